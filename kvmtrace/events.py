@@ -1,0 +1,206 @@
+"""Events: what the kernel said, one frozen record per saying.
+
+A field that the source cannot know is ``None``; no field is ever 0 for want of a value. Times are
+nanoseconds since the epoch (UTC); sources convert from CLOCK_MONOTONIC, which both BPF and tracefs
+stamp with. ``vm`` is a key that the source gives to one ``struct kvm`` for its lifetime and never
+uses twice; what is known of that VM comes in ``VmSeen``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """One place where a page is guest memory: VM key, gfn (host pages), hva in the VMM."""
+
+    vm: int
+    gfn: int | None
+    hva: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events. ``ts``: nanoseconds since the epoch."""
+
+    kind: ClassVar[str]
+    ts: int
+
+
+@dataclass(frozen=True, slots=True)
+class VmSeen(Event):
+    """A VM is known from here on; comes again, with the same key, when more is known of it."""
+
+    kind: ClassVar[str] = "vm_seen"
+    vm: int
+    pid: int
+    name: str | None = None
+    uuid: str | None = None
+    vmm: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VmGone(Event):
+    """kvm_destroy_vm ran (or the VMM's process is no more, where that was missed)."""
+
+    kind: ClassVar[str] = "vm_gone"
+    vm: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exit(Event):
+    """KVM_RUN failed; ``count`` exits of exactly this kind, the last of them at ``ts``.
+
+    ``annotated``: reason 39 with EFAULT or EHWPOISON, so flags, gpa and size are the kernel's
+    (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT). ``gmem``: the errno with which
+    kvm_gmem_get_pfn failed for this very fault, 0 if it was not asked, None if nobody watched.
+    ``gfn`` may come from the fault handler where the exit is not annotated. ``access``: some of
+    "r", "w", "x".
+    """
+
+    kind: ClassVar[str] = "exit"
+    vm: int
+    vcpu: int
+    errno: int
+    reason: int
+    annotated: bool
+    tid: int | None = None
+    flags: int | None = None
+    gpa: int | None = None
+    size: int | None = None
+    gfn: int | None = None
+    private: bool | None = None
+    access: str | None = None
+    gmem: int | None = None
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Poison(Event):
+    """ras:memory_failure_event. Type and result as this kernel prints them, numbers beside."""
+
+    kind: ClassVar[str] = "poison"
+    pfn: int
+    page_type: str
+    result: str
+    page_type_nr: int | None = None
+    result_nr: int | None = None
+    tid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GmemPoison(Event):
+    """kvm_gmem_error_folio: memory_failure tells guest_memfd, just before its Poison, same thread.
+
+    ``index``: page offset in the guest_memfd; ``owners`` in the order found, ``complete`` False
+    where the walk could not see all bindings (or the source cannot walk at all).
+    """
+
+    kind: ClassVar[str] = "gmem_poison"
+    tid: int
+    inode: int | None
+    index: int
+    owners: tuple[Owner, ...] = ()
+    complete: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Owned(Event):
+    """A VM's page table holds the poisoned pfn; ``via``: how that was found ("pagemap", …)."""
+
+    kind: ClassVar[str] = "owned"
+    pfn: int
+    owner: Owner
+    via: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sigbus(Event):
+    """A BUS_MCEERR_* SIGBUS for thread ``tid`` of ``pid``; 2**``lsb`` bytes at ``hva`` are lost.
+
+    ``sender``: the thread in which the kernel sent it. ``vcpu`` and ``gfn``: sent from within
+    KVM_RUN, for that vCPU's access. ``vm`` is None where the process runs no VM (or several and
+    the thread does not tell which). ``pfn``: read from the process's page table at ``hva``.
+    """
+
+    kind: ClassVar[str] = "sigbus"
+    pid: int
+    tid: int
+    code: int
+    hva: int
+    lsb: int | None = None
+    sender: int | None = None
+    vm: int | None = None
+    vcpu: int | None = None
+    gfn: int | None = None
+    pfn: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mce(Event):
+    """mce:mce_record. ``pfn`` is None where MCi_STATUS does not declare the address valid."""
+
+    kind: ClassVar[str] = "mce"
+    addr: int | None
+    pfn: int | None
+    bank: int
+    cpu: int
+    socket: int
+    status: int
+    misc: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lost(Event):
+    """``count`` things were lost at ``where`` since the last Lost of that place."""
+
+    kind: ClassVar[str] = "lost"
+    where: str
+    count: int
+
+
+KINDS: dict[str, type[Event]] = {
+    cls.kind: cls for cls in (VmSeen, VmGone, Exit, Poison, GmemPoison, Owned, Sigbus, Mce, Lost)
+}
+
+
+def to_record(event: Event) -> dict[str, Any]:
+    """A JSON-ready dict; fields that are None are absent. The inverse of ``from_record``."""
+    record: dict[str, Any] = {"kind": event.kind}
+    for field in dataclasses.fields(event):
+        value = getattr(event, field.name)
+        if value is None:
+            continue
+        if isinstance(value, Owner):
+            value = _owner_record(value)
+        elif isinstance(value, tuple):
+            value = [_owner_record(owner) for owner in value]
+        record[field.name] = value
+    return record
+
+
+def from_record(record: Mapping[str, Any]) -> Event:
+    """Rebuild an event. Unknown fields are ignored (a newer recording must still replay).
+
+    Raises KeyError for an unknown kind, TypeError where a required field is missing.
+    """
+    cls = KINDS[record["kind"]]
+    names = {field.name for field in dataclasses.fields(cls)}
+    values = {name: value for name, value in record.items() if name in names}
+    if "owner" in values:
+        values["owner"] = _owner_from(values["owner"])
+    if "owners" in values:
+        values["owners"] = tuple(_owner_from(owner) for owner in values["owners"])
+    return cls(**values)
+
+
+def _owner_record(owner: Owner) -> dict[str, int]:
+    return {k: v for k, v in dataclasses.asdict(owner).items() if v is not None}
+
+
+def _owner_from(record: Mapping[str, Any]) -> Owner:
+    return Owner(record["vm"], record.get("gfn"), record.get("hva"))

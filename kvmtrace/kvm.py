@@ -1,0 +1,73 @@
+"""The vocabulary of KVM and of memory failure: numbers from the uapi headers and their names.
+
+Everything here accepts values it has never heard of and prints them as numbers: a kernel newer
+than this file must still be readable.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+# include/uapi/linux/kvm.h, Linux 7.3
+EXIT_REASONS: dict[int, str] = dict(
+    enumerate(
+        "UNKNOWN EXCEPTION IO HYPERCALL DEBUG HLT MMIO IRQ_WINDOW_OPEN SHUTDOWN FAIL_ENTRY INTR "
+        "SET_TPR TPR_ACCESS S390_SIEIC S390_RESET DCR NMI INTERNAL_ERROR OSI PAPR_HCALL "
+        "S390_UCONTROL WATCHDOG S390_TSCH EPR SYSTEM_EVENT S390_STSI IOAPIC_EOI HYPERV ARM_NISV "
+        "X86_RDMSR X86_WRMSR DIRTY_RING_FULL AP_RESET_HOLD X86_BUS_LOCK XEN RISCV_SBI RISCV_CSR "
+        "NOTIFY LOONGARCH_IOCSR MEMORY_FAULT TDX ARM_SEA ARM_LDST64B SNP_REQ_CERTS".split()
+    )
+)
+EXIT_MEMORY_FAULT = 39
+EXIT_ARM_SEA = 41
+
+# Bit 4 never reached mainline (RFC of September 2023); trees that carry it exist.
+MEMORY_EXIT_FLAGS: dict[int, str] = {3: "PRIVATE", 4: "HWPOISON"}
+MEMORY_EXIT_FLAG_PRIVATE = 1 << 3
+
+EINTR = _errno.EINTR
+EAGAIN = _errno.EAGAIN
+EFAULT = _errno.EFAULT
+EHWPOISON = 133
+
+# include/uapi/asm-generic/siginfo.h
+SIGBUS_CODES: dict[int, str] = {4: "AR", 5: "AO"}
+BUS_MCEERR_AR = 4
+BUS_MCEERR_AO = 5
+
+PAGE_SHIFT = os.sysconf("SC_PAGESIZE").bit_length() - 1
+
+
+def exit_reason_name(reason: int) -> str:
+    """``39`` → ``"MEMORY_FAULT"``; a number that is not known stays a number."""
+    return EXIT_REASONS.get(reason, str(reason))
+
+
+def errno_name(number: int) -> str:
+    """``133`` → ``"EHWPOISON"``, by Linux's own numbers; an unknown one stays a number."""
+    if number == EHWPOISON:
+        return "EHWPOISON"
+    return _errno.errorcode.get(number, str(number))
+
+
+def flag_names(flags: int) -> str:
+    """Memory-fault exit flags for people: ``"PRIVATE"``, ``"PRIVATE|0x20"``, ``"0"``.
+
+    Bits without a name are kept together as one hexadecimal number.
+    """
+    if not flags:
+        return "0"
+    names = [name for bit, name in MEMORY_EXIT_FLAGS.items() if flags >> bit & 1]
+    rest = flags & ~sum(1 << bit for bit in MEMORY_EXIT_FLAGS)
+    return "|".join(names + ([hex(rest)] if rest else []))
+
+
+def sigbus_code_name(code: int) -> str:
+    """``4`` → ``"AR"`` (action required), ``5`` → ``"AO"`` (action optional)."""
+    return SIGBUS_CODES.get(code, str(code))
+
+
+def gfn_of(gpa: int, page_shift: int = PAGE_SHIFT) -> int:
+    """Guest frame number of a guest physical address, in pages of the host's size."""
+    return gpa >> page_shift

@@ -1,0 +1,87 @@
+"""A session: one source and one correlator, and the snapshots that views draw from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+
+from kvmtrace.correlate import Correlator, Told
+from kvmtrace.model import Host, Snapshot
+from kvmtrace.sources import Source
+
+POLL_SECONDS = 0.25
+
+
+class Session:
+    """Pumps a source into a correlator, in the caller's thread (``pump``) or its own (``start``).
+
+    Sources are opened, polled and closed by one thread; ``snapshot`` may be called from any.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._correlator = Correlator()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.failure: BaseException | None = None
+        """What ended the reader thread, if it was not ``close``."""
+
+    def pump(self, timeout: float) -> list[Told]:
+        """Wait up to ``timeout`` seconds for events and take in all there are."""
+        events = self._source.poll(timeout)
+        with self._lock:
+            return [self._correlator.feed(event) for event in events]
+
+    def start(self) -> None:
+        """Pump in a thread of its own until ``close``."""
+        self._thread = threading.Thread(target=self._run, name="kvmtrace-reader", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self.pump(POLL_SECONDS)
+        except BaseException as failure:  # handed to whoever waits for snapshots
+            self.failure = failure
+
+    def snapshot(self) -> Snapshot:
+        """The model now, with host and probes; raises what ended the reader, if it ended."""
+        if self.failure is not None:
+            raise self.failure
+        with self._lock:
+            model = self._correlator.snapshot()
+            host = host_of(self._source)
+            return dataclasses.replace(
+                model,
+                host=host,
+                probes=self._source.probes(),
+                probe_runs=self._source.probe_runs(),
+            )
+
+    def close(self) -> None:
+        """Stop the thread and detach the source."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._source.close()
+
+
+def host_of(source: Source) -> Host:
+    """This host as views name it."""
+    uname = os.uname()
+    return Host(uname.nodename, uname.release, source.name, source.why, hardware_corrupted_bytes())
+
+
+def hardware_corrupted_bytes(meminfo: str = "/proc/meminfo") -> int | None:
+    """HardwareCorrupted of /proc/meminfo in bytes; None where the kernel does not count it."""
+    try:
+        with open(meminfo) as lines:
+            for line in lines:
+                if line.startswith("HardwareCorrupted:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,68 @@
+"""The probes: a name each, where they may attach (in order), and what is not seen without them.
+
+Data only. Sources try the targets in order against kallsyms and BTF; the first that exists is
+taken. Architectures differ in data here, not in code elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSpec:
+    """``targets``: functions, or one ``group:event`` tracepoint. ``at``: "entry" or "return"."""
+
+    name: str
+    targets: tuple[str, ...]
+    at: str
+    without: str
+
+    @property
+    def is_tracepoint(self) -> bool:
+        return ":" in self.targets[0]
+
+
+# The function that contains the private fault path comes first: it also sees faults on HVA-backed
+# memory, and compilers inline its only callee. The callee's names by release (6.8, 6.13, 6.18)
+# follow, for a kernel in which only they can be probed.
+_FAULTIN = {
+    "x86_64": (
+        "kvm_mmu_faultin_pfn",
+        "kvm_faultin_pfn",
+        "kvm_mmu_faultin_pfn_gmem",
+        "kvm_mmu_faultin_pfn_private",
+        "kvm_faultin_pfn_private",
+    ),
+    "aarch64": ("kvm_handle_guest_abort",),
+}
+
+
+def specs(machine: str | None = None) -> tuple[ProbeSpec, ...]:
+    """The probes for an architecture (``os.uname().machine``)."""
+    faultin = _FAULTIN.get(machine or os.uname().machine, ())
+    probes = [
+        ProbeSpec(
+            "run", ("kvm_arch_vcpu_ioctl_run",), "return", "exits of KVM_RUN: errno, gpa, flags"
+        ),
+        ProbeSpec(
+            "gmem", ("kvm_gmem_get_pfn",), "return", "whether an EFAULT is conversion or backing"
+        ),
+        ProbeSpec("poison", ("ras:memory_failure_event",), "entry", "poisoned pages"),
+        ProbeSpec(
+            "gmem_error", ("kvm_gmem_error_folio",), "entry", "owners of poisoned guest_memfd pages"
+        ),
+        ProbeSpec("sigbus", ("send_sig_mceerr",), "entry", "SIGBUS to the VMM"),
+        ProbeSpec(
+            "sigbus_forced", ("force_sig_mceerr",), "entry", "SIGBUS to the thread that was hit"
+        ),
+        ProbeSpec("mce", ("mce:mce_record",), "entry", "machine checks"),
+        ProbeSpec("vm_new", ("kvm_arch_init_vm",), "return", "VMs before their first fault"),
+        ProbeSpec("vm_gone", ("kvm_destroy_vm",), "entry", "the end of a VM at once"),
+    ]
+    if faultin:
+        probes.insert(
+            2, ProbeSpec("faultin", faultin, "return", "access, and the gfn of bare faults")
+        )
+    return tuple(probes)

@@ -1,0 +1,169 @@
+"""The JSON contract: what ``events --json`` and ``top --once --json`` print.
+
+Integers stay integers, what is unknown is absent, VMs are named by pid, name and uuid: the keys
+and joins that kvmtrace uses inside never leave through here, except an incident's id.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+from kvmtrace import kvm
+from kvmtrace.correlate import Told
+from kvmtrace.events import Exit, Lost, Mce, Owner, Poison, Sigbus, VmGone, VmSeen
+from kvmtrace.model import Incident, Probe, Snapshot, Vm
+
+
+def rfc3339(ts: int) -> str:
+    """Nanoseconds since the epoch → ``2026-11-23T10:00:00.123456789Z``."""
+    seconds, nanos = divmod(ts, 1_000_000_000)
+    when = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return f"{when:%Y-%m-%dT%H:%M:%S}.{nanos:09d}Z"
+
+
+def known(**fields: Any) -> dict[str, Any]:
+    """The fields that are not None, in order."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def event_line(told: Told) -> dict[str, Any] | None:
+    """One line of ``events --json``; None for events that only serve the correlator."""
+    event = told.event
+    head = {"ts": rfc3339(event.ts)}
+    match event:
+        case Exit():
+            return head | known(
+                kind="exit",
+                vm=vm_name(told.vm),
+                vcpu=event.vcpu,
+                errno=kvm.errno_name(event.errno),
+                reason=event.reason,
+                annotated=event.annotated,
+                flags=event.flags,
+                private=event.private,
+                gpa=event.gpa,
+                gfn=event.gfn,
+                size=event.size,
+                access=event.access,
+                cause=told.cause,
+                count=event.count,
+                incident=told.incident,
+            )
+        case Poison():
+            return head | known(
+                kind="poison",
+                pfn=event.pfn,
+                page_type=event.page_type,
+                result=event.result,
+                owners=[
+                    known(vm=vm_name(seen), gfn=owner.gfn, hva=owner.hva)
+                    for owner, seen in told.owners
+                ],
+                incident=told.incident,
+            )
+        case Sigbus():
+            return head | known(
+                kind="sigbus",
+                vm=vm_name(told.vm) or {"pid": event.pid},
+                tid=event.tid,
+                code=kvm.sigbus_code_name(event.code),
+                hva=event.hva,
+                lsb=event.lsb,
+                vcpu=event.vcpu,
+                gfn=event.gfn,
+                incident=told.incident,
+            )
+        case Mce():
+            return head | known(
+                kind="mce",
+                addr=event.addr,
+                pfn=event.pfn,
+                bank=event.bank,
+                cpu=event.cpu,
+                socket=event.socket,
+                status=event.status,
+            )
+        case VmSeen():
+            return head | known(kind="vm", vm=vm_name(event), state="seen")
+        case VmGone():
+            return head | known(kind="vm", vm=vm_name(told.vm), state="gone")
+        case Lost():
+            return head | known(kind="lost", where=event.where, count=event.count)
+    return None
+
+
+def vm_name(seen: VmSeen | Vm | None) -> dict[str, Any] | None:
+    """``{"pid", "name", "uuid"}`` as far as known."""
+    return known(pid=seen.pid, name=seen.name, uuid=seen.uuid) if seen else None
+
+
+def top(snapshot: Snapshot) -> dict[str, Any]:
+    """The object that ``top --once --json`` prints."""
+    host = snapshot.host
+    return {
+        "host": known(
+            name=host.name,
+            kernel=host.kernel,
+            source=host.source,
+            source_why=host.source_why,
+            hardware_corrupted_bytes=host.hardware_corrupted_bytes,
+        )
+        if host
+        else {},
+        "probes": [probe(p) for p in snapshot.probes],
+        "vms": [_vm(vm) for vm in snapshot.vms.values()],
+        "incidents": [incident(i, snapshot) for i in snapshot.incidents],
+        "lost": dict(snapshot.lost),
+    }
+
+
+def probe(state: Probe) -> dict[str, Any]:
+    """``{"name", "attached", "target", "via", "why"}``."""
+    return known(
+        name=state.name,
+        attached=state.attached,
+        target=state.target,
+        via=state.via,
+        why=state.why,
+    )
+
+
+def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
+    """One incident, its owners by name."""
+    return known(
+        id=state.id,
+        pfn=state.pfn,
+        state=state.state,
+        page_type=state.page_type,
+        result=state.result,
+        poisoned_ts=_when(state.poisoned_ts),
+        owners=[_owner(owner, snapshot) for owner in state.owners],
+        deliveries={"exits": state.exits, "sigbus": state.sigbus},
+        sigbus_at_poison=state.sigbus_at_poison or None,
+        first_delivery_ts=_when(state.first_delivery_ts),
+        last_delivery_ts=_when(state.last_delivery_ts),
+    )
+
+
+def _vm(vm: Vm) -> dict[str, Any]:
+    return known(
+        pid=vm.pid,
+        name=vm.name,
+        uuid=vm.uuid,
+        vmm=vm.vmm,
+        exits=vm.exits_by_errno(),
+        causes=vm.exits_by_cause(),
+        sigbus=dict(vm.sigbus),
+        poisoned_pages=vm.poisoned_pages,
+        last_ts=_when(vm.last_ts),
+        gone=vm.gone or None,
+    )
+
+
+def _owner(owner: Owner, snapshot: Snapshot) -> dict[str, Any]:
+    return known(vm=vm_name(snapshot.vms.get(owner.vm)), gfn=owner.gfn, hva=owner.hva)
+
+
+def _when(ts: int | None) -> str | None:
+    return None if ts is None else rfc3339(ts)
