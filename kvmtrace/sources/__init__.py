@@ -6,9 +6,12 @@ It keeps trying to attach what is missing (kvm not loaded yet), from within ``po
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
+from kvmtrace import host
+from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.model import Probe, ProbeRuns
 
@@ -33,3 +36,43 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Detach everything."""
+
+
+CHOICES = ("auto", "bpf", "ftrace")
+
+# Named rather than imported: whoever uses one source must not need what the other one needs.
+_CLASSES = {
+    "bpf": ("kvmtrace.sources.bpf", "BpfSource"),
+    "ftrace": ("kvmtrace.sources.ftrace", "FtraceSource"),
+}
+
+
+def open_source(kind: str = "auto") -> Source:
+    """Attach to this host: one of ``CHOICES``. Raises KvmtraceError with the reason and the fix."""
+    if not host.privilege().may_trace:
+        raise KvmtraceError("tracing the kernel needs root", "run it with sudo")
+    if kind != "auto":
+        source = _open(kind)
+        source.why = "asked for"
+        return source
+    try:
+        source = _open("bpf")
+    except (KvmtraceError, OSError) as error:
+        refused = error
+    else:
+        source.why = "bpf works here"
+        return source
+    try:
+        source = _open("ftrace")
+    except (KvmtraceError, OSError) as error:
+        raise KvmtraceError(
+            f"no source works here: bpf: {refused}; ftrace: {error}",
+            getattr(error, "hint", "") or "`kvmtrace doctor` shows what is missing",
+        ) from error
+    source.why = f"bpf does not work here: {refused}"
+    return source
+
+
+def _open(kind: str) -> Source:
+    module, name = _CLASSES[kind]
+    return cast(Source, getattr(importlib.import_module(module), name)())
