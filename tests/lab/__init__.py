@@ -1,0 +1,1 @@
+"""The lab: disposable machines with a working /dev/kvm, whatever the host."""

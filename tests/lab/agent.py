@@ -1,0 +1,229 @@
+"""What runs in the machine: starts programs for the host and passes their bytes on.
+
+Process 1 of the machine. It talks JSON lines over a virtio-serial port. The host sends `start`,
+`stdin`, `signal`, `resize`; the agent answers with `out`, `err` and `exit` for each job. When the
+host closes the port, the machine powers off: nothing outlives the one who started it.
+
+Only the standard library, and Python 3.11 or newer: it runs in every root the lab has.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import pty
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+PORT_NAME = "kvmtrace.lab"
+CHUNK = 1 << 16
+ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "TERM": "xterm-256color",
+}
+
+
+class Job:
+    """One program: its process, the descriptors its output comes from, the one its input goes to."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        command = request["command"]
+        arguments = ["/bin/sh", "-c", command] if isinstance(command, str) else command
+        environment = ENVIRONMENT | request.get("env", {})
+        size = request.get("pty")
+        if size:
+            terminal, inside = pty.openpty()
+            set_size(terminal, size)
+            self.process = subprocess.Popen(
+                arguments,
+                stdin=inside,
+                stdout=inside,
+                stderr=inside,
+                env=environment,
+                cwd="/root",
+                start_new_session=True,
+                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            )
+            os.close(inside)
+            self.input = os.dup(terminal)
+            self.outputs = {"out": terminal}
+        else:
+            self.process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+                cwd="/root",
+                start_new_session=True,
+            )
+            assert self.process.stdin and self.process.stdout and self.process.stderr
+            self.input = os.dup(self.process.stdin.fileno())
+            self.process.stdin.close()
+            self.outputs = {
+                "out": os.dup(self.process.stdout.fileno()),
+                "err": os.dup(self.process.stderr.fileno()),
+            }
+            self.process.stdout.close()
+            self.process.stderr.close()
+
+    def close_input(self) -> None:
+        """End of input for the program."""
+        if self.input >= 0:
+            os.close(self.input)
+            self.input = -1
+
+
+def set_size(terminal: int, size: list[int]) -> None:
+    """Give a terminal its rows and columns; its programs get SIGWINCH."""
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", size[0], size[1], 0, 0))
+
+
+class Agent:
+    """The loop between the port and the jobs."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.jobs: dict[int, Job] = {}
+        self.selector = selectors.DefaultSelector()
+
+    def tell(self, **message: object) -> None:
+        """Send one line to the host."""
+        data = json.dumps(message).encode() + b"\n"
+        while data:
+            data = data[os.write(self.port, data) :]
+
+    def start(self, identity: int, request: dict[str, Any]) -> None:
+        """Start a job; one that cannot be started ends at once as a shell would say it."""
+        try:
+            job = Job(request)
+        except OSError as error:
+            self.tell(id=identity, err=base64.b64encode(f"{error}\n".encode()).decode())
+            self.tell(id=identity, exit=127)
+            return
+        self.jobs[identity] = job
+        for stream, descriptor in job.outputs.items():
+            self.selector.register(descriptor, selectors.EVENT_READ, (identity, stream))
+
+    def obey(self, request: dict[str, Any]) -> None:
+        """Do what one line of the host asks."""
+        identity = request["id"]
+        if request["op"] == "start":
+            self.start(identity, request)
+            return
+        job = self.jobs.get(identity)
+        if job is None:
+            return
+        try:
+            if request["op"] == "stdin":
+                if "data" in request:
+                    os.write(job.input, base64.b64decode(request["data"]))
+                if request.get("eof"):
+                    job.close_input()
+            elif request["op"] == "signal":
+                os.killpg(job.process.pid, request["signal"])
+            elif request["op"] == "resize":
+                set_size(job.outputs["out"], request["size"])
+        except OSError:
+            pass  # the program has just ended; its exit is on the way
+
+    def pump(self, identity: int, stream: str, descriptor: int) -> None:
+        """Pass on what a job printed."""
+        try:
+            data = os.read(descriptor, CHUNK)
+        except OSError:  # a pty whose programs have ended
+            data = b""
+        if data:
+            self.tell(id=identity, **{stream: base64.b64encode(data).decode()})
+        else:
+            self.selector.unregister(descriptor)
+            os.close(descriptor)
+            del self.jobs[identity].outputs[stream]
+
+    def drain(self, identity: int, job: Job) -> None:
+        """Pass on what is left in the pipes of a job that has ended."""
+        for stream, descriptor in list(job.outputs.items()):
+            os.set_blocking(descriptor, False)
+            try:
+                while data := os.read(descriptor, CHUNK):
+                    self.tell(id=identity, **{stream: base64.b64encode(data).decode()})
+            except OSError:
+                pass  # empty, or held open by a program left in the background
+            self.selector.unregister(descriptor)
+            os.close(descriptor)
+        job.close_input()
+
+    def reap(self) -> None:
+        """Report the jobs that have ended."""
+        for identity, job in list(self.jobs.items()):
+            status = job.process.poll()
+            if status is not None:
+                self.drain(identity, job)
+                del self.jobs[identity]
+                self.tell(id=identity, exit=status)
+
+    def serve(self) -> None:
+        """Until the host closes the port."""
+        wake, woken = os.pipe()
+        os.set_blocking(woken, False)
+        signal.set_wakeup_fd(woken)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.selector.register(self.port, selectors.EVENT_READ, None)
+        self.selector.register(wake, selectors.EVENT_READ, None)
+        self.tell(ready=os.uname().release)
+        pending = b""
+        while True:
+            for key, _ in self.selector.select(timeout=1):
+                if key.fd == self.port:
+                    data = os.read(self.port, CHUNK)
+                    if not data:
+                        return
+                    *lines, pending = (pending + data).split(b"\n")
+                    for line in lines:
+                        self.obey(json.loads(line))
+                elif key.fd == wake:
+                    os.read(wake, CHUNK)
+                else:
+                    identity, stream = key.data
+                    self.pump(identity, stream, key.fd)
+            self.reap()
+
+
+def open_port() -> int:
+    """The port to the host, by its name: its number depends on the machine."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for name in Path("/sys/class/virtio-ports").glob("*/name"):
+            if name.read_text().strip() == PORT_NAME:
+                return os.open(f"/dev/{name.parent.name}", os.O_RDWR)
+        time.sleep(0.05)
+    sys.exit("agent: no port to the host")
+
+
+def main() -> None:
+    """Serve in a child; as process 1, reap what is orphaned and end with the child."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        Agent(open_port()).serve()
+        return
+    while os.wait()[0] != child:
+        pass
+    os.sync()
+    Path("/proc/sysrq-trigger").write_text("o")
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    main()

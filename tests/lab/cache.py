@@ -1,0 +1,79 @@
+"""A cache of things that are slow to make: built once, complete or absent, shared by processes.
+
+An entry is a directory named after what it is and a digest of what it was made from. It is built
+beside its final place and renamed into it, so an interrupted build leaves nothing that could be
+taken for a finished one, and a lock keeps two processes from building the same thing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+KEEP = 3
+"""Generations of one entry that stay on disk; older ones may still be in use by a machine."""
+
+
+def directory() -> Path:
+    """Where everything the lab keeps lives: KVMTRACE_LAB_CACHE, or below the user's cache."""
+    chosen = os.environ.get("KVMTRACE_LAB_CACHE")
+    if chosen:
+        path = Path(chosen)
+    else:
+        home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        path = Path(home) / "kvmtrace-lab"
+    path.mkdir(parents=True, exist_ok=True)
+    return path.resolve()
+
+
+def digest(*inputs: object) -> str:
+    """A short name for `inputs`, the same in every process."""
+    text = json.dumps(inputs, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@contextmanager
+def lock(name: str) -> Iterator[None]:
+    """Hold the lock called `name`; waits for whoever holds it, in any process."""
+    locks = directory() / "locks"
+    locks.mkdir(exist_ok=True)
+    with (locks / name).open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
+    """The directory of `kind` made from `key`, filled by `build(directory)` if it is not there."""
+    final = directory() / f"{kind}@{key}"
+    if not final.is_dir():
+        with lock(kind):
+            if not final.is_dir():
+                _build(kind, final, build)
+    os.utime(final)
+    return final
+
+
+def _build(kind: str, final: Path, build: Callable[[Path], None]) -> None:
+    for left_over in final.parent.glob(f"{kind}@*.tmp-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    made = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=final.parent))
+    made.chmod(0o755)
+    try:
+        build(made)
+        made.rename(final)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    older = sorted(
+        (path for path in final.parent.glob(f"{kind}@*") if path != final),
+        key=lambda path: path.stat().st_mtime,
+    )
+    for path in older[: -(KEEP - 1)]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,195 @@
+"""The host's end of the agent's port: jobs in the machine, their bytes and their exit."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from tests.lab.errors import LabError, LabTimeout
+
+Stream = Literal["stdout", "stderr"]
+POLL = 0.2
+
+
+class Channel:
+    """A connection to the agent; a thread reads, `changed` wakes whoever waits."""
+
+    def __init__(self, connection: socket.socket, alive: Callable[[], None]) -> None:
+        self.connection = connection
+        self.alive = alive
+        self.changed = threading.Condition()
+        self.ready = ""
+        self.closed = False
+        self.jobs: dict[int, Job] = {}
+        self._sending = threading.Lock()
+        threading.Thread(target=self._read, name="lab-agent", daemon=True).start()
+
+    def _read(self) -> None:
+        with self.connection.makefile("rb") as lines:
+            try:
+                for line in lines:
+                    self._take(json.loads(line))
+            except (OSError, ValueError):
+                pass
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+    def _take(self, message: dict[str, object]) -> None:
+        with self.changed:
+            if "ready" in message:
+                self.ready = str(message["ready"])
+            else:
+                self.jobs[int(str(message["id"]))].take(message)
+            self.changed.notify_all()
+
+    def send(self, **message: object) -> None:
+        """One line to the agent."""
+        data = json.dumps(message).encode() + b"\n"
+        try:
+            with self._sending:
+                self.connection.sendall(data)
+        except OSError as error:
+            self.alive()
+            raise LabError(f"the machine does not listen any more: {error}") from error
+
+    def wait(self, done: Callable[[], bool], timeout: float, what: str) -> None:
+        """Until `done()`; raises when time is up or the machine has died."""
+        deadline = time.monotonic() + timeout
+        with self.changed:
+            while not done():
+                self.alive()
+                if self.closed:
+                    raise LabError(f"the machine is gone while waiting for {what}")
+                if time.monotonic() >= deadline:
+                    raise LabTimeout(f"no {what} in {timeout:g} s")
+                self.changed.wait(POLL)
+
+    def start(
+        self,
+        command: str | list[str],
+        *,
+        pty: tuple[int, int] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Job:
+        """Start a program in the machine; a string goes through the shell."""
+        with self.changed:
+            identity = len(self.jobs) + 1
+            job = self.jobs[identity] = Job(self, identity, command)
+        self.send(op="start", id=identity, command=command, pty=pty, env=env or {})
+        return job
+
+    def close(self) -> None:
+        """Hang up; the agent then powers the machine off."""
+        self.connection.close()
+
+
+class Job:
+    """A program in the machine."""
+
+    def __init__(self, channel: Channel, identity: int, command: str | list[str]) -> None:
+        self.channel = channel
+        self.identity = identity
+        self.command = command if isinstance(command, str) else " ".join(command)
+        self.status: int | None = None
+        self.output: dict[str, bytearray] = {"out": bytearray(), "err": bytearray()}
+        self.on_output: Callable[[bytes], None] | None = None
+
+    def take(self, message: dict[str, object]) -> None:
+        """What the agent said about this job."""
+        if "exit" in message:
+            self.status = int(str(message["exit"]))
+        for stream, gathered in self.output.items():
+            if stream in message:
+                data = base64.b64decode(str(message[stream]))
+                gathered += data
+                if self.on_output is not None:
+                    self.on_output(data)
+
+    @property
+    def stdout(self) -> str:
+        """Its standard output so far (with a pty: everything)."""
+        return self.output["out"].decode(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        """Its standard error so far."""
+        return self.output["err"].decode(errors="replace")
+
+    def poll(self) -> int | None:
+        """Its exit status, None while it runs; -N if signal N ended it."""
+        return self.status
+
+    def send(self, text: str | bytes) -> None:
+        """Text to its standard input."""
+        data = text.encode() if isinstance(text, str) else text
+        self._ask("stdin", data=base64.b64encode(data).decode())
+
+    def close_stdin(self) -> None:
+        """End of its standard input."""
+        self._ask("stdin", eof=True)
+
+    def signal(self, number: int) -> None:
+        """A signal to it and to the programs it started."""
+        self._ask("signal", signal=int(number))
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Another size for its terminal."""
+        self._ask("resize", size=[rows, columns])
+
+    def _ask(self, operation: str, **more: object) -> None:
+        self.channel.send(op=operation, id=self.identity, **more)
+
+    def wait(self, timeout: float = 60) -> int:
+        """Its exit status, when it ends in time."""
+        self.channel.wait(lambda: self.status is not None, timeout, f"end of `{self.command}`")
+        assert self.status is not None
+        return self.status
+
+    def wait_for(
+        self,
+        wanted: str | Callable[[str], object],
+        timeout: float = 60,
+        stream: Stream = "stdout",
+    ) -> str:
+        """Until its output matches a regular expression or satisfies a callable; the output."""
+
+        def text() -> str:
+            return self.stdout if stream == "stdout" else self.stderr
+
+        def found() -> bool:
+            if callable(wanted):
+                return bool(wanted(text()))
+            return re.search(wanted, text(), re.MULTILINE) is not None
+
+        ended = False
+
+        def done() -> bool:
+            nonlocal ended
+            ended = self.status is not None
+            return found() or ended
+
+        try:
+            self.channel.wait(done, timeout, f"{wanted!r} from `{self.command}`")
+        except LabTimeout as error:
+            raise LabTimeout(f"{error}; {self._tail()}") from None
+        if not found():
+            raise LabError(
+                f"`{self.command}` ended ({self.status}) without {wanted!r}; {self._tail()}"
+            )
+        return text()
+
+    def _tail(self) -> str:
+        return f"stdout ends {self.stdout[-500:]!r}, stderr ends {self.stderr[-500:]!r}"
+
+    def kill(self) -> None:
+        """End it for certain; nothing if it has ended."""
+        if self.status is None:
+            self.signal(signal.SIGKILL)

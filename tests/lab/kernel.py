@@ -1,0 +1,108 @@
+"""A kernel of kernels.toml as files: image, modules, and the initramfs that starts a machine."""
+
+from __future__ import annotations
+
+import lzma
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.lab import cache
+from tests.lab.config import Row
+from tests.lab.errors import LabError
+from tests.lab.mirror import Suite
+from tests.lab.progress import say
+from tests.lab.resolve import Resolved, resolve
+
+BOOT_MODULES = (
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "9pnet_virtio",
+    "9p",
+    "crc32c_generic",
+    "ext4",
+    "overlay",
+)
+"""What a machine needs before it has its root; those that a kernel has built in are skipped."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An unpacked kernel: `release` as uname says it, and where its parts are."""
+
+    release: str
+    image: Path
+    modules: Path
+
+
+def resolved(row: Row) -> Resolved:
+    """Which packages `row` means today."""
+    packages = Suite(row.suite, row.arch.name).packages("^linux-(image|binary|modules|base)-[0-9]")
+    found = resolve(packages, row.flavour, row.version, f"{row.suite} ({row.arch.name})")
+    if found.note:
+        say(found.note)
+    return found
+
+
+def fetch(row: Row) -> Kernel:
+    """The kernel of `row`, downloaded if it is not there."""
+    found = resolved(row)
+    names = [f"{package.name}={package.version}" for package in found.packages]
+
+    def build(directory: Path) -> None:
+        suite = Suite(row.suite, row.arch.name)
+        suite.unpack(names, directory / "deb", f"Linux {found.release}", found.size)
+        _arrange(directory, found.release)
+
+    home = cache.entry(f"kernel-{row.name}", cache.digest(names), build)
+    return Kernel(found.release, home / "vmlinuz", home / "lib/modules" / found.release)
+
+
+def _arrange(directory: Path, release: str) -> None:
+    """Image and modules to where `Kernel` has them: packages differ in where they put them."""
+    deb = directory / "deb"
+    trees = [path for path in deb.glob(f"**/lib/modules/{release}") if path.is_dir()]
+    images = [*deb.glob(f"boot/vmlinu[xz]-{release}"), *(tree / "vmlinuz" for tree in trees)]
+    images = [path for path in images if path.exists()]
+    if not trees or not images:
+        raise LabError(f"the packages of Linux {release} hold no image or no modules")
+    images[0].rename(directory / "vmlinuz")
+    tree = directory / "lib/modules" / release  # the layout that depmod wants
+    tree.parent.mkdir(parents=True)
+    trees[0].rename(tree)
+    shutil.rmtree(deb)
+    subprocess.run(["depmod", "-b", str(directory), release], check=True)
+
+
+def boot_modules(modules: Path) -> Iterator[Path]:
+    """The modules of `BOOT_MODULES` and what they depend on, in the order to load them."""
+    depends: dict[str, tuple[Path, list[str]]] = {}
+    for line in (modules / "modules.dep").read_text().splitlines():
+        path, _, needed = line.partition(":")
+        depends[_name(path)] = (modules / path, [_name(one) for one in needed.split()])
+    seen: set[str] = set()
+    for wanted in BOOT_MODULES:
+        if wanted not in depends:
+            continue
+        # modules.dep has the whole closure, each before those that it needs.
+        for name in (*reversed(depends[wanted][1]), wanted):
+            if name not in seen:
+                seen.add(name)
+                yield depends[name][0]
+
+
+def _name(path: str) -> str:
+    return re.sub(r"\.ko(\.\w+)?$", "", Path(path).name).replace("-", "_")
+
+
+def module_bytes(path: Path) -> bytes:
+    """A module as the kernel takes it, unpacked."""
+    if path.suffix == ".xz":
+        return lzma.decompress(path.read_bytes())
+    if path.suffix == ".zst":
+        return subprocess.run(["zstd", "-dcq", str(path)], check=True, capture_output=True).stdout
+    return path.read_bytes()

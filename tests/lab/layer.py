@@ -1,0 +1,97 @@
+"""kvmtrace as it is in the tree now, as a layer over a root: built from its wheel in seconds."""
+
+from __future__ import annotations
+
+import configparser
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from tests.lab import cache
+from tests.lab.config import PROJECT, Arch
+from tests.lab.errors import LabError
+from tests.lab.progress import step
+from tests.lab.root import LIBRARY
+
+SOURCES = ("kvmtrace", "bpf", "dashboards", "pyproject.toml", "README.md", "LICENSE")
+
+LAUNCHER = """#!/usr/bin/python3
+import sys
+from {module} import {attribute}
+sys.exit({attribute}())
+"""
+
+
+def vmm(arch: Arch) -> Path:
+    """The VMM of the workloads; `make -C tests/lab/vmm` builds it."""
+    return PROJECT / "tests/lab/vmm/build" / arch.name / "vmm"
+
+
+def _files() -> list[Path]:
+    """The files a wheel is made of."""
+    found = []
+    for name in SOURCES:
+        path = PROJECT / name
+        inside = path.rglob("*") if path.is_dir() else [path]
+        found += [one for one in inside if one.is_file() and "__pycache__" not in one.parts]
+    return sorted(found)
+
+
+def _key(arch: Arch) -> str:
+    content = hashlib.sha256()
+    for path in (*_files(), vmm(arch), Path(__file__)):
+        if path.exists():
+            content.update(str(path).encode() + b"\0" + path.read_bytes())
+    return content.hexdigest()[:12]
+
+
+def directory(arch: Arch) -> Path:
+    """The layer for what is in the tree now."""
+    return cache.entry(f"layer-{arch.name}", _key(arch), lambda path: _build(arch, path))
+
+
+def _build(arch: Arch, into: Path) -> None:
+    programs = into / "usr/local/bin"
+    library = into / LIBRARY[1:]
+    programs.mkdir(parents=True)
+    library.mkdir(parents=True)
+    if vmm(arch).exists():
+        shutil.copy(vmm(arch), programs / "vmm")
+    if not (PROJECT / "pyproject.toml").exists():
+        return
+    with step("kvmtrace's wheel"):
+        with zipfile.ZipFile(_wheel(into / "wheel")) as wheel:
+            wheel.extractall(library)
+        shutil.rmtree(into / "wheel")
+    for listed in library.glob("kvmtrace-*.dist-info/entry_points.txt"):
+        _launchers(listed, programs)
+
+
+def _wheel(into: Path) -> Path:
+    """The wheel of the tree. With hatchling at hand pip need not fetch it for each build."""
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(into)]
+    command.append("--disable-pip-version-check")
+    have = subprocess.run([sys.executable, "-c", "import hatchling"], capture_output=True)
+    if have.returncode == 0:
+        command.append("--no-build-isolation")
+    done = subprocess.run([*command, str(PROJECT)], capture_output=True, text=True)
+    wheels = list(into.glob("kvmtrace-*.whl"))
+    if done.returncode or not wheels:
+        raise LabError(f"kvmtrace's wheel cannot be built: {done.stderr.strip()[-600:]}")
+    return wheels[0]
+
+
+def _launchers(entry_points: Path, programs: Path) -> None:
+    """The wheel's commands, for the Python of the machine."""
+    parser = configparser.ConfigParser()
+    parser.read(entry_points)
+    if not parser.has_section("console_scripts"):
+        return
+    for name, target in parser.items("console_scripts"):
+        module, _, attribute = target.partition(":")
+        path = programs / name
+        path.write_text(LAUNCHER.format(module=module, attribute=attribute))
+        path.chmod(0o755)

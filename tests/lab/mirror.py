@@ -1,0 +1,179 @@
+"""Debian packages of any suite, through apt, beside the host's own configuration.
+
+Each (suite, architecture) has an apt directory of its own in the cache: lists, trust and nothing
+else. The mirror is the one the host's apt uses (or KVMTRACE_LAB_MIRROR); apt checks every
+signature against debian-archive-keyring. Nothing is installed on the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+from tests.lab import cache
+from tests.lab.errors import LabError
+from tests.lab.progress import megabytes, say, step
+from tests.lab.resolve import Package, parse
+
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+FRESH = 24 * 3600
+EXPIRED = re.compile(r"is expired|not valid yet|no longer valid", re.IGNORECASE)
+UNKNOWN_KEY = re.compile(r"NO_PUBKEY|is not signed|Missing key|couldn't be verified")
+
+
+def _output(command: list[str], config: Path | None = None) -> str:
+    environment = os.environ | {"LC_ALL": "C"}
+    if config is not None:
+        environment["APT_CONFIG"] = str(config)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    except FileNotFoundError:
+        raise LabError(f"{command[0]} is not installed: run `sh tests/lab/setup.sh`") from None
+    if done.returncode:
+        text = (done.stderr or done.stdout).strip()
+        errors = [line for line in text.splitlines() if line.startswith(("E:", "W: GPG"))]
+        raise LabError(f"{command[0]} failed: {' '.join(errors) or text[-500:]}")
+    return done.stdout
+
+
+def uri() -> str:
+    """The Debian mirror: KVMTRACE_LAB_MIRROR, or the one apt is configured with."""
+    chosen = os.environ.get("KVMTRACE_LAB_MIRROR")
+    if chosen:
+        return chosen.rstrip("/")
+    wanted = "$(REPO_URI)|$(COMPONENT)|$(ORIGIN)|$(LABEL)|$(RELEASE)"
+    listed = _output(["apt-get", "indextargets", "--format", wanted, "Created-By: Packages"])
+    targets = [line.split("|") for line in listed.splitlines() if line.count("|") == 4]
+    codename = re.search(r"^VERSION_CODENAME=(\w+)", _os_release(), re.MULTILINE)
+    for address, component, origin, label, release in targets:
+        own_release = codename is not None and release == codename[1] and not origin
+        if component == "main" and ((origin, label) == ("Debian", "Debian") or own_release):
+            return address.rstrip("/")
+    raise LabError("apt here has no Debian mirror: name one in KVMTRACE_LAB_MIRROR")
+
+
+def _os_release() -> str:
+    path = Path("/etc/os-release")
+    return path.read_text() if path.exists() else ""
+
+
+class Suite:
+    """One suite of the mirror for one architecture."""
+
+    def __init__(self, name: str, arch: str) -> None:
+        self.name = name
+        self.arch = arch
+        self.home = cache.directory() / "apt" / f"{name}-{arch}"
+        self.config = self.home / "apt.conf"
+        self._updated = False
+
+    def source(self, *, expired: bool = False) -> str:
+        """The line of sources.list for this suite."""
+        options = f"signed-by={KEYRING}"
+        if expired:
+            options += " check-valid-until=no"
+        return f"deb [{options}] {uri()} {self.name} main"
+
+    @property
+    def current_source(self) -> str:
+        """The line in use, after `update`."""
+        self.update()
+        return (self.home / "etc/sources.list").read_text().strip()
+
+    def _configure(self, source: str) -> None:
+        for directory in (
+            "lists/partial",
+            "cache/archives/partial",
+            "etc/apt.conf.d",
+            "etc/trusted.gpg.d",
+        ):
+            (self.home / directory).mkdir(parents=True, exist_ok=True)
+        (self.home / "status").touch()
+        (self.home / "etc/sources.list").write_text(source + "\n")
+        # Proxies, certificates and credentials of the host's apt; nothing of its policy.
+        transport = [
+            line
+            for line in _output(["apt-config", "dump"]).splitlines()
+            if re.match(r"Acquire::(https?|Retries|ForceIPv\d)\b", line)
+        ]
+        own = {
+            "APT::Architecture": self.arch,
+            "APT::Architectures::": self.arch,
+            "APT::Sandbox::User": "root",
+            "Dir::Etc": f"{self.home}/etc",
+            "Dir::State::lists": f"{self.home}/lists",
+            "Dir::State::status": f"{self.home}/status",
+            "Dir::Cache": f"{self.home}/cache",
+            "Acquire::Languages": "none",
+        }
+        lines = [*transport, *(f'{key} "{value}";' for key, value in own.items())]
+        self.config.write_text("\n".join(lines) + "\n")
+
+    def update(self) -> None:
+        """Fetch the suite's package list, unless that was done in the last day."""
+        if self._updated:
+            return
+        if not KEYRING.exists():
+            raise LabError(f"{KEYRING} is missing: install debian-archive-keyring")
+        with cache.lock(f"apt-{self.name}-{self.arch}"):
+            stamp = self.home / "updated"
+            source = self.source()
+            known = stamp.read_text() if stamp.exists() else ""
+            if known != source or time.time() - stamp.stat().st_mtime > FRESH:
+                try:
+                    with step(f"package list of {self.name} ({self.arch})"):
+                        self._fetch_lists(source)
+                except LabError as error:
+                    if known != source:
+                        raise
+                    say(f"{error}; going on with the list of {self.name} fetched earlier")
+                else:
+                    stamp.write_text(source)
+        self._updated = True
+
+    def _fetch_lists(self, source: str) -> None:
+        self._configure(source)
+        command = ["apt-get", "update", "-q", "--error-on=any"]
+        try:
+            _output(command, self.config)
+        except LabError as error:
+            if UNKNOWN_KEY.search(str(error)):
+                raise LabError(
+                    f"the host's debian-archive-keyring does not know {self.name}'s keys: upgrade it"
+                ) from error
+            if not EXPIRED.search(str(error)):
+                raise
+            say(f"{self.name}'s release file here is past its date; its signature is still checked")
+            self._configure(self.source(expired=True))
+            _output(command, self.config)
+
+    def packages(self, pattern: str) -> list[Package]:
+        """The packages whose names match a regular expression; none is no error."""
+        self.update()
+        with contextlib.suppress(LabError):
+            return list(parse(_output(["apt-cache", "show", pattern], self.config)))
+        return []
+
+    def download(self, names: list[str], into: Path) -> list[Path]:
+        """The .deb files of `names` ("package" or "package=version"), checked, in `into`."""
+        self.update()
+        into.mkdir(parents=True, exist_ok=True)
+        command = ["apt-get", "download", "-q", *names]
+        environment = os.environ | {"LC_ALL": "C", "APT_CONFIG": str(self.config)}
+        done = subprocess.run(command, cwd=into, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise LabError(f"cannot download {' '.join(names)}: {done.stderr.strip()[-300:]}")
+        return sorted(into.glob("*.deb"))
+
+    def unpack(self, names: list[str], into: Path, what: str, size: int = 0) -> None:
+        """Download packages and unpack them into a directory, without installing them."""
+        debs = into / ".debs"
+        with step(f"{what} from {self.name}" + (f" ({megabytes(size)})" if size else "")):
+            for deb in self.download(names, debs):
+                _output(["dpkg-deb", "-x", str(deb), str(into)])
+                deb.unlink()
+            debs.rmdir()

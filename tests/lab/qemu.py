@@ -1,0 +1,131 @@
+"""Which QEMU to run and with what arguments.
+
+Debian 12's QEMU 7.2 kills some boots of 7.3 kernels (an int3 oops where static keys are patched),
+so there the one of bookworm-backports is used: unpacked in the cache, beside the system's, never
+installed. Elsewhere the host's own serves.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.lab import cache
+from tests.lab.config import Arch, Row
+from tests.lab.errors import LabError
+from tests.lab.mirror import Suite
+from tests.lab.progress import say
+
+GOOD = 10
+BACKPORTS = "bookworm-backports"
+
+
+@dataclass(frozen=True)
+class Qemu:
+    """A QEMU that runs here."""
+
+    program: Path
+    version: str
+    firmware: tuple[Path, ...] = ()
+
+    @property
+    def command(self) -> list[str]:
+        """The program and where its firmware is."""
+        options = [("-L", str(path)) for path in self.firmware]
+        return [str(self.program), *(word for option in options for word in option)]
+
+
+def _version(program: str | Path) -> str:
+    """The version a QEMU says it is, "" if it does not run."""
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=30)
+    except OSError:
+        return ""
+    found = re.search(r"version (\d+[\d.]*)", done.stdout)
+    return found[1] if found else ""
+
+
+def _host_arch() -> str:
+    done = subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def find(arch: Arch) -> Qemu:
+    """The QEMU for machines of `arch`."""
+    own = shutil.which(arch.qemu)
+    version = _version(own) if own else ""
+    if own and int(version.partition(".")[0] or 0) >= GOOD:
+        return Qemu(Path(own), version)
+    if not own:
+        raise LabError(f"{arch.qemu} is not installed: run `sh tests/lab/setup.sh`")
+    os_release = Path("/etc/os-release")
+    if not os_release.exists() or "VERSION_CODENAME=bookworm" not in os_release.read_text():
+        say(f"QEMU {version} here is older than {GOOD}: newest kernels may die in it")
+        return Qemu(Path(own), version)
+    return _backported(arch)
+
+
+def _backported(arch: Arch) -> Qemu:
+    suite = Suite(BACKPORTS, _host_arch())
+    names = [arch.qemu_package, "qemu-system-data"]
+    listed = {one.name: one for one in suite.packages(f"^({'|'.join(names)})$")}
+    missing = [name for name in names if name not in listed]
+    if missing:
+        raise LabError(f"{BACKPORTS} has no {', '.join(missing)}")
+    wanted = [f"{name}={listed[name].version}" for name in names]
+
+    def build(directory: Path) -> None:
+        size = sum(listed[name].size for name in names)
+        suite.unpack(wanted, directory, "QEMU", size)
+
+    home = cache.entry(f"qemu-{arch.name}", cache.digest(wanted), build)
+    program = home / "usr/bin" / arch.qemu
+    version = _version(program)
+    if not version:
+        raise LabError(f"QEMU of {BACKPORTS} does not run here: see `{program} --version`")
+    share = [home / "usr/share/qemu", Path("/usr/share/seabios"), Path("/usr/share/qemu")]
+    return Qemu(program, version, tuple(path for path in share if path.exists()))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The files a machine is made of; everything but `work` is shared between machines."""
+
+    image: Path
+    initramfs: Path
+    root: Path
+    modules: Path
+    layer: Path
+    share: Path
+    work: Path
+
+
+def arguments(qemu: Qemu, row: Row, parts: Parts, memory: str, cmdline: str) -> list[str]:
+    """The whole command line of a machine."""
+    kernel_arguments = f"console={row.arch.console} panic=-1 oops=panic {cmdline}".strip()
+    command = [
+        *qemu.command,
+        *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+        *row.arch.options,
+        *("-smp", "2", "-m", memory),
+        *("-kernel", str(parts.image), "-initrd", str(parts.initramfs)),
+        *("-append", kernel_arguments),
+        *("-serial", f"file:{parts.work}/console.log"),
+        *("-qmp", f"unix:{parts.work}/qmp.sock,server=on,wait=off"),
+        *("-drive", f"file={parts.root},format=raw,if=none,id=root,readonly=on,file.locking=off"),
+        *("-device", "virtio-blk-pci,drive=root"),
+        *("-device", "virtio-serial-pci"),
+        *("-chardev", f"socket,id=agent,path={parts.work}/agent.sock,server=on,wait=off"),
+        *("-device", "virtserialport,chardev=agent,name=kvmtrace.lab"),
+    ]
+    for tag, path, mode in (
+        ("layer", parts.layer, ",readonly=on"),
+        ("modules", parts.modules, ",readonly=on"),
+        ("share", parts.share, ""),
+    ):
+        command += ["-fsdev", f"local,id={tag},path={path},security_model=none{mode}"]
+        command += ["-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
+    return command

@@ -1,0 +1,111 @@
+"""Root file systems: Debian packages and kvmtrace's dependencies, as read-only ext4 images.
+
+An image rather than a directory over 9p: Python and LLVM open hundreds of files, and each of them
+would be a round trip through the emulated machine. Any number of machines share one image.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+from tests.lab import cache
+from tests.lab.config import PROJECT, Row
+from tests.lab.errors import LabError
+from tests.lab.mirror import Suite
+from tests.lab.progress import step
+
+LIBRARY = "/opt/kvmtrace/lib"
+"""Where kvmtrace and what it depends on are in a machine; a .pth file makes Python look there."""
+
+PTH = "usr/lib/python3/dist-packages/kvmtrace-lab.pth"
+LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
+FORMAT = 1
+"""To be raised when `_build` changes what it makes."""
+
+
+def dependencies() -> list[str]:
+    """What kvmtrace's wheel requires from PyPI, as pyproject.toml says."""
+    path = PROJECT / "pyproject.toml"
+    if not path.exists():
+        return []
+    project = tomllib.loads(path.read_text()).get("project", {})
+    extras = project.get("optional-dependencies", {})
+    development = {"dev", "test", "tests", "lint", "docs", "bench", "dashboards"}
+    wanted = list(project.get("dependencies", []))
+    for name, requirements in extras.items():
+        if name not in development:
+            wanted += requirements
+    return sorted(one for one in wanted if not one.startswith("kvmtrace"))
+
+
+def image(row: Row) -> Path:
+    """The root image of `row`, made if it is not there."""
+    suite = Suite(row.root.suite, row.arch.name)
+    key = cache.digest(FORMAT, row.root.packages, row.root.suite, row.arch.name, dependencies())
+    home = cache.entry(
+        f"root-{row.root.name}-{row.arch.name}", key, lambda path: _build(row, suite, path)
+    )
+    return home / "root.img"
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise LabError(f"{command[0]} is not installed: run `sh tests/lab/setup.sh`") from None
+    if done.returncode:
+        raise LabError(f"{command[0]} failed: {(done.stderr or done.stdout).strip()[-600:]}")
+
+
+def pip_install(arguments: list[str], target: Path) -> None:
+    """Install from PyPI into a directory, wheels only."""
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    _run([*pip, "--no-compile", "--only-binary=:all:", f"--target={target}", *arguments])
+
+
+def _build(row: Row, suite: Suite, directory: Path) -> None:
+    source = suite.current_source
+    with tempfile.TemporaryDirectory(dir=directory, prefix="work-") as name:
+        work = Path(name)
+        extra = work / "extra"
+        (extra / LIBRARY[1:]).mkdir(parents=True)
+        (extra / PTH).parent.mkdir(parents=True)
+        (extra / PTH).write_text(LIBRARY + "\n")
+        if dependencies():
+            with step(f"kvmtrace's dependencies ({', '.join(dependencies())})"):
+                pip_install(dependencies(), extra / LIBRARY[1:])
+        with step(f"root {row.root.name} ({row.arch.name}): {len(row.root.packages)} packages"):
+            _run(
+                [
+                    "mmdebstrap",
+                    "--variant=apt",
+                    f"--architectures={row.arch.name}",
+                    f"--include={','.join(row.root.packages)}",
+                    *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT),
+                    f"--customize-hook=sync-in {extra} /",
+                    f'--customize-hook=chroot "$1" python3 -m compileall -q {LIBRARY}',
+                    row.root.suite,
+                    str(work / "root.tar"),
+                    source,
+                ]
+            )
+        with step(f"root {row.root.name}: image"):
+            _image(work / "root.tar", work / "tree", directory / "root.img")
+
+
+def _image(archive: Path, tree: Path, into: Path) -> None:
+    """An ext4 image from a tar archive; without root, fakeroot keeps owners and devices."""
+    tree.mkdir()
+    size = int(archive.stat().st_size * 1.25) + (64 << 20)
+    script = (
+        'set -e; tar --numeric-owner -xpf "$0" -C "$1"; '
+        'mke2fs -q -F -t ext4 -O ^has_journal -m 0 -d "$1" "$2" "$3"'
+    )
+    command = ["sh", "-c", script, str(archive), str(tree), str(into), f"{size >> 10}k"]
+    _run(command if os.geteuid() == 0 else ["fakeroot", *command])
+    archive.unlink()
