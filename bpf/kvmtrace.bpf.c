@@ -1,0 +1,685 @@
+/* The eBPF side of kvmtrace, as bcc compiles it (no kernel headers: see stubs/).
+ *
+ * sources/bpf.py passes, as -D macros read from BTF:
+ *   OFF_struct_member  byte offset, or -1 where this kernel has no such member
+ *   SIZE_struct        bytes
+ *   NARGS_probe        number of arguments of the probe's target (its return value comes after)
+ *   FN_probe           the name that tells bcc where to attach an fentry/fexit program, if it can
+ * Everything else reaches a target by kprobe and kretprobe, through the kp_* functions.
+ */
+#include "record.h"
+
+#define EINTR_ 4
+#define EAGAIN_ 11
+#define EFAULT_ 14
+#define EHWPOISON_ 133
+#define KVM_EXIT_MEMORY_FAULT_ 39
+#define KVM_PFN_ERR_HWPOISON_ 0x7ff0000000000001ULL /* include/linux/kvm_host.h */
+
+/* A key's first exit is told at once, later ones at most this often; the counters have them all. */
+#define TELL_EVERY_NS 200000000ULL
+/* Over all keys together: this many events in a window of 100 ms. */
+#define TELL_BURST 200
+
+BPF_RINGBUF_OUTPUT(ring, RING_PAGES);
+BPF_TABLE("hash", struct exit_key, struct exit_count, exits, MAX_KEYS);
+BPF_TABLE("hash", struct exit_key, struct exit_count, overflow, MAX_OVERFLOW);
+BPF_TABLE("array", u32, u64, lost, LOST_PLACES);
+BPF_TABLE("lru_hash", u64, u64, generation, 65536);
+BPF_TABLE("array", u32, u64, generations, 1);
+
+/* Per thread: what kvm_gmem_get_pfn answered last when it failed, until a fault takes it up. */
+struct gmem_fail {
+	u64 kvm;
+	u64 gfn;
+	u64 exits;  /* the running vCPU's count of exits, or 0 */
+	u64 pfn_at; /* where the pfn was to be written: into the fault that asked */
+	s32 ret;
+	u32 pad;
+};
+BPF_TABLE("lru_hash", u32, struct gmem_fail, gmem_fails, 8192);
+
+/* Per thread: the fault that failed last, until KVM_RUN's return takes it up. */
+struct fault {
+	u64 vcpu;
+	u64 exits; /* vcpu->stat.exits: no guest entry lies between this fault and the return */
+	u64 gfn;
+	s32 gmem;
+	u32 access;
+};
+BPF_TABLE("lru_hash", u32, struct fault, faults, 8192);
+
+/* Per thread: from kvm_gmem_error_folio to the verdict that follows it. */
+BPF_TABLE("lru_hash", u32, struct gmem_walk, walks, 256);
+BPF_TABLE("percpu_array", u32, struct gmem_walk, walk_scratch, 1);
+
+struct tell_budget {
+	u64 since;
+	u64 left;
+};
+BPF_TABLE("array", u32, struct tell_budget, budget, 1);
+
+static __always_inline u64 word(u64 at)
+{
+	u64 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)at);
+	return value;
+}
+
+static __always_inline u32 half(u64 at)
+{
+	u32 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)at);
+	return value;
+}
+
+static __always_inline u8 byte(u64 at)
+{
+	u8 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)at);
+	return value;
+}
+
+static __always_inline void lose(u32 place)
+{
+	u64 *count = lost.lookup(&place);
+
+	if (count)
+		__sync_fetch_and_add(count, 1);
+}
+
+/* A struct kvm's address is used again; together with the number of the last destruction seen at
+ * that address it is not. */
+static __always_inline u64 gen_of(u64 kvm)
+{
+	u64 *gen = generation.lookup(&kvm);
+
+	return gen ? *gen : 0;
+}
+
+static __always_inline void fill(struct header *h, u32 type, u64 kvm)
+{
+	u64 id = bpf_get_current_pid_tgid();
+
+	h->ts = bpf_ktime_get_ns();
+	h->kvm = kvm;
+	h->gen = kvm ? gen_of(kvm) : 0;
+	h->type = type;
+	h->tid = (u32)id;
+	h->tgid = id >> 32;
+	h->cpu = bpf_get_smp_processor_id();
+}
+
+#define TELL(record)                                                     \
+	do {                                                             \
+		if (ring.ringbuf_output(&(record), sizeof(record), 0))   \
+			lose(LOST_RING);                                 \
+	} while (0)
+
+/* The vCPU that this CPU is running, if the current thread is in KVM_RUN: virt/kvm/kvm_main.c keeps
+ * it per CPU and clears it when the thread is scheduled out. */
+static __always_inline u64 running_vcpu(void)
+{
+#ifdef SYM_KVM_RUNNING_VCPU
+	u64 cpu = bpf_get_smp_processor_id();
+
+	return word(SYM_KVM_RUNNING_VCPU + word(SYM_PER_CPU_OFFSET + cpu * 8));
+#else
+	return 0;
+#endif
+}
+
+static __always_inline u64 exits_of(u64 vcpu)
+{
+	if (OFF_kvm_vcpu_stat_exits < 0 || !vcpu)
+		return 0;
+	return word(vcpu + OFF_kvm_vcpu_stat_exits);
+}
+
+static __always_inline int may_tell(u64 now)
+{
+	u32 zero = 0;
+	struct tell_budget *b = budget.lookup(&zero);
+
+	if (!b)
+		return 0;
+	if (now - b->since > 100000000ULL) {
+		b->since = now;
+		b->left = TELL_BURST;
+	}
+	if (!b->left)
+		return 0;
+	b->left--;
+	return 1;
+}
+
+/* ---- run: KVM_RUN came back ---- */
+
+static __always_inline int on_run_failed(u64 vcpu, int ret)
+{
+	struct exit_key key = {};
+	struct exit_count zero = {}, *count;
+	struct exit_record record = {};
+	u32 tid = (u32)bpf_get_current_pid_tgid();
+	struct fault *fault;
+	u64 run, now;
+	int first;
+
+	key.kvm = word(vcpu + OFF_kvm_vcpu_kvm);
+	key.gen = gen_of(key.kvm);
+	key.vcpu = half(vcpu + OFF_kvm_vcpu_vcpu_id);
+	key.ret = ret;
+	key.gfn = NO_GFN;
+	key.gmem = WATCH_GMEM ? 0 : GMEM_NOT_WATCHED;
+	run = word(vcpu + OFF_kvm_vcpu_run);
+	key.reason = half(run + OFF_kvm_run_exit_reason);
+	/* Only then is the union a memory_fault (api.rst); else it is another exit's leftovers. */
+	if (key.reason == KVM_EXIT_MEMORY_FAULT_ && (ret == -EFAULT_ || ret == -EHWPOISON_) &&
+	    OFF_kvm_run_memory_fault >= 0) {
+		key.annotated = 1;
+		key.flags = word(run + OFF_kvm_run_memory_fault);
+		key.gpa = word(run + OFF_kvm_run_memory_fault + 8);
+		key.size = word(run + OFF_kvm_run_memory_fault + 16);
+	}
+
+	fault = faults.lookup(&tid);
+	if (fault) {
+		u64 exits = exits_of(vcpu);
+		/* The same vCPU and, since it was recorded, no further exit: then no guest entry. Where
+		 * exits aren't counted the annotation has to confirm the page. */
+		int same = OFF_kvm_vcpu_stat_exits >= 0 ?
+				   fault->exits == exits :
+				   key.annotated && fault->gfn == key.gpa >> PAGE_SHIFT_;
+
+		if (fault->vcpu == vcpu && same) {
+			key.gfn = fault->gfn;
+			key.gmem = fault->gmem;
+			key.access = fault->access;
+		}
+		faults.delete(&tid);
+	}
+	gmem_fails.delete(&tid);
+
+	now = bpf_ktime_get_ns();
+	count = exits.lookup(&key);
+	first = !count;
+	if (first) {
+		exits.insert(&key, &zero);
+		count = exits.lookup(&key);
+	}
+	if (!count) {
+		/* The map is full. Stay exact per VM and errno; give up the rest, and say so. */
+		lose(LOST_KEYS);
+		key.gpa = key.size = key.flags = 0;
+		key.gfn = NO_GFN;
+		key.vcpu = ~0U;
+		key.access = 0;
+		key.annotated = 0;
+		key.reason = ~0U;
+		count = overflow.lookup_or_try_init(&key, &zero);
+		if (!count) {
+			lose(LOST_COUNTS);
+			return 0;
+		}
+	}
+	__sync_fetch_and_add(&count->total, 1);
+	count->last_ts = now;
+	count->tid = tid;
+	count->tgid = bpf_get_current_pid_tgid() >> 32;
+	if (!first && now - count->told_ts < TELL_EVERY_NS)
+		return 0;
+	if (!may_tell(now))
+		return 0;
+	count->told_ts = now;
+	fill(&record.h, RECORD_EXIT, key.kvm);
+	record.key = key;
+	record.total = count->total;
+	TELL(record);
+	return 0;
+}
+
+static __always_inline int on_run(u64 vcpu, int ret)
+{
+	if (ret >= 0)
+		return 0;
+	/* A signal is pending, or the vCPU is not started yet: ordinary life. */
+	if (ret == -EINTR_ || ret == -EAGAIN_)
+		return 0;
+	return on_run_failed(vcpu, ret);
+}
+
+/* ---- gmem: kvm_gmem_get_pfn(kvm, slot, gfn, pfn, ...) failed ---- */
+
+static __always_inline int on_gmem(u64 kvm, u64 gfn, u64 pfn_at, int ret)
+{
+	u32 tid;
+	struct gmem_fail fail = {};
+
+	if (ret >= 0)
+		return 0;
+	tid = (u32)bpf_get_current_pid_tgid();
+	fail.kvm = kvm;
+	fail.gfn = gfn;
+	fail.pfn_at = pfn_at;
+	fail.exits = exits_of(running_vcpu());
+	fail.ret = ret;
+	gmem_fails.update(&tid, &fail);
+	return 0;
+}
+
+/* ---- faultin: the fault handler on x86, (vcpu, fault, ...) ---- */
+
+static __always_inline u32 access_of(u64 fault)
+{
+	u32 access = ACCESS_KNOWN;
+
+	if (OFF_kvm_page_fault_write < 0 || OFF_kvm_page_fault_exec < 0)
+		return 0;
+	if (byte(fault + OFF_kvm_page_fault_write))
+		access |= ACCESS_WRITE;
+	else if (byte(fault + OFF_kvm_page_fault_exec))
+		access |= ACCESS_EXEC;
+	else
+		access |= ACCESS_READ;
+	if (OFF_kvm_page_fault_is_private >= 0 && byte(fault + OFF_kvm_page_fault_is_private))
+		access |= ACCESS_PRIVATE;
+	return access;
+}
+
+static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret)
+{
+	struct gmem_fail *gmem;
+	struct fault state = {};
+	u32 tid;
+
+	if (ret == 0) /* RET_PF_CONTINUE */
+		return 0;
+	tid = (u32)bpf_get_current_pid_tgid();
+	if (ret > 0) {
+		struct fault_record record = {};
+		u64 slot;
+
+		if (OFF_kvm_page_fault_pfn < 0 ||
+		    word(fault + OFF_kvm_page_fault_pfn) != KVM_PFN_ERR_HWPOISON_)
+			return 0;
+		fill(&record.h, RECORD_FAULT, word(vcpu + OFF_kvm_vcpu_kvm));
+		record.vcpu = half(vcpu + OFF_kvm_vcpu_vcpu_id);
+		record.gfn = word(fault + OFF_kvm_page_fault_gfn);
+		record.access = access_of(fault);
+		slot = OFF_kvm_page_fault_slot >= 0 ? word(fault + OFF_kvm_page_fault_slot) : 0;
+		if (slot)
+			record.hva = word(slot + OFF_kvm_memory_slot_userspace_addr) +
+				     ((record.gfn - word(slot + OFF_kvm_memory_slot_base_gfn))
+				      << PAGE_SHIFT_);
+		TELL(record);
+		return 0;
+	}
+	state.vcpu = vcpu;
+	state.exits = exits_of(vcpu);
+	state.gfn = OFF_kvm_page_fault_gfn >= 0 ? word(fault + OFF_kvm_page_fault_gfn) : NO_GFN;
+	state.access = access_of(fault);
+	state.gmem = WATCH_GMEM ? 0 : GMEM_NOT_WATCHED;
+	gmem = gmem_fails.lookup(&tid);
+	if (gmem) {
+		/* Asked for this fault: it was to answer into this very fault, for this gfn, and the
+		 * vCPU has not been in the guest since. */
+		int same = gmem->gfn == state.gfn &&
+			   (OFF_kvm_page_fault_pfn < 0 ||
+			    gmem->pfn_at == fault + OFF_kvm_page_fault_pfn) &&
+			   (!gmem->exits || gmem->exits == state.exits);
+
+		if (same)
+			state.gmem = gmem->ret;
+		gmem_fails.delete(&tid);
+	}
+	faults.update(&tid, &state);
+	return 0;
+}
+
+/* The process that runs a VM. kvm->userspace_pid is the thread that created it, which may be gone
+ * or may have given the VM away; the mm's owner is the process itself, where the kernel keeps it. */
+static __always_inline u32 pid_of(u64 kvm)
+{
+	u64 mm, task;
+
+	if (OFF_kvm_mm >= 0 && OFF_mm_struct_owner >= 0) {
+		mm = word(kvm + OFF_kvm_mm);
+		task = mm ? word(mm + OFF_mm_struct_owner) : 0;
+		if (task)
+			return half(task + OFF_task_struct_tgid);
+	}
+	return OFF_kvm_userspace_pid >= 0 ? half(kvm + OFF_kvm_userspace_pid) : 0;
+}
+
+/* ---- gmem_error: kvm_gmem_error_folio(mapping, folio), and from there to VMs and gfns ---- */
+
+/* An entry of an xarray (include/linux/xarray.h): nodes end in binary 10 and are large, siblings end
+ * in 10 and are small, slots are pointers. */
+static __always_inline u64 xa_load_(u64 xarray, u64 index)
+{
+	u64 entry = word(xarray + OFF_xarray_xa_head);
+	int depth;
+
+#pragma unroll
+	for (depth = 0; depth < 11; depth++) {
+		u64 node, shift, at;
+
+		if ((entry & 3) != 2 || entry <= 4096)
+			break;
+		node = entry & ~3ULL;
+		shift = byte(node + OFF_xa_node_shift) & 63;
+		if (depth == 0 && shift < 58 && index >> (shift + 6))
+			return 0;
+		at = (index >> shift) & 63;
+		entry = word(node + OFF_xa_node_slots + at * 8);
+		if ((entry & 3) == 2 && (entry >> 2) < 64)
+			entry = word(node + OFF_xa_node_slots + (entry >> 2) * 8);
+		if (!entry)
+			return 0;
+	}
+	return entry & 3 ? 0 : entry;
+}
+
+static __always_inline int on_gmem_error(u64 mapping, u64 folio)
+{
+	u32 zero = 0, tid = (u32)bpf_get_current_pid_tgid();
+	struct gmem_walk *walk = walk_scratch.lookup(&zero);
+	u64 inode, head, entry;
+	u32 n = 0;
+	int i;
+
+	if (!walk)
+		return 0;
+	inode = word(mapping + OFF_address_space_host);
+	walk->inode = OFF_inode_i_ino >= 0 ? word(inode + OFF_inode_i_ino) : 0;
+	walk->index = word(folio + OFF_folio_index);
+	walk->seen = 1;
+	walk->complete = 0;
+	walk->nr_owners = 0;
+	if (OFF_gmem_inode_gmem_file_list >= 0)
+		head = inode - OFF_gmem_inode_vfs_inode + OFF_gmem_inode_gmem_file_list;
+	else if (OFF_address_space_i_private_list >= 0)
+		head = mapping + OFF_address_space_i_private_list;
+	else
+		goto out;
+	if (OFF_gmem_file_entry < 0 || OFF_kvm_memory_slot_gmem_pgoff < 0)
+		goto out;
+	entry = word(head);
+	for (i = 0; i < MAX_OWNERS; i++) {
+		u64 file, slot, pgoff;
+
+		if (!entry || entry == head)
+			break;
+		file = entry - OFF_gmem_file_entry;
+		slot = xa_load_(file + OFF_gmem_file_bindings, walk->index);
+		if (slot && n < MAX_OWNERS) {
+			struct owner *owner = &walk->owners[n & (MAX_OWNERS - 1)];
+			u64 page;
+
+			pgoff = word(slot + OFF_kvm_memory_slot_gmem_pgoff);
+			page = walk->index - pgoff;
+			owner->kvm = word(file + OFF_gmem_file_kvm);
+			owner->gen = gen_of(owner->kvm);
+			owner->gfn = word(slot + OFF_kvm_memory_slot_base_gfn) + page;
+			owner->pid = pid_of(owner->kvm);
+			owner->hva = word(slot + OFF_kvm_memory_slot_userspace_addr);
+			if (owner->hva)
+				owner->hva += page << PAGE_SHIFT_;
+			n++;
+		}
+		entry = word(entry);
+	}
+	walk->nr_owners = n;
+	walk->complete = entry == head;
+out:
+	walks.update(&tid, walk);
+	return 0;
+}
+
+/* ---- poison: ras:memory_failure_event(pfn, type, result) ---- */
+
+static __always_inline int on_poison(u64 pfn, int page_type, int result)
+{
+	u32 tid = (u32)bpf_get_current_pid_tgid();
+	struct gmem_walk *walk = walks.lookup(&tid);
+	struct poison_record record = {};
+
+	fill(&record.h, RECORD_POISON, 0);
+	record.pfn = pfn;
+	record.page_type = page_type;
+	record.result = result;
+	if (walk) {
+		record.gmem = *walk;
+		walks.delete(&tid);
+	}
+	TELL(record);
+	return 0;
+}
+
+/* ---- sigbus: force_sig_mceerr(code, addr, lsb), send_sig_mceerr(code, addr, lsb, task) ---- */
+
+static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task)
+{
+	struct sigbus_record record = {};
+	u64 vcpu = running_vcpu();
+
+	fill(&record.h, RECORD_SIGBUS, vcpu ? word(vcpu + OFF_kvm_vcpu_kvm) : 0);
+	record.hva = hva;
+	record.code = code;
+	record.lsb = (short)lsb;
+#ifdef SYM_KVM_RUNNING_VCPU
+	record.vcpu = vcpu ? half(vcpu + OFF_kvm_vcpu_vcpu_id) : -1;
+#else
+	record.vcpu = -2;
+#endif
+	record.target_tid = task ? half(task + OFF_task_struct_pid) : record.h.tid;
+	record.target_tgid = task ? half(task + OFF_task_struct_tgid) : record.h.tgid;
+	TELL(record);
+	return 0;
+}
+
+/* ---- mce: mce:mce_record(struct mce_hw_err * or struct mce *) ---- */
+
+static __always_inline int on_mce(u64 mce)
+{
+	struct mce_record_ record = {};
+
+	if (OFF_mce_status < 0)
+		return 0;
+	fill(&record.h, RECORD_MCE, 0);
+	record.status = word(mce + OFF_mce_status);
+	record.addr = word(mce + OFF_mce_addr);
+	record.misc = word(mce + OFF_mce_misc);
+	record.bank = byte(mce + OFF_mce_bank);
+	record.mce_cpu = half(mce + OFF_mce_extcpu);
+	record.socket = half(mce + OFF_mce_socketid);
+	TELL(record);
+	return 0;
+}
+
+/* ---- vm_new, vm_gone ---- */
+
+static __always_inline int on_vm(u64 kvm, u32 type)
+{
+	struct vm_record record = {};
+
+	fill(&record.h, type, kvm);
+	bpf_get_current_comm(record.comm, sizeof(record.comm));
+	TELL(record);
+	if (type == RECORD_VM_GONE) {
+		u32 zero = 0;
+		u64 *last = generations.lookup(&zero), next;
+
+		if (last) {
+			__sync_fetch_and_add(last, 1);
+			next = *last;
+			generation.update(&kvm, &next);
+		}
+	}
+	return 0;
+}
+
+/* ---- where the programs enter: fentry and fexit ---- */
+
+typedef unsigned long long args_t;
+
+#ifdef FN_run
+int FN_run(args_t *ctx)
+{
+	return on_run(ctx[0], (int)ctx[NARGS_run]);
+}
+#endif
+#ifdef FN_gmem
+int FN_gmem(args_t *ctx)
+{
+	return on_gmem(ctx[0], ctx[2], ctx[3], (int)ctx[NARGS_gmem]);
+}
+#endif
+#ifdef FN_faultin
+int FN_faultin(args_t *ctx)
+{
+	return on_faultin(ctx[0], ctx[1], (int)ctx[NARGS_faultin]);
+}
+#endif
+#ifdef FN_gmem_error
+int FN_gmem_error(args_t *ctx)
+{
+	return on_gmem_error(ctx[0], ctx[1]);
+}
+#endif
+#ifdef FN_sigbus
+int FN_sigbus(args_t *ctx)
+{
+	return on_sigbus((int)ctx[0], ctx[1], (int)ctx[2], ctx[3]);
+}
+#endif
+#ifdef FN_sigbus_forced
+int FN_sigbus_forced(args_t *ctx)
+{
+	return on_sigbus((int)ctx[0], ctx[1], (int)ctx[2], 0);
+}
+#endif
+#ifdef FN_vm_new
+int FN_vm_new(args_t *ctx)
+{
+	return (int)ctx[NARGS_vm_new] ? 0 : on_vm(ctx[0], RECORD_VM_NEW);
+}
+#endif
+#ifdef FN_vm_gone
+int FN_vm_gone(args_t *ctx)
+{
+	return on_vm(ctx[0], RECORD_VM_GONE);
+}
+#endif
+
+/* ---- raw tracepoints ---- */
+
+int tp_poison(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_poison(ctx->args[0], (int)ctx->args[1], (int)ctx->args[2]);
+}
+
+int tp_mce(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_mce(ctx->args[0]);
+}
+
+/* ---- kprobes, and kretprobes with the arguments kept from the entry ---- */
+
+struct kept {
+	u64 a, b, c;
+};
+BPF_TABLE("lru_hash", u32, struct kept, kept_run, 16384);
+BPF_TABLE("lru_hash", u32, struct kept, kept_gmem, 16384);
+BPF_TABLE("lru_hash", u32, struct kept, kept_faultin, 16384);
+BPF_TABLE("lru_hash", u32, struct kept, kept_vm_new, 1024);
+
+#define KEEP(map, x, y, z)                                       \
+	do {                                                     \
+		struct kept args = { x, y, z };                  \
+		u32 tid = (u32)bpf_get_current_pid_tgid();       \
+		map.update(&tid, &args);                         \
+	} while (0)
+
+int kp_run(struct pt_regs *ctx)
+{
+	KEEP(kept_run, PT_REGS_PARM1(ctx), 0, 0);
+	return 0;
+}
+
+int kr_run(struct pt_regs *ctx)
+{
+	u32 tid = (u32)bpf_get_current_pid_tgid();
+	struct kept *args;
+
+	if ((int)PT_REGS_RC(ctx) >= 0)
+		return 0;
+	args = kept_run.lookup(&tid);
+	return args ? on_run(args->a, (int)PT_REGS_RC(ctx)) : 0;
+}
+
+int kp_gmem(struct pt_regs *ctx)
+{
+	KEEP(kept_gmem, PT_REGS_PARM1(ctx), PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx));
+	return 0;
+}
+
+int kr_gmem(struct pt_regs *ctx)
+{
+	u32 tid = (u32)bpf_get_current_pid_tgid();
+	struct kept *args = kept_gmem.lookup(&tid);
+
+	return args ? on_gmem(args->a, args->b, args->c, (int)PT_REGS_RC(ctx)) : 0;
+}
+
+int kp_faultin(struct pt_regs *ctx)
+{
+	KEEP(kept_faultin, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0);
+	return 0;
+}
+
+int kr_faultin(struct pt_regs *ctx)
+{
+	u32 tid = (u32)bpf_get_current_pid_tgid();
+	struct kept *args = kept_faultin.lookup(&tid);
+
+	return args ? on_faultin(args->a, args->b, (int)PT_REGS_RC(ctx)) : 0;
+}
+
+int kp_vm_new(struct pt_regs *ctx)
+{
+	KEEP(kept_vm_new, PT_REGS_PARM1(ctx), 0, 0);
+	return 0;
+}
+
+int kr_vm_new(struct pt_regs *ctx)
+{
+	u32 tid = (u32)bpf_get_current_pid_tgid();
+	struct kept *args = kept_vm_new.lookup(&tid);
+
+	return args && !(int)PT_REGS_RC(ctx) ? on_vm(args->a, RECORD_VM_NEW) : 0;
+}
+
+int kp_gmem_error(struct pt_regs *ctx)
+{
+	return on_gmem_error(PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx));
+}
+
+int kp_sigbus(struct pt_regs *ctx)
+{
+	return on_sigbus((int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), (int)PT_REGS_PARM3(ctx),
+			 PT_REGS_PARM4(ctx));
+}
+
+int kp_sigbus_forced(struct pt_regs *ctx)
+{
+	return on_sigbus((int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), (int)PT_REGS_PARM3(ctx), 0);
+}
+
+int kp_vm_gone(struct pt_regs *ctx)
+{
+	return on_vm(PT_REGS_PARM1(ctx), RECORD_VM_GONE);
+}

@@ -1,0 +1,136 @@
+/* What crosses from the kernel to sources/bpf.py: one header, one body per type.
+ * Laid out without holes; sources/bpf_records.py mirrors it field by field. */
+#ifndef KVMTRACE_RECORD_H
+#define KVMTRACE_RECORD_H
+
+enum record_type {
+	RECORD_EXIT = 1,   /* a failed KVM_RUN: struct exit_record */
+	RECORD_POISON = 2, /* memory_failure's verdict on a page: struct poison_record */
+	RECORD_SIGBUS = 3, /* struct sigbus_record */
+	RECORD_FAULT = 4,  /* a fault on a poisoned HVA, after its SIGBUS: struct fault_record */
+	RECORD_MCE = 5,    /* struct mce_record_ */
+	RECORD_VM_NEW = 6, /* struct vm_record */
+	RECORD_VM_GONE = 7 /* struct vm_record */
+};
+
+struct header {
+	u64 ts;  /* CLOCK_MONOTONIC, ns */
+	u64 kvm; /* struct kvm *, 0 if not known */
+	u64 gen; /* with kvm: one VM; see gen_of() */
+	u32 type;
+	u32 tid;  /* the thread in which this happened */
+	u32 tgid; /* its process */
+	u32 cpu;
+};
+
+/* Access bits, and whether they are known. */
+#define ACCESS_READ 1
+#define ACCESS_WRITE 2
+#define ACCESS_EXEC 4
+#define ACCESS_PRIVATE 8
+#define ACCESS_KNOWN 16
+
+#define GMEM_NOT_WATCHED (-0x7fffffff) /* no probe could see kvm_gmem_get_pfn */
+#define NO_GFN (~0ULL)
+
+/* Everything that makes two exits "the same": the key of the exact counters. */
+struct exit_key {
+	u64 kvm;
+	u64 gen;
+	u64 gpa;   /* gpa, size, flags: 0 unless annotated */
+	u64 size;
+	u64 flags;
+	u64 gfn;   /* from the fault handler, NO_GFN if it was not seen */
+	s32 ret;   /* KVM_RUN's, negative errno */
+	u32 reason;
+	s32 gmem;  /* kvm_gmem_get_pfn's for this fault, 0: not asked, or GMEM_NOT_WATCHED */
+	u32 vcpu;
+	u32 access;
+	u32 annotated;
+};
+
+struct exit_count {
+	u64 total;
+	u64 last_ts;
+	u64 told_ts; /* when an event last went out for this key */
+	u32 tid;
+	u32 tgid;
+};
+
+struct exit_record {
+	struct header h;
+	struct exit_key key;
+	u64 total;
+};
+
+#define MAX_OWNERS 8
+struct owner {
+	u64 kvm;
+	u64 gen;
+	u64 gfn;
+	u64 hva;
+	u32 pid; /* process whose memory the VM lives in, 0 if not known */
+	u32 pad;
+};
+
+struct gmem_walk {
+	u64 inode;
+	u64 index;
+	u32 seen;     /* this poison came by way of guest_memfd */
+	u32 complete; /* the walk saw all bindings */
+	u32 nr_owners;
+	u32 pad;
+	struct owner owners[MAX_OWNERS];
+};
+
+struct poison_record {
+	struct header h;
+	u64 pfn;
+	s32 page_type;
+	s32 result;
+	struct gmem_walk gmem;
+};
+
+struct sigbus_record {
+	struct header h; /* kvm, gen: of the vCPU that runs in the sending thread, if any */
+	u64 hva;
+	s32 code;
+	s32 lsb;
+	u32 target_tid;
+	u32 target_tgid;
+	s32 vcpu; /* -1: the sending thread is in no KVM_RUN, -2: nobody could tell */
+	u32 pad;
+};
+
+struct fault_record {
+	struct header h;
+	u64 gfn;
+	u64 hva;
+	s32 vcpu;
+	u32 access;
+};
+
+struct mce_record_ {
+	struct header h;
+	u64 status;
+	u64 addr;
+	u64 misc;
+	u32 bank;
+	u32 mce_cpu;
+	u32 socket;
+	u32 pad;
+};
+
+struct vm_record {
+	struct header h;
+	char comm[16];
+};
+
+/* Where things are lost, indices into the map `lost`. */
+enum lost_place {
+	LOST_RING,     /* ring buffer full: an event was not told */
+	LOST_KEYS,     /* counter map full: counted per VM and errno only, without vCPU and gfn */
+	LOST_COUNTS,   /* counted nowhere */
+	LOST_PLACES
+};
+#endif

@@ -1,0 +1,124 @@
+"""VMs as a source meets them: ``struct kvm`` pointers and processes become VM keys.
+
+The address of a ``struct kvm`` is used again after kvm_destroy_vm, so a key belongs to one
+(pointer, generation); sources that count generations in the kernel pass them, others get a new key
+because ``gone`` forgot the old one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass
+
+from kvmtrace import identity
+from kvmtrace.events import Event, VmGone, VmSeen
+
+# kvm_destroy_vm runs after the process has closed its files; a VM whose process has been gone for
+# this long without it was missed.
+_MISSED_NS = 3_000_000_000
+
+
+@dataclass(slots=True)
+class _Known:
+    key: int
+    pid: int
+    struct: tuple[int, int] | None
+    named: bool
+    gone_since: int | None = None
+
+
+class VmTable:
+    """Hands out VM keys and the VmSeen and VmGone events that go with them.
+
+    Every method takes the time of the event that led to it, in nanoseconds since the epoch.
+    """
+
+    def __init__(self, proc: str = "/proc") -> None:
+        self._proc = proc
+        self._keys = itertools.count(1)
+        self._by_struct: dict[tuple[int, int], _Known] = {}
+        self._by_pid: dict[int, list[_Known]] = {}
+
+    def scan(self, ts: int) -> list[Event]:
+        """VMs that are there already, by their processes' file descriptors."""
+        events: list[Event] = []
+        for pid in identity.vm_processes(self._proc):
+            if not self._by_pid.get(pid):
+                events.append(self._add(pid, None, ts))
+        return events
+
+    def key(
+        self, struct: int, pid: int, ts: int, *, generation: int = 0, comm: str | None = None
+    ) -> tuple[int, list[Event]]:
+        """The key of the VM at address ``struct``, used by process ``pid``; VmSeen if it is new.
+
+        ``comm`` names it where the process has ended before anyone could look.
+        """
+        known = self._by_struct.get((struct, generation))
+        if known is None:
+            known = next((k for k in self._by_pid.get(pid, ()) if k.struct is None), None)
+            if known is not None:
+                known.struct = (struct, generation)
+                self._by_struct[known.struct] = known
+        if known is None:
+            event = self._add(pid, (struct, generation), ts, comm)
+            return event.vm, [event]
+        if not known.named:
+            again = self._seen(known, ts, comm)
+            if known.named:
+                return known.key, [again]
+        return known.key, []
+
+    def gone(self, struct: int, pid: int, ts: int, *, generation: int = 0) -> list[Event]:
+        """kvm_destroy_vm ran for this VM, in process ``pid``."""
+        known = self._by_struct.get((struct, generation))
+        if known is None:
+            known = next((k for k in self._by_pid.get(pid, ()) if k.struct is None), None)
+        return [self._forget(known, ts)] if known else []
+
+    def of_pid(self, pid: int) -> list[int]:
+        """Keys of the VMs that a process runs."""
+        return [known.key for known in self._by_pid.get(pid, ())]
+
+    def pids(self) -> dict[int, list[int]]:
+        """{pid: keys} of all live VMs."""
+        return {pid: [known.key for known in all_] for pid, all_ in self._by_pid.items()}
+
+    def missed(self, ts: int) -> list[Event]:
+        """VMs whose end no probe told: their process is no more, or holds no VM any longer."""
+        events: list[Event] = []
+        for known in [k for all_ in self._by_pid.values() for k in all_]:
+            if os.path.exists(f"{self._proc}/{known.pid}") and (
+                known.struct is not None or identity.holds_vm(known.pid, self._proc)
+            ):
+                known.gone_since = None
+            elif known.gone_since is None:
+                known.gone_since = ts
+            elif ts - known.gone_since >= _MISSED_NS:
+                events.append(self._forget(known, ts))
+        return events
+
+    def _add(
+        self, pid: int, struct: tuple[int, int] | None, ts: int, comm: str | None = None
+    ) -> VmSeen:
+        known = _Known(next(self._keys), pid, struct, named=False)
+        if struct is not None:
+            self._by_struct[struct] = known
+        self._by_pid.setdefault(pid, []).append(known)
+        return self._seen(known, ts, comm)
+
+    def _seen(self, known: _Known, ts: int, comm: str | None) -> VmSeen:
+        who = identity.identify(known.pid, self._proc)
+        known.named = who.name is not None
+        name = who.name or (identity.clean(comm) if comm else None)
+        return VmSeen(ts, known.key, known.pid, name, who.uuid, who.vmm)
+
+    def _forget(self, known: _Known, ts: int) -> VmGone:
+        if known.struct is not None:
+            self._by_struct.pop(known.struct, None)
+        all_ = self._by_pid[known.pid]
+        all_.remove(known)
+        if not all_:
+            del self._by_pid[known.pid]
+        return VmGone(ts, known.key)
