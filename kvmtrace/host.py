@@ -1,4 +1,4 @@
-"""What this host offers, as data. Reads only; every path can be put elsewhere (tests, containers)."""
+"""What this host offers, as data. Reads only; every path can be put elsewhere (for tests)."""
 
 from __future__ import annotations
 

@@ -46,33 +46,38 @@ def vm_processes(proc: str = "/proc") -> dict[int, int]:
     A process that holds vCPUs only (the VM's descriptor is closed) counts 0. Processes whose
     descriptors may not be read are absent.
     """
-    found: dict[int, int] = {}
     try:
-        pids = [entry for entry in os.listdir(proc) if entry.isdecimal()]
+        pids = [int(entry) for entry in os.listdir(proc) if entry.isdecimal()]
     except OSError:
-        return found
-    for pid in pids:
-        count = None
-        directory = f"{proc}/{pid}/fd/"
+        return {}
+    counts = {pid: _vm_descriptors(f"{proc}/{pid}/fd/") for pid in pids}
+    return {pid: count for pid, count in counts.items() if count is not None}
+
+
+def holds_vm(pid: int, proc: str = "/proc") -> bool:
+    """Whether a process holds a VM or a vCPU now; False once it is gone."""
+    return _vm_descriptors(f"{proc}/{pid}/fd/") is not None
+
+
+def _vm_descriptors(directory: str) -> int | None:
+    count = None
+    try:
+        descriptors = os.listdir(directory)
+    except OSError:
+        return None  # gone, or not ours to see
+    for descriptor in descriptors:
         try:
-            descriptors = os.listdir(directory)
+            target = os.readlink(directory + descriptor)
         except OSError:
-            continue  # gone, or not ours to see
-        for descriptor in descriptors:
-            try:
-                target = os.readlink(directory + descriptor)
-            except OSError:
-                continue
-            # "anon_inode:kvm-vm", and with brackets from kernels that gave it an inode of its own
-            if target.startswith("anon_inode:"):
-                what = target[11:].strip("[]")
-                if what == "kvm-vm":
-                    count = (count or 0) + 1
-                elif what.startswith("kvm-vcpu"):
-                    count = count or 0
-        if count is not None:
-            found[int(pid)] = count
-    return found
+            continue
+        # "anon_inode:kvm-vm", and with brackets from kernels that gave it an inode of its own
+        if target.startswith("anon_inode:"):
+            what = target[11:].strip("[]")
+            if what == "kvm-vm":
+                count = (count or 0) + 1
+            elif what.startswith("kvm-vcpu"):
+                count = count or 0
+    return count
 
 
 # -- cleaning
@@ -114,7 +119,7 @@ def _clean_characters(text: str) -> Iterator[str]:
     marks = MAX_MARKS  # none to begin with: it would sit on whatever stands before the name
     for character in text:
         if " " <= character <= "~":
-            marks = 0
+            marks = MAX_MARKS if character == " " else 0
             yield character
             continue
         category = unicodedata.category(character)
@@ -129,6 +134,7 @@ def _clean_characters(text: str) -> Iterator[str]:
         if category in _VISIBLY_REPLACED:
             yield "?"
         elif category == "Zs":
+            marks = MAX_MARKS
             yield " "
         else:
             yield character

@@ -1,0 +1,511 @@
+"""The command line: commands, their options, and the one place where errors become text.
+
+The two views with libraries of their own are imported by the command that needs them, and sources
+by ``open_source``: ``events`` on a small host needs neither a TUI library nor bcc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import select
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import IO, Any, ParamSpec, TypeVar
+
+import click
+
+from kvmtrace import __version__, host, identity, sources, wire
+from kvmtrace.correlate import Told
+from kvmtrace.errors import KvmtraceError, UsageError
+from kvmtrace.events import VmSeen
+from kvmtrace.live import Session, host_of
+from kvmtrace.model import Snapshot
+from kvmtrace.sources.recording import RecordingSource, Writer
+from kvmtrace.views import doctor as doctor_view
+from kvmtrace.views import lines
+from kvmtrace.views.table import table_text
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+WIDTH_WITHOUT_TERMINAL = 160
+POLL_SECONDS = 0.25
+
+
+def main() -> None:
+    """The console script."""
+    cli(prog_name="kvmtrace")
+
+
+# -- errors and signals
+
+
+class _Failure(click.ClickException):
+    """A KvmtraceError on its way out through click."""
+
+    def __init__(self, error: KvmtraceError) -> None:
+        super().__init__(error.message)
+        # Click's own exceptions assign it too, although it is declared for the class.
+        self.exit_code = error.exit_status  # type: ignore[misc]
+        self.hint = error.hint
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """``kvmtrace: MESSAGE`` and ``hint: HINT`` on stderr."""
+        click.echo(f"kvmtrace: {self.message}", err=True)
+        if self.hint:
+            click.echo(f"hint: {self.hint}", err=True)
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; whatever goes wrong becomes one line and an exit status, here only."""
+        _survive_any_name(sys.stdout)
+        _survive_any_name(sys.stderr)
+        try:
+            with stop:
+                return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (BrokenPipeError, _Interrupted):
+            # The reader has left, or asked us to: nothing more can or need be said.
+            _discard_stdout()
+            return None
+        except Exception as error:
+            if os.environ.get("KVMTRACE_DEBUG"):
+                traceback.print_exc()
+            raise _Failure(_as_kvmtrace_error(error)) from error
+
+
+def _as_kvmtrace_error(error: Exception) -> KvmtraceError:
+    if isinstance(error, KvmtraceError):
+        return error
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return KvmtraceError(f"{where}{error.strerror}", "KVMTRACE_DEBUG=1 shows where")
+    return KvmtraceError(
+        f"internal error: {type(error).__name__}: {error}",
+        "KVMTRACE_DEBUG=1 shows a traceback; please report it",
+    )
+
+
+class _Interrupted(BaseException):
+    """A signal arrived while we were blocked in a write."""
+
+
+class _Stop:
+    """SIGINT and SIGTERM as a flag that loops look at, so that probes are always detached.
+
+    An exception out of nowhere could hit a half-attached source or a C callback. Writing is the
+    exception: a reader that stopped reading would otherwise keep us for ever.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._writing = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        self.asked = False
+        with contextlib.suppress(ValueError):  # not the main thread (tests)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous.clear()
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        if self._writing:
+            raise _Interrupted
+
+    def write(self, text: str, file: IO[str]) -> None:
+        """Print a line and flush it; a signal ends it even if nobody reads."""
+        self._writing = True
+        try:
+            if self.asked:
+                raise _Interrupted
+            file.write(text + "\n")
+            file.flush()
+        finally:
+            self._writing = False
+
+
+stop = _Stop()
+
+
+def _print(text: str) -> None:
+    stop.write(text, sys.stdout)
+
+
+def _survive_any_name(stream: IO[str]) -> None:
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _json_is_utf8() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+
+
+def _discard_stdout() -> None:
+    """Let the interpreter's own last flush go nowhere, rather than complain of a broken pipe."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+# -- options
+
+
+class _Seconds(click.ParamType[float]):
+    """A duration greater than zero: ``0.5``, ``10``, ``10s``, ``5m``, ``1h``."""
+
+    name = "seconds"
+    _units = {"s": 1, "m": 60, "h": 3600}  # noqa: RUF012 (never written)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if isinstance(value, float):
+            return value
+        text, unit = str(value), 1
+        if text[-1:] in self._units:
+            text, unit = text[:-1], self._units[text[-1]]
+        try:
+            seconds = float(text) * unit
+        except ValueError:
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        if not 0 < seconds < 1e9:  # NaN too
+            self.fail(f"{value!r} is not more than 0 seconds", param, ctx)
+        return seconds
+
+
+SECONDS = _Seconds()
+
+_source_option = click.option(
+    "--source",
+    type=click.Choice(sources.CHOICES),
+    default="auto",
+    show_default=True,
+    help="How to attach: eBPF, or tracefs without BPF; auto takes bpf where it works.",
+)
+_interval_option = click.option(
+    "--interval",
+    type=SECONDS,
+    default=1.0,
+    metavar="SECONDS",
+    help="Time between two looks. [default: 1]",
+)
+_duration_option = click.option(
+    "--duration", type=SECONDS, metavar="SECONDS", help="Stop after this long (10, 5m, 1h)."
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
+
+
+def _with_source(command: Callable[P, R]) -> Callable[P, R]:
+    return functools.wraps(command)(_source_option(command))
+
+
+@contextlib.contextmanager
+def _session(kind: str) -> Iterator[Session]:
+    """A session on this host's kernel, detached on every way out."""
+    session = Session(sources.open_source(kind))
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+# -- commands
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kvmtrace")
+def cli() -> None:
+    """Which VMs hold poisoned memory, was the VMM told, and is it over?
+
+    Shell completion: eval "$(_KVMTRACE_COMPLETE=bash_source kvmtrace)" (or zsh_source).
+    """
+
+
+@cli.command()
+@click.option("--once", is_flag=True, help="Watch for one interval, print the table, exit.")
+@_json_option
+@_interval_option
+@_with_source
+def top(once: bool, as_json: bool, interval: float, source: str) -> None:
+    """Live table of VMs and poison incidents (needs a terminal, or --once).
+
+    --json goes with --once and prints one object.
+    """
+    if as_json and not once:
+        raise UsageError("--json goes with --once", "`kvmtrace events --json` streams")
+    if once:
+        _top_once(source, interval, as_json)
+        return
+    if not _on_terminal():
+        raise UsageError(
+            "top needs a terminal", "`kvmtrace top --once` prints the table, `events` follows"
+        )
+    from kvmtrace.views import top as view  # noqa: PLC0415 (a TUI library)
+
+    with _session(source) as session:
+        session.start()
+        view.run(session.snapshot, interval)
+
+
+def _top_once(source: str, interval: float, as_json: bool) -> None:
+    with _session(source) as session:
+        deadline = time.monotonic() + interval
+        while not stop.asked and (left := deadline - time.monotonic()) > 0:
+            session.pump(min(left, POLL_SECONDS))
+        snapshot = session.snapshot()
+    _show_snapshot(snapshot, time.time_ns(), as_json)
+
+
+def _show_snapshot(snapshot: Snapshot, now: int, as_json: bool) -> None:
+    if as_json:
+        _json_is_utf8()
+        _print(json.dumps(wire.top(snapshot), ensure_ascii=False))
+        return
+    width = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
+    _print(table_text(snapshot, now=now, width=width))
+
+
+def _on_terminal() -> bool:
+    if os.environ.get("TERM", "dumb") == "dumb":
+        return False
+    return all(
+        stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)
+    )
+
+
+@cli.command()
+@_json_option
+@click.option(
+    "--vm",
+    metavar="PID|NAME",
+    help="Only what concerns this VM (and what was lost). It must be known at the start, or be "
+    "the pid of a live process.",
+)
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="Stop after N lines.")
+@_duration_option
+@_with_source
+def events(
+    as_json: bool, vm: str | None, count: int | None, duration: float | None, source: str
+) -> None:
+    """One line per event, as it happens.
+
+    --json prints one JSON object per line: integers as integers, what is unknown is absent.
+    """
+    text = lines.json_text if as_json else lines.event_text
+    if as_json:
+        _json_is_utf8()
+    with _session(source) as session:
+        deadline = time.monotonic() + duration if duration else None
+        told = session.pump(0)
+        if vm is not None:
+            _require_vm(vm, told)
+        while True:
+            for one in told:
+                if vm is not None and not _concerns(one, vm):
+                    continue
+                line = text(one)
+                if line is None:
+                    continue
+                _print(line)
+                if count is not None:
+                    count -= 1
+                    if not count:
+                        return
+            wait = POLL_SECONDS
+            if deadline is not None:
+                wait = min(wait, deadline - time.monotonic())
+            if stop.asked or wait <= 0 or _reader_gone():
+                return
+            told = session.pump(wait)
+
+
+def _is(seen: VmSeen | None, vm: str) -> bool:
+    return seen is not None and vm in (str(seen.pid), seen.name, seen.uuid)
+
+
+def _concerns(told: Told, vm: str) -> bool:
+    """Whether a line is about this VM; what was lost may have been."""
+    return (
+        _is(told.vm, vm)
+        or any(_is(seen, vm) for _, seen in told.owners)
+        or told.event.kind == "lost"
+        or (told.event.kind == "sigbus" and vm == str(getattr(told.event, "pid", None)))
+    )
+
+
+def _require_vm(vm: str, told: list[Told]) -> None:
+    if vm.isdecimal() and os.path.exists(f"/proc/{int(vm)}"):
+        return
+    known = {one.vm.name or str(one.vm.pid): one.vm for one in told if one.vm}
+    if any(_is(seen, vm) for seen in known.values()):
+        return
+    names = set(known)
+    for pid in identity.vm_processes():
+        found = identity.identify(pid)
+        if vm in (found.name, found.uuid):
+            return
+        names.add(found.name or str(pid))
+    listed = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
+    raise UsageError(
+        f"no VM {identity.clean(vm)!r} here", f"there are: {listed}" if names else "none is running"
+    )
+
+
+def _reader_gone() -> bool:
+    """Whether stdout is a pipe that nobody will read any more, before there is a line to write."""
+    try:
+        poller = select.poll()
+        poller.register(sys.stdout.fileno(), 0)
+        return any(what & select.POLLERR for _, what in poller.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+@cli.command()
+@click.option(
+    "--listen",
+    metavar="[HOST:]PORT",
+    help="Where to serve; ':PORT' is every address, port 0 a free one.  [default: 127.0.0.1:9750]",
+)
+@click.option(
+    "--max-vms",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help='VMs with series of their own; the rest share vm="other".  [default: 500]',
+)
+@_with_source
+def serve(listen: str | None, max_vms: int | None, source: str) -> None:
+    """Serve /metrics for Prometheus, /-/healthy and a landing page."""
+    from kvmtrace.views import exporter  # noqa: PLC0415 (prometheus_client)
+
+    def kinds() -> list[tuple[str, str]]:
+        types, results = host.memory_failure_names()
+        return [(kind, result) for kind in types.values() for result in results.values()]
+
+    with _session(source) as session:
+        server = exporter.serve(
+            listen or exporter.DEFAULT_LISTEN,
+            session,
+            kinds=kinds,
+            max_vms=max_vms or exporter.DEFAULT_MAX_VMS,
+        )
+        try:
+            session.start()
+            click.echo(f"serving {server.url}/metrics", err=True)
+            while not stop.asked and session.failure is None:
+                time.sleep(POLL_SECONDS)
+            if session.failure is not None:
+                raise session.failure
+        finally:
+            server.close()
+
+
+@cli.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@_duration_option
+@_with_source
+def record(file: str, force: bool, duration: float | None, source: str) -> None:
+    """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
+    attached = sources.open_source(source)
+    try:
+        number = 0
+        deadline = time.monotonic() + duration if duration else None
+        with _create(file, force) as out:
+            writer = Writer(out, host_of(attached))
+            click.echo(f"recording to {file}; Ctrl-C ends it", err=True)
+            while True:
+                wait = POLL_SECONDS
+                if deadline is not None:
+                    wait = min(wait, deadline - time.monotonic())
+                if stop.asked or wait <= 0:
+                    break
+                batch = attached.poll(wait)
+                writer.write(batch, attached.probes())
+                out.flush()
+                number += len(batch)
+        click.echo(f"{number} events", err=True)
+    finally:
+        attached.close()
+
+
+def _create(path: str, force: bool) -> IO[str]:
+    """For root's eyes only: a recording holds addresses of other people's guests."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if force else os.O_EXCL)
+    try:
+        return open(os.open(path, flags, 0o600), "w", encoding="utf-8")
+    except FileExistsError:
+        raise KvmtraceError(f"{path} is already there", "--force replaces it") from None
+
+
+@cli.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--events", "as_events", is_flag=True, help="The event lines, not the table.")
+@_json_option
+def replay(file: str, as_events: bool, as_json: bool) -> None:
+    """Show a recording: the final table, or with --events what happened line by line.
+
+    Needs no privilege, no BPF and no KVM.
+    """
+    if as_json:
+        _json_is_utf8()
+    text = lines.json_text if as_json else lines.event_text
+    source = RecordingSource(file)
+    session = Session(source)
+    try:
+        while not source.done and not stop.asked:
+            for told in session.pump(0):
+                if as_events and (line := text(told)) is not None:
+                    _print(line)
+        if not as_events:
+            snapshot = dataclasses.replace(session.snapshot(), host=source.host)
+            _show_snapshot(snapshot, snapshot.last_ts or 0, as_json)
+        if source.truncated:
+            click.echo(f"kvmtrace: {file}: the last line is cut off; left out", err=True)
+    finally:
+        session.close()
+
+
+@cli.command()
+@_json_option
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """What this host offers and what is missing, each with the fix.
+
+    Exit status 0 only if memory-fault exits can be seen here.
+    """
+    report = doctor_view.examine()
+    if as_json:
+        _json_is_utf8()
+        _print(json.dumps(doctor_view.as_object(report), ensure_ascii=False))
+    else:
+        _print(doctor_view.render(report, ascii_only=not _can_print("✓")))
+    ctx.exit(0 if report.ok else 1)
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,193 @@
+"""Recordings: the event log of a host as JSON lines, to look at again elsewhere.
+
+A header line says what host it is; event lines follow as ``events.to_record`` writes them, with a
+``probes`` line wherever a probe came or went. Events are logged, not conclusions: a better
+correlator improves old recordings. A recording comes from outside, so it is checked like any
+input, and its strings are cleaned like names from /proc.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+from kvmtrace import __version__
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.events import Event, Owner, from_record, to_record
+from kvmtrace.identity import clean
+from kvmtrace.model import Host, Probe, ProbeRuns
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+FORMAT = 1
+
+# A poison with hundreds of owners is below 100 kB; anything longer is no recording.
+MAX_LINE = 1 << 20
+BATCH = 4096
+
+
+class Writer:
+    """Writes events to an open file; the caller flushes and closes it."""
+
+    def __init__(self, file: IO[str], host: Host) -> None:
+        self._file = file
+        self._probes: tuple[Probe, ...] = ()
+        self._line(
+            {"kvmtrace_recording": FORMAT, "version": __version__}
+            | _known(dataclasses.asdict(host))
+        )
+
+    def write(self, events: Iterable[Event], probes: tuple[Probe, ...]) -> None:
+        """Append events, and the state of the probes where it changed."""
+        if probes != self._probes:
+            self._probes = probes
+            states = [_known(dataclasses.asdict(probe)) for probe in probes]
+            self._line({"kind": "probes", "probes": states})
+        for event in events:
+            self._line(to_record(event))
+
+    def _line(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+
+
+class RecordingSource:
+    """A recording as a source: ``poll`` gives the next events at once, until ``done``.
+
+    ``truncated``: the last line was cut off (whoever wrote it was killed) and is left out.
+    """
+
+    name = "recording"
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.done = False
+        self.truncated = False
+        self._number = 0
+        self._probes: tuple[Probe, ...] = ()
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115 (lives as long as the source)
+        except OSError as error:
+            raise KvmtraceError(f"{path}: {error.strerror}") from error
+        try:
+            recorded = self._header()
+        except BaseException:
+            self._file.close()
+            raise
+        self.why: str | None = f"replay of {clean(os.path.basename(path))}, from {recorded.source}"
+        self.host = dataclasses.replace(recorded, source=self.name, source_why=self.why)
+
+    def poll(self, timeout: float) -> list[Event]:
+        """The next events of the file; ``timeout`` is not needed."""
+        events: list[Event] = []
+        while not self.done and len(events) < BATCH:
+            record = self._record()
+            if record is None:
+                continue
+            try:
+                if record.get("kind") == "probes":
+                    self._probes = tuple(_build(Probe, probe) for probe in record["probes"])
+                else:
+                    events.append(_checked(from_record(record)))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise self._bad(f"not an event: {clean(str(error))}") from error
+        return events
+
+    def probes(self) -> tuple[Probe, ...]:
+        """The probes as they were when the last event read was recorded."""
+        return self._probes
+
+    def probe_runs(self) -> Mapping[str, ProbeRuns]:
+        """Not recorded."""
+        return {}
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _header(self) -> Host:
+        record = self._record()
+        if record is None or "kvmtrace_recording" not in record:
+            raise KvmtraceError(
+                f"{self.path} is not a recording", "`kvmtrace record FILE` makes one"
+            )
+        version = record["kvmtrace_recording"]
+        if not isinstance(version, int) or version > FORMAT:
+            raise KvmtraceError(
+                f"{self.path} was recorded by a newer kvmtrace", "replay it with that version"
+            )
+        try:
+            return _build(Host, record)
+        except (TypeError, ValueError) as error:
+            raise self._bad("incomplete header") from error
+
+    def _record(self) -> dict[str, Any] | None:
+        """The next line; None (and ``done``) at the end of the file, None for an empty line."""
+        line = self._file.readline(MAX_LINE)
+        self._number += 1
+        if not line:
+            self.done = True
+            return None
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if not line.endswith(b"\n") and len(line) < MAX_LINE and self._number > 1:
+                self.done = self.truncated = True
+                return None
+            if self._number == 1:
+                return None
+            raise self._bad("not JSON") from error
+        if not isinstance(record, dict):
+            if self._number == 1:
+                return None
+            raise self._bad("not an object")
+        return record
+
+    def _bad(self, what: str) -> KvmtraceError:
+        return KvmtraceError(
+            f"{self.path}, line {self._number}: {what}", "the file was damaged or edited"
+        )
+
+
+_T = TypeVar("_T", bound="DataclassInstance")
+
+
+@functools.cache
+def _hints(cls: type[DataclassInstance]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _build(cls: type[_T], record: Mapping[str, Any]) -> _T:
+    names = _hints(cls).keys()
+    return _checked(cls(**{name: value for name, value in record.items() if name in names}))
+
+
+def _checked(value: _T) -> _T:
+    """The dataclass with every field of its declared type, in range, and its strings cleaned."""
+    changes: dict[str, Any] = {}
+    for name, hint in _hints(type(value)).items():
+        item = getattr(value, name)
+        if typing.get_origin(hint) is tuple:
+            changes[name] = tuple(_checked(owner) for owner in item)
+            continue
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if not isinstance(item, allowed):
+            raise ValueError(f"{name} is {type(item).__name__}")
+        if isinstance(item, str):
+            changes[name] = clean(item)
+        elif isinstance(item, Owner):
+            changes[name] = _checked(item)
+        elif isinstance(item, int) and not 0 <= item < 1 << (63 if name == "ts" else 64):
+            raise ValueError(f"{name} is out of range")
+    return dataclasses.replace(value, **changes)
