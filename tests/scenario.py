@@ -1,0 +1,100 @@
+"""A story that every view can be shown: three VMs, three poisons, a conversion storm, something lost.
+
+Told in events through the real correlator, so it can only hold what a host could say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kvmtrace import kvm
+from kvmtrace.correlate import Correlator
+from kvmtrace.events import Exit, GmemPoison, Lost, Owner, Poison, Sigbus, VmSeen
+from kvmtrace.model import Host, Probe, ProbeRuns, Snapshot
+
+START = 1_795_000_000_000_000_000  # ns since the epoch
+SECOND = 1_000_000_000
+LOOPS = 200_000
+CONVERSIONS = 40
+
+_HOST = Host("host1", "6.18.0-test", "bpf", "bpf works here", 0)
+_PROBES = (
+    Probe("run", True, "kvm_arch_vcpu_ioctl_run", "fexit"),
+    Probe("gmem", True, "kvm_gmem_get_pfn", "fexit"),
+    Probe("mce", False, why="tracepoint mce:mce_record is not there"),
+)
+
+
+class Scenario:
+    """A session for views: ``snapshot()`` shows what ``begin`` and then ``happen`` told."""
+
+    def __init__(self) -> None:
+        self._correlator = Correlator()
+        self._host = _HOST
+        self._runs: dict[str, ProbeRuns] = {}
+
+    def snapshot(self) -> Snapshot:
+        """The model as of now, completed as ``live.Session`` does it."""
+        return dataclasses.replace(
+            self._correlator.snapshot(), host=self._host, probes=_PROBES, probe_runs=self._runs
+        )
+
+    def begin(self) -> Scenario:
+        """Three VMs are known, and nothing has happened to them."""
+        for event in (
+            VmSeen(START, 1, 101, "web", "5b2f6a5e-0000-4000-8000-000000000001", "qemu"),
+            VmSeen(START, 2, 102, "db", None, "cloud-hypervisor"),
+            VmSeen(START, 3, 103),
+        ):
+            self._correlator.feed(event)
+        self._runs = {"run": ProbeRuns(1000, 200_000), "gmem": ProbeRuns(10, 5_000)}
+        return self
+
+    def happen(self) -> Scenario:
+        """Three pages are poisoned, one VM loops on its own, another converts memory.
+
+        Then: web holds 1 page and has LOOPS exits EHWPOISON (looping, told after 0.25 s); db holds
+        2, one latent, for the other it got a SIGBUS AO at once (delivered); the third VM has
+        CONVERSIONS conversions; 7 events were lost.
+        """
+        ts = START + 10 * SECOND
+        for event in (
+            GmemPoison(ts, tid=900, inode=1, index=5, owners=(Owner(1, 0x105),)),
+            Poison(ts, 0xABC123, "guest_memfd page", "Recovered", tid=900),
+            Exit(
+                ts + SECOND // 4,
+                1,
+                0,
+                kvm.EHWPOISON,
+                kvm.EXIT_MEMORY_FAULT,
+                True,
+                flags=0,
+                gpa=0x105000,
+                size=4096,
+                gfn=0x105,
+                count=LOOPS,
+            ),
+            GmemPoison(ts, tid=901, inode=2, index=6, owners=(Owner(2, 0x206),)),
+            Poison(ts, 0xABC124, "guest_memfd page", "Recovered", tid=901),
+            Sigbus(ts, 102, 112, kvm.BUS_MCEERR_AO, 0x7F00_0000_1000, sender=902, vm=2),
+            Poison(ts, 0xABC125, "dirty LRU page", "Recovered", tid=902),
+            Exit(
+                ts,
+                3,
+                1,
+                kvm.EFAULT,
+                kvm.EXIT_MEMORY_FAULT,
+                True,
+                flags=8,
+                gpa=0x300000,
+                size=4096,
+                gfn=0x300,
+                gmem=0,
+                count=CONVERSIONS,
+            ),
+            Lost(ts, "ringbuf", 7),
+        ):
+            self._correlator.feed(event)
+        self._host = dataclasses.replace(_HOST, hardware_corrupted_bytes=8192)
+        self._runs = {"run": ProbeRuns(201_040, 40_208_000), "gmem": ProbeRuns(60, 30_000)}
+        return self

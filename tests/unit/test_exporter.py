@@ -1,0 +1,472 @@
+"""The exporter's contract: names, births at 0, series that always mean one VM, and its server."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import http.client
+import re
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvmtrace.errors import KvmtraceError, UsageError
+from kvmtrace.model import CAUSES, STATES, Incident, Latency, Snapshot, Vm
+from kvmtrace.views import exporter
+from kvmtrace.views.server import Server, parse_listen
+from tests.scenario import CONVERSIONS, LOOPS, Scenario
+
+Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+CONTRACT = {
+    "kvmtrace_build_info": {"version"},
+    "kvmtrace_vm_info": {"vm", "name", "uuid", "pid", "vmm"},
+    "kvmtrace_memory_fault_exits_total": {"vm", "errno", "cause"},
+    "kvmtrace_poison_events_total": {"page_type", "result"},
+    "kvmtrace_vm_poisoned_pages": {"vm"},
+    "kvmtrace_incidents": {"state"},
+    "kvmtrace_sigbus_total": {"vm", "code"},
+    "kvmtrace_poison_to_delivery_seconds_bucket": {"le"},
+    "kvmtrace_poison_to_delivery_seconds_sum": set(),
+    "kvmtrace_poison_to_delivery_seconds_count": set(),
+    "kvmtrace_events_lost_total": {"where"},
+    "kvmtrace_probe_attached": {"probe"},
+    "kvmtrace_probe_runs_total": {"probe"},
+    "kvmtrace_probe_run_seconds_total": {"probe"},
+    "kvmtrace_scrape_collector_success": {"collector"},
+    "kvmtrace_source_info": {"source", "why"},
+    "kvmtrace_hardware_corrupted_bytes": set(),
+    "kvmtrace_vms_folded": set(),
+}
+
+
+def vm(key: int, name: str | None = None, pid: int | None = None, **fields: object) -> Vm:
+    """A VM to which nothing has happened, unless ``fields`` say so."""
+    blank = Vm(key, pid or 1000 + key, name, None, None, {}, {}, 0, None, gone=False)
+    return dataclasses.replace(blank, **fields)  # type: ignore[arg-type]
+
+
+def vms(*some: Vm) -> Snapshot:
+    return Snapshot(vms={one.key: one for one in some})
+
+
+def scrape(collector: exporter.Exporter) -> Series:
+    """All samples of one scrape; a sample twice is an error in itself."""
+    series: Series = {}
+    for family in collector.collect():
+        for sample in family.samples:
+            key = (sample.name, frozenset(sample.labels.items()))
+            assert key not in series
+            series[key] = sample.value
+    return series
+
+
+def value(series: Series, metric: str, **labels: str) -> float:
+    return series[metric, frozenset(labels.items())]
+
+
+def labels_of(series: Series, metric: str) -> set[str]:
+    return {dict(labels)["vm"] for name, labels in series if name == metric}
+
+
+class Changing:
+    """A snapshot callable whose snapshot is set by the test."""
+
+    def __init__(self, now: Snapshot) -> None:
+        self.now = now
+
+    def __call__(self) -> Snapshot:
+        return self.now
+
+
+# -- contract
+
+
+def test_names_and_labels_are_the_contract() -> None:
+    series = scrape(exporter.Exporter(Scenario().begin().happen().snapshot))
+    found: dict[str, set[str]] = {}
+    for name, labels in series:
+        found.setdefault(name, {key for key, _ in labels})
+    assert found == CONTRACT
+
+
+def test_scenario_in_numbers() -> None:
+    series = scrape(exporter.Exporter(Scenario().begin().happen().snapshot))
+    exits = "kvmtrace_memory_fault_exits_total"
+    assert value(series, exits, vm="web", errno="EHWPOISON", cause="hwpoison") == LOOPS
+    assert value(series, exits, vm="vm-103", errno="EFAULT", cause="conversion") == CONVERSIONS
+    assert value(series, exits, vm="db", errno="EHWPOISON", cause="hwpoison") == 0
+    assert value(series, "kvmtrace_sigbus_total", vm="db", code="AO") == 1
+    assert value(series, "kvmtrace_vm_poisoned_pages", vm="web") == 1
+    assert value(series, "kvmtrace_vm_poisoned_pages", vm="db") == 2
+    assert value(series, "kvmtrace_incidents", state="delivered") == 1
+    assert value(series, "kvmtrace_incidents", state="looping") == 1
+    assert value(series, "kvmtrace_incidents", state="latent") == 1
+    assert value(series, "kvmtrace_events_lost_total", where="ringbuf") == 7
+    assert value(series, "kvmtrace_hardware_corrupted_bytes") == 8192
+    latency = "kvmtrace_poison_to_delivery_seconds"
+    assert value(series, f"{latency}_bucket", le="0.1") == 1
+    assert value(series, f"{latency}_bucket", le="1.0") == 2
+    assert value(series, f"{latency}_bucket", le="+Inf") == 2
+    assert value(series, f"{latency}_sum") == pytest.approx(0.25)
+    assert value(series, "kvmtrace_probe_attached", probe="mce") == 0
+    assert value(series, "kvmtrace_probe_run_seconds_total", probe="run") == pytest.approx(0.040208)
+
+
+def test_nothing_that_is_an_address_or_a_number_is_a_label() -> None:
+    series = scrape(exporter.Exporter(Scenario().begin().happen().snapshot))
+    names = {key for _, labels in series for key, _ in labels}
+    assert not names & {"pfn", "gpa", "gfn", "hva", "tid", "addr"}
+    text = repr([sorted(labels) for _, labels in series]).lower()
+    assert not re.search(r"abc123|0x105|105000|7f00", text)
+
+
+def test_an_errno_or_code_without_a_name_is_other() -> None:
+    strange = vm(1, "a", exits={("4095", "other"): 2, ("524", "other"): 3}, sigbus={"9": 1})
+    series = scrape(exporter.Exporter(lambda: vms(strange)))
+    exits = "kvmtrace_memory_fault_exits_total"
+    assert value(series, exits, vm="a", errno="other", cause="other") == 5
+    assert value(series, "kvmtrace_sigbus_total", vm="a", code="other") == 1
+
+
+def test_an_exit_of_unknown_cause() -> None:
+    series = scrape(exporter.Exporter(lambda: vms(vm(1, "a", exits={("EFAULT", None): 4}))))
+    exits = "kvmtrace_memory_fault_exits_total"
+    assert value(series, exits, vm="a", errno="EFAULT", cause="unknown") == 4
+
+
+# -- births at 0
+
+
+def test_counters_of_a_vm_are_there_before_anything_happens() -> None:
+    series = scrape(exporter.Exporter(Scenario().begin().snapshot))
+    for label in ("web", "db", "vm-103"):
+        for cause in set(CAUSES) - {"other"}:
+            errno = "EHWPOISON" if cause == "hwpoison" else "EFAULT"
+            exits = "kvmtrace_memory_fault_exits_total"
+            assert value(series, exits, vm=label, errno=errno, cause=cause) == 0
+        for code in ("AR", "AO"):
+            assert value(series, "kvmtrace_sigbus_total", vm=label, code=code) == 0
+        assert value(series, "kvmtrace_vm_poisoned_pages", vm=label) == 0
+
+
+def test_counters_of_the_host_are_there_before_anything_happens() -> None:
+    series = scrape(exporter.Exporter(Snapshot))
+    for state in STATES:
+        assert value(series, "kvmtrace_incidents", state=state) == 0
+    assert value(series, "kvmtrace_events_lost_total", where="ringbuf") == 0
+    poisons = [v for (name, _), v in series.items() if name == "kvmtrace_poison_events_total"]
+    assert poisons
+    assert not any(poisons)
+    assert value(series, "kvmtrace_poison_to_delivery_seconds_count") == 0
+
+
+def test_the_kernels_own_kinds_of_poison_are_born_at_0() -> None:
+    kind = ("guest_memfd page", "Recovered")
+    collector = exporter.Exporter(Snapshot, kinds=lambda: [kind])
+    labels = {"page_type": kind[0], "result": kind[1]}
+    assert value(scrape(collector), "kvmtrace_poison_events_total", **labels) == 0
+    collector = exporter.Exporter(lambda: Snapshot(poisons={kind: 1}), kinds=lambda: [kind])
+    assert value(scrape(collector), "kvmtrace_poison_events_total", **labels) == 1
+
+
+def test_an_incident_state_from_the_future_is_exported() -> None:
+    future = Incident("1-1", "paused", None, None, None, None, ())
+    series = scrape(exporter.Exporter(lambda: Snapshot(incidents=(future,))))
+    assert value(series, "kvmtrace_incidents", state="paused") == 1
+
+
+# -- labels: one series, one VM
+
+INFO = "kvmtrace_vm_info"
+
+
+def test_vms_of_one_name_never_share_a_series() -> None:
+    series = scrape(exporter.Exporter(lambda: vms(vm(1, "a", 10), vm(2, "a", 11), vm(3, "b"))))
+    assert labels_of(series, INFO) == {"a-10", "a-11", "b"}
+
+
+def test_a_label_stays_when_a_second_vm_takes_the_name() -> None:
+    now = Changing(vms(vm(1, "a", 10)))
+    collector = exporter.Exporter(now)
+    assert labels_of(scrape(collector), INFO) == {"a"}
+    dead = vm(1, "a", 10, gone=True, exits={("EHWPOISON", "hwpoison"): 3})
+    now.now = vms(dead, vm(2, "a", 11))
+    series = scrape(collector)
+    assert labels_of(series, INFO) == {"a", "a-11"}
+    exits = "kvmtrace_memory_fault_exits_total"
+    assert value(series, exits, vm="a", errno="EHWPOISON", cause="hwpoison") == 3
+    assert value(series, exits, vm="a-11", errno="EHWPOISON", cause="hwpoison") == 0
+
+
+@pytest.mark.parametrize(
+    ("some", "expected"),
+    [
+        ([vm(1, None, 7), vm(2, None, 7)], {"vm-7", "vm-7-2"}),  # one process, two VMs
+        ([vm(1, "other", 7)], {"other-7"}),  # the name of the sum
+        ([vm(1, "a-2", 9), vm(2, "a", 1), vm(3, "a", 2)], {"a-2", "a-1", "a-2-2"}),
+        ([vm(1, "vm-8", 9), vm(2, None, 8)], {"vm-8", "vm-8-2"}),
+        ([vm(1, "x" * 500, 9)], {"x" * 128}),
+        ([vm(1, "x" * 500, 9), vm(2, "x" * 600, 10)], {"x" * 128 + "-9", "x" * 128 + "-10"}),
+        ([vm(1, "a\udc80\n\x1b[31m\u202eb", 9)], {"a[31mb"}),
+    ],
+)
+def test_labels(some: list[Vm], expected: set[str]) -> None:
+    assert labels_of(scrape(exporter.Exporter(lambda: vms(*some))), INFO) == expected
+
+
+def test_a_name_learned_late_is_taken_while_nothing_is_counted() -> None:
+    now = Changing(vms(vm(1, None, 7), vm(2, None, 8)))
+    collector = exporter.Exporter(now)
+    assert labels_of(scrape(collector), INFO) == {"vm-7", "vm-8"}
+    now.now = vms(vm(1, "a", 7), vm(2, "b", 8, sigbus={"AR": 1}))
+    assert labels_of(scrape(collector), INFO) == {"a", "vm-8"}
+
+
+def test_a_forgotten_vm_leaves_its_label() -> None:
+    now = Changing(vms(vm(1, "a", 10)))
+    collector = exporter.Exporter(now)
+    scrape(collector)
+    now.now = vms(vm(2, "a", 11))
+    assert labels_of(scrape(collector), INFO) == {"a"}
+
+
+def test_vms_beyond_the_limit_are_summed_and_it_says_so() -> None:
+    hit = {("EFAULT", "conversion"): 5}
+    now = Changing(vms(*(vm(key, f"v{key}", exits=hit) for key in range(5))))
+    collector = exporter.Exporter(now, max_vms=2)
+    exits = "kvmtrace_memory_fault_exits_total"
+
+    series = scrape(collector)
+    assert labels_of(series, exits) == {"v0", "v1", "other"}
+    assert labels_of(series, INFO) == {"v0", "v1"}
+    assert value(series, "kvmtrace_vms_folded") == 3
+    assert value(series, exits, vm="other", errno="EFAULT", cause="conversion") == 15
+    assert value(series, exits, vm="other", errno="EHWPOISON", cause="hwpoison") == 0
+
+    # Forgotten and promoted VMs must not take counts out of "other".
+    now.now = vms(vm(0, "v0", exits=hit), vm(4, "v4", exits=hit), vm(9, "new"))
+    series = scrape(collector)
+    assert labels_of(series, exits) == {"v0", "new", "other"}
+    assert value(series, exits, vm="other", errno="EFAULT", cause="conversion") == 15
+    assert value(series, "kvmtrace_vms_folded") == 1
+
+
+def test_no_other_without_need() -> None:
+    series = scrape(exporter.Exporter(lambda: vms(vm(1, "a")), max_vms=1))
+    assert value(series, "kvmtrace_vms_folded") == 0
+    assert labels_of(series, "kvmtrace_vm_poisoned_pages") == {"a"}
+
+
+# -- what fails
+
+
+def test_a_dead_source_leaves_build_info_and_says_so() -> None:
+    def dead() -> Snapshot:
+        raise SystemExit(1)
+
+    series = scrape(exporter.Exporter(dead))
+    assert value(series, "kvmtrace_scrape_collector_success", collector="snapshot") == 0
+    assert {name for name, _ in series} == {
+        "kvmtrace_build_info",
+        "kvmtrace_scrape_collector_success",
+    }
+
+
+def test_one_part_that_fails_leaves_the_others() -> None:
+    broken = Snapshot(latency=Latency(counts=()))
+    series = scrape(exporter.Exporter(lambda: broken))
+    assert value(series, "kvmtrace_scrape_collector_success", collector="incidents") == 0
+    assert value(series, "kvmtrace_scrape_collector_success", collector="vms") == 1
+    assert not [name for name, _ in series if name == "kvmtrace_incidents"]
+
+
+# -- the server
+
+
+class Session:
+    """What ``serve`` needs of a live.Session."""
+
+    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+        self.snapshot = snapshot
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    running = exporter.serve("127.0.0.1:0", Scenario().begin().happen())
+    yield running
+    running.close()
+
+
+def ask(
+    server: Server, path: str, method: str = "GET", **headers: str
+) -> tuple[http.client.HTTPResponse, bytes]:
+    connection = http.client.HTTPConnection(*server.address, timeout=20)
+    try:
+        connection.request(method, path, headers=headers)
+        response = connection.getresponse()
+        return response, response.read()
+    finally:
+        connection.close()
+
+
+def test_metrics_parse(server: Server) -> None:
+    response, body = ask(server, "/metrics")
+    assert response.status == 200
+    assert response.getheader("Content-Type", "").startswith("text/plain")
+    names = {family.name for family in text_string_to_metric_families(body.decode())}
+    assert "kvmtrace_memory_fault_exits" in names
+    assert "process_cpu_seconds" in names
+    assert b"_created" not in body.replace(b"process_", b"")
+
+
+def test_metrics_in_openmetrics_and_gzip(server: Server) -> None:
+    accept = {"Accept": "application/openmetrics-text; version=1.0.0", "Accept-Encoding": "gzip"}
+    response, body = ask(server, "/metrics?name[]=x", **accept)
+    assert response.getheader("Content-Type", "").startswith("application/openmetrics-text")
+    assert response.getheader("Content-Encoding") == "gzip"
+    plain = gzip.decompress(body)
+    assert plain.endswith(b"# EOF\n")
+    assert (
+        b'kvmtrace_memory_fault_exits_total{cause="hwpoison",errno="EHWPOISON",vm="web"}' in plain
+    )
+
+
+@pytest.mark.parametrize("path", ["/metric", "/metrics/", "/-/ready", "/favicon.ico", "/../x"])
+def test_anything_else_is_not_found(server: Server, path: str) -> None:
+    assert ask(server, path)[0].status == 404
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
+def test_only_get_and_head(server: Server, method: str) -> None:
+    response, _ = ask(server, "/metrics", method)
+    assert response.status == 405
+    assert response.getheader("Allow") == "GET, HEAD"
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/-/healthy"])
+def test_head_is_get_without_the_body(server: Server, path: str) -> None:
+    response, body = ask(server, path, "HEAD")
+    assert response.status == 200
+    assert int(response.getheader("Content-Length", "0")) > 0
+    assert body == b""
+
+
+def test_healthy(server: Server) -> None:
+    response, body = ask(server, "/-/healthy")
+    assert (response.status, body) == (200, b"kvmtrace is healthy\n")
+
+
+def test_a_dead_source_over_http() -> None:
+    def dead() -> Snapshot:
+        raise KvmtraceError("the kernel <took> it away", "hint")
+
+    server = exporter.serve("127.0.0.1:0", Session(dead))
+    try:
+        response, body = ask(server, "/-/healthy")
+        assert response.status == 503
+        assert body == b"not healthy: the kernel <took> it away\n"
+        response, body = ask(server, "/metrics")
+        assert response.status == 200
+        assert b'kvmtrace_scrape_collector_success{collector="snapshot"} 0.0' in body
+        assert b"kvmtrace_build_info{" in body
+        response, body = ask(server, "/")
+        assert response.status == 503
+        assert b"&lt;took&gt;" in body
+    finally:
+        server.close()
+
+
+def test_the_page_tells_the_story_and_escapes_it() -> None:
+    evil = vm(7, "<script>alert(1)</script>", exits={("EFAULT", None): 1})
+    story = Scenario().begin().happen().snapshot()
+    both = dataclasses.replace(story, vms={**story.vms, 7: evil})
+    server = exporter.serve("127.0.0.1:0", Session(lambda: both))
+    try:
+        response, body = ask(server, "/")
+    finally:
+        server.close()
+    page = body.decode()
+    assert response.getheader("Content-Type") == "text/html; charset=utf-8"
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    for word in ("host1", "6.18.0-test", "bpf works here", "0xabc123", "looping", "web 0x105"):
+        assert word in page
+    assert page.index("looping") < page.index("latent")
+
+
+def test_idle_clients_do_not_hold_up_a_scrape(server: Server) -> None:
+    idle = [socket.create_connection(server.address) for _ in range(20)]
+    idle[0].sendall(b"GET /metrics HTT")
+    try:
+        assert ask(server, "/metrics")[0].status == 200
+        # They are still connected: nobody was thrown out to make room.
+        for one in idle:
+            one.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                one.recv(1)
+    finally:
+        for one in idle:
+            one.close()
+
+
+def test_port_in_use_is_one_line_with_a_hint(server: Server) -> None:
+    listen = f"127.0.0.1:{server.address[1]}"
+    with pytest.raises(KvmtraceError, match=rf"^cannot listen on {listen}: port in use$") as error:
+        exporter.serve(listen, Scenario())
+    assert "--listen" in error.value.hint
+    assert error.value.exit_status == 1
+
+
+def test_close_frees_the_port_and_may_be_called_twice() -> None:
+    server = exporter.serve("127.0.0.1:0", Scenario())
+    server.close()
+    server.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(server.address)
+
+
+def test_an_address_that_is_not_ours() -> None:
+    with pytest.raises(KvmtraceError, match="not an address of this host"):
+        exporter.serve("192.0.2.1:0", Scenario())
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+@pytest.mark.parametrize(("listen", "host"), [("[::1]:0", "::1"), (":0", "127.0.0.1")])
+def test_ipv6_and_every_address(listen: str, host: str) -> None:
+    server = exporter.serve(listen, Scenario())
+    try:
+        connection = http.client.HTTPConnection(host, server.address[1], timeout=20)
+        connection.request("GET", "/-/healthy")
+        assert connection.getresponse().status == 200
+        connection.close()
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("listen", "expected"),
+    [
+        ("127.0.0.1:9750", ("127.0.0.1", 9750)),
+        ("localhost:0", ("localhost", 0)),
+        (":9750", ("", 9750)),
+        ("[::1]:9750", ("::1", 9750)),
+        ("[fe80::1%eth0]:1", ("fe80::1%eth0", 1)),
+    ],
+)
+def test_listen(listen: str, expected: tuple[str, int]) -> None:
+    assert parse_listen(listen) == expected
+
+
+@pytest.mark.parametrize(
+    "listen",
+    " |9750|host|host:|host:http|host:65536|host:-1|host:+1|host:٩٧٥٠|host:1:2|a b:1|u@h:1|"
+    "::1:9750|[::1]|[]:1|[host]:1|http://host:1".split("|"),
+)
+def test_listen_on_nonsense(listen: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_listen(listen)
+    assert "\n" not in error.value.message
+    assert "127.0.0.1:9750" in error.value.hint
