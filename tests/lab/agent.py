@@ -22,7 +22,7 @@ import sys
 import termios
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PORT_NAME = "kvmtrace.lab"
 CHUNK = 1 << 16
@@ -35,7 +35,7 @@ ENVIRONMENT = {
 
 
 class Job:
-    """One program: its process, the descriptors its output comes from, the one its input goes to."""
+    """One program: its process and the descriptors of its input and output."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         command = request["command"]
@@ -53,7 +53,7 @@ class Job:
                 env=environment,
                 cwd="/root",
                 start_new_session=True,
-                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+                preexec_fn=take_terminal,  # noqa: PLW1509 (the agent has no threads)
             )
             os.close(inside)
             self.input = os.dup(terminal)
@@ -68,21 +68,43 @@ class Job:
                 cwd="/root",
                 start_new_session=True,
             )
-            assert self.process.stdin and self.process.stdout and self.process.stderr
-            self.input = os.dup(self.process.stdin.fileno())
-            self.process.stdin.close()
-            self.outputs = {
-                "out": os.dup(self.process.stdout.fileno()),
-                "err": os.dup(self.process.stderr.fileno()),
-            }
-            self.process.stdout.close()
-            self.process.stderr.close()
+            self.input = own(self.process.stdin)
+            self.outputs = {"out": own(self.process.stdout), "err": own(self.process.stderr)}
+        os.set_blocking(self.input, False)
+        self.pending = b""
+        self.eof = False
+
+    def feed(self) -> None:
+        """Give the program what it takes of its input now: it may not be reading at all."""
+        try:
+            while self.pending:
+                self.pending = self.pending[os.write(self.input, self.pending) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.pending = b""
+        if self.eof:
+            self.close_input()
+            self.eof = False
 
     def close_input(self) -> None:
         """End of input for the program."""
         if self.input >= 0:
             os.close(self.input)
             self.input = -1
+
+
+def own(pipe: IO[bytes] | None) -> int:
+    """The descriptor of a pipe, ours to close."""
+    assert pipe is not None
+    descriptor = os.dup(pipe.fileno())
+    pipe.close()
+    return descriptor
+
+
+def take_terminal() -> None:
+    """In a new program: the terminal on its input is the one that controls it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def set_size(terminal: int, size: list[int]) -> None:
@@ -127,10 +149,8 @@ class Agent:
             return
         try:
             if request["op"] == "stdin":
-                if "data" in request:
-                    os.write(job.input, base64.b64decode(request["data"]))
-                if request.get("eof"):
-                    job.close_input()
+                job.pending += base64.b64decode(request.get("data", ""))
+                job.eof = job.eof or request.get("eof", False)
             elif request["op"] == "signal":
                 os.killpg(job.process.pid, request["signal"])
             elif request["op"] == "resize":
@@ -184,7 +204,8 @@ class Agent:
         self.tell(ready=os.uname().release)
         pending = b""
         while True:
-            for key, _ in self.selector.select(timeout=1):
+            waiting = any(job.pending or job.eof for job in self.jobs.values())
+            for key, _ in self.selector.select(timeout=0.02 if waiting else 1):
                 if key.fd == self.port:
                     data = os.read(self.port, CHUNK)
                     if not data:
@@ -197,6 +218,9 @@ class Agent:
                 else:
                     identity, stream = key.data
                     self.pump(identity, stream, key.fd)
+            for job in self.jobs.values():
+                if job.input >= 0 and (job.pending or job.eof):
+                    job.feed()
             self.reap()
 
 

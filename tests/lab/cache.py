@@ -17,9 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-KEEP = 3
-"""Generations of one entry that stay on disk; older ones may still be in use by a machine."""
-
 
 def directory() -> Path:
     """Where everything the lab keeps lives: KVMTRACE_LAB_CACHE, or below the user's cache."""
@@ -49,18 +46,21 @@ def lock(name: str) -> Iterator[None]:
         yield
 
 
-def entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
-    """The directory of `kind` made from `key`, filled by `build(directory)` if it is not there."""
+def entry(kind: str, key: str, build: Callable[[Path], None], *, keep: int = 3) -> Path:
+    """The directory of `kind` made from `key`, filled by `build(directory)` if it is not there.
+
+    The last `keep` generations stay: a machine may be running on an older one.
+    """
     final = directory() / f"{kind}@{key}"
     if not final.is_dir():
         with lock(kind):
             if not final.is_dir():
-                _build(kind, final, build)
+                _build(kind, final, build, keep)
     os.utime(final)
     return final
 
 
-def _build(kind: str, final: Path, build: Callable[[Path], None]) -> None:
+def _build(kind: str, final: Path, build: Callable[[Path], None], keep: int) -> None:
     for left_over in final.parent.glob(f"{kind}@*.tmp-*"):
         shutil.rmtree(left_over, ignore_errors=True)
     made = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=final.parent))
@@ -75,5 +75,5 @@ def _build(kind: str, final: Path, build: Callable[[Path], None]) -> None:
         (path for path in final.parent.glob(f"{kind}@*") if path != final),
         key=lambda path: path.stat().st_mtime,
     )
-    for path in older[: -(KEEP - 1)]:
+    for path in older[: 1 - keep]:
         shutil.rmtree(path, ignore_errors=True)

@@ -67,6 +67,8 @@ class Channel:
             while not done():
                 self.alive()
                 if self.closed:
+                    time.sleep(1)  # QEMU closes the port a moment before it ends
+                    self.alive()
                     raise LabError(f"the machine is gone while waiting for {what}")
                 if time.monotonic() >= deadline:
                     raise LabTimeout(f"no {what} in {timeout:g} s")
@@ -78,11 +80,12 @@ class Channel:
         *,
         pty: tuple[int, int] | None = None,
         env: dict[str, str] | None = None,
+        on_output: Callable[[bytes], None] | None = None,
     ) -> Job:
         """Start a program in the machine; a string goes through the shell."""
         with self.changed:
             identity = len(self.jobs) + 1
-            job = self.jobs[identity] = Job(self, identity, command)
+            job = self.jobs[identity] = Job(self, identity, command, on_output)
         self.send(op="start", id=identity, command=command, pty=pty, env=env or {})
         return job
 
@@ -94,24 +97,29 @@ class Channel:
 class Job:
     """A program in the machine."""
 
-    def __init__(self, channel: Channel, identity: int, command: str | list[str]) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        identity: int,
+        command: str | list[str],
+        on_output: Callable[[bytes], None] | None,
+    ) -> None:
         self.channel = channel
         self.identity = identity
         self.command = command if isinstance(command, str) else " ".join(command)
         self.status: int | None = None
         self.output: dict[str, bytearray] = {"out": bytearray(), "err": bytearray()}
-        self.on_output: Callable[[bytes], None] | None = None
+        self.on_output = on_output
 
     def take(self, message: dict[str, object]) -> None:
         """What the agent said about this job."""
         if "exit" in message:
             self.status = int(str(message["exit"]))
-        for stream, gathered in self.output.items():
-            if stream in message:
-                data = base64.b64decode(str(message[stream]))
-                gathered += data
-                if self.on_output is not None:
-                    self.on_output(data)
+        for stream in self.output.keys() & message.keys():
+            data = base64.b64decode(str(message[stream]))
+            self.output[stream] += data
+            if self.on_output is not None:
+                self.on_output(data)
 
     @property
     def stdout(self) -> str:
@@ -179,14 +187,15 @@ class Job:
         try:
             self.channel.wait(done, timeout, f"{wanted!r} from `{self.command}`")
         except LabTimeout as error:
-            raise LabTimeout(f"{error}; {self._tail()}") from None
+            raise LabTimeout(f"{error}; {self.tail()}") from None
         if not found():
             raise LabError(
-                f"`{self.command}` ended ({self.status}) without {wanted!r}; {self._tail()}"
+                f"`{self.command}` ended ({self.status}) without {wanted!r}; {self.tail()}"
             )
         return text()
 
-    def _tail(self) -> str:
+    def tail(self) -> str:
+        """The end of what it printed, for messages."""
         return f"stdout ends {self.stdout[-500:]!r}, stderr ends {self.stderr[-500:]!r}"
 
     def kill(self) -> None:

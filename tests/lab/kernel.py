@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.lab import cache
+from tests.lab import cache, programs
 from tests.lab.config import Row
 from tests.lab.errors import LabError
 from tests.lab.mirror import Suite
@@ -75,7 +75,7 @@ def _arrange(directory: Path, release: str) -> None:
     tree.parent.mkdir(parents=True)
     trees[0].rename(tree)
     shutil.rmtree(deb)
-    subprocess.run(["depmod", "-b", str(directory), release], check=True)
+    programs.output(["depmod", "-b", directory, release])
 
 
 def boot_modules(modules: Path) -> Iterator[Path]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import configparser
 import hashlib
+import importlib.util
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-from tests.lab import cache
+from tests.lab import cache, programs
 from tests.lab.config import PROJECT, Arch
-from tests.lab.errors import LabError
 from tests.lab.progress import step
 from tests.lab.root import LIBRARY
 
@@ -50,16 +49,16 @@ def _key(arch: Arch) -> str:
 
 def directory(arch: Arch) -> Path:
     """The layer for what is in the tree now."""
-    return cache.entry(f"layer-{arch.name}", _key(arch), lambda path: _build(arch, path))
+    return cache.entry(f"layer-{arch.name}", _key(arch), lambda path: _build(arch, path), keep=50)
 
 
 def _build(arch: Arch, into: Path) -> None:
-    programs = into / "usr/local/bin"
+    commands = into / "usr/local/bin"
     library = into / LIBRARY[1:]
-    programs.mkdir(parents=True)
+    commands.mkdir(parents=True)
     library.mkdir(parents=True)
     if vmm(arch).exists():
-        shutil.copy(vmm(arch), programs / "vmm")
+        shutil.copy(vmm(arch), commands / "vmm")
     if not (PROJECT / "pyproject.toml").exists():
         return
     with step("kvmtrace's wheel"):
@@ -67,24 +66,20 @@ def _build(arch: Arch, into: Path) -> None:
             wheel.extractall(library)
         shutil.rmtree(into / "wheel")
     for listed in library.glob("kvmtrace-*.dist-info/entry_points.txt"):
-        _launchers(listed, programs)
+        _launchers(listed, commands)
 
 
 def _wheel(into: Path) -> Path:
     """The wheel of the tree. With hatchling at hand pip need not fetch it for each build."""
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(into)]
     command.append("--disable-pip-version-check")
-    have = subprocess.run([sys.executable, "-c", "import hatchling"], capture_output=True)
-    if have.returncode == 0:
+    if importlib.util.find_spec("hatchling"):
         command.append("--no-build-isolation")
-    done = subprocess.run([*command, str(PROJECT)], capture_output=True, text=True)
-    wheels = list(into.glob("kvmtrace-*.whl"))
-    if done.returncode or not wheels:
-        raise LabError(f"kvmtrace's wheel cannot be built: {done.stderr.strip()[-600:]}")
-    return wheels[0]
+    programs.output([*command, str(PROJECT)])
+    return next(into.glob("kvmtrace-*.whl"))
 
 
-def _launchers(entry_points: Path, programs: Path) -> None:
+def _launchers(entry_points: Path, commands: Path) -> None:
     """The wheel's commands, for the Python of the machine."""
     parser = configparser.ConfigParser()
     parser.read(entry_points)
@@ -92,6 +87,6 @@ def _launchers(entry_points: Path, programs: Path) -> None:
         return
     for name, target in parser.items("console_scripts"):
         module, _, attribute = target.partition(":")
-        path = programs / name
+        path = commands / name
         path.write_text(LAUNCHER.format(module=module, attribute=attribute))
         path.chmod(0o755)

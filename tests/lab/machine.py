@@ -19,27 +19,26 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.lab import initramfs, kernel, layer, qemu, root
+from tests.lab import initramfs, kernel, layer, qemu, root, terminal
 from tests.lab.channel import Channel, Job
 from tests.lab.config import Row, row
 from tests.lab.errors import CommandFailed, LabError, LabPanic, LabTimeout
 from tests.lab.progress import say
 
+DEFAULT = "trixie-newest"
 BOOT_SECONDS = 90.0
 LIFE_SECONDS = 3600.0
 DYING = re.compile(
     r"Kernel panic - not syncing|^.{0,40}\bOops: |BUG: unable to handle", re.MULTILINE
 )
-STATIC_KEY_OOPS = re.compile(r"Oops: int3|int3: 0000|\bint3\b.*\[#\d+\]")
+STATIC_KEY_OOPS = re.compile(r"\bint3: 0000 \[#\d+\]")
 MOUNTS = {
-    "devpts": "/dev/pts",
-    "tmpfs": "/run",
     "debugfs": "/sys/kernel/debug",
     "tracefs": "/sys/kernel/tracing",
     "cgroup2": "/sys/fs/cgroup",
@@ -98,6 +97,7 @@ class Machine:
             work=self.work,
         )
         command = qemu.arguments(prepared.qemu, prepared.row, parts, memory, cmdline)
+        (self.work / "console.log").touch()
         self._errors = (self.work / "qemu.log").open("w+")
         self.process = subprocess.Popen(
             command,
@@ -106,15 +106,16 @@ class Machine:
             stderr=self._errors,
             start_new_session=True,
         )
-        self._life = threading.Timer(life, self.process.kill)
-        self._life.daemon = True
-        self._life.start()
+        self._outlived = ""
+        self._scanned = 0
+        self._life: threading.Timer | None = None
+        self.limit(life)
         self.channel = Channel(self._connect(self.work / "agent.sock"), self._check)
 
     @classmethod
     def boot(
         cls,
-        kernel: str = "trixie-newest",
+        kernel: str = DEFAULT,
         *,
         cmdline_extra: str = "",
         memory: str = "3G",
@@ -162,6 +163,19 @@ class Machine:
             else:
                 return connection
 
+    def limit(self, seconds: float) -> None:
+        """End the machine in `seconds` from now, whatever it does then."""
+
+        def end() -> None:
+            self._outlived = f"its {seconds:g} s are over"
+            self.process.kill()
+
+        if self._life is not None:
+            self._life.cancel()
+        self._life = threading.Timer(seconds, end)
+        self._life.daemon = True
+        self._life.start()
+
     def _qemu_said(self) -> str:
         with contextlib.suppress(OSError):
             return (self.work / "qemu.log").read_text().strip()[-500:]
@@ -172,10 +186,10 @@ class Machine:
         self.channel.wait(lambda: bool(self.channel.ready), BOOT_SECONDS, "agent in the machine")
         if modules is None:
             modules = (*self.row.arch.kvm_modules, *INJECTORS)
-        lines = ["hostname lab", "ip link set lo up", "mkdir -p /dev/pts /dev/shm /run /tmp"]
+        lines = ["hostname lab", "ip link set lo up", "mkdir -p /dev/pts /dev/shm"]
         lines.append("mount -t tmpfs -o mode=1777 shm /dev/shm")
-        for kind in mounts:
-            lines.append(f"mkdir -p {MOUNTS[kind]}; mount -t {kind} {kind} {MOUNTS[kind]}")
+        lines.append("mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts")
+        lines += [f"mount -t {kind} {kind} {MOUNTS[kind]}" for kind in mounts]
         lines += [f"modprobe -q {module} || true" for module in modules]
         self.run("\n".join(lines), timeout=BOOT_SECONDS)
         self.boot_seconds = time.monotonic() - start
@@ -189,9 +203,13 @@ class Machine:
 
     def _check(self) -> None:
         """Raise if the kernel has died or QEMU is gone."""
+        status = self.process.poll()
+        written = (self.work / "console.log").stat().st_size
+        if status is None and written == self._scanned:
+            return
         said = self.console
         dying = DYING.search(said)
-        status = self.process.poll()
+        self._scanned = written
         if dying is None and status is None:
             return
         if dying is not None:
@@ -202,8 +220,17 @@ class Machine:
             raise LabPanic(f"the kernel of {self.row.name} died: {line}", said[-6000:])
         raise LabError(
             f"the machine {self.row.name} ended (QEMU's status {status}): "
-            f"{self._qemu_said() or said.strip()[-300:]}"
+            f"{self._outlived or self._qemu_said() or said.strip()[-300:]}"
         )
+
+    @property
+    def alive(self) -> bool:
+        """Whether programs can still be run in it."""
+        try:
+            self._check()
+        except LabError:
+            return False
+        return not self.channel.closed
 
     def start(
         self,
@@ -211,9 +238,17 @@ class Machine:
         *,
         pty: tuple[int, int] | None = None,
         env: dict[str, str] | None = None,
+        on_output: Callable[[bytes], None] | None = None,
     ) -> Job:
-        """Start a program in the background, with `pty=(rows, columns)` on a terminal."""
-        return self.channel.start(command, pty=pty, env=env)
+        """Start a program in the background, with `pty=(rows, columns)` on a terminal.
+
+        `on_output` gets its bytes as they come, in the thread that reads them.
+        """
+        return self.channel.start(command, pty=pty, env=env, on_output=on_output)
+
+    def attach(self, command: str | list[str]) -> int:
+        """Run a program on the terminal of whoever runs this, to its end; its status."""
+        return terminal.attach(self.channel, command)
 
     def run(
         self,
@@ -233,7 +268,7 @@ class Machine:
             job.wait(timeout)
         except LabTimeout as error:
             job.kill()
-            raise LabTimeout(f"{error}; {job._tail()}") from None
+            raise LabTimeout(f"{error}; {job.tail()}") from None
         result = Result(job.status or 0, job.stdout, job.stderr)
         if check and result.status:
             said = (result.stderr or result.stdout).strip()[-1000:]
@@ -261,7 +296,8 @@ class Machine:
 
     def close(self) -> None:
         """End the machine. What it left in `share` goes with it."""
-        self._life.cancel()
+        if self._life is not None:
+            self._life.cancel()
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()

@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import subprocess
 import time
 from pathlib import Path
 
-from tests.lab import cache
+from tests.lab import cache, programs
 from tests.lab.errors import LabError
 from tests.lab.progress import megabytes, say, step
 from tests.lab.resolve import Package, parse
@@ -25,28 +24,15 @@ EXPIRED = re.compile(r"is expired|not valid yet|no longer valid", re.IGNORECASE)
 UNKNOWN_KEY = re.compile(r"NO_PUBKEY|is not signed|Missing key|couldn't be verified")
 
 
-def _output(command: list[str], config: Path | None = None) -> str:
-    environment = os.environ | {"LC_ALL": "C"}
-    if config is not None:
-        environment["APT_CONFIG"] = str(config)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    except FileNotFoundError:
-        raise LabError(f"{command[0]} is not installed: run `sh tests/lab/setup.sh`") from None
-    if done.returncode:
-        text = (done.stderr or done.stdout).strip()
-        errors = [line for line in text.splitlines() if line.startswith(("E:", "W: GPG"))]
-        raise LabError(f"{command[0]} failed: {' '.join(errors) or text[-500:]}")
-    return done.stdout
-
-
 def uri() -> str:
     """The Debian mirror: KVMTRACE_LAB_MIRROR, or the one apt is configured with."""
     chosen = os.environ.get("KVMTRACE_LAB_MIRROR")
     if chosen:
         return chosen.rstrip("/")
     wanted = "$(REPO_URI)|$(COMPONENT)|$(ORIGIN)|$(LABEL)|$(RELEASE)"
-    listed = _output(["apt-get", "indextargets", "--format", wanted, "Created-By: Packages"])
+    listed = programs.output(
+        ["apt-get", "indextargets", "--format", wanted, "Created-By: Packages"]
+    )
     targets = [line.split("|") for line in listed.splitlines() if line.count("|") == 4]
     codename = re.search(r"^VERSION_CODENAME=(\w+)", _os_release(), re.MULTILINE)
     for address, component, origin, label, release in targets:
@@ -97,7 +83,7 @@ class Suite:
         # Proxies, certificates and credentials of the host's apt; nothing of its policy.
         transport = [
             line
-            for line in _output(["apt-config", "dump"]).splitlines()
+            for line in programs.output(["apt-config", "dump"]).splitlines()
             if re.match(r"Acquire::(https?|Retries|ForceIPv\d)\b", line)
         ]
         own = {
@@ -112,6 +98,9 @@ class Suite:
         }
         lines = [*transport, *(f'{key} "{value}";' for key, value in own.items())]
         self.config.write_text("\n".join(lines) + "\n")
+
+    def _apt(self, *command: str, cwd: Path | None = None) -> str:
+        return programs.output(command, env={"APT_CONFIG": str(self.config)}, cwd=cwd)
 
     def update(self) -> None:
         """Fetch the suite's package list, unless that was done in the last day."""
@@ -139,34 +128,30 @@ class Suite:
         self._configure(source)
         command = ["apt-get", "update", "-q", "--error-on=any"]
         try:
-            _output(command, self.config)
+            self._apt(*command)
         except LabError as error:
             if UNKNOWN_KEY.search(str(error)):
                 raise LabError(
-                    f"the host's debian-archive-keyring does not know {self.name}'s keys: upgrade it"
+                    f"debian-archive-keyring here does not know {self.name}'s keys: upgrade it"
                 ) from error
             if not EXPIRED.search(str(error)):
                 raise
             say(f"{self.name}'s release file here is past its date; its signature is still checked")
             self._configure(self.source(expired=True))
-            _output(command, self.config)
+            self._apt(*command)
 
     def packages(self, pattern: str) -> list[Package]:
         """The packages whose names match a regular expression; none is no error."""
         self.update()
         with contextlib.suppress(LabError):
-            return list(parse(_output(["apt-cache", "show", pattern], self.config)))
+            return list(parse(self._apt("apt-cache", "show", pattern)))
         return []
 
     def download(self, names: list[str], into: Path) -> list[Path]:
         """The .deb files of `names` ("package" or "package=version"), checked, in `into`."""
         self.update()
         into.mkdir(parents=True, exist_ok=True)
-        command = ["apt-get", "download", "-q", *names]
-        environment = os.environ | {"LC_ALL": "C", "APT_CONFIG": str(self.config)}
-        done = subprocess.run(command, cwd=into, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise LabError(f"cannot download {' '.join(names)}: {done.stderr.strip()[-300:]}")
+        self._apt("apt-get", "download", "-q", *names, cwd=into)
         return sorted(into.glob("*.deb"))
 
     def unpack(self, names: list[str], into: Path, what: str, size: int = 0) -> None:
@@ -174,6 +159,6 @@ class Suite:
         debs = into / ".debs"
         with step(f"{what} from {self.name}" + (f" ({megabytes(size)})" if size else "")):
             for deb in self.download(names, debs):
-                _output(["dpkg-deb", "-x", str(deb), str(into)])
+                programs.output(["dpkg-deb", "-x", deb, into])
                 deb.unlink()
             debs.rmdir()

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.lab import cache
+from tests.lab import cache, programs
 from tests.lab.config import Arch, Row
 from tests.lab.errors import LabError
 from tests.lab.mirror import Suite
@@ -41,16 +40,15 @@ class Qemu:
 def _version(program: str | Path) -> str:
     """The version a QEMU says it is, "" if it does not run."""
     try:
-        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=30)
-    except OSError:
+        said = programs.output([program, "--version"])
+    except LabError:
         return ""
-    found = re.search(r"version (\d+[\d.]*)", done.stdout)
+    found = re.search(r"version (\d+[\d.]*)", said)
     return found[1] if found else ""
 
 
 def _host_arch() -> str:
-    done = subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True)
-    return done.stdout.strip()
+    return programs.output(["dpkg", "--print-architecture"]).strip()
 
 
 def find(arch: Arch) -> Qemu:

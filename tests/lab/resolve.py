@@ -77,7 +77,7 @@ def _parts(image: Package, abi: str, listed: dict[str, Package]) -> tuple[Packag
 
 def resolve(packages: Iterable[Package], flavour: str, version: str, where: str) -> Resolved:
     """The newest kernel of `flavour` that is `version`, else the nearest one there is."""
-    listed = {}
+    listed: dict[str, Package] = {}
     for package in packages:
         known = listed.get(package.name)
         if known is None or numbers(package.version) > numbers(known.version):

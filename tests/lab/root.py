@@ -7,15 +7,13 @@ would be a round trip through the emulated machine. Any number of machines share
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import tomllib
 from pathlib import Path
 
-from tests.lab import cache
+from tests.lab import cache, programs
 from tests.lab.config import PROJECT, Row
-from tests.lab.errors import LabError
 from tests.lab.mirror import Suite
 from tests.lab.progress import step
 
@@ -53,19 +51,10 @@ def image(row: Row) -> Path:
     return home / "root.img"
 
 
-def _run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise LabError(f"{command[0]} is not installed: run `sh tests/lab/setup.sh`") from None
-    if done.returncode:
-        raise LabError(f"{command[0]} failed: {(done.stderr or done.stdout).strip()[-600:]}")
-
-
 def pip_install(arguments: list[str], target: Path) -> None:
     """Install from PyPI into a directory, wheels only."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    _run([*pip, "--no-compile", "--only-binary=:all:", f"--target={target}", *arguments])
+    programs.output([*pip, "--no-compile", "--only-binary=:all:", f"--target={target}", *arguments])
 
 
 def _build(row: Row, suite: Suite, directory: Path) -> None:
@@ -80,7 +69,7 @@ def _build(row: Row, suite: Suite, directory: Path) -> None:
             with step(f"kvmtrace's dependencies ({', '.join(dependencies())})"):
                 pip_install(dependencies(), extra / LIBRARY[1:])
         with step(f"root {row.root.name} ({row.arch.name}): {len(row.root.packages)} packages"):
-            _run(
+            programs.output(
                 [
                     "mmdebstrap",
                     "--variant=apt",
@@ -107,5 +96,5 @@ def _image(archive: Path, tree: Path, into: Path) -> None:
         'mke2fs -q -F -t ext4 -O ^has_journal -m 0 -d "$1" "$2" "$3"'
     )
     command = ["sh", "-c", script, str(archive), str(tree), str(into), f"{size >> 10}k"]
-    _run(command if os.geteuid() == 0 else ["fakeroot", *command])
+    programs.output(command if os.geteuid() == 0 else ["fakeroot", *command])
     archive.unlink()

@@ -1,0 +1,66 @@
+"""`python -m tests.lab`: prepare what machines need, list them, get a shell in one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tests.lab.config import rows
+from tests.lab.errors import LabError
+from tests.lab.machine import DEFAULT, Machine, prepare
+from tests.lab.progress import say
+
+
+def _prepare(names: list[str]) -> int:
+    for name in names:
+        made = prepare(name)
+        say(f"{name}: Linux {made.kernel.release}, root {made.row.root.name}, {made.qemu.version}")
+    return 0
+
+
+def _list() -> int:
+    for row in rows().values():
+        kernel = f"{row.suite} {row.version or 'newest'} {row.flavour}"
+        print(f"{row.name:20} {row.root.name:10} {kernel:36} {row.why}")
+    return 0
+
+
+def _shell(name: str, cmdline: str) -> int:
+    with Machine.boot(name, cmdline_extra=cmdline) as machine:
+        say(f"{name}: Linux {machine.release}, up in {machine.boot_seconds:.1f} s")
+        if not sys.stdin.isatty():
+            result = machine.run(["bash"], timeout=3600, stdin=sys.stdin.read())
+            sys.stdout.write(result.stdout)
+            sys.stderr.write(result.stderr)
+            return result.status
+        say(f"{machine.share} here is /mnt/share there; exit or Ctrl-D ends the machine")
+        return machine.attach(["bash", "--login"])
+
+
+def main() -> int:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m tests.lab", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    preparing = commands.add_parser("prepare", help="download and build what machines need")
+    preparing.add_argument("--kernel", nargs="+", default=[DEFAULT], metavar="NAME")
+    preparing.add_argument("--all", action="store_true", help="every kernel of kernels.toml")
+    shell = commands.add_parser("shell", help="boot a machine and get a root shell in it")
+    shell.add_argument("--kernel", default=DEFAULT, metavar="NAME")
+    shell.add_argument("--cmdline", default="", help="more for the kernel's command line")
+    commands.add_parser("list", help="the kernels there are")
+    chosen = parser.parse_args()
+    try:
+        if chosen.command == "prepare":
+            return _prepare(list(rows()) if chosen.all else chosen.kernel)
+        if chosen.command == "shell":
+            return _shell(chosen.kernel, chosen.cmdline)
+        return _list()
+    except LabError as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

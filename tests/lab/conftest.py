@@ -1,0 +1,89 @@
+"""Fixtures for tests that run in a machine, and the switch KVMTRACE_LAB.
+
+Unset: they run where the lab can start, and are skipped with the reason where it cannot. "1": a
+lab that cannot start is a failure, so that no green run has skipped it. "0": never.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from tests.lab.errors import LabError
+from tests.lab.machine import DEFAULT, Machine, prepare
+
+SWITCH = os.environ.get("KVMTRACE_LAB", "")
+
+Boot = Callable[..., Machine]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """KVMTRACE_LAB=0 skips what is marked `lab`."""
+    if SWITCH == "0":
+        for item in items:
+            if item.get_closest_marker("lab"):
+                item.add_marker(pytest.mark.skip(reason="KVMTRACE_LAB=0"))
+
+
+def _prepared(config: pytest.Config, kernel: str) -> None:
+    """Make sure that `kernel` can be booted; downloading it may take minutes, so show it."""
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    try:
+        if capture is None:
+            prepare(kernel)
+        else:
+            with capture.global_and_fixture_disabled():
+                prepare(kernel)
+    except LabError as error:
+        if SWITCH == "1":
+            pytest.fail(f"the lab cannot start: {error}", pytrace=False)
+        pytest.skip(f"the lab cannot start: {error}")
+
+
+@pytest.fixture
+def boot(pytestconfig: pytest.Config) -> Iterator[Boot]:
+    """Boot machines of one's own: `boot("trixie", modules=())`; they end with the test."""
+    with ExitStack() as machines:
+
+        def booted(kernel: str = DEFAULT, **options: Any) -> Machine:
+            _prepared(pytestconfig, kernel)
+            return machines.enter_context(Machine.boot(kernel, **options))
+
+        yield booted
+
+
+class _Shared:
+    """The machine that tests of a session share; a new one when it has died."""
+
+    def __init__(self) -> None:
+        self.machine: Machine | None = None
+
+    def get(self) -> Machine:
+        if self.machine is not None and not self.machine.alive:
+            self.close()
+        if self.machine is None:
+            self.machine = Machine.boot(DEFAULT)
+        return self.machine
+
+    def close(self) -> None:
+        if self.machine is not None:
+            self.machine.close()
+            self.machine = None
+
+
+@pytest.fixture(scope="session")
+def _shared_machine(pytestconfig: pytest.Config) -> Iterator[_Shared]:
+    _prepared(pytestconfig, DEFAULT)
+    shared = _Shared()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def machine(_shared_machine: _Shared) -> Machine:
+    """The newest kernel, booted once for the session: leave it as you found it."""
+    return _shared_machine.get()
