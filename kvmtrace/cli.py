@@ -488,19 +488,37 @@ def replay(file: str, as_events: bool, as_json: bool) -> None:
 
 @cli.command()
 @_json_option
+@_source_option
 @click.pass_context
-def doctor(ctx: click.Context, as_json: bool) -> None:
+def doctor(ctx: click.Context, as_json: bool, source: str) -> None:
     """What this host offers and what is missing, each with the fix.
 
-    Exit status 0 only if memory-fault exits can be seen here.
+    Attaches for a moment to see what can be attached. Exit status 0 only if memory-fault exits
+    can be seen here.
     """
-    report = doctor_view.examine()
+    kinds = ("bpf", "ftrace") if source == "auto" else (source,)
+    facts = host.examine()
+    report = doctor_view.judge(facts, [_attempt(kind) for kind in kinds])
     if as_json:
         _json_is_utf8()
         _print(json.dumps(doctor_view.as_object(report), ensure_ascii=False))
     else:
-        _print(doctor_view.render(report, ascii_only=not _can_print("✓")))
+        _print(doctor_view.render(report, ascii_only=not _can_print("✓✗→")))
     ctx.exit(0 if report.ok else 1)
+
+
+def _attempt(kind: str) -> doctor_view.Attempt:
+    """Attach, look, detach. Whatever goes wrong is a finding here."""
+    try:
+        source = sources.open_source(kind)
+        try:
+            source.poll(0)
+            return doctor_view.Attempt(kind, source.probes())
+        finally:
+            source.close()
+    except Exception as error:
+        failure = _as_kvmtrace_error(error)
+        return doctor_view.Attempt(kind, refused=failure.message, hint=failure.hint)
 
 
 def _can_print(text: str) -> bool:

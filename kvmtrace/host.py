@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import gzip
+import json
 import os
 import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from kvmtrace.btf import Btf
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.probes import specs
 
 TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
@@ -38,6 +48,131 @@ def privilege(status: str = "/proc/self/status") -> Privilege:
     """This process's effective user and capabilities."""
     match = re.search(r"^CapEff:\s*([0-9a-f]+)", _read(status), re.MULTILINE)
     return Privilege(os.geteuid(), int(match[1], 16) if match else 0)
+
+
+def lockdown(path: str = "/sys/kernel/security/lockdown") -> str | None:
+    """``none``, ``integrity`` or ``confidentiality``; None where the kernel has no lockdown."""
+    match = re.search(r"\[(\w+)\]", _read(path))
+    return match[1] if match else None
+
+
+# -- kvm
+
+
+@dataclass(frozen=True, slots=True)
+class Kvm:
+    """``vendor``: the module that drives the hardware; ``device``: /dev/kvm is there.
+
+    ``memory_fault_info``: what KVM_CAP_MEMORY_FAULT_INFO answers. For information only: arm64
+    answers 0 and uses the exit all the same.
+    """
+
+    loaded: bool
+    vendor: str | None
+    device: bool
+    memory_fault_info: int | None = None
+
+
+def kvm(sys_module: str = "/sys/module", device: str = "/dev/kvm") -> Kvm:
+    """Whether KVM is here, as a module or built in."""
+    vendors = ("kvm_amd", "kvm_intel", "kvm_hv", "kvm_pr")
+    vendor = next((name for name in vendors if os.path.isdir(f"{sys_module}/{name}")), None)
+    there = os.path.exists(device)
+    loaded = os.path.isdir(f"{sys_module}/kvm") or there
+    return Kvm(loaded, vendor, there, _check_extension(device, 232) if there else None)
+
+
+def _check_extension(device: str, capability: int) -> int | None:
+    check_extension = 0xAE03  # KVM_CHECK_EXTENSION, include/uapi/linux/kvm.h
+    try:
+        descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return fcntl.ioctl(descriptor, check_extension, capability)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+# -- types
+
+
+@dataclass(frozen=True, slots=True)
+class Types:
+    """BTF files there are; ``memory_fault_exit``: kvm_run can tell KVM_EXIT_MEMORY_FAULT.
+
+    That is None while kvm's own types cannot be seen (not loaded, no BTF).
+    """
+
+    vmlinux: bool
+    kvm: bool
+    memory_fault_exit: bool | None
+
+
+def types(root: str = "/sys/kernel/btf") -> Types:
+    """What the kernel tells of its types."""
+    vmlinux, module = (os.path.exists(f"{root}/{name}") for name in ("vmlinux", "kvm"))
+    return Types(vmlinux, module, _memory_fault_exit(root) if vmlinux else None)
+
+
+def _memory_fault_exit(root: str) -> bool | None:
+    try:
+        btf = Btf(root)
+    except KvmtraceError:
+        return _memory_fault_exit_by_name(root)
+    try:
+        if btf.size("kvm_run") is None:
+            return None
+        return btf.offset("kvm_run", "memory_fault") is not None
+    finally:
+        btf.close()
+
+
+def _memory_fault_exit_by_name(root: str) -> bool | None:
+    """Without libbpf: whether BTF has a member of that name at all, which nothing else has.
+
+    A module's BTF leaves out strings that vmlinux has, so both are looked at.
+    """
+    blobs = []
+    for name in ("vmlinux", "kvm"):
+        try:
+            with open(f"{root}/{name}", "rb") as file:
+                blobs.append(file.read())
+        except OSError:
+            continue
+    if not any(b"\0kvm_run\0" in blob for blob in blobs):
+        return None
+    return any(b"\0memory_fault\0" in blob for blob in blobs)
+
+
+# -- tracefs
+
+
+@dataclass(frozen=True, slots=True)
+class Tracefs:
+    """``readable``: lockdown lets us read it. ``dynamic_events``, ``fprobes``: what it can do."""
+
+    path: str
+    readable: bool
+    dynamic_events: bool
+    fprobes: bool
+
+
+def tracing(candidates: tuple[str, ...] = TRACEFS) -> Tracefs | None:
+    """The tracefs that is mounted, or None."""
+    path = tracefs(candidates)
+    if path is None:
+        return None
+    readme = _read(f"{path}/README")
+    return Tracefs(
+        path,
+        readable=bool(readme),
+        dynamic_events=os.access(f"{path}/dynamic_events", os.W_OK)
+        or os.access(f"{path}/kprobe_events", os.W_OK),
+        fprobes=re.search(r"^\s*f\[:", readme, re.MULTILINE) is not None,
+    )
 
 
 def tracefs(candidates: tuple[str, ...] = TRACEFS) -> str | None:
@@ -76,6 +211,165 @@ def memory_failure_names(root: str | None = None) -> tuple[dict[int, str], dict[
     root = root or tracefs() or TRACEFS[0]
     tables = symbolic_tables(_read(f"{root}/events/ras/memory_failure_event/format"))
     return tables.get("type", {}), tables.get("result", {})
+
+
+# -- symbols
+
+
+@dataclass(frozen=True, slots=True)
+class Symbols:
+    """Functions that probes may attach to: {name: module, "" for vmlinux}.
+
+    ``hidden``: the addresses were zeros, as they are for those who may not see them.
+    """
+
+    modules: Mapping[str, str]
+    hidden: bool
+
+
+def symbols(names: Iterable[str], path: str = "/proc/kallsyms") -> Symbols | None:
+    """Which of ``names`` the kernel has, in one reading; None where there is no kallsyms."""
+    wanted = b"|".join(re.escape(name.encode()) for name in names)
+    line = re.compile(rb"^([0-9a-f]+) [tTwW] (" + wanted + rb")(?:\t\[(\w+)\])?$", re.MULTILINE)
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+    except OSError:
+        return None
+    found = line.findall(text)
+    return Symbols(
+        {name.decode(): module.decode() for _, name, module in found},
+        hidden=bool(found) and not any(int(address, 16) for address, _, _ in found),
+    )
+
+
+def functions(machine: str | None = None) -> tuple[str, ...]:
+    """Every function that some probe may attach to."""
+    return tuple(
+        target for spec in specs(machine) if not spec.is_tracepoint for target in spec.targets
+    )
+
+
+# -- bcc
+
+
+@dataclass(frozen=True, slots=True)
+class Bcc:
+    """``version`` of the BPF compiler collection, or ``why`` it cannot be used."""
+
+    version: str | None
+    why: str = ""
+    fix: str = ""
+
+
+# In a process of its own: loading bcc takes 60 MB, and must not happen for asking.
+_ASK_BCC = """
+import json
+try:
+    import bcc
+except Exception as error:
+    print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+else:
+    version = getattr(bcc, "__version__", "unknown") if hasattr(bcc, "BPF") else None
+    print(json.dumps({"version": version, "file": bcc.__file__}))
+"""
+_INSTALL = "apt install python3-bpfcc (or dnf install python3-bcc)"
+_DISTRIBUTION = ("/usr/lib/python3/dist-packages/bcc", "/usr/lib/python3/site-packages/bcc")
+
+
+def bcc(
+    python: str = sys.executable, distribution: tuple[str, ...] = _DISTRIBUTION, timeout: float = 30
+) -> Bcc:
+    """The bcc that this Python finds."""
+    try:
+        # -P: what happens to be in the current directory is nobody's bcc
+        done = subprocess.run(
+            [python, "-P", "-c", _ASK_BCC],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=True,
+        )
+        answer = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return Bcc(None, f"asking for it failed: {error}", _INSTALL)
+    if "error" in answer:
+        if answer["error"].startswith("ModuleNotFoundError"):
+            if any(os.path.isdir(path) for path in distribution):
+                return Bcc(
+                    None,
+                    "installed, but out of this Python's sight",
+                    "make the venv with /usr/bin/python3 -m venv --system-site-packages",
+                )
+            return Bcc(None, "not installed", _INSTALL)
+        return Bcc(None, answer["error"], _INSTALL)
+    if answer["version"] is None:
+        return Bcc(
+            None,
+            f"{answer['file']} is another project of that name",
+            f"pip uninstall bcc, then {_INSTALL}",
+        )
+    return Bcc(answer["version"])
+
+
+# -- kernel configuration
+
+
+def kernel_option(
+    name: str,
+    release: str | None = None,
+    boot: str = "/boot",
+    config_gz: str = "/proc/config.gz",
+) -> str | None:
+    """``y``, ``m`` or ``n`` for a CONFIG_ option; None where no configuration is to be found."""
+    text = _read(f"{boot}/config-{release or os.uname().release}")
+    if not text:
+        try:
+            with gzip.open(config_gz, "rt") as file:
+                text = file.read()
+        except (OSError, EOFError):
+            return None
+    match = re.search(rf"^{name}=(\w)", text, re.MULTILINE)
+    return match[1] if match else "n"
+
+
+# -- all of it
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What `kvmtrace doctor` judges."""
+
+    kernel: str
+    machine: str
+    privilege: Privilege
+    lockdown: str | None
+    kvm: Kvm
+    types: Types
+    tracefs: Tracefs | None
+    symbols: Symbols | None
+    poison_names: bool
+    bcc: Bcc
+    ras_cec: str | None = None
+
+
+def examine() -> Facts:
+    """This host, now."""
+    uname = os.uname()
+    return Facts(
+        kernel=uname.release,
+        machine=uname.machine,
+        privilege=privilege(),
+        lockdown=lockdown(),
+        kvm=kvm(),
+        types=types(),
+        tracefs=tracing(),
+        symbols=symbols(functions(uname.machine)),
+        poison_names=all(memory_failure_names()),
+        bcc=bcc(),
+        ras_cec=kernel_option("CONFIG_RAS_CEC"),
+    )
 
 
 def _read(path: str) -> str:

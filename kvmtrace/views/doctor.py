@@ -1,1 +1,247 @@
-"""``kvmtrace doctor``: what this host offers, what is missing, and the fix of each."""
+"""``kvmtrace doctor``: what this host offers, what is missing, and the fix of each.
+
+A judgement over facts that others gathered (``host.Facts``, and what each source said when it was
+tried), so that every verdict can be tested without the host that deserves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvmtrace import wire
+from kvmtrace.host import CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Facts
+from kvmtrace.model import Probe
+from kvmtrace.probes import ProbeSpec, specs
+
+_CAPABILITIES = {
+    "CAP_BPF": CAP_BPF,
+    "CAP_PERFMON": CAP_PERFMON,
+    "CAP_SYS_ADMIN": CAP_SYS_ADMIN,
+    "CAP_SYS_RESOURCE": CAP_SYS_RESOURCE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What became of trying a source: its probes, or why it ``refused`` (and a ``hint``)."""
+
+    kind: str
+    probes: tuple[Probe, ...] = ()
+    refused: str | None = None
+    hint: str = ""
+
+    @property
+    def sees_exits(self) -> bool:
+        """Whether KVM_RUN's return is probed."""
+        return any(probe.name == "run" and probe.attached for probe in self.probes)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line. ``ok``: True, False, or None for what is merely good to know."""
+
+    name: str
+    ok: bool | None
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All checks and the verdict; ``ok``: memory-fault exits can be seen on this host."""
+
+    checks: tuple[Check, ...]
+    attempts: tuple[Attempt, ...]
+    ok: bool
+    verdict: str
+
+
+def judge(facts: Facts, attempts: Sequence[Attempt]) -> Report:
+    """The report on a host. ``attempts`` in order of preference."""
+    chosen = _chosen(attempts)
+    seen = chosen is not None and chosen.sees_exits
+    ok = seen and facts.types.memory_fault_exit is True
+    if ok and chosen:
+        verdict = f"memory-fault exits can be seen here, by {chosen.kind}"
+    elif seen and facts.types.memory_fault_exit is False:
+        verdict = "this kernel has no memory-fault exit; poison and SIGBUS can be seen"
+    elif seen:
+        verdict = "KVM_RUN can be watched, but whether it tells memory faults is not known"
+    else:
+        verdict = "memory-fault exits cannot be seen here"
+    checks = (*_host_checks(facts), *_source_checks(attempts), *_probe_checks(facts, chosen))
+    return Report(checks, tuple(attempts), ok, verdict)
+
+
+def _chosen(attempts: Sequence[Attempt]) -> Attempt | None:
+    """The source that `--source auto` would take."""
+    return next((attempt for attempt in attempts if attempt.refused is None), None)
+
+
+def _host_checks(facts: Facts) -> Iterator[Check]:
+    privilege = facts.privilege
+    held = [name for name, number in _CAPABILITIES.items() if privilege.has(number)]
+    yield Check(
+        "privilege",
+        privilege.may_trace,
+        f"uid {privilege.euid}, {', '.join(held) if held else 'none of the capabilities needed'}",
+        "run it with sudo",
+    )
+    yield Check(
+        "lockdown",
+        facts.lockdown != "confidentiality",
+        facts.lockdown or "not in this kernel",
+        "boot without lockdown=confidentiality: it forbids reading kernel memory",
+    )
+    yield _kvm_check(facts)
+    types = facts.types
+    yield Check(
+        "types (BTF)",
+        types.vmlinux,
+        "vmlinux and kvm" if types.kvm else "vmlinux" if types.vmlinux else "none",
+        "run a kernel built with CONFIG_DEBUG_INFO_BTF",
+    )
+    exit_ = types.memory_fault_exit
+    yield Check(
+        "memory-fault exit",
+        exit_,
+        f"Linux {facts.kernel} has it"
+        if exit_
+        else f"not in Linux {facts.kernel}"
+        if exit_ is False
+        else "unknown until kvm's types can be read",
+        "run Linux 6.8 or newer" if exit_ is False else "load kvm",
+    )
+    yield _tracefs_check(facts)
+    yield Check(
+        "poison's names",
+        facts.poison_names or None,
+        "read from this kernel" if facts.poison_names else "not readable: numbers are shown",
+        "mount tracefs",
+    )
+    yield Check(
+        "bcc",
+        facts.bcc.version is not None,
+        facts.bcc.version or facts.bcc.why,
+        facts.bcc.fix,
+    )
+    if facts.ras_cec == "y":
+        yield Check(
+            "corrected errors", None, "this kernel collects them without an event (RAS_CEC)"
+        )
+
+
+def _kvm_check(facts: Facts) -> Check:
+    kvm = facts.kvm
+    if not kvm.loaded:
+        return Check(
+            "kvm", False, "not loaded", "modprobe kvm_intel or kvm_amd; kvmtrace waits for it"
+        )
+    parts = [kvm.vendor or "loaded", "/dev/kvm" if kvm.device else "no /dev/kvm"]
+    if kvm.memory_fault_info is not None:
+        parts.append(f"KVM_CAP_MEMORY_FAULT_INFO {kvm.memory_fault_info}")
+    return Check(
+        "kvm",
+        kvm.device,
+        ", ".join(parts),
+        "is virtualization switched on in the firmware? `dmesg | grep -i kvm`",
+    )
+
+
+def _tracefs_check(facts: Facts) -> Check:
+    tracefs = facts.tracefs
+    if tracefs is None:
+        fix = "mount -t tracefs tracefs /sys/kernel/tracing"
+        return Check("tracefs", False, "not mounted", fix)
+    if not tracefs.readable:
+        return Check("tracefs", False, f"{tracefs.path}, not readable", "see privilege, lockdown")
+    events = "function probes" if tracefs.fprobes else "kprobes only"
+    if not tracefs.dynamic_events:
+        events = "no dynamic events"
+    return Check(
+        "tracefs",
+        tracefs.dynamic_events,
+        f"{tracefs.path}, {events}",
+        "run a kernel built with CONFIG_KPROBE_EVENTS",
+    )
+
+
+def _source_checks(attempts: Sequence[Attempt]) -> Iterator[Check]:
+    # One that works is enough: then the other one's troubles are news, not faults.
+    works = any(attempt.refused is None for attempt in attempts)
+    for attempt in attempts:
+        if attempt.refused is not None:
+            yield Check(
+                f"source {attempt.kind}", None if works else False, attempt.refused, attempt.hint
+            )
+        else:
+            attached = sum(probe.attached for probe in attempt.probes)
+            found = f"{attached} of {len(attempt.probes)} probes"
+            yield Check(f"source {attempt.kind}", True, found)
+
+
+def _probe_checks(facts: Facts, chosen: Attempt | None) -> Iterator[Check]:
+    states = {probe.name: probe for probe in chosen.probes} if chosen else {}
+    for spec in specs(facts.machine):
+        state = states.get(spec.name)
+        missing = f"not seen without it: {spec.without}"
+        if state is None:
+            yield Check(f"probe {spec.name}", False, _untried(spec, facts), missing)
+        elif state.attached:
+            via = f" ({state.via})" if state.via else ""
+            yield Check(f"probe {spec.name}", True, f"{state.target}{via}")
+        else:
+            yield Check(f"probe {spec.name}", False, state.why or "not attached", missing)
+
+
+def _untried(spec: ProbeSpec, facts: Facts) -> str:
+    if spec.is_tracepoint:
+        return f"not tried ({spec.targets[0]})"
+    if facts.symbols is None:
+        return "not tried"
+    here = next((target for target in spec.targets if target in facts.symbols.modules), None)
+    return f"not tried ({here} is there)" if here else "no function to attach to"
+
+
+def as_object(report: Report) -> dict[str, Any]:
+    """What ``doctor --json`` prints."""
+    return {
+        "ok": report.ok,
+        "verdict": report.verdict,
+        "checks": [
+            wire.known(name=c.name, ok=c.ok, found=c.found, fix=_fix_of(c)) for c in report.checks
+        ],
+        "sources": [
+            wire.known(
+                name=attempt.kind,
+                works=attempt.refused is None,
+                why=attempt.refused,
+                probes=[wire.probe(probe) for probe in attempt.probes],
+            )
+            for attempt in report.attempts
+        ],
+    }
+
+
+def _fix_of(check: Check) -> str | None:
+    return check.fix if check.fix and not check.ok else None
+
+
+def render(report: Report, *, ascii_only: bool = False) -> str:
+    """The report for people: a sign and a word each, so that it reads without the sign too."""
+    signs = (
+        {True: "ok", False: "no", None: "--"} if ascii_only else {True: "✓", False: "✗", None: "–"}
+    )
+    words = {True: "yes", False: "NO", None: "note"}
+    name_width = max(len(check.name) for check in report.checks)
+    lines = []
+    for check in report.checks:
+        word = f"{signs[check.ok]} {words[check.ok]:<4}"
+        lines.append(f"{word}  {check.name:<{name_width}}  {check.found}")
+        if fix := _fix_of(check):
+            lines.append(f"{'':<{len(word) + name_width + 4}}→ {fix}")
+    lines += ["", f"{signs[report.ok]} {report.verdict}"]
+    text = "\n".join(lines)
+    return text.replace("→", "->") if ascii_only else text
