@@ -7,6 +7,7 @@
  *   FN_probe           the name that tells bcc where to attach an fentry/fexit program, if it can
  * Everything else reaches a target by kprobe and kretprobe, through the kp_* functions.
  */
+#include <asm/ptrace.h>
 #include "record.h"
 
 #define EINTR_ 4
@@ -24,6 +25,7 @@
 BPF_RINGBUF_OUTPUT(ring, RING_PAGES);
 BPF_TABLE("hash", struct exit_key, struct exit_count, exits, MAX_KEYS);
 BPF_TABLE("hash", struct exit_key, struct exit_count, overflow, MAX_OVERFLOW);
+BPF_TABLE("array", u32, u64, activity, 1); /* failed KVM_RUNs, of whatever kind */
 BPF_TABLE("array", u32, u64, lost, LOST_PLACES);
 BPF_TABLE("lru_hash", u64, u64, generation, 65536);
 BPF_TABLE("array", u32, u64, generations, 1);
@@ -113,11 +115,11 @@ static __always_inline void fill(struct header *h, u32 type, u64 kvm)
 	h->cpu = bpf_get_smp_processor_id();
 }
 
-#define TELL(record)                                                     \
-	do {                                                             \
-		if (ring.ringbuf_output(&(record), sizeof(record), 0))   \
-			lose(LOST_RING);                                 \
-	} while (0)
+static __always_inline void tell(void *record, u64 size)
+{
+	if (ring.ringbuf_output(record, size, 0))
+		lose(LOST_RING);
+}
 
 /* The vCPU that this CPU is running, if the current thread is in KVM_RUN: virt/kvm/kvm_main.c keeps
  * it per CPU and clears it when the thread is scheduled out. */
@@ -165,7 +167,8 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	struct exit_record record = {};
 	u32 tid = (u32)bpf_get_current_pid_tgid();
 	struct fault *fault;
-	u64 run, now;
+	u64 run, now, *active;
+	u32 zero_index = 0;
 	int first;
 
 	key.kvm = word(vcpu + OFF_kvm_vcpu_kvm);
@@ -226,6 +229,9 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 		}
 	}
 	__sync_fetch_and_add(&count->total, 1);
+	active = activity.lookup(&zero_index);
+	if (active)
+		__sync_fetch_and_add(active, 1);
 	count->last_ts = now;
 	count->tid = tid;
 	count->tgid = bpf_get_current_pid_tgid() >> 32;
@@ -237,7 +243,7 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	fill(&record.h, RECORD_EXIT, key.kvm);
 	record.key = key;
 	record.total = count->total;
-	TELL(record);
+	tell(&record, sizeof(record));
 	return 0;
 }
 
@@ -314,7 +320,7 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret)
 			record.hva = word(slot + OFF_kvm_memory_slot_userspace_addr) +
 				     ((record.gfn - word(slot + OFF_kvm_memory_slot_base_gfn))
 				      << PAGE_SHIFT_);
-		TELL(record);
+		tell(&record, sizeof(record));
 		return 0;
 	}
 	state.vcpu = vcpu;
@@ -455,7 +461,7 @@ static __always_inline int on_poison(u64 pfn, int page_type, int result)
 		record.gmem = *walk;
 		walks.delete(&tid);
 	}
-	TELL(record);
+	tell(&record, sizeof(record));
 	return 0;
 }
 
@@ -477,7 +483,7 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task)
 #endif
 	record.target_tid = task ? half(task + OFF_task_struct_pid) : record.h.tid;
 	record.target_tgid = task ? half(task + OFF_task_struct_tgid) : record.h.tgid;
-	TELL(record);
+	tell(&record, sizeof(record));
 	return 0;
 }
 
@@ -496,7 +502,7 @@ static __always_inline int on_mce(u64 mce)
 	record.bank = byte(mce + OFF_mce_bank);
 	record.mce_cpu = half(mce + OFF_mce_extcpu);
 	record.socket = half(mce + OFF_mce_socketid);
-	TELL(record);
+	tell(&record, sizeof(record));
 	return 0;
 }
 
@@ -508,7 +514,7 @@ static __always_inline int on_vm(u64 kvm, u32 type)
 
 	fill(&record.h, type, kvm);
 	bpf_get_current_comm(record.comm, sizeof(record.comm));
-	TELL(record);
+	tell(&record, sizeof(record));
 	if (type == RECORD_VM_GONE) {
 		u32 zero = 0;
 		u64 *last = generations.lookup(&zero), next;
@@ -592,73 +598,80 @@ int tp_mce(struct bpf_raw_tracepoint_args *ctx)
 struct kept {
 	u64 a, b, c;
 };
-BPF_TABLE("lru_hash", u32, struct kept, kept_run, 16384);
-BPF_TABLE("lru_hash", u32, struct kept, kept_gmem, 16384);
-BPF_TABLE("lru_hash", u32, struct kept, kept_faultin, 16384);
-BPF_TABLE("lru_hash", u32, struct kept, kept_vm_new, 1024);
+BPF_TABLE("lru_hash", u64, struct kept, kept, 32768);
 
-#define KEEP(map, x, y, z)                                       \
-	do {                                                     \
-		struct kept args = { x, y, z };                  \
-		u32 tid = (u32)bpf_get_current_pid_tgid();       \
-		map.update(&tid, &args);                         \
-	} while (0)
+enum kept_for { KEPT_RUN, KEPT_GMEM, KEPT_FAULTIN, KEPT_VM_NEW };
 
-int kp_run(struct pt_regs *ctx)
+static __always_inline u64 kept_key(u64 probe)
 {
-	KEEP(kept_run, PT_REGS_PARM1(ctx), 0, 0);
+	return (bpf_get_current_pid_tgid() << 32) | probe;
+}
+
+static __always_inline int keep(u64 probe, u64 a, u64 b, u64 c)
+{
+	struct kept args = { a, b, c };
+	u64 key = kept_key(probe);
+
+	kept.update(&key, &args);
 	return 0;
 }
 
-int kr_run(struct pt_regs *ctx)
+static __always_inline struct kept *kept_by(u64 probe)
 {
-	u32 tid = (u32)bpf_get_current_pid_tgid();
+	u64 key = kept_key(probe);
+
+	return kept.lookup(&key);
+}
+
+int kp_run(struct pt_regs *ctx)
+{
+	return keep(KEPT_RUN, PT_REGS_PARM1(ctx), 0, 0);
+}
+
+/* kvm:kvm_userspace_exit(reason, errno) is traced right behind KVM_RUN's return, in the same thread. A
+ * kretprobe in its place would miss returns: its instances run out where many vCPUs sit in KVM_RUN. */
+int tp_run(struct bpf_raw_tracepoint_args *ctx)
+{
 	struct kept *args;
 
-	if ((int)PT_REGS_RC(ctx) >= 0)
+	if ((int)ctx->args[1] >= 0)
 		return 0;
-	args = kept_run.lookup(&tid);
-	return args ? on_run(args->a, (int)PT_REGS_RC(ctx)) : 0;
+	args = kept_by(KEPT_RUN);
+	return args ? on_run(args->a, (int)ctx->args[1]) : 0;
 }
 
 int kp_gmem(struct pt_regs *ctx)
 {
-	KEEP(kept_gmem, PT_REGS_PARM1(ctx), PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx));
-	return 0;
+	return keep(KEPT_GMEM, PT_REGS_PARM1(ctx), PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx));
 }
 
 int kr_gmem(struct pt_regs *ctx)
 {
-	u32 tid = (u32)bpf_get_current_pid_tgid();
-	struct kept *args = kept_gmem.lookup(&tid);
+	struct kept *args = kept_by(KEPT_GMEM);
 
 	return args ? on_gmem(args->a, args->b, args->c, (int)PT_REGS_RC(ctx)) : 0;
 }
 
 int kp_faultin(struct pt_regs *ctx)
 {
-	KEEP(kept_faultin, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0);
-	return 0;
+	return keep(KEPT_FAULTIN, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0);
 }
 
 int kr_faultin(struct pt_regs *ctx)
 {
-	u32 tid = (u32)bpf_get_current_pid_tgid();
-	struct kept *args = kept_faultin.lookup(&tid);
+	struct kept *args = kept_by(KEPT_FAULTIN);
 
 	return args ? on_faultin(args->a, args->b, (int)PT_REGS_RC(ctx)) : 0;
 }
 
 int kp_vm_new(struct pt_regs *ctx)
 {
-	KEEP(kept_vm_new, PT_REGS_PARM1(ctx), 0, 0);
-	return 0;
+	return keep(KEPT_VM_NEW, PT_REGS_PARM1(ctx), 0, 0);
 }
 
 int kr_vm_new(struct pt_regs *ctx)
 {
-	u32 tid = (u32)bpf_get_current_pid_tgid();
-	struct kept *args = kept_vm_new.lookup(&tid);
+	struct kept *args = kept_by(KEPT_VM_NEW);
 
 	return args && !(int)PT_REGS_RC(ctx) ? on_vm(args->a, RECORD_VM_NEW) : 0;
 }

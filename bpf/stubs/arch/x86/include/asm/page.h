@@ -1,1 +1,2 @@
 /* Stand-in, see README. */
+#define PAGE_SIZE (1UL << PAGE_SHIFT_)

@@ -1,0 +1,265 @@
+"""From what the eBPF programs say (records and counters) to events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from kvmtrace import kvm
+from kvmtrace.events import Event, Exit, GmemPoison, Lost, Mce, Owner, Poison, Sigbus
+from kvmtrace.sources import bpf_records as records
+from kvmtrace.vms import VmTable
+
+# MCi_STATUS: the address in MCi_ADDR is valid (Intel SDM vol. 3, AMD APM vol. 2)
+_MCI_STATUS_ADDRV = 1 << 58
+
+_Names = tuple[Mapping[int, str], Mapping[int, str]]
+
+
+class Counters(Protocol):
+    """The side of the BPF maps that the translator reads."""
+
+    def activity(self) -> int: ...
+
+    def counters(self) -> list[tuple[records.ExitKey, records.ExitCount]]: ...
+
+    def forget(self, keys: list[records.ExitKey]) -> None: ...
+
+    def lost(self) -> list[int]: ...
+
+
+class Translator:
+    """Holds what must outlive one record: VM keys, totals already told, signals held back.
+
+    ``offset_ns``: epoch minus CLOCK_MONOTONIC. ``names``: page types and results as the kernel
+    prints them, by number.
+    """
+
+    def __init__(self, offset_ns: int, names: _Names, proc: str = "/proc") -> None:
+        self._offset = offset_ns
+        self._types, self._results = names
+        self._vms = VmTable(proc)
+        self._told: dict[bytes, int] = {}  # by exit key: exits already in events
+        self._keys: dict[tuple[int, int], dict[bytes, records.ExitKey]] = {}  # by VM
+        self._activity = 0
+        self._lost = [0] * len(records.LOST_PLACES)
+        self._signals: dict[int, tuple[Sigbus, bool]] = {}  # by sending thread; seen a poll ago?
+
+    def start(self) -> list[Event]:
+        """The VMs that are there before any event; also when programs were attached anew."""
+        self._told.clear()
+        self._keys.clear()
+        self._activity = 0
+        self._lost = [0] * len(records.LOST_PLACES)
+        return self._vms.scan(self._now())
+
+    def translate(self, raw: Sequence[bytes], kernel: Counters) -> list[Event]:
+        """Translate the records of one read of the ring buffer."""
+        events: list[Event] = []
+        for data in raw:
+            header = records.Header.from_buffer_copy(data)
+            record: Any = records.RECORDS[header.type].from_buffer_copy(data)
+            tid = header.tid
+            if header.type == records.FAULT:
+                events += self._fault(record)
+                continue
+            events += self._release(tid)
+            if header.type == records.SIGBUS:
+                self._signals[tid] = (self._sigbus(record, events), False)
+                if record.vcpu == -1 or record.target_tid != tid:
+                    events += self._release(tid)
+            elif header.type == records.EXIT:
+                events += self._exit(record.key, record.total, header.ts, tid, header.tgid)
+            elif header.type == records.POISON:
+                events += self._poison(record)
+            elif header.type == records.MCE:
+                events.append(self._mce(record))
+            elif header.type == records.VM_NEW:
+                _, seen = self._vm(header, comm=record.comm.decode(errors="replace"))
+                events += seen
+            elif header.type == records.VM_GONE:
+                events += self._gone(header, kernel)
+        for tid, (signal, waited) in list(self._signals.items()):
+            if waited:
+                events += self._release(tid)
+            else:
+                self._signals[tid] = (signal, True)
+        return events
+
+    def counters(self, kernel: Counters) -> list[Event]:
+        """What was counted and not told; what was lost."""
+        events: list[Event] = []
+        active = kernel.activity()
+        if active != self._activity:
+            self._activity = active
+            for key, count in kernel.counters():
+                events += self._exit(key, count.total, count.last_ts, count.tid, count.tgid)
+        lost = kernel.lost()
+        for place, now, before in zip(records.LOST_PLACES, lost, self._lost, strict=True):
+            if now > before:
+                events.append(Lost(self._now(), place, now - before))
+        self._lost = lost
+        return events
+
+    def flush(self, kernel: Counters) -> list[Event]:
+        """Everything still held back, before the programs go."""
+        events = self.counters(kernel)
+        for tid in list(self._signals):
+            events += self._release(tid)
+        return events
+
+    def housekeeping(self) -> list[Event]:
+        """VMs whose end was missed."""
+        return self._vms.missed(self._now())
+
+    # -- one kind each
+
+    def _exit(self, key: records.ExitKey, total: int, at: int, tid: int, tgid: int) -> list[Event]:
+        raw = bytes(key)
+        count = total - self._told.get(raw, 0)
+        if count <= 0:
+            return []
+        self._told[raw] = total
+        self._keys.setdefault((key.kvm, key.gen), {})[raw] = key
+        ts = at + self._offset
+        vm, events = self._vms.key(key.kvm, tgid, ts, generation=key.gen)
+        gfn = kvm.gfn_of(key.gpa) if key.annotated else None
+        if gfn is None and key.gfn != records.NO_GFN:
+            gfn = key.gfn
+        private = records.access_private(key.access)
+        if key.annotated:
+            private = bool(key.flags & kvm.MEMORY_EXIT_FLAG_PRIVATE)
+        events.append(
+            Exit(
+                ts,
+                vm,
+                key.vcpu,
+                -key.ret,
+                key.reason,
+                bool(key.annotated),
+                tid=tid,
+                flags=key.flags if key.annotated else None,
+                gpa=key.gpa if key.annotated else None,
+                size=key.size if key.annotated else None,
+                gfn=gfn,
+                private=private,
+                access=records.access_text(key.access),
+                gmem=None if key.gmem == records.GMEM_NOT_WATCHED else -key.gmem,
+                count=count,
+            )
+        )
+        return events
+
+    def _poison(self, record: Any) -> list[Event]:
+        ts = record.h.ts + self._offset
+        events: list[Event] = []
+        if record.gmem.seen:
+            owners = []
+            for place in record.gmem.owners[: record.gmem.nr_owners]:
+                vm, seen = self._vms.key(place.kvm, place.pid, ts, generation=place.gen)
+                events += seen
+                owners.append(Owner(vm, place.gfn, place.hva or None))
+            events.append(
+                GmemPoison(
+                    ts,
+                    record.h.tid,
+                    record.gmem.inode or None,
+                    record.gmem.index,
+                    tuple(owners),
+                    bool(record.gmem.complete),
+                )
+            )
+        events.append(
+            Poison(
+                ts,
+                record.pfn,
+                self._types.get(record.page_type, str(record.page_type)),
+                self._results.get(record.result, str(record.result)),
+                record.page_type,
+                record.result,
+                record.h.tid,
+            )
+        )
+        return events
+
+    def _sigbus(self, record: Any, events: list[Event]) -> Sigbus:
+        ts = record.h.ts + self._offset
+        vm = None
+        if record.h.kvm:
+            vm, seen = self._vm(record.h)
+            events += seen
+        else:
+            keys = self._vms.of_pid(record.target_tgid)
+            vm = keys[0] if len(keys) == 1 else None
+        return Sigbus(
+            ts,
+            record.target_tgid,
+            record.target_tid,
+            record.code,
+            record.hva,
+            lsb=record.lsb or None,
+            sender=record.h.tid,
+            vm=vm,
+            vcpu=record.vcpu if record.vcpu >= 0 else None,
+        )
+
+    def _fault(self, record: Any) -> list[Event]:
+        """The fault handler's word on a poisoned page, right behind the signal it sent."""
+        held = self._signals.pop(record.h.tid, None)
+        if held is None:
+            return []
+        signal, _ = held
+        lsb = signal.lsb or kvm.PAGE_SHIFT
+        if record.hva and record.hva >> lsb != signal.hva >> lsb:
+            return [signal]
+        vm, events = self._vm(record.h)
+        events.append(
+            Sigbus(
+                signal.ts,
+                signal.pid,
+                signal.tid,
+                signal.code,
+                signal.hva,
+                lsb=signal.lsb,
+                sender=signal.sender,
+                vm=vm,
+                vcpu=record.vcpu,
+                gfn=record.gfn,
+            )
+        )
+        return events
+
+    def _release(self, tid: int) -> list[Event]:
+        held = self._signals.pop(tid, None)
+        return [held[0]] if held else []
+
+    def _mce(self, record: Any) -> Mce:
+        addr = record.addr if record.status & _MCI_STATUS_ADDRV else None
+        return Mce(
+            record.h.ts + self._offset,
+            addr,
+            None if addr is None else kvm.gfn_of(addr),
+            record.bank,
+            record.mce_cpu,
+            record.socket,
+            record.status,
+            record.misc,
+        )
+
+    def _gone(self, header: records.Header, kernel: Counters) -> list[Event]:
+        ts = header.ts + self._offset
+        struct = (header.kvm, header.gen)
+        events = self.counters(kernel)
+        keys = self._keys.pop(struct, {})
+        kernel.forget(list(keys.values()))
+        for raw in keys:
+            self._told.pop(raw, None)
+        return events + self._vms.gone(header.kvm, header.tgid, ts, generation=header.gen)
+
+    def _vm(self, header: Any, comm: str | None = None) -> tuple[int, list[Event]]:
+        ts = header.ts + self._offset
+        return self._vms.key(header.kvm, header.tgid, ts, generation=header.gen, comm=comm)
+
+    def _now(self) -> int:
+        return time.monotonic_ns() + self._offset

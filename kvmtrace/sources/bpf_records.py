@@ -1,0 +1,160 @@
+"""What the eBPF programs send: ctypes mirrors of bpf/record.h, name for name."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_char, c_int32, c_uint32, c_uint64
+
+EXIT, POISON, SIGBUS, FAULT, MCE, VM_NEW, VM_GONE = range(1, 8)
+
+ACCESS_READ, ACCESS_WRITE, ACCESS_EXEC, ACCESS_PRIVATE, ACCESS_KNOWN = 1, 2, 4, 8, 16
+GMEM_NOT_WATCHED = -0x7FFFFFFF
+NO_GFN = (1 << 64) - 1
+MAX_OWNERS = 8
+
+LOST_PLACES = ("ring", "exit_keys", "exit_counts")
+"""Names of ``enum lost_place``, in its order."""
+
+
+class Header(ctypes.Structure):
+    """``ts``: CLOCK_MONOTONIC ns; ``kvm``, ``gen``: the VM; the thread it happened in."""
+
+    _fields_ = (
+        ("ts", c_uint64),
+        ("kvm", c_uint64),
+        ("gen", c_uint64),
+        ("type", c_uint32),
+        ("tid", c_uint32),
+        ("tgid", c_uint32),
+        ("cpu", c_uint32),
+    )
+
+
+class ExitKey(ctypes.Structure):
+    _fields_ = (
+        ("kvm", c_uint64),
+        ("gen", c_uint64),
+        ("gpa", c_uint64),
+        ("size", c_uint64),
+        ("flags", c_uint64),
+        ("gfn", c_uint64),
+        ("ret", c_int32),
+        ("reason", c_uint32),
+        ("gmem", c_int32),
+        ("vcpu", c_uint32),
+        ("access", c_uint32),
+        ("annotated", c_uint32),
+    )
+
+
+class ExitCount(ctypes.Structure):
+    _fields_ = (
+        ("total", c_uint64),
+        ("last_ts", c_uint64),
+        ("told_ts", c_uint64),
+        ("tid", c_uint32),
+        ("tgid", c_uint32),
+    )
+
+
+class ExitRecord(ctypes.Structure):
+    _fields_ = (("h", Header), ("key", ExitKey), ("total", c_uint64))
+
+
+class OwnerRecord(ctypes.Structure):
+    _fields_ = (
+        ("kvm", c_uint64),
+        ("gen", c_uint64),
+        ("gfn", c_uint64),
+        ("hva", c_uint64),
+        ("pid", c_uint32),
+        ("pad", c_uint32),
+    )
+
+
+class GmemWalk(ctypes.Structure):
+    _fields_ = (
+        ("inode", c_uint64),
+        ("index", c_uint64),
+        ("seen", c_uint32),
+        ("complete", c_uint32),
+        ("nr_owners", c_uint32),
+        ("pad", c_uint32),
+        ("owners", OwnerRecord * MAX_OWNERS),
+    )
+
+
+class PoisonRecord(ctypes.Structure):
+    _fields_ = (
+        ("h", Header),
+        ("pfn", c_uint64),
+        ("page_type", c_int32),
+        ("result", c_int32),
+        ("gmem", GmemWalk),
+    )
+
+
+class SigbusRecord(ctypes.Structure):
+    _fields_ = (
+        ("h", Header),
+        ("hva", c_uint64),
+        ("code", c_int32),
+        ("lsb", c_int32),
+        ("target_tid", c_uint32),
+        ("target_tgid", c_uint32),
+        ("vcpu", c_int32),
+        ("pad", c_uint32),
+    )
+
+
+class FaultRecord(ctypes.Structure):
+    _fields_ = (
+        ("h", Header),
+        ("gfn", c_uint64),
+        ("hva", c_uint64),
+        ("vcpu", c_int32),
+        ("access", c_uint32),
+    )
+
+
+class MceRecord(ctypes.Structure):
+    _fields_ = (
+        ("h", Header),
+        ("status", c_uint64),
+        ("addr", c_uint64),
+        ("misc", c_uint64),
+        ("bank", c_uint32),
+        ("mce_cpu", c_uint32),
+        ("socket", c_uint32),
+        ("pad", c_uint32),
+    )
+
+
+class VmRecord(ctypes.Structure):
+    _fields_ = (("h", Header), ("comm", c_char * 16))
+
+
+RECORDS: dict[int, type[ctypes.Structure]] = {
+    EXIT: ExitRecord,
+    POISON: PoisonRecord,
+    SIGBUS: SigbusRecord,
+    FAULT: FaultRecord,
+    MCE: MceRecord,
+    VM_NEW: VmRecord,
+    VM_GONE: VmRecord,
+}
+
+
+def access_text(access: int) -> str | None:
+    """``"r"``, ``"w"``, ``"x"``; None where the fault handler was not seen."""
+    if not access & ACCESS_KNOWN:
+        return None
+    for bit, text in ((ACCESS_WRITE, "w"), (ACCESS_EXEC, "x"), (ACCESS_READ, "r")):
+        if access & bit:
+            return text
+    return None
+
+
+def access_private(access: int) -> bool | None:
+    """Whether the guest accessed the page as private; None where that is not known."""
+    return bool(access & ACCESS_PRIVATE) if access & ACCESS_KNOWN else None
