@@ -1,0 +1,112 @@
+"""One line per event: for people, and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+
+from kvmtrace import kvm
+from kvmtrace.correlate import Told
+from kvmtrace.events import Exit, Lost, Mce, Poison, Sigbus, VmGone, VmSeen
+from kvmtrace.views.cells import UNKNOWN, clip, hex_of, listed, pad, size_of, stamp_of
+from kvmtrace.wire import event_line
+
+_KIND = 6
+_VM = 22
+_WHAT = 22  # "EHWPOISON hwpoison", "EFAULT unannotated"
+
+_ACCESS = {"r": "read", "w": "write", "x": "exec"}
+
+
+def json_text(told: Told) -> str | None:
+    """The line of ``events --json``; None for an event that only serves the correlator."""
+    line = event_line(told)
+    return None if line is None else json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+
+
+def event_text(told: Told, *, width: int | None = None) -> str | None:
+    """One aligned line for people; None for an event that only serves the correlator.
+
+    Time, kind, VM and what happened have columns; the rest follows as "name value", as far as it
+    is known. ``width``: cut there (a terminal), else as long as it needs to be.
+    """
+    event = told.event
+    vm = _vm(told.vm)
+    match event:
+        case Exit():
+            what = f"{kvm.errno_name(event.errno)} {told.cause or '(cause unknown)'}"
+            facts = _exit_facts(event)
+        case Poison():
+            owners = [f"{_vm(seen)} gfn {hex_of(owner.gfn)}" for owner, seen in told.owners]
+            vm = _vm(told.owners[0][1]) if len(told.owners) == 1 else UNKNOWN
+            what = event.result
+            facts = [f"pfn {hex(event.pfn)}", event.page_type, f"owners {listed(owners, 'none')}"]
+        case Sigbus():
+            vm = vm if told.vm else f"pid {event.pid}"
+            what = f"BUS_MCEERR_{kvm.sigbus_code_name(event.code)}"
+            facts = [f"tid {event.tid}", f"hva {hex(event.hva)}"]
+            if event.lsb is not None:
+                facts.append(size_of(1 << event.lsb))
+            if event.vcpu is not None:
+                facts.insert(0, f"vcpu {event.vcpu}")
+            if event.gfn is not None:
+                facts.append(f"gfn {hex(event.gfn)}")
+        case Mce():
+            what = f"bank {event.bank} cpu {event.cpu}"
+            facts = [
+                f"socket {event.socket}",
+                f"addr {hex_of(event.addr)}",
+                f"pfn {hex_of(event.pfn)}",
+                f"status {hex(event.status)}",
+            ]
+        case VmSeen():
+            what = "seen"
+            vm = _vm(event)
+            facts = [event.vmm or "", f"uuid {event.uuid}" if event.uuid else ""]
+        case VmGone():
+            what, facts = "gone", []
+        case Lost():
+            what = f"{event.count} lost"
+            facts = [f"at {event.where}"]
+        case _:
+            return None
+    if told.incident:
+        facts.append(f"incident {told.incident}")
+    head = f"{stamp_of(event.ts)} {_kind(told):<{_KIND}} {pad(vm, _VM)} {what:<{_WHAT}}"
+    text = "  ".join([head, *filter(None, facts)]).rstrip()
+    return text if width is None else clip(text, width)
+
+
+def _kind(told: Told) -> str:
+    # The contract's names: both ends of a VM are of kind "vm".
+    return "vm" if isinstance(told.event, (VmSeen, VmGone)) else told.event.kind
+
+
+def _vm(seen: VmSeen | None) -> str:
+    """``name (pid)``; of a name that is too long the end goes, never the pid."""
+    if seen is None:
+        return UNKNOWN
+    if not seen.name:
+        return f"pid {seen.pid}"
+    pid = f" ({seen.pid})"
+    return clip(seen.name, _VM - len(pid)) + pid
+
+
+def _exit_facts(event: Exit) -> list[str]:
+    facts = [f"vcpu {event.vcpu}"]
+    if not event.annotated and event.reason != kvm.EXIT_MEMORY_FAULT:
+        facts.append(f"reason {kvm.exit_reason_name(event.reason)}")
+    if event.gpa is not None:
+        facts.append(f"gpa {hex(event.gpa)}")
+    if event.gfn is not None:
+        facts.append(f"gfn {hex(event.gfn)}")
+    if event.size is not None:
+        facts.append(size_of(event.size))
+    if event.flags is not None:
+        facts.append(f"flags {kvm.flag_names(event.flags)}")
+    elif event.private is not None:
+        facts.append("private" if event.private else "shared")
+    if event.access:
+        facts.append("+".join(_ACCESS.get(letter, letter) for letter in event.access))
+    if event.count != 1:
+        facts.append(f"x{event.count}")
+    return facts
