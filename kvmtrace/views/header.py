@@ -1,0 +1,74 @@
+"""Above the tables: which host and kernel, through which source, and what is not seen."""
+
+from __future__ import annotations
+
+from kvmtrace.model import Probe, Snapshot
+from kvmtrace.probes import specs
+from kvmtrace.views.cells import UNKNOWN, Line, Span, listed, size_of
+
+
+def host_spans(snapshot: Snapshot) -> Line:
+    """Host, kernel and source."""
+    host = snapshot.host
+    if host is None:
+        return (("host ", "dim"), (UNKNOWN, ""))
+    return (
+        (host.name, "title"),
+        (f"  Linux {host.kernel}", ""),
+        ("  source ", "dim"),
+        (host.source, ""),
+        (f" ({host.source_why})" if host.source_why else "", "dim"),
+    )
+
+
+def probe_spans(snapshot: Snapshot) -> Line:
+    """How many probes are attached, and the names of those that are not."""
+    missing = [probe.name for probe in snapshot.probes if not probe.attached]
+    total = len(snapshot.probes)
+    if not total:
+        return (("probes ", "dim"), (UNKNOWN, ""))
+    spans: list[Span] = [("probes ", "dim"), (f"{total - len(missing)} of {total} attached", "")]
+    if missing:
+        spans.append((f", not attached: {listed(missing)}", "warn"))
+    return tuple(spans)
+
+
+def memory_spans(snapshot: Snapshot) -> Line:
+    """What was lost, poison events by result, HardwareCorrupted of /proc/meminfo."""
+    lost = {where: count for where, count in snapshot.lost.items() if count}
+    results: dict[str, int] = {}
+    for (_, result), count in snapshot.poisons.items():
+        results[result] = results.get(result, 0) + count
+    corrupted = snapshot.host.hardware_corrupted_bytes if snapshot.host else None
+    what_was_lost = listed((f"{count} at {where}" for where, count in lost.items()), "nothing")
+    poisons = listed((f"{count} {result}" for result, count in results.items()), "none")
+    return (
+        ("lost ", "dim"),
+        (what_was_lost, "bad" if lost else ""),
+        ("  poisons ", "dim"),
+        (poisons, ""),
+        ("  HardwareCorrupted ", "dim"),
+        (size_of(corrupted), "warn" if corrupted else ""),
+    )
+
+
+def probe_lines(snapshot: Snapshot, *, only_missing: bool = False) -> list[Line]:
+    """One line per probe: where it is attached, or why not and what is not seen without it."""
+    without = {spec.name: spec.without for spec in specs()}
+    wide = max([len(probe.name) for probe in snapshot.probes], default=0)
+    lines: list[Line] = []
+    for probe in snapshot.probes:
+        if probe.attached and only_missing:
+            continue
+        lines.append(((f"  {probe.name:<{wide}}  ", ""), *_probe(probe, without.get(probe.name))))
+    return lines
+
+
+def _probe(probe: Probe, without: str | None) -> Line:
+    if probe.attached:
+        via = f" by {probe.via}" if probe.via else ""
+        return (("attached  ", ""), (f"{probe.target or UNKNOWN}{via}", "dim"))
+    spans: list[Span] = [("missing   ", "warn"), (probe.why or "reason unknown", "")]
+    if without:
+        spans.append((f"; not seen: {without}", "dim"))
+    return tuple(spans)
