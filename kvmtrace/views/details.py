@@ -1,0 +1,195 @@
+"""The pages behind the tables: all that is known of one VM or one incident, and the help."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+
+from kvmtrace.events import Owner
+from kvmtrace.model import Incident, Snapshot, Vm
+from kvmtrace.views.cells import (
+    UNKNOWN,
+    Line,
+    age_of,
+    cells,
+    date_of,
+    hex_of,
+    listed,
+    plain,
+    rate_of,
+    span_of,
+)
+from kvmtrace.views.columns import STATE_STYLES
+from kvmtrace.views.rows import IncidentRow, incident_rows
+
+_LABEL = 18
+
+_STATES = (
+    ("looping", "the same VM is told of the same page again and again: its VMM is not coping"),
+    ("delivered", "the VM was told, by an EHWPOISON exit or by SIGBUS"),
+    ("latent", "a VM owns the page, its guest has not touched it yet"),
+    ("unowned", "no VM is known to own the page"),
+    ("closed", "the VM is gone, or the page is no longer poisoned"),
+)
+_CAUSES = (
+    ("hwpoison", "EHWPOISON: the page is poisoned"),
+    ("conversion", "private where it is shared, or the reverse: normal in confidential VMs"),
+    ("backing", "guest_memfd was asked and failed: gone, unbound, out of memory"),
+    ("unannotated", "EFAULT without a memory fault's address"),
+    ("other", "any other errno"),
+)
+_HELP = (
+    ("↑ ↓ j k, PgUp PgDn", "select a row"),
+    ("tab ← →", "switch between VMs and incidents"),
+    ("enter", "all that is known of the selected row"),
+    ("s, S", "sort by the next column, reverse; after the last column: by urgency"),
+    ("/", "show only VMs whose name or pid contains a text; esc shows all"),
+    ("p", "pause and go on"),
+    ("i", "probes: where attached, what is not seen"),
+    ("q, ctrl+c", "quit (q: from here, back)"),
+)
+
+
+def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) -> list[Line]:
+    """One VM."""
+    vm = snapshot.vms.get(key)
+    if vm is None:
+        return [(("  this VM is no longer remembered", "warn"),)]
+    mine = [
+        row.incident
+        for row in incident_rows(snapshot, now)
+        if any(owner.vm == key for owner in row.incident.owners)
+    ]
+    signals = listed(f"{code} {count}" for code, count in sorted(vm.sigbus.items()))
+    lines = [
+        ((f"  {vm.label}", "title"), ("  gone" if vm.gone else "", "warn")),
+        _fact("pid", str(vm.pid)),
+        _fact("VMM", vm.vmm or UNKNOWN),
+        _fact("uuid", vm.uuid or UNKNOWN),
+        _fact("poisoned pages", str(vm.poisoned_pages), "warn" if vm.poisoned_pages else ""),
+        _fact("SIGBUS", signals),
+        _fact("exits/s", rate_of(rates.get(key))),
+        _fact("last exit, signal", _when(vm.last_ts, now)),
+        (),
+        (("  exits by errno and cause", "head"),),
+        *_exits(vm),
+        (),
+        (("  incidents", "head"),),
+        *(_brief(incident, key) for incident in mine),
+    ]
+    if not mine:
+        lines.append((("  none", "dim"),))
+    return [*lines, (), *_timeline(mine, now)]
+
+
+def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
+    """One incident."""
+    incident = next((i for i in snapshot.incidents if i.id == key), None)
+    if incident is None:
+        return [(("  this incident is no longer remembered", "warn"),)]
+    meaning = dict(_STATES).get(incident.state, "")
+    row = IncidentRow(incident, snapshot.vms, now)
+    lines = [
+        ((f"  incident {incident.id}", "title"),),
+        (
+            (f"  {'state':<{_LABEL}}", "dim"),
+            (incident.state, STATE_STYLES.get(incident.state, "")),
+            (f"  {meaning}", "dim"),
+        ),
+        _fact("pfn", hex_of(incident.pfn)),
+        _fact("page type", incident.page_type or UNKNOWN),
+        _fact("result", incident.result or UNKNOWN),
+        _fact("told by exits", str(incident.exits)),
+        _fact("told by SIGBUS", str(incident.sigbus)),
+        _fact("latency", f"{span_of(row.latency)} from poison to first delivery"),
+    ]
+    if incident.sigbus_at_poison:
+        lines.append(_fact("SIGBUS at poison", f"{incident.sigbus_at_poison}, to who poisoned it"))
+    lines += [(), (("  owners", "head"),), *(_owner(o, snapshot) for o in incident.owners)]
+    if not incident.owners:
+        lines.append((("  none known", "dim"),))
+    return [*lines, (), *_timeline([incident], now)]
+
+
+def help_page() -> list[Line]:
+    """Keys, and what the words mean."""
+    lines: list[Line] = []
+    for title, entries in (
+        ("keys", _HELP),
+        ("states of an incident", _STATES),
+        ("causes", _CAUSES),
+    ):
+        lines.append(((f"  {title}", "title"),))
+        lines += [((f"  {word:<20}", ""), (meaning, "dim")) for word, meaning in entries]
+    return lines
+
+
+def folded(line: Line, width: int) -> list[Line]:
+    """A line in as many as it needs, under its second span; one that is folded loses its styles."""
+    text = plain(line)
+    if cells(text) <= width:
+        return [line]
+    lead = text[: len(text) - len(text.lstrip())]
+    under = cells(line[0][0]) if len(line) > 1 else len(lead) + 2
+    parts = textwrap.wrap(
+        text.strip(),
+        max(width, 1),
+        initial_indent=lead,
+        subsequent_indent=" " * (under if under < width // 2 else 2),
+    )
+    return [((part, ""),) for part in parts]
+
+
+def _fact(label: str, value: str, style: str = "") -> Line:
+    return ((f"  {label:<{_LABEL}}", "dim"), (value, style))
+
+
+def _exits(vm: Vm) -> list[Line]:
+    if not vm.exits:
+        return [(("  none", "dim"),)]
+    wide = max(len(str(count)) for count in vm.exits.values())
+    ordered = sorted(vm.exits.items(), key=lambda entry: -entry[1])
+    return [
+        ((f"  {errno:<12}{cause or 'cause unknown':<14}{count:>{wide}}", ""),)
+        for (errno, cause), count in ordered
+    ]
+
+
+def _brief(incident: Incident, vm: int) -> Line:
+    places = listed(f"gfn {hex_of(owner.gfn)}" for owner in incident.owners if owner.vm == vm)
+    told = f"  exits {incident.exits}  SIGBUS {incident.sigbus}"
+    return (
+        (f"  {incident.id:<12}", ""),
+        (f"{incident.state:<10}", STATE_STYLES.get(incident.state, "")),
+        (f"{places}{told}", ""),
+    )
+
+
+def _owner(owner: Owner, snapshot: Snapshot) -> Line:
+    vm = snapshot.vms.get(owner.vm)
+    name = f"{vm.label} (pid {vm.pid})" if vm else "a VM no longer remembered"
+    gone = "  gone" if vm and vm.gone else ""
+    return ((f"  {name}  gfn {hex_of(owner.gfn)}  hva {hex_of(owner.hva)}", ""), (gone, "warn"))
+
+
+def _timeline(incidents: list[Incident], now: int) -> list[Line]:
+    moments: list[tuple[int, str]] = []
+    for i in incidents:
+        pfn = f"pfn {hex_of(i.pfn)} poisoned"
+        for ts, what in (
+            (i.poisoned_ts, f"{pfn}: {i.result}" if i.result else pfn),
+            (i.first_delivery_ts, "first delivery"),
+            (i.last_delivery_ts if i.exits + i.sigbus > 1 else None, "last delivery so far"),
+        ):
+            if ts is not None:
+                moments.append((ts, f"{what}  ({i.id})" if len(incidents) > 1 else what))
+    if not moments:
+        return []
+    return [
+        (("  timeline, local time", "head"),),
+        *(((f"  {_when(ts, now)}  ", "dim"), (what, "")) for ts, what in sorted(moments)),
+    ]
+
+
+def _when(ts: int | None, now: int) -> str:
+    return UNKNOWN if ts is None else f"{date_of(ts)}  {age_of(ts, now)} ago"
