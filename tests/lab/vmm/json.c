@@ -95,7 +95,7 @@ void outcomes_add(struct outcomes *list, const struct outcome *o)
 		struct outcome *have = &list->v[i];
 
 		if (have->ret == o->ret && have->err == o->err && have->reason == o->reason &&
-		    have->annotated == o->annotated &&
+		    have->annotated == o->annotated && have->suberror == o->suberror &&
 		    (!o->annotated || (have->flags == o->flags && have->gpa == o->gpa && have->size == o->size))) {
 			have->count += o->count;
 			return;
@@ -118,6 +118,8 @@ void json_outcome(const struct outcome *o)
 	json_uint("reason", o->reason);
 	if (o->ret < 0)
 		json_bool("annotated", o->annotated);
+	if (o->ret >= 0 && o->reason == KVM_EXIT_INTERNAL_ERROR)
+		json_uint("suberror", o->suberror);
 	if (o->annotated) {
 		json_uint("gpa", o->gpa);
 		json_uint("gfn", o->gpa / page_size);

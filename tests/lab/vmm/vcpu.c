@@ -28,7 +28,10 @@ static struct outcome enter(struct vcpu *vcpu)
 		o.gpa = fault->gpa;
 		o.size = fault->size;
 	}
+	if (o.ret >= 0 && o.reason == KVM_EXIT_INTERNAL_ERROR)
+		o.suberror = run->internal.suberror;
 	vcpu->io_pending = o.ret == 0 && guest_reported(run);
+	vcpu->strange = o.ret == 0 && !vcpu->io_pending;
 
 	pthread_mutex_lock(&vcpu->lock);
 	if (o.ret >= 0 && o.reason < 64)
@@ -53,6 +56,17 @@ static void pause_us(uint64_t us)
 		nanosleep(&t, NULL);
 }
 
+/* After an MMIO exit of a gfn without memory, a shutdown …: let KVM finish the instruction, then forget it all. */
+static int start_over(struct vcpu *vcpu)
+{
+	if (!vcpu->strange)
+		return 0;
+	vcpu->run->immediate_exit = 1;
+	enter(vcpu);
+	vcpu->run->immediate_exit = 0;
+	return guest_vcpu_init(vcpu->vm, vcpu);
+}
+
 static void prefault(struct vcpu *vcpu, struct job *job)
 {
 	struct kvm_pre_fault_memory range = { .gpa = job->gfn * page_size, .size = job->n * page_size };
@@ -73,8 +87,8 @@ static void run_job(struct vcpu *vcpu, struct job *job)
 	clock_gettime(CLOCK_MONOTONIC, &from);
 	if (job->kind == JOB_PREFAULT) {
 		prefault(vcpu, job);
-	} else if (guest_set(vcpu, job->kind == JOB_PIO ? OP_NONE : job->op, job->gfn * page_size,
-			     !vcpu->io_pending) < 0) {
+	} else if (start_over(vcpu) < 0 || guest_set(vcpu, job->kind == JOB_PIO ? OP_NONE : job->op,
+						    job->gfn * page_size, !vcpu->io_pending) < 0) {
 		job->last = (struct outcome){ .ret = -1, .err = errno };
 	} else {
 		uint64_t limit = job->kind == JOB_TOUCH ? UINT64_MAX : job->n;

@@ -28,7 +28,7 @@ static const char help[] =
 "GFN is a guest frame number (8, 0x108) or +N, the Nth page of that VM's memory. VM is the name given to create.\n"
 "\n"
 "create VM [backing=gmem|anon|thp|hugetlb2m|hugetlb1g|hugetlb=BYTES|memfd] [file=PATH] [shared=VM] [pages=64]\n"
-"          [vcpus=1] [base=GFN] [pgoff=PAGES] [slots=1] [gap=5] [files=one|each] [private=1] [prefault=1]\n"
+"          [vcpus=1] [base=GFN] [pgoff=PAGES] [slots=1] [gap=5] [files=one|each] [private=1] [prefault=0|1]\n"
 "          file= opens PATH as backing=memfd (/proc/PID/fd/N of another process's memfd: two owners of a page);\n"
 "          shared= uses a VM's memory of this process; slots= splits the memory, gap= gfns apart, in reverse order\n"
 "          in the file, with files=each over one file per slot; private= asks for KVM_X86_SW_PROTECTED_VM\n"
@@ -229,7 +229,7 @@ static bool layout_options(struct layout *l, const char *backing, uint64_t pages
 	l->vcpus = number_option("vcpus", 1);
 	l->file_per_slot = !strcmp(option("files", "one"), "each");
 	l->private_type = number_option("private", 0);
-	l->prefault = number_option("prefault", 0);
+	l->prefault = number_option("prefault", l->kind == THP); /* a huge zero page would be split by the first write */
 	if (failed)
 		return false;
 	if (!l->slots || l->slots > MAX_SLOTS || l->slots > l->pages || l->vcpus > MAX_VCPUS || l->base * page_size < 2 * page_size ||
@@ -595,7 +595,7 @@ static void step_mce(void)
 	json_uint("pfn", addr / page_size);
 	json_uint("status", status);
 	json_uint("bank", values[4]);
-	if (write_file("/sys/kernel/debug/mce-inject/flags", "sw") < 0) {
+	if (write_file("/sys/kernel/debug/mce-inject/flags", "sw\n") < 0) {
 		fail("/sys/kernel/debug/mce-inject", errno, errno == ENOENT);
 		return;
 	}

@@ -33,6 +33,7 @@ struct outcome {
 	uint32_t reason;    /* kvm_run.exit_reason, raw */
 	bool annotated;     /* reason 39 and errno EFAULT or EHWPOISON: only then are the next three anything */
 	uint64_t flags, gpa, size;
+	uint32_t suberror;  /* of KVM_EXIT_INTERNAL_ERROR */
 	uint64_t count;
 };
 struct outcomes {
@@ -154,6 +155,7 @@ struct vcpu {
 	enum { IDLE, POSTED, DONE } state;
 	volatile bool kick;
 	bool io_pending;           /* the last exit was the guest's own report: KVM completes it at the next entry */
+	bool strange;              /* the last exit was none of the guest's program: start it from scratch */
 	struct job job;
 	/* totals for the report */
 	struct outcomes failed;
