@@ -189,8 +189,12 @@ def from_record(record: Mapping[str, Any]) -> Event:
     Raises KeyError for an unknown kind, TypeError where a required field is missing.
     """
     cls = KINDS[record["kind"]]
-    names = {field.name for field in dataclasses.fields(cls)}
-    values = {name: value for name, value in record.items() if name in names}
+    fields = dataclasses.fields(cls)
+    # to_record leaves out what is None, also where the class wants it said ("int | None").
+    values: dict[str, Any] = {
+        field.name: None for field in fields if str(field.type).endswith("| None")
+    }
+    values |= {field.name: record[field.name] for field in fields if field.name in record}
     if "owner" in values:
         values["owner"] = _owner_from(values["owner"])
     if "owners" in values:

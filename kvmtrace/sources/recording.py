@@ -131,8 +131,8 @@ class RecordingSource:
         """The next line; None (and ``done``) at the end of the file, None for an empty line."""
         line = self._file.readline(MAX_LINE)
         self._number += 1
-        if not line:
-            self.done = True
+        if not line.strip():
+            self.done = not line
             return None
         try:
             record = json.loads(line)

@@ -1,0 +1,180 @@
+"""Recordings: what was written comes back, and nothing that was tampered with gets through."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.events import (
+    Event,
+    Exit,
+    GmemPoison,
+    Lost,
+    Mce,
+    Owned,
+    Owner,
+    Poison,
+    Sigbus,
+    VmGone,
+    VmSeen,
+)
+from kvmtrace.model import Host
+from kvmtrace.sources.recording import RecordingSource, Writer
+from tests.unit.fake import PROBES, STORY, T0
+
+HOST = Host("sick-host", "6.18.15", "bpf", "bpf works here", 4096)
+EVERY_KIND: tuple[Event, ...] = (
+    *STORY,
+    GmemPoison(T0, 5, 383, 8, (Owner(1, 8, 0x7F0000000000), Owner(2, None)), False),
+    Owned(T0, 0x103275, Owner(2, 9), "pagemap"),
+    Sigbus(T0, 1, 2, 4, 0x7F0000000000, 12, sender=3, vm=1, vcpu=0, gfn=8, pfn=9),
+    Mce(T0, 0xFFFFFFFFFFFFFFFF, None, 1, 2, 0, 0xBD80000000100134),
+    Lost(T0, "ringbuf", 7),
+    VmGone(T0, 1),
+)
+
+
+def recorded(events: tuple[Event, ...] = EVERY_KIND) -> str:
+    file = io.StringIO()
+    Writer(file, HOST).write(events, PROBES)
+    return file.getvalue()
+
+
+def replayed(path: Path) -> tuple[list[Event], RecordingSource]:
+    source = RecordingSource(str(path))
+    events: list[Event] = []
+    while not source.done:
+        events += source.poll(0)
+    source.close()
+    return events, source
+
+
+def test_what_goes_in_comes_out(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    path.write_text(recorded())
+    events, source = replayed(path)
+    assert tuple(events) == EVERY_KIND
+    assert source.probes() == PROBES
+    assert source.host.name == "sick-host"
+    assert source.host.source == "recording"
+    assert source.host.source_why == "replay of r, from bpf"
+    assert not source.truncated
+
+
+def test_probes_are_written_when_they_change() -> None:
+    file = io.StringIO()
+    writer = Writer(file, HOST)
+    writer.write(STORY[:1], PROBES)
+    writer.write(STORY[1:2], PROBES)
+    writer.write((), PROBES[:1])
+    kinds = [json.loads(line).get("kind") for line in file.getvalue().splitlines()]
+    assert kinds == [None, "probes", "vm_seen", "vm_seen", "probes"]
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_cut_off_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "r"
+    path.write_text(recorded(STORY)[:-cut])
+    events, source = replayed(path)
+    if cut == 1:  # only the line end is missing: the event is whole
+        assert tuple(events) == STORY
+    else:
+        assert tuple(events) == STORY[:-1]
+        assert source.truncated
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", "hello\n", "[]\n", "{}\n", "\x7fELF\0\0", '{"kind":"exit"}\n', "[" * 100000]
+)
+def test_not_a_recording(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r"
+    path.write_text(text)
+    with pytest.raises(KvmtraceError, match="is not a recording"):
+        RecordingSource(str(path))
+
+
+def test_from_the_future(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    path.write_text('{"kvmtrace_recording": 2}\n')
+    with pytest.raises(KvmtraceError, match="newer kvmtrace"):
+        RecordingSource(str(path))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "garbage",
+        "[]",
+        "{}",
+        '{"kind": "no such kind"}',
+        '{"kind": "lost"}',
+        '{"kind": "lost", "ts": "now", "where": "x", "count": 1}',
+        '{"kind": "lost", "ts": 1e30, "where": "x", "count": 1}',
+        '{"kind": "lost", "ts": 1, "where": 5, "count": 1}',
+        '{"kind": "lost", "ts": -1, "where": "x", "count": 1}',
+        '{"kind": "lost", "ts": 1, "where": "x", "count": ' + "9" * 30 + "}",
+        '{"kind": "lost", "ts": 1, "where": "x", "count": ' + "9" * 5000 + "}",
+        '{"kind": "owned", "ts": 1, "pfn": 1, "via": "x", "owner": 7}',
+        '{"kind": "gmem_poison", "ts": 1, "tid": 1, "index": 1, "owners": 7}',
+        '{"kind": "probes"}',
+        '{"kind": "probes", "probes": [{"name": "run"}]}',
+        '{"kind": ["unhashable"]}',
+        '{"kind": "lost", "pad": "' + "x" * (2 << 20) + '"}',
+    ],
+)
+def test_damaged_in_the_middle_is_one_error(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "r"
+    good = recorded(STORY)
+    path.write_text(good + line + "\n" + good.splitlines()[-1] + "\n")
+    with pytest.raises(KvmtraceError, match=f"line {len(good.splitlines()) + 1}: ") as caught:
+        replayed(path)
+    assert len(caught.value.message) < 500
+
+
+def test_missing_file_and_directory(tmp_path: Path) -> None:
+    with pytest.raises(KvmtraceError, match="No such file"):
+        RecordingSource(str(tmp_path / "none"))
+    with pytest.raises(KvmtraceError, match="directory"):
+        RecordingSource(str(tmp_path))
+
+
+def test_strings_are_cleaned(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    path.write_text(recorded((VmSeen(T0, 1, 2, "a\x1b[2J"), Poison(T0, 1, "p\x07", "r\u202e"))))
+    (seen, poison), _ = replayed(path)
+    assert isinstance(seen, VmSeen)
+    assert isinstance(poison, Poison)
+    assert (seen.name, poison.page_type, poison.result) == ("a?[2J", "p?", "r")
+
+
+def test_newer_fields_are_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    line = '{"kind":"vm_gone","ts":5,"vm":1,"since":[1]}\n'
+    path.write_text(recorded(()) + line + "\n")
+    assert replayed(path)[0] == [VmGone(5, 1)]
+
+
+@given(
+    st.lists(st.one_of(st.binary(max_size=80), st.sampled_from(recorded().encode().split(b"\n"))))
+)
+def test_any_bytes_are_events_or_one_error(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed"
+    path.write_bytes(recorded(()).encode() + b"\n".join(lines))
+    with contextlib.suppress(KvmtraceError):
+        assert all(isinstance(event, Event) for event in replayed(path)[0])
+
+
+def test_exits_keep_their_zeroes(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    event = Exit(T0, 1, 0, 14, 39, True, flags=0, gpa=0, size=0, gfn=0, private=False, gmem=0)
+    path.write_text(recorded((event,)))
+    assert replayed(path)[0] == [event]
