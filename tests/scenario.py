@@ -1,4 +1,4 @@
-"""A story that every view can be shown: three VMs, three poisons, a conversion storm, something lost.
+"""A story to show to every view: three VMs, three poisons, a conversion storm, some events lost.
 
 Told in events through the real correlator, so it can only hold what a host could say.
 """

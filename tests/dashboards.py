@@ -1,0 +1,44 @@
+"""Reads the dashboards' JSON as Grafana would, so that tests can run every panel's query."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DASHBOARDS = Path(__file__).resolve().parent.parent / "dashboards"
+ALERTS = DASHBOARDS / "alerts.yml"
+HOST = DASHBOARDS / "kvmtrace-host.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One query of one panel, with Grafana's variables still in it."""
+
+    panel: str
+    ref: str
+    expr: str
+
+    def filled(self, instance: str, window: str = "2m") -> str:
+        """The expression for one host, all of Grafana's intervals being ``window``."""
+        values = {"$__rate_interval": window, "$__range": window, "$instance": instance}
+        expr = self.expr
+        for name, value in values.items():
+            expr = expr.replace(name, value)
+        assert "$" not in expr, expr
+        return expr
+
+
+def load(path: Path = HOST) -> dict[str, Any]:
+    """The dashboard."""
+    board: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return board
+
+
+def queries(board: dict[str, Any]) -> Iterator[Query]:
+    """Every query of every panel."""
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            yield Query(panel["title"], target["refId"], target["expr"])

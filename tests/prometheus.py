@@ -1,0 +1,184 @@
+"""A real Prometheus on loopback for tests: scrapes one target every second and answers queries.
+
+Needs only the standard library and Debian's ``prometheus`` package, so lab tests use it as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+JOB = "kvmtrace"
+SCRAPE_SECONDS = 1
+
+_CONFIG = """
+global: {{scrape_interval: {interval}s, scrape_timeout: {interval}s, evaluation_interval: 1s}}
+rule_files: {rules}
+scrape_configs:
+  - job_name: {job}
+    static_configs: [{{targets: ["{target}"]}}]
+"""
+
+Sample = tuple[dict[str, str], float]
+
+
+def required() -> bool:
+    """CI and lab runs must not pass by skipping."""
+    return os.environ.get("CI") == "true" or os.environ.get("KVMTRACE_LAB") == "1"
+
+
+def missing(*tools: str) -> str | None:
+    """Why tests with ``tools`` ("prometheus", "promtool") cannot run here; None if they can."""
+    absent = [tool for tool in tools if shutil.which(tool) is None]
+    if not absent:
+        return None
+    return f"{' and '.join(absent)} not installed (apt install prometheus)"
+
+
+class Prometheus:
+    """``with Prometheus("127.0.0.1:9750") as p: p.query("up")``; ended on leaving, by its pid.
+
+    ``rules``: rule files to evaluate. Data lives in a directory of its own, and goes with it.
+    """
+
+    def __init__(self, target: str, *rules: Path) -> None:
+        self._target = target
+        self._rules = [str(path.resolve()) for path in rules]
+        self._dir = tempfile.TemporaryDirectory(prefix="kvmtrace-prometheus-")
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def query(self, expr: str) -> list[Sample]:
+        """An instant query now: [(labels, value)]; AssertionError with its words if refused."""
+        answer = self._get("query", query=expr)["data"]
+        if answer["resultType"] == "scalar":
+            return [({}, float(answer["result"][1]))]
+        return [(one["metric"], float(one["value"][1])) for one in answer["result"]]
+
+    def value(self, expr: str) -> float | None:
+        """The value of a query with one sample; None where there is none."""
+        samples = self.query(expr)
+        assert len(samples) <= 1, f"{expr}: {samples}"
+        return samples[0][1] if samples else None
+
+    def alerts(self) -> set[str]:
+        """Names of the alerts that fire now."""
+        return {labels["alertname"] for labels, _ in self.query('ALERTS{alertstate="firing"}')}
+
+    def wait(self, what: Callable[[], object], seconds: float = 60) -> None:
+        """Until ``what`` is true; AssertionError after ``seconds``."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline, f"not within {seconds} s; Prometheus: {self.log()}"
+            time.sleep(SCRAPE_SECONDS / 5)
+
+    def wait_for_scrapes(self, count: int) -> None:
+        """Until ``count`` more scrapes have answered."""
+        seen = f"count_over_time(up{{job='{JOB}'}}[1h])"
+        start = self.value(seen) or 0
+        self.wait(lambda: (self.value(seen) or 0) >= start + count)
+
+    def log(self) -> str:
+        """The last of what it logged."""
+        return self._log.read_text(errors="replace")[-2000:] if self._log.exists() else ""
+
+    def stop(self) -> None:
+        """End it and remove its data; twice is fine."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        self._dir.cleanup()
+
+    @property
+    def _log(self) -> Path:
+        return Path(self._dir.name) / "log"
+
+    def _start(self) -> None:
+        root = Path(self._dir.name)
+        config = root / "prometheus.yml"
+        config.write_text(
+            _CONFIG.format(
+                interval=SCRAPE_SECONDS, rules=json.dumps(self._rules), job=JOB, target=self._target
+            )
+        )
+        # Somebody may take the port between our asking for a free one and Prometheus' binding it.
+        for _ in range(5):
+            address = f"127.0.0.1:{_free_port()}"
+            self.url = f"http://{address}"
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [
+                        "prometheus",
+                        f"--config.file={config}",
+                        f"--storage.tsdb.path={root / 'data'}",
+                        f"--web.listen-address={address}",
+                        "--log.level=warn",
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            if self._ready():
+                return
+        raise AssertionError(f"Prometheus does not start: {self.log()}")
+
+    def _ready(self) -> bool:
+        assert self._process is not None
+        deadline = time.monotonic() + 60
+        while self._process.poll() is None and time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{self.url}/-/ready", timeout=5):
+                    return True
+            except OSError:
+                time.sleep(0.1)
+        return False
+
+    def _get(self, what: str, **params: str) -> dict[str, Any]:
+        url = f"{self.url}/api/v1/{what}?{urllib.parse.urlencode(params)}"
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                answer: dict[str, Any] = json.load(response)
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{params}: {error.read().decode(errors='replace')}") from None
+        assert answer["status"] == "success", answer
+        return answer
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

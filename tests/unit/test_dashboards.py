@@ -1,0 +1,197 @@
+"""Dashboards and alerts: generated as committed, complete, and true against a real Prometheus."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from dashboards import generate
+from kvmtrace.views import exporter
+from tests import dashboards
+from tests.prometheus import Prometheus, missing, required
+from tests.scenario import CONVERSIONS, LOOPS, Scenario
+
+needs_prometheus = pytest.mark.skipif(
+    missing("prometheus", "promtool") is not None and not required(),
+    reason=str(missing("prometheus", "promtool")),
+)
+
+BOARD = dashboards.load()
+QUERIES = list(dashboards.queries(BOARD))
+_IDS = [f"{query.panel}-{query.ref}" for query in QUERIES]
+
+# What each panel shows after the scenario: {sorted label values: value}, every query by panel and
+# ref. None: a rate, of which only the series and that it is above 0 can be foretold.
+_V = dict[tuple[str, ...], float | None]
+EXPECTED: dict[tuple[str, str], _V] = {
+    ("VMMs looping", "A"): {(): 1},
+    ("Poisoned pages in VMs", "A"): {(): 3},
+    ("Hardware corrupted", "A"): {(): 8192},
+    ("Poison to delivery, median", "A"): {(): 0.001},
+    ("Poison to delivery, 95 %", "A"): {(): None},
+    ("Probes not attached", "A"): {(): 1},
+    ("VMs", "pages"): {("web",): 1, ("db",): 2, ("vm-103",): 0},
+    ("VMs", "poison"): {("web",): LOOPS, ("db",): 0, ("vm-103",): 0},
+    ("VMs", "conversion"): {("web",): 0, ("db",): 0, ("vm-103",): CONVERSIONS},
+    ("VMs", "failed"): {("web",): 0, ("db",): 0, ("vm-103",): 0},
+    ("VMs", "sigbus"): {("web",): 0, ("db",): 1, ("vm-103",): 0},
+    ("VMs", "info"): {
+        ("101", "5b2f6a5e-0000-4000-8000-000000000001", "qemu", "web"): 1,
+        ("102", "cloud-hypervisor", "db"): 1,
+        ("103", "vm-103"): 1,
+    },
+    ("Memory-fault exits by errno and cause", "A"): {
+        ("EHWPOISON", "hwpoison"): None,
+        ("EFAULT", "conversion"): None,
+        ("EFAULT", "backing"): 0,
+        ("EFAULT", "unannotated"): 0,
+    },
+    ("Memory-fault exits by VM", "A"): {("web",): None, ("db",): 0, ("vm-103",): None},
+    ("Incidents by state", "A"): {
+        ("looping",): 1,
+        ("delivered",): 1,
+        ("latent",): 1,
+        ("unowned",): 0,
+        ("closed",): 0,
+    },
+    ("Pages poisoned", "A"): {
+        ("dirty LRU page", "Recovered"): None,
+        ("guest_memfd page", "Recovered"): None,
+        ("unknown page", "Delayed"): 0,
+        ("unknown page", "Failed"): 0,
+        ("unknown page", "Ignored"): 0,
+        ("unknown page", "Recovered"): 0,
+    },
+    ("SIGBUS to VMMs", "A"): {
+        ("AO", "db"): None,
+        ("AR", "db"): 0,
+        ("AO", "web"): 0,
+        ("AR", "web"): 0,
+        ("AO", "vm-103"): 0,
+        ("AR", "vm-103"): 0,
+    },
+    ("Poison to delivery", "A"): {
+        (le,): None for le in "0.001 0.01 0.1 1.0 10.0 60.0 600.0 3600.0 86400.0 +Inf".split()
+    },
+    ("Probes attached", "A"): {("run",): 1, ("gmem",): 1, ("mce",): 0},
+    ("Lost", "A"): {("ringbuf",): None, ("maps",): 0, ("incidents",): 0, ("vms",): 0},
+    ("Probe overhead", "A"): {("run",): None, ("gmem",): None},
+    ("Probe time per run", "A"): {("run",): 200e-9, ("gmem",): 500e-9},
+    ("kvmtrace's own CPU", "A"): {(): None},
+    ("Source", "source"): {("bpf", "bpf works here"): 1},
+}
+KINDS = [("guest_memfd page", "Recovered"), ("dirty LRU page", "Recovered")]
+
+
+def test_the_dashboard_is_as_generated() -> None:
+    board = generate.render(generate.host_dashboard())
+    assert board == dashboards.HOST.read_text(encoding="utf-8"), "run python -m dashboards.generate"
+
+
+@pytest.mark.parametrize("panel", BOARD["panels"], ids=lambda panel: panel["title"])
+def test_every_panel_is_complete(panel: dict[str, object]) -> None:
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    assert panel["title"]
+    assert str(panel["description"]).endswith(".")
+    assert panel["datasource"] == source
+    assert panel["fieldConfig"]["defaults"]["unit"]  # type: ignore[index]
+    assert panel["targets"]
+    for target in panel["targets"]:  # type: ignore[attr-defined]
+        assert target["datasource"] == source
+        assert 'instance="$instance"' in target["expr"]
+
+
+def test_titles_are_unique_and_panels_do_not_overlap() -> None:
+    panels = BOARD["panels"]
+    assert len({panel["title"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= cells
+
+
+def test_the_host_is_a_variable() -> None:
+    variables = {one["name"]: one for one in BOARD["templating"]["list"]}
+    assert variables["datasource"]["type"] == "datasource"
+    assert variables["instance"]["query"] == "label_values(kvmtrace_build_info, instance)"
+
+
+def test_every_query_has_an_expectation() -> None:
+    assert {(query.panel, query.ref) for query in QUERIES} == EXPECTED.keys()
+
+
+@needs_prometheus
+@pytest.mark.parametrize(
+    "command", [("check", "rules", dashboards.ALERTS.name), ("test", "rules", "alerts_test.yml")]
+)
+def test_alert_rules(command: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        ["promtool", *command],
+        cwd=dashboards.DASHBOARDS,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def scraped() -> Iterator[tuple[Prometheus, str]]:
+    """A Prometheus that saw the scenario happen, and the instance it scraped."""
+    scenario = Scenario().begin()
+    server = exporter.serve("127.0.0.1:0", scenario, kinds=lambda: KINDS)
+    instance = f"127.0.0.1:{server.address[1]}"
+    try:
+        with Prometheus(instance, dashboards.ALERTS) as prometheus:
+            prometheus.wait_for_scrapes(2)
+            exits = 'sum(kvmtrace_memory_fault_exits_total{cause="hwpoison"})'
+            assert prometheus.value(exits) == 0  # the series is there before the first event
+            assert not prometheus.alerts()
+            scenario.happen()
+            prometheus.wait(lambda: prometheus.value(exits) == LOOPS)
+            prometheus.wait_for_scrapes(2)
+            yield prometheus, instance
+    finally:
+        server.close()
+
+
+@needs_prometheus
+@pytest.mark.parametrize("query", QUERIES, ids=_IDS)
+def test_every_panel_shows_the_scenario(
+    scraped: tuple[Prometheus, str], query: dashboards.Query
+) -> None:
+    prometheus, instance = scraped
+    shown = {
+        tuple(sorted(labels.values())): value
+        for labels, value in prometheus.query(query.filled(instance))
+    }
+    expected = {
+        tuple(sorted(labels)): value for labels, value in EXPECTED[query.panel, query.ref].items()
+    }
+    assert shown.keys() == expected.keys()
+    for labels, value in expected.items():
+        if value is None:
+            assert shown[labels] > 0, labels
+        else:
+            assert shown[labels] == pytest.approx(value, rel=1e-6), labels
+
+
+@needs_prometheus
+def test_no_other_host_is_shown(scraped: tuple[Prometheus, str]) -> None:
+    prometheus, _ = scraped
+    for query in QUERIES:
+        values = [value for _, value in prometheus.query(query.filled("elsewhere:9750"))]
+        assert values == ([0] if query.panel == "Probes not attached" else []), query
+
+
+@needs_prometheus
+def test_the_alerts_fire(scraped: tuple[Prometheus, str]) -> None:
+    prometheus, _ = scraped
+    expected = {"KvmtracePagePoisoned", "KvmtraceVmmLooping", "KvmtraceEventsLost"}
+    prometheus.wait(lambda: prometheus.alerts() == expected)
