@@ -103,7 +103,7 @@ class _Interrupted(BaseException):
 
 
 class _Stop:
-    """SIGINT and SIGTERM as a flag that loops look at, so that probes are always detached.
+    """SIGINT, SIGTERM and SIGHUP as a flag that loops look at, so that probes are always detached.
 
     An exception out of nowhere could hit a half-attached source or a C callback. Writing is the
     exception: a reader that stopped reading would otherwise keep us for ever.
@@ -117,7 +117,9 @@ class _Stop:
     def __enter__(self) -> None:
         self.asked = False
         with contextlib.suppress(ValueError):  # not the main thread (tests)
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup
                 self._previous[number] = signal.signal(number, self._handle)
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,5 @@
+"""``python -m kvmtrace``."""
+
+from kvmtrace.cli import main
+
+main()

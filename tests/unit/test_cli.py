@@ -1,0 +1,473 @@
+"""The command line: exit statuses, one-line errors, and a source that is always closed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from kvmtrace import cli, host, identity, sources
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.events import Lost
+from kvmtrace.model import Snapshot
+from kvmtrace.views import exporter
+from tests.unit.fake import STORY, T0, FakeSource
+
+Run = Callable[..., Result]
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.cli, arguments, prog_name="kvmtrace")
+
+
+@pytest.fixture
+def source(monkeypatch: pytest.MonkeyPatch) -> FakeSource:
+    """What `open_source` opens: the story in two batches."""
+    return use(monkeypatch, FakeSource(STORY[:2], STORY[2:]))
+
+
+def use(monkeypatch: pytest.MonkeyPatch, source: FakeSource) -> FakeSource:
+    monkeypatch.setattr(sources, "open_source", lambda kind: source)
+    monkeypatch.setattr(identity, "vm_processes", lambda: {})
+    return source
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def raising(kind: str) -> FakeSource:
+        raise error
+
+    monkeypatch.setattr(sources, "open_source", raising)
+
+
+# -- usage
+
+
+def test_version() -> None:
+    assert invoke("--version").output == "kvmtrace, version 0.1.0\n"
+
+
+def test_help_names_every_command() -> None:
+    text = invoke("--help").output
+    for name in ("top", "events", "serve", "record", "replay", "doctor"):
+        assert f"\n  {name} " in text
+    for name in cli.cli.commands:
+        assert invoke(name, "--help").exit_code == 0
+
+
+def test_help_has_the_exporters_own_defaults() -> None:
+    text = " ".join(invoke("serve", "--help").output.split())
+    assert f"[default: {exporter.DEFAULT_LISTEN}]" in text
+    assert f"[default: {exporter.DEFAULT_MAX_VMS}]" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("top", "--interval", "0"),
+        ("top", "--interval", "-1"),
+        ("top", "--interval", "nan"),
+        ("top", "--interval", "inf"),
+        ("top", "--interval", "soon"),
+        ("top", "--json"),
+        ("top", "--source", "magic"),
+        ("events", "--count", "0"),
+        ("events", "--count", "-3"),
+        ("events", "--duration", "0s"),
+        ("events", "surplus"),
+        ("serve", "--max-vms", "0"),
+        ("serve", "--listen", "nowhere"),
+        ("serve", "--listen", "127.0.0.1:99999"),
+        ("record",),
+        ("replay",),
+    ],
+)
+def test_wrong_usage_is_status_2(source: FakeSource, arguments: tuple[str, ...]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert source.closed or not source.polls
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("2", 2.0), ("1.5s", 1.5), ("2m", 120), ("1h", 3600)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert cli.SECONDS.convert(text, None, None) == seconds
+
+
+# -- errors
+
+
+def test_error_is_a_line_and_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, KvmtraceError("BPF is refused", "ask the kernel"))
+    result = invoke("events")
+    assert result.exit_code == 1
+    assert result.stderr == "kvmtrace: BPF is refused\nhint: ask the kernel\n"
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PermissionError(13, "Permission denied", "/sys/x"), "/sys/x: Permission denied"),
+        (ZeroDivisionError("division by zero"), "internal error: ZeroDivisionError"),
+    ],
+)
+def test_unexpected_errors_are_readable_too(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str
+) -> None:
+    refuse(monkeypatch, error)
+    result = invoke("top", "--once")
+    assert result.exit_code == 1
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+    monkeypatch.setenv("KVMTRACE_DEBUG", "1")
+    assert "Traceback" in invoke("top", "--once").stderr
+
+
+def test_not_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "privilege", lambda: host.Privilege(1000, 0))
+    for command in (("events",), ("top", "--once"), ("serve",), ("record", "/tmp/never")):
+        result = invoke(*command)
+        assert result.exit_code == 1
+        assert result.stderr == "kvmtrace: tracing the kernel needs root\nhint: run it with sudo\n"
+    assert not Path("/tmp/never").exists()
+
+
+def test_source_that_dies_is_closed_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in (("events",), ("top", "--once"), ("serve", "--listen", "127.0.0.1:0")):
+        dying = FakeSource(STORY, failure=KvmtraceError("the ring buffer is gone"))
+        use(monkeypatch, dying)
+        result = invoke(*command)
+        assert result.exit_code == 1
+        assert "kvmtrace: the ring buffer is gone\n" in result.stderr
+        assert dying.closed
+
+
+# -- top
+
+
+def test_top_needs_a_terminal(source: FakeSource) -> None:
+    result = invoke("top")
+    assert result.exit_code == 2
+    assert "top --once" in result.stderr
+    assert not source.polls
+
+
+def test_top_once(source: FakeSource) -> None:
+    result = invoke("top", "--once", "--interval", "0.1")
+    assert result.exit_code == 0
+    assert "web-1" in result.stdout
+    assert "0x103275" in result.stdout
+    assert source.closed
+
+
+def test_top_once_json(source: FakeSource) -> None:
+    answer = json.loads(invoke("top", "--once", "--json", "--interval", "0.1").stdout)
+    assert [vm["pid"] for vm in answer["vms"]] == [4001, 4002]
+    assert answer["vms"][0]["exits"] == {"EHWPOISON": 1}
+    assert answer["host"]["source"] == "bpf"
+
+
+def test_top_once_lasts_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, FakeSource())
+    start = time.monotonic()
+    invoke("top", "--once", "--interval", "0.3")
+    assert 0.3 <= time.monotonic() - start < 2
+
+
+# -- events
+
+
+def test_events(source: FakeSource) -> None:
+    result = invoke("events", "--duration", "0.2")
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 5
+    assert source.closed
+
+
+def test_events_json_count(source: FakeSource) -> None:
+    lines = invoke("events", "--json", "--count", "4").stdout.splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["vm", "vm", "poison", "exit"]
+    assert source.closed
+
+
+@pytest.mark.parametrize("vm", ["web-1", "4001", "c7a5fdbd-edaf-9455-926a-d65c16db1809"])
+def test_events_of_one_vm(monkeypatch: pytest.MonkeyPatch, vm: str) -> None:
+    use(monkeypatch, FakeSource(STORY[:2], (*STORY[2:], Lost(T0, "ringbuf", 3))))
+    lines = invoke("events", "--json", "--vm", vm, "--duration", "0.2").stdout.splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["vm", "exit", "lost"]
+
+
+def test_unknown_vm(source: FakeSource) -> None:
+    result = invoke("events", "--vm", "web-9")
+    assert result.exit_code == 2
+    assert result.stderr == "kvmtrace: no VM 'web-9' here\nhint: there are: db-1, web-1\n"
+    assert source.closed
+
+
+def test_no_vm_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, FakeSource())
+    assert "hint: none is running" in invoke("events", "--vm", "x\x1b[2J").stderr
+
+
+def test_live_process_may_become_a_vm(source: FakeSource) -> None:
+    result = invoke("events", "--vm", str(os.getpid()), "--duration", "0.1")
+    assert result.exit_code == 0
+
+
+def test_vm_known_from_proc_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, FakeSource())
+    monkeypatch.setattr(identity, "vm_processes", lambda: {os.getpid(): 1})
+    monkeypatch.setattr(identity, "identify", lambda pid: identity.Identity("me"))
+    assert invoke("events", "--vm", "me", "--duration", "0.1").exit_code == 0
+
+
+# -- serve
+
+
+def test_serve_until_a_signal(source: FakeSource) -> None:
+    metrics: list[str] = []
+
+    def scrape() -> None:
+        while not servers:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        with urllib.request.urlopen(f"{servers[0].url}/metrics") as answer:
+            metrics.append(answer.read().decode())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def remembered(*arguments: Any, **options: Any) -> exporter.Server:
+        servers.append(serve(*arguments, **options))
+        return servers[0]
+
+    servers: list[exporter.Server] = []
+    serve = exporter.serve
+    thread = threading.Thread(target=scrape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "serve", remembered)
+        thread.start()
+        result = invoke("serve", "--listen", "127.0.0.1:0")
+    thread.join()
+    assert result.exit_code == 0, result.output
+    assert 'errno="EHWPOISON"' in metrics[0]
+    assert source.closed
+    assert not source._batches
+
+
+def test_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = exporter.serve("127.0.0.1:0", FakeSession())
+    try:
+        listen = f"127.0.0.1:{server.address[1]}"
+        source = use(monkeypatch, FakeSource())
+        result = invoke("serve", "--listen", listen)
+        assert result.exit_code == 1
+        assert "port in use" in result.stderr
+        assert source.closed
+    finally:
+        server.close()
+
+
+class FakeSession:
+    def snapshot(self) -> Snapshot:
+        return Snapshot()
+
+
+# -- record, replay
+
+
+def test_record_then_replay(source: FakeSource, tmp_path: Path) -> None:
+    path = str(tmp_path / "r")
+    result = invoke("record", path, "--duration", "0.2")
+    assert result.exit_code == 0
+    assert result.stderr.endswith("5 events\n")
+    assert source.closed
+    assert Path(path).stat().st_mode & 0o777 == 0o600
+
+    table = invoke("replay", path)
+    assert table.exit_code == 0
+    assert "web-1" in table.stdout
+    top = json.loads(invoke("replay", path, "--json").stdout)
+    assert top["host"]["source"] == "recording"
+    assert top["incidents"][0]["pfn"] == 0x103275
+    lines = invoke("replay", path, "--events", "--json").stdout.splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["vm", "vm", "poison", "exit", "exit"]
+    assert len(invoke("replay", path, "--events").stdout.splitlines()) == 5
+
+
+def test_record_does_not_overwrite(source: FakeSource, tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    path.write_text("precious")
+    result = invoke("record", str(path), "--duration", "0.1")
+    assert result.exit_code == 1
+    assert "--force" in result.stderr
+    assert path.read_text() == "precious"
+    assert source.closed
+    assert invoke("record", str(path), "--force", "--duration", "0.1").exit_code == 0
+    assert "kvmtrace_recording" in path.read_text()
+
+
+def test_record_where_it_cannot(source: FakeSource) -> None:
+    result = invoke("record", "/nonexistent/r")
+    assert result.exit_code == 1
+    assert "/nonexistent/r: No such file or directory" in result.stderr
+    assert source.closed
+
+
+def test_replay_of_what_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    path.write_text("no recording\n")
+    result = invoke("replay", str(path))
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"kvmtrace: {path} is not a recording\nhint: ")
+
+
+def test_replay_says_what_it_left_out(source: FakeSource, tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    invoke("record", str(path), "--duration", "0.2")
+    path.write_bytes(path.read_bytes()[:-10])
+    result = invoke("replay", str(path), "--json")
+    assert result.exit_code == 0
+    assert "last line is cut off" in result.stderr
+    json.loads(result.stdout)
+
+
+# -- choosing a source
+
+
+def test_auto_takes_bpf(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = opener(monkeypatch)
+    source = sources.open_source("auto")
+    assert (opened, source.why) == (["bpf"], "bpf works here")
+
+
+def test_auto_falls_back_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = opener(monkeypatch, bpf=KvmtraceError("bcc is not installed"))
+    source = sources.open_source("auto")
+    assert opened == ["bpf", "ftrace"]
+    assert source.why == "bpf does not work here: bcc is not installed"
+
+
+def test_auto_with_nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    opener(monkeypatch, bpf=KvmtraceError("no bcc"), ftrace=OSError(1, "Operation not permitted"))
+    with pytest.raises(KvmtraceError, match=r"bpf: no bcc; ftrace: .*not permitted") as caught:
+        sources.open_source("auto")
+    assert caught.value.hint
+
+
+def test_what_was_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = opener(monkeypatch, bpf=KvmtraceError("no bcc", "install it"))
+    with pytest.raises(KvmtraceError, match=r"^no bcc$"):
+        sources.open_source("bpf")
+    assert opened == ["bpf"]
+
+
+def opener(monkeypatch: pytest.MonkeyPatch, **failures: Exception) -> list[str]:
+    opened: list[str] = []
+
+    def fake_open(kind: str) -> FakeSource:
+        opened.append(kind)
+        if kind in failures:
+            raise failures[kind]
+        return FakeSource()
+
+    monkeypatch.setattr(host, "privilege", lambda: host.Privilege(0, (1 << 41) - 1))
+    monkeypatch.setattr(sources, "_open", fake_open)
+    return opened
+
+
+# -- a process of its own: signals, pipes, terminals
+
+CHILD = """
+import sys
+from kvmtrace import cli, sources
+from tests.unit.fake import STORY, FakeSource
+
+class Source(FakeSource):
+    def poll(self, timeout):
+        return super().poll(timeout) or (list(STORY) if self.chatty else [])
+
+    def close(self):
+        super().close()
+        print("closed", file=sys.stderr, flush=True)
+
+Source.chatty = {chatty}
+sources.open_source = lambda kind: Source(STORY)
+cli.main()
+"""
+
+
+def child(*arguments: str, chatty: bool = False) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD.format(chatty=chatty), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "command",
+    [("events",), ("serve", "--listen", "127.0.0.1:0"), ("top", "--once", "--interval=99")],
+)
+def test_signals_end_it_cleanly(command: tuple[str, ...], number: signal.Signals) -> None:
+    process = child(*command)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    if command[0] == "events":
+        process.stdout.readline()
+    elif command[0] == "serve":
+        assert process.stderr.readline().startswith("serving http://127.0.0.1:")
+    else:
+        time.sleep(1)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=20)
+    assert stderr == "closed\n"
+    assert process.returncode == 0
+
+
+def test_signal_ends_a_blocked_write() -> None:
+    process = child("events", chatty=True)
+    time.sleep(1.5)  # the pipe fills up: nobody reads
+    process.send_signal(signal.SIGTERM)
+    process.wait(20)
+    assert process.stderr is not None
+    assert process.stderr.read() == "closed\n"
+    assert process.returncode == 0
+    process.communicate()
+
+
+@pytest.mark.parametrize("chatty", [True, False])
+def test_closed_pipe_ends_it_quietly(chatty: bool) -> None:
+    process = child("events", chatty=chatty)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait(20)
+    assert process.stderr is not None
+    assert process.stderr.read() == "closed\n"
+    assert process.returncode == 0
+    process.stderr.close()
+
+
+def test_lines_come_as_they_happen() -> None:
+    process = child("events")
+    assert process.stdout is not None
+    assert "web-1" in process.stdout.readline()
+    process.terminate()
+    process.communicate(timeout=20)
