@@ -92,7 +92,7 @@ class Scenario:
                 gmem=0,
                 count=CONVERSIONS,
             ),
-            Lost(ts, "ringbuf", 7),
+            Lost(ts, "ring", 7),
         ):
             self._correlator.feed(event)
         self._host = dataclasses.replace(_HOST, hardware_corrupted_bytes=8192)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 from itertools import accumulate
@@ -46,9 +47,9 @@ FALLBACK_KINDS = tuple(
     ("unknown page", result) for result in ("Ignored", "Failed", "Delayed", "Recovered")
 )
 
-# Where things are known to get lost, exported as 0 from the start: the ring buffer and the maps
-# of the BPF source, and what the correlator has to forget.
-LOST_FROM_BIRTH = ("ringbuf", "maps", "incidents", "vms")
+# Where things are known to get lost, exported as 0 from the start: the BPF source's ring buffer and
+# maps, and what the correlator has to forget. A test holds it against what they say.
+LOST_FROM_BIRTH = ("ring", "exit_keys", "exit_counts", "incidents", "vms")
 
 Kinds = Callable[[], Iterable[tuple[str, str]]]
 
@@ -60,7 +61,7 @@ class Snapshots(Protocol):
 
 
 class Exporter(Collector):
-    """A collector over ``snapshot``. ``kinds``: the kernel's (page type, result) pairs.
+    """A collector over ``snapshot``. ``kinds``: the kernel's (page type, result) pairs, asked once.
 
     One part that fails does not take the others with it: it is left out, and its
     ``kvmtrace_scrape_collector_success`` is 0. All but build info needs "snapshot".
@@ -74,7 +75,8 @@ class Exporter(Collector):
         max_vms: int = DEFAULT_MAX_VMS,
     ) -> None:
         self._snapshot = snapshot
-        self._kinds = kinds
+        self._ask_kinds = kinds
+        self._kinds: tuple[tuple[str, str], ...] | None = None
         self._labels = VmLabels(max_vms)
         self._lock = threading.Lock()
 
@@ -101,7 +103,8 @@ class Exporter(Collector):
             return
         success.add_metric(["snapshot"], 1)
         for name, part in (
-            ("host", self._host),
+            ("kinds", self._learn_kinds),
+            ("host", _host),
             ("probes", _probes),
             ("vms", self._vms),
             ("incidents", self._incidents),
@@ -114,23 +117,11 @@ class Exporter(Collector):
                 success.add_metric([name], 1)
                 yield from families
 
-    def _host(self, snapshot: Snapshot) -> Iterator[Metric]:
-        lost = CounterMetricFamily(
-            "kvmtrace_events_lost", "What kvmtrace could not record, by place.", labels=["where"]
-        )
-        for where, count in (dict.fromkeys(LOST_FROM_BIRTH, 0) | dict(snapshot.lost)).items():
-            lost.add_metric([clean(where)], count)
-        yield lost
-        if snapshot.host is None:
-            return
-        source = {"source": clean(snapshot.host.source), "why": clean(snapshot.host.source_why)}
-        yield InfoMetricFamily("kvmtrace_source", "Where events come from, and why there.", source)
-        if snapshot.host.hardware_corrupted_bytes is not None:
-            yield GaugeMetricFamily(
-                "kvmtrace_hardware_corrupted_bytes",
-                "Memory that the kernel has taken out of use (HardwareCorrupted in /proc/meminfo).",
-                snapshot.host.hardware_corrupted_bytes,
-            )
+    def _learn_kinds(self, _: Snapshot) -> Iterator[Metric]:
+        """No metrics, but no part either whose failure may take incidents with it."""
+        if self._kinds is None:
+            self._kinds = tuple(self._ask_kinds())
+        return iter(())
 
     def _vms(self, snapshot: Snapshot) -> Iterator[Metric]:
         series, folded = self._labels.series(snapshot.vms)
@@ -145,9 +136,13 @@ class Exporter(Collector):
             "Pages the kernel declared poisoned, with type and result as it names them.",
             labels=["page_type", "result"],
         )
-        known = dict.fromkeys((*FALLBACK_KINDS, *self._kinds()), 0)
-        for (page_type, result), count in (known | dict(snapshot.poisons)).items():
-            poisons.add_metric([clean(page_type), clean(result)], count)
+        kinds: Counter[tuple[str, str]] = Counter()
+        for page_type, result in self._kinds or FALLBACK_KINDS:
+            kinds[clean(page_type), clean(result)] = 0
+        for (page_type, result), count in snapshot.poisons.items():
+            kinds[clean(page_type), clean(result)] += count
+        for labels, count in kinds.items():
+            poisons.add_metric(labels, count)
         yield poisons
         incidents = GaugeMetricFamily(
             "kvmtrace_incidents",
@@ -166,6 +161,28 @@ class Exporter(Collector):
             "Time from a page's poisoning until userspace was first told of it.",
             buckets=list(zip(bounds, accumulate(snapshot.latency.counts), strict=True)),
             sum_value=snapshot.latency.sum_seconds,
+        )
+
+
+def _host(snapshot: Snapshot) -> Iterator[Metric]:
+    lost = CounterMetricFamily(
+        "kvmtrace_events_lost", "What kvmtrace could not record, by place.", labels=["where"]
+    )
+    places = Counter(dict.fromkeys(LOST_FROM_BIRTH, 0))
+    for where, count in snapshot.lost.items():
+        places[clean(where)] += count
+    for where, count in places.items():
+        lost.add_metric([where], count)
+    yield lost
+    if snapshot.host is None:
+        return
+    source = {"source": clean(snapshot.host.source), "why": clean(snapshot.host.source_why)}
+    yield InfoMetricFamily("kvmtrace_source", "Where events come from, and why there.", source)
+    if snapshot.host.hardware_corrupted_bytes is not None:
+        yield GaugeMetricFamily(
+            "kvmtrace_hardware_corrupted_bytes",
+            "Memory that the kernel has taken out of use (HardwareCorrupted in /proc/meminfo).",
+            snapshot.host.hardware_corrupted_bytes,
         )
 
 

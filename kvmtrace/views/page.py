@@ -29,13 +29,14 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; vertical-align: top; }
 th { font-weight: 600; border-bottom: 1px solid; white-space: nowrap; }
 td { border-bottom: 1px solid color-mix(in srgb, currentColor 15%, transparent); }
-td.n { text-align: right; } code { white-space: nowrap; }
+th.n, td.n { text-align: right; }
 .bad { color: #c00; font-weight: 600; } .quiet { opacity: .7; }
 @media (prefers-color-scheme: dark) { .bad { color: #ff7b72; } }
 """
 
 # A cell is text, or (text, CSS class).
 _Cell = str | tuple[str, str]
+_Table = tuple[Sequence[_Cell], list[list[_Cell]]]  # heads, rows
 
 
 def render(snapshot: Snapshot, now: int) -> str:
@@ -92,8 +93,17 @@ def _summary(snapshot: Snapshot) -> str:
     )
 
 
-def _incidents(snapshot: Snapshot, now: int) -> tuple[Sequence[str], list[list[_Cell]]]:
-    heads = ("State", "pfn", "Page", "VM and gfn", "Exits", "SIGBUS", "Poisoned", "Last told")
+def _incidents(snapshot: Snapshot, now: int) -> _Table:
+    heads = (
+        "State",
+        "pfn",
+        "Page",
+        "VM and gfn",
+        ("Exits", "n"),
+        ("SIGBUS", "n"),
+        "Poisoned",
+        "Last told",
+    )
     rows: list[list[_Cell]] = []
     for one in sorted(snapshot.incidents, key=_by_urgency):
         what = " · ".join(filter(None, (one.page_type, one.result))) or "not seen"
@@ -124,8 +134,8 @@ def _owner(owner: Owner, snapshot: Snapshot) -> str:
     return name if owner.gfn is None else f"{name} {owner.gfn:#x}"
 
 
-def _vms(snapshot: Snapshot, now: int) -> tuple[Sequence[str], list[list[_Cell]]]:
-    heads = ("VM", "pid", "VMM", "Exits", "SIGBUS", "Poisoned pages", "Last event")
+def _vms(snapshot: Snapshot, now: int) -> _Table:
+    heads = ("VM", ("pid", "n"), "VMM", "Exits", "SIGBUS", ("Poisoned pages", "n"), "Last event")
     rows: list[list[_Cell]] = []
     for vm in sorted(snapshot.vms.values(), key=_by_trouble):
         exits = ", ".join(
@@ -151,7 +161,7 @@ def _by_trouble(vm: Vm) -> tuple[bool, int, int, int]:
     return vm.gone, -vm.poisoned_pages, -(vm.last_ts or 0), vm.key
 
 
-def _probes(probes: Iterable[Probe]) -> tuple[Sequence[str], list[list[_Cell]]]:
+def _probes(probes: Iterable[Probe]) -> _Table:
     return ("Probe", "Attached to", "Way", "Why not"), [
         [
             probe.name,
@@ -163,13 +173,13 @@ def _probes(probes: Iterable[Probe]) -> tuple[Sequence[str], list[list[_Cell]]]:
     ]
 
 
-def _section(title: str, empty: str, table: tuple[Sequence[str], list[list[_Cell]]]) -> str:
+def _section(title: str, empty: str, table: _Table) -> str:
     heads, rows = table
     if not rows:
         return f"<h2>{title}</h2><p>{empty}</p>"
     more = len(rows) - MAX_ROWS
     note = f"<p>… and {more:,} more</p>" if more > 0 else ""
-    head = "".join(f"<th>{name}</th>" for name in heads)
+    head = "".join(_cell(cell, "th") for cell in heads)
     body = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows[:MAX_ROWS])
     return (
         f'<h2>{title}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -177,9 +187,9 @@ def _section(title: str, empty: str, table: tuple[Sequence[str], list[list[_Cell
     )
 
 
-def _cell(cell: _Cell) -> str:
+def _cell(cell: _Cell, tag: str = "td") -> str:
     value, css = (cell, "") if isinstance(cell, str) else cell
-    return f"<td{_class(css)}>{html.escape(value)}</td>"
+    return f"<{tag}{_class(css)}>{html.escape(value)}</{tag}>"
 
 
 def _class(css: str) -> str:

@@ -7,6 +7,7 @@ import gzip
 import http.client
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,7 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvmtrace.errors import KvmtraceError, UsageError
 from kvmtrace.model import CAUSES, STATES, Incident, Latency, Snapshot, Vm
+from kvmtrace.sources.bpf_records import LOST_PLACES
 from kvmtrace.views import exporter
+from kvmtrace.views import server as server_module
 from kvmtrace.views.server import Server, parse_listen
 from tests.scenario import CONVERSIONS, LOOPS, Scenario
 
@@ -104,7 +107,7 @@ def test_scenario_in_numbers() -> None:
     assert value(series, "kvmtrace_incidents", state="delivered") == 1
     assert value(series, "kvmtrace_incidents", state="looping") == 1
     assert value(series, "kvmtrace_incidents", state="latent") == 1
-    assert value(series, "kvmtrace_events_lost_total", where="ringbuf") == 7
+    assert value(series, "kvmtrace_events_lost_total", where="ring") == 7
     assert value(series, "kvmtrace_hardware_corrupted_bytes") == 8192
     latency = "kvmtrace_poison_to_delivery_seconds"
     assert value(series, f"{latency}_bucket", le="0.1") == 1
@@ -156,7 +159,8 @@ def test_counters_of_the_host_are_there_before_anything_happens() -> None:
     series = scrape(exporter.Exporter(Snapshot))
     for state in STATES:
         assert value(series, "kvmtrace_incidents", state=state) == 0
-    assert value(series, "kvmtrace_events_lost_total", where="ringbuf") == 0
+    for where in (*LOST_PLACES, "incidents", "vms"):
+        assert value(series, "kvmtrace_events_lost_total", where=where) == 0
     poisons = [v for (name, _), v in series.items() if name == "kvmtrace_poison_events_total"]
     assert poisons
     assert not any(poisons)
@@ -170,6 +174,17 @@ def test_the_kernels_own_kinds_of_poison_are_born_at_0() -> None:
     assert value(scrape(collector), "kvmtrace_poison_events_total", **labels) == 0
     collector = exporter.Exporter(lambda: Snapshot(poisons={kind: 1}), kinds=lambda: [kind])
     assert value(scrape(collector), "kvmtrace_poison_events_total", **labels) == 1
+
+
+def test_a_kernel_that_does_not_tell_its_kinds_costs_no_incident() -> None:
+    def untold() -> list[tuple[str, str]]:
+        raise PermissionError
+
+    series = scrape(exporter.Exporter(Scenario().begin().happen().snapshot, kinds=untold))
+    assert value(series, "kvmtrace_scrape_collector_success", collector="kinds") == 0
+    assert value(series, "kvmtrace_incidents", state="looping") == 1
+    labels = {"page_type": "unknown page", "result": "Failed"}
+    assert value(series, "kvmtrace_poison_events_total", **labels) == 0
 
 
 def test_an_incident_state_from_the_future_is_exported() -> None:
@@ -470,3 +485,39 @@ def test_listen_on_nonsense(listen: str) -> None:
         parse_listen(listen)
     assert "\n" not in error.value.message
     assert "127.0.0.1:9750" in error.value.hint
+
+
+def test_a_client_that_says_nothing_is_let_go_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server_module._Handler, "timeout", 0.05)
+    server = exporter.serve("127.0.0.1:0", Scenario())
+    try:
+        with socket.create_connection(server.address, timeout=20) as idle:
+            assert idle.recv(1) == b""
+    finally:
+        server.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_clients_beyond_the_limit_are_refused_and_room_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+    server = exporter.serve("127.0.0.1:0", Scenario())
+    try:
+        with (
+            socket.create_connection(server.address, timeout=20),
+            socket.create_connection(server.address, timeout=20) as second,
+        ):
+            assert second.recv(1) == b""
+        # The first one's thread sees the end of its connection and leaves; that is not instant.
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                assert ask(server, "/-/healthy")[0].status == 200
+                break
+            except (http.client.HTTPException, ConnectionError):
+                assert time.monotonic() < deadline
+    finally:
+        server.close()
