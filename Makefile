@@ -1,0 +1,43 @@
+# Everything from a bare clone: each target does the set-up that it needs.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format lab bench matrix clean
+
+PY := .venv/bin/python
+SOURCE ?= auto
+KERNEL ?=
+ARGS ?=
+
+help: ## what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## system packages and .venv, nothing else
+	@sh tests/setup.sh
+
+demo: setup ## poison pages under running VMs and watch it live (SOURCE=auto|bpf|ftrace)
+	@$(PY) -m tests.lab.demo --source $(SOURCE) $(ARGS)
+
+test: setup ## every test, those in the lab too (ARGS="-k name"; KVMTRACE_LAB=0: without the lab)
+	@$(PY) -m pytest $(ARGS)
+
+lint: ## ruff and mypy
+	@sh tests/setup.sh --no-system
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: ## let ruff reformat the tree
+	@sh tests/setup.sh --no-system
+	@$(PY) -m ruff format .
+
+lab: setup ## a root shell in a machine of the lab (KERNEL=name, see tests/lab/kernels.toml)
+	@$(PY) -m tests.lab shell $(if $(KERNEL),--kernel $(KERNEL)) $(ARGS)
+
+bench: setup ## overhead, start time and memory, measured in the lab
+	@$(PY) -m tests.lab.bench $(ARGS)
+
+matrix: setup ## every scenario on every kernel by every source, as a table
+	@$(PY) -m tests.lab.matrix $(ARGS)
+
+clean: ## remove what was built (the lab's downloads stay: ~/.cache/kvmtrace-lab)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv
+	find kvmtrace tests dashboards -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,60 @@
+#!/bin/sh
+# Makes a clone ready: system packages (Debian 12, 13; root or sudo) and the virtual environment
+# .venv with the development tools. Does only what is missing, and goes on where it was interrupted.
+# Usage: sh tests/setup.sh [--no-system]
+set -eu
+cd "$(dirname "$0")/.."
+venv=.venv
+ready=$venv/.ready-for
+
+say() { echo "setup: $*" >&2; }
+
+system() {
+    had_prometheus=$(command -v prometheus || true)
+    sh tests/lab/setup.sh prometheus tmux
+    # Tests start their own on a port of their own; Debian's package starts one for everybody.
+    if [ -z "$had_prometheus" ] && [ -d /run/systemd/system ]; then
+        as_root=""
+        [ "$(id -u)" = 0 ] || as_root=sudo
+        $as_root systemctl disable --quiet --now prometheus 2>/dev/null || true
+    fi
+}
+
+fits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+# The distribution's own Python first: it is the one whose packages can be shared.
+find_python() {
+    for candidate in ${PYTHON:-} /usr/bin/python3 python3 python3.14 python3.13 python3.12 python3.11; do
+        if fits "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    say "needs Python 3.11 or newer (PYTHON=... names one)"
+    exit 1
+}
+
+if [ "${1:-}" != --no-system ] && ! system; then
+    # Unit tests need none of it; CI must not pass without.
+    [ "${KVMTRACE_LAB:-}" != 1 ] || exit 1
+    say "going on without the system packages: the lab cannot run"
+fi
+
+wanted=$(cksum pyproject.toml)
+if fits $venv/bin/python && [ "$(cat $ready 2>/dev/null)" = "$wanted" ]; then
+    exit 0
+fi
+if ! fits $venv/bin/python || ! $venv/bin/python -m pip --version >/dev/null 2>&1; then
+    python=$(find_python)
+    say "making $venv with $python"
+    rm -rf $venv
+    if ! "$python" -m venv $venv >/dev/null 2>&1; then
+        say "this Python cannot make virtual environments; on Debian: apt install python3-venv"
+        rm -rf $venv
+        exit 1
+    fi
+fi
+say "installing kvmtrace and its development tools into $venv (a minute or two) ..."
+$venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+echo "$wanted" >$ready
+say "ready"
