@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 from tests.lab.config import rows
@@ -33,7 +34,9 @@ def _shell(name: str, cmdline: str) -> int:
             sys.stdout.write(result.stdout)
             sys.stderr.write(result.stderr)
             return result.status
-        say(f"{machine.share} here is /mnt/share there; exit or Ctrl-D ends the machine")
+        with contextlib.suppress(LabError):
+            say(f"{machine.share} here is /mnt/share there")
+        say("exit or Ctrl-D ends the machine")
         return machine.attach(["bash", "--login"])
 
 

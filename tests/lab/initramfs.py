@@ -17,21 +17,24 @@ PATH=/bin
 fail() { echo "lab: cannot $1"; poweroff -f; }
 /bin/busybox --install -s /bin
 mount -t devtmpfs dev /dev
+mount -t proc proc /proc
 for module in $(cat /modules/order); do
     insmod /modules/$module || fail "load $module"
 done
-nine="trans=virtio,version=9p2000.L,msize=512000"
 mount -t ext4 -o ro /dev/vda /lower || fail "mount the root"
-mount -t 9p -o $nine,ro,cache=loose layer /layer || fail "mount kvmtrace's layer"
+mount -t ext4 -o ro /dev/vdb /layer || fail "mount kvmtrace's layer"
 mount -t tmpfs -o mode=755,size=75% rw /rw
 mkdir -p /rw/work /rw/upper/opt/lab /rw/upper/mnt/share /rw/upper/usr/lib/modules/RELEASE
 cp /agent.py /rw/upper/opt/lab/
 options=lowerdir=/layer:/lower,upperdir=/rw/upper,workdir=/rw/work
 mount -t overlay -o $options root /root || fail "put the root together"
-mount -t 9p -o $nine,ro,cache=loose modules /root/usr/lib/modules/RELEASE || fail "mount modules"
-mount -t 9p -o $nine,cache=none share /root/mnt/share || fail "mount the share"
+mount -t ext4 -o ro /dev/vdc /root/usr/lib/modules/RELEASE || fail "mount the modules"
+if grep -qw 9p /proc/filesystems; then
+    nine=trans=virtio,version=9p2000.L,msize=512000,cache=none
+    mount -t 9p -o $nine share /root/mnt/share || fail "mount the share"
+fi
 mount --move /dev /root/dev
-mount -t proc proc /root/proc
+mount --move /proc /root/proc
 mount -t sysfs sys /root/sys
 exec switch_root /root /usr/bin/python3 -S /opt/lab/agent.py
 """
@@ -52,7 +55,7 @@ def busybox(row: Row) -> Path:
 def write(row: Row, kernel: Kernel, path: Path) -> None:
     """Make the initramfs that boots `kernel` for `row`."""
     archive = Archive()
-    for name in ("bin", "dev", "modules", "lower", "layer", "rw", "root"):
+    for name in ("bin", "dev", "proc", "modules", "lower", "layer", "rw", "root"):
         archive.directory(name)
     archive.file("init", INIT.replace("RELEASE", kernel.release).encode(), 0o755)
     archive.file("agent.py", AGENT.read_bytes(), 0o644)

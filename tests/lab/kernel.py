@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.lab import cache, programs
+from tests.lab import cache, image, programs
 from tests.lab.config import Row
 from tests.lab.errors import LabError
 from tests.lab.mirror import Suite
@@ -29,6 +29,9 @@ BOOT_MODULES = (
 )
 """What a machine needs before it has its root; those that a kernel has built in are skipped."""
 
+FORMAT = 1
+"""To be raised when `_arrange` changes what it makes."""
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -37,6 +40,13 @@ class Kernel:
     release: str
     image: Path
     modules: Path
+    modules_image: Path
+
+    def has(self, module: str) -> bool:
+        """Whether the kernel has a module, loadable or built in."""
+        lists = [self.modules / "modules.dep", self.modules / "modules.builtin"]
+        pattern = re.compile(rf"/{module}\.ko\b", re.MULTILINE)
+        return any(path.exists() and pattern.search(path.read_text()) for path in lists)
 
 
 def resolved(row: Row) -> Resolved:
@@ -58,8 +68,9 @@ def fetch(row: Row) -> Kernel:
         suite.unpack(names, directory / "deb", f"Linux {found.release}", found.size)
         _arrange(directory, found.release)
 
-    home = cache.entry(f"kernel-{row.name}", cache.digest(names), build)
-    return Kernel(found.release, home / "vmlinuz", home / "lib/modules" / found.release)
+    home = cache.entry(f"kernel-{row.name}", cache.digest(FORMAT, names), build)
+    modules = home / "lib/modules" / found.release
+    return Kernel(found.release, home / "vmlinuz", modules, home / "modules.img")
 
 
 def _arrange(directory: Path, release: str) -> None:
@@ -76,6 +87,7 @@ def _arrange(directory: Path, release: str) -> None:
     trees[0].rename(tree)
     shutil.rmtree(deb)
     programs.output(["depmod", "-b", directory, release])
+    image.of_directory(tree, directory / "modules.img")
 
 
 def boot_modules(modules: Path) -> Iterator[Path]:

@@ -10,7 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from tests.lab import cache, programs
+from tests.lab import cache, image, programs
 from tests.lab.config import PROJECT, Arch
 from tests.lab.progress import step
 from tests.lab.root import LIBRARY
@@ -47,12 +47,20 @@ def _key(arch: Arch) -> str:
     return content.hexdigest()[:12]
 
 
-def directory(arch: Arch) -> Path:
-    """The layer for what is in the tree now."""
-    return cache.entry(f"layer-{arch.name}", _key(arch), lambda path: _build(arch, path), keep=50)
+def fetch(arch: Arch) -> Path:
+    """The image of the layer for what is in the tree now."""
+    home = cache.entry(f"layer-{arch.name}", _key(arch), lambda path: _build(arch, path), keep=50)
+    return home / "layer.img"
 
 
-def _build(arch: Arch, into: Path) -> None:
+def _build(arch: Arch, directory: Path) -> None:
+    tree = directory / "tree"
+    _fill(arch, tree)
+    image.of_directory(tree, directory / "layer.img")
+    shutil.rmtree(tree)
+
+
+def _fill(arch: Arch, into: Path) -> None:
     commands = into / "usr/local/bin"
     library = into / LIBRARY[1:]
     commands.mkdir(parents=True)

@@ -31,6 +31,8 @@ from tests.lab.config import Row, row
 from tests.lab.errors import CommandFailed, LabError, LabPanic, LabTimeout
 from tests.lab.progress import say
 
+__all__ = ["DEFAULT", "MOUNTS", "Job", "Machine", "Prepared", "Result", "prepare"]
+
 DEFAULT = "trixie-newest"
 BOOT_SECONDS = 90.0
 LIFE_SECONDS = 3600.0
@@ -72,7 +74,7 @@ def prepare(name: str) -> Prepared:
     wanted = row(name)
     found = qemu.find(wanted.arch)
     initramfs.busybox(wanted)
-    return Prepared(wanted, found, kernel.fetch(wanted), root.image(wanted))
+    return Prepared(wanted, found, kernel.fetch(wanted), root.fetch(wanted))
 
 
 class Machine:
@@ -82,8 +84,9 @@ class Machine:
         self.row = prepared.row
         self.release = prepared.kernel.release
         self.work = Path(tempfile.mkdtemp(prefix="kvmtrace-lab-"))
-        self.share = self.work / "share"
-        self.share.mkdir()
+        self._share = self.work / "share"
+        self._share.mkdir()
+        self._shares = prepared.kernel.has("9p")
         self.boot_seconds = 0.0
         initrd = self.work / "initramfs.cpio"
         initramfs.write(prepared.row, prepared.kernel, initrd)
@@ -91,9 +94,9 @@ class Machine:
             image=prepared.kernel.image,
             initramfs=initrd,
             root=prepared.root,
-            modules=prepared.kernel.modules,
-            layer=layer.directory(prepared.row.arch),
-            share=self.share,
+            modules=prepared.kernel.modules_image,
+            layer=layer.fetch(prepared.row.arch),
+            share=self._share,
             work=self.work,
         )
         command = qemu.arguments(prepared.qemu, prepared.row, parts, memory, cmdline)
@@ -178,7 +181,8 @@ class Machine:
 
     def _qemu_said(self) -> str:
         with contextlib.suppress(OSError):
-            return (self.work / "qemu.log").read_text().strip()[-500:]
+            lines = (self.work / "qemu.log").read_text().splitlines()
+            return " ".join(line for line in lines if "warning:" not in line)[-500:]
         return ""
 
     def _set_up(self, modules: Sequence[str] | None, mounts: Sequence[str]) -> None:
@@ -193,6 +197,13 @@ class Machine:
         lines += [f"modprobe -q {module} || true" for module in modules]
         self.run("\n".join(lines), timeout=BOOT_SECONDS)
         self.boot_seconds = time.monotonic() - start
+
+    @property
+    def share(self) -> Path:
+        """A directory here that is /mnt/share there; it ends with the machine."""
+        if not self._shares:
+            raise LabError(f"the kernel of {self.row.name} has no 9p: it cannot share files")
+        return self._share
 
     @property
     def console(self) -> str:

@@ -95,6 +95,7 @@ class Suite:
             "Dir::State::status": f"{self.home}/status",
             "Dir::Cache": f"{self.home}/cache",
             "Acquire::Languages": "none",
+            "Acquire::GzipIndexes": "true",
         }
         lines = [*transport, *(f'{key} "{value}";' for key, value in own.items())]
         self.config.write_text("\n".join(lines) + "\n")

@@ -113,17 +113,14 @@ def arguments(qemu: Qemu, row: Row, parts: Parts, memory: str, cmdline: str) -> 
         *("-append", kernel_arguments),
         *("-serial", f"file:{parts.work}/console.log"),
         *("-qmp", f"unix:{parts.work}/qmp.sock,server=on,wait=off"),
-        *("-drive", f"file={parts.root},format=raw,if=none,id=root,readonly=on,file.locking=off"),
-        *("-device", "virtio-blk-pci,drive=root"),
         *("-device", "virtio-serial-pci"),
         *("-chardev", f"socket,id=agent,path={parts.work}/agent.sock,server=on,wait=off"),
         *("-device", "virtserialport,chardev=agent,name=kvmtrace.lab"),
     ]
-    for tag, path, mode in (
-        ("layer", parts.layer, ",readonly=on"),
-        ("modules", parts.modules, ",readonly=on"),
-        ("share", parts.share, ""),
-    ):
-        command += ["-fsdev", f"local,id={tag},path={path},security_model=none{mode}"]
-        command += ["-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
+    for disk in (parts.root, parts.layer, parts.modules):  # /dev/vda, vdb, vdc
+        identity = f"disk-{disk.stem}"
+        image = f"file={disk},format=raw,if=none,id={identity},readonly=on,file.locking=off"
+        command += ["-drive", image, "-device", f"virtio-blk-pci,drive={identity}"]
+    command += ["-fsdev", f"local,id=share,path={parts.share},security_model=none"]
+    command += ["-device", "virtio-9p-pci,fsdev=share,mount_tag=share"]
     return command

@@ -62,16 +62,20 @@ def _distance(abi: str, wanted: tuple[int, ...]) -> tuple[int, int, bool]:
 
 
 def _parts(image: Package, abi: str, listed: dict[str, Package]) -> tuple[Package, ...] | None:
-    """The image's package and those of the same kernel it depends on; None if one is missing."""
+    """The image's package and those of the same kernel it depends on; None if one is missing.
+
+    linux-base-* may be missing: it holds the config, and the mirror drops it before the image.
+    """
     found = {image.name: image}
     pending = [image]
     while pending:
         for name in pending.pop().depends:
             if name.startswith("linux-") and f"-{abi}-" in name and name not in found:
-                if name not in listed:
+                if name in listed:
+                    found[name] = listed[name]
+                    pending.append(listed[name])
+                elif not name.startswith("linux-base-"):
                     return None
-                found[name] = listed[name]
-                pending.append(listed[name])
     return tuple(found.values())
 
 

@@ -6,13 +6,12 @@ would be a round trip through the emulated machine. Any number of machines share
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import tomllib
 from pathlib import Path
 
-from tests.lab import cache, programs
+from tests.lab import cache, image, programs
 from tests.lab.config import PROJECT, Row
 from tests.lab.mirror import Suite
 from tests.lab.progress import step
@@ -41,7 +40,7 @@ def dependencies() -> list[str]:
     return sorted(one for one in wanted if not one.startswith("kvmtrace"))
 
 
-def image(row: Row) -> Path:
+def fetch(row: Row) -> Path:
     """The root image of `row`, made if it is not there."""
     suite = Suite(row.root.suite, row.arch.name)
     key = cache.digest(FORMAT, row.root.packages, row.root.suite, row.arch.name, dependencies())
@@ -84,17 +83,4 @@ def _build(row: Row, suite: Suite, directory: Path) -> None:
                 ]
             )
         with step(f"root {row.root.name}: image"):
-            _image(work / "root.tar", work / "tree", directory / "root.img")
-
-
-def _image(archive: Path, tree: Path, into: Path) -> None:
-    """An ext4 image from a tar archive; without root, fakeroot keeps owners and devices."""
-    tree.mkdir()
-    size = int(archive.stat().st_size * 1.25) + (64 << 20)
-    script = (
-        'set -e; tar --numeric-owner -xpf "$0" -C "$1"; '
-        'mke2fs -q -F -t ext4 -O ^has_journal -m 0 -d "$1" "$2" "$3"'
-    )
-    command = ["sh", "-c", script, str(archive), str(tree), str(into), f"{size >> 10}k"]
-    programs.output(command if os.geteuid() == 0 else ["fakeroot", *command])
-    archive.unlink()
+            image.of_archive(work / "root.tar", work / "tree", directory / "root.img")
