@@ -23,7 +23,7 @@ HOMES = {
     "rich": ("views/top.py",),
 }
 # The tracing file system has two: the source, and what looks whether it is there.
-TRACEFS_HOMES = ("host.py", "sources/ftrace.py")
+TRACEFS_HOMES = ("host.py", "sources/ftrace.py", "ftrace/")
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
@@ -75,7 +75,10 @@ def test_tracefs_has_its_homes() -> None:
     assert not strangers
 
 
-@pytest.mark.parametrize(("one", "other"), [("sources", "views"), ("views", "sources")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("sources", "views"), ("ftrace", "views"), ("views", "sources"), ("views", "ftrace")],
+)
 def test_sources_and_views_never_meet(one: str, other: str) -> None:
     for module, tree in modules():
         if module.startswith(f"{one}/"):

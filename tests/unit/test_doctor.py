@@ -1,0 +1,185 @@
+"""Doctor's verdicts over made-up hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from kvmtrace import cli, host, sources
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.model import Probe
+from kvmtrace.probes import specs
+from kvmtrace.views import doctor
+from kvmtrace.views.doctor import Attempt
+from tests.unit.fake import FakeSource
+
+HEALTHY = host.Facts(
+    kernel="6.18.15",
+    machine="x86_64",
+    privilege=host.Privilege(0, (1 << 41) - 1),
+    lockdown="none",
+    kvm=host.Kvm(True, "kvm_amd", True, 1),
+    types=host.Types(True, True, True),
+    tracefs=host.Tracefs("/sys/kernel/tracing", True, True, True),
+    symbols=host.Symbols({"kvm_arch_vcpu_ioctl_run": "kvm"}, False),
+    poison_names=True,
+    bcc=host.Bcc("0.31.0"),
+)
+ALL = tuple(Probe(spec.name, True, spec.targets[0], "fexit") for spec in specs("x86_64"))
+NO_RUN = tuple(dataclasses.replace(p, attached=p.name != "run", why="no BTF") for p in ALL)
+BPF, FTRACE = Attempt("bpf", ALL), Attempt("ftrace", ALL)
+REFUSED = Attempt("bpf", refused="bcc is not installed", hint="apt install python3-bpfcc")
+
+
+def facts(**changes: Any) -> host.Facts:
+    return dataclasses.replace(HEALTHY, **changes)
+
+
+def check(report: doctor.Report, name: str) -> doctor.Check:
+    return next(check for check in report.checks if check.name == name)
+
+
+def test_healthy() -> None:
+    report = doctor.judge(HEALTHY, [BPF, FTRACE])
+    assert report.ok
+    assert report.verdict == "memory-fault exits can be seen here, by bpf"
+    assert all(check.ok for check in report.checks)
+    assert "NO" not in doctor.render(report)
+
+
+def test_one_source_is_enough() -> None:
+    report = doctor.judge(
+        facts(bcc=host.Bcc(None, "not installed", "apt install x")), [REFUSED, FTRACE]
+    )
+    assert report.ok
+    assert report.verdict.endswith("by ftrace")
+    assert check(report, "source bpf").ok is None
+    assert check(report, "probe run").found == "kvm_arch_vcpu_ioctl_run (fexit)"
+
+
+@pytest.mark.parametrize(
+    ("what", "attempts"),
+    [
+        (HEALTHY, [REFUSED, dataclasses.replace(REFUSED, kind="ftrace")]),
+        (HEALTHY, []),
+        (HEALTHY, [Attempt("bpf", NO_RUN)]),
+        (HEALTHY, [Attempt("bpf", ())]),
+        (facts(types=host.Types(True, True, False)), [BPF]),
+        (facts(types=host.Types(True, False, None)), [BPF]),
+    ],
+)
+def test_not_ok_unless_exits_can_be_seen(what: host.Facts, attempts: list[Attempt]) -> None:
+    assert not doctor.judge(what, attempts).ok
+
+
+def test_old_kernel_is_told_what_still_works() -> None:
+    report = doctor.judge(facts(kernel="6.1.0", types=host.Types(True, True, False)), [BPF])
+    assert "no memory-fault exit; poison and SIGBUS can be seen" in report.verdict
+    assert check(report, "memory-fault exit").fix == "run Linux 6.8 or newer"
+
+
+def test_the_capability_never_decides() -> None:
+    assert doctor.judge(facts(kvm=host.Kvm(True, None, True, 0)), [BPF]).ok
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "fix"),
+    [
+        ({"privilege": host.Privilege(1000, 0)}, "privilege", "sudo"),
+        ({"lockdown": "confidentiality"}, "lockdown", "without lockdown=confidentiality"),
+        ({"kvm": host.Kvm(False, None, False)}, "kvm", "modprobe"),
+        ({"kvm": host.Kvm(True, "kvm_amd", False)}, "kvm", "firmware"),
+        ({"types": host.Types(False, False, None)}, "types (BTF)", "CONFIG_DEBUG_INFO_BTF"),
+        ({"types": host.Types(True, False, None)}, "memory-fault exit", "load kvm"),
+        ({"tracefs": None}, "tracefs", "mount -t tracefs"),
+        ({"tracefs": host.Tracefs("/t", False, False, False)}, "tracefs", "lockdown"),
+        ({"tracefs": host.Tracefs("/t", True, False, True)}, "tracefs", "CONFIG_KPROBE_EVENTS"),
+        ({"poison_names": False}, "poison's names", "mount tracefs"),
+        ({"bcc": host.Bcc(None, "not installed", "apt install python3-bpfcc")}, "bcc", "bpfcc"),
+    ],
+)
+def test_what_is_missing_has_a_fix(changes: dict[str, Any], name: str, fix: str) -> None:
+    report = doctor.judge(facts(**changes), [REFUSED])
+    found = check(report, name)
+    assert not found.ok
+    assert fix in found.fix
+    assert found.fix in doctor.render(report)
+
+
+def test_lockdown_integrity_is_fine() -> None:
+    assert check(doctor.judge(facts(lockdown="integrity"), [BPF]), "lockdown").ok
+    assert check(doctor.judge(facts(lockdown=None), [BPF]), "lockdown").ok
+
+
+def test_every_probe_is_shown_with_what_is_missing_without_it() -> None:
+    for attempts in ([BPF], [REFUSED], [Attempt("bpf", NO_RUN)], []):
+        report = doctor.judge(HEALTHY, attempts)
+        shown = [c.name for c in report.checks if c.name.startswith("probe ")]
+        assert shown == [f"probe {spec.name}" for spec in specs("x86_64")]
+    report = doctor.judge(HEALTHY, [Attempt("bpf", NO_RUN)])
+    assert check(report, "probe run").found == "no BTF"
+    assert (
+        check(report, "probe run").fix == "not seen without it: exits of KVM_RUN: errno, gpa, flags"
+    )
+    report = doctor.judge(HEALTHY, [REFUSED])
+    assert check(report, "probe run").found == "not tried (kvm_arch_vcpu_ioctl_run is there)"
+    assert check(report, "probe gmem").found == "no function to attach to"
+
+
+def test_corrected_errors_are_a_note() -> None:
+    report = doctor.judge(facts(ras_cec="y"), [BPF])
+    assert report.ok
+    assert check(report, "corrected errors").ok is None
+
+
+def test_text_is_aligned_and_has_words_beside_signs() -> None:
+    report = doctor.judge(facts(tracefs=None), [REFUSED])
+    text = doctor.render(report)
+    rows = [line for line in text.splitlines() if line[:1] in "✓✗–" and "  " in line]
+    assert {line[2:6].strip() for line in rows} == {"yes", "NO"}
+    columns = {line.index(c.found) for line, c in zip(rows, report.checks, strict=False)}
+    assert len(columns) == 1
+
+
+def test_ascii() -> None:
+    report = doctor.judge(facts(tracefs=None), [REFUSED])
+    doctor.render(report, ascii_only=True).encode("ascii")
+
+
+def test_json_leaves_out_what_is_unknown() -> None:
+    answer = json.loads(json.dumps(doctor.as_object(doctor.judge(facts(ras_cec="y"), [BPF]))))
+    assert answer["ok"] is True
+    (note,) = [c for c in answer["checks"] if c["name"] == "corrected errors"]
+    assert "ok" not in note
+    assert answer["sources"][0]["probes"][0]["name"] == "run"
+
+
+# -- the command
+
+
+def test_command_tries_both_sources_and_detaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[FakeSource] = []
+
+    def open_source(kind: str) -> FakeSource:
+        if kind == "bpf":
+            raise KvmtraceError("bcc is not installed", "apt install python3-bpfcc")
+        opened.append(FakeSource())
+        return opened[-1]
+
+    monkeypatch.setattr(host, "examine", lambda: HEALTHY)
+    monkeypatch.setattr(sources, "open_source", open_source)
+    result = CliRunner().invoke(cli.cli, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert "bcc is not installed" in result.stdout
+    assert "by ftrace" in result.stdout
+    assert [source.closed for source in opened] == [1]
+    result = CliRunner().invoke(cli.cli, ["doctor", "--json", "--source", "bpf"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["sources"] == [
+        {"name": "bpf", "works": False, "why": "bcc is not installed", "probes": []}
+    ]
+    assert len(opened) == 1
