@@ -36,13 +36,15 @@ def clip(text: str, width: int) -> str:
     """``text`` in at most ``width`` cells; where something had to go, it ends in "…"."""
     if cells(text) <= width:
         return text
+    if width <= 0:
+        return ""
     kept, used = [], 0
     for char in text:
         used += _char_cells(char)
         if used > width - 1:
             break
         kept.append(char)
-    return ("".join(kept) + ELLIPSIS)[: max(width, 0)] if width > 0 else ""
+    return "".join(kept) + ELLIPSIS
 
 
 def pad(text: str, width: int, *, right: bool = False) -> str:

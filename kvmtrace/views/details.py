@@ -46,6 +46,7 @@ _HELP = (
     ("/", "show only VMs whose name or pid contains a text; esc shows all"),
     ("p", "pause and go on"),
     ("i", "probes: where attached, what is not seen"),
+    ("ctrl+l", "draw the screen again"),
     ("q, ctrl+c", "quit (q: from here, back)"),
 )
 

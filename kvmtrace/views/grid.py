@@ -45,17 +45,19 @@ class Fitted(Generic[Row]):
             (column.name, "sorted" if column.name == sorted_by else "head")
             for column, _ in self.columns
         ]
-        return self._line(cells_, "head")
+        return self._line(cells_)
 
     def row(self, row: Row) -> Line:
         """One row."""
-        return self._line([(c.text(row, width), c.style(row)) for c, width in self.columns], "")
+        return self._line([(c.text(row, width), c.style(row)) for c, width in self.columns])
 
-    def _line(self, texts: Sequence[Span], between: str) -> Line:
-        spans: list[Span] = []
-        for (column, width), (text, style) in zip(self.columns, texts, strict=True):
-            spans += [(" " * self.gap, between), (pad(text, width, right=column.right), style)]
-        return tuple(spans[1:])
+    def _line(self, texts: Sequence[Span]) -> Line:
+        # The gap belongs to the cell before it: fewer changes of style, fewer bytes over ssh.
+        gaps = [" " * self.gap] * (len(texts) - 1) + [""]
+        return tuple(
+            (pad(text, width, right=column.right) + gap, style)
+            for (column, width), (text, style), gap in zip(self.columns, texts, gaps, strict=True)
+        )
 
 
 def fit(columns: Iterable[Column[Row]], rows: Sequence[Row], width: int) -> Fitted[Row]:

@@ -82,7 +82,7 @@ class Canvas(Widget):
         segments = [
             Segment(text, self._styles_by_name[style] + over) for text, style in drawn.line if text
         ]
-        return Strip(segments).adjust_cell_length(self.size.width, over)
+        return Strip(segments).adjust_cell_length(self.size.width, over).simplify()
 
 
 class TopApp(App[None]):
@@ -96,6 +96,8 @@ class TopApp(App[None]):
     # Over Textual's own ctrl+c, which only explains how to quit.
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+c", "leave", show=False, priority=True),
+        # A kernel's message on the console, a torn line over ssh.
+        Binding("ctrl+l", "redraw", show=False, priority=True),
         Binding("ctrl+z", "suspend_process", show=False, priority=True),
     ]
 
@@ -123,6 +125,8 @@ class TopApp(App[None]):
         for number in _SIGNALS:
             # The loop's handler, not signal.signal: it wakes a loop that waits.
             asyncio.get_running_loop().add_signal_handler(number, self.exit)
+        # Back from ctrl+z: the terminal has forgotten what was on it.
+        self.app_resume_signal.subscribe(self, lambda _: self.action_redraw())
         self.tick()
         self.set_interval(self._interval, self.tick)
 
@@ -169,6 +173,10 @@ class TopApp(App[None]):
     def action_leave(self) -> None:
         """Quit."""
         self.exit()
+
+    def action_redraw(self) -> None:
+        """Draw every line again."""
+        self._canvas.refresh()
 
     def _draw(self, width: int | None = None, height: int | None = None) -> None:
         lines = frame(self.state, width or self.size.width, height or self.size.height)

@@ -1,0 +1,216 @@
+"""The plain table, its columns and the numbers in its cells."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from kvmtrace.model import Probe, Snapshot
+from kvmtrace.views.cells import (
+    age_of,
+    cells,
+    clip,
+    clip_line,
+    pad,
+    plain,
+    rate_of,
+    size_of,
+    span_of,
+)
+from kvmtrace.views.rows import rates
+from kvmtrace.views.table import table_text
+from tests.unit import worlds
+
+SECOND = worlds.SECOND
+
+
+def lines(snapshot: Snapshot, width: int, rates: dict[int, float] | None = None) -> list[str]:
+    return table_text(snapshot, now=worlds.NOW, width=width, rates=rates).split("\n")
+
+
+def line_of(found: list[str], start: str) -> list[str]:
+    return next(line for line in found if line.startswith(start)).split()
+
+
+@pytest.mark.parametrize("width", [20, 40, 79, 80, 81, 100, 120, 200])
+@pytest.mark.parametrize("world", [worlds.empty, worlds.small, worlds.odd, worlds.many])
+def test_no_line_is_wider_than_the_terminal(world: object, width: int) -> None:
+    assert callable(world)
+    for line in lines(world(), width, {1: 12345.6}):
+        assert cells(line) <= width
+        assert line == line.rstrip()
+
+
+def test_eighty_columns() -> None:
+    found = lines(worlds.small(), 80, {1: 1234.0})
+    assert line_of(found, "VM ") == (
+        ["VM", "PID", "EHWPOISON", "EFAULT", "EXITS/S", "AR", "AO", "PAGES", "LAST", "CAUSES"]
+    )
+    assert line_of(found, "web-1") == (
+        ["web-1", "4001", "200000", "12", "1234", "2", "0", "2", "12", "s", "conversion", "12"]
+    )
+    assert line_of(found, "103275-1")[:8] == (
+        ["103275-1", "looping", "web-1", "0x1f000", "200000", "2", "12", "ms"]
+    )
+    assert line_of(found, "batch (gone)")[2:] == (
+        ["4004", "1", "0", "-", "0", "0", "0", "2", "h", "-"]
+    )
+
+
+def test_wide_terminals_show_everything() -> None:
+    found = lines(worlds.small(), 200, {2: 0.25})
+    row = line_of(found, "database-with-a-long-name")
+    assert row[1:8] == ["4002", "qemu", "1", "7", "5", "0.2", "0"]
+    assert " ".join(row[-8:]) == "min ago backing 3, other 5, unknown 4"
+    assert line_of(found, "200-1")[:7] == (
+        ["200-1", "delivered", "0x200", "database-with-a-long-name", "0x1234", "+1", "1"]
+    )
+    assert any(line.endswith("Failed: dirty unevictable LRU page") for line in found)
+
+
+def test_order_is_urgency_and_gone_vms_come_last() -> None:
+    found = lines(worlds.small(), 120)
+    states = [line.split()[1] for line in found[-5:]]
+    assert states == ["looping", "delivered", "latent", "unowned", "closed"]
+    names = [line.split()[0] for line in found if " 400" in line]
+    assert names == ["web-1", "database-with-a-long-name", "-", "batch"]
+
+
+def test_gone_outlives_the_end_of_a_long_name() -> None:
+    gone = Snapshot(vms={1: worlds.vm(1, "a-name-that-is-too-long" * 4, gone=True)})
+    assert any("… (gone) " in line for line in lines(gone, 80))
+
+
+def test_numbers_are_aligned_right() -> None:
+    found = lines(worlds.small(), 120)
+    head = next(line for line in found if line.startswith("VM "))
+    end = head.index("EHWPOISON") + len("EHWPOISON")
+    rows = [line for line in found if " 400" in line]
+    assert [line[:end].split()[-1] for line in rows] == ["200000", "1", "0", "1"]
+
+
+def test_header() -> None:
+    found = lines(worlds.small(), 120)
+    assert found[0] == "db-host-17  Linux 6.18.12+deb14-amd64  source bpf (BTF and ring buffer)"
+    assert found[1] == "probes 2 of 3 attached, not attached: mce"
+    assert found[2] == "  mce   missing   no such tracepoint; not seen: machine checks"
+    assert found[3] == (
+        "lost 7 at ring buffer  poisons 2 Failed, 2 Recovered  HardwareCorrupted 20 KiB"
+    )
+
+
+def test_reasons_are_folded_not_cut() -> None:
+    why = "the function exists but " * 8 + "END"
+    snapshot = dataclasses.replace(worlds.empty(), probes=(Probe("run", False, why=why),))
+    text = " ".join(" ".join(lines(snapshot, 60)).split())
+    assert why in text
+
+
+def test_empty_says_so() -> None:
+    found = lines(worlds.empty(), 80)
+    assert "no VMs seen" in found
+    assert "no incidents" in found
+    assert found[3] == "lost nothing  poisons none  HardwareCorrupted 20 KiB"
+
+
+def test_unknown_is_a_dash() -> None:
+    found = lines(worlds.odd(), 120)
+    assert found[0] == "host -"
+    state, pfn, _, gfn, *counts = line_of(found, "vm1-1")[1:]
+    assert (state, pfn, gfn, counts) == ("delivered", "-", "-", ["+1", "0", "0", "-", "-", "-"])
+    assert any(line.startswith("[red]x[/red] ") for line in found)
+
+
+def test_width_comes_from_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    assert table_text(worlds.small(), now=worlds.NOW) == table_text(
+        worlds.small(), now=worlds.NOW, width=70
+    )
+
+
+def test_rates_are_of_what_both_snapshots_have() -> None:
+    old = Snapshot(vms={1: worlds.vm(1, exits={("EFAULT", None): 10})})
+    new = Snapshot(
+        vms={
+            1: worlds.vm(1, exits={("EFAULT", None): 25, ("EHWPOISON", "hwpoison"): 5}),
+            2: worlds.vm(2, exits={("EFAULT", None): 7}),
+        }
+    )
+    assert rates(old, new, 2 * SECOND) == {1: 10.0}
+    assert rates(old, new, 0) == {}
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        (None, "-"),
+        (0.0, "0"),
+        (0.01, "0.1"),
+        (0.5, "0.5"),
+        (12.3, "12"),
+        (9999.0, "9999"),
+        (10000.0, "10k"),
+        (123456.0, "123k"),
+        (1234567.0, "1.2M"),
+        (2.5e9, "2.5G"),
+    ],
+)
+def test_rate(rate: float | None, text: str) -> None:
+    assert rate_of(rate) == text
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "text"),
+    [
+        (None, "-"),
+        (-5, "-"),
+        (340_000, "340 µs"),
+        (12_000_000, "12 ms"),
+        (1_250_000_000, "1.2 s"),
+        (99 * SECOND, "99 s"),
+        (100 * SECOND, "1 min"),
+        (99 * 60 * SECOND, "99 min"),
+        (47 * 3600 * SECOND, "47 h"),
+        (48 * 3600 * SECOND, "2 d"),
+    ],
+)
+def test_span(nanoseconds: int | None, text: str) -> None:
+    assert span_of(nanoseconds) == text
+
+
+def test_age_of_what_comes_from_a_faster_clock() -> None:
+    assert age_of(worlds.NOW + SECOND, worlds.NOW) == "0 s"
+    assert age_of(None, worlds.NOW) == "-"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (None, "-"),
+        (0, "0 B"),
+        (4096, "4 KiB"),
+        (2 << 20, "2 MiB"),
+        (3 << 29, "1.5 GiB"),
+        (5, "5 B"),
+    ],
+)
+def test_size(size: int | None, text: str) -> None:
+    assert size_of(size) == text
+
+
+def test_clipping_counts_cells() -> None:
+    assert clip("数据库", 6) == "数据库"
+    assert clip("数据库", 5) == "数据…"
+    assert clip("数据库", 4) == "数…"  # two cells do not fit into what is left
+    assert clip("abc", 0) == ""
+    assert cells("e\u0301") == 1
+    assert pad("数", 4) == "数  "
+    assert pad("7", 3, right=True) == "  7"
+
+
+def test_clipped_line_ends_in_an_ellipsis_and_keeps_styles() -> None:
+    line = (("abc", "bad"), ("defgh", "dim"))
+    assert clip_line(line, 8) == line
+    assert clip_line(line, 5) == (("abc", "bad"), ("d…", "dim"))
+    assert plain(clip_line(line, 3)) == "ab…"

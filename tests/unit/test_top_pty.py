@@ -1,0 +1,192 @@
+"""The live table in a real pseudo-terminal: whatever ends it, the terminal is as it was."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 60.0
+
+PROGRAM = """
+import sys
+from kvmtrace.views import top
+from tests.unit import worlds
+calls = 0
+def snapshot():
+    global calls
+    calls += 1
+    if calls > 3 and "fail" in sys.argv:
+        raise RuntimeError("the reader failed")
+    return worlds.small()
+try:
+    top.run(snapshot, 0.1)
+except RuntimeError as failure:
+    print(f"raised: {failure}")
+print("back in the shell")
+"""
+
+
+class Terminal:
+    """A program in a pseudo-terminal, and all that it wrote."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            try:
+                os.chdir(ROOT)
+                os.environ |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
+                for name in ("COLUMNS", "LINES", "NO_COLOR"):
+                    os.environ.pop(name, None)
+                os.execv(sys.executable, [sys.executable, "-c", PROGRAM, *arguments])
+            finally:
+                os._exit(127)
+        self.output = b""
+        self.status: int | None = None
+        self.resize(80, 24)
+        self.before = termios.tcgetattr(self.fd)
+
+    def resize(self, width: int, height: int) -> None:
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+
+    def send(self, keys: bytes) -> None:
+        os.write(self.fd, keys)
+
+    def read(self) -> bool:
+        """Take in what there is; False at the end."""
+        if not select.select([self.fd], [], [], 0.1)[0]:
+            return True
+        try:
+            data = os.read(self.fd, 65536)
+        except OSError:  # EIO: the other end is closed
+            return False
+        self.output += data
+        return bool(data)
+
+    def wait_for(self, text: str, after: int = 0) -> int:
+        """Until ``text`` was written (after that much output); the length of the output then."""
+        deadline = time.monotonic() + PATIENCE
+        while text.encode() not in self.output[after:]:
+            assert time.monotonic() < deadline, self.output[after:]
+            assert self.read(), self.output[after:]
+        return len(self.output)
+
+    def wait(self) -> int:
+        """Until it ends; its exit status."""
+        deadline = time.monotonic() + PATIENCE
+        while self.read():
+            assert time.monotonic() < deadline, self.output
+        self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.status
+
+    def close(self) -> None:
+        if self.status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
+
+
+@pytest.fixture
+def shown(request: pytest.FixtureRequest) -> Iterator[Terminal]:
+    terminal = Terminal(*getattr(request, "param", ()))
+    try:
+        terminal.wait_for("web-1")
+        yield terminal
+    finally:
+        terminal.close()
+
+
+def restored(terminal: Terminal) -> None:
+    """Every mode that was set was reset after it was last set, and the line discipline too."""
+    modes = terminal.output
+    assert b"\x1b[?1049h" in modes  # or this test sees nothing
+    for on, off in (
+        (b"\x1b[?1049h", b"\x1b[?1049l"),  # alternate screen
+        (b"\x1b[?25l", b"\x1b[?25h"),  # cursor
+        (b"\x1b[?2004h", b"\x1b[?2004l"),  # bracketed paste
+        (b"\x1b[?1004h", b"\x1b[?1004l"),  # focus reports
+        (b"\x1b[?7l", b"\x1b[?7h"),  # line wrap
+        (b"\x1b[>", b"\x1b[<u"),  # kitty's keyboard protocol
+    ):
+        assert modes.rfind(off) > modes.rfind(on) >= 0, (on, off)
+    for mouse in (b"1000", b"1002", b"1003", b"1006", b"1015"):
+        on, off = b"\x1b[?" + mouse + b"h", b"\x1b[?" + mouse + b"l"
+        assert modes.rfind(off) >= modes.rfind(on), mouse
+    assert termios.tcgetattr(terminal.fd)[:4] == terminal.before[:4]
+
+
+def test_keys_resize_and_quit(shown: Terminal) -> None:
+    at = shown.wait_for("looping")
+    shown.send(b"\r")
+    at = shown.wait_for("exits by errno and cause", at)
+    shown.send(b"q")
+    at = shown.wait_for("INCIDENT", at)
+    shown.resize(120, 30)
+    shown.wait_for("database-with-a-long-name", at)
+    shown.send(b"q")
+    shown.wait_for("back in the shell")
+    restored(shown)
+    assert shown.wait() == 0
+
+
+def test_drawn_again_on_request_and_after_a_stop(shown: Terminal) -> None:
+    at = shown.wait_for("looping")
+    shown.send(b"\x0c")
+    at = shown.wait_for("looping", at)
+    shown.send(b"\x1a")
+    os.waitpid(shown.pid, os.WUNTRACED)
+    shown.wait_for("\x1b[?1049l", at)
+    at = len(shown.output)
+    os.kill(shown.pid, signal.SIGCONT)
+    shown.wait_for("looping", at)
+    shown.send(b"q")
+    shown.wait_for("back in the shell")
+    restored(shown)
+    assert shown.wait() == 0
+
+
+def test_control_c(shown: Terminal) -> None:
+    shown.send(b"\x03")
+    shown.wait_for("back in the shell")
+    restored(shown)
+    assert shown.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals(shown: Terminal, number: signal.Signals) -> None:
+    os.kill(shown.pid, number)
+    shown.wait_for("back in the shell")
+    restored(shown)
+    assert shown.wait() == 0
+
+
+@pytest.mark.parametrize("shown", [("fail",)], indirect=True)
+def test_failed_reader_is_told_on_a_restored_terminal(shown: Terminal) -> None:
+    shown.wait_for("raised: the reader failed")
+    shown.wait_for("back in the shell")
+    restored(shown)
+    assert b"Traceback" not in shown.output
+    assert shown.output.rfind(b"\x1b[?1049l") < shown.output.find(b"raised: the reader failed")
+    assert shown.wait() == 0
+
+
+def test_a_terminal_that_hangs_up_ends_it(shown: Terminal) -> None:
+    # As when ssh dies: the terminal is gone before anything can be restored.
+    os.close(shown.fd)
+    shown.fd = os.open(os.devnull, os.O_RDONLY)
+    deadline = time.monotonic() + PATIENCE
+    while (ended := os.waitpid(shown.pid, os.WNOHANG))[0] == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    shown.status = ended[1]
