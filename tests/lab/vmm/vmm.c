@@ -51,7 +51,7 @@ static const char help[] =
 "sigbus ignore|count|default           SIGBUS policy of the process; count, the default, records it and goes on\n"
 "earlykill on|off                      PR_MCE_KILL of the main thread: SIGBUS AO as soon as a page is poisoned\n"
 "report [VM]                           totals of everything KVM_RUN told so far\n"
-"churn N [backing=anon] [pages=4] [touch=1]     create, touch and destroy N VMs (kept out of the report)\n"
+"churn N [backing=anon] [pages=4] [vcpus=1] [touch=1]     create, touch, destroy N VMs (kept out of the report)\n"
 "destroy VM | info VM | caps | pid | sleep S | exit N\n"
 "\n"
 "Answers: \"errno\" is a name and \"errno_nr\" the number; \"reason\" is kvm_run.exit_reason as it was found, and means\n"
@@ -300,7 +300,7 @@ static void step_churn(void)
 			fail(what, errno, unsupported);
 			break;
 		}
-		if (touch && !vcpu_post(vm->vcpus[0], &job)) {
+		if (touch && vm->nr_vcpus && !vcpu_post(vm->vcpus[0], &job)) {
 			vcpu_wait(vm->vcpus[0], 10, &job);
 			free(job.told.v);
 		}
@@ -328,7 +328,7 @@ static void json_job(struct vcpu *vcpu, struct job *job)
 		if (job->last.ret < 0)
 			json_errno(job->last.err);
 		json_uint("run_reason", job->last.reason);
-		if (job->last.err == ENOTTY || job->last.err == EOPNOTSUPP)
+		if (job->last.ret < 0 && ioctl(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_PRE_FAULT_MEMORY) <= 0)
 			fail("KVM_PRE_FAULT_MEMORY", job->last.err, true);
 	} else {
 		json_uint("runs", job->runs);
@@ -522,7 +522,7 @@ static void step_poison(void)
 	json_sigbus_list("sigbus", tl_sigbus, tl_sigbus_n);
 	if (err && err != EBUSY)
 		fail(inject ? corrupt : "MADV_HWPOISON", 0, err == ENOENT || err == EINVAL || err == EPERM);
-	if (!by_pfn && nr_poisoned < sizeof(poisoned) / sizeof(poisoned[0])) {
+	if (!by_pfn && (!err || err == EBUSY) && nr_poisoned < sizeof(poisoned) / sizeof(poisoned[0])) {
 		memcpy(poisoned[nr_poisoned].vm, vm->name, NAME_BYTES);
 		poisoned[nr_poisoned].gfn = gfn;
 		poisoned[nr_poisoned++].pfn = pfn;
