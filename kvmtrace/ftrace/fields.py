@@ -1,0 +1,183 @@
+"""What each probe asks the kernel for: data only, one list of fields per probe.
+
+A field has forms, from the one that says most to the one that older kernels take; BTF argument
+names (``vcpu->kvm``, Linux 6.6) come before registers (``$arg1``). A field that no form brings is
+left out, and with it the one fact; the probe fails only where a ``needed`` one cannot be had.
+``{struct.member}`` in a form is an offset, taken from BTF where libbpf is at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KVM_PFN_ERR_HWPOISON = 0x7FF0000000000001  # include/linux/kvm_host.h: KVM_PFN_ERR_MASK | 1
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """``name=form`` in a dynamic event.
+
+    ``needed``: the probe is useless without. ``helper``: what it tells is known otherwise, too, so
+    that nobody has to hear that it was refused.
+    """
+
+    name: str
+    forms: tuple[str, ...]
+    needed: bool = False
+    helper: bool = False
+
+
+def _field(name: str, *forms: str) -> Field:
+    return Field(name, forms)
+
+
+def _helper(name: str, *forms: str) -> Field:
+    return Field(name, forms, helper=True)
+
+
+def _needed(name: str, *forms: str) -> Field:
+    return Field(name, forms, needed=True)
+
+
+_RET = _needed("ret", "$retval:s32")
+# The process, not the thread that made the VM (kvm->userspace_pid), which may be gone.
+_TGID = "kvm->mm->owner->tgid"
+_MAKER = "kvm->userspace_pid"
+
+
+def _slot(slot: str) -> tuple[Field, ...]:
+    return (
+        _field("base", f"{slot}->base_gfn"),
+        _field("npages", f"{slot}->npages"),
+        _field("hva", f"{slot}->userspace_addr"),
+        _field("flags", f"{slot}->flags"),
+        _field("as_id", f"{slot}->as_id"),
+        _field("pgoff", f"{slot}->gmem.pgoff"),
+        _field("ino", f"{slot}->gmem.file->f_inode->i_ino"),
+    )
+
+
+_FAULTIN_X86 = (
+    _needed("vcpu", "vcpu:x64"),
+    _needed("kvm", "vcpu->kvm:x64"),
+    _needed("vid", "vcpu->vcpu_id"),
+    _helper("tgid", f"vcpu->{_TGID}"),
+    _helper("maker", f"vcpu->{_MAKER}"),
+    _field("exits", "vcpu->stat.exits"),
+    _needed("gfn", "fault->gfn:x64"),
+    _field("pfn", "fault->pfn:x64"),
+    _field("write", "fault->write"),
+    _field("exec", "fault->exec"),
+    _field("private", "fault->is_private"),
+    _field("prefetch", "fault->prefetch"),
+    _RET,
+)
+
+# kvm_handle_guest_abort(vcpu): HPFAR_EL2 holds the address of the page (bits 39:4 are 47:12 of
+# it), ESR_EL2 the syndrome (arch/arm64/include/asm/kvm_emulate.h, esr.h).
+_FAULTIN_ARM64 = (
+    _needed("vcpu", "vcpu:x64"),
+    _needed("kvm", "vcpu->kvm:x64"),
+    _needed("vid", "vcpu->vcpu_id"),
+    _helper("tgid", f"vcpu->{_TGID}"),
+    _helper("maker", f"vcpu->{_MAKER}"),
+    _field("exits", "vcpu->stat.exits"),
+    _needed("hpfar", "vcpu->arch.fault.hpfar_el2:x64"),
+    _field("esr", "vcpu->arch.fault.esr_el2:x64"),
+    _RET,
+)
+
+# The guest_memfd files on an inode: struct gmem_inode has the list since 7.2 (reached by a cast,
+# 7.3), the address_space had it before; an entry is the last member of {kvm, bindings, entry}
+# (virt/kvm/guest_memfd.c), bindings being an xarray of 16 bytes.
+_HEAD = "(gmem_inode,vfs_inode)(mapping->host)->gmem_file_list.next"
+_OLD_HEAD = "mapping->i_private_list.next"
+
+FIELDS: dict[str, tuple[Field, ...]] = {
+    "run": (
+        _needed("vcpu", "vcpu:x64"),
+        _needed("kvm", "vcpu->kvm:x64"),
+        _needed("vid", "vcpu->vcpu_id"),
+        _helper("tgid", f"vcpu->{_TGID}"),
+        _helper("maker", f"vcpu->{_MAKER}"),
+        _needed("reason", "vcpu->run->exit_reason:u32"),
+        _field("gpa", "vcpu->run->memory_fault.gpa:x64"),
+        _field("flags", "vcpu->run->memory_fault.flags:x64"),
+        _field("size", "vcpu->run->memory_fault.size:x64"),
+        _field("exits", "vcpu->stat.exits"),
+        _RET,
+    ),
+    "gmem": (
+        _needed("kvm", "kvm:x64"),
+        _needed("gfn", "gfn:x64"),
+        *_slot("slot"),
+        _RET,
+    ),
+    "faultin": _FAULTIN_X86,
+    "faultin/aarch64": _FAULTIN_ARM64,
+    "gmem_error": (
+        _needed("mapping", "mapping:x64"),
+        _needed("index", "folio->index"),
+        _field("ino", "mapping->host->i_ino"),
+        _helper("entry", f"{_HEAD}:x64", f"{_OLD_HEAD}:x64"),
+        _helper("next", f"{_HEAD}->next:x64", f"{_OLD_HEAD}->next:x64"),
+        _helper("kvm", f"(gmem_file,entry)({_HEAD})->kvm:x64", f"-24({_OLD_HEAD}):x64"),
+        _helper("tgid", f"(gmem_file,entry)({_HEAD})->{_TGID}"),
+    ),
+    "sigbus": (
+        _needed("code", "code", "$arg1:s32"),
+        _needed("addr", "addr:x64", "$arg2:x64"),
+        _field("lsb", "lsb", "$arg3:s16"),
+        _needed("tid", "t->pid", "+{task_struct.pid}($arg4):s32"),
+        _needed("tgid", "t->tgid", "+{task_struct.tgid}($arg4):s32"),
+    ),
+    "sigbus_forced": (
+        _needed("code", "code", "$arg1:s32"),
+        _needed("addr", "addr:x64", "$arg2:x64"),
+        _field("lsb", "lsb", "$arg3:s16"),
+        _helper("tgid", "$current->tgid"),
+    ),
+    "vm_new": (
+        _needed("kvm", "kvm:x64"),
+        _helper("tgid", f"{_TGID}"),
+        _helper("comm", "$comm:string"),
+        _RET,
+    ),
+    "vm_gone": (
+        _needed("kvm", "kvm:x64", "$arg1:x64"),
+        _helper("tgid", f"{_TGID}"),
+        _helper("maker", f"{_MAKER}"),
+    ),
+    # include/linux/kvm_host.h, enum kvm_mr_change: CREATE, DELETE, MOVE, FLAGS_ONLY
+    "slot": (
+        _needed("kvm", "kvm:x64"),
+        _needed("change", "change"),
+        _needed("old_base", "old->base_gfn"),
+        _field("old_as_id", "old->as_id"),
+        *_slot("new"),
+    ),
+}
+
+# Not in probes.specs: it only serves others, by telling where guest memory is.
+SLOT_TARGET = "kvm_arch_commit_memory_region"
+
+# What goes into the ring. The most frequent events are judged in the kernel; EINTR and EAGAIN are
+# how KVM_RUN ordinarily ends for a signal or an uninitialised vCPU.
+_FAILED = "ret < 0 && ret != -4 && ret != -11"
+FILTERS: dict[str, str] = {
+    "run": _FAILED,
+    "gmem": "ret < 0",
+    "faultin": f"(ret < 0 && ret != -4) || pfn == {KVM_PFN_ERR_HWPOISON:#x}",
+    "faultin/lean": "ret < 0 && ret != -4",
+    "vm_new": "ret == 0",
+    "sigbus": "code == 4 || code == 5",
+    "sigbus_forced": "code == 4 || code == 5",
+}
+
+# Which ring: a storm of one kind must not crowd out the rare and precious of another.
+RINGS: dict[str, tuple[str, ...]] = {
+    "poison": ("poison", "gmem_error", "mce", "vm_new", "vm_gone", "slot"),
+    "signals": ("sigbus", "sigbus_forced"),
+    "faults": ("run", "gmem", "faultin"),
+}
+RING_KIB = {"poison": 128, "signals": 128, "faults": 128}

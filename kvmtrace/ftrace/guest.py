@@ -1,0 +1,125 @@
+"""Where guest memory is: memslots as probes tell of them, and from there a page's owners.
+
+Pure. Slots are told when they are made or changed, and by faults on them; those of VMs that were
+there before are not known until a fault fails, and nothing here pretends otherwise.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvmtrace import kvm
+
+# include/uapi/linux/kvm.h
+_MEM_GUEST_MEMFD = 1 << 2
+_MR_DELETE = 1  # include/linux/kvm_host.h, enum kvm_mr_change
+
+MAX_SLOTS = 32768
+MAX_PAGES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A memslot; ``ino`` and ``pgoff`` (in pages) only where guest_memfd backs it."""
+
+    base: int
+    npages: int
+    hva: int | None
+    ino: int | None = None
+    pgoff: int | None = None
+
+    def gfn_of_index(self, ino: int, index: int) -> int | None:
+        """The gfn at which page ``index`` of guest_memfd ``ino`` is bound here."""
+        if self.ino != ino or self.pgoff is None:
+            return None
+        if not self.pgoff <= index < self.pgoff + self.npages:
+            return None
+        return self.base + index - self.pgoff
+
+    def hva_of_gfn(self, gfn: int) -> int | None:
+        """Where the VMM has that page mapped."""
+        return None if not self.hva else self.hva + ((gfn - self.base) << kvm.PAGE_SHIFT)
+
+
+class GuestMemory:
+    """Slots by VM (address of its ``struct kvm``), and poisoned guest_memfd pages by (ino, index).
+
+    Bounded: what came first is forgotten first.
+    """
+
+    def __init__(self) -> None:
+        self._slots: OrderedDict[int, dict[tuple[int, int], Slot]] = OrderedDict()
+        self._count = 0
+        self._poisoned: OrderedDict[tuple[int, int], int] = OrderedDict()
+
+    def changed(self, fields: Mapping[str, Any]) -> None:
+        """A ``slot`` record: a memslot was created, deleted, moved, or its flags changed."""
+        slots = self._slots.get(fields["kvm"], {})
+        old = (fields.get("old_as_id") or 0, fields["old_base"])
+        if slots.pop(old, None) is not None:
+            self._count -= 1
+        if fields["change"] != _MR_DELETE and fields.get("npages"):
+            self.learn(fields)
+
+    def learn(self, fields: Mapping[str, Any]) -> None:
+        """A record with the fields of a slot (``fields.py``, _slot) and ``kvm``."""
+        base, npages = fields.get("base"), fields.get("npages")
+        if base is None or not npages:
+            return
+        is_gmem = bool((fields.get("flags") or 0) & _MEM_GUEST_MEMFD)
+        slot = Slot(
+            base,
+            npages,
+            fields.get("hva") or None,
+            (fields.get("ino") or None) if is_gmem else None,
+            fields.get("pgoff") if is_gmem else None,
+        )
+        slots = self._slots.setdefault(fields["kvm"], {})
+        key = (fields.get("as_id") or 0, base)
+        known = slots.get(key)
+        if known is not None and known.ino and not slot.ino:
+            # Its guest_memfd was closed: what was bound there still is what was poisoned.
+            return
+        self._count += known is None
+        slots[key] = slot
+        while self._count > MAX_SLOTS and len(self._slots) > 1:
+            _, forgotten = self._slots.popitem(last=False)
+            self._count -= len(forgotten)
+
+    def forget(self, vm: int) -> None:
+        """The VM is gone."""
+        self._count -= len(self._slots.pop(vm, ()))
+
+    def slot_of(self, vm: int, gfn: int) -> Slot | None:
+        """The memslot that holds a gfn."""
+        for slot in self._slots.get(vm, {}).values():
+            if slot.base <= gfn < slot.base + slot.npages:
+                return slot
+        return None
+
+    def bindings(self, ino: int, index: int) -> list[tuple[int, int, int | None]]:
+        """Known owners of a guest_memfd page: [(struct kvm, gfn, hva)]."""
+        found = []
+        for vm, slots in self._slots.items():
+            for slot in slots.values():
+                gfn = slot.gfn_of_index(ino, index)
+                if gfn is not None:
+                    found.append((vm, gfn, slot.hva_of_gfn(gfn)))
+        return found
+
+    def poisoned(self, ino: int, index: int, pfn: int) -> None:
+        """A page of a guest_memfd was poisoned."""
+        self._poisoned[ino, index] = pfn
+        while len(self._poisoned) > MAX_PAGES:
+            self._poisoned.popitem(last=False)
+
+    def poisoned_pfn(self, vm: int, gfn: int) -> tuple[int, int | None] | None:
+        """(pfn, hva) where the page at ``gfn`` is known to be poisoned."""
+        slot = self.slot_of(vm, gfn)
+        if slot is None or slot.ino is None or slot.pgoff is None:
+            return None
+        pfn = self._poisoned.get((slot.ino, gfn - slot.base + slot.pgoff))
+        return None if pfn is None else (pfn, slot.hva_of_gfn(gfn))

@@ -1,0 +1,168 @@
+"""Binary pages of ``trace_pipe_raw`` and the ``format`` files that describe what is in them.
+
+The layout is the kernel's own: kernel/trace/ring_buffer.c (compressed entry header) and
+``events/header_page`` for the page's first fields. Pure: bytes and text in, records out.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# kernel/trace/ring_buffer.c: the commit field's two top bits say that events were lost before
+# this page, and that their number follows the data.
+_MISSED = 1 << 31
+_STORED = 1 << 30
+
+_PADDING, _TIME_EXTEND, _TIME_STAMP = 29, 30, 31
+_TS_SHIFT = 27
+_TS_MASK = (1 << _TS_SHIFT) - 1
+_MAX_SMALL = 28 * 4
+
+_LITTLE = sys.byteorder == "little"
+_U32 = struct.Struct("=I")
+_U64 = struct.Struct("=Q")
+
+_FIELD = re.compile(
+    r"field:(?P<type>[^;]+?)\s*(?P<name>\w+)(?P<array>\[\d*\])?;"
+    r"\s*offset:(?P<offset>\d+);\s*size:(?P<size>\d+);(?:\s*signed:(?P<signed>[01]);)?"
+)
+_CODES = {1: "bB", 2: "hH", 4: "iI", 8: "qQ"}
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """Where things are in a page: the commit field's size, the data's offset, the page's size."""
+
+    commit_size: int
+    data: int
+    size: int
+
+    @classmethod
+    def parse(cls, header_page: str) -> PageLayout:
+        """From the text of ``events/header_page``."""
+        fields = {m["name"]: m for m in _FIELD.finditer(header_page)}
+        data = fields["data"]
+        start = int(data["offset"])
+        return cls(int(fields["commit"]["size"]), start, start + int(data["size"]))
+
+
+class EventFormat:
+    """One event's ``format``: turns the bytes of an entry into ``{field: value}``.
+
+    Numbers of 1 to 8 bytes and ``__data_loc char[]`` strings are decoded, anything else is left
+    out. ``common_*`` fields but ``common_pid`` are left out too.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.name = _required(r"^name: (\S+)", text)
+        self.id = int(_required(r"^ID: (\d+)", text))
+        codes: list[str] = []
+        names: list[str] = []
+        self._strings: list[str] = []
+        at = 0
+        fields = sorted(_FIELD.finditer(text.partition("print fmt:")[0]), key=_offset)
+        for field in fields:
+            name, offset, size = field["name"], int(field["offset"]), int(field["size"])
+            is_string = field["type"].startswith("__data_loc char")
+            wanted = name == "common_pid" or not name.startswith("common_")
+            if not wanted or field["array"] or offset < at or size not in _CODES:
+                continue
+            if field["type"].startswith("__data_loc") and not is_string:
+                continue
+            codes += ["x"] * (offset - at)
+            codes.append(_CODES[size][0 if field["signed"] == "1" and not is_string else 1])
+            names.append(name)
+            if is_string:
+                self._strings.append(name)
+            at = offset + size
+        self._struct = struct.Struct("=" + "".join(codes))
+        self.fields = tuple(names)
+
+    def decode(self, entry: memoryview) -> dict[str, Any]:
+        """The fields of one entry; raises ValueError where it is shorter than its format."""
+        if len(entry) < self._struct.size:
+            raise ValueError(f"{self.name}: entry of {len(entry)} bytes")
+        record: dict[str, Any] = dict(
+            zip(self.fields, self._struct.unpack_from(entry), strict=True)
+        )
+        for name in self._strings:
+            where, length = record[name] & 0xFFFF, record[name] >> 16
+            text = bytes(entry[where : where + length])
+            record[name] = text.split(b"\0")[0].decode(errors="replace")
+        return record
+
+
+def event_id(entry: memoryview) -> int:
+    """``common_type``, an entry's first two bytes: the ID of its ``format``."""
+    return int.from_bytes(entry[:2], sys.byteorder)
+
+
+def missed(page: bytes, layout: PageLayout) -> int:
+    """How many events were overwritten before this page; -1 where the kernel only knows "some"."""
+    commit = _commit(page, layout)
+    if not commit & _MISSED:
+        return 0
+    if not commit & _STORED:
+        return -1
+    end = layout.data + (commit & ~(_MISSED | _STORED))
+    return int(_U64.unpack_from(page, end)[0])
+
+
+def entries(page: bytes, layout: PageLayout) -> Iterator[tuple[int, memoryview]]:
+    """(time stamp, entry) of each event in a page, in order; stops at a damaged header."""
+    (stamp,) = _U64.unpack_from(page, 0)
+    view = memoryview(page)
+    at = layout.data
+    end = min(at + (_commit(page, layout) & ~(_MISSED | _STORED)), len(page))
+    while at + 4 <= end:
+        (head,) = _U32.unpack_from(page, at)
+        kind, delta = (head & 31, head >> 5) if _LITTLE else (head >> 27, head & _TS_MASK)
+        at += 4
+        if kind == _PADDING:
+            if not delta or at + 4 > end:
+                return
+            at += _U32.unpack_from(page, at)[0]
+            # rb_read_data_buffer: 1 stands for "none" in a discarded entry.
+            stamp += delta if delta > 1 else 0
+        elif kind in (_TIME_EXTEND, _TIME_STAMP):
+            if at + 4 > end:
+                return
+            wide = (_U32.unpack_from(page, at)[0] << _TS_SHIFT) + delta
+            if kind == _TIME_EXTEND:
+                stamp += wide
+            else:
+                # 59 bits are kept; the top five are those of the page's own stamp.
+                stamp = wide | (stamp >> 59 << 59)
+            at += 4
+        else:
+            stamp += delta
+            if kind:
+                start, length = at, kind * 4
+            else:
+                if at + 4 > end:
+                    return
+                start, length = at + 4, _U32.unpack_from(page, at)[0] - 4
+            if length <= 0 or start + length > end:
+                return
+            yield stamp, view[start : start + length]
+            at = start + (length + 3) // 4 * 4
+
+
+def _commit(page: bytes, layout: PageLayout) -> int:
+    return int.from_bytes(page[8 : 8 + layout.commit_size], sys.byteorder) & 0xFFFFFFFF
+
+
+def _required(pattern: str, text: str) -> str:
+    match = re.search(pattern, text, re.MULTILINE)
+    if match is None:
+        raise ValueError(f"not an event format: no {pattern}")
+    return match[1]
+
+
+def _offset(field: re.Match[str]) -> int:
+    return int(field["offset"])
