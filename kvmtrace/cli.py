@@ -33,6 +33,7 @@ from kvmtrace.model import Snapshot
 from kvmtrace.sources.recording import RecordingSource, Writer
 from kvmtrace.views import doctor as doctor_view
 from kvmtrace.views import lines
+from kvmtrace.views.header import watching_text
 from kvmtrace.views.table import table_text
 
 P = ParamSpec("P")
@@ -321,6 +322,8 @@ def events(
         told = session.pump(0)
         if vm is not None:
             _require_vm(vm, told)
+        click.echo(f"kvmtrace: {watching_text(session.snapshot())}", err=True)
+        last_look = False
         while True:
             for one in told:
                 if vm is not None and not _concerns(one, vm):
@@ -337,7 +340,10 @@ def events(
             if deadline is not None:
                 wait = min(wait, deadline - time.monotonic())
             if stop.asked or wait <= 0 or _reader_gone():
-                return
+                if last_look:
+                    return
+                # What the kernel counted meanwhile and has not told yet belongs to this run.
+                last_look, wait = True, 0
             told = session.pump(wait)
 
 

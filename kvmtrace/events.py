@@ -155,6 +155,96 @@ class Mce(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Refused(Event):
+    """kvm_gmem_get_pfn answered EHWPOISON ``count`` times for a gfn, the last time at ``ts``.
+
+    Whether KVM_RUN then told the VMM is another matter: some callers swallow it.
+    """
+
+    kind: ClassVar[str] = "refused"
+    vm: int
+    gfn: int
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class HwError(Event):
+    """A memory error as the hardware or the firmware reported it; what is not told is None.
+
+    ``via``: the tracepoint or function that said so ("ras:mc_event", …). ``severity``: "corrected",
+    "deferred", "recoverable" or "fatal". ``addr``: physical; ``grain``: bytes that the address is
+    exact to. ``count``: errors that this one report stands for. ``label``: the DIMM's.
+    """
+
+    kind: ClassVar[str] = "hw_error"
+    via: str
+    severity: str | None = None
+    addr: int | None = None
+    pfn: int | None = None
+    grain: int | None = None
+    count: int = 1
+    label: str | None = None
+    message: str | None = None
+    node: int | None = None
+    socket: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SoftOffline(Event):
+    """soft_offline_page returned: 0, or the ``errno`` it failed with. No data is lost."""
+
+    kind: ClassVar[str] = "soft_offline"
+    pfn: int
+    errno: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unpoison(Event):
+    """unpoison_memory took the poison off a page."""
+
+    kind: ClassVar[str] = "unpoison"
+    pfn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found(Event):
+    """A page that was poisoned before kvmtrace started (/proc/kpageflags, KPF_HWPOISON)."""
+
+    kind: ClassVar[str] = "found"
+    pfn: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCounts(Event):
+    """The kernel's own account: /sys/devices/system/node/nodeN/memory_failure, HardwareCorrupted.
+
+    ``failures``: all nodes together, by the files' names ("total", "recovered", …).
+    ``at_start``: the first reading, before any event.
+    """
+
+    kind: ClassVar[str] = "kernel_counts"
+    failures: tuple[tuple[str, int], ...]
+    hardware_corrupted_bytes: int | None = None
+    at_start: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuState(Event):
+    """How a vCPU's thread was found some time after it was told of poison (/proc/PID/task/TID).
+
+    ``state``: "running", "waiting" (asleep in KVM_RUN), "outside" (asleep elsewhere) or "gone";
+    ``ran_ns``: CPU time since the previous look, None at the first.
+    """
+
+    kind: ClassVar[str] = "vcpu"
+    vm: int
+    tid: int
+    state: str
+    vcpu: int | None = None
+    ran_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Lost(Event):
     """``count`` things were lost at ``where`` since the last Lost of that place."""
 
@@ -178,7 +268,7 @@ def to_record(event: Event) -> dict[str, Any]:
         if isinstance(value, Owner):
             value = _owner_record(value)
         elif isinstance(value, tuple):
-            value = [_owner_record(owner) for owner in value]
+            value = [_owner_record(x) if isinstance(x, Owner) else list(x) for x in value]
         record[field.name] = value
     return record
 
@@ -199,6 +289,8 @@ def from_record(record: Mapping[str, Any]) -> Event:
         values["owner"] = _owner_from(values["owner"])
     if "owners" in values:
         values["owners"] = tuple(_owner_from(owner) for owner in values["owners"])
+    if "failures" in values:
+        values["failures"] = tuple((name, count) for name, count in values["failures"])
     return cls(**values)
 
 

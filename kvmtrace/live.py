@@ -49,7 +49,8 @@ class Session:
     def snapshot(self) -> Snapshot:
         """The model now, with host and probes; raises what ended the reader, if it ended."""
         if self.failure is not None:
-            raise self.failure
+            # Its traceback would grow with every raise.
+            raise self.failure.with_traceback(None)
         with self._lock:
             model = self._correlator.snapshot()
             host = host_of(self._source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvmtrace.model import Probe, Snapshot
 from kvmtrace.probes import specs
-from kvmtrace.views.cells import UNKNOWN, Line, Span, listed, size_of
+from kvmtrace.views.cells import UNKNOWN, Line, Span, listed, plain, size_of
 
 
 def host_spans(snapshot: Snapshot) -> Line:
@@ -31,6 +31,13 @@ def probe_spans(snapshot: Snapshot) -> Line:
     if missing:
         spans.append((f", not attached: {listed(missing)}", "warn"))
     return tuple(spans)
+
+
+def watching_text(snapshot: Snapshot) -> str:
+    """What is being watched and how, in one line, for when watching starts."""
+    host = snapshot.host
+    source = f"{host.source} ({host.source_why})" if host else UNKNOWN
+    return f"watching by {source}, {plain(probe_spans(snapshot))}"
 
 
 def memory_spans(snapshot: Snapshot) -> Line:

@@ -1,0 +1,166 @@
+"""Drive the lab's VMM and kvmtrace inside a machine, and hold what one says against the other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tests.lab.machine import Job, Machine
+
+Line = dict[str, Any]
+
+PATIENCE = 120.0  # seconds; emulation on a shared machine is slow, and a test that waits is not
+
+
+class Vmm:
+    """One VMM process, told one step after the other."""
+
+    def __init__(self, machine: Machine, name: str = "vm", *, program: str = "vmm") -> None:
+        self.name = name
+        self.job: Job = machine.start(f"exec {program} --name {name}")
+        self._answers = 0
+        self.pid = int(self.step("pid")["pid"])
+
+    def step(self, text: str, *, may_fail: bool = False, patience: float = PATIENCE) -> Line:
+        """Send one step, wait for its answer. A step that failed fails the test unless it may."""
+        self.job.send(text + "\n")
+        self._answers += 1
+        answer = self._answer(patience)
+        if "error" in answer and not may_fail:
+            if answer.get("unsupported"):
+                raise Unstageable(f"{text}: {answer['error']}")
+            raise AssertionError(f"{text}: {answer}")
+        return answer
+
+    def end(self) -> Line:
+        """Close stdin and return the final report; the process has ended then."""
+        self.job.close_stdin()
+        self._answers += 1
+        report = self._answer(PATIENCE)
+        assert self.job.wait(PATIENCE) == 0
+        return report
+
+    def _answer(self, patience: float) -> Line:
+        deadline = time.monotonic() + patience
+        while True:
+            lines = self.job.stdout.splitlines(keepends=True)
+            if len(lines) >= self._answers and lines[self._answers - 1].endswith("\n"):
+                return dict(json.loads(lines[self._answers - 1]))
+            if self.job.poll() is not None and len(lines) < self._answers:
+                raise AssertionError(f"vmm {self.name} ended: {self.job.poll()} {self.job.stderr}")
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no answer from vmm {self.name} in {patience:.0f} s")
+            time.sleep(0.02)
+
+
+class Unstageable(Exception):
+    """This kernel or machine cannot make that happen; the text says why."""
+
+
+class Watch:
+    """``kvmtrace events --json``, running and attached."""
+
+    def __init__(self, machine: Machine, source: str, extra: str = "") -> None:
+        self.job: Job = machine.start(f"exec kvmtrace events --json --source {source} {extra}")
+        self.job.wait_for(r"kvmtrace: watching", timeout=PATIENCE, stream="stderr")
+
+    def lines(self, kind: str | None = None, **fields: Any) -> list[Line]:
+        """Complete lines so far; of one kind; with these values."""
+        text = self.job.stdout
+        whole = text[: text.rfind("\n") + 1]
+        found = [json.loads(line) for line in whole.splitlines()]
+        if kind is not None:
+            found = [line for line in found if line["kind"] == kind]
+        return [line for line in found if all(line.get(k) == v for k, v in fields.items())]
+
+    def until(
+        self, condition: Callable[[list[Line]], object], what: str, patience: float = PATIENCE
+    ) -> list[Line]:
+        """Wait until the lines fulfil a condition; returns them all."""
+        deadline = time.monotonic() + patience
+        while True:
+            lines = self.lines()
+            if condition(lines):
+                return lines
+            if time.monotonic() > deadline or self.job.poll() is not None:
+                seen = "\n".join(json.dumps(line) for line in lines[-30:])
+                raise AssertionError(f"never seen: {what}\n{seen}\n{self.job.stderr}")
+            time.sleep(0.1)
+
+    def end(self) -> list[Line]:
+        """Stop it as Ctrl-C does; everything it told."""
+        self.job.signal(signal.SIGINT)
+        status = self.job.wait(PATIENCE)
+        assert status == 0, (status, self.job.stderr)
+        assert "Traceback" not in self.job.stderr, self.job.stderr
+        return self.lines()
+
+
+@contextlib.contextmanager
+def watching(machine: Machine, source: str, extra: str = "") -> Iterator[Watch]:
+    """A ``Watch`` that is ended with the block, whatever happens in it."""
+    watch = Watch(machine, source, extra)
+    try:
+        yield watch
+    finally:
+        if watch.job.poll() is None:
+            watch.job.signal(signal.SIGINT)
+            watch.job.wait(PATIENCE)
+
+
+Told = Counter[tuple[Any, ...]]
+"""{(pid, vcpu, errno, reason, annotated, gpa, flags, size): exits}"""
+
+
+def told_by(report: Line) -> Told:
+    """What KVM_RUN told the VMM: the truth."""
+    told: Told = Counter()
+    for row in report["failed"]:
+        told[
+            (
+                report["pid"],
+                row["vcpu"],
+                row["errno"],
+                row["reason"],
+                row["annotated"],
+                row.get("gpa"),
+                row.get("flags"),
+                row.get("size"),
+            )
+        ] += row["count"]
+    return told
+
+
+def seen_by(lines: list[Line], *pids: int) -> Told:
+    """What kvmtrace says those processes were told."""
+    seen: Told = Counter()
+    for line in lines:
+        if line["kind"] == "exit" and line["vm"]["pid"] in pids:
+            seen[
+                (
+                    line["vm"]["pid"],
+                    line["vcpu"],
+                    line["errno"],
+                    line["reason"],
+                    line["annotated"],
+                    line.get("gpa"),
+                    line.get("flags"),
+                    line.get("size"),
+                )
+            ] += line["count"]
+    return seen
+
+
+def top(machine: Machine, source: str, interval: float = 1) -> Line:
+    """``kvmtrace top --once --json``."""
+    result = machine.run(
+        f"kvmtrace top --once --json --interval {interval} --source {source}",
+        timeout=PATIENCE,
+        check=True,
+    )
+    return dict(json.loads(result.stdout))

@@ -1,0 +1,302 @@
+"""What happens to VMs when memory goes bad, each told by a VMM that knows the truth.
+
+One function per scenario; the same ones run on every kernel and with every source (test_sources.py,
+matrix.py). Each raises AssertionError where kvmtrace is wrong, Unstageable where the kernel cannot
+do that to a VM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.lab.drive import PATIENCE, Line, Vmm, seen_by, told_by, watching
+from tests.lab.machine import Machine
+
+SANE_LATENCY_NS = 60_000_000_000
+
+
+def _exit_of(lines: list[Line], pid: int, errno: str) -> list[Line]:
+    return [
+        line
+        for line in lines
+        if line["kind"] == "exit" and line["vm"]["pid"] == pid and line["errno"] == errno
+    ]
+
+
+def _gone(pid: int) -> Callable[[list[Line]], bool]:
+    return lambda lines: any(
+        line["kind"] == "vm" and line["vm"]["pid"] == pid and line["state"] == "gone"
+        for line in lines
+    )
+
+
+def _nothing_lost(lines: list[Line]) -> None:
+    assert [line for line in lines if line["kind"] == "lost"] == []
+
+
+def gmem_poison(machine: Machine, source: str) -> None:
+    """A guest_memfd page is poisoned, then touched: poison, exit and incident are one story."""
+    with watching(machine, source) as watch:
+        vmm = Vmm(machine, "gmem-poison")
+        vmm.step("create v backing=gmem pages=32")
+        vmm.step("touch v +3")
+        poison = vmm.step("poison v +3")
+        watch.until(lambda ls: [x for x in ls if x["kind"] == "poison"], "the poison")
+        touch = vmm.step("touch v +3")
+        assert (touch["errno"], touch["reason"]) == ("EHWPOISON", 39), touch
+        report = vmm.end()
+        lines = watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.end()
+
+    (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
+    assert told["owners"], told
+    owner = told["owners"][0]
+    assert (owner["vm"]["pid"], owner["gfn"]) == (vmm.pid, poison["gfn"])
+    assert owner["vm"]["name"] == "gmem-poison"
+    assert not told["page_type"].isdecimal()
+    assert told["result"] in ("Failed", "Delayed", "Recovered", "Ignored")
+    exits = _exit_of(lines, vmm.pid, "EHWPOISON")
+    assert sum(x["count"] for x in exits) == 1
+    (fault,) = exits
+    assert (fault["gpa"], fault["gfn"], fault["size"], fault["flags"], fault["private"]) == (
+        touch["gpa"],
+        touch["gfn"],
+        touch["size"],
+        touch["flags"],
+        False,
+    )
+    assert (fault["cause"], fault["annotated"], fault["reason"]) == ("hwpoison", True, 39)
+    assert fault["incident"] == told["incident"]
+    assert told["ts"] < fault["ts"]
+    assert seen_by(lines, vmm.pid) == told_by(report)
+    _nothing_lost(lines)
+
+
+def efault(machine: Machine, source: str) -> None:
+    """EFAULT in its two honest forms, and neither is an incident."""
+    with watching(machine, source) as watch:
+        vmm = Vmm(machine, "efault")
+        vmm.step("create bare backing=anon")
+        vmm.step("unmap bare +5")
+        bare = vmm.step("touch bare +5")
+        assert (bare["errno"], bare["reason"]) == ("EFAULT", 0), bare
+        vmm.step("create v backing=gmem pages=32")
+        vmm.step("touch v +3")
+        vmm.step("close-gmem v")
+        closed = vmm.step("touch v +9")
+        assert (closed["errno"], closed["reason"]) == ("EFAULT", 39), closed
+        report = vmm.end()
+        watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.end()
+
+    exits = _exit_of(lines, vmm.pid, "EFAULT")
+    (told,) = [x for x in exits if x["annotated"]]
+    assert (told["cause"], told["gpa"], told["gfn"]) == ("backing", closed["gpa"], closed["gfn"])
+    (unannotated,) = [x for x in exits if not x["annotated"]]
+    assert unannotated["cause"] == "unannotated"
+    assert not {"gpa", "size", "flags"} & set(unannotated)
+    assert unannotated.get("gfn") in (None, bare["page"])
+    assert not any("incident" in x for x in exits)
+    assert seen_by(lines, vmm.pid) == told_by(report)
+
+
+def unannotated(machine: Machine, source: str) -> None:
+    """An unmapped HVA: EFAULT without reason 39. Every kernel can do it."""
+    with watching(machine, source) as watch:
+        vmm = Vmm(machine, "unmapped")
+        vmm.step("create v backing=anon")
+        vmm.step("touch v +3")
+        vmm.step("unmap v +5")
+        vmm.step("touch v +5")
+        report = vmm.end()
+        watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.end()
+    (told,) = _exit_of(lines, vmm.pid, "EFAULT")
+    assert (told["cause"], told["annotated"]) == ("unannotated", False)
+    assert not {"gpa", "size", "flags", "incident"} & set(told)
+    assert seen_by(lines, vmm.pid) == told_by(report)
+
+
+def no_crosstalk(machine: Machine, source: str) -> None:
+    """Three VMs with two vCPUs each, every vCPU with a poison of its own, all at once."""
+    with watching(machine, source) as watch:
+        vmms = [Vmm(machine, f"vm{n}") for n in range(3)]
+        poisons = {}
+        for n, vmm in enumerate(vmms):
+            vmm.step(f"create v backing=gmem pages=64 vcpus=2 base={0x100 + 0x40 * n}")
+            for vcpu in (0, 1):
+                page = f"+{4 + 8 * vcpu + n}"
+                vmm.step(f"touch v {page} vcpu={vcpu}")
+                poisons[vmm.pid, vcpu] = vmm.step(f"poison v {page}")
+        for n, vmm in enumerate(vmms):
+            for vcpu in (0, 1):
+                vmm.step(f"loop v +{4 + 8 * vcpu + n} {3 + n} vcpu={vcpu} bg=1")
+        for vmm in vmms:
+            vmm.step("wait")
+        reports = {vmm.pid: vmm.end() for vmm in vmms}
+        for vmm in vmms:
+            watch.until(_gone(vmm.pid), f"the end of {vmm.name}")
+        lines = watch.end()
+
+    for (pid, _), poison in poisons.items():
+        (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
+        assert [(o["vm"]["pid"], o["gfn"]) for o in told["owners"]] == [(pid, poison["gfn"])]
+        exits = [x for x in lines if x["kind"] == "exit" and x["vm"]["pid"] == pid]
+        assert {x["incident"] for x in exits if x["gfn"] == poison["gfn"]} == {told["incident"]}
+    for pid, report in reports.items():
+        assert seen_by(lines, pid) == told_by(report)
+
+
+def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
+    """A VMM loops on a poisoned page while another makes ordinary exits: exact to the last one."""
+    with watching(machine, source) as watch:
+        calm, mad = Vmm(machine, "calm"), Vmm(machine, "mad")
+        calm.step("create v backing=anon")
+        mad.step("create v backing=gmem pages=32")
+        mad.step("touch v +3")
+        mad.step("poison v +3")
+        calm.step(f"pio v {rounds // 4} bg=1")
+        mad.step(f"loop v +3 {rounds}", patience=10 * PATIENCE)
+        calm.step("wait", patience=10 * PATIENCE)
+        report, quiet = mad.end(), calm.end()
+        watch.until(_gone(mad.pid), "the VM's end")
+        lines = watch.end()
+    assert sum(row["count"] for row in report["failed"]) == rounds
+    assert seen_by(lines, mad.pid) == told_by(report)
+    assert quiet["failed"] == []
+    assert seen_by(lines, calm.pid) == told_by(quiet)
+    _nothing_lost(lines)
+
+
+def churn(machine: Machine, source: str, vms: int = 1000) -> None:
+    """VMs come and go by the thousand: every one is seen off."""
+    with watching(machine, source) as watch:
+        vmm = Vmm(machine, "churn")
+        vmm.step(f"churn {vms}", patience=10 * PATIENCE)
+        vmm.end()
+
+        def over(lines: list[Line]) -> bool:
+            states = [x["state"] for x in lines if x["kind"] == "vm" and x["vm"]["pid"] == vmm.pid]
+            return states.count("gone") >= vms
+
+        watch.until(over, f"{vms} VMs gone", patience=3 * PATIENCE)
+        lines = watch.end()
+    of_it = [x for x in lines if x["kind"] == "vm" and x["vm"]["pid"] == vmm.pid]
+    assert sum(x["state"] == "gone" for x in of_it) == vms
+
+
+def stale_join(machine: Machine, source: str) -> None:
+    """A guest_memfd failure outside KVM_RUN lends nothing to the thread's next exit."""
+    with watching(machine, source) as watch:
+        vmm = Vmm(machine, "stale")
+        vmm.step("create v backing=gmem pages=32")
+        vmm.step("create w backing=anon base=0x400")
+        vmm.step("touch v +3")
+        vmm.step("poison v +3")
+        vmm.step("prefault v +3 n=3")
+        vmm.step("unmap w +5")
+        bare = vmm.step("touch w +5")
+        report = vmm.end()
+        watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.end()
+    (told,) = _exit_of(lines, vmm.pid, "EFAULT")
+    assert told["cause"] == "unannotated"
+    assert told.get("gfn") in (None, bare["page"])
+    assert "incident" not in told
+    assert _exit_of(lines, vmm.pid, "EHWPOISON") == []
+    assert seen_by(lines, vmm.pid) == told_by(report)
+
+
+def _hva(machine: Machine, source: str, backing: str, lsb: int, pages: int) -> None:
+    """``lsb``: of memory_failure's own SIGBUS, which has the loss right; KVM's later one may not."""
+    with watching(machine, source) as watch:
+        vmm = Vmm(machine, f"hva-{backing}")
+        vmm.step(f"create v backing={backing} pages={pages}")
+        vmm.step("touch v +3")
+        poison = vmm.step("poison v +3")
+        touch = vmm.step("touch v +3")
+        assert touch["errno"] == "EINTR", touch
+        assert [s["code"] for s in touch["sigbus"]] == ["AR"], touch
+        watch.until(
+            lambda ls: [x for x in ls if x["kind"] == "sigbus" and x["tid"] == touch["tid"]],
+            "the SIGBUS",
+        )
+        report = vmm.end()
+        watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.end()
+    (signal,) = touch["sigbus"]
+    told = [x for x in lines if x["kind"] == "sigbus" and x["tid"] == touch["tid"]]
+    assert [(x["code"], x["hva"], x["lsb"]) for x in told] == [("AR", signal["hva"], signal["lsb"])]
+    at_poison = [x for x in lines if x["kind"] == "sigbus" and x["tid"] == vmm.pid]
+    assert [x["lsb"] for x in at_poison] == [lsb]
+    assert told[0]["vm"]["pid"] == vmm.pid
+    assert told[0].get("gfn") in (None, touch["page"])
+    poisons = [x for x in lines if x["kind"] == "poison"]
+    assert poison["pfn"] in {x["pfn"] for x in poisons}
+    assert _exit_of(lines, vmm.pid, "EINTR") == []
+    assert seen_by(lines, vmm.pid) == told_by(report)
+
+
+def hva_anon(machine: Machine, source: str) -> None:
+    """Anonymous memory: a SIGBUS for the vCPU thread; KVM_RUN's EINTR is no error."""
+    _hva(machine, source, "anon", 12, 64)
+
+
+def hva_thp(machine: Machine, source: str) -> None:
+    """A transparent huge page: the kernel splits it, 4 KiB are lost."""
+    _hva(machine, source, "thp", 12, 1024)
+
+
+def hva_hugetlb(machine: Machine, source: str) -> None:
+    """A 2 MiB hugetlb page: all of it is lost."""
+    machine.run("echo 8 > /proc/sys/vm/nr_hugepages", check=True)
+    _hva(machine, source, "hugetlb2m", 21, 1024)
+
+
+def hva_looping(machine: Machine, source: str) -> None:
+    """A VMM that ignores SIGBUS takes it again and again."""
+    with watching(machine, source) as watch:
+        vmm = Vmm(machine, "deaf")
+        vmm.step("create v backing=anon")
+        vmm.step("touch v +3")
+        poison = vmm.step("poison v +3")
+        vmm.step("loop v +3 50")
+        report = vmm.end()
+        watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.end()
+    told = [
+        x
+        for x in lines
+        if x["kind"] == "sigbus" and x["hva"] == poison["hva"] and x["tid"] != vmm.pid
+    ]
+    truth = [s for s in report["sigbus"] if s["tid"] != vmm.pid]
+    assert len(told) == sum(s["count"] for s in truth) == 50
+    assert seen_by(lines, vmm.pid) == told_by(report)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``run(machine, source)``; ``gmem``: needs guest_memfd for ordinary VMs (6.18+)."""
+
+    run: Callable[[Machine, str], None]
+    gmem: bool
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+
+SCENARIOS = (
+    Scenario(gmem_poison, True),
+    Scenario(efault, True),
+    Scenario(unannotated, False),
+    Scenario(no_crosstalk, True),
+    Scenario(storm, True),
+    Scenario(churn, False),
+    Scenario(stale_join, True),
+    Scenario(hva_anon, False),
+    Scenario(hva_thp, False),
+    Scenario(hva_hugetlb, False),
+    Scenario(hva_looping, False),
+)
