@@ -31,6 +31,7 @@ from kvmtrace.events import (
 from kvmtrace.ftrace.fields import KVM_PFN_ERR_HWPOISON
 from kvmtrace.ftrace.guest import GuestMemory
 from kvmtrace.ftrace.hist import ExitKey, Tally, Totals, Whose
+from kvmtrace.ftrace.storm import Storms
 from kvmtrace.vms import VmTable
 
 # A signal waits this long for the fault it was sent from; the fault returns right after.
@@ -86,6 +87,7 @@ class Joiner:
         self.watches_gmem = False
         """The ``gmem`` probe is attached: that it said nothing means something."""
         self.tally = Tally()
+        self.storms = Storms()
         self._tgid_of = tgid_of
         self._types, self._results = names
         self._memory = GuestMemory()
@@ -141,6 +143,7 @@ class Joiner:
                 handlers[record.probe](record)
         if totals is not None:
             self._settle(totals, now)
+            self.storms.reading(totals.exits)
         self._release_signals(now)
         for (key, vm, detail), (count, ts, vid) in self._more.items():
             if count:
@@ -169,11 +172,12 @@ class Joiner:
     def _vm_gone(self, record: Record, read_totals: Callable[[], Totals]) -> None:
         struct = record.fields["kvm"]
         vcpus = {vcpu for vcpu, whose in self._vcpus.items() if whose.kvm == struct}
-        if vcpus and self._doubtful:
+        if vcpus and (self._doubtful or self.storms.in_vm(struct)):
             self._settle(read_totals().of(vcpus), record.ts)
         pid = record.fields.get("tgid") or self._tgid_of(record.fields["common_pid"])
         self._out += self.vms.gone(struct, pid or record.fields.get("maker") or 0, record.ts)
         self._memory.forget(struct)
+        self.storms.gone(struct)
         for vcpu in vcpus:
             del self._vcpus[vcpu]
         for key in [key for key in self._details if key.vcpu in vcpus]:
@@ -217,6 +221,8 @@ class Joiner:
             called_from = asked.get("__probe_ret_ip", 0) - fields.get("__probe_func", 0)
             if abs(called_from) < _NEAR or "__probe_func" not in fields:
                 gmem = -asked["ret"]
+        elif gmem == 0 and self.storms.mutes(fields["kvm"], fields["gfn"]):
+            gmem = None
         self._faults[tid] = _Fault(fields, gmem)
         _bound(self._faults, _MAX_THREADS)
 
@@ -227,11 +233,15 @@ class Joiner:
         fault = self._faults.pop(tid, None)
         key = _exit_key(fields)
         detail = self._detail(key, fields, fault)
-        if key not in self._details or detail != self._details[key]:
+        known = self._details.get(key)
+        if detail.gmem is None and known is not None:
+            detail = known
+        elif detail != known:
             self._details[key] = detail
             _bound(self._details, _MAX_DETAILS)
         whose = Whose(fields["kvm"], fields["vid"], fields.get("tgid") or None)
         self._vcpus[key.vcpu] = whose
+        self.storms.event(key, whose.kvm)
         vm = self._key(record)
         if not self.tally.event(key):
             return

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import errno
 import heapq
+import math
 import os
 import select
 import time
@@ -29,8 +30,8 @@ from kvmtrace.vms import VmTable
 
 COUNT_SECONDS = 1.0  # how often the kernel's counts are read while something is going on
 UPKEEP_SECONDS = 1.0  # how often kvm's coming and going, CPUs and missed VMs are looked at
-STORM_RECORDS = 200  # this many faults in one go, and …
-STORM_SECONDS = 0.2  # … the faults' ring is left alone for this long
+BATCH_SECONDS = 0.05  # how long faults may gather after some were read
+SIGNAL_SECONDS = 0.02  # how soon to look for the fault that a signal was sent from
 KVM = "/sys/module/kvm"
 _NEVER_LOOKED = object()
 
@@ -55,6 +56,7 @@ class FtraceSource:
         self._pending: list[tuple[int, int, Record]] = []
         self._serial = 0
         self._ready: list[Event] = []
+        self._filters: dict[str, str] = {}
         self._kvm: object = _NEVER_LOOKED
         self._counts_due = self._upkeep_due = self._storm_until = 0.0
         self._active = False
@@ -80,14 +82,14 @@ class FtraceSource:
     def poll(self, timeout: float) -> list[Event]:
         end = time.monotonic() + timeout
         while not self._closed:
-            now = time.monotonic()
-            if now >= self._upkeep_due:
+            if time.monotonic() >= self._upkeep_due:
                 self._upkeep()
+            if not self._ready:
+                self._wait(min(end, self._upkeep_due, self._next_counts()))
             events, self._ready = self._ready, []
             events += self._collect()
-            if events or now >= end:
+            if events or time.monotonic() >= end:
                 return events
-            self._wait(min(end, self._upkeep_due) - now)
         return []
 
     def probes(self) -> tuple[Probe, ...]:
@@ -165,6 +167,7 @@ class FtraceSource:
             condition = fields.FILTERS["faultin/lean"]
         if condition:
             ring.write(f"{path}/filter", condition)
+            self._filters[event.name] = condition
         if event.name == "run":
             for trigger in hist.triggers(event.fields).values():
                 with contextlib.suppress(OSError):  # no CONFIG_HIST_TRIGGERS: events must do
@@ -209,20 +212,31 @@ class FtraceSource:
 
     # -- reading
 
-    def _wait(self, seconds: float) -> None:
+    def _next_counts(self) -> float:
+        return self._counts_due if self._active else math.inf
+
+    def _wait(self, end: float) -> None:
+        """Wait until there is something to read, at most until ``end`` (monotonic seconds)."""
+        now = time.monotonic()
         if self._pending:
-            seconds = 0.0
+            end = now
         if self._joiner.waiting:
-            seconds = min(seconds, 0.02)
+            end = min(end, now + SIGNAL_SECONDS)
+        if self._storm_until > now:
+            # Faults that come thick and fast are read in batches; all else still wakes us.
+            if not self._poll(("poison", "signals"), min(end, self._storm_until) - now):
+                now = time.monotonic()
+                if now < end and now >= self._storm_until:
+                    self._poll(tuple(self._rings), end - now)
+        else:
+            self._poll(tuple(self._rings), end - now)
+
+    def _poll(self, rings: tuple[str, ...], seconds: float) -> bool:
         poller = select.poll()
-        calm = time.monotonic() >= self._storm_until
-        for name, ring in self._rings.items():
-            if calm or name != "faults":
-                for fd in ring.fds():
-                    poller.register(fd, select.POLLIN | select.POLLPRI)
-        if not calm:
-            seconds = min(seconds, max(0.0, self._storm_until - time.monotonic()))
-        poller.poll(max(0.0, seconds) * 1000)
+        for name in rings:
+            for fd in self._rings[name].fds():
+                poller.register(fd, select.POLLIN | select.POLLPRI)
+        return bool(poller.poll(math.ceil(max(0.0, seconds) * 1000)))
 
     def _drain(self) -> tuple[int, bool]:
         """Read all rings into ``_pending``: (records of faults, whether a ring was nearly full)."""
@@ -251,8 +265,8 @@ class FtraceSource:
         until = time.monotonic_ns()
         ts = until + self._offset_ns
         faults, nearly_full = self._drain()
-        if faults >= STORM_RECORDS:
-            self._storm_until = now + STORM_SECONDS
+        if faults:
+            self._storm_until = now + BATCH_SECONDS
         events = self._dropped(ts) if nearly_full or totals is not None else []
         records = []
         # What another CPU said meanwhile may be older than what was read last: it waits.
@@ -268,9 +282,19 @@ class FtraceSource:
             lost = self._joiner.tally.lost(totals)
             if lost:
                 events.append(Lost(ts, "exit_counts", lost))
-        if faults or self._doubt:
+        if faults or self._doubt or self._joiner.storms:
             self._active = True
+        if self._joiner.storms.changed:
+            self._mute()
         return events
+
+    def _mute(self) -> None:
+        self._joiner.storms.changed = False
+        for name, excluded in self._joiner.storms.conditions().items():
+            if name in self._filters:
+                path = f"events/{self._group}/{name}/filter"
+                with contextlib.suppress(OSError):
+                    self._rings["faults"].write(path, f"({self._filters[name]}){excluded}")
 
     def _totals(self) -> hist.Totals:
         return hist.parse(self._rings["faults"].read(f"events/{self._group}/run/hist"))
