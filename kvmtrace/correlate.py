@@ -15,7 +15,7 @@ from __future__ import annotations
 import bisect
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from kvmtrace import kvm
 from kvmtrace.events import (
@@ -43,9 +43,11 @@ JOIN_NS = 5_000_000_000
 MAX_INCIDENTS = 1024
 MAX_GONE_VMS = 256
 MAX_PENDING = 1024
+MAX_PENDING_EACH = 64  # per thread or page
 MAX_KINDS = 256
 
 _Place = tuple[int, int | None]  # VM key, gfn
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -182,6 +184,8 @@ class Correlator:
         vm = self._vms.get(event.vm)
         if vm is None:
             return Told(event)
+        if vm.gone:
+            return Told(event, vm=vm.seen)
         vm.gone = True
         for incident in list(self._incidents.values()):
             if not incident.closed and any(o.vm == event.vm for o in incident.owners.values()):
@@ -218,17 +222,24 @@ class Correlator:
         if cause == "hwpoison":
             place = (event.vm, event.gfn)
             incident = self._by_place.get(place)
-            if incident is None:
+            if incident is None and vm is not None and vm.gone:
+                # The last counts may be read after the VM's end; they open nothing any more.
+                incident = self._closed_at(place)
+            elif incident is None:
                 incident = self._open(f"vm{event.vm}" if event.gfn is None else f"g{event.gfn:x}")
                 self._own(incident, Owner(event.vm, event.gfn))
-            incident.exits += event.count
-            self._deliver(incident, event.ts, event.vm, event.vcpu, event.count)
+            if incident is not None:
+                incident.exits += event.count
+                self._deliver(incident, event.ts, event.vm, event.vcpu, event.count)
         return Told(
             event,
             vm=vm.seen if vm else None,
             cause=cause,
             incident=incident.id if incident else None,
         )
+
+    def _closed_at(self, place: _Place) -> _Incident | None:
+        return next((i for i in reversed(self._incidents.values()) if place in i.owners), None)
 
     # -- poison
 
@@ -267,8 +278,7 @@ class Correlator:
     def _late_owner(self, event: Owned) -> Told:
         incident = self._by_pfn.get(event.pfn)
         if incident is None:
-            self._owned.setdefault(event.pfn, []).append(event.owner)
-            _bound(self._owned)
+            _keep(self._owned, event.pfn, event.owner)
             return Told(event, vm=self.identity(event.owner.vm))
         self._own(incident, event.owner)
         return Told(event, vm=self.identity(event.owner.vm), incident=incident.id)
@@ -284,8 +294,7 @@ class Correlator:
             self._take_signal(incident, event, at_poison=False)
         elif event.sender is not None:
             # Sent by memory_failure, which traces the poison only afterwards.
-            self._signals.setdefault(event.sender, []).append(event)
-            _bound(self._signals)
+            _keep(self._signals, event.sender, event)
         return Told(event, vm=vm.seen if vm else None, incident=incident.id if incident else None)
 
     def _incident_of_signal(self, event: Sigbus) -> _Incident | None:
@@ -293,8 +302,8 @@ class Correlator:
             return self._by_pfn[event.pfn]
         if event.vm is None:
             return None
-        if event.gfn is not None:
-            return self._by_place.get((event.vm, event.gfn))
+        if event.gfn is not None and (event.vm, event.gfn) in self._by_place:
+            return self._by_place[(event.vm, event.gfn)]
         lsb = event.lsb or kvm.PAGE_SHIFT
         for incident in self._incidents.values():
             for owner in incident.owners.values():
@@ -323,7 +332,10 @@ class Correlator:
     # -- incidents
 
     def _open(self, stem: str) -> _Incident:
-        self._serial[stem] = number = self._serial.get(stem, 0) + 1
+        number = self._serial.get(stem, 0) + 1
+        while f"{stem}-{number}" in self._incidents:  # the number was forgotten, the incident not
+            number += 1
+        self._serial[stem] = number
         incident = _Incident(f"{stem}-{number}")
         self._incidents[incident.id] = incident
         while len(self._incidents) > MAX_INCIDENTS:
@@ -345,10 +357,11 @@ class Correlator:
         if known is None and owner.gfn is not None:
             # The same place, first known without its gfn.
             vague = incident.owners.get((owner.vm, None))
-            if vague is not None and vague.hva in (None, owner.hva):
+            if vague is not None and (vague.hva is None or _same_page(vague.hva, owner.hva)):
                 del incident.owners[(owner.vm, None)]
-                self._by_place.pop((owner.vm, None), None)
-                owner = replace(owner, hva=owner.hva if owner.hva is not None else vague.hva)
+                if self._by_place.get((owner.vm, None)) is incident:
+                    del self._by_place[(owner.vm, None)]
+                owner = replace(owner, hva=owner.hva if vague.hva is None else vague.hva)
         elif known is not None and owner.hva is None:
             owner = known
         incident.owners[place] = owner
@@ -434,6 +447,19 @@ class Correlator:
 def _bound(pending: OrderedDict[Any, Any]) -> None:
     while len(pending) > MAX_PENDING:
         pending.popitem(last=False)
+
+
+def _keep(pending: OrderedDict[int, list[_T]], key: int, item: _T) -> None:
+    """Add to what waits for ``key``: the newest, as many as a page may plausibly have owners."""
+    items = pending.setdefault(key, [])
+    items.append(item)
+    if len(items) > MAX_PENDING_EACH:
+        del items[0]
+    _bound(pending)
+
+
+def _same_page(hva: int, other: int | None) -> bool:
+    return other is not None and hva >> kvm.PAGE_SHIFT == other >> kvm.PAGE_SHIFT
 
 
 def _latest(known: int | None, ts: int) -> int:
