@@ -25,6 +25,7 @@
 BPF_RINGBUF_OUTPUT(ring, RING_PAGES);
 BPF_TABLE("hash", struct exit_key, struct exit_count, exits, MAX_KEYS);
 BPF_TABLE("hash", struct exit_key, struct exit_count, overflow, MAX_OVERFLOW);
+BPF_TABLE("hash", struct refused_key, struct refused_count, refused, MAX_OVERFLOW);
 BPF_TABLE("array", u32, u64, activity, 1); /* failed KVM_RUNs, of whatever kind */
 BPF_TABLE("array", u32, u64, lost, LOST_PLACES);
 BPF_TABLE("lru_hash", u64, u64, generation, 65536);
@@ -141,6 +142,15 @@ static __always_inline u64 exits_of(u64 vcpu)
 	return word(vcpu + OFF_kvm_vcpu_stat_exits);
 }
 
+static __always_inline void count_activity(void)
+{
+	u32 zero = 0;
+	u64 *count = activity.lookup(&zero);
+
+	if (count)
+		__sync_fetch_and_add(count, 1);
+}
+
 static __always_inline int may_tell(u64 now)
 {
 	u32 zero = 0;
@@ -167,8 +177,7 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	struct exit_record record = {};
 	u32 tid = (u32)bpf_get_current_pid_tgid();
 	struct fault *fault;
-	u64 run, now, *active;
-	u32 zero_index = 0;
+	u64 run, now;
 	int first;
 
 	key.kvm = word(vcpu + OFF_kvm_vcpu_kvm);
@@ -229,9 +238,7 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 		}
 	}
 	__sync_fetch_and_add(&count->total, 1);
-	active = activity.lookup(&zero_index);
-	if (active)
-		__sync_fetch_and_add(active, 1);
+	count_activity();
 	count->last_ts = now;
 	count->tid = tid;
 	count->tgid = bpf_get_current_pid_tgid() >> 32;
@@ -259,6 +266,25 @@ static __always_inline int on_run(u64 vcpu, int ret)
 
 /* ---- gmem: kvm_gmem_get_pfn(kvm, slot, gfn, pfn, ...) failed ---- */
 
+static __always_inline void on_refused(u64 kvm, u64 gfn)
+{
+	struct refused_key key = {};
+	struct refused_count zero = {}, *count;
+
+	key.kvm = kvm;
+	key.gen = gen_of(kvm);
+	key.gfn = gfn;
+	count = refused.lookup_or_try_init(&key, &zero);
+	if (!count) {
+		lose(LOST_COUNTS);
+		return;
+	}
+	__sync_fetch_and_add(&count->total, 1);
+	count->last_ts = bpf_ktime_get_ns();
+	count->tgid = bpf_get_current_pid_tgid() >> 32;
+	count_activity();
+}
+
 static __always_inline int on_gmem(u64 kvm, u64 gfn, u64 pfn_at, int ret)
 {
 	u32 tid;
@@ -266,6 +292,8 @@ static __always_inline int on_gmem(u64 kvm, u64 gfn, u64 pfn_at, int ret)
 
 	if (ret >= 0)
 		return 0;
+	if (ret == -EHWPOISON_)
+		on_refused(kvm, gfn);
 	tid = (u32)bpf_get_current_pid_tgid();
 	fail.kvm = kvm;
 	fail.gfn = gfn;
@@ -528,6 +556,90 @@ static __always_inline int on_vm(u64 kvm, u32 type)
 	return 0;
 }
 
+/* ---- hardware and firmware: memory errors as they were reported ---- */
+
+static __always_inline int on_cper(u32 via, int severity, u64 mem)
+{
+	struct hw_record record = {};
+
+	fill(&record.h, RECORD_HW, 0);
+	record.via = via;
+	record.severity = severity;
+	record.count = 1;
+	if (mem && OFF_cper_physical_addr >= 0) {
+		record.valid = word(mem + OFF_cper_validation_bits);
+		record.addr = word(mem + OFF_cper_physical_addr);
+		record.mask = word(mem + OFF_cper_physical_addr_mask);
+		record.node = half(mem + OFF_cper_node) & 0xffff;
+		record.handle = half(mem + OFF_cper_mem_dev_handle) & 0xffff;
+	}
+	tell(&record, sizeof(record));
+	return 0;
+}
+
+static __always_inline int on_mc_event(int severity, u64 message, u64 label, u32 count, u64 addr,
+				       u32 grain_bits)
+{
+	struct hw_record record = {};
+
+	fill(&record.h, RECORD_HW, 0);
+	record.via = HW_MC_EVENT;
+	record.severity = severity;
+	record.count = count;
+	record.valid = ~0ULL;
+	record.addr = addr;
+	record.grain_bits = grain_bits & 0xff;
+	bpf_probe_read_kernel_str(record.message, sizeof(record.message), (void *)message);
+	bpf_probe_read_kernel_str(record.label, sizeof(record.label), (void *)label);
+	tell(&record, sizeof(record));
+	return 0;
+}
+
+/* ras:arm_event(proc, ...): the first error information of the section carries the address. */
+static __always_inline int on_arm_event(u64 proc)
+{
+	struct hw_record record = {};
+	u64 info = proc + SIZE_cper_sec_proc_arm;
+
+	if (SIZE_cper_sec_proc_arm <= 0 || OFF_cper_arm_physical_fault_addr < 0)
+		return 0;
+	fill(&record.h, RECORD_HW, 0);
+	record.via = HW_ARM;
+	record.severity = -1;
+	record.count = 1;
+	record.valid = half(info + OFF_cper_arm_validation_bits) & 0xffff;
+	record.addr = word(info + OFF_cper_arm_physical_fault_addr);
+	tell(&record, sizeof(record));
+	return 0;
+}
+
+static __always_inline int on_non_standard(u64 text, int severity)
+{
+	struct hw_record record = {};
+
+	fill(&record.h, RECORD_HW, 0);
+	record.via = HW_NON_STANDARD;
+	record.severity = severity;
+	record.count = 1;
+	bpf_probe_read_kernel_str(record.message, sizeof(record.message), (void *)text);
+	tell(&record, sizeof(record));
+	return 0;
+}
+
+/* ---- soft_offline, unpoison ---- */
+
+static __always_inline int on_page(u64 pfn, int ret, u32 unpoison)
+{
+	struct page_record record = {};
+
+	fill(&record.h, RECORD_PAGE, 0);
+	record.pfn = pfn;
+	record.ret = ret;
+	record.unpoison = unpoison;
+	tell(&record, sizeof(record));
+	return 0;
+}
+
 /* ---- where the programs enter: fentry and fexit ---- */
 
 typedef unsigned long long args_t;
@@ -581,7 +693,47 @@ int FN_vm_gone(args_t *ctx)
 }
 #endif
 
+#ifdef FN_apei
+int FN_apei(args_t *ctx)
+{
+	return on_cper(HW_APEI, (int)ctx[0], ctx[1]);
+}
+#endif
+#ifdef FN_soft_offline
+int FN_soft_offline(args_t *ctx)
+{
+	return on_page(ctx[0], (int)ctx[NARGS_soft_offline], 0);
+}
+#endif
+#ifdef FN_unpoison
+int FN_unpoison(args_t *ctx)
+{
+	return on_page(ctx[0], (int)ctx[NARGS_unpoison], 1);
+}
+#endif
+
 /* ---- raw tracepoints ---- */
+
+int tp_mc_event(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_mc_event((int)ctx->args[0], ctx->args[1], ctx->args[2], (u32)ctx->args[3],
+			   ctx->args[8], (u32)ctx->args[9]);
+}
+
+int tp_extlog(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_cper(HW_EXTLOG, (int)(ctx->args[4] & 0xff), ctx->args[0]);
+}
+
+int tp_arm_event(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_arm_event(ctx->args[0]);
+}
+
+int tp_non_standard(struct bpf_raw_tracepoint_args *ctx)
+{
+	return on_non_standard(ctx->args[2], (int)(ctx->args[3] & 0xff));
+}
 
 int tp_poison(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -600,7 +752,7 @@ struct kept {
 };
 BPF_TABLE("lru_hash", u64, struct kept, kept, 32768);
 
-enum kept_for { KEPT_RUN, KEPT_GMEM, KEPT_FAULTIN, KEPT_VM_NEW };
+enum kept_for { KEPT_RUN, KEPT_GMEM, KEPT_FAULTIN, KEPT_VM_NEW, KEPT_SOFT_OFFLINE, KEPT_UNPOISON };
 
 static __always_inline u64 kept_key(u64 probe)
 {
@@ -695,4 +847,33 @@ int kp_sigbus_forced(struct pt_regs *ctx)
 int kp_vm_gone(struct pt_regs *ctx)
 {
 	return on_vm(PT_REGS_PARM1(ctx), RECORD_VM_GONE);
+}
+
+int kp_apei(struct pt_regs *ctx)
+{
+	return on_cper(HW_APEI, (int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx));
+}
+
+int kp_soft_offline(struct pt_regs *ctx)
+{
+	return keep(KEPT_SOFT_OFFLINE, PT_REGS_PARM1(ctx), 0, 0);
+}
+
+int kr_soft_offline(struct pt_regs *ctx)
+{
+	struct kept *args = kept_by(KEPT_SOFT_OFFLINE);
+
+	return args ? on_page(args->a, (int)PT_REGS_RC(ctx), 0) : 0;
+}
+
+int kp_unpoison(struct pt_regs *ctx)
+{
+	return keep(KEPT_UNPOISON, PT_REGS_PARM1(ctx), 0, 0);
+}
+
+int kr_unpoison(struct pt_regs *ctx)
+{
+	struct kept *args = kept_by(KEPT_UNPOISON);
+
+	return args ? on_page(args->a, (int)PT_REGS_RC(ctx), 1) : 0;
 }

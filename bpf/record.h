@@ -10,7 +10,9 @@ enum record_type {
 	RECORD_FAULT = 4,  /* a fault on a poisoned HVA, after its SIGBUS: struct fault_record */
 	RECORD_MCE = 5,    /* struct mce_record_ */
 	RECORD_VM_NEW = 6, /* struct vm_record */
-	RECORD_VM_GONE = 7 /* struct vm_record */
+	RECORD_VM_GONE = 7, /* struct vm_record */
+	RECORD_HW = 8,      /* a memory error as reported to the kernel: struct hw_record */
+	RECORD_PAGE = 9     /* soft offline or unpoison: struct page_record */
 };
 
 struct header {
@@ -124,6 +126,45 @@ struct mce_record_ {
 struct vm_record {
 	struct header h;
 	char comm[16];
+};
+
+enum hw_via { HW_MC_EVENT, HW_EXTLOG, HW_APEI, HW_ARM, HW_NON_STANDARD };
+
+#define HW_TEXT 96
+struct hw_record {
+	struct header h;
+	u64 addr;
+	u64 mask;      /* physical_addr_mask of CPER, 0 if not told */
+	u64 valid;     /* CPER validation_bits; ~0 for mc_event */
+	u32 via;       /* enum hw_via */
+	s32 severity;  /* in the numbers of whoever says it */
+	u32 count;
+	u32 grain_bits; /* mc_event */
+	u32 node;       /* CPER */
+	u32 handle;     /* CPER mem_dev_handle: the SMBIOS handle of the DIMM */
+	char label[HW_TEXT];
+	char message[HW_TEXT];
+};
+
+struct page_record {
+	struct header h;
+	u64 pfn;
+	s32 ret;
+	u32 unpoison; /* else soft offline */
+};
+
+/* How often kvm_gmem_get_pfn answered EHWPOISON: key and value of the map `refused`. */
+struct refused_key {
+	u64 kvm;
+	u64 gen;
+	u64 gfn;
+};
+
+struct refused_count {
+	u64 total;
+	u64 last_ts;
+	u32 tgid;
+	u32 pad;
 };
 
 /* Where things are lost, indices into the map `lost`. */

@@ -66,3 +66,24 @@ def specs(machine: str | None = None) -> tuple[ProbeSpec, ...]:
             2, ProbeSpec("faultin", faultin, "return", "access, and the gfn of bare faults")
         )
     return tuple(probes)
+
+
+def context_specs() -> tuple[ProbeSpec, ...]:
+    """Probes for where poison comes from and goes to: one that a kernel lacks is not missed.
+
+    Which of them exist depends on the architecture and on drivers; sources leave out what is not
+    there instead of reporting it as not attached.
+    """
+    return (
+        ProbeSpec("mc_event", ("ras:mc_event",), "entry", "memory errors by EDAC, with the DIMM"),
+        ProbeSpec("extlog", ("ras:extlog_mem_event",), "entry", "memory errors by firmware's log"),
+        ProbeSpec(
+            "apei", ("arch_apei_report_mem_error",), "entry", "memory errors by firmware (GHES)"
+        ),
+        ProbeSpec("arm_event", ("ras:arm_event",), "entry", "errors of Arm processors"),
+        ProbeSpec(
+            "non_standard", ("ras:non_standard_event",), "entry", "errors in vendors' own formats"
+        ),
+        ProbeSpec("soft_offline", ("soft_offline_page",), "return", "pages moved off bad memory"),
+        ProbeSpec("unpoison", ("unpoison_memory",), "return", "pages taken off the poison list"),
+    )

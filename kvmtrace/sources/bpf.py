@@ -9,22 +9,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from kvmtrace import files, host, kvm, probes
-from kvmtrace.btf import Btf
+from kvmtrace import files, host, probes
 from kvmtrace.clock import epoch_offset_ns
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.model import Probe, ProbeRuns
 from kvmtrace.sources import bpf_records as records
 from kvmtrace.sources.bpf_events import Translator
+from kvmtrace.sources.bpf_layout import Layout
 
 RING_PAGES = 512
 MAX_KEYS = 16384
@@ -35,60 +33,15 @@ BCC_HINT = "apt install python3-bpfcc (Debian, Ubuntu) or dnf install python3-bc
 # How often to look whether kvm came or went, in seconds.
 _WATCH_SECONDS = 1.0
 
-# Members by struct, first the names that the macros of kvmtrace.bpf.c carry, then where BTF may
-# have them: names differ between kernels where a struct was renamed.
-_OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
-    "kvm_vcpu_kvm": (("kvm_vcpu", "kvm"),),
-    "kvm_vcpu_vcpu_id": (("kvm_vcpu", "vcpu_id"),),
-    "kvm_vcpu_run": (("kvm_vcpu", "run"),),
-    "kvm_vcpu_stat_exits": (("kvm_vcpu", "stat.exits"),),
-    "kvm_run_exit_reason": (("kvm_run", "exit_reason"),),
-    "kvm_run_memory_fault": (("kvm_run", "memory_fault"),),
-    "kvm_page_fault_gfn": (("kvm_page_fault", "gfn"),),
-    "kvm_page_fault_write": (("kvm_page_fault", "write"),),
-    "kvm_page_fault_exec": (("kvm_page_fault", "exec"),),
-    "kvm_page_fault_is_private": (("kvm_page_fault", "is_private"),),
-    "kvm_page_fault_pfn": (("kvm_page_fault", "pfn"),),
-    "kvm_page_fault_slot": (("kvm_page_fault", "slot"),),
-    "kvm_memory_slot_userspace_addr": (("kvm_memory_slot", "userspace_addr"),),
-    "kvm_memory_slot_base_gfn": (("kvm_memory_slot", "base_gfn"),),
-    "kvm_memory_slot_gmem_pgoff": (("kvm_memory_slot", "gmem.pgoff"),),
-    "xarray_xa_head": (("xarray", "xa_head"),),
-    "xa_node_shift": (("xa_node", "shift"),),
-    "xa_node_slots": (("xa_node", "slots"),),
-    "address_space_host": (("address_space", "host"),),
-    "address_space_i_private_list": (("address_space", "i_private_list"),),
-    "inode_i_ino": (("inode", "i_ino"),),
-    "folio_index": (("folio", "index"),),
-    "gmem_inode_vfs_inode": (("gmem_inode", "vfs_inode"),),
-    "gmem_inode_gmem_file_list": (("gmem_inode", "gmem_file_list"),),
-    "gmem_file_entry": (("gmem_file", "entry"), ("kvm_gmem", "entry")),
-    "gmem_file_bindings": (("gmem_file", "bindings"), ("kvm_gmem", "bindings")),
-    "gmem_file_kvm": (("gmem_file", "kvm"), ("kvm_gmem", "kvm")),
-    "kvm_mm": (("kvm", "mm"),),
-    "kvm_userspace_pid": (("kvm", "userspace_pid"),),
-    "mm_struct_owner": (("mm_struct", "owner"),),
-    "task_struct_pid": (("task_struct", "pid"),),
-    "task_struct_tgid": (("task_struct", "tgid"),),
-    "mce_status": (("mce", "status"),),
-    "mce_addr": (("mce", "addr"),),
-    "mce_misc": (("mce", "misc"),),
-    "mce_bank": (("mce", "bank"),),
-    "mce_extcpu": (("mce", "extcpu"),),
-    "mce_socketid": (("mce", "socketid"),),
-}
-
-# Without these, nothing of a probe's story can be told.
-_NEEDS: dict[str, tuple[str, ...]] = {
-    "run": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run", "kvm_run_exit_reason"),
-    "faultin": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_page_fault_gfn"),
-    "gmem_error": ("address_space_host", "folio_index"),
-    "sigbus": ("task_struct_pid", "task_struct_tgid"),
-    "mce": ("mce_status", "mce_addr", "mce_bank"),
-}
-
 # The programs of each probe by way: bcc method and function name in kvmtrace.bpf.c.
-_TRACEPOINTS = {"poison": "tp_poison", "mce": "tp_mce"}
+_TRACEPOINTS = {
+    "poison": "tp_poison",
+    "mce": "tp_mce",
+    "mc_event": "tp_mc_event",
+    "extlog": "tp_extlog",
+    "arm_event": "tp_arm_event",
+    "non_standard": "tp_non_standard",
+}
 _KPROBES = {
     "gmem": ("kp_gmem", "kr_gmem"),
     "faultin": ("kp_faultin", "kr_faultin"),
@@ -97,6 +50,9 @@ _KPROBES = {
     "sigbus": ("kp_sigbus", None),
     "sigbus_forced": ("kp_sigbus_forced", None),
     "vm_gone": ("kp_vm_gone", None),
+    "apei": ("kp_apei", None),
+    "soft_offline": ("kp_soft_offline", "kr_soft_offline"),
+    "unpoison": ("kp_unpoison", "kr_unpoison"),
 }
 
 
@@ -134,28 +90,6 @@ def quiet_stderr() -> Iterator[list[str]]:
             os.close(saved)
             caught.seek(0)
             lines += caught.read().decode(errors="replace").splitlines()
-
-
-@dataclass(frozen=True, slots=True)
-class _Symbol:
-    module: str | None  # None: built in
-    address: int
-
-
-def read_symbols(names: set[str], path: str = "/proc/kallsyms") -> dict[str, _Symbol]:
-    """Those of ``names`` that this kernel has. Addresses are 0 where they are not shown."""
-    found: dict[str, _Symbol] = {}
-    wanted = re.compile(
-        rb"^([0-9a-f]+) \w ("
-        + b"|".join(re.escape(n.encode()) for n in names)
-        + rb")(?:\t\[(\w+)\])?$",
-        re.MULTILINE,
-    )
-    with open(path, "rb") as symbols:
-        for match in wanted.finditer(symbols.read()):
-            module = match[3].decode() if match[3] else None
-            found.setdefault(match[2].decode(), _Symbol(module, int(match[1], 16)))
-    return found
 
 
 class BpfSource:
@@ -218,23 +152,11 @@ class _Programs:
         self._kvm = _kvm_modules()
         self._raw: list[bytes] = []
         self._attached: dict[str, list[Any]] = {}
-        specs = probes.specs()
-        names = {target for spec in specs for target in spec.targets if not spec.is_tracepoint}
-        symbols = read_symbols(names | {"kvm_running_vcpu", "__per_cpu_offset"})
-        self._btf = btf = Btf()
-        try:
-            offsets = {name: _offset(btf, where) for name, where in _OFFSETS.items()}
-            targets = {
-                spec.name: next((t for t in spec.targets if t in symbols), None) for spec in specs
-            }
-            arguments = {name: btf.arguments(target) for name, target in targets.items() if target}
-        finally:
-            btf.close()
-        self._bpf = self._compile(bcc, offsets, targets, symbols, arguments)
-        self.states = tuple(
-            self._attach(spec, targets[spec.name], symbols, offsets, arguments.get(spec.name))
-            for spec in specs
-        )
+        wanted = probes.specs()
+        self._layout = Layout(wanted + probes.context_specs())
+        self._bpf = self._compile(bcc)
+        states = [self._attach(spec) for spec in self._layout.specs]
+        self.states = tuple(s for s in states if s.attached or s.name in {w.name for w in wanted})
         if not any(state.attached for state in self.states):
             why = next((state.why for state in self.states if state.why), "no reason given")
             self.close()
@@ -242,39 +164,15 @@ class _Programs:
         with quiet_stderr():
             self._bpf["ring"].open_ring_buffer(self._receive)
 
-    def _compile(
-        self,
-        bcc: Any,
-        offsets: Mapping[str, int | None],
-        targets: Mapping[str, str | None],
-        symbols: Mapping[str, _Symbol],
-        arguments: Mapping[str, tuple[str, ...] | None],
-    ) -> Any:
+    def _compile(self, bcc: Any) -> Any:
         source = files.bpf_dir()
         cflags = [
             f"-I{source}",
             f"-DRING_PAGES={RING_PAGES}",
             f"-DMAX_KEYS={MAX_KEYS}",
             f"-DMAX_OVERFLOW={MAX_OVERFLOW}",
-            f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}",
-            f"-DWATCH_GMEM={int(targets.get('gmem') is not None)}",
+            *self._layout.cflags(),
         ]
-        cflags += [
-            f"-DOFF_{name}={-1 if offset is None else offset}" for name, offset in offsets.items()
-        ]
-        for name, target in targets.items():
-            args = arguments.get(name)
-            if target and args is not None:
-                at = next(spec.at for spec in probes.specs() if spec.name == name)
-                prefix = "kfunc" if at == "entry" else "kretfunc"
-                module = symbols[target].module or "vmlinux"
-                cflags.append(f"-DFN_{name}={prefix}__{module}__{target}")
-                cflags.append(f"-DNARGS_{name}={len(args)}")
-        running, per_cpu = symbols.get("kvm_running_vcpu"), symbols.get("__per_cpu_offset")
-        if running and per_cpu and per_cpu.address:
-            cflags.append(f"-DSYM_KVM_RUNNING_VCPU={running.address:#x}ULL")
-            cflags.append(f"-DSYM_PER_CPU_OFFSET={per_cpu.address:#x}ULL")
-
         # bcc attaches by function name on construction, all or nothing; each probe has its own
         # fate here.
         unattached = type("BPF", (bcc.BPF,), {"_trace_autoload": lambda self: None})
@@ -290,28 +188,20 @@ class _Programs:
             "kernel lockdown or a missing capability refuses BPF: see kvmtrace doctor",
         )
 
-    def _attach(
-        self,
-        spec: probes.ProbeSpec,
-        target: str | None,
-        symbols: Mapping[str, _Symbol],
-        offsets: Mapping[str, int | None],
-        arguments: tuple[str, ...] | None,
-    ) -> Probe:
-        missing = [n for n in _NEEDS.get(spec.name, ()) if offsets.get(n) is None]
-        if spec.is_tracepoint:
-            if missing:
-                return Probe(spec.name, False, why=f"BTF has no {missing[0]}")
-            return self._attach_tracepoint(spec)
+    def _attach(self, spec: probes.ProbeSpec) -> Probe:
+        target, missing = self._layout.target(spec), self._layout.missing(spec.name)
         if target is None:
             module = "" if self._kvm else " (kvm is not loaded)"
             wanted = " or ".join(spec.targets)
             return Probe(spec.name, False, why=f"this kernel has no {wanted}{module}")
         if missing:
-            return Probe(spec.name, False, target, why=f"BTF has no {missing[0]}")
+            return Probe(spec.name, False, target, why=f"BTF has no {missing}")
+        if spec.is_tracepoint:
+            return self._attach_tracepoint(spec)
         why = "BTF does not know it"
-        if arguments is not None:
-            why_not = self._attach_trampoline(spec, target, symbols[target])
+        function = self._layout.trampoline(spec)
+        if function is not None:
+            why_not = self._attach_trampoline(spec, function)
             if why_not is None:
                 via = "fentry" if spec.at == "entry" else "fexit"
                 return Probe(spec.name, True, target, via)
@@ -334,11 +224,7 @@ class _Programs:
             return Probe(spec.name, True, target, "raw_tracepoint")
         return Probe(spec.name, False, target, why=why)
 
-    def _attach_trampoline(
-        self, spec: probes.ProbeSpec, target: str, symbol: _Symbol
-    ) -> str | None:
-        prefix = "kfunc" if spec.at == "entry" else "kretfunc"
-        name = f"{prefix}__{symbol.module or 'vmlinux'}__{target}"
+    def _attach_trampoline(self, spec: probes.ProbeSpec, name: str) -> str | None:
         attach = self._bpf.attach_kfunc if spec.at == "entry" else self._bpf.attach_kretfunc
         return self._try(spec.name, lambda: attach(fn_name=name.encode()), name)
 
@@ -413,6 +299,16 @@ class _Programs:
                 )
         return rows
 
+    def refused(self) -> list[tuple[records.RefusedKey, records.RefusedCount]]:
+        """How often kvm_gmem_get_pfn answered EHWPOISON, by VM and gfn."""
+        return [
+            (
+                records.RefusedKey.from_buffer_copy(key),
+                records.RefusedCount.from_buffer_copy(count),
+            )
+            for key, count in self._bpf["refused"].items()
+        ]
+
     def forget(self, keys: list[records.ExitKey]) -> None:
         """Drop the counters of a VM that is gone."""
         for name in ("exits", "overflow"):
@@ -464,11 +360,3 @@ def _kvm_modules() -> tuple[str, ...]:
         with contextlib.suppress(OSError):
             found.append(f"{module}:{os.stat(f'/sys/module/{module}').st_ino}")
     return tuple(found)
-
-
-def _offset(btf: Btf, candidates: tuple[tuple[str, str], ...]) -> int | None:
-    for struct, member in candidates:
-        offset = btf.offset(struct, member)
-        if offset is not None:
-            return offset
-    return None

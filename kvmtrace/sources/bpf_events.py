@@ -6,13 +6,49 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from kvmtrace import kvm
-from kvmtrace.events import Event, Exit, GmemPoison, Lost, Mce, Owner, Poison, Sigbus
+from kvmtrace import identity, kvm
+from kvmtrace.events import (
+    Event,
+    Exit,
+    GmemPoison,
+    HwError,
+    Lost,
+    Mce,
+    Owner,
+    Poison,
+    Refused,
+    Sigbus,
+    SoftOffline,
+    Unpoison,
+)
 from kvmtrace.sources import bpf_records as records
 from kvmtrace.vms import VmTable
 
 # MCi_STATUS: the address in MCi_ADDR is valid (Intel SDM vol. 3, AMD APM vol. 2)
 _MCI_STATUS_ADDRV = 1 << 58
+
+# enum hw_event_mc_err_type (linux/edac.h), GHES_SEV_* (acpi/ghes.h), CPER_SEV_* (linux/cper.h)
+_EDAC = {0: "corrected", 1: "recoverable", 2: "deferred", 3: "fatal"}
+_GHES = {1: "corrected", 2: "recoverable", 3: "fatal"}
+_CPER = {0: "recoverable", 1: "fatal", 2: "corrected"}
+_HW_VIA = {
+    records.HW_MC_EVENT: ("ras:mc_event", _EDAC),
+    records.HW_EXTLOG: ("ras:extlog_mem_event", _CPER),
+    records.HW_APEI: ("arch_apei_report_mem_error", _GHES),
+    records.HW_ARM: ("ras:arm_event", {}),
+    records.HW_NON_STANDARD: ("ras:non_standard_event", _CPER),
+}
+
+# Validation bits (linux/cper.h): CPER_MEM_VALID_PA, CPER_ARM_INFO_VALID_PHYSICAL_ADDR.
+_HW_ADDR_VALID = {
+    records.HW_MC_EVENT: ~0,
+    records.HW_EXTLOG: 1 << 1,
+    records.HW_APEI: 1 << 1,
+    records.HW_ARM: 1 << 4,
+    records.HW_NON_STANDARD: 0,
+}
+_CPER_PA_MASK_VALID = 1 << 2
+_CPER_NODE_VALID = 1 << 3
 
 _Names = tuple[Mapping[int, str], Mapping[int, str]]
 
@@ -23,6 +59,8 @@ class Counters(Protocol):
     def activity(self) -> int: ...
 
     def counters(self) -> list[tuple[records.ExitKey, records.ExitCount]]: ...
+
+    def refused(self) -> list[tuple[records.RefusedKey, records.RefusedCount]]: ...
 
     def forget(self, keys: list[records.ExitKey]) -> None: ...
 
@@ -75,6 +113,10 @@ class Translator:
                 events += self._poison(record)
             elif header.type == records.MCE:
                 events.append(self._mce(record))
+            elif header.type == records.HW:
+                events.append(self._hw_error(record))
+            elif header.type == records.PAGE:
+                events += self._page(record)
             elif header.type == records.VM_NEW:
                 _, seen = self._vm(header, comm=record.comm.decode(errors="replace"))
                 events += seen
@@ -95,6 +137,8 @@ class Translator:
             self._activity = active
             for key, count in kernel.counters():
                 events += self._exit(key, count.total, count.last_ts, count.tid, count.tgid)
+            for gfn, answers in kernel.refused():
+                events += self._refused(gfn, answers)
         lost = kernel.lost()
         for place, now, before in zip(records.LOST_PLACES, lost, self._lost, strict=True):
             if now > before:
@@ -150,6 +194,45 @@ class Translator:
             )
         )
         return events
+
+    def _refused(self, key: records.RefusedKey, answers: records.RefusedCount) -> list[Event]:
+        raw = bytes(key)
+        count = answers.total - self._told.get(raw, 0)
+        if count <= 0:
+            return []
+        self._told[raw] = answers.total
+        ts = answers.last_ts + self._offset
+        vm, events = self._vms.key(key.kvm, answers.tgid, ts, generation=key.gen)
+        return [*events, Refused(ts, vm, key.gfn, count)]
+
+    def _hw_error(self, record: Any) -> HwError:
+        via, severities = _HW_VIA[record.via]
+        addr = grain = None
+        if record.valid & _HW_ADDR_VALID[record.via]:
+            addr = record.addr
+        if record.via == records.HW_MC_EVENT:
+            grain = 1 << record.grain_bits
+        elif record.mask and record.valid & _CPER_PA_MASK_VALID:
+            grain = record.mask & -record.mask
+        cper = record.via in (records.HW_EXTLOG, records.HW_APEI)
+        return HwError(
+            record.h.ts + self._offset,
+            via,
+            severity=severities.get(record.severity),
+            addr=addr,
+            pfn=None if addr is None else kvm.gfn_of(addr),
+            grain=grain,
+            count=record.count,
+            label=_text(record.label),
+            message=_text(record.message),
+            node=record.node if cper and record.valid & _CPER_NODE_VALID else None,
+        )
+
+    def _page(self, record: Any) -> list[Event]:
+        ts = record.h.ts + self._offset
+        if not record.unpoison:
+            return [SoftOffline(ts, record.pfn, -record.ret)]
+        return [Unpoison(ts, record.pfn)] if record.ret == 0 else []
 
     def _poison(self, record: Any) -> list[Event]:
         ts = record.h.ts + self._offset
@@ -263,3 +346,7 @@ class Translator:
 
     def _now(self) -> int:
         return time.monotonic_ns() + self._offset
+
+
+def _text(raw: bytes) -> str | None:
+    return identity.clean(raw.decode(errors="replace")) or None

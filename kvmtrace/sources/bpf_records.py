@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_char, c_int32, c_uint32, c_uint64
 
-EXIT, POISON, SIGBUS, FAULT, MCE, VM_NEW, VM_GONE = range(1, 8)
+EXIT, POISON, SIGBUS, FAULT, MCE, VM_NEW, VM_GONE, HW, PAGE = range(1, 10)
+HW_MC_EVENT, HW_EXTLOG, HW_APEI, HW_ARM, HW_NON_STANDARD = range(5)
 
 ACCESS_READ, ACCESS_WRITE, ACCESS_EXEC, ACCESS_PRIVATE, ACCESS_KNOWN = 1, 2, 4, 8, 16
 GMEM_NOT_WATCHED = -0x7FFFFFFF
@@ -134,6 +135,35 @@ class VmRecord(ctypes.Structure):
     _fields_ = (("h", Header), ("comm", c_char * 16))
 
 
+class HwRecord(ctypes.Structure):
+    _fields_ = (
+        ("h", Header),
+        ("addr", c_uint64),
+        ("mask", c_uint64),
+        ("valid", c_uint64),
+        ("via", c_uint32),
+        ("severity", c_int32),
+        ("count", c_uint32),
+        ("grain_bits", c_uint32),
+        ("node", c_uint32),
+        ("handle", c_uint32),
+        ("label", c_char * 96),
+        ("message", c_char * 96),
+    )
+
+
+class PageRecord(ctypes.Structure):
+    _fields_ = (("h", Header), ("pfn", c_uint64), ("ret", c_int32), ("unpoison", c_uint32))
+
+
+class RefusedKey(ctypes.Structure):
+    _fields_ = (("kvm", c_uint64), ("gen", c_uint64), ("gfn", c_uint64))
+
+
+class RefusedCount(ctypes.Structure):
+    _fields_ = (("total", c_uint64), ("last_ts", c_uint64), ("tgid", c_uint32), ("pad", c_uint32))
+
+
 RECORDS: dict[int, type[ctypes.Structure]] = {
     EXIT: ExitRecord,
     POISON: PoisonRecord,
@@ -142,6 +172,8 @@ RECORDS: dict[int, type[ctypes.Structure]] = {
     MCE: MceRecord,
     VM_NEW: VmRecord,
     VM_GONE: VmRecord,
+    HW: HwRecord,
+    PAGE: PageRecord,
 }
 
 

@@ -1,0 +1,167 @@
+"""What this kernel looks like to the eBPF programs: symbols, offsets and prototypes, as macros.
+
+All of it is asked of the running kernel (kallsyms, BTF); see bpf/kvmtrace.bpf.c for the macros.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvmtrace import kvm
+from kvmtrace.btf import Btf
+from kvmtrace.probes import ProbeSpec
+
+# Members by struct, first the names that the macros of kvmtrace.bpf.c carry, then where BTF may
+# have them: names differ between kernels where a struct was renamed.
+OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
+    "kvm_vcpu_kvm": (("kvm_vcpu", "kvm"),),
+    "kvm_vcpu_vcpu_id": (("kvm_vcpu", "vcpu_id"),),
+    "kvm_vcpu_run": (("kvm_vcpu", "run"),),
+    "kvm_vcpu_stat_exits": (("kvm_vcpu", "stat.exits"),),
+    "kvm_run_exit_reason": (("kvm_run", "exit_reason"),),
+    "kvm_run_memory_fault": (("kvm_run", "memory_fault"),),
+    "kvm_page_fault_gfn": (("kvm_page_fault", "gfn"),),
+    "kvm_page_fault_write": (("kvm_page_fault", "write"),),
+    "kvm_page_fault_exec": (("kvm_page_fault", "exec"),),
+    "kvm_page_fault_is_private": (("kvm_page_fault", "is_private"),),
+    "kvm_page_fault_pfn": (("kvm_page_fault", "pfn"),),
+    "kvm_page_fault_slot": (("kvm_page_fault", "slot"),),
+    "kvm_memory_slot_userspace_addr": (("kvm_memory_slot", "userspace_addr"),),
+    "kvm_memory_slot_base_gfn": (("kvm_memory_slot", "base_gfn"),),
+    "kvm_memory_slot_gmem_pgoff": (("kvm_memory_slot", "gmem.pgoff"),),
+    "xarray_xa_head": (("xarray", "xa_head"),),
+    "xa_node_shift": (("xa_node", "shift"),),
+    "xa_node_slots": (("xa_node", "slots"),),
+    "address_space_host": (("address_space", "host"),),
+    "address_space_i_private_list": (("address_space", "i_private_list"),),
+    "inode_i_ino": (("inode", "i_ino"),),
+    "folio_index": (("folio", "index"),),
+    "gmem_inode_vfs_inode": (("gmem_inode", "vfs_inode"),),
+    "gmem_inode_gmem_file_list": (("gmem_inode", "gmem_file_list"),),
+    "gmem_file_entry": (("gmem_file", "entry"), ("kvm_gmem", "entry")),
+    "gmem_file_bindings": (("gmem_file", "bindings"), ("kvm_gmem", "bindings")),
+    "gmem_file_kvm": (("gmem_file", "kvm"), ("kvm_gmem", "kvm")),
+    "kvm_mm": (("kvm", "mm"),),
+    "kvm_userspace_pid": (("kvm", "userspace_pid"),),
+    "mm_struct_owner": (("mm_struct", "owner"),),
+    "task_struct_pid": (("task_struct", "pid"),),
+    "task_struct_tgid": (("task_struct", "tgid"),),
+    "mce_status": (("mce", "status"),),
+    "mce_addr": (("mce", "addr"),),
+    "mce_misc": (("mce", "misc"),),
+    "mce_bank": (("mce", "bank"),),
+    "mce_extcpu": (("mce", "extcpu"),),
+    "mce_socketid": (("mce", "socketid"),),
+    "cper_validation_bits": (("cper_sec_mem_err", "validation_bits"),),
+    "cper_physical_addr": (("cper_sec_mem_err", "physical_addr"),),
+    "cper_physical_addr_mask": (("cper_sec_mem_err", "physical_addr_mask"),),
+    "cper_node": (("cper_sec_mem_err", "node"),),
+    "cper_mem_dev_handle": (("cper_sec_mem_err", "mem_dev_handle"),),
+    "cper_arm_validation_bits": (("cper_arm_err_info", "validation_bits"),),
+    "cper_arm_physical_fault_addr": (("cper_arm_err_info", "physical_fault_addr"),),
+}
+
+SIZES = ("cper_sec_proc_arm",)
+
+# Without these, nothing of a probe's story can be told.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "run": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run", "kvm_run_exit_reason"),
+    "faultin": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_page_fault_gfn"),
+    "gmem_error": ("address_space_host", "folio_index"),
+    "sigbus": ("task_struct_pid", "task_struct_tgid"),
+    "mce": ("mce_status", "mce_addr", "mce_bank"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    module: str | None  # None: built in
+    address: int
+
+
+def read_symbols(names: set[str], path: str = "/proc/kallsyms") -> dict[str, Symbol]:
+    """Those of ``names`` that this kernel has. Addresses are 0 where they are not shown."""
+    found: dict[str, Symbol] = {}
+    wanted = re.compile(
+        rb"^([0-9a-f]+) \w ("
+        + b"|".join(re.escape(n.encode()) for n in names)
+        + rb")(?:\t\[(\w+)\])?$",
+        re.MULTILINE,
+    )
+    with open(path, "rb") as symbols:
+        for match in wanted.finditer(symbols.read()):
+            module = match[3].decode() if match[3] else None
+            found.setdefault(match[2].decode(), Symbol(module, int(match[1], 16)))
+    return found
+
+
+class Layout:
+    """Symbols, member offsets and argument lists for these probes, read once.
+
+    Raises KvmtraceError where the kernel has no BTF.
+    """
+
+    def __init__(self, specs: Iterable[ProbeSpec]) -> None:
+        self.specs = tuple(specs)
+        names = {target for spec in self.specs for target in spec.targets}
+        self.symbols = read_symbols(names | {"kvm_running_vcpu", "__per_cpu_offset"})
+        btf = Btf()
+        try:
+            self._offsets = {name: _offset(btf, where) for name, where in OFFSETS.items()}
+            self._sizes = {name: btf.size(name) or 0 for name in SIZES}
+            self._arguments = {
+                target: btf.arguments(target) for target in names if target in self.symbols
+            }
+        finally:
+            btf.close()
+
+    def target(self, spec: ProbeSpec) -> str | None:
+        """The first of a probe's targets that this kernel has; tracepoints are always there."""
+        if spec.is_tracepoint:
+            return spec.targets[0]
+        return next((target for target in spec.targets if target in self.symbols), None)
+
+    def missing(self, probe: str) -> str | None:
+        """A member that this probe cannot do without and BTF does not have."""
+        return next((n for n in NEEDS.get(probe, ()) if self._offsets.get(n) is None), None)
+
+    def trampoline(self, spec: ProbeSpec) -> str | None:
+        """The function name by which bcc knows what an fentry or fexit program is for.
+
+        None where there is no target or BTF does not know it: then there is no such program.
+        """
+        target = self.target(spec)
+        if spec.is_tracepoint or target is None or self._arguments.get(target) is None:
+            return None
+        prefix = "kfunc" if spec.at == "entry" else "kretfunc"
+        return f"{prefix}__{self.symbols[target].module or 'vmlinux'}__{target}"
+
+    def cflags(self) -> list[str]:
+        """The macros that bpf/kvmtrace.bpf.c is compiled with."""
+        flags = [
+            f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}",
+            f"-DWATCH_GMEM={int('kvm_gmem_get_pfn' in self.symbols)}",
+        ]
+        flags += [f"-DOFF_{name}={-1 if at is None else at}" for name, at in self._offsets.items()]
+        flags += [f"-DSIZE_{name}={size}" for name, size in self._sizes.items()]
+        for spec in self.specs:
+            target, function = self.target(spec), self.trampoline(spec)
+            if target and function:
+                arguments = self._arguments[target] or ()
+                flags += [f"-DFN_{spec.name}={function}", f"-DNARGS_{spec.name}={len(arguments)}"]
+        running = self.symbols.get("kvm_running_vcpu")
+        per_cpu = self.symbols.get("__per_cpu_offset")
+        if running and per_cpu and per_cpu.address:
+            flags.append(f"-DSYM_KVM_RUNNING_VCPU={running.address:#x}ULL")
+            flags.append(f"-DSYM_PER_CPU_OFFSET={per_cpu.address:#x}ULL")
+        return flags
+
+
+def _offset(btf: Btf, candidates: tuple[tuple[str, str], ...]) -> int | None:
+    for struct, member in candidates:
+        offset = btf.offset(struct, member)
+        if offset is not None:
+            return offset
+    return None
