@@ -110,12 +110,16 @@ class GmemPoison(Event):
 
 @dataclass(frozen=True, slots=True)
 class Owned(Event):
-    """A VM's page table holds the poisoned pfn; ``via``: how that was found ("pagemap", …)."""
+    """A VM's page table holds the poisoned pfn; ``via``: how that was found ("pagemap", …).
+
+    ``size``: bytes lost with it, where the mapping tells (a hugetlb page is lost as a whole).
+    """
 
     kind: ClassVar[str] = "owned"
     pfn: int
     owner: Owner
     via: str
+    size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +258,25 @@ class Lost(Event):
 
 
 KINDS: dict[str, type[Event]] = {
-    cls.kind: cls for cls in (VmSeen, VmGone, Exit, Poison, GmemPoison, Owned, Sigbus, Mce, Lost)
+    cls.kind: cls
+    for cls in (
+        VmSeen,
+        VmGone,
+        Exit,
+        Poison,
+        GmemPoison,
+        Owned,
+        Sigbus,
+        Mce,
+        Refused,
+        HwError,
+        SoftOffline,
+        Unpoison,
+        Found,
+        KernelCounts,
+        VcpuState,
+        Lost,
+    )
 }
 
 
