@@ -1,0 +1,189 @@
+"""Attaching the probes: each to its target, in its ring, by what this kernel accepts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping
+
+from kvmtrace.btf import Btf
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.ftrace import dynevents, fields, hist, instance
+from kvmtrace.ftrace.dynevents import Defined, DynamicEvents
+from kvmtrace.ftrace.instance import Instance
+from kvmtrace.ftrace.ringpage import EventFormat
+from kvmtrace.model import Probe
+from kvmtrace.probes import ProbeSpec, specs
+
+_KVM = "/sys/module/kvm"
+
+
+class Attacher:
+    """The probes in tracefs ``root``, in rings by name (fields.RINGS), all of one ``group``."""
+
+    def __init__(self, root: str, group: str, rings: Mapping[str, Instance]) -> None:
+        self.formats: dict[int, tuple[str, EventFormat]] = {}
+        """{event ID: (probe, format)}"""
+        self._group = group
+        self._rings = rings
+        self._events = DynamicEvents(root, group, _offset)
+        self._specs = {spec.name: spec for spec in specs()}
+        self._specs["slot"] = ProbeSpec("slot", (fields.SLOT_TARGET,), "entry", "")
+        self._probes: dict[str, Probe] = {}
+        self._filters: dict[str, str] = {}
+
+    def probes(self) -> tuple[Probe, ...]:
+        """The state of every probe, in the order of probes.specs."""
+        return tuple(
+            self._probes[name] for name in self._specs if name in self._probes and name != "slot"
+        )
+
+    def attached(self, name: str) -> bool:
+        """Whether one probe is attached."""
+        return name in self._probes and self._probes[name].attached
+
+    def attach(self, has_kvm: bool) -> None:
+        """Attach what is not attached."""
+        for ring, names in fields.RINGS.items():
+            for name in names:
+                if name in self._specs and not self.attached(name):
+                    self._probes[name] = self._one(self._rings[ring], self._specs[name], has_kvm)
+
+    def detach(self) -> None:
+        """Remove all events on functions (tracepoints stay)."""
+        for name in self._events.names():
+            path = f"events/{self._group}/{name}"
+            for ring in self._rings.values():
+                with contextlib.suppress(OSError):
+                    ring.write(f"{path}/enable", "0")
+                    for trigger in ring.read(f"{path}/trigger").splitlines():
+                        if trigger.startswith("hist:"):
+                            ring.append(f"{path}/trigger", f"!{trigger.partition(' [')[0]}")
+        remove_events(self._events)
+        self._filters.clear()
+        for name, probe in list(self._probes.items()):
+            if probe.via != "tracepoint":
+                del self._probes[name]
+
+    def mute(self, excluded: Mapping[str, str]) -> None:
+        """Keep some events out of the ring: {event: what to add to its filter}."""
+        for name, condition in excluded.items():
+            if name in self._filters:
+                with contextlib.suppress(OSError):
+                    self._rings["faults"].write(
+                        f"events/{self._group}/{name}/filter",
+                        f"({self._filters[name]}){condition}",
+                    )
+
+    def totals(self) -> hist.Totals:
+        """The kernel's counts, now."""
+        return hist.parse(self._rings["faults"].read(f"events/{self._group}/run/hist"))
+
+    def close(self) -> None:
+        """Remove all events; the instances that use them must be gone."""
+        remove_events(self._events)
+
+    # -- one probe
+
+    def _one(self, ring: Instance, spec: ProbeSpec, has_kvm: bool) -> Probe:
+        if spec.is_tracepoint:
+            return self._tracepoint(ring, spec)
+        if not has_kvm and any("kvm" in target for target in spec.targets):
+            return Probe(spec.name, False, why="kvm is not loaded")
+        wanted = fields.FIELDS.get(f"{spec.name}/{os.uname().machine}", fields.FIELDS[spec.name])
+        why: list[str] = []
+        for target in spec.targets:
+            outcome = self._events.define(spec.name, target, spec.at, wanted)
+            if not isinstance(outcome, Defined):
+                why.append(outcome.why)
+                continue
+            try:
+                self._enable(ring, outcome)
+            except (OSError, ValueError) as error:
+                why.append(f"{target}: {error}")
+                self._events.remove(spec.name)
+                continue
+            without = ", ".join(f"{name} ({said})" for name, said in outcome.missing)
+            return Probe(
+                spec.name, True, target, outcome.way, f"without {without}" if without else None
+            )
+        return Probe(spec.name, False, why="; ".join(why))
+
+    def _enable(self, ring: Instance, event: Defined) -> None:
+        path = f"events/{self._group}/{event.name}"
+        condition = fields.FILTERS.get(event.name)
+        if event.name == "faultin" and "pfn" not in event.fields:
+            condition = fields.FILTERS["faultin/lean"]
+        if condition:
+            ring.write(f"{path}/filter", condition)
+            self._filters[event.name] = condition
+        if event.name == "run":
+            for trigger in hist.triggers(event.fields).values():
+                with contextlib.suppress(OSError):  # no CONFIG_HIST_TRIGGERS: events must do
+                    ring.append(f"{path}/trigger", trigger)
+        self._learn(event.name, ring.read(f"{path}/format"))
+        ring.write(f"{path}/enable", "1")
+
+    def _tracepoint(self, ring: Instance, spec: ProbeSpec) -> Probe:
+        target = spec.targets[0]
+        path = f"events/{target.replace(':', '/')}"
+        text = ring.read(f"{path}/format")
+        if not text:
+            return Probe(spec.name, False, why=f"this kernel has no {target}")
+        try:
+            self._learn(spec.name, text)
+            ring.write(f"{path}/enable", "1")
+        except (OSError, ValueError) as error:
+            return Probe(spec.name, False, why=str(error))
+        return Probe(spec.name, True, target, "tracepoint")
+
+    def _learn(self, probe: str, text: str) -> None:
+        known = EventFormat(text)
+        self.formats[known.id] = (probe, known)
+
+
+def remove_dead(root: str) -> None:
+    """Remove what kvmtrace processes that are no more (kill -9) left in tracefs, nothing else."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"{root}/instances"):
+            if instance.is_dead(name):
+                instance.remove(f"{root}/instances/{name}")
+    for group in dynevents.groups(root):
+        if instance.is_dead(group):
+            remove_events(DynamicEvents(root, group))
+
+
+def remove_events(events: DynamicEvents, seconds: float = 1.0) -> None:
+    """Remove all events of a group; tries again for a while, since instances take their time."""
+    end = time.monotonic() + seconds
+    while True:
+        removed = [events.remove(name) for name in events.names()]
+        if all(removed) or time.monotonic() >= end:
+            return
+        time.sleep(0.02)
+
+
+def kvm_now() -> int | None:
+    """A number that changes when kvm is loaded anew; None while it is not loaded."""
+    try:
+        number = os.stat(_KVM).st_ino
+    except OSError:
+        return 0 if os.path.exists("/dev/kvm") else None
+    try:
+        with open(f"{_KVM}/initstate") as file:
+            return number if file.read().strip() == "live" else None
+    except OSError:
+        # Built in: a directory (of parameters) without a state. Just unloaded: no directory.
+        return number if os.path.isdir(_KVM) else None
+
+
+def _offset(struct: str, member: str) -> int | None:
+    try:
+        btf = Btf()
+    except KvmtraceError:
+        return None
+    try:
+        return btf.offset(struct, member)
+    finally:
+        btf.close()

@@ -1,0 +1,197 @@
+"""Failed exits of KVM_RUN, with what the fault handler knew of them.
+
+Two joins on the thread, and why neither can be stale:
+
+- ``faultin`` with ``run``: both carry ``vcpu->stat.exits``, which grows with every VM exit; the
+  fault that ends KVM_RUN is the last exit of it, so the numbers are equal for this very fault only.
+- ``gmem`` with ``faultin``: see records.asked_by.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from kvmtrace import kvm
+from kvmtrace.events import Event, Exit
+from kvmtrace.ftrace import records
+from kvmtrace.ftrace.hist import ExitKey, Tally, Totals, Whose
+from kvmtrace.ftrace.people import People
+from kvmtrace.ftrace.records import Record
+from kvmtrace.ftrace.storm import Storms
+
+_MAX_THREADS = 4096
+_MAX_DETAILS = 16384
+
+
+class _Detail(NamedTuple):
+    """What an exit's key does not tell."""
+
+    gfn: int | None = None
+    private: bool | None = None
+    access: str | None = None
+    gmem: int | None = None
+    size: int | None = None
+    tid: int | None = None
+
+
+class _Fault(NamedTuple):
+    fields: dict[str, Any]
+    gmem: int | None
+
+
+class Faults:
+    """``run``, ``gmem`` and ``faultin`` records, and the kernel's counts → ``Exit``."""
+
+    def __init__(self, people: People) -> None:
+        self.watches_gmem = False
+        """The ``gmem`` probe is attached: that it said nothing means something."""
+        self.tally = Tally()
+        self.storms = Storms()
+        self._people = people
+        self._gmem: OrderedDict[int, dict[str, Any]] = OrderedDict()  # by thread
+        self._faults: OrderedDict[int, _Fault] = OrderedDict()  # by thread
+        self._vcpus: dict[int, Whose] = {}
+        self._details: OrderedDict[ExitKey, _Detail] = OrderedDict()
+        self._again: dict[tuple[ExitKey, int, _Detail], tuple[int, int, int]] = {}
+        self._doubtful = False
+
+    def begin(self, doubtful: bool) -> None:
+        """A batch of records begins. ``doubtful``: some before or in it were dropped."""
+        self._doubtful = doubtful
+        if doubtful:
+            self._gmem.clear()
+            self._faults.clear()
+
+    def end(self) -> list[Event]:
+        """The batch is over: exits that were the same as others in it, counted together."""
+        again, self._again = self._again, {}
+        return [
+            _exit(ts, (vm, vid), key, detail, count)
+            for (key, vm, detail), (count, ts, vid) in again.items()
+            if count
+        ]
+
+    def gmem(self, record: Record) -> None:
+        """kvm_gmem_get_pfn failed."""
+        tid = record.fields["common_pid"]
+        self._gmem[tid] = record.fields
+        _bound(self._gmem, _MAX_THREADS)
+
+    def faultin(self, record: Record) -> None:
+        """The fault handler failed; KVM_RUN will tell, unless it was but a prefault."""
+        fields = record.fields
+        tid = fields["common_pid"]
+        asked = self._gmem.pop(tid, None)
+        if fields.get("prefetch"):
+            return
+        gmem: int | None = None
+        if asked is not None and records.asked_by(asked, fields):
+            gmem = -asked["ret"]
+        elif self.watches_gmem and not self._doubtful:
+            # It was not asked, for it would have been heard; unless it is muted.
+            gmem = None if self.storms.mutes(fields["kvm"], fields["gfn"]) else 0
+        self._faults[tid] = _Fault(fields, gmem)
+        _bound(self._faults, _MAX_THREADS)
+
+    def run(self, record: Record) -> list[Event]:
+        """KVM_RUN failed."""
+        fields = record.fields
+        tid = fields["common_pid"]
+        self._gmem.pop(tid, None)
+        key = records.exit_key(fields)
+        detail = _detail(key, fields, self._faults.pop(tid, None))
+        known = self._details.get(key)
+        if detail.gmem is None and known is not None:
+            detail = known
+        elif detail != known:
+            self._details[key] = detail
+            _bound(self._details, _MAX_DETAILS)
+        vid = fields["vid"]
+        self._vcpus[key.vcpu] = Whose(fields["kvm"], vid, fields.get("tgid") or None)
+        self.storms.event(key, fields["kvm"])
+        vm = self._people.key(record)
+        if not self.tally.event(key):
+            return []
+        same = (key, vm, detail)
+        if same in self._again:
+            self._again[same] = (self._again[same][0] + 1, record.ts, vid)
+            return []
+        self._again[same] = (0, record.ts, vid)
+        return [_exit(record.ts, (vm, vid), key, detail, 1)]
+
+    def settle(self, totals: Totals, now: int) -> list[Event]:
+        """Exits that the kernel counted and no event told."""
+        for vcpu, candidates in totals.whose.items():
+            if vcpu not in self._vcpus:
+                self._vcpus[vcpu] = max(candidates, key=lambda whose: candidates[whose])
+        events: list[Event] = []
+        for key, count in self.tally.total(totals):
+            whose = self._vcpus.get(key.vcpu)
+            if whose is None:
+                continue
+            detail = self._details.get(key)
+            if detail is None:
+                detail = _detail(key, {"size": totals.sizes.get(key)}, None)
+            vm = self._people.key_of(whose.kvm, whose.tgid, now)
+            events.append(_exit(now, (vm, whose.vid), key, detail, count))
+        return events
+
+    def unsettled(self, struct: int) -> Collection[int]:
+        """vCPUs of a VM of which the counts may know more than the events told."""
+        if not self._doubtful and not self.storms.in_vm(struct):
+            return ()
+        return {vcpu for vcpu, whose in self._vcpus.items() if whose.kvm == struct}
+
+    def forget(self, struct: int) -> None:
+        """The VM is gone: its addresses may be another's soon."""
+        self.storms.gone(struct)
+        vcpus = {vcpu for vcpu, whose in self._vcpus.items() if whose.kvm == struct}
+        for vcpu in vcpus:
+            del self._vcpus[vcpu]
+        if vcpus:
+            for key in [key for key in self._details if key.vcpu in vcpus]:
+                del self._details[key]
+
+
+def _detail(key: ExitKey, fields: dict[str, Any], fault: _Fault | None) -> _Detail:
+    gfn = kvm.gfn_of(key.gpa) if key.gpa is not None else None
+    private = None
+    if key.flags is not None:
+        private = bool(key.flags & kvm.MEMORY_EXIT_FLAG_PRIVATE)
+    access = gmem = None
+    if fault is not None and records.same_exit(fault.fields, fields):
+        seen = fault.fields
+        if gfn is None or gfn == seen["gfn"]:
+            gfn, gmem, access = seen["gfn"], fault.gmem, records.access(seen)
+            if private is None and "private" in seen:
+                private = bool(seen["private"])
+    size = fields.get("size") if key.gpa is not None else None
+    return _Detail(gfn, private, access, gmem, size, fields.get("common_pid"))
+
+
+def _exit(ts: int, vcpu: tuple[int, int], key: ExitKey, detail: _Detail, count: int) -> Exit:
+    vm, number = vcpu
+    return Exit(
+        ts,
+        vm,
+        number,
+        -key.ret,
+        key.reason,
+        annotated=key.gpa is not None,
+        tid=detail.tid,
+        flags=key.flags,
+        gpa=key.gpa,
+        size=detail.size,
+        gfn=detail.gfn,
+        private=detail.private,
+        access=detail.access,
+        gmem=detail.gmem,
+        count=count,
+    )
+
+
+def _bound(pending: OrderedDict[Any, Any], limit: int) -> None:
+    while len(pending) > limit:
+        pending.popitem(last=False)
