@@ -112,7 +112,7 @@ class _Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        self._writing = False
+        self._writing: IO[str] | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> None:
@@ -130,19 +130,32 @@ class _Stop:
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
-        if self._writing:
+        if self._writing is not None and _nobody_reads(self._writing):
             raise _Interrupted
 
     def write(self, text: str, file: IO[str]) -> None:
-        """Print a line and flush it; a signal ends it even if nobody reads."""
-        self._writing = True
+        """Print a line and flush it; a signal ends it even if nobody reads.
+
+        After a signal, the last lines still go out as long as somebody does.
+        """
+        self._writing = file
         try:
-            if self.asked:
+            if self.asked and _nobody_reads(file):
                 raise _Interrupted
             file.write(text + "\n")
             file.flush()
         finally:
-            self._writing = False
+            self._writing = None
+
+
+def _nobody_reads(file: IO[str]) -> bool:
+    """Whether there is no room to write, nor any within a second."""
+    try:
+        poller = select.poll()
+        poller.register(file.fileno(), select.POLLOUT)
+        return not poller.poll(1000)
+    except (OSError, ValueError):
+        return False  # not a file (tests)
 
 
 stop = _Stop()

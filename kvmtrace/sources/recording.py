@@ -178,16 +178,24 @@ def _checked(value: _T) -> _T:
     changes: dict[str, Any] = {}
     for name, hint in _hints(type(value)).items():
         item = getattr(value, name)
-        if typing.get_origin(hint) is tuple:
-            changes[name] = tuple(_checked(owner) for owner in item)
-            continue
-        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if not isinstance(item, allowed):
-            raise ValueError(f"{name} is {type(item).__name__}")
-        if isinstance(item, str):
-            changes[name] = clean(item)
-        elif isinstance(item, Owner):
-            changes[name] = _checked(item)
-        elif isinstance(item, int) and not 0 <= item < 1 << (63 if name == "ts" else 64):
-            raise ValueError(f"{name} is out of range")
+        changes[name] = _checked_item(name, item, hint)
     return dataclasses.replace(value, **changes)
+
+
+def _checked_item(name: str, item: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        if inner[1:] == (...,):
+            return tuple(_checked_item(name, one, inner[0]) for one in item)
+        pairs = zip(item, inner, strict=True)
+        return tuple(_checked_item(name, one, its_hint) for one, its_hint in pairs)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not isinstance(item, allowed):
+        raise ValueError(f"{name} is {type(item).__name__}")
+    if isinstance(item, str):
+        return clean(item)
+    if isinstance(item, Owner):
+        return _checked(item)
+    if isinstance(item, int) and not 0 <= item < 1 << (63 if name == "ts" else 64):
+        raise ValueError(f"{name} is out of range")
+    return item

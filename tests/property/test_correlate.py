@@ -15,13 +15,20 @@ from kvmtrace.correlate import Correlator, Told
 from kvmtrace.events import (
     Event,
     Exit,
+    Found,
     GmemPoison,
+    HwError,
+    KernelCounts,
     Lost,
     Mce,
     Owned,
     Owner,
     Poison,
+    Refused,
     Sigbus,
+    SoftOffline,
+    Unpoison,
+    VcpuState,
     VmGone,
     VmSeen,
     from_record,
@@ -76,6 +83,13 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         pfn=st.none() | PFNS,
     ),
     st.builds(Mce, TS, st.none(), st.none(), st.just(1), st.just(0), st.just(0), st.just(0)),
+    st.builds(Refused, TS, VMS, GFNS, st.integers(1, 5)),
+    st.builds(Unpoison, TS, PFNS),
+    st.builds(Found, TS, PFNS),
+    st.builds(SoftOffline, TS, PFNS, st.sampled_from([0, 16])),
+    st.builds(HwError, TS, st.just("ras:mc_event"), pfn=st.none() | PFNS),
+    st.builds(VcpuState, TS, VMS, TIDS, st.sampled_from(["running", "outside", "gone"])),
+    st.builds(KernelCounts, TS, st.just((("total", 1),)), st.integers(0, 4) | st.none()),
     st.builds(Lost, TS, st.sampled_from(["ringbuf", "maps"]), st.integers(1, 9)),
 )
 LOGS = st.lists(EVENTS, max_size=60)
@@ -114,7 +128,7 @@ def test_an_owner_is_somebody_whom_an_event_named(events: list[Event]) -> None:
                 new = [event.owner]
             case Sigbus(vm=int(vm)):
                 new = [Owner(vm, event.gfn, event.hva)]
-            case Exit():
+            case Exit() | Refused():
                 new = [Owner(event.vm, event.gfn)]
             case _:
                 new = []

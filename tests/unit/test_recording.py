@@ -13,15 +13,23 @@ from hypothesis import strategies as st
 
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import (
+    KINDS,
     Event,
     Exit,
+    Found,
     GmemPoison,
+    HwError,
+    KernelCounts,
     Lost,
     Mce,
     Owned,
     Owner,
     Poison,
+    Refused,
     Sigbus,
+    SoftOffline,
+    Unpoison,
+    VcpuState,
     VmGone,
     VmSeen,
 )
@@ -36,9 +44,20 @@ EVERY_KIND: tuple[Event, ...] = (
     Owned(T0, 0x103275, Owner(2, 9), "pagemap"),
     Sigbus(T0, 1, 2, 4, 0x7F0000000000, 12, sender=3, vm=1, vcpu=0, gfn=8, pfn=9),
     Mce(T0, 0xFFFFFFFFFFFFFFFF, None, 1, 2, 0, 0xBD80000000100134),
+    Refused(T0, 1, 8, 3),
+    HwError(T0, "ras:mc_event", "corrected", 0x1000, 1, 4096, 2, "DIMM A1", "read error", 0, 1),
+    SoftOffline(T0, 5, 16),
+    Unpoison(T0, 5),
+    Found(T0, 6),
+    KernelCounts(T0, (("total", 3), ("recovered", 2)), 12288, True),
+    VcpuState(T0, 1, 4003, "running", 0, 1_000_000),
     Lost(T0, "ringbuf", 7),
     VmGone(T0, 1),
 )
+
+
+def test_every_kind_is_here() -> None:
+    assert {event.kind for event in EVERY_KIND} == set(KINDS)
 
 
 def recorded(events: tuple[Event, ...] = EVERY_KIND) -> str:
@@ -123,6 +142,9 @@ def test_from_the_future(tmp_path: Path) -> None:
         '{"kind": "lost", "ts": 1, "where": "x", "count": ' + "9" * 5000 + "}",
         '{"kind": "owned", "ts": 1, "pfn": 1, "via": "x", "owner": 7}',
         '{"kind": "gmem_poison", "ts": 1, "tid": 1, "index": 1, "owners": 7}',
+        '{"kind": "kernel_counts", "ts": 1, "failures": [["total", "many"]]}',
+        '{"kind": "kernel_counts", "ts": 1, "failures": [["total"]]}',
+        '{"kind": "kernel_counts", "ts": 1, "failures": [["total", 1, 2]]}',
         '{"kind": "probes"}',
         '{"kind": "probes", "probes": [{"name": "run"}]}',
         '{"kind": ["unhashable"]}',
