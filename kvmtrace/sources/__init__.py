@@ -65,9 +65,10 @@ def open_source(kind: str = "auto") -> Source:
     try:
         source = _open("ftrace")
     except (KvmtraceError, OSError) as error:
+        hints = [hint for e in (refused, error) if (hint := getattr(e, "hint", ""))]
         raise KvmtraceError(
             f"no source works here: bpf: {refused}; ftrace: {error}",
-            getattr(error, "hint", "") or "`kvmtrace doctor` shows what is missing",
+            ", or ".join(hints) or "`kvmtrace doctor` shows what is missing",
         ) from error
     source.why = f"bpf does not work here: {refused}"
     return source
