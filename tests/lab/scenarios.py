@@ -275,11 +275,67 @@ def hva_looping(machine: Machine, source: str) -> None:
     assert seen_by(lines, vmm.pid) == told_by(report)
 
 
+def parity(machine: Machine, _source: str = "both") -> None:
+    """Both sources side by side over one workload tell one story, and it is the VMM's."""
+    with watching(machine, "bpf") as one, watching(machine, "ftrace") as other:
+        vmm = Vmm(machine, "parity")
+        vmm.step("create h backing=anon")
+        vmm.step("touch h +3")
+        vmm.step("poison h +3")
+        vmm.step("touch h +3")
+        vmm.step("unmap h +5")
+        vmm.step("touch h +5")
+        vmm.step("loop h +5 500")
+        gmem = "error" not in vmm.step("create g backing=gmem pages=32 base=0x400", may_fail=True)
+        if gmem:
+            vmm.step("touch g +3")
+            vmm.step("poison g +3")
+            vmm.step("touch g +3")
+            vmm.step("loop g +3 500")
+            vmm.step("close-gmem g")
+            vmm.step("touch g +9")
+        report = vmm.end()
+        for watch in (one, other):
+            watch.until(_gone(vmm.pid), "the VM's end")
+        stories = one.end(), other.end()
+    told = told_by(report)
+    for lines in stories:
+        assert seen_by(lines, vmm.pid) == told
+        _nothing_lost(lines)
+    bpf, ftrace = (_story(lines, vmm.pid) for lines in stories)
+    assert set(bpf) == set(ftrace)
+    for kind in bpf:
+        assert bpf[kind] == ftrace[kind], kind
+
+
+def _story(lines: list[Line], pid: int) -> dict[str, list[tuple[object, ...]]]:
+    """What a source told, without times, and how often it chose to say so."""
+    story: dict[str, list[tuple[object, ...]]] = {}
+    for line in lines:
+        if line.get("vm", {}).get("pid", pid) != pid:
+            continue
+        what: tuple[object, ...]
+        if line["kind"] == "exit":
+            what = (line["errno"], line["reason"], line["vcpu"], line.get("gpa"), line["cause"])
+        elif line["kind"] == "poison":
+            what = (line["pfn"], line["page_type"], line["result"])
+        elif line["kind"] == "sigbus":
+            what = (line["tid"], line["code"], line["hva"], line["lsb"])
+        elif line["kind"] == "vm" and line["state"] == "gone":
+            what = (line["vm"]["name"],)
+        else:
+            continue
+        story.setdefault(line["kind"], []).append(what)
+    # Exits that are the same may come in any number of lines (their counts are compared before).
+    story["exit"] = list(dict.fromkeys(story.get("exit", [])))
+    return {kind: sorted(whats, key=repr) for kind, whats in story.items()}
+
+
 @dataclass(frozen=True)
 class Scenario:
     """``run(machine, source)``; ``gmem``: needs guest_memfd for ordinary VMs (6.18+)."""
 
-    run: Callable[[Machine, str], None]
+    run: Callable[..., None]
     gmem: bool
 
     @property

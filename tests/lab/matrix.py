@@ -1,0 +1,142 @@
+"""Every scenario on every kernel by every source: ``python -m tests.lab.matrix`` (make matrix).
+
+Each cell is a scenario that ran on a real kernel: "pass", "FAIL", or the reason why that kernel
+cannot stage it. Exit status 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tests.lab import config
+from tests.lab.drive import Unstageable
+from tests.lab.errors import LabError
+from tests.lab.machine import Machine
+from tests.lab.progress import say
+from tests.lab.scenarios import SCENARIOS, Scenario, parity
+
+SOURCES = ("bpf", "ftrace")
+BOTH = "both"
+
+# The same stories at a size that a whole matrix can afford under emulation; test_sources.py runs
+# them at full size on the newest kernel.
+SMALLER: dict[str, dict[str, int]] = {"storm": {"rounds": 20_000}, "churn": {"vms": 100}}
+
+_MARK_BEGIN, _MARK_END = "<!-- matrix -->\n", "<!-- /matrix -->"
+
+Cells = dict[tuple[str, str], str]
+"""{(scenario, source): outcome}"""
+
+
+def run_kernel(name: str, sources: tuple[str, ...], only: str | None) -> tuple[str, Cells]:
+    """Boot one kernel and run everything; its release and the outcomes."""
+    cells: Cells = {}
+    machine = Machine.boot(name)
+    try:
+        release = machine.release
+        for source in sources:
+            for scenario in SCENARIOS:
+                if only in (None, scenario.name):
+                    if not machine.alive:
+                        machine.close()
+                        machine = Machine.boot(name)
+                    cells[scenario.name, source] = _run(name, machine, scenario, source)
+        if only in (None, "parity") and set(sources) == set(SOURCES):
+            cells["parity", BOTH] = _run(name, machine, Scenario(parity, False), BOTH)
+    finally:
+        machine.close()
+    return release, cells
+
+
+def _run(kernel: str, machine: Machine, scenario: Scenario, source: str) -> str:
+    began = time.monotonic()
+    try:
+        scenario.run(machine, source, **SMALLER.get(scenario.name, {}))
+        outcome = "pass"
+    except Unstageable as reason:
+        outcome = f"can't be staged: {reason}"
+    except Exception as error:
+        traceback.print_exc()
+        outcome = f"FAIL: {type(error).__name__}"
+    say(f"{kernel} {source} {scenario.name}: {outcome} ({time.monotonic() - began:.0f} s)")
+    return outcome
+
+
+def table(results: dict[str, tuple[str, Cells]]) -> str:
+    """Markdown: a row per scenario and source, a column per kernel, reasons as notes below."""
+    notes: list[str] = []
+
+    def cell(outcome: str | None) -> str:
+        if outcome is None:
+            return "not run"
+        if outcome == "pass":
+            return "pass"
+        if outcome not in notes:
+            notes.append(outcome)
+        word = "FAIL" if outcome.startswith("FAIL") else "—"
+        return f"{word} [{notes.index(outcome) + 1}]"
+
+    rows = list(dict.fromkeys(key for _, cells in results.values() for key in cells))
+    text = ["| scenario | source | " + " | ".join(results) + " |"]
+    text += ["|---|---|" + "---|" * len(results)]
+    text += ["| | | " + " | ".join(release for release, _ in results.values()) + " |"]
+    for scenario, source in sorted(rows, key=lambda key: key[0]):
+        cells = [cell(outcomes.get((scenario, source))) for _, outcomes in results.values()]
+        text.append(f"| {scenario} | {source} | " + " | ".join(cells) + " |")
+    text += [""] + [f"[{number}] {note}  " for number, note in enumerate(notes, 1)]
+    return "\n".join(text)
+
+
+def keep(text: str, readme: Path) -> None:
+    """Put the table between its marks in the README."""
+    old = readme.read_text()
+    begin, end = old.index(_MARK_BEGIN) + len(_MARK_BEGIN), old.index(_MARK_END)
+    stamp = time.strftime("Run on %Y-%m-%d, under emulation (QEMU TCG).\n\n", time.gmtime())
+    readme.write_text(old[:begin] + stamp + text + "\n" + old[end:])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.lab.matrix", description=__doc__)
+    parser.add_argument("--kernel", action="append", help="only this one (may be repeated)")
+    parser.add_argument("--source", choices=SOURCES, help="only this one")
+    parser.add_argument("--scenario", help="only this one")
+    parser.add_argument("--readme", action="store_true", help="keep the table in README.md")
+    options = parser.parse_args()
+    kernels = options.kernel or list(config.rows())
+    sources = (options.source,) if options.source else SOURCES
+    results: dict[str, tuple[str, Cells]] = {}
+    saved: dict[str, Any] = {}
+    for name in kernels:
+        try:
+            results[name] = run_kernel(name, sources, options.scenario)
+        except LabError as error:
+            say(f"{name}: {error}")
+            results[name] = ("did not boot", {("boot", "-"): f"FAIL: {error}"})
+        release, cells = results[name]
+        saved[name] = {
+            "release": release,
+            "cells": [[*key, outcome] for key, outcome in cells.items()],
+        }
+    print(table(results))
+    build = Path("build")
+    build.mkdir(exist_ok=True)
+    (build / "matrix.json").write_text(json.dumps(saved, indent=1))
+    if options.readme:
+        keep(table(results), Path("README.md"))
+    return int(
+        any(
+            outcome.startswith("FAIL")
+            for _, cells in results.values()
+            for outcome in cells.values()
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
