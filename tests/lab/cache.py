@@ -46,7 +46,7 @@ def lock(name: str) -> Iterator[None]:
         yield
 
 
-def entry(kind: str, key: str, build: Callable[[Path], None], *, keep: int = 3) -> Path:
+def entry(kind: str, key: str, build: Callable[[Path], None], *, keep: int = 2) -> Path:
     """The directory of `kind` made from `key`, filled by `build(directory)` if it is not there.
 
     The last `keep` generations stay: a machine may be running on an older one.

@@ -56,7 +56,7 @@ def boot(pytestconfig: pytest.Config) -> Iterator[Boot]:
         yield booted
 
 
-class _Shared:
+class Shared:
     """The machine that tests of a session share; a new one when it has died."""
 
     def __init__(self) -> None:
@@ -76,14 +76,15 @@ class _Shared:
 
 
 @pytest.fixture(scope="session")
-def _shared_machine(pytestconfig: pytest.Config) -> Iterator[_Shared]:
+def shared_machine(pytestconfig: pytest.Config) -> Iterator[Shared]:
+    """For fixtures that outlive a test; tests take `machine`."""
     _prepared(pytestconfig, DEFAULT)
-    shared = _Shared()
+    shared = Shared()
     yield shared
     shared.close()
 
 
 @pytest.fixture
-def machine(_shared_machine: _Shared) -> Machine:
+def machine(shared_machine: Shared) -> Machine:
     """The newest kernel, booted once for the session: leave it as you found it."""
-    return _shared_machine.get()
+    return shared_machine.get()

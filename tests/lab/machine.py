@@ -11,7 +11,9 @@ worked in around it. What is left of the plumbing is qemu.py and initramfs.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 import re
 import shutil
 import socket
@@ -47,6 +49,7 @@ MOUNTS = {
     "bpf": "/sys/fs/bpf",
     "securityfs": "/sys/kernel/security",
 }
+WORK = "kvmtrace-lab-"
 INJECTORS = ("hwpoison-inject", "mce-inject")
 
 
@@ -69,12 +72,21 @@ class Prepared:
     root: Path
 
 
+@functools.cache
 def prepare(name: str) -> Prepared:
-    """Download and build what the machine called `name` needs."""
+    """Download and build what the machine called `name` needs; asked once per process."""
     wanted = row(name)
     found = qemu.find(wanted.arch)
     initramfs.busybox(wanted)
     return Prepared(wanted, found, kernel.fetch(wanted), root.fetch(wanted))
+
+
+def _sweep() -> None:
+    """Remove what killed processes left of their machines; QEMU itself ends with its process."""
+    for left in Path(tempfile.gettempdir()).glob(f"{WORK}[0-9]*-*"):
+        owner = left.name.removeprefix(WORK).partition("-")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 class Machine:
@@ -83,7 +95,8 @@ class Machine:
     def __init__(self, prepared: Prepared, memory: str, cmdline: str, life: float) -> None:
         self.row = prepared.row
         self.release = prepared.kernel.release
-        self.work = Path(tempfile.mkdtemp(prefix="kvmtrace-lab-"))
+        _sweep()
+        self.work = Path(tempfile.mkdtemp(prefix=f"{WORK}{os.getpid()}-"))
         self._share = self.work / "share"
         self._share.mkdir()
         self._shares = prepared.kernel.has("9p")
