@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -47,7 +48,42 @@ def missing(*tools: str) -> str | None:
     return f"{' and '.join(absent)} not installed (apt install prometheus)"
 
 
-class Prometheus:
+class Queries(ABC):
+    """What can be asked of a Prometheus, however it is reached."""
+
+    @abstractmethod
+    def query(self, expr: str) -> list[Sample]:
+        """An instant query now: [(labels, value)]; AssertionError with its words if refused."""
+
+    def log(self) -> str:
+        """The last of what it logged, where that is known."""
+        return ""
+
+    def value(self, expr: str) -> float | None:
+        """The value of a query with one sample; None where there is none."""
+        samples = self.query(expr)
+        assert len(samples) <= 1, f"{expr}: {samples}"
+        return samples[0][1] if samples else None
+
+    def alerts(self) -> set[str]:
+        """Names of the alerts that fire now."""
+        return {labels["alertname"] for labels, _ in self.query('ALERTS{alertstate="firing"}')}
+
+    def wait(self, what: Callable[[], object], seconds: float = 60) -> None:
+        """Until ``what`` is true; AssertionError after ``seconds``."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline, f"not within {seconds} s; Prometheus: {self.log()}"
+            time.sleep(SCRAPE_SECONDS / 5)
+
+    def wait_for_scrapes(self, count: int, seconds: float = 60) -> None:
+        """Until ``count`` more scrapes have answered."""
+        seen = f"count_over_time(up{{job='{JOB}'}}[1h])"
+        start = self.value(seen) or 0
+        self.wait(lambda: (self.value(seen) or 0) >= start + count, seconds)
+
+
+class Prometheus(Queries):
     """``with Prometheus("127.0.0.1:9750") as p: p.query("up")``; ended on leaving, by its pid.
 
     ``rules``: rule files to evaluate. Data lives in a directory of its own, and goes with it.
@@ -77,37 +113,12 @@ class Prometheus:
         self.stop()
 
     def query(self, expr: str) -> list[Sample]:
-        """An instant query now: [(labels, value)]; AssertionError with its words if refused."""
         answer = self._get("query", query=expr)["data"]
         if answer["resultType"] == "scalar":
             return [({}, float(answer["result"][1]))]
         return [(one["metric"], float(one["value"][1])) for one in answer["result"]]
 
-    def value(self, expr: str) -> float | None:
-        """The value of a query with one sample; None where there is none."""
-        samples = self.query(expr)
-        assert len(samples) <= 1, f"{expr}: {samples}"
-        return samples[0][1] if samples else None
-
-    def alerts(self) -> set[str]:
-        """Names of the alerts that fire now."""
-        return {labels["alertname"] for labels, _ in self.query('ALERTS{alertstate="firing"}')}
-
-    def wait(self, what: Callable[[], object], seconds: float = 60) -> None:
-        """Until ``what`` is true; AssertionError after ``seconds``."""
-        deadline = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < deadline, f"not within {seconds} s; Prometheus: {self.log()}"
-            time.sleep(SCRAPE_SECONDS / 5)
-
-    def wait_for_scrapes(self, count: int) -> None:
-        """Until ``count`` more scrapes have answered."""
-        seen = f"count_over_time(up{{job='{JOB}'}}[1h])"
-        start = self.value(seen) or 0
-        self.wait(lambda: (self.value(seen) or 0) >= start + count)
-
     def log(self) -> str:
-        """The last of what it logged."""
         return self._log.read_text(errors="replace")[-2000:] if self._log.exists() else ""
 
     def stop(self) -> None:

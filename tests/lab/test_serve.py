@@ -1,0 +1,398 @@
+"""`kvmtrace serve` on a real kernel, scraped by a real Prometheus, against the VMMs' own account.
+
+One story for the whole module: VMs are known, then memory goes bad, then everything is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvmtrace import probes
+from tests import dashboards, prometheus
+from tests.lab import residue
+from tests.lab.conftest import Shared
+from tests.lab.drive import PATIENCE, Line, Vmm
+from tests.lab.machine import Job, Machine
+
+pytestmark = pytest.mark.lab
+
+INSTANCE = "127.0.0.1:9750"
+WINDOW = "30m"  # of increases: longer than the story takes on a busy machine
+STORM = 5000
+ASKER = Path(__file__).with_name("guest_prometheus.py")
+
+QUERIES = list(dashboards.queries(dashboards.load()))
+VMS = ("web", "loop", "closed", "bare", "anon")
+
+
+class GuestPrometheus(prometheus.Queries):
+    """A Prometheus in the machine, told through guest_prometheus.py what to answer."""
+
+    def __init__(self, machine: Machine, directory: str, target: str) -> None:
+        here = machine.share / directory
+        here.mkdir()
+        for path in (Path(prometheus.__file__), ASKER, dashboards.ALERTS):
+            shutil.copy(path, here)
+        there = f"/mnt/share/{directory}"
+        self.job = machine.start(
+            f"exec python3 {there}/{ASKER.name} {target} {there}/{dashboards.ALERTS.name}"
+        )
+        self.job.wait_for("^ready$", timeout=PATIENCE)
+        self._answers = 1
+
+    def query(self, expr: str) -> list[prometheus.Sample]:
+        self.job.send(json.dumps(expr) + "\n")
+        self._answers += 1
+        text = self.job.wait_for(lambda text: text.count("\n") >= self._answers, timeout=PATIENCE)
+        answer = json.loads(text.splitlines()[self._answers - 1])
+        assert isinstance(answer, list), f"{expr}: {answer}"
+        return [(labels, value) for labels, value in answer]
+
+    def close(self) -> None:
+        self.job.close_stdin()
+        self.job.wait(PATIENCE)
+
+
+Exits = dict[tuple[str, str, str], float]
+"""{(vm, errno, cause): exits}"""
+
+
+@dataclass
+class Story:
+    """What happened, by those who know: the VMMs and the kernel's log."""
+
+    machine: Machine
+    serve: Job
+    prometheus: GuestPrometheus
+    before: residue.Attached
+    attached: residue.Attached
+    vmms: dict[str, Vmm]
+    born: Exits
+    alerts_before: set[str]
+    reports: Mapping[str, Line]
+    poisons: Counter[tuple[str, str]]
+    corrupted: int
+
+    @property
+    def exits(self) -> Exits:
+        """What KVM_RUN told, with the zeros that every VM is born with."""
+        told = {(vm, *kind): 0.0 for vm in VMS for kind in BORN}
+        for vm, report in self.reports.items():
+            for row in report["failed"]:
+                told[vm, row["errno"], cause_of(row)] += row["count"]
+        return told
+
+    def told(self, vm: str, *causes: str) -> float:
+        """Exits of a VM by these causes."""
+        return sum(n for (who, _, cause), n in self.exits.items() if who == vm and cause in causes)
+
+    def sigbus(self, vm: str, code: str) -> float:
+        """Signals that the VMM took."""
+        report = self.reports[vm]
+        assert report["sigbus_not_listed"] == 0
+        return float(sum(one["count"] for one in report["sigbus"] if one["code"] == code))
+
+
+BORN = (
+    ("EHWPOISON", "hwpoison"),
+    ("EFAULT", "conversion"),
+    ("EFAULT", "backing"),
+    ("EFAULT", "unannotated"),
+)
+
+
+def cause_of(row: Line) -> str:
+    """The cause of a failed KVM_RUN of this story, in which nobody converts memory."""
+    if row["errno"] == "EHWPOISON":
+        return "hwpoison"
+    assert row["errno"] == "EFAULT", row
+    return "backing" if row["annotated"] else "unannotated"
+
+
+def exits_in(samples: list[prometheus.Sample]) -> Exits:
+    """kvmtrace_memory_fault_exits_total as {(vm, errno, cause): exits}."""
+    return {(at["vm"], at["errno"], at["cause"]): value for at, value in samples}
+
+
+@pytest.fixture(scope="module")
+def story(shared_machine: Shared) -> Iterator[Story]:
+    machine = shared_machine.get()
+    before = residue.attached(machine)
+    machine.run("sysctl -q kernel.bpf_stats_enabled=1", check=True)
+    serve = machine.start(f"exec kvmtrace serve --listen {INSTANCE}")
+    vmms: dict[str, Vmm] = {}
+    scraper: GuestPrometheus | None = None
+    try:
+        serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+        for name in VMS:
+            vmms[name] = vmm = Vmm(machine, name)
+            vmm.step(f"create v backing={'anon' if name in ('bare', 'anon') else 'gmem'} pages=32")
+            vmm.step("touch v +3")
+        scraper = GuestPrometheus(machine, "serve", INSTANCE)
+        exits = "kvmtrace_memory_fault_exits_total"
+        scraper.wait(lambda: len(scraper.query(exits)) >= len(VMS) * len(BORN), PATIENCE)
+        scraper.wait_for_scrapes(3, PATIENCE)
+        born, alerts = exits_in(scraper.query(exits)), scraper.alerts()
+
+        pfns = happen(vmms)
+        reports = {name: vmm.step("report") for name, vmm in vmms.items()}
+        expected = sum(row["count"] for one in reports.values() for row in one["failed"])
+        scraper.wait(lambda: (scraper.value(f"sum({exits})") or 0) >= expected, PATIENCE)
+        scraper.wait_for_scrapes(3, PATIENCE)
+        log = machine.run("dmesg", check=True).stdout
+        yield Story(
+            machine,
+            serve,
+            scraper,
+            before,
+            residue.attached(machine),
+            vmms,
+            born,
+            alerts,
+            reports,
+            Counter(
+                (kind, result)
+                for pfn, kind, result in re.findall(
+                    r"Memory failure: 0x([0-9a-f]+): recovery action for (.+): (\w+)", log
+                )
+                if int(pfn, 16) in pfns
+            ),
+            meminfo(machine, "HardwareCorrupted") * 1024,
+        )
+    finally:
+        if scraper is not None:
+            scraper.close()
+        for vmm in vmms.values():
+            vmm.job.kill()
+        serve.kill()
+        machine.run("sysctl -q kernel.bpf_stats_enabled=0; rm -rf /mnt/share/serve")
+
+
+def happen(vmms: Mapping[str, Vmm]) -> set[int]:
+    """Of everything one; the pfns that were poisoned.
+
+    web holds two poisoned pages and has touched one of them, loop does not cope with its own, anon
+    was told by SIGBUS, closed has lost its guest_memfd and bare a mapping.
+    """
+    poisons = [vmms["web"].step("poison v +3"), vmms["web"].step("poison v +7")]
+    vmms["web"].step("touch v +3")
+    poisons.append(vmms["loop"].step("poison v +3"))
+    vmms["loop"].step(f"loop v +3 {STORM}", patience=10 * PATIENCE)
+    vmms["closed"].step("close-gmem v")
+    vmms["closed"].step("loop v +9 4")
+    vmms["bare"].step("unmap v +5")
+    vmms["bare"].step("loop v +5 7")
+    poisons.append(vmms["anon"].step("poison v +3"))
+    assert vmms["anon"].step("touch v +3")["errno"] == "EINTR"
+    return {poison["pfn"] for poison in poisons}
+
+
+def meminfo(machine: Machine, field: str) -> int:
+    text = machine.run("cat /proc/meminfo", check=True).stdout
+    (value,) = re.findall(rf"^{field}:\s+(\d+)", text, re.MULTILINE)
+    return int(value)
+
+
+# -- the counts
+
+
+def test_series_of_a_vm_are_there_at_0_before_its_first_event(story: Story) -> None:
+    assert story.born == {(vm, *kind): 0 for vm in VMS for kind in BORN}
+
+
+def test_the_story_is_the_one_to_be_told(story: Story) -> None:
+    """The VMMs' account has something of everything, or the tests below compare zeros."""
+    assert {key: count for key, count in story.exits.items() if count} == {
+        ("web", "EHWPOISON", "hwpoison"): 1,
+        ("loop", "EHWPOISON", "hwpoison"): STORM,
+        ("closed", "EFAULT", "backing"): 4,
+        ("bare", "EFAULT", "unannotated"): 7,
+    }
+    assert story.sigbus("anon", "AR") >= 1
+    assert story.poisons.total() == 4
+
+
+def test_prometheus_agrees_with_the_vmms(story: Story) -> None:
+    told = exits_in(story.prometheus.query("kvmtrace_memory_fault_exits_total"))
+    assert told == story.exits
+    signals = story.prometheus.query("kvmtrace_sigbus_total")
+    assert {(at["vm"], at["code"]): value for at, value in signals} == {
+        (vm, code): story.sigbus(vm, code) for vm in VMS for code in ("AR", "AO")
+    }
+    poisons = story.prometheus.query("kvmtrace_poison_events_total > 0")
+    assert {(at["page_type"], at["result"]): value for at, value in poisons} == story.poisons
+
+
+def test_metrics_agree_with_the_vmms(story: Story) -> None:
+    """The text itself, asked for as a person would."""
+    ask = (
+        f"import urllib.request as u; print(u.urlopen('http://{INSTANCE}/metrics').read().decode())"
+    )
+    text = story.machine.run(["python3", "-c", ask], timeout=PATIENCE, check=True).stdout
+    line = r'^kvmtrace_memory_fault_exits_total\{cause="(.*)",errno="(.*)",vm="(.*)"\} (.*)$'
+    told = re.findall(line, text, re.MULTILINE)
+    assert {(vm, errno, cause): float(n) for cause, errno, vm, n in told} == story.exits
+
+
+def test_nothing_was_lost_and_every_scrape_answered(story: Story) -> None:
+    assert story.prometheus.value("sum(kvmtrace_events_lost_total)") == 0
+    assert story.prometheus.value("min(kvmtrace_scrape_collector_success)") == 1
+
+
+# -- the panels
+
+Shown = dict[tuple[str, ...], float]
+Check = Callable[[Story, Shown], None]
+
+
+def exactly(expected: Callable[[Story], Shown]) -> Check:
+    """These label values (sorted) with these values."""
+
+    def check(story: Story, shown: Shown) -> None:
+        assert shown == {tuple(sorted(key)): value for key, value in expected(story).items()}
+
+    return check
+
+
+def roughly(expected: Callable[[Story], Shown]) -> Check:
+    """Increases, which Prometheus extrapolates: what is 0 is 0, the others within a quarter."""
+
+    def check(story: Story, shown: Shown) -> None:
+        wanted = {tuple(sorted(key)): value for key, value in expected(story).items()}
+        assert {k: v for k, v in shown.items() if v} == pytest.approx(
+            {k: v for k, v in wanted.items() if v}, rel=0.25
+        )
+        assert wanted.keys() <= shown.keys()
+
+    return check
+
+
+def rates(positive: Callable[[Story], set[tuple[str, ...]]]) -> Check:
+    """Above 0 are exactly these."""
+
+    def check(story: Story, shown: Shown) -> None:
+        above = {tuple(sorted(key)) for key in positive(story)}
+        assert {key for key, value in shown.items() if value > 0} == above
+
+    return check
+
+
+def between(low: float, high: float, *keys: tuple[str, ...]) -> Check:
+    """The values of these keys (default: the only one), whatever else is shown."""
+
+    def check(_: Story, shown: Shown) -> None:
+        for key in keys or ((),):
+            assert low < shown[key] < high, shown
+
+    return check
+
+
+def _latency(_: Story, shown: Shown) -> None:
+    counts = [shown[(le,)] for le in "0.001 0.01 0.1 1.0 10.0 60.0 600.0 3600.0 +Inf".split()]
+    assert counts == sorted(counts)
+    # web's first page, loop's and anon's; all at once, as people see it
+    assert counts[-1] == pytest.approx(3, rel=0.25)
+    assert counts[5] == counts[-1]
+
+
+def _attached(_: Story, shown: Shown) -> None:
+    # Probes for context are shown where the kernel has them.
+    assert set(shown.values()) == {1}
+    assert shown.keys() >= {(spec.name,) for spec in probes.specs()}
+
+
+CHECKS: dict[tuple[str, str], Check] = {
+    ("VMMs looping", "A"): exactly(lambda _: {(): 1}),
+    ("Poisoned pages in VMs", "A"): exactly(lambda _: {(): 4}),
+    ("Hardware corrupted", "A"): exactly(lambda s: {(): s.corrupted}),
+    ("Poison to delivery, median", "A"): between(0, 60),
+    ("Poison to delivery, 95 %", "A"): between(0, 60),
+    ("Probes not attached", "A"): exactly(lambda _: {(): 0}),
+    ("VMs", "pages"): exactly(
+        lambda _: {("web",): 2, ("loop",): 1, ("anon",): 1, ("closed",): 0, ("bare",): 0}
+    ),
+    ("VMs", "poison"): exactly(lambda s: {(vm,): s.told(vm, "hwpoison") for vm in VMS}),
+    ("VMs", "conversion"): exactly(lambda _: {(vm,): 0 for vm in VMS}),
+    ("VMs", "failed"): exactly(
+        lambda s: {(vm,): s.told(vm, "backing", "unannotated") for vm in VMS}
+    ),
+    ("VMs", "sigbus"): exactly(lambda s: {(vm,): s.sigbus(vm, "AR") for vm in VMS}),
+    ("VMs", "info"): exactly(lambda s: {(vm, str(s.vmms[vm].pid), "vmm"): 1 for vm in VMS}),
+    ("Memory-fault exits by errno and cause", "A"): rates(
+        lambda _: {("EHWPOISON", "hwpoison"), ("EFAULT", "backing"), ("EFAULT", "unannotated")}
+    ),
+    ("Memory-fault exits by VM", "A"): rates(
+        lambda _: {("web",), ("loop",), ("closed",), ("bare",)}
+    ),
+    ("Incidents by state", "A"): exactly(
+        lambda _: {
+            ("looping",): 1,
+            ("delivered",): 2,
+            ("latent",): 1,
+            ("unowned",): 0,
+            ("closed",): 0,
+        }
+    ),
+    ("Pages poisoned", "A"): roughly(lambda s: {kind: float(n) for kind, n in s.poisons.items()}),
+    ("SIGBUS to VMMs", "A"): roughly(
+        lambda s: {(vm, code): s.sigbus(vm, code) for vm in VMS for code in ("AR", "AO")}
+    ),
+    ("Poison to delivery", "A"): _latency,
+    ("Probes attached", "A"): _attached,
+    ("Lost", "A"): rates(lambda _: set()),
+    ("Probe overhead", "A"): between(0, 1, ("run",), ("gmem",)),
+    ("Probe time per run", "A"): between(0, 0.01, ("run",), ("gmem",)),
+    ("kvmtrace's own CPU", "A"): between(0, 2),
+    ("Source", "source"): exactly(lambda _: {("bpf", "bpf works here"): 1}),
+}
+
+
+def test_every_panel_has_a_check() -> None:
+    assert {(query.panel, query.ref) for query in QUERIES} == CHECKS.keys()
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: f"{query.panel}-{query.ref}")
+def test_every_panel_shows_what_happened(story: Story, query: dashboards.Query) -> None:
+    shown = {
+        tuple(sorted(labels.values())): value
+        for labels, value in story.prometheus.query(query.filled(INSTANCE, WINDOW))
+    }
+    CHECKS[query.panel, query.ref](story, shown)
+
+
+# -- the alerts, and the end
+
+
+def test_alerts_fire_for_the_first_poison_and_for_looping_only(story: Story) -> None:
+    expected = {"KvmtracePagePoisoned", "KvmtraceVmmLooping"}
+    assert story.alerts_before == set()
+    story.prometheus.wait(lambda: story.prometheus.alerts() == expected, PATIENCE)
+
+
+def test_incidents_close_with_their_vms_and_the_counts_stay(story: Story) -> None:
+    for vmm in story.vmms.values():
+        if vmm.job.poll() is None:
+            vmm.end()
+    ask = story.prometheus
+    ask.wait(lambda: ask.value('kvmtrace_incidents{state="closed"}') == 4, PATIENCE)
+    ask.wait(lambda: "KvmtraceVmmLooping" not in ask.alerts(), PATIENCE)
+    assert exits_in(ask.query("kvmtrace_memory_fault_exits_total > 0")) == {
+        key: count for key, count in story.exits.items() if count
+    }
+
+
+def test_sigterm_ends_it_and_nothing_stays_attached(story: Story) -> None:
+    assert len(story.attached["programs"]) > len(story.before["programs"])
+    story.serve.signal(signal.SIGTERM)
+    assert story.serve.wait(PATIENCE) == 0
+    assert story.serve.stderr == f"serving http://{INSTANCE}/metrics\n"
+    residue.nothing_but(story.machine, story.before)
