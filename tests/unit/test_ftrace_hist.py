@@ -1,0 +1,129 @@
+"""Exact counts: the kernel's totals reconciled with the events that came."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmtrace.ftrace import hist
+from kvmtrace.ftrace.hist import ExitKey, Tally, Totals, Whose
+
+# Linux 7.3.4, as read; two blocks of four, with a "Dropped" made up in the first.
+TEXT = """# event histogram
+#
+# trigger info: hist:keys=vcpu.hex,ret,reason:vals=hitcount:sort=hitcount:size=4096 if ret < 0 && ret != -4 && ret != -11 && !(reason == 39 && (ret == -14 || ret == -133)) [active]
+#
+
+{ vcpu: ffff8cc582ee0000, ret: 18446744073709551602, reason:          0 } hitcount:          2
+
+Totals:
+    Hits: 5
+    Entries: 1
+    Dropped: 3
+
+
+# event histogram
+#
+# trigger info: hist:keys=vcpu.hex,kvm.hex,vid:vals=hitcount,tgid:sort=hitcount:size=4096 if ret < 0 && ret != -4 && ret != -11 [active]
+#
+
+{ vcpu: ffff8cc582ee0000, kvm: ffff8cc583666000, vid:          0 } hitcount:          2  tgid:      12234
+{ vcpu: ffff8cc582ee39e0, kvm: ffff8cc5828d8000, vid:          1 } hitcount:         22  tgid:     134575
+
+Totals:
+    Hits: 24
+    Entries: 2
+    Dropped: 7
+
+
+# event histogram
+#
+# trigger info: hist:keys=vcpu.hex,gpa.hex,flags.hex:vals=hitcount,size:sort=hitcount:size=4096 if ret == -133 && reason == 39 [active]
+#
+
+{ vcpu: ffff8cc582ee39e0, gpa: 108000, flags: 8 } hitcount:         21  size:      86016
+
+Totals:
+    Hits: 21
+    Entries: 1
+    Dropped: 0
+
+
+"""  # noqa: E501
+
+BARE = ExitKey(0xFFFF8CC582EE0000, -14, 0)
+POISON = ExitKey(0xFFFF8CC582EE39E0, -133, 39, 0x108000, 8)
+
+
+def test_the_hist_file_is_understood() -> None:
+    totals = hist.parse(TEXT)
+    assert totals.exits == {BARE: 2, POISON: 21}
+    assert totals.sizes == {POISON: 4096}
+    # A sum that no one number explains tells none.
+    assert totals.whose == {
+        BARE.vcpu: {Whose(0xFFFF8CC583666000, 0, 6117): 2},
+        POISON.vcpu: {Whose(0xFFFF8CC5828D8000, 1, None): 22},
+    }
+    # That no entry was left to tell whose a vCPU is loses no exit.
+    assert totals.dropped == 3
+    assert hist.parse("") == Totals()
+
+
+def test_triggers_count_every_failed_exit_once() -> None:
+    full = hist.triggers(["vcpu", "ret", "reason", "gpa", "flags", "size", "tgid"])
+    assert set(full) == {"bare", "whose", "fault-133", "fault-14"}
+    assert "!(reason == 39 && (ret == -14 || ret == -133))" in full["bare"]
+    assert "vals=hitcount,size" in full["fault-14"]
+    lean = hist.triggers(["vcpu", "ret", "reason"])
+    assert set(lean) == {"bare", "whose"}
+    assert "39" not in lean["bare"]
+
+
+def test_events_are_told_as_they_come_and_totals_tell_the_rest() -> None:
+    tally = Tally()
+    assert [tally.event(BARE) for _ in range(3)] == [True] * 3
+    assert tally.total(Totals({BARE: 3})) == []
+    assert tally.total(Totals({BARE: 10})) == [(BARE, 7)]
+    # These were told by the total already.
+    assert [tally.event(BARE) for _ in range(7)] == [False] * 7
+    assert tally.event(BARE) is True
+
+
+def test_what_the_kernel_had_no_entry_for_is_lost_unless_its_event_came() -> None:
+    tally = Tally()
+    for _ in range(5):
+        tally.event(BARE)
+    full = Totals({POISON: 3}, dropped=5)
+    tally.total(full)
+    assert tally.lost(full) == 0
+    full.dropped = 9
+    assert tally.lost(full) == 4
+    assert tally.lost(full) == 0
+    full.dropped = 10
+    assert tally.lost(full) == 1
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["kept", "dropped", "read"]), st.integers(1, 5)), max_size=60
+    )
+)
+def test_the_sum_of_what_is_told_is_what_happened(steps: list[tuple[str, int]]) -> None:
+    """However events are dropped and whenever totals are read, no exit is told twice or not."""
+    tally = Tally()
+    happened = told = 0
+    in_ring = 0
+    for what, count in [*steps, ("read", 1)]:
+        if what == "read":
+            totals = Totals({BARE: happened})
+            # Some of the events may be read before, others after the totals.
+            early = in_ring // count
+            told += sum(tally.event(BARE) for _ in range(early))
+            told += sum(n for _, n in tally.total(totals))
+            told += sum(tally.event(BARE) for _ in range(in_ring - early))
+            in_ring = 0
+            assert told == happened
+        else:
+            happened += count
+            in_ring += count if what == "kept" else 0
+    assert told == happened

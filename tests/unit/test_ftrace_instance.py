@@ -1,0 +1,46 @@
+"""Whose traces in tracefs are whose, and which CPUs there are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kvmtrace.ftrace import instance
+
+
+def test_our_own_name_is_alive_and_fits_a_group() -> None:
+    name = instance.own_name()
+    assert name.startswith(f"kvmtrace_{os.getpid()}_")
+    assert name.isidentifier()
+    assert len(f"{name}_signals") < 64
+    assert not instance.is_dead(name)
+    assert not instance.is_dead(f"{name}_poison")
+
+
+def test_the_dead_are_known_by_pid_and_start() -> None:
+    _, pid, start, namespace = instance.own_name().split("_")
+    assert instance.is_dead(f"kvmtrace_{pid}_{int(start) + 1}_{namespace}_faults")
+    assert instance.is_dead(f"kvmtrace_{2**22 + 1}_{start}_{namespace}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mine", "kvmtrace", "kvmtrace_1", "kvmtrace_99999999_1_f_x_y", "xkvmtrace_99999999_1_f"],
+)
+def test_what_others_made_is_never_dead(name: str) -> None:
+    assert not instance.is_dead(name)
+
+
+def test_those_of_another_pid_namespace_cannot_be_seen_and_are_left() -> None:
+    _, _, start, namespace = instance.own_name().split("_")
+    assert not instance.is_dead(f"kvmtrace_4194305_{start}_{int(namespace, 16) + 1:x}")
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"), [("0", [0]), ("0-3", [0, 1, 2, 3]), ("0,2-3,8\n", [0, 2, 3, 8])]
+)
+def test_online_cpus(tmp_path: Path, text: str, cpus: list[int]) -> None:
+    (tmp_path / "online").write_text(text)
+    assert instance.online_cpus(str(tmp_path / "online")) == cpus

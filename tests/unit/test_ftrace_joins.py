@@ -1,0 +1,366 @@
+"""Records → events: joins that hold, and joins that must not."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from kvmtrace.events import Event, Exit, GmemPoison, Mce, Owned, Owner, Poison, Sigbus, VmGone
+from kvmtrace.ftrace.fields import KVM_PFN_ERR_HWPOISON
+from kvmtrace.ftrace.hist import ExitKey, Totals, Whose
+from kvmtrace.ftrace.joins import Joiner
+from kvmtrace.ftrace.people import People
+from kvmtrace.ftrace.records import Record
+from kvmtrace.vms import VmTable
+
+VM, VCPU, PID, TID = 0xFFFF800000000000, 0xFFFF900000000000, 4194300, 4194301
+HANDLER = 0xFFFFFFFFC0001000
+GFN = 0x108
+
+
+class World:
+    """A joiner, and records with a clock of their own."""
+
+    def __init__(self, watches_gmem: bool = True) -> None:
+        self.joiner = Joiner(People(VmTable("/nonexistent"), lambda tid: None))
+        self.joiner.faults.watches_gmem = watches_gmem
+        self._ts = itertools.count(1_000_000_000, 1000)
+        self.exits = 0
+
+    def record(self, probe: str, **fields: Any) -> Record:
+        base = {"common_pid": TID, "kvm": VM, "tgid": PID}
+        return Record(next(self._ts), probe, base | fields)
+
+    def gmem(self, ret: int, gfn: int = GFN, caller: int = HANDLER + 0x1D1, **other: Any) -> Record:
+        slot = {"base": 0x100, "npages": 64, "hva": 0x7F0000000000, "flags": 4}
+        slot |= {"as_id": 0, "pgoff": 0, "ino": 77}
+        return self.record("gmem", gfn=gfn, ret=ret, __probe_ret_ip=caller, **slot | other)
+
+    def faultin(self, ret: int, gfn: int = GFN, **other: Any) -> Record:
+        self.exits += 1
+        known = {"vcpu": VCPU, "vid": 0, "exits": self.exits, "gfn": gfn, "pfn": 0}
+        known |= {"write": 1, "exec": 0, "private": 0, "prefetch": 0, "__probe_func": HANDLER}
+        return self.record("faultin", ret=ret, **known | other)
+
+    def run(self, ret: int, reason: int = 39, gpa: int = GFN << 12, **other: Any) -> Record:
+        known = {"vcpu": VCPU, "vid": 0, "exits": self.exits, "reason": reason}
+        known |= {"gpa": gpa, "flags": 0, "size": 4096}
+        return self.record("run", ret=ret, **known | other)
+
+    def tell(self, *records: Record, **options: Any) -> list[Event]:
+        return self.joiner.batch(records, next(self._ts), **options)
+
+    def exits_of(self, *records: Record, **options: Any) -> list[Exit]:
+        return [e for e in self.tell(*records, **options) if isinstance(e, Exit)]
+
+
+def test_a_poisoned_page_is_touched() -> None:
+    world = World()
+    (told,) = world.exits_of(world.gmem(-133), world.faultin(-133), world.run(-133))
+    assert (told.errno, told.reason, told.annotated, told.count) == (133, 39, True, 1)
+    assert (told.gpa, told.gfn, told.size, told.flags, told.private) == (
+        0x108000,
+        0x108,
+        4096,
+        0,
+        False,
+    )
+    assert (told.gmem, told.access, told.tid) == (133, "w", TID)
+
+
+def test_conversion_never_asked_guest_memfd() -> None:
+    world = World()
+    (told,) = world.exits_of(world.faultin(-14), world.run(-14))
+    assert told.gmem == 0
+
+
+def test_nobody_watched_guest_memfd() -> None:
+    world = World(watches_gmem=False)
+    (told,) = world.exits_of(world.faultin(-14), world.run(-14))
+    assert told.gmem is None
+
+
+@pytest.mark.parametrize("reason", [0, 2, 17])
+def test_junk_of_another_union_member_never_shows(reason: int) -> None:
+    world = World()
+    (told,) = world.exits_of(world.faultin(-14), world.run(-14, reason, 0x200))
+    assert not told.annotated
+    assert (told.gpa, told.flags, told.size) == (None, None, None)
+    assert told.gfn == GFN  # the fault handler's own
+
+
+def test_a_stale_reason_39_is_not_annotated() -> None:
+    world = World()
+    (told,) = world.exits_of(world.run(-12))
+    assert (told.annotated, told.gpa, told.gfn, told.private) == (False, None, None, None)
+
+
+def test_a_fault_of_another_exit_is_not_joined() -> None:
+    world = World()
+    stale = world.faultin(-14, gfn=0x999)
+    world.exits += 1
+    (told,) = world.exits_of(stale, world.run(-14, reason=0))
+    assert (told.gfn, told.access, told.gmem) == (None, None, None)
+
+
+def test_a_prefault_lends_nothing() -> None:
+    world = World()
+    prefault = [world.gmem(-133), world.faultin(-133, prefetch=1)]
+    world.exits -= 1
+    (told,) = world.exits_of(*prefault, world.run(-14, reason=0))
+    assert (told.gfn, told.gmem) == (None, None)
+
+
+def test_a_failure_asked_for_by_another_function_is_not_this_fault() -> None:
+    world = World()
+    elsewhere = world.gmem(-14, caller=HANDLER + 0x90000)
+    (told,) = world.exits_of(elsewhere, world.faultin(-14), world.run(-14))
+    assert told.gmem == 0
+
+
+def test_without_a_token_nothing_is_joined() -> None:
+    world = World()
+    fault, run = world.faultin(-14), world.run(-14)
+    del fault.fields["exits"]
+    (told,) = world.exits_of(fault, run)
+    assert (told.access, told.gmem) == (None, None)
+
+
+def test_dropped_records_make_silence_prove_nothing() -> None:
+    world = World()
+    (told,) = world.exits_of(world.faultin(-14), world.run(-14), doubtful=True)
+    assert told.gmem is None
+
+
+def test_exits_of_one_kind_in_a_batch_are_told_twice_and_counted_all() -> None:
+    world = World()
+    records = []
+    for _ in range(50):
+        records += [world.gmem(-133), world.faultin(-133), world.run(-133)]
+    told = world.exits_of(*records)
+    assert [e.count for e in told] == [1, 49]
+    assert told[1].ts == records[-1].ts
+    assert told[0].gmem == told[1].gmem == 133
+
+
+def test_counts_tell_what_no_event_told_with_what_is_known_of_the_kind() -> None:
+    world = World()
+    first = world.exits_of(world.gmem(-133), world.faultin(-133), world.run(-133))
+    key = ExitKey(VCPU, -133, 39, GFN << 12, 0)
+    (rest,) = world.exits_of(totals=Totals({key: 1000}))
+    assert rest.count == 999
+    assert (rest.gmem, rest.access, rest.gfn, rest.vm) == (133, "w", GFN, first[0].vm)
+    assert world.exits_of(totals=Totals({key: 1000})) == []
+
+
+def test_counts_of_a_vcpu_never_seen() -> None:
+    world = World()
+    key = ExitKey(VCPU, -133, 39, GFN << 12, 8)
+    totals = Totals({key: 7}, {key: 4096}, {VCPU: {Whose(VM, 3, PID): 7}})
+    (told,) = world.exits_of(totals=totals)
+    assert (told.vcpu, told.count, told.gfn, told.size, told.private) == (3, 7, GFN, 4096, True)
+    assert (told.gmem, told.access) == (None, None)
+
+
+def test_a_storm_is_muted_and_heard_again_when_it_is_over() -> None:
+    world = World()
+    for _ in range(200):
+        world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
+    storms = world.joiner.faults.storms
+    assert storms.changed
+    conditions = storms.conditions()
+    assert conditions == {
+        "run": f" && !(vcpu == {VCPU:#x} && ret == -133 && gpa == 0x108000)",
+        "gmem": f" && !(kvm == {VM:#x} && gfn == 0x108)",
+        "faultin": f" && !(vcpu == {VCPU:#x} && ret == -133 && gfn == 0x108)",
+    }
+    # Another vCPU's fault on that page: its kvm_gmem_get_pfn is muted, so its silence says nothing.
+    (other,) = world.exits_of(world.faultin(-14, vcpu=VCPU + 64), world.run(-14, vcpu=VCPU + 64))
+    assert other.gmem is None
+    key = ExitKey(VCPU, -133, 39, GFN << 12, 0)
+    assert [e.count for e in world.exits_of(totals=Totals({key: 5000}))] == [4800]
+    for _ in range(3):
+        assert storms
+        world.tell(totals=Totals({key: 5000}))
+    assert not storms
+    assert storms.conditions() == {"run": "", "gmem": "", "faultin": ""}
+
+
+def test_the_last_exits_of_a_storm_are_told_before_the_vm_is_gone() -> None:
+    world = World()
+    for _ in range(200):
+        world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
+    key = ExitKey(VCPU, -133, 39, GFN << 12, 0)
+    other = ExitKey(VCPU + 64, -133, 39, GFN << 12, 0)
+    totals = Totals({key: 1000, other: 5})
+    told = world.tell(world.record("vm_gone"), read_totals=lambda: totals)
+    assert [type(e) for e in told] == [Exit, VmGone]
+    assert isinstance(told[0], Exit)
+    assert told[0].count == 800
+    assert not world.joiner.faults.storms
+
+
+def test_an_address_used_again_is_another_vm() -> None:
+    world = World()
+    (one,) = world.exits_of(world.run(-14, reason=0))
+    world.tell(world.record("vm_gone"))
+    (other,) = world.exits_of(world.run(-14, reason=0))
+    assert one.vm != other.vm
+
+
+# -- poison
+
+
+def slot(world: World, **other: Any) -> Record:
+    known = {"change": 0, "old_base": 0, "old_as_id": 0, "base": 0x100, "npages": 64}
+    known |= {"hva": 0x7F0000000000, "flags": 4, "as_id": 0, "pgoff": 16, "ino": 77}
+    return world.record("slot", **known | other)
+
+
+def error(world: World, index: int = 24, **other: Any) -> Record:
+    mapping = 0xFFFFA00000000100
+    known = {"mapping": mapping, "index": index, "ino": 77, "entry": mapping + 0x100000}
+    return world.record("gmem_error", **known | {"next": mapping + 64} | other)
+
+
+def test_the_owner_of_a_poisoned_page_is_known_by_its_slot() -> None:
+    world = World()
+    told = world.tell(world.record("vm_new", ret=0), slot(world), error(world))
+    found = told[-1]
+    assert isinstance(found, GmemPoison)
+    assert found.owners == (Owner(1, 0x108, 0x7F0000008000),)
+    assert found.complete
+
+
+@pytest.mark.parametrize(
+    ("change", "gone"), [(1, True), (2, True), (3, False)], ids=["deleted", "moved", "flags"]
+)
+def test_slots_change(change: int, gone: bool) -> None:
+    world = World()
+    old = {"old_base": 0x100}
+    new = {"base": 0x500} if change == 2 else {"npages": 0} if change == 1 else {}
+    told = world.tell(
+        world.record("vm_new", ret=0),
+        slot(world),
+        slot(world, change=change, **old | new),
+        error(world),
+    )
+    found = told[-1]
+    assert isinstance(found, GmemPoison)
+    gfns = [owner.gfn for owner in found.owners]
+    assert gfns == ([0x508] if change == 2 else [None] if gone else [0x108])
+    assert found.complete == (change != 1)
+
+
+def test_a_vm_that_was_there_before_owns_pages_somewhere() -> None:
+    world = World()
+    (_, found) = world.tell(error(world))
+    assert isinstance(found, GmemPoison)
+    assert found.owners == (Owner(1, None),)
+    assert not found.complete
+
+
+def test_an_empty_list_names_nobody() -> None:
+    world = World()
+    head = error(world)
+    head.fields["entry"] = head.fields["mapping"] + 64
+    (found,) = world.tell(head)
+    assert isinstance(found, GmemPoison)
+    assert (found.owners, found.complete) == ((), False)
+
+
+def test_the_fault_tells_the_owner_where_the_slot_was_not_known() -> None:
+    world = World()
+    world.tell(error(world, index=8))
+    world.tell(world.record("poison", pfn=0x1234, type=11, result=1))
+    told = world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
+    assert told[0] == Owned(told[0].ts, 0x1234, Owner(1, GFN, 0x7F0000008000), "fault")
+    again = world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
+    assert [type(e) for e in again] == [Exit]
+
+
+def test_poison_has_the_kernels_words_or_its_numbers() -> None:
+    world = World()
+    world.joiner.poisons._types, world.joiner.poisons._results = {11: "dirty page"}, {}
+    (told,) = world.tell(world.record("poison", pfn=0x1234, type=11, result=9))
+    assert isinstance(told, Poison)
+    assert (told.page_type, told.result, told.page_type_nr, told.result_nr) == (
+        "dirty page",
+        "9",
+        11,
+        9,
+    )
+
+
+def test_a_machine_check_without_a_valid_address() -> None:
+    world = World()
+    base = {"addr": 0x12345000, "bank": 4, "cpu": 1, "socketid": 0, "misc": 0x8C}
+    told = world.tell(
+        world.record("mce", status=1 << 58 | 1 << 63, **base),
+        world.record("mce", status=1 << 63, **base),
+    )
+    assert [(e.addr, e.pfn) for e in told if isinstance(e, Mce)] == [
+        (0x12345000, 0x12345),
+        (None, None),
+    ]
+
+
+# -- signals
+
+
+def sigbus(world: World, probe: str = "sigbus", **other: Any) -> Record:
+    known = {"code": 4, "addr": 0x7F0000008000, "lsb": 12, "tid": TID}
+    if probe == "sigbus_forced":
+        del known["tid"]
+    return world.record(probe, **known | other)
+
+
+def test_kvms_own_signal_has_the_vcpu_and_gfn() -> None:
+    world = World()
+    told = world.tell(sigbus(world), world.faultin(1, pfn=KVM_PFN_ERR_HWPOISON))
+    (signal,) = [e for e in told if isinstance(e, Sigbus)]
+    assert (signal.vm, signal.vcpu, signal.gfn) == (1, 0, GFN)
+    assert (signal.pid, signal.tid, signal.sender, signal.lsb) == (PID, TID, TID, 12)
+    assert signal.ts < told[-1].ts or told[-1] is signal
+
+
+def test_its_fault_may_come_in_the_next_batch() -> None:
+    world = World()
+    assert world.tell(sigbus(world)) == []
+    told = world.tell(world.faultin(1, pfn=KVM_PFN_ERR_HWPOISON))
+    assert [e.gfn for e in told if isinstance(e, Sigbus)] == [GFN]
+
+
+def test_a_signal_whose_fault_never_comes_is_told_all_the_same() -> None:
+    world = World()
+    world.tell(sigbus(world))
+    assert world.joiner.signals
+    (told,) = world.joiner.batch([], 2_000_000_000)
+    assert isinstance(told, Sigbus)
+    assert (told.vm, told.gfn) == (None, None)
+    world.tell(sigbus(world))
+    assert len(world.tell(last=True)) == 1
+
+
+def test_signals_of_memory_failure_do_not_wait() -> None:
+    world = World()
+    world.tell(world.record("vm_new", ret=0))
+    told = world.tell(
+        sigbus(world, "sigbus_forced"), sigbus(world, code=5, tid=TID + 9, common_pid=2)
+    )
+    assert [(e.vm, e.tid, e.code) for e in told if isinstance(e, Sigbus)] == [
+        (1, TID, 4),
+        (1, TID + 9, 5),
+    ]
+
+
+def test_arm64_tells_address_and_access_in_registers() -> None:
+    world = World()
+    fault = world.faultin(-14)
+    for name in ("gfn", "pfn", "write", "exec", "private", "prefetch"):
+        del fault.fields[name]
+    fault.fields.update(hpfar=0x108 << 4, esr=0x24 << 26 | 1 << 6)
+    (told,) = world.exits_of(fault, world.run(-14, reason=0))
+    assert (told.gfn, told.access, told.private) == (GFN, "w", None)
