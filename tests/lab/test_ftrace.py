@@ -1,0 +1,124 @@
+"""What only the ftrace source has to show: its traces in tracefs, and kvm's coming and going.
+
+The scenarios themselves run with both sources in test_sources.py.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.lab.drive import PATIENCE, Vmm, Watch, seen_by, told_by, watching
+from tests.lab.machine import Machine
+
+pytestmark = pytest.mark.lab
+
+TRACEFS = "/sys/kernel/tracing"
+KVM = ("irqbypass", "kvm", "kvm-amd")
+
+
+def traces(machine: Machine) -> tuple[set[str], set[str]]:
+    """(instances, groups of dynamic events) that there are."""
+    instances = machine.run(["ls", f"{TRACEFS}/instances"], check=True).stdout.split()
+    events = machine.run(["cat", f"{TRACEFS}/dynamic_events"], check=True).stdout.splitlines()
+    return set(instances), {line.split(":")[1].split("/")[0] for line in events}
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.2)
+
+
+def bare_efault(machine: Machine, watch: Watch) -> None:
+    """One unannotated EFAULT, told and seen."""
+    vmm = Vmm(machine, "probe")
+    vmm.step("create v backing=anon")
+    vmm.step("unmap v +5")
+    vmm.step("touch v +5")
+    report = vmm.end()
+    lines = watch.until(
+        lambda ls: [x for x in ls if x["kind"] == "exit" and x["vm"]["pid"] == vmm.pid],
+        "the exit",
+    )
+    assert seen_by(lines, vmm.pid) == told_by(report)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing(machine: Machine, number: signal.Signals) -> None:
+    before = traces(machine)
+    watch = Watch(machine, "ftrace")
+    assert traces(machine) != before
+    watch.job.signal(number)
+    watch.job.wait(PATIENCE)
+    assert "Traceback" not in watch.job.stderr
+    assert traces(machine) == before
+
+
+def test_the_next_start_removes_what_a_killed_one_left_and_only_that(machine: Machine) -> None:
+    before = traces(machine)
+    own = "f:mine/gone kvm_destroy_vm"
+    machine.run(f"mkdir {TRACEFS}/instances/mine && echo '{own}' >> {TRACEFS}/dynamic_events")
+    try:
+        killed = Watch(machine, "ftrace")
+        left_by_killed = traces(machine)
+        with watching(machine, "ftrace") as living:
+            both = traces(machine)
+            killed.job.signal(signal.SIGKILL)
+            killed.job.wait(PATIENCE)
+            assert traces(machine) == both
+            with watching(machine, "ftrace"):
+                now = traces(machine)
+                for left, still in zip(left_by_killed, now, strict=True):
+                    assert {name for name in left & still if "kvmtrace" in name} == set()
+                assert "mine" in now[0]
+                assert "mine" in now[1]
+            bare_efault(machine, living)
+    finally:
+        machine.run(f"rmdir {TRACEFS}/instances/mine; echo -:mine/gone >> {TRACEFS}/dynamic_events")
+    assert traces(machine) == before
+
+
+def test_two_at_once_see_the_same(machine: Machine) -> None:
+    with watching(machine, "ftrace") as one, watching(machine, "ftrace") as other:
+        bare_efault(machine, one)
+        wait_for(lambda: other.lines("exit"), "the exit at the other")
+        assert [x["ts"] // 10**6 for x in one.lines("exit")] == pytest.approx(
+            [x["ts"] // 10**6 for x in other.lines("exit")], abs=50
+        )
+
+
+def test_everybody_elses_error_log_is_left_alone(machine: Machine) -> None:
+    machine.run(f"echo 'f:mine/no no_such_function' >> {TRACEFS}/dynamic_events")
+    with watching(machine, "ftrace"):
+        pass
+    log = machine.run(["cat", f"{TRACEFS}/error_log"], check=True).stdout
+    assert log
+
+
+def test_kvm_is_loaded_later_and_loaded_again(boot: Callable[..., Machine]) -> None:
+    machine = boot(modules=("hwpoison-inject",))
+    assert machine.run("test -e /dev/kvm").status != 0
+    with watching(machine, "ftrace") as watch:
+        for _ in range(2):
+            machine.run("modprobe kvm-amd", check=True)
+            wait_for(
+                lambda: "run kvm_arch_vcpu_ioctl_run" in dynamic_events(machine),
+                "the probes on kvm",
+            )
+            time.sleep(3)  # defined first, enabled then
+            bare_efault(machine, watch)
+            # Our probes must not keep an admin from unloading kvm.
+            machine.run("rmmod kvm_amd && rmmod kvm", check=True, timeout=30)
+            wait_for(
+                lambda: "kvm_arch_vcpu_ioctl_run" not in dynamic_events(machine),
+                "the probes' end",
+            )
+
+
+def dynamic_events(machine: Machine) -> str:
+    return machine.run(["cat", f"{TRACEFS}/dynamic_events"], check=True).stdout
