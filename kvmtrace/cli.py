@@ -30,6 +30,7 @@ from kvmtrace.errors import KvmtraceError, UsageError
 from kvmtrace.events import VmSeen
 from kvmtrace.live import Session, host_of
 from kvmtrace.model import Snapshot
+from kvmtrace.observe import Observed
 from kvmtrace.sources.recording import RecordingSource, Writer
 from kvmtrace.views import doctor as doctor_view
 from kvmtrace.views import lines
@@ -238,7 +239,7 @@ def _with_source(command: Callable[P, R]) -> Callable[P, R]:
 @contextlib.contextmanager
 def _session(kind: str) -> Iterator[Session]:
     """A session on this host's kernel, detached on every way out."""
-    session = Session(sources.open_source(kind))
+    session = Session(Observed(sources.open_source(kind)))
     try:
         yield session
     finally:
@@ -448,7 +449,7 @@ def serve(listen: str | None, max_vms: int | None, source: str) -> None:
 @_with_source
 def record(file: str, force: bool, duration: float | None, source: str) -> None:
     """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
-    attached = sources.open_source(source)
+    attached = Observed(sources.open_source(source))
     try:
         number = 0
         deadline = time.monotonic() + duration if duration else None

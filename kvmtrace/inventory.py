@@ -1,0 +1,122 @@
+"""Poison from before kvmtrace started, and the kernel's own account of what it handled.
+
+Counts: /sys/devices/system/node/nodeN/memory_failure (Linux 6.3) and HardwareCorrupted of
+/proc/meminfo. Pages: KPF_HWPOISON in /proc/kpageflags, read only where the counts say that there
+is something to find: 8 bytes for every page, 2 GiB on a host of 1 TiB, so in slices.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvmtrace import kvm
+from kvmtrace.events import Event, Found, KernelCounts
+from kvmtrace.live import hardware_corrupted_bytes
+
+COUNTS_SECONDS = 5.0
+READ_PAGES = 1 << 15  # a few milliseconds
+MAX_FOUND = 4096
+
+# include/uapi/linux/kernel-page-flags.h: bit 19, in the third byte of a little-endian entry
+_KPF_HWPOISON_BYTE, _KPF_HWPOISON = 2, 1 << 3
+_MARK = bytes(1 if value & _KPF_HWPOISON else 0 for value in range(256))
+
+
+def failure_counts(sys: str = "/sys") -> tuple[tuple[str, int], ...]:
+    """memory_failure's counters, all nodes together, by the files' names; () before 6.3."""
+    sums: dict[str, int] = {}
+    for path in sorted(Path(sys, "devices/system/node").glob("node*/memory_failure/*")):
+        try:
+            sums[path.name] = sums.get(path.name, 0) + int(path.read_text())
+        except (OSError, ValueError):
+            continue  # the node went offline
+    return tuple(sorted(sums.items()))
+
+
+def ram_ranges(iomem: str = "/proc/iomem") -> list[tuple[int, int]]:
+    """Page frames [first, end) of System RAM; [] where the addresses are hidden."""
+    ranges = []
+    pattern = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) : System RAM", re.MULTILINE)
+    try:
+        text = Path(iomem).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    for match in pattern.finditer(text):
+        first, last = int(match[1], 16), int(match[2], 16)
+        if last > first:
+            ranges.append((first >> kvm.PAGE_SHIFT, (last + 1) >> kvm.PAGE_SHIFT))
+    return ranges
+
+
+def poisoned_in(flags: bytes) -> Iterator[int]:
+    """Indices of the poisoned pages in a piece of /proc/kpageflags."""
+    marks = flags[_KPF_HWPOISON_BYTE::8].translate(_MARK)
+    at = marks.find(1)
+    while at >= 0:
+        yield at
+        at = marks.find(1, at + 1)
+
+
+class Inventory:
+    """``look`` now and then: counts when they changed, pages until all memory was looked at."""
+
+    def __init__(self, proc: str = "/proc", sys: str = "/sys") -> None:
+        self._proc, self._sys = proc, sys
+        self._last: tuple[tuple[tuple[str, int], ...], int | None] | None = None
+        self._next_counts = 0.0
+        self._pages: Iterator[list[int]] = iter(())
+        self.complete = True
+        """All memory was looked at, or there was no reason to."""
+
+    def look(self, ts: int, deadline: float, seen: frozenset[int]) -> list[Event]:
+        """Events until ``deadline`` (monotonic seconds). ``seen``: pfns that events told of."""
+        events = self._counts(ts)
+        while not self.complete:
+            pfns = next(self._pages, None)
+            if pfns is None:
+                self.complete = True
+                break
+            events += [Found(ts, pfn) for pfn in pfns if pfn not in seen]
+            if time.monotonic() >= deadline:
+                break
+        return events
+
+    def _counts(self, ts: int) -> list[Event]:
+        if time.monotonic() < self._next_counts:
+            return []
+        self._next_counts = time.monotonic() + COUNTS_SECONDS
+        failures = failure_counts(self._sys)
+        corrupted = hardware_corrupted_bytes(f"{self._proc}/meminfo")
+        first, changed = self._last is None, (failures, corrupted) != self._last
+        if not changed:
+            return []
+        self._last = failures, corrupted
+        if first and (corrupted or dict(failures).get("total")):
+            self.complete = False
+            self._pages = self._poisoned_pages()
+        return [KernelCounts(ts, failures, corrupted, at_start=first)]
+
+    def _poisoned_pages(self) -> Iterator[list[int]]:
+        """The poisoned pfns of one read after the other."""
+        found = 0
+        try:
+            fd = os.open(f"{self._proc}/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            for first, end in ram_ranges(f"{self._proc}/iomem"):
+                for start in range(first, end, READ_PAGES):
+                    flags = os.pread(fd, 8 * min(READ_PAGES, end - start), 8 * start)
+                    pfns = [start + index for index in poisoned_in(flags)]
+                    found += len(pfns)
+                    yield pfns
+                    if found >= MAX_FOUND:
+                        return
+        except OSError:
+            return
+        finally:
+            os.close(fd)

@@ -1,0 +1,281 @@
+"""What the kernel does not say by itself, looked up while it can be: who owns a poisoned page.
+
+``Observed`` is a source around a source: it adds owners found in page tables just before the
+poison they belong to, the pfn of signals, pages that were poisoned before the start, and the
+kernel's own counts. What it adds are events like any others, so recordings hold them and replays
+do not look anything up.
+
+It never holds up its source for long: a poll spends at most ``FIRST_SECONDS`` on a new poison and
+``SLICE_SECONDS`` on what was begun; owners found later come as ``Owned`` after their poison.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from kvmtrace.events import (
+    Event,
+    Found,
+    GmemPoison,
+    Lost,
+    Owned,
+    Owner,
+    Poison,
+    Sigbus,
+    Unpoison,
+    VmGone,
+    VmSeen,
+)
+from kvmtrace.guestmem import HasMemory, Memory, gfns_at
+from kvmtrace.inventory import Inventory
+from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.owners import Place, Search, mapped, poisoned_pfn
+from kvmtrace.pagemap import PAGE
+from kvmtrace.sources import Source
+
+FIRST_SECONDS = 0.2
+SLICE_SECONDS = 0.05
+MAX_SEARCHES = 64
+MAX_PFNS = 16384
+MAX_HUGE = 4096
+
+
+class Observed:
+    """A source whose poisons come with their owners. ``inner``: the source that it reads."""
+
+    def __init__(
+        self,
+        inner: Source,
+        proc: str = "/proc",
+        inventory: Inventory | None = None,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.why = inner.why
+        self._inventory = inventory or Inventory(proc)
+        self._observer = Observer(inner.memory if isinstance(inner, HasMemory) else None, proc)
+        self._clock = clock
+
+    def poll(self, timeout: float) -> list[Event]:
+        if self._observer.busy:
+            timeout = min(timeout, SLICE_SECONDS)
+        events = self._observer.events(self.inner.poll(timeout), self._clock())
+        found = self._inventory.look(
+            self._clock(), time.monotonic() + SLICE_SECONDS, self._observer.pfns
+        )
+        return events + (self._observer.events(found, self._clock()) if found else [])
+
+    def probes(self) -> tuple[Probe, ...]:
+        return self.inner.probes()
+
+    def probe_runs(self) -> Mapping[str, ProbeRuns]:
+        return self.inner.probe_runs()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class Observer:
+    """Adds to batches of events what page tables tell. ``memory``: what the source can look up."""
+
+    def __init__(self, memory: Memory | None = None, proc: str = "/proc") -> None:
+        self._memory = memory
+        self._proc = proc
+        self._pid_of: dict[int, int] = {}  # by VM
+        self._searches: list[Search] = []
+        self._seen: OrderedDict[int, None] = OrderedDict()  # poisoned pfns
+        self._owned: OrderedDict[tuple[int, Owner], None] = OrderedDict()
+        self._huge: OrderedDict[tuple[int, int], tuple[int, int | None]] = OrderedDict()
+
+    @property
+    def busy(self) -> bool:
+        """A search is going on."""
+        return bool(self._searches)
+
+    @property
+    def pfns(self) -> frozenset[int]:
+        """Pages that are known to be poisoned."""
+        return frozenset(self._seen)
+
+    def events(self, events: list[Event], now: int) -> list[Event]:
+        """``events`` with what was found about them, in order. ``now``: ns since the epoch."""
+        out = self._slice(now)
+        wanted = self._unowned(events)
+        found: dict[int | None, list[Event]] = {}
+        if wanted:
+            self._follow(events)
+            for one in self._begin(wanted, now):
+                found.setdefault(one.pfn if isinstance(one, Owned) else None, []).append(one)
+        for event in events:
+            self._follow([event])
+            match event:
+                case Poison():
+                    out += found.pop(None, [])
+                    out += [replace(owned, ts=event.ts) for owned in found.pop(event.pfn, [])]
+                    out.append(event)
+                case Found():
+                    out += [*found.pop(None, []), event, *found.pop(event.pfn, [])]
+                case Sigbus() if event.pfn is None:
+                    out.append(replace(event, pfn=self._pfn_at(event)))
+                case _:
+                    out.append(event)
+        return out + [event for rest in found.values() for event in rest]
+
+    def _follow(self, events: Iterable[Event]) -> None:
+        for event in events:
+            match event:
+                case VmSeen():
+                    self._pid_of[event.vm] = event.pid
+                case VmGone():
+                    pid = self._pid_of.pop(event.vm, None)
+                    if pid not in self._pid_of.values():
+                        for key in [key for key in self._huge if key[0] == pid]:
+                            del self._huge[key]
+                case Unpoison():
+                    self._seen.pop(event.pfn, None)
+
+    def _unowned(self, events: list[Event]) -> dict[int, bool]:
+        """{pfn: it may be a hugetlb page} of poisons that guest_memfd does not own up to."""
+        told: dict[int, GmemPoison] = {}
+        wanted = {}
+        for event in events:
+            match event:
+                case GmemPoison():
+                    told[event.tid] = event
+                case Poison():
+                    gmem = told.pop(event.tid, None) if event.tid is not None else None
+                    self._seen[event.pfn] = None
+                    if gmem is None or not (gmem.owners and gmem.complete):
+                        wanted[event.pfn] = "huge" in event.page_type
+                case Found():
+                    self._seen[event.pfn] = None
+                    wanted[event.pfn] = True
+        while len(self._seen) > MAX_PFNS:
+            self._seen.popitem(last=False)
+        return wanted
+
+    # -- searching
+
+    def _begin(self, wanted: dict[int, bool], now: int) -> list[Event]:
+        """Owners that are found at once; the rest of the search goes on in later slices."""
+        events: list[Event] = []
+        search = Search(wanted, sorted(set(self._pid_of.values())), self._proc)
+        places = search.step(time.monotonic() + FIRST_SECONDS)
+        if not search.done:
+            if len(self._searches) < MAX_SEARCHES:
+                self._searches.append(search)
+            else:
+                events.append(Lost(now, "owner_searches", 1))
+        events += self._owners(places, frozenset(p for p, huge in wanted.items() if huge), now)
+        owned = {event.pfn for event in events if isinstance(event, Owned)}
+        for pfn in wanted:
+            if pfn not in owned:
+                events += self._by_page(pfn, now)
+        return events
+
+    def _slice(self, now: int) -> list[Event]:
+        if not self._searches:
+            return []
+        search = self._searches[0]
+        places = search.step(time.monotonic() + SLICE_SECONDS)
+        if search.done:
+            del self._searches[0]
+        return self._owners(places, search.pfns, now)
+
+    def _by_page(self, pfn: int, now: int) -> list[Event]:
+        """Ask the page itself: guest_memfd, or a file that nobody has this page mapped of."""
+        answer = self._memory.page(pfn) if self._memory else None
+        if answer is None:
+            return []
+        page, events = answer
+        if page.owners is not None:
+            return events + [Owned(now, pfn, owner, "guest_memfd") for owner in page.owners]
+        if page.inode is None or page.device is None or page.index is None:
+            return events
+        pids = sorted(set(self._pid_of.values()))
+        file = (page.device, page.inode, page.index)
+        return events + self._owners(list(mapped(file, pfn, pids, self._proc)), frozenset(), now)
+
+    def _owners(self, places: list[Place], huge: frozenset[int], now: int) -> list[Event]:
+        events: list[Event] = []
+        for place in self._named(places, huge):
+            for vm in [vm for vm, pid in self._pid_of.items() if pid == place.pid]:
+                for owner in self._owners_at(vm, place):
+                    key = (place.pfn or 0, owner)
+                    if key not in self._owned:
+                        self._owned[key] = None
+                        events.append(Owned(now, key[0], owner, place.via, place.size))
+        while len(self._owned) > MAX_PFNS:
+            self._owned.popitem(last=False)
+        return events
+
+    def _owners_at(self, vm: int, place: Place) -> list[Owner]:
+        slots = self._memory.slots(vm) if self._memory else None
+        gfns = gfns_at(slots, place.hva) if slots else []
+        if gfns:
+            return [Owner(vm, gfn, place.hva) for gfn in gfns]
+        # Without slots, whose memory it is can only be said where the process runs one VM.
+        alone = sum(pid == place.pid for pid in self._pid_of.values()) == 1
+        return [Owner(vm, None, place.hva)] if alone else []
+
+    # -- huge pages, of which pagemap does not tell the pfn
+
+    def _named(self, places: list[Place], huge: frozenset[int]) -> list[Place]:
+        """The places with their pfn; without those of huge pages that remain unknown.
+
+        The page table itself tells, where the source can read it. Where not: if one lost huge page
+        is new and one poisoned page is a huge one without a place, they belong together.
+        """
+        named = [place for place in places if place.pfn is not None]
+        vague: list[Place] = []
+        for place in places:
+            if place.pfn is not None:
+                continue
+            head = self._huge_entry(place)
+            if head is None:
+                if (place.pid, place.hva) not in self._huge:
+                    vague.append(place)
+                continue
+            pages = range(head, head + place.size // PAGE)
+            pfn = next((pfn for pfn in self._seen if pfn in pages), None)
+            if pfn is not None:
+                named.append(self._settled(place, pfn))
+        placed = {place.pfn for place in named} | {pfn for _, pfn in self._huge.values()}
+        candidates = [pfn for pfn in huge if pfn not in placed]
+        # One page, though several processes may share it.
+        regions = {place.file or (place.pid, place.hva, -1) for place in vague}
+        if len(candidates) == 1 and len(regions) == 1:
+            named += [self._settled(place, candidates[0]) for place in vague]
+        else:
+            for place in vague:
+                self._note_huge(place, None)
+        return named
+
+    def _settled(self, place: Place, pfn: int) -> Place:
+        self._note_huge(place, pfn)
+        offset = pfn % (place.size // PAGE) * PAGE
+        return replace(place, hva=place.hva + offset, pfn=pfn)
+
+    def _note_huge(self, place: Place, pfn: int | None) -> None:
+        self._huge[place.pid, place.hva] = (place.size, pfn)
+        while len(self._huge) > MAX_HUGE:
+            self._huge.popitem(last=False)
+
+    def _huge_entry(self, place: Place) -> int | None:
+        if self._memory is None:
+            return None
+        vms = [vm for vm, pid in self._pid_of.items() if pid == place.pid]
+        return self._memory.huge_entry(vms[0], place.hva) if vms else None
+
+    def _pfn_at(self, signal: Sigbus) -> int | None:
+        pfn = poisoned_pfn(signal.pid, signal.hva, self._proc)
+        if pfn is not None:
+            return pfn
+        for (pid, start), (size, huge) in self._huge.items():
+            if pid == signal.pid and start <= signal.hva < start + size:
+                return huge
+        return None

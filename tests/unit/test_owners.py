@@ -1,0 +1,177 @@
+"""Page tables as real kernels showed them (7.3.4), and what is concluded from them."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from kvmtrace import inventory, kvm
+from kvmtrace.events import Event, Found, GmemPoison, Owned, Owner, Poison, Sigbus, VmSeen
+from kvmtrace.guestmem import Slot, gfns_at
+from kvmtrace.observe import Observer
+from kvmtrace.owners import Place, find, poisoned_pfn
+from kvmtrace.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
+
+# /proc/PID/pagemap after memory_failure on Linux 7.3.4, x86-64
+ANON = 0x4080000002099558  # pfn 0x104caa
+MEMFD = 0x60800000020E0138  # pfn 0x107009, mapped shared
+THP = 0x40800000020E0078  # pfn 0x107003, one of 512
+NEVER_TOUCHED = 0x80000000000000
+HUGETLB_LOST = 0x80000000000000  # the same as never touched
+PRESENT = 0x8180000000105C00
+HVA = 0x7F54D37D5000
+
+
+@pytest.mark.parametrize(
+    ("entry", "pfn"),
+    [
+        (ANON, 0x104CAA),
+        (MEMFD, 0x107009),
+        (THP, 0x107003),
+        (0x4080000002041DD8, 0x1020EE),
+        (NEVER_TOUCHED, None),
+        (PRESENT, None),
+        (1 << 62 | 0x1234 << 5 | 3, None),  # swapped out to the fourth swap device
+    ],
+)
+def test_a_poisoned_entry_tells_its_pfn(entry: int, pfn: int | None) -> None:
+    assert poisoned(entry) == pfn
+
+
+def test_a_mapped_page_is_referred_to_but_not_poisoned() -> None:
+    assert referenced_pfn(PRESENT) == 0x105C00
+    assert referenced_pfn(NEVER_TOUCHED) is None
+
+
+MAPS = """\
+7f54d37cd000-7f54d380d000 rw-p 00000000 00:00 0 
+7fc46da00000-7fc46de00000 rw-p 00000000 00:10 4242                       /anon_hugepage (deleted)
+7f6401e0c000-7f6401e4c000 rw-s 00002000 00:01 1029                       /memfd:guest (deleted)
+7ffc0b5f9000-7ffc0b5fd000 r--p 00000000 00:00 0                          [vvar]
+7ffc0b5fd000-7ffc0b5ff000 r-xp 00000000 00:00 0                          [vdso]
+"""  # noqa: W291 (as the kernel prints it)
+
+
+def test_maps() -> None:
+    anon, huge, memfd = parse_maps(MAPS)
+    assert (anon.start, anon.end, anon.shared, anon.inode) == (0x7F54D37CD000, 0x7F54D380D000, 0, 0)
+    assert (huge.device, huge.inode, huge.shared) == (os.makedev(0, 0x10), 4242, False)
+    assert (memfd.shared, memfd.offset) == (True, 0x2000)
+    assert memfd.file_offset(0x7F6401E0F000) == 0x5000
+
+
+def proc_with(tmp_path: Path, pid: int, entries: dict[int, int], maps: str) -> None:
+    """A /proc with one process; ENOTTY for PAGEMAP_SCAN, as on kernels before 6.7."""
+    directory = tmp_path / str(pid)
+    directory.mkdir()
+    (directory / "maps").write_text(maps)
+    with (directory / "pagemap").open("wb") as file:
+        for hva, entry in entries.items():
+            file.seek(hva // PAGE * 8)
+            file.write(struct.pack("=Q", entry))
+
+
+LOW_MAPS = "00010000-00020000 rw-p 00000000 00:00 0 \n"
+SHARED_MAPS = "00040000-00060000 rw-s 00002000 00:01 1029 /memfd:guest (deleted)\n"
+
+
+def test_a_page_table_is_read_where_it_cannot_be_scanned(tmp_path: Path) -> None:
+    proc_with(tmp_path, 7, {0x10000: PRESENT, 0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
+    proc = str(tmp_path)
+    assert poisoned_pfn(7, 0x13000, proc) == 0x104CAA
+    assert poisoned_pfn(7, 0x10000, proc) is None
+    assert poisoned_pfn(8, 0x13000, proc) is None  # no such process
+    assert find([0x104CAA, 0x999], [7, 8], proc) == [Place(7, 0x13000, 0x104CAA, PAGE)]
+    assert find([0x105C00], [7], proc) == [Place(7, 0x10000, 0x105C00, PAGE)]  # still mapped
+
+
+def test_who_maps_the_same_file_owns_the_page_too(tmp_path: Path) -> None:
+    proc_with(tmp_path, 7, {0x43000: MEMFD, 0x5F000: 0}, SHARED_MAPS)
+    other = "00100000-00120000 rw-s 00004000 00:01 1029 /memfd:guest (deleted)\n"
+    proc_with(tmp_path, 8, {0x11F000: 0}, other)
+    proc_with(tmp_path, 9, {0x101000: PRESENT, 0x11F000: 0}, other)  # put another page in its place
+    file = (os.makedev(0, 1), 1029, 5)
+    assert find([0x107009], [7, 8, 9], str(tmp_path)) == [
+        Place(7, 0x43000, 0x107009, PAGE, "pagemap", file),
+        Place(8, 0x101000, 0x107009, PAGE, "mapping", file),
+    ]
+
+
+def test_gfns() -> None:
+    slots = [Slot(1, 0x100, 0x40, HVA - 3 * PAGE), Slot(2, 0x800, 1, HVA), Slot(3, 0, 8, 0)]
+    assert gfns_at(slots, HVA) == [0x103, 0x800]
+    assert gfns_at(slots, HVA - 4 * PAGE) == []
+
+
+def test_kpageflags() -> None:
+    flags = struct.pack("=5Q", 0x40008501C, 0x8401C, 0, 0x80000, 0x60000)
+    assert list(inventory.poisoned_in(flags)) == [0, 1, 3]
+
+
+def test_failure_counts_are_summed_over_nodes(tmp_path: Path) -> None:
+    for node, total in ((0, 8), (1, 2)):
+        directory = tmp_path / f"devices/system/node/node{node}/memory_failure"
+        directory.mkdir(parents=True)
+        (directory / "total").write_text(f"{total}\n")
+        (directory / "recovered").write_text("1\n")
+    assert inventory.failure_counts(str(tmp_path)) == (("recovered", 2), ("total", 10))
+
+
+def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("HardwareCorrupted:     0 kB\n")
+    first = inventory.Inventory(str(tmp_path), str(tmp_path / "sys"))
+    (count,) = first.look(1, 0, frozenset())
+    assert getattr(count, "at_start", None) is True
+    assert first.complete
+    (tmp_path / "meminfo").write_text("HardwareCorrupted:    16 kB\n")
+    (tmp_path / "iomem").write_text(
+        "00001000-00008fff : System RAM\n00009000-0000ffff : Reserved\n"
+    )
+    pages = [0] * 16
+    pages[3], pages[4], pages[12] = 0x80000, 0x40008501C, 0x80000
+    (tmp_path / "kpageflags").write_bytes(struct.pack("=16Q", *pages))
+    second = inventory.Inventory(str(tmp_path), str(tmp_path / "sys"))
+    events = second.look(1, float("inf"), frozenset({4}))
+    assert events[1:] == ([Found(1, 3)] if kvm.PAGE_SHIFT == 12 else events[1:])
+    assert second.complete
+
+
+def story(tmp_path: Path, events: list[Event]) -> list[Event]:
+    return Observer(None, str(tmp_path)).events(events, 99)
+
+
+def test_owners_come_before_their_poison(tmp_path: Path) -> None:
+    proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
+    seen = VmSeen(1, 5, 7)
+    poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered", tid=70)
+    owned = Owned(3, 0x104CAA, Owner(5, None, 0x13000), "pagemap", PAGE)
+    assert story(tmp_path, [seen, poison]) == [seen, owned, poison]
+
+
+def test_what_guest_memfd_owns_is_not_looked_for(tmp_path: Path) -> None:
+    proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
+    events: list[Event] = [
+        VmSeen(1, 5, 7),
+        GmemPoison(2, 70, 383, 3, (Owner(5, 3),)),
+        Poison(3, 0x104CAA, "dirty LRU page", "Failed", tid=70),
+    ]
+    assert story(tmp_path, events) == events
+
+
+def test_without_slots_two_vms_of_one_process_are_not_told_apart(tmp_path: Path) -> None:
+    proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
+    events: list[Event] = [
+        VmSeen(1, 5, 7),
+        VmSeen(1, 6, 7),
+        Poison(3, 0x104CAA, "dirty LRU page", "Recovered"),
+    ]
+    assert story(tmp_path, events) == events
+
+
+def test_a_signal_gets_the_pfn_of_its_address(tmp_path: Path) -> None:
+    proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
+    told = story(tmp_path, [Sigbus(1, 7, 70, 4, 0x13000), Sigbus(1, 7, 70, 4, 0x11000)])
+    assert [getattr(event, "pfn", 0) for event in told] == [0x104CAA, None]
