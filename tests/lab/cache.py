@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.lab.progress import say
+
 
 def directory() -> Path:
     """Where everything the lab keeps lives: KVMTRACE_LAB_CACHE, or below the user's cache."""
@@ -42,7 +44,11 @@ def lock(name: str) -> Iterator[None]:
     locks = directory() / "locks"
     locks.mkdir(exist_ok=True)
     with (locks / name).open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process to finish {name}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 

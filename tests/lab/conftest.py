@@ -39,9 +39,12 @@ def _prepared(config: pytest.Config, kernel: str) -> None:
             with capture.global_and_fixture_disabled():
                 prepare(kernel)
     except LabError as error:
-        if SWITCH == "1":
-            pytest.fail(f"the lab cannot start: {error}", pytrace=False)
-        pytest.skip(f"the lab cannot start: {error}")
+        reason = f"the lab cannot start: {error}"
+    else:
+        return
+    if SWITCH == "1":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
 
 
 @pytest.fixture

@@ -10,16 +10,8 @@ worked in around it. What is left of the plumbing is qemu.py and initramfs.py.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
-import os
 import re
-import shutil
-import socket
-import subprocess
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,17 +22,15 @@ from typing import Any, Self
 from tests.lab import initramfs, kernel, layer, qemu, root, terminal
 from tests.lab.channel import Channel, Job
 from tests.lab.config import Row, row
+from tests.lab.emulator import Emulator, work_directory
 from tests.lab.errors import CommandFailed, LabError, LabPanic, LabTimeout
 from tests.lab.progress import say
 
 __all__ = ["DEFAULT", "MOUNTS", "Job", "Machine", "Prepared", "Result", "prepare"]
 
 DEFAULT = "trixie-newest"
-BOOT_SECONDS = 90.0
+BOOT_SECONDS = 180.0
 LIFE_SECONDS = 3600.0
-DYING = re.compile(
-    r"Kernel panic - not syncing|^.{0,40}\bOops: |BUG: unable to handle", re.MULTILINE
-)
 STATIC_KEY_OOPS = re.compile(r"\bint3: 0000 \[#\d+\]")
 MOUNTS = {
     "debugfs": "/sys/kernel/debug",
@@ -49,7 +39,6 @@ MOUNTS = {
     "bpf": "/sys/fs/bpf",
     "securityfs": "/sys/kernel/security",
 }
-WORK = "kvmtrace-lab-"
 INJECTORS = ("hwpoison-inject", "mce-inject")
 
 
@@ -81,27 +70,18 @@ def prepare(name: str) -> Prepared:
     return Prepared(wanted, found, kernel.fetch(wanted), root.fetch(wanted))
 
 
-def _sweep() -> None:
-    """Remove what killed processes left of their machines; QEMU itself ends with its process."""
-    for left in Path(tempfile.gettempdir()).glob(f"{WORK}[0-9]*-*"):
-        owner = left.name.removeprefix(WORK).partition("-")[0]
-        if owner.isdigit() and not Path("/proc", owner).exists():
-            shutil.rmtree(left, ignore_errors=True)
-
-
 class Machine:
     """A running machine; use `Machine.boot` in a `with` statement."""
 
     def __init__(self, prepared: Prepared, memory: str, cmdline: str, life: float) -> None:
         self.row = prepared.row
         self.release = prepared.kernel.release
-        _sweep()
-        self.work = Path(tempfile.mkdtemp(prefix=f"{WORK}{os.getpid()}-"))
-        self._share = self.work / "share"
+        self.work = work = work_directory()
+        self._share = work / "share"
         self._share.mkdir()
         self._shares = prepared.kernel.has("9p")
         self.boot_seconds = 0.0
-        initrd = self.work / "initramfs.cpio"
+        initrd = work / "initramfs.cpio"
         initramfs.write(prepared.row, prepared.kernel, initrd)
         parts = qemu.Parts(
             image=prepared.kernel.image,
@@ -110,23 +90,12 @@ class Machine:
             modules=prepared.kernel.modules_image,
             layer=layer.fetch(prepared.row.arch),
             share=self._share,
-            work=self.work,
+            work=work,
         )
         command = qemu.arguments(prepared.qemu, prepared.row, parts, memory, cmdline)
-        (self.work / "console.log").touch()
-        self._errors = (self.work / "qemu.log").open("w+")
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=self._errors,
-            stderr=self._errors,
-            start_new_session=True,
-        )
-        self._outlived = ""
-        self._scanned = 0
-        self._life: threading.Timer | None = None
-        self.limit(life)
-        self.channel = Channel(self._connect(self.work / "agent.sock"), self._check)
+        self.emulator = Emulator(prepared.row.name, work, command, life)
+        agent = self.emulator.connect(work / "agent.sock")
+        self.channel = Channel(agent, self.emulator.check)
 
     @classmethod
     def boot(
@@ -162,42 +131,6 @@ class Machine:
                 return machine
         raise AssertionError("unreachable")
 
-    def _connect(self, path: Path) -> socket.socket:
-        """A connection to a socket that QEMU makes when it starts."""
-        connection = socket.socket(socket.AF_UNIX)
-        deadline = time.monotonic() + 15
-        while True:
-            try:
-                connection.connect(str(path))
-            except OSError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    connection.close()
-                    said = self._qemu_said()
-                    self.close()
-                    raise LabError(f"QEMU does not start: {said}") from None
-                time.sleep(0.02)
-            else:
-                return connection
-
-    def limit(self, seconds: float) -> None:
-        """End the machine in `seconds` from now, whatever it does then."""
-
-        def end() -> None:
-            self._outlived = f"its {seconds:g} s are over"
-            self.process.kill()
-
-        if self._life is not None:
-            self._life.cancel()
-        self._life = threading.Timer(seconds, end)
-        self._life.daemon = True
-        self._life.start()
-
-    def _qemu_said(self) -> str:
-        with contextlib.suppress(OSError):
-            lines = (self.work / "qemu.log").read_text().splitlines()
-            return " ".join(line for line in lines if "warning:" not in line)[-500:]
-        return ""
-
     def _set_up(self, modules: Sequence[str] | None, mounts: Sequence[str]) -> None:
         start = time.monotonic()
         self.channel.wait(lambda: bool(self.channel.ready), BOOT_SECONDS, "agent in the machine")
@@ -221,37 +154,21 @@ class Machine:
     @property
     def console(self) -> str:
         """What the kernel and the firmware have said on the console so far."""
-        with contextlib.suppress(OSError):
-            return (self.work / "console.log").read_text(errors="replace")
-        return ""
+        return self.emulator.console
 
-    def _check(self) -> None:
-        """Raise if the kernel has died or QEMU is gone."""
-        status = self.process.poll()
-        written = (self.work / "console.log").stat().st_size
-        if status is None and written == self._scanned:
-            return
-        said = self.console
-        dying = DYING.search(said)
-        self._scanned = written
-        if dying is None and status is None:
-            return
-        if dying is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(10)  # the kernel reboots after a panic, and QEMU ends then
-            said = self.console
-            line = said[said.rfind("\n", 0, dying.start()) + 1 :].partition("\n")[0].strip()
-            raise LabPanic(f"the kernel of {self.row.name} died: {line}", said[-6000:])
-        raise LabError(
-            f"the machine {self.row.name} ended (QEMU's status {status}): "
-            f"{self._outlived or self._qemu_said() or said.strip()[-300:]}"
-        )
+    def limit(self, seconds: float) -> None:
+        """End the machine in `seconds` from now, whatever it does then."""
+        self.emulator.limit(seconds)
+
+    def qmp(self, command: str, **arguments: object) -> dict[str, Any]:
+        """One QMP command to QEMU itself; its answer."""
+        return self.emulator.qmp(command, **arguments)
 
     @property
     def alive(self) -> bool:
         """Whether programs can still be run in it."""
         try:
-            self._check()
+            self.emulator.check()
         except LabError:
             return False
         return not self.channel.closed
@@ -299,36 +216,10 @@ class Machine:
             raise CommandFailed(f"`{job.command}` ended with status {result.status}: {said}")
         return result
 
-    def qmp(self, command: str, **arguments: object) -> dict[str, Any]:
-        """One QMP command to QEMU itself; its answer."""
-        with self._connect(self.work / "qmp.sock") as connection:
-            connection.settimeout(30)
-            with connection.makefile("rw") as lines:
-                lines.readline()
-                for request in (
-                    {"execute": "qmp_capabilities"},
-                    {"execute": command, "arguments": arguments},
-                ):
-                    lines.write(json.dumps(request) + "\n")
-                    lines.flush()
-                    answer: dict[str, Any] = {"event": ""}
-                    while "event" in answer:
-                        answer = json.loads(lines.readline())
-        if "error" in answer:
-            raise LabError(f"QMP {command}: {answer['error'].get('desc')}")
-        return answer
-
     def close(self) -> None:
         """End the machine. What it left in `share` goes with it."""
-        if self._life is not None:
-            self._life.cancel()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        if hasattr(self, "channel"):
-            self.channel.close()
-        self._errors.close()
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.emulator.close()
+        self.channel.close()
 
     def __enter__(self) -> Self:
         return self

@@ -119,6 +119,7 @@ class Suite:
                         self._fetch_lists(source)
                 except LabError as error:
                     if known != source:
+                        stamp.unlink(missing_ok=True)  # the lists are of another mirror
                         raise
                     say(f"{error}; going on with the list of {self.name} fetched earlier")
                 else:

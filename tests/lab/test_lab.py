@@ -97,6 +97,12 @@ def test_modules_and_mounts_are_a_choice(boot: Boot) -> None:
     machine.run("modprobe kvm-amd && test -c /dev/kvm", check=True)
 
 
+def test_qemu_itself_can_be_asked(machine: Machine) -> None:
+    assert machine.qmp("query-status")["return"]["running"] is True
+    with pytest.raises(LabError, match="QMP no-such-command"):
+        machine.qmp("no-such-command")
+
+
 def test_a_panic_is_reported_as_one(boot: Boot) -> None:
     machine = boot()
     with pytest.raises(LabPanic, match="sysrq triggered crash"):
