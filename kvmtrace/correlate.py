@@ -7,91 +7,68 @@ The joins, and why each is exact:
   thread;
 - poison with the SIGBUS that memory_failure itself sends: likewise, by the sending thread;
 - poison with HVA-backed memory: the VMM's page table names the pfn (``Owned``, ``Sigbus.pfn``);
-- poison with exits: by the owner's VM and gfn.
+- poison with exits and refusals: by the owner's VM and gfn;
+- poison with later signals: by pfn, VM and gfn, or an address within the loss of a VM that owns it;
+- poison with hardware errors: by address, as exactly as the report is (``provenance``).
+
+How each was made is kept in the incident's timeline.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kvmtrace import kvm
+from kvmtrace.account import Account
 from kvmtrace.events import (
     Event,
     Exit,
+    Found,
     GmemPoison,
+    HwError,
+    KernelCounts,
     Lost,
+    Mce,
     Owned,
     Owner,
     Poison,
+    Refused,
     Sigbus,
+    SoftOffline,
+    Unpoison,
+    VcpuState,
     VmGone,
     VmSeen,
 )
-from kvmtrace.model import LATENCY_BUCKETS, Incident, Latency, Snapshot, Vm
-
-# A vCPU told this often of one gfn has been re-entered on it without anything being mended: one
-# telling per vCPU is the rule, a signal that raced with the exit or a retry makes it two or three.
-LOOPING_AFTER = 4
+from kvmtrace.incidents import PAGE, State
+from kvmtrace.limits import Limits
+from kvmtrace.model import Incident, Snapshot
+from kvmtrace.model import SoftOffline as SoftOfflined
+from kvmtrace.population import Population
+from kvmtrace.provenance import Provenance
+from kvmtrace.register import Register
 
 # How long a half of a same-thread join may wait for its other half, which follows within one call
 # of memory_failure: longer means that the other half was lost.
 JOIN_NS = 5_000_000_000
 
-MAX_INCIDENTS = 1024
-MAX_GONE_VMS = 256
-MAX_PENDING = 1024
-MAX_PENDING_EACH = 64  # per thread or page
-MAX_KINDS = 256
+_FOUND = {
+    "running": "runs",
+    "waiting": "waits in KVM_RUN",
+    "outside": "sleeps outside KVM_RUN",
+    "gone": "has ended",
+}
 
-_Place = tuple[int, int | None]  # VM key, gfn
 _T = TypeVar("_T")
-
-
-@dataclass(slots=True)
-class _Vm:
-    seen: VmSeen
-    exits: dict[tuple[str, str | None], int] = field(default_factory=dict)
-    sigbus: dict[str, int] = field(default_factory=dict)
-    last_ts: int | None = None
-    gone: bool = False
-
-
-@dataclass(slots=True)
-class _Incident:
-    id: str
-    pfn: int | None = None
-    page_type: str | None = None
-    result: str | None = None
-    poisoned_ts: int | None = None
-    owners: dict[_Place, Owner] = field(default_factory=dict)
-    exits: int = 0
-    sigbus: int = 0
-    sigbus_at_poison: int = 0
-    first_delivery_ts: int | None = None
-    last_delivery_ts: int | None = None
-    told: dict[tuple[int, int | None], int] = field(default_factory=dict)  # (VM, vCPU): times
-    looping: bool = False
-    closed: bool = False
-
-    @property
-    def state(self) -> str:
-        if self.closed:
-            return "closed"
-        if self.looping:
-            return "looping"
-        if self.first_delivery_ts is not None:
-            return "delivered"
-        return "latent" if self.owners else "unowned"
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
     """An event with what the correlator made of it: this is what the line views show.
 
-    ``vm``: identity at the time; ``owners`` only for a Poison; ``pfn`` is the incident's.
+    ``vm``: identity at the time; ``owners`` only for a Poison.
     """
 
     event: Event
@@ -121,346 +98,417 @@ def cause_of(exit_: Exit) -> str | None:
 class Correlator:
     """Feed it events in the order the source gave them; take ``snapshot()`` at any time.
 
-    Memory is bounded by the constants above and the number of live VMs; what has to be forgotten
-    is counted in ``lost`` ("incidents", "vms").
+    Memory is bounded by ``limits`` and the number of live VMs; what has to be forgotten is counted
+    in ``lost`` ("incidents", "vms", "owners", …).
     """
 
-    def __init__(self) -> None:
-        self._vms: OrderedDict[int, _Vm] = OrderedDict()
-        self._gone: OrderedDict[int, None] = OrderedDict()
-        self._incidents: OrderedDict[str, _Incident] = OrderedDict()
-        self._by_pfn: dict[int, _Incident] = {}
-        self._by_place: dict[_Place, _Incident] = {}
+    def __init__(self, limits: Limits = Limits()) -> None:  # noqa: B008 (frozen)
+        self._limits = limits
+        self._account = Account(limits)
+        self._vms = Population(limits, self._account.lose)
+        self._incidents = Register(limits, self._account.lose)
+        self._hardware = Provenance(limits.places)
         self._gmem: OrderedDict[int, GmemPoison] = OrderedDict()  # by thread
         self._signals: OrderedDict[int, list[Sigbus]] = OrderedDict()  # by sending thread
-        self._owned: OrderedDict[int, list[Owner]] = OrderedDict()  # by pfn, before its Poison
-        self._serial: dict[str, int] = {}
-        self._poisons: dict[tuple[str, str], int] = {}
-        self._latency = [0] * (len(LATENCY_BUCKETS) + 1)
-        self._latency_sum = 0.0
-        self._lost: dict[str, int] = {}
+        self._owned: OrderedDict[int, list[Owned]] = OrderedDict()  # by pfn, before its Poison
+        self._soft: OrderedDict[int, SoftOfflined] = OrderedDict()  # by pfn
         self._last_ts: int | None = None
 
     def feed(self, event: Event) -> Told:
         """Take one event; returns it with its joins. Never raises for any order of events."""
+        now = self._last_ts or 0
         if self._last_ts is None or event.ts > self._last_ts:
             self._last_ts = event.ts
         match event:
+            case Exit():
+                return self._exit(event, now)
+            case Sigbus():
+                return self._sigbus(event)
+            case Mce() | HwError():
+                return self._hardware_error(event)
+            case Refused():
+                return self._refused(event, now)
             case VmSeen():
-                return self._vm_seen(event)
+                self._vms.seen(event)
+                return Told(event, vm=event)
             case VmGone():
                 return self._vm_gone(event)
-            case Exit():
-                return self._exit(event)
             case Poison():
                 return self._poison(event)
             case GmemPoison():
                 self._gmem[event.tid] = event
-                _bound(self._gmem)
+                _bound(self._gmem, self._limits.pending)
             case Owned():
                 return self._late_owner(event)
-            case Sigbus():
-                return self._sigbus(event)
+            case Found():
+                return self._found(event)
+            case SoftOffline():
+                return self._soft_offline(event)
+            case Unpoison():
+                return self._unpoison(event)
+            case VcpuState():
+                return self._vcpu(event)
+            case KernelCounts():
+                self._account.kernel(event)
             case Lost():
-                self._lose(event.where, event.count)
+                self._account.lose(event.where, event.count)
         return Told(event)
 
     def identity(self, vm: int | None) -> VmSeen | None:
         """What is known of a VM, or None."""
-        state = self._vms.get(vm) if vm is not None else None
+        state = self._vms.get(vm)
         return state.seen if state else None
 
     # -- VMs
-
-    def _vm_seen(self, event: VmSeen) -> Told:
-        known = self._vms.get(event.vm)
-        if known is None:
-            self._vms[event.vm] = _Vm(event)
-        else:
-            known.seen = event
-        return Told(event, vm=event)
 
     def _vm_gone(self, event: VmGone) -> Told:
         vm = self._vms.get(event.vm)
         if vm is None:
             return Told(event)
-        if vm.gone:
+        if vm.gone_ts is not None:
             return Told(event, vm=vm.seen)
-        vm.gone = True
-        for incident in list(self._incidents.values()):
-            if not incident.closed and any(o.vm == event.vm for o in incident.owners.values()):
-                alive = (self._vms.get(o.vm) for o in incident.owners.values())
-                if all(other is None or other.gone for other in alive):
-                    self._close(incident)
-        if vm.exits or vm.sigbus or any(self._mentions(event.vm)):
-            self._gone[event.vm] = None
-            while len(self._gone) > MAX_GONE_VMS:
-                oldest, _ = self._gone.popitem(last=False)
-                del self._vms[oldest]
-                self._lose("vms", 1)
-        else:
-            del self._vms[event.vm]
+        self._vms.gone(event.vm, event.ts)
+        mentions = self._incidents.of(event.vm)
+        for incident in mentions:
+            party = self._vms.party(event.vm)
+            if party is not None:
+                incident.parties[event.vm] = party
+            if not incident.closed:
+                incident.note(("gone", event.vm), event.ts, "the VM is gone", vm=event.vm)
+                self._close_if_deserted(incident)
+        self._vms.settle(event.vm, keep=bool(mentions))
         return Told(event, vm=vm.seen)
 
-    def _mentions(self, vm: int) -> list[str]:
-        return [
-            i.id for i in self._incidents.values() if any(o.vm == vm for o in i.owners.values())
-        ]
+    def _close_if_deserted(self, incident: State) -> None:
+        owners = {owner.vm for owner in incident.owners.values()}
+        known = [self._vms.party(vm) or incident.parties.get(vm) for vm in owners]
+        if owners and all(party and party.gone_ts is not None for party in known):
+            self._incidents.close(incident)
+
+    def _vcpu(self, event: VcpuState) -> Told:
+        ids = []
+        for incident in self._incidents.of(event.vm):
+            if not incident.closed and incident.look(event):
+                ids.append(incident.id)
+                who = "a thread" if event.vcpu is None else f"vCPU {event.vcpu}"
+                incident.note(
+                    ("vcpu", event.vm, event.tid, event.state),
+                    event.ts,
+                    f"{who} {_FOUND.get(event.state, event.state)}",
+                    f"/proc, thread {event.tid} that was told",
+                    vm=event.vm,
+                )
+        return Told(event, vm=self.identity(event.vm), incident=ids[-1] if ids else None)
 
     # -- faults
 
-    def _exit(self, event: Exit) -> Told:
+    def _exit(self, event: Exit, now: int) -> Told:
         cause = cause_of(event)
-        vm = self._vms.get(event.vm)
-        if vm is not None:
-            key = (kvm.errno_name(event.errno), cause)
-            if key not in vm.exits and len(vm.exits) >= MAX_KINDS:
-                key = ("other", cause)
-            vm.exits[key] = vm.exits.get(key, 0) + event.count
-            vm.last_ts = _latest(vm.last_ts, event.ts)
+        self._vms.exit(event, cause, now)
         incident = None
         if cause == "hwpoison":
-            place = (event.vm, event.gfn)
-            incident = self._by_place.get(place)
-            if incident is None and vm is not None and vm.gone:
-                # The last counts may be read after the VM's end; they open nothing any more.
-                incident = self._closed_at(place)
-            elif incident is None:
-                incident = self._open(f"vm{event.vm}" if event.gfn is None else f"g{event.gfn:x}")
-                self._own(incident, Owner(event.vm, event.gfn))
+            incident = self._incident_at(event.vm, event.gfn)
             if incident is not None:
                 incident.exits += event.count
-                self._deliver(incident, event.ts, event.vm, event.vcpu, event.count)
+                gpa = f", gpa {event.gpa:#x}" if event.gpa is not None else ""
+                incident.note(
+                    ("exit", event.vm, event.vcpu),
+                    event.ts,
+                    f"KVM_RUN told vCPU {event.vcpu}: EHWPOISON{gpa}",
+                    "same VM and gfn" if event.gfn is not None else "same VM; its gfn is unknown",
+                    vm=event.vm,
+                    count=event.count,
+                )
+                self._deliver(incident, event.ts, event.vm, event.vcpu, exits=event.count)
         return Told(
             event,
-            vm=vm.seen if vm else None,
+            vm=self.identity(event.vm),
             cause=cause,
             incident=incident.id if incident else None,
         )
 
-    def _closed_at(self, place: _Place) -> _Incident | None:
-        return next((i for i in reversed(self._incidents.values()) if place in i.owners), None)
+    def _refused(self, event: Refused, now: int) -> Told:
+        self._vms.refused(event, now)
+        incident = self._incident_at(event.vm, event.gfn)
+        if incident is not None:
+            incident.note(
+                ("refused", event.vm, event.gfn),
+                event.ts,
+                f"guest_memfd refused gfn {event.gfn:#x} with EHWPOISON",
+                "same VM and gfn",
+                vm=event.vm,
+                count=event.count,
+            )
+        return Told(event, vm=self.identity(event.vm), incident=incident.id if incident else None)
+
+    def _incident_at(self, vm: int, gfn: int | None) -> State | None:
+        """The incident of a place that KVM itself calls poisoned, whether we saw that or not."""
+        incident = self._incidents.at_place(vm, gfn)
+        if incident is None and self._vms.is_gone(vm):
+            # The last counts may be read after the VM's end; they open nothing any more.
+            known = self._incidents.of(vm)
+            return next((i for i in reversed(known) if (vm, gfn) in i.owners), None)
+        if incident is None:
+            incident = self._incidents.open(f"vm{vm}" if gfn is None else f"g{gfn:x}")
+            self._own(incident, Owner(vm, gfn))
+        return incident
 
     # -- poison
 
     def _poison(self, event: Poison) -> Told:
-        kind = (event.page_type, event.result)
-        if kind in self._poisons or len(self._poisons) < MAX_KINDS:
-            self._poisons[kind] = self._poisons.get(kind, 0) + 1
-        owners = list(self._owned.pop(event.pfn, ()))
-        if event.tid is not None:
-            gmem = self._gmem.pop(event.tid, None)
-            if gmem is not None and 0 <= event.ts - gmem.ts <= JOIN_NS:
-                owners += gmem.owners
-        incident = self._by_pfn.get(event.pfn)
+        self._account.poison(event)
+        owned = self._owned.pop(event.pfn, [])
+        gmem = self._gmem.pop(event.tid, None) if event.tid is not None else None
+        if gmem is not None and not 0 <= event.ts - gmem.ts <= JOIN_NS:
+            gmem = None
+        owners = [one.owner for one in owned] + list(gmem.owners if gmem else ())
+        incident = self._incidents.at_pfn(event.pfn)
         if incident is None:
-            incident = self._adoptable(owners) or self._open(f"{event.pfn:x}")
-            incident.pfn = event.pfn
-            incident.page_type, incident.result = event.page_type, event.result
+            incident = self._adoptable(owners) or self._incidents.open(f"{event.pfn:x}")
+            self._incidents.name_page(incident, event.pfn)
             incident.poisoned_ts = event.ts
-            self._by_pfn[event.pfn] = incident
-        for owner in owners:
-            self._own(incident, owner)
-        if event.tid is not None:
-            for signal in self._signals.pop(event.tid, ()):
-                if 0 <= event.ts - signal.ts <= JOIN_NS:
-                    self._take_signal(incident, signal, at_poison=True)
+            self._join_hardware(incident)
+        if incident.page_type is None:
+            incident.page_type, incident.result = event.page_type, event.result
+        if "huge page" not in event.page_type:
+            incident.grow(PAGE)  # a huge page's size comes with its owners and signals
+        incident.note(
+            ("poison",), event.ts, f"pfn {event.pfn:#x} poisoned: {event.result}, {event.page_type}"
+        )
+        for one in owned:
+            self._owned_by(incident, one)
+        if gmem is not None:
+            for owner in gmem.owners:
+                self._own(incident, owner, event.ts, _by_gmem(gmem))
+        for signal in self._signals.pop(event.tid, ()) if event.tid is not None else ():
+            if 0 <= event.ts - signal.ts <= JOIN_NS:
+                how = "sent by the thread that poisoned the page"
+                self._take_signal(incident, signal, how, by_poison=True)
         return Told(event, incident=incident.id, owners=self._named_owners(incident))
 
-    def _adoptable(self, owners: list[Owner]) -> _Incident | None:
+    def _adoptable(self, owners: list[Owner]) -> State | None:
         """An incident opened by an exit that overtook its poison."""
         for owner in owners:
-            incident = self._by_place.get((owner.vm, owner.gfn))
+            incident = self._incidents.at_place(owner.vm, owner.gfn)
             if incident is not None and incident.pfn is None:
                 return incident
         return None
 
+    def _found(self, event: Found) -> Told:
+        incident = self._incidents.at_pfn(event.pfn)
+        if incident is None and event.pfn not in self._soft:
+            incident = self._incidents.open(f"{event.pfn:x}")
+            self._incidents.name_page(incident, event.pfn)
+            incident.before_start = True
+            how = "its page flags said so (/proc/kpageflags)"
+            what = f"pfn {event.pfn:#x} was poisoned before kvmtrace started"
+            incident.note(("found",), event.ts, what, how)
+            self._join_hardware(incident)
+            for one in self._owned.pop(event.pfn, ()):
+                self._owned_by(incident, one)
+        return Told(event, incident=incident.id if incident else None)
+
     def _late_owner(self, event: Owned) -> Told:
-        incident = self._by_pfn.get(event.pfn)
+        incident = self._incidents.at_pfn(event.pfn)
+        vm = self.identity(event.owner.vm)
         if incident is None:
-            _keep(self._owned, event.pfn, event.owner)
-            return Told(event, vm=self.identity(event.owner.vm))
-        self._own(incident, event.owner)
-        return Told(event, vm=self.identity(event.owner.vm), incident=incident.id)
+            _keep(self._owned, event.pfn, event, self._limits)
+            return Told(event, vm=vm)
+        self._owned_by(incident, event)
+        return Told(event, vm=vm, incident=incident.id)
+
+    def _owned_by(self, incident: State, event: Owned) -> None:
+        self._incidents.grow(incident, event.size)
+        self._own(incident, event.owner, event.ts, f"page table entry with the pfn ({event.via})")
+
+    def _own(
+        self, incident: State, owner: Owner, ts: int | None = None, how: str | None = None
+    ) -> None:
+        gone = self._vms.is_gone(owner.vm)
+        self._incidents.own(incident, owner, live=not gone)
+        if ts is not None:
+            place = f"gfn {owner.gfn:#x}" if owner.gfn is not None else "a gfn not known"
+            if owner.hva is not None:
+                place += f", hva {owner.hva:#x}"
+            key = ("owner", owner.vm, owner.gfn)
+            incident.note(key, ts, f"owned: {place}", how, vm=owner.vm)
+        party = self._vms.party(owner.vm) if gone else None
+        if party is not None:
+            incident.parties[owner.vm] = party
+            if not incident.closed:
+                self._close_if_deserted(incident)
+
+    def _unpoison(self, event: Unpoison) -> Told:
+        incident = self._incidents.at_pfn(event.pfn)
+        if incident is not None:
+            incident.unpoisoned_ts = event.ts
+            incident.note(("unpoison",), event.ts, f"pfn {event.pfn:#x} unpoisoned", "same pfn")
+            self._incidents.unpoison(incident)
+        self._soft.pop(event.pfn, None)
+        return Told(event, incident=incident.id if incident else None)
+
+    def _soft_offline(self, event: SoftOffline) -> Told:
+        self._soft[event.pfn] = SoftOfflined(event.pfn, event.ts, event.errno)
+        self._soft.move_to_end(event.pfn)
+        while len(self._soft) > self._limits.soft_offlines:
+            self._soft.popitem(last=False)
+            self._account.lose("soft_offlines", 1)
+        incident = self._incidents.at_pfn(event.pfn)
+        if incident is not None:
+            failed = f", refused with {kvm.errno_name(event.errno)}" if event.errno else ""
+            incident.note(("soft",), event.ts, f"soft offline{failed}", "same pfn")
+        return Told(event, incident=incident.id if incident else None)
+
+    # -- signals
 
     def _sigbus(self, event: Sigbus) -> Told:
-        vm = self._vms.get(event.vm) if event.vm is not None else None
-        if vm is not None:
-            code = kvm.sigbus_code_name(event.code)
-            vm.sigbus[code] = vm.sigbus.get(code, 0) + 1
-            vm.last_ts = _latest(vm.last_ts, event.ts)
-        incident = self._incident_of_signal(event)
+        self._vms.sigbus(event)
+        incident, how = self._incident_of_signal(event)
         if incident is not None:
-            self._take_signal(incident, event, at_poison=False)
+            self._take_signal(incident, event, how, by_poison=False)
         elif event.sender is not None:
             # Sent by memory_failure, which traces the poison only afterwards.
-            _keep(self._signals, event.sender, event)
-        return Told(event, vm=vm.seen if vm else None, incident=incident.id if incident else None)
+            _keep(self._signals, event.sender, event, self._limits)
+        vm = self.identity(event.vm)
+        return Told(event, vm=vm, incident=incident.id if incident else None)
 
-    def _incident_of_signal(self, event: Sigbus) -> _Incident | None:
-        if event.pfn is not None and event.pfn in self._by_pfn:
-            return self._by_pfn[event.pfn]
+    def _incident_of_signal(self, event: Sigbus) -> tuple[State | None, str]:
+        if event.pfn is not None:
+            incident = self._incidents.at_pfn(event.pfn)
+            if incident is not None:
+                return incident, "the page table entry at the address names the pfn"
         if event.vm is None:
-            return None
-        if event.gfn is not None and (event.vm, event.gfn) in self._by_place:
-            return self._by_place[(event.vm, event.gfn)]
-        lsb = event.lsb or kvm.PAGE_SHIFT
-        for incident in self._incidents.values():
-            for owner in incident.owners.values():
-                if (
-                    not incident.closed
-                    and owner.vm == event.vm
-                    and owner.hva is not None
-                    and owner.hva >> lsb == event.hva >> lsb
-                ):
-                    return incident
-        return None
+            return None, ""
+        if event.gfn is not None:
+            incident = self._incidents.at_place(event.vm, event.gfn)
+            if incident is not None:
+                return incident, "same VM and gfn"
+        for incident in self._incidents.of(event.vm):
+            if not incident.closed:
+                owner = incident.place_of_address(event.vm, event.hva, event.lsb)
+                if owner is not None:
+                    return incident, f"address within the loss at hva {owner.hva:#x}"
+        return None, ""
 
-    def _take_signal(self, incident: _Incident, event: Sigbus, *, at_poison: bool) -> None:
-        if event.vm is not None:
-            known = self._by_place.get((event.vm, event.gfn))
-            has_vm = any(owner.vm == event.vm for owner in incident.owners.values())
-            if known is None and (event.gfn is not None or not has_vm):
-                self._own(incident, Owner(event.vm, event.gfn, event.hva))
-        if at_poison and event.vcpu is None and event.tid == event.sender:
+    def _take_signal(self, incident: State, event: Sigbus, how: str, *, by_poison: bool) -> None:
+        if by_poison or event.vcpu is None:
+            # memory_failure's own has the loss right; KVM's says 12 for a huge page too.
+            self._incidents.grow(incident, 1 << event.lsb if event.lsb is not None else None)
+        if event.vm is not None and self._incidents.at_place(event.vm, event.gfn) is None:
+            self._own_by_signal(incident, event, event.vm, how)
+        code = kvm.sigbus_code_name(event.code)
+        who = f"vCPU {event.vcpu}" if event.vcpu is not None else f"thread {event.tid}"
+        what = f"SIGBUS {code} to {who}, hva {event.hva:#x}"
+        if by_poison and event.vcpu is None and event.tid == event.sender:
             incident.sigbus_at_poison += 1
+            what += ", by its own poisoning"
+            incident.note(("own signal", event.tid), event.ts, what, how, vm=event.vm)
             return
         incident.sigbus += 1
+        incident.note(("sigbus", event.vm, event.tid, code), event.ts, what, how, vm=event.vm)
         if event.vm is not None:
-            self._deliver(incident, event.ts, event.vm, event.vcpu, 1)
+            self._deliver(incident, event.ts, event.vm, event.vcpu, code=code)
 
-    # -- incidents
+    def _own_by_signal(self, incident: State, event: Sigbus, vm: int, how: str) -> None:
+        at = incident.place_of_address(vm, event.hva, None)
+        hva = event.hva
+        if at is not None and at.hva is not None:
+            if at.hva // PAGE != event.hva // PAGE:
+                return  # another page of the same loss: the owner is known by the one that failed
+            hva = at.hva
+        has_vm = any(owner.vm == vm for owner in incident.owners.values())
+        if event.gfn is not None or not has_vm:
+            self._own(incident, Owner(vm, event.gfn, hva), event.ts, how)
 
-    def _open(self, stem: str) -> _Incident:
-        number = self._serial.get(stem, 0) + 1
-        while f"{stem}-{number}" in self._incidents:  # the number was forgotten, the incident not
-            number += 1
-        self._serial[stem] = number
-        incident = _Incident(f"{stem}-{number}")
-        self._incidents[incident.id] = incident
-        while len(self._incidents) > MAX_INCIDENTS:
-            victim = next((i for i in self._incidents.values() if i.closed), None)
-            victim = victim or next(iter(self._incidents.values()))
-            self._close(victim)
-            del self._incidents[victim.id]
-            self._lose("incidents", 1)
-        while len(self._serial) > 4 * MAX_INCIDENTS:
-            del self._serial[next(iter(self._serial))]
-        return incident
+    def _deliver(
+        self,
+        incident: State,
+        ts: int,
+        vm: int,
+        vcpu: int | None,
+        *,
+        exits: int = 0,
+        code: str | None = None,
+    ) -> None:
+        was_over = incident.over
+        first = incident.deliver(ts, vm, vcpu, exits=exits, code=code)
+        self._incidents.told(incident, vm)
+        if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
+            self._account.delivered(ts - incident.poisoned_ts)
+        if was_over and not incident.over:
+            incident.note(("again", vm), ts, "told again although the page is unpoisoned", vm=vm)
 
-    def _own(self, incident: _Incident, owner: Owner) -> None:
-        vm = self._vms.get(owner.vm)
-        if vm is not None and vm.gone:
-            return
-        place = (owner.vm, owner.gfn)
-        known = incident.owners.get(place)
-        if known is None and owner.gfn is not None:
-            # The same place, first known without its gfn.
-            vague = incident.owners.get((owner.vm, None))
-            if vague is not None and (vague.hva is None or _same_page(vague.hva, owner.hva)):
-                del incident.owners[(owner.vm, None)]
-                if self._by_place.get((owner.vm, None)) is incident:
-                    del self._by_place[(owner.vm, None)]
-                owner = replace(owner, hva=owner.hva if vague.hva is None else vague.hva)
-        elif known is not None and owner.hva is None:
-            owner = known
-        incident.owners[place] = owner
-        self._by_place.setdefault(place, incident)
+    # -- hardware
 
-    def _deliver(self, incident: _Incident, ts: int, vm: int, vcpu: int | None, count: int) -> None:
-        if incident.first_delivery_ts is None:
-            incident.first_delivery_ts = ts
-            if incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
-                seconds = (ts - incident.poisoned_ts) / 1e9
-                self._latency[bisect.bisect_left(LATENCY_BUCKETS, seconds)] += 1
-                self._latency_sum += seconds
-        incident.last_delivery_ts = _latest(incident.last_delivery_ts, ts)
-        told = incident.told.get((vm, vcpu), 0) + count
-        incident.told[(vm, vcpu)] = told
-        incident.looping |= told >= LOOPING_AFTER
+    def _hardware_error(self, event: Mce | HwError) -> Told:
+        errors = self._hardware.report(event)
+        affected: list[State] = []
+        if errors is not None and errors.pfn is not None:
+            if errors.order:
+                affected = self._incidents.within(errors.covers)
+            elif (exact := self._incidents.at_pfn(errors.pfn)) is not None:
+                affected = [exact]
+            for incident in affected:
+                incident.came_from(errors)
+        return Told(event, incident=affected[0].id if len(affected) == 1 else None)
 
-    def _close(self, incident: _Incident) -> None:
-        incident.closed = True
-        if incident.pfn is not None and self._by_pfn.get(incident.pfn) is incident:
-            del self._by_pfn[incident.pfn]
-        for place in incident.owners:
-            if self._by_place.get(place) is incident:
-                del self._by_place[place]
-
-    def _named_owners(self, incident: _Incident) -> tuple[tuple[Owner, VmSeen | None], ...]:
-        return tuple((owner, self.identity(owner.vm)) for owner in incident.owners.values())
-
-    def _lose(self, where: str, count: int) -> None:
-        if where not in self._lost and len(self._lost) >= MAX_KINDS:
-            where = "other"
-        self._lost[where] = self._lost.get(where, 0) + count
+    def _join_hardware(self, incident: State) -> None:
+        """What was reported of this page before it was poisoned."""
+        for errors in self._hardware.at(incident.pfn or 0):
+            incident.came_from(errors)
 
     # -- out
 
+    def _named_owners(self, incident: State) -> tuple[tuple[Owner, VmSeen | None], ...]:
+        return tuple((owner, self.identity(owner.vm)) for owner in incident.owners.values())
+
     def snapshot(self) -> Snapshot:
         """The model as of the last event; immutable, safe to hand to another thread."""
+        now = self._last_ts or 0
         pages: dict[int, int] = {}
-        for incident in self._incidents.values():
-            if not incident.closed:
-                for owner in incident.owners.values():
-                    pages[owner.vm] = pages.get(owner.vm, 0) + 1
+        for incident in self._incidents:
+            if not incident.over:
+                for key in {owner.vm for owner in incident.owners.values()}:
+                    pages[key] = pages.get(key, 0) + (not self._vms.is_gone(key))
         return Snapshot(
-            vms={
-                key: Vm(
-                    key=key,
-                    pid=vm.seen.pid,
-                    name=vm.seen.name,
-                    uuid=vm.seen.uuid,
-                    vmm=vm.seen.vmm,
-                    exits=dict(vm.exits),
-                    sigbus=dict(vm.sigbus),
-                    poisoned_pages=pages.get(key, 0),
-                    last_ts=vm.last_ts,
-                    gone=vm.gone,
-                )
-                for key, vm in self._vms.items()
-            },
-            incidents=tuple(
-                Incident(
-                    id=i.id,
-                    state=i.state,
-                    pfn=i.pfn,
-                    page_type=i.page_type,
-                    result=i.result,
-                    poisoned_ts=i.poisoned_ts,
-                    owners=tuple(i.owners.values()),
-                    exits=i.exits,
-                    sigbus=i.sigbus,
-                    sigbus_at_poison=i.sigbus_at_poison,
-                    first_delivery_ts=i.first_delivery_ts,
-                    last_delivery_ts=i.last_delivery_ts,
-                )
-                for i in self._incidents.values()
-            ),
-            poisons=dict(self._poisons),
-            latency=Latency(tuple(self._latency), self._latency_sum),
-            lost=dict(self._lost),
+            vms={key: vm.frozen(pages.get(key, 0), now) for key, vm in self._vms.items()},
+            incidents=tuple(self._frozen(incident, now) for incident in self._incidents),
+            poisons=dict(self._account.poisons),
+            latency=self._account.latency(),
+            lost=dict(self._account.lost),
             last_ts=self._last_ts,
+            soft_offlines=tuple(self._soft.values()),
+            dimms=self._hardware.dimms(),
+            kernel=self._account.kernel_account(),
+        )
+
+    def _frozen(self, incident: State, now: int) -> Incident:
+        known = {key: self._vms.party(key) or incident.parties.get(key) for key in incident.vms}
+        return incident.frozen(
+            now,
+            {key: party for key, party in sorted(known.items()) if party is not None},
+            self._hardware.origin(incident.places),
+            self._vms.undelivered(incident.owners, now),
         )
 
 
-def _bound(pending: OrderedDict[Any, Any]) -> None:
-    while len(pending) > MAX_PENDING:
+def _by_gmem(event: GmemPoison) -> str:
+    where = f"index {event.index:#x}"
+    if event.inode is not None:
+        where = f"inode {event.inode}, {where}"
+    doubt = "" if event.complete else "; not all bindings could be seen"
+    return f"same thread as the poison, guest_memfd {where}{doubt}"
+
+
+def _bound(pending: OrderedDict[Any, Any], limit: int) -> None:
+    while len(pending) > limit:
         pending.popitem(last=False)
 
 
-def _keep(pending: OrderedDict[int, list[_T]], key: int, item: _T) -> None:
+def _keep(pending: OrderedDict[int, list[_T]], key: int, item: _T, limits: Limits) -> None:
     """Add to what waits for ``key``: the newest, as many as a page may plausibly have owners."""
     items = pending.setdefault(key, [])
     items.append(item)
-    if len(items) > MAX_PENDING_EACH:
+    if len(items) > limits.pending_each:
         del items[0]
-    _bound(pending)
-
-
-def _same_page(hva: int, other: int | None) -> bool:
-    return other is not None and hva >> kvm.PAGE_SHIFT == other >> kvm.PAGE_SHIFT
-
-
-def _latest(known: int | None, ts: int) -> int:
-    return ts if known is None else max(known, ts)
+    _bound(pending, limits.pending)

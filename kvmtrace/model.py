@@ -13,6 +13,8 @@ from kvmtrace.events import Owner
 
 CAUSES = ("hwpoison", "conversion", "backing", "unannotated", "other")
 STATES = ("latent", "delivered", "looping", "unowned", "closed")
+# What a VMM did about it; the first of several VMs' verdicts is the incident's.
+VERDICTS = ("looping", "stopped", "unknown", "exited", "handled")
 
 # Seconds from poison to first delivery: a guest may touch the page at once, or next week.
 LATENCY_BUCKETS = (0.001, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 86400.0)
@@ -54,6 +56,7 @@ class Vm:
 
     ``exits``: {(errno name, cause or None): exits}; the cause is None where no probe could tell.
     ``sigbus``: {"AR" | "AO": signals}. ``poisoned_pages``: pages it holds in incidents not closed.
+    ``undelivered``: times that guest_memfd refused a poisoned page and no exit told the VMM.
     """
 
     key: int
@@ -66,6 +69,7 @@ class Vm:
     poisoned_pages: int
     last_ts: int | None
     gone: bool
+    undelivered: int = 0
 
     def exits_by_errno(self) -> dict[str, int]:
         """{errno name: exits}."""
@@ -89,11 +93,103 @@ class Vm:
 
 
 @dataclass(frozen=True, slots=True)
+class Party:
+    """A VM as an incident remembers it, also when the model no longer does."""
+
+    key: int
+    pid: int
+    name: str | None = None
+    uuid: str | None = None
+    vmm: str | None = None
+    gone_ts: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What people call it: the name, else ``pid N``."""
+        return self.name or f"pid {self.pid}"
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorHistory:
+    """How often, and from when to when, hardware reported errors at one place."""
+
+    count: int
+    corrected: int
+    first_ts: int
+    last_ts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the hardware said about a page: its last and worst report, and how many there were.
+
+    ``via``: who reported, in order of appearance. ``label``: the DIMM's, and ``dimm`` all that was
+    reported of that DIMM, other pages included.
+    """
+
+    via: tuple[str, ...]
+    history: ErrorHistory
+    severity: str | None = None
+    addr: int | None = None
+    socket: int | None = None
+    node: int | None = None
+    bank: int | None = None
+    cpu: int | None = None
+    status: int | None = None
+    label: str | None = None
+    message: str | None = None
+    dimm: ErrorHistory | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """How often one vCPU of a VM was told; ``vcpu`` None: a thread that is no vCPU, or unknown."""
+
+    vm: int
+    vcpu: int | None
+    exits: int
+    sigbus: Mapping[str, int]
+    first_ts: int
+    last_ts: int
+
+    @property
+    def count(self) -> int:
+        """Exits and signals together."""
+        return self.exits + sum(self.sigbus.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a VM's VMM did after it was told: one of ``VERDICTS``, and what that rests on."""
+
+    vm: int
+    word: str
+    evidence: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """An entry of an incident's timeline: from ``ts`` to ``last_ts``, ``count`` times.
+
+    ``how``: by what it was joined to the incident. ``vm``: whom it concerns, by key.
+    """
+
+    ts: int
+    what: str
+    how: str | None = None
+    vm: int | None = None
+    count: int = 1
+    last_ts: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Incident:
     """A poison joined with its owners and deliveries; ``pfn`` None: the poison was not seen.
 
     ``exits``, ``sigbus``: deliveries. ``sigbus_at_poison``: signals that the poisoning thread got
     for itself, outside KVM_RUN (madvise on its own mapping): no guest has touched anything.
+    ``undelivered``: refusals of guest_memfd that no exit told. ``before_start``: it was there when
+    kvmtrace came. ``size``: bytes lost, where known. ``omitted``: moments that had no room.
     """
 
     id: str
@@ -108,6 +204,52 @@ class Incident:
     sigbus_at_poison: int = 0
     first_delivery_ts: int | None = None
     last_delivery_ts: int | None = None
+    undelivered: int = 0
+    before_start: bool = False
+    unpoisoned_ts: int | None = None
+    size: int | None = None
+    origin: Origin | None = None
+    parties: Mapping[int, Party] = field(default_factory=dict)
+    told: tuple[Telling, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    timeline: tuple[Moment, ...] = ()
+    omitted: int = 0
+
+    @property
+    def verdict(self) -> str | None:
+        """The verdict that matters most; None where no VM was told."""
+        words = {verdict.word for verdict in self.verdicts}
+        return next((word for word in VERDICTS if word in words), None)
+
+
+@dataclass(frozen=True, slots=True)
+class SoftOffline:
+    """A page that was moved away before it failed: no data is lost, no guest is harmed.
+
+    ``errno``: why it could not be moved, 0 if it was.
+    """
+
+    pfn: int
+    ts: int
+    errno: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelAccount:
+    """The kernel's own counts beside ours. ``handled``: its memory failures since we looked first.
+
+    ``seen``: those that came as events. ``handled`` is None where the kernel does not count.
+    """
+
+    at_start: Mapping[str, int]
+    now: Mapping[str, int]
+    handled: int | None
+    seen: int
+
+    @property
+    def missed(self) -> int:
+        """Memory failures that the kernel handled and kvmtrace did not see."""
+        return max(0, (self.handled or 0) - self.seen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +265,7 @@ class Snapshot:
     """Everything a view may show. ``vms`` by key, gone ones too while they are remembered.
 
     ``poisons``: {(page type, result): events}. ``lost``: {where: count}.
+    ``dimms``: hardware errors by DIMM label.
     """
 
     vms: Mapping[int, Vm] = field(default_factory=dict)
@@ -131,6 +274,9 @@ class Snapshot:
     latency: Latency = Latency()
     lost: Mapping[str, int] = field(default_factory=dict)
     last_ts: int | None = None
+    soft_offlines: tuple[SoftOffline, ...] = ()
+    dimms: Mapping[str, ErrorHistory] = field(default_factory=dict)
+    kernel: KernelAccount | None = None
     host: Host | None = None
     probes: tuple[Probe, ...] = ()
     probe_runs: Mapping[str, ProbeRuns] = field(default_factory=dict)

@@ -6,12 +6,11 @@ Properties over arbitrary orders are in tests/property/test_correlate.py.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from unittest import mock
 
 import pytest
 
 from kvmtrace import correlate
-from kvmtrace.correlate import LOOPING_AFTER, Correlator, Told, cause_of
+from kvmtrace.correlate import Correlator, Told, cause_of
 from kvmtrace.events import (
     Event,
     Exit,
@@ -24,7 +23,9 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
+from kvmtrace.limits import Limits
 from kvmtrace.model import Incident, Snapshot
+from kvmtrace.verdicts import LOOPING_AFTER
 
 T0 = 1_790_000_000_000_000_000
 MS = 1_000_000
@@ -51,8 +52,8 @@ def gmem(ts: int, *owners: Owner, tid: int = VMM) -> GmemPoison:
     return GmemPoison(ts, tid, 383, 8, owners)
 
 
-def tell(*events: Event) -> tuple[Snapshot, list[Told]]:
-    correlator = Correlator()
+def tell(*events: Event, limits: Limits = Limits()) -> tuple[Snapshot, list[Told]]:  # noqa: B008
+    correlator = Correlator(limits)
     told = [correlator.feed(event) for event in events]
     return correlator.snapshot(), told
 
@@ -308,21 +309,18 @@ def test_uneventful_vms_leave_nothing() -> None:
 
 
 def test_an_end_told_twice() -> None:
-    with (
-        mock.patch.object(correlate, "MAX_INCIDENTS", 1),
-        mock.patch.object(correlate, "MAX_GONE_VMS", 1),
-    ):
-        snapshot, _ = tell(
-            seen(1),
-            gmem(T0, Owner(1, 8)),
-            poison(T0),
-            VmGone(T0, 1),
-            poison(T0, PFN + 1),  # pushes the incident out
-            VmGone(T0, 1),
-            seen(2),
-            hwpoison(T0, vm=2),
-            VmGone(T0, 2),
-        )
+    snapshot, _ = tell(
+        seen(1),
+        gmem(T0, Owner(1, 8)),
+        poison(T0),
+        VmGone(T0, 1),
+        poison(T0, PFN + 1),  # pushes the incident out
+        VmGone(T0, 1),
+        seen(2),
+        hwpoison(T0, vm=2),
+        VmGone(T0, 2),
+        limits=Limits(incidents=1, gone_vms=1),
+    )
     assert set(snapshot.vms) == {2}
 
 
@@ -335,20 +333,20 @@ def test_signals_without_a_poison_do_not_pile_up() -> None:
     correlator.feed(seen(1))
     for n in range(10_000):
         correlator.feed(Sigbus(T0 + n, 4001, VCPU, 4, HVA, 12, VCPU, vm=1, vcpu=0, gfn=8))
-    assert sum(map(len, correlator._signals.values())) <= correlate.MAX_PENDING_EACH
+    assert sum(map(len, correlator._signals.values())) <= Limits().pending_each
     assert correlator.snapshot().vms[1].sigbus == {"AR": 10_000}
 
 
 def test_forgotten_incidents_are_counted() -> None:
-    more = correlate.MAX_INCIDENTS + 5
+    more = Limits().incidents + 5
     snapshot, _ = tell(*(poison(T0 + n, 0x1000 + n, tid=None) for n in range(more)))
-    assert len(snapshot.incidents) == correlate.MAX_INCIDENTS
+    assert len(snapshot.incidents) == Limits().incidents
     assert snapshot.lost == {"incidents": 5}
 
 
 def test_closed_incidents_are_forgotten_first() -> None:
     filler: Iterable[Event] = [
-        poison(T0, 0x1000 + n, tid=None) for n in range(correlate.MAX_INCIDENTS)
+        poison(T0, 0x1000 + n, tid=None) for n in range(Limits().incidents)
     ]
     snapshot, _ = tell(
         poison(T0, 1), seen(1), gmem(T0, Owner(1, 8)), poison(T0, 2), VmGone(T0, 1), *filler
@@ -368,12 +366,11 @@ def test_closed_incidents_are_forgotten_first() -> None:
 
 
 def test_ids_stay_unique_when_numbers_are_forgotten() -> None:
-    with mock.patch.object(correlate, "MAX_INCIDENTS", 4):
-        log = [seen(1), seen(2), gmem(T0, Owner(1, 8)), hwpoison(T0)]
-        for n in range(40):  # each closes at once, and so goes before the first
-            vm = 100 + n
-            log += [seen(vm), hwpoison(T0, vm=vm, gfn=0x100 + n), VmGone(T0, vm)]
-        snapshot, told = tell(*log, hwpoison(T0, vm=2))
+    log = [seen(1), seen(2), gmem(T0, Owner(1, 8)), hwpoison(T0)]
+    for n in range(40):  # each closes at once, and so goes before the first
+        vm = 100 + n
+        log += [seen(vm), hwpoison(T0, vm=vm, gfn=0x100 + n), VmGone(T0, vm)]
+    snapshot, told = tell(*log, hwpoison(T0, vm=2), limits=Limits(incidents=4))
     assert "g8-1" in [incident.id for incident in snapshot.incidents]
     assert told[-1].incident == "g8-2"
 

@@ -1,0 +1,66 @@
+"""What adds up over a session: poisons by kind, latencies, losses, and the kernel's own counts."""
+
+from __future__ import annotations
+
+import bisect
+
+from kvmtrace.events import KernelCounts, Poison
+from kvmtrace.limits import Limits
+from kvmtrace.model import LATENCY_BUCKETS, KernelAccount, Latency
+
+# The kernel does not count these (action_result in mm/memory-failure.c): no page was lost by them.
+_UNCOUNTED = ("already poisoned", "non struct page")
+
+
+class Account:
+    """Totals that only grow."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.poisons: dict[tuple[str, str], int] = {}
+        self.lost: dict[str, int] = {}
+        self._latency = [0] * (len(LATENCY_BUCKETS) + 1)
+        self._latency_sum = 0.0
+        self._counts: tuple[KernelCounts, KernelCounts] | None = None  # first and last
+        self._seen = 0
+
+    def poison(self, event: Poison) -> None:
+        """A page was poisoned."""
+        kind = (event.page_type, event.result)
+        if kind in self.poisons or len(self.poisons) < self._limits.kinds:
+            self.poisons[kind] = self.poisons.get(kind, 0) + 1
+        if self._counts is not None and not event.page_type.startswith(_UNCOUNTED):
+            self._seen += 1
+
+    def kernel(self, event: KernelCounts) -> None:
+        """The kernel's counts, read anew."""
+        if event.at_start or self._counts is None:
+            self._counts, self._seen = (event, event), 0
+        else:
+            self._counts = self._counts[0], event
+
+    def delivered(self, nanoseconds: int) -> None:
+        """A page's first delivery, so long after it was poisoned."""
+        seconds = nanoseconds / 1e9
+        self._latency[bisect.bisect_left(LATENCY_BUCKETS, seconds)] += 1
+        self._latency_sum += seconds
+
+    def lose(self, where: str, count: int) -> None:
+        """Something had no room, or was lost by the source."""
+        if where not in self.lost and len(self.lost) >= self._limits.kinds:
+            where = "other"
+        self.lost[where] = self.lost.get(where, 0) + count
+
+    def latency(self) -> Latency:
+        """The histogram, frozen."""
+        return Latency(tuple(self._latency), self._latency_sum)
+
+    def kernel_account(self) -> KernelAccount | None:
+        """The kernel's account beside ours; None where it was never read."""
+        if self._counts is None:
+            return None
+        first, last = (dict(counts.failures) for counts in self._counts)
+        handled = None
+        if "total" in first and "total" in last:
+            handled = max(0, last["total"] - first["total"])
+        return KernelAccount(first, last, handled, self._seen)

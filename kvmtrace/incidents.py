@@ -1,0 +1,266 @@
+"""One incident as the correlator builds it up: owners, deliveries, and what its VMMs did then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from kvmtrace import kvm
+from kvmtrace.events import Owner, VcpuState
+from kvmtrace.limits import Limits
+from kvmtrace.model import Incident, Moment, Origin, Party, Telling, Verdict
+from kvmtrace.provenance import Errors
+from kvmtrace.verdicts import Evidence, Look, judge, loops_now
+
+Place = tuple[int, int | None]  # VM key, gfn
+
+PAGE = 1 << kvm.PAGE_SHIFT
+# 16 GiB hugetlb pages exist; a number beyond is damage.
+MAX_SIZE = 1 << 34
+
+_LOOKS_KEPT = 4
+_PLACES_KEPT = 8
+
+
+@dataclass(slots=True)
+class _Told:
+    exits: int = 0
+    sigbus: dict[str, int] = field(default_factory=dict)
+    first_ts: int = 0
+    last_ts: int = 0
+
+
+@dataclass(slots=True)
+class State:
+    """``closed``: its VMs are gone, for good. An unpoisoned page may be told of again: ``over``."""
+
+    id: str
+    limits: Limits
+    lose: Callable[[str, int], None]
+    pfn: int | None = None
+    page_type: str | None = None
+    result: str | None = None
+    poisoned_ts: int | None = None
+    before_start: bool = False
+    unpoisoned_ts: int | None = None
+    size: int | None = None
+    closed: bool = False
+    owners: dict[Place, Owner] = field(default_factory=dict)
+    parties: dict[int, Party] = field(default_factory=dict)
+    exits: int = 0
+    sigbus: int = 0
+    sigbus_at_poison: int = 0
+    first_delivery_ts: int | None = None
+    last_delivery_ts: int | None = None
+    told: dict[tuple[int, int | None], _Told] = field(default_factory=dict)
+    looks: dict[tuple[int, int], list[Look]] = field(default_factory=dict)  # by VM and thread
+    places: list[Errors] = field(default_factory=list)
+    moments: dict[object, Moment] = field(default_factory=dict)
+    omitted: int = 0
+
+    # -- where it is
+
+    @property
+    def vms(self) -> set[int]:
+        """Keys of all VMs that own the page or were told of it."""
+        return {vm for vm, _ in self.owners} | {vm for vm, _ in self.told}
+
+    @property
+    def over(self) -> bool:
+        """Closed, or unpoisoned and not told of since."""
+        if self.closed or self.unpoisoned_ts is None:
+            return self.closed
+        return self.last_delivery_ts is None or self.last_delivery_ts <= self.unpoisoned_ts
+
+    def grow(self, size: int | None) -> None:
+        """So many bytes are lost at least."""
+        if size is not None and 0 < size <= MAX_SIZE and not size & (size - 1):
+            self.size = max(self.size or 0, size)
+
+    @property
+    def huge(self) -> bool:
+        return self.size is not None and self.size > PAGE
+
+    def covers_pfn(self, pfn: int) -> bool:
+        """Whether the page with this number is lost in it."""
+        if self.pfn is None:
+            return False
+        pages = max(1, (self.size or PAGE) // PAGE)
+        return pfn // pages == self.pfn // pages
+
+    def place_of_address(self, vm: int, hva: int, lsb: int | None) -> Owner | None:
+        """The owner whose loss an address of that VM's process lies in.
+
+        By the loss' own size, or by what the signal says if that is more: KVM's own signals say 12
+        also where a huge page is lost.
+        """
+        said = 1 << lsb if lsb is not None and (1 << lsb) <= MAX_SIZE else 0
+        size = max(self.size or PAGE, said)
+        for owner in self.owners.values():
+            if owner.vm == vm and owner.hva is not None and owner.hva // size == hva // size:
+                return owner
+        return None
+
+    # -- what happened
+
+    def note(
+        self,
+        key: object,
+        ts: int,
+        what: str,
+        how: str | None = None,
+        *,
+        vm: int | None = None,
+        count: int = 1,
+    ) -> None:
+        """An entry of the timeline; the same ``key`` again is the same entry, once more."""
+        known = self.moments.get(key)
+        if known is not None:
+            self.moments[key] = replace(
+                known,
+                ts=min(known.ts, ts),
+                last_ts=max(known.last_ts or known.ts, ts),
+                count=known.count + count,
+            )
+        elif len(self.moments) >= self.limits.moments:
+            self.omitted += 1
+        else:
+            self.moments[key] = Moment(ts, what, how, vm, count)
+
+    def own(self, owner: Owner) -> bool:
+        """Take an owner; False if there is no room for more."""
+        place = (owner.vm, owner.gfn)
+        known = self.owners.get(place)
+        if known is not None:
+            if known.hva is None and owner.hva is not None:
+                self.owners[place] = owner
+            return True
+        if owner.gfn is not None:
+            # The same place, first known without its gfn.
+            vague = self.owners.get((owner.vm, None))
+            if vague is not None and vague.hva in (None, owner.hva):
+                del self.owners[owner.vm, None]
+                owner = replace(owner, hva=owner.hva if owner.hva is not None else vague.hva)
+        if len(self.owners) >= self.limits.owners:
+            self.lose("owners", 1)
+            return False
+        self.owners[place] = owner
+        return True
+
+    def deliver(
+        self, ts: int, vm: int, vcpu: int | None, *, exits: int = 0, code: str | None = None
+    ) -> bool:
+        """A VMM was told; True if it is the first time."""
+        first = self.first_delivery_ts is None
+        self.first_delivery_ts = ts if first else min(self.first_delivery_ts or ts, ts)
+        self.last_delivery_ts = max(self.last_delivery_ts or ts, ts)
+        told = self.told.get((vm, vcpu))
+        if told is None:
+            if len(self.told) >= self.limits.told:
+                self.lose("told", 1)
+                return first
+            told = self.told[vm, vcpu] = _Told(first_ts=ts, last_ts=ts)
+        told.first_ts, told.last_ts = min(told.first_ts, ts), max(told.last_ts, ts)
+        told.exits += exits
+        if code is not None:
+            told.sigbus[code] = told.sigbus.get(code, 0) + 1
+        # What was seen before is no answer to this.
+        for key in [k for k, seen in self.looks.items() if k[0] == vm and seen[-1].vcpu == vcpu]:
+            self.looks[key] = [look for look in self.looks[key] if look.ts > told.last_ts]
+            if not self.looks[key]:
+                del self.looks[key]
+        return first
+
+    def look(self, event: VcpuState) -> bool:
+        """How a vCPU was found; True if it is one that was told."""
+        told = self.told.get((event.vm, event.vcpu))
+        if told is None or event.ts <= told.last_ts:
+            return False
+        seen = self.looks.get((event.vm, event.tid))
+        if seen is None:
+            if len(self.looks) >= self.limits.told:
+                self.lose("looks", 1)
+                return False
+            seen = self.looks[event.vm, event.tid] = []
+        seen.append(Look(event.ts, event.tid, event.vcpu, event.state, event.ran_ns))
+        if len(seen) > _LOOKS_KEPT:
+            # The time it ran is the sum over all of them.
+            oldest, second = seen[0], seen[1]
+            ran = [x.ran_ns for x in (oldest, second) if x.ran_ns is not None]
+            seen[:2] = [replace(second, ran_ns=sum(ran) if ran else None)]
+        return True
+
+    def came_from(self, errors: Errors) -> bool:
+        """A place that hardware reported holds the page; True if that is new."""
+        if any(errors is known for known in self.places) or len(self.places) >= _PLACES_KEPT:
+            return False
+        self.places.append(errors)
+        return True
+
+    # -- out
+
+    def tellings(self, vm: int | None = None) -> tuple[Telling, ...]:
+        """Who was told how often; of one VM or of all."""
+        return tuple(
+            Telling(of, vcpu, told.exits, dict(told.sigbus), told.first_ts, told.last_ts)
+            for (of, vcpu), told in self.told.items()
+            if vm in (None, of)
+        )
+
+    def state(self, now: int) -> str:
+        """One of model.STATES. A loop that has ended is ``delivered``; its verdict remembers it."""
+        if self.over:
+            return "closed"
+        if any(loops_now(telling, now) for telling in self.tellings()):
+            return "looping"
+        if self.first_delivery_ts is not None:
+            return "delivered"
+        return "latent" if self.owners else "unowned"
+
+    def verdicts(self, now: int, parties: dict[int, Party]) -> tuple[Verdict, ...]:
+        """One for each VM that was told."""
+        found = []
+        for vm in dict.fromkeys(vm for vm, _ in self.told):
+            party = parties.get(vm)
+            looks = [look for (of, _), seen in self.looks.items() if of == vm for look in seen]
+            found.append(
+                judge(
+                    Evidence(
+                        vm, now, self.tellings(vm), tuple(looks), party.gone_ts if party else None
+                    )
+                )
+            )
+        return tuple(found)
+
+    def frozen(
+        self, now: int, parties: dict[int, Party], origin: Origin | None, undelivered: int
+    ) -> Incident:
+        """As views see it."""
+        return Incident(
+            id=self.id,
+            state=self.state(now),
+            pfn=self.pfn,
+            page_type=self.page_type,
+            result=self.result,
+            poisoned_ts=self.poisoned_ts,
+            owners=tuple(self.owners.values()),
+            exits=self.exits,
+            sigbus=self.sigbus,
+            sigbus_at_poison=self.sigbus_at_poison,
+            first_delivery_ts=self.first_delivery_ts,
+            last_delivery_ts=self.last_delivery_ts,
+            undelivered=undelivered,
+            before_start=self.before_start,
+            unpoisoned_ts=self.unpoisoned_ts,
+            size=self.size,
+            origin=origin,
+            parties=parties,
+            told=self.tellings(),
+            verdicts=self.verdicts(now, parties),
+            timeline=self._timeline(),
+            omitted=self.omitted,
+        )
+
+    def _timeline(self) -> tuple[Moment, ...]:
+        reported = [moment for errors in self.places for moment in errors.moments.values()]
+        return tuple(sorted([*self.moments.values(), *reported], key=lambda moment: moment.ts))

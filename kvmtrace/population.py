@@ -1,0 +1,192 @@
+"""The VMs that the correlator knows: who they are, what they were told, what was kept from them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from kvmtrace import kvm
+from kvmtrace.events import Exit, Refused, Sigbus, VmSeen
+from kvmtrace.limits import Limits
+from kvmtrace.model import Party, Vm
+
+Lose = Callable[[str, int], None]
+
+# Refusals and the exits that tell them are counted in different places and read one after the
+# other: only when neither has moved for so long is the difference what was never told.
+QUIET_NS = 5_000_000_000
+
+
+@dataclass(slots=True)
+class Refusals:
+    """guest_memfd's answers EHWPOISON for one gfn, and the exits that told them."""
+
+    refused: int = 0
+    told: int = 0
+    last_ts: int = 0
+    settled: int = 0
+
+    def add(self, ts: int, now: int, *, refused: int = 0, told: int = 0) -> None:
+        """``now``: the model's time before this. What had settled by then stays settled."""
+        self.settled = self.undelivered(now)
+        self.refused += refused
+        self.told += told
+        self.last_ts = max(self.last_ts, ts)
+
+    def undelivered(self, now: int) -> int:
+        """Refusals that no exit told, as far as it is settled; never less than it was."""
+        if now - self.last_ts <= QUIET_NS:
+            return self.settled
+        return max(self.settled, self.refused - self.told)
+
+
+@dataclass(slots=True)
+class VmState:
+    """One VM."""
+
+    seen: VmSeen
+    exits: dict[tuple[str, str | None], int] = field(default_factory=dict)
+    sigbus: dict[str, int] = field(default_factory=dict)
+    refusals: dict[int, Refusals] = field(default_factory=dict)
+    last_ts: int | None = None
+    gone_ts: int | None = None
+
+    @property
+    def eventful(self) -> bool:
+        return bool(self.exits or self.sigbus or self.refusals)
+
+    def touch(self, ts: int) -> None:
+        self.last_ts = ts if self.last_ts is None else max(self.last_ts, ts)
+
+    def frozen(self, pages: int, now: int) -> Vm:
+        """As views see it."""
+        return Vm(
+            key=self.seen.vm,
+            pid=self.seen.pid,
+            name=self.seen.name,
+            uuid=self.seen.uuid,
+            vmm=self.seen.vmm,
+            exits=dict(self.exits),
+            sigbus=dict(self.sigbus),
+            poisoned_pages=pages,
+            last_ts=self.last_ts,
+            gone=self.gone_ts is not None,
+            undelivered=sum(r.undelivered(now) for r in self.refusals.values()),
+        )
+
+
+class Population:
+    """Live VMs, and of those that are gone the eventful ones in full and the others by name."""
+
+    def __init__(self, limits: Limits, lose: Lose) -> None:
+        self._limits = limits
+        self._lose = lose
+        self._vms: dict[int, VmState] = {}
+        self._gone: OrderedDict[int, None] = OrderedDict()
+        self._departed: OrderedDict[int, Party] = OrderedDict()
+
+    def get(self, key: int | None) -> VmState | None:
+        """A VM that is known in full."""
+        return self._vms.get(key) if key is not None else None
+
+    def items(self) -> Iterator[tuple[int, VmState]]:
+        """All that are known in full."""
+        return iter(self._vms.items())
+
+    def seen(self, event: VmSeen) -> None:
+        """A VM, or more about it."""
+        known = self._vms.get(event.vm)
+        if known is None:
+            self._vms[event.vm] = VmState(event)
+        else:
+            known.seen = event
+
+    def gone(self, key: int, ts: int) -> None:
+        """It is gone; its counts stay."""
+        self._vms[key].gone_ts = ts
+
+    def settle(self, key: int, *, keep: bool) -> None:
+        """What to remember of a VM that is gone: all if it is eventful or in an incident."""
+        vm = self._vms[key]
+        if not keep and not vm.eventful:
+            self._forget(key)
+            return
+        self._gone[key] = None
+        while len(self._gone) > self._limits.gone_vms:
+            oldest, _ = self._gone.popitem(last=False)
+            self._forget(oldest)
+            self._lose("vms", 1)
+
+    def _forget(self, key: int) -> None:
+        party = self.party(key)
+        del self._vms[key]
+        if party is not None:
+            self._departed[key] = party
+        while len(self._departed) > self._limits.departed:
+            self._departed.popitem(last=False)
+
+    def party(self, key: int) -> Party | None:
+        """Who that is or was, as far as it is remembered."""
+        vm = self._vms.get(key)
+        if vm is None:
+            return self._departed.get(key)
+        seen = vm.seen
+        return Party(key, seen.pid, seen.name, seen.uuid, seen.vmm, vm.gone_ts)
+
+    def is_gone(self, key: int) -> bool:
+        """Known to be gone; of a VM never heard of nobody knows."""
+        party = self.party(key)
+        return party is not None and party.gone_ts is not None
+
+    # -- what happened to them
+
+    def exit(self, event: Exit, cause: str | None, now: int) -> None:
+        """Count an exit."""
+        vm = self._vms.get(event.vm)
+        if vm is None:
+            return
+        key = (kvm.errno_name(event.errno), cause)
+        if key not in vm.exits and len(vm.exits) >= self._limits.kinds:
+            key = ("other", cause)
+        vm.exits[key] = vm.exits.get(key, 0) + event.count
+        vm.touch(event.ts)
+        if cause == "hwpoison" and event.gfn is not None:
+            refusals = self._refusals(vm, event.gfn)
+            if refusals is not None:
+                refusals.add(event.ts, now, told=event.count)
+
+    def sigbus(self, event: Sigbus) -> None:
+        """Count a signal."""
+        vm = self.get(event.vm)
+        if vm is not None:
+            code = kvm.sigbus_code_name(event.code)
+            if code not in vm.sigbus and len(vm.sigbus) >= self._limits.kinds:
+                code = "other"
+            vm.sigbus[code] = vm.sigbus.get(code, 0) + 1
+            vm.touch(event.ts)
+
+    def refused(self, event: Refused, now: int) -> None:
+        """Count refusals."""
+        vm = self._vms.get(event.vm)
+        refusals = self._refusals(vm, event.gfn) if vm is not None else None
+        if refusals is not None:
+            refusals.add(event.ts, now, refused=event.count)
+
+    def _refusals(self, vm: VmState, gfn: int) -> Refusals | None:
+        known = vm.refusals.get(gfn)
+        if known is None:
+            if len(vm.refusals) >= self._limits.kinds:
+                self._lose("refusals", 1)
+                return None
+            known = vm.refusals[gfn] = Refusals()
+        return known
+
+    def undelivered(self, places: Mapping[tuple[int, int | None], object], now: int) -> int:
+        """Refusals never told at these places (VM, gfn)."""
+        total = 0
+        for key, gfn in places:
+            vm = self._vms.get(key)
+            refusals = vm.refusals.get(gfn) if vm is not None and gfn is not None else None
+            total += refusals.undelivered(now) if refusals else 0
+        return total

@@ -1,0 +1,119 @@
+"""The register of incidents: by page, by place in a VM, by VM; and which one is forgotten first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+from kvmtrace.events import Owner
+from kvmtrace.incidents import Place, State
+from kvmtrace.limits import Limits
+
+
+class Register:
+    """All incidents that are remembered; every index points at one of those, never elsewhere."""
+
+    def __init__(self, limits: Limits, lose: Callable[[str, int], None]) -> None:
+        self._limits = limits
+        self._lose = lose
+        self._all: OrderedDict[str, State] = OrderedDict()
+        self._by_pfn: dict[int, State] = {}
+        self._huge: dict[str, State] = {}
+        self._by_place: dict[Place, State] = {}
+        self._of_vm: dict[int, dict[str, State]] = {}
+        self._serial: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[State]:
+        return iter(self._all.values())
+
+    # -- finding
+
+    def at_pfn(self, pfn: int) -> State | None:
+        """The incident that this page is lost in now."""
+        exact = self._by_pfn.get(pfn)
+        if exact is not None:
+            return exact
+        return next((state for state in self._huge.values() if state.covers_pfn(pfn)), None)
+
+    def within(self, covers: Callable[[int], bool]) -> list[State]:
+        """Incidents whose page fulfils a condition."""
+        return [state for pfn, state in self._by_pfn.items() if covers(pfn)]
+
+    def at_place(self, vm: int, gfn: int | None) -> State | None:
+        """The incident that this place of a live VM is in."""
+        return self._by_place.get((vm, gfn))
+
+    def of(self, vm: int) -> list[State]:
+        """Incidents with this VM among their owners, in the order in which it came to be."""
+        return list(self._of_vm.get(vm, {}).values())
+
+    # -- changing
+
+    def open(self, stem: str) -> State:
+        """A new incident; its id is the stem and a number."""
+        number = self._serial.get(stem, 0) + 1
+        while f"{stem}-{number}" in self._all:  # the number was forgotten, the incident not
+            number += 1
+        self._serial[stem] = number
+        state = State(f"{stem}-{number}", self._limits, self._lose)
+        self._all[state.id] = state
+        while len(self._all) > self._limits.incidents:
+            victim = next((s for s in self._all.values() if s.over), None)
+            self._drop(victim or next(iter(self._all.values())))
+        while len(self._serial) > 4 * self._limits.incidents:
+            del self._serial[next(iter(self._serial))]
+        return state
+
+    def _drop(self, state: State) -> None:
+        self.close(state)
+        del self._all[state.id]
+        for vm in state.vms:
+            mentions = self._of_vm.get(vm, {})
+            mentions.pop(state.id, None)
+            if not mentions:
+                self._of_vm.pop(vm, None)
+        self._lose("incidents", 1)
+
+    def name_page(self, state: State, pfn: int) -> None:
+        """The page of an incident is known."""
+        state.pfn = pfn
+        self._by_pfn[pfn] = state
+
+    def grow(self, state: State, size: int | None) -> None:
+        """So many bytes are lost in it at least."""
+        state.grow(size)
+        if state.huge and state.pfn is not None and self._by_pfn.get(state.pfn) is state:
+            self._huge[state.id] = state
+
+    def own(self, state: State, owner: Owner, *, live: bool) -> None:
+        """An owner of the page; exits of a VM that is gone are not looked for by place."""
+        vague = (owner.vm, None)
+        had_vague = vague in state.owners
+        if not state.own(owner):
+            return
+        if had_vague and vague not in state.owners and self._by_place.get(vague) is state:
+            del self._by_place[vague]
+        self._of_vm.setdefault(owner.vm, {})[state.id] = state
+        place = (owner.vm, owner.gfn)
+        holder = self._by_place.get(place)
+        if live and not state.closed and (holder is None or holder.over):
+            self._by_place[place] = state
+
+    def told(self, state: State, vm: int) -> None:
+        """A VM that was told of the page, whether it owns it or not."""
+        if vm in state.vms:
+            self._of_vm.setdefault(vm, {})[state.id] = state
+
+    def unpoison(self, state: State) -> None:
+        """The page may be poisoned anew; its VMs may still be told of the old poison."""
+        if state.pfn is not None and self._by_pfn.get(state.pfn) is state:
+            del self._by_pfn[state.pfn]
+        self._huge.pop(state.id, None)
+
+    def close(self, state: State) -> None:
+        """Nothing joins it any more."""
+        state.closed = True
+        self.unpoison(state)
+        for place in state.owners:
+            if self._by_place.get(place) is state:
+                del self._by_place[place]

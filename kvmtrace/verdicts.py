@@ -1,0 +1,145 @@
+"""What a VMM did after it was told of poison: a pure function from evidence to verdict.
+
+``looping``: the same vCPU is told of the same page again and again, now. ``exited``: the VM is
+gone. ``stopped``: the vCPU that was told no longer enters KVM_RUN. ``handled``: it ran on and was
+not told of that page again. ``unknown``: the evidence does not say which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmtrace.model import Telling, Verdict
+
+_SECOND = 1_000_000_000
+
+# A vCPU told this often of one gfn has been re-entered on it without anything being mended: one
+# telling per vCPU is the rule, a signal that raced with the exit or a retry makes it two or three.
+LOOPING_AFTER = 4
+
+# A loop is over when nothing was told for so long, or for three times its own pace if it is slower.
+LOOP_OVER_NS = 10 * _SECOND
+_PACES = 3
+
+# Earlier than this a vCPU that is in KVM_RUN may just not have come back to the page yet.
+SETTLED_NS = 3 * _SECOND // 2
+
+# A vCPU asleep outside KVM_RUN at two looks in a row: one alone may be an ordinary exit's I/O.
+_LOOKS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A vCPU's thread, looked at after its last telling; see ``events.VcpuState``."""
+
+    ts: int
+    tid: int
+    vcpu: int | None
+    state: str
+    ran_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that is known of one VM that was told of one page; ``now``: the model's time."""
+
+    vm: int
+    now: int
+    told: tuple[Telling, ...]
+    looks: tuple[Look, ...] = ()
+    gone_ts: int | None = None
+
+
+def looped(telling: Telling) -> bool:
+    """Whether this vCPU was told so often that nothing can have been mended in between."""
+    return telling.count >= LOOPING_AFTER
+
+
+def loops_now(telling: Telling, now: int) -> bool:
+    """Whether it still is."""
+    pace = (telling.last_ts - telling.first_ts) // max(1, telling.count - 1)
+    return looped(telling) and now - telling.last_ts <= max(LOOP_OVER_NS, _PACES * pace)
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """The verdict on one VM, with what it rests on, most important first."""
+    first = min(telling.first_ts for telling in evidence.told)
+    last = max(telling.last_ts for telling in evidence.told)
+    loops = [telling for telling in evidence.told if looped(telling)]
+    now = [telling for telling in loops if loops_now(telling, evidence.now)]
+    past = tuple(_loop(telling) + ", then no more" for telling in loops if telling not in now)
+
+    def verdict(word: str, *facts: str) -> Verdict:
+        return Verdict(evidence.vm, word, (*facts, *past))
+
+    if evidence.gone_ts is not None:
+        past = tuple(_loop(telling) for telling in loops)
+        after = _seconds(evidence.gone_ts - first)
+        since = (
+            "" if first == last else f", {_seconds(evidence.gone_ts - last)} after the last time"
+        )
+        return verdict("exited", f"the VM was gone {after} after it was first told{since}")
+    if now:
+        return verdict("looping", *(_loop(telling, rate=True) for telling in now))
+    return verdict(*_by_looks(evidence))
+
+
+def _by_looks(evidence: Evidence) -> tuple[str, ...]:
+    threads: dict[int, list[Look]] = {}
+    for look in evidence.looks:
+        threads.setdefault(look.tid, []).append(look)
+    stopped, ran_on, unclear = [], [], []
+    for looks in threads.values():
+        last = looks[-1]
+        after = last.ts - _told_ts(evidence, last)
+        who = f"{_vcpu(last.vcpu)} (thread {last.tid})"
+        if last.state == "gone":
+            stopped.append(f"{who} has ended, {_seconds(after)} after it was told")
+        elif len(looks) >= _LOOKS and all(look.state == "outside" for look in looks[-_LOOKS:]):
+            stopped.append(f"{who} sleeps outside KVM_RUN, {_seconds(after)} after it was told")
+        elif last.state in ("running", "waiting") and after >= SETTLED_NS:
+            where = "in KVM_RUN" if last.state == "waiting" else "running"
+            ran_on.append(f"{who} is {where} {_seconds(after)} later{_cpu(looks)}")
+        else:
+            unclear.append(f"{who} was {last.state} {_seconds(after)} later: too early to tell")
+    if stopped:
+        return ("stopped", *stopped, *ran_on, *unclear)
+    if ran_on and not unclear:
+        return ("handled", *ran_on, "not told of this page again since")
+    if unclear:
+        return ("unknown", *unclear, *ran_on)
+    if all(telling.vcpu is None for telling in evidence.told):
+        return ("unknown", "no vCPU was told, only another thread of the VMM")
+    return ("unknown", "nobody looked at the vCPU after it was told")
+
+
+def _told_ts(evidence: Evidence, look: Look) -> int:
+    told = [t.last_ts for t in evidence.told if t.vcpu == look.vcpu]
+    return max(told or [telling.last_ts for telling in evidence.told])
+
+
+def _loop(telling: Telling, *, rate: bool = False) -> str:
+    text = f"{_vcpu(telling.vcpu)} was told {telling.count} times"
+    elapsed = telling.last_ts - telling.first_ts
+    if elapsed > 0:
+        text += f" in {_seconds(elapsed)}"
+        if rate:
+            text += f", {_round((telling.count - 1) * _SECOND / elapsed)} a second"
+    return text
+
+
+def _cpu(looks: list[Look]) -> str:
+    ran = [look.ran_ns for look in looks if look.ran_ns is not None]
+    return f", {_seconds(sum(ran))} of CPU time since" if ran else ""
+
+
+def _vcpu(vcpu: int | None) -> str:
+    return "a thread" if vcpu is None else f"vCPU {vcpu}"
+
+
+def _seconds(nanoseconds: int) -> str:
+    return f"{_round(max(0, nanoseconds) / _SECOND)} s"
+
+
+def _round(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
