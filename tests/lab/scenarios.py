@@ -209,7 +209,7 @@ def stale_join(machine: Machine, source: str) -> None:
 
 
 def _hva(machine: Machine, source: str, backing: str, lsb: int, pages: int) -> None:
-    """``lsb``: of memory_failure's own SIGBUS, which has the loss right; KVM's later one may not."""
+    """``lsb``: of memory_failure's own SIGBUS, which has the loss right; KVM's may not."""
     with watching(machine, source) as watch:
         vmm = Vmm(machine, f"hva-{backing}")
         vmm.step(f"create v backing={backing} pages={pages}")

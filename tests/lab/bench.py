@@ -1,0 +1,176 @@
+"""What kvmtrace costs, measured in one run in the lab: ``python -m tests.lab.bench`` (make bench).
+
+Numbers of an emulated machine on a shared host say little by themselves; the ratios of one run do.
+Every way of watching gets its turn in every round, so that a noisy minute hits all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from tests.lab.drive import PATIENCE, Vmm
+from tests.lab.machine import DEFAULT, Job, Machine
+from tests.lab.progress import say
+
+_Stream = Literal["stdout", "stderr"]
+_MARK_BEGIN, _MARK_END = "<!-- bench -->\n", "<!-- /bench -->"
+
+# The run probe as someone would write it by hand.
+_BPFTRACE = {
+    "bpftrace fexit": "fexit:kvm:kvm_arch_vcpu_ioctl_run /retval < 0/ "
+    "{ @[retval, args.vcpu->vcpu_id] = count(); }",
+    "bpftrace kretprobe": "kretprobe:kvm_arch_vcpu_ioctl_run /(int32)retval < 0/ "
+    "{ @[retval] = count(); }",
+}
+
+
+@contextmanager
+def _running(machine: Machine, command: str, ready: str, stream: _Stream) -> Iterator[Job]:
+    job = machine.start(f"exec {command}")
+    try:
+        job.wait_for(ready, timeout=PATIENCE, stream=stream)
+        yield job
+    finally:
+        job.signal(signal.SIGINT)
+        job.wait(PATIENCE)
+
+
+@contextmanager
+def _nothing(_machine: Machine) -> Iterator[None]:
+    yield None
+
+
+def _kvmtrace(source: str) -> Callable[[Machine], Any]:
+    return lambda machine: _running(
+        machine,
+        f"kvmtrace events --json --source {source} >/dev/null",
+        r"kvmtrace: watching",
+        "stderr",
+    )
+
+
+def _bpftrace(program: str) -> Callable[[Machine], Any]:
+    return lambda machine: _running(machine, f"bpftrace -e '{program}'", r"Attach", "stdout")
+
+
+def overhead(machine: Machine, exits: int, rounds: int) -> list[str]:
+    """KVM_RUN exits per second by way of watching; ratios to nothing attached."""
+    ways: dict[str, Callable[[Machine], Any]] = {"nothing attached": _nothing}
+    ways |= {f"kvmtrace {source}": _kvmtrace(source) for source in ("bpf", "ftrace")}
+    ways |= {name: _bpftrace(program) for name, program in _BPFTRACE.items()}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    vmm = Vmm(machine, "bench")
+    vmm.step("create v backing=anon")
+    vmm.step(f"pio v {exits}")  # warm
+    for number in range(rounds):
+        for name, way in ways.items():
+            with way(machine):
+                began = vmm.step("pid")["mono_ns"]
+                ended = vmm.step(f"pio v {exits}", patience=10 * PATIENCE)["mono_ns"]
+            rates[name].append(exits * 1e9 / (ended - began))
+            say(f"bench: round {number + 1} of {rounds}: {name}: {rates[name][-1]:,.0f} exits/s")
+    vmm.end()
+    base = statistics.median(rates["nothing attached"])
+    rows = ["| watching by | KVM_RUN exits/s (median) | ratio |", "|---|---|---|"]
+    for name, values in rates.items():
+        rate = statistics.median(values)
+        rows.append(f"| {name} | {rate:,.0f} | {rate / base:.2f} |")
+    return rows
+
+
+def _rss_mib(machine: Machine, job_pattern: str) -> str:
+    found = machine.run(
+        f"for p in $(pgrep -f '{job_pattern}'); do grep -h VmRSS /proc/$p/status; done"
+    ).stdout.split()
+    sizes = [int(word) for word in found if word.isdecimal()]
+    return f"{max(sizes) / 1024:.0f} MiB" if sizes else "?"
+
+
+def footprint(machine: Machine, repeats: int) -> list[str]:
+    """Seconds from start to the first sample, and memory then, by command and source."""
+    rows = ["| command | source | start to first sample | RSS |", "|---|---|---|---|"]
+    for source in ("bpf", "ftrace"):
+        commands: tuple[tuple[str, str, _Stream, tuple[int, int] | None], ...] = (
+            ("top", "probes", "stdout", (24, 80)),
+            ("serve", "serving", "stderr", None),
+            ("events", "watching", "stderr", None),
+        )
+        for name, ready, stream, pty in commands:
+            times, rss = [], "?"
+            for _ in range(repeats):
+                began = time.monotonic()
+                job = machine.start(f"exec kvmtrace {name} --source {source}", pty=pty)
+                job.wait_for(ready, timeout=PATIENCE, stream=stream)
+                times.append(time.monotonic() - began)
+                rss = _rss_mib(machine, f"kvmtrace {name}")
+                job.signal(signal.SIGTERM)
+                job.wait(PATIENCE)
+            rows.append(f"| {name} | {source} | {statistics.median(times):.1f} s | {rss} |")
+            say(f"bench: {rows[-1]}")
+    return rows
+
+
+def storm_cost(machine: Machine, rounds: int) -> list[str]:
+    """kvmtrace's own CPU time while a VMM takes ``rounds`` memory faults as fast as it can."""
+    rows = ["| source | faults/s | kvmtrace's CPU |", "|---|---|---|"]
+    for source in ("bpf", "ftrace"):
+        with _running(machine, f"kvmtrace events --json --source {source}", "watching", "stderr"):
+            vmm = Vmm(machine, "storm")
+            vmm.step("create v backing=gmem pages=32")
+            vmm.step("touch v +3")
+            vmm.step("poison v +3")
+            before = _cpu_seconds(machine)
+            took = vmm.step(f"loop v +3 {rounds}", patience=10 * PATIENCE)["ns"] / 1e9
+            spent = _cpu_seconds(machine) - before
+            vmm.end()
+        rows.append(f"| {source} | {rounds / took:,.0f} | {100 * spent / took:.1f} % of a CPU |")
+        say(f"bench: {rows[-1]}")
+    return rows
+
+
+def _cpu_seconds(machine: Machine) -> float:
+    stat = machine.run("cat /proc/$(pgrep -f 'kvmtrace events' | head -1)/stat", check=True).stdout
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.lab.bench", description=__doc__)
+    parser.add_argument("--exits", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--storm", type=int, default=100_000)
+    parser.add_argument("--readme", action="store_true", help="keep the result in README.md")
+    options = parser.parse_args()
+    with Machine.boot(DEFAULT) as machine:
+        where = (
+            f"{time.strftime('%Y-%m-%d', time.gmtime())}, Linux {machine.release} under QEMU TCG "
+            f"with 2 vCPUs, on {os.cpu_count()} {platform.machine()} cores"
+        )
+        parts = [
+            [f"Measured in one run: {where}."],
+            overhead(machine, options.exits, options.rounds),
+            storm_cost(machine, options.storm),
+            footprint(machine, 3),
+        ]
+    text = "\n\n".join("\n".join(part) for part in parts)
+    print(text)
+    if options.readme:
+        readme = Path("README.md")
+        old = readme.read_text()
+        begin, end = old.index(_MARK_BEGIN) + len(_MARK_BEGIN), old.index(_MARK_END)
+        readme.write_text(old[:begin] + text + "\n" + old[end:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
