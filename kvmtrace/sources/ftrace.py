@@ -26,6 +26,7 @@ from kvmtrace.vms import VmTable
 
 COUNT_SECONDS = 1.0  # how often the kernel's counts are read while something is going on
 UPKEEP_SECONDS = 1.0  # how often kvm's coming and going, CPUs and missed VMs are looked at
+SCAN_SECONDS = 5.0  # how often /proc is searched for VMs where no probe tells of new ones
 BATCH_SECONDS = 0.05  # how long faults may gather after some were read
 SIGNAL_SECONDS = 0.02  # how soon to look for the fault that a signal was sent from
 
@@ -45,7 +46,7 @@ class FtraceSource:
         self._serial = 0
         self._ready: list[Event] = []
         self._kvm: int | None = _NEVER_LOOKED
-        self._counts_due = self._upkeep_due = self._batch_until = 0.0
+        self._counts_due = self._upkeep_due = self._scan_due = self._batch_until = 0.0
         self._active = False  # something may have been counted since the counts were read
         self._doubt = 0  # batches in which a join may lack a record that was dropped
         self._offset_ns = clock.epoch_offset_ns()
@@ -59,6 +60,7 @@ class FtraceSource:
             for ring, kib in fields.RING_KIB.items():
                 self._rings[ring] = Instance(root, f"{group}_{ring}", kib, layout)
             self._ready += self._joiner.people.vms.scan(time.time_ns())
+            self._scan_due = time.monotonic() + SCAN_SECONDS
             self._upkeep()
         except OSError as error:
             self.close()
@@ -123,7 +125,11 @@ class FtraceSource:
             self._joiner.faults.watches_gmem = self._attacher.attached("gmem")
         for ring in self._rings.values():
             ring.open_cpus()
-        self._ready += self._joiner.people.vms.missed(time.time_ns())
+        vms = self._joiner.people.vms
+        if not self._attacher.attached("vm_new") and time.monotonic() >= self._scan_due:
+            self._ready += vms.scan(time.time_ns())
+            self._scan_due = time.monotonic() + SCAN_SECONDS
+        self._ready += vms.missed(time.time_ns())
         self._upkeep_due = time.monotonic() + UPKEEP_SECONDS
 
     # -- waiting
