@@ -6,6 +6,7 @@ import contextlib
 import json
 import signal
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,20 +64,22 @@ class Unstageable(Exception):
 
 
 class Watch:
-    """``kvmtrace events --json``, running and attached."""
+    """``kvmtrace events --json``, attached; a ``job`` that runs already is followed from here on."""
 
-    def __init__(self, machine: Machine, source: str, extra: str = "") -> None:
-        self.job: Job = machine.start(f"exec kvmtrace events --json --source {source} {extra}")
+    def __init__(
+        self, machine: Machine, source: str, extra: str = "", *, job: Job | None = None
+    ) -> None:
+        self.job = job or machine.start(f"exec kvmtrace events --json --source {source} {extra}")
         self.job.wait_for(r"kvmtrace: watching", timeout=PATIENCE, stream="stderr")
+        self._begin = len(self._text()) if job else 0
 
-    def lines(self, kind: str | None = None, **fields: Any) -> list[Line]:
-        """Complete lines so far; of one kind; with these values."""
+    def _text(self) -> str:
         text = self.job.stdout
-        whole = text[: text.rfind("\n") + 1]
-        found = [json.loads(line) for line in whole.splitlines()]
-        if kind is not None:
-            found = [line for line in found if line["kind"] == kind]
-        return [line for line in found if all(line.get(k) == v for k, v in fields.items())]
+        return text[: text.rfind("\n") + 1]
+
+    def lines(self) -> list[Line]:
+        """Complete lines since this watch began."""
+        return [json.loads(line) for line in self._text()[self._begin :].splitlines()]
 
     def until(
         self, condition: Callable[[list[Line]], object], what: str, patience: float = PATIENCE
@@ -93,7 +96,7 @@ class Watch:
             time.sleep(0.1)
 
     def end(self) -> list[Line]:
-        """Stop it as Ctrl-C does; everything it told."""
+        """Stop kvmtrace as Ctrl-C does; everything it told."""
         self.job.signal(signal.SIGINT)
         status = self.job.wait(PATIENCE)
         assert status == 0, (status, self.job.stderr)
@@ -103,7 +106,7 @@ class Watch:
 
 @contextlib.contextmanager
 def watching(machine: Machine, source: str, extra: str = "") -> Iterator[Watch]:
-    """A ``Watch`` that is ended with the block, whatever happens in it."""
+    """A kvmtrace of one's own, ended with the block whatever happens in it."""
     watch = Watch(machine, source, extra)
     try:
         yield watch
@@ -111,6 +114,34 @@ def watching(machine: Machine, source: str, extra: str = "") -> Iterator[Watch]:
         if watch.job.poll() is None:
             watch.job.signal(signal.SIGINT)
             watch.job.wait(PATIENCE)
+
+
+_followed: weakref.WeakKeyDictionary[Machine, dict[str, Watch]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def following(machine: Machine, *sources: str) -> Iterator[list[Watch]]:
+    """What kvmtrace tells by each of these sources from here on.
+
+    It goes on running from one scenario to the next, as it does on a host: starting it takes longer
+    than most of them. kvmtraces by other sources are ended, so that nobody measures two at once.
+    """
+    followed = _followed.setdefault(machine, {})
+    for source in [s for s in followed if s not in sources]:
+        followed.pop(source).end()
+    for source in sources:
+        if source not in followed or followed[source].job.poll() is not None:
+            followed[source] = Watch(machine, source)
+    watches = [Watch(machine, source, job=followed[source].job) for source in sources]
+    yield watches
+    for watch in watches:
+        assert watch.job.poll() is None, (watch.job.poll(), watch.job.stderr)
+
+
+def end_following(machine: Machine) -> None:
+    """End what ``following`` started; AssertionError where it does not end well."""
+    for watch in _followed.pop(machine, {}).values():
+        watch.end()
 
 
 Told = Counter[tuple[Any, ...]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.lab.drive import PATIENCE, Line, Vmm, seen_by, told_by, watching
+from tests.lab.drive import PATIENCE, Line, Vmm, following, seen_by, told_by
 from tests.lab.machine import Machine
 
 SANE_LATENCY_NS = 60_000_000_000
@@ -37,7 +37,7 @@ def _nothing_lost(lines: list[Line]) -> None:
 
 def gmem_poison(machine: Machine, source: str) -> None:
     """A guest_memfd page is poisoned, then touched: poison, exit and incident are one story."""
-    with watching(machine, source) as watch:
+    with following(machine, source) as (watch,):
         vmm = Vmm(machine, "gmem-poison")
         vmm.step("create v backing=gmem pages=32")
         vmm.step("touch v +3")
@@ -47,7 +47,6 @@ def gmem_poison(machine: Machine, source: str) -> None:
         assert (touch["errno"], touch["reason"]) == ("EHWPOISON", 39), touch
         report = vmm.end()
         lines = watch.until(_gone(vmm.pid), "the VM's end")
-        lines = watch.end()
 
     (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
     assert told["owners"], told
@@ -75,7 +74,7 @@ def gmem_poison(machine: Machine, source: str) -> None:
 
 def efault(machine: Machine, source: str) -> None:
     """EFAULT in its two honest forms, and neither is an incident."""
-    with watching(machine, source) as watch:
+    with following(machine, source) as (watch,):
         vmm = Vmm(machine, "efault")
         vmm.step("create bare backing=anon")
         vmm.step("unmap bare +5")
@@ -87,8 +86,7 @@ def efault(machine: Machine, source: str) -> None:
         closed = vmm.step("touch v +9")
         assert (closed["errno"], closed["reason"]) == ("EFAULT", 39), closed
         report = vmm.end()
-        watch.until(_gone(vmm.pid), "the VM's end")
-        lines = watch.end()
+        lines = watch.until(_gone(vmm.pid), "the VM's end")
 
     exits = _exit_of(lines, vmm.pid, "EFAULT")
     (told,) = [x for x in exits if x["annotated"]]
@@ -103,15 +101,14 @@ def efault(machine: Machine, source: str) -> None:
 
 def unannotated(machine: Machine, source: str) -> None:
     """An unmapped HVA: EFAULT without reason 39. Every kernel can do it."""
-    with watching(machine, source) as watch:
+    with following(machine, source) as (watch,):
         vmm = Vmm(machine, "unmapped")
         vmm.step("create v backing=anon")
         vmm.step("touch v +3")
         vmm.step("unmap v +5")
         vmm.step("touch v +5")
         report = vmm.end()
-        watch.until(_gone(vmm.pid), "the VM's end")
-        lines = watch.end()
+        lines = watch.until(_gone(vmm.pid), "the VM's end")
     (told,) = _exit_of(lines, vmm.pid, "EFAULT")
     assert (told["cause"], told["annotated"]) == ("unannotated", False)
     assert not {"gpa", "size", "flags", "incident"} & set(told)
@@ -120,7 +117,7 @@ def unannotated(machine: Machine, source: str) -> None:
 
 def no_crosstalk(machine: Machine, source: str) -> None:
     """Three VMs with two vCPUs each, every vCPU with a poison of its own, all at once."""
-    with watching(machine, source) as watch:
+    with following(machine, source) as (watch,):
         vmms = [Vmm(machine, f"vm{n}") for n in range(3)]
         poisons = {}
         for n, vmm in enumerate(vmms):
@@ -136,8 +133,7 @@ def no_crosstalk(machine: Machine, source: str) -> None:
             vmm.step("wait")
         reports = {vmm.pid: vmm.end() for vmm in vmms}
         for vmm in vmms:
-            watch.until(_gone(vmm.pid), f"the end of {vmm.name}")
-        lines = watch.end()
+            lines = watch.until(_gone(vmm.pid), f"the end of {vmm.name}")
 
     for (pid, _), poison in poisons.items():
         (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
@@ -150,7 +146,7 @@ def no_crosstalk(machine: Machine, source: str) -> None:
 
 def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
     """A VMM loops on a poisoned page while another makes ordinary exits: exact to the last one."""
-    with watching(machine, source) as watch:
+    with following(machine, source) as (watch,):
         calm, mad = Vmm(machine, "calm"), Vmm(machine, "mad")
         calm.step("create v backing=anon")
         mad.step("create v backing=gmem pages=32")
@@ -160,8 +156,7 @@ def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
         mad.step(f"loop v +3 {rounds}", patience=10 * PATIENCE)
         calm.step("wait", patience=10 * PATIENCE)
         report, quiet = mad.end(), calm.end()
-        watch.until(_gone(mad.pid), "the VM's end")
-        lines = watch.end()
+        lines = watch.until(_gone(mad.pid), "the VM's end")
     assert sum(row["count"] for row in report["failed"]) == rounds
     assert seen_by(lines, mad.pid) == told_by(report)
     assert quiet["failed"] == []
@@ -171,7 +166,7 @@ def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
 
 def churn(machine: Machine, source: str, vms: int = 1000) -> None:
     """VMs come and go by the thousand: every one is seen off."""
-    with watching(machine, source) as watch:
+    with following(machine, source) as (watch,):
         vmm = Vmm(machine, "churn")
         vmm.step(f"churn {vms}", patience=10 * PATIENCE)
         vmm.end()
@@ -180,15 +175,14 @@ def churn(machine: Machine, source: str, vms: int = 1000) -> None:
             states = [x["state"] for x in lines if x["kind"] == "vm" and x["vm"]["pid"] == vmm.pid]
             return states.count("gone") >= vms
 
-        watch.until(over, f"{vms} VMs gone", patience=3 * PATIENCE)
-        lines = watch.end()
+        lines = watch.until(over, f"{vms} VMs gone", patience=3 * PATIENCE)
     of_it = [x for x in lines if x["kind"] == "vm" and x["vm"]["pid"] == vmm.pid]
     assert sum(x["state"] == "gone" for x in of_it) == vms
 
 
 def stale_join(machine: Machine, source: str) -> None:
     """A guest_memfd failure outside KVM_RUN lends nothing to the thread's next exit."""
-    with watching(machine, source) as watch:
+    with following(machine, source) as (watch,):
         vmm = Vmm(machine, "stale")
         vmm.step("create v backing=gmem pages=32")
         vmm.step("create w backing=anon base=0x400")
@@ -198,8 +192,7 @@ def stale_join(machine: Machine, source: str) -> None:
         vmm.step("unmap w +5")
         bare = vmm.step("touch w +5")
         report = vmm.end()
-        watch.until(_gone(vmm.pid), "the VM's end")
-        lines = watch.end()
+        lines = watch.until(_gone(vmm.pid), "the VM's end")
     (told,) = _exit_of(lines, vmm.pid, "EFAULT")
     assert told["cause"] == "unannotated"
     assert told.get("gfn") in (None, bare["page"])
@@ -210,7 +203,7 @@ def stale_join(machine: Machine, source: str) -> None:
 
 def _hva(machine: Machine, source: str, backing: str, lsb: int, pages: int) -> None:
     """``lsb``: of memory_failure's own SIGBUS, which has the loss right; KVM's may not."""
-    with watching(machine, source) as watch:
+    with following(machine, source) as (watch,):
         vmm = Vmm(machine, f"hva-{backing}")
         vmm.step(f"create v backing={backing} pages={pages}")
         vmm.step("touch v +3")
@@ -223,8 +216,7 @@ def _hva(machine: Machine, source: str, backing: str, lsb: int, pages: int) -> N
             "the SIGBUS",
         )
         report = vmm.end()
-        watch.until(_gone(vmm.pid), "the VM's end")
-        lines = watch.end()
+        lines = watch.until(_gone(vmm.pid), "the VM's end")
     (signal,) = touch["sigbus"]
     told = [x for x in lines if x["kind"] == "sigbus" and x["tid"] == touch["tid"]]
     assert [(x["code"], x["hva"], x["lsb"]) for x in told] == [("AR", signal["hva"], signal["lsb"])]
@@ -232,8 +224,7 @@ def _hva(machine: Machine, source: str, backing: str, lsb: int, pages: int) -> N
     assert [x["lsb"] for x in at_poison] == [lsb]
     assert told[0]["vm"]["pid"] == vmm.pid
     assert told[0].get("gfn") in (None, touch["page"])
-    poisons = [x for x in lines if x["kind"] == "poison"]
-    assert poison["pfn"] in {x["pfn"] for x in poisons}
+    assert poison["pfn"] in {x["pfn"] for x in lines if x["kind"] == "poison"}
     assert _exit_of(lines, vmm.pid, "EINTR") == []
     assert seen_by(lines, vmm.pid) == told_by(report)
 
@@ -256,15 +247,14 @@ def hva_hugetlb(machine: Machine, source: str) -> None:
 
 def hva_looping(machine: Machine, source: str) -> None:
     """A VMM that ignores SIGBUS takes it again and again."""
-    with watching(machine, source) as watch:
+    with following(machine, source) as (watch,):
         vmm = Vmm(machine, "deaf")
         vmm.step("create v backing=anon")
         vmm.step("touch v +3")
         poison = vmm.step("poison v +3")
         vmm.step("loop v +3 50")
         report = vmm.end()
-        watch.until(_gone(vmm.pid), "the VM's end")
-        lines = watch.end()
+        lines = watch.until(_gone(vmm.pid), "the VM's end")
     told = [
         x
         for x in lines
@@ -277,7 +267,7 @@ def hva_looping(machine: Machine, source: str) -> None:
 
 def parity(machine: Machine, _source: str = "both") -> None:
     """Both sources side by side over one workload tell one story, and it is the VMM's."""
-    with watching(machine, "bpf") as one, watching(machine, "ftrace") as other:
+    with following(machine, "bpf", "ftrace") as watches:
         vmm = Vmm(machine, "parity")
         vmm.step("create h backing=anon")
         vmm.step("touch h +3")
@@ -295,9 +285,7 @@ def parity(machine: Machine, _source: str = "both") -> None:
             vmm.step("close-gmem g")
             vmm.step("touch g +9")
         report = vmm.end()
-        for watch in (one, other):
-            watch.until(_gone(vmm.pid), "the VM's end")
-        stories = one.end(), other.end()
+        stories = [watch.until(_gone(vmm.pid), "the VM's end") for watch in watches]
     told = told_by(report)
     for lines in stories:
         assert seen_by(lines, vmm.pid) == told

@@ -10,7 +10,7 @@ import contextlib
 import pytest
 
 from tests.lab.conftest import Boot
-from tests.lab.drive import Unstageable
+from tests.lab.drive import Unstageable, end_following
 from tests.lab.machine import Machine
 from tests.lab.scenarios import SCENARIOS, Scenario, hva_anon, parity, unannotated
 
@@ -26,14 +26,15 @@ OTHER_KERNELS = {
 }
 
 
-@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.name)
+@pytest.mark.parametrize("source", SOURCES)
 def test_scenario(machine: Machine, scenario: Scenario, source: str) -> None:
     scenario.run(machine, source)
 
 
 def test_parity(machine: Machine) -> None:
     parity(machine)
+    end_following(machine)
 
 
 @pytest.mark.parametrize("kernel", OTHER_KERNELS)
@@ -45,3 +46,4 @@ def test_other_kernel(boot: Boot, kernel: str) -> None:
         unannotated(machine, source)
     with contextlib.suppress(Unstageable):
         parity(machine)
+    end_following(machine)
