@@ -64,7 +64,7 @@ class Unstageable(Exception):
 
 
 class Watch:
-    """``kvmtrace events --json``, attached; a ``job`` that runs already is followed from here on."""
+    """``kvmtrace events --json``, attached; a ``job`` that runs is followed from here on."""
 
     def __init__(
         self, machine: Machine, source: str, extra: str = "", *, job: Job | None = None
@@ -77,9 +77,10 @@ class Watch:
         text = self.job.stdout
         return text[: text.rfind("\n") + 1]
 
-    def lines(self) -> list[Line]:
-        """Complete lines since this watch began."""
-        return [json.loads(line) for line in self._text()[self._begin :].splitlines()]
+    def lines(self, kind: str | None = None) -> list[Line]:
+        """Complete lines since this watch began; of one kind."""
+        lines = [json.loads(line) for line in self._text()[self._begin :].splitlines()]
+        return [line for line in lines if kind in (None, line["kind"])]
 
     def until(
         self, condition: Callable[[list[Line]], object], what: str, patience: float = PATIENCE
