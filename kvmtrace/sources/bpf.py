@@ -99,6 +99,12 @@ class BpfSource:
 
     def __init__(self) -> None:
         self.why: str | None = None
+        if host.lockdown() == "confidentiality":
+            # Programs that read nothing would still attach: a watch that sees next to nothing.
+            raise KvmtraceError(
+                "kernel lockdown (confidentiality) forbids BPF programs to read kernel memory",
+                "boot with lockdown=integrity or without; `kvmtrace doctor` shows it",
+            )
         self._bcc = import_bcc()
         self._translator = Translator(epoch_offset_ns(), host.memory_failure_names())
         self._programs = _Programs(self._bcc)
