@@ -9,6 +9,7 @@
  */
 #include <asm/ptrace.h>
 #include "record.h"
+#include "walk.h"
 
 #define EINTR_ 4
 #define EAGAIN_ 11
@@ -61,30 +62,6 @@ struct tell_budget {
 	u64 left;
 };
 BPF_TABLE("array", u32, struct tell_budget, budget, 1);
-
-static __always_inline u64 word(u64 at)
-{
-	u64 value = 0;
-
-	bpf_probe_read_kernel(&value, sizeof(value), (void *)at);
-	return value;
-}
-
-static __always_inline u32 half(u64 at)
-{
-	u32 value = 0;
-
-	bpf_probe_read_kernel(&value, sizeof(value), (void *)at);
-	return value;
-}
-
-static __always_inline u8 byte(u64 at)
-{
-	u8 value = 0;
-
-	bpf_probe_read_kernel(&value, sizeof(value), (void *)at);
-	return value;
-}
 
 static __always_inline void lose(u32 place)
 {
@@ -373,102 +350,20 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret)
 	return 0;
 }
 
-/* The process that runs a VM. kvm->userspace_pid is the thread that created it, which may be gone
- * or may have given the VM away; the mm's owner is the process itself, where the kernel keeps it. */
-static __always_inline u32 pid_of(u64 kvm)
-{
-	u64 mm, task;
-
-	if (OFF_kvm_mm >= 0 && OFF_mm_struct_owner >= 0) {
-		mm = word(kvm + OFF_kvm_mm);
-		task = mm ? word(mm + OFF_mm_struct_owner) : 0;
-		if (task)
-			return half(task + OFF_task_struct_tgid);
-	}
-	return OFF_kvm_userspace_pid >= 0 ? half(kvm + OFF_kvm_userspace_pid) : 0;
-}
-
 /* ---- gmem_error: kvm_gmem_error_folio(mapping, folio), and from there to VMs and gfns ---- */
-
-/* An entry of an xarray (include/linux/xarray.h): nodes end in binary 10 and are large, siblings end
- * in 10 and are small, slots are pointers. */
-static __always_inline u64 xa_load_(u64 xarray, u64 index)
-{
-	u64 entry = word(xarray + OFF_xarray_xa_head);
-	int depth;
-
-#pragma unroll
-	for (depth = 0; depth < 11; depth++) {
-		u64 node, shift, at;
-
-		if ((entry & 3) != 2 || entry <= 4096)
-			break;
-		node = entry & ~3ULL;
-		shift = byte(node + OFF_xa_node_shift) & 63;
-		if (depth == 0 && shift < 58 && index >> (shift + 6))
-			return 0;
-		at = (index >> shift) & 63;
-		entry = word(node + OFF_xa_node_slots + at * 8);
-		if ((entry & 3) == 2 && (entry >> 2) < 64)
-			entry = word(node + OFF_xa_node_slots + (entry >> 2) * 8);
-		if (!entry)
-			return 0;
-	}
-	return entry & 3 ? 0 : entry;
-}
 
 static __always_inline int on_gmem_error(u64 mapping, u64 folio)
 {
 	u32 zero = 0, tid = (u32)bpf_get_current_pid_tgid();
 	struct gmem_walk *walk = walk_scratch.lookup(&zero);
-	u64 inode, head, entry;
-	u32 n = 0;
 	int i;
 
 	if (!walk)
 		return 0;
-	inode = word(mapping + OFF_address_space_host);
-	walk->inode = OFF_inode_i_ino >= 0 ? word(inode + OFF_inode_i_ino) : 0;
-	walk->index = word(folio + OFF_folio_index);
-	walk->seen = 1;
-	walk->complete = 0;
-	walk->nr_owners = 0;
-	if (OFF_gmem_inode_gmem_file_list >= 0)
-		head = inode - OFF_gmem_inode_vfs_inode + OFF_gmem_inode_gmem_file_list;
-	else if (OFF_address_space_i_private_list >= 0)
-		head = mapping + OFF_address_space_i_private_list;
-	else
-		goto out;
-	if (OFF_gmem_file_entry < 0 || OFF_kvm_memory_slot_gmem_pgoff < 0)
-		goto out;
-	entry = word(head);
-	for (i = 0; i < MAX_OWNERS; i++) {
-		u64 file, slot, pgoff;
-
-		if (!entry || entry == head)
-			break;
-		file = entry - OFF_gmem_file_entry;
-		slot = xa_load_(file + OFF_gmem_file_bindings, walk->index);
-		if (slot && n < MAX_OWNERS) {
-			struct owner *owner = &walk->owners[n & (MAX_OWNERS - 1)];
-			u64 page;
-
-			pgoff = word(slot + OFF_kvm_memory_slot_gmem_pgoff);
-			page = walk->index - pgoff;
-			owner->kvm = word(file + OFF_gmem_file_kvm);
-			owner->gen = gen_of(owner->kvm);
-			owner->gfn = word(slot + OFF_kvm_memory_slot_base_gfn) + page;
-			owner->pid = pid_of(owner->kvm);
-			owner->hva = word(slot + OFF_kvm_memory_slot_userspace_addr);
-			if (owner->hva)
-				owner->hva += page << PAGE_SHIFT_;
-			n++;
-		}
-		entry = word(entry);
-	}
-	walk->nr_owners = n;
-	walk->complete = entry == head;
-out:
+	gmem_owners(walk, mapping, word(folio + OFF_folio_index));
+	for (i = 0; i < MAX_OWNERS; i++)
+		if (i < walk->nr_owners)
+			walk->owners[i].gen = gen_of(walk->owners[i].kvm);
 	walks.update(&tid, walk);
 	return 0;
 }

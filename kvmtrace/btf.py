@@ -55,7 +55,8 @@ class _Param(ctypes.Structure):
 
 
 @functools.cache
-def _libbpf() -> ctypes.CDLL:
+def libbpf() -> ctypes.CDLL:
+    """libbpf, which comes with bcc. Raises KvmtraceError where it is missing."""
     for name in ("libbpf.so.1", "libbpf.so.0"):
         try:
             lib = ctypes.CDLL(name)
@@ -79,7 +80,7 @@ class Btf:
     """
 
     def __init__(self, root: str = SYS_BTF, modules: tuple[str, ...] = ("kvm",)) -> None:
-        lib = _libbpf()
+        lib = libbpf()
         base = lib.btf__parse(os.fsencode(f"{root}/vmlinux"), None)
         if not base:
             raise KvmtraceError(

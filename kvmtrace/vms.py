@@ -81,6 +81,10 @@ class VmTable:
         """Keys of the VMs that a process runs."""
         return [known.key for known in self._by_pid.get(pid, ())]
 
+    def struct_of(self, key: int) -> tuple[int, int] | None:
+        """Address of the struct kvm, and its generation; None if that was never told."""
+        return next((at for at, known in self._by_struct.items() if known.key == key), None)
+
     def pids(self) -> dict[int, list[int]]:
         """{pid: keys} of all live VMs."""
         return {pid: [known.key for known in all_] for pid, all_ in self._by_pid.items()}

@@ -21,8 +21,10 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.model import Probe, ProbeRuns
 from kvmtrace.sources import bpf_records as records
+from kvmtrace.sources import bpf_vms
 from kvmtrace.sources.bpf_events import Translator
 from kvmtrace.sources.bpf_layout import Layout
+from kvmtrace.sources.bpf_memory import BpfMemory
 
 RING_PAGES = 512
 MAX_KEYS = 16384
@@ -111,10 +113,13 @@ class BpfSource:
         self._next_watch = 0.0
         self._closed = False
         self._backlog: list[Event] = self._translator.start()
+        self.memory = BpfMemory(self._translator, self._backlog.append)
+        self.memory.use(self._programs.walk, self._programs.generation)
 
     def poll(self, timeout: float) -> list[Event]:
         """Events since the last call; ``timeout`` 0 reads all that the kernel has counted."""
-        events, self._backlog = self._backlog, []
+        events = self._backlog[:]
+        self._backlog.clear()
         if time.monotonic() >= self._next_watch:
             self._next_watch = time.monotonic() + _WATCH_SECONDS
             events += self._watch_kvm()
@@ -148,6 +153,7 @@ class BpfSource:
         self._programs.close()
         self._programs = _Programs(self._bcc)
         events += self._translator.start()
+        self.memory.use(self._programs.walk, self._programs.generation)
         return events
 
 
@@ -158,9 +164,10 @@ class _Programs:
         self._kvm = _kvm_modules()
         self._raw: list[bytes] = []
         self._attached: dict[str, list[Any]] = {}
+        self._asked: Any = None
         wanted = probes.specs()
         self._layout = Layout(wanted + probes.context_specs())
-        self._bpf = self._compile(bcc)
+        self._bpf = self._compile(bcc, "kvmtrace.bpf.c")
         states = [self._attach(spec) for spec in self._layout.specs]
         self.states = tuple(s for s in states if s.attached or s.name in {w.name for w in wanted})
         if not any(state.attached for state in self.states):
@@ -169,8 +176,30 @@ class _Programs:
             raise KvmtraceError(f"no eBPF program could be attached: {why}", "kvmtrace doctor")
         with quiet_stderr():
             self._bpf["ring"].open_ring_buffer(self._receive)
+        self.walk = self._questions(bcc)
 
-    def _compile(self, bcc: Any) -> Any:
+    def _questions(self, bcc: Any) -> bpf_vms.Walk | None:
+        """The programs that answer questions; None where they do not compile here."""
+        try:
+            self._asked = asked = self._compile(bcc, "vms.bpf.c")
+        except KvmtraceError:
+            return None
+
+        def load(name: str) -> int:
+            with quiet_stderr():
+                return int(asked.load_func(name.encode(), bcc.BPF.RAW_TRACEPOINT).fd)
+
+        addresses = {name: symbol.address for name, symbol in self._layout.symbols.items()}
+        return bpf_vms.Walk(asked, load, self._layout.offsets, addresses)
+
+    def generation(self, struct: int) -> int:
+        """How often a struct kvm at this address was destroyed: see gen_of() in the programs."""
+        try:
+            return int(self._bpf["generation"][ctypes.c_uint64(struct)].value)
+        except KeyError:
+            return 0
+
+    def _compile(self, bcc: Any, name: str) -> Any:
         source = files.bpf_dir()
         cflags = [
             f"-I{source}",
@@ -185,7 +214,7 @@ class _Programs:
         os.environ["BCC_KERNEL_SOURCE"] = str(source / "stubs")
         with quiet_stderr() as said:
             try:
-                return unattached(src_file=os.fsencode(source / "kvmtrace.bpf.c"), cflags=cflags)
+                return unattached(src_file=os.fsencode(source / name), cflags=cflags)
             except Exception as error:  # bcc raises bare Exception
                 reason = str(error)
         reason = next((line for line in said if "error" in line), None) or reason
@@ -357,6 +386,8 @@ class _Programs:
         )
         with quiet_stderr():
             self._bpf.cleanup()
+            if self._asked is not None:
+                self._asked.cleanup()
 
 
 def _kvm_modules() -> tuple[str, ...]:

@@ -92,6 +92,14 @@ class Translator:
         self._lost = [0] * len(records.LOST_PLACES)
         return self._vms.scan(self._now())
 
+    def met(self, struct: int, generation: int, pid: int) -> tuple[int, list[Event]]:
+        """The key of a VM that was found rather than heard of, and its VmSeen if it is new."""
+        return self._vms.key(struct, pid, self._now(), generation=generation)
+
+    def struct_of(self, vm: int) -> tuple[int, int] | None:
+        """Address and generation of a VM's struct kvm, if known."""
+        return self._vms.struct_of(vm)
+
     def translate(self, raw: Sequence[bytes], kernel: Counters) -> list[Event]:
         """Translate the records of one read of the ring buffer."""
         events: list[Event] = []

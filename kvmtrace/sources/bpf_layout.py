@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kvmtrace import kvm
 from kvmtrace.btf import Btf
 from kvmtrace.probes import ProbeSpec
+from kvmtrace.sources import bpf_vms
 
 # Members by struct, first the names that the macros of kvmtrace.bpf.c carry, then where BTF may
 # have them: names differ between kernels where a struct was renamed.
@@ -63,7 +64,7 @@ OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "cper_arm_physical_fault_addr": (("cper_arm_err_info", "physical_fault_addr"),),
 }
 
-SIZES = ("cper_sec_proc_arm",)
+SIZES = ("cper_sec_proc_arm", "page")
 
 # Without these, nothing of a probe's story can be told.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -106,10 +107,12 @@ class Layout:
     def __init__(self, specs: Iterable[ProbeSpec]) -> None:
         self.specs = tuple(specs)
         names = {target for spec in self.specs for target in spec.targets}
-        self.symbols = read_symbols(names | {"kvm_running_vcpu", "__per_cpu_offset"})
+        variables = {"kvm_running_vcpu", "__per_cpu_offset", *bpf_vms.SYMBOLS}
+        self.symbols = read_symbols(names | variables)
         btf = Btf()
         try:
-            self._offsets = {name: _offset(btf, where) for name, where in OFFSETS.items()}
+            members = OFFSETS | bpf_vms.OFFSETS
+            self.offsets = {name: _offset(btf, where) for name, where in members.items()}
             self._sizes = {name: btf.size(name) or 0 for name in SIZES}
             self._arguments = {
                 target: btf.arguments(target) for target in names if target in self.symbols
@@ -125,7 +128,7 @@ class Layout:
 
     def missing(self, probe: str) -> str | None:
         """A member that this probe cannot do without and BTF does not have."""
-        return next((n for n in NEEDS.get(probe, ()) if self._offsets.get(n) is None), None)
+        return next((n for n in NEEDS.get(probe, ()) if self.offsets.get(n) is None), None)
 
     def trampoline(self, spec: ProbeSpec) -> str | None:
         """The function name by which bcc knows what an fentry or fexit program is for.
@@ -139,12 +142,12 @@ class Layout:
         return f"{prefix}__{self.symbols[target].module or 'vmlinux'}__{target}"
 
     def cflags(self) -> list[str]:
-        """The macros that bpf/kvmtrace.bpf.c is compiled with."""
+        """The macros that bpf/*.bpf.c are compiled with."""
         flags = [
             f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}",
             f"-DWATCH_GMEM={int('kvm_gmem_get_pfn' in self.symbols)}",
         ]
-        flags += [f"-DOFF_{name}={-1 if at is None else at}" for name, at in self._offsets.items()]
+        flags += [f"-DOFF_{name}={-1 if at is None else at}" for name, at in self.offsets.items()]
         flags += [f"-DSIZE_{name}={size}" for name, size in self._sizes.items()]
         for spec in self.specs:
             target, function = self.target(spec), self.trampoline(spec)

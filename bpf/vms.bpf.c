@@ -1,0 +1,178 @@
+/* Questions about VMs and pages that are there already. Nothing is attached: sources/bpf_vms.py runs
+ * these programs one question at a time (BPF_PROG_TEST_RUN of raw tracepoints), the arguments in the
+ * context, the answer in a map. Nothing is locked either, so every walk is bounded and says how it
+ * ended. Structs of answers are mirrored in bpf_vms.py. */
+#include <asm/ptrace.h>
+#include "record.h"
+#include "walk.h"
+
+#define VM_ROWS 64
+#define SLOT_STEPS 128
+#define ID_BUCKETS 128 /* DECLARE_HASHTABLE(id_hash, 7) */
+
+struct vm_row {
+	u64 kvm;
+	u64 pid;
+};
+struct vms_answer {
+	u64 rows;
+	u64 next;  /* where to go on; 0: the list ended */
+	u64 ended; /* properly */
+	struct vm_row row[VM_ROWS];
+};
+BPF_TABLE("array", u32, struct vms_answer, vms_answers, 1);
+
+/* (vm_list, next): virt/kvm/kvm_main.c's list of all VMs. */
+int walk_vms(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 zero = 0;
+	struct vms_answer *answer = vms_answers.lookup(&zero);
+	u64 head = ctx->args[0], entry = ctx->args[1];
+	int i;
+
+	if (!answer)
+		return 0;
+	if (!entry)
+		entry = word(head);
+	for (i = 0; i < VM_ROWS; i++) {
+		if (!entry || entry == head)
+			break;
+		answer->row[i].kvm = entry - OFF_kvm_vm_list;
+		answer->row[i].pid = pid_of(entry - OFF_kvm_vm_list);
+		entry = word(entry);
+	}
+	answer->rows = i;
+	answer->ended = entry == head;
+	answer->next = entry == head ? 0 : entry;
+	return 0;
+}
+
+struct slot_row {
+	u64 gfn;
+	u64 pages;
+	u64 hva;
+	u64 id;
+};
+struct slots_answer {
+	u64 slots;      /* the set that was read, and its generation: a change means start again */
+	u64 generation;
+	u64 bucket;     /* where to go on: next bucket, and the node before that, if any */
+	u64 node;
+	struct slot_row row[SLOT_STEPS]; /* without pages: no slot */
+};
+BPF_TABLE("array", u32, struct slots_answer, slots_answers, 1);
+
+/* (kvm, address space, bucket, node). What changes from step to step is kept in the map: then the
+ * verifier finds one step like the other and does not follow each combination. */
+int walk_slots(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 zero = 0;
+	volatile struct slots_answer *answer = slots_answers.lookup(&zero);
+	u64 slots, id_node;
+	int i;
+
+	if (!answer)
+		return 0;
+	slots = word(ctx->args[0] + OFF_kvm_slots + 8 * ctx->args[1]);
+	id_node = OFF_slot_id_node + 16 * (half(slots + OFF_slots_node_idx) & 1);
+	answer->slots = slots;
+	answer->generation = word(slots + OFF_slots_generation);
+	answer->bucket = ctx->args[2];
+	answer->node = ctx->args[3];
+	for (i = 0; i < SLOT_STEPS; i++) {
+		u64 node = answer->node, bucket = answer->bucket, slot = node - id_node;
+
+		answer->row[i].pages = 0;
+		if (node) {
+			answer->row[i].gfn = word(slot + OFF_kvm_memory_slot_base_gfn);
+			answer->row[i].pages = word(slot + OFF_slot_npages);
+			answer->row[i].hva = word(slot + OFF_kvm_memory_slot_userspace_addr);
+			answer->row[i].id = half(slot + OFF_slot_id) & 0xffff;
+			answer->node = word(node);
+		} else if (bucket < ID_BUCKETS) {
+			answer->node = word(slots + OFF_slots_id_hash + 8 * bucket);
+			answer->bucket = bucket + 1;
+		}
+	}
+	return 0;
+}
+
+struct entry_answer {
+	u64 entry; /* the page table entry that is not present */
+	u64 shift; /* log2 of the bytes it stands for */
+};
+BPF_TABLE("array", u32, struct entry_answer, entry_answers, 1);
+
+/* (kvm, hva, &page_offset_base, &pgdir_shift, &sme_me_mask): x86-64's page table of the VMM, down to the
+ * first entry that is not present. pagemap does not show the one of a lost hugetlb page. */
+int huge_entry(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 zero = 0;
+	struct entry_answer *answer = entry_answers.lookup(&zero);
+	u64 hva = ctx->args[1], base = word(ctx->args[2]), secret, table, entry = 0;
+	u32 shift = ctx->args[3] ? half(ctx->args[3]) : 39;
+	int level;
+
+	if (!answer)
+		return 0;
+	secret = ctx->args[4] ? word(ctx->args[4]) : 0;
+	answer->entry = 0;
+	answer->shift = 0;
+	table = word(word(ctx->args[0] + OFF_kvm_mm) + OFF_mm_struct_pgd);
+#pragma unroll
+	for (level = 0; level < 4; level++) {
+		if (!table || shift > 48 || shift < 21)
+			return 0;
+		entry = word(table + ((hva >> shift) & 511) * 8);
+		if (!(entry & 0x101)) { /* _PAGE_PRESENT, _PAGE_PROTNONE */
+			answer->entry = entry;
+			answer->shift = shift;
+			return 0;
+		}
+		if (entry & 0x80) /* _PAGE_PSE: mapped */
+			return 0;
+		table = base + (entry & 0xffffffffff000ULL & ~secret);
+		shift -= 9;
+	}
+	return 0;
+}
+
+struct page_answer {
+	u64 file;   /* the page is in a file's page cache: the rest is known */
+	u64 device; /* dev_t inside the kernel: 12 bits major, 20 bits minor */
+	struct gmem_walk gmem;
+};
+BPF_TABLE("array", u32, struct page_answer, page_answers, 1);
+
+/* (pfn, &vmemmap_base, &kvm_gmem_aops) */
+int page_of(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 zero = 0;
+	struct page_answer *answer = page_answers.lookup(&zero);
+	u64 page, info, folio, mapping, host, index;
+
+	if (!answer)
+		return 0;
+	answer->file = 0;
+	answer->gmem.seen = 0;
+	page = word(ctx->args[1]) + ctx->args[0] * SIZE_page;
+	info = word(page + OFF_page_compound_head);
+	folio = page;
+	if (info & 1) /* a tail: its head's address, or (7.x) the mask that leads there */
+		folio = info >> 32 == 0xffffffff ? page & info : info - 1;
+	mapping = word(folio + OFF_folio_mapping);
+	if (!mapping || mapping & 3) /* FOLIO_MAPPING_FLAGS: anonymous, KSM */
+		return 0;
+	host = word(mapping + OFF_address_space_host);
+	/* Pages of other kinds keep other things there: a file's mapping is a part of its inode. */
+	if (mapping != host + OFF_inode_i_data)
+		return 0;
+	index = word(folio + OFF_folio_index) + (page - folio) / SIZE_page;
+	answer->file = 1;
+	answer->device = half(word(host + OFF_inode_i_sb) + OFF_super_block_s_dev);
+	answer->gmem.inode = OFF_inode_i_ino >= 0 ? word(host + OFF_inode_i_ino) : 0;
+	answer->gmem.index = index;
+	if (ctx->args[2] && word(mapping + OFF_address_space_a_ops) == ctx->args[2])
+		gmem_owners(&answer->gmem, mapping, index);
+	return 0;
+}
