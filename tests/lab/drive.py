@@ -34,7 +34,7 @@ class Vmm:
         answer = self._answer(patience)
         if "error" in answer and not may_fail:
             if answer.get("unsupported"):
-                raise Unstageable(f"{text}: {answer['error']}")
+                raise Unstageable(answer["error"])
             raise AssertionError(f"{text}: {answer}")
         return answer
 

@@ -31,6 +31,12 @@ def _gone(pid: int) -> Callable[[list[Line]], bool]:
     )
 
 
+def _same(lines: list[Line], pid: int, report: Line) -> None:
+    """What kvmtrace says that a process was told is what it was told."""
+    seen, told = seen_by(lines, pid), told_by(report)
+    assert seen == told, f"only kvmtrace: {seen - told}; only the VMM: {told - seen}"
+
+
 def _nothing_lost(lines: list[Line]) -> None:
     assert [line for line in lines if line["kind"] == "lost"] == []
 
@@ -68,7 +74,7 @@ def gmem_poison(machine: Machine, source: str) -> None:
     assert (fault["cause"], fault["annotated"], fault["reason"]) == ("hwpoison", True, 39)
     assert fault["incident"] == told["incident"]
     assert told["ts"] < fault["ts"]
-    assert seen_by(lines, vmm.pid) == told_by(report)
+    _same(lines, vmm.pid, report)
     _nothing_lost(lines)
 
 
@@ -96,7 +102,7 @@ def efault(machine: Machine, source: str) -> None:
     assert not {"gpa", "size", "flags"} & set(unannotated)
     assert unannotated.get("gfn") in (None, bare["page"])
     assert not any("incident" in x for x in exits)
-    assert seen_by(lines, vmm.pid) == told_by(report)
+    _same(lines, vmm.pid, report)
 
 
 def unannotated(machine: Machine, source: str) -> None:
@@ -112,7 +118,7 @@ def unannotated(machine: Machine, source: str) -> None:
     (told,) = _exit_of(lines, vmm.pid, "EFAULT")
     assert (told["cause"], told["annotated"]) == ("unannotated", False)
     assert not {"gpa", "size", "flags", "incident"} & set(told)
-    assert seen_by(lines, vmm.pid) == told_by(report)
+    _same(lines, vmm.pid, report)
 
 
 def no_crosstalk(machine: Machine, source: str) -> None:
@@ -141,26 +147,32 @@ def no_crosstalk(machine: Machine, source: str) -> None:
         exits = [x for x in lines if x["kind"] == "exit" and x["vm"]["pid"] == pid]
         assert {x["incident"] for x in exits if x["gfn"] == poison["gfn"]} == {told["incident"]}
     for pid, report in reports.items():
-        assert seen_by(lines, pid) == told_by(report)
+        _same(lines, pid, report)
 
 
 def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
-    """A VMM loops on a poisoned page while another makes ordinary exits: exact to the last one."""
+    """A VMM loops on a lost page while another makes ordinary exits: exact to the last one.
+
+    Poisoned guest_memfd where the kernel has it for ordinary VMs, else an unmapped HVA.
+    """
     with following(machine, source) as (watch,):
         calm, mad = Vmm(machine, "calm"), Vmm(machine, "mad")
         calm.step("create v backing=anon")
-        mad.step("create v backing=gmem pages=32")
-        mad.step("touch v +3")
-        mad.step("poison v +3")
+        if "error" in mad.step("create v backing=gmem pages=32", may_fail=True):
+            mad.step("create v backing=anon")
+            mad.step("unmap v +3")
+        else:
+            mad.step("touch v +3")
+            mad.step("poison v +3")
         calm.step(f"pio v {rounds // 4} bg=1")
         mad.step(f"loop v +3 {rounds}", patience=10 * PATIENCE)
         calm.step("wait", patience=10 * PATIENCE)
         report, quiet = mad.end(), calm.end()
         lines = watch.until(_gone(mad.pid), "the VM's end")
     assert sum(row["count"] for row in report["failed"]) == rounds
-    assert seen_by(lines, mad.pid) == told_by(report)
+    _same(lines, mad.pid, report)
     assert quiet["failed"] == []
-    assert seen_by(lines, calm.pid) == told_by(quiet)
+    _same(lines, calm.pid, quiet)
     _nothing_lost(lines)
 
 
@@ -198,7 +210,7 @@ def stale_join(machine: Machine, source: str) -> None:
     assert told.get("gfn") in (None, bare["page"])
     assert "incident" not in told
     assert _exit_of(lines, vmm.pid, "EHWPOISON") == []
-    assert seen_by(lines, vmm.pid) == told_by(report)
+    _same(lines, vmm.pid, report)
 
 
 def _hva(machine: Machine, source: str, backing: str, lsb: int, pages: int) -> None:
@@ -226,7 +238,7 @@ def _hva(machine: Machine, source: str, backing: str, lsb: int, pages: int) -> N
     assert told[0].get("gfn") in (None, touch["page"])
     assert poison["pfn"] in {x["pfn"] for x in lines if x["kind"] == "poison"}
     assert _exit_of(lines, vmm.pid, "EINTR") == []
-    assert seen_by(lines, vmm.pid) == told_by(report)
+    _same(lines, vmm.pid, report)
 
 
 def hva_anon(machine: Machine, source: str) -> None:
@@ -262,7 +274,7 @@ def hva_looping(machine: Machine, source: str) -> None:
     ]
     truth = [s for s in report["sigbus"] if s["tid"] != vmm.pid]
     assert len(told) == sum(s["count"] for s in truth) == 50
-    assert seen_by(lines, vmm.pid) == told_by(report)
+    _same(lines, vmm.pid, report)
 
 
 def parity(machine: Machine, _source: str = "both") -> None:
@@ -286,9 +298,8 @@ def parity(machine: Machine, _source: str = "both") -> None:
             vmm.step("touch g +9")
         report = vmm.end()
         stories = [watch.until(_gone(vmm.pid), "the VM's end") for watch in watches]
-    told = told_by(report)
     for lines in stories:
-        assert seen_by(lines, vmm.pid) == told
+        _same(lines, vmm.pid, report)
         _nothing_lost(lines)
     bpf, ftrace = (_story(lines, vmm.pid) for lines in stories)
     assert set(bpf) == set(ftrace)
@@ -336,7 +347,7 @@ SCENARIOS = (
     Scenario(efault, True),
     Scenario(unannotated, False),
     Scenario(no_crosstalk, True),
-    Scenario(storm, True),
+    Scenario(storm, False),
     Scenario(churn, False),
     Scenario(stale_join, True),
     Scenario(hva_anon, False),
