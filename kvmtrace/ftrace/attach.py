@@ -92,9 +92,13 @@ class Attacher:
         if not has_kvm and any("kvm" in target for target in spec.targets):
             return Probe(spec.name, False, why="kvm is not loaded")
         wanted = fields.FIELDS.get(f"{spec.name}/{os.uname().machine}", fields.FIELDS[spec.name])
+        ways = [(target, spec.at, wanted) for target in spec.targets]
+        at_entry = fields.FIELDS.get(f"{spec.name}/entry")
+        if at_entry is not None:
+            ways += [(target, "entry", at_entry) for target in spec.targets]
         why: list[str] = []
-        for target in spec.targets:
-            outcome = self._events.define(spec.name, target, spec.at, wanted)
+        for target, at, asked in ways:
+            outcome = self._events.define(spec.name, target, at, asked)
             if not isinstance(outcome, Defined):
                 why.append(outcome.why)
                 continue
@@ -115,6 +119,8 @@ class Attacher:
         condition = fields.FILTERS.get(event.name)
         if event.name == "faultin" and "pfn" not in event.fields:
             condition = fields.FILTERS["faultin/lean"]
+        if event.name == "vm_new" and "ret" not in event.fields:
+            condition = None
         if condition:
             ring.write(f"{path}/filter", condition)
             self._filters[event.name] = condition

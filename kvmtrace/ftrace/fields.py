@@ -143,6 +143,12 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         _helper("comm", "$comm:string"),
         _RET,
     ),
+    # Where a return probe cannot have arguments (before 6.6): at entry. A VM that then fails to be
+    # made is one too many, until its process ends.
+    "vm_new/entry": (
+        _needed("kvm", "$arg1:x64"),
+        _helper("comm", "$comm:string"),
+    ),
     "vm_gone": (
         _needed("kvm", "kvm:x64", "$arg1:x64"),
         _helper("tgid", f"{_TGID}"),

@@ -135,13 +135,20 @@ class Signals:
         tid = fields.get("tid", sender)
         pid = self._people.process_of(tid, fields.get("tgid"))
         event = Sigbus(
-            record.ts, pid, tid, fields["code"], fields["addr"], fields.get("lsb"), sender
+            record.ts,
+            pid,
+            tid,
+            fields["code"],
+            fields["addr"],
+            fields.get("lsb"),
+            sender,
+            self._people.only_vm_of(pid),  # asked now: it may be gone when the waiting is over
         )
         if record.probe != "sigbus" or tid != sender or event.code != kvm.BUS_MCEERR_AR:
-            return [self._bare(event)]
+            return [event]
         earlier = self._waiting.pop(tid, None)
         self._waiting[tid] = event
-        return [] if earlier is None else [self._bare(earlier)]
+        return [] if earlier is None else [earlier]
 
     def fault(self, record: Record) -> list[Event]:
         """A fault on poisoned memory returned: its thread's signal was for this."""
@@ -155,10 +162,7 @@ class Signals:
     def overdue(self, now: float) -> list[Event]:
         """Signals whose fault did not come."""
         late = [tid for tid, event in self._waiting.items() if now - event.ts > SIGNAL_WAIT_NS]
-        return [self._bare(self._waiting.pop(tid)) for tid in late]
-
-    def _bare(self, event: Sigbus) -> Sigbus:
-        return dataclasses.replace(event, vm=self._people.only_vm_of(event.pid))
+        return [self._waiting.pop(tid) for tid in late]
 
 
 def _bound(pending: OrderedDict[Any, Any]) -> None:

@@ -344,6 +344,13 @@ def test_a_signal_whose_fault_never_comes_is_told_all_the_same() -> None:
     assert len(world.tell(last=True)) == 1
 
 
+def test_a_waiting_signal_keeps_its_vm_though_that_is_gone_meanwhile() -> None:
+    world = World()
+    told = world.tell(world.record("vm_new", ret=0), sigbus(world), world.record("vm_gone"))
+    told += world.tell(last=True)
+    assert [e.vm for e in told if isinstance(e, Sigbus)] == [1]
+
+
 def test_signals_of_memory_failure_do_not_wait() -> None:
     world = World()
     world.tell(world.record("vm_new", ret=0))
