@@ -25,15 +25,18 @@ from typing import IO, Any, ParamSpec, TypeVar
 import click
 
 from kvmtrace import __version__, host, identity, sources, wire
-from kvmtrace.correlate import Told
+from kvmtrace.correlate import Correlator, Told
 from kvmtrace.errors import KvmtraceError, UsageError
-from kvmtrace.events import VmSeen
+from kvmtrace.events import Event, VmSeen
 from kvmtrace.live import Session, host_of
-from kvmtrace.model import Snapshot
+from kvmtrace.model import Host, Probe, Snapshot
 from kvmtrace.observe import Observed
+from kvmtrace.reactions import Reactions
 from kvmtrace.sources.recording import RecordingSource, Writer
+from kvmtrace.views import bundle as bundle_view
 from kvmtrace.views import doctor as doctor_view
-from kvmtrace.views import lines
+from kvmtrace.views import explain as explain_view
+from kvmtrace.views import lines, targets
 from kvmtrace.views.header import watching_text
 from kvmtrace.views.table import table_text
 
@@ -236,10 +239,15 @@ def _with_source(command: Callable[P, R]) -> Callable[P, R]:
     return functools.wraps(command)(_source_option(command))
 
 
+def _attach(kind: str) -> sources.Source:
+    """This host's kernel, with what only looking tells added to what it says by itself."""
+    return Reactions(Observed(sources.open_source(kind)))
+
+
 @contextlib.contextmanager
 def _session(kind: str) -> Iterator[Session]:
     """A session on this host's kernel, detached on every way out."""
-    session = Session(Observed(sources.open_source(kind)))
+    session = Session(_attach(kind))
     try:
         yield session
     finally:
@@ -449,7 +457,7 @@ def serve(listen: str | None, max_vms: int | None, source: str) -> None:
 @_with_source
 def record(file: str, force: bool, duration: float | None, source: str) -> None:
     """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
-    attached = Observed(sources.open_source(source))
+    attached = _attach(source)
     try:
         number = 0
         deadline = time.monotonic() + duration if duration else None
@@ -471,13 +479,14 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
         attached.close()
 
 
-def _create(path: str, force: bool) -> IO[str]:
+def _create(path: str, force: bool, *, binary: bool = False) -> IO[Any]:
     """For root's eyes only: a recording holds addresses of other people's guests."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if force else os.O_EXCL)
     try:
-        return open(os.open(path, flags, 0o600), "w", encoding="utf-8")
+        descriptor = os.open(path, flags, 0o600)
     except FileExistsError:
         raise KvmtraceError(f"{path} is already there", "--force replaces it") from None
+    return open(descriptor, "wb") if binary else open(descriptor, "w", encoding="utf-8")
 
 
 @cli.command()
@@ -508,6 +517,113 @@ def replay(file: str, as_events: bool, as_json: bool) -> None:
         session.close()
 
 
+_from_option = click.option(
+    "--from",
+    "recording",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="A recording, instead of this host.",
+)
+_look_option = click.option(
+    "--duration",
+    type=SECONDS,
+    default=5.0,
+    metavar="SECONDS",
+    help="How long to watch this host.  [default: 5]",
+)
+
+
+def _events_of(
+    recording: str | None, source: str, duration: float
+) -> tuple[list[Event], Host, tuple[Probe, ...]]:
+    """All events of a recording, or what this host says in a while; with the host and probes."""
+    batch: list[Event] = []
+    if recording is not None:
+        replayed = RecordingSource(recording)
+        try:
+            while not replayed.done and not stop.asked:
+                batch += replayed.poll(0)
+            return batch, replayed.host, replayed.probes()
+        finally:
+            replayed.close()
+    attached = _attach(source)
+    try:
+        deadline = time.monotonic() + duration
+        while not stop.asked and (left := deadline - time.monotonic()) > 0:
+            batch += attached.poll(min(left, POLL_SECONDS))
+        return batch + attached.poll(0), host_of(attached), attached.probes()
+    finally:
+        attached.close()
+
+
+def _model(events: list[Event], host: Host, probes: tuple[Probe, ...]) -> Snapshot:
+    correlator = Correlator()
+    for event in events:
+        correlator.feed(event)
+    return dataclasses.replace(correlator.snapshot(), host=host, probes=probes)
+
+
+@cli.command()
+@click.argument("target", metavar="PFN|GPA@VM|VM|INCIDENT")
+@_from_option
+@_json_option
+@_look_option
+@_with_source
+def explain(
+    target: str, recording: str | None, as_json: bool, duration: float, source: str
+) -> None:
+    """The whole story of a page or a VM: what failed, who was told, what they did, what to do.
+
+    Numbers are PFNs (0x103275) or, with @VM, guest physical addresses (0x8000@web-1).
+    """
+    snapshot = _model(*_events_of(recording, source, duration))
+    found = targets.find(snapshot, target)
+    if as_json:
+        _json_is_utf8()
+        _print(json.dumps([explain_view.as_object(i, snapshot) for i in found], ensure_ascii=False))
+        return
+    texts = [explain_view.explain_text(incident, snapshot) for incident in found]
+    _print("\n\n".join(texts) or targets.about_nothing(snapshot, target))
+
+
+@cli.command()
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False), required=True, metavar="FILE.tar.gz"
+)
+@click.option("--redact", is_flag=True, help="Replace names and uuids of VMs, the same everywhere.")
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@_from_option
+@_look_option
+@_with_source
+def bundle(
+    *,
+    output: str,
+    redact: bool,
+    force: bool,
+    recording: str | None,
+    duration: float,
+    source: str,
+) -> None:
+    """Everything about this host's incidents in one file, for a ticket or an RMA.
+
+    Events as a recording, all incidents explained, doctor's findings, versions.
+    """
+    said, of, probes = _events_of(recording, source, duration)
+    names = bundle_view.Redaction(said)
+    if redact:
+        said = names.events(said)
+    log = io.StringIO()
+    Writer(log, of).write(said, probes)
+    files = bundle_view.contents(log.getvalue(), _model(said, of, probes), host.bcc().version)
+    if recording is None:
+        report = doctor_view.judge(host.examine(), [_attempt(kind) for kind in _kinds(source)])
+        text = doctor_view.render(report)
+        files["doctor.txt"] = names.text(text) if redact else text
+    with _create(output, force, binary=True) as out:
+        bundle_view.write(out, files, int(time.time()))
+    click.echo(f"{output}: {', '.join(sorted(files))}", err=True)
+
+
 @cli.command()
 @_json_option
 @_source_option
@@ -518,15 +634,17 @@ def doctor(ctx: click.Context, as_json: bool, source: str) -> None:
     Attaches for a moment to see what can be attached. Exit status 0 only if memory-fault exits
     can be seen here.
     """
-    kinds = ("bpf", "ftrace") if source == "auto" else (source,)
-    facts = host.examine()
-    report = doctor_view.judge(facts, [_attempt(kind) for kind in kinds])
+    report = doctor_view.judge(host.examine(), [_attempt(kind) for kind in _kinds(source)])
     if as_json:
         _json_is_utf8()
         _print(json.dumps(doctor_view.as_object(report), ensure_ascii=False))
     else:
         _print(doctor_view.render(report, ascii_only=not _can_print("✓✗→")))
     ctx.exit(0 if report.ok else 1)
+
+
+def _kinds(source: str) -> tuple[str, ...]:
+    return ("bpf", "ftrace") if source == "auto" else (source,)
 
 
 def _attempt(kind: str) -> doctor_view.Attempt:

@@ -87,8 +87,9 @@ class Errors:
 
     def history(self) -> ErrorHistory:
         """The counts, frozen."""
-        errors, corrected = (max(column) for column in zip(*self.counts.values(), strict=True))
-        return ErrorHistory(errors, corrected, self.first_ts, self.last_ts)
+        corrected = max(corrected for _, corrected in self.counts.values())
+        others = max(errors - corrected for errors, corrected in self.counts.values())
+        return ErrorHistory(corrected + others, corrected, self.first_ts, self.last_ts)
 
 
 class Provenance:

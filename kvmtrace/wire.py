@@ -11,8 +11,18 @@ from typing import Any
 
 from kvmtrace import kvm
 from kvmtrace.correlate import Told
-from kvmtrace.events import Exit, Lost, Mce, Owner, Poison, Sigbus, VmGone, VmSeen
-from kvmtrace.model import Incident, Probe, Snapshot, Vm
+from kvmtrace.events import Exit, HwError, Lost, Mce, Owner, Poison, Sigbus, VmGone, VmSeen
+from kvmtrace.model import (
+    ErrorHistory,
+    Incident,
+    KernelAccount,
+    Origin,
+    Party,
+    Probe,
+    Snapshot,
+    Telling,
+    Vm,
+)
 
 
 def rfc3339(ts: int) -> str:
@@ -83,6 +93,22 @@ def event_line(told: Told) -> dict[str, Any] | None:
                 cpu=event.cpu,
                 socket=event.socket,
                 status=event.status,
+                incident=told.incident,
+            )
+        case HwError():
+            return head | known(
+                kind="mce",
+                addr=event.addr,
+                pfn=event.pfn,
+                socket=event.socket,
+                node=event.node,
+                label=event.label,
+                severity=event.severity,
+                grain=event.grain,
+                count=event.count,
+                via=event.via,
+                message=event.message,
+                incident=told.incident,
             )
         case VmSeen():
             return head | known(kind="vm", vm=vm_name(event), state="seen")
@@ -91,6 +117,11 @@ def event_line(told: Told) -> dict[str, Any] | None:
         case Lost():
             return head | known(kind="lost", where=event.where, count=event.count)
     return None
+
+
+def party_name(party: Party | None) -> dict[str, Any] | None:
+    """``vm_name`` of a VM that may be gone."""
+    return known(pid=party.pid, name=party.name, uuid=party.uuid) if party else None
 
 
 def vm_name(seen: VmSeen | Vm | None) -> dict[str, Any] | None:
@@ -115,7 +146,12 @@ def top(snapshot: Snapshot) -> dict[str, Any]:
         "vms": [_vm(vm) for vm in snapshot.vms.values()],
         "incidents": [incident(i, snapshot) for i in snapshot.incidents],
         "lost": dict(snapshot.lost),
-    }
+        "soft_offlined": [
+            known(pfn=page.pfn, ts=rfc3339(page.ts), errno=page.errno or None)
+            for page in snapshot.soft_offlines
+        ],
+        "dimms": [{"label": name, **_history(of)} for name, of in sorted(snapshot.dimms.items())],
+    } | known(kernel=_kernel(snapshot.kernel))
 
 
 def probe(state: Probe) -> dict[str, Any]:
@@ -138,11 +174,78 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
         page_type=state.page_type,
         result=state.result,
         poisoned_ts=_when(state.poisoned_ts),
-        owners=[_owner(owner, snapshot) for owner in state.owners],
+        owners=[_owner(owner, state, snapshot) for owner in state.owners],
         deliveries={"exits": state.exits, "sigbus": state.sigbus},
         sigbus_at_poison=state.sigbus_at_poison or None,
         first_delivery_ts=_when(state.first_delivery_ts),
         last_delivery_ts=_when(state.last_delivery_ts),
+        bytes=state.size,
+        undelivered=state.undelivered or None,
+        before_start=state.before_start or None,
+        unpoisoned_ts=_when(state.unpoisoned_ts),
+        origin=_origin(state.origin),
+        told=[_telling(telling, state) for telling in state.told] or None,
+        verdict=state.verdict,
+        verdicts=[
+            known(
+                vm=party_name(state.parties.get(verdict.vm)),
+                verdict=verdict.word,
+                evidence=list(verdict.evidence),
+            )
+            for verdict in state.verdicts
+        ]
+        or None,
+    )
+
+
+def _origin(origin: Origin | None) -> dict[str, Any] | None:
+    if origin is None:
+        return None
+    return known(
+        via=list(origin.via),
+        severity=origin.severity,
+        addr=origin.addr,
+        socket=origin.socket,
+        node=origin.node,
+        bank=origin.bank,
+        cpu=origin.cpu,
+        status=origin.status,
+        label=origin.label,
+        message=origin.message,
+        errors=_history(origin.history),
+        dimm=_history(origin.dimm) if origin.dimm else None,
+    )
+
+
+def _history(history: ErrorHistory) -> dict[str, Any]:
+    return {
+        "count": history.count,
+        "corrected": history.corrected,
+        "first_ts": rfc3339(history.first_ts),
+        "last_ts": rfc3339(history.last_ts),
+    }
+
+
+def _telling(telling: Telling, state: Incident) -> dict[str, Any]:
+    return known(
+        vm=party_name(state.parties.get(telling.vm)),
+        vcpu=telling.vcpu,
+        exits=telling.exits,
+        sigbus=dict(telling.sigbus),
+        first_ts=rfc3339(telling.first_ts),
+        last_ts=rfc3339(telling.last_ts),
+    )
+
+
+def _kernel(account: KernelAccount | None) -> dict[str, Any] | None:
+    if account is None:
+        return None
+    return known(
+        at_start=dict(account.at_start),
+        now=dict(account.now),
+        handled=account.handled,
+        seen=account.seen,
+        missed=account.missed,
     )
 
 
@@ -158,11 +261,13 @@ def _vm(vm: Vm) -> dict[str, Any]:
         poisoned_pages=vm.poisoned_pages,
         last_ts=_when(vm.last_ts),
         gone=vm.gone or None,
+        undelivered=vm.undelivered or None,
     )
 
 
-def _owner(owner: Owner, snapshot: Snapshot) -> dict[str, Any]:
-    return known(vm=vm_name(snapshot.vms.get(owner.vm)), gfn=owner.gfn, hva=owner.hva)
+def _owner(owner: Owner, state: Incident, snapshot: Snapshot) -> dict[str, Any]:
+    vm = vm_name(snapshot.vms.get(owner.vm)) or party_name(state.parties.get(owner.vm))
+    return known(vm=vm, gfn=owner.gfn, hva=owner.hva)
 
 
 def _when(ts: int | None) -> str | None:

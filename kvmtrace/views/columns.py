@@ -8,12 +8,13 @@ from typing import Any
 from kvmtrace.model import CAUSES
 from kvmtrace.views.cells import UNKNOWN, age_of, cells, clip, hex_of, rate_of, span_of
 from kvmtrace.views.grid import Column
-from kvmtrace.views.rows import IncidentRow, VmRow, owner_name, severity
+from kvmtrace.views.rows import IncidentRow, VmRow, owners_name, severity
 
 _AGO = len("99 min ago")
 _BRIEF = {"conversion": "conv", "backing": "back", "unannotated": "unann", "unknown": "?"}
 
 STATE_STYLES = {"looping": "bad", "delivered": "warn", "latent": "note", "closed": "dim"}
+VERDICT_STYLES = {"looping": "bad", "stopped": "bad", "unknown": "warn"}
 
 
 def _name(row: VmRow, width: int | None) -> str:
@@ -52,10 +53,15 @@ def _owner(row: IncidentRow, width: int | None) -> str:
     owners = row.incident.owners
     if not owners:
         return UNKNOWN
-    name = owner_name(row.vms, owners[0].vm)
+    name = owners_name(row.incident, row.vms, owners[0].vm)
     more = f" +{len(owners) - 1}" if len(owners) > 1 else ""
     place = f" {hex_of(owners[0].gfn)}{more}"
     return name + place if width is None else clip(name, max(1, width - len(place))) + place
+
+
+def _dimm(row: IncidentRow) -> str:
+    origin = row.incident.origin
+    return (origin.label if origin else None) or UNKNOWN
 
 
 def _errno(row: VmRow, errno: str) -> int:
@@ -208,6 +214,25 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         least=6,
         brief=True,
         floor=_AGO,
+    ),
+    Column(
+        "VERDICT",
+        lambda row, width: row.incident.verdict or UNKNOWN,
+        lambda row: row.incident.verdict or "",
+        lambda row: VERDICT_STYLES.get(row.incident.verdict or "", _closed(row)),
+        right=False,
+        falling=False,
+        drop=6,
+    ),
+    Column(
+        "DIMM",
+        lambda row, width: _dimm(row),
+        _dimm,
+        _closed,
+        right=False,
+        falling=False,
+        least=6,
+        drop=8,
     ),
     Column(
         "RESULT: PAGE",

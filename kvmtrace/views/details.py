@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 
-from kvmtrace.events import Owner
 from kvmtrace.model import Incident, Snapshot, Vm
 from kvmtrace.views.cells import (
     UNKNOWN,
@@ -20,6 +19,7 @@ from kvmtrace.views.cells import (
     span_of,
 )
 from kvmtrace.views.columns import STATE_STYLES
+from kvmtrace.views.explain import TITLES, explain_lines
 from kvmtrace.views.rows import IncidentRow, incident_rows
 
 _LABEL = 18
@@ -90,26 +90,17 @@ def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
         return [(("  this incident is no longer remembered", "warn"),)]
     meaning = dict(_STATES).get(incident.state, "")
     row = IncidentRow(incident, snapshot.vms, now)
-    lines = [
-        ((f"  incident {incident.id}", "title"),),
+    told = explain_lines(incident, snapshot)
+    return [
+        ((f"  {next(told)}", "title"),),
         (
             (f"  {'state':<{_LABEL}}", "dim"),
             (incident.state, STATE_STYLES.get(incident.state, "")),
             (f"  {meaning}", "dim"),
         ),
-        _fact("pfn", hex_of(incident.pfn)),
-        _fact("page type", incident.page_type or UNKNOWN),
-        _fact("result", incident.result or UNKNOWN),
-        _fact("told by exits", str(incident.exits)),
-        _fact("told by SIGBUS", str(incident.sigbus)),
         _fact("latency", f"{span_of(row.latency)} from poison to first delivery"),
+        *(((f"  {line}" if line else "", "head" if line in TITLES else ""),) for line in told),
     ]
-    if incident.sigbus_at_poison:
-        lines.append(_fact("SIGBUS at poison", f"{incident.sigbus_at_poison}, to who poisoned it"))
-    lines += [(), (("  owners", "head"),), *(_owner(o, snapshot) for o in incident.owners)]
-    if not incident.owners:
-        lines.append((("  none known", "dim"),))
-    return [*lines, (), *_timeline([incident], now)]
 
 
 def help_page() -> list[Line]:
@@ -164,13 +155,6 @@ def _brief(incident: Incident, vm: int) -> Line:
         (f"{incident.state:<10}", STATE_STYLES.get(incident.state, "")),
         (f"{places}{told}", ""),
     )
-
-
-def _owner(owner: Owner, snapshot: Snapshot) -> Line:
-    vm = snapshot.vms.get(owner.vm)
-    name = f"{vm.label} (pid {vm.pid})" if vm else "a VM no longer remembered"
-    gone = "  gone" if vm and vm.gone else ""
-    return ((f"  {name}  gfn {hex_of(owner.gfn)}  hva {hex_of(owner.hva)}", ""), (gone, "warn"))
 
 
 def _timeline(incidents: list[Incident], now: int) -> list[Line]:

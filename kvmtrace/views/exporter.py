@@ -29,7 +29,7 @@ from prometheus_client.registry import Collector
 
 from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.model import LATENCY_BUCKETS, STATES, Snapshot
+from kvmtrace.model import LATENCY_BUCKETS, STATES, VERDICTS, Snapshot
 from kvmtrace.views import page
 from kvmtrace.views.server import DEFAULT_LISTEN, Server, start, text
 from kvmtrace.views.vmseries import VmLabels, VmSeries, clean
@@ -155,6 +155,18 @@ class Exporter(Collector):
         for state, count in states.items():
             incidents.add_metric([state], count)
         yield incidents
+        verdicts = GaugeMetricFamily(
+            "kvmtrace_incident_verdicts",
+            "Incidents that a VMM was told of, by what it did then.",
+            labels=["verdict"],
+        )
+        words = dict.fromkeys(VERDICTS, 0)
+        for incident in snapshot.incidents:
+            if incident.verdict is not None:
+                words[incident.verdict] = words.get(incident.verdict, 0) + 1
+        for word, count in words.items():
+            verdicts.add_metric([word], count)
+        yield verdicts
         bounds = [*(repr(float(bound)) for bound in LATENCY_BUCKETS), "+Inf"]
         yield HistogramMetricFamily(
             "kvmtrace_poison_to_delivery_seconds",
@@ -217,6 +229,11 @@ def _vm_families(series: list[VmSeries]) -> Iterator[Metric]:
     pages = GaugeMetricFamily(
         "kvmtrace_vm_poisoned_pages", "Poisoned pages that the VM holds now.", labels=["vm"]
     )
+    undelivered = CounterMetricFamily(
+        "kvmtrace_undelivered",
+        "Times guest_memfd refused a poisoned page and KVM_RUN did not tell the VMM.",
+        labels=["vm"],
+    )
     for one in series:
         vm = one.vm
         if vm is not None:
@@ -227,7 +244,8 @@ def _vm_families(series: list[VmSeries]) -> Iterator[Metric]:
         for code, count in one.sigbus.items():
             sigbus.add_metric([one.label, code], count)
         pages.add_metric([one.label], one.poisoned_pages)
-    return iter((info, exits, sigbus, pages))
+        undelivered.add_metric([one.label], one.undelivered)
+    return iter((info, exits, sigbus, pages, undelivered))
 
 
 def serve(

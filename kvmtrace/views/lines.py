@@ -6,7 +6,19 @@ import json
 
 from kvmtrace import kvm
 from kvmtrace.correlate import Told
-from kvmtrace.events import Exit, Lost, Mce, Poison, Sigbus, VmGone, VmSeen
+from kvmtrace.events import (
+    Exit,
+    Found,
+    HwError,
+    Lost,
+    Mce,
+    Poison,
+    Sigbus,
+    SoftOffline,
+    Unpoison,
+    VmGone,
+    VmSeen,
+)
 from kvmtrace.views.cells import UNKNOWN, clip, hex_of, listed, pad, size_of, stamp_of
 from kvmtrace.wire import event_line
 
@@ -58,6 +70,24 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
                 f"pfn {hex_of(event.pfn)}",
                 f"status {hex(event.status)}",
             ]
+        case HwError():
+            what = f"{event.severity or 'memory'} error"
+            facts = [
+                f"DIMM {event.label}" if event.label else "",
+                f"addr {hex_of(event.addr)}",
+                f"pfn {hex_of(event.pfn)}",
+                f"x{event.count}" if event.count != 1 else "",
+                event.message or "",
+                f"by {event.via}",
+            ]
+        case SoftOffline():
+            refused = kvm.errno_name(event.errno)
+            what = f"refused: {refused}" if event.errno else "moved away"
+            facts = [f"pfn {hex(event.pfn)}"]
+        case Unpoison():
+            what, facts = "unpoisoned", [f"pfn {hex(event.pfn)}"]
+        case Found():
+            what, facts = "poisoned before start", [f"pfn {hex(event.pfn)}"]
         case VmSeen():
             what = "seen"
             vm = _vm(event)
@@ -77,8 +107,14 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
 
 
 def _kind(told: Told) -> str:
-    # The contract's names: both ends of a VM are of kind "vm".
-    return "vm" if isinstance(told.event, (VmSeen, VmGone)) else told.event.kind
+    # The contract's names: both ends of a VM are of kind "vm", hardware errors all "mce".
+    if isinstance(told.event, (VmSeen, VmGone)):
+        return "vm"
+    if isinstance(told.event, HwError):
+        return "mce"
+    if isinstance(told.event, (SoftOffline, Unpoison, Found)):
+        return "page"
+    return told.event.kind
 
 
 def _vm(seen: VmSeen | None) -> str:

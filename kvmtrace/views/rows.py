@@ -91,6 +91,12 @@ def owner_name(vms: Mapping[int, Vm], key: int) -> str:
     return vms[key].label if key in vms else UNKNOWN
 
 
+def owners_name(incident: Incident, vms: Mapping[int, Vm], key: int) -> str:
+    """The same for an owner in an incident, which remembers VMs that are gone."""
+    party = incident.parties.get(key)
+    return party.label if party and key not in vms else owner_name(vms, key)
+
+
 def severity(incident: Incident) -> int:
     """Rank of the state; one that is not known yet comes last."""
     state = incident.state

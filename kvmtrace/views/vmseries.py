@@ -61,6 +61,7 @@ class VmSeries:
     exits: Mapping[tuple[str, str], int]
     sigbus: Mapping[str, int]
     poisoned_pages: int
+    undelivered: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class VmLabels:
         # What VMs counted that were folded and are forgotten: "other" must not go down either.
         self._past_exits: Counter[tuple[str, str]] = Counter()
         self._past_sigbus: Counter[str] = Counter()
+        self._past_undelivered = 0
         self._ever_folded = False
 
     def series(self, vms: Mapping[int, Vm]) -> tuple[list[VmSeries], int]:
@@ -88,7 +90,14 @@ class VmLabels:
         self._folded = {key: vm for key, vm in vms.items() if key not in self._given}
         self._ever_folded |= bool(self._folded)
         series = [
-            VmSeries(self._given[key].label, vm, _exits(vm), _sigbus(vm), vm.poisoned_pages)
+            VmSeries(
+                self._given[key].label,
+                vm,
+                _exits(vm),
+                _sigbus(vm),
+                vm.poisoned_pages,
+                vm.undelivered,
+            )
             for key, vm in sorted(vms.items())
             if key in self._given
         ]
@@ -102,6 +111,7 @@ class VmLabels:
         for key in self._folded.keys() - vms.keys():
             self._past_exits.update(_exits(self._folded[key]))
             self._past_sigbus.update(_sigbus(self._folded[key]))
+            self._past_undelivered += self._folded[key].undelivered
 
     def _give(self, vms: Mapping[int, Vm]) -> None:
         names = Counter(clean(vm.name) for vm in vms.values())
@@ -138,11 +148,12 @@ class VmLabels:
             exits.update(_exits(vm))
             sigbus.update(_sigbus(vm))
         pages = sum(vm.poisoned_pages for vm in self._folded.values())
-        return VmSeries(OTHER, None, exits, sigbus, pages)
+        undelivered = self._past_undelivered + sum(vm.undelivered for vm in self._folded.values())
+        return VmSeries(OTHER, None, exits, sigbus, pages, undelivered)
 
 
 def _counted(vm: Vm) -> bool:
-    return bool(any(vm.exits.values()) or any(vm.sigbus.values()))
+    return bool(any(vm.exits.values()) or any(vm.sigbus.values()) or vm.undelivered)
 
 
 def _exits(vm: Vm) -> Counter[tuple[str, str]]:

@@ -345,9 +345,7 @@ def test_forgotten_incidents_are_counted() -> None:
 
 
 def test_closed_incidents_are_forgotten_first() -> None:
-    filler: Iterable[Event] = [
-        poison(T0, 0x1000 + n, tid=None) for n in range(Limits().incidents)
-    ]
+    filler: Iterable[Event] = [poison(T0, 0x1000 + n, tid=None) for n in range(Limits().incidents)]
     snapshot, _ = tell(
         poison(T0, 1), seen(1), gmem(T0, Owner(1, 8)), poison(T0, 2), VmGone(T0, 1), *filler
     )

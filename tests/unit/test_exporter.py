@@ -28,6 +28,8 @@ CONTRACT = {
     "kvmtrace_vm_info": {"vm", "name", "uuid", "pid", "vmm"},
     "kvmtrace_memory_fault_exits_total": {"vm", "errno", "cause"},
     "kvmtrace_poison_events_total": {"page_type", "result"},
+    "kvmtrace_undelivered_total": {"vm"},
+    "kvmtrace_incident_verdicts": {"verdict"},
     "kvmtrace_vm_poisoned_pages": {"vm"},
     "kvmtrace_incidents": {"state"},
     "kvmtrace_sigbus_total": {"vm", "code"},

@@ -87,7 +87,10 @@ def test_sources_and_views_never_meet(one: str, other: str) -> None:
             )
 
 
-CORE = "account correlate events incidents kvm limits model population provenance register verdicts wire"
+CORE = (
+    "account correlate events incidents kvm limits model population provenance register "
+    "verdicts wire"
+)
 
 
 @pytest.mark.parametrize("module", [f"{name}.py" for name in CORE.split()])

@@ -200,12 +200,12 @@ async def test_incident_details() -> None:
         await pilot.press("tab", "down", "enter")
         text = "\n".join(screen(app))
         for part in (
-            "incident 200-1",
+            "Incident 200-1: delivered",
             "state             delivered  the VM was told",
-            "page type         dirty unevictable LRU page",
+            "page       pfn 0x200, dirty unevictable LRU page, Recovered",
             "latency           90 s from poison to first delivery",
-            "database-with-a-long-name (pid 4002)  gfn 0x1234  hva -",
-            "a VM no longer remembered  gfn -  hva -",
+            "owner      database-with-a-long-name (pid 4002, qemu): gfn 0x1234",
+            "owner      a VM not known by name: gfn not known",
         ):
             assert part in text
 

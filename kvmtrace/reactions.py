@@ -1,0 +1,158 @@
+"""What becomes of vCPUs that were told of poison, looked up in /proc some times afterwards.
+
+``Reactions`` is a source around a source: it adds ``VcpuState`` events for the threads that its
+events told. They are events like any others, so recordings hold them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from kvmtrace import kvm
+from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone
+from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.sources import Source
+
+_SECOND = 1_000_000_000
+
+# After the last telling. A VMM that copes does so within milliseconds; a person takes minutes.
+LOOKS_NS = tuple(int(s * _SECOND) for s in (0.5, 2, 5, 12, 30, 120, 600))
+MAX_THREADS = 256
+
+_POLL_NS = _SECOND // 4
+
+# ioctl's number by architecture (x86-64; arm64 and riscv64; s390x, ppc64) and KVM_RUN's code,
+# which differs on ppc64 (another layout of _IO).
+_IOCTL = (16, 29, 54)
+_KVM_RUN = (0xAE80, 0x2000AE80)
+
+
+@dataclass(slots=True)
+class _Thread:
+    vm: int
+    tid: int
+    vcpu: int | None
+    told_ns: int
+    begun: str | None  # its start time, by which a tid that is used again is told
+    next: int = 0
+    cpu_ns: int | None = None
+
+
+class Reactions:
+    """A source whose told vCPUs are followed up. ``now``: ns since the epoch."""
+
+    def __init__(
+        self, inner: Source, proc: str = "/proc", now: Callable[[], int] = time.time_ns
+    ) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.why = inner.why
+        self._proc = proc
+        self._now = now
+        self._threads: OrderedDict[int, _Thread] = OrderedDict()
+
+    def poll(self, timeout: float) -> list[Event]:
+        """The inner source's events and what was due to be looked at."""
+        if self._threads:
+            timeout = min(timeout, _POLL_NS / _SECOND)
+        events = self.inner.poll(timeout)
+        for event in events:
+            self._follow(event)
+        return events + self._look()
+
+    def probes(self) -> tuple[Probe, ...]:
+        return self.inner.probes()
+
+    def probe_runs(self) -> Mapping[str, ProbeRuns]:
+        return self.inner.probe_runs()
+
+    def close(self) -> None:
+        self.inner.close()
+
+    # -- whom to look at
+
+    def _follow(self, event: Event) -> None:
+        match event:
+            case Exit(errno=kvm.EHWPOISON, tid=int(tid)):
+                self._told(event.vm, tid, event.vcpu)
+            case Sigbus(vm=int(vm), vcpu=int(vcpu)):
+                self._told(vm, event.tid, vcpu)
+            case VmGone():
+                gone = [tid for tid, one in self._threads.items() if one.vm == event.vm]
+                for tid in gone:
+                    del self._threads[tid]
+
+    def _told(self, vm: int, tid: int, vcpu: int | None) -> None:
+        now = self._now()
+        known = self._threads.get(tid)
+        if known is not None and (known.vm, known.vcpu) == (vm, vcpu):
+            if known.next or now - known.told_ns > LOOKS_NS[0]:
+                known.told_ns, known.next, known.cpu_ns = now, 0, self._cpu_ns(tid)
+            return
+        begun = self._stat(tid)
+        self._threads[tid] = _Thread(
+            vm, tid, vcpu, now, begun[1] if begun else None, cpu_ns=self._cpu_ns(tid)
+        )
+        while len(self._threads) > MAX_THREADS:
+            self._threads.popitem(last=False)
+
+    # -- looking
+
+    def _look(self) -> list[Event]:
+        now = self._now()
+        found: list[Event] = []
+        for one in list(self._threads.values()):
+            if now - one.told_ns < LOOKS_NS[one.next]:
+                continue
+            while one.next < len(LOOKS_NS) and now - one.told_ns >= LOOKS_NS[one.next]:
+                one.next += 1
+            state = self._state(one)
+            if state is not None:
+                found.append(self._event(one, state, now))
+            if state == "gone" or one.next == len(LOOKS_NS):
+                del self._threads[one.tid]
+        return found
+
+    def _event(self, one: _Thread, state: str, now: int) -> VcpuState:
+        cpu = self._cpu_ns(one.tid) if state != "gone" else None
+        ran = None if cpu is None or one.cpu_ns is None else max(0, cpu - one.cpu_ns)
+        one.cpu_ns = cpu
+        return VcpuState(now, one.vm, one.tid, state, one.vcpu, ran)
+
+    def _state(self, one: _Thread) -> str | None:
+        """One of VcpuState's; None where /proc does not tell."""
+        stat = self._stat(one.tid)
+        if stat is None or stat[0] in "ZXx" or (one.begun is not None and stat[1] != one.begun):
+            return "gone"
+        if stat[0] == "R":
+            return "running"
+        if stat[0] in "Tt":
+            return "outside"
+        words = self._read(one.tid, "syscall").split()
+        if not words:
+            return None
+        try:
+            call, request = int(words[0]), int(words[2], 16)
+        except (ValueError, IndexError):
+            return "running" if words[0] == "running" else "outside"
+        return "waiting" if call in _IOCTL and request in _KVM_RUN else "outside"
+
+    def _stat(self, tid: int) -> tuple[str, str] | None:
+        """State letter and start time; None if there is no such thread."""
+        fields = self._read(tid, "stat").rpartition(")")[2].split()
+        return (fields[0], fields[19]) if len(fields) > 19 else None
+
+    def _cpu_ns(self, tid: int) -> int | None:
+        first = self._read(tid, "schedstat").partition(" ")[0]
+        return int(first) if first.isdecimal() else None
+
+    def _read(self, tid: int, name: str) -> str:
+        # By the thread's own id: /proc/TID is there although a listing does not show it.
+        try:
+            with open(f"{self._proc}/{tid}/task/{tid}/{name}", "rb") as file:
+                return file.read(4096).decode("ascii", "replace")
+        except OSError:
+            return ""

@@ -1,0 +1,116 @@
+"""What is not known of an incident and why, and the next step that the evidence supports."""
+
+from __future__ import annotations
+
+from kvmtrace.model import Incident, Snapshot
+from kvmtrace.views.cells import hex_of, listed
+
+
+def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
+    """What is missing from the picture, each with the reason."""
+    missing = []
+    if incident.before_start:
+        missing.append("when it was poisoned: before kvmtrace started")
+    elif incident.poisoned_ts is None:
+        missing.append("when and where: the poison itself was not seen, only what came of it")
+    if incident.pfn is not None and incident.origin is None:
+        missing.append(
+            "where the error came from: no hardware report with this address was seen"
+            + _without(snapshot, "mce", "mc_event", "extlog")
+        )
+    elif incident.origin is not None and not incident.origin.label:
+        missing.append("which DIMM: no report with this address named one")
+    if not incident.owners:
+        missing.append("whose page it is: no VM with it was found")
+    vague = sorted({owner.vm for owner in incident.owners if owner.gfn is None})
+    if vague:
+        missing.append(f"the gfn in {_names(incident, vague)}: no slot or access told it")
+    if incident.size is None:
+        missing.append("how much is lost: no mapping or signal told the size")
+    for verdict in incident.verdicts:
+        if verdict.word == "unknown":
+            who = _names(incident, [verdict.vm])
+            missing.append(f"what {who} did about it: {verdict.evidence[0]}")
+    if incident.omitted:
+        missing.append(f"{incident.omitted} entries of the timeline: there was no room for them")
+    if snapshot.lost:
+        lost = listed(f"{count} at {where}" for where, count in sorted(snapshot.lost.items()))
+        missing.append(f"what was lost on the way: {lost}")
+    if snapshot.kernel is not None and snapshot.kernel.missed:
+        missing.append(kernel_difference(snapshot))
+    return missing
+
+
+def kernel_difference(snapshot: Snapshot) -> str:
+    """The kernel's account against ours."""
+    kernel = snapshot.kernel
+    if kernel is None or kernel.handled is None:
+        return "the kernel does not count memory failures here"
+    return f"the kernel handled {kernel.handled}, kvmtrace saw {kernel.seen}"
+
+
+def next_steps(incident: Incident) -> list[str]:
+    """What to do now, most urgent first."""
+    steps = [*_for_vms(incident), *_for_hardware(incident)]
+    if not steps:
+        steps.append(f"nothing: {_why_nothing(incident)}")
+    return steps
+
+
+def _for_vms(incident: Incident) -> list[str]:
+    if incident.state == "closed":
+        return []
+    words = {verdict.vm: verdict.word for verdict in incident.verdicts}
+    steps = []
+    for vm in dict.fromkeys([*(v for v in words), *(owner.vm for owner in incident.owners)]):
+        party = incident.parties.get(vm)
+        if party is not None and party.gone_ts is not None:
+            continue
+        who = _names(incident, [vm])
+        gfns = [owner.gfn for owner in incident.owners if owner.vm == vm and owner.gfn is not None]
+        where = f" (gfn {listed(map(hex_of, gfns))})" if gfns else ""
+        match words.get(vm):
+            case "looping":
+                steps.append(f"restart {who}: its VMM enters the same page{where} again and again")
+            case "stopped":
+                steps.append(f"restart {who}: the vCPU that was told no longer runs")
+            case "unknown":
+                steps.append(f"look at {who}: it was told, and what it did is not known")
+            case None:
+                steps.append(f"migrate {who} before its guest touches the page{where}")
+    if incident.undelivered:
+        steps.append(
+            f"do not rely on the VMM here: {incident.undelivered} times the page was refused "
+            "and KVM_RUN did not say so"
+        )
+    return steps
+
+
+def _for_hardware(incident: Incident) -> list[str]:
+    origin = incident.origin
+    if origin is None or not origin.label:
+        return []
+    errors = f"{origin.dimm.count if origin.dimm else origin.history.count} errors reported"
+    if origin.severity == "corrected":
+        return [f"watch DIMM {origin.label}: {errors}, those of this page were corrected"]
+    return [f"replace DIMM {origin.label}: {errors}"]
+
+
+def _why_nothing(incident: Incident) -> str:
+    if incident.unpoisoned_ts is not None and incident.state == "closed":
+        return "the page is no longer poisoned"
+    if incident.state == "closed":
+        return "the VMs that held the page are gone"
+    if incident.state == "unowned":
+        return "no VM is known to hold the page"
+    return "the VMM coped, and the page is not touched any more"
+
+
+def _names(incident: Incident, keys: list[int]) -> str:
+    parties = [incident.parties.get(key) for key in keys]
+    return listed(party.label if party else "a VM not known by name" for party in parties)
+
+
+def _without(snapshot: Snapshot, *probes: str) -> str:
+    off = [probe.name for probe in snapshot.probes if probe.name in probes and not probe.attached]
+    return f" (not attached: {', '.join(off)})" if off else ""

@@ -1,0 +1,199 @@
+"""One incident's whole story, in order, for a terminal of 80 columns or as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from kvmtrace import wire
+from kvmtrace.model import ErrorHistory, Incident, Moment, Party, Snapshot
+from kvmtrace.views import advice
+from kvmtrace.views.cells import hex_of, listed, size_of, span_of
+
+WIDTH = 80
+_LABEL = 11
+_TIME = 11
+_SECOND = 1_000_000_000
+
+
+TITLES = ("Verdict", "Not known", "Next")
+
+
+def explain_text(incident: Incident, snapshot: Snapshot, width: int = WIDTH) -> str:
+    """Everything known of an incident."""
+    return "\n".join(explain_lines(incident, snapshot, width))
+
+
+def explain_lines(incident: Incident, snapshot: Snapshot, width: int = WIDTH) -> Iterator[str]:
+    """The same, line by line; the first one is its title."""
+    for part in _parts(_named(incident, snapshot), snapshot):
+        yield from _fold(part, width)
+
+
+def _named(incident: Incident, snapshot: Snapshot) -> Incident:
+    """With the names of all VMs that anybody knows."""
+    known = {
+        key: Party(key, vm.pid, vm.name, vm.uuid, vm.vmm)
+        for owner in incident.owners
+        if (vm := snapshot.vms.get(key := owner.vm)) is not None
+    }
+    return dataclasses.replace(incident, parties={**known, **incident.parties})
+
+
+def as_object(incident: Incident, snapshot: Snapshot) -> dict[str, Any]:
+    """The same for programs: the incident of the contract and what explains it."""
+    incident = _named(incident, snapshot)
+    return wire.incident(incident, snapshot) | {
+        "timeline": [
+            wire.known(
+                ts=wire.rfc3339(moment.ts),
+                what=moment.what,
+                how=moment.how,
+                vm=None if moment.vm is None else wire.party_name(incident.parties.get(moment.vm)),
+                count=moment.count,
+                last_ts=wire.rfc3339(moment.last_ts) if moment.last_ts is not None else None,
+            )
+            for moment in incident.timeline
+        ],
+        "not_known": advice.not_known(incident, snapshot),
+        "next": advice.next_steps(incident),
+    }
+
+
+_Part = tuple[str, str]  # what stands in front, and the text that is folded beside it
+
+
+def _parts(incident: Incident, snapshot: Snapshot) -> Iterator[_Part]:
+    verdict = f", {incident.verdict}" if incident.verdict not in (None, incident.state) else ""
+    yield "", f"Incident {incident.id}: {incident.state}{verdict}"
+    for label, value in _facts(incident):
+        yield f"  {label:<{_LABEL}}", value
+    yield "", ""
+    yield "", f"Timeline, from {_timeline_from(incident)}"
+    begin = _begin(incident)
+    for moment in incident.timeline:
+        yield f"  {_relative(moment.ts, begin):>{_TIME}}  ", _moment(moment, incident, begin)
+        if moment.how:
+            yield " " * (_TIME + 4), f"by: {moment.how}"
+    if incident.verdicts:
+        yield "", ""
+        yield "", "Verdict"
+        for one in incident.verdicts:
+            yield "  ", f"{_name(incident.parties.get(one.vm))}: {one.word}"
+            for fact in one.evidence:
+                yield "    - ", fact
+    for title, entries in (
+        ("Not known", advice.not_known(incident, snapshot)),
+        ("Next", advice.next_steps(incident)),
+    ):
+        if entries:
+            yield "", ""
+            yield "", title
+            for entry in entries:
+                yield "  - ", entry
+
+
+def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
+    page = [f"pfn {hex_of(incident.pfn)}" if incident.pfn is not None else "pfn not known"]
+    page += [part for part in (incident.page_type, incident.result) if part]
+    yield "page", ", ".join(page)
+    shared = len({owner.vm for owner in incident.owners})
+    lost = f"{size_of(incident.size)} lost" if incident.size is not None else "size not known"
+    yield "loss", lost + (f", shared by {shared} VMs" if shared > 1 else "")
+    for owner in incident.owners:
+        hva = f", hva {hex_of(owner.hva)}" if owner.hva is not None else ""
+        gfn = f"gfn {hex_of(owner.gfn)}" if owner.gfn is not None else "gfn not known"
+        yield "owner", f"{_name(incident.parties.get(owner.vm), full=True)}: {gfn}{hva}"
+    if incident.origin is not None:
+        yield "origin", listed(_origin(incident))
+    signals: dict[str, int] = {}
+    for told in incident.told:
+        for code, count in told.sigbus.items():
+            signals[code] = signals.get(code, 0) + count
+    told_by = [f"{incident.exits} exits EHWPOISON"] if incident.exits else []
+    told_by += [f"{count} SIGBUS {code}" for code, count in sorted(signals.items())]
+    yield "told by", listed(told_by, "nothing yet")
+    if incident.undelivered:
+        yield "not told", f"{incident.undelivered} refusals by guest_memfd that no exit told"
+
+
+def _origin(incident: Incident) -> Iterator[str]:
+    origin = incident.origin
+    if origin is None:
+        return
+    if origin.label:
+        yield f"DIMM {origin.label}"
+    for name in ("socket", "node", "bank", "cpu"):
+        value = getattr(origin, name)
+        if value is not None:
+            yield f"{name} {value}"
+    if origin.addr is not None:
+        yield f"address {origin.addr:#x}"
+    if origin.severity:
+        yield origin.severity
+    if origin.message:
+        yield origin.message
+    yield f"{_counted(origin.history)} at this page"
+    if origin.dimm is not None:
+        yield f"{_counted(origin.dimm)} of this DIMM"
+
+
+def _counted(history: ErrorHistory) -> str:
+    span = history.last_ts - history.first_ts
+    within = f" within {span_of(span)}" if history.count > 1 and span > 0 else ""
+    corrected = f", {history.corrected} corrected," if history.corrected else ""
+    return f"{history.count} errors{corrected}{within}"
+
+
+def _moment(moment: Moment, incident: Incident, begin: int) -> str:
+    who = f"{_name(incident.parties.get(moment.vm))}: " if moment.vm is not None else ""
+    again = ""
+    if moment.count > 1:
+        again = f" (x{moment.count}"
+        if moment.last_ts is not None and moment.last_ts > moment.ts:
+            again += f", last {_relative(moment.last_ts, begin)}"
+        again += ")"
+    return f"{who}{moment.what}{again}"
+
+
+def _begin(incident: Incident) -> int:
+    if incident.poisoned_ts is not None:
+        return incident.poisoned_ts
+    return incident.timeline[0].ts if incident.timeline else 0
+
+
+def _timeline_from(incident: Incident) -> str:
+    if not incident.timeline:
+        return "nothing"
+    what = "the poison" if incident.poisoned_ts is not None else "what was seen first"
+    when = datetime.datetime.fromtimestamp(_begin(incident) // _SECOND, datetime.UTC)
+    return f"{what} at {when:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _relative(ts: int, begin: int) -> str:
+    span = ts - begin
+    return ("+" if span >= 0 else "-") + span_of(abs(span))
+
+
+def _name(party: Party | None, *, full: bool = False) -> str:
+    if party is None:
+        return "a VM not known by name"
+    if not full:
+        return party.label
+    facts = listed([f"pid {party.pid}", *filter(None, [party.vmm, party.uuid])])
+    gone = ", gone" if party.gone_ts is not None else ""
+    return f"{party.name or 'no name'} ({facts}{gone})"
+
+
+def _fold(part: _Part, width: int) -> list[str]:
+    lead, text = part
+    return textwrap.wrap(
+        text,
+        max(width, len(lead) + 20),
+        initial_indent=lead,
+        subsequent_indent=" " * (len(lead) + (2 if not lead else 0)),
+        break_on_hyphens=False,
+    ) or [lead.rstrip()]

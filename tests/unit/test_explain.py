@@ -1,0 +1,184 @@
+"""One incident's story as `explain` and `bundle` tell it, from a recording."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from kvmtrace import cli
+from kvmtrace.events import (
+    Event,
+    Exit,
+    GmemPoison,
+    HwError,
+    Mce,
+    Owner,
+    Poison,
+    SoftOffline,
+    VcpuState,
+    VmGone,
+    VmSeen,
+)
+from kvmtrace.model import Host
+from kvmtrace.sources.recording import Writer
+from tests.unit.fake import PROBES, SECOND, T0
+
+PFN = 0x103275
+UUID = "c7a5fdbd-edaf-9455-926a-d65c16db1809"
+POISONED = T0 + 10 * SECOND
+STORY: tuple[Event, ...] = (
+    VmSeen(T0, 1, 4001, "web-1", UUID, "qemu"),
+    VmSeen(T0, 2, 4002, "db-1"),
+    HwError(T0, "ras:mc_event", "corrected", PFN << 12, PFN, 64, 3, "CPU0_DIMM_A1", "read error"),
+    Mce(T0 + 9 * SECOND, PFN << 12, PFN, 7, 3, 0, 0xBD80000000100134, 0x8C),
+    GmemPoison(POISONED, 77, 383, 8, (Owner(1, 8, 0x7F0000008000),)),
+    Poison(POISONED, PFN, "dirty unevictable LRU page", "Failed", 11, 1, 77),
+    Exit(POISONED + 50_000_000, 1, 0, 133, 39, True, 78, 0, 0x8000, 4096, 8, False, gmem=133),
+    VcpuState(POISONED + SECOND, 1, 78, "outside", 0, 1000),
+    VcpuState(POISONED + 2 * SECOND, 1, 78, "outside", 0, 0),
+    SoftOffline(T0 + 13 * SECOND, 0x55, 0),
+    SoftOffline(T0 + 13 * SECOND, 0x56, 16),
+)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.cli, arguments, prog_name="kvmtrace")
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> str:
+    path = tmp_path / "story.jsonl"
+    with path.open("w") as file:
+        Writer(file, Host("sick", "6.18.15", "bpf", None, 4096)).write(STORY, PROBES)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["0x103275", str(PFN), "0x8000@web-1", "32768@4001", "web-1", UUID, "4001", "103275-1"],
+)
+def test_every_way_to_name_it(recording: str, target: str) -> None:
+    result = invoke("explain", target, "--from", recording)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("Incident 103275-1: delivered, stopped\n")
+
+
+def test_the_whole_story_in_eighty_columns(recording: str) -> None:
+    text = invoke("explain", "web-1", "--from", recording).output
+    assert max(map(len, text.splitlines())) <= 80
+    order = [
+        "corrected error by ras:mc_event: DIMM CPU0_DIMM_A1 (x3)",
+        "recoverable error by machine check: bank 7, CPU 3, socket 0",
+        "pfn 0x103275 poisoned: Failed",
+        "web-1: owned: gfn 0x8",
+        "same thread as the poison, guest_memfd inode 383, index 0x8",
+        "+50 ms  web-1: KVM_RUN told vCPU 0: EHWPOISON, gpa 0x8000",
+        "by: same VM and gfn",
+        "sleeps outside KVM_RUN",
+        "web-1: stopped",
+        "restart web-1: the vCPU that was told no longer runs",
+        "replace DIMM CPU0_DIMM_A1",
+    ]
+    at = [text.index(part) for part in order]
+    assert at == sorted(at)
+
+
+def test_json(recording: str) -> None:
+    (told,) = json.loads(invoke("explain", "web-1", "--json", "--from", recording).output)
+    assert (told["pfn"], told["state"], told["verdict"], told["bytes"]) == (
+        PFN,
+        "delivered",
+        "stopped",
+        4096,
+    )
+    assert told["origin"]["label"] == "CPU0_DIMM_A1"
+    assert told["owners"][0]["vm"]["name"] == "web-1"
+    assert [m["ts"] for m in told["timeline"]] == sorted(m["ts"] for m in told["timeline"])
+    assert told["next"]
+
+
+@pytest.mark.parametrize(
+    ("target", "line"),
+    [
+        ("db-1", "db-1: no poisoned page is known there"),
+        ("0x9000@web-1", "0x9000@web-1: no poisoned page is known there"),
+        ("0x55", "pfn 0x55: soft-offlined; its contents were moved, no guest is harmed"),
+        ("0x56", "pfn 0x56: soft offline was tried and refused with EBUSY; still in use"),
+    ],
+)
+def test_nothing_to_explain(recording: str, target: str, line: str) -> None:
+    result = invoke("explain", target, "--from", recording)
+    assert (result.exit_code, result.output) == (0, line + "\n")
+
+
+@pytest.mark.parametrize("target", ["nix", "0x1", "0x8000@nix", "x@web-1", "@", ""])
+def test_unknown_is_a_line_and_a_hint(recording: str, target: str) -> None:
+    result = invoke("explain", target, "--from", recording)
+    assert result.exit_code == 2
+    assert len(result.output.splitlines()) == 2
+    assert "hint: there are: 103275-1, web-1, db-1" in result.output
+
+
+def test_a_number_that_is_both(tmp_path: Path) -> None:
+    path = tmp_path / "both.jsonl"
+    with path.open("w") as file:
+        Writer(file, Host("sick", "6.18.15", "bpf")).write(
+            (VmSeen(T0, 1, PFN), Poison(T0, PFN, "a", "b")), PROBES
+        )
+    result = invoke("explain", str(PFN), "--from", str(path))
+    assert result.exit_code == 2
+    assert "is a page and a process" in result.output
+
+
+def test_a_vm_that_is_gone_keeps_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "gone.jsonl"
+    churn = [e for n in range(10, 900) for e in (VmSeen(T0, n, 5000 + n), VmGone(T0, n))]
+    with path.open("w") as file:
+        Writer(file, Host("sick", "6.18.15", "bpf")).write(
+            (*STORY, VmGone(POISONED + 3 * SECOND, 1), *churn), PROBES
+        )
+    text = invoke("explain", "web-1", "--from", str(path)).output
+    assert "Incident 103275-1: closed, exited" in text
+    assert "web-1 (pid 4001, qemu" in text
+    assert "the VM was gone 2.95 s after it was first told" in text
+
+
+def test_bundle(recording: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.tar.gz"
+    result = invoke("bundle", "-o", str(path), "--from", recording)
+    assert result.exit_code == 0, result.output
+    files = unpacked(path)
+    assert set(files) == {"events.jsonl", "explain.txt", "top.json", "versions.json"}
+    assert json.loads(files["versions.json"])["kernel"] == "6.18.15"
+    assert json.loads(files["versions.json"])["hardware_corrupted_bytes"] == 4096
+    assert "web-1: stopped" in files["explain.txt"]
+    (tmp_path / "again.jsonl").write_text(files["events.jsonl"])
+    again = invoke("explain", "web-1", "--from", str(tmp_path / "again.jsonl")).output
+    assert again == invoke("explain", "web-1", "--from", recording).output
+    assert path.stat().st_mode & 0o077 == 0
+    refused = invoke("bundle", "-o", str(path), "--from", recording)
+    assert (refused.exit_code, "already there" in refused.output) == (1, True)
+
+
+def test_redacted_bundle_names_nobody(recording: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.tar.gz"
+    assert invoke("bundle", "-o", str(path), "--redact", "--from", recording).exit_code == 0
+    files = unpacked(path)
+    for text in files.values():
+        assert not any(name in text for name in ("web-1", "db-1", UUID))
+    assert "vm-1: stopped" in files["explain.txt"]
+    assert '"name":"vm-1"' in files["events.jsonl"]
+
+
+def unpacked(path: Path) -> dict[str, str]:
+    with tarfile.open(path) as archive:
+        found = {}
+        for member in archive.getmembers():
+            file = archive.extractfile(member)
+            assert file is not None
+            found[member.name.removeprefix("kvmtrace-bundle/")] = file.read().decode()
+        return found
