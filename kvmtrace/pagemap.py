@@ -74,8 +74,10 @@ def parse_maps(text: str) -> list[Area]:
     areas = []
     for line in text.splitlines():
         span, perms, offset, device, inode, *path = line.split(maxsplit=5)
-        # Pages of the kernel's, above all: nothing that memory_failure would unmap.
-        if path and path[0].startswith(("[v", "[uprobes")):
+        # Pages of the kernel's: nothing that memory_failure would unmap. All vCPUs share one inode.
+        if path and path[0].startswith(
+            ("[v", "[uprobes", "anon_inode:kvm-vcpu", "anon_inode:[kvm-vcpu")
+        ):
             continue
         start, end = (int(x, 16) for x in span.split("-"))
         major, minor = (int(x, 16) for x in device.split(":"))
