@@ -1,0 +1,259 @@
+"""What belongs to an incident beside poison and delivery: hardware, refusals, sizes, ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvmtrace.events import (
+    Event,
+    Exit,
+    Found,
+    HwError,
+    KernelCounts,
+    Mce,
+    Owned,
+    Owner,
+    Poison,
+    Refused,
+    Sigbus,
+    SoftOffline,
+    Unpoison,
+    VmGone,
+    VmSeen,
+)
+from kvmtrace.limits import Limits
+from kvmtrace.population import QUIET_NS
+from kvmtrace.sources.recording import RecordingSource
+from tests.unit.test_correlate import (
+    HVA,
+    MS,
+    OTHER,
+    PFN,
+    T0,
+    VCPU,
+    VMM,
+    gmem,
+    hwpoison,
+    only,
+    poison,
+    seen,
+    tell,
+)
+
+S = 1000 * MS
+MISCV, UC, PCC = 1 << 59, 1 << 61, 1 << 57
+RECORDINGS = Path(__file__).parent.parent / "recordings"
+
+
+def mce(ts: int, pfn: int | None = PFN, status: int = UC, misc: int | None = None) -> Mce:
+    addr = None if pfn is None else pfn << 12
+    return Mce(ts, addr, pfn, 7, 3, 1, status, misc)
+
+
+def edac(ts: int, pfn: int | None = PFN, **fields: object) -> HwError:
+    return HwError(ts, "ras:mc_event", "corrected", pfn=pfn, label="DIMM_A1", **fields)  # type: ignore[arg-type]
+
+
+# -- hardware
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_machine_check_before_or_after_the_poison(order: tuple[int, int]) -> None:
+    events: list[Event] = [mce(T0), poison(T0 + MS)]
+    origin = only(tell(*(events[n] for n in order))[0]).origin
+    assert origin is not None
+    assert (origin.socket, origin.bank, origin.cpu, origin.severity) == (1, 7, 3, "recoverable")
+
+
+@pytest.mark.parametrize(
+    ("report", "joined"),
+    [
+        (mce(T0, PFN + 1), False),
+        (mce(T0, PFN ^ 1, UC | MISCV, 13), True),  # exact to 8 KiB
+        (mce(T0, PFN ^ 2, UC | MISCV, 13), False),
+        (mce(T0, PFN ^ 1, UC, 13), False),  # MISC not valid
+        (mce(T0, PFN, UC | MISCV, 6), True),
+        (mce(T0, PFN, UC | MISCV, 63), False),  # exact to nothing
+        (mce(T0, None), False),
+        (edac(T0, PFN ^ 1, grain=8192), True),
+        (edac(T0, None, addr=PFN << 12), True),
+        (edac(T0, None), False),
+    ],
+)
+def test_the_address_is_as_exact_as_the_report_says(report: Event, joined: bool) -> None:
+    for events in ((report, poison(T0)), (poison(T0), report)):
+        assert (only(tell(*events)[0]).origin is not None) == joined
+
+
+def test_corrected_errors_are_the_history() -> None:
+    snapshot, _ = tell(
+        *(edac(T0 + n * S, count=2) for n in range(5)),
+        edac(T0 + 5 * S, PFN + 7),  # elsewhere on the DIMM
+        mce(T0 + 6 * S, status=UC | PCC),
+        poison(T0 + 6 * S),
+    )
+    origin = only(snapshot).origin
+    assert origin is not None
+    assert origin.dimm is not None
+    assert (origin.label, origin.severity, origin.via) == (
+        "DIMM_A1",
+        "fatal",
+        ("ras:mc_event", "mce:mce_record"),
+    )
+    assert (origin.history.count, origin.history.corrected, origin.history.first_ts) == (11, 10, T0)
+    assert (origin.dimm.count, origin.dimm.last_ts) == (11, T0 + 5 * S)
+    assert snapshot.dimms["DIMM_A1"] == origin.dimm
+
+
+def test_hardware_errors_open_nothing() -> None:
+    assert tell(mce(T0), edac(T0))[0].incidents == ()
+
+
+def test_dimm_of_a_recorded_mc_event() -> None:
+    source = RecordingSource(str(RECORDINGS / "mc_event.jsonl"))
+    incident = only(tell(*source.poll(0))[0])
+    source.close()
+    assert incident.origin is not None
+    assert incident.origin.label == "CPU_SrcID#0_MC#0_Chan#1_DIMM#0"
+    assert incident.origin.history.corrected == 3
+
+
+# -- soft offline, unpoison, before the start
+
+
+def test_soft_offline_is_no_incident() -> None:
+    snapshot, _ = tell(seen(1), SoftOffline(T0, PFN, 0), Found(T0 + 1, PFN))
+    assert snapshot.incidents == ()
+    assert [(page.pfn, page.errno) for page in snapshot.soft_offlines] == [(PFN, 0)]
+
+
+def test_unpoison_closes() -> None:
+    incident = only(tell(seen(1), gmem(T0, Owner(1, 8)), poison(T0), Unpoison(T0 + MS, PFN))[0])
+    assert (incident.state, incident.unpoisoned_ts) == ("closed", T0 + MS)
+
+
+def test_told_although_unpoisoned_is_open_again() -> None:
+    snapshot, told = tell(
+        seen(1),
+        poison(T0, tid=OTHER),
+        Owned(T0, PFN, Owner(1, None, HVA), "pagemap"),
+        Unpoison(T0 + MS, PFN),
+        Sigbus(T0 + 2 * MS, 4001, VCPU, 4, HVA, 12, VCPU, vm=1, vcpu=0, gfn=8),
+    )
+    incident = only(snapshot)
+    assert (incident.state, incident.sigbus) == ("delivered", 1)
+    assert told[-1].incident == incident.id
+    assert any("although the page is unpoisoned" in m.what for m in incident.timeline)
+
+
+def test_poisoned_again_after_an_unpoison_is_a_new_incident() -> None:
+    again = (gmem(T0 + 2 * MS, Owner(1, 8)), poison(T0 + 2 * MS), hwpoison(T0 + 3 * MS))
+    snapshot, _ = tell(seen(1), gmem(T0, Owner(1, 8)), poison(T0), Unpoison(T0 + MS, PFN), *again)
+    assert [(i.state, i.exits) for i in snapshot.incidents] == [("closed", 0), ("delivered", 1)]
+
+
+def test_found_at_the_start() -> None:
+    snapshot, _ = tell(
+        seen(1), Found(T0, PFN), Owned(T0, PFN, Owner(1, 8, HVA), "pagemap"), hwpoison(T0 + MS)
+    )
+    incident = only(snapshot)
+    assert (incident.before_start, incident.poisoned_ts) == (True, None)
+    assert (incident.state, incident.owners) == ("delivered", (Owner(1, 8, HVA),))
+    assert sum(snapshot.latency.counts) == 0
+
+
+def test_the_kernels_own_account() -> None:
+    start = KernelCounts(T0, (("total", 5),), 4096, True)
+    end = KernelCounts(T0 + S, (("total", 8),), 16384)
+    twice = Poison(T0 + 3, PFN, "already poisoned", "Failed")
+    kernel = tell(start, poison(T0 + 1), poison(T0 + 2, PFN + 1), twice, end)[0].kernel
+    assert kernel is not None
+    assert (kernel.handled, kernel.seen, kernel.missed) == (3, 2, 1)
+    assert tell(poison(T0))[0].kernel is None
+
+
+# -- sizes
+
+
+def test_a_huge_page_is_lost_as_a_whole() -> None:
+    at = HVA & ~0x1FFFFF
+    snapshot, told = tell(
+        seen(1),
+        seen(2),
+        Sigbus(T0, 4001, VMM, 4, at + 0x3000, 21, sender=VMM, vm=1),
+        Poison(T0 + MS, PFN, "huge page", "Recovered", tid=VMM),
+        Owned(T0 + MS, PFN, Owner(1, None, at + 0x3000), "pagemap", 2 << 20),
+        Owned(T0 + MS, PFN, Owner(2, None, 0x7E0000003000), "pagemap", 2 << 20),
+        # KVM says 12 for the page that was touched, another one of the same loss
+        Sigbus(T0 + 2 * MS, 4001, VCPU, 4, at + 0x9000, 12, VCPU, vm=1, vcpu=0, gfn=9),
+        Sigbus(T0 + 3 * MS, 4001, VCPU, 4, at + (2 << 20), 12, VCPU, vm=1, vcpu=0, gfn=512),
+    )
+    incident = only(snapshot)
+    assert incident.size == 2 << 20
+    assert [one.incident for one in told[-2:]] == [incident.id, None]
+    assert {owner.vm for owner in incident.owners} == {1, 2}
+    assert (incident.sigbus, incident.sigbus_at_poison) == (1, 1)
+
+
+def test_an_ordinary_page_is_one_page() -> None:
+    assert only(tell(poison(T0))[0]).size == 4096
+
+
+# -- refusals
+
+
+def test_refusals_that_no_exit_told() -> None:
+    log = [seen(1), gmem(T0, Owner(1, 8)), poison(T0)]
+    log += [Refused(T0 + MS, 1, 8, 5), hwpoison(T0 + 2 * MS, count=3)]
+    assert only(tell(*log)[0]).undelivered == 0  # not quiet yet
+    snapshot, _ = tell(*log, seen(2, T0 + 3 * MS + QUIET_NS))
+    assert (only(snapshot).undelivered, snapshot.vms[1].undelivered) == (2, 2)
+
+
+def test_refusals_alone_are_an_incident_that_nobody_was_told_of() -> None:
+    snapshot, _ = tell(seen(1), Refused(T0, 1, 8), seen(1, T0 + QUIET_NS + 1))
+    incident = only(snapshot)
+    assert (incident.state, incident.undelivered, incident.verdict) == ("latent", 1, None)
+
+
+# -- VMs that are gone
+
+
+def test_names_outlive_the_vm_and_the_memory_of_it() -> None:
+    log: list[Event] = [
+        VmSeen(T0, 1, 4001, "web", "u-1", "qemu"),
+        gmem(T0, Owner(1, 8)),
+        poison(T0),
+    ]
+    log += [hwpoison(T0 + MS), VmGone(T0 + S, 1)]
+    for n in range(2, 9):
+        log += [seen(n), Exit(T0, n, 0, 22, 0, False), VmGone(T0, n)]
+    snapshot, _ = tell(*log, limits=Limits(gone_vms=2, departed=2))
+    assert 1 not in snapshot.vms
+    party = only(snapshot).parties[1]
+    assert (party.name, party.uuid, party.vmm, party.gone_ts) == ("web", "u-1", "qemu", T0 + S)
+    assert only(snapshot).verdict == "exited"
+
+
+def test_poison_of_a_vm_that_is_gone_already() -> None:
+    snapshot, _ = tell(
+        VmSeen(T0, 1, 4001, "web"), VmGone(T0, 1), gmem(T0 + MS, Owner(1, 8)), poison(T0 + MS)
+    )
+    incident = only(snapshot)
+    assert (incident.state, incident.parties[1].name) == ("closed", "web")
+    assert incident.verdict is None
+
+
+# -- conversions
+
+
+def test_conversions_neither_open_nor_hide() -> None:
+    log: list[Event] = [seen(1), seen(2), gmem(T0, Owner(1, 8)), poison(T0)]
+    for n in range(20_000):
+        log.append(Exit(T0 + n, 2, 0, 14, 39, True, 9, 8, n << 12, 4096, n, True, gmem=0, count=5))
+    snapshot, _ = tell(*log, hwpoison(T0 + S))
+    assert only(snapshot).exits == 1
+    assert snapshot.vms[2].exits == {("EFAULT", "conversion"): 100_000}
+    assert snapshot.lost == {}
