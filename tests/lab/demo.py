@@ -1,0 +1,180 @@
+"""`make demo`: memory goes bad under running VMs, and `kvmtrace top` shows it live.
+
+On a terminal until `q`; without one the final table is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tests.lab import residue
+from tests.lab.drive import PATIENCE, Vmm
+from tests.lab.errors import LabError
+from tests.lab.machine import DEFAULT, Machine, prepare
+from tests.lab.progress import say
+
+PACE = 2.5  # seconds between two things that happen, for whoever watches
+FOREVER = 1_000_000_000
+
+INTRODUCTION = """\
+lab: three VMs run in the machine, and their memory will go bad while you watch:
+lab:   web-1 (dressed as QEMU)        is told of a poisoned page, and does not cope
+lab:   db-1 (dressed as Firecracker)  holds a poisoned page, and loses some of its memory
+lab:   cache-1 (anonymous memory)     loses a mapping, and gets a SIGBUS
+lab: in `kvmtrace top`: tab and enter to look closer, ? for help, q to end"""
+
+DRESSED = {
+    "web-1": "/tmp/demo/qemu-system-x86_64 -uuid 7f6b8a52-3c1d-4c9e-9a44-0d2f5e6b7c81",
+    "db-1": "/tmp/demo/firecracker --id db-1",
+    "cache-1": "vmm",
+}
+
+
+class Story:
+    """What happens to the VMs, step by step; `tell` is called before each."""
+
+    def __init__(self, machine: Machine, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._machine = machine
+        self.over = threading.Event()
+        self.ended = False
+        self.failure: Exception | None = None
+
+    def _run(self) -> None:
+        try:
+            for text, what in self._steps():
+                if self.over.wait(PACE):
+                    return
+                self._tell(text)
+                what()
+        except (LabError, AssertionError) as failure:
+            if not self.over.is_set():
+                self.failure = failure
+        finally:
+            self.ended = True
+
+    def _steps(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        vms = self._vms
+        web, db, cache = vms["web-1"], vms["db-1"], vms["cache-1"]
+        if not self._attached():
+            return
+
+        def steps(vmm: Vmm, *texts: str) -> Callable[[], object]:
+            return lambda: [vmm.step(text) for text in texts]
+
+        yield "web-1: a page is poisoned; its guest does not know yet", steps(web, "poison v +5")
+        yield "db-1: a page is poisoned, and nobody touches it", steps(db, "poison v +7")
+        yield "web-1: its guest touches the page; the VMM is told", steps(web, "touch v +5")
+        yield (
+            "web-1: the VMM enters the guest again and again, and is told each time",
+            steps(web, f"loop v +5 {FOREVER} gap_us=2000 bg=1"),
+        )
+        yield (
+            "db-1: part of its guest_memfd is closed under it: EFAULT, no incident",
+            steps(db, "close-gmem v slot=2", "touch v +40"),
+        )
+        yield (
+            "cache-1: a mapping is gone: EFAULT without an address",
+            steps(cache, "unmap v +9", "touch v +9"),
+        )
+        yield (
+            "cache-1: a page is poisoned and touched: the VMM gets a SIGBUS",
+            steps(cache, "poison v +5", "touch v +5"),
+        )
+        yield "web-1: one more page is poisoned", steps(web, "poison v +6")
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """It happens meanwhile; what went wrong in it is raised afterwards."""
+        thread = threading.Thread(target=self._run, name="story", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.over.set()
+            thread.join(PATIENCE)
+        if self.failure is not None:
+            raise LabError(f"the story went wrong: {self.failure}") from self.failure
+
+    def start_vms(self) -> None:
+        """Three VMs that run and have touched their memory."""
+        self._machine.run(
+            "mkdir -p /tmp/demo && cd /tmp/demo && vmm=$(command -v vmm) &&"
+            " cp $vmm qemu-system-x86_64 && cp $vmm firecracker",
+            check=True,
+        )
+        self._vms = {name: Vmm(self._machine, name, program=how) for name, how in DRESSED.items()}
+        for name, vmm in self._vms.items():
+            more = "backing=anon" if name == "cache-1" else "backing=gmem slots=2 files=each"
+            vmm.step(f"create v vcpus=2 {more}")
+            for page in (5, 6, 7, 40):
+                vmm.step(f"touch v +{page}")
+            vmm.step(f"pio v {FOREVER} gap_us=100000 vcpu=1 bg=1")
+
+    def _attached(self) -> bool:
+        """Wait until KVM_RUN is watched; False if it is over before."""
+        while not self.over.wait(0.5):
+            functions = map(str, residue.attached(self._machine)["functions"])
+            if any(one.startswith("kvm_arch_vcpu_ioctl_run") for one in functions):
+                return True
+        return False
+
+
+def live(machine: Machine, source: str) -> int:
+    """`kvmtrace top` on this terminal, until the person quits."""
+    story = Story(machine, lambda _: None)
+    story.start_vms()
+    print(INTRODUCTION, file=sys.stderr)
+    say("starting kvmtrace top (compiling for eBPF takes up to a minute under emulation) ...")
+    with story.told():
+        status = machine.attach(f"exec kvmtrace top --source {source}")
+    if status == 0:
+        say("the end. `make lab` gives you a shell in such a machine")
+    return status
+
+
+def printed(machine: Machine, source: str) -> int:
+    """The table as it is after all has happened."""
+    story = Story(machine, lambda text: say(f"  {text}"))
+    story.start_vms()
+    say("no terminal: the final table will be printed; starting kvmtrace (up to a minute, emulated) ...")
+    top = machine.start(f"exec kvmtrace top --once --source {source} --interval 1h")
+    with story.told():
+        machine.channel.wait(lambda: story.ended or top.poll() is not None, PATIENCE * 5, "end")
+        if story.ended:
+            machine.run("sleep 2")  # what was told last has to be read
+            top.signal(signal.SIGINT)
+        status = top.wait(PATIENCE)
+    sys.stdout.write(top.stdout)
+    sys.stderr.write(top.stderr)
+    return status
+
+
+def main() -> int:
+    """Boot, and show."""
+    parser = argparse.ArgumentParser(prog="python -m tests.lab.demo", description=__doc__)
+    parser.add_argument("--source", choices=("auto", "bpf", "ftrace"), default="auto")
+    parser.add_argument("--kernel", default=DEFAULT, metavar="NAME")
+    chosen = parser.parse_args()
+    try:
+        say("preparing (the first time that means minutes of downloads and building) ...")
+        prepare(chosen.kernel)
+        say("booting a machine of its own, emulated ...")
+        with Machine.boot(chosen.kernel) as machine:
+            say(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
+            show = live if sys.stdin.isatty() and sys.stdout.isatty() else printed
+            return show(machine, chosen.source)
+    except LabError as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
