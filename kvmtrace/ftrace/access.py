@@ -15,7 +15,9 @@ def tracefs() -> str:
         raise KvmtraceError("tracing the kernel needs root", "run it with sudo")
     found = host.tracing()
     if found is None:
-        raise KvmtraceError(
+        # Where it is locked down it cannot be mounted either.
+        locked = _locked_down() if host.lockdown() == "confidentiality" else None
+        raise locked or KvmtraceError(
             "tracefs is not mounted", "mount -t tracefs tracefs /sys/kernel/tracing"
         )
     if not found.readable or not os.access(f"{found.path}/instances", os.W_OK):
