@@ -1,0 +1,207 @@
+"""From start to end on a real kernel: kvm comes late, signals of all kinds, and hosts that refuse.
+
+A start with eBPF compiles for many seconds under emulation, so what needs no BPF runs on tracefs.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.lab import residue
+from tests.lab.conftest import Boot
+from tests.lab.drive import PATIENCE, Line, Vmm, Watch, seen_by, told_by
+from tests.lab.machine import Machine, Result
+
+pytestmark = pytest.mark.lab
+
+
+def kvmtrace(machine: Machine, command: str, env: dict[str, str] | None = None) -> Result:
+    return machine.run(f"exec kvmtrace {command}", timeout=PATIENCE, env=env)
+
+
+def refused(result: Result, message: str, hint: str = "") -> None:
+    """Exit status 1, one line that matches and at most a hint, nothing on stdout."""
+    assert result.status == 1, result
+    assert result.stdout == ""
+    said = result.stderr.splitlines()
+    assert 1 <= len(said) <= 2, said
+    assert re.search(message, said[0]), said
+    assert said[0].startswith("kvmtrace: ")
+    if hint:
+        assert re.search(f"^hint: .*{hint}", said[-1]), said
+
+
+# -- kvm comes after kvmtrace
+
+
+def test_started_before_kvm_it_waits_and_attaches(boot: Boot) -> None:
+    machine = boot(modules=("hwpoison-inject",))
+    assert machine.run("test -e /sys/module/kvm").status == 1
+    before = residue.attached(machine)
+    watch = Watch(machine, "bpf")
+    first = watch.job.stderr
+    assert "not attached: " in first
+    assert re.search(r"not attached:.*\brun\b", first), first
+    attached = residue.attached(machine)
+    assert len(attached["programs"]) > len(before["programs"])  # poison is watched meanwhile
+
+    machine.run("modprobe kvm-amd && test -c /dev/kvm", check=True)
+    run_probe = re.compile(r"kvm_arch_vcpu_ioctl_run\b")
+    _until(
+        lambda: any(run_probe.match(str(one)) for one in residue.attached(machine)["functions"]),
+        "kvm's functions probed",
+    )
+    vmm = Vmm(machine, "early")
+    vmm.step("create v backing=gmem pages=32")
+    vmm.step("touch v +3")
+    vmm.step("poison v +3")
+    vmm.step("touch v +3")
+
+    def exits(lines: list[Line]) -> list[Line]:
+        return [x for x in lines if x["kind"] == "exit"]
+
+    (told,) = exits(watch.until(exits, "the exit"))
+    assert (told["errno"], told["cause"]) == ("EHWPOISON", "hwpoison")
+    assert told["incident"]
+    report = vmm.end()
+    lines = watch.end()  # SIGINT
+    assert seen_by(lines, vmm.pid) == told_by(report)
+    residue.nothing_but(machine, before)
+
+    # kvm goes only if nobody holds it: neither a probe nor a program
+    machine.run("modprobe -r kvm-amd kvm && ! test -e /sys/module/kvm", check=True)
+
+
+def _until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.5)
+
+
+# -- however it ends
+
+
+def test_no_signal_leaves_anything_attached(machine: Machine) -> None:
+    """One of each, all at once: three starts cost little more than one. More in test_serve.py."""
+    before = residue.attached(machine)
+    terminal = {"TERM": "xterm-256color"}
+    top = machine.start("exec kvmtrace top --source bpf", pty=(24, 80), env=terminal)
+    serve = machine.start("exec kvmtrace serve --source bpf --listen 127.0.0.1:0")
+    killed = Watch(machine, "bpf")
+    serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+    top.wait_for("attached", timeout=PATIENCE)
+    assert len(residue.attached(machine)["links"]) > len(before["links"])
+    # Nothing is detached by another one's end.
+    killed.job.signal(signal.SIGKILL)
+    assert killed.job.wait(PATIENCE) == -signal.SIGKILL
+    assert len(residue.attached(machine)["links"]) > len(before["links"])
+    top.signal(signal.SIGTERM)
+    serve.signal(signal.SIGINT)
+    assert (top.wait(PATIENCE), serve.wait(PATIENCE)) == (0, 0), (top.tail(), serve.tail())
+    assert "Traceback" not in top.stdout + serve.stderr
+    residue.nothing_but(machine, before)
+
+
+def test_a_reader_that_leaves_is_no_error(machine: Machine) -> None:
+    vmm = Vmm(machine, "read")
+    vmm.step("create v backing=anon")
+    result = machine.run(
+        ["bash", "-c", "kvmtrace events --source ftrace | head -n 1; echo ${PIPESTATUS[*]}"],
+        timeout=PATIENCE,
+    )
+    vmm.end()
+    line, statuses = result.stdout.splitlines()
+    assert "read" in line
+    assert statuses == "0 0"
+    assert [x for x in result.stderr.splitlines() if not x.startswith("kvmtrace: watching")] == []
+
+
+# -- hosts that refuse
+
+
+def test_without_privilege(machine: Machine) -> None:
+    for command in ("events", "top --once", "serve"):
+        result = machine.run(
+            f"setpriv --reuid=65534 --regid=65534 --clear-groups kvmtrace {command}",
+            timeout=PATIENCE,
+        )
+        refused(result, "needs root", "sudo")
+    result = machine.run("setpriv --reuid=65534 --regid=65534 --clear-groups kvmtrace doctor")
+    assert result.status == 1
+    assert re.search(r"✗ NO +privilege", result.stdout), result
+    assert result.stderr == ""
+
+
+def test_without_bcc(machine: Machine) -> None:
+    # Without site the distribution's packages are out of sight, as in a venv.
+    result = machine.run(
+        "exec python3 -S -m kvmtrace events --source bpf",
+        timeout=PATIENCE,
+        env={"PYTHONPATH": "/opt/kvmtrace/lib"},
+    )
+    refused(result, "bcc is not installed", "python3-bpfcc")
+
+
+def test_with_the_bcc_of_pypi(machine: Machine) -> None:
+    machine.run("mkdir -p /tmp/pypi/bcc && echo 'class Lattice: ...' > /tmp/pypi/bcc/__init__.py")
+    result = kvmtrace(machine, "events --source bpf", {"PYTHONPATH": "/tmp/pypi"})
+    refused(result, "another project", "python3-bpfcc")
+    doctor = kvmtrace(machine, "doctor --source bpf", {"PYTHONPATH": "/tmp/pypi"})
+    assert doctor.status == 1
+    assert "python3-bpfcc" in doctor.stdout
+    assert doctor.stderr == ""
+
+
+def test_without_tracefs(machine: Machine) -> None:
+    """In a mount namespace without it and without debugfs, which would bring it."""
+    gone = "unshare -m sh -c 'umount -R /sys/kernel/tracing /sys/kernel/debug; exec kvmtrace "
+    refused(
+        machine.run(gone + "events --source ftrace'", timeout=PATIENCE),
+        "tracefs",
+        "mount -t tracefs",
+    )
+    doctor = machine.run(gone + "doctor --source ftrace'", timeout=PATIENCE)
+    assert doctor.status == 1
+    assert re.search(r"✗ NO +tracefs", doctor.stdout), doctor.stdout
+    assert "mount -t tracefs" in doctor.stdout
+    assert doctor.stderr == ""
+
+
+def test_under_lockdown(boot: Boot) -> None:
+    machine = boot(cmdline_extra="lockdown=confidentiality")
+    before = residue.attached(machine)
+    for source in ("bpf", "ftrace", "auto"):
+        refused(kvmtrace(machine, f"events --source {source}"), "lockdown")
+    doctor = kvmtrace(machine, "doctor --source ftrace")
+    assert doctor.status == 1
+    assert re.search(r"✗ NO +lockdown +confidentiality", doctor.stdout), doctor.stdout
+    assert doctor.stderr == ""
+    residue.nothing_but(machine, before)
+
+
+def test_port_in_use(machine: Machine) -> None:
+    taken = machine.start(["python3", "-u", "-m", "http.server", "-b", "127.0.0.1", "9751"])
+    try:
+        taken.wait_for("Serving", timeout=PATIENCE)
+        result = kvmtrace(machine, "serve --listen 127.0.0.1:9751 --source ftrace")
+        refused(result, "9751.*in use")
+    finally:
+        taken.kill()
+
+
+def test_unknown_vm(machine: Machine) -> None:
+    vmm = Vmm(machine, "known")
+    vmm.step("create v backing=anon")
+    result = kvmtrace(machine, "events --source ftrace --vm nosuch")
+    vmm.end()
+    assert result.status == 2
+    assert result.stderr.splitlines() == [
+        "kvmtrace: no VM 'nosuch' here",
+        "hint: there are: known",
+    ]
