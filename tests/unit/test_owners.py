@@ -14,6 +14,7 @@ from kvmtrace.guestmem import Slot, gfns_at
 from kvmtrace.observe import Observer
 from kvmtrace.owners import Place, find, poisoned_pfn
 from kvmtrace.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
+from kvmtrace.sources import bpf_vms
 
 # /proc/PID/pagemap after memory_failure on Linux 7.3.4, x86-64
 ANON = 0x4080000002099558  # pfn 0x104caa
@@ -44,6 +45,20 @@ def test_a_poisoned_entry_tells_its_pfn(entry: int, pfn: int | None) -> None:
 def test_a_mapped_page_is_referred_to_but_not_poisoned() -> None:
     assert referenced_pfn(PRESENT) == 0x105C00
     assert referenced_pfn(NEVER_TOUCHED) is None
+
+
+def test_an_entry_of_the_hardware_tells_its_pfn() -> None:
+    # arch/x86/include/asm/pgtable_64.h: type in bits 59-63, the offset inverted from bit 9 on.
+    entry = 24 << 59 | (~0x106000 & (1 << 50) - 1) << 9
+    assert bpf_vms.poisoned_x86(entry) == 0x106000
+    assert bpf_vms.poisoned_x86(0) is None
+    assert bpf_vms.poisoned_x86(0x8000000105C008E7) is None  # mapped
+    assert bpf_vms.poisoned_x86(3 << 59 | 0x1FE00) is None  # swapped out
+
+
+def test_a_device_inside_the_kernel_is_not_stat_s() -> None:
+    assert bpf_vms.device_of(37) == os.makedev(0, 37)
+    assert bpf_vms.device_of(8 << 20 | 0x101) == os.makedev(8, 0x101)
 
 
 MAPS = """\
