@@ -16,6 +16,7 @@ import select
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from typing import IO, Any, ParamSpec, TypeVar
 
 import click
 
-from kvmtrace import __version__, host, identity, sources, wire
+from kvmtrace import __version__, door, host, identity, sources, wire
 from kvmtrace.correlate import Correlator, Told
 from kvmtrace.errors import KvmtraceError, UsageError
 from kvmtrace.events import Event, VmSeen
@@ -411,6 +412,28 @@ def _reader_gone() -> bool:
         return False
 
 
+@contextlib.contextmanager
+def _door(session: Session) -> Iterator[None]:
+    """Let other commands ask what this session saw; without it where another serve answers."""
+
+    def answer() -> str:
+        snapshot = session.snapshot()
+        log = io.StringIO()
+        if snapshot.host is not None:
+            Writer(log, snapshot.host).write(session.history(), snapshot.probes)
+        return log.getvalue()
+
+    try:
+        answering = door.Door(answer)
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        answering.close()
+
+
 @cli.command()
 @click.option(
     "--listen",
@@ -432,7 +455,7 @@ def serve(listen: str | None, max_vms: int | None, source: str) -> None:
         types, results = host.memory_failure_names()
         return [(kind, result) for kind in types.values() for result in results.values()]
 
-    with _session(source) as session:
+    with _session(source) as session, _door(session):
         server = exporter.serve(
             listen or exporter.DEFAULT_LISTEN,
             session,
@@ -536,10 +559,16 @@ _look_option = click.option(
 def _events_of(
     recording: str | None, source: str, duration: float
 ) -> tuple[list[Event], Host, tuple[Probe, ...]]:
-    """All events of a recording, or what this host says in a while; with the host and probes."""
+    """All events of a recording, of a running serve, or else what this host says in a while."""
     batch: list[Event] = []
-    if recording is not None:
-        replayed = RecordingSource(recording)
+    with contextlib.ExitStack() as kept:
+        if recording is None and (known := door.ask()) is not None:
+            file = kept.enter_context(tempfile.NamedTemporaryFile("w", encoding="utf-8"))
+            file.write(known)
+            file.flush()
+            recording = file.name
+        replayed = RecordingSource(recording) if recording is not None else None
+    if replayed is not None:
         try:
             while not replayed.done and not stop.asked:
                 batch += replayed.poll(0)

@@ -7,6 +7,8 @@ import os
 import threading
 
 from kvmtrace.correlate import Correlator, Told
+from kvmtrace.events import Event
+from kvmtrace.history import EventLog
 from kvmtrace.model import Host, Snapshot
 from kvmtrace.sources import Source
 
@@ -22,6 +24,7 @@ class Session:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._correlator = Correlator()
+        self._log = EventLog()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -32,7 +35,14 @@ class Session:
         """Wait up to ``timeout`` seconds for events and take in all there are."""
         events = self._source.poll(timeout)
         with self._lock:
+            for event in events:
+                self._log.add(event)
             return [self._correlator.feed(event) for event in events]
+
+    def history(self) -> list[Event]:
+        """What happened so far, for somebody who comes later."""
+        with self._lock:
+            return self._log.events()
 
     def start(self) -> None:
         """Pump in a thread of its own until ``close``."""
