@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import time
 import weakref
@@ -76,6 +77,13 @@ class Watch:
     def _text(self) -> str:
         text = self.job.stdout
         return text[: text.rfind("\n") + 1]
+
+    def not_attached(self) -> list[str]:
+        """Names of the probes that kvmtrace says are not attached."""
+        said = re.search(
+            r"kvmtrace: watching .* not attached: (.*)$", self.job.stderr, re.MULTILINE
+        )
+        return said[1].split(", ") if said else []
 
     def lines(self, kind: str | None = None) -> list[Line]:
         """Complete lines since this watch began; of one kind."""
