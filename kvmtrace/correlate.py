@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from kvmtrace import kvm
 from kvmtrace.account import Account
@@ -42,6 +41,7 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
+from kvmtrace.halves import Halves
 from kvmtrace.incidents import PAGE, State
 from kvmtrace.limits import Limits
 from kvmtrace.model import Incident, Snapshot
@@ -50,18 +50,12 @@ from kvmtrace.population import Population
 from kvmtrace.provenance import Provenance
 from kvmtrace.register import Register
 
-# How long a half of a same-thread join may wait for its other half, which follows within one call
-# of memory_failure: longer means that the other half was lost.
-JOIN_NS = 5_000_000_000
-
 _FOUND = {
     "running": "runs",
     "waiting": "waits in KVM_RUN",
     "outside": "sleeps outside KVM_RUN",
     "gone": "has ended",
 }
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +102,7 @@ class Correlator:
         self._vms = Population(limits, self._account.lose)
         self._incidents = Register(limits, self._account.lose)
         self._hardware = Provenance(limits.places)
-        self._gmem: OrderedDict[int, GmemPoison] = OrderedDict()  # by thread
-        self._signals: OrderedDict[int, list[Sigbus]] = OrderedDict()  # by sending thread
-        self._owned: OrderedDict[int, list[Owned]] = OrderedDict()  # by pfn, before its Poison
+        self._halves = Halves(limits)
         self._soft: OrderedDict[int, SoftOfflined] = OrderedDict()  # by pfn
         self._last_ts: int | None = None
 
@@ -136,8 +128,7 @@ class Correlator:
             case Poison():
                 return self._poison(event)
             case GmemPoison():
-                self._gmem[event.tid] = event
-                _bound(self._gmem, self._limits.pending)
+                self._halves.add(event)
             case Owned():
                 return self._late_owner(event)
             case Found():
@@ -257,10 +248,8 @@ class Correlator:
 
     def _poison(self, event: Poison) -> Told:
         self._account.poison(event)
-        owned = self._owned.pop(event.pfn, [])
-        gmem = self._gmem.pop(event.tid, None) if event.tid is not None else None
-        if gmem is not None and not 0 <= event.ts - gmem.ts <= JOIN_NS:
-            gmem = None
+        owned = self._halves.owned(event.pfn)
+        gmem = self._halves.gmem(event)
         owners = [one.owner for one in owned] + list(gmem.owners if gmem else ())
         incident = self._incidents.at_pfn(event.pfn)
         if incident is None:
@@ -280,10 +269,9 @@ class Correlator:
         if gmem is not None:
             for owner in gmem.owners:
                 self._own(incident, owner, event.ts, _by_gmem(gmem))
-        for signal in self._signals.pop(event.tid, ()) if event.tid is not None else ():
-            if 0 <= event.ts - signal.ts <= JOIN_NS:
-                how = "sent by the thread that poisoned the page"
-                self._take_signal(incident, signal, how, by_poison=True)
+        for signal in self._halves.signals(event):
+            how = "sent by the thread that poisoned the page"
+            self._take_signal(incident, signal, how, by_poison=True)
         return Told(event, incident=incident.id, owners=self._named_owners(incident))
 
     def _adoptable(self, owners: list[Owner]) -> State | None:
@@ -304,7 +292,7 @@ class Correlator:
             what = f"pfn {event.pfn:#x} was poisoned before kvmtrace started"
             incident.note(("found",), event.ts, what, how)
             self._join_hardware(incident)
-            for one in self._owned.pop(event.pfn, ()):
+            for one in self._halves.owned(event.pfn):
                 self._owned_by(incident, one)
         return Told(event, incident=incident.id if incident else None)
 
@@ -312,7 +300,7 @@ class Correlator:
         incident = self._incidents.at_pfn(event.pfn)
         vm = self.identity(event.owner.vm)
         if incident is None:
-            _keep(self._owned, event.pfn, event, self._limits)
+            self._halves.add(event)
             return Told(event, vm=vm)
         self._owned_by(incident, event)
         return Told(event, vm=vm, incident=incident.id)
@@ -366,9 +354,8 @@ class Correlator:
         incident, how = self._incident_of_signal(event)
         if incident is not None:
             self._take_signal(incident, event, how, by_poison=False)
-        elif event.sender is not None:
-            # Sent by memory_failure, which traces the poison only afterwards.
-            _keep(self._signals, event.sender, event, self._limits)
+        else:
+            self._halves.add(event)
         vm = self.identity(event.vm)
         return Told(event, vm=vm, incident=incident.id if incident else None)
 
@@ -498,17 +485,3 @@ def _by_gmem(event: GmemPoison) -> str:
         where = f"inode {event.inode}, {where}"
     doubt = "" if event.complete else "; not all bindings could be seen"
     return f"same thread as the poison, guest_memfd {where}{doubt}"
-
-
-def _bound(pending: OrderedDict[Any, Any], limit: int) -> None:
-    while len(pending) > limit:
-        pending.popitem(last=False)
-
-
-def _keep(pending: OrderedDict[int, list[_T]], key: int, item: _T, limits: Limits) -> None:
-    """Add to what waits for ``key``: the newest, as many as a page may plausibly have owners."""
-    items = pending.setdefault(key, [])
-    items.append(item)
-    if len(items) > limits.pending_each:
-        del items[0]
-    _bound(pending, limits.pending)

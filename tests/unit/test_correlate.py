@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import pytest
 
-from kvmtrace import correlate
 from kvmtrace.correlate import Correlator, Told, cause_of
 from kvmtrace.events import (
     Event,
@@ -23,6 +22,7 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
+from kvmtrace.halves import JOIN_NS
 from kvmtrace.limits import Limits
 from kvmtrace.model import Incident, Snapshot
 from kvmtrace.verdicts import LOOPING_AFTER
@@ -117,7 +117,7 @@ def test_poison_without_owner() -> None:
     "half",
     [
         gmem(T0, Owner(1, 8), tid=OTHER),  # another thread's
-        gmem(T0 - correlate.JOIN_NS - 1, Owner(1, 8)),  # its own poison was lost long ago
+        gmem(T0 - JOIN_NS - 1, Owner(1, 8)),  # its own poison was lost long ago
         gmem(T0 + 1, Owner(1, 8)),  # from the future
     ],
 )
@@ -333,7 +333,7 @@ def test_signals_without_a_poison_do_not_pile_up() -> None:
     correlator.feed(seen(1))
     for n in range(10_000):
         correlator.feed(Sigbus(T0 + n, 4001, VCPU, 4, HVA, 12, VCPU, vm=1, vcpu=0, gfn=8))
-    assert sum(map(len, correlator._signals.values())) <= Limits().pending_each
+    assert sum(map(len, correlator._halves._signals.values())) <= Limits().pending_each
     assert correlator.snapshot().vms[1].sigbus == {"AR": 10_000}
 
 

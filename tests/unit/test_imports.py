@@ -88,8 +88,8 @@ def test_sources_and_views_never_meet(one: str, other: str) -> None:
 
 
 CORE = (
-    "account correlate events incidents kvm limits model population provenance register "
-    "verdicts wire"
+    "account correlate events halves history incidents kvm limits model population provenance "
+    "register verdicts wire"
 )
 
 

@@ -1,0 +1,66 @@
+"""Halves of joins that wait for the other one: what memory_failure does before it traces."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, TypeVar
+
+from kvmtrace.events import GmemPoison, Owned, Poison, Sigbus
+from kvmtrace.limits import Limits
+
+# How long a half of a same-thread join may wait for its other half, which follows within one call
+# of memory_failure: longer means that the other half was lost.
+JOIN_NS = 5_000_000_000
+
+_T = TypeVar("_T")
+
+
+class Halves:
+    """Everything is taken once; what waits longest gives way to what is new."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._gmem: OrderedDict[int, GmemPoison] = OrderedDict()  # by thread
+        self._signals: OrderedDict[int, list[Sigbus]] = OrderedDict()  # by sending thread
+        self._owned: OrderedDict[int, list[Owned]] = OrderedDict()  # by pfn
+
+    def add(self, event: GmemPoison | Sigbus | Owned) -> None:
+        """It came before its poison."""
+        match event:
+            case GmemPoison():
+                self._gmem[event.tid] = event
+                self._bound(self._gmem)
+            case Owned():
+                self._keep(self._owned, event.pfn, event)
+            case Sigbus(sender=int(sender)):
+                # Sent by memory_failure, which traces the poison only afterwards.
+                self._keep(self._signals, sender, event)
+
+    def gmem(self, poison: Poison) -> GmemPoison | None:
+        """What guest_memfd was told in the same thread, just before."""
+        event = self._gmem.pop(poison.tid, None) if poison.tid is not None else None
+        return event if event is not None and _just_before(event.ts, poison.ts) else None
+
+    def signals(self, poison: Poison) -> list[Sigbus]:
+        """Signals that the same thread sent, just before."""
+        sent = self._signals.pop(poison.tid, []) if poison.tid is not None else []
+        return [signal for signal in sent if _just_before(signal.ts, poison.ts)]
+
+    def owned(self, pfn: int) -> list[Owned]:
+        """Page table entries with the pfn."""
+        return self._owned.pop(pfn, [])
+
+    def _keep(self, pending: OrderedDict[int, list[_T]], key: int, item: _T) -> None:
+        items = pending.setdefault(key, [])
+        items.append(item)
+        if len(items) > self._limits.pending_each:  # more than a page can plausibly have
+            del items[0]
+        self._bound(pending)
+
+    def _bound(self, pending: OrderedDict[int, Any]) -> None:
+        while len(pending) > self._limits.pending:
+            pending.popitem(last=False)
+
+
+def _just_before(ts: int, poisoned_ts: int) -> bool:
+    return 0 <= poisoned_ts - ts <= JOIN_NS
