@@ -49,7 +49,10 @@ FALLBACK_KINDS = tuple(
 
 # Where things are known to get lost, exported as 0 from the start: the BPF source's ring buffer and
 # maps, and what the correlator has to forget. A test holds it against what they say.
-LOST_FROM_BIRTH = ("ring", "exit_keys", "exit_counts", "incidents", "vms")
+LOST_FROM_BIRTH = (
+    *("ring", "exit_keys", "exit_counts"),
+    *("incidents", "vms", "owners", "told", "looks", "refusals", "soft_offlines"),
+)
 
 Kinds = Callable[[], Iterable[tuple[str, str]]]
 
