@@ -77,6 +77,7 @@ class Story:
     attached: residue.Attached
     vmms: dict[str, Vmm]
     born: Exits
+    old: float
     alerts_before: set[str]
     reports: Mapping[str, Line]
     poisons: Counter[tuple[str, str]]
@@ -142,6 +143,8 @@ def story(shared_machine: Shared) -> Iterator[Story]:
         scraper.wait(lambda: len(scraper.query(exits)) >= len(VMS) * len(BORN), PATIENCE)
         scraper.wait_for_scrapes(3, PATIENCE)
         born, alerts = exits_in(scraper.query(exits)), scraper.alerts()
+        # Pages that other tests poisoned in the same machine: their VMs are gone.
+        old = scraper.value('kvmtrace_incidents{state="unowned"}') or 0
 
         pfns = happen(vmms)
         reports = {name: vmm.step("report") for name, vmm in vmms.items()}
@@ -157,6 +160,7 @@ def story(shared_machine: Shared) -> Iterator[Story]:
             residue.attached(machine),
             vmms,
             born,
+            old,
             alerts,
             reports,
             Counter(
@@ -334,11 +338,11 @@ CHECKS: dict[tuple[str, str], Check] = {
         lambda _: {("web",), ("loop",), ("closed",), ("bare",)}
     ),
     ("Incidents by state", "A"): exactly(
-        lambda _: {
+        lambda s: {
             ("looping",): 1,
             ("delivered",): 2,
             ("latent",): 1,
-            ("unowned",): 0,
+            ("unowned",): s.old,
             ("closed",): 0,
         }
     ),
