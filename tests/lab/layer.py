@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import hashlib
 import importlib.util
+import platform
 import shutil
 import sys
 import zipfile
@@ -12,9 +13,11 @@ from pathlib import Path
 
 from tests.lab import cache, image, programs
 from tests.lab.config import PROJECT, Arch
-from tests.lab.progress import step
+from tests.lab.errors import LabError
+from tests.lab.progress import say, step
 from tests.lab.root import LIBRARY
 
+VMM = PROJECT / "tests/lab/vmm"
 SOURCES = ("kvmtrace", "bpf", "dashboards", "pyproject.toml", "README.md", "LICENSE")
 
 LAUNCHER = """#!/usr/bin/python3
@@ -25,8 +28,19 @@ sys.exit({attribute}())
 
 
 def vmm(arch: Arch) -> Path:
-    """The VMM of the workloads; `make -C tests/lab/vmm` builds it."""
-    return PROJECT / "tests/lab/vmm/build" / arch.name / "vmm"
+    """The VMM of the workloads, once `_make_vmm` has built it."""
+    return VMM / "build" / arch.name / "vmm"
+
+
+def _make_vmm(arch: Arch) -> None:
+    """Build what is not up to date. Another architecture's is left out without a compiler."""
+    with cache.lock("vmm"):
+        try:
+            programs.output(["make", "-s", "-C", str(VMM), f"ARCH={arch.name}"])
+        except LabError as error:
+            if arch.qemu.endswith(platform.machine()):
+                raise
+            say(f"no vmm for {arch.name}: {error}")
 
 
 def _files() -> list[Path]:
@@ -49,6 +63,7 @@ def _key(arch: Arch) -> str:
 
 def fetch(arch: Arch) -> Path:
     """The image of the layer for what is in the tree now."""
+    _make_vmm(arch)
     home = cache.entry(f"layer-{arch.name}", _key(arch), lambda path: _build(arch, path), keep=50)
     return home / "layer.img"
 
