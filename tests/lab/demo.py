@@ -142,7 +142,7 @@ def printed(machine: Machine, source: str) -> int:
     """The table as it is after all has happened."""
     story = Story(machine, lambda text: say(f"  {text}"))
     story.start_vms()
-    say("no terminal: the final table will be printed; starting kvmtrace (up to a minute, emulated) ...")
+    say("no terminal: the final table will be printed; starting kvmtrace (up to a minute) ...")
     top = machine.start(f"exec kvmtrace top --once --source {source} --interval 1h")
     with story.told():
         machine.channel.wait(lambda: story.ended or top.poll() is not None, PATIENCE * 5, "end")
