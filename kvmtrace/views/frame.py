@@ -62,7 +62,10 @@ def _tables(state: State, width: int, room: int) -> list[Drawn]:
     # Two lines of titles each and one between; either may use what the other leaves.
     rows = room - 5
     if rows < 4:  # no room for two: the one that keys act on
-        return _table(state, state.table, width, max(0, room - 2))
+        room = max(0, room - 2)
+        if state.on_incidents:
+            return _table(state, state.incidents, width, room)
+        return _table(state, state.vms, width, room)
     wanted = max(1, len(state.incidents.rows))
     above = min(max(1, len(state.vms.rows)), max(rows - rows // 2, rows - wanted))
     return [
