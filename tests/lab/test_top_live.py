@@ -1,0 +1,174 @@
+"""`kvmtrace top` on a real kernel: live in a real terminal (tmux), and the table printed once."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.lab.drive import PATIENCE, Line, Vmm
+from tests.lab.machine import Job, Machine
+
+pytestmark = pytest.mark.lab
+
+FOREVER = 1_000_000_000
+TMUX = "tmux -L kvmtrace"
+
+
+@dataclass
+class Tmux:
+    """A shell in tmux, on a terminal of its own: what is on its screen, and its keyboard."""
+
+    machine: Machine
+    job: Job
+
+    def screen(self) -> str:
+        return self.machine.run(f"{TMUX} capture-pane -p", check=True).stdout
+
+    def keys(self, *keys: str) -> None:
+        """Keys by tmux's names."""
+        self.machine.run([*TMUX.split(), "send-keys", *keys], check=True)
+
+    def until(self, pattern: str) -> str:
+        """The screen, as soon as it matches."""
+        deadline = time.monotonic() + PATIENCE
+        while not re.search(pattern, seen := self.screen(), re.MULTILINE):
+            assert time.monotonic() < deadline, f"never on the screen: {pattern}\n{seen}"
+            time.sleep(0.3)
+        return seen
+
+    def modes(self) -> str:
+        """What a program may leave behind: modes of the terminal, and of its line."""
+        names = "alternate_on cursor_flag mouse_any_flag keypad_flag wrap_flag".split()
+        form = " ".join(f"#{{{name}}}" for name in names)
+        tty = self.machine.run(f"{TMUX} display -p '#{{pane_tty}}'", check=True).stdout.strip()
+        shown = self.machine.run(f"{TMUX} display -p '{form}'; stty -a -F {tty}", check=True)
+        # "rows" is the size, not a mode
+        return re.sub(r"rows \d+; columns \d+; ", "", shown.stdout)
+
+
+@pytest.fixture
+def sick(machine: Machine) -> Iterator[Vmm]:
+    """A VM with a page to be poisoned."""
+    vmm = Vmm(machine, "sick")
+    vmm.step("create v backing=gmem pages=32")
+    vmm.step("touch v +3")
+    yield vmm
+    vmm.job.kill()
+
+
+def test_the_live_table(machine: Machine, sick: Vmm) -> None:
+    """One start, everything a person does with it."""
+    other = Vmm(machine, "well")
+    other.step("create v backing=anon")
+    env = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+    shell = f"exec {TMUX} -f /dev/null new-session 'PS1=shell: exec sh' \\; set status off"
+    tmux = Tmux(machine, machine.start(shell, pty=(24, 80), env=env))
+    try:
+        tmux.job.wait_for("shell:", timeout=PATIENCE)
+        before = tmux.modes()
+        tmux.keys("clear; kvmtrace top --source bpf; echo status $?", "Enter")
+        tmux.until("attached(?s:.*)sick(?s:.*)no incidents")
+        assert "well" in tmux.screen()
+
+        # It happens, and is shown
+        poison = sick.step("poison v +3")
+        place = f"sick {poison['gfn']:#x}"  # 80 columns have no room for the pfn
+        tmux.until(f"latent +{place} +0 ")
+        sick.step("touch v +3")
+        tmux.until(f"delivered +{place} +1 ")
+        sick.step(f"loop v +3 {FOREVER} gap_us=20000 bg=1")
+        tmux.until(f"looping +{place} ")
+        assert all(len(line) <= 80 for line in tmux.screen().splitlines())
+
+        # Help, sort, drill, filter
+        tmux.keys("?")
+        tmux.until("states of an incident|keys")
+        tmux.keys("q")
+        tmux.keys("s")
+        tmux.until("VMs .*by VM")
+        tmux.keys("Tab", "Enter")
+        tmux.until("[0-9]+ exits EHWPOISON")
+        tmux.keys("q", "Tab", "/")
+        tmux.until("filter by VM")
+        tmux.keys("well", "Enter")
+        tmux.until("filter 'well'")
+        assert "sick" not in tmux.screen()
+        tmux.keys("Escape")
+        tmux.until("sick")
+
+        # Paused is paused; going on catches up
+        tmux.keys("p")
+        tmux.until("PAUSED")
+        counted = re.search(r"sick +\d+ .*", tmux.screen())
+        machine.run("sleep 3")
+        again = re.search(r"sick +\d+ .*", tmux.screen())
+        assert counted
+        assert again
+        assert counted[0] == again[0]
+        tmux.keys("p")
+        tmux.until(rf"(?s)\A(?!.*{re.escape(counted[0])}).*sick")
+
+        # Another size, and the end
+        tmux.job.resize(40, 120)
+        tmux.until(f"looping +{poison['pfn']:#x} +{place} ")
+        tmux.until(r"\A(.*\n){39}.*q quit")
+        tmux.keys("q")
+        tmux.until("^status 0")
+        tmux.until("shell:")
+        assert tmux.modes() == before
+        assert "Traceback" not in tmux.screen()
+    finally:
+        machine.run(f"{TMUX} kill-server")
+        other.job.kill()
+
+
+def test_printed_once(machine: Machine) -> None:
+    """As text and as JSON, of what happens while it looks; both agree with the VMM."""
+    vmm = Vmm(machine, "once")
+    vmm.step("create v backing=gmem pages=32")
+    vmm.step("touch v +3")
+    once = "exec kvmtrace top --once --interval 1h --source ftrace"
+    text, program = machine.start(once), machine.start(f"{once} --json")
+    _until_they_wait(machine, 2)
+    poison = vmm.step("poison v +3")
+    vmm.step("loop v +3 50")
+    machine.run("sleep 3")
+    report = vmm.step("report")
+    for job in (text, program):
+        job.signal(signal.SIGINT)
+        assert job.wait(PATIENCE) == 0, job.tail()
+        assert job.stderr == ""
+    vmm.end()
+
+    assert sum(row["count"] for row in report["failed"]) == 50
+    row = next(x for x in text.stdout.splitlines() if x.startswith("once "))
+    assert row.split()[1:4] == [str(vmm.pid), "vmm", "50"]
+    assert re.search(rf"^\S+ +looping +{poison['pfn']:#x} +once ", text.stdout, re.MULTILINE)
+    assert "\x1b" not in text.stdout
+
+    shown: Line = json.loads(program.stdout)
+    assert program.stdout.count("\n") == 1
+    (vm,) = [x for x in shown["vms"] if x["pid"] == vmm.pid]
+    assert (vm["name"], vm["exits"], vm["causes"]) == ("once", {"EHWPOISON": 50}, {"hwpoison": 50})
+    (incident,) = [x for x in shown["incidents"] if x.get("pfn") == poison["pfn"]]
+    assert (incident["state"], incident["deliveries"]["exits"]) == ("looping", 50)
+    assert [(x["vm"]["pid"], x["gfn"]) for x in incident["owners"]] == [(vmm.pid, poison["gfn"])]
+    assert shown["host"]["source"] == "ftrace"
+    assert not any(shown["lost"].values())
+
+
+def _until_they_wait(machine: Machine, watchers: int) -> None:
+    """Until that many run and each was seen asleep in poll: what they open is open then."""
+    waiting = (
+        f"until [ $(pgrep -cx kvmtrace) = {watchers} ]; do sleep 0.2; done; "
+        "for p in $(pgrep -x kvmtrace); do"
+        "  until grep -q poll /proc/$p/wchan; do sleep 0.2; done; "
+        "done"
+    )
+    machine.run(waiting, timeout=PATIENCE, check=True)
