@@ -17,6 +17,7 @@ How each was made is kept in the incident's timeline.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvmtrace import kvm
@@ -387,14 +388,17 @@ class Correlator:
         who = f"vCPU {event.vcpu}" if event.vcpu is not None else f"thread {event.tid}"
         what = f"SIGBUS {code} to {who}, hva {event.hva:#x}"
         if by_poison and event.vcpu is None and event.tid == event.sender:
-            incident.sigbus_at_poison += 1
+            incident.sigbus_at_poison += event.count
             what += ", by its own poisoning"
-            incident.note(("own signal", event.tid), event.ts, what, how, vm=event.vm)
+            own = ("own signal", event.tid)
+            incident.note(own, event.ts, what, how, vm=event.vm, count=event.count)
             return
-        incident.sigbus += 1
-        incident.note(("sigbus", event.vm, event.tid, code), event.ts, what, how, vm=event.vm)
+        incident.sigbus += event.count
+        key = ("sigbus", event.vm, event.tid, code)
+        incident.note(key, event.ts, what, how, vm=event.vm, count=event.count)
         if event.vm is not None:
-            self._deliver(incident, event.ts, event.vm, event.vcpu, code=code)
+            signals = {code: event.count}
+            self._deliver(incident, event.ts, event.vm, event.vcpu, signals=signals)
 
     def _own_by_signal(self, incident: State, event: Sigbus, vm: int, how: str) -> None:
         at = incident.place_of_address(vm, event.hva, None)
@@ -415,10 +419,10 @@ class Correlator:
         vcpu: int | None,
         *,
         exits: int = 0,
-        code: str | None = None,
+        signals: Mapping[str, int] | None = None,
     ) -> None:
         was_over = incident.over
-        first = incident.deliver(ts, vm, vcpu, exits=exits, code=code)
+        first = incident.deliver(ts, vm, vcpu, exits=exits, signals=signals)
         self._incidents.told(incident, vm)
         if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
             self._account.delivered(ts - incident.poisoned_ts)

@@ -129,6 +129,7 @@ class Sigbus(Event):
     ``sender``: the thread in which the kernel sent it. ``vcpu`` and ``gfn``: sent from within
     KVM_RUN, for that vCPU's access. ``vm`` is None where the process runs no VM (or several and
     the thread does not tell which). ``pfn``: read from the process's page table at ``hva``.
+    ``count``: so many signals, the same but for their time; the last of them at ``ts``.
     """
 
     kind: ClassVar[str] = "sigbus"
@@ -142,6 +143,7 @@ class Sigbus(Event):
     vcpu: int | None = None
     gfn: int | None = None
     pfn: int | None = None
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from kvmtrace import kvm
@@ -148,7 +148,13 @@ class State:
         return True
 
     def deliver(
-        self, ts: int, vm: int, vcpu: int | None, *, exits: int = 0, code: str | None = None
+        self,
+        ts: int,
+        vm: int,
+        vcpu: int | None,
+        *,
+        exits: int = 0,
+        signals: Mapping[str, int] | None = None,
     ) -> bool:
         """A VMM was told; True if it is the first time."""
         first = self.first_delivery_ts is None
@@ -162,8 +168,8 @@ class State:
             told = self.told[vm, vcpu] = _Told(first_ts=ts, last_ts=ts)
         told.first_ts, told.last_ts = min(told.first_ts, ts), max(told.last_ts, ts)
         told.exits += exits
-        if code is not None:
-            told.sigbus[code] = told.sigbus.get(code, 0) + 1
+        for code, count in (signals or {}).items():
+            told.sigbus[code] = told.sigbus.get(code, 0) + count
         # What was seen before is no answer to this.
         for key in [k for k, seen in self.looks.items() if k[0] == vm and seen[-1].vcpu == vcpu]:
             self.looks[key] = [look for look in self.looks[key] if look.ts > told.last_ts]

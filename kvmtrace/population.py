@@ -163,7 +163,7 @@ class Population:
             code = kvm.sigbus_code_name(event.code)
             if code not in vm.sigbus and len(vm.sigbus) >= self._limits.kinds:
                 code = "other"
-            vm.sigbus[code] = vm.sigbus.get(code, 0) + 1
+            vm.sigbus[code] = vm.sigbus.get(code, 0) + event.count
             vm.touch(event.ts)
 
     def refused(self, event: Refused, now: int) -> None:

@@ -82,6 +82,7 @@ def event_line(told: Told) -> dict[str, Any] | None:
                 lsb=event.lsb,
                 vcpu=event.vcpu,
                 gfn=event.gfn,
+                count=event.count if event.count > 1 else None,
                 incident=told.incident,
             )
         case Mce():

@@ -62,6 +62,8 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
                 facts.insert(0, f"vcpu {event.vcpu}")
             if event.gfn is not None:
                 facts.append(f"gfn {hex(event.gfn)}")
+            if event.count > 1:
+                facts.append(f"x{event.count}")
         case Mce():
             what = f"bank {event.bank} cpu {event.cpu}"
             facts = [

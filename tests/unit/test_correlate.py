@@ -376,3 +376,15 @@ def test_ids_stay_unique_when_numbers_are_forgotten() -> None:
 def test_lost_adds_up() -> None:
     snapshot, _ = tell(Lost(T0, "ringbuf", 3), Lost(T0, "ringbuf", 4), Lost(T0, "maps", 1))
     assert snapshot.lost == {"ringbuf": 7, "maps": 1}
+
+
+def test_a_signal_event_may_stand_for_many() -> None:
+    snapshot, _ = tell(
+        seen(1),
+        poison(T0),
+        Sigbus(T0 + MS, 4001, VCPU, 4, HVA, 12, VCPU, vm=1, vcpu=0, pfn=PFN),
+        Sigbus(T0 + 2 * MS, 4001, VCPU, 4, HVA, 12, VCPU, vm=1, vcpu=0, pfn=PFN, count=999),
+    )
+    assert only(snapshot).sigbus == 1000
+    assert snapshot.vms[1].sigbus == {"AR": 1000}
+    assert only(snapshot).told[0].sigbus == {"AR": 1000}
