@@ -14,7 +14,7 @@ from kvmtrace.ftrace.dynevents import Defined, DynamicEvents
 from kvmtrace.ftrace.instance import Instance
 from kvmtrace.ftrace.ringpage import EventFormat
 from kvmtrace.model import Probe
-from kvmtrace.probes import ProbeSpec, specs
+from kvmtrace.probes import ProbeSpec, context_specs, specs
 
 _KVM = "/sys/module/kvm"
 
@@ -28,20 +28,29 @@ class Attacher:
         self._group = group
         self._rings = rings
         self._events = DynamicEvents(root, group, _offset)
-        self._specs = {spec.name: spec for spec in specs()}
+        self._specs = {spec.name: spec for spec in specs() + context_specs()}
+        self._optional = {"slot", *(spec.name for spec in context_specs())}
         self._specs["slot"] = ProbeSpec("slot", (fields.SLOT_TARGET,), "entry", "")
         self._probes: dict[str, Probe] = {}
         self._filters: dict[str, str] = {}
+        self._counted: set[str] = set()
 
     def probes(self) -> tuple[Probe, ...]:
-        """The state of every probe, in the order of probes.specs."""
+        """The state of every probe, in the order of probes.specs; of the optional if attached."""
+        found = (self._probes[name] for name in self._specs if name in self._probes)
         return tuple(
-            self._probes[name] for name in self._specs if name in self._probes and name != "slot"
+            probe
+            for probe in found
+            if probe.name not in self._optional or (probe.attached and probe.name != "slot")
         )
 
     def attached(self, name: str) -> bool:
         """Whether one probe is attached."""
         return name in self._probes and self._probes[name].attached
+
+    def counted(self, *names: str) -> bool:
+        """Whether the kernel counts what these probes see, as far as they are attached."""
+        return all(name in self._counted for name in names if self.attached(name))
 
     def attach(self, has_kvm: bool) -> None:
         """Attach what is not attached."""
@@ -62,6 +71,7 @@ class Attacher:
                             ring.append(f"{path}/trigger", f"!{trigger.partition(' [')[0]}")
         remove_events(self._events)
         self._filters.clear()
+        self._counted.clear()
         for name, probe in list(self._probes.items()):
             if probe.via != "tracepoint":
                 del self._probes[name]
@@ -71,14 +81,20 @@ class Attacher:
         for name, condition in excluded.items():
             if name in self._filters:
                 with contextlib.suppress(OSError):
-                    self._rings["faults"].write(
+                    self._ring_of(name).write(
                         f"events/{self._group}/{name}/filter",
                         f"({self._filters[name]}){condition}",
                     )
 
     def totals(self) -> hist.Totals:
         """The kernel's counts, now."""
-        return hist.parse(self._rings["faults"].read(f"events/{self._group}/run/hist"))
+        totals = hist.Totals()
+        for name in self._counted:
+            totals.read(name, self._ring_of(name).read(f"events/{self._group}/{name}/hist"))
+        return totals
+
+    def _ring_of(self, name: str) -> Instance:
+        return next(self._rings[ring] for ring, names in fields.RINGS.items() if name in names)
 
     def close(self) -> None:
         """Remove all events; the instances that use them must be gone."""
@@ -124,10 +140,12 @@ class Attacher:
         if condition:
             ring.write(f"{path}/filter", condition)
             self._filters[event.name] = condition
-        if event.name == "run":
-            for trigger in hist.triggers(event.fields).values():
-                with contextlib.suppress(OSError):  # no CONFIG_HIST_TRIGGERS: events must do
-                    ring.append(f"{path}/trigger", trigger)
+        triggers = hist.triggers(event.name, event.fields)
+        with contextlib.suppress(OSError):  # no CONFIG_HIST_TRIGGERS: events must do
+            for trigger in triggers:
+                ring.append(f"{path}/trigger", trigger)
+            if triggers:
+                self._counted.add(event.name)
         self._learn(event.name, ring.read(f"{path}/format"))
         ring.write(f"{path}/enable", "1")
 

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 from kvmtrace import kvm
 from kvmtrace.events import Event, Exit
 from kvmtrace.ftrace import records
-from kvmtrace.ftrace.hist import ExitKey, Tally, Totals, Whose
+from kvmtrace.ftrace.hist import ExitKey, Totals, Whose
 from kvmtrace.ftrace.people import People
 from kvmtrace.ftrace.records import Record
-from kvmtrace.ftrace.storm import Storms
+from kvmtrace.ftrace.storm import ExitStorms
+from kvmtrace.ftrace.tally import Tally
 
 _MAX_THREADS = 4096
 _MAX_DETAILS = 16384
@@ -47,8 +48,10 @@ class Faults:
     def __init__(self, people: People) -> None:
         self.watches_gmem = False
         """The ``gmem`` probe is attached: that it said nothing means something."""
-        self.tally = Tally()
-        self.storms = Storms()
+        self.behind = False
+        """Events were dropped since the counts were settled: these may know more than was told."""
+        self.tally: Tally[ExitKey] = Tally()
+        self.storms = ExitStorms()
         self._people = people
         self._gmem: OrderedDict[int, dict[str, Any]] = OrderedDict()  # by thread
         self._faults: OrderedDict[int, _Fault] = OrderedDict()  # by thread
@@ -61,6 +64,7 @@ class Faults:
         """A batch of records begins. ``doubtful``: some before or in it were dropped."""
         self._doubtful = doubtful
         if doubtful:
+            self.behind = True
             self._gmem.clear()
             self._faults.clear()
 
@@ -123,11 +127,9 @@ class Faults:
 
     def settle(self, totals: Totals, now: int) -> list[Event]:
         """Exits that the kernel counted and no event told."""
-        for vcpu, candidates in totals.whose.items():
-            if vcpu not in self._vcpus:
-                self._vcpus[vcpu] = max(candidates, key=lambda whose: candidates[whose])
+        self._learn(totals)
         events: list[Event] = []
-        for key, count in self.tally.total(totals):
+        for key, count in self.tally.total(totals.exits):
             whose = self._vcpus.get(key.vcpu)
             if whose is None:
                 continue
@@ -138,21 +140,33 @@ class Faults:
             events.append(_exit(now, (vm, whose.vid), key, detail, count))
         return events
 
-    def unsettled(self, struct: int) -> Collection[int]:
-        """vCPUs of a VM of which the counts may know more than the events told."""
-        if not self._doubtful and not self.storms.in_vm(struct):
-            return ()
-        return {vcpu for vcpu, whose in self._vcpus.items() if whose.kvm == struct}
+    def unsettled(self, struct: int) -> bool:
+        """Whether the counts may know more of a VM than the events told."""
+        return self.behind or self.storms.in_vm(struct)
+
+    def settle_vm(self, struct: int, totals: Totals, now: int) -> list[Event]:
+        """``settle`` for one VM; also if no event of it ever came through."""
+        self._learn(totals)
+        return self.settle(totals.of(self._vcpus_of(struct)), now)
 
     def forget(self, struct: int) -> None:
         """The VM is gone: its addresses may be another's soon."""
         self.storms.gone(struct)
-        vcpus = {vcpu for vcpu, whose in self._vcpus.items() if whose.kvm == struct}
+        vcpus = self._vcpus_of(struct)
         for vcpu in vcpus:
             del self._vcpus[vcpu]
         if vcpus:
             for key in [key for key in self._details if key.vcpu in vcpus]:
                 del self._details[key]
+
+    def _learn(self, totals: Totals) -> None:
+        for vcpu in totals.whose:
+            whose = totals.owner(vcpu)
+            if vcpu not in self._vcpus and whose is not None:
+                self._vcpus[vcpu] = whose
+
+    def _vcpus_of(self, struct: int) -> Collection[int]:
+        return {vcpu for vcpu, whose in self._vcpus.items() if whose.kvm == struct}
 
 
 def _detail(key: ExitKey, fields: dict[str, Any], fault: _Fault | None) -> _Detail:

@@ -110,6 +110,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
     "gmem": (
         _needed("kvm", "kvm:x64"),
         _needed("gfn", "gfn:x64"),
+        _helper("tgid", f"{_TGID}"),
         *_slot("slot"),
         _RET,
     ),
@@ -154,6 +155,16 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         _helper("tgid", f"{_TGID}"),
         _helper("maker", f"{_MAKER}"),
     ),
+    # drivers/acpi/apei/ghes.c; struct cper_sec_mem_err as UEFI lays it out (include/linux/cper.h)
+    "apei": (
+        _needed("sev", "sev", "$arg1:s32"),
+        _needed("valid", "mem_err->validation_bits:x64", "+0($arg2):x64"),
+        _needed("addr", "mem_err->physical_addr:x64", "+16($arg2):x64"),
+        _field("mask", "mem_err->physical_addr_mask:x64", "+24($arg2):x64"),
+        _field("node", "mem_err->node", "+32($arg2):u16"),
+    ),
+    "soft_offline": (_needed("pfn", "pfn:u64"), _RET),
+    "unpoison": (_needed("pfn", "pfn:u64"), _RET),
     # include/linux/kvm_host.h, enum kvm_mr_change: CREATE, DELETE, MOVE, FLAGS_ONLY
     "slot": (
         _needed("kvm", "kvm:x64"),
@@ -182,8 +193,13 @@ FILTERS: dict[str, str] = {
 
 # Which ring: a storm of one kind must not crowd out the rare and precious of another.
 RINGS: dict[str, tuple[str, ...]] = {
-    "poison": ("poison", "gmem_error", "mce", "vm_new", "vm_gone", "slot"),
+    "poison": (
+        *("poison", "gmem_error", "mce", "vm_new", "vm_gone", "slot"),
+        *("mc_event", "extlog", "apei", "arm_event", "non_standard", "soft_offline", "unpoison"),
+    ),
     "signals": ("sigbus", "sigbus_forced"),
     "faults": ("run", "gmem", "faultin"),
 }
+# What of a ring has to be counted (hist.triggers), that nothing is lost when the ring is full.
+COUNTED = {"signals": ("sigbus", "sigbus_forced"), "faults": ("run",)}
 RING_KIB = {"poison": 128, "signals": 128, "faults": 128}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from kvmtrace.events import Event
+from kvmtrace.events import Event, Lost
 from kvmtrace.ftrace import records
 from kvmtrace.ftrace.faults import Faults
 from kvmtrace.ftrace.fields import KVM_PFN_ERR_HWPOISON
 from kvmtrace.ftrace.hist import Totals
 from kvmtrace.ftrace.people import People
-from kvmtrace.ftrace.poison import Poisons, Signals
+from kvmtrace.ftrace.poison import Poisons
 from kvmtrace.ftrace.records import Record
+from kvmtrace.ftrace.refusals import Refusals
+from kvmtrace.ftrace.signals import Signals
+from kvmtrace.ftrace.storm import exclusions
+from kvmtrace.ftrace.tally import Tally
 
 
 class Joiner:
@@ -23,6 +27,7 @@ class Joiner:
     ) -> None:
         self.people = people
         self.faults = Faults(people)
+        self.refusals = Refusals(people)
         self.poisons = Poisons(people, names)
         self.signals = Signals(people)
 
@@ -34,26 +39,69 @@ class Joiner:
         totals: Totals | None = None,
         read_totals: Callable[[], Totals] = Totals,
         doubtful: bool = False,
+        deaf: bool = False,
         last: bool = False,
     ) -> list[Event]:
         """Events of all records (in order of time), up to ``now``.
 
         ``totals``: the kernel's counts, read before the records were. ``doubtful``: some events of
         the faults' ring were dropped, so that kvm_gmem_get_pfn said nothing proves nothing, and
-        that the counts of a VM have to be read (``read_totals``) before it is gone. ``last``:
-        nothing more will come.
+        that the counts of a VM have to be read (``read_totals``) before it is gone. ``deaf``:
+        likewise for the signals' ring. ``last``: nothing more will come.
         """
         out = self.people.out = []
         self.faults.begin(doubtful)
+        self.signals.behind |= deaf
         for record in batch:
             out += self._one(record, read_totals)
         if totals is not None:
-            out += self.faults.settle(totals, now)
-            self.faults.storms.reading(totals.exits)
+            out += self._settle(totals, now)
+            # What was dropped after the counts were read is in the next ones.
+            self.faults.behind = doubtful
+            self.signals.behind = deaf
         out += self.signals.overdue(math.inf if last else now)
         out += self.faults.end()
+        out += self.refusals.take()
         out.sort(key=lambda event: event.ts)
         return out
+
+    def begin(
+        self, *, watches_gmem: bool, counts_exits: bool = True, counts_signals: bool = True
+    ) -> None:
+        """The probes are new: so are the kernel's counts, where it counts."""
+        self.faults.watches_gmem = watches_gmem
+        self.faults.storms.counted = counts_exits
+        self.signals.storms.counted = counts_signals
+        self.faults.tally, self.refusals.tally, self.signals.tally = Tally(), Tally(), Tally()
+
+    @property
+    def behind(self) -> bool:
+        """The counts will have more to tell."""
+        muted = bool(self.faults.storms) or bool(self.signals.storms)
+        return muted or self.faults.behind or self.signals.behind
+
+    def muted(self) -> dict[str, str] | None:
+        """{event: what to add to its filter}; None if that has not changed."""
+        storms = (self.faults.storms, self.signals.storms)
+        if not any(storm.changed for storm in storms):
+            return None
+        for storm in storms:
+            storm.changed = False
+        return exclusions(*(storm.conditions() for storm in storms))
+
+    def _settle(self, totals: Totals, now: int) -> list[Event]:
+        events = self.faults.settle(totals, now) + self.signals.settle(totals, now)
+        self.refusals.settle(totals, now)
+        self.faults.storms.reading(totals.exits)
+        self.signals.storms.reading(totals.signals)
+        for where, lost in (
+            ("exit_counts", self.faults.tally.lost(totals.dropped)),
+            ("refused_counts", self.refusals.tally.lost(totals.refused_dropped)),
+            ("signal_counts", self.signals.tally.lost(totals.signals_dropped)),
+        ):
+            if lost:
+                events.append(Lost(now, where, lost))
+        return events
 
     def _one(self, record: Record, read_totals: Callable[[], Totals]) -> list[Event]:
         match record.probe:
@@ -61,6 +109,7 @@ class Joiner:
                 return self.faults.run(record)
             case "gmem":
                 self.faults.gmem(record)
+                self.refusals.gmem(record)
                 return self.poisons.gmem(record)
             case "faultin":
                 return self._faultin(record)
@@ -72,6 +121,8 @@ class Joiner:
                 return self.signals.sigbus(record)
             case "mce":
                 return [self.poisons.mce(record)]
+            case "soft_offline" | "unpoison":
+                return self.poisons.page(record)
             case "slot":
                 self.poisons.slot(record)
             case "vm_new":
@@ -90,9 +141,15 @@ class Joiner:
 
     def _vm_gone(self, record: Record, read_totals: Callable[[], Totals]) -> None:
         struct = record.fields["kvm"]
-        vcpus = self.faults.unsettled(struct)
-        if vcpus:
-            self.people.out += self.faults.settle(read_totals().of(vcpus), record.ts)
+        if self.faults.unsettled(struct) or self.signals.unsettled(struct):
+            totals = read_totals()
+            self.people.out += self.faults.settle_vm(struct, totals, record.ts)
+            self.refusals.settle(totals, record.ts, struct)
+            vm = self.people.known(struct)
+            if vm is not None:
+                self.people.out += self.signals.settle(totals, record.ts, vm)
+        self.people.out += self.refusals.take()
         self.people.gone(record)
         self.faults.forget(struct)
+        self.signals.storms.gone(struct)
         self.poisons.forget(struct)

@@ -12,6 +12,15 @@ from kvmtrace.vms import VmTable
 _MAX_VMS = 4096
 
 
+def tgid_of(tid: int) -> int | None:
+    """The process of a thread that still runs."""
+    try:
+        with open(f"/proc/{tid}/status") as lines:
+            return next((int(line.split()[1]) for line in lines if line.startswith("Tgid:")), None)
+    except OSError:
+        return None
+
+
 class People:
     """The VM table, asked with records. Events that this leads to go to ``out``.
 
@@ -50,6 +59,11 @@ class People:
         """The VM of a process that runs just one."""
         keys = self.vms.of_pid(pid)
         return keys[0] if len(keys) == 1 else None
+
+    def struct_of(self, vm: int) -> int | None:
+        """Address of a VM's struct kvm, if it was told."""
+        at = self.vms.struct_of(vm)
+        return None if at is None else at[0]
 
     def _maker_of(self, record: Record) -> int:
         fields = record.fields

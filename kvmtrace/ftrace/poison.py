@@ -1,26 +1,21 @@
-"""Poison, machine checks, and the signals they lead to.
+"""Poison, and the pages of guest memory that it hits.
 
 A page of a guest_memfd is joined with its pfn as correlate.py does it, by the thread, so that a
 fault on it can tell its owner (``Owned``) where the slot was not known at the time of the poison.
-A signal that KVM sends is sent from within the fault handler to the thread itself: the fault that
-returns next on this thread with the "poisoned" pfn is the one it was sent for.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from typing import Any
 
 from kvmtrace import kvm
-from kvmtrace.events import Event, GmemPoison, Mce, Owned, Owner, Poison, Sigbus
+from kvmtrace.events import Event, GmemPoison, Mce, Owned, Owner, Poison, SoftOffline, Unpoison
 from kvmtrace.ftrace import records
 from kvmtrace.ftrace.guest import GuestMemory
 from kvmtrace.ftrace.people import People
 from kvmtrace.ftrace.records import Record
 
-# A signal waits this long for the fault it was sent from, which returns right after.
-SIGNAL_WAIT_NS = 50_000_000
 _MCI_STATUS_ADDRV = 1 << 58  # arch/x86/include/asm/mce.h
 _MAX_PENDING = 4096
 
@@ -117,52 +112,12 @@ class Poisons:
             fields.get("misc"),
         )
 
-
-class Signals:
-    """``sigbus`` and ``sigbus_forced`` records."""
-
-    def __init__(self, people: People) -> None:
-        self._people = people
-        self._waiting: OrderedDict[int, Sigbus] = OrderedDict()  # by thread
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
-
-    def sigbus(self, record: Record) -> list[Event]:
-        """A signal is sent; told now, or when the fault that it was sent from is known."""
+    def page(self, record: Record) -> list[Event]:
+        """A page was moved off bad memory (or could not be), or taken off the poison list."""
         fields = record.fields
-        sender = fields["common_pid"]
-        tid = fields.get("tid", sender)
-        pid = self._people.process_of(tid, fields.get("tgid"))
-        event = Sigbus(
-            record.ts,
-            pid,
-            tid,
-            fields["code"],
-            fields["addr"],
-            fields.get("lsb"),
-            sender,
-            self._people.only_vm_of(pid),  # asked now: it may be gone when the waiting is over
-        )
-        if record.probe != "sigbus" or tid != sender or event.code != kvm.BUS_MCEERR_AR:
-            return [event]
-        earlier = self._waiting.pop(tid, None)
-        self._waiting[tid] = event
-        return [] if earlier is None else [earlier]
-
-    def fault(self, record: Record) -> list[Event]:
-        """A fault on poisoned memory returned: its thread's signal was for this."""
-        event = self._waiting.pop(record.fields["common_pid"], None)
-        if event is None:
-            return []
-        fields = record.fields
-        vm = self._people.key(record, event.ts)
-        return [dataclasses.replace(event, vm=vm, vcpu=fields["vid"], gfn=fields["gfn"])]
-
-    def overdue(self, now: float) -> list[Event]:
-        """Signals whose fault did not come."""
-        late = [tid for tid, event in self._waiting.items() if now - event.ts > SIGNAL_WAIT_NS]
-        return [self._waiting.pop(tid) for tid in late]
+        if record.probe == "soft_offline":
+            return [SoftOffline(record.ts, fields["pfn"], -fields["ret"])]
+        return [Unpoison(record.ts, fields["pfn"])] if fields["ret"] == 0 else []
 
 
 def _bound(pending: OrderedDict[Any, Any]) -> None:

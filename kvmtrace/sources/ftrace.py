@@ -15,10 +15,11 @@ from collections.abc import Mapping
 
 from kvmtrace import clock, host
 from kvmtrace.events import Event, Lost
-from kvmtrace.ftrace import access, attach, fields, hist, instance, ringpage
+from kvmtrace.ftrace import access, attach, fields, instance, people, ringpage
 from kvmtrace.ftrace.attach import Attacher
 from kvmtrace.ftrace.instance import Instance
 from kvmtrace.ftrace.joins import Joiner
+from kvmtrace.ftrace.missed import Missed
 from kvmtrace.ftrace.people import People
 from kvmtrace.ftrace.records import Record
 from kvmtrace.model import Probe, ProbeRuns
@@ -49,12 +50,14 @@ class FtraceSource:
         self._counts_due = self._upkeep_due = self._scan_due = self._batch_until = 0.0
         self._active = False  # something may have been counted since the counts were read
         self._doubt = 0  # batches in which a join may lack a record that was dropped
+        self._deaf = False  # signals were dropped in this batch
         self._offset_ns = clock.epoch_offset_ns()
         root = access.tracefs()
         attach.remove_dead(root)
         group = instance.own_name()
-        self._joiner = Joiner(People(VmTable(), _tgid_of), host.memory_failure_names(root))
+        self._joiner = Joiner(People(VmTable(), people.tgid_of), host.memory_failure_names(root))
         self._attacher = Attacher(root, group, self._rings)
+        self._missed = Missed(root, group)
         try:
             layout = ringpage.PageLayout.parse(_read(f"{root}/events/header_page"))
             for ring, kib in fields.RING_KIB.items():
@@ -117,12 +120,16 @@ class FtraceSource:
         kvm = attach.kvm_now()
         if kvm != self._kvm:
             self._kvm = kvm
-            # kvm's functions were, or will be, other ones: their events never come back to life.
-            self._drain()
+            # kvm's functions were, or will be, other ones: their events never come back to life,
+            # and their counts end here.
+            self._ready += self._collect(last=True)
             self._attacher.detach()
             self._attacher.attach(kvm is not None)
-            self._joiner.faults.tally = hist.Tally()
-            self._joiner.faults.watches_gmem = self._attacher.attached("gmem")
+            self._joiner.begin(
+                watches_gmem=self._attacher.attached("gmem"),
+                counts_exits=self._attacher.counted("run"),
+                counts_signals=self._attacher.counted("sigbus", "sigbus_forced"),
+            )
         for ring in self._rings.values():
             ring.open_cpus()
         vms = self._joiner.people.vms
@@ -130,6 +137,9 @@ class FtraceSource:
             self._ready += vms.scan(time.time_ns())
             self._scan_due = time.monotonic() + SCAN_SECONDS
         self._ready += vms.missed(time.time_ns())
+        missed = self._missed.fresh()
+        if missed:
+            self._ready.append(Lost(time.time_ns(), "ftrace_missed", missed))
         self._upkeep_due = time.monotonic() + UPKEEP_SECONDS
 
     # -- waiting
@@ -166,7 +176,11 @@ class FtraceSource:
         now = time.monotonic()
         # Read before the events: what it counts has its event in a ring, unless that was full.
         due = self._active and (last or now >= self._counts_due)
-        totals = self._attacher.totals() if due else None
+        totals = None
+        if due:
+            totals = self._attacher.totals()
+            self._counts_due = now + COUNT_SECONDS
+            self._active = False
         until = time.monotonic_ns()
         faults, nearly_full = self._drain()
         if last:
@@ -185,21 +199,14 @@ class FtraceSource:
             totals=totals,
             read_totals=self._attacher.totals,
             doubtful=self._doubt > 0,
+            deaf=self._deaf,
             last=last,
         )
-        self._doubt = max(0, self._doubt - 1)
-        if totals is not None:
-            self._counts_due = now + COUNT_SECONDS
-            self._active = False
-            lost = self._joiner.faults.tally.lost(totals)
-            if lost:
-                events.append(Lost(ts, "exit_counts", lost))
-        storms = self._joiner.faults.storms
-        if faults or self._doubt or storms:
-            self._active = True
-        if storms.changed:
-            storms.changed = False
-            self._attacher.mute(storms.conditions())
+        self._doubt, self._deaf = max(0, self._doubt - 1), False
+        self._active |= self._doubt > 0 or self._joiner.behind
+        muted = self._joiner.muted()
+        if muted is not None:
+            self._attacher.mute(muted)
         return events
 
     def _drain(self) -> tuple[int, bool]:
@@ -219,6 +226,7 @@ class FtraceSource:
                     record = Record(ts + self._offset_ns, known[0], known[1].decode(entry))
                     heapq.heappush(self._pending, (ts, self._serial, record))
                     faults += name == "faults"
+            self._active |= pages > 0 and name != "poison"
             nearly_full |= pages * ring.layout.size >= ring.capacity // 2
         return faults, nearly_full
 
@@ -227,19 +235,14 @@ class FtraceSource:
         for name, ring in self._rings.items():
             dropped = ring.dropped()
             if dropped and name == "faults":
-                # Nothing is lost: the exits are counted all the same. Joins are in doubt, in this
-                # batch and for what was under way while it was read.
+                # Joins are in doubt, in this batch and for what was under way while it was read.
                 self._doubt = 2
-            elif dropped:
+            self._deaf |= dropped > 0 and name == "signals"
+            # Exits and signals are told all the same, where they are counted.
+            counted = fields.COUNTED.get(name)
+            if dropped and not (counted and self._attacher.counted(*counted)):
                 events.append(Lost(ts, f"ftrace_{name}", dropped))
         return events
-
-
-def _tgid_of(tid: int) -> int | None:
-    for line in _read(f"/proc/{tid}/status").splitlines():
-        if line.startswith("Tgid:"):
-            return int(line.split()[1])
-    return None
 
 
 def _read(path: str) -> str:

@@ -104,7 +104,7 @@ def test_kretprobes_where_there_are_no_fprobes(tmp_path: Path) -> None:
     defined = kernel.define("run", "ioctl_run", "return", WANTED)
     assert isinstance(defined, Defined)
     assert defined.way == "kretprobe event"
-    assert kernel.commands[-1].startswith("r:kvmtrace_1_2_3/run ioctl_run kvm=")
+    assert kernel.commands[-1].startswith("r4096:kvmtrace_1_2_3/run ioctl_run kvm=")
 
 
 def test_registers_where_there_are_no_argument_names(tmp_path: Path) -> None:

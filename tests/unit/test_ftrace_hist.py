@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtrace.ftrace import hist
-from kvmtrace.ftrace.hist import ExitKey, Tally, Totals, Whose
+from kvmtrace.ftrace.hist import (
+    ExitKey,
+    RefusedKey,
+    SignalFacts,
+    SignalKey,
+    Totals,
+    Whose,
+)
+from kvmtrace.ftrace.tally import Tally
 
 # Linux 7.3.4, as read; two blocks of four, with a "Dropped" made up in the first.
 TEXT = """# event histogram
@@ -70,37 +78,62 @@ def test_the_hist_file_is_understood() -> None:
 
 
 def test_triggers_count_every_failed_exit_once() -> None:
-    full = hist.triggers(["vcpu", "ret", "reason", "gpa", "flags", "size", "tgid"])
-    assert set(full) == {"bare", "whose", "fault-133", "fault-14"}
-    assert "!(reason == 39 && (ret == -14 || ret == -133))" in full["bare"]
-    assert "vals=hitcount,size" in full["fault-14"]
-    lean = hist.triggers(["vcpu", "ret", "reason"])
-    assert set(lean) == {"bare", "whose"}
-    assert "39" not in lean["bare"]
+    full = hist.triggers("run", ["vcpu", "ret", "reason", "gpa", "flags", "size", "tgid"])
+    assert len(full) == 4
+    assert "!(reason == 39 && (ret == -14 || ret == -133))" in full[0]
+    assert "vals=hitcount,size" in full[2]
+    lean = hist.triggers("run", ["vcpu", "ret", "reason"])
+    assert len(lean) == 2
+    assert "39" not in lean[0]
+    assert hist.triggers("poison", ["pfn"]) == ()
+
+
+def test_signals_and_refusals_are_counted_too() -> None:
+    (to_other,) = hist.triggers("sigbus", ["code", "addr", "lsb", "tid", "tgid"])
+    (to_self,) = hist.triggers("sigbus_forced", ["code", "addr", "lsb"])
+    assert "keys=tid,code,addr.hex:vals=hitcount,lsb,tgid" in to_other
+    assert "keys=common_pid,code,addr.hex:vals=hitcount,lsb:" in to_self
+    totals = Totals()
+    totals.read(
+        "sigbus",
+        "# trigger info: hist:keys=tid,code,addr.hex:vals=hitcount,lsb,tgid:sort=hitcount:size=4096"
+        " if code == 4 || code == 5 [active]\n#\n\n"
+        "{ tid:        186, code:          4, addr: 7f0d20003000 } hitcount:       3000"
+        "  lsb:      36000  tgid:     555000\n\nTotals:\n    Hits: 3000\n    Dropped: 2\n",
+    )
+    key = SignalKey("sigbus", 186, 4, 0x7F0D20003000)
+    assert totals.signals == {key: 3000}
+    assert totals.facts == {key: SignalFacts(12, 185)}
+    assert totals.signals_dropped == 2
+    totals.read(
+        "gmem",
+        "# trigger info: hist:keys=kvm.hex,gfn.hex:vals=hitcount,tgid:sort=hitcount:size=4096"
+        " if ret == -133 [active]\n#\n\n"
+        "{ kvm: ffff8cc583666000, gfn: 103 } hitcount:          7  tgid:       1295\n",
+    )
+    assert totals.refused == {RefusedKey(0xFFFF8CC583666000, 0x103): 7}
+    assert totals.refusers == {0xFFFF8CC583666000: 185}
 
 
 def test_events_are_told_as_they_come_and_totals_tell_the_rest() -> None:
-    tally = Tally()
+    tally = Tally[ExitKey]()
     assert [tally.event(BARE) for _ in range(3)] == [True] * 3
-    assert tally.total(Totals({BARE: 3})) == []
-    assert tally.total(Totals({BARE: 10})) == [(BARE, 7)]
+    assert tally.total({BARE: 3}) == []
+    assert tally.total({BARE: 10}) == [(BARE, 7)]
     # These were told by the total already.
     assert [tally.event(BARE) for _ in range(7)] == [False] * 7
     assert tally.event(BARE) is True
 
 
 def test_what_the_kernel_had_no_entry_for_is_lost_unless_its_event_came() -> None:
-    tally = Tally()
+    tally = Tally[ExitKey]()
     for _ in range(5):
         tally.event(BARE)
-    full = Totals({POISON: 3}, dropped=5)
-    tally.total(full)
-    assert tally.lost(full) == 0
-    full.dropped = 9
-    assert tally.lost(full) == 4
-    assert tally.lost(full) == 0
-    full.dropped = 10
-    assert tally.lost(full) == 1
+    tally.total({POISON: 3})
+    assert tally.lost(5) == 0
+    assert tally.lost(9) == 4
+    assert tally.lost(9) == 0
+    assert tally.lost(10) == 1
 
 
 @given(
@@ -110,12 +143,12 @@ def test_what_the_kernel_had_no_entry_for_is_lost_unless_its_event_came() -> Non
 )
 def test_the_sum_of_what_is_told_is_what_happened(steps: list[tuple[str, int]]) -> None:
     """However events are dropped and whenever totals are read, no exit is told twice or not."""
-    tally = Tally()
+    tally = Tally[ExitKey]()
     happened = told = 0
     in_ring = 0
     for what, count in [*steps, ("read", 1)]:
         if what == "read":
-            totals = Totals({BARE: happened})
+            totals = {BARE: happened}
             # Some of the events may be read before, others after the totals.
             early = in_ring // count
             told += sum(tally.event(BARE) for _ in range(early))

@@ -7,12 +7,26 @@ from typing import Any
 
 import pytest
 
-from kvmtrace.events import Event, Exit, GmemPoison, Mce, Owned, Owner, Poison, Sigbus, VmGone
+from kvmtrace.events import (
+    Event,
+    Exit,
+    GmemPoison,
+    Mce,
+    Owned,
+    Owner,
+    Poison,
+    Refused,
+    Sigbus,
+    SoftOffline,
+    Unpoison,
+    VmGone,
+)
 from kvmtrace.ftrace.fields import KVM_PFN_ERR_HWPOISON
-from kvmtrace.ftrace.hist import ExitKey, Totals, Whose
+from kvmtrace.ftrace.hist import ExitKey, RefusedKey, SignalFacts, SignalKey, Totals, Whose
 from kvmtrace.ftrace.joins import Joiner
 from kvmtrace.ftrace.people import People
 from kvmtrace.ftrace.records import Record
+from kvmtrace.ftrace.storm import exclusions
 from kvmtrace.vms import VmTable
 
 VM, VCPU, PID, TID = 0xFFFF800000000000, 0xFFFF900000000000, 4194300, 4194301
@@ -170,7 +184,7 @@ def test_a_storm_is_muted_and_heard_again_when_it_is_over() -> None:
         world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
     storms = world.joiner.faults.storms
     assert storms.changed
-    conditions = storms.conditions()
+    conditions = exclusions(storms.conditions())
     assert conditions == {
         "run": f" && !(vcpu == {VCPU:#x} && ret == -133 && gpa == 0x108000)",
         "gmem": f" && !(kvm == {VM:#x} && gfn == 0x108)",
@@ -185,7 +199,7 @@ def test_a_storm_is_muted_and_heard_again_when_it_is_over() -> None:
         assert storms
         world.tell(totals=Totals({key: 5000}))
     assert not storms
-    assert storms.conditions() == {"run": "", "gmem": "", "faultin": ""}
+    assert exclusions(storms.conditions()) == {"run": "", "gmem": "", "faultin": ""}
 
 
 def test_the_last_exits_of_a_storm_are_told_before_the_vm_is_gone() -> None:
@@ -278,7 +292,7 @@ def test_the_fault_tells_the_owner_where_the_slot_was_not_known() -> None:
     told = world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
     assert told[0] == Owned(told[0].ts, 0x1234, Owner(1, GFN, 0x7F0000008000), "fault")
     again = world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
-    assert [type(e) for e in again] == [Exit]
+    assert [type(e) for e in again] == [Refused, Exit]
 
 
 def test_poison_has_the_kernels_words_or_its_numbers() -> None:
@@ -371,3 +385,105 @@ def test_arm64_tells_address_and_access_in_registers() -> None:
     fault.fields.update(hpfar=0x108 << 4, esr=0x24 << 26 | 1 << 6)
     (told,) = world.exits_of(fault, world.run(-14, reason=0))
     assert (told.gfn, told.access, told.private) == (GFN, "w", None)
+
+
+# -- counts
+
+
+def test_exits_dropped_a_while_before_the_end_are_told_before_the_vm_is_gone() -> None:
+    """Also by keys that were never muted, and of vCPUs of which no event came."""
+    world = World()
+    world.tell(world.run(-14, reason=0), doubtful=True)
+    world.tell()
+    world.tell()
+    bare, other = ExitKey(VCPU, -14, 0), ExitKey(VCPU + 64, -14, 0)
+    whose = {VCPU: {Whose(VM, 0, PID): 50}, VCPU + 64: {Whose(VM, 1, PID): 7}}
+    totals = Totals({bare: 50, other: 7}, whose=whose)
+    told = world.tell(world.record("vm_gone"), read_totals=lambda: totals)
+    assert [(type(e), getattr(e, "count", None)) for e in told] == [
+        (Exit, 49),
+        (Exit, 7),
+        (VmGone, None),
+    ]
+
+
+def test_counts_that_were_settled_need_not_be_read_again_at_the_end() -> None:
+    def never() -> Totals:
+        raise AssertionError("read")
+
+    world = World()
+    world.tell(world.run(-14, reason=0), doubtful=True)
+    assert world.joiner.behind
+    world.tell(totals=Totals({ExitKey(VCPU, -14, 0): 1}))
+    assert not world.joiner.behind
+    assert [type(e) for e in world.tell(world.record("vm_gone"), read_totals=never)] == [VmGone]
+
+
+def signal_key(probe: str = "sigbus", addr: int = 0x7F0000008000) -> SignalKey:
+    return SignalKey(probe, TID, 4, addr)
+
+
+def test_a_storm_of_signals_is_muted_counted_and_told() -> None:
+    world = World()
+    for _ in range(200):
+        fault = world.faultin(1, pfn=KVM_PFN_ERR_HWPOISON)
+        told = world.tell(sigbus(world), fault)
+        assert [(e.gfn, e.count) for e in told if isinstance(e, Sigbus)] == [(GFN, 1)]
+    assert world.joiner.muted() == {
+        "run": "",
+        "gmem": "",
+        "sigbus": f" && !(tid == {TID} && addr == 0x7f0000008000)",
+        "sigbus_forced": "",
+        "faultin": f" && !(vcpu == {VCPU:#x} && ret >= 0 && gfn == 0x108)",
+    }
+    assert world.joiner.muted() is None
+    # Still in the ring from before it was muted: the counts tell.
+    assert world.tell(sigbus(world), world.faultin(1, pfn=KVM_PFN_ERR_HWPOISON)) == []
+    (rest,) = world.tell(totals=Totals(signals={signal_key(): 5000}))
+    assert isinstance(rest, Sigbus)
+    assert (rest.count, rest.gfn, rest.vm, rest.vcpu, rest.lsb) == (4800, GFN, 1, 0, 12)
+    last = Totals(signals={signal_key(): 5010, signal_key(addr=0): 3})
+    told = world.tell(world.record("vm_gone"), read_totals=lambda: last)
+    assert [(type(e), getattr(e, "count", None)) for e in told] == [(Sigbus, 10), (VmGone, None)]
+
+
+def test_without_counts_nothing_is_muted() -> None:
+    world = World()
+    world.joiner.begin(watches_gmem=True, counts_exits=False, counts_signals=False)
+    for _ in range(300):
+        world.tell(sigbus(world), world.run(-14, reason=0))
+    assert world.joiner.muted() is None
+
+
+def test_signals_of_which_no_event_came() -> None:
+    world = World()
+    world.tell(world.record("vm_new", ret=0))
+    key = signal_key("sigbus_forced")
+    totals = Totals(signals={key: 7}, facts={key: SignalFacts(21, PID)})
+    (told,) = world.tell(totals=totals, deaf=True)
+    assert told == Sigbus(told.ts, PID, TID, 4, 0x7F0000008000, 21, vm=1, count=7)
+    assert world.joiner.behind
+
+
+def test_refusals_are_told_once_by_events_and_counts() -> None:
+    world = World()
+    told = world.tell(world.gmem(-133), world.gmem(-133), world.gmem(-14), world.gmem(-133, 0x109))
+    assert [(e.gfn, e.count) for e in told if isinstance(e, Refused)] == [(GFN, 2), (0x109, 1)]
+    totals = Totals(refused={RefusedKey(VM, GFN): 10, RefusedKey(VM, 0x109): 1})
+    told = world.tell(totals=totals)
+    assert [(e.vm, e.gfn, e.count) for e in told if isinstance(e, Refused)] == [(1, GFN, 8)]
+
+
+def test_pages_moved_away_and_pages_taken_back() -> None:
+    world = World()
+    told = world.tell(
+        world.record("soft_offline", pfn=0x1234, ret=0),
+        world.record("soft_offline", pfn=0x1235, ret=-16),
+        world.record("unpoison", pfn=0x1236, ret=0),
+        world.record("unpoison", pfn=0x1237, ret=-16),
+    )
+    assert told == [
+        SoftOffline(told[0].ts, 0x1234, 0),
+        SoftOffline(told[1].ts, 0x1235, 16),
+        Unpoison(told[2].ts, 0x1236),
+    ]

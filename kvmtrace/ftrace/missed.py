@@ -1,0 +1,45 @@
+"""What kprobe events missed: hits for which the kernel had no instance left, or was in another."""
+
+from __future__ import annotations
+
+import re
+
+_EVENT = re.compile(r"^[pr]\d*:(\S+) ", re.MULTILINE)
+_PROFILE = re.compile(r"^ +(\S+) +\d+ +(\d+)$", re.MULTILINE)
+
+
+class Missed:
+    """Of one group's events in tracefs ``root``. fprobe events have no such account."""
+
+    def __init__(self, root: str, group: str) -> None:
+        self._root = root
+        self._prefix = f"{group}/"
+        self._last: dict[str, int] = {}
+
+    def fresh(self) -> int:
+        """Missed since the last call."""
+        now = self._now()
+        found = sum(max(0, count - self._last.get(name, 0)) for name, count in now.items())
+        self._last = now
+        return found
+
+    def _now(self) -> dict[str, int]:
+        events = _EVENT.findall(_read(f"{self._root}/kprobe_events"))
+        profile = _PROFILE.findall(_read(f"{self._root}/kprobe_profile"))
+        # The profile does not tell the groups; both files list the same events in the same order
+        # (kernel/trace/trace_dynevent.c), unless one came or went in between.
+        if [event.rpartition("/")[2] for event in events] != [name for name, _ in profile]:
+            return self._last
+        return {
+            event: int(missed)
+            for event, (_, missed) in zip(events, profile, strict=True)
+            if event.startswith(self._prefix)
+        }
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
