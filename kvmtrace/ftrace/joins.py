@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from kvmtrace.events import Event, Lost
-from kvmtrace.ftrace import records
+from kvmtrace.ftrace import hardware, records
 from kvmtrace.ftrace.faults import Faults
 from kvmtrace.ftrace.fields import KVM_PFN_ERR_HWPOISON
 from kvmtrace.ftrace.hist import Totals
@@ -123,6 +123,8 @@ class Joiner:
                 return [self.poisons.mce(record)]
             case "soft_offline" | "unpoison":
                 return self.poisons.page(record)
+            case probe if probe in hardware.PROBES:
+                return [hardware.error(record)]
             case "slot":
                 self.poisons.slot(record)
             case "vm_new":
