@@ -48,9 +48,11 @@ FALLBACK_KINDS = tuple(
 )
 
 # Where things are known to get lost, exported as 0 from the start: the BPF source's ring buffer and
-# maps, and what the correlator has to forget. A test holds it against what they say.
+# maps, the ftrace source's rings, kprobes and counts, searches for owners that had no room, and
+# what the correlator has to forget. A test holds it against what they say.
 LOST_FROM_BIRTH = (
-    *("ring", "exit_keys", "exit_counts"),
+    *("ring", "exit_keys", "exit_counts", "refused_counts", "signal_counts"),
+    *("ftrace_poison", "ftrace_signals", "ftrace_faults", "ftrace_missed", "owner_searches"),
     *("incidents", "vms", "owners", "told", "looks", "refusals", "soft_offlines"),
 )
 

@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvmtrace.errors import KvmtraceError, UsageError
+from kvmtrace.ftrace import fields
 from kvmtrace.model import CAUSES, STATES, Incident, Latency, Snapshot, Vm
 from kvmtrace.sources.bpf_records import LOST_PLACES
 from kvmtrace.views import exporter
@@ -161,7 +162,8 @@ def test_counters_of_the_host_are_there_before_anything_happens() -> None:
     series = scrape(exporter.Exporter(Snapshot))
     for state in STATES:
         assert value(series, "kvmtrace_incidents", state=state) == 0
-    for where in (*LOST_PLACES, "incidents", "vms"):
+    rings = [f"ftrace_{ring}" for ring in fields.RINGS]
+    for where in (*LOST_PLACES, *rings, "ftrace_missed", "signal_counts", "incidents", "vms"):
         assert value(series, "kvmtrace_events_lost_total", where=where) == 0
     poisons = [v for (name, _), v in series.items() if name == "kvmtrace_poison_events_total"]
     assert poisons
