@@ -22,11 +22,14 @@
 #define TELL_EVERY_NS 200000000ULL
 /* Over all keys together: this many events in a window of 100 ms. */
 #define TELL_BURST 200
+/* Signals of one key: so many records in a second; the counters have them all. */
+#define SIGNAL_BURST 200
 
 BPF_RINGBUF_OUTPUT(ring, RING_PAGES);
 BPF_TABLE("hash", struct exit_key, struct exit_count, exits, MAX_KEYS);
 BPF_TABLE("hash", struct exit_key, struct exit_count, overflow, MAX_OVERFLOW);
 BPF_TABLE("hash", struct refused_key, struct refused_count, refused, MAX_OVERFLOW);
+BPF_TABLE("hash", struct sigbus_key, struct sigbus_count, signals, MAX_OVERFLOW);
 BPF_TABLE("array", u32, u64, activity, 1); /* failed KVM_RUNs, of whatever kind */
 BPF_TABLE("array", u32, u64, lost, LOST_PLACES);
 BPF_TABLE("lru_hash", u64, u64, generation, 65536);
@@ -52,6 +55,9 @@ struct fault {
 	u32 access;
 };
 BPF_TABLE("lru_hash", u32, struct fault, faults, 8192);
+
+/* Threads whose last signal was told: the fault that it was sent from is to follow. */
+BPF_TABLE("lru_hash", u32, u32, signalled, 8192);
 
 /* Per thread: from kvm_gmem_error_folio to the verdict that follows it. */
 BPF_TABLE("lru_hash", u32, struct gmem_walk, walks, 256);
@@ -316,6 +322,9 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret)
 		if (OFF_kvm_page_fault_pfn < 0 ||
 		    word(fault + OFF_kvm_page_fault_pfn) != KVM_PFN_ERR_HWPOISON_)
 			return 0;
+		if (!signalled.lookup(&tid))
+			return 0;
+		signalled.delete(&tid);
 		fill(&record.h, RECORD_FAULT, word(vcpu + OFF_kvm_vcpu_kvm));
 		record.vcpu = half(vcpu + OFF_kvm_vcpu_vcpu_id);
 		record.gfn = word(fault + OFF_kvm_page_fault_gfn);
@@ -390,9 +399,44 @@ static __always_inline int on_poison(u64 pfn, int page_type, int result)
 
 /* ---- sigbus: force_sig_mceerr(code, addr, lsb), send_sig_mceerr(code, addr, lsb, task) ---- */
 
+/* Count a signal; 0 if that was enough of its kind for now. */
+static __always_inline int count_signal(struct sigbus_record *record, struct sigbus_count **counted)
+{
+	struct sigbus_key key = {};
+	struct sigbus_count zero = {}, *count;
+
+	key.kvm = record->h.kvm;
+	key.gen = record->h.gen;
+	key.hva = record->hva;
+	key.code = record->code;
+	key.lsb = record->lsb;
+	key.target_tid = record->target_tid;
+	key.target_tgid = record->target_tgid;
+	key.vcpu = record->vcpu;
+	key.sender = record->h.tid;
+	count = signals.lookup_or_try_init(&key, &zero);
+	*counted = count;
+	if (!count)
+		return 1;
+	__sync_fetch_and_add(&count->total, 1);
+	count_activity();
+	count->last_ts = record->h.ts;
+	record->total = count->total;
+	if (record->h.ts - count->since > 1000000000ULL) {
+		count->since = record->h.ts;
+		count->left = SIGNAL_BURST;
+	}
+	if (!count->left)
+		return 0;
+	count->left--;
+	return 1;
+}
+
 static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task)
 {
 	struct sigbus_record record = {};
+	struct sigbus_count *count = 0;
+	u32 one = 1;
 	u64 vcpu = running_vcpu();
 
 	fill(&record.h, RECORD_SIGBUS, vcpu ? word(vcpu + OFF_kvm_vcpu_kvm) : 0);
@@ -406,7 +450,15 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task)
 #endif
 	record.target_tid = task ? half(task + OFF_task_struct_pid) : record.h.tid;
 	record.target_tgid = task ? half(task + OFF_task_struct_tgid) : record.h.tgid;
-	tell(&record, sizeof(record));
+	if (!count_signal(&record, &count)) {
+		signalled.delete(&record.h.tid);
+		return 0;
+	}
+	signalled.update(&record.h.tid, &one);
+	if (!count)
+		tell(&record, sizeof(record));
+	else if (!ring.ringbuf_output(&record, sizeof(record), 0))
+		count->sent = record.total;
 	return 0;
 }
 

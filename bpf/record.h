@@ -102,6 +102,28 @@ struct sigbus_record {
 	u32 target_tgid;
 	s32 vcpu; /* -1: the sending thread is in no KVM_RUN, -2: nobody could tell */
 	u32 pad;
+	u64 total; /* of its key in the map `signals`; 0: that is full */
+};
+
+/* Signals that are the same but for their time: key and value of the map `signals`. */
+struct sigbus_key {
+	u64 kvm;
+	u64 gen;
+	u64 hva;
+	s32 code;
+	s32 lsb;
+	u32 target_tid;
+	u32 target_tgid;
+	s32 vcpu;
+	u32 sender;
+};
+
+struct sigbus_count {
+	u64 total;
+	u64 sent; /* total when a record last went out: up to there, records tell */
+	u64 last_ts;
+	u64 since; /* the window in which `left` more records may go out */
+	u64 left;
 };
 
 struct fault_record {

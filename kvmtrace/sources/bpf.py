@@ -344,6 +344,23 @@ class _Programs:
             for key, count in self._bpf["refused"].items()
         ]
 
+    def signals(self) -> list[tuple[records.SigbusKey, records.SigbusCount]]:
+        """Signals that are the same but for their time, counted."""
+        return [
+            (
+                records.SigbusKey.from_buffer_copy(key),
+                records.SigbusCount.from_buffer_copy(count),
+            )
+            for key, count in self._bpf["signals"].items()
+        ]
+
+    def forget_signals(self, keys: list[records.SigbusKey]) -> None:
+        """Drop the counters of signals that a VM was sent."""
+        table = self._bpf["signals"]
+        for key in keys:
+            with contextlib.suppress(KeyError):
+                del table[table.Key.from_buffer_copy(key)]
+
     def forget(self, keys: list[records.ExitKey]) -> None:
         """Drop the counters of a VM that is gone."""
         for name in ("exits", "overflow"):

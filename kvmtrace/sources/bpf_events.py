@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from kvmtrace import identity, kvm
@@ -22,6 +23,7 @@ from kvmtrace.events import (
     Unpoison,
 )
 from kvmtrace.sources import bpf_records as records
+from kvmtrace.sources.bpf_signals import SignalCounts
 from kvmtrace.vms import VmTable
 
 # MCi_STATUS: the address in MCi_ADDR is valid (Intel SDM vol. 3, AMD APM vol. 2)
@@ -62,6 +64,10 @@ class Counters(Protocol):
 
     def refused(self) -> list[tuple[records.RefusedKey, records.RefusedCount]]: ...
 
+    def signals(self) -> list[tuple[records.SigbusKey, records.SigbusCount]]: ...
+
+    def forget_signals(self, keys: list[records.SigbusKey]) -> None: ...
+
     def forget(self, keys: list[records.ExitKey]) -> None: ...
 
     def lost(self) -> list[int]: ...
@@ -82,12 +88,14 @@ class Translator:
         self._keys: dict[tuple[int, int], dict[bytes, records.ExitKey]] = {}  # by VM
         self._activity = 0
         self._lost = [0] * len(records.LOST_PLACES)
+        self._counts = SignalCounts()
         self._signals: dict[int, tuple[Sigbus, bool]] = {}  # by sending thread; seen a poll ago?
 
     def start(self) -> list[Event]:
         """The VMs that are there before any event; also when programs were attached anew."""
         self._told.clear()
         self._keys.clear()
+        self._counts = SignalCounts()
         self._activity = 0
         self._lost = [0] * len(records.LOST_PLACES)
         return self._vms.scan(self._now())
@@ -112,7 +120,12 @@ class Translator:
                 continue
             events += self._release(tid)
             if header.type == records.SIGBUS:
-                self._signals[tid] = (self._sigbus(record, events), False)
+                count = self._counts.record(record)
+                if not count:
+                    continue  # the counters told it
+                signal = replace(self._sigbus(record, events), count=count)
+                self._counts.learn(signal)
+                self._signals[tid] = (signal, False)
                 if record.vcpu == -1 or record.target_tid != tid:
                     events += self._release(tid)
             elif header.type == records.EXIT:
@@ -147,6 +160,9 @@ class Translator:
                 events += self._exit(key, count.total, count.last_ts, count.tid, count.tgid)
             for gfn, answers in kernel.refused():
                 events += self._refused(gfn, answers)
+            for like, more, ts in self._counts.owed(kernel.signals()):
+                signal = self._counts.known(like) or self._sigbus(like, events)
+                events.append(replace(signal, ts=ts + self._offset, count=more))
         lost = kernel.lost()
         for place, now, before in zip(records.LOST_PLACES, lost, self._lost, strict=True):
             if now > before:
@@ -305,21 +321,9 @@ class Translator:
         if record.hva and record.hva >> lsb != signal.hva >> lsb:
             return [signal]
         vm, events = self._vm(record.h)
-        events.append(
-            Sigbus(
-                signal.ts,
-                signal.pid,
-                signal.tid,
-                signal.code,
-                signal.hva,
-                lsb=signal.lsb,
-                sender=signal.sender,
-                vm=vm,
-                vcpu=record.vcpu,
-                gfn=record.gfn,
-            )
-        )
-        return events
+        signal = replace(signal, vm=vm, vcpu=record.vcpu, gfn=record.gfn)
+        self._counts.learn(signal)
+        return [*events, signal]
 
     def _release(self, tid: int) -> list[Event]:
         held = self._signals.pop(tid, None)
@@ -346,6 +350,7 @@ class Translator:
         kernel.forget(list(keys.values()))
         for raw in keys:
             self._told.pop(raw, None)
+        kernel.forget_signals(self._counts.forget(struct))
         return events + self._vms.gone(header.kvm, header.tgid, ts, generation=header.gen)
 
     def _vm(self, header: Any, comm: str | None = None) -> tuple[int, list[Event]]:

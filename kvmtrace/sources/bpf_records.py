@@ -105,6 +105,31 @@ class SigbusRecord(ctypes.Structure):
         ("target_tgid", c_uint32),
         ("vcpu", c_int32),
         ("pad", c_uint32),
+        ("total", c_uint64),
+    )
+
+
+class SigbusKey(ctypes.Structure):
+    _fields_ = (
+        ("kvm", c_uint64),
+        ("gen", c_uint64),
+        ("hva", c_uint64),
+        ("code", c_int32),
+        ("lsb", c_int32),
+        ("target_tid", c_uint32),
+        ("target_tgid", c_uint32),
+        ("vcpu", c_int32),
+        ("sender", c_uint32),
+    )
+
+
+class SigbusCount(ctypes.Structure):
+    _fields_ = (
+        ("total", c_uint64),
+        ("sent", c_uint64),
+        ("last_ts", c_uint64),
+        ("since", c_uint64),
+        ("left", c_uint64),
     )
 
 

@@ -1,0 +1,66 @@
+"""Signals told once: by their records, or by the counters."""
+
+from __future__ import annotations
+
+from kvmtrace.events import Sigbus
+from kvmtrace.sources import bpf_records as records
+from kvmtrace.sources.bpf_signals import SignalCounts
+
+KEY = records.SigbusKey(0xFFFF1000, 3, 0x7F00, 4, 12, 186, 185, 0, 186)
+VM = (0xFFFF1000, 3)
+
+
+def record(total: int) -> records.SigbusRecord:
+    header = records.Header(9, KEY.kvm, KEY.gen, records.SIGBUS, 186, 185, 0)
+    return records.SigbusRecord(header, KEY.hva, KEY.code, KEY.lsb, 186, 185, 0, 0, total)
+
+
+def owed(counts: SignalCounts, total: int, sent: int) -> list[tuple[int, int]]:
+    row = (KEY, records.SigbusCount(total, sent, 77, 0, 0))
+    return [(count, ts) for _, count, ts in counts.owed([row])]
+
+
+def test_records_on_their_way_are_waited_for() -> None:
+    counts = SignalCounts()
+    assert counts.record(record(1)) == 1
+    assert owed(counts, 2, 2) == []
+    assert counts.record(record(2)) == 1
+    assert owed(counts, 2, 2) == []
+
+
+def test_what_no_record_tells_the_counters_do() -> None:
+    counts = SignalCounts()
+    assert counts.record(record(1)) == 1
+    assert owed(counts, 1000, 200) == [(999, 77)]
+    # Sent before, read only now.
+    assert counts.record(record(200)) == 0
+    assert owed(counts, 1000, 200) == []
+    assert counts.record(record(1001)) == 1
+
+
+def test_a_record_stands_for_those_that_found_no_room() -> None:
+    counts = SignalCounts()
+    assert counts.record(record(5)) == 5
+
+
+def test_a_full_map_leaves_the_records() -> None:
+    counts = SignalCounts()
+    assert [counts.record(record(0)) for _ in range(2)] == [1, 1]
+
+
+def test_counted_signals_are_like_the_last_that_was_told() -> None:
+    counts = SignalCounts()
+    counts.record(record(1))
+    told = Sigbus(9, 185, 186, 4, 0x7F00, 12, sender=186, vm=1, vcpu=0, gfn=8)
+    counts.learn(told)
+    ((like, _, _),) = counts.owed([(KEY, records.SigbusCount(3, 1, 77, 0, 0))])
+    assert counts.known(like) == told
+    assert (like.h.kvm, like.h.tgid, like.target_tid, like.vcpu) == (KEY.kvm, 185, 186, 0)
+
+
+def test_the_end_of_a_vm() -> None:
+    counts = SignalCounts()
+    counts.record(record(4))
+    assert counts.forget((VM[0], 2)) == []
+    assert [bytes(key) for key in counts.forget(VM)] == [bytes(KEY)]
+    assert counts.forget(VM) == []
