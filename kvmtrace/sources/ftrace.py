@@ -15,12 +15,12 @@ from collections.abc import Mapping
 
 from kvmtrace import clock, host
 from kvmtrace.events import Event, Lost
-from kvmtrace.ftrace import access, attach, fields, instance, people, ringpage
+from kvmtrace.ftrace import access, attach, fields, instance, ringpage
 from kvmtrace.ftrace.attach import Attacher
 from kvmtrace.ftrace.instance import Instance
 from kvmtrace.ftrace.joins import Joiner
 from kvmtrace.ftrace.missed import Missed
-from kvmtrace.ftrace.people import People
+from kvmtrace.ftrace.people import People, tgid_of
 from kvmtrace.ftrace.records import Record
 from kvmtrace.model import Probe, ProbeRuns
 from kvmtrace.vms import VmTable
@@ -55,7 +55,8 @@ class FtraceSource:
         root = access.tracefs()
         attach.remove_dead(root)
         group = instance.own_name()
-        self._joiner = Joiner(People(VmTable(), people.tgid_of), host.memory_failure_names(root))
+        names = host.memory_failure_names(root)
+        self._joiner = Joiner(People(VmTable(), tgid_of), names)
         self._attacher = Attacher(root, group, self._rings)
         self._missed = Missed(root, group)
         try:
@@ -120,8 +121,7 @@ class FtraceSource:
         kvm = attach.kvm_now()
         if kvm != self._kvm:
             self._kvm = kvm
-            # kvm's functions were, or will be, other ones: their events never come back to life,
-            # and their counts end here.
+            # kvm's functions are other ones from now on: their events and their counts end here.
             self._ready += self._collect(last=True)
             self._attacher.detach()
             self._attacher.attach(kvm is not None)
@@ -137,8 +137,7 @@ class FtraceSource:
             self._ready += vms.scan(time.time_ns())
             self._scan_due = time.monotonic() + SCAN_SECONDS
         self._ready += vms.missed(time.time_ns())
-        missed = self._missed.fresh()
-        if missed:
+        if missed := self._missed.fresh():
             self._ready.append(Lost(time.time_ns(), "ftrace_missed", missed))
         self._upkeep_due = time.monotonic() + UPKEEP_SECONDS
 
@@ -175,9 +174,8 @@ class FtraceSource:
         """Everything up to now; the ``last`` time, nothing waits for what may still come."""
         now = time.monotonic()
         # Read before the events: what it counts has its event in a ring, unless that was full.
-        due = self._active and (last or now >= self._counts_due)
         totals = None
-        if due:
+        if self._active and (last or now >= self._counts_due):
             totals = self._attacher.totals()
             self._counts_due = now + COUNT_SECONDS
             self._active = False
@@ -204,8 +202,7 @@ class FtraceSource:
         )
         self._doubt, self._deaf = max(0, self._doubt - 1), False
         self._active |= self._doubt > 0 or self._joiner.behind
-        muted = self._joiner.muted()
-        if muted is not None:
+        if (muted := self._joiner.muted()) is not None:
             self._attacher.mute(muted)
         return events
 
