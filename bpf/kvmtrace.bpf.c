@@ -16,6 +16,7 @@
 #define EFAULT_ 14
 #define EHWPOISON_ 133
 #define KVM_EXIT_MEMORY_FAULT_ 39
+#define KVM_RUN_ 0xae80
 #define KVM_PFN_ERR_HWPOISON_ 0x7ff0000000000001ULL /* include/linux/kvm_host.h */
 
 /* A key's first exit is told at once, later ones at most this often; the counters have them all. */
@@ -58,6 +59,9 @@ BPF_TABLE("lru_hash", u32, struct fault, faults, 8192);
 
 /* Threads whose last signal was told: the fault that it was sent from is to follow. */
 BPF_TABLE("lru_hash", u32, u32, signalled, 8192);
+
+/* Per thread: `run` saw the exit that is on its way out. */
+BPF_TABLE("lru_hash", u32, u8, run_saw, 8192);
 
 /* Per thread: from kvm_gmem_error_folio to the verdict that follows it. */
 BPF_TABLE("lru_hash", u32, struct gmem_walk, walks, 256);
@@ -239,12 +243,39 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 
 static __always_inline int on_run(u64 vcpu, int ret)
 {
+	u32 tid;
+	u8 one = 1;
+
 	if (ret >= 0)
 		return 0;
 	/* A signal is pending, or the vCPU is not started yet: ordinary life. */
 	if (ret == -EINTR_ || ret == -EAGAIN_)
 		return 0;
+	tid = (u32)bpf_get_current_pid_tgid();
+	run_saw.update(&tid, &one);
 	return on_run_failed(vcpu, ret);
+}
+
+/* ---- run_outer: kvm_vcpu_ioctl(file, ioctl, arg) came back, the function around KVM_RUN ----
+ *
+ * A program that is preempted is not entered again on that CPU: the kernel skips it
+ * (kernel/bpf/trampoline.c, recursion_misses). With more vCPUs than CPUs that costs `run` a few exits
+ * in a hundred thousand. What it was not there for is taken here, on the way out of the same ioctl. */
+
+static __always_inline int on_run_outer(u64 file, u32 ioctl, long ret)
+{
+	u32 tid;
+
+	if (ret >= 0)
+		return 0;
+	if (ioctl != KVM_RUN_ || ret == -EINTR_ || ret == -EAGAIN_)
+		return 0;
+	tid = (u32)bpf_get_current_pid_tgid();
+	if (run_saw.lookup(&tid)) {
+		run_saw.delete(&tid);
+		return 0;
+	}
+	return on_run_failed(word(file + OFF_file_private_data), (int)ret);
 }
 
 /* ---- gmem: kvm_gmem_get_pfn(kvm, slot, gfn, pfn, ...) failed ---- */
@@ -595,6 +626,12 @@ typedef unsigned long long args_t;
 int FN_run(args_t *ctx)
 {
 	return on_run(ctx[0], (int)ctx[NARGS_run]);
+}
+#endif
+#if defined(FN_run) && defined(FN_run_outer)
+int FN_run_outer(args_t *ctx)
+{
+	return on_run_outer(ctx[0], (u32)ctx[1], (long)ctx[NARGS_run_outer]);
 }
 #endif
 #ifdef FN_gmem

@@ -87,3 +87,9 @@ def context_specs() -> tuple[ProbeSpec, ...]:
         ProbeSpec("soft_offline", ("soft_offline_page",), "return", "pages moved off bad memory"),
         ProbeSpec("unpoison", ("unpoison_memory",), "return", "pages taken off the poison list"),
     )
+
+
+# What only eBPF needs, and only where it attaches by trampolines.
+RUN_OUTER = ProbeSpec(
+    "run_outer", ("kvm_vcpu_ioctl",), "return", "exits while run was preempted on that CPU"
+)

@@ -44,7 +44,8 @@ _TRACEPOINTS = {
     "arm_event": "tp_arm_event",
     "non_standard": "tp_non_standard",
 }
-_KPROBES = {
+_KPROBES: dict[str, tuple[str, str | None]] = {
+    "run": ("kp_run", None),
     "gmem": ("kp_gmem", "kr_gmem"),
     "faultin": ("kp_faultin", "kr_faultin"),
     "vm_new": ("kp_vm_new", "kr_vm_new"),
@@ -166,7 +167,7 @@ class _Programs:
         self._attached: dict[str, list[Any]] = {}
         self._asked: Any = None
         wanted = probes.specs()
-        self._layout = Layout(wanted + probes.context_specs())
+        self._layout = Layout((*wanted, *probes.context_specs(), probes.RUN_OUTER))
         self._bpf = self._compile(bcc, "kvmtrace.bpf.c")
         states = [self._attach(spec) for spec in self._layout.specs]
         self.states = tuple(s for s in states if s.attached or s.name in {w.name for w in wanted})
@@ -241,6 +242,8 @@ class _Programs:
                 via = "fentry" if spec.at == "entry" else "fexit"
                 return Probe(spec.name, True, target, via)
             why = why_not
+        if spec.name not in _KPROBES:
+            return Probe(spec.name, False, target, why=why)
         why_not, via = self._attach_kprobe(spec, target)
         if why_not is None:
             return Probe(spec.name, True, target, via)

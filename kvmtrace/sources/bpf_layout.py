@@ -18,6 +18,7 @@ from kvmtrace.sources import bpf_vms
 # have them: names differ between kernels where a struct was renamed.
 OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "kvm_vcpu_kvm": (("kvm_vcpu", "kvm"),),
+    "file_private_data": (("file", "private_data"),),
     "kvm_vcpu_vcpu_id": (("kvm_vcpu", "vcpu_id"),),
     "kvm_vcpu_run": (("kvm_vcpu", "run"),),
     "kvm_vcpu_stat_exits": (("kvm_vcpu", "stat.exits"),),
@@ -69,6 +70,7 @@ SIZES = ("cper_sec_proc_arm", "page")
 # Without these, nothing of a probe's story can be told.
 NEEDS: dict[str, tuple[str, ...]] = {
     "run": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run", "kvm_run_exit_reason"),
+    "run_outer": ("file_private_data", "kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run"),
     "faultin": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_page_fault_gfn"),
     "gmem_error": ("address_space_host", "folio_index"),
     "sigbus": ("task_struct_pid", "task_struct_tgid"),

@@ -8,6 +8,7 @@ be selected and copied.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -207,9 +208,10 @@ def run(
         raise KvmtraceError("top needs a terminal", "kvmtrace top --once prints the table once")
     first = snapshot()
     before = {number: signal.getsignal(number) for number in _BORROWED}
-    app = TopApp(snapshot, interval, now, first)
     try:
-        app.run(mouse=False)
+        with _own_way_to_the_terminal():
+            app = TopApp(snapshot, interval, now, first)
+            app.run(mouse=False)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
@@ -217,6 +219,23 @@ def run(
         raise app.failure
     if app.return_code:
         raise KvmtraceError("the display failed", "kvmtrace top --once prints the table once")
+
+
+@contextlib.contextmanager
+def _own_way_to_the_terminal() -> Iterator[None]:
+    """Let Textual draw through a descriptor of its own.
+
+    It draws on ``sys.__stderr__``, descriptor 2, which a source in another thread may send
+    elsewhere for a moment, to catch what a C library prints: a repaint would be lost with it.
+    """
+    original = sys.__stderr__
+    terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
+    sys.__stderr__ = terminal  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        sys.__stderr__ = original  # type: ignore[misc]
+        terminal.close()
 
 
 def _changed_until(before: Drawn, after: Drawn, width: int) -> int:

@@ -24,11 +24,12 @@ def _exit_of(lines: list[Line], pid: int, errno: str) -> list[Line]:
     ]
 
 
-def _gone(pid: int) -> Callable[[list[Line]], bool]:
-    return lambda lines: any(
-        line["kind"] == "vm" and line["vm"]["pid"] == pid and line["state"] == "gone"
-        for line in lines
-    )
+def _gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
+    def over(lines: list[Line]) -> bool:
+        ends = [x for x in lines if x["kind"] == "vm" and x["state"] == "gone"]
+        return len([x for x in ends if x["vm"]["pid"] == pid]) >= vms
+
+    return over
 
 
 def _same(lines: list[Line], pid: int, report: Line) -> None:
@@ -101,7 +102,7 @@ def efault(machine: Machine, source: str) -> None:
         closed = vmm.step("touch v +9")
         assert (closed["errno"], closed["reason"]) == ("EFAULT", 39), closed
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.until(_gone(vmm.pid, 2), "the VMs' end")
 
     exits = _exit_of(lines, vmm.pid, "EFAULT")
     (told,) = [x for x in exits if x["annotated"]]
@@ -215,7 +216,7 @@ def stale_join(machine: Machine, source: str) -> None:
         vmm.step("unmap w +5")
         bare = vmm.step("touch w +5")
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.until(_gone(vmm.pid, 2), "the VMs' end")
     (told,) = _exit_of(lines, vmm.pid, "EFAULT")
     assert told["cause"] == "unannotated"
     assert told.get("gfn") in (None, bare["page"])
@@ -313,7 +314,7 @@ def parity(machine: Machine, _source: str = "both") -> None:
             vmm.step("close-gmem g")
             vmm.step("touch g +9")
         report = vmm.end()
-        stories = [watch.until(_gone(vmm.pid), "the VM's end") for watch in watches]
+        stories = [watch.until(_gone(vmm.pid, 1 + gmem), "the VMs' end") for watch in watches]
     for lines in stories:
         _same(lines, vmm.pid, report)
         _nothing_lost(lines)

@@ -41,9 +41,11 @@ def test_parity(machine: Machine) -> None:
 def test_other_kernel(boot: Boot, kernel: str) -> None:
     """The half of the story that does not need guest_memfd, and it must not be all unstageable."""
     machine = boot(kernel)
+    blind = {"ftrace"} if kernel == "bookworm" else set()  # no BTF arguments, so no run probe
     for source in SOURCES:
         hva_anon(machine, source)
-        unannotated(machine, source)
-    with contextlib.suppress(Unstageable):
+        with pytest.raises(Unstageable) if source in blind else contextlib.nullcontext():
+            unannotated(machine, source)
+    if not blind:
         parity(machine)
     end_following(machine)
