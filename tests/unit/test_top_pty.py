@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60.0
+_NOT_PASSED_ON = ("COLUMNS", "LINES", "NO_COLOR")
 
 PROGRAM = """
 import sys
@@ -46,10 +47,10 @@ class Terminal:
         if self.pid == 0:
             try:
                 os.chdir(ROOT)
-                os.environ |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
-                for name in ("COLUMNS", "LINES", "NO_COLOR"):
-                    os.environ.pop(name, None)
-                os.execv(sys.executable, [sys.executable, "-c", PROGRAM, *arguments])
+                # Not execv: readline sets LINES and COLUMNS behind os.environ's back.
+                environ = {k: v for k, v in os.environ.items() if k not in _NOT_PASSED_ON}
+                environ |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
+                os.execve(sys.executable, [sys.executable, "-c", PROGRAM, *arguments], environ)
             finally:
                 os._exit(127)
         self.output = b""
