@@ -31,6 +31,7 @@ FINISH = (
     # What the scripts of packages that are only unpacked would have done.
     'cp "$1"/usr/share/base-passwd/passwd.master "$1"/etc/passwd',
     'cp "$1"/usr/share/base-passwd/group.master "$1"/etc/group',
+    'rm -rf "$1"/usr/share/doc "$1"/usr/share/man "$1"/usr/share/locale "$1"/usr/share/info',
 )
 
 
@@ -76,8 +77,7 @@ def _build(row: Row, suite: Suite, directory: Path) -> None:
         if dependencies():
             with step(f"kvmtrace's dependencies ({', '.join(dependencies())})"):
                 pip_install(dependencies(), extra / LIBRARY[1:])
-        hook = "extract" if row.arch.foreign else "customize"
-        finish = FINISH if row.arch.foreign else (f'chroot "$1" {COMPILE} {LIBRARY}',)
+        unpack = row.arch.foreign
         with step(f"root {row.root.name} ({row.arch.name}): {len(row.root.packages)} packages"):
             extract(
                 [source],
@@ -85,8 +85,10 @@ def _build(row: Row, suite: Suite, directory: Path) -> None:
                 row.root.packages,
                 work / "root.tar",
                 *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT),
-                *(f"--{hook}-hook={one}" for one in (f"sync-in {extra} /", *finish)),
-                variant="extract" if row.arch.foreign else "apt",
+                *(f"--customize-hook={hook}" for hook in (FINISH if unpack else ())),
+                f"--customize-hook=sync-in {extra} /",
+                *(() if unpack else (f'--customize-hook=chroot "$1" {COMPILE} {LIBRARY}',)),
+                variant="extract" if unpack else "apt",
             )
         with step(f"root {row.root.name}: image"):
             image.of_archive(work / "root.tar", work / "tree", directory / "root.img")
