@@ -73,9 +73,7 @@ def prepare(name: str) -> Prepared:
 class Machine:
     """A running machine; use `Machine.boot` in a `with` statement."""
 
-    def __init__(
-        self, prepared: Prepared, memory: str, cmdline: str, life: float, *, ras: bool = False
-    ) -> None:
+    def __init__(self, prepared: Prepared, memory: str, cmdline: str, life: float) -> None:
         self.row = prepared.row
         self.release = prepared.kernel.release
         self.work = work = work_directory()
@@ -94,7 +92,7 @@ class Machine:
             share=self._share,
             work=work,
         )
-        command = qemu.arguments(prepared.qemu, prepared.row, parts, memory, cmdline, ras=ras)
+        command = qemu.arguments(prepared.qemu, prepared.row, parts, memory, cmdline)
         self.emulator = Emulator(prepared.row.name, work, command, life)
         agent = self.emulator.connect(work / "agent.sock")
         self.channel = Channel(agent, self.emulator.check)
@@ -109,18 +107,16 @@ class Machine:
         modules: Sequence[str] | None = None,
         mounts: Sequence[str] = tuple(MOUNTS),
         life: float = LIFE_SECONDS,
-        ras: bool = False,
     ) -> Self:
         """Boot a kernel of kernels.toml and wait until programs can be run in it.
 
         `modules` are loaded at boot (default: KVM and the error injectors, those that the kernel
         has); `mounts` are names of MOUNTS. A boot that dies of the int3 oops that old QEMUs
-        cause is tried a second time. `ras`: the machine has firmware that tells the kernel of
-        hardware errors (ACPI's GHES; arm64 only): see cper.py.
+        cause is tried a second time.
         """
         prepared = prepare(kernel)
         for attempt in (1, 2):
-            machine = cls(prepared, memory, cmdline_extra, life, ras=ras)
+            machine = cls(prepared, memory, cmdline_extra, life)
             try:
                 machine._set_up(modules, mounts)
             except LabPanic as error:

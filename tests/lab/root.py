@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import tempfile
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 
 from tests.lab import cache, image, programs
@@ -24,15 +23,6 @@ PTH = "usr/lib/python3/dist-packages/kvmtrace-lab.pth"
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 FORMAT = 1
 """To be raised when `_build` changes what it makes."""
-
-
-COMPILE = "python3 -m compileall -q"
-FINISH = (
-    # What the scripts of packages that are only unpacked would have done.
-    'cp "$1"/usr/share/base-passwd/passwd.master "$1"/etc/passwd',
-    'cp "$1"/usr/share/base-passwd/group.master "$1"/etc/group',
-    'rm -rf "$1"/usr/share/doc "$1"/usr/share/man "$1"/usr/share/locale "$1"/usr/share/info',
-)
 
 
 def dependencies() -> list[str]:
@@ -77,44 +67,20 @@ def _build(row: Row, suite: Suite, directory: Path) -> None:
         if dependencies():
             with step(f"kvmtrace's dependencies ({', '.join(dependencies())})"):
                 pip_install(dependencies(), extra / LIBRARY[1:])
-        unpack = row.arch.foreign
         with step(f"root {row.root.name} ({row.arch.name}): {len(row.root.packages)} packages"):
-            extract(
-                [source],
-                row.arch.name,
-                row.root.packages,
-                work / "root.tar",
-                *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT),
-                *(f"--customize-hook={hook}" for hook in (FINISH if unpack else ())),
-                f"--customize-hook=sync-in {extra} /",
-                *(() if unpack else (f'--customize-hook=chroot "$1" {COMPILE} {LIBRARY}',)),
-                variant="extract" if unpack else "apt",
+            programs.output(
+                [
+                    "mmdebstrap",
+                    "--variant=apt",
+                    f"--architectures={row.arch.name}",
+                    f"--include={','.join(row.root.packages)}",
+                    *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT),
+                    f"--customize-hook=sync-in {extra} /",
+                    f'--customize-hook=chroot "$1" python3 -m compileall -q {LIBRARY}',
+                    row.root.suite,
+                    str(work / "root.tar"),
+                    source,
+                ]
             )
         with step(f"root {row.root.name}: image"):
             image.of_archive(work / "root.tar", work / "tree", directory / "root.img")
-
-
-def extract(
-    sources: Sequence[str],
-    arch: str,
-    packages: Sequence[str],
-    into: Path,
-    *options: str,
-    variant: str = "extract",
-) -> None:
-    """Packages with all that they depend on as a file system (by mmdebstrap).
-
-    "extract": unpacked, and none of their code is run, so of whatever architecture.
-    """
-    programs.output(
-        [
-            "mmdebstrap",
-            f"--variant={variant}",
-            f"--architectures={arch}",
-            f"--include={','.join(packages)}",
-            *options,
-            "",
-            str(into),
-            *sources,
-        ]
-    )
