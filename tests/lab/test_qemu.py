@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.lab.drive import PATIENCE, Line, following
+from tests.lab.drive import PATIENCE, Line, end_following, following
 from tests.lab.machine import Machine
 
 pytestmark = pytest.mark.lab
@@ -73,3 +73,4 @@ def test_qemu_loses_a_page(machine: Machine, source: str) -> None:
     assert signal.get("gfn") == 0
     assert signal["incident"] == poison["incident"]
     assert "memory error" in qemu.stderr.lower() or status != 0, (status, qemu.stderr)
+    end_following(machine)
