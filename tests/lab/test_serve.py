@@ -20,7 +20,7 @@ from kvmtrace import probes
 from tests import dashboards, prometheus
 from tests.lab import residue
 from tests.lab.conftest import Shared
-from tests.lab.drive import PATIENCE, Line, Vmm
+from tests.lab.drive import PATIENCE, Line, Vmm, end_following
 from tests.lab.machine import Job, Machine
 
 pytestmark = pytest.mark.lab
@@ -127,6 +127,7 @@ def exits_in(samples: list[prometheus.Sample]) -> Exits:
 @pytest.fixture(scope="module")
 def story(shared_machine: Shared) -> Iterator[Story]:
     machine = shared_machine.get()
+    end_following(machine)  # what other tests left running would be counted as ours
     before = residue.attached(machine)
     machine.run("sysctl -q kernel.bpf_stats_enabled=1", check=True)
     serve = machine.start(f"exec kvmtrace serve --listen {INSTANCE}")
