@@ -10,6 +10,7 @@ from kvmtrace.correlate import Correlator, Told
 from kvmtrace.events import Event
 from kvmtrace.history import EventLog
 from kvmtrace.model import Host, Snapshot
+from kvmtrace.observe.inventory import hardware_corrupted_bytes
 from kvmtrace.sources import Source
 
 POLL_SECONDS = 0.25
@@ -84,15 +85,3 @@ def host_of(source: Source) -> Host:
     """This host as views name it."""
     uname = os.uname()
     return Host(uname.nodename, uname.release, source.name, source.why, hardware_corrupted_bytes())
-
-
-def hardware_corrupted_bytes(meminfo: str = "/proc/meminfo") -> int | None:
-    """HardwareCorrupted of /proc/meminfo in bytes; None where the kernel does not count it."""
-    try:
-        with open(meminfo) as lines:
-            for line in lines:
-                if line.startswith("HardwareCorrupted:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None

@@ -1,6 +1,6 @@
 """Poison, and the pages of guest memory that it hits.
 
-A page of a guest_memfd is joined with its pfn as correlate.py does it, by the thread, so that a
+A page of a guest_memfd is joined with its pfn as the correlator does it, by the thread, so that a
 fault on it can tell its owner (``Owned``) where the slot was not known at the time of the poison.
 """
 

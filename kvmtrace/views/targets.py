@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from kvmtrace import kvm
+from kvmtrace.correlate.incidents import PAGE
 from kvmtrace.errors import UsageError
 from kvmtrace.identity import clean
-from kvmtrace.incidents import PAGE
 from kvmtrace.model import Incident, Party, Snapshot, Vm
 
 FORMS = "PFN (0x103275), GPA@VM (0x8000@web-1), a VM's name, pid or uuid, or an incident's id"

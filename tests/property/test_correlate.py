@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvmtrace import wire
 from kvmtrace.correlate import Correlator, Told
+from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
     Event,
     Exit,
@@ -34,7 +35,6 @@ from kvmtrace.events import (
     from_record,
     to_record,
 )
-from kvmtrace.limits import Limits
 from kvmtrace.model import CAUSES, STATES, VERDICTS, Snapshot
 from kvmtrace.views import lines
 

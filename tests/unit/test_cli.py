@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvmtrace import cli, host, identity, sources
+from kvmtrace.cli.options import SECONDS
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Lost
 from kvmtrace.model import Snapshot
@@ -104,7 +105,7 @@ def test_wrong_usage_is_status_2(source: FakeSource, arguments: tuple[str, ...])
     ("text", "seconds"), [("2", 2.0), ("1.5s", 1.5), ("2m", 120), ("1h", 3600)]
 )
 def test_durations(text: str, seconds: float) -> None:
-    assert cli.SECONDS.convert(text, None, None) == seconds
+    assert SECONDS.convert(text, None, None) == seconds
 
 
 # -- errors

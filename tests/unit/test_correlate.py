@@ -10,6 +10,9 @@ from collections.abc import Iterable
 import pytest
 
 from kvmtrace.correlate import Correlator, Told, cause_of
+from kvmtrace.correlate.halves import JOIN_NS
+from kvmtrace.correlate.limits import Limits
+from kvmtrace.correlate.verdicts import LOOPING_AFTER
 from kvmtrace.events import (
     Event,
     Exit,
@@ -22,10 +25,7 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.halves import JOIN_NS
-from kvmtrace.limits import Limits
 from kvmtrace.model import Incident, Snapshot
-from kvmtrace.verdicts import LOOPING_AFTER
 
 T0 = 1_790_000_000_000_000_000
 MS = 1_000_000

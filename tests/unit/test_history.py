@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 
 from kvmtrace import cli, door, sources
+from kvmtrace.cli.attaching import open_door
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone, VmSeen
 from kvmtrace.history import EventLog
@@ -102,7 +103,7 @@ def test_explain_asks_who_was_there_before(monkeypatch: pytest.MonkeyPatch) -> N
     alone = CliRunner().invoke(cli.cli, arguments)
     assert "Incident 103275-1" in alone.output
     monkeypatch.setattr(sources, "open_source", lambda kind: pytest.fail("attached"))
-    with cli._door(session), cli._door(session):  # the second one has to do without
+    with open_door(session), open_door(session):  # the second one has to do without
         asked = CliRunner().invoke(cli.cli, arguments)
     assert asked.output.splitlines()[0] == alone.output.splitlines()[0]
     assert "stopped" in asked.output

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from kvmtrace.correlate.limits import Limits
+from kvmtrace.correlate.population import QUIET_NS
 from kvmtrace.events import (
     Event,
     Exit,
@@ -23,8 +25,6 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.limits import Limits
-from kvmtrace.population import QUIET_NS
 from kvmtrace.sources.recording import RecordingSource
 from tests.unit.test_correlate import (
     HVA,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace import inventory, kvm
+from kvmtrace import kvm
 from kvmtrace.events import Event, Found, GmemPoison, Owned, Owner, Poison, Sigbus, VmSeen
 from kvmtrace.guestmem import Slot, gfns_at
-from kvmtrace.observe import Observer
-from kvmtrace.owners import Place, find, poisoned_pfn
+from kvmtrace.observe import Observer, inventory
+from kvmtrace.observe.owners import Place, find, poisoned_pfn
 from kvmtrace.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
 from kvmtrace.sources import bpf_vms
 

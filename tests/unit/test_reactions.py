@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone
-from kvmtrace.reactions import LOOKS_NS, MAX_THREADS, Reactions
+from kvmtrace.observe.reactions import LOOKS_NS, MAX_THREADS, Reactions
 from tests.unit.fake import PROBES, SECOND, T0, FakeSource
 
 KVM_RUN = "16 0xd 0xae80 0x0 0x0 0x0 0x0 0x7ffc 0x7f3a"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from kvmtrace.correlate.verdicts import LOOP_OVER_NS, LOOPING_AFTER, Evidence, Look, judge
 from kvmtrace.model import Telling
-from kvmtrace.verdicts import LOOP_OVER_NS, LOOPING_AFTER, Evidence, Look, judge
 
 S = 1_000_000_000
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from kvmtrace import kvm
+from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import Exit, Refused, Sigbus, VmSeen
-from kvmtrace.limits import Limits
 from kvmtrace.model import Party, Vm
 
 Lose = Callable[[str, int], None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, TypeVar
 
+from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import GmemPoison, Owned, Poison, Sigbus
-from kvmtrace.limits import Limits
 
 # How long a half of a same-thread join may wait for its other half, which follows within one call
 # of memory_failure: longer means that the other half was lost.

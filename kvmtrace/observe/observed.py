@@ -30,9 +30,9 @@ from kvmtrace.events import (
     VmSeen,
 )
 from kvmtrace.guestmem import HasMemory, Memory, gfns_at
-from kvmtrace.inventory import Inventory
 from kvmtrace.model import Probe, ProbeRuns
-from kvmtrace.owners import Place, Search, mapped, poisoned_pfn
+from kvmtrace.observe.inventory import Inventory
+from kvmtrace.observe.owners import Place, Search, mapped, poisoned_pfn
 from kvmtrace.pagemap import PAGE
 from kvmtrace.sources import Source
 

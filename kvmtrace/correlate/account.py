@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 
+from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import KernelCounts, Poison
-from kvmtrace.limits import Limits
 from kvmtrace.model import LATENCY_BUCKETS, KernelAccount, Latency
 
 # The kernel does not count these (action_result in mm/memory-failure.c): no page was lost by them.

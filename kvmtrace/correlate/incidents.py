@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from kvmtrace import kvm
+from kvmtrace.correlate.limits import Limits
+from kvmtrace.correlate.provenance import Errors
+from kvmtrace.correlate.verdicts import Evidence, Look, judge, loops_now
 from kvmtrace.events import Owner, VcpuState
-from kvmtrace.limits import Limits
 from kvmtrace.model import Incident, Moment, Origin, Party, Telling, Verdict
-from kvmtrace.provenance import Errors
-from kvmtrace.verdicts import Evidence, Look, judge, loops_now
 
 Place = tuple[int, int | None]  # VM key, gfn
 

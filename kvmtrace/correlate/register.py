@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
+from kvmtrace.correlate.incidents import Place, State
+from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import Owner
-from kvmtrace.incidents import Place, State
-from kvmtrace.limits import Limits
 
 
 class Register:

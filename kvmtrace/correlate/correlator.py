@@ -21,7 +21,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvmtrace import kvm
-from kvmtrace.account import Account
+from kvmtrace.correlate.account import Account
+from kvmtrace.correlate.halves import Halves
+from kvmtrace.correlate.incidents import PAGE, State
+from kvmtrace.correlate.limits import Limits
+from kvmtrace.correlate.population import Population
+from kvmtrace.correlate.provenance import Provenance
+from kvmtrace.correlate.register import Register
 from kvmtrace.events import (
     Event,
     Exit,
@@ -42,14 +48,8 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.halves import Halves
-from kvmtrace.incidents import PAGE, State
-from kvmtrace.limits import Limits
 from kvmtrace.model import Incident, Snapshot
 from kvmtrace.model import SoftOffline as SoftOfflined
-from kvmtrace.population import Population
-from kvmtrace.provenance import Provenance
-from kvmtrace.register import Register
 
 _FOUND = {
     "running": "runs",

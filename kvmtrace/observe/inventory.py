@@ -15,7 +15,6 @@ from pathlib import Path
 
 from kvmtrace import kvm
 from kvmtrace.events import Event, Found, KernelCounts
-from kvmtrace.live import hardware_corrupted_bytes
 
 COUNTS_SECONDS = 5.0
 READ_PAGES = 1 << 15  # a few milliseconds
@@ -24,6 +23,18 @@ MAX_FOUND = 4096
 # include/uapi/linux/kernel-page-flags.h: bit 19, in the third byte of a little-endian entry
 _KPF_HWPOISON_BYTE, _KPF_HWPOISON = 2, 1 << 3
 _MARK = bytes(1 if value & _KPF_HWPOISON else 0 for value in range(256))
+
+
+def hardware_corrupted_bytes(meminfo: str = "/proc/meminfo") -> int | None:
+    """HardwareCorrupted of /proc/meminfo in bytes; None where the kernel does not count it."""
+    try:
+        with open(meminfo) as lines:
+            for line in lines:
+                if line.startswith("HardwareCorrupted:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
 
 
 def failure_counts(sys: str = "/sys") -> tuple[tuple[str, int], ...]:

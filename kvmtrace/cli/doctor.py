@@ -1,0 +1,63 @@
+"""doctor: what this host offers."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from kvmtrace import host, sources
+from kvmtrace.cli.ending import as_kvmtrace_error, json_is_utf8, say
+from kvmtrace.cli.options import json_option, source_option
+from kvmtrace.views import doctor as doctor_view
+
+
+@click.command()
+@json_option
+@source_option
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool, source: str) -> None:
+    """What this host offers and what is missing, each with the fix.
+
+    Attaches for a moment to see what can be attached. Exit status 0 only if memory-fault exits
+    can be seen here.
+    """
+    report = examined(source)
+    if as_json:
+        json_is_utf8()
+        say(json.dumps(doctor_view.as_object(report), ensure_ascii=False))
+    else:
+        say(doctor_view.render(report, ascii_only=not _can_print("✓✗→")))
+    ctx.exit(0 if report.ok else 1)
+
+
+def examined(source: str) -> doctor_view.Report:
+    """What doctor says of this host and of these sources."""
+    return doctor_view.judge(host.examine(), [_attempt(kind) for kind in _kinds(source)])
+
+
+def _kinds(source: str) -> tuple[str, ...]:
+    return ("bpf", "ftrace") if source == "auto" else (source,)
+
+
+def _attempt(kind: str) -> doctor_view.Attempt:
+    """Attach, look, detach. Whatever goes wrong is a finding here."""
+    try:
+        source = sources.open_source(kind)
+        try:
+            source.poll(0)
+            return doctor_view.Attempt(kind, source.probes())
+        finally:
+            source.close()
+    except Exception as error:
+        failure = as_kvmtrace_error(error)
+        return doctor_view.Attempt(kind, refused=failure.message, hint=failure.hint)
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

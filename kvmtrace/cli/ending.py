@@ -1,0 +1,152 @@
+"""How a run ends: errors as one line and an exit status, signals as a flag, readers that leave."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import select
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import IO, Any
+
+import click
+
+from kvmtrace.errors import KvmtraceError
+
+
+class Failure(click.ClickException):
+    """A KvmtraceError on its way out through click."""
+
+    def __init__(self, error: KvmtraceError) -> None:
+        super().__init__(error.message)
+        # Click's own exceptions assign it too, although it is declared for the class.
+        self.exit_code = error.exit_status  # type: ignore[misc]
+        self.hint = error.hint
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """``kvmtrace: MESSAGE`` and ``hint: HINT`` on stderr."""
+        click.echo(f"kvmtrace: {self.message}", err=True)
+        if self.hint:
+            click.echo(f"hint: {self.hint}", err=True)
+
+
+class Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; whatever goes wrong becomes one line and an exit status, here only."""
+        _survive_any_name(sys.stdout)
+        _survive_any_name(sys.stderr)
+        try:
+            with stop:
+                return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (BrokenPipeError, Interrupted):
+            # The reader has left, or asked us to: nothing more can or need be said.
+            _discard_stdout()
+            return None
+        except Exception as error:
+            if os.environ.get("KVMTRACE_DEBUG"):
+                traceback.print_exc()
+            raise Failure(as_kvmtrace_error(error)) from error
+
+
+def as_kvmtrace_error(error: Exception) -> KvmtraceError:
+    """Any error as one that a person can act on."""
+    if isinstance(error, KvmtraceError):
+        return error
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return KvmtraceError(f"{where}{error.strerror}", "KVMTRACE_DEBUG=1 shows where")
+    return KvmtraceError(
+        f"internal error: {type(error).__name__}: {error}",
+        "KVMTRACE_DEBUG=1 shows a traceback; please report it",
+    )
+
+
+class Interrupted(BaseException):
+    """A signal arrived while we were blocked in a write."""
+
+
+class _Stop:
+    """SIGINT, SIGTERM and SIGHUP as a flag that loops look at, so that probes are always detached.
+
+    An exception out of nowhere could hit a half-attached source or a C callback. Writing is the
+    exception: a reader that stopped reading would otherwise keep us for ever.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._writing: IO[str] | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        self.asked = False
+        with contextlib.suppress(ValueError):  # not the main thread (tests)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup
+                self._previous[number] = signal.signal(number, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous.clear()
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        if self._writing is not None and _nobody_reads(self._writing):
+            raise Interrupted
+
+    def write(self, text: str, file: IO[str]) -> None:
+        """Print a line and flush it; a signal ends it even if nobody reads.
+
+        After a signal, the last lines still go out as long as somebody does.
+        """
+        self._writing = file
+        try:
+            if self.asked and _nobody_reads(file):
+                raise Interrupted
+            file.write(text + "\n")
+            file.flush()
+        finally:
+            self._writing = None
+
+
+def _nobody_reads(file: IO[str]) -> bool:
+    """Whether there is no room to write, nor any within a second."""
+    try:
+        poller = select.poll()
+        poller.register(file.fileno(), select.POLLOUT)
+        return not poller.poll(1000)
+    except (OSError, ValueError):
+        return False  # not a file (tests)
+
+
+stop = _Stop()
+
+
+def say(text: str) -> None:
+    """Print a line on stdout, as ``stop.write`` does."""
+    stop.write(text, sys.stdout)
+
+
+def _survive_any_name(stream: IO[str]) -> None:
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def json_is_utf8() -> None:
+    """The contract: JSON is UTF-8, whatever the locale."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+
+
+def _discard_stdout() -> None:
+    """Let the interpreter's own last flush go nowhere, rather than complain of a broken pipe."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

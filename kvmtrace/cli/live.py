@@ -1,0 +1,201 @@
+"""top, events and serve: what happens now."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+
+import click
+
+from kvmtrace import host, identity
+from kvmtrace.cli.attaching import POLL_SECONDS, open_door, session_on
+from kvmtrace.cli.ending import json_is_utf8, say, stop
+from kvmtrace.cli.options import (
+    duration_option,
+    interval_option,
+    json_option,
+    with_source,
+)
+from kvmtrace.cli.printing import show_snapshot
+from kvmtrace.correlate import Told
+from kvmtrace.errors import UsageError
+from kvmtrace.events import VmSeen
+from kvmtrace.views import lines
+from kvmtrace.views.header import watching_text
+
+
+@click.command()
+@click.option("--once", is_flag=True, help="Watch for one interval, print the table, exit.")
+@json_option
+@interval_option
+@with_source
+def top(once: bool, as_json: bool, interval: float, source: str) -> None:
+    """Live table of VMs and poison incidents (needs a terminal, or --once).
+
+    --json goes with --once and prints one object.
+    """
+    if as_json and not once:
+        raise UsageError("--json goes with --once", "`kvmtrace events --json` streams")
+    if once:
+        _top_once(source, interval, as_json)
+        return
+    if not on_terminal():
+        raise UsageError(
+            "top needs a terminal", "`kvmtrace top --once` prints the table, `events` follows"
+        )
+    from kvmtrace.views import top as view  # noqa: PLC0415 (a TUI library)
+
+    with session_on(source) as session:
+        session.start()
+        view.run(session.snapshot, interval)
+
+
+def _top_once(source: str, interval: float, as_json: bool) -> None:
+    with session_on(source) as session:
+        deadline = time.monotonic() + interval
+        while not stop.asked and (left := deadline - time.monotonic()) > 0:
+            session.pump(min(left, POLL_SECONDS))
+        snapshot = session.snapshot()
+    show_snapshot(snapshot, time.time_ns(), as_json)
+
+
+def on_terminal() -> bool:
+    if os.environ.get("TERM", "dumb") == "dumb":
+        return False
+    return all(
+        stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)
+    )
+
+
+@click.command()
+@json_option
+@click.option(
+    "--vm",
+    metavar="PID|NAME",
+    help="Only what concerns this VM (and what was lost). It must be known at the start, or be "
+    "the pid of a live process.",
+)
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="Stop after N lines.")
+@duration_option
+@with_source
+def events(
+    as_json: bool, vm: str | None, count: int | None, duration: float | None, source: str
+) -> None:
+    """One line per event, as it happens.
+
+    --json prints one JSON object per line: integers as integers, what is unknown is absent.
+    """
+    text = lines.json_text if as_json else lines.event_text
+    if as_json:
+        json_is_utf8()
+    with session_on(source) as session:
+        deadline = time.monotonic() + duration if duration else None
+        told = session.pump(0)
+        if vm is not None:
+            _require_vm(vm, told)
+        click.echo(f"kvmtrace: {watching_text(session.snapshot())}", err=True)
+        last_look = False
+        while True:
+            for one in told:
+                if vm is not None and not _concerns(one, vm):
+                    continue
+                line = text(one)
+                if line is None:
+                    continue
+                say(line)
+                if count is not None:
+                    count -= 1
+                    if not count:
+                        return
+            wait = POLL_SECONDS
+            if deadline is not None:
+                wait = min(wait, deadline - time.monotonic())
+            if stop.asked or wait <= 0 or reader_gone():
+                if last_look:
+                    return
+                # What the kernel counted meanwhile and has not told yet belongs to this run.
+                last_look, wait = True, 0
+            told = session.pump(wait)
+
+
+def _is(seen: VmSeen | None, vm: str) -> bool:
+    return seen is not None and vm in (str(seen.pid), seen.name, seen.uuid)
+
+
+def _concerns(told: Told, vm: str) -> bool:
+    """Whether a line is about this VM; what was lost may have been."""
+    return (
+        _is(told.vm, vm)
+        or any(_is(seen, vm) for _, seen in told.owners)
+        or told.event.kind == "lost"
+        or (told.event.kind == "sigbus" and vm == str(getattr(told.event, "pid", None)))
+    )
+
+
+def _require_vm(vm: str, told: list[Told]) -> None:
+    if vm.isdecimal() and os.path.exists(f"/proc/{int(vm)}"):
+        return
+    known = {one.vm.name or str(one.vm.pid): one.vm for one in told if one.vm}
+    if any(_is(seen, vm) for seen in known.values()):
+        return
+    names = set(known)
+    for pid in identity.vm_processes():
+        found = identity.identify(pid)
+        if vm in (found.name, found.uuid):
+            return
+        names.add(found.name or str(pid))
+    listed = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
+    raise UsageError(
+        f"no VM {identity.clean(vm)!r} here", f"there are: {listed}" if names else "none is running"
+    )
+
+
+def reader_gone() -> bool:
+    """Whether stdout is a pipe that nobody will read any more, before there is a line to write."""
+    try:
+        poller = select.poll()
+        poller.register(sys.stdout.fileno(), 0)
+        return any(what & select.POLLERR for _, what in poller.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+@click.command()
+@click.option(
+    "--listen",
+    metavar="[HOST:]PORT",
+    help="Where to serve; ':PORT' is every address, port 0 a free one.  [default: 127.0.0.1:9750]",
+)
+@click.option(
+    "--max-vms",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help='VMs with series of their own; the rest share vm="other".  [default: 500]',
+)
+@with_source
+def serve(listen: str | None, max_vms: int | None, source: str) -> None:
+    """Serve /metrics for Prometheus, /-/healthy and a landing page."""
+    from kvmtrace.views import exporter  # noqa: PLC0415 (prometheus_client)
+
+    def kinds() -> list[tuple[str, str]]:
+        types, results = host.memory_failure_names()
+        return [(kind, result) for kind in types.values() for result in results.values()]
+
+    with session_on(source) as session, open_door(session):
+        server = exporter.serve(
+            listen or exporter.DEFAULT_LISTEN,
+            session,
+            kinds=kinds,
+            max_vms=max_vms or exporter.DEFAULT_MAX_VMS,
+        )
+        try:
+            session.start()
+            click.echo(f"serving {server.url}/metrics", err=True)
+            while not stop.asked and session.failure is None:
+                time.sleep(POLL_SECONDS)
+            if session.failure is not None:
+                raise session.failure
+        finally:
+            server.close()

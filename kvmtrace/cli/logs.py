@@ -1,0 +1,159 @@
+"""record, replay, explain and bundle: what happened, from a log or a look."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import time
+from typing import IO, Any
+
+import click
+
+from kvmtrace import host
+from kvmtrace.cli.attaching import POLL_SECONDS, attach, events_of, model_of
+from kvmtrace.cli.doctor import examined
+from kvmtrace.cli.ending import json_is_utf8, say, stop
+from kvmtrace.cli.options import (
+    duration_option,
+    from_option,
+    json_option,
+    look_option,
+    with_source,
+)
+from kvmtrace.cli.printing import show_snapshot
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.live import Session, host_of
+from kvmtrace.sources.recording import RecordingSource, Writer
+from kvmtrace.views import bundle as bundle_view
+from kvmtrace.views import doctor as doctor_view
+from kvmtrace.views import explain as explain_view
+from kvmtrace.views import lines, targets
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@duration_option
+@with_source
+def record(file: str, force: bool, duration: float | None, source: str) -> None:
+    """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
+    attached = attach(source)
+    try:
+        number = 0
+        deadline = time.monotonic() + duration if duration else None
+        with create(file, force) as out:
+            writer = Writer(out, host_of(attached))
+            click.echo(f"recording to {file}; Ctrl-C ends it", err=True)
+            while True:
+                wait = POLL_SECONDS
+                if deadline is not None:
+                    wait = min(wait, deadline - time.monotonic())
+                if stop.asked or wait <= 0:
+                    break
+                batch = attached.poll(wait)
+                writer.write(batch, attached.probes())
+                out.flush()
+                number += len(batch)
+        click.echo(f"{number} events", err=True)
+    finally:
+        attached.close()
+
+
+def create(path: str, force: bool, *, binary: bool = False) -> IO[Any]:
+    """For root's eyes only: a recording holds addresses of other people's guests."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if force else os.O_EXCL)
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except FileExistsError:
+        raise KvmtraceError(f"{path} is already there", "--force replaces it") from None
+    return open(descriptor, "wb") if binary else open(descriptor, "w", encoding="utf-8")
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--events", "as_events", is_flag=True, help="The event lines, not the table.")
+@json_option
+def replay(file: str, as_events: bool, as_json: bool) -> None:
+    """Show a recording: the final table, or with --events what happened line by line.
+
+    Needs no privilege, no BPF and no KVM.
+    """
+    if as_json:
+        json_is_utf8()
+    text = lines.json_text if as_json else lines.event_text
+    source = RecordingSource(file)
+    session = Session(source)
+    try:
+        while not source.done and not stop.asked:
+            for told in session.pump(0):
+                if as_events and (line := text(told)) is not None:
+                    say(line)
+        if not as_events:
+            snapshot = dataclasses.replace(session.snapshot(), host=source.host)
+            show_snapshot(snapshot, snapshot.last_ts or 0, as_json)
+        if source.truncated:
+            click.echo(f"kvmtrace: {file}: the last line is cut off; left out", err=True)
+    finally:
+        session.close()
+
+
+@click.command()
+@click.argument("target", metavar="PFN|GPA@VM|VM|INCIDENT")
+@from_option
+@json_option
+@look_option
+@with_source
+def explain(
+    target: str, recording: str | None, as_json: bool, duration: float, source: str
+) -> None:
+    """The whole story of a page or a VM: what failed, who was told, what they did, what to do.
+
+    Numbers are PFNs (0x103275) or, with @VM, guest physical addresses (0x8000@web-1).
+    """
+    snapshot = model_of(*events_of(recording, source, duration))
+    found = targets.find(snapshot, target)
+    if as_json:
+        json_is_utf8()
+        say(json.dumps([explain_view.as_object(i, snapshot) for i in found], ensure_ascii=False))
+        return
+    texts = [explain_view.explain_text(incident, snapshot) for incident in found]
+    say("\n\n".join(texts) or targets.about_nothing(snapshot, target))
+
+
+@click.command()
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False), required=True, metavar="FILE.tar.gz"
+)
+@click.option("--redact", is_flag=True, help="Replace names and uuids of VMs, the same everywhere.")
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@from_option
+@look_option
+@with_source
+def bundle(
+    *,
+    output: str,
+    redact: bool,
+    force: bool,
+    recording: str | None,
+    duration: float,
+    source: str,
+) -> None:
+    """Everything about this host's incidents in one file, for a ticket or an RMA.
+
+    Events as a recording, all incidents explained, doctor's findings, versions.
+    """
+    said, of, probes = events_of(recording, source, duration)
+    names = bundle_view.Redaction(said)
+    if redact:
+        said = names.events(said)
+    log = io.StringIO()
+    Writer(log, of).write(said, probes)
+    files = bundle_view.contents(log.getvalue(), model_of(said, of, probes), host.bcc().version)
+    if recording is None:
+        text = doctor_view.render(examined(source))
+        files["doctor.txt"] = names.text(text) if redact else text
+    with create(output, force, binary=True) as out:
+        bundle_view.write(out, files, int(time.time()))
+    click.echo(f"{output}: {', '.join(sorted(files))}", err=True)

@@ -1,0 +1,6 @@
+"""Sources around a source: what the kernel does not say by itself, looked up while it can be."""
+
+from kvmtrace.observe.observed import Observed, Observer
+from kvmtrace.observe.reactions import Reactions
+
+__all__ = ["Observed", "Observer", "Reactions"]
