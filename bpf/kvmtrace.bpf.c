@@ -57,8 +57,9 @@ struct fault {
 };
 BPF_TABLE("lru_hash", u32, struct fault, faults, 8192);
 
-/* Threads whose last signal was told: the fault that it was sent from is to follow. */
-BPF_TABLE("lru_hash", u32, u32, signalled, 8192);
+/* Threads whose last signal was told: the fault that it was sent from is to follow. The running
+ * vCPU's count of exits at that time, or 0. */
+BPF_TABLE("lru_hash", u32, u64, signalled, 8192);
 
 /* Per thread: `run` saw the exit that is on its way out. */
 BPF_TABLE("lru_hash", u32, u8, run_saw, 8192);
@@ -318,12 +319,34 @@ static __always_inline int on_gmem(u64 kvm, u64 gfn, u64 pfn_at, int ret)
 	return 0;
 }
 
-/* ---- faultin: the fault handler on x86, (vcpu, fault, ...) ---- */
+/* ---- faultin: the fault handler; on x86 (vcpu, fault, ...), on arm64 (vcpu) ---- */
 
-static __always_inline u32 access_of(u64 fault)
+/* On arm64 the vCPU keeps the fault's registers (arch/arm64/include/asm/{kvm_emulate,esr}.h):
+ * HPFAR_EL2 bits 39:4 are bits 47:12 of the address, ESR_EL2 tells the kind of access. */
+#define IN_REGISTERS (OFF_kvm_page_fault_gfn < 0)
+#define ESR_EC_IABT_LOW 0x20
+#define ESR_WNR (1 << 6)
+
+static __always_inline u64 gfn_of(u64 vcpu, u64 fault)
+{
+	if (!IN_REGISTERS)
+		return word(fault + OFF_kvm_page_fault_gfn);
+	return ((word(vcpu + OFF_kvm_vcpu_hpfar) & 0xffffffffff0ULL) << 8) >> PAGE_SHIFT_;
+}
+
+static __always_inline u32 access_of(u64 vcpu, u64 fault)
 {
 	u32 access = ACCESS_KNOWN;
 
+	if (IN_REGISTERS) {
+		u32 esr = half(vcpu + OFF_kvm_vcpu_esr);
+
+		if (OFF_kvm_vcpu_esr < 0)
+			return 0;
+		if (esr >> 26 == ESR_EC_IABT_LOW)
+			return access | ACCESS_EXEC;
+		return access | (esr & ESR_WNR ? ACCESS_WRITE : ACCESS_READ);
+	}
 	if (OFF_kvm_page_fault_write < 0 || OFF_kvm_page_fault_exec < 0)
 		return 0;
 	if (byte(fault + OFF_kvm_page_fault_write))
@@ -332,9 +355,21 @@ static __always_inline u32 access_of(u64 fault)
 		access |= ACCESS_EXEC;
 	else
 		access |= ACCESS_READ;
+	if (OFF_kvm_page_fault_is_private >= 0)
+		access |= ACCESS_PRIVATE_KNOWN;
 	if (OFF_kvm_page_fault_is_private >= 0 && byte(fault + OFF_kvm_page_fault_is_private))
 		access |= ACCESS_PRIVATE;
 	return access;
+}
+
+/* Whether this fault, which the handler took for done, was one on a poisoned page. */
+static __always_inline int is_poisoned(u64 vcpu, u64 fault, u64 *sent)
+{
+	/* The signal was sent in this very fault if the vCPU has not been in the guest since. */
+	if (IN_REGISTERS)
+		return *sent && *sent == exits_of(vcpu);
+	return OFF_kvm_page_fault_pfn >= 0 &&
+	       word(fault + OFF_kvm_page_fault_pfn) == KVM_PFN_ERR_HWPOISON_;
 }
 
 static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret)
@@ -348,18 +383,15 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret)
 	tid = (u32)bpf_get_current_pid_tgid();
 	if (ret > 0) {
 		struct fault_record record = {};
-		u64 slot;
+		u64 slot, *sent = signalled.lookup(&tid);
 
-		if (OFF_kvm_page_fault_pfn < 0 ||
-		    word(fault + OFF_kvm_page_fault_pfn) != KVM_PFN_ERR_HWPOISON_)
-			return 0;
-		if (!signalled.lookup(&tid))
+		if (!sent || !is_poisoned(vcpu, fault, sent))
 			return 0;
 		signalled.delete(&tid);
 		fill(&record.h, RECORD_FAULT, word(vcpu + OFF_kvm_vcpu_kvm));
 		record.vcpu = half(vcpu + OFF_kvm_vcpu_vcpu_id);
-		record.gfn = word(fault + OFF_kvm_page_fault_gfn);
-		record.access = access_of(fault);
+		record.gfn = gfn_of(vcpu, fault);
+		record.access = access_of(vcpu, fault);
 		slot = OFF_kvm_page_fault_slot >= 0 ? word(fault + OFF_kvm_page_fault_slot) : 0;
 		if (slot)
 			record.hva = word(slot + OFF_kvm_memory_slot_userspace_addr) +
@@ -370,8 +402,8 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret)
 	}
 	state.vcpu = vcpu;
 	state.exits = exits_of(vcpu);
-	state.gfn = OFF_kvm_page_fault_gfn >= 0 ? word(fault + OFF_kvm_page_fault_gfn) : NO_GFN;
-	state.access = access_of(fault);
+	state.gfn = gfn_of(vcpu, fault);
+	state.access = access_of(vcpu, fault);
 	state.gmem = WATCH_GMEM ? 0 : GMEM_NOT_WATCHED;
 	gmem = gmem_fails.lookup(&tid);
 	if (gmem) {
@@ -467,8 +499,7 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task)
 {
 	struct sigbus_record record = {};
 	struct sigbus_count *count = 0;
-	u32 one = 1;
-	u64 vcpu = running_vcpu();
+	u64 vcpu = running_vcpu(), exits = exits_of(vcpu);
 
 	fill(&record.h, RECORD_SIGBUS, vcpu ? word(vcpu + OFF_kvm_vcpu_kvm) : 0);
 	record.hva = hva;
@@ -485,7 +516,7 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task)
 		signalled.delete(&record.h.tid);
 		return 0;
 	}
-	signalled.update(&record.h.tid, &one);
+	signalled.update(&record.h.tid, &exits);
 	if (!count)
 		tell(&record, sizeof(record));
 	else if (!ring.ringbuf_output(&record, sizeof(record), 0))

@@ -31,6 +31,7 @@ struct header {
 #define ACCESS_EXEC 4
 #define ACCESS_PRIVATE 8
 #define ACCESS_KNOWN 16
+#define ACCESS_PRIVATE_KNOWN 32
 
 #define GMEM_NOT_WATCHED (-0x7fffffff) /* no probe could see kvm_gmem_get_pfn */
 #define NO_GFN (~0ULL)

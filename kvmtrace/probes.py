@@ -38,10 +38,14 @@ _FAULTIN = {
     "aarch64": ("kvm_handle_guest_abort",),
 }
 
+# Elsewhere hardware errors come in other ways: see context_specs.
+_MACHINE_CHECKS = ("x86_64",)
+
 
 def specs(machine: str | None = None) -> tuple[ProbeSpec, ...]:
     """The probes for an architecture (``os.uname().machine``)."""
-    faultin = _FAULTIN.get(machine or os.uname().machine, ())
+    machine = machine or os.uname().machine
+    faultin = _FAULTIN.get(machine, ())
     probes = [
         ProbeSpec(
             "run", ("kvm_arch_vcpu_ioctl_run",), "return", "exits of KVM_RUN: errno, gpa, flags"
@@ -57,7 +61,6 @@ def specs(machine: str | None = None) -> tuple[ProbeSpec, ...]:
         ProbeSpec(
             "sigbus_forced", ("force_sig_mceerr",), "entry", "SIGBUS to the thread that was hit"
         ),
-        ProbeSpec("mce", ("mce:mce_record",), "entry", "machine checks"),
         ProbeSpec("vm_new", ("kvm_arch_init_vm",), "return", "VMs before their first fault"),
         ProbeSpec("vm_gone", ("kvm_destroy_vm",), "entry", "the end of a VM at once"),
     ]
@@ -65,6 +68,9 @@ def specs(machine: str | None = None) -> tuple[ProbeSpec, ...]:
         probes.insert(
             2, ProbeSpec("faultin", faultin, "return", "access, and the gfn of bare faults")
         )
+    if machine in _MACHINE_CHECKS:
+        before = next(n for n, spec in enumerate(probes) if spec.name == "vm_new")
+        probes.insert(before, ProbeSpec("mce", ("mce:mce_record",), "entry", "machine checks"))
     return tuple(probes)
 
 

@@ -5,6 +5,7 @@ All of it is asked of the running kernel (kallsyms, BTF); see bpf/kvmtrace.bpf.c
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "kvm_vcpu_vcpu_id": (("kvm_vcpu", "vcpu_id"),),
     "kvm_vcpu_run": (("kvm_vcpu", "run"),),
     "kvm_vcpu_stat_exits": (("kvm_vcpu", "stat.exits"),),
+    "kvm_vcpu_hpfar": (("kvm_vcpu", "arch.fault.hpfar_el2"),),
+    "kvm_vcpu_esr": (("kvm_vcpu", "arch.fault.esr_el2"),),
     "kvm_run_exit_reason": (("kvm_run", "exit_reason"),),
     "kvm_run_memory_fault": (("kvm_run", "memory_fault"),),
     "kvm_page_fault_gfn": (("kvm_page_fault", "gfn"),),
@@ -72,6 +75,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "run": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run", "kvm_run_exit_reason"),
     "run_outer": ("file_private_data", "kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run"),
     "faultin": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_page_fault_gfn"),
+    "faultin/aarch64": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_hpfar"),
     "gmem_error": ("address_space_host", "folio_index"),
     "sigbus": ("task_struct_pid", "task_struct_tgid"),
     "mce": ("mce_status", "mce_addr", "mce_bank"),
@@ -130,7 +134,8 @@ class Layout:
 
     def missing(self, probe: str) -> str | None:
         """A member that this probe cannot do without and BTF does not have."""
-        return next((n for n in NEEDS.get(probe, ()) if self.offsets.get(n) is None), None)
+        needs = NEEDS.get(f"{probe}/{os.uname().machine}", NEEDS.get(probe, ()))
+        return next((name for name in needs if self.offsets.get(name) is None), None)
 
     def trampoline(self, spec: ProbeSpec) -> str | None:
         """The function name by which bcc knows what an fentry or fexit program is for.

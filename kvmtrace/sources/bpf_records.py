@@ -9,6 +9,7 @@ EXIT, POISON, SIGBUS, FAULT, MCE, VM_NEW, VM_GONE, HW, PAGE = range(1, 10)
 HW_MC_EVENT, HW_EXTLOG, HW_APEI, HW_ARM, HW_NON_STANDARD = range(5)
 
 ACCESS_READ, ACCESS_WRITE, ACCESS_EXEC, ACCESS_PRIVATE, ACCESS_KNOWN = 1, 2, 4, 8, 16
+ACCESS_PRIVATE_KNOWN = 32
 GMEM_NOT_WATCHED = -0x7FFFFFFF
 NO_GFN = (1 << 64) - 1
 MAX_OWNERS = 8
@@ -214,4 +215,4 @@ def access_text(access: int) -> str | None:
 
 def access_private(access: int) -> bool | None:
     """Whether the guest accessed the page as private; None where that is not known."""
-    return bool(access & ACCESS_PRIVATE) if access & ACCESS_KNOWN else None
+    return bool(access & ACCESS_PRIVATE) if access & ACCESS_PRIVATE_KNOWN else None

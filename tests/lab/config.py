@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.lab import programs
 from tests.lab.errors import LabError
 
 FILE = Path(__file__).with_name("kernels.toml")
@@ -24,6 +25,14 @@ class Arch:
     options: tuple[str, ...]
     console: str
     kvm_modules: tuple[str, ...]
+    qemu_suites: tuple[str, ...] = ()
+    qemu_firmware: tuple[str, ...] = ()
+    ras_options: tuple[str, ...] = ()
+
+    @property
+    def foreign(self) -> bool:
+        """Whether this host cannot run its programs."""
+        return self.name != host_arch()
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,12 @@ class Row:
     flavour: str
     version: str
     why: str
+
+
+@functools.cache
+def host_arch() -> str:
+    """Debian's name of this host's architecture."""
+    return programs.output(["dpkg", "--print-architecture"]).strip()
 
 
 def _keywords(table: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,9 @@ def prepare(name: str) -> Prepared:
 class Machine:
     """A running machine; use `Machine.boot` in a `with` statement."""
 
-    def __init__(self, prepared: Prepared, memory: str, cmdline: str, life: float) -> None:
+    def __init__(
+        self, prepared: Prepared, memory: str, cmdline: str, life: float, *, ras: bool = False
+    ) -> None:
         self.row = prepared.row
         self.release = prepared.kernel.release
         self.work = work = work_directory()
@@ -92,7 +94,7 @@ class Machine:
             share=self._share,
             work=work,
         )
-        command = qemu.arguments(prepared.qemu, prepared.row, parts, memory, cmdline)
+        command = qemu.arguments(prepared.qemu, prepared.row, parts, memory, cmdline, ras=ras)
         self.emulator = Emulator(prepared.row.name, work, command, life)
         agent = self.emulator.connect(work / "agent.sock")
         self.channel = Channel(agent, self.emulator.check)
@@ -107,16 +109,18 @@ class Machine:
         modules: Sequence[str] | None = None,
         mounts: Sequence[str] = tuple(MOUNTS),
         life: float = LIFE_SECONDS,
+        ras: bool = False,
     ) -> Self:
         """Boot a kernel of kernels.toml and wait until programs can be run in it.
 
         `modules` are loaded at boot (default: KVM and the error injectors, those that the kernel
         has); `mounts` are names of MOUNTS. A boot that dies of the int3 oops that old QEMUs
-        cause is tried a second time.
+        cause is tried a second time. `ras`: the machine has firmware that tells the kernel of
+        hardware errors (ACPI's GHES; arm64 only): see cper.py.
         """
         prepared = prepare(kernel)
         for attempt in (1, 2):
-            machine = cls(prepared, memory, cmdline_extra, life)
+            machine = cls(prepared, memory, cmdline_extra, life, ras=ras)
             try:
                 machine._set_up(modules, mounts)
             except LabPanic as error:

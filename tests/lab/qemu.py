@@ -1,5 +1,9 @@
 """Which QEMU to run and with what arguments.
 
+A machine of another architecture runs in the newest QEMU of its `qemu-suites`, unpacked with all of
+its libraries and started by their own ld.so: so it is the same on every host, and can inject
+hardware errors, which QEMU learned in 10.2.
+
 Debian 12's QEMU 7.2 kills some boots of 7.3 kernels (an int3 oops where static keys are patched),
 so there the one of bookworm-backports is used: unpacked in the cache, beside the system's, never
 installed. Elsewhere the host's own serves.
@@ -12,11 +16,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.lab import cache, programs
-from tests.lab.config import Arch, Row
+from tests.lab import cache, programs, root
+from tests.lab.config import Arch, Row, host_arch
 from tests.lab.errors import LabError
 from tests.lab.mirror import Suite
-from tests.lab.progress import say
+from tests.lab.progress import say, step
+from tests.lab.resolve import numbers
 
 GOOD = 10
 BACKPORTS = "bookworm-backports"
@@ -29,30 +34,47 @@ class Qemu:
     program: Path
     version: str
     firmware: tuple[Path, ...] = ()
+    home: Path | None = None
 
     @property
     def command(self) -> list[str]:
         """The program and where its firmware is."""
         options = [("-L", str(path)) for path in self.firmware]
-        return [str(self.program), *(word for option in options for word in option)]
+        words = [str(self.program), *(word for option in options for word in option)]
+        return words if self.home is None else [*_loader(self.home), *words]
+
+    def options(self, row: Row, *, ras: bool) -> list[str]:
+        """How the machine of `row` looks to QEMU; `ras`: it reports hardware errors."""
+        if ras and (self.home is None or not row.arch.ras_options):
+            raise LabError(f"{row.name}: this machine cannot report hardware errors")
+        words = (*row.arch.options, *(row.arch.ras_options if ras else ()))
+        return [word.replace("{qemu}", str(self.home)) for word in words]
 
 
-def _version(program: str | Path) -> str:
+def _loader(home: Path) -> list[str]:
+    """How programs of an unpacked root are started: by its dynamic linker, with its libraries."""
+    found = sorted((home / "usr/lib").glob("*/ld-linux-*.so.*"))
+    if not found:
+        raise LabError(f"{home} has no dynamic linker")
+    libraries = [str(path) for path in (home / "usr/lib").glob("*-linux-gnu")]
+    libraries += [f"{path}/pulseaudio" for path in libraries]
+    return [str(found[0]), "--library-path", ":".join(libraries)]
+
+
+def _version(*program: str | Path) -> str:
     """The version a QEMU says it is, "" if it does not run."""
     try:
-        said = programs.output([program, "--version"])
+        said = programs.output([*program, "--version"])
     except LabError:
         return ""
     found = re.search(r"version (\d+[\d.]*)", said)
     return found[1] if found else ""
 
 
-def _host_arch() -> str:
-    return programs.output(["dpkg", "--print-architecture"]).strip()
-
-
 def find(arch: Arch) -> Qemu:
     """The QEMU for machines of `arch`."""
+    if arch.qemu_suites:
+        return _unpacked(arch)
     own = shutil.which(arch.qemu)
     version = _version(own) if own else ""
     if own and int(version.partition(".")[0] or 0) >= GOOD:
@@ -67,7 +89,7 @@ def find(arch: Arch) -> Qemu:
 
 
 def _backported(arch: Arch) -> Qemu:
-    suite = Suite(BACKPORTS, _host_arch())
+    suite = Suite(BACKPORTS, host_arch())
     names = [arch.qemu_package, "qemu-system-data"]
     listed = {one.name: one for one in suite.packages(f"^({'|'.join(names)})$")}
     missing = [name for name in names if name not in listed]
@@ -88,6 +110,30 @@ def _backported(arch: Arch) -> Qemu:
     return Qemu(program, version, tuple(path for path in share if path.exists()))
 
 
+def _unpacked(arch: Arch) -> Qemu:
+    suites = [Suite(name, host_arch()) for name in arch.qemu_suites]
+    newest = suites[-1]
+    listed = newest.packages(f"^{arch.qemu_package}$")
+    if not listed:
+        raise LabError(f"{newest.name} has no {arch.qemu_package}")
+    version = max(listed, key=lambda one: numbers(one.version)).version
+    packages = (arch.qemu_package, *arch.qemu_firmware)
+    prefer = f'--aptopt=APT::Default-Release "{newest.name}"'
+
+    def build(directory: Path) -> None:
+        with step(f"QEMU {version} for {arch.name}, with its libraries"):
+            sources = [suite.current_source for suite in suites]
+            root.extract(sources, host_arch(), packages, directory / "root", prefer)
+
+    home = cache.entry(f"qemu-{arch.name}", cache.digest(version, packages), build) / "root"
+    program = home / "usr/bin" / arch.qemu
+    told = _version(*_loader(home), program)
+    if not told:
+        raise LabError(f"QEMU of {newest.name} does not run here: see {program}")
+    share = [home / "usr/share/qemu", home / "usr/share/seabios"]
+    return Qemu(program, told, tuple(path for path in share if path.exists()), home)
+
+
 @dataclass(frozen=True)
 class Parts:
     """The files a machine is made of; everything but `work` is shared between machines."""
@@ -101,13 +147,15 @@ class Parts:
     work: Path
 
 
-def arguments(qemu: Qemu, row: Row, parts: Parts, memory: str, cmdline: str) -> list[str]:
+def arguments(
+    qemu: Qemu, row: Row, parts: Parts, memory: str, cmdline: str, *, ras: bool = False
+) -> list[str]:
     """The whole command line of a machine."""
     kernel_arguments = f"console={row.arch.console} panic=-1 oops=panic {cmdline}".strip()
     command = [
         *qemu.command,
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-        *row.arch.options,
+        *qemu.options(row, ras=ras),
         *("-smp", "2", "-m", memory),
         *("-kernel", str(parts.image), "-initrd", str(parts.initramfs)),
         *("-append", kernel_arguments),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.lab import cache, image, programs
@@ -23,6 +24,14 @@ PTH = "usr/lib/python3/dist-packages/kvmtrace-lab.pth"
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 FORMAT = 1
 """To be raised when `_build` changes what it makes."""
+
+
+COMPILE = "python3 -m compileall -q"
+FINISH = (
+    # What the scripts of packages that are only unpacked would have done.
+    'cp "$1"/usr/share/base-passwd/passwd.master "$1"/etc/passwd',
+    'cp "$1"/usr/share/base-passwd/group.master "$1"/etc/group',
+)
 
 
 def dependencies() -> list[str]:
@@ -67,20 +76,43 @@ def _build(row: Row, suite: Suite, directory: Path) -> None:
         if dependencies():
             with step(f"kvmtrace's dependencies ({', '.join(dependencies())})"):
                 pip_install(dependencies(), extra / LIBRARY[1:])
+        hook = "extract" if row.arch.foreign else "customize"
+        finish = FINISH if row.arch.foreign else (f'chroot "$1" {COMPILE} {LIBRARY}',)
         with step(f"root {row.root.name} ({row.arch.name}): {len(row.root.packages)} packages"):
-            programs.output(
-                [
-                    "mmdebstrap",
-                    "--variant=apt",
-                    f"--architectures={row.arch.name}",
-                    f"--include={','.join(row.root.packages)}",
-                    *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT),
-                    f"--customize-hook=sync-in {extra} /",
-                    f'--customize-hook=chroot "$1" python3 -m compileall -q {LIBRARY}',
-                    row.root.suite,
-                    str(work / "root.tar"),
-                    source,
-                ]
+            extract(
+                [source],
+                row.arch.name,
+                row.root.packages,
+                work / "root.tar",
+                *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT),
+                *(f"--{hook}-hook={one}" for one in (f"sync-in {extra} /", *finish)),
+                variant="extract" if row.arch.foreign else "apt",
             )
         with step(f"root {row.root.name}: image"):
             image.of_archive(work / "root.tar", work / "tree", directory / "root.img")
+
+
+def extract(
+    sources: Sequence[str],
+    arch: str,
+    packages: Sequence[str],
+    into: Path,
+    *options: str,
+    variant: str = "extract",
+) -> None:
+    """Packages with all that they depend on as a file system (by mmdebstrap).
+
+    "extract": unpacked, and none of their code is run, so of whatever architecture.
+    """
+    programs.output(
+        [
+            "mmdebstrap",
+            f"--variant={variant}",
+            f"--architectures={arch}",
+            f"--include={','.join(packages)}",
+            *options,
+            "",
+            str(into),
+            *sources,
+        ]
+    )

@@ -4,7 +4,7 @@
 set -eu
 
 packages="qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs kmod zstd fakeroot
-    gcc libc6-dev make python3 python3-venv ca-certificates $*"
+    gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross make python3 python3-venv ca-certificates $*"
 as_root=""
 if [ "$(id -u)" != 0 ]; then
     as_root="sudo"

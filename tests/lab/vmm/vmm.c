@@ -41,6 +41,7 @@ static const char help[] =
 "wait [VM]                             results of what runs in the background\n"
 "poison VM GFN [how=madvise|inject]    MADV_HWPOISON, or the pfn into hwpoison/corrupt-pfn; answers pfn and hva\n"
 "poison pfn=PFN | unpoison pfn=PFN | unpoison VM GFN     by debugfs; VM GFN: the pfn that poison had there\n"
+"pfn VM GFN                            where that page is now (it is touched for that)\n"
 "soft-offline VM GFN                   MADV_SOFT_OFFLINE\n"
 "mce VM GFN | mce addr=BYTES  [status=N] [misc=N] [bank=4] [cpu=0]     software machine check by mce-inject\n"
 "close-gmem VM [slot=ID]               unmap and close the guest_memfd under its slot(s)\n"
@@ -529,6 +530,21 @@ static void step_poison(void)
 	}
 }
 
+static void step_pfn(void)
+{
+	struct vm *vm;
+	uint64_t gfn, pfn;
+	uint8_t *hva;
+
+	if (unknown_options() || !memory_words(&vm, &gfn, &hva))
+		return;
+	json_place(vm, gfn, hva);
+	if (!touch_hva(hva, true) || !(pfn = pfn_of(hva)))
+		fail("the pfn is unknown (no memory there, or pagemap needs root)", 0, false);
+	else
+		json_uint("pfn", pfn);
+}
+
 static void step_unpoison(void)
 {
 	static const char path[] = "/sys/kernel/debug/hwpoison/unpoison-pfn";
@@ -820,6 +836,7 @@ static const struct { const char *name; void (*run)(void); } steps[] = {
 	{ "create", step_create }, { "info", step_info }, { "destroy", step_destroy }, { "churn", step_churn },
 	{ "touch", step_touch }, { "loop", step_loop }, { "pio", step_pio }, { "pio-bg", step_pio },
 	{ "prefault", step_prefault }, { "wait", step_wait }, { "poison", step_poison }, { "unpoison", step_unpoison },
+	{ "pfn", step_pfn },
 	{ "soft-offline", step_soft_offline }, { "mce", step_mce }, { "close-gmem", step_close_gmem },
 	{ "unmap", step_unmap }, { "remap", step_remap }, { "attr", step_attr }, { "convert", step_convert },
 	{ "sigbus", step_sigbus }, { "earlykill", step_earlykill }, { "caps", step_caps }, { "pid", step_pid },
