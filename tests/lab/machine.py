@@ -148,6 +148,11 @@ class Machine:
         self.run("\n".join(lines), timeout=BOOT_SECONDS)
         self.boot_seconds = time.monotonic() - start
 
+    @functools.cached_property
+    def page_shift(self) -> int:
+        """Pages of this machine are 2**page_shift bytes."""
+        return int(self.run("getconf PAGESIZE", check=True).stdout).bit_length() - 1
+
     @property
     def share(self) -> Path:
         """A directory here that is /mnt/share there; it ends with the machine."""

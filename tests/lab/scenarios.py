@@ -227,8 +227,10 @@ def stale_join(machine: Machine, source: str) -> None:
     _same(lines, vmm.pid, report)
 
 
-def _hva(machine: Machine, source: str, backing: str, lsb: int, pages: int) -> None:
-    """``lsb``: of memory_failure's own SIGBUS, which has the loss right; KVM's may not.
+def _hva(
+    machine: Machine, source: str, backing: str, lsb: int, pages: int, *, huge: bool = False
+) -> None:
+    """``huge``: that it really was a huge page is a part of the story. ``lsb``: of memory_failure's own SIGBUS, which has the loss right; KVM's may not.
 
     The kernels differ in whether madvise's caller gets one; the VMM says.
     """
@@ -237,6 +239,7 @@ def _hva(machine: Machine, source: str, backing: str, lsb: int, pages: int) -> N
         vmm.step(f"create v backing={backing} pages={pages}")
         vmm.step("touch v +3")
         poison = vmm.step("poison v +3")
+        assert poison["huge"] == huge, poison
         touch = vmm.step("touch v +3")
         assert touch["errno"] == "EINTR", touch
         assert [s["code"] for s in touch["sigbus"]] == ["AR"], touch
@@ -261,18 +264,20 @@ def _hva(machine: Machine, source: str, backing: str, lsb: int, pages: int) -> N
 
 def hva_anon(machine: Machine, source: str) -> None:
     """Anonymous memory: a SIGBUS for the vCPU thread; KVM_RUN's EINTR is no error."""
-    _hva(machine, source, "anon", 12, 64)
+    _hva(machine, source, "anon", machine.page_shift, 64)
 
 
 def hva_thp(machine: Machine, source: str) -> None:
-    """A transparent huge page: the kernel splits it, 4 KiB are lost."""
-    _hva(machine, source, "thp", 12, 1024)
+    """A transparent huge page: the kernel splits it, one page is lost."""
+    told = machine.run("cat /sys/kernel/mm/transparent_hugepage/hpage_pmd_size", check=True)
+    pages = 2 * int(told.stdout) >> machine.page_shift
+    _hva(machine, source, "thp", machine.page_shift, pages, huge=True)
 
 
 def hva_hugetlb(machine: Machine, source: str) -> None:
     """A 2 MiB hugetlb page: all of it is lost."""
-    machine.run("echo 8 > /proc/sys/vm/nr_hugepages", check=True)
-    _hva(machine, source, "hugetlb2m", 21, 1024)
+    pages = 4 << 20 >> machine.page_shift
+    _hva(machine, source, "hugetlb2m", 21, pages, huge=True)
 
 
 def hva_looping(machine: Machine, source: str) -> None:

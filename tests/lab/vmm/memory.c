@@ -70,6 +70,20 @@ static void reserve_huge_pages(uint64_t bytes, uint64_t page_bytes)
 	}
 }
 
+/* Of a transparent huge page: 2 MiB, but 32 MiB on a 16k arm64 kernel. */
+static uint64_t thp_size(void)
+{
+	FILE *f = fopen("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", "re");
+	unsigned long bytes = 0;
+
+	if (!f)
+		return 2 << 20;
+	if (fscanf(f, "%lu", &bytes) != 1)
+		bytes = 0;
+	fclose(f);
+	return bytes ? bytes : 2 << 20;
+}
+
 /* An area whose address is aligned to the huge page that is hoped for. */
 static uint8_t *map_aligned(uint64_t bytes, uint64_t align)
 {
@@ -122,7 +136,7 @@ struct backing *backing_new(enum kind kind, uint64_t bytes, uint64_t page_bytes,
 			madvise(map, bytes, MADV_NOHUGEPAGE);
 		break;
 	case THP:
-		map = map_aligned(bytes, 2 << 20);
+		map = map_aligned(bytes, thp_size());
 		if (map != MAP_FAILED)
 			madvise(map, bytes, MADV_HUGEPAGE);
 		break;
