@@ -3,6 +3,7 @@
  * sources/bpf.py passes, as -D macros read from BTF:
  *   OFF_struct_member  byte offset, or -1 where this kernel has no such member
  *   SIZE_struct        bytes
+ *   ARG_event_name     which argument of a tracepoint is called so, or -1
  *   NARGS_probe        number of arguments of the probe's target (its return value comes after)
  *   FN_probe           the name that tells bcc where to attach an fentry/fexit program, if it can
  * Everything else reaches a target by kprobe and kretprobe, through the kp_* functions.
@@ -575,12 +576,13 @@ static __always_inline int on_cper(u32 via, int severity, u64 mem)
 	record.via = via;
 	record.severity = severity;
 	record.count = 1;
-	if (mem && OFF_cper_physical_addr >= 0) {
-		record.valid = word(mem + OFF_cper_validation_bits);
-		record.addr = word(mem + OFF_cper_physical_addr);
-		record.mask = word(mem + OFF_cper_physical_addr_mask);
-		record.node = half(mem + OFF_cper_node) & 0xffff;
-		record.handle = half(mem + OFF_cper_mem_dev_handle) & 0xffff;
+	if (mem) {
+		/* As firmware wrote it: UEFI's layout (kvmtrace/cper.py, MEMORY_WORDS). */
+		record.valid = word(mem);
+		record.addr = word(mem + 16);
+		record.mask = word(mem + 24);
+		record.place = word(mem + 32);
+		record.kind = word(mem + 72);
 	}
 	tell(&record, sizeof(record));
 	return 0;
@@ -604,20 +606,29 @@ static __always_inline int on_mc_event(int severity, u64 message, u64 label, u32
 	return 0;
 }
 
-/* ras:arm_event(proc, ...): the first error information of the section carries the address. */
-static __always_inline int on_arm_event(u64 proc)
+/* ras:arm_event(proc, ...): behind the section's head, its error informations; the first of them that
+ * knows a physical address tells it (struct cper_arm_err_info, UEFI's layout). */
+#define ARM_INFOS 4
+#define ARM_INFO_VALID_PHYSICAL (1 << 4)
+
+static __always_inline int on_arm_event(u64 proc, int severity)
 {
 	struct hw_record record = {};
 	u64 info = proc + SIZE_cper_sec_proc_arm;
+	u32 number, i;
 
-	if (SIZE_cper_sec_proc_arm <= 0 || OFF_cper_arm_physical_fault_addr < 0)
+	if (SIZE_cper_sec_proc_arm <= 0 || OFF_cper_arm_err_info_num < 0)
 		return 0;
 	fill(&record.h, RECORD_HW, 0);
 	record.via = HW_ARM;
-	record.severity = -1;
+	record.severity = severity;
 	record.count = 1;
-	record.valid = half(info + OFF_cper_arm_validation_bits) & 0xffff;
-	record.addr = word(info + OFF_cper_arm_physical_fault_addr);
+	number = half(proc + OFF_cper_arm_err_info_num) & 0xffff;
+	for (i = 0; i < ARM_INFOS && i < number && !record.valid; i++) {
+		record.valid = half(info + 2) & ARM_INFO_VALID_PHYSICAL;
+		record.addr = word(info + 24);
+		info += byte(info + 1);
+	}
 	tell(&record, sizeof(record));
 	return 0;
 }
@@ -742,7 +753,11 @@ int tp_extlog(struct bpf_raw_tracepoint_args *ctx)
 
 int tp_arm_event(struct bpf_raw_tracepoint_args *ctx)
 {
-	return on_arm_event(ctx->args[0]);
+#if ARG_arm_event_sev >= 0
+	return on_arm_event(ctx->args[0], (int)(ctx->args[ARG_arm_event_sev] & 0xff));
+#else
+	return on_arm_event(ctx->args[0], -1);
+#endif
 }
 
 int tp_non_standard(struct bpf_raw_tracepoint_args *ctx)

@@ -156,15 +156,16 @@ enum hw_via { HW_MC_EVENT, HW_EXTLOG, HW_APEI, HW_ARM, HW_NON_STANDARD };
 #define HW_TEXT 96
 struct hw_record {
 	struct header h;
+	/* CPER: words of struct cper_sec_mem_err, see kvmtrace/cper.py; others: addr, where valid */
+	u64 valid;
 	u64 addr;
-	u64 mask;      /* physical_addr_mask of CPER, 0 if not told */
-	u64 valid;     /* CPER validation_bits; ~0 for mc_event */
-	u32 via;       /* enum hw_via */
-	s32 severity;  /* in the numbers of whoever says it */
+	u64 mask;
+	u64 place;
+	u64 kind;
+	u32 via;        /* enum hw_via */
+	s32 severity;   /* in the numbers of whoever says it */
 	u32 count;
 	u32 grain_bits; /* mc_event */
-	u32 node;       /* CPER */
-	u32 handle;     /* CPER mem_dev_handle: the SMBIOS handle of the DIMM */
 	char label[HW_TEXT];
 	char message[HW_TEXT];
 };

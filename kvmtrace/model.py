@@ -226,12 +226,13 @@ class Incident:
 class SoftOffline:
     """A page that was moved away before it failed: no data is lost, no guest is harmed.
 
-    ``errno``: why it could not be moved, 0 if it was.
+    ``errno``: why it could not be moved, 0 if it was. ``origin``: what hardware said of it before.
     """
 
     pfn: int
     ts: int
     errno: int
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)

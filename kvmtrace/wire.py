@@ -148,7 +148,12 @@ def top(snapshot: Snapshot) -> dict[str, Any]:
         "incidents": [incident(i, snapshot) for i in snapshot.incidents],
         "lost": dict(snapshot.lost),
         "soft_offlined": [
-            known(pfn=page.pfn, ts=rfc3339(page.ts), errno=page.errno or None)
+            known(
+                pfn=page.pfn,
+                ts=rfc3339(page.ts),
+                errno=page.errno or None,
+                origin=_origin(page.origin),
+            )
             for page in snapshot.soft_offlines
         ],
         "dimms": [{"label": name, **_history(of)} for name, of in sorted(snapshot.dimms.items())],

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmtrace import kvm
 from kvmtrace.correlate.account import Account
@@ -263,7 +263,9 @@ class Correlator:
         if "huge page" not in event.page_type:
             incident.grow(PAGE)  # a huge page's size comes with its owners and signals
         incident.note(
-            ("poison",), event.ts, f"pfn {event.pfn:#x} poisoned: {event.result}, {event.page_type}"
+            ("poison", event.page_type),
+            event.ts,
+            f"pfn {event.pfn:#x} poisoned: {event.result}, {event.page_type}",
         )
         for one in owned:
             self._owned_by(incident, one)
@@ -468,7 +470,10 @@ class Correlator:
             latency=self._account.latency(),
             lost=dict(self._account.lost),
             last_ts=self._last_ts,
-            soft_offlines=tuple(self._soft.values()),
+            soft_offlines=tuple(
+                replace(page, origin=self._hardware.origin(self._hardware.at(page.pfn)))
+                for page in self._soft.values()
+            ),
             dimms=self._hardware.dimms(),
             kernel=self._account.kernel_account(),
         )

@@ -132,11 +132,8 @@ class Attacher:
 
     def _enable(self, ring: Instance, event: Defined) -> None:
         path = f"events/{self._group}/{event.name}"
-        condition = fields.FILTERS.get(event.name)
-        if event.name == "faultin" and "pfn" not in event.fields:
-            condition = fields.FILTERS["faultin/lean"]
-        if event.name == "vm_new" and "ret" not in event.fields:
-            condition = None
+        conditions = fields.FILTERS.get(event.name, ())
+        condition = next((text for field, text in conditions if field in event.fields), None)
         if condition:
             ring.write(f"{path}/filter", condition)
             self._filters[event.name] = condition

@@ -8,7 +8,10 @@ left out, and with it the one fact; the probe fails only where a ``needed`` one 
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
+
+from kvmtrace import cper
 
 KVM_PFN_ERR_HWPOISON = 0x7FF0000000000001  # include/linux/kvm_host.h: KVM_PFN_ERR_MASK | 1
 
@@ -55,6 +58,11 @@ def _slot(slot: str) -> tuple[Field, ...]:
         _field("pgoff", f"{slot}->gmem.pgoff"),
         _field("ino", f"{slot}->gmem.file->f_inode->i_ino"),
     )
+
+
+def _section(word: str) -> tuple[str, ...]:
+    """A word of a memory error section, which is as UEFI lays it out on every kernel."""
+    return tuple(f"+{cper.MEMORY_WORDS[word]}({at}):x64" for at in ("mem_err", "$arg2"))
 
 
 _FAULTIN_X86 = (
@@ -105,6 +113,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         _field("flags", "vcpu->run->memory_fault.flags:x64"),
         _field("size", "vcpu->run->memory_fault.size:x64"),
         _field("exits", "vcpu->stat.exits"),
+        _helper("pending", "$current->pending.signal.sig:x64"),
         _RET,
     ),
     "gmem": (
@@ -155,13 +164,14 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         _helper("tgid", f"{_TGID}"),
         _helper("maker", f"{_MAKER}"),
     ),
-    # drivers/acpi/apei/ghes.c; struct cper_sec_mem_err as UEFI lays it out (include/linux/cper.h)
+    # drivers/acpi/apei/ghes.c
     "apei": (
         _needed("sev", "sev", "$arg1:s32"),
-        _needed("valid", "mem_err->validation_bits:x64", "+0($arg2):x64"),
-        _needed("addr", "mem_err->physical_addr:x64", "+16($arg2):x64"),
-        _field("mask", "mem_err->physical_addr_mask:x64", "+24($arg2):x64"),
-        _field("node", "mem_err->node", "+32($arg2):u16"),
+        _needed("valid", *_section("valid")),
+        _needed("addr", *_section("addr")),
+        _field("mask", *_section("mask")),
+        _field("place", *_section("place")),
+        _field("kind", *_section("kind")),
     ),
     "soft_offline": (_needed("pfn", "pfn:u64"), _RET),
     "unpoison": (_needed("pfn", "pfn:u64"), _RET),
@@ -178,17 +188,21 @@ FIELDS: dict[str, tuple[Field, ...]] = {
 # Not in probes.specs: it only serves others, by telling where guest memory is.
 SLOT_TARGET = "kvm_arch_commit_memory_region"
 
-# What goes into the ring. The most frequent events are judged in the kernel; EINTR and EAGAIN are
-# how KVM_RUN ordinarily ends for a signal or an uninitialised vCPU.
-_FAILED = "ret < 0 && ret != -4 && ret != -11"
-FILTERS: dict[str, str] = {
-    "run": _FAILED,
-    "gmem": "ret < 0",
-    "faultin": f"(ret < 0 && ret != -4) || pfn == {KVM_PFN_ERR_HWPOISON:#x}",
-    "faultin/lean": "ret < 0 && ret != -4",
-    "vm_new": "ret == 0",
-    "sigbus": "code == 4 || code == 5",
-    "sigbus_forced": "code == 4 || code == 5",
+# What goes into the ring, by the field that it takes to ask; the first that can be had. The most
+# frequent events are judged in the kernel: EINTR and EAGAIN are how KVM_RUN ordinarily ends for a
+# signal or an uninitialised vCPU. With a SIGBUS pending, EINTR tells which vCPU it was sent to.
+FAILED = "ret < 0 && ret != -4 && ret != -11"
+_SIGBUS_PENDING = f"pending & {1 << signal.SIGBUS - 1:#x}"
+FILTERS: dict[str, tuple[tuple[str, str], ...]] = {
+    "run": (("pending", f"({FAILED}) || (ret == -4 && {_SIGBUS_PENDING})"), ("ret", FAILED)),
+    "gmem": (("ret", "ret < 0"),),
+    "faultin": (
+        ("pfn", f"(ret < 0 && ret != -4) || pfn == {KVM_PFN_ERR_HWPOISON:#x}"),
+        ("ret", "ret < 0 && ret != -4"),
+    ),
+    "vm_new": (("ret", "ret == 0"),),
+    "sigbus": (("code", "code == 4 || code == 5"),),
+    "sigbus_forced": (("code", "code == 4 || code == 5"),),
 }
 
 # Which ring: a storm of one kind must not crowd out the rare and precious of another.

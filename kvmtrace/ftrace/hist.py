@@ -13,9 +13,10 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvmtrace.ftrace.fields import FAILED
+
 ENTRIES = 4096  # per trigger; a power of two, allocated at once by the kernel
 
-_FAILED = "ret < 0 && ret != -4 && ret != -11"
 _ANNOTATED = "reason == 39 && (ret == -14 || ret == -133)"
 
 
@@ -77,10 +78,10 @@ def triggers(event: str, fields: Iterable[str]) -> tuple[str, ...]:
             return (f"hist:keys={tid},code,addr.hex:{values('lsb', 'tgid')}{size} if {codes}",)
         case "run":
             annotates = {"gpa", "flags"} <= have
-            bare = f"{_FAILED} && !({_ANNOTATED})" if annotates else _FAILED
+            bare = f"{FAILED} && !({_ANNOTATED})" if annotates else FAILED
             found: tuple[str, ...] = (
                 f"hist:keys=vcpu.hex,ret,reason:vals=hitcount{size} if {bare}",
-                f"hist:keys=vcpu.hex,kvm.hex,vid:{values('tgid')}{size} if {_FAILED}",
+                f"hist:keys=vcpu.hex,kvm.hex,vid:{values('tgid')}{size} if {FAILED}",
             )
             if annotates:
                 keys = f"keys=vcpu.hex,gpa.hex,flags.hex:{values('size')}{size}"

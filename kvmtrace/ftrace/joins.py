@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+from kvmtrace import firmware, kvm
 from kvmtrace.events import Event, Lost
 from kvmtrace.ftrace import hardware, records
 from kvmtrace.ftrace.faults import Faults
@@ -30,6 +31,7 @@ class Joiner:
         self.refusals = Refusals(people)
         self.poisons = Poisons(people, names)
         self.signals = Signals(people)
+        self._firmware = firmware.read()
 
     def batch(
         self,
@@ -106,6 +108,8 @@ class Joiner:
     def _one(self, record: Record, read_totals: Callable[[], Totals]) -> list[Event]:
         match record.probe:
             case "run":
+                if record.fields["ret"] == -kvm.EINTR:
+                    return self.signals.returned(record)
                 return self.faults.run(record)
             case "gmem":
                 self.faults.gmem(record)
@@ -124,7 +128,7 @@ class Joiner:
             case "soft_offline" | "unpoison":
                 return self.poisons.page(record)
             case probe if probe in hardware.PROBES:
-                return [hardware.error(record)]
+                return [hardware.error(record, self._firmware)]
             case "slot":
                 self.poisons.slot(record)
             case "vm_new":

@@ -54,8 +54,8 @@ class PageLayout:
 class EventFormat:
     """One event's ``format``: turns the bytes of an entry into ``{field: value}``.
 
-    Numbers of 1 to 8 bytes and ``__data_loc char[]`` strings are decoded, anything else is left
-    out. ``common_*`` fields but ``common_pid`` are left out too.
+    Numbers of 1 to 8 bytes, ``__data_loc char[]`` strings and ``__data_loc u8[]`` bytes are
+    decoded, anything else is left out. ``common_*`` fields but ``common_pid`` are left out too.
     """
 
     def __init__(self, text: str) -> None:
@@ -63,22 +63,22 @@ class EventFormat:
         self.id = int(_required(r"^ID: (\d+)", text))
         codes: list[str] = []
         names: list[str] = []
-        self._strings: list[str] = []
+        self._dynamic: dict[str, bool] = {}  # {field: whether it is text}
         at = 0
         fields = sorted(_FIELD.finditer(text.partition("print fmt:")[0]), key=_offset)
         for field in fields:
             name, offset, size = field["name"], int(field["offset"]), int(field["size"])
-            is_string = field["type"].startswith("__data_loc char")
+            is_dynamic = field["type"].startswith(("__data_loc char", "__data_loc u8"))
             wanted = name == "common_pid" or not name.startswith("common_")
             if not wanted or field["array"] or offset < at or size not in _CODES:
                 continue
-            if field["type"].startswith("__data_loc") and not is_string:
+            if field["type"].startswith("__data_loc") and not is_dynamic:
                 continue
             codes += ["x"] * (offset - at)
-            codes.append(_CODES[size][0 if field["signed"] == "1" and not is_string else 1])
+            codes.append(_CODES[size][0 if field["signed"] == "1" and not is_dynamic else 1])
             names.append(name)
-            if is_string:
-                self._strings.append(name)
+            if is_dynamic:
+                self._dynamic[name] = "char" in field["type"]
             at = offset + size
         self._struct = struct.Struct("=" + "".join(codes))
         self.fields = tuple(names)
@@ -90,10 +90,10 @@ class EventFormat:
         record: dict[str, Any] = dict(
             zip(self.fields, self._struct.unpack_from(entry), strict=True)
         )
-        for name in self._strings:
+        for name, is_text in self._dynamic.items():
             where, length = record[name] & 0xFFFF, record[name] >> 16
-            text = bytes(entry[where : where + length])
-            record[name] = text.split(b"\0")[0].decode(errors="replace")
+            data = bytes(entry[where : where + length])
+            record[name] = data.split(b"\0")[0].decode(errors="replace") if is_text else data
         return record
 
 

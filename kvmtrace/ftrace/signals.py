@@ -1,7 +1,8 @@
 """Signals that tell of poison: one by one as they come, and by the kernel's counts in a storm.
 
 A signal that KVM sends is sent from within the fault handler to the thread itself: the fault that
-returns next on this thread with the "poisoned" pfn is the one it was sent for.
+returns next on this thread with the "poisoned" pfn is the one it was sent for. Where the handler
+does not tell that pfn (arm64), KVM_RUN's EINTR that follows at least tells the vCPU.
 """
 
 from __future__ import annotations
@@ -74,6 +75,17 @@ class Signals:
         event = replace(event, vm=vm, vcpu=fields["vid"], gfn=fields["gfn"])
         self._learn(key, event)
         self.storms.fault(key, fields["vcpu"], fields["gfn"])
+        return [event]
+
+    def returned(self, record: Record) -> list[Event]:
+        """KVM_RUN ended with a SIGBUS pending: if no fault told it, that is the vCPU it is for."""
+        key, event = self._waiting.pop(record.fields["common_pid"], (None, None))
+        if key is None or event is None:
+            return []
+        vm = self._people.key(record, event.ts)
+        event = replace(event, vm=vm, vcpu=record.fields["vid"])
+        self._learn(key, event)
+        self.storms.returned(key, record.fields["vcpu"])
         return [event]
 
     def overdue(self, now: float) -> list[Event]:

@@ -113,6 +113,7 @@ class SignalStorms(Storms[SignalKey]):
     def __init__(self) -> None:
         super().__init__()
         self._faults: dict[SignalKey, tuple[int, int]] = {}
+        self._returns: dict[SignalKey, int] = {}
 
     def fault(self, key: SignalKey, vcpu: int, gfn: int) -> None:
         """The fault that such a signal was sent from."""
@@ -120,9 +121,17 @@ class SignalStorms(Storms[SignalKey]):
             self._faults[key] = (vcpu, gfn)
             self.changed = True
 
+    def returned(self, key: SignalKey, vcpu: int) -> None:
+        """The vCPU that left KVM_RUN for such a signal."""
+        if key in self._muted and key not in self._returns:
+            self._returns[key] = vcpu
+            self.changed = True
+
     def conditions(self) -> dict[str, list[str]]:
         """{event: what to leave out of it}."""
-        found: dict[str, list[str]] = {"sigbus": [], "sigbus_forced": [], "faultin": []}
+        found: dict[str, list[str]] = {"sigbus": [], "sigbus_forced": [], "faultin": [], "run": []}
+        self._returns = {key: at for key, at in self._returns.items() if key in self._muted}
+        found["run"] = [f"vcpu == {vcpu:#x} && ret == -4" for vcpu in self._returns.values()]
         self._faults = {key: at for key, at in self._faults.items() if key in self._muted}
         for key in self._muted:
             tid = "tid" if key.probe == "sigbus" else "common_pid"

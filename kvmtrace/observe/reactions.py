@@ -30,6 +30,11 @@ _IOCTL = (16, 29, 54)
 _KVM_RUN = (0xAE80, 0x2000AE80)
 
 
+def _by_its_own_access(event: Sigbus) -> bool:
+    """Sent by the thread itself: in KVM_RUN it is a vCPU's, though nothing may tell which one's."""
+    return event.code == kvm.BUS_MCEERR_AR and event.sender == event.tid
+
+
 @dataclass(slots=True)
 class _Thread:
     vm: int
@@ -78,8 +83,8 @@ class Reactions:
         match event:
             case Exit(errno=kvm.EHWPOISON, tid=int(tid)):
                 self._told(event.vm, tid, event.vcpu)
-            case Sigbus(vm=int(vm), vcpu=int(vcpu)):
-                self._told(vm, event.tid, vcpu)
+            case Sigbus(vm=int(vm)) if event.vcpu is not None or _by_its_own_access(event):
+                self._told(vm, event.tid, event.vcpu)
             case VmGone():
                 gone = [tid for tid, one in self._threads.items() if one.vm == event.vm]
                 for tid in gone:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from kvmtrace import identity, kvm
+from kvmtrace import cper, firmware, identity, kvm
 from kvmtrace.events import (
     Event,
     Exit,
@@ -29,28 +29,13 @@ from kvmtrace.vms import VmTable
 # MCi_STATUS: the address in MCi_ADDR is valid (Intel SDM vol. 3, AMD APM vol. 2)
 _MCI_STATUS_ADDRV = 1 << 58
 
-# enum hw_event_mc_err_type (linux/edac.h), GHES_SEV_* (acpi/ghes.h), CPER_SEV_* (linux/cper.h)
-_EDAC = {0: "corrected", 1: "recoverable", 2: "deferred", 3: "fatal"}
-_GHES = {1: "corrected", 2: "recoverable", 3: "fatal"}
-_CPER = {0: "recoverable", 1: "fatal", 2: "corrected"}
-_HW_VIA = {
-    records.HW_MC_EVENT: ("ras:mc_event", _EDAC),
-    records.HW_EXTLOG: ("ras:extlog_mem_event", _CPER),
-    records.HW_APEI: ("arch_apei_report_mem_error", _GHES),
-    records.HW_ARM: ("ras:arm_event", {}),
-    records.HW_NON_STANDARD: ("ras:non_standard_event", _CPER),
+_HW_VIA: dict[int, tuple[str, Mapping[int, str]]] = {
+    records.HW_MC_EVENT: ("ras:mc_event", cper.EDAC),
+    records.HW_EXTLOG: ("ras:extlog_mem_event", cper.CPER),
+    records.HW_APEI: ("GHES", cper.GHES),
+    records.HW_ARM: ("ras:arm_event", cper.GHES),
+    records.HW_NON_STANDARD: ("ras:non_standard_event", {}),
 }
-
-# Validation bits (linux/cper.h): CPER_MEM_VALID_PA, CPER_ARM_INFO_VALID_PHYSICAL_ADDR.
-_HW_ADDR_VALID = {
-    records.HW_MC_EVENT: ~0,
-    records.HW_EXTLOG: 1 << 1,
-    records.HW_APEI: 1 << 1,
-    records.HW_ARM: 1 << 4,
-    records.HW_NON_STANDARD: 0,
-}
-_CPER_PA_MASK_VALID = 1 << 2
-_CPER_NODE_VALID = 1 << 3
 
 _Names = tuple[Mapping[int, str], Mapping[int, str]]
 
@@ -84,6 +69,7 @@ class Translator:
         self._offset = offset_ns
         self._types, self._results = names
         self._vms = VmTable(proc)
+        self._firmware = firmware.read()
         self._told: dict[bytes, int] = {}  # by exit key: exits already in events
         self._keys: dict[tuple[int, int], dict[bytes, records.ExitKey]] = {}  # by VM
         self._activity = 0
@@ -231,25 +217,26 @@ class Translator:
 
     def _hw_error(self, record: Any) -> HwError:
         via, severities = _HW_VIA[record.via]
-        addr = grain = None
-        if record.valid & _HW_ADDR_VALID[record.via]:
-            addr = record.addr
+        if record.via == records.HW_NON_STANDARD:
+            severities = self._firmware.non_standard
+        facts: dict[str, Any] = {}
+        if record.via in (records.HW_EXTLOG, records.HW_APEI):
+            said = cper.Memory(record.valid, record.addr, record.mask, record.place, record.kind)
+            facts = cper.memory(said, self._firmware.dimms)
+        elif record.valid:
+            facts = {"addr": record.addr}
         if record.via == records.HW_MC_EVENT:
-            grain = 1 << record.grain_bits
-        elif record.mask and record.valid & _CPER_PA_MASK_VALID:
-            grain = record.mask & -record.mask
-        cper = record.via in (records.HW_EXTLOG, records.HW_APEI)
+            facts |= {"grain": 1 << record.grain_bits, "label": _text(record.label)}
+        if record.message:
+            facts["message"] = _text(record.message)
+        if "addr" in facts:
+            facts["pfn"] = kvm.gfn_of(facts["addr"])
         return HwError(
             record.h.ts + self._offset,
             via,
             severity=severities.get(record.severity),
-            addr=addr,
-            pfn=None if addr is None else kvm.gfn_of(addr),
-            grain=grain,
             count=record.count,
-            label=_text(record.label),
-            message=_text(record.message),
-            node=record.node if cper and record.valid & _CPER_NODE_VALID else None,
+            **facts,
         )
 
     def _page(self, record: Any) -> list[Event]:

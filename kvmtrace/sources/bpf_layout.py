@@ -59,14 +59,11 @@ OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "mce_bank": (("mce", "bank"),),
     "mce_extcpu": (("mce", "extcpu"),),
     "mce_socketid": (("mce", "socketid"),),
-    "cper_validation_bits": (("cper_sec_mem_err", "validation_bits"),),
-    "cper_physical_addr": (("cper_sec_mem_err", "physical_addr"),),
-    "cper_physical_addr_mask": (("cper_sec_mem_err", "physical_addr_mask"),),
-    "cper_node": (("cper_sec_mem_err", "node"),),
-    "cper_mem_dev_handle": (("cper_sec_mem_err", "mem_dev_handle"),),
-    "cper_arm_validation_bits": (("cper_arm_err_info", "validation_bits"),),
-    "cper_arm_physical_fault_addr": (("cper_arm_err_info", "physical_fault_addr"),),
+    "cper_arm_err_info_num": (("cper_sec_proc_arm", "err_info_num"),),
 }
+
+# Arguments of tracepoints that only newer kernels have.
+TRACEPOINT_ARGUMENTS = (("arm_event", "sev"),)
 
 SIZES = ("cper_sec_proc_arm", "page")
 
@@ -120,6 +117,9 @@ class Layout:
             members = OFFSETS | bpf_vms.OFFSETS
             self.offsets = {name: _offset(btf, where) for name, where in members.items()}
             self._sizes = {name: btf.size(name) or 0 for name in SIZES}
+            self._places = {
+                f"{event}_{name}": _place(btf, event, name) for event, name in TRACEPOINT_ARGUMENTS
+            }
             self._arguments = {
                 target: btf.arguments(target) for target in names if target in self.symbols
             }
@@ -156,6 +156,7 @@ class Layout:
         ]
         flags += [f"-DOFF_{name}={-1 if at is None else at}" for name, at in self.offsets.items()]
         flags += [f"-DSIZE_{name}={size}" for name, size in self._sizes.items()]
+        flags += [f"-DARG_{name}={place}" for name, place in self._places.items()]
         for spec in self.specs:
             target, function = self.target(spec), self.trampoline(spec)
             if target and function:
@@ -175,3 +176,10 @@ def _offset(btf: Btf, candidates: tuple[tuple[str, str], ...]) -> int | None:
         if offset is not None:
             return offset
     return None
+
+
+def _place(btf: Btf, event: str, argument: str) -> int:
+    """Where a tracepoint has an argument, -1 if it has none of that name."""
+    # include/linux/tracepoint.h: __traceiter_EVENT(void *__data, the tracepoint's arguments)
+    names = (btf.arguments(f"__traceiter_{event}") or ("",))[1:]
+    return names.index(argument) if argument in names else -1

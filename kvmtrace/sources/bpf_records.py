@@ -164,15 +164,15 @@ class VmRecord(ctypes.Structure):
 class HwRecord(ctypes.Structure):
     _fields_ = (
         ("h", Header),
+        ("valid", c_uint64),
         ("addr", c_uint64),
         ("mask", c_uint64),
-        ("valid", c_uint64),
+        ("place", c_uint64),
+        ("kind", c_uint64),
         ("via", c_uint32),
         ("severity", c_int32),
         ("count", c_uint32),
         ("grain_bits", c_uint32),
-        ("node", c_uint32),
-        ("handle", c_uint32),
         ("label", c_char * 96),
         ("message", c_char * 96),
     )

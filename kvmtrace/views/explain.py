@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvmtrace import wire
-from kvmtrace.model import ErrorHistory, Incident, Moment, Party, Snapshot
+from kvmtrace.model import ErrorHistory, Incident, Moment, Origin, Party, Snapshot
 from kvmtrace.views import advice
 from kvmtrace.views.cells import hex_of, listed, size_of, span_of
 
@@ -108,7 +108,7 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
         gfn = f"gfn {hex_of(owner.gfn)}" if owner.gfn is not None else "gfn not known"
         yield "owner", f"{_name(incident.parties.get(owner.vm), full=True)}: {gfn}{hva}"
     if incident.origin is not None:
-        yield "origin", listed(_origin(incident))
+        yield "origin", listed(origin_parts(incident.origin))
     signals: dict[str, int] = {}
     for told in incident.told:
         for code, count in told.sigbus.items():
@@ -120,10 +120,8 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
         yield "not told", f"{incident.undelivered} refusals by guest_memfd that no exit told"
 
 
-def _origin(incident: Incident) -> Iterator[str]:
-    origin = incident.origin
-    if origin is None:
-        return
+def origin_parts(origin: Origin) -> Iterator[str]:
+    """What hardware said of a page, most telling first."""
     if origin.label:
         yield f"DIMM {origin.label}"
     for name in ("socket", "node", "bank", "cpu"):

@@ -6,7 +6,9 @@ from kvmtrace import kvm
 from kvmtrace.correlate.incidents import PAGE
 from kvmtrace.errors import UsageError
 from kvmtrace.identity import clean
-from kvmtrace.model import Incident, Party, Snapshot, Vm
+from kvmtrace.model import Incident, Party, Snapshot, SoftOffline, Vm
+from kvmtrace.views.cells import listed
+from kvmtrace.views.explain import origin_parts
 
 FORMS = "PFN (0x103275), GPA@VM (0x8000@web-1), a VM's name, pid or uuid, or an incident's id"
 
@@ -40,15 +42,24 @@ def find(snapshot: Snapshot, target: str) -> list[Incident]:
 
 
 def about_nothing(snapshot: Snapshot, target: str) -> str:
-    """One line on a VM or a page that is in no incident."""
+    """A VM or a page that is in no incident."""
     pfn = _number(target)
     for page in snapshot.soft_offlines:
         if page.pfn == pfn:
-            if page.errno:
-                why = kvm.errno_name(page.errno)
-                return f"pfn {pfn:#x}: soft offline was tried and refused with {why}; still in use"
-            return f"pfn {pfn:#x}: soft-offlined; its contents were moved, no guest is harmed"
+            return _soft_offlined(page)
     return f"{clean(target)}: no poisoned page is known there"
+
+
+def _soft_offlined(page: SoftOffline) -> str:
+    if page.errno:
+        what = f"soft offline was tried and refused with {kvm.errno_name(page.errno)}; still in use"
+    else:
+        what = "soft-offlined; its contents were moved, no guest is harmed"
+    lines = [f"pfn {page.pfn:#x}: {what}"]
+    if page.origin is not None:
+        via = listed(page.origin.via)
+        lines.append(f"  origin  {listed(origin_parts(page.origin))}, reported by {via}")
+    return "\n".join(lines)
 
 
 def _at_place(snapshot: Snapshot, gfn: int, vm: str) -> list[Incident]:

@@ -52,7 +52,7 @@ def memory(address: int, *, dimm: Dimm | None = None) -> bytes:
     valid = 1 << 1 | 1 << 2  # physical address and its mask
     node = card = module = handle = 0
     if dimm is not None:
-        valid |= 1 << 3 | 1 << 4 | 1 << 5 | 1 << 16
+        valid |= 1 << 3 | 1 << 4 | 1 << 5 | 1 << 17
         node, card, module, handle = dimm.node, dimm.card, dimm.module, dimm.handle
     return struct.pack(
         "<QQQQ8H3QBBHHH",

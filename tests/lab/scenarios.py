@@ -230,9 +230,10 @@ def stale_join(machine: Machine, source: str) -> None:
 def _hva(
     machine: Machine, source: str, backing: str, lsb: int, pages: int, *, huge: bool = False
 ) -> None:
-    """``huge``: that it really was a huge page is a part of the story. ``lsb``: of memory_failure's own SIGBUS, which has the loss right; KVM's may not.
+    """``huge``: that it really was a huge page is a part of the story.
 
-    The kernels differ in whether madvise's caller gets one; the VMM says.
+    ``lsb``: of memory_failure's own SIGBUS, which has the loss right; KVM's may not. The kernels
+    differ in whether madvise's caller gets one; the VMM says.
     """
     with following(machine, source) as (watch,):
         vmm = Vmm(machine, f"hva-{backing}")

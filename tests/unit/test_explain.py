@@ -41,6 +41,8 @@ STORY: tuple[Event, ...] = (
     VcpuState(POISONED + SECOND, 1, 78, "outside", 0, 1000),
     VcpuState(POISONED + 2 * SECOND, 1, 78, "outside", 0, 0),
     SoftOffline(T0 + 13 * SECOND, 0x55, 0),
+    HwError(T0, "GHES", "corrected", 0x57000, 0x57, 64, 2, "DIMM 0"),
+    SoftOffline(T0 + 13 * SECOND, 0x57, 0),
     SoftOffline(T0 + 13 * SECOND, 0x56, 16),
 )
 
@@ -107,6 +109,12 @@ def test_json(recording: str) -> None:
         ("db-1", "db-1: no poisoned page is known there"),
         ("0x9000@web-1", "0x9000@web-1: no poisoned page is known there"),
         ("0x55", "pfn 0x55: soft-offlined; its contents were moved, no guest is harmed"),
+        (
+            "0x57",
+            "pfn 0x57: soft-offlined; its contents were moved, no guest is harmed\n"
+            "  origin  DIMM 0, address 0x57000, corrected, 2 errors, 2 corrected, at this page, "
+            "2 errors, 2 corrected, of this DIMM, reported by GHES",
+        ),
         ("0x56", "pfn 0x56: soft offline was tried and refused with EBUSY; still in use"),
     ],
 )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvmtrace import cper, firmware
 from kvmtrace.events import HwError
+from kvmtrace.firmware import Firmware
 from kvmtrace.ftrace import hardware
 from kvmtrace.ftrace.records import Record
 
 NONE = (1 << 64) - 1
+FIRMWARE = Firmware({0x1100: "BANK 0 DIMM 3"}, cper.GHES)
 
 
 def error(probe: str, **fields: Any) -> HwError:
-    return hardware.error(Record(7, probe, {"common_pid": 1} | fields))
+    return hardware.error(Record(7, probe, {"common_pid": 1} | fields), FIRMWARE)
 
 
 def test_edac_names_the_dimm() -> None:
@@ -45,14 +50,69 @@ def test_extlog(pa: int, lsb: int, addr: int | None, grain: int | None) -> None:
 
 
 def test_firmware_says_what_is_valid() -> None:
-    said = {"sev": 2, "addr": 0x7000, "mask": 0xFFFFFFFFFFFFF000, "node": 1}
-    told = error("apei", valid=0b1110, **said)
+    # Node 1, card 2, module 3, bank 4; multi-bit ECC, rank 5, handle 0x1100
+    place, kind = 0x0004_0003_0002_0001, 0x1100_0000_0005_0003
+    said = {"sev": 2, "addr": 0x7000, "mask": 0xFFFFFFFFFFFFF000, "place": place, "kind": kind}
+    told = error("apei", valid=(1 << 18) - 1, **said)
     assert (told.severity, told.addr, told.grain, told.node) == ("recoverable", 0x7000, 4096, 1)
-    told = error("apei", valid=0, **said)
-    assert (told.addr, told.pfn, told.grain, told.node) == (None, None, None, None)
+    assert told.via == "GHES"
+    assert told.label == "BANK 0 DIMM 3"
+    assert told.message == "multi-bit ECC, card 2, module 3, bank 4, rank 5"
+    assert error("apei", valid=0, **said) == HwError(7, "GHES", severity="recoverable")
+    stranger = error("apei", valid=1 << 17, **(said | {"kind": 0x1234 << 48}))
+    assert stranger.label == "SMBIOS handle 0x1234"
 
 
-def test_reports_without_an_address() -> None:
-    assert error("arm_event", mpidr=1) == HwError(7, "ras:arm_event")
+def info(valid: int, addr: int) -> bytes:
+    """struct cper_arm_err_info: a cache error."""
+    return struct.pack("<BBHBHBQQQ", 0, 32, valid, 2, 0, 0, 0, 0, addr)
+
+
+def test_arm_processors_tell_the_first_physical_address() -> None:
+    told = error("arm_event", sev=2, pei_buf=info(0, 0x1000) + info(1 << 4, 0x5040))
+    assert (told.severity, told.addr, told.pfn) == ("recoverable", 0x5040, 5)
+    assert error("arm_event", mpidr=1) == HwError(7, "ras:arm_event")  # before 7.0: no more fields
+    cut = error("arm_event", sev=3, pei_buf=info(1 << 4, 0x5040)[:-1])
+    assert (cut.severity, cut.addr) == ("fatal", None)
+
+
+def test_sections_in_vendors_own_formats() -> None:
     told = error("non_standard", sev=2, fru_text="")
-    assert (told.severity, told.message) == ("corrected", None)
+    assert (told.severity, told.message) == ("recoverable", None)
+
+
+def table(*structures: tuple[int, int, bytes, list[str]]) -> bytes:
+    """An SMBIOS table of (type, handle, fields, strings)."""
+    out = b""
+    for kind, handle, fields, strings in structures:
+        out += struct.pack("<BBH", kind, 4 + len(fields), handle) + fields
+        out += b"".join(one.encode() + b"\0" for one in strings) + (b"" if strings else b"\0")
+        out += b"\0"
+    return out
+
+
+def test_dimms_have_the_names_that_firmware_gives_them(tmp_path: Path) -> None:
+    device = bytes(12) + b"\x01\x02" + bytes(4)
+    content = table(
+        (0, 1, bytes(20), ["vendor"]),
+        (17, 0x1100, device, ["DIMM 3", "BANK 0"]),
+        (17, 0x1101, device, ["A1\x1b[2J"]),
+        (17, 0x1102, bytes(18), []),
+        (127, 2, b"", []),
+    )
+    where = tmp_path / "firmware/dmi/tables"
+    where.mkdir(parents=True)
+    (where / "DMI").write_bytes(content)
+    labels = firmware.read(str(tmp_path)).dimms
+    assert labels[0x1100] == "BANK 0 DIMM 3"
+    assert labels[0x1101].startswith("A1")
+    assert "\x1b" not in labels[0x1101]
+    assert set(labels) == {0x1100, 0x1101}
+    (where / "DMI").write_bytes(content[:60])  # cut off: what is whole counts
+    assert set(firmware.read(str(tmp_path)).dimms) <= {0x1100}
+
+
+def test_severities_mean_something_only_if_it_is_known_who_reports(tmp_path: Path) -> None:
+    assert firmware.read(str(tmp_path)).non_standard[2] == "recoverable"
+    (tmp_path / "module/acpi_extlog").mkdir(parents=True)
+    assert firmware.read(str(tmp_path)).non_standard == {}

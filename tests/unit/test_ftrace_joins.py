@@ -340,6 +340,17 @@ def test_kvms_own_signal_has_the_vcpu_and_gfn() -> None:
     assert signal.ts < told[-1].ts or told[-1] is signal
 
 
+def test_where_the_fault_tells_no_pfn_the_way_out_of_kvm_run_tells_the_vcpu() -> None:
+    world = World()
+    told = world.tell(sigbus(world), world.run(-4, reason=10))
+    assert [(e.vm, e.vcpu, e.gfn) for e in told if isinstance(e, Sigbus)] == [(1, 0, None)]
+    # After a fault that told more, there is nothing left to say; nor without a signal.
+    told = world.tell(sigbus(world), world.faultin(1, pfn=KVM_PFN_ERR_HWPOISON), world.run(-4))
+    assert [(e.vcpu, e.gfn) for e in told if isinstance(e, Sigbus)] == [(0, GFN)]
+    assert not [e for e in told if isinstance(e, Exit)]
+    assert world.tell(world.run(-4, reason=10)) == []
+
+
 def test_its_fault_may_come_in_the_next_batch() -> None:
     world = World()
     assert world.tell(sigbus(world)) == []
@@ -445,6 +456,20 @@ def test_a_storm_of_signals_is_muted_counted_and_told() -> None:
     last = Totals(signals={signal_key(): 5010, signal_key(addr=0): 3})
     told = world.tell(world.record("vm_gone"), read_totals=lambda: last)
     assert [(type(e), getattr(e, "count", None)) for e in told] == [(Sigbus, 10), (VmGone, None)]
+
+
+def test_in_a_storm_of_signals_the_ways_out_are_muted_too() -> None:
+    world = World()
+    for _ in range(200):
+        world.tell(sigbus(world), world.run(-4, reason=10))
+    muted = world.joiner.muted()
+    assert muted is not None
+    assert muted["run"] == f" && !(vcpu == {VCPU:#x} && ret == -4)"
+    for _ in range(5):
+        world.tell(totals=Totals(signals={signal_key(): 200}))
+    muted = world.joiner.muted()
+    assert muted is not None
+    assert muted["run"] == ""
 
 
 def test_without_counts_nothing_is_muted() -> None:

@@ -50,21 +50,23 @@ def stamps(data: bytes) -> list[int]:
     return [ts for ts, _ in ringpage.entries(data, LAYOUT)]
 
 
-def test_a_format_gives_numbers_and_strings_and_leaves_the_rest() -> None:
+def test_a_format_gives_numbers_strings_and_bytes_and_leaves_the_rest() -> None:
     known = EventFormat(FORMAT)
     assert (known.name, known.id) == ("thing", 1733)
-    assert known.fields == ("common_pid", "__probe_ip", "comm", "ret")
-    entry = bytearray(45)
+    assert known.fields == ("common_pid", "__probe_ip", "comm", "blob", "ret")
+    entry = bytearray(48)
     struct.pack_into("=HBBi", entry, 0, 1733, 0, 0, 77)
     struct.pack_into("=Q", entry, 8, 2**64 - 1)
     struct.pack_into("=I", entry, 24, 37 | 8 << 16)
+    struct.pack_into("=I", entry, 28, 45 | 3 << 16)
     struct.pack_into("=i", entry, 33, -133)
-    entry[37:45] = b"qemu\0xyz"
+    entry[37:48] = b"qemu\0xyz\1\0\2"
     assert ringpage.event_id(memoryview(entry)) == 1733
     assert known.decode(memoryview(entry)) == {
         "common_pid": 77,
         "__probe_ip": 2**64 - 1,
         "comm": "qemu",
+        "blob": b"\1\0\2",
         "ret": -133,
     }
     with pytest.raises(ValueError, match="entry of 20 bytes"):

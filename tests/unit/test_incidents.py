@@ -129,6 +129,21 @@ def test_soft_offline_is_no_incident() -> None:
     assert [(page.pfn, page.errno) for page in snapshot.soft_offlines] == [(PFN, 0)]
 
 
+def test_soft_offline_keeps_what_the_hardware_said_of_the_page() -> None:
+    worn = HwError(T0, "GHES", "corrected", PFN << 12, PFN, 64, 3, "DIMM 0")
+    page = tell(worn, SoftOffline(T0 + 1, PFN, 0))[0].soft_offlines[0]
+    assert page.origin is not None
+    assert (page.origin.label, page.origin.history.corrected) == ("DIMM 0", 3)
+
+
+def test_a_page_that_fails_again_is_told_so() -> None:
+    again = Poison(T0 + MS, PFN, "already poisoned", "Failed")
+    incident = only(tell(seen(1), gmem(T0, Owner(1, 8)), poison(T0), again)[0])
+    said = [(m.what, m.count) for m in incident.timeline if "poisoned:" in m.what]
+    assert [count for _, count in said] == [1, 1]
+    assert "already poisoned" in said[1][0]
+
+
 def test_unpoison_closes() -> None:
     incident = only(tell(seen(1), gmem(T0, Owner(1, 8)), poison(T0), Unpoison(T0 + MS, PFN))[0])
     assert (incident.state, incident.unpoisoned_ts) == ("closed", T0 + MS)

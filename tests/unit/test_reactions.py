@@ -112,10 +112,12 @@ def test_only_vcpus_that_were_told(tmp_path: Path) -> None:
             Exit(T0, 1, 0, 133, 39, True, None, gfn=8),
             Sigbus(T0, 4001, 78, 5, 0x7F0000000000, vm=1),  # not a vCPU
             Sigbus(T0, 4001, 79, 4, 0x7F0000000000, vm=1, vcpu=3),
+            Sigbus(T0, 4001, 80, 4, 0x7F0000000000, sender=81, vm=1),  # sent by another
+            Sigbus(T0, 4001, 82, 4, 0x7F0000000000, sender=82, vm=1),  # a vCPU, not known which
         ],
     )
     world.pass_(0)
-    assert [(look.tid, look.vcpu) for look in world.pass_(1)] == [(79, 3)]
+    assert [(look.tid, look.vcpu) for look in world.pass_(1)] == [(79, 3), (82, None)]
 
 
 def test_a_vm_that_is_gone_is_not_looked_at(tmp_path: Path) -> None:

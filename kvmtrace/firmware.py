@@ -1,0 +1,66 @@
+"""What this machine's firmware says of its DIMMs, and who hands on what it reports of errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvmtrace import cper, identity
+
+TABLE = "/firmware/dmi/tables/DMI"
+
+# SMBIOS 3.7, 7.18: Memory Device, and where the numbers of its two names are
+_MEMORY_DEVICE = 17
+_DEVICE_LOCATOR, _BANK_LOCATOR = 0x10, 0x11
+_HEADER = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Firmware:
+    """``dimms``: {SMBIOS handle: label}. ``non_standard``: what ras:non_standard_event's severities
+    mean; {} where that cannot be told.
+    """
+
+    dimms: Mapping[int, str] = field(default_factory=dict)
+    non_standard: Mapping[int, str] = field(default_factory=dict)
+
+
+def read(sys: str = "/sys") -> Firmware:
+    """Ask this machine."""
+    # GHES and Intel's extended log trace that event in numbers of their own (drivers/acpi/apei/
+    # ghes.c, drivers/acpi/acpi_extlog.c).
+    extlog = os.path.isdir(f"{sys}/module/acpi_extlog")
+    return Firmware(dimm_labels(f"{sys}{TABLE}"), {} if extlog else cper.GHES)
+
+
+def dimm_labels(path: str) -> dict[int, str]:
+    """{handle: "BANK DEVICE"} as firmware calls them, put as EDAC does; {} where none is listed."""
+    try:
+        table = Path(path).read_bytes()
+    except OSError:
+        return {}
+    labels = {}
+    for handle, fields, strings in _structures(table):
+        if fields[0] != _MEMORY_DEVICE:
+            continue
+        numbers = [fields[at] for at in (_BANK_LOCATOR, _DEVICE_LOCATOR) if at < len(fields)]
+        names = [strings[n - 1] for n in numbers if 0 < n <= len(strings)]
+        if label := " ".join(filter(None, (identity.clean(name).strip() for name in names))):
+            labels[handle] = label
+    return labels
+
+
+def _structures(table: bytes) -> Iterator[tuple[int, bytes, list[str]]]:
+    """(handle, its fields from the header on, its strings) of each structure."""
+    at = 0
+    while at + _HEADER <= len(table):
+        length = table[at + 1]
+        end = table.find(b"\0\0", at + length)
+        if length < _HEADER or end < 0:
+            return
+        fields = table[at : at + length]
+        strings = table[at + length : end].decode("latin-1").split("\0")
+        yield int.from_bytes(fields[2:4], "little"), fields, strings
+        at = end + 2

@@ -1,0 +1,237 @@
+"""Errors that begin in hardware: firmware tells an arm64 host, and the kernel does the rest.
+
+One machine and one recording by each source at once: the story is told once and has to be the same
+in both, and what the VMMs say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import pytest
+
+from tests.lab import cper
+from tests.lab.conftest import Boot
+from tests.lab.drive import PATIENCE, Line, Vmm
+from tests.lab.machine import Machine
+
+pytestmark = pytest.mark.lab
+
+KERNEL = "arm64-newest"
+SOURCES = ("bpf", "ftrace")
+DIMM = cper.Dimm(node=0, card=2, module=3, handle=0x1100)  # the handle that QEMU's SMBIOS has
+
+
+def _log(source: str) -> str:
+    return f"/tmp/ghes-{source}.jsonl"
+
+
+@contextlib.contextmanager
+def _recorded(machine: Machine) -> Iterator[None]:
+    jobs = [
+        machine.start(f"exec kvmtrace record {_log(source)} --source {source}")
+        for source in SOURCES
+    ]
+    for job in jobs:
+        job.wait_for("recording to", timeout=PATIENCE, stream="stderr")
+    yield
+    time.sleep(3)  # the vCPUs that were told are looked at
+    for job in jobs:
+        job.signal(signal.SIGINT)
+        assert job.wait(PATIENCE) == 0, job.stderr
+
+
+@dataclass
+class Page:
+    """A page of a VM, where it was and what the VMM was told of it."""
+
+    vmm: Vmm
+    gfn: int
+    pfn: int
+    touch: Line = field(default_factory=dict)
+
+
+class Host:
+    """VMs on the machine, whose pages fail."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.vmms: dict[str, Vmm] = {}
+        for name, backing in (("gmem", "gmem"), ("hva", "anon")):
+            vmm = self.vmms[name] = Vmm(machine, name)
+            vmm.step(f"create v backing={backing} pages=64")
+
+    def page(self, name: str, number: int) -> Page:
+        """A page that the guest has touched."""
+        vmm = self.vmms[name]
+        vmm.step(f"touch v +{number}")
+        where = vmm.step(f"pfn v +{number}")
+        return Page(vmm, where["gfn"], where["pfn"])
+
+    def address(self, page: Page, at: int = 0x40) -> int:
+        return (page.pfn << self.machine.page_shift) + at
+
+    def touch(self, page: Page) -> None:
+        page.touch = page.vmm.step(f"touch v {page.gfn}")
+
+
+def _incidents(machine: Machine, source: str) -> dict[int, Line]:
+    result = machine.run(
+        ["kvmtrace", "replay", _log(source), "--json"], timeout=PATIENCE, check=True
+    )
+    return {one["pfn"]: one for one in json.loads(result.stdout)["incidents"]}
+
+
+def _lines(machine: Machine, source: str) -> list[Line]:
+    command = ["kvmtrace", "replay", _log(source), "--events", "--json"]
+    result = machine.run(command, timeout=PATIENCE, check=True)
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def _explained(machine: Machine, source: str, target: str) -> str:
+    command = ["kvmtrace", "explain", target, "--from", _log(source)]
+    return machine.run(command, timeout=PATIENCE, check=True).stdout
+
+
+def test_from_the_memory_controller_to_the_vmm(boot: Boot) -> None:
+    machine = boot(KERNEL, ras=True)
+    assert machine.run("ls -d /sys/devices/platform/GHES.*").stdout, "no firmware-first errors"
+    host = Host(machine)
+    with _recorded(machine):
+        # Corrected first, then not: the same place, so its history.
+        lost = host.page("gmem", 3)
+        for _ in range(2):
+            cper.memory_error(machine, host.address(lost), cper.Severity.CORRECTED, dimm=DIMM)
+        cper.memory_error(machine, host.address(lost), dimm=DIMM)
+        host.touch(lost)
+        cper.memory_error(machine, host.address(lost, 0x80), dimm=DIMM)  # the page again
+
+        plain = host.page("hva", 4)
+        cper.memory_error(machine, host.address(plain))
+        host.touch(plain)
+
+        worn = host.page("hva", 6)
+        cper.memory_error(
+            machine,
+            host.address(worn),
+            cper.Severity.CORRECTED,
+            flags=cper.THRESHOLD_EXCEEDED,
+            dimm=DIMM,
+        )
+        host.touch(worn)
+        moved = worn.vmm.step(f"pfn v {worn.gfn}")["pfn"]
+
+        cached = host.page("hva", 8)
+        error = cper.arm_processor(host.address(cached))
+        cper.inject(machine, cper.ARM_PROCESSOR, error, cper.Severity.RECOVERABLE)
+        host.touch(cached)
+
+        cper.inject(machine, cper.UNKNOWN, b"whatever" * 4, cper.Severity.RECOVERABLE)
+
+        untouched = host.page("gmem", 9)
+        cper.memory_error(machine, host.address(untouched))
+
+        nobodys = host.page("hva", 10)
+        host.vmms["hva"].end()
+        cper.memory_error(machine, host.address(nobodys))
+    host.vmms["gmem"].end()
+
+    # What the VMMs were told is as it should be; kvmtrace is held against it.
+    assert (lost.touch["errno"], lost.touch["reason"]) == ("EHWPOISON", 39)
+    assert [x["code"] for x in plain.touch["sigbus"]] == ["AR"]
+    assert [x["code"] for x in cached.touch["sigbus"]] == ["AR"]
+    assert worn.touch["ok"]
+    assert moved != worn.pfn
+    pages = Pages(lost, plain, cached, untouched, nobodys, worn)
+    for source in SOURCES:
+        _check(machine, source, pages)
+
+
+class Pages(NamedTuple):
+    """Poisoned and touched: of guest_memfd, of ordinary memory, by a cache error. Poisoned and not
+    touched. Poisoned after its VM. Taken out of use in time.
+    """
+
+    lost: Page
+    plain: Page
+    cached: Page
+    untouched: Page
+    nobodys: Page
+    worn: Page
+
+
+def _check(machine: Machine, source: str, pages: Pages) -> None:
+    lost, plain, cached, untouched, nobodys, worn = pages
+    incidents = _incidents(machine, source)
+    lines = _lines(machine, source)
+    assert set(incidents) == {p.pfn for p in (lost, plain, cached, untouched, nobodys)}, source
+    assert [x for x in lines if x["kind"] == "lost"] == []
+
+    story = incidents[lost.pfn]
+    assert (story["state"], story["deliveries"]) == ("delivered", {"exits": 1, "sigbus": 0})
+    origin = story["origin"]
+    assert (origin["via"], origin["severity"], origin["node"]) == (["GHES"], "recoverable", 0)
+    assert "DIMM" in origin["label"]
+    assert "card 2, module 3" in origin["message"]
+    assert (origin["errors"]["count"], origin["errors"]["corrected"]) == (4, 2)
+    assert origin["dimm"]["count"] == 5  # the worn page is on it too
+    assert origin["addr"] >> machine.page_shift == lost.pfn
+    _owned(story, lost, gfn=True)
+    poisons = [x for x in lines if x["kind"] == "poison" and x["pfn"] == lost.pfn]
+    assert [x["page_type"] == "already poisoned" for x in poisons] == [False, True]
+    assert _owner_pids(poisons[0]) == {lost.vmm.pid}, "the owner is known before any touch"
+    (fault,) = [x for x in lines if x["kind"] == "exit"]
+    assert (fault["errno"], fault["gfn"]) == ("EHWPOISON", lost.gfn)
+    assert poisons[0]["ts"] < fault["ts"]
+    text = _explained(machine, source, hex(lost.pfn))
+    assert "GHES" in text
+    assert origin["label"] in text
+
+    for page, via in ((plain, "GHES"), (cached, "ras:arm_event")):
+        story = incidents[page.pfn]
+        assert story["deliveries"] == {"exits": 0, "sigbus": 1}
+        assert (story["origin"]["via"], story["origin"]["severity"]) == ([via], "recoverable")
+        assert story["origin"]["addr"] >> machine.page_shift == page.pfn
+        _owned(story, page, gfn=source == "bpf")
+        (poison,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == page.pfn]
+        assert _owner_pids(poison) == {page.vmm.pid}
+        (signal_,) = [x for x in lines if x["kind"] == "sigbus" and x["incident"] == story["id"]]
+        assert (signal_["tid"], signal_["vcpu"]) == (page.touch["tid"], 0)
+        assert signal_["hva"] == page.touch["sigbus"][0]["hva"]
+
+    story = incidents[untouched.pfn]
+    assert (story["state"], story["deliveries"]) == ("latent", {"exits": 0, "sigbus": 0})
+    _owned(story, untouched, gfn=source == "bpf")
+
+    story = incidents[nobodys.pfn]
+    assert (story["state"], story["owners"]) == ("unowned", [])
+    assert story["origin"]["via"] == ["GHES"]
+
+    (page_line,) = [x for x in _replayed(machine, source) if x["pfn"] == worn.pfn]
+    assert "errno" not in page_line
+    text = _explained(machine, source, hex(worn.pfn))
+    assert "soft-offlined" in text
+    assert "corrected" in text
+    (vendor,) = [x for x in lines if x.get("via") == "ras:non_standard_event"]
+    assert vendor["severity"] == "recoverable"
+
+
+def _replayed(machine: Machine, source: str) -> list[Line]:
+    command = ["kvmtrace", "replay", _log(source), "--json"]
+    return list(json.loads(machine.run(command, timeout=PATIENCE).stdout)["soft_offlined"])
+
+
+def _owned(story: Line, page: Page, *, gfn: bool) -> None:
+    (owner,) = story["owners"]
+    assert owner["vm"]["pid"] == page.vmm.pid
+    assert owner.get("gfn") in ([page.gfn] if gfn else [None, page.gfn])
+
+
+def _owner_pids(poison: Line) -> set[int]:
+    return {owner["vm"]["pid"] for owner in poison["owners"]}
