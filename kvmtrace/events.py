@@ -148,7 +148,10 @@ class Sigbus(Event):
 
 @dataclass(frozen=True, slots=True)
 class Mce(Event):
-    """mce:mce_record. ``pfn`` is None where MCi_STATUS does not declare the address valid."""
+    """mce:mce_record. ``pfn`` is None where MCi_STATUS does not declare the address valid.
+
+    ``count``: so many records, the same but for their time; the last of them at ``ts``.
+    """
 
     kind: ClassVar[str] = "mce"
     addr: int | None
@@ -158,6 +161,7 @@ class Mce(Event):
     socket: int
     status: int
     misc: int | None = None
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ class Errors:
             via = "others"
         self.first_ts = min(self.first_ts, event.ts)
         self.last_ts = max(self.last_ts, event.ts)
-        count = event.count if isinstance(event, HwError) else 1
+        count = event.count
         counts = self.counts.setdefault(via, [0, 0])
         counts[0] += count
         counts[1] += count if severity == "corrected" else 0
