@@ -151,6 +151,7 @@ class Mce(Event):
     """mce:mce_record. ``pfn`` is None where MCi_STATUS does not declare the address valid.
 
     ``count``: so many records, the same but for their time; the last of them at ``ts``.
+    ``vendor``: who made the CPU, by its own name ("AuthenticAMD"): not all bits mean the same.
     """
 
     kind: ClassVar[str] = "mce"
@@ -162,6 +163,7 @@ class Mce(Event):
     status: int
     misc: int | None = None
     count: int = 1
+    vendor: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,12 @@ def kvm(sys_module: str = "/sys/module", device: str = "/dev/kvm") -> Kvm:
     return Kvm(loaded, vendor, there, _check_extension(device, 232) if there else None)
 
 
+def cpu_vendor(proc: str = "/proc") -> str | None:
+    """What the CPU says who made it ("AuthenticAMD"); None where /proc/cpuinfo does not tell."""
+    match = re.search(r"^vendor_id\s*: *(\S+)$", _read(f"{proc}/cpuinfo"), re.MULTILINE)
+    return match[1] if match else None
+
+
 def _check_extension(device: str, capability: int) -> int | None:
     check_extension = 0xAE03  # KVM_CHECK_EXTENSION, include/uapi/linux/kvm.h
     try:

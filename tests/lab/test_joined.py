@@ -18,8 +18,6 @@ from tests.lab.machine import Job, Machine
 
 pytestmark = pytest.mark.lab
 
-SERIES = re.compile(r'^(kvmtrace_\w+)\{vm="sick"(?:,([^}]*))?\} (\S+)$', re.MULTILINE)
-
 
 @pytest.fixture(params=["bpf", "ftrace"])
 def serve(request: pytest.FixtureRequest, machine: Machine) -> Iterator[Job]:
@@ -34,12 +32,18 @@ def serve(request: pytest.FixtureRequest, machine: Machine) -> Iterator[Job]:
     residue.nothing_but(machine, before)
 
 
-def _metrics(machine: Machine, serve: Job) -> dict[tuple[str, str], float]:
+def _metric(machine: Machine, serve: Job, name: str, *labels: str) -> float:
+    """The one series of that name with these labels."""
     url = re.search(r"serving (\S+)", serve.stderr)
     assert url
     fetch = f"import urllib.request as u; print(u.urlopen('{url[1]}').read().decode())"
     text = machine.run(["python3", "-c", fetch], timeout=PATIENCE, check=True).stdout
-    return {(name, labels): float(value) for name, labels, value in SERIES.findall(text)}
+    (line,) = [
+        line
+        for line in text.splitlines()
+        if line.startswith(f"{name}{{") and all(label in line for label in labels)
+    ]
+    return float(line.rpartition(" ")[2])
 
 
 def _top(machine: Machine) -> Line:
@@ -74,8 +78,10 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
     assert vms["shaken"]["sigbus"]["AR"] == signals
     incidents = {one["pfn"]: one for one in shown["incidents"] if "pfn" in one}
     for page, vmm in ((poison, sick), (other, shaken)):
-        owners = [(o["vm"]["pid"], o["gfn"]) for o in incidents[page["pfn"]]["owners"]]
-        assert owners == [(vmm.pid, page["gfn"])]
+        (owner,) = incidents[page["pfn"]]["owners"]
+        assert owner["vm"]["pid"] == vmm.pid
+        # ftrace does not know every memslot
+        assert owner.get("gfn", shown["host"]["source"]) in (page["gfn"], "ftrace")
     assert incidents[poison["pfn"]]["deliveries"] == {"exits": told["sick"], "sigbus": 0}
     assert re.fullmatch(r"of kvmtrace serve, pid \d+", shown["host"]["source_why"])
     assert not any(shown["lost"].values())
@@ -96,9 +102,8 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
     assert recording.wait(PATIENCE) == 0
     replayed = machine.run("kvmtrace replay /tmp/joined.jsonl --json", check=True).stdout
     assert _exits(json.loads(replayed), "sick") == _exits(_top(machine), "sick") == 5000
-    counted = _metrics(machine, serve)
-    key = ("kvmtrace_memory_fault_exits_total", 'errno="EHWPOISON",cause="hwpoison"')
-    assert counted[key] == 5000
+    exits = "kvmtrace_memory_fault_exits_total"
+    assert _metric(machine, serve, exits, 'vm="sick"', 'errno="EHWPOISON"') == 5000
     watch.end()
 
     # An explicit way attaches
@@ -121,10 +126,10 @@ def test_a_serve_that_ends_under_a_live_top(machine: Machine, serve: Job) -> Non
         env=env,
     )
     shell.wait_for(r"\(of kvmtrace serve, pid", timeout=PATIENCE)
-    serve.signal(signal.SIGKILL)
-    serve.wait(PATIENCE)
+    serve.signal(signal.SIGTERM)
+    assert serve.wait(PATIENCE) == 0
     assert shell.wait(PATIENCE) == 0
     shown = shell.stdout.rpartition("\x1b[?1049l")[2]  # back from the alternate screen
-    assert re.search(r"^kvmtrace: kvmtrace serve \(pid \d+\) has ended\r$", shown, re.MULTILINE)
-    assert re.search(r"^hint: .*\r\nstatus 1\r\nsame", shown, re.MULTILINE)
+    assert re.search(r"kvmtrace: kvmtrace serve \(pid \d+\) has ended\r\n", shown)
+    assert re.search(r"\nhint: .*\r\nstatus 1\r\nsame", shown)
     assert "Traceback" not in shown
