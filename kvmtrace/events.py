@@ -257,6 +257,13 @@ class VcpuState(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class StillQuiet(Event):
+    """Nothing else happened until ``ts``."""
+
+    kind: ClassVar[str] = "quiet"
+
+
+@dataclass(frozen=True, slots=True)
 class Lost(Event):
     """``count`` things were lost at ``where`` since the last Lost of that place."""
 
@@ -283,6 +290,7 @@ KINDS: dict[str, type[Event]] = {
         Found,
         KernelCounts,
         VcpuState,
+        StillQuiet,
         Lost,
     )
 }

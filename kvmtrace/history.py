@@ -21,6 +21,7 @@ from kvmtrace.events import (
     Mce,
     Refused,
     Sigbus,
+    StillQuiet,
     Unpoison,
     VcpuState,
     VmGone,
@@ -31,7 +32,7 @@ from kvmtrace.events import (
 MAX_EVENTS = 32768
 MAX_VMS = 4096
 
-_KEPT: dict[type[Event], int] = {VcpuState: 4, KernelCounts: 1}
+_KEPT: dict[type[Event], int] = {VcpuState: 4, KernelCounts: 1, StillQuiet: 1}
 
 # MCi_STATUS: the bits that say what sort of error it is; those below may be counters and codes.
 _STATUS_FLAGS = 0xFFE0_1800_0000_0000
@@ -152,7 +153,7 @@ def _kind(event: Event) -> object:
             return event.kind, event.socket, event.bank, event.pfn, *sort
         case Lost():
             return event.kind, event.where
-        case KernelCounts():
+        case KernelCounts() | StillQuiet():
             return (event.kind,)
     return None
 

@@ -340,6 +340,19 @@ def kernel_option(
     return match[1] if match else "n"
 
 
+def corrected_errors_collector(debug: str = "/sys/kernel/debug") -> bool | None:
+    """Whether the kernel collects corrected errors without telling of each (RAS_CEC).
+
+    Asked of the collector itself: a kernel that has it may be told to leave it (ras=cec_disable).
+    None where neither debugfs nor the kernel's configuration can be read.
+    """
+    try:
+        return "cec" in os.listdir(f"{debug}/ras")
+    except OSError:
+        option = kernel_option("CONFIG_RAS_CEC")
+    return None if option is None else option == "y"
+
+
 # -- all of it
 
 
@@ -357,7 +370,7 @@ class Facts:
     symbols: Symbols | None
     poison_names: bool
     bcc: Bcc
-    ras_cec: str | None = None
+    ras_cec: bool | None = None
 
 
 def examine() -> Facts:
@@ -374,7 +387,7 @@ def examine() -> Facts:
         symbols=symbols(functions(uname.machine)),
         poison_names=all(memory_failure_names()),
         bcc=bcc(),
-        ras_cec=kernel_option("CONFIG_RAS_CEC"),
+        ras_cec=corrected_errors_collector(),
     )
 
 

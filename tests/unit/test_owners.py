@@ -160,7 +160,8 @@ def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) 
 class _Poisoned:
     """A source in whose poll a page is poisoned: told of first, counted then."""
 
-    name, why = "bpf", None
+    name = "bpf"
+    why: str | None = None
 
     def __init__(self, root: Path) -> None:
         self._root = root
