@@ -148,7 +148,11 @@ class Sigbus(Event):
 
 @dataclass(frozen=True, slots=True)
 class Mce(Event):
-    """mce:mce_record. ``pfn`` is None where MCi_STATUS does not declare the address valid."""
+    """mce:mce_record. ``pfn`` is None where MCi_STATUS does not declare the address valid.
+
+    ``count``: so many records, the same but for their time; the last of them at ``ts``.
+    ``vendor``: who made the CPU, by its own name ("AuthenticAMD"): not all bits mean the same.
+    """
 
     kind: ClassVar[str] = "mce"
     addr: int | None
@@ -158,6 +162,8 @@ class Mce(Event):
     socket: int
     status: int
     misc: int | None = None
+    count: int = 1
+    vendor: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +257,13 @@ class VcpuState(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class StillQuiet(Event):
+    """Nothing else happened until ``ts``."""
+
+    kind: ClassVar[str] = "quiet"
+
+
+@dataclass(frozen=True, slots=True)
 class Lost(Event):
     """``count`` things were lost at ``where`` since the last Lost of that place."""
 
@@ -277,6 +290,7 @@ KINDS: dict[str, type[Event]] = {
         Found,
         KernelCounts,
         VcpuState,
+        StillQuiet,
         Lost,
     )
 }

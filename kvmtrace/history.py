@@ -1,8 +1,9 @@
 """What happened so far, as events, in bounded memory: for whoever comes later and asks.
 
-Rare events are kept as they were. Those that repeat (exits of one kind, refusals of one gfn, errors
-of one address) are kept once as they first came, and once for all that followed, with their counts
-added; of those that have no count (signals, looks at a vCPU, machine checks), the last few.
+Rare events are kept as they were. Those that repeat (exits of one kind, signals, refusals of one
+gfn, errors of one address) are kept once as they first came, and once for all that followed, with
+their counts added, so that what is counted from this log is what is counted from all events. Of
+those that have no count (looks at a vCPU, the kernel's own counts) the last few are kept.
 """
 
 from __future__ import annotations
@@ -15,54 +16,80 @@ from kvmtrace.events import (
     Event,
     Exit,
     HwError,
+    KernelCounts,
     Lost,
     Mce,
     Refused,
     Sigbus,
+    StillQuiet,
+    Unpoison,
     VcpuState,
     VmGone,
     VmSeen,
 )
 
-MAX_EVENTS = 8192
+# A few hundred bytes each, and a dozen of them to a poisoned page that a VM does not cope with.
+MAX_EVENTS = 32768
 MAX_VMS = 4096
 
-_KEPT: dict[type[Event], int] = {Sigbus: 64, VcpuState: 4, Mce: 16}
+_KEPT: dict[type[Event], int] = {VcpuState: 4, KernelCounts: 1, StillQuiet: 1}
+
+# MCi_STATUS: the bits that say what sort of error it is; those below may be counters and codes.
+_STATUS_FLAGS = 0xFFE0_1800_0000_0000
+_MISC_LSB = 0x3F
 
 
 class EventLog:
-    """Feed it all events; ``events()`` gives a log that leads to the same incidents."""
+    """Feed it all events; ``events()`` gives a log that leads to the same incidents and counts.
 
-    def __init__(self, limit: int = MAX_EVENTS) -> None:
+    ``forget``: a VM to which nothing happened is dropped with its end, as whoever reads the log
+    has never heard of it. ``where``: what has no room is told as lost there.
+    """
+
+    def __init__(
+        self, limit: int = MAX_EVENTS, *, forget: bool = True, where: str = "history"
+    ) -> None:
         self._limit = limit
+        self._forget = forget
+        self._where = where
         self._vms: OrderedDict[int, VmSeen] = OrderedDict()
+        self._gone: OrderedDict[int, VmGone] = OrderedDict()
         self._log: OrderedDict[object, Event] = OrderedDict()
         self._serial = 0
+        self._era = 0
         self._dropped = 0
 
     def add(self, event: Event) -> None:
         """One more event."""
-        if isinstance(event, VmSeen):
-            self._vms[event.vm] = event
-            while len(self._vms) > MAX_VMS:
-                self._vms.popitem(last=False)
-            return
-        if isinstance(event, VmGone) and not self._concerned(event.vm):
-            self._vms.pop(event.vm, None)  # it came and went, and nothing happened to it
-            return
+        match event:
+            case VmSeen():
+                self._vms[event.vm] = event
+                self._bound_vms()
+                return
+            case VmGone():
+                if self._forget and not self._concerned(event.vm):
+                    self._vms.pop(event.vm, None)
+                else:
+                    self._gone[event.vm] = event
+                    self._bound_vms()
+                return
+            case Unpoison():
+                # What is told of a gfn from here on may be of another page.
+                self._era += 1
         self._serial += 1
         kind = _kind(event)
         if kind is None:
             self._log[self._serial] = event
-        elif ("first", kind) not in self._log:
-            self._log["first", kind] = event
+        elif ("first", self._era, kind) not in self._log:
+            self._log["first", self._era, kind] = event
         elif type(event) in _KEPT:
             self._keep_last(kind, event, _KEPT[type(event)])
         else:
-            self._log["rest", kind] = _added(self._log.get(("rest", kind)), event)
+            key = ("rest", self._era, kind)
+            self._log[key] = _added(self._log.get(key), event)
         while len(self._log) > self._limit:
-            self._log.popitem(last=False)
-            self._dropped += 1
+            _, dropped = self._log.popitem(last=False)
+            self._dropped += getattr(dropped, "count", 1)
 
     def _keep_last(self, kind: object, event: Event, number: int) -> None:
         """A ring in the log: every slot is one key, and the oldest of them gives way."""
@@ -70,9 +97,19 @@ class EventLog:
         key = ("last", kind, len(slots))
         if len(slots) == number:
             key = min(slots, key=lambda slot: self._log[slot].ts)
-            self._dropped += not isinstance(event, VcpuState)
         self._log[key] = event
         self._log.move_to_end(key)
+
+    def _bound_vms(self) -> None:
+        # The end of a VM is kept as long as its name: without it the VM would live for ever.
+        while len(self._vms) > MAX_VMS:
+            oldest = next((vm for vm in self._gone if vm in self._vms), next(iter(self._vms)))
+            del self._vms[oldest]
+            self._gone.pop(oldest, None)
+            self._dropped += 1
+        while len(self._gone) > MAX_VMS:
+            oldest, _ = self._gone.popitem(last=False)
+            self._dropped += 1 + (self._vms.pop(oldest, None) is not None)
 
     def _concerned(self, vm: int) -> bool:
         return any(
@@ -83,10 +120,12 @@ class EventLog:
         )
 
     def events(self) -> list[Event]:
-        """VMs first, then what happened, in order of arrival."""
-        kept = [*self._vms.values(), *self._log.values()]
+        """VMs first, then what happened, by time: sums stand where the last of them came."""
+        happened = sorted([*self._log.values(), *self._gone.values()], key=lambda event: event.ts)
+        kept: list[Event] = [*self._vms.values(), *happened]
         if self._dropped:
-            kept.append(Lost(max(event.ts for event in kept), "history", self._dropped))
+            last = max((event.ts for event in kept), default=0)
+            kept.append(Lost(last, self._where, self._dropped))
         return kept
 
 
@@ -103,13 +142,19 @@ def _kind(event: Event) -> object:
         case HwError():
             return event.kind, event.via, event.severity, event.pfn, event.label
         case Sigbus():
-            return event.kind, event.pid, event.tid, event.code, event.hva >> kvm.PAGE_SHIFT
+            # All that a signal may be joined by; of an address, the page.
+            who = (event.pid, event.tid, event.sender, event.vm, event.vcpu)
+            page = (event.hva >> kvm.PAGE_SHIFT, event.lsb, event.gfn, event.pfn)
+            return event.kind, event.code, *who, *page
         case VcpuState():
             return event.kind, event.vm, event.tid
         case Mce():
-            return event.kind, event.bank, event.pfn
+            sort = (event.status & _STATUS_FLAGS, (event.misc or 0) & _MISC_LSB)
+            return event.kind, event.socket, event.bank, event.pfn, *sort
         case Lost():
             return event.kind, event.where
+        case KernelCounts() | StillQuiet():
+            return (event.kind,)
     return None
 
 

@@ -82,6 +82,12 @@ def kvm(sys_module: str = "/sys/module", device: str = "/dev/kvm") -> Kvm:
     return Kvm(loaded, vendor, there, _check_extension(device, 232) if there else None)
 
 
+def cpu_vendor(proc: str = "/proc") -> str | None:
+    """What the CPU says who made it ("AuthenticAMD"); None where /proc/cpuinfo does not tell."""
+    match = re.search(r"^vendor_id\s*: *(\S+)$", _read(f"{proc}/cpuinfo"), re.MULTILINE)
+    return match[1] if match else None
+
+
 def _check_extension(device: str, capability: int) -> int | None:
     check_extension = 0xAE03  # KVM_CHECK_EXTENSION, include/uapi/linux/kvm.h
     try:
@@ -334,6 +340,19 @@ def kernel_option(
     return match[1] if match else "n"
 
 
+def corrected_errors_collector(debug: str = "/sys/kernel/debug") -> bool | None:
+    """Whether the kernel collects corrected errors without telling of each (RAS_CEC).
+
+    Asked of the collector itself: a kernel that has it may be told to leave it (ras=cec_disable).
+    None where neither debugfs nor the kernel's configuration can be read.
+    """
+    try:
+        return "cec" in os.listdir(f"{debug}/ras")
+    except OSError:
+        option = kernel_option("CONFIG_RAS_CEC")
+    return None if option is None else option == "y"
+
+
 # -- all of it
 
 
@@ -351,7 +370,7 @@ class Facts:
     symbols: Symbols | None
     poison_names: bool
     bcc: Bcc
-    ras_cec: str | None = None
+    ras_cec: bool | None = None
 
 
 def examine() -> Facts:
@@ -368,7 +387,7 @@ def examine() -> Facts:
         symbols=symbols(functions(uname.machine)),
         poison_names=all(memory_failure_names()),
         bcc=bcc(),
-        ras_cec=kernel_option("CONFIG_RAS_CEC"),
+        ras_cec=corrected_errors_collector(),
     )
 
 

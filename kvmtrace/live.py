@@ -7,9 +7,9 @@ import os
 import threading
 
 from kvmtrace.correlate import Correlator, Told
-from kvmtrace.events import Event
+from kvmtrace.followers import Follower
 from kvmtrace.history import EventLog
-from kvmtrace.model import Host, Snapshot
+from kvmtrace.model import Host, Probe, Snapshot
 from kvmtrace.observe.inventory import hardware_corrupted_bytes
 from kvmtrace.sources import Source
 
@@ -19,13 +19,15 @@ POLL_SECONDS = 0.25
 class Session:
     """Pumps a source into a correlator, in the caller's thread (``pump``) or its own (``start``).
 
-    Sources are opened, polled and closed by one thread; ``snapshot`` may be called from any.
+    Sources are opened, polled and closed by one thread; ``snapshot``, ``probes``, ``follow`` and
+    ``unfollow`` may be called from any.
     """
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._correlator = Correlator()
         self._log = EventLog()
+        self._followers: list[Follower] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -38,12 +40,30 @@ class Session:
         with self._lock:
             for event in events:
                 self._log.add(event)
+            for follower in self._followers:
+                follower.put(events)
             return [self._correlator.feed(event) for event in events]
 
-    def history(self) -> list[Event]:
-        """What happened so far, for somebody who comes later."""
+    def follow(self) -> Follower:
+        """For somebody who comes later: what happened so far, and from here on what comes."""
         with self._lock:
-            return self._log.events()
+            follower = Follower(self._log.events())
+            self._followers.append(follower)
+            return follower
+
+    def unfollow(self, follower: Follower) -> None:
+        """It is not listened to any more."""
+        with self._lock:
+            self._followers.remove(follower)
+
+    def host(self) -> Host:
+        """This host, and by what it is watched."""
+        return host_of(self._source)
+
+    def probes(self) -> tuple[Probe, ...]:
+        """The state of every probe, from any thread."""
+        with self._lock:
+            return self._source.probes()
 
     def start(self) -> None:
         """Pump in a thread of its own until ``close``."""

@@ -160,11 +160,15 @@ class Telling:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a VM's VMM did after it was told: one of ``VERDICTS``, and what that rests on."""
+    """What a VM's VMM did after it was told: one of ``VERDICTS``, and what that rests on.
+
+    ``early``: it is unknown because it was told only just now.
+    """
 
     vm: int
     word: str
     evidence: tuple[str, ...]
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,7 @@ def event_line(told: Told) -> dict[str, Any] | None:
                 cpu=event.cpu,
                 socket=event.socket,
                 status=event.status,
+                count=event.count if event.count > 1 else None,
                 incident=told.incident,
             )
         case HwError():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import tempfile
+import socket
 import time
 from collections.abc import Iterator
+
+import click
 
 from kvmtrace import door, sources
 from kvmtrace.cli.ending import stop
@@ -15,21 +16,32 @@ from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event
 from kvmtrace.live import Session, host_of
 from kvmtrace.model import Host, Probe, Snapshot
-from kvmtrace.observe import Observed, Reactions
+from kvmtrace.observe import Observed, Quiet, Reactions
+from kvmtrace.sources.joined import JoinedSource
 from kvmtrace.sources.recording import RecordingSource, Writer
 
 POLL_SECONDS = 0.25
+LISTEN_SECONDS = 1.0
 
 
 def attach(kind: str) -> sources.Source:
     """This host's kernel, with what only looking tells added to what it says by itself."""
-    return Reactions(Observed(sources.open_source(kind)))
+    return Quiet(Reactions(Observed(sources.open_source(kind))))
+
+
+def here(kind: str) -> sources.Source:
+    """What this host's kernel tells: through the serve that runs here, unless a way is asked for.
+
+    A second set of probes would cost every VM exit once more, and know nothing of what was before.
+    """
+    joined = JoinedSource.join() if kind == "auto" else None
+    return joined or attach(kind)
 
 
 @contextlib.contextmanager
-def session_on(kind: str) -> Iterator[Session]:
-    """A session on this host's kernel, detached on every way out."""
-    session = Session(attach(kind))
+def session_on(source: sources.Source) -> Iterator[Session]:
+    """A session, detached on every way out."""
+    session = Session(source)
     try:
         yield session
     finally:
@@ -38,18 +50,26 @@ def session_on(kind: str) -> Iterator[Session]:
 
 @contextlib.contextmanager
 def open_door(session: Session) -> Iterator[None]:
-    """Let other commands ask what this session saw; without it where another serve answers."""
+    """Let other commands know what this session sees; without it where another serve answers."""
 
-    def answer() -> str:
-        snapshot = session.snapshot()
-        log = io.StringIO()
-        if snapshot.host is not None:
-            Writer(log, snapshot.host).write(session.history(), snapshot.probes)
-        return log.getvalue()
+    def answer(client: socket.socket) -> None:
+        follower = session.follow()
+        try:
+            with client.makefile("w", encoding="utf-8") as file:
+                writer = Writer(file, session.host())
+                writer.write(follower.past, session.probes())
+                follower.past = []
+                writer.mark()
+                while not door.has_left(client):
+                    file.flush()
+                    writer.write(follower.take(LISTEN_SECONDS), session.probes())
+        finally:
+            session.unfollow(follower)
 
     try:
         answering = door.Door(answer)
-    except OSError:
+    except OSError as error:
+        click.echo(f"kvmtrace: other commands will not find this one: {error.strerror}", err=True)
         yield
         return
     try:
@@ -59,32 +79,30 @@ def open_door(session: Session) -> Iterator[None]:
 
 
 def events_of(
-    recording: str | None, source: str, duration: float
+    recording: str | None, kind: str, duration: float
 ) -> tuple[list[Event], Host, tuple[Probe, ...]]:
     """All events of a recording, of a running serve, or else what this host says in a while."""
     batch: list[Event] = []
-    with contextlib.ExitStack() as kept:
-        if recording is None and (known := door.ask()) is not None:
-            file = kept.enter_context(tempfile.NamedTemporaryFile("w", encoding="utf-8"))
-            file.write(known)
-            file.flush()
-            recording = file.name
-        replayed = RecordingSource(recording) if recording is not None else None
-    if replayed is not None:
+    if recording is not None:
+        replayed = RecordingSource(recording)
         try:
             while not replayed.done and not stop.asked:
                 batch += replayed.poll(0)
             return batch, replayed.host, replayed.probes()
         finally:
             replayed.close()
-    attached = attach(source)
+    source = here(kind)
     try:
-        deadline = time.monotonic() + duration
-        while not stop.asked and (left := deadline - time.monotonic()) > 0:
-            batch += attached.poll(min(left, POLL_SECONDS))
-        return batch + attached.poll(0), host_of(attached), attached.probes()
+        if isinstance(source, JoinedSource):
+            click.echo(f"kvmtrace: as seen by {source.name} ({source.why})", err=True)
+        else:
+            deadline = time.monotonic() + duration
+            while not stop.asked and (left := deadline - time.monotonic()) > 0:
+                batch += source.poll(min(left, POLL_SECONDS))
+        batch += source.poll(0)
+        return batch, host_of(source), source.probes()
     finally:
-        attached.close()
+        source.close()
 
 
 def model_of(events: list[Event], host: Host, probes: tuple[Probe, ...]) -> Snapshot:

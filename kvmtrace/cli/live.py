@@ -10,7 +10,7 @@ import time
 import click
 
 from kvmtrace import host, identity
-from kvmtrace.cli.attaching import POLL_SECONDS, open_door, session_on
+from kvmtrace.cli.attaching import POLL_SECONDS, attach, here, open_door, session_on
 from kvmtrace.cli.ending import json_is_utf8, say, stop
 from kvmtrace.cli.options import (
     duration_option,
@@ -21,7 +21,9 @@ from kvmtrace.cli.options import (
 from kvmtrace.cli.printing import show_snapshot
 from kvmtrace.correlate import Told
 from kvmtrace.errors import UsageError
-from kvmtrace.events import VmSeen
+from kvmtrace.events import Event, VmSeen
+from kvmtrace.model import Snapshot
+from kvmtrace.sources.joined import JoinedSource
 from kvmtrace.views import lines
 from kvmtrace.views.header import watching_text
 
@@ -47,13 +49,13 @@ def top(once: bool, as_json: bool, interval: float, source: str) -> None:
         )
     from kvmtrace.views import top as view  # noqa: PLC0415 (a TUI library)
 
-    with session_on(source) as session:
+    with session_on(here(source)) as session:
         session.start()
         view.run(session.snapshot, interval)
 
 
 def _top_once(source: str, interval: float, as_json: bool) -> None:
-    with session_on(source) as session:
+    with session_on(here(source)) as session:
         deadline = time.monotonic() + interval
         while not stop.asked and (left := deadline - time.monotonic()) > 0:
             session.pump(min(left, POLL_SECONDS))
@@ -90,12 +92,17 @@ def events(
     text = lines.json_text if as_json else lines.event_text
     if as_json:
         json_is_utf8()
-    with session_on(source) as session:
+    attached = here(source)
+    with session_on(attached) as session:
         deadline = time.monotonic() + duration if duration else None
         told = session.pump(0)
+        start = session.snapshot()
+        if isinstance(attached, JoinedSource):
+            # All that happened before is known, but is no news: what is, as if just attached, is.
+            told = [one for one in told if _lives(one.event, start)]
         if vm is not None:
             _require_vm(vm, told)
-        click.echo(f"kvmtrace: {watching_text(session.snapshot())}", err=True)
+        click.echo(f"kvmtrace: {watching_text(start)}", err=True)
         last_look = False
         while True:
             for one in told:
@@ -118,6 +125,11 @@ def events(
                 # What the kernel counted meanwhile and has not told yet belongs to this run.
                 last_look, wait = True, 0
             told = session.pump(wait)
+
+
+def _lives(event: Event, snapshot: Snapshot) -> bool:
+    vm = snapshot.vms.get(event.vm) if isinstance(event, VmSeen) else None
+    return vm is not None and not vm.gone
 
 
 def _is(seen: VmSeen | None, vm: str) -> bool:
@@ -183,7 +195,7 @@ def serve(listen: str | None, max_vms: int | None, source: str) -> None:
         types, results = host.memory_failure_names()
         return [(kind, result) for kind in types.values() for result in results.values()]
 
-    with session_on(source) as session, open_door(session):
+    with session_on(attach(source)) as session, open_door(session):
         server = exporter.serve(
             listen or exporter.DEFAULT_LISTEN,
             session,

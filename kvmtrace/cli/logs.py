@@ -12,7 +12,7 @@ from typing import IO, Any
 import click
 
 from kvmtrace import host
-from kvmtrace.cli.attaching import POLL_SECONDS, attach, events_of, model_of
+from kvmtrace.cli.attaching import POLL_SECONDS, events_of, here, model_of
 from kvmtrace.cli.doctor import examined
 from kvmtrace.cli.ending import json_is_utf8, say, stop
 from kvmtrace.cli.options import (
@@ -39,13 +39,14 @@ from kvmtrace.views import lines, targets
 @with_source
 def record(file: str, force: bool, duration: float | None, source: str) -> None:
     """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
-    attached = attach(source)
+    attached = here(source)
     try:
         number = 0
         deadline = time.monotonic() + duration if duration else None
         with create(file, force) as out:
             writer = Writer(out, host_of(attached))
-            click.echo(f"recording to {file}; Ctrl-C ends it", err=True)
+            by = f"{attached.name} ({attached.why})" if attached.why else attached.name
+            click.echo(f"recording to {file} by {by}; Ctrl-C ends it", err=True)
             while True:
                 wait = POLL_SECONDS
                 if deadline is not None:

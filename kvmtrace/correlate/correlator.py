@@ -51,6 +51,12 @@ from kvmtrace.events import (
 from kvmtrace.model import Incident, Snapshot
 from kvmtrace.model import SoftOffline as SoftOfflined
 
+_FOUND_BY = {
+    "pagemap": "page table entry with the pfn (pagemap)",
+    "mapping": "the same page of the same file, mapped",
+    "guest_memfd": "the page's guest_memfd and its memslots",
+    "fault": "guest_memfd refused this gfn, whose memslot leads to the page",
+}
 _FOUND = {
     "running": "runs",
     "waiting": "waits in KVM_RUN",
@@ -310,7 +316,8 @@ class Correlator:
 
     def _owned_by(self, incident: State, event: Owned) -> None:
         self._incidents.grow(incident, event.size)
-        self._own(incident, event.owner, event.ts, f"page table entry with the pfn ({event.via})")
+        how = _FOUND_BY.get(event.via, event.via)
+        self._own(incident, event.owner, event.ts, how)
 
     def _own(
         self, incident: State, owner: Owner, ts: int | None = None, how: str | None = None

@@ -22,6 +22,9 @@ _MISCV = 1 << 59
 _UC = 1 << 61
 _PCC = 1 << 57
 _ADDR_LSB = 0x3F
+# AMD's only; Intel counts corrected errors there.
+_DEFERRED = 1 << 44
+_AMD = ("AuthenticAMD", "HygonGenuine")
 
 MCE = "mce:mce_record"
 _SEVERITIES = ("corrected", "deferred", "recoverable", "fatal")
@@ -55,7 +58,7 @@ class Errors:
             via = "others"
         self.first_ts = min(self.first_ts, event.ts)
         self.last_ts = max(self.last_ts, event.ts)
-        count = event.count if isinstance(event, HwError) else 1
+        count = event.count
         counts = self.counts.setdefault(via, [0, 0])
         counts[0] += count
         counts[1] += count if severity == "corrected" else 0
@@ -172,7 +175,8 @@ def severity_of(event: Mce | HwError) -> str | None:
     if isinstance(event, HwError):
         return event.severity
     if not event.status & _UC:
-        return "corrected"
+        deferred = event.vendor in _AMD and event.status & _DEFERRED
+        return "deferred" if deferred else "corrected"
     return "fatal" if event.status & _PCC else "recoverable"
 
 

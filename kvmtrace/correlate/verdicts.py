@@ -7,7 +7,7 @@ not told of that page again. ``unknown``: the evidence does not say which.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmtrace.model import Telling, Verdict
 
@@ -81,7 +81,9 @@ def judge(evidence: Evidence) -> Verdict:
         return verdict("exited", f"the VM was gone {after} after it was first told{since}")
     if now:
         return verdict("looping", *(_loop(telling, rate=True) for telling in now))
-    return verdict(*_by_looks(evidence))
+    word, *facts = _by_looks(evidence)
+    settled = max((look.ts for look in evidence.looks), default=evidence.now) - last >= SETTLED_NS
+    return replace(verdict(word, *facts), early=word == "unknown" and not settled)
 
 
 def _by_looks(evidence: Evidence) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Sources around a source: what the kernel does not say by itself, looked up while it can be."""
 
 from kvmtrace.observe.observed import Observed, Observer
+from kvmtrace.observe.quiet import Quiet
 from kvmtrace.observe.reactions import Reactions
 
-__all__ = ["Observed", "Observer", "Reactions"]
+__all__ = ["Observed", "Observer", "Quiet", "Reactions"]

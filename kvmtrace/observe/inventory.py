@@ -73,7 +73,7 @@ def poisoned_in(flags: bytes) -> Iterator[int]:
 
 
 class Inventory:
-    """``look`` now and then: counts when they changed, pages until all memory was looked at."""
+    """``counts`` when they changed; ``look`` at pages until all memory was looked at."""
 
     def __init__(self, proc: str = "/proc", sys: str = "/sys") -> None:
         self._proc, self._sys = proc, sys
@@ -84,8 +84,8 @@ class Inventory:
         """All memory was looked at, or there was no reason to."""
 
     def look(self, ts: int, deadline: float, seen: frozenset[int]) -> list[Event]:
-        """Events until ``deadline`` (monotonic seconds). ``seen``: pfns that events told of."""
-        events = self._counts(ts)
+        """Pages until ``deadline`` (monotonic seconds). ``seen``: pfns that events told of."""
+        events: list[Event] = []
         while not self.complete:
             pfns = next(self._pages, None)
             if pfns is None:
@@ -96,7 +96,12 @@ class Inventory:
                 break
         return events
 
-    def _counts(self, ts: int) -> list[Event]:
+    def counts(self, ts: int) -> list[Event]:
+        """The kernel's account, if it was due and has changed.
+
+        To be read before events are: the kernel tells of a page before it counts it
+        (action_result), so what is counted here and is not among them was missed.
+        """
         if time.monotonic() < self._next_counts:
             return []
         self._next_counts = time.monotonic() + COUNTS_SECONDS

@@ -1,9 +1,9 @@
 """What the kernel does not say by itself, looked up while it can be: who owns a poisoned page.
 
 ``Observed`` is a source around a source: it adds owners found in page tables just before the
-poison they belong to, the pfn of signals, pages that were poisoned before the start, and the
-kernel's own counts. What it adds are events like any others, so recordings hold them and replays
-do not look anything up.
+poison they belong to, the pfn of signals, who made the CPU of a machine check, pages that were
+poisoned before the start, and the kernel's own counts. What it adds are events like any others, so
+recordings hold them and replays do not look anything up.
 
 It never holds up its source for long: a poll spends at most ``FIRST_SECONDS`` on a new poison and
 ``SLICE_SECONDS`` on what was begun; owners found later come as ``Owned`` after their poison.
@@ -16,11 +16,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from kvmtrace import host
 from kvmtrace.events import (
     Event,
     Found,
     GmemPoison,
     Lost,
+    Mce,
     Owned,
     Owner,
     Poison,
@@ -63,7 +65,8 @@ class Observed:
     def poll(self, timeout: float) -> list[Event]:
         if self._observer.busy:
             timeout = min(timeout, SLICE_SECONDS)
-        events = self._observer.events(self.inner.poll(timeout), self._clock())
+        counts = self._inventory.counts(self._clock())
+        events = counts + self._observer.events(self.inner.poll(timeout), self._clock())
         found = self._inventory.look(
             self._clock(), time.monotonic() + SLICE_SECONDS, self._observer.pfns
         )
@@ -85,6 +88,7 @@ class Observer:
     def __init__(self, memory: Memory | None = None, proc: str = "/proc") -> None:
         self._memory = memory
         self._proc = proc
+        self._vendor = host.cpu_vendor(proc)
         self._pid_of: dict[int, int] = {}  # by VM
         self._searches: list[Search] = []
         self._seen: OrderedDict[int, None] = OrderedDict()  # poisoned pfns
@@ -121,6 +125,8 @@ class Observer:
                     out += [*found.pop(None, []), event, *found.pop(event.pfn, [])]
                 case Sigbus() if event.pfn is None:
                     out.append(replace(event, pfn=self._pfn_at(event)))
+                case Mce() if event.vendor is None:
+                    out.append(replace(event, vendor=self._vendor))
                 case _:
                     out.append(event)
         return out + [event for rest in found.values() for event in rest]

@@ -9,24 +9,20 @@ input, and its strings are cleaned like names from /proc.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
-import types
-import typing
 from collections.abc import Iterable, Mapping
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, Any
 
 from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Event, Owner, from_record, to_record
+from kvmtrace.events import Event, to_record
 from kvmtrace.identity import clean
 from kvmtrace.model import Host, Probe, ProbeRuns
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from kvmtrace.sources.decoding import WRONG, build, decoded
 
 FORMAT = 1
+MARK = "from_here_on"
 
 # A poison with hundreds of owners is below 100 kB; anything longer is no recording.
 MAX_LINE = 1 << 20
@@ -52,6 +48,10 @@ class Writer:
             self._line({"kind": "probes", "probes": states})
         for event in events:
             self._line(to_record(event))
+
+    def mark(self) -> None:
+        """What was written so far happened before somebody came to listen: see ``door``."""
+        self._line({"kind": MARK})
 
     def _line(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
@@ -91,12 +91,13 @@ class RecordingSource:
             if record is None:
                 continue
             try:
-                if record.get("kind") == "probes":
-                    self._probes = tuple(_build(Probe, probe) for probe in record["probes"])
-                else:
-                    events.append(_checked(from_record(record)))
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                told = decoded(record)
+            except WRONG as error:
                 raise self._bad(f"not an event: {clean(str(error))}") from error
+            if isinstance(told, Event):
+                events.append(told)
+            else:
+                self._probes = told
         return events
 
     def probes(self) -> tuple[Probe, ...]:
@@ -123,8 +124,8 @@ class RecordingSource:
                 f"{self.path} was recorded by a newer kvmtrace", "replay it with that version"
             )
         try:
-            return _build(Host, record)
-        except (TypeError, ValueError) as error:
+            return build(Host, record)
+        except WRONG as error:
             raise self._bad("incomplete header") from error
 
     def _record(self) -> dict[str, Any] | None:
@@ -155,47 +156,5 @@ class RecordingSource:
         )
 
 
-_T = TypeVar("_T", bound="DataclassInstance")
-
-
-@functools.cache
-def _hints(cls: type[DataclassInstance]) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
 def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _build(cls: type[_T], record: Mapping[str, Any]) -> _T:
-    names = _hints(cls).keys()
-    return _checked(cls(**{name: value for name, value in record.items() if name in names}))
-
-
-def _checked(value: _T) -> _T:
-    """The dataclass with every field of its declared type, in range, and its strings cleaned."""
-    changes: dict[str, Any] = {}
-    for name, hint in _hints(type(value)).items():
-        item = getattr(value, name)
-        changes[name] = _checked_item(name, item, hint)
-    return dataclasses.replace(value, **changes)
-
-
-def _checked_item(name: str, item: Any, hint: Any) -> Any:
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)
-        if inner[1:] == (...,):
-            return tuple(_checked_item(name, one, inner[0]) for one in item)
-        pairs = zip(item, inner, strict=True)
-        return tuple(_checked_item(name, one, its_hint) for one, its_hint in pairs)
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if not isinstance(item, allowed):
-        raise ValueError(f"{name} is {type(item).__name__}")
-    if isinstance(item, str):
-        return clean(item)
-    if isinstance(item, Owner):
-        return _checked(item)
-    if isinstance(item, int) and not 0 <= item < 1 << (63 if name == "ts" else 64):
-        raise ValueError(f"{name} is out of range")
-    return item

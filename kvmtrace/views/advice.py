@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvmtrace.model import Incident, Snapshot
-from kvmtrace.views.cells import hex_of, listed
+from kvmtrace.views.cells import counted, hex_of, listed
 
 
 def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
@@ -30,7 +30,8 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
     for verdict in incident.verdicts:
         if verdict.word == "unknown":
             who = _names(incident, [verdict.vm])
-            missing.append(f"what {who} did about it: {verdict.evidence[0]}")
+            why = "it was told only just now" if verdict.early else verdict.evidence[0]
+            missing.append(f"what {who} did about it: {why}")
     if incident.omitted:
         missing.append(f"{incident.omitted} entries of the timeline: there was no room for them")
     if snapshot.lost:
@@ -60,7 +61,9 @@ def next_steps(incident: Incident) -> list[str]:
 def _for_vms(incident: Incident) -> list[str]:
     if incident.state == "closed":
         return []
-    words = {verdict.vm: verdict.word for verdict in incident.verdicts}
+    words = {
+        verdict.vm: "early" if verdict.early else verdict.word for verdict in incident.verdicts
+    }
     steps = []
     for vm in dict.fromkeys([*(v for v in words), *(owner.vm for owner in incident.owners)]):
         party = incident.parties.get(vm)
@@ -74,23 +77,32 @@ def _for_vms(incident: Incident) -> list[str]:
                 steps.append(f"restart {who}: its VMM enters the same page{where} again and again")
             case "stopped":
                 steps.append(f"restart {who}: the vCPU that was told no longer runs")
+            case "early":
+                steps.append(f"ask again in some seconds: {who} was told only just now")
             case "unknown":
                 steps.append(f"look at {who}: it was told, and what it did is not known")
+            case None if incident.undelivered:
+                steps.append(f"migrate {who}: its page{where} was asked for, and it was not told")
             case None:
                 steps.append(f"migrate {who} before its guest touches the page{where}")
-    if incident.undelivered:
-        steps.append(
-            f"do not rely on the VMM here: {incident.undelivered} times the page was refused "
-            "and KVM_RUN did not say so"
-        )
+    if incident.undelivered and incident.told:
+        times = counted(incident.undelivered, "time")
+        steps.append(f"do not rely on the VMM: {times} the page was refused and it was not told")
     return steps
 
 
 def _for_hardware(incident: Incident) -> list[str]:
     origin = incident.origin
-    if origin is None or not origin.label:
+    if origin is None:
         return []
-    errors = f"{origin.dimm.count if origin.dimm else origin.history.count} errors reported"
+    if not origin.label:
+        if origin.addr is None or origin.severity == "corrected":
+            return []
+        where = "" if origin.socket is None else f" of socket {origin.socket}"
+        return [f"find the DIMM{where} that holds address {origin.addr:#x}: no report named it"]
+    errors = (
+        f"{counted(origin.dimm.count if origin.dimm else origin.history.count, 'error')} reported"
+    )
     if origin.severity == "corrected":
         return [f"watch DIMM {origin.label}: {errors}, those of this page were corrected"]
     return [f"replace DIMM {origin.label}: {errors}"]

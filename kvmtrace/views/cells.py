@@ -157,3 +157,8 @@ def _local(ts: int) -> datetime.datetime:
 def listed(parts: Iterable[str], none: str = UNKNOWN) -> str:
     """``a, b, c``."""
     return ", ".join(parts) or none
+
+
+def counted(number: int, what: str) -> str:
+    """``1 exit``, ``2 exits``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

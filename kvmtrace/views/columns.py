@@ -10,6 +10,7 @@ from kvmtrace.views.cells import UNKNOWN, age_of, cells, clip, hex_of, rate_of, 
 from kvmtrace.views.grid import Column
 from kvmtrace.views.rows import IncidentRow, VmRow, owners_name, severity
 
+_BOTH = len("Recovered: dirty")
 _AGO = len("99 min ago")
 _BRIEF = {"conversion": "conv", "backing": "back", "unannotated": "unann", "unknown": "?"}
 
@@ -46,7 +47,9 @@ def _ago(ts: int | None, now: int, width: int | None) -> str:
 def _result(row: IncidentRow, width: int | None) -> str:
     # The result first: it says more, and the kernel's page types are long.
     parts = [part for part in (row.incident.result, row.incident.page_type) if part]
-    return ": ".join(parts) or UNKNOWN
+    text = ": ".join(parts) or UNKNOWN
+    # A whole word, rather than two of which one is cut.
+    return text if width is None or cells(text) <= width or width > _BOTH else parts[0]
 
 
 def _owner(row: IncidentRow, width: int | None) -> str:

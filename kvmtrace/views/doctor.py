@@ -127,7 +127,7 @@ def _host_checks(facts: Facts) -> Iterator[Check]:
         facts.bcc.version or facts.bcc.why,
         facts.bcc.fix,
     )
-    if facts.ras_cec == "y":
+    if facts.ras_cec:
         yield Check(
             "corrected errors", None, "this kernel collects them without an event (RAS_CEC)"
         )

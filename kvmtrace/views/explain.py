@@ -11,7 +11,7 @@ from typing import Any
 from kvmtrace import wire
 from kvmtrace.model import ErrorHistory, Incident, Moment, Origin, Party, Snapshot
 from kvmtrace.views import advice
-from kvmtrace.views.cells import hex_of, listed, size_of, span_of
+from kvmtrace.views.cells import counted, hex_of, listed, size_of, span_of
 
 WIDTH = 80
 _LABEL = 11
@@ -113,11 +113,12 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
     for told in incident.told:
         for code, count in told.sigbus.items():
             signals[code] = signals.get(code, 0) + count
-    told_by = [f"{incident.exits} exits EHWPOISON"] if incident.exits else []
+    told_by = [f"{counted(incident.exits, 'exit')} EHWPOISON"] if incident.exits else []
     told_by += [f"{count} SIGBUS {code}" for code, count in sorted(signals.items())]
     yield "told by", listed(told_by, "nothing yet")
     if incident.undelivered:
-        yield "not told", f"{incident.undelivered} refusals by guest_memfd that no exit told"
+        refusals = counted(incident.undelivered, "refusal")
+        yield "not told", f"{refusals} by guest_memfd, of which KVM_RUN said nothing"
 
 
 def origin_parts(origin: Origin) -> Iterator[str]:
@@ -134,16 +135,16 @@ def origin_parts(origin: Origin) -> Iterator[str]:
         yield origin.severity
     if origin.message:
         yield origin.message
-    yield f"{_counted(origin.history)} at this page"
+    yield _counted(origin.history, "at this page")
     if origin.dimm is not None:
-        yield f"{_counted(origin.dimm)} of this DIMM"
+        yield _counted(origin.dimm, "of this DIMM")
 
 
-def _counted(history: ErrorHistory) -> str:
+def _counted(history: ErrorHistory, where: str) -> str:
     span = history.last_ts - history.first_ts
     within = f" within {span_of(span)}" if history.count > 1 and span > 0 else ""
-    corrected = f", {history.corrected} corrected," if history.corrected else ""
-    return f"{history.count} errors{corrected}{within}"
+    corrected = f" ({history.corrected} corrected)" if history.corrected else ""
+    return f"{counted(history.count, 'error')} {where}{within}{corrected}"
 
 
 def _moment(moment: Moment, incident: Incident, begin: int) -> str:

@@ -32,6 +32,9 @@ def frame(state: State, width: int, height: int) -> list[Drawn]:
         header.probe_spans(state.snapshot),
         header.memory_spans(state.snapshot),
     ]
+    missed = header.kernel_spans(state.snapshot)
+    if missed is not None:
+        head.append(missed)
     room = max(0, height - len(head) - 1)
     if state.page == "main":
         body = _tables(state, width, room)

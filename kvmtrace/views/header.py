@@ -47,6 +47,7 @@ def memory_spans(snapshot: Snapshot) -> Line:
     for (_, result), count in snapshot.poisons.items():
         results[result] = results.get(result, 0) + count
     corrupted = snapshot.host.hardware_corrupted_bytes if snapshot.host else None
+    before = sum(incident.before_start for incident in snapshot.incidents)
     what_was_lost = listed((f"{count} at {where}" for where, count in lost.items()), "nothing")
     poisons = listed((f"{count} {result}" for result, count in results.items()), "none")
     return (
@@ -54,9 +55,19 @@ def memory_spans(snapshot: Snapshot) -> Line:
         (what_was_lost, "bad" if lost else ""),
         ("  poisons ", "dim"),
         (poisons, ""),
+        (f", {before} from before" if before else "", ""),
         ("  HardwareCorrupted ", "dim"),
         (size_of(corrupted), "warn" if corrupted else ""),
     )
+
+
+def kernel_spans(snapshot: Snapshot) -> Line | None:
+    """The kernel's own count of memory failures, where kvmtrace did not see all of them."""
+    if snapshot.kernel is None or not snapshot.kernel.missed:
+        return None
+    handled, seen = snapshot.kernel.handled, snapshot.kernel.seen
+    said = f"the kernel handled {handled}, kvmtrace saw {seen}"
+    return ((f"memory failures: {said}", "bad"), ("; incidents are missing", "warn"))
 
 
 def probe_lines(snapshot: Snapshot, *, only_missing: bool = False) -> list[Line]:

@@ -71,6 +71,7 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
                 f"addr {hex_of(event.addr)}",
                 f"pfn {hex_of(event.pfn)}",
                 f"status {hex(event.status)}",
+                f"x{event.count}" if event.count > 1 else "",
             ]
         case HwError():
             what = f"{event.severity or 'memory'} error"

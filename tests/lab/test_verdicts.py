@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from kvmtrace.model import VERDICTS
 from tests.lab.drive import PATIENCE, Line, Vmm, told_by
 from tests.lab.machine import Machine
 from tests.lab.vmm import private_vms
@@ -41,9 +43,17 @@ def explain(machine: Machine, target: str) -> Line:
     return dict(incident)
 
 
-def poisoned(machine: Machine, name: str) -> tuple[Vmm, Line]:
+EVIDENCE = {
+    "exited": r"the VM was gone [\d.]+ s after it was first told",
+    "stopped": r"vCPU 0 \(thread \d+\) sleeps outside KVM_RUN, [\d.]+ s after it was told",
+    "handled": r"vCPU 0 .* CPU time since not told of this page again since",
+    "looping": r"vCPU 0 was told \d+ times in [\d.]+ s, [\d.]+ a second",
+}
+
+
+def poisoned(machine: Machine, name: str, backing: str = "gmem") -> tuple[Vmm, Line]:
     vmm = Vmm(machine, name)
-    vmm.step("create v backing=gmem pages=32")
+    vmm.step(f"create v backing={backing} pages=32")
     vmm.step("touch v +3")
     return vmm, vmm.step("poison v +3")
 
@@ -51,8 +61,14 @@ def poisoned(machine: Machine, name: str) -> tuple[Vmm, Line]:
 def test_each_verdict(machine: Machine) -> None:
     with recorded(machine):
         vmms = {name: poisoned(machine, name) for name in ("exits", "stops", "copes", "loops")}
+        vmms["mends"] = poisoned(machine, "mends", "anon")
         for name in ("exits", "stops", "copes"):
             assert vmms[name][0].step("touch v +3")["errno"] == "EHWPOISON"
+        mends = vmms["mends"][0]
+        assert mends.step("touch v +3", may_fail=True)["sigbus"]
+        mends.step("remap v +3")
+        assert mends.step("touch v +3")["ok"]
+        mends.step("pio v 1000000000 bg=1")
         vmms["exits"][0].end()
         vmms["copes"][0].step("pio v 1000000000 bg=1")
         vmms["loops"][0].step("loop v +3 1000000 gap_us=20000 bg=1")
@@ -61,17 +77,19 @@ def test_each_verdict(machine: Machine) -> None:
         ("exits", "exited"),
         ("stops", "stopped"),
         ("copes", "handled"),
+        ("mends", "handled"),
         ("loops", "looping"),
     ):
         told = explain(machine, name)
         assert told["verdict"] == verdict, told
         assert told["pfn"] == vmms[name][1]["pfn"]
         assert [owner["gfn"] for owner in told["owners"]] == [vmms[name][1]["gfn"]]
-        assert told["verdicts"][0]["evidence"]
+        evidence = " ".join(told["verdicts"][0]["evidence"])
+        assert re.search(EVIDENCE[verdict], evidence), evidence
     assert explain(machine, "loops")["state"] == "looping"
     assert explain(machine, "exits")["state"] == "closed"
     assert explain(machine, "exits")["owners"][0]["vm"]["name"] == "exits"
-    for name in ("stops", "copes", "loops"):
+    for name in ("stops", "copes", "mends", "loops"):
         vmms[name][0].job.signal(signal.SIGKILL)
 
 
@@ -92,6 +110,69 @@ def test_a_machine_check_and_the_poison_that_follows(machine: Machine) -> None:
     whats = [moment["what"] for moment in told["timeline"]]
     assert "machine check" in whats[0]
     assert any("poisoned" in what for what in whats[1:])
+
+
+def test_what_is_never_delivered(machine: Machine) -> None:
+    """guest_memfd refuses the page, and no KVM_RUN says so: a counter born 0, and in the story."""
+    serve = machine.start("exec kvmtrace serve --listen 127.0.0.1:0 --source bpf")
+    serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+    url = serve.stderr.partition("serving ")[2].split()[0]
+    fetch = f"import urllib.request as u; print(u.urlopen('{url}').read().decode())"
+
+    def metrics() -> set[str]:
+        text = machine.run(["python3", "-c", fetch], timeout=PATIENCE, check=True).stdout
+        return set(text.splitlines())
+
+    try:
+        vmm, poison = poisoned(machine, "swallowed")
+        series = 'kvmtrace_undelivered_total{vm="swallowed"} '
+        born = metrics()
+        assert f"{series}0.0" in born
+        words = {f'kvmtrace_incident_verdicts{{verdict="{word}"}}' for word in VERDICTS}
+        assert words <= {line.rpartition(" ")[0] for line in born}
+        for number in (1, 2):
+            assert vmm.step("prefault v +3", may_fail=True)["errno"] == "EHWPOISON"
+            deadline = time.monotonic() + PATIENCE
+            # Nothing else happens on this host: time alone tells.
+            while f"{series}{number}.0" not in metrics():
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+        asked = ["kvmtrace", "explain", hex(poison["pfn"])]
+        (told,) = json.loads(machine.run([*asked, "--json"], timeout=PATIENCE, check=True).stdout)
+        assert (told["undelivered"], told["deliveries"]) == (2, {"exits": 0, "sigbus": 0})
+        assert told["state"] == "latent"
+        where = f"its page (gfn {poison['gfn']:#x}) was asked for, and it was not told"
+        assert told["next"] == [f"migrate swallowed: {where}"]
+        text = machine.run(asked, timeout=PATIENCE, check=True).stdout
+        assert "2 refusals by guest_memfd, of which KVM_RUN said nothing" in text
+        assert all(len(line) <= 80 for line in text.splitlines())
+        vmm.end()
+    finally:
+        serve.signal(signal.SIGINT)
+        assert serve.wait(PATIENCE) == 0, serve.stderr
+
+
+def test_pages_that_are_moved_or_mended(machine: Machine) -> None:
+    """Soft-offlined, and unpoisoned: told apart from poison, and no incident that goes on."""
+    with recorded(machine):
+        moved, mended = Vmm(machine, "moved"), Vmm(machine, "mended")
+        for vmm in (moved, mended):
+            vmm.step("create v backing=anon pages=32")
+            vmm.step("touch v +3")
+        soft = moved.step("pfn v +3")["pfn"]
+        place = "/sys/devices/system/memory/soft_offline_page"
+        machine.run(f"echo {soft << 12:#x} > {place}", check=True)
+        poison = mended.step("poison v +3 how=inject")
+        mended.step("unpoison v +3")
+        time.sleep(1)
+        for vmm in (moved, mended):
+            vmm.end()
+    story = machine.run(f"kvmtrace explain {soft:#x} --from {LOG}", timeout=PATIENCE, check=True)
+    assert "soft-offlined; its contents were moved, no guest is harmed" in story.stdout
+    told = explain(machine, hex(poison["pfn"]))
+    assert (told["state"], told.get("verdict")) == ("closed", None)
+    assert any("unpoisoned" in moment["what"] for moment in told["timeline"])
+    assert told["next"] == ["nothing: the page is no longer poisoned"]
 
 
 def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:

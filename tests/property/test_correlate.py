@@ -28,6 +28,7 @@ from kvmtrace.events import (
     Refused,
     Sigbus,
     SoftOffline,
+    StillQuiet,
     Unpoison,
     VcpuState,
     VmGone,
@@ -84,7 +85,9 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         vcpu=st.none() | st.integers(0, 2),
         gfn=st.none() | GFNS,
         pfn=st.none() | PFNS,
+        count=st.integers(1, 5),
     ),
+    st.builds(StillQuiet, TS),
     st.builds(
         Mce,
         TS,
@@ -93,8 +96,10 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         st.integers(1, 2),
         st.just(0),
         st.just(0),
-        st.sampled_from([0, 1 << 59, 7 << 59, 1 << 61 | 1 << 57]),
+        st.sampled_from([0, 1 << 59, 7 << 59, 1 << 61 | 1 << 57, 1 << 44]),
         st.sampled_from([None, 0, 12, 14, 63]),
+        st.integers(1, 5),
+        st.sampled_from([None, "AuthenticAMD"]),
     ),
     st.builds(
         HwError,
@@ -229,7 +234,7 @@ def test_counts_are_exact(events: list[Event]) -> None:
     for key, vm in shown.vms.items():
         assert sum(vm.exits.values()) == sum(n for (of, _), n in exits.items() if of == key)
         assert sum(vm.sigbus.values()) == sum(
-            isinstance(event, Sigbus) and event.vm == key for event in log
+            event.count for event in log if isinstance(event, Sigbus) and event.vm == key
         )
     assert sum(i.exits for i in shown.incidents) == sum(
         n for (_, errno), n in exits.items() if errno == 133

@@ -1,22 +1,29 @@
-"""The log that a later comer gets, and who may ask for it."""
+"""The log that a later comer gets."""
 
 from __future__ import annotations
 
-import os
-
-import pytest
-from click.testing import CliRunner
 from hypothesis import given, settings
 
-from kvmtrace import cli, door, sources
-from kvmtrace.cli.attaching import open_door
+from kvmtrace import history
 from kvmtrace.correlate import Correlator
-from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone, VmSeen
+from kvmtrace.events import (
+    Event,
+    Exit,
+    GmemPoison,
+    Mce,
+    Owner,
+    Poison,
+    Refused,
+    Sigbus,
+    Unpoison,
+    VcpuState,
+    VmGone,
+    VmSeen,
+)
 from kvmtrace.history import EventLog
-from kvmtrace.live import Session
 from kvmtrace.model import Snapshot
 from tests.property.test_correlate import LOGS
-from tests.unit.fake import SECOND, T0, FakeSource
+from tests.unit.fake import SECOND, T0
 from tests.unit.test_explain import STORY
 
 
@@ -71,49 +78,103 @@ def test_uneventful_vms_leave_nothing() -> None:
     assert log_of([VmSeen(T0, 1, 4001), VmGone(T0, 1)]) == []
 
 
+def test_signals_and_machine_checks_are_counted() -> None:
+    """Not the last few of them: `top` through a serve shows what its /metrics say."""
+    hva, pfn = 0x7F0000008000, 0x103275
+    story: list[Event] = [VmSeen(T0, 1, 4001, "web-1")]
+    for n in range(1000):
+        story.append(Mce(T0 + n, pfn << 12, pfn, 4, 0, 0, 0x9C00000000080A13 + n % 7))
+    story.append(Poison(T0 + SECOND, pfn, "dirty LRU page", "Recovered", tid=7))
+    for n in range(1000):
+        at = T0 + 2 * SECOND + n * SECOND
+        story.append(Sigbus(at, 4001, 78, 4, hva + n, 12, 78, 1, 0, 8, pfn, count=3))
+    log = log_of(story)
+    assert len(log) == 6
+    assert model(log).vms[1].sigbus == {"AR": 3000}
+    (incident,) = model(log).incidents
+    assert (incident.sigbus, incident.state) == (3000, "looping")
+    assert incident.origin is not None
+    assert (incident.origin.history.count, incident.origin.history.corrected) == (1000, 1000)
+
+
+def test_errors_of_another_sort_are_not_added_up() -> None:
+    pfn = 0x103275
+    checks: list[Event] = [
+        Mce(T0 + n, pfn << 12, pfn, 4, 0, 0, status)
+        for n, status in enumerate(4 * [0x9C00000000080A13, 0xBD80000000100134])
+    ]
+    (poisoned,) = model([*log_of(checks), Poison(T0 + SECOND, pfn, "", "Failed")]).incidents
+    assert poisoned.origin is not None
+    assert (poisoned.origin.history.count, poisoned.origin.history.corrected) == (8, 4)
+
+
+def test_what_is_told_of_another_page_at_the_same_place_is_not_added_up() -> None:
+    """A page is unpoisoned, and another one poisoned where it was."""
+    story: list[Event] = [VmSeen(T0, 1, 4001, "web-1")]
+    for n, pfn in enumerate((0x1000, 0x2000)):
+        at = T0 + n * 100 * SECOND
+        story.append(GmemPoison(at, 7, 1, 8, (Owner(1, 8),)))
+        story.append(Poison(at + 1, pfn, "", "Failed", tid=7))
+        for k in range(10):
+            told = at + (k + 1) * SECOND
+            story.append(Exit(told, 1, 0, 133, 39, True, 7, gfn=8, gmem=133))
+        story.append(Unpoison(at + 50 * SECOND, pfn))
+    later = model(log_of(story)).incidents
+    assert [incident.exits for incident in later] == [10, 10]
+    assert later == model(story).incidents
+
+
+def test_refusals_that_were_told_later_are_not_undelivered() -> None:
+    """Sums stand where the last came: between them and the exits that told is not a storm."""
+    story: list[Event] = [VmSeen(T0, 1, 4001, "web-1"), VmSeen(T0, 2, 4002, "db-1")]
+    for n in range(100):
+        at = T0 + n * 60 * SECOND
+        story.append(Refused(at, 1, 8))
+        story.append(Exit(at, 2, n, 14, 0, False, 7))
+        story.append(Exit(at + 1, 1, 0, 133, 39, True, 7, gfn=8, gmem=133))
+    story.append(Refused(T0 + 6000 * SECOND, 1, 8))
+    story.append(Exit(T0 + 6060 * SECOND, 2, 0, 14, 0, False, 7))
+    assert model(story).vms[1].undelivered == 1
+    assert model(log_of(story)).vms[1].undelivered == 1
+
+
+def test_the_end_of_a_vm_is_not_pushed_out() -> None:
+    story: list[Event] = [
+        VmSeen(T0, 1, 4001, "web-1"),
+        Exit(T0, 1, 0, 133, 39, True, 7, gfn=8),
+        VmGone(T0 + 1, 1),
+        VmSeen(T0 + 2, 2, 4002, "db-1"),
+    ]
+    story += [Exit(T0 + n, 2, 0, 133, 39, True, 7, gfn=n) for n in range(100)]
+    later = model(log_of(story, limit=50))
+    assert [key for key, vm in later.vms.items() if not vm.gone] == [2]
+    assert later.lost == {"history": 51}
+
+
+def test_more_vms_than_there_is_room_for_are_said() -> None:
+    many: list[Event] = [VmSeen(T0, n, n) for n in range(history.MAX_VMS + 10)]
+    assert model(log_of(many)).lost == {"history": 10}
+
+
 @given(LOGS)
 @settings(max_examples=100)
 def test_any_log_can_be_kept(events: list[Event]) -> None:
     kept = log_of(events, limit=20)
-    assert len(kept) <= 20 + 4 + 1
+    vms = {event.vm for event in events if isinstance(event, (VmSeen, VmGone))}
+    assert len(kept) <= 20 + 2 * len(vms) + 1
     model(kept)
 
 
-def test_asking_at_the_door() -> None:
-    name = f"\0kvmtrace-test-{os.getpid()}"
-    assert door.ask(name) is None
-    answering = door.Door(lambda: "line\n" * 100_000, name)
-    try:
-        assert door.ask(name) == "line\n" * 100_000
-        with pytest.raises(OSError, match="in use"):
-            door.Door(lambda: "", name)
-    finally:
-        answering.close()
-    assert door.ask(name) is None
-
-
-def test_explain_asks_who_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through `serve`'s door; without one, it attaches itself."""
-    session = Session(FakeSource(STORY))
-    session.pump(0)
-    name = f"\0kvmtrace-test-{os.getpid()}"
-    monkeypatch.setattr(door, "NAME", name)
-    monkeypatch.setattr(sources, "open_source", lambda kind: FakeSource(STORY))
-    arguments = ["explain", "web-1", "--duration", "0.1"]
-    alone = CliRunner().invoke(cli.cli, arguments)
-    assert "Incident 103275-1" in alone.output
-    monkeypatch.setattr(sources, "open_source", lambda kind: pytest.fail("attached"))
-    with open_door(session), open_door(session):  # the second one has to do without
-        asked = CliRunner().invoke(cli.cli, arguments)
-    assert asked.output.splitlines()[0] == alone.output.splitlines()[0]
-    assert "stopped" in asked.output
-
-
-def test_strangers_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = f"\0kvmtrace-test-{os.getpid()}"
-    answering = door.Door(lambda: "secret", name)
-    try:
-        monkeypatch.setattr(door, "_trusted", lambda peer: False)
-        assert door.ask(name) is None
-    finally:
-        answering.close()
+@given(LOGS)
+@settings(max_examples=300)
+def test_what_is_counted_from_it_is_what_was_counted(events: list[Event]) -> None:
+    """VMs are named first, as sources do it: of a VM never heard of nothing is counted."""
+    events = sorted(events, key=lambda event: not isinstance(event, VmSeen))
+    now, later = model(events), model(log_of(events))
+    # Of VMs that ended and to which nothing happened the log need not tell.
+    for key in now.vms.keys() | later.vms.keys():
+        one, other = now.vms.get(key), later.vms.get(key)
+        counts = [(vm.exits, vm.sigbus) if vm else ({}, {}) for vm in (one, other)]
+        assert counts[0] == counts[1]
+    assert now.poisons == later.poisons
+    assert now.lost == later.lost

@@ -107,6 +107,19 @@ def test_corrected_errors_are_the_history() -> None:
     assert snapshot.dimms["DIMM_A1"] == origin.dimm
 
 
+@pytest.mark.parametrize(
+    ("vendor", "severity"),
+    [("AuthenticAMD", "deferred"), ("GenuineIntel", "corrected"), (None, "corrected")],
+)
+def test_only_amd_defers_by_bit_44(vendor: str | None, severity: str) -> None:
+    """Intel counts corrected errors in bits 38 to 52."""
+    check = Mce(T0, PFN << 12, PFN, 4, 0, 0, 1 << 44, vendor=vendor)
+    origin = only(tell(check, poison(T0 + MS))[0]).origin
+    assert origin is not None
+    assert origin.severity == severity
+    assert origin.history.corrected == (severity == "corrected")
+
+
 def test_hardware_errors_open_nothing() -> None:
     assert tell(mce(T0), edac(T0))[0].incidents == ()
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from kvmtrace import kvm
-from kvmtrace.events import Event, Found, GmemPoison, Owned, Owner, Poison, Sigbus, VmSeen
+from kvmtrace.events import Event, Found, GmemPoison, Mce, Owned, Owner, Poison, Sigbus, VmSeen
 from kvmtrace.guestmem import Slot, gfns_at
-from kvmtrace.observe import Observer, inventory
+from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.observe import Observed, Observer, inventory
 from kvmtrace.observe.owners import Place, find, poisoned_pfn
 from kvmtrace.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
 from kvmtrace.sources import bpf_vms
@@ -138,8 +139,9 @@ def test_failure_counts_are_summed_over_nodes(tmp_path: Path) -> None:
 def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("HardwareCorrupted:     0 kB\n")
     first = inventory.Inventory(str(tmp_path), str(tmp_path / "sys"))
-    (count,) = first.look(1, 0, frozenset())
+    (count,) = first.counts(1)
     assert getattr(count, "at_start", None) is True
+    assert first.look(1, 0, frozenset()) == []
     assert first.complete
     (tmp_path / "meminfo").write_text("HardwareCorrupted:    16 kB\n")
     (tmp_path / "iomem").write_text(
@@ -149,9 +151,49 @@ def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) 
     pages[3], pages[4], pages[12] = 0x80000, 0x40008501C, 0x80000
     (tmp_path / "kpageflags").write_bytes(struct.pack("=16Q", *pages))
     second = inventory.Inventory(str(tmp_path), str(tmp_path / "sys"))
+    second.counts(1)
     events = second.look(1, float("inf"), frozenset({4}))
-    assert events[1:] == ([Found(1, 3)] if kvm.PAGE_SHIFT == 12 else events[1:])
+    assert events == ([Found(1, 3)] if kvm.PAGE_SHIFT == 12 else events)
     assert second.complete
+
+
+class _Poisoned:
+    """A source in whose poll a page is poisoned: told of first, counted then."""
+
+    name = "bpf"
+    why: str | None = None
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def poll(self, timeout: float) -> list[Event]:
+        directory = self._root / "sys/devices/system/node/node0/memory_failure"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "total").write_text("8\n")
+        return [Poison(1, 0x104CAA, "dirty LRU page", "Recovered")]
+
+    def probes(self) -> tuple[Probe, ...]:
+        return ()
+
+    def probe_runs(self) -> dict[str, ProbeRuns]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_poison_that_is_just_coming_is_not_missed(tmp_path: Path) -> None:
+    source = _Poisoned(tmp_path)
+    source.poll(0)
+    looked = inventory.Inventory(str(tmp_path), str(tmp_path / "sys"))
+    events = Observed(source, str(tmp_path), looked).poll(0)
+    assert [event.kind for event in events] == ["kernel_counts", "poison"]
+
+
+def test_a_machine_check_gets_its_vendor(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\n")
+    (told,) = story(tmp_path, [Mce(1, 0x1000, 1, 4, 0, 0, 1 << 44)])
+    assert getattr(told, "vendor", "") == "AuthenticAMD"
 
 
 def story(tmp_path: Path, events: list[Event]) -> list[Event]:

@@ -28,6 +28,7 @@ from kvmtrace.events import (
     Refused,
     Sigbus,
     SoftOffline,
+    StillQuiet,
     Unpoison,
     VcpuState,
     VmGone,
@@ -51,6 +52,7 @@ EVERY_KIND: tuple[Event, ...] = (
     Found(T0, 6),
     KernelCounts(T0, (("total", 3), ("recovered", 2)), 12288, True),
     VcpuState(T0, 1, 4003, "running", 0, 1_000_000),
+    StillQuiet(T0),
     Lost(T0, "ringbuf", 7),
     VmGone(T0, 1),
 )

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from kvmtrace.model import Probe, Snapshot
+from kvmtrace.model import KernelAccount, Probe, Snapshot
 from kvmtrace.views.cells import (
     age_of,
     cells,
@@ -98,6 +98,22 @@ def test_header() -> None:
     assert found[3] == (
         "lost 7 at ring buffer  poisons 2 Failed, 2 Recovered  HardwareCorrupted 20 KiB"
     )
+
+
+def test_what_the_kernel_counted_and_nobody_saw_is_said() -> None:
+    account = KernelAccount({"total": 1}, {"total": 4}, 3, 2)
+    found = lines(dataclasses.replace(worlds.small(), kernel=account), 120)
+    assert found[4] == (
+        "memory failures: the kernel handled 3, kvmtrace saw 2; incidents are missing"
+    )
+    seen = dataclasses.replace(account, seen=3)
+    assert lines(dataclasses.replace(worlds.small(), kernel=seen), 120)[4] == ""
+
+
+def test_poison_from_before_the_start_is_kept_apart() -> None:
+    incidents = tuple(dataclasses.replace(i, before_start=True) for i in worlds.small().incidents)
+    found = lines(dataclasses.replace(worlds.small(), incidents=incidents[:2]), 120)
+    assert "poisons 2 Failed, 2 Recovered, 2 from before  Hardware" in found[3]
 
 
 def test_reasons_are_folded_not_cut() -> None:

@@ -1,0 +1,51 @@
+"""That nothing happened is told too: the model has no clock but the events'.
+
+A refusal that KVM_RUN has not told within seconds was swallowed; a loop of which nothing was heard
+for a while has ended. ``Quiet`` is a source around a source: after its last event it adds one that
+says how late it is, at intervals that double, so that a quiet host stays quiet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from kvmtrace.events import Event, StillQuiet
+from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.sources import Source
+
+_SECOND = 1_000_000_000
+
+# A little more than it takes until refusals without an exit count as undelivered.
+FIRST_NS = 6 * _SECOND
+
+
+class Quiet:
+    """A source that also says when nothing happened. ``now``: ns since the epoch."""
+
+    def __init__(self, inner: Source, now: Callable[[], int] = time.time_ns) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.why = inner.why
+        self._now = now
+        self._since: int | None = None
+        self._wait = FIRST_NS
+
+    def poll(self, timeout: float) -> list[Event]:
+        events = self.inner.poll(timeout)
+        now = self._now()
+        if events:
+            self._since, self._wait = now, FIRST_NS
+        elif self._since is not None and now - self._since >= self._wait:
+            self._wait *= 2
+            return [StillQuiet(now)]
+        return events
+
+    def probes(self) -> tuple[Probe, ...]:
+        return self.inner.probes()
+
+    def probe_runs(self) -> Mapping[str, ProbeRuns]:
+        return self.inner.probe_runs()
+
+    def close(self) -> None:
+        self.inner.close()

@@ -1,0 +1,73 @@
+"""Lines that come from outside, checked: an event, or the state of the probes.
+
+Every field has its declared type and is in range, and strings are cleaned like names from /proc.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kvmtrace.events import Event, Owner, from_record
+from kvmtrace.identity import clean
+from kvmtrace.model import Probe
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+# What decoding a line that is no such thing may raise.
+WRONG = (KeyError, TypeError, ValueError, AttributeError)
+
+
+def decoded(record: Mapping[str, Any]) -> Event | tuple[Probe, ...]:
+    """The event of a line, or the probes. Raises ``WRONG``."""
+    if record.get("kind") == "probes":
+        return tuple(build(Probe, probe) for probe in record["probes"])
+    return _checked(from_record(record))
+
+
+_T = TypeVar("_T", bound="DataclassInstance")
+
+
+@functools.cache
+def _hints(cls: type[DataclassInstance]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def build(cls: type[_T], record: Mapping[str, Any]) -> _T:
+    """A dataclass from the fields that it knows of. Raises ``WRONG``."""
+    names = _hints(cls).keys()
+    return _checked(cls(**{name: value for name, value in record.items() if name in names}))
+
+
+def _checked(value: _T) -> _T:
+    """The dataclass with every field of its declared type, in range, and its strings cleaned."""
+    changes: dict[str, Any] = {}
+    for name, hint in _hints(type(value)).items():
+        item = getattr(value, name)
+        changes[name] = _checked_item(name, item, hint)
+    return dataclasses.replace(value, **changes)
+
+
+def _checked_item(name: str, item: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        if inner[1:] == (...,):
+            return tuple(_checked_item(name, one, inner[0]) for one in item)
+        pairs = zip(item, inner, strict=True)
+        return tuple(_checked_item(name, one, its_hint) for one, its_hint in pairs)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not isinstance(item, allowed):
+        raise ValueError(f"{name} is {type(item).__name__}")
+    if isinstance(item, str):
+        return clean(item)
+    if isinstance(item, Owner):
+        return _checked(item)
+    if isinstance(item, int) and not 0 <= item < 1 << (63 if name == "ts" else 64):
+        raise ValueError(f"{name} is out of range")
+    return item

@@ -1,0 +1,135 @@
+"""Commands beside a running `kvmtrace serve`: what was before they came, exactly, and no second set
+of probes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab import residue
+from tests.lab.drive import PATIENCE, Line, Vmm, Watch, end_following
+from tests.lab.machine import Job, Machine
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture(params=["bpf", "ftrace"])
+def serve(request: pytest.FixtureRequest, machine: Machine) -> Iterator[Job]:
+    end_following(machine)  # what other tests left running is attached too
+    before = residue.attached(machine)
+    serve = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 --source {request.param}")
+    serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+    yield serve
+    if serve.poll() is None:
+        serve.signal(signal.SIGINT)
+        assert serve.wait(PATIENCE) == 0, serve.stderr
+    residue.nothing_but(machine, before)
+
+
+def _metric(machine: Machine, serve: Job, name: str, *labels: str) -> float:
+    """The one series of that name with these labels."""
+    url = re.search(r"serving (\S+)", serve.stderr)
+    assert url
+    fetch = f"import urllib.request as u; print(u.urlopen('{url[1]}').read().decode())"
+    text = machine.run(["python3", "-c", fetch], timeout=PATIENCE, check=True).stdout
+    (line,) = [
+        line
+        for line in text.splitlines()
+        if line.startswith(f"{name}{{") and all(label in line for label in labels)
+    ]
+    return float(line.rpartition(" ")[2])
+
+
+def _top(machine: Machine) -> Line:
+    shown = machine.run("kvmtrace top --once --json", timeout=PATIENCE, check=True)
+    return dict(json.loads(shown.stdout))
+
+
+def _exits(shown: Line, name: str) -> int:
+    return sum(sum(vm["exits"].values()) for vm in shown["vms"] if vm["name"] == name)
+
+
+def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve: Job) -> None:
+    sick, shaken = Vmm(machine, "sick"), Vmm(machine, "shaken")
+    sick.step("create v backing=gmem pages=32")
+    shaken.step("create v backing=anon pages=32")
+    for vmm in (sick, shaken):
+        vmm.step("touch v +3")
+    poison, other = sick.step("poison v +3"), shaken.step("poison v +3")
+    sick.step("loop v +3 3000")
+    shaken.step("loop v +3 200", may_fail=True)
+    report = {vmm.name: vmm.step("report") for vmm in (sick, shaken)}
+    told = {name: sum(row["count"] for row in one["failed"]) for name, one in report.items()}
+    assert told["sick"] == 3000
+    attached = residue.attached(machine)
+
+    deadline = time.monotonic() + PATIENCE  # a serve reads the kernel's counts now and then
+    while _exits(shown := _top(machine), "sick") < told["sick"] and time.monotonic() < deadline:
+        pass
+    vms = {vm["name"]: vm for vm in shown["vms"]}
+    assert vms["sick"]["exits"] == {"EHWPOISON": told["sick"]}
+    signals = sum(one["count"] for one in report["shaken"]["sigbus"] if one["code"] == "AR")
+    assert vms["shaken"]["sigbus"]["AR"] == signals
+    incidents = {one["pfn"]: one for one in shown["incidents"] if "pfn" in one}
+    for page, vmm in ((poison, sick), (other, shaken)):
+        (owner,) = incidents[page["pfn"]]["owners"]
+        assert owner["vm"]["pid"] == vmm.pid
+        # ftrace does not know every memslot
+        assert owner.get("gfn", shown["host"]["source"]) in (page["gfn"], "ftrace")
+    assert incidents[poison["pfn"]]["deliveries"] == {"exits": told["sick"], "sigbus": 0}
+    assert re.fullmatch(r"of kvmtrace serve, pid \d+", shown["host"]["source_why"])
+    assert not any(shown["lost"].values())
+
+    # What comes then, to the last one; and what /metrics count is what every view counts
+    watch = Watch(machine, "auto", "--vm sick")
+    recording = machine.start("exec kvmtrace record /tmp/joined.jsonl --force")
+    recording.wait_for("recording to", timeout=PATIENCE, stream="stderr")
+    assert residue.attached(machine) == attached
+    sick.step("loop v +3 2000")
+    watch.until(
+        lambda lines: sum(x["count"] for x in lines if x["kind"] == "exit") >= 2000, "2000 exits"
+    )
+    assert sum(x["count"] for x in watch.lines("exit")) == 2000
+    assert [x["state"] for x in watch.lines("vm")] == ["seen"]
+    assert len(watch.lines("exit")) < 2000
+    recording.signal(signal.SIGINT)
+    assert recording.wait(PATIENCE) == 0
+    replayed = machine.run("kvmtrace replay /tmp/joined.jsonl --json", check=True).stdout
+    assert _exits(json.loads(replayed), "sick") == _exits(_top(machine), "sick") == 5000
+    exits = "kvmtrace_memory_fault_exits_total"
+    assert _metric(machine, serve, exits, 'vm="sick"', 'errno="EHWPOISON"') == 5000
+    watch.end()
+
+    # An explicit way attaches
+    shown = json.loads(
+        machine.run(
+            "kvmtrace top --once --json --source ftrace", timeout=PATIENCE, check=True
+        ).stdout
+    )
+    assert shown["host"]["source_why"] == "asked for"
+    for vmm in (sick, shaken):
+        vmm.end()
+
+
+def test_a_serve_that_ends_under_a_live_top(machine: Machine, serve: Job) -> None:
+    """One line, status 1, and the terminal as it was."""
+    env = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+    shell = machine.start(
+        "before=$(stty -g); kvmtrace top; echo status $?; [ $(stty -g) = $before ] && echo same",
+        pty=(24, 80),
+        env=env,
+    )
+    shell.wait_for(r"\(of kvmtrace serve, pid", timeout=PATIENCE)
+    serve.signal(signal.SIGTERM)
+    assert serve.wait(PATIENCE) == 0
+    assert shell.wait(PATIENCE) == 0
+    shown = shell.stdout.rpartition("\x1b[?1049l")[2]  # back from the alternate screen
+    assert re.search(r"kvmtrace: kvmtrace serve \(pid \d+\) has ended\r\n", shown)
+    assert re.search(r"\nhint: .*\r\nstatus 1\r\nsame", shown)
+    assert "Traceback" not in shown
