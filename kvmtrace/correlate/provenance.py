@@ -189,7 +189,7 @@ def _text(event: Mce | HwError) -> str:
     if isinstance(event, Mce):
         where = f"bank {event.bank}, CPU {event.cpu}, socket {event.socket}"
         return f"{severity} error by machine check: {where}"
-    where = f": DIMM {event.label}" if event.label else ""
+    where = f": {event.label}" if event.label else ""
     return f"{severity} error by {event.via}{where}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvmtrace.model import Incident, Snapshot
-from kvmtrace.views.cells import counted, hex_of, listed
+from kvmtrace.views.cells import counted, dimm_of, hex_of, listed
 
 
 def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
@@ -104,8 +104,8 @@ def _for_hardware(incident: Incident) -> list[str]:
         f"{counted(origin.dimm.count if origin.dimm else origin.history.count, 'error')} reported"
     )
     if origin.severity == "corrected":
-        return [f"watch DIMM {origin.label}: {errors}, those of this page were corrected"]
-    return [f"replace DIMM {origin.label}: {errors}"]
+        return [f"watch {dimm_of(origin.label)}: {errors}, those of this page were corrected"]
+    return [f"replace {dimm_of(origin.label)}: {errors}"]
 
 
 def _why_nothing(incident: Incident) -> str:

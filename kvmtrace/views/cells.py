@@ -162,3 +162,8 @@ def listed(parts: Iterable[str], none: str = UNKNOWN) -> str:
 def counted(number: int, what: str) -> str:
     """``1 exit``, ``2 exits``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def dimm_of(label: str) -> str:
+    """``"A1"`` → ``"DIMM A1"``; most labels say themselves what they name."""
+    return label if "dimm" in label.lower() else f"DIMM {label}"

@@ -11,7 +11,7 @@ from typing import Any
 from kvmtrace import wire
 from kvmtrace.model import ErrorHistory, Incident, Moment, Origin, Party, Snapshot
 from kvmtrace.views import advice
-from kvmtrace.views.cells import counted, hex_of, listed, size_of, span_of
+from kvmtrace.views.cells import counted, dimm_of, hex_of, listed, size_of, span_of
 
 WIDTH = 80
 _LABEL = 11
@@ -124,7 +124,7 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
 def origin_parts(origin: Origin) -> Iterator[str]:
     """What hardware said of a page, most telling first."""
     if origin.label:
-        yield f"DIMM {origin.label}"
+        yield dimm_of(origin.label)
     for name in ("socket", "node", "bank", "cpu"):
         value = getattr(origin, name)
         if value is not None:

@@ -19,7 +19,7 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.views.cells import UNKNOWN, clip, hex_of, listed, pad, size_of, stamp_of
+from kvmtrace.views.cells import UNKNOWN, clip, dimm_of, hex_of, listed, pad, size_of, stamp_of
 from kvmtrace.wire import event_line
 
 _KIND = 6
@@ -76,7 +76,7 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
         case HwError():
             what = f"{event.severity or 'memory'} error"
             facts = [
-                f"DIMM {event.label}" if event.label else "",
+                dimm_of(event.label) if event.label else "",
                 f"addr {hex_of(event.addr)}",
                 f"pfn {hex_of(event.pfn)}",
                 f"x{event.count}" if event.count != 1 else "",

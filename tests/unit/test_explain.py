@@ -34,6 +34,7 @@ STORY: tuple[Event, ...] = (
     VmSeen(T0, 1, 4001, "web-1", UUID, "qemu"),
     VmSeen(T0, 2, 4002, "db-1"),
     HwError(T0, "ras:mc_event", "corrected", PFN << 12, PFN, 64, 3, "CPU0_DIMM_A1", "read error"),
+    HwError(T0, "GHES", "corrected", 0x57000, 0x57, 64, 2, "DIMM 0"),
     Mce(T0 + 9 * SECOND, PFN << 12, PFN, 7, 3, 0, 0xBD80000000100134, 0x8C),
     GmemPoison(POISONED, 77, 383, 8, (Owner(1, 8, 0x7F0000008000),)),
     Poison(POISONED, PFN, "dirty unevictable LRU page", "Failed", 11, 1, 77),
@@ -41,7 +42,6 @@ STORY: tuple[Event, ...] = (
     VcpuState(POISONED + SECOND, 1, 78, "outside", 0, 1000),
     VcpuState(POISONED + 2 * SECOND, 1, 78, "outside", 0, 0),
     SoftOffline(T0 + 13 * SECOND, 0x55, 0),
-    HwError(T0, "GHES", "corrected", 0x57000, 0x57, 64, 2, "DIMM 0"),
     SoftOffline(T0 + 13 * SECOND, 0x57, 0),
     SoftOffline(T0 + 13 * SECOND, 0x56, 16),
 )
@@ -73,7 +73,7 @@ def test_the_whole_story_in_eighty_columns(recording: str) -> None:
     text = invoke("explain", "web-1", "--from", recording).output
     assert max(map(len, text.splitlines())) <= 80
     order = [
-        "corrected error by ras:mc_event: DIMM CPU0_DIMM_A1 (x3)",
+        "corrected error by ras:mc_event: CPU0_DIMM_A1 (x3)",
         "recoverable error by machine check: bank 7, CPU 3, socket 0",
         "pfn 0x103275 poisoned: Failed",
         "web-1: owned: gfn 0x8",
@@ -83,7 +83,7 @@ def test_the_whole_story_in_eighty_columns(recording: str) -> None:
         "sleeps outside KVM_RUN",
         "web-1: stopped",
         "restart web-1: the vCPU that was told no longer runs",
-        "replace DIMM CPU0_DIMM_A1",
+        "replace CPU0_DIMM_A1",
     ]
     at = [text.index(part) for part in order]
     assert at == sorted(at)
@@ -112,8 +112,8 @@ def test_json(recording: str) -> None:
         (
             "0x57",
             "pfn 0x57: soft-offlined; its contents were moved, no guest is harmed\n"
-            "  origin  DIMM 0, address 0x57000, corrected, 2 errors, 2 corrected, at this page, "
-            "2 errors, 2 corrected, of this DIMM, reported by GHES",
+            "  origin  DIMM 0, address 0x57000, corrected, 2 errors at this page (2 corrected), "
+            "2 errors of this DIMM (2 corrected), reported by GHES",
         ),
         ("0x56", "pfn 0x56: soft offline was tried and refused with EBUSY; still in use"),
     ],
