@@ -160,12 +160,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.lab.demo", description=__doc__)
     parser.add_argument("--source", choices=("auto", "bpf", "ftrace"), default="auto")
     parser.add_argument("--kernel", default=DEFAULT, metavar="NAME")
+    parser.add_argument("--lacking", action="append", default=[], metavar="NAME", help="e.g. bcc")
     chosen = parser.parse_args()
     try:
         say("preparing (the first time that means minutes of downloads and building) ...")
         prepare(chosen.kernel)
         say("booting a machine of its own, emulated ...")
-        with Machine.boot(chosen.kernel) as machine:
+        with Machine.boot(chosen.kernel, lacking=chosen.lacking) as machine:
             say(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
             show = live if sys.stdin.isatty() and sys.stdout.isatty() else printed
             return show(machine, chosen.source)
