@@ -7,13 +7,24 @@ do that to a VM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from tests.lab.drive import PATIENCE, Line, Unstageable, Vmm, Watch, following, seen_by, told_by
+from tests.lab.drive import (
+    PATIENCE,
+    Line,
+    Unstageable,
+    Vmm,
+    Watch,
+    following,
+    seen_by,
+    told_by,
+    top,
+)
 from tests.lab.machine import Machine
 
-SANE_LATENCY_NS = 60_000_000_000
+SOURCES = ("bpf", "ftrace")
 
 
 def _exit_of(lines: list[Line], pid: int, errno: str) -> list[Line]:
@@ -24,7 +35,9 @@ def _exit_of(lines: list[Line], pid: int, errno: str) -> list[Line]:
     ]
 
 
-def _gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
+def gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
+    """For Watch.until: the end of so many VMs of a process was told."""
+
     def over(lines: list[Line]) -> bool:
         ends = [x for x in lines if x["kind"] == "vm" and x["state"] == "gone"]
         return len([x for x in ends if x["vm"]["pid"] == pid]) >= vms
@@ -62,7 +75,7 @@ def gmem_poison(machine: Machine, source: str) -> None:
         touch = vmm.step("touch v +3")
         assert (touch["errno"], touch["reason"]) == ("EHWPOISON", 39), touch
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.until(gone(vmm.pid), "the VM's end")
 
     (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
     assert told["owners"], told
@@ -102,7 +115,7 @@ def efault(machine: Machine, source: str) -> None:
         closed = vmm.step("touch v +9")
         assert (closed["errno"], closed["reason"]) == ("EFAULT", 39), closed
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid, 2), "the VMs' end")
+        lines = watch.until(gone(vmm.pid, 2), "the VMs' end")
 
     exits = _exit_of(lines, vmm.pid, "EFAULT")
     (told,) = [x for x in exits if x["annotated"]]
@@ -125,7 +138,7 @@ def unannotated(machine: Machine, source: str) -> None:
         vmm.step("unmap v +5")
         vmm.step("touch v +5")
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.until(gone(vmm.pid), "the VM's end")
     (told,) = _exit_of(lines, vmm.pid, "EFAULT")
     assert (told["cause"], told["annotated"]) == ("unannotated", False)
     assert not {"gpa", "size", "flags", "incident"} & set(told)
@@ -150,7 +163,7 @@ def no_crosstalk(machine: Machine, source: str) -> None:
             vmm.step("wait")
         reports = {vmm.pid: vmm.end() for vmm in vmms}
         for vmm in vmms:
-            lines = watch.until(_gone(vmm.pid), f"the end of {vmm.name}")
+            lines = watch.until(gone(vmm.pid), f"the end of {vmm.name}")
 
     for (pid, _), poison in poisons.items():
         (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
@@ -182,7 +195,7 @@ def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
         mad.step(f"loop v +3 {rounds}", patience=10 * PATIENCE)
         calm.step("wait", patience=10 * PATIENCE)
         report, quiet = mad.end(), calm.end()
-        lines = watch.until(_gone(mad.pid, ends), "the VM's end")
+        lines = watch.until(gone(mad.pid, ends), "the VM's end")
     assert sum(row["count"] for row in report["failed"]) == rounds
     _same(lines, mad.pid, report)
     assert quiet["failed"] == []
@@ -218,7 +231,7 @@ def stale_join(machine: Machine, source: str) -> None:
         vmm.step("unmap w +5")
         bare = vmm.step("touch w +5")
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid, 2), "the VMs' end")
+        lines = watch.until(gone(vmm.pid, 2), "the VMs' end")
     (told,) = _exit_of(lines, vmm.pid, "EFAULT")
     assert told["cause"] == "unannotated"
     assert told.get("gfn") in (None, bare["page"])
@@ -245,7 +258,7 @@ def _hva(machine: Machine, source: str, backing: str, lsb: int, pages: int) -> N
             "the SIGBUS",
         )
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.until(gone(vmm.pid), "the VM's end")
     (signal,) = touch["sigbus"]
     told = [x for x in lines if x["kind"] == "sigbus" and x["tid"] == touch["tid"]]
     assert [(x["code"], x["hva"], x["lsb"]) for x in told] == [("AR", signal["hva"], signal["lsb"])]
@@ -275,6 +288,47 @@ def hva_hugetlb(machine: Machine, source: str) -> None:
     _hva(machine, source, "hugetlb2m", 21, 1024)
 
 
+def hva_hugetlb1g(machine: Machine, source: str) -> None:
+    """A 1 GiB hugetlb page, set aside at boot: all of it is lost."""
+    pages = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
+    if machine.run(["cat", pages]).stdout.strip() in ("", "0"):
+        raise Unstageable("the kernel could not set aside a page of 1 GiB")
+    _hva(machine, source, "hugetlb1g", 30, 1 << 18)
+
+
+def hva_early_kill(machine: Machine, source: str) -> None:
+    """A VMM that wants to know early gets SIGBUS AO before its guest touches the page."""
+    with following(machine, source) as (watch,):
+        vmm = Vmm(machine, "early")
+        vmm.step("earlykill on")
+        vmm.step("create v backing=anon")
+        vmm.step("touch v +3")
+        poison = vmm.step("poison v +3 how=inject", may_fail=True)
+        assert poison["poisoned"], poison
+        (signal,) = poison["sigbus"]
+        assert (signal["code"], signal["tid"]) == ("AO", vmm.pid), signal
+        lines = watch.until(
+            lambda ls: [x for x in ls if x["kind"] == "sigbus" and x["tid"] == vmm.pid],
+            "the early SIGBUS",
+        )
+        # Told by that alone: the guest has not touched the page.
+        assert [x["code"] for x in lines if x["kind"] == "sigbus"] == ["AO"]
+        touch = vmm.step("touch v +3")
+        assert [s["code"] for s in touch["sigbus"]] == ["AR"], touch
+        vmm.end()
+        lines = watch.until(gone(vmm.pid), "the VM's end")
+    (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
+    signals = [x for x in lines if x["kind"] == "sigbus" and x["vm"]["pid"] == vmm.pid]
+    late = touch["sigbus"][0]
+    assert [(x["code"], x["tid"], x["hva"], x["lsb"], x["incident"]) for x in signals] == [
+        ("AO", vmm.pid, signal["hva"], signal["lsb"], told["incident"]),
+        ("AR", touch["tid"], late["hva"], late["lsb"], told["incident"]),
+    ]
+    assert signal["hva"] == poison["hva"]
+    assert "vcpu" not in signals[0]
+    _nothing_lost(lines)
+
+
 def hva_looping(machine: Machine, source: str) -> None:
     """A VMM that ignores SIGBUS takes it again and again."""
     with following(machine, source) as (watch,):
@@ -284,7 +338,7 @@ def hva_looping(machine: Machine, source: str) -> None:
         poison = vmm.step("poison v +3")
         vmm.step("loop v +3 50")
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.until(gone(vmm.pid), "the VM's end")
     told = [
         x
         for x in lines
@@ -293,6 +347,26 @@ def hva_looping(machine: Machine, source: str) -> None:
     truth = [s for s in report["sigbus"] if s["tid"] != vmm.pid]
     assert len(told) == sum(s["count"] for s in truth) == 50
     _same(lines, vmm.pid, report)
+
+
+def looping_in_top(machine: Machine, source: str) -> None:
+    """Who logs in while a VMM ignores SIGBUS sees that it is looping, on which page."""
+    vmm = Vmm(machine, "deaf")
+    vmm.step("create v backing=anon")
+    vmm.step("touch v +3")
+    poison = vmm.step("poison v +3")
+    vmm.step("loop v +3 1000000000 gap_us=5000 bg=1")
+    seen = top(machine, source, interval=10)
+    vmm.job.kill()
+    (incident,) = [x for x in seen["incidents"] if x.get("pfn") == poison["pfn"]]
+    assert incident["state"] == "looping", incident
+    assert [owner["vm"]["pid"] for owner in incident["owners"]] == [vmm.pid]
+    assert [owner["hva"] for owner in incident["owners"]] == [poison["hva"]]
+    assert incident["deliveries"]["sigbus"] > 1
+    assert incident["deliveries"]["exits"] == 0
+    (vm,) = [x for x in seen["vms"] if x["pid"] == vmm.pid]
+    assert vm["sigbus"]["AR"] == incident["deliveries"]["sigbus"]
+    assert seen["host"]["source"] == source
 
 
 def parity(machine: Machine, _source: str = "both") -> None:
@@ -316,7 +390,7 @@ def parity(machine: Machine, _source: str = "both") -> None:
             vmm.step("close-gmem g")
             vmm.step("touch g +9")
         report = vmm.end()
-        stories = [watch.until(_gone(vmm.pid, 2), "the VMs' end") for watch in watches]
+        stories = [watch.until(gone(vmm.pid, 2), "the VMs' end") for watch in watches]
     for lines in stories:
         _same(lines, vmm.pid, report)
         _nothing_lost(lines)
@@ -351,10 +425,11 @@ def _story(lines: list[Line], pid: int) -> dict[str, list[tuple[object, ...]]]:
 
 @dataclass(frozen=True)
 class Scenario:
-    """``run(machine, source)``; ``gmem``: needs guest_memfd for ordinary VMs (6.18+)."""
+    """``run(machine, source)`` for each of ``sources``; ``boot``: options of Machine.boot."""
 
     run: Callable[..., None]
-    gmem: bool
+    boot: Mapping[str, Any] = field(default_factory=dict)
+    sources: tuple[str, ...] = SOURCES
 
     @property
     def name(self) -> str:
@@ -362,15 +437,19 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario(gmem_poison, True),
-    Scenario(efault, True),
-    Scenario(unannotated, False),
-    Scenario(no_crosstalk, True),
-    Scenario(storm, False),
-    Scenario(churn, False),
-    Scenario(stale_join, True),
-    Scenario(hva_anon, False),
-    Scenario(hva_thp, False),
-    Scenario(hva_hugetlb, False),
-    Scenario(hva_looping, False),
+    Scenario(gmem_poison),
+    Scenario(efault),
+    Scenario(unannotated),
+    Scenario(no_crosstalk),
+    Scenario(storm),
+    Scenario(churn),
+    Scenario(stale_join),
+    Scenario(hva_anon),
+    Scenario(hva_thp),
+    Scenario(hva_hugetlb),
+    Scenario(hva_hugetlb1g, {"memory": "4G", "cmdline_extra": "hugepagesz=1G hugepages=2"}),
+    Scenario(hva_early_kill),
+    Scenario(hva_looping),
+    Scenario(looping_in_top),
+    Scenario(parity, sources=("both",)),
 )
