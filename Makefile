@@ -1,6 +1,6 @@
 # Everything from a bare clone: each target does the set-up that it needs.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lab bench matrix clean
+.PHONY: help setup demo demo-hw test lint format lab bench matrix clean
 
 PY := .venv/bin/python
 SOURCE ?= auto
@@ -8,13 +8,16 @@ KERNEL ?=
 ARGS ?=
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## system packages and .venv, nothing else
 	@sh tests/setup.sh
 
 demo: setup ## poison pages under running VMs and watch it live (SOURCE=auto|bpf|ftrace)
 	@$(PY) -m tests.lab.demo --source $(SOURCE) $(ARGS)
+
+demo-hw: setup ## memory errors from (virtual) hardware on an arm64 host, from the error to the verdict
+	@$(PY) -m tests.lab.demo_hw --source $(SOURCE) $(ARGS)
 
 test: setup ## every test, those in the lab too (ARGS="-k name"; KVMTRACE_LAB=0: without the lab)
 	@$(PY) -m pytest $(ARGS)

@@ -26,8 +26,8 @@ def _list() -> int:
     return 0
 
 
-def _shell(name: str, cmdline: str) -> int:
-    with Machine.boot(name, cmdline_extra=cmdline) as machine:
+def _shell(name: str, cmdline: str, lacking: list[str]) -> int:
+    with Machine.boot(name, cmdline_extra=cmdline, lacking=lacking) as machine:
         say(f"{name}: Linux {machine.release}, up in {machine.boot_seconds:.1f} s")
         if not sys.stdin.isatty():
             result = machine.run(["bash"], timeout=3600, stdin=sys.stdin.read())
@@ -50,13 +50,14 @@ def main() -> int:
     shell = commands.add_parser("shell", help="boot a machine and get a root shell in it")
     shell.add_argument("--kernel", default=DEFAULT, metavar="NAME")
     shell.add_argument("--cmdline", default="", help="more for the kernel's command line")
+    shell.add_argument("--lacking", action="append", default=[], metavar="NAME", help="e.g. bcc")
     commands.add_parser("list", help="the kernels there are")
     chosen = parser.parse_args()
     try:
         if chosen.command == "prepare":
             return _prepare(list(rows()) if chosen.all else chosen.kernel)
         if chosen.command == "shell":
-            return _shell(chosen.kernel, chosen.cmdline)
+            return _shell(chosen.kernel, chosen.cmdline, chosen.lacking)
         return _list()
     except LabError as error:
         say(f"error: {error}")

@@ -35,12 +35,16 @@ DRESSED = {
 }
 
 
+Step = tuple[str, Callable[[], object]]
+
+
 class Story:
     """What happens to the VMs, step by step; `tell` is called before each."""
 
-    def __init__(self, machine: Machine, tell: Callable[[str], None]) -> None:
+    def __init__(self, machine: Machine, tell: Callable[[str], None] = lambda _: None) -> None:
         self._tell = tell
         self._machine = machine
+        self._vms: dict[str, Vmm] = {}
         self.over = threading.Event()
         self.ended = False
         self.failure: Exception | None = None
@@ -58,15 +62,49 @@ class Story:
         finally:
             self.ended = True
 
-    def _steps(self) -> Iterator[tuple[str, Callable[[], object]]]:
-        vms = self._vms
-        web, db, cache = vms["web-1"], vms["db-1"], vms["cache-1"]
+    def _steps(self) -> Iterator[Step]:
+        raise NotImplementedError
+
+    def start_vms(self) -> None:
+        """Make the VMs that it is about; they have touched their memory then."""
+        raise NotImplementedError
+
+    def _start(self, name: str, how: str, *steps: str) -> None:
+        self._machine.run(
+            "mkdir -p /tmp/demo && cd /tmp/demo && vmm=$(command -v vmm) &&"
+            " cp $vmm qemu-system-x86_64 && cp $vmm firecracker",
+            check=True,
+        )
+        vmm = self._vms[name] = Vmm(self._machine, name, program=how)
+        for text in steps:
+            vmm.step(text)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """It happens meanwhile; what went wrong in it is raised afterwards."""
+        thread = threading.Thread(target=self._run, name="story", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.over.set()
+            thread.join(PATIENCE)
+        if self.failure is not None:
+            raise LabError(f"the story went wrong: {self.failure}") from self.failure
+
+
+def steps(vmm: Vmm, *texts: str) -> Callable[[], object]:
+    """These steps, when it is time for them."""
+    return lambda: [vmm.step(text) for text in texts]
+
+
+class PoisonStory(Story):
+    """Pages are poisoned by software, and VMMs are told of it."""
+
+    def _steps(self) -> Iterator[Step]:
+        web, db, cache = (self._vms[name] for name in DRESSED)
         if not self._attached():
             return
-
-        def steps(vmm: Vmm, *texts: str) -> Callable[[], object]:
-            return lambda: [vmm.step(text) for text in texts]
-
         yield "web-1: a page is poisoned; its guest does not know yet", steps(web, "poison v +5")
         yield "db-1: a page is poisoned, and nobody touches it", steps(db, "poison v +7")
         yield "web-1: its guest touches the page; the VMM is told", steps(web, "touch v +5")
@@ -88,33 +126,13 @@ class Story:
         )
         yield "web-1: one more page is poisoned", steps(web, "poison v +6")
 
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """It happens meanwhile; what went wrong in it is raised afterwards."""
-        thread = threading.Thread(target=self._run, name="story", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self.over.set()
-            thread.join(PATIENCE)
-        if self.failure is not None:
-            raise LabError(f"the story went wrong: {self.failure}") from self.failure
-
     def start_vms(self) -> None:
-        """Three VMs that run and have touched their memory."""
-        self._machine.run(
-            "mkdir -p /tmp/demo && cd /tmp/demo && vmm=$(command -v vmm) &&"
-            " cp $vmm qemu-system-x86_64 && cp $vmm firecracker",
-            check=True,
-        )
-        self._vms = {name: Vmm(self._machine, name, program=how) for name, how in DRESSED.items()}
-        for name, vmm in self._vms.items():
+        """Three VMs."""
+        for name, how in DRESSED.items():
             more = "backing=anon" if name == "cache-1" else "backing=gmem slots=2 files=each"
-            vmm.step(f"create v vcpus=2 {more}")
-            for page in (5, 6, 7, 40):
-                vmm.step(f"touch v +{page}")
-            vmm.step(f"pio v {FOREVER} gap_us=100000 vcpu=1 bg=1")
+            touched = [f"touch v +{page}" for page in (5, 6, 7, 40)]
+            ordinary = f"pio v {FOREVER} gap_us=100000 vcpu=1 bg=1"
+            self._start(name, how, f"create v vcpus=2 {more}", *touched, ordinary)
 
     def _attached(self) -> bool:
         """Wait until KVM_RUN is watched; False if it is over before."""
@@ -127,7 +145,7 @@ class Story:
 
 def live(machine: Machine, source: str) -> int:
     """`kvmtrace top` on this terminal, until the person quits."""
-    story = Story(machine, lambda _: None)
+    story = PoisonStory(machine)
     story.start_vms()
     print(INTRODUCTION, file=sys.stderr)
     say("starting kvmtrace top (compiling for eBPF takes up to a minute under emulation) ...")
@@ -140,7 +158,7 @@ def live(machine: Machine, source: str) -> int:
 
 def printed(machine: Machine, source: str) -> int:
     """The table as it is after all has happened."""
-    story = Story(machine, lambda text: say(f"  {text}"))
+    story = PoisonStory(machine, lambda text: say(f"  {text}"))
     story.start_vms()
     say("no terminal: the final table will be printed; starting kvmtrace (up to a minute) ...")
     top = machine.start(f"exec kvmtrace top --once --source {source} --interval 1h")
@@ -160,12 +178,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.lab.demo", description=__doc__)
     parser.add_argument("--source", choices=("auto", "bpf", "ftrace"), default="auto")
     parser.add_argument("--kernel", default=DEFAULT, metavar="NAME")
+    parser.add_argument("--lacking", action="append", default=[], metavar="NAME", help="e.g. bcc")
     chosen = parser.parse_args()
     try:
         say("preparing (the first time that means minutes of downloads and building) ...")
         prepare(chosen.kernel)
         say("booting a machine of its own, emulated ...")
-        with Machine.boot(chosen.kernel) as machine:
+        with Machine.boot(chosen.kernel, lacking=chosen.lacking) as machine:
             say(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
             show = live if sys.stdin.isatty() and sys.stdout.isatty() else printed
             return show(machine, chosen.source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 import signal
 import time
 import weakref
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tests.lab.machine import Job, Machine
+from tests.lab.machine import Job, Machine, Result
 
 Line = dict[str, Any]
 
@@ -64,13 +65,51 @@ class Unstageable(Exception):
     """This kernel or machine cannot make that happen; the text says why."""
 
 
+def _within(change: str, command: str) -> str:
+    """A command on a host that looks otherwise: after ``change``, in mounts of its own."""
+    return f"exec unshare -m sh -c {shlex.quote(f'{change} && exec {command}')}"
+
+
+def kvmtrace(
+    machine: Machine, command: str, env: dict[str, str] | None = None, *, within: str = ""
+) -> Result:
+    """Run kvmtrace to its end. ``within``: a change to the mounts that only it sees."""
+    command = f"kvmtrace {command}"
+    line = _within(within, command) if within else f"exec {command}"
+    return machine.run(line, timeout=PATIENCE, env=env)
+
+
+def refused(result: Result, message: str, hint: str = "") -> None:
+    """Exit status 1, one line that matches and at most a hint, nothing on stdout."""
+    assert result.status == 1, result
+    assert result.stdout == ""
+    said = result.stderr.splitlines()
+    assert 1 <= len(said) <= 2, said
+    assert re.search(message, said[0]), said
+    assert said[0].startswith("kvmtrace: ")
+    if hint:
+        assert re.search(f"^hint: .*{hint}", said[-1]), said
+
+
 class Watch:
-    """``kvmtrace events --json``, attached; a ``job`` that runs is followed from here on."""
+    """``kvmtrace events --json``, attached; a ``job`` that runs is followed from here on.
+
+    ``within``: a change to the mounts that only this kvmtrace sees.
+    """
 
     def __init__(
-        self, machine: Machine, source: str, extra: str = "", *, job: Job | None = None
+        self,
+        machine: Machine,
+        source: str,
+        extra: str = "",
+        *,
+        job: Job | None = None,
+        within: str = "",
     ) -> None:
-        self.job = job or machine.start(f"exec kvmtrace events --json --source {source} {extra}")
+        self.source = source
+        command = f"kvmtrace events --json --source {source} {extra}"
+        line = _within(within, command) if within else f"exec {command}"
+        self.job = job or machine.start(line)
         self.job.wait_for(r"kvmtrace: watching", timeout=PATIENCE, stream="stderr")
         self._begin = len(self._text()) if job else 0
 
@@ -114,9 +153,11 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(machine: Machine, source: str, extra: str = "") -> Iterator[Watch]:
+def watching(
+    machine: Machine, source: str, extra: str = "", *, within: str = ""
+) -> Iterator[Watch]:
     """A kvmtrace of one's own, ended with the block whatever happens in it."""
-    watch = Watch(machine, source, extra)
+    watch = Watch(machine, source, extra, within=within)
     try:
         yield watch
     finally:
@@ -151,6 +192,33 @@ def end_following(machine: Machine) -> None:
     """End what ``following`` started; AssertionError where it does not end well."""
     for watch in _followed.pop(machine, {}).values():
         watch.end()
+
+
+@contextlib.contextmanager
+def recorded(machine: Machine, source: str) -> Iterator[str]:
+    """What happens in the block is in this file afterwards."""
+    log = f"/tmp/{source}.jsonl"
+    job = machine.start(f"exec kvmtrace record {log} --force --source {source}")
+    job.wait_for(r"recording to", timeout=PATIENCE, stream="stderr")
+    try:
+        yield log
+        time.sleep(1)
+    finally:
+        job.signal(signal.SIGINT)
+        assert job.wait(PATIENCE) == 0, job.stderr
+
+
+def replayed(machine: Machine, log: str) -> Line:
+    """A recording's final table."""
+    shown = machine.run(["kvmtrace", "replay", log, "--json"], timeout=PATIENCE, check=True)
+    return dict(json.loads(shown.stdout))
+
+
+def replayed_lines(machine: Machine, log: str) -> list[Line]:
+    """A recording's event lines."""
+    command = ["kvmtrace", "replay", log, "--events", "--json"]
+    shown = machine.run(command, timeout=PATIENCE, check=True)
+    return [json.loads(line) for line in shown.stdout.splitlines()]
 
 
 Told = Counter[tuple[Any, ...]]

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.lab import initramfs, kernel, layer, qemu, root, terminal
+from tests.lab import initramfs, kernel, layer, qemu, root, terminal, without
 from tests.lab.channel import Channel, Job
 from tests.lab.config import Row, row
 from tests.lab.emulator import Emulator, work_directory
@@ -108,13 +108,15 @@ class Machine:
         memory: str = "3G",
         modules: Sequence[str] | None = None,
         mounts: Sequence[str] = tuple(MOUNTS),
+        lacking: Sequence[str] = (),
         life: float = LIFE_SECONDS,
         ras: bool = False,
     ) -> Self:
         """Boot a kernel of kernels.toml and wait until programs can be run in it.
 
         `modules` are loaded at boot (default: KVM and the error injectors, those that the kernel
-        has); `mounts` are names of MOUNTS. A boot that dies of the int3 oops that old QEMUs
+        has); `mounts` are names of MOUNTS; `lacking`: what is taken out of the root, names of
+        without.py ("bcc", "textual"). A boot that dies of the int3 oops that old QEMUs
         cause is tried a second time. `ras`: the machine has firmware that tells the kernel of
         hardware errors (ACPI's GHES; arm64 only): see cper.py.
         """
@@ -122,7 +124,7 @@ class Machine:
         for attempt in (1, 2):
             machine = cls(prepared, memory, cmdline_extra, life, ras=ras)
             try:
-                machine._set_up(modules, mounts)
+                machine._set_up(modules, mounts, lacking)
             except LabPanic as error:
                 machine.close()
                 if attempt == 2 or not STATIC_KEY_OOPS.search(error.console):
@@ -135,7 +137,9 @@ class Machine:
                 return machine
         raise AssertionError("unreachable")
 
-    def _set_up(self, modules: Sequence[str] | None, mounts: Sequence[str]) -> None:
+    def _set_up(
+        self, modules: Sequence[str] | None, mounts: Sequence[str], lacking: Sequence[str]
+    ) -> None:
         start = time.monotonic()
         self.channel.wait(lambda: bool(self.channel.ready), BOOT_SECONDS, "agent in the machine")
         if modules is None:
@@ -146,6 +150,8 @@ class Machine:
         lines += [f"mount -t {kind} {kind} {MOUNTS[kind]}" for kind in mounts]
         lines += [f"modprobe -q {module} || true" for module in modules]
         self.run("\n".join(lines), timeout=BOOT_SECONDS)
+        for line in without.commands(lacking):
+            self.run(line, timeout=BOOT_SECONDS, check=True)
         self.boot_seconds = time.monotonic() - start
 
     @functools.cached_property

@@ -1,7 +1,7 @@
-"""Every scenario on every kernel by every source: ``python -m tests.lab.matrix`` (make matrix).
+"""Everything on every kernel by every source: ``python -m tests.lab.matrix`` (make matrix).
 
-Each cell is a scenario that ran on a real kernel: "pass", "FAIL", or the reason why that kernel
-cannot stage it. Exit status 1 if any failed.
+Each cell is a scenario or a condition that ran on a real kernel: "pass", "FAIL", or the reason why
+that kernel cannot stage it. Exit status 1 if any failed.
 """
 
 from __future__ import annotations
@@ -11,22 +11,29 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.lab import config
-from tests.lab.drive import Unstageable
+from tests.lab.conditions import CONDITIONS
+from tests.lab.drive import Unstageable, end_following
 from tests.lab.errors import LabError
 from tests.lab.machine import Machine
 from tests.lab.progress import say
-from tests.lab.scenarios import SCENARIOS, Scenario, parity
+from tests.lab.qemu_guest import qemu_loses_a_page
+from tests.lab.scenarios import SCENARIOS, SOURCES, Scenario
 
-SOURCES = ("bpf", "ftrace")
 BOTH = "both"
+EVERYTHING = (*SCENARIOS, Scenario(qemu_loses_a_page), *CONDITIONS)
 
 # The same stories at a size that a whole matrix can afford under emulation; test_sources.py runs
 # them at full size on the newest kernel.
-SMALLER: dict[str, dict[str, int]] = {"storm": {"rounds": 20_000}, "churn": {"vms": 100}}
+SMALLER: dict[str, dict[str, int]] = {
+    "storm": {"rounds": 20_000},
+    "churn": {"vms": 100},
+    "without_bcc": {"rounds": 20_000},
+}
 
 _MARK_BEGIN, _MARK_END = "<!-- matrix -->\n", "<!-- /matrix -->"
 
@@ -35,28 +42,42 @@ Cells = dict[tuple[str, str], str]
 
 
 def run_kernel(name: str, sources: tuple[str, ...], only: str | None) -> tuple[str, Cells]:
-    """Boot one kernel and run everything; its release and the outcomes."""
+    """Boot one kernel, in all the ways that are needed, and run everything on it."""
     cells: Cells = {}
-    machine = Machine.boot(name)
+    machine: Machine | None = None
+    booted: Mapping[str, Any] = {}
+    release = ""
     try:
-        release = machine.release
-        for source in sources:
-            for scenario in SCENARIOS:
-                if only in (None, scenario.name):
-                    if not machine.alive:
-                        machine.close()
-                        machine = Machine.boot(name)
-                    cells[scenario.name, source] = _run(name, machine, scenario, source)
-        if only in (None, "parity") and set(sources) == set(SOURCES):
-            cells["parity", BOTH] = _run(name, machine, Scenario(parity, False), BOTH)
+        for scenario, source in _plan(sources, only):
+            if machine is None or not machine.alive or booted != scenario.boot:
+                if machine is not None:
+                    machine.close()
+                machine, booted = Machine.boot(name, **scenario.boot), scenario.boot
+                release = machine.release
+            cells[scenario.name, source] = _run(name, machine, scenario, source)
     finally:
-        machine.close()
+        if machine is not None:
+            machine.close()
     return release, cells
+
+
+def _plan(sources: tuple[str, ...], only: str | None) -> Iterator[tuple[Scenario, str]]:
+    """What to run, in an order that boots and starts kvmtrace as seldom as can be."""
+    chosen = [scenario for scenario in EVERYTHING if only in (None, scenario.name)]
+    boots = [scenario.boot for scenario in chosen]
+    for boot in [boot for at, boot in enumerate(boots) if boot not in boots[:at]]:
+        for source in (*SOURCES, BOTH):
+            if source in sources or set(sources) == set(SOURCES):
+                for scenario in chosen:
+                    if scenario.boot == boot and source in scenario.sources:
+                        yield scenario, source
 
 
 def _run(kernel: str, machine: Machine, scenario: Scenario, source: str) -> str:
     began = time.monotonic()
     try:
+        if scenario in CONDITIONS:  # these start kvmtrace themselves, each in its own way
+            end_following(machine)
         scenario.run(machine, source, **SMALLER.get(scenario.name, {}))
         outcome = "pass"
     except Unstageable as reason:
@@ -86,7 +107,9 @@ def table(results: dict[str, tuple[str, Cells]]) -> str:
     text = ["| scenario | source | " + " | ".join(results) + " |"]
     text += ["|---|---|" + "---|" * len(results)]
     text += ["| | | " + " | ".join(release for release, _ in results.values()) + " |"]
-    for scenario, source in sorted(rows, key=lambda key: key[0]):
+    names = [scenario.name for scenario in EVERYTHING]
+    order = {name: number for number, name in enumerate(names)}
+    for scenario, source in sorted(rows, key=lambda key: (order.get(key[0], -1), key[1])):
         cells = [cell(outcomes.get((scenario, source))) for _, outcomes in results.values()]
         text.append(f"| {scenario} | {source} | " + " | ".join(cells) + " |")
     text += [""] + [f"[{number}] {note}  " for number, note in enumerate(notes, 1)]

@@ -7,13 +7,27 @@ do that to a VM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from tests.lab.drive import PATIENCE, Line, Unstageable, Vmm, Watch, following, seen_by, told_by
+from tests.lab.drive import (
+    PATIENCE,
+    Line,
+    Unstageable,
+    Vmm,
+    Watch,
+    following,
+    recorded,
+    replayed,
+    replayed_lines,
+    seen_by,
+    told_by,
+    top,
+)
 from tests.lab.machine import Machine
 
-SANE_LATENCY_NS = 60_000_000_000
+SOURCES = ("bpf", "ftrace")
 
 
 def _exit_of(lines: list[Line], pid: int, errno: str) -> list[Line]:
@@ -24,7 +38,9 @@ def _exit_of(lines: list[Line], pid: int, errno: str) -> list[Line]:
     ]
 
 
-def _gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
+def gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
+    """For Watch.until: the end of so many VMs of a process was told."""
+
     def over(lines: list[Line]) -> bool:
         ends = [x for x in lines if x["kind"] == "vm" and x["state"] == "gone"]
         return len([x for x in ends if x["vm"]["pid"] == pid]) >= vms
@@ -62,7 +78,7 @@ def gmem_poison(machine: Machine, source: str) -> None:
         touch = vmm.step("touch v +3")
         assert (touch["errno"], touch["reason"]) == ("EHWPOISON", 39), touch
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.until(gone(vmm.pid), "the VM's end")
 
     (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
     assert told["owners"], told
@@ -102,7 +118,7 @@ def efault(machine: Machine, source: str) -> None:
         closed = vmm.step("touch v +9")
         assert (closed["errno"], closed["reason"]) == ("EFAULT", 39), closed
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid, 2), "the VMs' end")
+        lines = watch.until(gone(vmm.pid, 2), "the VMs' end")
 
     exits = _exit_of(lines, vmm.pid, "EFAULT")
     (told,) = [x for x in exits if x["annotated"]]
@@ -125,7 +141,7 @@ def unannotated(machine: Machine, source: str) -> None:
         vmm.step("unmap v +5")
         vmm.step("touch v +5")
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.until(gone(vmm.pid), "the VM's end")
     (told,) = _exit_of(lines, vmm.pid, "EFAULT")
     assert (told["cause"], told["annotated"]) == ("unannotated", False)
     assert not {"gpa", "size", "flags", "incident"} & set(told)
@@ -150,7 +166,7 @@ def no_crosstalk(machine: Machine, source: str) -> None:
             vmm.step("wait")
         reports = {vmm.pid: vmm.end() for vmm in vmms}
         for vmm in vmms:
-            lines = watch.until(_gone(vmm.pid), f"the end of {vmm.name}")
+            lines = watch.until(gone(vmm.pid), f"the end of {vmm.name}")
 
     for (pid, _), poison in poisons.items():
         (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
@@ -182,7 +198,7 @@ def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
         mad.step(f"loop v +3 {rounds}", patience=10 * PATIENCE)
         calm.step("wait", patience=10 * PATIENCE)
         report, quiet = mad.end(), calm.end()
-        lines = watch.until(_gone(mad.pid, ends), "the VM's end")
+        lines = watch.until(gone(mad.pid, ends), "the VM's end")
     assert sum(row["count"] for row in report["failed"]) == rounds
     _same(lines, mad.pid, report)
     assert quiet["failed"] == []
@@ -218,7 +234,7 @@ def stale_join(machine: Machine, source: str) -> None:
         vmm.step("unmap w +5")
         bare = vmm.step("touch w +5")
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid, 2), "the VMs' end")
+        lines = watch.until(gone(vmm.pid, 2), "the VMs' end")
     (told,) = _exit_of(lines, vmm.pid, "EFAULT")
     assert told["cause"] == "unannotated"
     assert told.get("gfn") in (None, bare["page"])
@@ -249,7 +265,7 @@ def _hva(
             "the SIGBUS",
         )
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.until(gone(vmm.pid), "the VM's end")
     (signal,) = touch["sigbus"]
     told = [x for x in lines if x["kind"] == "sigbus" and x["tid"] == touch["tid"]]
     assert [(x["code"], x["hva"], x["lsb"]) for x in told] == [("AR", signal["hva"], signal["lsb"])]
@@ -281,6 +297,47 @@ def hva_hugetlb(machine: Machine, source: str) -> None:
     _hva(machine, source, "hugetlb2m", 21, pages, huge=True)
 
 
+def hva_hugetlb1g(machine: Machine, source: str) -> None:
+    """A 1 GiB hugetlb page, set aside at boot: all of it is lost."""
+    pages = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
+    if machine.run(["cat", pages]).stdout.strip() in ("", "0"):
+        raise Unstageable("the kernel could not set aside a page of 1 GiB")
+    _hva(machine, source, "hugetlb1g", 30, 1 << 18)
+
+
+def hva_early_kill(machine: Machine, source: str) -> None:
+    """VMMs that want to know early get SIGBUS AO before their guests touch the page."""
+    machine.run("echo 8 > /proc/sys/vm/nr_hugepages", check=True)
+    poisons = {}
+    with recorded(machine, source) as log:
+        for name, backing, pages in (("early", "anon", 64), ("early-huge", "hugetlb2m", 1024)):
+            vmm = Vmm(machine, name)
+            vmm.step("earlykill on")
+            vmm.step(f"create v backing={backing} pages={pages}")
+            place = vmm.step("pfn v +3")
+            # Not by the VMM itself: what a thread brings about by its own poisoning tells nobody.
+            hammer = Vmm(machine, "hammer")
+            hammer.step(f"poison pfn={place['pfn']}")
+            hammer.end()
+            poisons[name] = vmm, place
+    incidents = replayed(machine, log)["incidents"]
+    lines = replayed_lines(machine, log)
+    for name, lsb in (("early", 12), ("early-huge", 21)):
+        vmm, place = poisons[name]
+        (signal,) = vmm.end()["sigbus"]
+        assert (signal["code"], signal["tid"], signal["count"]) == ("AO", vmm.pid, 1), signal
+        told = [x for x in lines if x["kind"] == "sigbus" and x["vm"]["pid"] == vmm.pid]
+        assert [(x["code"], x["tid"], x["hva"], x["lsb"]) for x in told] == [
+            ("AO", vmm.pid, signal["hva"], lsb)
+        ]
+        assert signal["lsb"] == lsb
+        assert "vcpu" not in told[0]  # nobody was in the guest for it
+        (incident,) = [x for x in incidents if x["pfn"] >> lsb - 12 == place["pfn"] >> lsb - 12]
+        assert incident["state"] == "delivered", incident
+        assert incident["deliveries"] == {"exits": 0, "sigbus": 1}
+        assert {owner["vm"]["pid"] for owner in incident["owners"]} == {vmm.pid}
+
+
 def hva_looping(machine: Machine, source: str) -> None:
     """A VMM that ignores SIGBUS takes it again and again."""
     with following(machine, source) as (watch,):
@@ -290,7 +347,7 @@ def hva_looping(machine: Machine, source: str) -> None:
         poison = vmm.step("poison v +3")
         vmm.step("loop v +3 50")
         report = vmm.end()
-        lines = watch.until(_gone(vmm.pid), "the VM's end")
+        lines = watch.until(gone(vmm.pid), "the VM's end")
     told = [
         x
         for x in lines
@@ -299,6 +356,41 @@ def hva_looping(machine: Machine, source: str) -> None:
     truth = [s for s in report["sigbus"] if s["tid"] != vmm.pid]
     assert len(told) == sum(s["count"] for s in truth) == 50
     _same(lines, vmm.pid, report)
+
+
+def looping_in_top(machine: Machine, source: str) -> None:
+    """Who logs in while VMMs do not cope sees that they loop, and on which page.
+
+    One ignores SIGBUS; another, where guest_memfd can be had, enters KVM_RUN again and again.
+    """
+    looping = []
+    for backing in ("anon", "gmem"):
+        vmm = Vmm(machine, f"deaf-{backing}")
+        if "error" in vmm.step(f"create v backing={backing}", may_fail=True):
+            vmm.end()
+            continue
+        vmm.step("touch v +3")
+        poison = vmm.step("poison v +3")
+        vmm.step("loop v +3 1000000000 gap_us=5000 bg=1")
+        looping.append((vmm, poison))
+    seen = top(machine, source, interval=10)
+    for vmm, _ in looping:
+        vmm.job.kill()
+    assert seen["host"]["source"] == source
+    for vmm, poison in looping:
+        (vm,) = [x for x in seen["vms"] if x["pid"] == vmm.pid]
+        (incident,) = [
+            incident
+            for incident in seen["incidents"]
+            if vmm.pid in {owner["vm"]["pid"] for owner in incident["owners"]}
+        ]
+        assert incident["pfn"] == poison["pfn"], incident
+        assert incident["state"] == "looping", incident
+        assert [owner["hva"] for owner in incident["owners"]] == [poison["hva"]]
+        told = incident["deliveries"]
+        assert told["sigbus"] == vm["sigbus"].get("AR", 0)
+        assert told["exits"] == vm["exits"].get("EHWPOISON", 0)
+        assert told["sigbus"] + told["exits"] > 1
 
 
 def parity(machine: Machine, _source: str = "both") -> None:
@@ -322,7 +414,7 @@ def parity(machine: Machine, _source: str = "both") -> None:
             vmm.step("close-gmem g")
             vmm.step("touch g +9")
         report = vmm.end()
-        stories = [watch.until(_gone(vmm.pid, 2), "the VMs' end") for watch in watches]
+        stories = [watch.until(gone(vmm.pid, 2), "the VMs' end") for watch in watches]
     for lines in stories:
         _same(lines, vmm.pid, report)
         _nothing_lost(lines)
@@ -357,10 +449,11 @@ def _story(lines: list[Line], pid: int) -> dict[str, list[tuple[object, ...]]]:
 
 @dataclass(frozen=True)
 class Scenario:
-    """``run(machine, source)``; ``gmem``: needs guest_memfd for ordinary VMs (6.18+)."""
+    """``run(machine, source)`` for each of ``sources``; ``boot``: options of Machine.boot."""
 
     run: Callable[..., None]
-    gmem: bool
+    boot: Mapping[str, Any] = field(default_factory=dict)
+    sources: tuple[str, ...] = SOURCES
 
     @property
     def name(self) -> str:
@@ -368,15 +461,19 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario(gmem_poison, True),
-    Scenario(efault, True),
-    Scenario(unannotated, False),
-    Scenario(no_crosstalk, True),
-    Scenario(storm, False),
-    Scenario(churn, False),
-    Scenario(stale_join, True),
-    Scenario(hva_anon, False),
-    Scenario(hva_thp, False),
-    Scenario(hva_hugetlb, False),
-    Scenario(hva_looping, False),
+    Scenario(gmem_poison),
+    Scenario(efault),
+    Scenario(unannotated),
+    Scenario(no_crosstalk),
+    Scenario(storm),
+    Scenario(churn),
+    Scenario(stale_join),
+    Scenario(hva_anon),
+    Scenario(hva_thp),
+    Scenario(hva_hugetlb),
+    Scenario(hva_hugetlb1g, {"memory": "5G", "cmdline_extra": "hugepagesz=1G hugepages=2"}),
+    Scenario(hva_early_kill),
+    Scenario(hva_looping),
+    Scenario(looping_in_top),
+    Scenario(parity, sources=("both",)),
 )

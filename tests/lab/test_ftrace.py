@@ -1,4 +1,4 @@
-"""What only the ftrace source has to show: its traces in tracefs, and kvm's coming and going.
+"""What only the ftrace source has to show: its traces in tracefs.
 
 The scenarios themselves run with both sources in test_sources.py.
 """
@@ -17,7 +17,6 @@ from tests.lab.machine import Machine
 pytestmark = pytest.mark.lab
 
 TRACEFS = "/sys/kernel/tracing"
-KVM = ("irqbypass", "kvm", "kvm-amd")
 
 
 def traces(machine: Machine) -> tuple[set[str], set[str]]:
@@ -100,27 +99,3 @@ def test_everybody_elses_error_log_is_left_alone(machine: Machine) -> None:
         pass
     log = machine.run(["cat", f"{TRACEFS}/error_log"], check=True).stdout
     assert log
-
-
-def test_kvm_is_loaded_later_and_loaded_again(boot: Callable[..., Machine]) -> None:
-    machine = boot(modules=("hwpoison-inject",))
-    assert machine.run("test -e /dev/kvm").status != 0
-    with watching(machine, "ftrace") as watch:
-        for _ in range(2):
-            machine.run("modprobe kvm-amd", check=True)
-            wait_for(
-                lambda: "run kvm_arch_vcpu_ioctl_run" in dynamic_events(machine),
-                "the probes on kvm",
-            )
-            time.sleep(3)  # defined first, enabled then
-            bare_efault(machine, watch)
-            # Our probes must not keep an admin from unloading kvm.
-            machine.run("rmmod kvm_amd && rmmod kvm", check=True, timeout=30)
-            wait_for(
-                lambda: "kvm_arch_vcpu_ioctl_run" not in dynamic_events(machine),
-                "the probes' end",
-            )
-
-
-def dynamic_events(machine: Machine) -> str:
-    return machine.run(["cat", f"{TRACEFS}/dynamic_events"], check=True).stdout

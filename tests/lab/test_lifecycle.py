@@ -1,4 +1,6 @@
-"""From start to end on a real kernel: kvm comes late, signals of all kinds, and hosts that refuse.
+"""From start to end on a real kernel: kvm comes late, signals of all kinds, what is in the way.
+
+Hosts that refuse are in test_conditions.py.
 
 A start with eBPF compiles for many seconds under emulation, so what needs no BPF runs on tracefs.
 """
@@ -14,26 +16,10 @@ import pytest
 
 from tests.lab import residue
 from tests.lab.conftest import Boot
-from tests.lab.drive import PATIENCE, Line, Vmm, Watch, seen_by, told_by
-from tests.lab.machine import Machine, Result
+from tests.lab.drive import PATIENCE, Line, Vmm, Watch, kvmtrace, refused, seen_by, told_by
+from tests.lab.machine import Machine
 
 pytestmark = pytest.mark.lab
-
-
-def kvmtrace(machine: Machine, command: str, env: dict[str, str] | None = None) -> Result:
-    return machine.run(f"exec kvmtrace {command}", timeout=PATIENCE, env=env)
-
-
-def refused(result: Result, message: str, hint: str = "") -> None:
-    """Exit status 1, one line that matches and at most a hint, nothing on stdout."""
-    assert result.status == 1, result
-    assert result.stdout == ""
-    said = result.stderr.splitlines()
-    assert 1 <= len(said) <= 2, said
-    assert re.search(message, said[0]), said
-    assert said[0].startswith("kvmtrace: ")
-    if hint:
-        assert re.search(f"^hint: .*{hint}", said[-1]), said
 
 
 # -- kvm comes after kvmtrace
@@ -122,23 +108,10 @@ def test_a_reader_that_leaves_is_no_error(machine: Machine) -> None:
     assert [x for x in result.stderr.splitlines() if not x.startswith("kvmtrace: watching")] == []
 
 
-# -- hosts that refuse
+# -- what is in the way
 
 
-def test_without_privilege(machine: Machine) -> None:
-    for command in ("events", "top --once", "serve"):
-        result = machine.run(
-            f"setpriv --reuid=65534 --regid=65534 --clear-groups kvmtrace {command}",
-            timeout=PATIENCE,
-        )
-        refused(result, "needs root", "sudo")
-    result = machine.run("setpriv --reuid=65534 --regid=65534 --clear-groups kvmtrace doctor")
-    assert result.status == 1
-    assert re.search(r"✗ NO +privilege", result.stdout), result
-    assert result.stderr == ""
-
-
-def test_without_bcc(machine: Machine) -> None:
+def test_with_bcc_out_of_sight(machine: Machine) -> None:
     # Without site the distribution's packages are out of sight, as in a venv.
     result = machine.run(
         "exec python3 -S -m kvmtrace events --source bpf",
@@ -156,33 +129,6 @@ def test_with_the_bcc_of_pypi(machine: Machine) -> None:
     assert doctor.status == 1
     assert "python3-bpfcc" in doctor.stdout
     assert doctor.stderr == ""
-
-
-def test_without_tracefs(machine: Machine) -> None:
-    """In a mount namespace without it and without debugfs, which would bring it."""
-    gone = "unshare -m sh -c 'umount -R /sys/kernel/tracing /sys/kernel/debug; exec kvmtrace "
-    refused(
-        machine.run(gone + "events --source ftrace'", timeout=PATIENCE),
-        "tracefs",
-        "mount -t tracefs",
-    )
-    doctor = machine.run(gone + "doctor --source ftrace'", timeout=PATIENCE)
-    assert doctor.status == 1
-    assert re.search(r"✗ NO +tracefs", doctor.stdout), doctor.stdout
-    assert "mount -t tracefs" in doctor.stdout
-    assert doctor.stderr == ""
-
-
-def test_under_lockdown(boot: Boot) -> None:
-    machine = boot(cmdline_extra="lockdown=confidentiality")
-    before = residue.attached(machine)
-    for source in ("bpf", "ftrace", "auto"):
-        refused(kvmtrace(machine, f"events --source {source}"), "lockdown")
-    doctor = kvmtrace(machine, "doctor --source ftrace")
-    assert doctor.status == 1
-    assert re.search(r"✗ NO +lockdown +confidentiality", doctor.stdout), doctor.stdout
-    assert doctor.stderr == ""
-    residue.nothing_but(machine, before)
 
 
 def test_port_in_use(machine: Machine) -> None:

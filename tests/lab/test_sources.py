@@ -6,17 +6,20 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import pytest
 
-from tests.lab.conftest import Boot
+from tests.lab.conftest import Boot, Shared
 from tests.lab.drive import Unstageable, end_following
 from tests.lab.machine import Machine
-from tests.lab.scenarios import SCENARIOS, Scenario, hva_anon, parity, unannotated
+from tests.lab.scenarios import SCENARIOS, SOURCES, Scenario, hva_anon, parity, unannotated
 
 pytestmark = pytest.mark.lab
 
-SOURCES = ("bpf", "ftrace")
+# As `machine` boots; and those that want a machine of another kind.
+ORDINARY = [scenario for scenario in SCENARIOS if not scenario.boot]
+OTHERS = [scenario for scenario in SCENARIOS if scenario.boot]
 
 # Kernels on which the sources work in another way than on the newest.
 OTHER_KERNELS = {
@@ -26,14 +29,32 @@ OTHER_KERNELS = {
 }
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.name)
-@pytest.mark.parametrize("source", SOURCES)
+CASES = [
+    pytest.param(scenario, source, id=f"{source}-{scenario.name}")
+    for source in (*SOURCES, "both")
+    for scenario in ORDINARY
+    if source in scenario.sources
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_goes_on(shared_machine: Shared) -> Iterator[None]:
+    """Other tests look at what is attached."""
+    yield
+    if shared_machine.machine is not None and shared_machine.machine.alive:
+        end_following(shared_machine.machine)
+
+
+@pytest.mark.parametrize(("scenario", "source"), CASES)
 def test_scenario(machine: Machine, scenario: Scenario, source: str) -> None:
     scenario.run(machine, source)
 
 
-def test_parity(machine: Machine) -> None:
-    parity(machine)
+@pytest.mark.parametrize("scenario", OTHERS, ids=lambda s: s.name)
+def test_on_another_machine(boot: Boot, scenario: Scenario) -> None:
+    machine = boot(**scenario.boot)
+    for source in scenario.sources:
+        scenario.run(machine, source)
     end_following(machine)
 
 

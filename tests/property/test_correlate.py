@@ -309,7 +309,7 @@ TIGHT = Limits(
 
 
 @given(LONG_LOGS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_memory_stays_bounded(events: list[Event]) -> None:
     correlator, _ = fed(events, TIGHT)
     shown = correlator.snapshot()
@@ -327,7 +327,7 @@ def test_memory_stays_bounded(events: list[Event]) -> None:
 
 
 @given(st.lists(EVENTS, min_size=10, max_size=40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_memory_does_not_grow_with_time(events: list[Event]) -> None:
     """The same events over and over, on other pages and VMs each time: it levels off."""
     correlator = Correlator(TIGHT)
@@ -411,6 +411,6 @@ def test_undelivered_never_goes_down(events: list[Event], at: int) -> None:
         max_size=200,
     )
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_births_and_deaths_in_any_order(events: list[Event]) -> None:
     fed(events, TIGHT)[0].snapshot()

@@ -1,0 +1,134 @@
+"""`make demo-hw`: memory fails in (virtual) hardware, and `top` and `explain` tell what came of it.
+
+An arm64 host with firmware that reports errors. `kvmtrace serve` watches from the start, as it would
+on a real host; `top` and then `explain` read what it saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+from tests.lab import cper
+from tests.lab.demo import FOREVER, Step, Story, steps
+from tests.lab.drive import PATIENCE
+from tests.lab.errors import LabError
+from tests.lab.machine import Machine, prepare
+from tests.lab.progress import say
+
+KERNEL = "arm64-newest"
+
+INTRODUCTION = """\
+lab: two VMs run in the machine, and its memory controller reports errors while you watch:
+lab:   web-1 (dressed as QEMU)        loses a page, and its vCPU stops
+lab:   db-1 (anonymous memory)        has a page moved in time, loses another, and copes
+lab: in `kvmtrace top`: tab and enter to look closer, ? for help, q to end"""
+
+DIMM = cper.Dimm(node=0, card=0, module=1, handle=0x1100)  # the handle that QEMU's SMBIOS has
+
+
+class HardwareStory(Story):
+    """Errors come from the memory controller; what follows is the kernel's."""
+
+    def start_vms(self) -> None:
+        """Two VMs, whose second vCPU has ordinary work."""
+        qemu = "/tmp/demo/qemu-system-x86_64 -uuid 7f6b8a52-3c1d-4c9e-9a44-0d2f5e6b7c81"
+        for name, how, backing in (("web-1", qemu, "gmem"), ("db-1", "vmm", "anon")):
+            touched = [f"touch v +{page}" for page in (5, 6, 7)]
+            ordinary = f"pio v {FOREVER} gap_us=100000 vcpu=1 bg=1"
+            self._start(name, how, f"create v vcpus=2 backing={backing}", *touched, ordinary)
+
+    def _steps(self) -> Iterator[Step]:
+        web, db = self._vms["web-1"], self._vms["db-1"]
+        corrected, lost = cper.Severity.CORRECTED, cper.Severity.RECOVERABLE
+        for _ in range(2):
+            yield (
+                "web-1: the memory controller corrects an error in one of its pages",
+                self._fails("web-1", 5, corrected),
+            )
+        yield (
+            "web-1: it cannot correct the next one; the kernel poisons the page",
+            self._fails("web-1", 5, lost),
+        )
+        yield (
+            "db-1: too many corrected errors in a page; the kernel moves it away",
+            self._fails("db-1", 6, corrected, cper.THRESHOLD_EXCEEDED),
+        )
+        yield "web-1: its guest touches the lost page; the VMM is told", steps(web, "touch v +5")
+        yield "db-1: a page is lost", self._fails("db-1", 7, lost)
+        yield (
+            "db-1: its guest touches it; the VMM gets a SIGBUS, maps new memory and goes on",
+            steps(db, "touch v +7", "remap v +7", f"pio v {FOREVER} gap_us=100000 bg=1"),
+        )
+        yield "and then?", lambda: self._machine.run("sleep 8")
+
+    def _fails(
+        self, name: str, page: int, severity: cper.Severity, flags: int = 0
+    ) -> Callable[[], object]:
+        def fail() -> None:
+            pfn = self._vms[name].step(f"pfn v +{page}")["pfn"]
+            address = (pfn << self._machine.page_shift) + 0x40
+            cper.memory_error(self._machine, address, severity, flags=flags, dimm=DIMM)
+
+        return fail
+
+
+def shown(machine: Machine, *, live: bool) -> int:
+    """`top`, on this terminal until the person quits or once at the end, and `explain`."""
+    tell = (lambda _: None) if live else (lambda text: say(f"  {text}"))
+    story = HardwareStory(machine, tell)
+    story.start_vms()
+    if live:
+        print(INTRODUCTION, file=sys.stderr)
+        with story.told():
+            status = machine.attach("exec kvmtrace top")
+        if status:
+            return status
+    else:
+        say("no terminal: the final table will be printed")
+        with story.told():
+            machine.channel.wait(lambda: story.ended, PATIENCE * 5, "end of the story")
+        _print(machine, "kvmtrace top --once")
+    say("kvmtrace explain web-1")
+    _print(machine, "kvmtrace explain web-1")
+    return 0
+
+
+def _print(machine: Machine, command: str) -> None:
+    result = machine.run(command, timeout=PATIENCE)
+    sys.stdout.write(result.stdout)
+    sys.stderr.write(result.stderr)
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Boot, and show."""
+    parser = argparse.ArgumentParser(prog="python -m tests.lab.demo_hw", description=__doc__)
+    parser.add_argument("--source", choices=("auto", "bpf", "ftrace"), default="auto")
+    parser.add_argument("--kernel", default=KERNEL, metavar="NAME")
+    chosen = parser.parse_args()
+    try:
+        say("preparing (the first time that means minutes of downloads and building) ...")
+        prepare(chosen.kernel)
+        say("booting an arm64 machine of its own, emulated, with firmware ...")
+        with Machine.boot(chosen.kernel, ras=True) as machine:
+            say(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
+            say("starting kvmtrace serve (compiling for eBPF takes up to a minute) ...")
+            serve = machine.start(
+                f"exec kvmtrace serve --source {chosen.source} --listen 127.0.0.1:0"
+            )
+            serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+            status = shown(machine, live=sys.stdin.isatty() and sys.stdout.isatty())
+            serve.signal(signal.SIGTERM)
+            return status or serve.wait(PATIENCE)
+    except LabError as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
