@@ -28,9 +28,10 @@ lab:   db-1 (dressed as Firecracker)  holds a poisoned page, and loses some of i
 lab:   cache-1 (anonymous memory)     loses a mapping, and gets a SIGBUS
 lab: in `kvmtrace top`: tab and enter to look closer, ? for help, q to end"""
 
+DRESSING_ROOM = "/tmp/demo"
 DRESSED = {
-    "web-1": "/tmp/demo/qemu-system-x86_64 -uuid 7f6b8a52-3c1d-4c9e-9a44-0d2f5e6b7c81",
-    "db-1": "/tmp/demo/firecracker --id db-1",
+    "web-1": f"{DRESSING_ROOM}/qemu-system-x86_64 -uuid 7f6b8a52-3c1d-4c9e-9a44-0d2f5e6b7c81",
+    "db-1": f"{DRESSING_ROOM}/firecracker --id db-1",
     "cache-1": "vmm",
 }
 
@@ -70,11 +71,11 @@ class Story:
         raise NotImplementedError
 
     def _start(self, name: str, how: str, *steps: str) -> None:
-        self._machine.run(
-            "mkdir -p /tmp/demo && cd /tmp/demo && vmm=$(command -v vmm) &&"
-            " cp $vmm qemu-system-x86_64 && cp $vmm firecracker",
-            check=True,
-        )
+        """A VMM by this command line: of our own program, under whatever name."""
+        program = how.partition(" ")[0]
+        if program != "vmm":
+            dress = f"mkdir -p {DRESSING_ROOM} && cp $(command -v vmm) {program}"
+            self._machine.run(dress, check=True)
         vmm = self._vms[name] = Vmm(self._machine, name, program=how)
         for text in steps:
             vmm.step(text)

@@ -1,6 +1,6 @@
 """`make demo-hw`: memory fails in (virtual) hardware, and `top` and `explain` tell what came of it.
 
-An arm64 host with firmware that reports errors. `kvmtrace serve` watches from the start, as it would
+An arm64 host with firmware that reports errors. `kvmtrace serve` watches from the start, as it does
 on a real host; `top` and then `explain` read what it saw.
 """
 
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from tests.lab import cper
-from tests.lab.demo import FOREVER, Step, Story, steps
+from tests.lab.demo import DRESSING_ROOM, FOREVER, Step, Story, steps
 from tests.lab.drive import PATIENCE
 from tests.lab.errors import LabError
 from tests.lab.machine import Machine, prepare
@@ -34,7 +34,7 @@ class HardwareStory(Story):
 
     def start_vms(self) -> None:
         """Two VMs, whose second vCPU has ordinary work."""
-        qemu = "/tmp/demo/qemu-system-x86_64 -uuid 7f6b8a52-3c1d-4c9e-9a44-0d2f5e6b7c81"
+        qemu = f"{DRESSING_ROOM}/qemu-system-aarch64 -uuid 7f6b8a52-3c1d-4c9e-9a44-0d2f5e6b7c81"
         for name, how, backing in (("web-1", qemu, "gmem"), ("db-1", "vmm", "anon")):
             touched = [f"touch v +{page}" for page in (5, 6, 7)]
             ordinary = f"pio v {FOREVER} gap_us=100000 vcpu=1 bg=1"
