@@ -17,6 +17,8 @@
 #define EFAULT_ 14
 #define EHWPOISON_ 133
 #define KVM_EXIT_MEMORY_FAULT_ 39
+#define KVM_EXIT_ARM_SEA_ 41
+#define ARM_SEA_GPA_VALID 1
 #define KVM_RUN_ 0xae80
 #define KVM_PFN_ERR_HWPOISON_ 0x7ff0000000000001ULL /* include/linux/kvm_host.h */
 
@@ -204,6 +206,10 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	}
 	gmem_fails.delete(&tid);
 
+	/* No errno, and told only on arm64: see on_arm_sea. struct { flags, esr, gva, gpa } */
+	if (!ret && OFF_kvm_run_arm_sea >= 0 && word(run + OFF_kvm_run_arm_sea) & ARM_SEA_GPA_VALID)
+		key.gfn = word(run + OFF_kvm_run_arm_sea + 24) >> PAGE_SHIFT_;
+
 	now = bpf_ktime_get_ns();
 	count = exits.lookup(&key);
 	first = !count;
@@ -278,6 +284,15 @@ static __always_inline int on_run_outer(u64 file, u32 ioctl, long ret)
 		return 0;
 	}
 	return on_run_failed(word(file + OFF_file_private_data), (int)ret);
+}
+
+/* ---- arm_sea: kvm_handle_guest_sea(vcpu) returned; 0: KVM_RUN will too, with KVM_EXIT_ARM_SEA ---- */
+
+static __always_inline int on_arm_sea(u64 vcpu, int ret)
+{
+	if (ret || half(word(vcpu + OFF_kvm_vcpu_run) + OFF_kvm_run_exit_reason) != KVM_EXIT_ARM_SEA_)
+		return 0;
+	return on_run_failed(vcpu, 0);
 }
 
 /* ---- gmem: kvm_gmem_get_pfn(kvm, slot, gfn, pfn, ...) failed ---- */
@@ -719,6 +734,12 @@ int FN_vm_gone(args_t *ctx)
 }
 #endif
 
+#ifdef FN_arm_sea
+int FN_arm_sea(args_t *ctx)
+{
+	return on_arm_sea(ctx[0], (int)ctx[NARGS_arm_sea]);
+}
+#endif
 #ifdef FN_apei
 int FN_apei(args_t *ctx)
 {

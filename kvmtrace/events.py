@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from kvmtrace import kvm
+
 
 @dataclass(frozen=True, slots=True)
 class Owner:
@@ -55,6 +57,7 @@ class VmGone(Event):
 class Exit(Event):
     """KVM_RUN failed; ``count`` exits of exactly this kind, the last of them at ``ts``.
 
+    ``errno`` 0: it told of a synchronous external abort (reason 41), which is no error to KVM.
     ``annotated``: reason 39 with EFAULT or EHWPOISON, so flags, gpa and size are the kernel's
     (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT). ``gmem``: the errno with which
     kvm_gmem_get_pfn failed for this very fault, 0 if it was not asked, None if nobody watched.
@@ -77,6 +80,12 @@ class Exit(Event):
     access: str | None = None
     gmem: int | None = None
     count: int = 1
+
+    @property
+    def tells_of_poison(self) -> bool:
+        """EHWPOISON, or arm64's KVM_EXIT_ARM_SEA (api.rst), which has no errno."""
+        is_sea = self.errno == 0 and self.reason == kvm.EXIT_ARM_SEA
+        return self.errno == kvm.EHWPOISON or is_sea
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,8 +132,8 @@ class EventLog:
 def _kind(event: Event) -> object:
     """What an event repeats; None where every one is kept."""
     match event:
-        case Exit(errno=kvm.EHWPOISON):
-            return event.kind, event.vm, event.vcpu, event.gfn
+        case Exit() if event.tells_of_poison:
+            return event.kind, event.vm, event.vcpu, event.gfn, event.errno
         case Exit():
             of = (event.vm, event.vcpu, event.errno, event.reason, event.annotated, event.gmem)
             return event.kind, *of

@@ -90,6 +90,9 @@ def context_specs() -> tuple[ProbeSpec, ...]:
         ProbeSpec(
             "non_standard", ("ras:non_standard_event",), "entry", "errors in vendors' own formats"
         ),
+        ProbeSpec(
+            "arm_sea", ("kvm_handle_guest_sea",), "return", "exits with KVM_EXIT_ARM_SEA, no errno"
+        ),
         ProbeSpec("soft_offline", ("soft_offline_page",), "return", "pages moved off bad memory"),
         ProbeSpec("unpoison", ("unpoison_memory",), "return", "pages taken off the poison list"),
     )

@@ -47,7 +47,7 @@ def event_line(told: Told) -> dict[str, Any] | None:
                 kind="exit",
                 vm=vm_name(told.vm),
                 vcpu=event.vcpu,
-                errno=kvm.errno_name(event.errno),
+                errno=kvm.outcome_name(event.errno, event.reason),
                 reason=event.reason,
                 annotated=event.annotated,
                 flags=event.flags,

@@ -88,7 +88,7 @@ def cause_of(exit_: Exit) -> str | None:
     An annotated EFAULT is a conversion if kvm_gmem_get_pfn was never asked, and a failure of the
     backing if it was and failed.
     """
-    if exit_.errno == kvm.EHWPOISON:
+    if exit_.tells_of_poison:
         return "hwpoison"
     if exit_.errno != kvm.EFAULT:
         return "other"
@@ -211,11 +211,12 @@ class Correlator:
             incident = self._incident_at(event.vm, event.gfn)
             if incident is not None:
                 incident.exits += event.count
+                how = kvm.outcome_name(event.errno, event.reason)
                 gpa = f", gpa {event.gpa:#x}" if event.gpa is not None else ""
                 incident.note(
                     ("exit", event.vm, event.vcpu),
                     event.ts,
-                    f"KVM_RUN told vCPU {event.vcpu}: EHWPOISON{gpa}",
+                    f"KVM_RUN told vCPU {event.vcpu}: {how}{gpa}",
                     "same VM and gfn" if event.gfn is not None else "same VM; its gfn is unknown",
                     vm=event.vm,
                     count=event.count,

@@ -146,7 +146,7 @@ class Population:
         vm = self._vms.get(event.vm)
         if vm is None:
             return
-        key = (kvm.errno_name(event.errno), cause)
+        key = (kvm.outcome_name(event.errno, event.reason), cause)
         if key not in vm.exits and len(vm.exits) >= self._limits.kinds:
             key = ("other", cause)
         vm.exits[key] = vm.exits.get(key, 0) + event.count

@@ -23,6 +23,7 @@ from kvmtrace.ftrace.storm import ExitStorms
 from kvmtrace.ftrace.tally import Tally
 
 _MAX_THREADS = 4096
+_GPA_VALID = 1 << 0  # KVM_EXIT_ARM_SEA_FLAG_GPA_VALID, include/uapi/linux/kvm.h
 _MAX_DETAILS = 16384
 
 
@@ -124,6 +125,13 @@ class Faults:
             return []
         self._again[same] = (0, record.ts, vid)
         return [_exit(record.ts, (vm, vid), key, detail, 1)]
+
+    def arm_sea(self, record: Record) -> Event:
+        """KVM_RUN tells of a synchronous external abort: no errno, and no other probe sees it."""
+        fields = record.fields
+        gfn = kvm.gfn_of(fields["gpa"]) if fields["flags"] & _GPA_VALID else None
+        vm, tid = self._people.key(record), fields["common_pid"]
+        return Exit(record.ts, vm, fields["vid"], 0, fields["reason"], False, tid, gfn=gfn)
 
     def settle(self, totals: Totals, now: int) -> list[Event]:
         """Exits that the kernel counted and no event told."""

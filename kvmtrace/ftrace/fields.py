@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
-from kvmtrace import cper
+from kvmtrace import cper, kvm
 
 KVM_PFN_ERR_HWPOISON = 0x7FF0000000000001  # include/linux/kvm_host.h: KVM_PFN_ERR_MASK | 1
 
@@ -173,6 +173,17 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         _field("place", *_section("place")),
         _field("kind", *_section("kind")),
     ),
+    "arm_sea": (
+        _needed("vcpu", "vcpu:x64"),
+        _needed("kvm", "vcpu->kvm:x64"),
+        _needed("vid", "vcpu->vcpu_id"),
+        _helper("tgid", f"vcpu->{_TGID}"),
+        _helper("maker", f"vcpu->{_MAKER}"),
+        _needed("reason", "vcpu->run->exit_reason:u32"),
+        _needed("flags", "vcpu->run->arm_sea.flags:x64"),
+        _needed("gpa", "vcpu->run->arm_sea.gpa:x64"),
+        _RET,
+    ),
     "soft_offline": (_needed("pfn", "pfn:u64"), _RET),
     "unpoison": (_needed("pfn", "pfn:u64"), _RET),
     # include/linux/kvm_host.h, enum kvm_mr_change: CREATE, DELETE, MOVE, FLAGS_ONLY
@@ -201,6 +212,7 @@ FILTERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("ret", "ret < 0 && ret != -4"),
     ),
     "vm_new": (("ret", "ret == 0"),),
+    "arm_sea": (("ret", f"ret == 0 && reason == {kvm.EXIT_ARM_SEA}"),),
     "sigbus": (("code", "code == 4 || code == 5"),),
     "sigbus_forced": (("code", "code == 4 || code == 5"),),
 }
@@ -208,7 +220,7 @@ FILTERS: dict[str, tuple[tuple[str, str], ...]] = {
 # Which ring: a storm of one kind must not crowd out the rare and precious of another.
 RINGS: dict[str, tuple[str, ...]] = {
     "poison": (
-        *("poison", "gmem_error", "mce", "vm_new", "vm_gone", "slot"),
+        *("poison", "gmem_error", "mce", "vm_new", "vm_gone", "slot", "arm_sea"),
         *("mc_event", "extlog", "apei", "arm_event", "non_standard", "soft_offline", "unpoison"),
     ),
     "signals": ("sigbus", "sigbus_forced"),

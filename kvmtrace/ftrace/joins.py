@@ -111,6 +111,8 @@ class Joiner:
                 if record.fields["ret"] == -kvm.EINTR:
                     return self.signals.returned(record)
                 return self.faults.run(record)
+            case "arm_sea":
+                return [self.faults.arm_sea(record)]
             case "gmem":
                 self.faults.gmem(record)
                 self.refusals.gmem(record)

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from kvmtrace import host, kvm
+from kvmtrace import host
 from kvmtrace.events import (
     Event,
     Exit,
@@ -125,7 +125,7 @@ class Observer:
                     out.append(event)
                 case Found():
                     out += [*found.pop(None, []), *found.pop(event.pfn, []), event]
-                case Exit() if event.errno == kvm.EHWPOISON and event.gfn is not None:
+                case Exit() if event.tells_of_poison and event.gfn is not None:
                     out += [*self._page_behind(event, event.gfn), event]
                 case Sigbus() if event.pfn is None:
                     out.append(replace(event, pfn=self._pfn_at(event)))

@@ -81,7 +81,7 @@ class Reactions:
 
     def _follow(self, event: Event) -> None:
         match event:
-            case Exit(errno=kvm.EHWPOISON, tid=int(tid)):
+            case Exit(tid=int(tid)) if event.tells_of_poison:
                 self._told(event.vm, tid, event.vcpu)
             case Sigbus(vm=int(vm)) if event.vcpu is not None or _by_its_own_access(event):
                 self._told(vm, event.tid, event.vcpu)

@@ -45,7 +45,8 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
     vm = _vm(told.vm)
     match event:
         case Exit():
-            what = f"{kvm.errno_name(event.errno)} {told.cause or '(cause unknown)'}"
+            outcome = kvm.outcome_name(event.errno, event.reason)
+            what = f"{outcome} {told.cause or '(cause unknown)'}"
             facts = _exit_facts(event)
         case Poison():
             owners = [f"{_vm(seen)} gfn {hex_of(owner.gfn)}" for owner, seen in told.owners]

@@ -388,3 +388,16 @@ def test_a_signal_event_may_stand_for_many() -> None:
     assert only(snapshot).sigbus == 1000
     assert snapshot.vms[1].sigbus == {"AR": 1000}
     assert only(snapshot).told[0].sigbus == {"AR": 1000}
+
+
+def test_a_synchronous_external_abort_is_a_delivery() -> None:
+    """KVM_EXIT_ARM_SEA: Documentation/virt/kvm/api.rst; no lab machine can make one."""
+    sea = Exit(T0 + MS, 1, 0, 0, 41, False, VCPU, gfn=8, count=2)
+    snapshot, told = tell(seen(1), gmem(T0, Owner(1, 8)), poison(T0), sea)
+    (incident,) = snapshot.incidents
+    assert (incident.state, incident.exits) == ("delivered", 2)
+    assert told[-1].cause == "hwpoison"
+    assert snapshot.vms[1].exits == {("ARM_SEA", "hwpoison"): 2}
+    # Reason 41 with an errno is another exit's leftover.
+    assert cause_of(Exit(T0, 1, 0, 14, 41, False)) == "unannotated"
+    assert cause_of(Exit(T0, 1, 0, 0, 6, False)) == "other"

@@ -398,6 +398,16 @@ def test_arm64_tells_address_and_access_in_registers() -> None:
     assert (told.gfn, told.access, told.private) == (GFN, "w", None)
 
 
+@pytest.mark.parametrize(("flags", "gfn"), [(1, GFN), (0, None)])
+def test_arm64s_own_exit_has_no_errno(flags: int, gfn: int | None) -> None:
+    world = World()
+    sea = {"vcpu": VCPU, "vid": 2, "reason": 41, "ret": 0, "flags": flags, "gpa": GFN << 12}
+    (told,) = world.exits_of(world.record("arm_sea", **sea))
+    assert (told.vm, told.vcpu, told.errno, told.reason, told.gfn) == (1, 2, 0, 41, gfn)
+    assert (told.annotated, told.gpa, told.tid) == (False, None, TID)
+    assert told.tells_of_poison
+
+
 # -- counts
 
 
