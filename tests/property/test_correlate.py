@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvmtrace import wire
 from kvmtrace.correlate import Correlator, Told
+from kvmtrace.correlate.halves import JOIN_NS
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
     Event,
@@ -26,6 +27,7 @@ from kvmtrace.events import (
     Owner,
     Poison,
     Refused,
+    Released,
     Sigbus,
     SoftOffline,
     StillQuiet,
@@ -88,6 +90,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         count=st.integers(1, 5),
     ),
     st.builds(StillQuiet, TS),
+    st.builds(Released, TS, VMS, PFNS, HVAS),
     st.builds(
         Mce,
         TS,
@@ -192,6 +195,28 @@ def test_an_owner_is_somebody_whom_an_event_named(events: list[Event]) -> None:
             assert owner.hva is None or (owner.vm, owner.hva) in addresses
 
 
+def _half_of_nothing(event: Event, poisons: list[Poison]) -> bool:
+    """What memory_failure does before it traces, without a poison of that thread just after it."""
+    match event:
+        case GmemPoison():
+            thread = event.tid
+        case Sigbus(sender=int(thread), vm=None, pfn=None):
+            pass
+        case _:
+            return False
+    return not any(p.tid == thread and 0 <= p.ts - event.ts <= JOIN_NS for p in poisons)
+
+
+@given(LOGS)
+@settings(max_examples=400)
+def test_halves_of_other_threads_and_times_join_nothing(events: list[Event]) -> None:
+    poisons = [event for event in events if isinstance(event, Poison)]
+    kept = [event for event in events if not _half_of_nothing(event, poisons)]
+    assert [(i.id, i.owners, i.sigbus) for i in snapshot(events).incidents] == [
+        (i.id, i.owners, i.sigbus) for i in snapshot(kept).incidents
+    ]
+
+
 @given(LOGS)
 @settings(max_examples=400)
 def test_a_fault_belongs_to_an_incident_of_its_own_vm(events: list[Event]) -> None:
@@ -266,7 +291,8 @@ def test_what_is_shown_makes_sense(events: list[Event]) -> None:
         if incident.state in ("delivered", "looping"):
             assert delivered
         if incident.state == "latent":
-            assert incident.owners
+            assert set(incident.owners) > set(incident.released)
+        assert set(incident.released) <= set(incident.owners)
         if incident.state in ("latent", "unowned"):
             assert not incident.exits
     for vm in shown.vms.values():
