@@ -266,6 +266,19 @@ class VcpuState(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Released(Event):
+    """The poisoned page ``pfn`` is no longer at ``hva`` of a VM's process: something else may be.
+
+    ``hva``: of the page's start.
+    """
+
+    kind: ClassVar[str] = "released"
+    vm: int
+    pfn: int
+    hva: int
+
+
+@dataclass(frozen=True, slots=True)
 class StillQuiet(Event):
     """Nothing else happened until ``ts``."""
 
@@ -299,6 +312,7 @@ KINDS: dict[str, type[Event]] = {
         Found,
         KernelCounts,
         VcpuState,
+        Released,
         StillQuiet,
         Lost,
     )

@@ -53,14 +53,16 @@ class EventLog:
         self._forget = forget
         self._where = where
         self._vms: OrderedDict[int, VmSeen] = OrderedDict()
-        self._gone: OrderedDict[int, VmGone] = OrderedDict()
-        self._log: OrderedDict[object, Event] = OrderedDict()
+        # With the number under which an event came: the order that whoever lived through it saw.
+        self._gone: OrderedDict[int, tuple[int, VmGone]] = OrderedDict()
+        self._log: OrderedDict[object, tuple[int, Event]] = OrderedDict()
         self._serial = 0
         self._era = 0
         self._dropped = 0
 
     def add(self, event: Event) -> None:
         """One more event."""
+        self._serial += 1
         match event:
             case VmSeen():
                 self._vms[event.vm] = event
@@ -70,25 +72,25 @@ class EventLog:
                 if self._forget and not self._concerned(event.vm):
                     self._vms.pop(event.vm, None)
                 else:
-                    self._gone[event.vm] = event
+                    self._gone[event.vm] = self._serial, event
                     self._bound_vms()
                 return
             case Unpoison():
                 # What is told of a gfn from here on may be of another page.
                 self._era += 1
-        self._serial += 1
         kind = _kind(event)
         if kind is None:
-            self._log[self._serial] = event
+            self._log[self._serial] = self._serial, event
         elif ("first", self._era, kind) not in self._log:
-            self._log["first", self._era, kind] = event
+            self._log["first", self._era, kind] = self._serial, event
         elif type(event) in _KEPT:
             self._keep_last(kind, event, _KEPT[type(event)])
         else:
             key = ("rest", self._era, kind)
-            self._log[key] = _added(self._log.get(key), event)
+            known = self._log.get(key)
+            self._log[key] = self._serial, _added(known[1] if known else None, event)
         while len(self._log) > self._limit:
-            _, dropped = self._log.popitem(last=False)
+            _, (_, dropped) = self._log.popitem(last=False)
             self._dropped += getattr(dropped, "count", 1)
 
     def _keep_last(self, kind: object, event: Event, number: int) -> None:
@@ -96,8 +98,8 @@ class EventLog:
         slots = [slot for n in range(number) if (slot := ("last", kind, n)) in self._log]
         key = ("last", kind, len(slots))
         if len(slots) == number:
-            key = min(slots, key=lambda slot: self._log[slot].ts)
-        self._log[key] = event
+            key = min(slots, key=lambda slot: self._log[slot][0])
+        self._log[key] = self._serial, event
         self._log.move_to_end(key)
 
     def _bound_vms(self) -> None:
@@ -116,13 +118,13 @@ class EventLog:
             getattr(event, "vm", None) == vm
             or any(owner.vm == vm for owner in getattr(event, "owners", ()))
             or getattr(getattr(event, "owner", None), "vm", None) == vm
-            for event in self._log.values()
+            for _, event in self._log.values()
         )
 
     def events(self) -> list[Event]:
-        """VMs first, then what happened, by time: sums stand where the last of them came."""
-        happened = sorted([*self._log.values(), *self._gone.values()], key=lambda event: event.ts)
-        kept: list[Event] = [*self._vms.values(), *happened]
+        """VMs first, then what happened, as it came: sums stand where the last of them did."""
+        happened = sorted([*self._log.values(), *self._gone.values()], key=lambda came: came[0])
+        kept: list[Event] = [*self._vms.values(), *(event for _, event in happened)]
         if self._dropped:
             last = max((event.ts for event in kept), default=0)
             kept.append(Lost(last, self._where, self._dropped))

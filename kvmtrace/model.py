@@ -194,6 +194,7 @@ class Incident:
     for itself, outside KVM_RUN (madvise on its own mapping): no guest has touched anything.
     ``undelivered``: refusals of guest_memfd that no exit told. ``before_start``: it was there when
     kvmtrace came. ``size``: bytes lost, where known. ``omitted``: moments that had no room.
+    ``released``: those of the owners whose memory was seen without the page since.
     """
 
     id: str
@@ -218,6 +219,7 @@ class Incident:
     verdicts: tuple[Verdict, ...] = ()
     timeline: tuple[Moment, ...] = ()
     omitted: int = 0
+    released: tuple[Owner, ...] = ()
 
     @property
     def verdict(self) -> str | None:

@@ -274,7 +274,8 @@ def _vm(vm: Vm) -> dict[str, Any]:
 
 def _owner(owner: Owner, state: Incident, snapshot: Snapshot) -> dict[str, Any]:
     vm = vm_name(snapshot.vms.get(owner.vm)) or party_name(state.parties.get(owner.vm))
-    return known(vm=vm, gfn=owner.gfn, hva=owner.hva)
+    left = True if owner in state.released else None
+    return known(vm=vm, gfn=owner.gfn, hva=owner.hva, released=left)
 
 
 def _when(ts: int | None) -> str | None:

@@ -16,7 +16,7 @@ from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event
 from kvmtrace.live import Session, host_of
 from kvmtrace.model import Host, Probe, Snapshot
-from kvmtrace.observe import Observed, Quiet, Reactions
+from kvmtrace.observe import Observed, Quiet, Reactions, Releases
 from kvmtrace.sources.joined import JoinedSource
 from kvmtrace.sources.recording import RecordingSource, Writer
 
@@ -26,7 +26,7 @@ LISTEN_SECONDS = 1.0
 
 def attach(kind: str) -> sources.Source:
     """This host's kernel, with what only looking tells added to what it says by itself."""
-    return Quiet(Reactions(Observed(sources.open_source(kind))))
+    return Quiet(Reactions(Releases(Observed(sources.open_source(kind)))))
 
 
 def here(kind: str) -> sources.Source:

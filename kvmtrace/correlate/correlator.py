@@ -41,6 +41,7 @@ from kvmtrace.events import (
     Owner,
     Poison,
     Refused,
+    Released,
     Sigbus,
     SoftOffline,
     Unpoison,
@@ -149,6 +150,8 @@ class Correlator:
                 return self._unpoison(event)
             case VcpuState():
                 return self._vcpu(event)
+            case Released():
+                return self._released(event)
             case KernelCounts():
                 self._account.kernel(event)
             case Lost():
@@ -200,6 +203,18 @@ class Correlator:
                     vm=event.vm,
                 )
         return Told(event, vm=self.identity(event.vm), incident=ids[-1] if ids else None)
+
+    def _released(self, event: Released) -> Told:
+        incident = self._incidents.at_pfn(event.pfn)
+        if incident is not None and incident.release(event.vm, event.hva):
+            incident.note(
+                ("released", event.vm, event.hva),
+                event.ts,
+                f"hva {event.hva:#x} has no longer that page",
+                "page table entry (pagemap)",
+                vm=event.vm,
+            )
+        return Told(event, self.identity(event.vm), incident=incident.id if incident else None)
 
     # -- faults
 
@@ -476,7 +491,7 @@ class Correlator:
         pages: dict[int, int] = {}
         for incident in self._incidents:
             if not incident.over:
-                for key in {owner.vm for owner in incident.owners.values()}:
+                for key in incident.holders:
                     pages[key] = pages.get(key, 0) + (not self._vms.is_gone(key))
         return Snapshot(
             vms={key: vm.frozen(pages.get(key, 0), now) for key, vm in self._vms.items()},

@@ -53,6 +53,7 @@ class State:
     first_delivery_ts: int | None = None
     last_delivery_ts: int | None = None
     told: dict[tuple[int, int | None], _Told] = field(default_factory=dict)
+    released: set[tuple[int, int]] = field(default_factory=set)  # VM, hva
     looks: dict[tuple[int, int], list[Look]] = field(default_factory=dict)  # by VM and thread
     places: list[Errors] = field(default_factory=list)
     moments: dict[object, Moment] = field(default_factory=dict)
@@ -71,6 +72,25 @@ class State:
         if self.closed or self.unpoisoned_ts is None:
             return self.closed
         return self.last_delivery_ts is None or self.last_delivery_ts <= self.unpoisoned_ts
+
+    @property
+    def holders(self) -> set[int]:
+        """Keys of the VMs that have the page, or had when last heard of."""
+        return {owner.vm for owner in self.owners.values() if not self.is_released(owner)}
+
+    def is_released(self, owner: Owner) -> bool:
+        """Whether that owner's memory was seen without the page since."""
+        return owner.hva is not None and (owner.vm, owner.hva // PAGE * PAGE) in self.released
+
+    def release(self, vm: int, hva: int) -> bool:
+        """The page is not there any more; False if it is not known to have been."""
+        if not any(
+            owner.vm == vm and owner.hva is not None and owner.hva // PAGE == hva // PAGE
+            for owner in self.owners.values()
+        ):
+            return False
+        self.released.add((vm, hva // PAGE * PAGE))
+        return True
 
     def grow(self, size: int | None) -> None:
         """So many bytes are lost at least."""
@@ -221,7 +241,7 @@ class State:
             return "looping"
         if self.first_delivery_ts is not None:
             return "delivered"
-        return "latent" if self.owners else "unowned"
+        return "latent" if self.holders else "unowned"
 
     def verdicts(self, now: int, parties: dict[int, Party]) -> tuple[Verdict, ...]:
         """One for each VM that was told."""
@@ -232,7 +252,12 @@ class State:
             found.append(
                 judge(
                     Evidence(
-                        vm, now, self.tellings(vm), tuple(looks), party.gone_ts if party else None
+                        vm,
+                        now,
+                        self.tellings(vm),
+                        tuple(looks),
+                        party.gone_ts if party else None,
+                        tuple(sorted(hva for of, hva in self.released if of == vm)),
                     )
                 )
             )
@@ -250,6 +275,7 @@ class State:
             result=self.result,
             poisoned_ts=self.poisoned_ts,
             owners=tuple(self.owners.values()),
+            released=tuple(o for o in self.owners.values() if self.is_released(o)),
             exits=self.exits,
             sigbus=self.sigbus,
             sigbus_at_poison=self.sigbus_at_poison,

@@ -41,13 +41,17 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that is known of one VM that was told of one page; ``now``: the model's time."""
+    """All that is known of one VM that was told of one page; ``now``: the model's time.
+
+    ``released``: addresses where it had the page and has it no longer.
+    """
 
     vm: int
     now: int
     told: tuple[Telling, ...]
     looks: tuple[Look, ...] = ()
     gone_ts: int | None = None
+    released: tuple[int, ...] = ()
 
 
 def looped(telling: Telling) -> bool:
@@ -107,7 +111,8 @@ def _by_looks(evidence: Evidence) -> tuple[str, ...]:
     if stopped:
         return ("stopped", *stopped, *ran_on, *unclear)
     if ran_on and not unclear:
-        return ("handled", *ran_on, "not told of this page again since")
+        mended = [f"hva {hva:#x} has no longer that page" for hva in evidence.released]
+        return ("handled", *ran_on, "not told of this page again since", *mended)
     if unclear:
         return ("unknown", *unclear, *ran_on)
     if all(telling.vcpu is None for telling in evidence.told):

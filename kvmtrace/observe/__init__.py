@@ -3,5 +3,6 @@
 from kvmtrace.observe.observed import Observed, Observer
 from kvmtrace.observe.quiet import Quiet
 from kvmtrace.observe.reactions import Reactions
+from kvmtrace.observe.releases import Releases
 
-__all__ = ["Observed", "Observer", "Quiet", "Reactions"]
+__all__ = ["Observed", "Observer", "Quiet", "Reactions", "Releases"]

@@ -69,6 +69,8 @@ def _for_vms(incident: Incident) -> list[str]:
         party = incident.parties.get(vm)
         if party is not None and party.gone_ts is not None:
             continue
+        if vm not in words and all(o in incident.released for o in incident.owners if o.vm == vm):
+            continue
         who = _names(incident, [vm])
         gfns = [owner.gfn for owner in incident.owners if owner.vm == vm and owner.gfn is not None]
         where = f" (gfn {listed(map(hex_of, gfns))})" if gfns else ""

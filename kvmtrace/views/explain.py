@@ -106,7 +106,8 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
     for owner in incident.owners:
         hva = f", hva {hex_of(owner.hva)}" if owner.hva is not None else ""
         gfn = f"gfn {hex_of(owner.gfn)}" if owner.gfn is not None else "gfn not known"
-        yield "owner", f"{_name(incident.parties.get(owner.vm), full=True)}: {gfn}{hva}"
+        left = ", no longer there" if owner in incident.released else ""
+        yield "owner", f"{_name(incident.parties.get(owner.vm), full=True)}: {gfn}{hva}{left}"
     if incident.origin is not None:
         yield "origin", listed(origin_parts(incident.origin))
     signals: dict[str, int] = {}

@@ -86,6 +86,9 @@ def test_each_verdict(machine: Machine) -> None:
         assert [owner["gfn"] for owner in told["owners"]] == [vmms[name][1]["gfn"]]
         evidence = " ".join(told["verdicts"][0]["evidence"])
         assert re.search(EVIDENCE[verdict], evidence), evidence
+    mended = explain(machine, "mends")
+    assert [owner["released"] for owner in mended["owners"]] == [True]
+    assert "has no longer that page" in " ".join(mended["verdicts"][0]["evidence"])
     assert explain(machine, "loops")["state"] == "looping"
     assert explain(machine, "exits")["state"] == "closed"
     assert explain(machine, "exits")["owners"][0]["vm"]["name"] == "exits"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvmtrace import wire
 from kvmtrace.correlate import Correlator, Told
+from kvmtrace.correlate.halves import JOIN_NS
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
     Event,
@@ -26,6 +27,7 @@ from kvmtrace.events import (
     Owner,
     Poison,
     Refused,
+    Released,
     Sigbus,
     SoftOffline,
     StillQuiet,
@@ -88,6 +90,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         count=st.integers(1, 5),
     ),
     st.builds(StillQuiet, TS),
+    st.builds(Released, TS, VMS, PFNS, HVAS),
     st.builds(
         Mce,
         TS,
@@ -141,7 +144,48 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(KernelCounts, TS, st.just((("total", 1),)), st.integers(0, 4) | st.none()),
     st.builds(Lost, TS, st.sampled_from(["ringbuf", "maps"]), st.integers(1, 9)),
 )
-LOGS = st.lists(EVENTS, max_size=60)
+
+# Where anything may happen, what would go wrong hardly ever meets: so also two VMs, two pages and
+# two threads within seconds, and nothing but what is joined.
+FEW = st.integers(1, 2)
+SOON = st.integers(0, 12_000_000_000)
+_PAGES = st.integers(0x100, 0x101)
+_NEAR = st.sampled_from([0x7F0000000000, 0x7F0000001000])
+_OWNER = st.builds(Owner, FEW, FEW, st.none() | _NEAR)
+JOINED: st.SearchStrategy[Event] = st.one_of(
+    st.builds(Exit, SOON, FEW, FEW, st.just(133), st.just(39), st.just(True), gfn=FEW, count=FEW),
+    st.builds(Poison, SOON, _PAGES, st.just("a"), st.just("x"), tid=FEW),
+    st.builds(
+        GmemPoison, SOON, FEW, st.just(7), FEW, st.lists(_OWNER, min_size=1, max_size=2).map(tuple)
+    ),
+    st.builds(Owned, SOON, _PAGES, _OWNER, st.just("pagemap")),
+    st.builds(
+        Sigbus,
+        SOON,
+        st.integers(4001, 4002),
+        FEW,
+        st.just(4),
+        _NEAR,
+        st.just(12),
+        sender=FEW,
+        vm=st.none() | FEW,
+        vcpu=st.none() | FEW,
+        gfn=st.none() | FEW,
+        pfn=st.none() | _PAGES,
+        count=FEW,
+    ),
+    st.builds(Refused, SOON, FEW, FEW, FEW),
+    st.builds(VcpuState, SOON, FEW, FEW, st.sampled_from(["running", "outside"]), FEW),
+    st.builds(Released, SOON, FEW, _PAGES, _NEAR),
+    st.builds(Unpoison, SOON, _PAGES),
+    st.builds(VmGone, SOON, FEW),
+)
+_KNOWN = st.lists(FEW, max_size=2, unique=True).map(
+    lambda keys: [VmSeen(0, key, 4000 + key) for key in keys]
+)
+STORIES = st.builds(lambda known, events: known + events, _KNOWN, st.lists(JOINED, max_size=30))
+
+LOGS = st.one_of(st.lists(EVENTS, max_size=60), STORIES, STORIES)
 LONG_LOGS = st.lists(EVENTS, min_size=100, max_size=250)
 
 
@@ -190,6 +234,30 @@ def test_an_owner_is_somebody_whom_an_event_named(events: list[Event]) -> None:
         for owner in incident.owners:
             assert (owner.vm, owner.gfn) in named
             assert owner.hva is None or (owner.vm, owner.hva) in addresses
+
+
+def _half_of_nothing(event: Event, poisons: list[Poison]) -> bool:
+    """What memory_failure does before it traces, without a poison of that thread just after it."""
+    match event:
+        case GmemPoison():
+            thread = event.tid
+        case Sigbus(sender=int(thread), vm=None, pfn=None):
+            pass
+        case _:
+            return False
+    return not any(p.tid == thread and 0 <= p.ts - event.ts <= JOIN_NS for p in poisons)
+
+
+@given(LOGS)
+@settings(max_examples=400)
+def test_halves_of_other_threads_and_times_join_nothing(events: list[Event]) -> None:
+    poisons = [event for event in events if isinstance(event, Poison)]
+    kept = [event for event in events if not _half_of_nothing(event, poisons)]
+    found, allowed = (
+        {(i.pfn, owner.vm, owner.gfn) for i in snapshot(log).incidents for owner in i.owners}
+        for log in (events, kept)
+    )
+    assert found <= allowed
 
 
 @given(LOGS)
@@ -266,7 +334,8 @@ def test_what_is_shown_makes_sense(events: list[Event]) -> None:
         if incident.state in ("delivered", "looping"):
             assert delivered
         if incident.state == "latent":
-            assert incident.owners
+            assert set(incident.owners) > set(incident.released)
+        assert set(incident.released) <= set(incident.owners)
         if incident.state in ("latent", "unowned"):
             assert not incident.exits
     for vm in shown.vms.values():

@@ -131,7 +131,7 @@ def test_every_probe_is_shown_with_what_is_missing_without_it() -> None:
 
 
 def test_corrected_errors_are_a_note() -> None:
-    report = doctor.judge(facts(ras_cec="y"), [BPF])
+    report = doctor.judge(facts(ras_cec=True), [BPF])
     assert report.ok
     assert check(report, "corrected errors").ok is None
 
@@ -151,7 +151,7 @@ def test_ascii() -> None:
 
 
 def test_json_leaves_out_what_is_unknown() -> None:
-    answer = json.loads(json.dumps(doctor.as_object(doctor.judge(facts(ras_cec="y"), [BPF]))))
+    answer = json.loads(json.dumps(doctor.as_object(doctor.judge(facts(ras_cec=True), [BPF]))))
     assert answer["ok"] is True
     (note,) = [c for c in answer["checks"] if c["name"] == "corrected errors"]
     assert "ok" not in note

@@ -199,6 +199,14 @@ def test_bcc_out_of_sight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "--system-site-packages" in ask(tmp_path, monkeypatch, hidden).fix
 
 
+def test_the_collector_of_corrected_errors_is_asked_itself(tmp_path: Path) -> None:
+    """Not the configuration: it may be compiled in and told to leave it."""
+    (tmp_path / "ras").mkdir()
+    assert host.corrected_errors_collector(str(tmp_path)) is False
+    (tmp_path / "ras/cec").mkdir()
+    assert host.corrected_errors_collector(str(tmp_path)) is True
+
+
 def test_kernel_option(tmp_path: Path) -> None:
     (tmp_path / "config-6.18").write_text("CONFIG_RAS_CEC=y\n# CONFIG_X is not set\nCONFIG_KVM=m\n")
     options = [

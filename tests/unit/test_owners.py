@@ -94,7 +94,7 @@ def test_maps() -> None:
 def proc_with(tmp_path: Path, pid: int, entries: dict[int, int], maps: str) -> None:
     """A /proc with one process; ENOTTY for PAGEMAP_SCAN, as on kernels before 6.7."""
     directory = tmp_path / str(pid)
-    directory.mkdir()
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "maps").write_text(maps)
     with (directory / "pagemap").open("wb") as file:
         for hva, entry in entries.items():

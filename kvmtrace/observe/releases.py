@@ -1,0 +1,100 @@
+"""Whether a poisoned page is still where it was in a VMM's memory: its page table tells.
+
+The entry of a lost page names the pfn until something else is put there, which is what a VMM that
+copes does. ``Releases`` is a source around a source. Hugetlb pages have no such entry, and
+guest_memfd has one only where it is mapped.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+from kvmtrace.events import Event, Owned, Released, Sigbus, Unpoison, VmGone, VmSeen
+from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.observe.owners import poisoned_pfn
+from kvmtrace.pagemap import PAGE
+from kvmtrace.sources import Source
+
+_SECOND = 1_000_000_000
+LOOK_NS = _SECOND  # some microseconds for each place
+MAX_PLACES = 1024
+
+
+class Releases:
+    """A source that also tells when a poisoned page left a VM. ``now``: ns since the epoch."""
+
+    def __init__(
+        self, inner: Source, proc: str = "/proc", now: Callable[[], int] = time.time_ns
+    ) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.why = inner.why
+        self._proc = proc
+        self._now = now
+        self._pid_of: dict[int, int] = {}  # by VM
+        self._places: OrderedDict[tuple[int, int, int], None] = OrderedDict()  # VM, pfn, hva
+        self._next = 0
+
+    def poll(self, timeout: float) -> list[Event]:
+        """The inner source's events, and what was seen to be no longer there."""
+        events = self.inner.poll(timeout)
+        for event in events:
+            self._follow(event)
+        return events + self._look()
+
+    def probes(self) -> tuple[Probe, ...]:
+        return self.inner.probes()
+
+    def probe_runs(self) -> Mapping[str, ProbeRuns]:
+        return self.inner.probe_runs()
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def _follow(self, event: Event) -> None:
+        match event:
+            case VmSeen():
+                self._pid_of[event.vm] = event.pid
+            case VmGone():
+                self._pid_of.pop(event.vm, None)
+                self._drop(lambda vm, pfn: vm == event.vm)
+            case Unpoison():
+                self._drop(lambda vm, pfn: pfn == event.pfn)
+            case Owned() if event.owner.hva is not None:
+                self._watch(event.owner.vm, event.pfn, event.owner.hva)
+            case Sigbus(vm=int(vm), pfn=int(pfn)):
+                self._watch(vm, pfn, event.hva)
+
+    def _watch(self, vm: int, pfn: int, hva: int) -> None:
+        place = (vm, pfn, hva // PAGE * PAGE)
+        # A page that is not mapped there, or of which the entry does not tell, cannot be followed.
+        if place not in self._places and self._is_there(*place):
+            self._places[place] = None
+            while len(self._places) > MAX_PLACES:
+                self._places.popitem(last=False)
+
+    def _drop(self, concerned: Callable[[int, int], bool]) -> None:
+        for place in [place for place in self._places if concerned(place[0], place[1])]:
+            del self._places[place]
+
+    def _look(self) -> list[Event]:
+        now = self._now()
+        if not self._places or now < self._next:
+            return []
+        self._next = now + LOOK_NS
+        left = [place for place in self._places if not self._is_there(*place)]
+        for place in left:
+            del self._places[place]
+        # The end of a process is another story, which VmGone tells.
+        alive = [place for place in left if os.path.exists(self._proc_of(place[0]))]
+        return [Released(now, vm, pfn, hva) for vm, pfn, hva in alive]
+
+    def _is_there(self, vm: int, pfn: int, hva: int) -> bool:
+        pid = self._pid_of.get(vm)
+        return pid is not None and poisoned_pfn(pid, hva, self._proc) == pfn
+
+    def _proc_of(self, vm: int) -> str:
+        return f"{self._proc}/{self._pid_of.get(vm, 0)}/maps"

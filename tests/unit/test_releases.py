@@ -1,0 +1,110 @@
+"""A poisoned page that a VMM has put another one in place of: seen in its page table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvmtrace.correlate import Correlator
+from kvmtrace.events import (
+    Event,
+    Owned,
+    Owner,
+    Poison,
+    Released,
+    Sigbus,
+    Unpoison,
+    VcpuState,
+    VmGone,
+    VmSeen,
+)
+from kvmtrace.model import Snapshot
+from kvmtrace.observe.releases import LOOK_NS, Releases
+from kvmtrace.views import advice
+from tests.unit.fake import SECOND, T0, FakeSource
+from tests.unit.test_owners import ANON, PRESENT, proc_with
+
+PFN, HVA, PID = 0x104CAA, 0x13000, 7
+MAPS = "00013000-00014000 rw-p 00000000 00:00 0\n"
+BEGIN: tuple[Event, ...] = (VmSeen(T0, 1, PID, "web"), Owned(T0, PFN, Owner(1, 8, HVA), "pagemap"))
+
+
+class World:
+    """One process, one page, one clock."""
+
+    def __init__(self, path: Path, *events: Event, entry: int = ANON) -> None:
+        self.path = path
+        self.now = T0
+        self.entry(entry)
+        self.source = Releases(FakeSource(events), str(path), lambda: self.now)
+
+    def entry(self, value: int) -> None:
+        proc_with(self.path, PID, {HVA: value}, MAPS)
+
+    def later(self) -> list[Event]:
+        self.now += LOOK_NS
+        return self.source.poll(0)
+
+
+def test_a_page_that_is_replaced(tmp_path: Path) -> None:
+    world = World(tmp_path, *BEGIN)
+    assert world.source.poll(0) == list(BEGIN)
+    assert world.later() == []
+    world.entry(PRESENT)
+    assert world.later() == [Released(world.now, 1, PFN, HVA)]
+    assert world.later() == []
+
+
+def test_a_signal_names_the_place_too(tmp_path: Path) -> None:
+    told = Sigbus(T0, PID, 70, 4, HVA + 0x10, vm=1, pfn=PFN)
+    world = World(tmp_path, BEGIN[0], told)
+    world.source.poll(0)
+    world.entry(0)
+    assert world.later() == [Released(world.now, 1, PFN, HVA)]
+
+
+def test_what_never_was_there_does_not_leave(tmp_path: Path) -> None:
+    """Owners by the same page of a file have no such entry."""
+    world = World(tmp_path, *BEGIN, entry=PRESENT)
+    world.source.poll(0)
+    assert world.later() == []
+
+
+def test_an_end_is_no_release(tmp_path: Path) -> None:
+    for number, end in enumerate((VmGone(T0, 1), Unpoison(T0, PFN), None)):
+        world = World(tmp_path / str(number), *BEGIN, *([end] if end else []))
+        world.source.poll(0)
+        world.entry(PRESENT)
+        if end is None:  # the process is gone, and VmGone is still on its way
+            (tmp_path / str(number) / str(PID) / "maps").unlink()
+        assert world.later() == []
+
+
+def model(*events: Event) -> Snapshot:
+    correlator = Correlator()
+    for event in events:
+        correlator.feed(event)
+    return correlator.snapshot()
+
+
+def test_what_becomes_of_the_incident() -> None:
+    poison = Poison(T0, PFN, "dirty LRU page", "Recovered")
+    told = Sigbus(T0 + SECOND, PID, 70, 4, HVA, 12, vm=1, vcpu=0, gfn=8, pfn=PFN)
+    left = Released(T0 + 2 * SECOND, 1, PFN, HVA)
+    ran = [VcpuState(T0 + n * SECOND, 1, 70, "running", 0, 5) for n in (3, 4)]
+
+    before = model(*BEGIN, poison, told, *ran)
+    assert before.vms[1].poisoned_pages == 1
+    after = model(*BEGIN, poison, told, left, *ran)
+    (incident,) = after.incidents
+    assert (incident.state, incident.verdict) == ("delivered", "handled")
+    assert incident.verdicts[0].evidence[-1] == f"hva {HVA:#x} has no longer that page"
+    assert after.vms[1].poisoned_pages == 0
+    assert [moment.what for moment in incident.timeline][-2] == incident.verdicts[0].evidence[-1]
+
+    (untold,) = model(*BEGIN, poison, left).incidents
+    assert untold.state == "unowned"
+    assert advice.next_steps(untold)[0].startswith("nothing")
+
+    # Not of another VM, nor of another address
+    for stranger in (Released(T0, 2, PFN, HVA), Released(T0, 1, PFN, HVA + 0x1000)):
+        assert model(*BEGIN, poison, stranger).vms[1].poisoned_pages == 1
