@@ -59,10 +59,10 @@ class Exit(Event):
 
     ``errno`` 0: it told of a synchronous external abort (reason 41), which is no error to KVM.
     ``annotated``: reason 39 with EFAULT or EHWPOISON, so flags, gpa and size are the kernel's
-    (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT). ``gmem``: the errno with which
-    kvm_gmem_get_pfn failed for this very fault, 0 if it was not asked, None if nobody watched.
-    ``gfn`` may come from the fault handler where the exit is not annotated. ``access``: some of
-    "r", "w", "x".
+    (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT), or None if only a count tells of it.
+    ``gmem``: the errno with which kvm_gmem_get_pfn failed for this very fault, 0 if it was not
+    asked, None if nobody watched. ``gfn`` may come from the fault handler where the exit is not
+    annotated. ``access``: some of "r", "w", "x".
     """
 
     kind: ClassVar[str] = "exit"

@@ -46,7 +46,16 @@ def both_ways(machine: Machine, watch: Watch, *, exits: bool | None = None) -> N
     vmm.step("create v backing=anon")
     vmm.step("touch v +3")
     poison = vmm.step("poison v +3")
+    watch.until(
+        lambda ls: [x for x in ls if x["kind"] == "poison" and x["pfn"] == poison["pfn"]],
+        "the poison",
+    )
     touch = vmm.step("touch v +3")
+    # Whose memory it was is looked up while the VMM lives.
+    watch.until(
+        lambda ls: [x for x in ls if x["kind"] == "sigbus" and x["tid"] == touch["tid"]],
+        "the SIGBUS",
+    )
     vmm.step("unmap v +5")
     vmm.step("touch v +5")
     report = vmm.end()
@@ -106,7 +115,7 @@ def no_tracefs(machine: Machine, source: str) -> None:
     doctor = kvmtrace(machine, f"doctor --source {source}", within=NO_TRACEFS)
     assert re.search(r"✗ NO +tracefs", doctor.stdout), doctor.stdout
     assert "mount -t tracefs" in doctor.stdout
-    assert doctor.stderr == ""
+    assert doctor.stderr == "", doctor.stderr
     if source == "ftrace":
         assert doctor.status == 1
 
@@ -119,7 +128,7 @@ def unprivileged(machine: Machine, source: str) -> None:
     doctor = machine.run(f"{NOBODY} kvmtrace doctor --source {source}", timeout=PATIENCE)
     assert doctor.status == 1
     assert re.search(r"✗ NO +privilege", doctor.stdout), doctor
-    assert doctor.stderr == ""
+    assert doctor.stderr == "", doctor.stderr
 
 
 def lockdown(machine: Machine, source: str) -> None:
@@ -133,7 +142,7 @@ def lockdown(machine: Machine, source: str) -> None:
     doctor = kvmtrace(machine, f"doctor --source {source}")
     assert doctor.status == 1
     assert re.search(r"✗ NO +lockdown +confidentiality", doctor.stdout), doctor.stdout
-    assert doctor.stderr == ""
+    assert doctor.stderr == "", doctor.stderr
     residue.nothing_but(machine, before)
 
 
