@@ -27,6 +27,10 @@ SETTLED_NS = 3 * _SECOND // 2
 # A vCPU asleep outside KVM_RUN at two looks in a row: one alone may be an ordinary exit's I/O.
 _LOOKS = 2
 
+# A thread that waits may wake up now and then; with more CPU time than that between two looks it
+# does something, be it in KVM_RUN or not.
+IDLE_NS = 100_000
+
 
 @dataclass(frozen=True, slots=True)
 class Look:
@@ -102,7 +106,13 @@ def _by_looks(evidence: Evidence) -> tuple[str, ...]:
         if last.state == "gone":
             stopped.append(f"{who} has ended, {_seconds(after)} after it was told")
         elif len(looks) >= _LOOKS and all(look.state == "outside" for look in looks[-_LOOKS:]):
-            stopped.append(f"{who} sleeps outside KVM_RUN, {_seconds(after)} after it was told")
+            where = f"{who} sleeps outside KVM_RUN"
+            if (last.ran_ns or 0) < IDLE_NS:
+                stopped.append(f"{where}, {_seconds(after)} after it was told")
+            elif evidence.released:
+                ran_on.append(f"{where} at every look, and ran in between{_cpu(looks)}")
+            else:
+                unclear.append(f"{where} at every look, but ran in between{_cpu(looks)}")
         elif last.state in ("running", "waiting") and after >= SETTLED_NS:
             where = "in KVM_RUN" if last.state == "waiting" else "running"
             ran_on.append(f"{who} is {where} {_seconds(after)} later{_cpu(looks)}")

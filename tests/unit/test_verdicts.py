@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from kvmtrace.correlate.verdicts import LOOP_OVER_NS, LOOPING_AFTER, Evidence, Look, judge
+from kvmtrace.correlate.verdicts import (
+    IDLE_NS,
+    LOOP_OVER_NS,
+    LOOPING_AFTER,
+    Evidence,
+    Look,
+    judge,
+)
 from kvmtrace.model import Telling
 
 S = 1_000_000_000
@@ -36,6 +43,16 @@ def look(seconds: float, state: str, vcpu: int | None = 0, tid: int = 7) -> Look
 )
 def test_by_what_was_seen_of_the_vcpus(looks: list[Look], word: str) -> None:
     assert judge(Evidence(1, 5 * S, (told(),), tuple(looks))).word == word
+
+
+def test_asleep_at_every_look_but_not_in_between() -> None:
+    """A vCPU with short sleeps in its VMM, halted by userspace for instance, has not stopped."""
+    looks = tuple(Look(n * S, 7, 0, "outside", IDLE_NS) for n in (1, 2, 5))
+    verdict = judge(Evidence(1, 6 * S, (told(),), looks))
+    assert verdict.word == "unknown"
+    assert "ran in between" in verdict.evidence[0]
+    mended = judge(Evidence(1, 6 * S, (told(),), looks, released=(0x7F0000,)))
+    assert mended.word == "handled"
 
 
 def test_exited_says_how_long_after() -> None:
