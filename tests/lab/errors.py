@@ -11,6 +11,10 @@ class LabTimeout(LabError):
     """Something in the machine took longer than it was given."""
 
 
+class LabUnable(LabError):
+    """No machine of this kind can be had that way, whatever one does."""
+
+
 class LabPanic(LabError):
     """The kernel under test died; `console` holds the end of what it said."""
 

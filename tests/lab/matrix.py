@@ -18,14 +18,17 @@ from typing import Any
 from tests.lab import config
 from tests.lab.conditions import CONDITIONS
 from tests.lab.drive import Unstageable, end_following
-from tests.lab.errors import LabError
+from tests.lab.errors import LabError, LabUnable
+from tests.lab.ghes import ghes
 from tests.lab.machine import Machine
 from tests.lab.progress import say
 from tests.lab.qemu_guest import qemu_loses_a_page
 from tests.lab.scenarios import SCENARIOS, SOURCES, Scenario
 
 BOTH = "both"
-EVERYTHING = (*SCENARIOS, Scenario(qemu_loses_a_page), *CONDITIONS)
+UNSTAGED = "can't be staged: "
+HARDWARE = Scenario(ghes, sources=(BOTH,), boot={"ras": True})
+EVERYTHING = (*SCENARIOS, Scenario(qemu_loses_a_page), HARDWARE, *CONDITIONS)
 
 # The same stories at a size that a whole matrix can afford under emulation; test_sources.py runs
 # them at full size on the newest kernel.
@@ -54,7 +57,12 @@ def run_kernel(
             if machine is None or not machine.alive or booted != scenario.boot:
                 if machine is not None:
                     machine.close()
-                machine, booted = Machine.boot(name, **scenario.boot), scenario.boot
+                    machine = None
+                try:
+                    machine, booted = Machine.boot(name, **scenario.boot), scenario.boot
+                except LabUnable as reason:
+                    cells[scenario.name, source] = f"{UNSTAGED}{reason}"
+                    continue
                 release = machine.release
             cells[scenario.name, source] = _run(name, machine, scenario, source)
     finally:
@@ -83,7 +91,7 @@ def _run(kernel: str, machine: Machine, scenario: Scenario, source: str) -> str:
         scenario.run(machine, source, **SMALLER.get(scenario.name, {}))
         outcome = "pass"
     except Unstageable as reason:
-        outcome = f"can't be staged: {reason}"
+        outcome = f"{UNSTAGED}{reason}"
     except Exception as error:
         traceback.print_exc()
         outcome = f"FAIL: {type(error).__name__}"

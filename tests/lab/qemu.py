@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.lab import cache, programs, root
 from tests.lab.config import Arch, Row, host_arch
-from tests.lab.errors import LabError
+from tests.lab.errors import LabError, LabUnable
 from tests.lab.mirror import Suite
 from tests.lab.progress import say, step
 from tests.lab.resolve import numbers
@@ -46,7 +46,7 @@ class Qemu:
     def options(self, row: Row, *, ras: bool) -> list[str]:
         """How the machine of `row` looks to QEMU; `ras`: it reports hardware errors."""
         if ras and (self.home is None or not row.arch.ras_options):
-            raise LabError(f"{row.name}: this machine cannot report hardware errors")
+            raise LabUnable(f"no firmware that reports hardware errors for {row.arch.name}")
         words = (*row.arch.options, *(row.arch.ras_options if ras else ()))
         return [word.replace("{qemu}", str(self.home)) for word in words]
 
