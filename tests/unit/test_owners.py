@@ -9,10 +9,22 @@ from pathlib import Path
 import pytest
 
 from kvmtrace import kvm
-from kvmtrace.events import Event, Found, GmemPoison, Mce, Owned, Owner, Poison, Sigbus, VmSeen
+from kvmtrace.events import (
+    Event,
+    Exit,
+    Found,
+    GmemPoison,
+    Mce,
+    Owned,
+    Owner,
+    Poison,
+    Sigbus,
+    VmSeen,
+)
 from kvmtrace.guestmem import Slot, gfns_at
 from kvmtrace.model import Probe, ProbeRuns
 from kvmtrace.observe import Observed, Observer, inventory
+from kvmtrace.observe.observed import in_order
 from kvmtrace.observe.owners import Place, find, poisoned_pfn
 from kvmtrace.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
 from kvmtrace.sources import bpf_vms
@@ -232,3 +244,11 @@ def test_a_signal_gets_the_pfn_of_its_address(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     told = story(tmp_path, [Sigbus(1, 7, 70, 4, 0x13000), Sigbus(1, 7, 70, 4, 0x11000)])
     assert [getattr(event, "pfn", 0) for event in told] == [0x104CAA, None]
+
+
+def test_what_was_read_later_may_have_happened_before() -> None:
+    """Counters are read after rings, or before; who a VM is may be found out last of all."""
+    exit_ = Exit(5, 1, 0, 133, 39, True, gfn=8)
+    poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered")
+    seen = VmSeen(9, 1, 7)
+    assert in_order([exit_, poison, seen]) == [seen, poison, exit_]
