@@ -274,6 +274,28 @@ def test_a_fault_belongs_to_an_incident_of_its_own_vm(events: list[Event]) -> No
             assert (event.vm, event.gfn) in {(o.vm, o.gfn) for o in incident.owners}
 
 
+@given(STORIES)
+@settings(max_examples=400)
+def test_a_signal_without_more_is_joined_by_an_address_of_its_own_vm(events: list[Event]) -> None:
+    correlator = Correlator()
+    for event in events:
+        if not isinstance(event, Sigbus) or event.vm is None:
+            correlator.feed(event)
+            continue
+        vague = replace(event, pfn=None, gfn=None)
+        before = {incident.id: incident for incident in correlator.snapshot().incidents}
+        told = correlator.feed(vague)
+        if told.incident is not None:
+            incident = before[told.incident]
+            size = max(incident.size or 4096, 1 << (vague.lsb or 0))
+            assert any(
+                owner.vm == vague.vm
+                and owner.hva is not None
+                and owner.hva // size == vague.hva // size
+                for owner in incident.owners
+            )
+
+
 @given(LOGS)
 @settings(max_examples=400)
 def test_vms_do_not_leak_into_each_other(events: list[Event]) -> None:
@@ -451,7 +473,7 @@ def test_every_kind_of_event_floods() -> None:
 
 
 @given(LONG_LOGS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_memory_stays_bounded(events: list[Event]) -> None:
     correlator, _ = fed(events, TIGHT)
     shown = correlator.snapshot()
@@ -469,7 +491,7 @@ def test_memory_stays_bounded(events: list[Event]) -> None:
 
 
 @given(st.lists(EVENTS, min_size=10, max_size=40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_memory_does_not_grow_with_time(events: list[Event]) -> None:
     """The same events over and over, on other pages and VMs each time: it levels off."""
     correlator = Correlator(TIGHT)
@@ -553,6 +575,6 @@ def test_undelivered_never_goes_down(events: list[Event], at: int) -> None:
         max_size=200,
     )
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_births_and_deaths_in_any_order(events: list[Event]) -> None:
     fed(events, TIGHT)[0].snapshot()
