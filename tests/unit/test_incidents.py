@@ -270,3 +270,17 @@ def test_conversions_neither_open_nor_hide() -> None:
     assert only(snapshot).exits == 1
     assert snapshot.vms[2].exits == {("EFAULT", "conversion"): 100_000}
     assert snapshot.lost == {}
+
+
+def test_an_address_counts_in_its_own_process_only() -> None:
+    """Two VMs share the page, each at an address of its own; one of them has the other's too."""
+    shared: list[Event] = [
+        VmSeen(T0, 1, 4001),
+        VmSeen(T0, 2, 4002),
+        Owned(T0, PFN, Owner(1, 8, HVA), "pagemap"),
+        Owned(T0, PFN, Owner(2, 9, HVA + 0x100000), "pagemap"),
+        poison(T0),
+    ]
+    for hva, joined in ((HVA, 0), (HVA + 0x100000, 1)):
+        told = Sigbus(T0 + MS, 4002, 70, 4, hva, 12, vm=2, vcpu=0)
+        assert only(tell(*shared, told)[0]).sigbus == joined
