@@ -72,7 +72,7 @@ class EventLog:
                 if self._forget and not self._concerned(event.vm):
                     self._vms.pop(event.vm, None)
                 else:
-                    self._gone[event.vm] = self._serial, event
+                    self._gone.setdefault(event.vm, (self._serial, event))
                     self._bound_vms()
                 return
             case Unpoison():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kvmtrace import kvm
 from kvmtrace.events import Owner
 
 CAUSES = ("hwpoison", "conversion", "backing", "unannotated", "other")
@@ -226,6 +227,19 @@ class Incident:
         """The verdict that matters most; None where no VM was told."""
         words = {verdict.word for verdict in self.verdicts}
         return next((word for word in VERDICTS if word in words), None)
+
+    def lost_gfns(self, owner: Owner) -> tuple[int, int] | None:
+        """First and last gfn that an owner may have lost; None where its gfn is not known.
+
+        A huge page is lost as a whole, as far as the owner's memslot reaches into it.
+        """
+        if owner.gfn is None:
+            return None
+        pages = max(1, (self.size or 0) >> kvm.PAGE_SHIFT)
+        if pages == 1 or owner.hva is None:
+            return owner.gfn, owner.gfn
+        first = owner.gfn - (owner.hva >> kvm.PAGE_SHIFT) % pages
+        return max(0, first), first + pages - 1
 
 
 @dataclass(frozen=True, slots=True)

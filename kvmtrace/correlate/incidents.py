@@ -20,6 +20,7 @@ MAX_SIZE = 1 << 34
 
 _LOOKS_KEPT = 4
 _PLACES_KEPT = 8
+_CODES_KEPT = 8
 
 
 @dataclass(slots=True)
@@ -189,6 +190,8 @@ class State:
         told.first_ts, told.last_ts = min(told.first_ts, ts), max(told.last_ts, ts)
         told.exits += exits
         for code, count in (signals or {}).items():
+            if code not in told.sigbus and len(told.sigbus) >= _CODES_KEPT:
+                code = "other"  # noqa: PLW2901 (there are two; the rest is damage)
             told.sigbus[code] = told.sigbus.get(code, 0) + count
         # What was seen before is no answer to this.
         for key in [k for k, seen in self.looks.items() if k[0] == vm and seen[-1].vcpu == vcpu]:

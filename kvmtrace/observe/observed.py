@@ -67,7 +67,7 @@ class Observed:
         if self._observer.busy:
             timeout = min(timeout, SLICE_SECONDS)
         counts = self._inventory.counts(self._clock())
-        events = counts + self._observer.events(self.inner.poll(timeout), self._clock())
+        events = counts + self._observer.events(in_order(self.inner.poll(timeout)), self._clock())
         found = self._inventory.look(
             self._clock(), time.monotonic() + SLICE_SECONDS, self._observer.pfns
         )
@@ -81,6 +81,14 @@ class Observed:
 
     def close(self) -> None:
         self.inner.close()
+
+
+def in_order(events: list[Event]) -> list[Event]:
+    """As they happened: a source reads its rings and its counters one after the other.
+
+    VMs come first, whenever it was found out who they are.
+    """
+    return sorted(events, key=lambda event: (not isinstance(event, VmSeen), event.ts))
 
 
 class Observer:

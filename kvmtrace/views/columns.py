@@ -47,9 +47,11 @@ def _ago(ts: int | None, now: int, width: int | None) -> str:
 def _result(row: IncidentRow, width: int | None) -> str:
     # The result first: it says more, and the kernel's page types are long.
     parts = [part for part in (row.incident.result, row.incident.page_type) if part]
+    if not parts and row.incident.before_start:
+        parts = ["from before"]
     text = ": ".join(parts) or UNKNOWN
     # A whole word, rather than two of which one is cut.
-    return text if width is None or cells(text) <= width or width > _BOTH else parts[0]
+    return text if width is None or cells(text) <= width or width > _BOTH else clip(parts[0], width)
 
 
 def _owner(row: IncidentRow, width: int | None) -> str:
@@ -207,7 +209,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         lambda row, width: span_of(row.latency),
         lambda row: -1 if row.latency is None else row.latency,
         _closed,
-        drop=5,
+        drop=7,
     ),
     Column(
         "LAST",
@@ -225,7 +227,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         lambda row: VERDICT_STYLES.get(row.incident.verdict or "", _closed(row)),
         right=False,
         falling=False,
-        drop=6,
+        drop=3,
     ),
     Column(
         "DIMM",

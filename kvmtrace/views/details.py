@@ -19,7 +19,7 @@ from kvmtrace.views.cells import (
     span_of,
 )
 from kvmtrace.views.columns import STATE_STYLES
-from kvmtrace.views.explain import TITLES, explain_lines
+from kvmtrace.views.explain import TITLES, WIDTH, explain_lines
 from kvmtrace.views.rows import IncidentRow, incident_rows
 
 _LABEL = 18
@@ -90,7 +90,7 @@ def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
         return [(("  this incident is no longer remembered", "warn"),)]
     meaning = dict(_STATES).get(incident.state, "")
     row = IncidentRow(incident, snapshot.vms, now)
-    told = explain_lines(incident, snapshot)
+    told = explain_lines(incident, snapshot, WIDTH - 2)
     return [
         ((f"  {next(told)}", "title"),),
         (

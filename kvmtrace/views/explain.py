@@ -106,6 +106,9 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
     for owner in incident.owners:
         hva = f", hva {hex_of(owner.hva)}" if owner.hva is not None else ""
         gfn = f"gfn {hex_of(owner.gfn)}" if owner.gfn is not None else "gfn not known"
+        first, last = incident.lost_gfns(owner) or (0, 0)
+        if first != last:
+            gfn += f" (lost up to {first:#x}-{last:#x})"
         left = ", no longer there" if owner in incident.released else ""
         yield "owner", f"{_name(incident.parties.get(owner.vm), full=True)}: {gfn}{hva}{left}"
     if incident.origin is not None:

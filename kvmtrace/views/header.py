@@ -55,7 +55,7 @@ def memory_spans(snapshot: Snapshot) -> Line:
         (what_was_lost, "bad" if lost else ""),
         ("  poisons ", "dim"),
         (poisons, ""),
-        (f", {before} from before" if before else "", ""),
+        (f", {before} before" if before else "", ""),
         ("  HardwareCorrupted ", "dim"),
         (size_of(corrupted), "warn" if corrupted else ""),
     )

@@ -66,7 +66,8 @@ def _at_place(snapshot: Snapshot, gfn: int, vm: str) -> list[Incident]:
     found = []
     for incident in snapshot.incidents:
         keys = {key for key, party in incident.parties.items() if _is(party, vm)}
-        if any(owner.vm in keys and owner.gfn == gfn for owner in incident.owners):
+        ranges = [incident.lost_gfns(owner) for owner in incident.owners if owner.vm in keys]
+        if any(lost and lost[0] <= gfn <= lost[1] for lost in ranges):
             found.append(incident)
     if not found and not any(_is(one, vm) for one in snapshot.vms.values()):
         raise _unknown(snapshot, vm)

@@ -4,13 +4,25 @@ third; and poison that was there before kvmtrace.
 
 from __future__ import annotations
 
+import re
+import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
 
-from tests.lab.drive import Line, Unstageable, Vmm, Watch, recorded, replayed, top, watching
+from tests.lab.drive import (
+    PATIENCE,
+    Line,
+    Unstageable,
+    Vmm,
+    Watch,
+    recorded,
+    replayed,
+    top,
+    watching,
+)
 from tests.lab.machine import Machine
 
 pytestmark = pytest.mark.lab
@@ -125,6 +137,43 @@ def test_an_older_guest_memfd_by_ftrace(boot: Callable[..., Machine]) -> None:
         assert [owner.get("hva") for owner in incident["owners"]] == [hva]
     assert incidents == {}
     for vmm in (mapped, unmapped, bystander):
+        vmm.end()
+
+
+@pytest.mark.parametrize("source", ["bpf", "ftrace"])
+def test_one_page_of_two_vms_that_ksm_merged(machine: Machine, source: str) -> None:
+    """Both own it, by their page tables; so says the loss."""
+    vmms = [Vmm(machine, name) for name in ("left", "right")]
+    for vmm in vmms:
+        vmm.step("create v backing=anon pages=64")
+        vmm.step("touch v +3")
+        vmm.step("merge v +3")
+    machine.run(
+        "cd /sys/kernel/mm/ksm && echo 10 > sleep_millisecs && echo 1000 > pages_to_scan"
+        " && echo 1 > run",
+        check=True,
+    )
+    (pfn,) = {vmm.step("merge v +3 wait=60")["pfn"] for vmm in vmms}
+    machine.run("echo 0 > /sys/kernel/mm/ksm/run", check=True)
+    log = "/tmp/merged.jsonl"
+    recorder = machine.start(f"exec kvmtrace record {log} --force --source {source}")
+    recorder.wait_for("recording to", timeout=PATIENCE, stream="stderr")
+    with watching(machine, source) as watch:
+        vmms[0].step(f"poison pfn={pfn}", may_fail=True)
+        (told,) = _poison_of(pfn)(watch.until(_poison_of(pfn), "the poison"))
+        assert {owner["vm"]["pid"] for owner in told["owners"]} == {vmm.pid for vmm in vmms}
+        for owner in told["owners"]:
+            assert owner.get("gfn", source) in (0x103, "ftrace")
+        for vmm in vmms:
+            assert vmm.step("touch v +3", may_fail=True)["sigbus"]
+        watch.until(lambda ls: len(_deliveries(ls, told["incident"])) >= 2, "both deliveries")
+    recorder.signal(signal.SIGINT)
+    assert recorder.wait(PATIENCE) == 0, recorder.stderr
+    story = machine.run(
+        f"kvmtrace explain {pfn:#x} --from {log}", timeout=PATIENCE, check=True
+    ).stdout
+    assert re.search(r"^  loss +4 KiB lost, shared by 2 VMs$", story, re.MULTILINE)
+    for vmm in vmms:
         vmm.end()
 
 

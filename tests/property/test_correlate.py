@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from kvmtrace.correlate import Correlator, Told
 from kvmtrace.correlate.halves import JOIN_NS
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
+    KINDS,
     Event,
     Exit,
     Found,
@@ -272,6 +274,28 @@ def test_a_fault_belongs_to_an_incident_of_its_own_vm(events: list[Event]) -> No
             assert (event.vm, event.gfn) in {(o.vm, o.gfn) for o in incident.owners}
 
 
+@given(STORIES)
+@settings(max_examples=400)
+def test_a_signal_without_more_is_joined_by_an_address_of_its_own_vm(events: list[Event]) -> None:
+    correlator = Correlator()
+    for event in events:
+        if not isinstance(event, Sigbus) or event.vm is None:
+            correlator.feed(event)
+            continue
+        vague = replace(event, pfn=None, gfn=None)
+        before = {incident.id: incident for incident in correlator.snapshot().incidents}
+        told = correlator.feed(vague)
+        if told.incident is not None:
+            incident = before[told.incident]
+            size = max(incident.size or 4096, 1 << (vague.lsb or 0))
+            assert any(
+                owner.vm == vague.vm
+                and owner.hva is not None
+                and owner.hva // size == vague.hva // size
+                for owner in incident.owners
+            )
+
+
 @given(LOGS)
 @settings(max_examples=400)
 def test_vms_do_not_leak_into_each_other(events: list[Event]) -> None:
@@ -375,6 +399,77 @@ TIGHT = Limits(
     told=2,
     moments=3,
 )
+
+
+HVA = 0x7F0000000000
+BEGIN: tuple[Event, ...] = (
+    VmSeen(0, 1, 4001),
+    Poison(0, 0x100, "a", "x"),
+    Owned(0, 0x100, Owner(1, 1, HVA), "pagemap"),
+    Exit(0, 1, 0, 133, 39, True, 7, gfn=1),
+)
+
+# What a host may say without end, a new number each time: {what: (n) -> events}
+FLOODS: dict[str, Callable[[int], list[Event]]] = {
+    "halves by guest_memfd": lambda n: [GmemPoison(n, n, 7, n, (Owner(1, n),))],
+    "halves by signal": lambda n: [Sigbus(n, 4001, n, 4, HVA, sender=n)],
+    "signals of one thread": lambda n: [Sigbus(n, 4001, n, 4, HVA, sender=3)],
+    "halves by page": lambda n: [Owned(n, n, Owner(1, n), "pagemap")],
+    "owners of a page": lambda n: [Owned(n, 0x100, Owner(1, n), "pagemap")],
+    "pages": lambda n: [Poison(n, n, "a", "x", tid=n)],
+    "kinds of pages": lambda n: [Poison(n, 0x100, f"a{n}", "x")],
+    "pages from before": lambda n: [Found(n, n)],
+    "gfns": lambda n: [Exit(n, 1, 0, 133, 39, True, 7, gfn=n)],
+    "vCPUs": lambda n: [Exit(n, 1, n, 133, 39, True, 7, gfn=1)],
+    "errnos": lambda n: [Exit(n, 1, 0, n, 39, False)],
+    "codes": lambda n: [Sigbus(n, 4001, 7, n, HVA, vm=1, vcpu=0)],
+    "refusals": lambda n: [Refused(n, 1, n)],
+    "machine checks": lambda n: [Mce(n, n << 12, n, 1, 0, 0, 0)],
+    "DIMMs": lambda n: [HwError(n, "x", "corrected", label=f"DIMM{n}")],
+    "reporters": lambda n: [HwError(n, f"x{n}", "corrected", pfn=0x100)],
+    "places of one page": lambda n: [HwError(n, "x", "fatal", pfn=0x100, grain=1 << (12 + n % 9))],
+    "soft offlines": lambda n: [SoftOffline(n, n, 0)],
+    "unpoisoned pages": lambda n: [Poison(n, n, "a", "x"), Unpoison(n, n)],
+    "one page, again and again": lambda n: [Poison(n, 9, "a", "x"), Unpoison(n, 9)],
+    "looks": lambda n: [VcpuState(n, 1, 7, "running", 0, 1)],
+    "threads": lambda n: [VcpuState(n, 1, n, "running", 0, 1)],
+    "releases": lambda n: [Released(n, 1, 0x100, HVA + (n << 12))],
+    "losses": lambda n: [Lost(n, f"place{n}", 1)],
+    "counts": lambda n: [KernelCounts(n, (("total", n),))],
+    "silence": lambda n: [StillQuiet(n)],
+    "VMs": lambda n: [VmSeen(n, n, n), VmGone(n, n)],
+    "eventful VMs": lambda n: [
+        VmSeen(n, n, n),
+        Exit(n, n, 0, 133, 39, True, gfn=n),
+        VmGone(n, n),
+    ],
+    "VMs with one page": lambda n: [
+        VmSeen(n, n, n),
+        Owned(n, 0x100, Owner(n, 1), "pagemap"),
+        Exit(n, n, 0, 133, 39, True, gfn=1),
+        VmGone(n, n),
+    ],
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_no_flood_takes_memory(flood: str) -> None:
+    """Once what there is room for is full, a thousand more change nothing."""
+    correlator = Correlator(TIGHT)
+    for event in BEGIN:
+        correlator.feed(event)
+    sizes = []
+    for first in (1000, 1400, 2400):
+        for n in range(first, first + 400):
+            for event in FLOODS[flood](n):
+                correlator.feed(event)
+        sizes.append(size(correlator, set()))
+    assert sizes[2] <= sizes[1] + 10
+
+
+def test_every_kind_of_event_floods() -> None:
+    kinds = {type(event) for flood in FLOODS.values() for event in flood(1)}
+    assert kinds == set(KINDS.values())
 
 
 @given(LONG_LOGS)

@@ -23,7 +23,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Lost
 from kvmtrace.model import Snapshot
 from kvmtrace.views import exporter
-from tests.unit.fake import STORY, T0, FakeSource
+from tests.unit.fake import SECOND, STORY, T0, FakeSource
 
 Run = Callable[..., Result]
 
@@ -207,7 +207,7 @@ def test_events_json_count(source: FakeSource) -> None:
 
 @pytest.mark.parametrize("vm", ["web-1", "4001", "c7a5fdbd-edaf-9455-926a-d65c16db1809"])
 def test_events_of_one_vm(monkeypatch: pytest.MonkeyPatch, vm: str) -> None:
-    use(monkeypatch, FakeSource(STORY[:2], (*STORY[2:], Lost(T0, "ringbuf", 3))))
+    use(monkeypatch, FakeSource(STORY[:2], (*STORY[2:], Lost(T0 + 9 * SECOND, "ringbuf", 3))))
     lines = invoke("events", "--json", "--vm", vm, "--duration", "0.2").stdout.splitlines()
     assert [json.loads(line)["kind"] for line in lines] == ["vm", "exit", "lost"]
 

@@ -16,6 +16,7 @@ from kvmtrace.events import (
     GmemPoison,
     HwError,
     Mce,
+    Owned,
     Owner,
     Poison,
     SoftOffline,
@@ -190,3 +191,21 @@ def unpacked(path: Path) -> dict[str, str]:
             assert file is not None
             found[member.name.removeprefix("kvmtrace-bundle/")] = file.read().decode()
         return found
+
+
+def test_a_huge_page_takes_its_neighbours(tmp_path: Path) -> None:
+    """Whoever asks for one of them finds the incident, and the story says how far it goes."""
+    path = tmp_path / "huge.jsonl"
+    events: list[Event] = [
+        VmSeen(T0, 1, 4001, "web-1"),
+        Owned(T0, 0x121803, Owner(1, 0x203, 0x7F6AD9203000), "pagemap", 2 << 20),
+        Poison(T0, 0x121803, "huge page", "Recovered"),
+    ]
+    with path.open("w") as file:
+        Writer(file, Host("sick", "6.18.15", "bpf", None, 4096)).write(events, PROBES)
+    for gpa in ("0x200000", "0x203000", "0x3fffff"):
+        told = invoke("explain", f"{gpa}@web-1", "--from", str(path)).output
+        assert "gfn 0x203 (lost up to 0x200-0x3ff), hva 0x7f6ad9203000" in " ".join(told.split())
+    for gpa in ("0x1fffff", "0x400000"):
+        told = invoke("explain", f"{gpa}@web-1", "--from", str(path)).output
+        assert "no poisoned page is known there" in told

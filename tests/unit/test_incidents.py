@@ -311,3 +311,17 @@ def test_exits_that_came_before_the_page_was_found() -> None:
     incident = only(snapshot)
     assert (incident.pfn, incident.exits, incident.before_start) == (PFN, 9, True)
     assert told[1].incident == told[3].incident == incident.id
+
+
+def test_an_address_counts_in_its_own_process_only() -> None:
+    """Two VMs share the page, each at an address of its own; one of them has the other's too."""
+    shared: list[Event] = [
+        VmSeen(T0, 1, 4001),
+        VmSeen(T0, 2, 4002),
+        Owned(T0, PFN, Owner(1, 8, HVA), "pagemap"),
+        Owned(T0, PFN, Owner(2, 9, HVA + 0x100000), "pagemap"),
+        poison(T0),
+    ]
+    for hva, joined in ((HVA, 0), (HVA + 0x100000, 1)):
+        told = Sigbus(T0 + MS, 4002, 70, 4, hva, 12, vm=2, vcpu=0)
+        assert only(tell(*shared, told)[0]).sigbus == joined

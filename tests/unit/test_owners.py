@@ -25,6 +25,7 @@ from kvmtrace.events import (
 from kvmtrace.guestmem import Page, Slot, gfns_at
 from kvmtrace.model import Probe, ProbeRuns
 from kvmtrace.observe import Observed, Observer, inventory
+from kvmtrace.observe.observed import in_order
 from kvmtrace.observe.owners import Place, find, poisoned_pfn
 from kvmtrace.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
 from kvmtrace.sources import bpf_vms
@@ -290,3 +291,11 @@ def test_where_a_guest_memfd_page_is_mapped(tmp_path: Path) -> None:
     owned = replace(owned, owner=Owner(5, None))
     told = Observer(Slots(elsewhere), str(tmp_path)).events([seen, poison], 99)
     assert told == [seen, owned, poison]
+
+
+def test_what_was_read_later_may_have_happened_before() -> None:
+    """Counters are read after rings, or before; who a VM is may be found out last of all."""
+    exit_ = Exit(5, 1, 0, 133, 39, True, gfn=8)
+    poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered")
+    seen = VmSeen(9, 1, 7)
+    assert in_order([exit_, poison, seen]) == [seen, poison, exit_]

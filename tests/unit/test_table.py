@@ -51,7 +51,7 @@ def test_eighty_columns() -> None:
         ["web-1", "4001", "200000", "12", "1234", "2", "0", "2", "12", "s", "conversion", "12"]
     )
     assert line_of(found, "103275-1")[:8] == (
-        ["103275-1", "looping", "web-1", "0x1f000", "200000", "2", "12", "ms"]
+        ["103275-1", "looping", "web-1", "0x1f000", "200000", "2", "12", "s"]
     )
     assert line_of(found, "batch (gone)")[2:] == (
         ["4004", "1", "0", "-", "0", "0", "0", "2", "h", "-"]
@@ -113,7 +113,7 @@ def test_what_the_kernel_counted_and_nobody_saw_is_said() -> None:
 def test_poison_from_before_the_start_is_kept_apart() -> None:
     incidents = tuple(dataclasses.replace(i, before_start=True) for i in worlds.small().incidents)
     found = lines(dataclasses.replace(worlds.small(), incidents=incidents[:2]), 120)
-    assert "poisons 2 Failed, 2 Recovered, 2 from before  Hardware" in found[3]
+    assert "poisons 2 Failed, 2 Recovered, 2 before  Hardware" in found[3]
 
 
 def test_reasons_are_folded_not_cut() -> None:

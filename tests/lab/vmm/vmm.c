@@ -42,6 +42,7 @@ static const char help[] =
 "poison VM GFN [how=madvise|inject]    MADV_HWPOISON, or the pfn into hwpoison/corrupt-pfn; answers pfn and hva\n"
 "poison pfn=PFN | unpoison pfn=PFN | unpoison VM GFN     by debugfs; VM GFN: the pfn that poison had there\n"
 "pfn VM GFN                            where that page is now (it is touched for that)\n"
+"merge VM GFN [wait=0]                 the page's content is a pattern, and KSM may merge it; wait: until it did, or S\n"
 "soft-offline VM GFN                   MADV_SOFT_OFFLINE\n"
 "mce VM GFN | mce addr=BYTES  [status=N] [misc=N] [bank=4] [cpu=0]     software machine check by mce-inject\n"
 "close-gmem VM [slot=ID]               unmap and close the guest_memfd under its slot(s)\n"
@@ -449,7 +450,7 @@ static bool page_flag(uint64_t pfn, int bit)
 	fclose(f);
 	return flags >> bit & 1;
 }
-enum { KPF_THP = 22, KPF_HUGE = 17, KPF_HWPOISON = 19 };
+enum { KPF_THP = 22, KPF_HUGE = 17, KPF_HWPOISON = 19, KPF_KSM = 21 };
 
 /* pfns that `poison` saw, for `unpoison VM GFN`: the page table has forgotten them by then */
 static struct { char vm[NAME_BYTES]; uint64_t gfn, pfn; } poisoned[256];
@@ -543,6 +544,32 @@ static void step_pfn(void)
 		fail("the pfn is unknown (no memory there, or pagemap needs root)", 0, false);
 	else
 		json_uint("pfn", pfn);
+}
+
+/* Every VMM's page looks alike: with KSM running, they become one page. It is not written to after that. */
+static void step_merge(void)
+{
+	uint64_t wait = number_option("wait", 0), gfn, pfn = 0;
+	struct vm *vm;
+	uint8_t *hva;
+
+	if (unknown_options() || !memory_words(&vm, &gfn, &hva))
+		return;
+	json_place(vm, gfn, hva);
+	if (!wait) {
+		memset(hva, 0x5a, page_size);
+		if (madvise(hva, page_size, MADV_MERGEABLE) < 0)
+			fail("MADV_MERGEABLE", errno, errno == EINVAL);
+		return;
+	}
+	for (uint64_t tries = 10 * wait; tries; tries--, usleep(100000)) {
+		pfn = pfn_of(hva);
+		if (pfn && page_flag(pfn, KPF_KSM))
+			break;
+	}
+	json_uint("pfn", pfn);
+	if (!pfn || !page_flag(pfn, KPF_KSM))
+		fail("not merged", 0, false);
 }
 
 static void step_unpoison(void)
@@ -836,7 +863,7 @@ static const struct { const char *name; void (*run)(void); } steps[] = {
 	{ "create", step_create }, { "info", step_info }, { "destroy", step_destroy }, { "churn", step_churn },
 	{ "touch", step_touch }, { "loop", step_loop }, { "pio", step_pio }, { "pio-bg", step_pio },
 	{ "prefault", step_prefault }, { "wait", step_wait }, { "poison", step_poison }, { "unpoison", step_unpoison },
-	{ "pfn", step_pfn },
+	{ "pfn", step_pfn }, { "merge", step_merge },
 	{ "soft-offline", step_soft_offline }, { "mce", step_mce }, { "close-gmem", step_close_gmem },
 	{ "unmap", step_unmap }, { "remap", step_remap }, { "attr", step_attr }, { "convert", step_convert },
 	{ "sigbus", step_sigbus }, { "earlykill", step_earlykill }, { "caps", step_caps }, { "pid", step_pid },
