@@ -18,14 +18,21 @@ from kvmtrace.events import Event, Owner
 class Slot:
     """A memslot (struct kvm_memory_slot): ``pages`` host pages at ``hva``, from ``gfn`` on.
 
-    ``space``: the address space (x86: 1 is SMM's). A slot on guest_memfd alone has ``hva`` 0.
+    ``space``: the address space (x86: 1 is SMM's). A slot on guest_memfd alone has ``hva`` 0; an
+    ``id`` that the source was not told is None.
     """
 
-    id: int
+    id: int | None
     gfn: int
     pages: int
     hva: int
     space: int = 0
+
+    def hva_of(self, gfn: int) -> int | None:
+        """Where the VMM has a guest frame of this slot mapped."""
+        if not self.hva or not self.gfn <= gfn < self.gfn + self.pages:
+            return None
+        return self.hva + ((gfn - self.gfn) << kvm.PAGE_SHIFT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,7 @@ class Memory(Protocol):
     """What a source can tell of VMs' memory at any time; None where it cannot tell."""
 
     def slots(self, vm: int) -> tuple[Slot, ...] | None:
-        """All memslots of a VM as they are now."""
+        """The memslots of a VM as they are now; only some where the source has not seen all."""
 
     def huge_entry(self, vm: int, hva: int) -> int | None:
         """The first pfn of the poisoned huge page that the VMM's page table names for ``hva``."""

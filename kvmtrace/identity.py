@@ -6,6 +6,7 @@ terminals: ``clean`` is applied here, once, and nowhere downstream.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import unicodedata
@@ -57,6 +58,27 @@ def vm_processes(proc: str = "/proc") -> dict[int, int]:
 def holds_vm(pid: int, proc: str = "/proc") -> bool:
     """Whether a process holds a VM or a vCPU now; False once it is gone."""
     return _vm_descriptors(f"{proc}/{pid}/fd/") is not None
+
+
+# As files of one inode each (6.18), and in a file system of their own (7.2).
+_GUEST_MEMFD = ("anon_inode:[kvm-gmem]", "/[kvm-gmem] (deleted)")
+
+
+def guest_memfds(pid: int, proc: str = "/proc") -> dict[int, int]:
+    """{inode: device} of the guest_memfds that a process holds; {} once it is gone."""
+    found = {}
+    directory = f"{proc}/{pid}/fd"
+    try:
+        descriptors = [entry for entry in os.listdir(directory) if entry.isdecimal()]
+    except OSError:
+        return {}
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            path = f"{directory}/{descriptor}"
+            if os.readlink(path) in _GUEST_MEMFD:
+                stat = os.stat(path)
+                found[stat.st_ino] = stat.st_dev
+    return found
 
 
 def _vm_descriptors(directory: str) -> int | None:

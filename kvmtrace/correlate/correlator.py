@@ -51,6 +51,8 @@ from kvmtrace.events import (
 from kvmtrace.model import Incident, Snapshot
 from kvmtrace.model import SoftOffline as SoftOfflined
 
+_BY_PAGE_TABLE = "the page table entry at the address names the pfn"
+
 _FOUND = {
     "running": "runs",
     "waiting": "waits in KVM_RUN",
@@ -286,15 +288,19 @@ class Correlator:
     def _found(self, event: Found) -> Told:
         incident = self._incidents.at_pfn(event.pfn)
         if incident is None and event.pfn not in self._soft:
-            incident = self._incidents.open(f"{event.pfn:x}")
+            owned = self._halves.owned(event.pfn)
+            incident = self._adoptable([one.owner for one in owned])
+            incident = incident or self._incidents.open(f"{event.pfn:x}")
             self._incidents.name_page(incident, event.pfn)
             incident.before_start = True
             how = "its page flags said so (/proc/kpageflags)"
             what = f"pfn {event.pfn:#x} was poisoned before kvmtrace started"
             incident.note(("found",), event.ts, what, how)
             self._join_hardware(incident)
-            for one in self._halves.owned(event.pfn):
+            for one in owned:
                 self._owned_by(incident, one)
+            for signal in self._halves.signals_of(event.pfn):
+                self._take_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
         return Told(event, incident=incident.id if incident else None)
 
     def _late_owner(self, event: Owned) -> Told:
@@ -364,7 +370,7 @@ class Correlator:
         if event.pfn is not None:
             incident = self._incidents.at_pfn(event.pfn)
             if incident is not None:
-                return incident, "the page table entry at the address names the pfn"
+                return incident, _BY_PAGE_TABLE
         if event.vm is None:
             return None, ""
         if event.gfn is not None:

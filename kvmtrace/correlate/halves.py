@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from kvmtrace.correlate.limits import Limits
@@ -22,6 +23,7 @@ class Halves:
         self._limits = limits
         self._gmem: OrderedDict[int, GmemPoison] = OrderedDict()  # by thread
         self._signals: OrderedDict[int, list[Sigbus]] = OrderedDict()  # by sending thread
+        self._senders: OrderedDict[int, dict[int, None]] = OrderedDict()  # by pfn, where known
         self._owned: OrderedDict[int, list[Owned]] = OrderedDict()  # by pfn
 
     def add(self, event: GmemPoison | Sigbus | Owned) -> None:
@@ -33,8 +35,9 @@ class Halves:
             case Owned():
                 self._keep(self._owned, event.pfn, event)
             case Sigbus(sender=int(sender)):
-                # Sent by memory_failure, which traces the poison only afterwards.
-                self._keep(self._signals, sender, event)
+                # Sent by memory_failure, which traces the poison only afterwards; or of a page that
+                # was poisoned before kvmtrace started and is not found yet.
+                self._keep_signal(sender, event)
 
     def gmem(self, poison: Poison) -> GmemPoison | None:
         """What guest_memfd was told in the same thread, just before."""
@@ -46,9 +49,30 @@ class Halves:
         sent = self._signals.pop(poison.tid, []) if poison.tid is not None else []
         return [signal for signal in sent if _just_before(signal.ts, poison.ts)]
 
+    def signals_of(self, pfn: int) -> list[Sigbus]:
+        """Signals at whose address the page table named the pfn."""
+        found = []
+        for sender in self._senders.pop(pfn, {}):
+            kept = self._signals.pop(sender, [])
+            found += [signal for signal in kept if signal.pfn == pfn]
+            if others := [signal for signal in kept if signal.pfn != pfn]:
+                self._signals[sender] = others
+        return found
+
     def owned(self, pfn: int) -> list[Owned]:
         """Page table entries with the pfn."""
         return self._owned.pop(pfn, [])
+
+    def _keep_signal(self, sender: int, event: Sigbus) -> None:
+        kept = self._signals.get(sender)
+        if kept and kept[-1] == replace(event, ts=kept[-1].ts, count=kept[-1].count):
+            # A VMM that ignores them gets the same one many times over.
+            kept[-1] = replace(event, count=kept[-1].count + event.count)
+        else:
+            self._keep(self._signals, sender, event)
+        if event.pfn is not None:
+            self._senders.setdefault(event.pfn, {})[sender] = None
+            self._bound(self._senders)
 
     def _keep(self, pending: OrderedDict[int, list[_T]], key: int, item: _T) -> None:
         items = pending.setdefault(key, [])

@@ -100,6 +100,14 @@ class GuestMemory:
                 return slot
         return None
 
+    def slots(self, vm: int) -> dict[tuple[int, int], Slot]:
+        """What is known of a VM's memslots: {(address space, first gfn): slot}."""
+        return self._slots.get(vm, {})
+
+    def page(self, pfn: int) -> tuple[int, int] | None:
+        """(ino, index) of a poisoned page, if it is of a guest_memfd."""
+        return next((page for page, poisoned in self._poisoned.items() if poisoned == pfn), None)
+
     def bindings(self, ino: int, index: int) -> list[tuple[int, int, int | None]]:
         """Known owners of a guest_memfd page: [(struct kvm, gfn, hva)]."""
         found = []

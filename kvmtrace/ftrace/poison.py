@@ -29,17 +29,18 @@ class Poisons:
     def __init__(self, people: People, names: tuple[dict[int, str], dict[int, str]]) -> None:
         self._people = people
         self._types, self._results = names
-        self._memory = GuestMemory()
+        self.memory = GuestMemory()
+        """Where guest memory is, as far as probes told."""
         self._pages: OrderedDict[int, tuple[int, int]] = OrderedDict()  # thread → (ino, index)
         self._owned: OrderedDict[tuple[int, int, int], None] = OrderedDict()
 
     def slot(self, record: Record) -> None:
         """A memslot was made, changed or removed."""
-        self._memory.changed(record.fields)
+        self.memory.changed(record.fields)
 
     def forget(self, struct: int) -> None:
         """The VM is gone."""
-        self._memory.forget(struct)
+        self.memory.forget(struct)
 
     def gmem_error(self, record: Record) -> Event:
         """memory_failure tells guest_memfd."""
@@ -50,7 +51,7 @@ class Poisons:
         if ino is not None:
             self._pages[tid] = (ino, index)
             _bound(self._pages)
-            for struct, gfn, hva in self._memory.bindings(ino, index):
+            for struct, gfn, hva in self.memory.bindings(ino, index):
                 vm = self._people.known(struct)
                 if vm is not None:
                     owners.append(Owner(vm, gfn, hva))
@@ -71,7 +72,7 @@ class Poisons:
         kind, result, tid = fields["type"], fields["result"], fields["common_pid"]
         page = self._pages.pop(tid, None)
         if page is not None:
-            self._memory.poisoned(*page, fields["pfn"])
+            self.memory.poisoned(*page, fields["pfn"])
         return Poison(
             record.ts,
             fields["pfn"],
@@ -85,9 +86,9 @@ class Poisons:
     def gmem(self, record: Record) -> list[Event]:
         """kvm_gmem_get_pfn failed: if for poison, the slot it was asked for owns the page."""
         fields = record.fields
-        self._memory.learn(fields)
+        self.memory.learn(fields)
         vm = self._people.known(fields["kvm"])
-        found = self._memory.poisoned_pfn(fields["kvm"], fields["gfn"])
+        found = self.memory.poisoned_pfn(fields["kvm"], fields["gfn"])
         if fields["ret"] != -kvm.EHWPOISON or found is None or vm is None:
             return []
         pfn, hva = found

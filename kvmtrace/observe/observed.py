@@ -16,8 +16,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from kvmtrace import kvm
 from kvmtrace.events import (
     Event,
+    Exit,
     Found,
     GmemPoison,
     Lost,
@@ -89,6 +91,7 @@ class Observer:
         self._searches: list[Search] = []
         self._seen: OrderedDict[int, None] = OrderedDict()  # poisoned pfns
         self._owned: OrderedDict[tuple[int, Owner], None] = OrderedDict()
+        self._asked: OrderedDict[tuple[int, int], None] = OrderedDict()  # (VM, gfn) of exits
         self._huge: OrderedDict[tuple[int, int], tuple[int, int | None]] = OrderedDict()
 
     @property
@@ -118,7 +121,9 @@ class Observer:
                     out += [replace(owned, ts=event.ts) for owned in found.pop(event.pfn, [])]
                     out.append(event)
                 case Found():
-                    out += [*found.pop(None, []), event, *found.pop(event.pfn, [])]
+                    out += [*found.pop(None, []), *found.pop(event.pfn, []), event]
+                case Exit() if event.errno == kvm.EHWPOISON and event.gfn is not None:
+                    out += [*self._page_behind(event, event.gfn), event]
                 case Sigbus() if event.pfn is None:
                     out.append(replace(event, pfn=self._pfn_at(event)))
                 case _:
@@ -192,13 +197,34 @@ class Observer:
         if answer is None:
             return []
         page, events = answer
-        if page.owners is not None:
-            return events + [Owned(now, pfn, owner, "guest_memfd") for owner in page.owners]
-        if page.inode is None or page.device is None or page.index is None:
-            return events
-        pids = sorted(set(self._pid_of.values()))
-        file = (page.device, page.inode, page.index)
-        return events + self._owners(list(mapped(file, pfn, pids, self._proc)), frozenset(), now)
+        places: list[Place] = []
+        if page.inode is not None and page.device is not None and page.index is not None:
+            file = (page.device, page.inode, page.index)
+            places = list(mapped(file, pfn, sorted(set(self._pid_of.values())), self._proc))
+        if page.owners is None:
+            return events + self._owners(places, frozenset(), now)
+        for owner in page.owners:
+            mine = [x for x in places if x.pid == self._pid_of.get(owner.vm) and not owner.hva]
+            exact = self._owners_at(owner.vm, mine[0]) if mine else []
+            events.append(Owned(now, pfn, exact[0] if exact else owner, "guest_memfd"))
+        return events
+
+    def _page_behind(self, told: Exit, gfn: int) -> list[Event]:
+        """Which page an exit is about, by the page table at the address of its gfn."""
+        pid = self._pid_of.get(told.vm)
+        if pid is None or (told.vm, gfn) in self._asked:
+            return []
+        slots = (self._memory.slots(told.vm) if self._memory else None) or ()
+        hva = next((hva for slot in slots if (hva := slot.hva_of(gfn)) is not None), None)
+        if hva is None:
+            return []
+        self._asked[told.vm, gfn] = None
+        while len(self._asked) > MAX_PFNS:
+            self._asked.popitem(last=False)
+        pfn = poisoned_pfn(pid, hva, self._proc)
+        if pfn is None:
+            return []
+        return [Owned(told.ts, pfn, Owner(told.vm, gfn, hva), "pagemap")]
 
     def _owners(self, places: list[Place], huge: frozenset[int], now: int) -> list[Event]:
         events: list[Event] = []

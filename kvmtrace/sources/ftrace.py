@@ -19,6 +19,7 @@ from kvmtrace.ftrace import access, attach, fields, instance, ringpage
 from kvmtrace.ftrace.attach import Attacher
 from kvmtrace.ftrace.instance import Instance
 from kvmtrace.ftrace.joins import Joiner
+from kvmtrace.ftrace.memory import FtraceMemory
 from kvmtrace.ftrace.missed import Missed
 from kvmtrace.ftrace.people import People, tgid_of
 from kvmtrace.ftrace.records import Record
@@ -57,6 +58,7 @@ class FtraceSource:
         group = instance.own_name()
         names = host.memory_failure_names(root)
         self._joiner = Joiner(People(VmTable(), tgid_of), names)
+        self.memory = FtraceMemory(self._joiner.people, self._joiner.poisons.memory)
         self._attacher = Attacher(root, group, self._rings)
         self._missed = Missed(root, group)
         try:

@@ -194,6 +194,33 @@ def end_following(machine: Machine) -> None:
         watch.end()
 
 
+@contextlib.contextmanager
+def recorded(machine: Machine, source: str) -> Iterator[str]:
+    """What happens in the block is in this file afterwards."""
+    log = f"/tmp/{source}.jsonl"
+    job = machine.start(f"exec kvmtrace record {log} --force --source {source}")
+    job.wait_for(r"recording to", timeout=PATIENCE, stream="stderr")
+    try:
+        yield log
+        time.sleep(1)
+    finally:
+        job.signal(signal.SIGINT)
+        assert job.wait(PATIENCE) == 0, job.stderr
+
+
+def replayed(machine: Machine, log: str) -> Line:
+    """A recording's final table."""
+    shown = machine.run(["kvmtrace", "replay", log, "--json"], timeout=PATIENCE, check=True)
+    return dict(json.loads(shown.stdout))
+
+
+def replayed_lines(machine: Machine, log: str) -> list[Line]:
+    """A recording's event lines."""
+    command = ["kvmtrace", "replay", log, "--events", "--json"]
+    shown = machine.run(command, timeout=PATIENCE, check=True)
+    return [json.loads(line) for line in shown.stdout.splitlines()]
+
+
 Told = Counter[tuple[Any, ...]]
 """{(pid, vcpu, errno, reason, annotated, gpa, flags, size): exits}"""
 

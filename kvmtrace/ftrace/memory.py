@@ -1,0 +1,53 @@
+"""What can be told of VMs' memory at any time: slots that were seen, holders of guest_memfds.
+
+On kernels without typecasts in probe arguments (before 7.3) the probe on a poisoned guest_memfd
+page tells its inode and nothing of its VM; but /proc tells who holds that inode.
+"""
+
+from __future__ import annotations
+
+from kvmtrace import guestmem, identity
+from kvmtrace.events import Event, Owner
+from kvmtrace.ftrace.guest import GuestMemory
+from kvmtrace.ftrace.people import People
+
+
+class FtraceMemory:
+    """guestmem.Memory of the ftrace source."""
+
+    def __init__(self, people: People, guest: GuestMemory, proc: str = "/proc") -> None:
+        self._people = people
+        self._guest = guest
+        self._proc = proc
+
+    def slots(self, vm: int) -> tuple[guestmem.Slot, ...] | None:
+        """Memslots that were made, or faulted on, since the start; None where there are none."""
+        struct = self._people.struct_of(vm)
+        known = self._guest.slots(struct) if struct is not None else {}
+        return tuple(
+            guestmem.Slot(None, slot.base, slot.npages, slot.hva or 0, space)
+            for (space, _), slot in known.items()
+        )
+
+    def huge_entry(self, vm: int, hva: int) -> int | None:
+        """Nothing: the VMM's page table cannot be read."""
+        return None
+
+    def page(self, pfn: int) -> tuple[guestmem.Page, list[Event]] | None:
+        """Of a guest_memfd page: its VM, if one VM alone can have it."""
+        page = self._guest.page(pfn)
+        if page is None:
+            return None
+        inode, index = page
+        devices: dict[int, int] = {}
+        owners: list[Owner] = []
+        for pid, vms in self._people.vms.pids().items():
+            held = identity.guest_memfds(pid, self._proc)
+            if inode in held:
+                devices[pid] = held[inode]
+                owners += [Owner(vm, None) for vm in vms]
+        if len(owners) != 1:
+            # Several: the descriptor was passed on, or a process runs more than one VM.
+            return None
+        (device,) = devices.values()
+        return guestmem.Page(inode, device, index, tuple(owners)), []
