@@ -465,7 +465,7 @@ SCENARIOS = (
     Scenario(hva_anon),
     Scenario(hva_thp),
     Scenario(hva_hugetlb),
-    Scenario(hva_hugetlb1g, {"memory": "4G", "cmdline_extra": "hugepagesz=1G hugepages=2"}),
+    Scenario(hva_hugetlb1g, {"memory": "5G", "cmdline_extra": "hugepagesz=1G hugepages=2"}),
     Scenario(hva_early_kill),
     Scenario(hva_looping),
     Scenario(looping_in_top),

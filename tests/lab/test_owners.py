@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.lab.drive import Line, Unstageable, Vmm, Watch, top, watching
+from tests.lab.drive import Line, Unstageable, Vmm, Watch, recorded, replayed, top, watching
 from tests.lab.machine import Machine
 
 pytestmark = pytest.mark.lab
@@ -96,6 +96,36 @@ def _one(watch: Watch, vmm: Vmm, how: str, other: Vmm | None) -> None:
 
     vmm.step("touch v +3", may_fail=True)
     watch.until(lambda ls: _deliveries(ls, told["incident"]), f"the delivery to {vmm.name}")
+
+
+def test_an_older_guest_memfd_by_ftrace(boot: Callable[..., Machine]) -> None:
+    """Where probes cannot follow the page to its VM, /proc tells who holds its guest_memfd.
+
+    Not only by page tables: one page is mapped, of the other nothing is.
+    """
+    machine = boot("trixie-6.18")
+    mapped, unmapped, bystander = (Vmm(machine, name) for name in ("mapped", "unmapped", "other"))
+    for vmm in (mapped, unmapped, bystander):
+        vmm.step("create v backing=gmem pages=32")
+        vmm.step("touch v +3")
+    places = {vmm: vmm.step("pfn v +3") for vmm in (mapped, unmapped)}
+    unmapped.step("unmap v +3")
+    with recorded(machine, "ftrace") as log:
+        for vmm, place in places.items():
+            poison = vmm.step(f"poison pfn={place['pfn']}", may_fail=True)
+            assert poison["poisoned"], poison
+    shown = replayed(machine, log)
+    assert shown["lost"] == {}
+    incidents = {incident["pfn"]: incident for incident in shown["incidents"]}
+    for vmm, place in places.items():
+        incident = incidents.pop(place["pfn"])
+        assert incident["state"] == "latent"
+        assert [owner["vm"]["pid"] for owner in incident["owners"]] == [vmm.pid], incident
+        hva = place["hva"] if vmm is mapped else None
+        assert [owner.get("hva") for owner in incident["owners"]] == [hva]
+    assert incidents == {}
+    for vmm in (mapped, unmapped, bystander):
+        vmm.end()
 
 
 def test_a_large_sparse_vm_holds_nobody_up(machine: Machine) -> None:

@@ -257,3 +257,29 @@ def test_conversions_neither_open_nor_hide() -> None:
     assert only(snapshot).exits == 1
     assert snapshot.vms[2].exits == {("EFAULT", "conversion"): 100_000}
     assert snapshot.lost == {}
+
+
+# -- poison from before the start, told of while it is not found yet
+
+
+def test_signals_that_came_before_the_page_was_found() -> None:
+    deaf = [
+        Sigbus(T0 + n * MS, 4001, VCPU, 4, HVA, 12, VCPU, vm=1, vcpu=0, pfn=PFN) for n in range(300)
+    ]
+    other = Sigbus(T0, 4001, VCPU, 4, HVA + 0x1000, 12, VCPU, vm=1, vcpu=0, pfn=PFN + 1)
+    later = Sigbus(T0 + S, 4001, VCPU, 4, HVA, 12, VCPU, vm=1, vcpu=0, pfn=PFN)
+    snapshot, _ = tell(seen(1), other, *deaf, Found(T0 + S, PFN), later)
+    incident = only(snapshot)
+    assert (incident.pfn, incident.sigbus, incident.state) == (PFN, 301, "looping")
+    assert incident.first_delivery_ts is not None
+    # The other page's signal waits for its own page.
+    snapshot, _ = tell(seen(1), other, *deaf, Found(T0 + S, PFN), Found(T0 + S, PFN + 1))
+    assert [one.sigbus for one in snapshot.incidents] == [300, 1]
+
+
+def test_exits_that_came_before_the_page_was_found() -> None:
+    owned = Owned(T0 + S, PFN, Owner(1, 8, HVA), "pagemap")
+    snapshot, told = tell(seen(1), hwpoison(T0, count=9), owned, Found(T0 + S, PFN))
+    incident = only(snapshot)
+    assert (incident.pfn, incident.exits, incident.before_start) == (PFN, 9, True)
+    assert told[1].incident == told[3].incident == incident.id

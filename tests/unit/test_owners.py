@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvmtrace import kvm
-from kvmtrace.events import Event, Found, GmemPoison, Owned, Owner, Poison, Sigbus, VmSeen
-from kvmtrace.guestmem import Slot, gfns_at
+from kvmtrace.events import Event, Exit, Found, GmemPoison, Owned, Owner, Poison, Sigbus, VmSeen
+from kvmtrace.guestmem import Page, Slot, gfns_at
 from kvmtrace.observe import Observer, inventory
 from kvmtrace.observe.owners import Place, find, poisoned_pfn
 from kvmtrace.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
@@ -190,3 +191,49 @@ def test_a_signal_gets_the_pfn_of_its_address(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     told = story(tmp_path, [Sigbus(1, 7, 70, 4, 0x13000), Sigbus(1, 7, 70, 4, 0x11000)])
     assert [getattr(event, "pfn", 0) for event in told] == [0x104CAA, None]
+
+
+class Slots:
+    """A source's memory that knows one slot, and of one page that it is guest_memfd's."""
+
+    def __init__(self, page: Page | None = None) -> None:
+        self._page = page
+
+    def slots(self, vm: int) -> tuple[Slot, ...] | None:
+        return (Slot(None, 0x100, 16, 0x10000),)
+
+    def huge_entry(self, vm: int, hva: int) -> int | None:
+        return None
+
+    def page(self, pfn: int) -> tuple[Page, list[Event]] | None:
+        return None if self._page is None else (self._page, [])
+
+
+def exit_at(gfn: int | None, errno: int = kvm.EHWPOISON) -> Exit:
+    return Exit(9, 5, 0, errno, kvm.EXIT_MEMORY_FAULT, annotated=True, gfn=gfn)
+
+
+def test_an_exit_names_the_page_by_the_page_table(tmp_path: Path) -> None:
+    proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
+    observer = Observer(Slots(), str(tmp_path))
+    seen = VmSeen(1, 5, 7)
+    owned = Owned(9, 0x104CAA, Owner(5, 0x103, 0x13000), "pagemap")
+    assert observer.events([seen, exit_at(0x103)], 99) == [seen, owned, exit_at(0x103)]
+    # Asked once; and not of other places, nor for other errnos.
+    others: list[Event] = [exit_at(0x103), exit_at(0x104), exit_at(0x999), exit_at(None)]
+    others += [exit_at(0x105, kvm.EFAULT)]
+    assert observer.events(others, 99) == others
+
+
+def test_where_a_guest_memfd_page_is_mapped(tmp_path: Path) -> None:
+    maps = "00010000-00020000 rw-s 00002000 00:10 1466 anon_inode:[kvm-gmem]\n"
+    proc_with(tmp_path, 7, {0x1F000: 0}, maps)
+    page = Page(1466, os.makedev(0, 0x10), 5, (Owner(5, None),))
+    seen = VmSeen(1, 5, 7)
+    poison = Poison(3, 0x104CAA, "dirty unevictable LRU page", "Failed", tid=70)
+    owned = Owned(3, 0x104CAA, Owner(5, 0x103, 0x13000), "guest_memfd")
+    assert Observer(Slots(page), str(tmp_path)).events([seen, poison], 99) == [seen, owned, poison]
+    elsewhere = replace(page, index=500)
+    owned = replace(owned, owner=Owner(5, None))
+    told = Observer(Slots(elsewhere), str(tmp_path)).events([seen, poison], 99)
+    assert told == [seen, owned, poison]
