@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from kvmtrace import kvm
 from kvmtrace.events import Event, Exit
 from kvmtrace.ftrace import records
-from kvmtrace.ftrace.hist import ExitKey, Totals, Whose
+from kvmtrace.ftrace.hist import ExitKey, Totals, Whose, rest_of
 from kvmtrace.ftrace.people import People
 from kvmtrace.ftrace.records import Record
 from kvmtrace.ftrace.storm import ExitStorms
@@ -50,7 +50,7 @@ class Faults:
         """The ``gmem`` probe is attached: that it said nothing means something."""
         self.behind = False
         """Events were dropped since the counts were settled: these may know more than was told."""
-        self.tally: Tally[ExitKey] = Tally()
+        self.tally: Tally[ExitKey] = Tally(rest_of)
         self.storms = ExitStorms()
         self._people = people
         self._gmem: OrderedDict[int, dict[str, Any]] = OrderedDict()  # by thread
@@ -116,7 +116,8 @@ class Faults:
         self._vcpus[key.vcpu] = Whose(fields["kvm"], vid, fields.get("tgid") or None)
         self.storms.event(key, fields["kvm"])
         vm = self._people.key(record)
-        if not self.tally.event(key):
+        # Where the kernel counts nothing, an event is all there ever is.
+        if self.storms.counted and not self.tally.event(key):
             return []
         same = (key, vm, detail)
         if same in self._again:
@@ -129,7 +130,7 @@ class Faults:
         """Exits that the kernel counted and no event told."""
         self._learn(totals)
         events: list[Event] = []
-        for key, count in self.tally.total(totals.exits):
+        for key, count in self.tally.total(totals.exits) + self.tally.rests(totals.rests):
             whose = self._vcpus.get(key.vcpu)
             if whose is None:
                 continue
@@ -193,7 +194,7 @@ def _exit(ts: int, vcpu: tuple[int, int], key: ExitKey, detail: _Detail, count: 
         number,
         -key.ret,
         key.reason,
-        annotated=key.gpa is not None,
+        annotated=records.annotated(key.ret, key.reason),
         tid=detail.tid,
         flags=key.flags,
         gpa=key.gpa,

@@ -2,21 +2,24 @@
 
 A trigger sees every event, whether or not the ring had room for it (kernel/trace/trace.h,
 __event_trigger_test_discard: triggers come before the filter, and with a filter the entry is built
-outside of the ring). Three keys are all that a trigger takes, so failed exits have one trigger per
-kind of exit, and one that tells which VM and vCPU a ``struct kvm_vcpu`` is.
+outside of the ring). Three keys are all that a trigger takes, so failed exits have several: one
+for all of them by vCPU and kind, one for each annotated kind by address, and one that tells which
+VM and vCPU a ``struct kvm_vcpu`` is. Entries are never taken back (clearing would lose what is
+counted meanwhile): when one by address has none left, the first still counts the rest.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 ENTRIES = 4096  # per trigger; a power of two, allocated at once by the kernel
 
 _FAILED = "ret < 0 && ret != -4 && ret != -11"
-_ANNOTATED = "reason == 39 && (ret == -14 || ret == -133)"
+_ANNOTATED = (-133, -14)  # with reason 39
 
 
 class ExitKey(NamedTuple):
@@ -27,6 +30,11 @@ class ExitKey(NamedTuple):
     reason: int
     gpa: int | None = None
     flags: int | None = None
+
+
+def rest_of(key: ExitKey) -> ExitKey | None:
+    """Under which key an annotated exit is counted when there is no entry for its address."""
+    return None if key.gpa is None else ExitKey(key.vcpu, key.ret, key.reason)
 
 
 class Whose(NamedTuple):
@@ -76,15 +84,13 @@ def triggers(event: str, fields: Iterable[str]) -> tuple[str, ...]:
             codes = "code == 4 || code == 5"
             return (f"hist:keys={tid},code,addr.hex:{values('lsb', 'tgid')}{size} if {codes}",)
         case "run":
-            annotates = {"gpa", "flags"} <= have
-            bare = f"{_FAILED} && !({_ANNOTATED})" if annotates else _FAILED
             found: tuple[str, ...] = (
-                f"hist:keys=vcpu.hex,ret,reason:vals=hitcount{size} if {bare}",
+                f"hist:keys=vcpu.hex,ret,reason:vals=hitcount{size} if {_FAILED}",
                 f"hist:keys=vcpu.hex,kvm.hex,vid:{values('tgid')}{size} if {_FAILED}",
             )
-            if annotates:
+            if {"gpa", "flags"} <= have:
                 keys = f"keys=vcpu.hex,gpa.hex,flags.hex:{values('size')}{size}"
-                for ret in (-133, -14):
+                for ret in _ANNOTATED:
                     found += (f"hist:{keys} if ret == {ret} && reason == 39",)
             return found
     return ()
@@ -105,11 +111,16 @@ class Totals:
     signals: dict[SignalKey, int] = field(default_factory=dict)
     facts: dict[SignalKey, SignalFacts] = field(default_factory=dict)
     signals_dropped: int = 0
+    rests: dict[ExitKey, int] = field(default_factory=dict)
+    """Annotated exits that no entry was left for; 0 while there is room. Not in ``exits``."""
+    full: bool = False
+    """Some were left without an entry: what is not in ``exits`` by now will never be."""
 
     def of(self, vcpus: Collection[int]) -> Totals:
         """Exits of some vCPUs only."""
         exits = {key: count for key, count in self.exits.items() if key.vcpu in vcpus}
-        return Totals(exits, self.sizes)
+        rests = {key: count for key, count in self.rests.items() if key.vcpu in vcpus}
+        return Totals(exits, self.sizes, rests=rests)
 
     def owner(self, vcpu: int) -> Whose | None:
         """Whose a vCPU most likely is: its address may have been used before."""
@@ -118,19 +129,25 @@ class Totals:
 
     def read(self, event: str, text: str) -> None:
         """Add what the ``hist`` file of an event says."""
+        without_entry: dict[int, int] = {}  # by errno
         for block in _blocks(text):
             match event:
                 case "run":
-                    self._run(block)
+                    self._run(block, without_entry)
                 case "gmem":
                     self._refused(block)
                 case "sigbus" | "sigbus_forced":
                     self._signals(event, block)
 
-    def _run(self, block: _Block) -> None:
+        self._split(without_entry)
+
+    def _run(self, block: _Block, without_entry: dict[int, int]) -> None:
         whose = ",kvm" in block.keys
-        self.dropped += 0 if whose else block.dropped
         ret = re.match(r"ret == (-\d+)", block.condition)
+        if ret is not None:
+            without_entry[int(ret[1])] = block.dropped
+        elif not whose:
+            self.dropped += block.dropped
         for parts, count, means in block.rows:
             vcpu = int(parts[0], 16)
             if whose:
@@ -144,6 +161,23 @@ class Totals:
             else:
                 key = ExitKey(vcpu, _signed(int(parts[1])), int(parts[2]))
             self.exits[key] = self.exits.get(key, 0) + count
+
+    def _split(self, without_entry: Mapping[int, int]) -> None:
+        """Of the exits by kind, keep what those by address do not count.
+
+        Exits go on while the blocks are read, so that the difference may be one too many; the
+        kernel's own account of what it had no entry for has the last word.
+        """
+        left = dict(without_entry)
+        self.full |= any(left.values())
+        placed: Counter[ExitKey | None] = Counter()
+        for key, count in self.exits.items():
+            placed[rest_of(key)] += count
+        for key in [key for key in self.exits if key.gpa is None and key.reason == 39]:
+            if key.ret in left:
+                rest = min(max(0, self.exits.pop(key) - placed[key]), left[key.ret])
+                self.rests[key] = rest
+                left[key.ret] -= rest
 
     def _refused(self, block: _Block) -> None:
         self.refused_dropped += block.dropped

@@ -9,7 +9,7 @@ from kvmtrace.events import Event, Lost
 from kvmtrace.ftrace import hardware, records
 from kvmtrace.ftrace.faults import Faults
 from kvmtrace.ftrace.fields import KVM_PFN_ERR_HWPOISON
-from kvmtrace.ftrace.hist import Totals
+from kvmtrace.ftrace.hist import Totals, rest_of
 from kvmtrace.ftrace.people import People
 from kvmtrace.ftrace.poison import Poisons
 from kvmtrace.ftrace.records import Record
@@ -72,7 +72,8 @@ class Joiner:
         self.faults.watches_gmem = watches_gmem
         self.faults.storms.counted = counts_exits
         self.signals.storms.counted = counts_signals
-        self.faults.tally, self.refusals.tally, self.signals.tally = Tally(), Tally(), Tally()
+        self.faults.tally = Tally(rest_of)
+        self.refusals.tally, self.signals.tally = Tally(), Tally()
 
     @property
     def behind(self) -> bool:
@@ -101,6 +102,12 @@ class Joiner:
         ):
             if lost:
                 events.append(Lost(now, where, lost))
+        if totals.full or totals.dropped:
+            self.faults.tally.fold(totals.exits)
+        if totals.refused_dropped:
+            self.refusals.tally.fold(totals.refused)
+        if totals.signals_dropped:
+            self.signals.tally.fold(totals.signals)
         return events
 
     def _one(self, record: Record, read_totals: Callable[[], Totals]) -> list[Event]:

@@ -22,11 +22,15 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
+def annotated(ret: int, reason: int) -> bool:
+    """Whether ``memory_fault`` is the kernel's (api.rst, KVM_EXIT_MEMORY_FAULT)."""
+    return reason == kvm.EXIT_MEMORY_FAULT and -ret in (kvm.EFAULT, kvm.EHWPOISON)
+
+
 def exit_key(fields: dict[str, Any]) -> ExitKey:
     """The key of a ``run`` record; gpa and flags only where they are the kernel's."""
     ret, reason = fields["ret"], fields["reason"]
-    annotated = reason == kvm.EXIT_MEMORY_FAULT and -ret in (kvm.EFAULT, kvm.EHWPOISON)
-    if annotated and "gpa" in fields and "flags" in fields:
+    if annotated(ret, reason) and "gpa" in fields and "flags" in fields:
         return ExitKey(fields["vcpu"], ret, reason, fields["gpa"], fields["flags"])
     return ExitKey(fields["vcpu"], ret, reason)
 

@@ -180,6 +180,12 @@ def _source_checks(attempts: Sequence[Attempt]) -> Iterator[Check]:
             attached = sum(probe.attached for probe in attempt.probes)
             found = f"{attached} of {len(attempt.probes)} probes"
             yield Check(f"source {attempt.kind}", True, found)
+    chosen = _chosen(attempts)
+    if len(attempts) > 1 and chosen is not None:
+        # In the order of preference, so those before it do not work.
+        refused = [f"{a.kind} does not work here: {a.refused}" for a in attempts if a.refused]
+        better = refused if chosen is not attempts[0] else [f"{chosen.kind} works here"]
+        yield Check("--source auto", True, f"{chosen.kind} ({better[0]})")
 
 
 def _probe_checks(facts: Facts, chosen: Attempt | None) -> Iterator[Check]:

@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="KVMTRACE_LAB=0"))
 
 
-def _prepared(config: pytest.Config, kernel: str) -> None:
+def prepared(config: pytest.Config, kernel: str) -> None:
     """Make sure that `kernel` can be booted; downloading it may take minutes, so show it."""
     capture = config.pluginmanager.get_plugin("capturemanager")
     try:
@@ -53,7 +53,7 @@ def boot(pytestconfig: pytest.Config) -> Iterator[Boot]:
     with ExitStack() as machines:
 
         def booted(kernel: str = DEFAULT, **options: Any) -> Machine:
-            _prepared(pytestconfig, kernel)
+            prepared(pytestconfig, kernel)
             return machines.enter_context(Machine.boot(kernel, **options))
 
         yield booted
@@ -81,7 +81,7 @@ class Shared:
 @pytest.fixture(scope="session")
 def shared_machine(pytestconfig: pytest.Config) -> Iterator[Shared]:
     """For fixtures that outlive a test; tests take `machine`."""
-    _prepared(pytestconfig, DEFAULT)
+    prepared(pytestconfig, DEFAULT)
     shared = Shared()
     yield shared
     shared.close()

@@ -5,6 +5,7 @@ The scenarios themselves run with both sources in test_sources.py.
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from tests.lab.drive import PATIENCE, Vmm, Watch, seen_by, told_by, watching
 from tests.lab.machine import Machine
+from tests.lab.scenarios import gone
 
 pytestmark = pytest.mark.lab
 
@@ -99,3 +101,25 @@ def test_everybody_elses_error_log_is_left_alone(machine: Machine) -> None:
         pass
     log = machine.run(["cat", f"{TRACEFS}/error_log"], check=True).stdout
     assert log
+
+
+def test_more_places_than_the_kernel_has_entries_for(machine: Machine) -> None:
+    """The kernel counts 4096 addresses one by one; beyond, exits lose their address, and no more.
+
+    As on a host of confidential VMs, where each conversion is an exit of its own.
+    """
+    pages, each = 6000, 20
+    steps = [f"create v backing=gmem pages={pages}", "close-gmem v"]
+    steps += [f"loop v +{page} {each}" for page in range(pages)]
+    (machine.share / "steps").write_text("\n".join(steps) + "\n")
+    with watching(machine, "ftrace") as watch:
+        job = machine.start("exec vmm --name many --steps /mnt/share/steps")
+        assert job.wait(5 * PATIENCE) == 0
+        report = json.loads(job.stdout.splitlines()[-1])
+        lines = watch.until(gone(report["pid"]), "the VM's end")
+    told, seen = told_by(report), seen_by(lines, report["pid"])
+    assert len(told) == pages
+    assert seen.total() == told.total() == pages * each
+    nameless = seen - told
+    assert {key[2:6] for key in nameless} == {("EFAULT", 39, True, None)}
+    assert [line for line in lines if line["kind"] == "lost"] == []

@@ -48,6 +48,7 @@ def test_healthy() -> None:
     assert report.ok
     assert report.verdict == "memory-fault exits can be seen here, by bpf"
     assert all(check.ok for check in report.checks)
+    assert check(report, "--source auto").found == "bpf (bpf works here)"
     assert "NO" not in doctor.render(report)
 
 
@@ -58,7 +59,15 @@ def test_one_source_is_enough() -> None:
     assert report.ok
     assert report.verdict.endswith("by ftrace")
     assert check(report, "source bpf").ok is None
+    chosen = "ftrace (bpf does not work here: bcc is not installed)"
+    assert check(report, "--source auto").found == chosen
     assert check(report, "probe run").found == "kvm_arch_vcpu_ioctl_run (fexit)"
+
+
+def test_what_auto_takes_is_not_told_where_it_was_not_asked_or_nothing_works() -> None:
+    for attempts in ([FTRACE], [REFUSED, dataclasses.replace(REFUSED, kind="ftrace")]):
+        report = doctor.judge(HEALTHY, attempts)
+        assert "--source auto" not in {check.name for check in report.checks}
 
 
 @pytest.mark.parametrize(
