@@ -46,7 +46,16 @@ def both_ways(machine: Machine, watch: Watch, *, exits: bool | None = None) -> N
     vmm.step("create v backing=anon")
     vmm.step("touch v +3")
     poison = vmm.step("poison v +3")
+    watch.until(
+        lambda ls: [x for x in ls if x["kind"] == "poison" and x["pfn"] == poison["pfn"]],
+        "the poison",
+    )
     touch = vmm.step("touch v +3")
+    # Whose memory it was is looked up while the VMM lives.
+    watch.until(
+        lambda ls: [x for x in ls if x["kind"] == "sigbus" and x["tid"] == touch["tid"]],
+        "the SIGBUS",
+    )
     vmm.step("unmap v +5")
     vmm.step("touch v +5")
     report = vmm.end()
