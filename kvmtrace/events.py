@@ -56,7 +56,8 @@ class Exit(Event):
     """KVM_RUN failed; ``count`` exits of exactly this kind, the last of them at ``ts``.
 
     ``annotated``: reason 39 with EFAULT or EHWPOISON, so flags, gpa and size are the kernel's
-    (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT). ``gmem``: the errno with which
+    (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT), or None if only a count tells of it.
+    ``gmem``: the errno with which
     kvm_gmem_get_pfn failed for this very fault, 0 if it was not asked, None if nobody watched.
     ``gfn`` may come from the fault handler where the exit is not annotated. ``access``: some of
     "r", "w", "x".

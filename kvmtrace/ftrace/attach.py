@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 
+from kvmtrace import btfblob
 from kvmtrace.btf import Btf
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.ftrace import dynevents, fields, hist, instance
@@ -206,7 +207,7 @@ def _offset(struct: str, member: str) -> int | None:
     try:
         btf = Btf()
     except KvmtraceError:
-        return None
+        return btfblob.offset(struct, member)
     try:
         return btf.offset(struct, member)
     finally:

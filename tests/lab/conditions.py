@@ -115,7 +115,7 @@ def no_tracefs(machine: Machine, source: str) -> None:
     doctor = kvmtrace(machine, f"doctor --source {source}", within=NO_TRACEFS)
     assert re.search(r"✗ NO +tracefs", doctor.stdout), doctor.stdout
     assert "mount -t tracefs" in doctor.stdout
-    assert doctor.stderr == ""
+    assert doctor.stderr == "", doctor.stderr
     if source == "ftrace":
         assert doctor.status == 1
 
@@ -128,7 +128,7 @@ def unprivileged(machine: Machine, source: str) -> None:
     doctor = machine.run(f"{NOBODY} kvmtrace doctor --source {source}", timeout=PATIENCE)
     assert doctor.status == 1
     assert re.search(r"✗ NO +privilege", doctor.stdout), doctor
-    assert doctor.stderr == ""
+    assert doctor.stderr == "", doctor.stderr
 
 
 def lockdown(machine: Machine, source: str) -> None:
@@ -142,7 +142,7 @@ def lockdown(machine: Machine, source: str) -> None:
     doctor = kvmtrace(machine, f"doctor --source {source}")
     assert doctor.status == 1
     assert re.search(r"✗ NO +lockdown +confidentiality", doctor.stdout), doctor.stdout
-    assert doctor.stderr == ""
+    assert doctor.stderr == "", doctor.stderr
     residue.nothing_but(machine, before)
 
 

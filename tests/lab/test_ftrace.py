@@ -123,3 +123,18 @@ def test_more_places_than_the_kernel_has_entries_for(machine: Machine) -> None:
     nameless = seen - told
     assert {key[2:6] for key in nameless} == {("EFAULT", 39, True, None)}
     assert [line for line in lines if line["kind"] == "lost"] == []
+
+
+def test_types_are_read_the_same_without_libbpf(machine: Machine) -> None:
+    code = """
+from kvmtrace import btfblob
+from kvmtrace.btf import Btf
+btf = Btf()
+for member in ("pid", "tgid", "comm", "mm", "no_such_member"):
+    print(member, btf.offset("task_struct", member), btfblob.offset("task_struct", member))
+"""
+    lines = machine.run(["python3", "-c", code], timeout=PATIENCE, check=True).stdout.splitlines()
+    found = {name: (by_libbpf, alone) for name, by_libbpf, alone in map(str.split, lines)}
+    assert all(by_libbpf == alone for by_libbpf, alone in found.values()), found
+    assert found["no_such_member"] == ("None", "None")
+    assert int(found["pid"][1]) + 4 == int(found["tgid"][1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -160,3 +162,76 @@ def test_the_sum_of_what_is_told_is_what_happened(steps: list[tuple[str, int]]) 
             happened += count
             in_ring += count if what == "kept" else 0
     assert told == happened
+
+
+class FullKernel:
+    """A kernel with room for two addresses, a ring that drops, and who reads both."""
+
+    def __init__(self) -> None:
+        self.tally = Tally[ExitKey](hist.rest_of)
+        self.happened: Counter[ExitKey] = Counter()
+        self.told: Counter[ExitKey] = Counter()
+        self.entries: dict[ExitKey, int] = {}
+        self.dropped = 0
+        self.ring: list[ExitKey] = []
+
+    def exit(self, address: int, *, kept: bool) -> None:
+        key = ExitKey(VCPU, -14, 39, address, 8)
+        self.happened[key] += 1
+        if key in self.entries or len(self.entries) < 2:
+            self.entries[key] = self.entries.get(key, 0) + 1
+        else:
+            self.dropped += 1
+        self.ring += [key] * kept
+
+    def totals(self) -> Totals:
+        rests = {ExitKey(VCPU, -14, 39): self.dropped}
+        return Totals(dict(self.entries), rests=rests, full=self.dropped > 0)
+
+    def settle(self, totals: Totals) -> None:
+        """As Joiner.batch does: what the ring has is told before the counts."""
+        for key in self.ring:
+            self.told[key] += self.tally.event(key)
+        self.ring.clear()
+        for key, count in self.tally.total(totals.exits) + self.tally.rests(totals.rests):
+            self.told[key] += count
+        if totals.full:
+            self.tally.fold(totals.exits)
+        assert self.told.total() <= self.happened.total()
+
+
+VCPU = 0xFFFF8CC582EE0000
+EXITS = st.tuples(st.integers(0, 5), st.booleans())
+
+
+@given(st.lists(st.tuples(st.lists(EXITS, max_size=8), st.lists(EXITS, max_size=4)), max_size=12))
+def test_exits_without_an_entry_lose_their_address_only(
+    rounds: list[tuple[list[tuple[int, bool]], list[tuple[int, bool]]]],
+) -> None:
+    """``rounds``: exits before the counts are read, and exits before the ring is read then."""
+    kernel = FullKernel()
+    for early, late in rounds:
+        for address, kept in early:
+            kernel.exit(address, kept=kept)
+        totals = kernel.totals()
+        for address, kept in late:
+            kernel.exit(address, kept=kept)
+        kernel.settle(totals)
+    for _ in range(2):
+        kernel.settle(kernel.totals())
+    assert kernel.told.total() == kernel.happened.total()
+    assert not kernel.told - kernel.happened - Counter({ExitKey(VCPU, -14, 39): 1 << 32})
+    # Two entries, and the one for all the rest: nothing else is remembered.
+    kernel.settle(kernel.totals())
+    assert len(kernel.tally) <= 3
+
+
+def test_what_has_no_entry_even_together_is_lost() -> None:
+    tally = Tally[ExitKey](hist.rest_of)
+    tally.event(POISON)
+    tally.total({BARE: 3})
+    assert tally.rests({}) == []
+    assert tally.lost(4) == 3
+    # Those of a vCPU that has such an entry are counted there.
+    tally.rests({ExitKey(POISON.vcpu, -133, 39): 0})
+    assert tally.lost(6) == 3
