@@ -57,10 +57,9 @@ class Exit(Event):
 
     ``annotated``: reason 39 with EFAULT or EHWPOISON, so flags, gpa and size are the kernel's
     (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT), or None if only a count tells of it.
-    ``gmem``: the errno with which
-    kvm_gmem_get_pfn failed for this very fault, 0 if it was not asked, None if nobody watched.
-    ``gfn`` may come from the fault handler where the exit is not annotated. ``access``: some of
-    "r", "w", "x".
+    ``gmem``: the errno with which kvm_gmem_get_pfn failed for this very fault, 0 if it was not
+    asked, None if nobody watched. ``gfn`` may come from the fault handler where the exit is not
+    annotated. ``access``: some of "r", "w", "x".
     """
 
     kind: ClassVar[str] = "exit"

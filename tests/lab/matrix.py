@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,9 @@ Cells = dict[tuple[str, str], str]
 """{(scenario, source): outcome}"""
 
 
-def run_kernel(name: str, sources: tuple[str, ...], only: str | None) -> tuple[str, Cells]:
+def run_kernel(
+    name: str, sources: tuple[str, ...], only: Sequence[str] | None
+) -> tuple[str, Cells]:
     """Boot one kernel, in all the ways that are needed, and run everything on it."""
     cells: Cells = {}
     machine: Machine | None = None
@@ -61,9 +63,9 @@ def run_kernel(name: str, sources: tuple[str, ...], only: str | None) -> tuple[s
     return release, cells
 
 
-def _plan(sources: tuple[str, ...], only: str | None) -> Iterator[tuple[Scenario, str]]:
+def _plan(sources: tuple[str, ...], only: Sequence[str] | None) -> Iterator[tuple[Scenario, str]]:
     """What to run, in an order that boots and starts kvmtrace as seldom as can be."""
-    chosen = [scenario for scenario in EVERYTHING if only in (None, scenario.name)]
+    chosen = [scenario for scenario in EVERYTHING if only is None or scenario.name in only]
     boots = [scenario.boot for scenario in chosen]
     for boot in [boot for at, boot in enumerate(boots) if boot not in boots[:at]]:
         for source in (*SOURCES, BOTH):
@@ -128,7 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.lab.matrix", description=__doc__)
     parser.add_argument("--kernel", action="append", help="only this one (may be repeated)")
     parser.add_argument("--source", choices=SOURCES, help="only this one")
-    parser.add_argument("--scenario", help="only this one")
+    parser.add_argument("--scenario", action="append", help="only this one (may be repeated)")
     parser.add_argument("--readme", action="store_true", help="keep the table in README.md")
     options = parser.parse_args()
     kernels = options.kernel or list(config.rows())
