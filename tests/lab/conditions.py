@@ -178,6 +178,8 @@ def doctor_knows(machine: Machine, source: str) -> None:
 
     Whatever the kernel lacks, the SIGBUS path works.
     """
+    if machine.row.arch.name != "amd64":
+        raise Unstageable("KVM's capability says nothing of it on this architecture")
     vmm = Vmm(machine, "asked")
     has_exit = vmm.step("caps")["memory_fault_info"] > 0
     vmm.end()
