@@ -112,12 +112,12 @@ def no_tracefs(machine: Machine, source: str) -> None:
     else:
         result = kvmtrace(machine, "events --source ftrace", within=NO_TRACEFS)
         refused(result, "tracefs", "mount -t tracefs")
-    doctor = kvmtrace(machine, f"doctor --source {source}", within=NO_TRACEFS)
-    assert re.search(r"✗ NO +tracefs", doctor.stdout), doctor.stdout
-    assert "mount -t tracefs" in doctor.stdout
-    assert doctor.stderr == "", doctor.stderr
+    judged = kvmtrace(machine, f"doctor --source {source}", within=NO_TRACEFS)
+    assert re.search(r"✗ NO +tracefs", judged.stdout), judged.stdout
+    assert "mount -t tracefs" in judged.stdout
+    assert judged.stderr == "", judged.stderr
     if source == "ftrace":
-        assert doctor.status == 1
+        assert judged.status == 1
 
 
 def unprivileged(machine: Machine, source: str) -> None:
@@ -125,10 +125,10 @@ def unprivileged(machine: Machine, source: str) -> None:
     for command in ("events", "top --once", "serve"):
         result = machine.run(f"{NOBODY} kvmtrace {command} --source {source}", timeout=PATIENCE)
         refused(result, "needs root", "sudo")
-    doctor = machine.run(f"{NOBODY} kvmtrace doctor --source {source}", timeout=PATIENCE)
-    assert doctor.status == 1
-    assert re.search(r"✗ NO +privilege", doctor.stdout), doctor
-    assert doctor.stderr == "", doctor.stderr
+    judged = machine.run(f"{NOBODY} kvmtrace doctor --source {source}", timeout=PATIENCE)
+    assert judged.status == 1
+    assert re.search(r"✗ NO +privilege", judged.stdout), judged
+    assert judged.stderr == "", judged.stderr
 
 
 def lockdown(machine: Machine, source: str) -> None:
@@ -139,10 +139,10 @@ def lockdown(machine: Machine, source: str) -> None:
     before = residue.attached(machine)
     for kind in (source, "auto"):
         refused(kvmtrace(machine, f"events --source {kind}"), "lockdown")
-    doctor = kvmtrace(machine, f"doctor --source {source}")
-    assert doctor.status == 1
-    assert re.search(r"✗ NO +lockdown +confidentiality", doctor.stdout), doctor.stdout
-    assert doctor.stderr == "", doctor.stderr
+    judged = kvmtrace(machine, f"doctor --source {source}")
+    assert judged.status == 1
+    assert re.search(r"✗ NO +lockdown +confidentiality", judged.stdout), judged.stdout
+    assert judged.stderr == "", judged.stderr
     residue.nothing_but(machine, before)
 
 
