@@ -51,12 +51,14 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
                 wait = POLL_SECONDS
                 if deadline is not None:
                     wait = min(wait, deadline - time.monotonic())
-                if stop.asked or wait <= 0:
-                    break
-                batch = attached.poll(wait)
+                over = stop.asked or wait <= 0
+                # What the kernel counted meanwhile and has not told yet belongs to it, too.
+                batch = attached.poll(0 if over else wait)
                 writer.write(batch, attached.probes())
                 out.flush()
                 number += len(batch)
+                if over:
+                    break
         click.echo(f"{number} events", err=True)
     finally:
         attached.close()

@@ -63,12 +63,16 @@ def run_kernel(
                 except LabUnable as reason:
                     cells[scenario.name, source] = f"{UNSTAGED}{reason}"
                     continue
+                except LabError as error:
+                    say(f"{name} {source} {scenario.name}: {error}")
+                    cells[scenario.name, source] = f"FAIL: {error}"
+                    continue
                 release = machine.release
             cells[scenario.name, source] = _run(name, machine, scenario, source)
     finally:
         if machine is not None:
             machine.close()
-    return release, cells
+    return release or "did not boot", cells
 
 
 def _plan(sources: tuple[str, ...], only: Sequence[str] | None) -> Iterator[tuple[Scenario, str]]:
@@ -146,11 +150,7 @@ def main() -> int:
     results: dict[str, tuple[str, Cells]] = {}
     saved: dict[str, Any] = {}
     for name in kernels:
-        try:
-            results[name] = run_kernel(name, sources, options.scenario)
-        except LabError as error:
-            say(f"{name}: {error}")
-            results[name] = ("did not boot", {("boot", "-"): f"FAIL: {error}"})
+        results[name] = run_kernel(name, sources, options.scenario)
         release, cells = results[name]
         saved[name] = {
             "release": release,

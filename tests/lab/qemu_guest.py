@@ -34,7 +34,6 @@ def qemu_loses_a_page(machine: Machine, source: str) -> None:
     """QEMU is named by its -name, its vCPU thread gets the SIGBUS, and it ends."""
     if machine.run("command -v qemu-system-x86_64").status:
         raise Unstageable("no QEMU in this root")
-    (machine.share / "poison_first_page.py").write_text(_POISON_FIRST_PAGE)
     with following(machine, source) as (watch,):
         qemu = machine.start(
             f"exec qemu-system-x86_64 -accel kvm -name guest={NAME},debug-threads=on -uuid {UUID} "
@@ -45,7 +44,7 @@ def qemu_loses_a_page(machine: Machine, source: str) -> None:
         pid = int(machine.run("pgrep -f [q]emu-system-x86_64", check=True).stdout.split()[0])
         poisoned = json.loads(
             machine.run(
-                f"python3 /mnt/share/poison_first_page.py {pid} {64 << 20}",
+                ["python3", "-c", _POISON_FIRST_PAGE, str(pid), str(64 << 20)],
                 check=True,
                 timeout=PATIENCE,
             ).stdout

@@ -302,7 +302,7 @@ def hva_hugetlb1g(machine: Machine, source: str) -> None:
     pages = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
     if machine.run(["cat", pages]).stdout.strip() in ("", "0"):
         raise Unstageable("the kernel could not set aside a page of 1 GiB")
-    _hva(machine, source, "hugetlb1g", 30, 1 << 18)
+    _hva(machine, source, "hugetlb1g", 30, 1 << 30 >> machine.page_shift, huge=True)
 
 
 def hva_early_kill(machine: Machine, source: str) -> None:

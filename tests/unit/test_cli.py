@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from kvmtrace import cli, host, identity, sources
 from kvmtrace.cli.options import SECONDS
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Lost
+from kvmtrace.events import Event, Lost
 from kvmtrace.model import Snapshot
 from kvmtrace.views import exporter
 from tests.unit.fake import SECOND, STORY, T0, FakeSource
@@ -306,6 +306,23 @@ def test_record_then_replay(source: FakeSource, tmp_path: Path) -> None:
     lines = invoke("replay", path, "--events", "--json").stdout.splitlines()
     assert [json.loads(line)["kind"] for line in lines] == ["vm", "vm", "poison", "exit", "exit"]
     assert len(invoke("replay", path, "--events").stdout.splitlines()) == 5
+
+
+def test_record_takes_a_last_look(source: FakeSource, tmp_path: Path) -> None:
+    """What the kernel only counted is told by a poll that does not wait."""
+    asked: list[float] = []
+    given = source.poll
+
+    def poll(timeout: float) -> list[Event]:
+        asked.append(timeout)
+        return given(timeout) + ([Lost(T0, "the_end", 1)] if timeout == 0 else [])
+
+    source.poll = poll  # type: ignore[method-assign]  # a fake's own
+    path = tmp_path / "r"
+    assert invoke("record", str(path), "--duration", "0.1").exit_code == 0
+    assert asked.count(0) == 1
+    assert asked[-1] == 0
+    assert "the_end" in path.read_text().splitlines()[-1]
 
 
 def test_record_does_not_overwrite(source: FakeSource, tmp_path: Path) -> None:
