@@ -167,7 +167,8 @@ def test_top_needs_a_terminal(source: FakeSource) -> None:
     assert not source.polls
 
 
-def test_top_once(source: FakeSource) -> None:
+def test_top_once(source: FakeSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     result = invoke("top", "--once", "--interval", "0.1")
     assert result.exit_code == 0
     assert "web-1" in result.stdout
