@@ -283,3 +283,11 @@ def test_exits_that_came_before_the_page_was_found() -> None:
     incident = only(snapshot)
     assert (incident.pfn, incident.exits, incident.before_start) == (PFN, 9, True)
     assert told[1].incident == told[3].incident == incident.id
+
+
+def test_a_signal_that_overtook_its_poison_is_joined() -> None:
+    early = Sigbus(T0, 4001, VCPU, 4, HVA, 12, VCPU, vm=1, vcpu=0, pfn=PFN)
+    own = Sigbus(T0, 4001, VMM, 4, HVA, 12, VMM, vm=1, pfn=PFN)
+    snapshot, _ = tell(seen(1), early, own, Poison(T0 + MS, PFN, "page", "Failed", tid=VMM))
+    incident = only(snapshot)
+    assert (incident.sigbus, incident.sigbus_at_poison, incident.state) == (1, 1, "delivered")
