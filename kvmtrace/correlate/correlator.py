@@ -300,6 +300,9 @@ class Correlator:
         for signal in self._halves.signals(event):
             how = "sent by the thread that poisoned the page"
             self._take_signal(incident, signal, how, by_poison=True)
+        # A guest may touch the page while memory_failure is still at work on it.
+        for signal in self._halves.signals_of(event.pfn):
+            self._take_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
         return Told(event, incident=incident.id, owners=self._named_owners(incident))
 
     def _adoptable(self, owners: list[Owner]) -> State | None:

@@ -325,3 +325,11 @@ def test_an_address_counts_in_its_own_process_only() -> None:
     for hva, joined in ((HVA, 0), (HVA + 0x100000, 1)):
         told = Sigbus(T0 + MS, 4002, 70, 4, hva, 12, vm=2, vcpu=0)
         assert only(tell(*shared, told)[0]).sigbus == joined
+
+
+def test_a_signal_that_overtook_its_poison_is_joined() -> None:
+    early = Sigbus(T0, 4001, VCPU, 4, HVA, 12, VCPU, vm=1, vcpu=0, pfn=PFN)
+    own = Sigbus(T0, 4001, VMM, 4, HVA, 12, VMM, vm=1, pfn=PFN)
+    snapshot, _ = tell(seen(1), early, own, Poison(T0 + MS, PFN, "page", "Failed", tid=VMM))
+    incident = only(snapshot)
+    assert (incident.sigbus, incident.sigbus_at_poison, incident.state) == (1, 1, "delivered")
