@@ -65,12 +65,16 @@ def _section(word: str) -> tuple[str, ...]:
     return tuple(f"+{cper.MEMORY_WORDS[word]}({at}):x64" for at in ("mem_err", "$arg2"))
 
 
-_FAULTIN_X86 = (
+_VCPU = (
     _needed("vcpu", "vcpu:x64"),
     _needed("kvm", "vcpu->kvm:x64"),
     _needed("vid", "vcpu->vcpu_id"),
     _helper("tgid", f"vcpu->{_TGID}"),
     _helper("maker", f"vcpu->{_MAKER}"),
+)
+
+_FAULTIN_X86 = (
+    *_VCPU,
     _field("exits", "vcpu->stat.exits"),
     _needed("gfn", "fault->gfn:x64"),
     _field("pfn", "fault->pfn:x64"),
@@ -84,11 +88,7 @@ _FAULTIN_X86 = (
 # kvm_handle_guest_abort(vcpu): HPFAR_EL2 holds the address of the page (bits 39:4 are 47:12 of
 # it), ESR_EL2 the syndrome (arch/arm64/include/asm/kvm_emulate.h, esr.h).
 _FAULTIN_ARM64 = (
-    _needed("vcpu", "vcpu:x64"),
-    _needed("kvm", "vcpu->kvm:x64"),
-    _needed("vid", "vcpu->vcpu_id"),
-    _helper("tgid", f"vcpu->{_TGID}"),
-    _helper("maker", f"vcpu->{_MAKER}"),
+    *_VCPU,
     _field("exits", "vcpu->stat.exits"),
     _needed("hpfar", "vcpu->arch.fault.hpfar_el2:x64"),
     _field("esr", "vcpu->arch.fault.esr_el2:x64"),
@@ -103,11 +103,7 @@ _OLD_HEAD = "mapping->i_private_list.next"
 
 FIELDS: dict[str, tuple[Field, ...]] = {
     "run": (
-        _needed("vcpu", "vcpu:x64"),
-        _needed("kvm", "vcpu->kvm:x64"),
-        _needed("vid", "vcpu->vcpu_id"),
-        _helper("tgid", f"vcpu->{_TGID}"),
-        _helper("maker", f"vcpu->{_MAKER}"),
+        *_VCPU,
         _needed("reason", "vcpu->run->exit_reason:u32"),
         _field("gpa", "vcpu->run->memory_fault.gpa:x64"),
         _field("flags", "vcpu->run->memory_fault.flags:x64"),
@@ -174,11 +170,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         _field("kind", *_section("kind")),
     ),
     "arm_sea": (
-        _needed("vcpu", "vcpu:x64"),
-        _needed("kvm", "vcpu->kvm:x64"),
-        _needed("vid", "vcpu->vcpu_id"),
-        _helper("tgid", f"vcpu->{_TGID}"),
-        _helper("maker", f"vcpu->{_MAKER}"),
+        *_VCPU,
         _needed("reason", "vcpu->run->exit_reason:u32"),
         _needed("flags", "vcpu->run->arm_sea.flags:x64"),
         _needed("gpa", "vcpu->run->arm_sea.gpa:x64"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from kvmtrace import host
@@ -33,7 +33,7 @@ from kvmtrace.events import (
     VmSeen,
 )
 from kvmtrace.guestmem import HasMemory, Memory, gfns_at
-from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.observe.around import Around
 from kvmtrace.observe.inventory import Inventory
 from kvmtrace.observe.owners import Place, Search, mapped, poisoned_pfn
 from kvmtrace.pagemap import PAGE
@@ -46,7 +46,7 @@ MAX_PFNS = 16384
 MAX_HUGE = 4096
 
 
-class Observed:
+class Observed(Around):
     """A source whose poisons come with their owners. ``inner``: the source that it reads."""
 
     def __init__(
@@ -56,9 +56,7 @@ class Observed:
         inventory: Inventory | None = None,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
-        self.inner = inner
-        self.name = inner.name
-        self.why = inner.why
+        super().__init__(inner)
         self._inventory = inventory or Inventory(proc)
         self._observer = Observer(inner.memory if isinstance(inner, HasMemory) else None, proc)
         self._clock = clock
@@ -72,15 +70,6 @@ class Observed:
             self._clock(), time.monotonic() + SLICE_SECONDS, self._observer.pfns
         )
         return events + (self._observer.events(found, self._clock()) if found else [])
-
-    def probes(self) -> tuple[Probe, ...]:
-        return self.inner.probes()
-
-    def probe_runs(self) -> Mapping[str, ProbeRuns]:
-        return self.inner.probe_runs()
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 def in_order(events: list[Event]) -> list[Event]:

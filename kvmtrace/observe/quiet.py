@@ -8,10 +8,10 @@ says how late it is, at intervals that double, so that a quiet host stays quiet.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from kvmtrace.events import Event, StillQuiet
-from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.observe.around import Around
 from kvmtrace.sources import Source
 
 _SECOND = 1_000_000_000
@@ -20,13 +20,11 @@ _SECOND = 1_000_000_000
 FIRST_NS = 6 * _SECOND
 
 
-class Quiet:
+class Quiet(Around):
     """A source that also says when nothing happened. ``now``: ns since the epoch."""
 
     def __init__(self, inner: Source, now: Callable[[], int] = time.time_ns) -> None:
-        self.inner = inner
-        self.name = inner.name
-        self.why = inner.why
+        super().__init__(inner)
         self._now = now
         self._since: int | None = None
         self._wait = FIRST_NS
@@ -40,12 +38,3 @@ class Quiet:
             self._wait *= 2
             return [StillQuiet(now)]
         return events
-
-    def probes(self) -> tuple[Probe, ...]:
-        return self.inner.probes()
-
-    def probe_runs(self) -> Mapping[str, ProbeRuns]:
-        return self.inner.probe_runs()
-
-    def close(self) -> None:
-        self.inner.close()

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvmtrace import kvm
 from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone
-from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.observe.around import Around
 from kvmtrace.sources import Source
 
 _SECOND = 1_000_000_000
@@ -46,15 +46,13 @@ class _Thread:
     cpu_ns: int | None = None
 
 
-class Reactions:
+class Reactions(Around):
     """A source whose told vCPUs are followed up. ``now``: ns since the epoch."""
 
     def __init__(
         self, inner: Source, proc: str = "/proc", now: Callable[[], int] = time.time_ns
     ) -> None:
-        self.inner = inner
-        self.name = inner.name
-        self.why = inner.why
+        super().__init__(inner)
         self._proc = proc
         self._now = now
         self._threads: OrderedDict[int, _Thread] = OrderedDict()
@@ -67,15 +65,6 @@ class Reactions:
         for event in events:
             self._follow(event)
         return events + self._look()
-
-    def probes(self) -> tuple[Probe, ...]:
-        return self.inner.probes()
-
-    def probe_runs(self) -> Mapping[str, ProbeRuns]:
-        return self.inner.probe_runs()
-
-    def close(self) -> None:
-        self.inner.close()
 
     # -- whom to look at
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from kvmtrace.events import Event, Owned, Released, Sigbus, Unpoison, VmGone, VmSeen
-from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.observe.around import Around
 from kvmtrace.observe.owners import poisoned_pfn
 from kvmtrace.pagemap import PAGE
 from kvmtrace.sources import Source
@@ -23,15 +23,13 @@ LOOK_NS = _SECOND  # some microseconds for each place
 MAX_PLACES = 1024
 
 
-class Releases:
+class Releases(Around):
     """A source that also tells when a poisoned page left a VM. ``now``: ns since the epoch."""
 
     def __init__(
         self, inner: Source, proc: str = "/proc", now: Callable[[], int] = time.time_ns
     ) -> None:
-        self.inner = inner
-        self.name = inner.name
-        self.why = inner.why
+        super().__init__(inner)
         self._proc = proc
         self._now = now
         self._pid_of: dict[int, int] = {}  # by VM
@@ -44,15 +42,6 @@ class Releases:
         for event in events:
             self._follow(event)
         return events + self._look()
-
-    def probes(self) -> tuple[Probe, ...]:
-        return self.inner.probes()
-
-    def probe_runs(self) -> Mapping[str, ProbeRuns]:
-        return self.inner.probe_runs()
-
-    def close(self) -> None:
-        self.inner.close()
 
     def _follow(self, event: Event) -> None:
         match event:

@@ -6,6 +6,7 @@ the compiler; see bpf/kvmtrace.bpf.c for what is passed.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -404,10 +405,14 @@ class _Programs:
             Probe(state.name, False, state.target, why="closed")
             for state in getattr(self, "states", ())
         )
-        with quiet_stderr():
-            self._bpf.cleanup()
-            if self._asked is not None:
-                self._asked.cleanup()
+        for bpf in (self._bpf, self._asked):
+            if bpf is None:
+                continue
+            # bcc 0.26 looks for its kprobes in tracefs, and raises where that is not mounted; it
+            # would do so again at exit. They end with their file descriptors.
+            with quiet_stderr(), contextlib.suppress(Exception):
+                bpf.cleanup()
+            atexit.unregister(bpf.cleanup)
 
 
 def _kvm_modules() -> tuple[str, ...]:
