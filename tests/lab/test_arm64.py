@@ -10,7 +10,7 @@ import pytest
 from tests.lab.conftest import Boot
 from tests.lab.drive import end_following
 from tests.lab.ghes import ghes
-from tests.lab.scenarios import gmem_poison, hva_anon, parity
+from tests.lab.scenarios import gmem_poison, hva_anon
 
 pytestmark = pytest.mark.lab
 
@@ -24,5 +24,4 @@ def test_pages_of_another_size(boot: Boot) -> None:
     assert machine.page_shift == 14
     gmem_poison(machine, "ftrace")
     hva_anon(machine, "ftrace")
-    parity(machine)
     end_following(machine)

@@ -117,6 +117,7 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
         vmm.end()
 
 
+@pytest.mark.parametrize("serve", ["ftrace"], indirect=True)
 def test_a_serve_that_ends_under_a_live_top(machine: Machine, serve: Job) -> None:
     """One line, status 1, and the terminal as it was."""
     env = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}

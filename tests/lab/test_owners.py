@@ -8,106 +8,24 @@ import re
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import pytest
 
 from tests.lab.drive import (
     PATIENCE,
-    Line,
-    Unstageable,
     Vmm,
-    Watch,
     recorded,
     replayed,
-    top,
     watching,
 )
 from tests.lab.machine import Machine
+from tests.lab.owners import deliveries, owners_before_any_touch, owners_of, poison_of
 
 pytestmark = pytest.mark.lab
 
-KERNELS = ("trixie-newest", "trixie-6.18", "trixie")
-# (backing, pages)
-BACKINGS = (("anon", 64), ("thp", 1024), ("hugetlb2m", 1024), ("memfd", 64), ("gmem", 64))
 
-
-def _poison_of(pfn: int) -> Callable[[list[Line]], list[Line]]:
-    return lambda lines: [x for x in lines if x["kind"] == "poison" and x["pfn"] == pfn]
-
-
-def _owners(line: Line) -> set[tuple[int, int | None]]:
-    return {(owner["vm"]["pid"], owner.get("gfn")) for owner in line["owners"]}
-
-
-def _second(machine: Machine, first: Vmm, backing: str) -> Vmm | None:
-    """Another process with a VM on the same memfd; it does not touch the page."""
-    if backing != "memfd":
-        return None
-    fd = first.step("info v")["slots"][0]["fd"]
-    other = Vmm(machine, "other")
-    other.step(f"create v file=/proc/{first.pid}/fd/{fd} pages=64 base=0x400")
-    return other
-
-
-def _deliveries(lines: list[Line], incident: str) -> list[Line]:
-    return [x for x in lines if x["kind"] in ("exit", "sigbus") and x.get("incident") == incident]
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_owners_before_any_touch(kernel: str, boot: Callable[..., Machine]) -> None:
-    """One boot, every backing, both ways to poison; then a start with the poison already there."""
-    machine = boot(kernel)
-    with ExitStack() as stack:
-        stories = []
-        for backing, pages in BACKINGS:
-            for how in ("inject", "madvise"):
-                vmm = Vmm(machine, f"{backing}-{how}")
-                try:
-                    vmm.step(f"create v backing={backing} pages={pages}")
-                except Unstageable:
-                    vmm.end()
-                    continue
-                vmm.step("touch v +3")
-                stories.append((vmm, how, _second(machine, vmm, backing)))
-        bystander = Vmm(machine, "bystander")
-        bystander.step("create v backing=anon")
-        bystander.step("touch v +3")
-
-        watch = stack.enter_context(watching(machine, "bpf"))
-        for vmm, how, other in stories:
-            _one(watch, vmm, how, other)
-        assert not [line for line in watch.lines() if line["kind"] == "lost"]
-        watch.end()
-
-        # A new start finds them all, and no one else's.
-        found = top(machine, "bpf", interval=20)
-        owners = {
-            (owner["vm"]["name"], owner.get("gfn"))
-            for incident in found["incidents"]
-            for owner in incident["owners"]
-        }
-        for vmm, _, _ in stories:
-            assert any(name == vmm.name[:15] and gfn for name, gfn in owners), (vmm.name, owners)
-        assert not any(name == "bystander" for name, _ in owners)
-        for vmm, _, other in [*stories, (bystander, "", None)]:
-            vmm.end()
-            if other:
-                other.end()
-
-
-def _one(watch: Watch, vmm: Vmm, how: str, other: Vmm | None) -> None:
-    poison = vmm.step(f"poison v +3 how={how}", may_fail=True)
-    assert poison["poisoned"], poison
-    lines = watch.until(_poison_of(poison["pfn"]), f"the poison of {vmm.name}")
-    (told,) = _poison_of(poison["pfn"])(lines)
-    wanted = {(vmm.pid, poison["gfn"])} | ({(other.pid, 0x403)} if other else set())
-    assert _owners(told) == wanted, (vmm.name, told)
-    assert [o["hva"] for o in told["owners"] if o["vm"]["pid"] == vmm.pid] == [poison["hva"]]
-    assert _deliveries(lines, told["incident"]) == []
-
-    vmm.step("touch v +3", may_fail=True)
-    watch.until(lambda ls: _deliveries(ls, told["incident"]), f"the delivery to {vmm.name}")
+def test_owners_before_any_touch(machine: Machine) -> None:
+    owners_before_any_touch(machine, "bpf")
 
 
 def test_an_older_guest_memfd_by_ftrace(boot: Callable[..., Machine]) -> None:
@@ -140,9 +58,9 @@ def test_an_older_guest_memfd_by_ftrace(boot: Callable[..., Machine]) -> None:
         vmm.end()
 
 
-@pytest.mark.parametrize("source", ["bpf", "ftrace"])
-def test_one_page_of_two_vms_that_ksm_merged(machine: Machine, source: str) -> None:
+def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
     """Both own it, by their page tables; so says the loss."""
+    source = "bpf"
     vmms = [Vmm(machine, name) for name in ("left", "right")]
     for vmm in vmms:
         vmm.step("create v backing=anon pages=64")
@@ -160,13 +78,13 @@ def test_one_page_of_two_vms_that_ksm_merged(machine: Machine, source: str) -> N
     recorder.wait_for("recording to", timeout=PATIENCE, stream="stderr")
     with watching(machine, source) as watch:
         vmms[0].step(f"poison pfn={pfn}", may_fail=True)
-        (told,) = _poison_of(pfn)(watch.until(_poison_of(pfn), "the poison"))
+        (told,) = poison_of(pfn)(watch.until(poison_of(pfn), "the poison"))
         assert {owner["vm"]["pid"] for owner in told["owners"]} == {vmm.pid for vmm in vmms}
         for owner in told["owners"]:
             assert owner.get("gfn", source) in (0x103, "ftrace")
         for vmm in vmms:
             assert vmm.step("touch v +3", may_fail=True)["sigbus"]
-        watch.until(lambda ls: len(_deliveries(ls, told["incident"])) >= 2, "both deliveries")
+        watch.until(lambda ls: len(deliveries(ls, told["incident"])) >= 2, "both deliveries")
     recorder.signal(signal.SIGINT)
     assert recorder.wait(PATIENCE) == 0, recorder.stderr
     story = machine.run(
@@ -185,7 +103,7 @@ def test_a_large_sparse_vm_holds_nobody_up(machine: Machine) -> None:
     with watching(machine, "bpf") as watch:
         begin = time.monotonic()
         poison = vmm.step("poison v +3 how=inject")
-        lines = watch.until(_poison_of(poison["pfn"]), "the poison")
+        lines = watch.until(poison_of(poison["pfn"]), "the poison")
         assert time.monotonic() - begin < 10
-        assert _owners(_poison_of(poison["pfn"])(lines)[0]) == {(vmm.pid, poison["gfn"])}
+        assert owners_of(poison_of(poison["pfn"])(lines)[0]) == {(vmm.pid, poison["gfn"])}
     vmm.end()

@@ -1,6 +1,7 @@
-"""Every scenario on the newest kernel with each source; on others what tells them apart.
+"""Every scenario on the newest kernel by bpf and by both side by side; on others what differs.
 
-``make matrix`` runs all of them everywhere.
+By ftrace they run in test_without.py, on a machine without bcc. ``make matrix`` runs all of them
+everywhere, those too that want a machine of another kind.
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ from tests.lab.scenarios import SCENARIOS, SOURCES, Scenario, hva_anon, parity, 
 
 pytestmark = pytest.mark.lab
 
-# As `machine` boots; and those that want a machine of another kind.
 ORDINARY = [scenario for scenario in SCENARIOS if not scenario.boot]
-OTHERS = [scenario for scenario in SCENARIOS if scenario.boot]
 
 # Kernels on which the sources work in another way than on the newest.
 OTHER_KERNELS = {
@@ -31,7 +30,7 @@ OTHER_KERNELS = {
 
 CASES = [
     pytest.param(scenario, source, id=f"{source}-{scenario.name}")
-    for source in (*SOURCES, "both")
+    for source in ("bpf", "both")
     for scenario in ORDINARY
     if source in scenario.sources
 ]
@@ -48,14 +47,6 @@ def _nothing_goes_on(shared_machine: Shared) -> Iterator[None]:
 @pytest.mark.parametrize(("scenario", "source"), CASES)
 def test_scenario(machine: Machine, scenario: Scenario, source: str) -> None:
     scenario.run(machine, source)
-
-
-@pytest.mark.parametrize("scenario", OTHERS, ids=lambda s: s.name)
-def test_on_another_machine(boot: Boot, scenario: Scenario) -> None:
-    machine = boot(**scenario.boot)
-    for source in scenario.sources:
-        scenario.run(machine, source)
-    end_following(machine)
 
 
 @pytest.mark.parametrize("kernel", OTHER_KERNELS)

@@ -1,0 +1,91 @@
+"""Whose memory a poisoned page is, before the guest touches it: VM first, kvmtrace second, poison
+third; and poison that was there before kvmtrace. As scenarios.py: for the tests and the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from tests.lab.drive import Line, Unstageable, Vmm, Watch, end_following, top, watching
+from tests.lab.machine import Machine
+
+# (backing, pages)
+BACKINGS = (("anon", 64), ("thp", 1024), ("hugetlb2m", 1024), ("memfd", 64), ("gmem", 64))
+
+
+def poison_of(pfn: int) -> Callable[[list[Line]], list[Line]]:
+    return lambda lines: [x for x in lines if x["kind"] == "poison" and x["pfn"] == pfn]
+
+
+def owners_of(line: Line) -> set[tuple[int, int | None]]:
+    return {(owner["vm"]["pid"], owner.get("gfn")) for owner in line["owners"]}
+
+
+def _second(machine: Machine, first: Vmm, backing: str) -> Vmm | None:
+    """Another process with a VM on the same memfd; it does not touch the page."""
+    if backing != "memfd":
+        return None
+    fd = first.step("info v")["slots"][0]["fd"]
+    other = Vmm(machine, "other")
+    other.step(f"create v file=/proc/{first.pid}/fd/{fd} pages=64 base=0x400")
+    return other
+
+
+def deliveries(lines: list[Line], incident: str) -> list[Line]:
+    return [x for x in lines if x["kind"] in ("exit", "sigbus") and x.get("incident") == incident]
+
+
+def owners_before_any_touch(machine: Machine, source: str) -> None:
+    """Every backing, both ways to poison; then a start with the poison already there."""
+    end_following(machine)
+    with ExitStack() as stack:
+        stories = []
+        for backing, pages in BACKINGS:
+            for how in ("inject", "madvise"):
+                vmm = Vmm(machine, f"{backing}-{how}")
+                try:
+                    vmm.step(f"create v backing={backing} pages={pages}")
+                except Unstageable:
+                    vmm.end()
+                    continue
+                vmm.step("touch v +3")
+                stories.append((vmm, how, _second(machine, vmm, backing)))
+        bystander = Vmm(machine, "bystander")
+        bystander.step("create v backing=anon")
+        bystander.step("touch v +3")
+
+        watch = stack.enter_context(watching(machine, source))
+        for vmm, how, other in stories:
+            _one(watch, vmm, how, other)
+        assert not [line for line in watch.lines() if line["kind"] == "lost"]
+        watch.end()
+
+        # A new start finds them all, and no one else's.
+        found = top(machine, source, interval=20)
+        owners = {
+            (owner["vm"]["name"], owner.get("gfn"))
+            for incident in found["incidents"]
+            for owner in incident["owners"]
+        }
+        for vmm, _, _ in stories:
+            assert any(name == vmm.name[:15] and gfn for name, gfn in owners), (vmm.name, owners)
+        assert not any(name == "bystander" for name, _ in owners)
+        for vmm, _, other in [*stories, (bystander, "", None)]:
+            vmm.end()
+            if other:
+                other.end()
+
+
+def _one(watch: Watch, vmm: Vmm, how: str, other: Vmm | None) -> None:
+    poison = vmm.step(f"poison v +3 how={how}", may_fail=True)
+    assert poison["poisoned"], poison
+    lines = watch.until(poison_of(poison["pfn"]), f"the poison of {vmm.name}")
+    (told,) = poison_of(poison["pfn"])(lines)
+    wanted = {(vmm.pid, poison["gfn"])} | ({(other.pid, 0x403)} if other else set())
+    assert owners_of(told) == wanted, (vmm.name, told)
+    assert [o["hva"] for o in told["owners"] if o["vm"]["pid"] == vmm.pid] == [poison["hva"]]
+    assert deliveries(lines, told["incident"]) == []
+
+    vmm.step("touch v +3", may_fail=True)
+    watch.until(lambda ls: deliveries(ls, told["incident"]), f"the delivery to {vmm.name}")
