@@ -176,7 +176,9 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	key.vcpu = half(vcpu + OFF_kvm_vcpu_vcpu_id);
 	key.ret = ret;
 	key.gfn = NO_GFN;
-	key.gmem = WATCH_GMEM ? 0 : GMEM_NOT_WATCHED;
+	/* Only the fault handler's own return says whether it asked: a fault that nobody saw says
+	 * nothing, and must not pass for one that was a conversion. */
+	key.gmem = GMEM_NOT_WATCHED;
 	run = word(vcpu + OFF_kvm_vcpu_run);
 	key.reason = half(run + OFF_kvm_run_exit_reason);
 	/* Only then is the union a memory_fault (api.rst); else it is another exit's leftovers. */

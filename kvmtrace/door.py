@@ -62,8 +62,12 @@ class Door:
                 thread = threading.Thread(
                     target=self._talk, args=(client,), name="kvmtrace-client", daemon=True
                 )
-                self._clients[client] = thread
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # no thread is to be had (TasksMax)
+                    client.close()
+                else:
+                    self._clients[client] = thread
 
     def _talk(self, client: socket.socket) -> None:
         # A client that went away, a source that died: neither is another client's fault.
@@ -114,7 +118,19 @@ def knock(name: str | None = None) -> tuple[socket.socket, int] | None:
 
 
 def _trusted(peer: socket.socket) -> bool:
-    return _credentials(peer)[1] in (0, os.geteuid())
+    """Root or ourselves, and not of a container: one on the host's network shares such sockets."""
+    pid, uid = _credentials(peer)
+    return uid in (0, os.geteuid()) and _same_namespaces(pid)
+
+
+def _same_namespaces(pid: int) -> bool:
+    try:
+        return all(
+            os.stat(f"/proc/{pid}/ns/{kind}").st_ino == os.stat(f"/proc/self/ns/{kind}").st_ino
+            for kind in ("pid", "user")
+        )
+    except OSError:
+        return False
 
 
 def _credentials(peer: socket.socket) -> tuple[int, int]:

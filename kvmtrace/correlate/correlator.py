@@ -457,6 +457,8 @@ class Correlator:
         signals: Mapping[str, int] | None = None,
     ) -> None:
         was_over = incident.over
+        # Whatever was seen of its memory: it still has the page.
+        incident.released = {place for place in incident.released if place[0] != vm}
         first = incident.deliver(ts, vm, vcpu, exits=exits, signals=signals)
         self._incidents.told(incident, vm)
         if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from kvmtrace import host
+from kvmtrace import clock, host
 from kvmtrace.events import (
     Event,
     Exit,
@@ -54,22 +54,22 @@ class Observed(Around):
         inner: Source,
         proc: str = "/proc",
         inventory: Inventory | None = None,
-        clock: Callable[[], int] = time.time_ns,
+        now: Callable[[], int] = clock.now_ns,
     ) -> None:
         super().__init__(inner)
         self._inventory = inventory or Inventory(proc)
         self._observer = Observer(inner.memory if isinstance(inner, HasMemory) else None, proc)
-        self._clock = clock
+        self._now = now
 
     def poll(self, timeout: float) -> list[Event]:
         if self._observer.busy:
             timeout = min(timeout, SLICE_SECONDS)
-        counts = self._inventory.counts(self._clock())
-        events = counts + self._observer.events(in_order(self.inner.poll(timeout)), self._clock())
+        counts = self._inventory.counts(self._now())
+        events = counts + self._observer.events(in_order(self.inner.poll(timeout)), self._now())
         found = self._inventory.look(
-            self._clock(), time.monotonic() + SLICE_SECONDS, self._observer.pfns
+            self._now(), time.monotonic() + SLICE_SECONDS, self._observer.pfns
         )
-        return events + (self._observer.events(found, self._clock()) if found else [])
+        return events + (self._observer.events(found, self._now()) if found else [])
 
 
 def in_order(events: list[Event]) -> list[Event]:
@@ -170,14 +170,15 @@ class Observer:
     def _begin(self, wanted: dict[int, bool], now: int) -> list[Event]:
         """Owners that are found at once; the rest of the search goes on in later slices."""
         events: list[Event] = []
-        search = Search(wanted, sorted(set(self._pid_of.values())), self._proc)
+        huge = frozenset(pfn for pfn, is_huge in wanted.items() if is_huge)
+        search = Search(wanted, sorted(set(self._pid_of.values())), self._proc, huge)
         places = search.step(time.monotonic() + FIRST_SECONDS)
         if not search.done:
             if len(self._searches) < MAX_SEARCHES:
                 self._searches.append(search)
             else:
                 events.append(Lost(now, "owner_searches", 1))
-        events += self._owners(places, frozenset(p for p, huge in wanted.items() if huge), now)
+        events += self._owners(places, huge, now)
         owned = {event.pfn for event in events if isinstance(event, Owned)}
         for pfn in wanted:
             if pfn not in owned:
@@ -191,7 +192,7 @@ class Observer:
         places = search.step(time.monotonic() + SLICE_SECONDS)
         if search.done:
             del self._searches[0]
-        return self._owners(places, search.pfns, now)
+        return self._owners(places, search.huge, now)
 
     def _by_page(self, pfn: int, now: int) -> list[Event]:
         """Ask the page itself: guest_memfd, or a file that nobody has this page mapped of."""

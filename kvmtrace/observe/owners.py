@@ -57,13 +57,19 @@ class Place:
 
 def poisoned_pfn(pid: int, hva: int, proc: str = "/proc") -> int | None:
     """The poisoned pfn at ``hva``; None if there is none, or the process is gone."""
+    entry = entry_at(pid, hva, proc)
+    return None if entry is None else poisoned(entry)
+
+
+def entry_at(pid: int, hva: int, proc: str = "/proc") -> int | None:
+    """The page table entry at ``hva`` (pagemap's); None if it cannot be read."""
     with suppress(OSError):
         pagemap = Pagemap(pid, proc)
         try:
             entries = pagemap.entries(hva, 1)
         finally:
             pagemap.close()
-        return poisoned(entries[0]) if entries else None
+        return entries[0] if entries else None
     return None
 
 
@@ -74,10 +80,17 @@ def find(pfns: Collection[int], pids: Iterable[int], proc: str = "/proc") -> lis
 
 
 class Search:
-    """A search for ``pfns`` in ``pids``; ``step`` until ``done``."""
+    """A search for ``pfns`` in ``pids``; ``step`` until ``done``. ``huge``: those of huge pages."""
 
-    def __init__(self, pfns: Collection[int], pids: Iterable[int], proc: str = "/proc") -> None:
+    def __init__(
+        self,
+        pfns: Collection[int],
+        pids: Iterable[int],
+        proc: str = "/proc",
+        huge: frozenset[int] = frozenset(),
+    ) -> None:
         self.pfns = frozenset(pfns)
+        self.huge = huge
         self.done = not self.pfns
         self._pids = tuple(pids)
         self._proc = proc

@@ -7,9 +7,9 @@ says how late it is, at intervals that double, so that a quiet host stays quiet.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
+from kvmtrace import clock
 from kvmtrace.events import Event, StillQuiet
 from kvmtrace.observe.around import Around
 from kvmtrace.sources import Source
@@ -23,7 +23,7 @@ FIRST_NS = 6 * _SECOND
 class Quiet(Around):
     """A source that also says when nothing happened. ``now``: ns since the epoch."""
 
-    def __init__(self, inner: Source, now: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, inner: Source, now: Callable[[], int] = clock.now_ns) -> None:
         super().__init__(inner)
         self._now = now
         self._since: int | None = None

@@ -6,12 +6,11 @@ events told. They are events like any others, so recordings hold them.
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvmtrace import kvm
+from kvmtrace import clock, kvm
 from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone
 from kvmtrace.observe.around import Around
 from kvmtrace.sources import Source
@@ -50,7 +49,7 @@ class Reactions(Around):
     """A source whose told vCPUs are followed up. ``now``: ns since the epoch."""
 
     def __init__(
-        self, inner: Source, proc: str = "/proc", now: Callable[[], int] = time.time_ns
+        self, inner: Source, proc: str = "/proc", now: Callable[[], int] = clock.now_ns
     ) -> None:
         super().__init__(inner)
         self._proc = proc

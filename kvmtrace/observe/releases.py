@@ -7,15 +7,14 @@ guest_memfd has one only where it is mapped.
 
 from __future__ import annotations
 
-import os
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 
+from kvmtrace import clock
 from kvmtrace.events import Event, Owned, Released, Sigbus, Unpoison, VmGone, VmSeen
 from kvmtrace.observe.around import Around
-from kvmtrace.observe.owners import poisoned_pfn
-from kvmtrace.pagemap import PAGE
+from kvmtrace.observe.owners import entry_at
+from kvmtrace.pagemap import PAGE, poisoned
 from kvmtrace.sources import Source
 
 _SECOND = 1_000_000_000
@@ -27,7 +26,7 @@ class Releases(Around):
     """A source that also tells when a poisoned page left a VM. ``now``: ns since the epoch."""
 
     def __init__(
-        self, inner: Source, proc: str = "/proc", now: Callable[[], int] = time.time_ns
+        self, inner: Source, proc: str = "/proc", now: Callable[[], int] = clock.now_ns
     ) -> None:
         super().__init__(inner)
         self._proc = proc
@@ -60,7 +59,9 @@ class Releases(Around):
     def _watch(self, vm: int, pfn: int, hva: int) -> None:
         place = (vm, pfn, hva // PAGE * PAGE)
         # A page that is not mapped there, or of which the entry does not tell, cannot be followed.
-        if place not in self._places and self._is_there(*place):
+        if place in self._places or not self._is_there(*place):
+            return
+        if not self._is_of_guest_memfd(vm, hva):
             self._places[place] = None
             while len(self._places) > MAX_PLACES:
                 self._places.popitem(last=False)
@@ -74,16 +75,35 @@ class Releases(Around):
         if not self._places or now < self._next:
             return []
         self._next = now + LOOK_NS
-        left = [place for place in self._places if not self._is_there(*place)]
+        left = [place for place in self._places if self._is_there(*place) is False]
         for place in left:
             del self._places[place]
-        # The end of a process is another story, which VmGone tells.
-        alive = [place for place in left if os.path.exists(self._proc_of(place[0]))]
-        return [Released(now, vm, pfn, hva) for vm, pfn, hva in alive]
+        return [Released(now, vm, pfn, hva) for vm, pfn, hva in left]
 
-    def _is_there(self, vm: int, pfn: int, hva: int) -> bool:
+    def _is_there(self, vm: int, pfn: int, hva: int) -> bool | None:
+        """None where that cannot be told: nothing can be read, or the process is on its way out.
+
+        Its end is another story, which VmGone tells, and takes its memory down well before that.
+        """
         pid = self._pid_of.get(vm)
-        return pid is not None and poisoned_pfn(pid, hva, self._proc) == pfn
+        entry = None if pid is None else entry_at(pid, hva, self._proc)
+        if entry is None:
+            return None
+        if poisoned(entry) == pfn:
+            return True
+        return False if self._maps(vm) else None
 
-    def _proc_of(self, vm: int) -> str:
-        return f"{self._proc}/{self._pid_of.get(vm, 0)}/maps"
+    def _is_of_guest_memfd(self, vm: int, hva: int) -> bool:
+        """Such memory stays the VM's, whatever the VMM does with its own mapping of it."""
+        for line in self._maps(vm).splitlines():
+            begin, _, end = line.partition(" ")[0].partition("-")
+            if int(begin, 16) <= hva < int(end, 16):
+                return "[kvm-gmem]" in line
+        return False
+
+    def _maps(self, vm: int) -> str:
+        try:
+            with open(f"{self._proc}/{self._pid_of.get(vm, 0)}/maps", errors="replace") as maps:
+                return maps.read()
+        except OSError:
+            return ""

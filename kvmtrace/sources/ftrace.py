@@ -65,7 +65,7 @@ class FtraceSource:
             layout = ringpage.PageLayout.parse(_read(f"{root}/events/header_page"))
             for ring, kib in fields.RING_KIB.items():
                 self._rings[ring] = Instance(root, f"{group}_{ring}", kib, layout)
-            self._ready += self._joiner.people.vms.scan(time.time_ns())
+            self._ready += self._joiner.people.vms.scan(clock.now_ns())
             self._scan_due = time.monotonic() + SCAN_SECONDS
             self._upkeep()
         except OSError as error:
@@ -136,11 +136,11 @@ class FtraceSource:
             ring.open_cpus()
         vms = self._joiner.people.vms
         if not self._attacher.attached("vm_new") and time.monotonic() >= self._scan_due:
-            self._ready += vms.scan(time.time_ns())
+            self._ready += vms.scan(clock.now_ns())
             self._scan_due = time.monotonic() + SCAN_SECONDS
-        self._ready += vms.missed(time.time_ns())
+        self._ready += vms.missed(clock.now_ns())
         if missed := self._missed.fresh():
-            self._ready.append(Lost(time.time_ns(), "ftrace_missed", missed))
+            self._ready.append(Lost(clock.now_ns(), "ftrace_missed", missed))
         self._upkeep_due = time.monotonic() + UPKEEP_SECONDS
 
     # -- waiting

@@ -62,23 +62,27 @@ class JoinedSource:
             return past
         events: list[Event] = []
         deadline = time.monotonic() + timeout
-        while not events:
+        while True:
+            try:
+                # What came with the last read is there before anything new is.
+                for record in self._records():
+                    self._take(record, events)
+            except WRONG as error:
+                raise KvmtraceError(
+                    f"kvmtrace serve (pid {self.pid}) said what is no event",
+                    "is it another version? --source bpf or ftrace attaches without it",
+                ) from error
+            if events:
+                break
             left = max(0.0, deadline - time.monotonic())
             if not select.select([self._client], [], [], left)[0]:
                 break
             try:
                 self._receive()
-                for record in self._records():
-                    self._take(record, events)
             except (EOFError, OSError) as error:
                 raise KvmtraceError(
                     f"kvmtrace serve (pid {self.pid}) has ended",
                     "start it again, or run this again to attach without it",
-                ) from error
-            except WRONG as error:
-                raise KvmtraceError(
-                    f"kvmtrace serve (pid {self.pid}) said what is no event",
-                    "is it another version? --source bpf or ftrace attaches without it",
                 ) from error
         return events
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from kvmtrace import cli, door, sources
 from kvmtrace.cli.attaching import open_door
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Event, Exit, Sigbus, VmGone, VmSeen
+from kvmtrace.events import Event, Exit, Sigbus, VmGone, VmSeen, to_record
 from kvmtrace.followers import Follower
 from kvmtrace.live import Session
 from kvmtrace.sources.joined import JoinedSource
@@ -93,6 +93,15 @@ def joined() -> JoinedSource:
 
 def test_nobody_is_there(name: str) -> None:
     assert JoinedSource.join() is None
+
+
+def test_what_came_with_the_mark_is_told_though_nothing_follows(serve: Serve) -> None:
+    source = joined()
+    source.poll(0)
+    news = Exit(LATER, 1, 0, 133, 39, True, 77, gfn=8)
+    source._buffer += json.dumps(to_record(news)).encode() + b"\n"
+    assert source.poll(0) == [news]
+    source.close()
 
 
 def test_first_what_was_then_what_is(serve: Serve) -> None:

@@ -69,6 +69,47 @@ def test_what_never_was_there_does_not_leave(tmp_path: Path) -> None:
     assert world.later() == []
 
 
+def test_what_cannot_be_read_is_no_release(tmp_path: Path) -> None:
+    world = World(tmp_path, *BEGIN)
+    world.source.poll(0)
+    pagemap = tmp_path / str(PID) / "pagemap"
+    kept = pagemap.read_bytes()
+    pagemap.unlink()
+    assert world.later() == []
+    pagemap.write_bytes(kept)
+    assert world.later() == []
+    world.entry(PRESENT)  # and it is still followed
+    assert world.later() == [Released(world.now, 1, PFN, HVA)]
+
+
+def test_a_process_on_its_way_out_releases_nothing(tmp_path: Path) -> None:
+    """A zombie, or one whose memory is being taken down: its maps are empty."""
+    world = World(tmp_path, *BEGIN)
+    world.source.poll(0)
+    world.entry(0)
+    (tmp_path / str(PID) / "maps").write_text("")
+    assert world.later() == []
+
+
+def test_guest_memfd_is_the_vms_whatever_is_mapped(tmp_path: Path) -> None:
+    world = World(tmp_path, *BEGIN)
+    maps = "00013000-00014000 rw-s 00002000 00:10 1466 anon_inode:[kvm-gmem]\n"
+    (tmp_path / str(PID) / "maps").write_text(maps)
+    world.source.poll(0)
+    world.entry(0)
+    assert world.later() == []
+
+
+def test_who_is_told_again_has_the_page_still() -> None:
+    correlator = Correlator()
+    again = Sigbus(T0 + SECOND, PID, 70, 4, HVA, vm=1, pfn=PFN)
+    for event in (*BEGIN, Poison(T0, PFN, "page", "Recovered"), Released(T0, 1, PFN, HVA)):
+        correlator.feed(event)
+    assert correlator.snapshot().vms[1].poisoned_pages == 0
+    correlator.feed(again)
+    assert correlator.snapshot().vms[1].poisoned_pages == 1
+
+
 def test_an_end_is_no_release(tmp_path: Path) -> None:
     for number, end in enumerate((VmGone(T0, 1), Unpoison(T0, PFN), None)):
         world = World(tmp_path / str(number), *BEGIN, *([end] if end else []))
