@@ -155,18 +155,28 @@ class State:
         if known is not None:
             if known.hva is None and owner.hva is not None:
                 self.owners[place] = owner
+                if owner.gfn is not None:
+                    self._same_place(owner)
             return True
         if owner.gfn is not None:
-            # The same place, first known without its gfn.
-            vague = self.owners.get((owner.vm, None))
-            if vague is not None and vague.hva in (None, owner.hva):
-                del self.owners[owner.vm, None]
-                owner = replace(owner, hva=owner.hva if owner.hva is not None else vague.hva)
+            owner = self._same_place(owner)
+        elif owner.hva is not None and any(
+            one.vm == owner.vm and one.hva == owner.hva for one in self.owners.values()
+        ):
+            return True  # its gfn was found out first
         if len(self.owners) >= self.limits.owners:
             self.lose("owners", 1)
             return False
         self.owners[place] = owner
         return True
+
+    def _same_place(self, owner: Owner) -> Owner:
+        """The same place may have been known without its gfn: it is one, with all that is known."""
+        vague = self.owners.get((owner.vm, None))
+        if vague is None or vague.hva not in (None, owner.hva):
+            return owner
+        del self.owners[owner.vm, None]
+        return replace(owner, hva=owner.hva if owner.hva is not None else vague.hva)
 
     def deliver(
         self,

@@ -95,6 +95,8 @@ class Register:
             del self._by_place[vague]
         self._of_vm.setdefault(owner.vm, {})[state.id] = state
         place = (owner.vm, owner.gfn)
+        if place not in state.owners:
+            return  # one place with another that is known better
         holder = self._by_place.get(place)
         if live and not state.closed and (holder is None or holder.over):
             self._by_place[place] = state

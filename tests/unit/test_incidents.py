@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -333,3 +334,15 @@ def test_a_signal_that_overtook_its_poison_is_joined() -> None:
     snapshot, _ = tell(seen(1), early, own, Poison(T0 + MS, PFN, "page", "Failed", tid=VMM))
     incident = only(snapshot)
     assert (incident.sigbus, incident.sigbus_at_poison, incident.state) == (1, 1, "delivered")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_one_place_in_whatever_order_its_halves_come(order: tuple[int, ...]) -> None:
+    """By the page table without its gfn, by an exit without its address, by a slot with both."""
+    found: list[Event] = [
+        Owned(T0 + MS, PFN, Owner(1, None, HVA), "pagemap"),
+        hwpoison(T0 + MS),
+        Owned(T0 + MS, PFN, Owner(1, 8, HVA), "fault"),
+    ]
+    events = [Owned(T0, PFN, Owner(1, 8), "guest_memfd"), *(found[n] for n in order)]
+    assert only(tell(seen(1), poison(T0), *events)[0]).owners == (Owner(1, 8, HVA),)
