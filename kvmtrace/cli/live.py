@@ -59,6 +59,7 @@ def _top_once(source: str, interval: float, as_json: bool) -> None:
         deadline = time.monotonic() + interval
         while not stop.asked and (left := deadline - time.monotonic()) > 0:
             session.pump(min(left, POLL_SECONDS))
+        session.pump(0)
         snapshot = session.snapshot()
     show_snapshot(snapshot, time.time_ns(), as_json)
 

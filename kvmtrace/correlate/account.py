@@ -12,6 +12,11 @@ from kvmtrace.model import LATENCY_BUCKETS, KernelAccount, Latency
 _UNCOUNTED = ("already poisoned", "non struct page")
 
 
+def newly_lost(event: Poison) -> bool:
+    """Whether a page was lost that was not lost before."""
+    return not event.page_type.startswith(_UNCOUNTED)
+
+
 class Account:
     """Totals that only grow."""
 
@@ -29,7 +34,7 @@ class Account:
         kind = (event.page_type, event.result)
         if kind in self.poisons or len(self.poisons) < self._limits.kinds:
             self.poisons[kind] = self.poisons.get(kind, 0) + 1
-        if self._counts is not None and not event.page_type.startswith(_UNCOUNTED):
+        if self._counts is not None and newly_lost(event):
             self._seen += 1
 
     def kernel(self, event: KernelCounts) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from kvmtrace import kvm
-from kvmtrace.correlate.account import Account
+from kvmtrace.correlate.account import Account, newly_lost
 from kvmtrace.correlate.halves import Halves
 from kvmtrace.correlate.incidents import PAGE, State
 from kvmtrace.correlate.limits import Limits
@@ -283,6 +283,8 @@ class Correlator:
             self._incidents.name_page(incident, event.pfn)
             incident.poisoned_ts = event.ts
             self._join_hardware(incident)
+        elif incident.before_start and newly_lost(event):
+            incident.poisoned_after_all(event.ts)
         if incident.page_type is None:
             incident.page_type, incident.result = event.page_type, event.result
         if "huge page" not in event.page_type:

@@ -93,6 +93,11 @@ class State:
         self.released.add((vm, hva // PAGE * PAGE))
         return True
 
+    def poisoned_after_all(self, ts: int) -> None:
+        """It was found marked while memory_failure, which tells last, was still at work on it."""
+        self.before_start, self.poisoned_ts = False, ts
+        self.moments.pop(("found",), None)
+
     def grow(self, size: int | None) -> None:
         """So many bytes are lost at least."""
         if size is not None and 0 < size <= MAX_SIZE and not size & (size - 1):

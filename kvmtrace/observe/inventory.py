@@ -17,6 +17,7 @@ from kvmtrace import kvm
 from kvmtrace.events import Event, Found, KernelCounts
 
 COUNTS_SECONDS = 5.0
+SETTLE_SECONDS = 1.0  # memory_failure marks a page first and tells of it last
 READ_PAGES = 1 << 15  # a few milliseconds
 MAX_FOUND = 4096
 
@@ -73,27 +74,34 @@ def poisoned_in(flags: bytes) -> Iterator[int]:
 
 
 class Inventory:
-    """``counts`` when they changed; ``look`` at pages until all memory was looked at."""
+    """``counts`` when they changed; ``look`` at pages, a slice of memory at a time."""
 
     def __init__(self, proc: str = "/proc", sys: str = "/sys") -> None:
         self._proc, self._sys = proc, sys
         self._last: tuple[tuple[tuple[str, int], ...], int | None] | None = None
         self._next_counts = 0.0
-        self._pages: Iterator[list[int]] = iter(())
-        self.complete = True
-        """All memory was looked at, or there was no reason to."""
+        self._pages: Iterator[list[int]] | None = None
+        self._settling: list[tuple[float, list[int]]] = []
 
-    def look(self, ts: int, deadline: float, seen: frozenset[int]) -> list[Event]:
-        """Pages until ``deadline`` (monotonic seconds). ``seen``: pfns that events told of."""
-        events: list[Event] = []
-        while not self.complete:
+    def look(
+        self, ts: int, deadline: float, seen: frozenset[int], *, last: bool = False
+    ) -> list[Event]:
+        """Pages until ``deadline`` (monotonic seconds). ``seen``: pfns that events told of.
+
+        A page is told a while after it was found marked, as it may be one that is just being
+        poisoned: its event comes meanwhile. ``last``: tell all.
+        """
+        while self._pages is not None:
             pfns = next(self._pages, None)
             if pfns is None:
-                self.complete = True
-                break
-            events += [Found(ts, pfn) for pfn in pfns if pfn not in seen]
+                self._pages = None
+            elif pfns:
+                self._settling.append((time.monotonic() + SETTLE_SECONDS, pfns))
             if time.monotonic() >= deadline:
                 break
+        events: list[Event] = []
+        while self._settling and (last or self._settling[0][0] <= time.monotonic()):
+            events += [Found(ts, pfn) for pfn in self._settling.pop(0)[1] if pfn not in seen]
         return events
 
     def counts(self, ts: int) -> list[Event]:
@@ -112,7 +120,6 @@ class Inventory:
             return []
         self._last = failures, corrupted
         if first and (corrupted or dict(failures).get("total")):
-            self.complete = False
             self._pages = self._poisoned_pages()
         return [KernelCounts(ts, failures, corrupted, at_start=first)]
 

@@ -62,12 +62,13 @@ class Observed(Around):
         self._now = now
 
     def poll(self, timeout: float) -> list[Event]:
+        last = timeout == 0
         if self._observer.busy:
             timeout = min(timeout, SLICE_SECONDS)
         counts = self._inventory.counts(self._now())
         events = counts + self._observer.events(in_order(self.inner.poll(timeout)), self._now())
         found = self._inventory.look(
-            self._now(), time.monotonic() + SLICE_SECONDS, self._observer.pfns
+            self._now(), time.monotonic() + SLICE_SECONDS, self._observer.pfns, last=last
         )
         return events + (self._observer.events(found, self._now()) if found else [])
 

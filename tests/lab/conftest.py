@@ -7,12 +7,14 @@ lab that cannot start is a failure, so that no green run has skipped it. "0": ne
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
+from tests.lab.drive import PATIENCE, followers
 from tests.lab.errors import LabError
 from tests.lab.machine import DEFAULT, Machine, prepare
 
@@ -88,6 +90,21 @@ def shared_machine(pytestconfig: pytest.Config) -> Iterator[Shared]:
 
 
 @pytest.fixture
-def machine(shared_machine: Shared) -> Machine:
-    """The newest kernel, booted once for the session: leave it as you found it."""
-    return shared_machine.get()
+def machine(shared_machine: Shared) -> Iterator[Machine]:
+    """The newest kernel, booted once for the session: leave it as you found it.
+
+    Programs that a test which failed left running are ended: the next one is not to see them.
+    """
+    machine = shared_machine.get()
+    before = set(machine.channel.jobs)
+    yield machine
+    if not machine.alive:
+        return
+    followed = followers(machine)
+    for identity, job in list(machine.channel.jobs.items()):
+        if identity not in before and job not in followed and job.poll() is None:
+            job.signal(signal.SIGTERM)
+            try:
+                job.wait(PATIENCE)
+            except LabError:
+                job.kill()

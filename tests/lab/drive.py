@@ -188,6 +188,11 @@ def following(machine: Machine, *sources: str) -> Iterator[list[Watch]]:
         assert watch.job.poll() is None, (watch.job.poll(), watch.job.stderr)
 
 
+def followers(machine: Machine) -> list[Job]:
+    """The kvmtraces that go on running for ``following``."""
+    return [watch.job for watch in _followed.get(machine, {}).values()]
+
+
 def end_following(machine: Machine) -> None:
     """End what ``following`` started; AssertionError where it does not end well."""
     for watch in _followed.pop(machine, {}).values():

@@ -48,6 +48,14 @@ def attached(machine: Machine) -> Attached:
     return {what: list(listed) for what, listed in found.items()}
 
 
+def probing(machine: Machine) -> Attached:
+    """As ``attached``, without programs and maps: those that answer questions are attached to
+    nothing, and loaded when the first question comes.
+    """
+    found = attached(machine)
+    return {what: found[what] for what in found if what not in ("programs", "maps")}
+
+
 def nothing_but(machine: Machine, before: Attached) -> None:
     """Fail unless all is as it was. The kernel frees a BPF object a while after its last user."""
     deadline = time.monotonic() + PATIENCE

@@ -67,7 +67,7 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
     report = {vmm.name: vmm.step("report") for vmm in (sick, shaken)}
     told = {name: sum(row["count"] for row in one["failed"]) for name, one in report.items()}
     assert told["sick"] == 3000
-    attached = residue.attached(machine)
+    probing = residue.probing(machine)
 
     deadline = time.monotonic() + PATIENCE  # a serve reads the kernel's counts now and then
     while _exits(shown := _top(machine), "sick") < told["sick"] and time.monotonic() < deadline:
@@ -90,7 +90,7 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
     watch = Watch(machine, "auto", "--vm sick")
     recording = machine.start("exec kvmtrace record /tmp/joined.jsonl --force")
     recording.wait_for("recording to", timeout=PATIENCE, stream="stderr")
-    assert residue.attached(machine) == attached
+    assert residue.probing(machine) == probing
     sick.step("loop v +3 2000")
     watch.until(
         lambda lines: sum(x["count"] for x in lines if x["kind"] == "exit") >= 2000, "2000 exits"

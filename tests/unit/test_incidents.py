@@ -150,6 +150,15 @@ def test_soft_offline_keeps_what_the_hardware_said_of_the_page() -> None:
     assert (page.origin.label, page.origin.history.corrected) == ("DIMM 0", 3)
 
 
+def test_found_while_it_was_being_poisoned_is_not_from_before() -> None:
+    snapshot, _ = tell(seen(1), Found(T0, PFN), gmem(T0, Owner(1, 8)), poison(T0 + MS))
+    incident = only(snapshot)
+    assert (incident.before_start, incident.poisoned_ts) == (False, T0 + MS)
+    assert not any("before kvmtrace" in moment.what for moment in incident.timeline)
+    again = Poison(T0 + MS, PFN, "already poisoned", "Failed")
+    assert only(tell(Found(T0, PFN), again)[0]).before_start
+
+
 def test_a_page_that_fails_again_is_told_so() -> None:
     again = Poison(T0 + MS, PFN, "already poisoned", "Failed")
     incident = only(tell(seen(1), gmem(T0, Owner(1, 8)), poison(T0), again)[0])

@@ -154,8 +154,7 @@ def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) 
     first = inventory.Inventory(str(tmp_path), str(tmp_path / "sys"))
     (count,) = first.counts(1)
     assert getattr(count, "at_start", None) is True
-    assert first.look(1, 0, frozenset()) == []
-    assert first.complete
+    assert first.look(1, 0, frozenset(), last=True) == []
     (tmp_path / "meminfo").write_text("HardwareCorrupted:    16 kB\n")
     (tmp_path / "iomem").write_text(
         "00001000-00008fff : System RAM\n00009000-0000ffff : Reserved\n"
@@ -165,9 +164,10 @@ def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) 
     (tmp_path / "kpageflags").write_bytes(struct.pack("=16Q", *pages))
     second = inventory.Inventory(str(tmp_path), str(tmp_path / "sys"))
     second.counts(1)
-    events = second.look(1, float("inf"), frozenset({4}))
-    assert events == ([Found(1, 3)] if kvm.PAGE_SHIFT == 12 else events)
-    assert second.complete
+    assert second.look(1, float("inf"), frozenset()) == []  # they may be just being poisoned
+    events = second.look(2, float("inf"), frozenset({4}), last=True)
+    assert events == ([Found(2, 3)] if kvm.PAGE_SHIFT == 12 else events)
+    assert second.look(3, float("inf"), frozenset(), last=True) == []
 
 
 class _Poisoned:
@@ -176,13 +176,16 @@ class _Poisoned:
     name = "bpf"
     why: str | None = None
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, batches: list[list[Event]] | None = None) -> None:
         self._root = root
+        self._batches = batches
 
     def poll(self, timeout: float) -> list[Event]:
         directory = self._root / "sys/devices/system/node/node0/memory_failure"
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "total").write_text("8\n")
+        if self._batches is not None:
+            return self._batches.pop(0)
         return [Poison(1, 0x104CAA, "dirty LRU page", "Recovered")]
 
     def probes(self) -> tuple[Probe, ...]:
@@ -201,6 +204,17 @@ def test_a_poison_that_is_just_coming_is_not_missed(tmp_path: Path) -> None:
     looked = inventory.Inventory(str(tmp_path), str(tmp_path / "sys"))
     events = Observed(source, str(tmp_path), looked).poll(0)
     assert [event.kind for event in events] == ["kernel_counts", "poison"]
+
+
+def test_a_page_marked_before_its_poison_is_told_is_not_from_before(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("HardwareCorrupted:     4 kB\n")
+    (tmp_path / "iomem").write_text(f"00000000-{(8 << kvm.PAGE_SHIFT) - 1:08x} : System RAM\n")
+    (tmp_path / "kpageflags").write_bytes(struct.pack("=8Q", 0, 0, 0x80000, 0, 0, 0x80000, 0, 0))
+    source = _Poisoned(tmp_path, [[], [Poison(1, 5, "dirty LRU page", "Recovered")]])
+    observed = Observed(source, str(tmp_path), inventory.Inventory(str(tmp_path), str(tmp_path)))
+    assert [event.kind for event in observed.poll(0.001)] == ["kernel_counts"]
+    told = observed.poll(0)
+    assert [(e.kind, getattr(e, "pfn", 0)) for e in told] == [("poison", 5), ("found", 2)]
 
 
 def test_a_machine_check_gets_its_vendor(tmp_path: Path) -> None:
