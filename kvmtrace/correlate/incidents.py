@@ -154,34 +154,36 @@ class State:
             self.moments[key] = Moment(ts, what, how, vm, count)
 
     def own(self, owner: Owner) -> bool:
-        """Take an owner; False if there is no room for more."""
-        place = (owner.vm, owner.gfn)
-        known = self.owners.get(place)
-        if known is not None:
-            if known.hva is None and owner.hva is not None:
-                self.owners[place] = owner
-                if owner.gfn is not None:
-                    self._same_place(owner)
-            return True
-        if owner.gfn is not None:
-            owner = self._same_place(owner)
-        elif owner.hva is not None and any(
-            one.vm == owner.vm and one.hva == owner.hva for one in self.owners.values()
-        ):
-            return True  # its gfn was found out first
-        if len(self.owners) >= self.limits.owners:
-            self.lose("owners", 1)
-            return False
-        self.owners[place] = owner
-        return True
+        """Take an owner; False if there is no room for more.
 
-    def _same_place(self, owner: Owner) -> Owner:
-        """The same place may have been known without its gfn: it is one, with all that is known."""
-        vague = self.owners.get((owner.vm, None))
-        if vague is None or vague.hva not in (None, owner.hva):
-            return owner
-        del self.owners[owner.vm, None]
-        return replace(owner, hva=owner.hva if owner.hva is not None else vague.hva)
+        A place is learnt by halves, its gfn by a fault and its address by a page table: what does
+        not contradict what is known of the VM's only place is the rest of that.
+        """
+        mine = [one for one in self.owners.values() if one.vm == owner.vm]
+        if any(owner.gfn in (None, one.gfn) and owner.hva in (None, one.hva) for one in mine):
+            return True
+        agree = [one for one in mine if _agree(one.gfn, owner.gfn) and _agree(one.hva, owner.hva)]
+        same = [one for one in agree if one.gfn == owner.gfn or one.hva == owner.hva]
+        if not same and len(agree) == 1:
+            same = agree
+        place = (owner.vm, owner.gfn)
+        if not same:
+            if place in self.owners:
+                return True  # with another address: the first one stays
+            if len(self.owners) >= self.limits.owners:
+                self.lose("owners", 1)
+                return False
+        known = [owner, *same]
+        whole = Owner(
+            owner.vm,
+            next((one.gfn for one in known if one.gfn is not None), None),
+            next((one.hva for one in known if one.hva is not None), None),
+        )
+        for one in same:
+            if one.gfn != whole.gfn:
+                del self.owners[one.vm, one.gfn]
+        self.owners[whole.vm, whole.gfn] = whole
+        return True
 
     def deliver(
         self,
@@ -314,3 +316,7 @@ class State:
     def _timeline(self) -> tuple[Moment, ...]:
         reported = [moment for errors in self.places for moment in errors.moments.values()]
         return tuple(sorted([*self.moments.values(), *reported], key=lambda moment: moment.ts))
+
+
+def _agree(one: int | None, other: int | None) -> bool:
+    return one is None or other is None or one == other

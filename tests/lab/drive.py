@@ -17,7 +17,7 @@ from tests.lab.machine import Job, Machine, Result
 
 Line = dict[str, Any]
 
-PATIENCE = 120.0  # seconds; emulation on a shared machine is slow, and a test that waits is not
+PATIENCE = 300.0  # seconds; emulation on a shared machine is slow, and a test that waits is not
 
 
 class Vmm:

@@ -355,3 +355,21 @@ def test_one_place_in_whatever_order_its_halves_come(order: tuple[int, ...]) -> 
     ]
     events = [Owned(T0, PFN, Owner(1, 8), "guest_memfd"), *(found[n] for n in order)]
     assert only(tell(seen(1), poison(T0), *events)[0]).owners == (Owner(1, 8, HVA),)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_one_place_of_which_nothing_tells_all(order: tuple[int, ...]) -> None:
+    """guest_memfd names the VM, a page table the address, an exit the gfn."""
+    found: list[Event] = [
+        Owned(T0 + MS, PFN, Owner(1, None), "guest_memfd"),
+        Owned(T0 + MS, PFN, Owner(1, None, HVA), "pagemap"),
+        Owned(T0 + MS, PFN, Owner(1, 8), "fault"),
+    ]
+    events = [found[n] for n in order]
+    assert only(tell(seen(1), poison(T0), *events)[0]).owners == (Owner(1, 8, HVA),)
+
+
+def test_two_places_of_one_page_stay_two() -> None:
+    places = [Owner(1, 8), Owner(1, 9), Owner(1, None, HVA), Owner(1, 10, HVA + 4096)]
+    events = [Owned(T0, PFN, place, "fault") for place in places]
+    assert only(tell(seen(1), poison(T0), *events, *events)[0]).owners == tuple(places)
