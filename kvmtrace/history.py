@@ -9,6 +9,7 @@ those that have no count (looks at a vCPU, the kernel's own counts) the last few
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import replace
 
 from kvmtrace import kvm
@@ -31,6 +32,7 @@ from kvmtrace.events import (
 # A few hundred bytes each, and a dozen of them to a poisoned page that a VM does not cope with.
 MAX_EVENTS = 32768
 MAX_VMS = 4096
+MAX_FORGOTTEN = 256
 
 _KEPT: dict[type[Event], int] = {VcpuState: 4, KernelCounts: 1, StillQuiet: 1}
 
@@ -43,7 +45,8 @@ class EventLog:
     """Feed it all events; ``events()`` gives a log that leads to the same incidents and counts.
 
     ``forget``: a VM to which nothing happened is dropped with its end, as whoever reads the log
-    has never heard of it. ``where``: what has no room is told as lost there.
+    has never heard of it; it is remembered for a while, for what is told late. ``where``: what has
+    no room is told as lost there.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class EventLog:
         self._vms: OrderedDict[int, VmSeen] = OrderedDict()
         # With the number under which an event came: the order that whoever lived through it saw.
         self._gone: OrderedDict[int, tuple[int, VmGone]] = OrderedDict()
+        self._forgotten: OrderedDict[int, tuple[VmSeen, int, VmGone]] = OrderedDict()
+        self._concerned: OrderedDict[int, None] = OrderedDict()
         self._log: OrderedDict[object, tuple[int, Event]] = OrderedDict()
         self._serial = 0
         self._era = 0
@@ -69,8 +74,8 @@ class EventLog:
                 self._bound_vms()
                 return
             case VmGone():
-                if self._forget and not self._concerned(event.vm):
-                    self._vms.pop(event.vm, None)
+                if self._forget and event.vm not in self._concerned:
+                    self._forget_vm(event)
                 else:
                     self._gone.setdefault(event.vm, (self._serial, event))
                     self._bound_vms()
@@ -78,6 +83,8 @@ class EventLog:
             case Unpoison():
                 # What is told of a gfn from here on may be of another page.
                 self._era += 1
+        for vm in _vms_of(event):
+            self._concern(vm)
         kind = _kind(event)
         if kind is None:
             self._log[self._serial] = self._serial, event
@@ -102,24 +109,37 @@ class EventLog:
         self._log[key] = self._serial, event
         self._log.move_to_end(key)
 
+    def _forget_vm(self, event: VmGone) -> None:
+        seen = self._vms.pop(event.vm, None)
+        if seen is not None:
+            self._forgotten[event.vm] = seen, self._serial, event
+            if len(self._forgotten) > MAX_FORGOTTEN:
+                self._forgotten.popitem(last=False)
+
+    def _concern(self, vm: int) -> None:
+        """Something happened to it, even if that is told after its end."""
+        if vm in self._forgotten:
+            seen, serial, gone = self._forgotten.pop(vm)
+            self._vms[vm], self._gone[vm] = seen, (serial, gone)
+            self._bound_vms()
+        self._concerned[vm] = None
+        if len(self._concerned) > 2 * MAX_VMS:
+            self._concerned.popitem(last=False)
+
     def _bound_vms(self) -> None:
         # The end of a VM is kept as long as its name: without it the VM would live for ever.
         while len(self._vms) > MAX_VMS:
             oldest = next((vm for vm in self._gone if vm in self._vms), next(iter(self._vms)))
-            del self._vms[oldest]
+            self._drop_vm(oldest)
             self._gone.pop(oldest, None)
             self._dropped += 1
         while len(self._gone) > MAX_VMS:
             oldest, _ = self._gone.popitem(last=False)
-            self._dropped += 1 + (self._vms.pop(oldest, None) is not None)
+            self._dropped += 1 + self._drop_vm(oldest)
 
-    def _concerned(self, vm: int) -> bool:
-        return any(
-            getattr(event, "vm", None) == vm
-            or any(owner.vm == vm for owner in getattr(event, "owners", ()))
-            or getattr(getattr(event, "owner", None), "vm", None) == vm
-            for _, event in self._log.values()
-        )
+    def _drop_vm(self, vm: int) -> bool:
+        self._concerned.pop(vm, None)
+        return self._vms.pop(vm, None) is not None
 
     def events(self) -> list[Event]:
         """VMs first, then what happened, as it came: sums stand where the last of them did."""
@@ -129,6 +149,14 @@ class EventLog:
             last = max((event.ts for event in kept), default=0)
             kept.append(Lost(last, self._where, self._dropped))
         return kept
+
+
+def _vms_of(event: Event) -> Iterator[int]:
+    """The VMs that an event is about."""
+    owners = (*getattr(event, "owners", ()), getattr(event, "owner", None))
+    for vm in (getattr(event, "vm", None), *(owner.vm for owner in owners if owner is not None)):
+        if vm is not None:
+            yield vm
 
 
 def _kind(event: Event) -> object:

@@ -58,7 +58,8 @@ def owners_before_any_touch(machine: Machine, source: str) -> None:
         watch = stack.enter_context(watching(machine, source))
         for vmm, how, other in stories:
             _one(watch, vmm, how, other)
-        assert not [line for line in watch.lines() if line["kind"] == "lost"]
+        lost = watch.lines("lost")
+        assert not lost, lost
         watch.end()
 
         # A new start finds them all, and no one else's.

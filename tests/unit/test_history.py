@@ -78,6 +78,28 @@ def test_uneventful_vms_leave_nothing() -> None:
     assert log_of([VmSeen(T0, 1, 4001), VmGone(T0, 1)]) == []
 
 
+def test_what_is_told_of_a_vm_after_its_end_is_told_with_its_vm() -> None:
+    """By ftrace the last counts of a VM are read after its end."""
+    late = Exit(T0 + 2, 1, 0, 133, 39, True, 7, gfn=8, count=3)
+    story: list[Event] = [VmSeen(T0, 1, 4001, "mad"), VmGone(T0 + 1, 1), late]
+    assert log_of(story) == story
+    assert model(log_of(story)) == model(story)
+    many: list[Event] = [VmSeen(T0, n, n) for n in range(1, 1000)]
+    many += [VmGone(T0 + 1, n) for n in range(1, 1000)]
+    assert log_of([*many, late]) == [late]  # of so many, the first is forgotten for good
+
+
+def test_of_many_vms_that_are_mentioned_the_latest_are_remembered() -> None:
+    log = EventLog(100)
+    for n in range(3 * history.MAX_VMS):
+        log.add(VmSeen(T0, n, n))
+        log.add(Refused(T0, n, 8))
+        log.add(VmGone(T0 + 1, n))
+    kept = log.events()
+    assert sum(isinstance(event, VmSeen) for event in kept) == history.MAX_VMS
+    assert kept[-1].kind == "lost"
+
+
 def test_signals_and_machine_checks_are_counted() -> None:
     """Not the last few of them: `top` through a serve shows what its /metrics say."""
     hva, pfn = 0x7F0000008000, 0x103275
