@@ -22,6 +22,7 @@ from kvmtrace.sources.decoding import WRONG, build, decoded
 from kvmtrace.sources.recording import FORMAT, MARK, MAX_LINE
 
 _READ = 1 << 16
+_MANY = 1 << 16
 
 
 class JoinedSource:
@@ -56,7 +57,10 @@ class JoinedSource:
             return None
 
     def poll(self, timeout: float) -> list[Event]:
-        """What happened since; raises KvmtraceError when the serve has ended."""
+        """What happened since; raises KvmtraceError when the serve has ended.
+
+        ``timeout`` 0: all that the serve has sent by now.
+        """
         if self._past is not None:
             past, self._past = self._past, None
             return past
@@ -72,7 +76,7 @@ class JoinedSource:
                     f"kvmtrace serve (pid {self.pid}) said what is no event",
                     "is it another version? --source bpf or ftrace attaches without it",
                 ) from error
-            if events:
+            if len(events) >= (1 if timeout > 0 else _MANY):
                 break
             left = max(0.0, deadline - time.monotonic())
             if not select.select([self._client], [], [], left)[0]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import json
 import os
 import socket
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +22,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Exit, Sigbus, VmGone, VmSeen, to_record
 from kvmtrace.followers import Follower
 from kvmtrace.live import Session
+from kvmtrace.sources import joined as joined_module
 from kvmtrace.sources.joined import JoinedSource
 from tests.unit.fake import PROBES, SECOND, T0, FakeSource
 from tests.unit.test_explain import STORY
@@ -118,6 +122,22 @@ def test_first_what_was_then_what_is(serve: Serve) -> None:
     assert source.poll(20) == [news]
     source.close()
     until(lambda: serve.followers == 0)
+
+
+def test_a_last_look_takes_all_that_was_sent(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = joined()
+    source.poll(0)
+    monkeypatch.setattr(joined_module, "_READ", 512)
+    serve.say(*(Exit(LATER + n, 1, n, 133, 39, True, n, gfn=n) for n in range(100)))
+    waiting = array.array("i", [0])
+
+    def sent() -> bool:
+        fcntl.ioctl(source._client, termios.FIONREAD, waiting)
+        return waiting[0] > 4096
+
+    until(sent)
+    assert len(source.poll(0)) > waiting[0] // 512
+    source.close()
 
 
 def test_an_end_of_the_serve_is_one_error(name: str) -> None:
