@@ -137,6 +137,53 @@ int huge_entry(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+/* (kvm, hva, &memstart_addr): the same on arm64 (arch/arm64/include/asm/memory.h, pgtable-hwdef.h).
+ * Where the linear map is, and with that the size of addresses and the number of levels, is seen from
+ * the address of the top table, which is in it. */
+int huge_entry_arm64(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 zero = 0, bits = PAGE_SHIFT_ - 3, shift = PAGE_SHIFT_, size = 0, tried;
+	struct entry_answer *answer = entry_answers.lookup(&zero);
+	u64 hva = ctx->args[1], start = word(ctx->args[2]), map = 0, table, entry;
+	int level;
+
+	if (!answer)
+		return 0;
+	answer->entry = 0;
+	answer->shift = 0;
+	table = word(word(ctx->args[0] + OFF_kvm_mm) + OFF_mm_struct_pgd);
+#pragma unroll
+	for (tried = 36; tried <= 52; tried++) {
+		if ((long long)table >> (tried - 1) == -2) {
+			size = tried;
+			map = -1ULL << tried;
+		}
+	}
+	if (!size)
+		return 0;
+#pragma unroll
+	for (level = 0; level < 4; level++) {
+		if (shift + bits < size)
+			shift += bits;
+	}
+#pragma unroll
+	for (level = 0; level < 5; level++) {
+		if (shift < PAGE_SHIFT_ || shift > 52)
+			return 0;
+		entry = word(table + ((hva >> shift) & ((1ULL << bits) - 1)) * 8);
+		if (!(entry & 1)) { /* PTE_VALID */
+			answer->entry = entry;
+			answer->shift = shift;
+			return 0;
+		}
+		if (!(entry & 2)) /* a block: mapped */
+			return 0;
+		table = ((entry & (1ULL << 50) - (1ULL << PAGE_SHIFT_)) - start) | map;
+		shift -= bits;
+	}
+	return 0;
+}
+
 struct page_answer {
 	u64 file;   /* the page is in a file's page cache: the rest is known */
 	u64 device; /* dev_t inside the kernel: 12 bits major, 20 bits minor */

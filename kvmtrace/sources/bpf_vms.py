@@ -43,6 +43,7 @@ SYMBOLS = (
     "page_offset_base",
     "pgdir_shift",
     "sme_me_mask",
+    "memstart_addr",
     "kvm_gmem_aops",
 )
 
@@ -57,6 +58,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (),
     ),
     "huge_entry": (("kvm_mm", "mm_struct_pgd"), ("page_offset_base",)),
+    "huge_entry_arm64": (("kvm_mm", "mm_struct_pgd"), ("memstart_addr",)),
     "page_of": (
         tuple(
             "page_compound_head folio_mapping folio_index address_space_host inode_i_data "
@@ -67,7 +69,8 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 # KVM_MAX_NR_ADDRESS_SPACES: x86 has a second one for SMM.
-_SPACES = 2 if os.uname().machine == "x86_64" else 1
+_ARCH = os.uname().machine
+_SPACES = 2 if _ARCH == "x86_64" else 1
 _VM_ROWS, _SLOT_STEPS, _ID_BUCKETS = 64, 128, 128
 _MAX_QUESTIONS = 1024
 _TRIES = 3
@@ -207,15 +210,10 @@ class Walk:
 
     def huge_entry(self, struct: int, hva: int) -> int | None:
         """First pfn of the poisoned huge page in the page table of the VM's process."""
-        answer = self._ask(
-            "huge_entry",
-            "entry_answers",
-            _EntryAnswer,
-            struct,
-            hva,
-            *(self._symbol(name) for name in ("page_offset_base", "pgdir_shift", "sme_me_mask")),
-        )
-        return poisoned_x86(answer.entry) if answer else None
+        program, names, decode = _PAGE_TABLES.get(_ARCH, _PAGE_TABLES["x86_64"])
+        variables = (self._symbol(name) for name in names)
+        answer = self._ask(program, "entry_answers", _EntryAnswer, struct, hva, *variables)
+        return decode(answer.entry) if answer else None
 
     def page(self, pfn: int) -> Any:
         """A ``PageAnswer``: what ``pfn`` belongs to."""
@@ -265,6 +263,28 @@ def poisoned_x86(entry: int) -> int | None:
     if not entry or entry & 0x101 or entry >> 59 < FIRST_SPECIAL_TYPE:
         return None
     return ((~entry << 5) & (1 << 64) - 1) >> 14
+
+
+def poisoned_arm64(entry: int) -> int | None:
+    """The pfn of a poisoned huge page's entry on arm64 (arch/arm64/include/asm/pgtable.h).
+
+    Type at bit 6 and offset at bit 12 (Linux 6.13), before that at 3 and 8. A huge page's first pfn
+    ends in zeros: read in the newer way, an older entry has a type below the special ones. (Swap
+    devices' types, which could be mistaken, are not found there: huge pages are not swapped.)
+    """
+    if not entry or entry & 1:
+        return None
+    for type_at, offset_at in ((6, 12), (3, 8)):
+        if entry >> type_at & 0x1F >= FIRST_SPECIAL_TYPE:
+            return entry >> offset_at & (1 << 50) - 1
+    return None
+
+
+# Program, the variables that it is told of, and how to read an entry.
+_PAGE_TABLES: dict[str, tuple[str, tuple[str, ...], Callable[[int], int | None]]] = {
+    "x86_64": ("huge_entry", ("page_offset_base", "pgdir_shift", "sme_me_mask"), poisoned_x86),
+    "aarch64": ("huge_entry_arm64", ("memstart_addr",), poisoned_arm64),
+}
 
 
 def device_of(kernel_dev: int) -> int:

@@ -70,6 +70,15 @@ def test_an_entry_of_the_hardware_tells_its_pfn() -> None:
     assert bpf_vms.poisoned_x86(3 << 59 | 0x1FE00) is None  # swapped out
 
 
+@pytest.mark.parametrize("kind", [23, 24, 27])
+@pytest.mark.parametrize("pfn", [0x106000, 0x43F00, 0x40F0])
+def test_an_entry_of_arm64_tells_its_pfn(kind: int, pfn: int) -> None:
+    assert bpf_vms.poisoned_arm64(kind << 6 | pfn << 12) == pfn
+    assert bpf_vms.poisoned_arm64(kind << 3 | pfn << 8) == pfn  # before 6.13
+    assert bpf_vms.poisoned_arm64(pfn << 12 | 0x741) is None  # mapped
+    assert bpf_vms.poisoned_arm64(0) is None
+
+
 def test_a_device_inside_the_kernel_is_not_stat_s() -> None:
     assert bpf_vms.device_of(37) == os.makedev(0, 37)
     assert bpf_vms.device_of(8 << 20 | 0x101) == os.makedev(8, 0x101)
