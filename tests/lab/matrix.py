@@ -105,8 +105,11 @@ def _run(kernel: str, machine: Machine, scenario: Scenario, source: str) -> str:
     return outcome
 
 
-def table(results: dict[str, tuple[str, Cells]]) -> str:
-    """Markdown: a row per scenario and source, a column per kernel, reasons as notes below."""
+def table(results: Mapping[str, tuple[str, Cells]]) -> str:
+    """Markdown: a row per scenario, a column per kernel, reasons as notes below.
+
+    Sources of which the same is to be said share a row.
+    """
     notes: list[str] = []
 
     def cell(outcome: str | None) -> str:
@@ -119,17 +122,41 @@ def table(results: dict[str, tuple[str, Cells]]) -> str:
         word = "FAIL" if outcome.startswith("FAIL") else "—"
         return f"{word} [{notes.index(outcome) + 1}]"
 
-    rows = list(dict.fromkeys(key for _, cells in results.values() for key in cells))
+    ran = dict.fromkeys(key for _, cells in results.values() for key in cells)
+    names = [scenario.name for scenario in EVERYTHING]
+    order = {name: number for number, name in enumerate(names)}
+    rows: dict[tuple[str, str], list[str]] = {}
+    for scenario, source in sorted(ran, key=lambda key: (order.get(key[0], -1), key[1])):
+        cells = [cell(outcomes.get((scenario, source))) for _, outcomes in results.values()]
+        rows.setdefault((scenario, " | ".join(cells)), []).append(source)
     text = ["| scenario | source | " + " | ".join(results) + " |"]
     text += ["|---|---|" + "---|" * len(results)]
     text += ["| | | " + " | ".join(release for release, _ in results.values()) + " |"]
-    names = [scenario.name for scenario in EVERYTHING]
-    order = {name: number for number, name in enumerate(names)}
-    for scenario, source in sorted(rows, key=lambda key: (order.get(key[0], -1), key[1])):
-        cells = [cell(outcomes.get((scenario, source))) for _, outcomes in results.values()]
-        text.append(f"| {scenario} | {source} | " + " | ".join(cells) + " |")
+    text += [f"| {name} | {', '.join(who)} | {row} |" for (name, row), who in rows.items()]
     text += [""] + [f"[{number}] {note}  " for number, note in enumerate(notes, 1)]
     return "\n".join(text)
+
+
+def tables(results: Mapping[str, tuple[str, Cells]]) -> str:
+    """One table for each architecture."""
+    rows = config.rows()
+    arches = list(dict.fromkeys(rows[name].arch.name for name in results))
+    return "\n\n".join(
+        table({name: of for name, of in results.items() if rows[name].arch.name == arch}).rstrip()
+        for arch in arches
+    )
+
+
+def collected(paths: Sequence[Path]) -> dict[str, tuple[str, Cells]]:
+    """Results that earlier runs kept, in the order of kernels.toml; of a cell, the last one."""
+    found: dict[str, tuple[str, Cells]] = {}
+    for path in paths:
+        for name, of in json.loads(path.read_text()).items():
+            cells = found.setdefault(name, (of["release"], {}))[1]
+            if found[name][0] != of["release"]:
+                raise LabError(f"{path}: {name} was {of['release']}, and {found[name][0]} before")
+            cells.update({(scenario, source): said for scenario, source, said in of["cells"]})
+    return {name: found[name] for name in config.rows() if name in found}
 
 
 def keep(text: str, readme: Path) -> None:
@@ -146,24 +173,29 @@ def main() -> int:
     parser.add_argument("--source", choices=SOURCES, help="only this one")
     parser.add_argument("--scenario", action="append", help="only this one (may be repeated)")
     parser.add_argument("--readme", action="store_true", help="keep the table in README.md")
+    parser.add_argument(
+        "--collect",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="run nothing: the table of earlier runs' build/matrix.json, the last word of a cell",
+    )
     options = parser.parse_args()
     kernels = options.kernel or list(config.rows())
     sources = (options.source,) if options.source else SOURCES
     results: dict[str, tuple[str, Cells]] = {}
-    saved: dict[str, Any] = {}
-    for name in kernels:
-        results[name] = run_kernel(name, sources, options.scenario)
-        release, cells = results[name]
-        saved[name] = {
-            "release": release,
-            "cells": [[*key, outcome] for key, outcome in cells.items()],
-        }
-    print(table(results))
-    build = Path("build")
-    build.mkdir(exist_ok=True)
-    (build / "matrix.json").write_text(json.dumps(saved, indent=1))
+    if options.collect:
+        try:
+            results = collected(options.collect)
+        except (OSError, ValueError, KeyError, LabError) as error:
+            parser.error(f"--collect: {error}")
+    else:
+        for name in kernels:
+            results[name] = run_kernel(name, sources, options.scenario)
+            save(results)
+    print(tables(results))
     if options.readme:
-        keep(table(results), Path("README.md"))
+        keep(tables(results), Path("README.md"))
     return int(
         any(
             outcome.startswith("FAIL")
@@ -171,6 +203,17 @@ def main() -> int:
             for outcome in cells.values()
         )
     )
+
+
+def save(results: Mapping[str, tuple[str, Cells]]) -> None:
+    """Keep what there is so far in build/matrix.json."""
+    build = Path("build")
+    build.mkdir(exist_ok=True)
+    saved = {
+        name: {"release": release, "cells": [[*key, outcome] for key, outcome in cells.items()]}
+        for name, (release, cells) in results.items()
+    }
+    (build / "matrix.json").write_text(json.dumps(saved, indent=1))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+
+import pytest
 
 from tests.lab import matrix
+from tests.lab.errors import LabError
 from tests.lab.scenarios import SOURCES
 
 
@@ -31,15 +35,45 @@ def test_no_cell_is_left_unexplained() -> None:
         {
             "old": ("6.1", {("kaslr", "bpf"): reason, ("storm", "bpf"): "FAIL: KeyError"}),
             "new": ("7.3", {("kaslr", "bpf"): reason, ("storm", "bpf"): "pass"}),
-            "other": ("6.12", {("storm", "bpf"): "pass"}),
+            "other": ("6.12", {("storm", "bpf"): "pass", ("storm", "ftrace"): "pass"}),
         }
     )
     lines = text.splitlines()
     assert lines[0] == "| scenario | source | old | new | other |"
     assert lines[3:] == [
         "| storm | bpf | FAIL [1] | pass | pass |",
+        "| storm | ftrace | not run | not run | pass |",
         "| kaslr | bpf | — [2] | — [2] | not run |",
         "",
         "[1] FAIL: KeyError  ",
         f"[2] {reason}  ",
     ]
+
+
+def test_sources_of_which_the_same_is_to_be_said_share_a_row() -> None:
+    text = matrix.table({"new": ("7.3", {("storm", "ftrace"): "pass", ("storm", "bpf"): "pass"})})
+    assert text.splitlines()[3] == "| storm | bpf, ftrace | pass |"
+
+
+def test_runs_are_collected_and_each_architecture_has_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = []
+    for number, results in enumerate(
+        (
+            {"sid": ("7.2", {("storm", "bpf"): "FAIL: KeyError", ("churn", "bpf"): "pass"})},
+            {"arm64-16k": ("7.3", {("storm", "bpf"): "pass"})},
+            {"sid": ("7.2", {("storm", "bpf"): "pass"})},
+        )
+    ):
+        matrix.save(results)
+        kept.append((tmp_path / "build/matrix.json").rename(tmp_path / str(number)))
+    found = matrix.collected(kept)
+    assert found["sid"] == ("7.2", {("storm", "bpf"): "pass", ("churn", "bpf"): "pass"})
+    first, second = matrix.tables(found).split("\n\n")
+    assert first.splitlines()[3] == "| storm | bpf | pass |"
+    assert second.splitlines()[0] == "| scenario | source | arm64-16k |"
+    matrix.save({"sid": ("7.4", {})})
+    with pytest.raises(LabError, match=r"sid was 7\.4"):
+        matrix.collected([*kept, tmp_path / "build/matrix.json"])
