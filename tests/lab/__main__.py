@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 from tests.lab.config import rows
-from tests.lab.errors import LabError
+from tests.lab.errors import LabError, status_of
 from tests.lab.machine import DEFAULT, Machine, prepare
 from tests.lab.progress import say
 
@@ -53,18 +53,12 @@ def main() -> int:
     shell.add_argument("--lacking", action="append", default=[], metavar="NAME", help="e.g. bcc")
     commands.add_parser("list", help="the kernels there are")
     chosen = parser.parse_args()
-    try:
-        if chosen.command == "prepare":
-            return _prepare(list(rows()) if chosen.all else chosen.kernel)
-        if chosen.command == "shell":
-            return _shell(chosen.kernel, chosen.cmdline, chosen.lacking)
-        return _list()
-    except LabError as error:
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    if chosen.command == "prepare":
+        return _prepare(list(rows()) if chosen.all else chosen.kernel)
+    if chosen.command == "shell":
+        return _shell(chosen.kernel, chosen.cmdline, chosen.lacking)
+    return _list()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of(main))

@@ -15,15 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 from tests.lab.drive import PATIENCE, Vmm
+from tests.lab.errors import status_of
 from tests.lab.machine import DEFAULT, Job, Machine
 from tests.lab.progress import say
+from tests.lab.readme import keep
 
 _Stream = Literal["stdout", "stderr"]
-_MARK_BEGIN, _MARK_END = "<!-- bench -->\n", "<!-- /bench -->"
 
 # The run probe as someone would write it by hand.
 _BPFTRACE = {
@@ -165,12 +165,9 @@ def main() -> int:
     text = "\n\n".join("\n".join(part) for part in parts)
     print(text)
     if options.readme:
-        readme = Path("README.md")
-        old = readme.read_text()
-        begin, end = old.index(_MARK_BEGIN) + len(_MARK_BEGIN), old.index(_MARK_END)
-        readme.write_text(old[:begin] + text + "\n" + old[end:])
+        keep("bench", text)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of(main))

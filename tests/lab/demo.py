@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from tests.lab import residue
 from tests.lab.drive import PATIENCE, Vmm
-from tests.lab.errors import LabError
+from tests.lab.errors import LabError, status_of
 from tests.lab.machine import DEFAULT, Machine, prepare
 from tests.lab.progress import say
 
@@ -181,20 +181,14 @@ def main() -> int:
     parser.add_argument("--kernel", default=DEFAULT, metavar="NAME")
     parser.add_argument("--lacking", action="append", default=[], metavar="NAME", help="e.g. bcc")
     chosen = parser.parse_args()
-    try:
-        say("preparing (the first time that means minutes of downloads and building) ...")
-        prepare(chosen.kernel)
-        say("booting a machine of its own, emulated ...")
-        with Machine.boot(chosen.kernel, lacking=chosen.lacking) as machine:
-            say(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
-            show = live if sys.stdin.isatty() and sys.stdout.isatty() else printed
-            return show(machine, chosen.source)
-    except LabError as error:
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    say("preparing (the first time that means minutes of downloads and building) ...")
+    prepare(chosen.kernel)
+    say("booting a machine of its own, emulated ...")
+    with Machine.boot(chosen.kernel, lacking=chosen.lacking) as machine:
+        say(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
+        show = live if sys.stdin.isatty() and sys.stdout.isatty() else printed
+        return show(machine, chosen.source)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of(main))

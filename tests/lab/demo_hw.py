@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from tests.lab import cper
 from tests.lab.demo import DRESSING_ROOM, FOREVER, Step, Story, steps
 from tests.lab.drive import PATIENCE
-from tests.lab.errors import LabError
+from tests.lab.errors import status_of
 from tests.lab.machine import Machine, prepare
 from tests.lab.progress import say
 
@@ -109,26 +109,18 @@ def main() -> int:
     parser.add_argument("--source", choices=("auto", "bpf", "ftrace"), default="auto")
     parser.add_argument("--kernel", default=KERNEL, metavar="NAME")
     chosen = parser.parse_args()
-    try:
-        say("preparing (the first time that means minutes of downloads and building) ...")
-        prepare(chosen.kernel)
-        say("booting an arm64 machine of its own, emulated, with firmware ...")
-        with Machine.boot(chosen.kernel, ras=True) as machine:
-            say(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
-            say("starting kvmtrace serve (compiling for eBPF takes up to a minute) ...")
-            serve = machine.start(
-                f"exec kvmtrace serve --source {chosen.source} --listen 127.0.0.1:0"
-            )
-            serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
-            status = shown(machine, live=sys.stdin.isatty() and sys.stdout.isatty())
-            serve.signal(signal.SIGTERM)
-            return status or serve.wait(PATIENCE)
-    except LabError as error:
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    say("preparing (the first time that means minutes of downloads and building) ...")
+    prepare(chosen.kernel)
+    say("booting an arm64 machine of its own, emulated, with firmware ...")
+    with Machine.boot(chosen.kernel, ras=True) as machine:
+        say(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
+        say("starting kvmtrace serve (compiling for eBPF takes up to a minute) ...")
+        serve = machine.start(f"exec kvmtrace serve --source {chosen.source} --listen 127.0.0.1:0")
+        serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+        status = shown(machine, live=sys.stdin.isatty() and sys.stdout.isatty())
+        serve.signal(signal.SIGTERM)
+        return status or serve.wait(PATIENCE)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of(main))

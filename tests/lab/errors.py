@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from tests.lab.progress import say
+
 
 class LabError(Exception):
     """The lab could not do what was asked; the message is one line for a person."""
@@ -28,3 +32,14 @@ class LabPanic(LabError):
 
 class CommandFailed(LabError):
     """A command run with `check=True` ended with another status than 0."""
+
+
+def status_of(work: Callable[[], int]) -> int:
+    """The exit status of a command's work."""
+    try:
+        return work()
+    except LabError as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130

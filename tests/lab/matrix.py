@@ -18,12 +18,13 @@ from typing import Any
 from tests.lab import config
 from tests.lab.conditions import CONDITIONS
 from tests.lab.drive import Unstageable, end_following
-from tests.lab.errors import LabError, LabUnable
+from tests.lab.errors import LabError, LabUnable, status_of
 from tests.lab.ghes import ghes
 from tests.lab.machine import Machine
 from tests.lab.owners import owners_before_any_touch
 from tests.lab.progress import say
 from tests.lab.qemu_guest import qemu_loses_a_page
+from tests.lab.readme import keep
 from tests.lab.scenarios import SCENARIOS, SOURCES, Scenario
 
 BOTH = "both"
@@ -40,7 +41,6 @@ SMALLER: dict[str, dict[str, int]] = {
     "without_bcc": {"rounds": 20_000},
 }
 
-_MARK_BEGIN, _MARK_END = "<!-- matrix -->\n", "<!-- /matrix -->"
 
 Cells = dict[tuple[str, str], str]
 """{(scenario, source): outcome}"""
@@ -159,14 +159,6 @@ def collected(paths: Sequence[Path]) -> dict[str, tuple[str, Cells]]:
     return {name: found[name] for name in config.rows() if name in found}
 
 
-def keep(text: str, readme: Path) -> None:
-    """Put the table between its marks in the README."""
-    old = readme.read_text()
-    begin, end = old.index(_MARK_BEGIN) + len(_MARK_BEGIN), old.index(_MARK_END)
-    stamp = time.strftime("Run on %Y-%m-%d, under emulation (QEMU TCG).\n\n", time.gmtime())
-    readme.write_text(old[:begin] + stamp + text + "\n" + old[end:])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.lab.matrix", description=__doc__)
     parser.add_argument("--kernel", action="append", help="only this one (may be repeated)")
@@ -195,7 +187,8 @@ def main() -> int:
             save(results)
     print(tables(results))
     if options.readme:
-        keep(tables(results), Path("README.md"))
+        stamp = time.strftime("Run on %Y-%m-%d, under emulation (QEMU TCG).", time.gmtime())
+        keep("matrix", f"{stamp}\n\n{tables(results)}")
     return int(
         any(
             outcome.startswith("FAIL")
@@ -217,4 +210,4 @@ def save(results: Mapping[str, tuple[str, Cells]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of(main))
