@@ -288,8 +288,6 @@ def hva_thp(machine: Machine, source: str) -> None:
     """A transparent huge page: the kernel splits it, one page is lost."""
     told = machine.run("cat /sys/kernel/mm/transparent_hugepage/hpage_pmd_size", check=True)
     pages = 2 * int(told.stdout) >> machine.page_shift
-    # Of a machine that has been running for a while, memory is in pieces.
-    machine.run("echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory")
     _hva(machine, source, "thp", machine.page_shift, pages, huge=True)
 
 

@@ -182,9 +182,10 @@ struct vm *vm_create(const struct layout *l, const char **what, bool *unsupporte
 		goto failed;
 	if (add_slots(vm, l, what, unsupported) < 0)
 		goto failed;
+	/* By write faults: whatever reads first has the huge zero page, which its write then splits. */
 	for (uint32_t i = 0; l->prefault && i < vm->nr_slots; i++)
-		for (uint64_t n = 0; n < vm->slots[i].pages; n++)
-			touch_hva(vm->slots[i].backing->map + vm->slots[i].offset + n * page_size, true);
+		madvise(vm->slots[i].backing->map + vm->slots[i].offset, vm->slots[i].pages * page_size,
+			MADV_POPULATE_WRITE);
 	*what = "vCPU";
 	for (uint32_t i = 0; i < l->vcpus; i++)
 		if (vcpu_start(vm, i) < 0)

@@ -231,7 +231,7 @@ static bool layout_options(struct layout *l, const char *backing, uint64_t pages
 	l->vcpus = number_option("vcpus", 1);
 	l->file_per_slot = !strcmp(option("files", "one"), "each");
 	l->private_type = number_option("private", 0);
-	l->prefault = number_option("prefault", l->kind == THP); /* a huge zero page would be split by the first write */
+	l->prefault = number_option("prefault", l->kind == THP);
 	if (failed)
 		return false;
 	if (!l->slots || l->slots > MAX_SLOTS || l->slots > l->pages || l->vcpus > MAX_VCPUS || l->base * page_size < 2 * page_size ||
