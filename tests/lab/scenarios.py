@@ -310,10 +310,10 @@ def hva_early_kill(machine: Machine, source: str) -> None:
     machine.run("echo 8 > /proc/sys/vm/nr_hugepages", check=True)
     poisons = {}
     with recorded(machine, source) as log:
-        for name, backing, pages in (("early", "anon", 64), ("early-huge", "hugetlb2m", 1024)):
+        for name, backing in (("early", "anon"), ("early-huge", "hugetlb2m")):
             vmm = Vmm(machine, name)
             vmm.step("earlykill on")
-            vmm.step(f"create v backing={backing} pages={pages}")
+            vmm.step(f"create v backing={backing} pages={4 << 20 >> machine.page_shift}")
             place = vmm.step("pfn v +3")
             # Not by the VMM itself: what a thread brings about by its own poisoning tells nobody.
             hammer = Vmm(machine, "hammer")
@@ -322,7 +322,7 @@ def hva_early_kill(machine: Machine, source: str) -> None:
             poisons[name] = vmm, place
     incidents = replayed(machine, log)["incidents"]
     lines = replayed_lines(machine, log)
-    for name, lsb in (("early", 12), ("early-huge", 21)):
+    for name, lsb in (("early", machine.page_shift), ("early-huge", 21)):
         vmm, place = poisons[name]
         (signal,) = vmm.end()["sigbus"]
         assert (signal["code"], signal["tid"], signal["count"]) == ("AO", vmm.pid, 1), signal
@@ -332,7 +332,8 @@ def hva_early_kill(machine: Machine, source: str) -> None:
         ]
         assert signal["lsb"] == lsb
         assert "vcpu" not in told[0]  # nobody was in the guest for it
-        (incident,) = [x for x in incidents if x["pfn"] >> lsb - 12 == place["pfn"] >> lsb - 12]
+        order = lsb - machine.page_shift
+        (incident,) = [x for x in incidents if x["pfn"] >> order == place["pfn"] >> order]
         assert incident["state"] == "delivered", incident
         assert incident["deliveries"] == {"exits": 0, "sigbus": 1}
         assert {owner["vm"]["pid"] for owner in incident["owners"]} == {vmm.pid}
