@@ -390,12 +390,12 @@ class Correlator:
     def _sigbus(self, event: Sigbus) -> Told:
         self._vms.sigbus(event)
         incident, how = self._incident_of_signal(event)
+        vm = event.vm
         if incident is not None:
-            self._take_signal(incident, event, how, by_poison=False)
+            vm = self._take_signal(incident, event, how, by_poison=False)
         else:
             self._halves.add(event)
-        vm = self.identity(event.vm)
-        return Told(event, vm=vm, incident=incident.id if incident else None)
+        return Told(event, vm=self.identity(vm), incident=incident.id if incident else None)
 
     def _incident_of_signal(self, event: Sigbus) -> tuple[State | None, str]:
         if event.pfn is not None:
@@ -415,7 +415,13 @@ class Correlator:
                     return incident, f"address within the loss at hva {owner.hva:#x}"
         return None, ""
 
-    def _take_signal(self, incident: State, event: Sigbus, how: str, *, by_poison: bool) -> None:
+    def _take_signal(
+        self, incident: State, event: Sigbus, how: str, *, by_poison: bool
+    ) -> int | None:
+        """Returns the VM that was told, if it is known."""
+        if event.vm is None and (vm := self._holder(incident, event)) is not None:
+            event = replace(event, vm=vm)
+            self._vms.sigbus(event)
         if by_poison or event.vcpu is None:
             # memory_failure's own has the loss right; KVM's says 12 for a huge page too.
             self._incidents.grow(incident, 1 << event.lsb if event.lsb is not None else None)
@@ -429,13 +435,27 @@ class Correlator:
             what += ", by its own poisoning"
             own = ("own signal", event.tid)
             incident.note(own, event.ts, what, how, vm=event.vm, count=event.count)
-            return
+            return event.vm
         incident.sigbus += event.count
         key = ("sigbus", event.vm, event.tid, code)
         incident.note(key, event.ts, what, how, vm=event.vm, count=event.count)
         if event.vm is not None:
             signals = {code: event.count}
             self._deliver(incident, event.ts, event.vm, event.vcpu, signals=signals)
+        elif self._vms.of_process(event.pid):
+            incident.heard(event.ts)  # a VMM was told; of which of its VMs is not known
+        return event.vm
+
+    def _holder(self, incident: State, event: Sigbus) -> int | None:
+        """Which VM of a process with several a signal is about: the one that has that page."""
+        mine = self._vms.of_process(event.pid)
+        vms = {
+            owner.vm
+            for owner in incident.owners.values()
+            if owner.vm in mine
+            and (owner.hva is None or owner.hva // PAGE == event.hva // PAGE or incident.huge)
+        }
+        return vms.pop() if len(vms) == 1 else None
 
     def _own_by_signal(self, incident: State, event: Sigbus, vm: int, how: str) -> None:
         at = incident.place_of_address(vm, event.hva, None)

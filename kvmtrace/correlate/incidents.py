@@ -195,9 +195,7 @@ class State:
         signals: Mapping[str, int] | None = None,
     ) -> bool:
         """A VMM was told; True if it is the first time."""
-        first = self.first_delivery_ts is None
-        self.first_delivery_ts = ts if first else min(self.first_delivery_ts or ts, ts)
-        self.last_delivery_ts = max(self.last_delivery_ts or ts, ts)
+        first = self.heard(ts)
         told = self.told.get((vm, vcpu))
         if told is None:
             if len(self.told) >= self.limits.told:
@@ -215,6 +213,13 @@ class State:
             self.looks[key] = [look for look in self.looks[key] if look.ts > told.last_ts]
             if not self.looks[key]:
                 del self.looks[key]
+        return first
+
+    def heard(self, ts: int) -> bool:
+        """Somebody was told; True if it is the first time."""
+        first = self.first_delivery_ts is None
+        self.first_delivery_ts = ts if first else min(self.first_delivery_ts or ts, ts)
+        self.last_delivery_ts = max(self.last_delivery_ts or ts, ts)
         return first
 
     def look(self, event: VcpuState) -> bool:

@@ -94,6 +94,10 @@ class Population:
         """All that are known in full."""
         return iter(self._vms.items())
 
+    def of_process(self, pid: int) -> set[int]:
+        """The VMs of a process."""
+        return {key for key, vm in self._vms.items() if vm.seen.pid == pid}
+
     def seen(self, event: VmSeen) -> None:
         """A VM, or more about it."""
         known = self._vms.get(event.vm)

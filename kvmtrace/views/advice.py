@@ -27,6 +27,11 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
         missing.append(f"the gfn in {_names(incident, vague)}: no slot or access told it")
     if incident.size is None:
         missing.append("how much is lost: no mapping or signal told the size")
+    if incident.first_delivery_ts is None and incident.owners:
+        if incident.before_start:
+            missing.append("who was told of it, and touched it, before kvmtrace started")
+        elif off := _without(snapshot, "run", "sigbus", "sigbus_forced"):
+            missing.append(f"whether the VMM was told by what is not watched{off}")
     for verdict in incident.verdicts:
         if verdict.word == "unknown":
             who = _names(incident, [verdict.vm])
@@ -85,6 +90,10 @@ def _for_vms(incident: Incident) -> list[str]:
                 steps.append(f"look at {who}: it was told, and what it did is not known")
             case None if incident.undelivered:
                 steps.append(f"migrate {who}: its page{where} was asked for, and it was not told")
+            case None if incident.first_delivery_ts is not None:
+                steps.append(f"look at {who}: its process was told, and not for which of its VMs")
+            case None if incident.before_start:
+                steps.append(f"migrate {who}: its guest may touch the page{where}")
             case None:
                 steps.append(f"migrate {who} before its guest touches the page{where}")
     if incident.undelivered and incident.told:

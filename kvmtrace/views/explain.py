@@ -119,7 +119,14 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
             signals[code] = signals.get(code, 0) + count
     told_by = [f"{counted(incident.exits, 'exit')} EHWPOISON"] if incident.exits else []
     told_by += [f"{count} SIGBUS {code}" for code, count in sorted(signals.items())]
-    yield "told by", listed(told_by, "nothing yet")
+    if others := incident.sigbus - sum(signals.values()):
+        told_by.append(f"{others} SIGBUS to a process of which no VM, or several, are known")
+    yield (
+        "told by",
+        listed(
+            told_by, "nothing since kvmtrace started" if incident.before_start else "nothing yet"
+        ),
+    )
     if incident.undelivered:
         refusals = counted(incident.undelivered, "refusal")
         yield "not told", f"{refusals} by guest_memfd, of which KVM_RUN said nothing"

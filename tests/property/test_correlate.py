@@ -325,9 +325,11 @@ def test_counts_are_exact(events: list[Event]) -> None:
             exits[(event.vm, event.errno)] += event.count
     for key, vm in shown.vms.items():
         assert sum(vm.exits.values()) == sum(n for (of, _), n in exits.items() if of == key)
-        assert sum(vm.sigbus.values()) == sum(
-            event.count for event in log if isinstance(event, Sigbus) and event.vm == key
-        )
+        # Of signals whose VM the source did not tell, those are known that are about its page.
+        signals = [event for event in log if isinstance(event, Sigbus)]
+        told = sum(event.count for event in signals if event.vm == key)
+        vague = sum(event.count for event in signals if event.vm is None and event.pid == vm.pid)
+        assert told <= sum(vm.sigbus.values()) <= told + vague
     assert sum(i.exits for i in shown.incidents) == sum(
         n for (_, errno), n in exits.items() if errno == 133
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
+from kvmtrace.model import Probe
 from kvmtrace.sources.recording import RecordingSource
+from kvmtrace.views.explain import explain_text
 from tests.unit.test_correlate import (
     HVA,
     MS,
@@ -373,3 +376,51 @@ def test_two_places_of_one_page_stay_two() -> None:
     places = [Owner(1, 8), Owner(1, 9), Owner(1, None, HVA), Owner(1, 10, HVA + 4096)]
     events = [Owned(T0, PFN, place, "fault") for place in places]
     assert only(tell(seen(1), poison(T0), *events, *events)[0]).owners == tuple(places)
+
+
+TWO = (VmSeen(T0, 1, 4001, "web"), VmSeen(T0, 2, 4001, "db"))  # one process with two VMs
+
+
+def test_a_signal_to_a_process_with_two_vms_is_for_the_one_with_the_page() -> None:
+    own = Owned(T0, PFN, Owner(1, 8, HVA), "pagemap")
+    signal = Sigbus(T0 + MS, 4001, VCPU, 4, HVA, 12, VCPU, pfn=PFN, count=2)
+    snapshot, told = tell(*TWO, poison(T0, tid=OTHER), own, signal)
+    assert (only(snapshot).state, only(snapshot).sigbus) == ("delivered", 2)
+    assert {key: vm.sigbus for key, vm in snapshot.vms.items()} == {1: {"AR": 2}, 2: {}}
+    assert told[-1].vm is not None
+    assert told[-1].vm.name == "web"
+
+
+def test_a_signal_for_one_of_two_vms_is_a_delivery() -> None:
+    owners = [Owned(T0, PFN, Owner(vm, 8, HVA), "pagemap") for vm in (1, 2)]
+    signal = Sigbus(T0 + MS, 4001, VCPU, 4, HVA, 12, VCPU, pfn=PFN)
+    snapshot, _ = tell(*TWO, poison(T0, tid=OTHER), *owners, signal)
+    incident = only(snapshot)
+    assert (incident.state, incident.first_delivery_ts) == ("delivered", T0 + MS)
+    text = explain_text(incident, snapshot, 200)
+    assert "1 SIGBUS to a process of which no VM, or several, are known" in text
+    assert "before its guest touches" not in text
+
+
+def test_a_signal_to_a_process_without_a_vm_tells_no_vmm() -> None:
+    signal = Sigbus(T0 + MS, 9, 9, 4, HVA, 12, 9, pfn=PFN)
+    incident = only(tell(seen(1), poison(T0, tid=OTHER), signal)[0])
+    assert (incident.state, incident.sigbus) == ("unowned", 1)
+
+
+def test_whether_a_page_from_before_was_touched_is_not_known() -> None:
+    own = Owned(T0, PFN, Owner(1, 8, HVA), "pagemap")
+    snapshot, _ = tell(seen(1), own, Found(T0, PFN))
+    text = explain_text(only(snapshot), snapshot, 200)
+    assert "who was told of it, and touched it, before kvmtrace started" in text
+    assert "nothing since kvmtrace started" in text
+    assert "before its guest touches" not in text
+
+
+def test_what_is_not_watched_may_have_told() -> None:
+    own = Owned(T0, PFN, Owner(1, 8, HVA), "pagemap")
+    snapshot, _ = tell(seen(1), own, poison(T0, tid=OTHER))
+    off = replace(snapshot, probes=(Probe("run", False, why="no"), Probe("sigbus", True)))
+    assert "whether the VMM was told by what is not watched (not attached: run)" in explain_text(
+        only(off), off, 200
+    )
