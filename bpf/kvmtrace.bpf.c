@@ -614,7 +614,7 @@ static __always_inline int on_mc_event(int severity, u64 message, u64 label, u32
 	record.via = HW_MC_EVENT;
 	record.severity = severity;
 	record.count = count;
-	record.valid = ~0ULL;
+	record.valid = addr; /* EDAC has no word for "not known" but 0 */
 	record.addr = addr;
 	record.grain_bits = grain_bits & 0xff;
 	bpf_probe_read_kernel_str(record.message, sizeof(record.message), (void *)message);

@@ -23,12 +23,15 @@ def error(record: Record, firmware: Firmware) -> HwError:
     said = record.fields
     match record.probe:
         case "mc_event":
+            # EDAC has no word for "not known" but 0.
+            addr = said["address"] & _NO_ADDRESS or None
+            exact = addr is not None and said["grain_bits"] <= _MAX_LSB
             return _at(
                 record,
                 "ras:mc_event",
-                addr=said["address"] & _NO_ADDRESS,
+                addr=addr,
                 severity=cper.EDAC.get(said["error_type"]),
-                grain=1 << said["grain_bits"] if said["grain_bits"] <= _MAX_LSB else None,
+                grain=1 << said["grain_bits"] if exact else None,
                 count=said["error_count"],
                 label=_text(said.get("label")),
                 message=_text(said.get("msg")),

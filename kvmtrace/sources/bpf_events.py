@@ -226,7 +226,9 @@ class Translator:
         elif record.valid:
             facts = {"addr": record.addr}
         if record.via == records.HW_MC_EVENT:
-            facts |= {"grain": 1 << record.grain_bits, "label": _text(record.label)}
+            facts |= {"label": _text(record.label)}
+            if record.valid:
+                facts |= {"grain": 1 << record.grain_bits}
         if record.message:
             facts["message"] = _text(record.message)
         if "addr" in facts:

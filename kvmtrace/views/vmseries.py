@@ -14,6 +14,7 @@ At most ``max_vms`` VMs have series of their own; the others are added up in ``v
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ EXITS_FROM_BIRTH = (
     ("EFAULT", "conversion"),
     ("EFAULT", "backing"),
     ("EFAULT", "unannotated"),
+    ("EFAULT", "unknown"),
+    *([("ARM_SEA", "hwpoison")] if os.uname().machine == "aarch64" else []),
 )
 SIGBUS_FROM_BIRTH = ("AR", "AO")
 

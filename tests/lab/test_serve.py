@@ -108,6 +108,7 @@ BORN = (
     ("EFAULT", "conversion"),
     ("EFAULT", "backing"),
     ("EFAULT", "unannotated"),
+    ("EFAULT", "unknown"),
 )
 
 

@@ -47,6 +47,7 @@ EXPECTED: dict[tuple[str, str], _V] = {
         ("EFAULT", "conversion"): None,
         ("EFAULT", "backing"): 0,
         ("EFAULT", "unannotated"): 0,
+        ("EFAULT", "unknown"): 0,
     },
     ("Memory-fault exits by VM", "A"): {("web",): None, ("db",): 0, ("vm-103",): None},
     ("Incidents by state", "A"): {

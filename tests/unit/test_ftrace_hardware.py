@@ -40,6 +40,13 @@ def test_edac_names_the_dimm() -> None:
     assert told.message == "memory read error"
 
 
+def test_edac_knows_no_address_but_0() -> None:
+    told = error(
+        "mc_event", error_type=1, msg="", label="any", error_count=1, address=0, grain_bits=0
+    )
+    assert (told.addr, told.pfn, told.grain, told.label) == (None, None, None, "any")
+
+
 @pytest.mark.parametrize(
     ("pa", "lsb", "addr", "grain"), [(0x5000, 12, 0x5000, 4096), (NONE, 255, None, None)]
 )
