@@ -6,6 +6,7 @@ import dataclasses
 import os
 import threading
 
+from kvmtrace import kvm
 from kvmtrace.correlate import Correlator, Told
 from kvmtrace.followers import Follower
 from kvmtrace.history import EventLog
@@ -23,9 +24,9 @@ class Session:
     ``unfollow`` may be called from any.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, page_shift: int = kvm.PAGE_SHIFT) -> None:
         self._source = source
-        self._correlator = Correlator()
+        self._correlator = Correlator(page_shift=page_shift)
         self._log = EventLog()
         self._followers: list[Follower] = []
         self._lock = threading.Lock()

@@ -49,6 +49,7 @@ class Host:
     source: str
     source_why: str | None = None
     hardware_corrupted_bytes: int | None = None
+    page_shift: int = kvm.PAGE_SHIFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +222,7 @@ class Incident:
     timeline: tuple[Moment, ...] = ()
     omitted: int = 0
     released: tuple[Owner, ...] = ()
+    page_shift: int = kvm.PAGE_SHIFT
 
     @property
     def verdict(self) -> str | None:
@@ -235,10 +237,10 @@ class Incident:
         """
         if owner.gfn is None:
             return None
-        pages = max(1, (self.size or 0) >> kvm.PAGE_SHIFT)
+        pages = max(1, (self.size or 0) >> self.page_shift)
         if pages == 1 or owner.hva is None:
             return owner.gfn, owner.gfn
-        first = owner.gfn - (owner.hva >> kvm.PAGE_SHIFT) % pages
+        first = owner.gfn - (owner.hva >> self.page_shift) % pages
         return max(0, first), first + pages - 1
 
 
@@ -298,6 +300,7 @@ class Snapshot:
     soft_offlines: tuple[SoftOffline, ...] = ()
     dimms: Mapping[str, ErrorHistory] = field(default_factory=dict)
     kernel: KernelAccount | None = None
+    page_shift: int = kvm.PAGE_SHIFT
     host: Host | None = None
     probes: tuple[Probe, ...] = ()
     probe_runs: Mapping[str, ProbeRuns] = field(default_factory=dict)

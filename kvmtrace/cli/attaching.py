@@ -107,7 +107,7 @@ def events_of(
 
 def model_of(events: list[Event], host: Host, probes: tuple[Probe, ...]) -> Snapshot:
     """What a log says when it is read from its beginning."""
-    correlator = Correlator()
+    correlator = Correlator(page_shift=host.page_shift)
     for event in events:
         correlator.feed(event)
     return dataclasses.replace(correlator.snapshot(), host=host, probes=probes)

@@ -87,7 +87,7 @@ def replay(file: str, as_events: bool, as_json: bool) -> None:
         json_is_utf8()
     text = lines.json_text if as_json else lines.event_text
     source = RecordingSource(file)
-    session = Session(source)
+    session = Session(source, source.host.page_shift)
     try:
         while not source.done and not stop.asked:
             for told in session.pump(0):

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from kvmtrace import kvm
 from kvmtrace.correlate.account import Account, newly_lost
 from kvmtrace.correlate.halves import Halves
-from kvmtrace.correlate.incidents import PAGE, State
+from kvmtrace.correlate.incidents import State
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.population import Population
 from kvmtrace.correlate.provenance import Provenance
@@ -104,15 +104,21 @@ class Correlator:
     """Feed it events in the order the source gave them; take ``snapshot()`` at any time.
 
     Memory is bounded by ``limits`` and the number of live VMs; what has to be forgotten is counted
-    in ``lost`` ("incidents", "vms", "owners", …).
+    in ``lost`` ("incidents", "vms", "owners", …). ``page_shift``: log2 of the bytes in a page of
+    the host that the events are from.
     """
 
-    def __init__(self, limits: Limits = Limits()) -> None:  # noqa: B008 (frozen)
+    def __init__(
+        self,
+        limits: Limits = Limits(),  # noqa: B008 (frozen)
+        page_shift: int = kvm.PAGE_SHIFT,
+    ) -> None:
         self._limits = limits
+        self._page_shift, self._page = page_shift, 1 << page_shift
         self._account = Account(limits)
         self._vms = Population(limits, self._account.lose)
-        self._incidents = Register(limits, self._account.lose)
-        self._hardware = Provenance(limits.places)
+        self._incidents = Register(limits, self._account.lose, self._page)
+        self._hardware = Provenance(limits.places, page_shift)
         self._halves = Halves(limits)
         self._soft: OrderedDict[int, SoftOfflined] = OrderedDict()  # by pfn
         self._last_ts: int | None = None
@@ -288,7 +294,7 @@ class Correlator:
         if incident.page_type is None:
             incident.page_type, incident.result = event.page_type, event.result
         if "huge page" not in event.page_type:
-            incident.grow(PAGE)  # a huge page's size comes with its owners and signals
+            incident.grow(self._page)  # a huge page's size comes with its owners and signals
         incident.note(
             ("poison", event.page_type),
             event.ts,
@@ -453,7 +459,11 @@ class Correlator:
             owner.vm
             for owner in incident.owners.values()
             if owner.vm in mine
-            and (owner.hva is None or owner.hva // PAGE == event.hva // PAGE or incident.huge)
+            and (
+                owner.hva is None
+                or owner.hva // self._page == event.hva // self._page
+                or incident.huge
+            )
         }
         return vms.pop() if len(vms) == 1 else None
 
@@ -461,7 +471,7 @@ class Correlator:
         at = incident.place_of_address(vm, event.hva, None)
         hva = event.hva
         if at is not None and at.hva is not None:
-            if at.hva // PAGE != event.hva // PAGE:
+            if at.hva // self._page != event.hva // self._page:
                 return  # another page of the same loss: the owner is known by the one that failed
             hva = at.hva
         has_vm = any(owner.vm == vm for owner in incident.owners.values())
@@ -533,6 +543,7 @@ class Correlator:
             ),
             dimms=self._hardware.dimms(),
             kernel=self._account.kernel_account(),
+            page_shift=self._page_shift,
         )
 
     def _frozen(self, incident: State, now: int) -> Incident:

@@ -14,7 +14,6 @@ from kvmtrace.model import Incident, Moment, Origin, Party, Telling, Verdict
 
 Place = tuple[int, int | None]  # VM key, gfn
 
-PAGE = 1 << kvm.PAGE_SHIFT
 # 16 GiB hugetlb pages exist; a number beyond is damage.
 MAX_SIZE = 1 << 34
 
@@ -38,6 +37,7 @@ class State:
     id: str
     limits: Limits
     lose: Callable[[str, int], None]
+    page: int = 1 << kvm.PAGE_SHIFT  # bytes
     pfn: int | None = None
     page_type: str | None = None
     result: str | None = None
@@ -81,16 +81,17 @@ class State:
 
     def is_released(self, owner: Owner) -> bool:
         """Whether that owner's memory was seen without the page since."""
-        return owner.hva is not None and (owner.vm, owner.hva // PAGE * PAGE) in self.released
+        hva = owner.hva
+        return hva is not None and (owner.vm, hva // self.page * self.page) in self.released
 
     def release(self, vm: int, hva: int) -> bool:
         """The page is not there any more; False if it is not known to have been."""
         if not any(
-            owner.vm == vm and owner.hva is not None and owner.hva // PAGE == hva // PAGE
+            owner.vm == vm and owner.hva is not None and owner.hva // self.page == hva // self.page
             for owner in self.owners.values()
         ):
             return False
-        self.released.add((vm, hva // PAGE * PAGE))
+        self.released.add((vm, hva // self.page * self.page))
         return True
 
     def poisoned_after_all(self, ts: int) -> None:
@@ -105,13 +106,13 @@ class State:
 
     @property
     def huge(self) -> bool:
-        return self.size is not None and self.size > PAGE
+        return self.size is not None and self.size > self.page
 
     def covers_pfn(self, pfn: int) -> bool:
         """Whether the page with this number is lost in it."""
         if self.pfn is None:
             return False
-        pages = max(1, (self.size or PAGE) // PAGE)
+        pages = max(1, (self.size or self.page) // self.page)
         return pfn // pages == self.pfn // pages
 
     def place_of_address(self, vm: int, hva: int, lsb: int | None) -> Owner | None:
@@ -121,7 +122,7 @@ class State:
         also where a huge page is lost.
         """
         said = 1 << lsb if lsb is not None and (1 << lsb) <= MAX_SIZE else 0
-        size = max(self.size or PAGE, said)
+        size = max(self.size or self.page, said)
         for owner in self.owners.values():
             if owner.vm == vm and owner.hva is not None and owner.hva // size == hva // size:
                 return owner
@@ -316,6 +317,7 @@ class State:
             verdicts=self.verdicts(now, parties),
             timeline=self._timeline(),
             omitted=self.omitted,
+            page_shift=self.page.bit_length() - 1,
         )
 
     def _timeline(self) -> tuple[Moment, ...]:

@@ -30,7 +30,7 @@ MCE = "mce:mce_record"
 _SEVERITIES = ("corrected", "deferred", "recoverable", "fatal")
 
 # Reports that are less exact (a whole rank, a channel) name no page.
-MAX_ORDER = 30 - kvm.PAGE_SHIFT
+_MAX_SHIFT = 30
 _MAX_REPORTERS = 8
 
 _K = TypeVar("_K")
@@ -47,6 +47,7 @@ class Errors:
     last_ts: int = 0
     facts: dict[str, int | str] = field(default_factory=dict)
     moments: dict[str, Moment] = field(default_factory=dict)
+    page_shift: int = kvm.PAGE_SHIFT
 
     def add(self, event: Mce | HwError) -> None:
         """One more report."""
@@ -73,7 +74,7 @@ class Errors:
             what = "errors of other kinds"
         known = self.moments.get(what)
         if known is None:
-            exact = f"address, exact to {1 << kvm.PAGE_SHIFT << self.order} bytes"
+            exact = f"address, exact to {1 << self.page_shift << self.order} bytes"
             how = "address in the same page" if not self.order else exact
             self.moments[what] = Moment(event.ts, what, how, count=count, last_ts=event.ts)
         else:
@@ -98,8 +99,9 @@ class Errors:
 class Provenance:
     """Remembers at most ``limit`` places and as many DIMMs, those that reported last."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, page_shift: int = kvm.PAGE_SHIFT) -> None:
         self._limit = limit
+        self._page_shift = page_shift
         self._places: OrderedDict[tuple[int, int], Errors] = OrderedDict()
         self._dimms: OrderedDict[str, Errors] = OrderedDict()
 
@@ -108,11 +110,12 @@ class Provenance:
         label = event.label if isinstance(event, HwError) else None
         if label:
             self._of(self._dimms, label, Errors()).add(event)
-        place = place_of(event)
+        place = place_of(event, self._page_shift)
         if place is None:
             return None
         pfn, order = place
-        errors = self._of(self._places, (order, pfn >> order), Errors(pfn, order))
+        new = Errors(pfn, order, page_shift=self._page_shift)
+        errors = self._of(self._places, (order, pfn >> order), new)
         errors.add(event)
         return errors
 
@@ -125,7 +128,8 @@ class Provenance:
 
     def at(self, pfn: int) -> list[Errors]:
         """What was reported of places that hold this page, the most exact first."""
-        found = (self._places.get((order, pfn >> order)) for order in range(MAX_ORDER + 1))
+        orders = _MAX_SHIFT - self._page_shift + 1
+        found = (self._places.get((order, pfn >> order)) for order in range(orders))
         return [errors for errors in found if errors is not None]
 
     def origin(self, places: Iterable[Errors]) -> Origin | None:
@@ -156,18 +160,18 @@ class Provenance:
         return {label: errors.history() for label, errors in self._dimms.items()}
 
 
-def place_of(event: Mce | HwError) -> tuple[int, int] | None:
+def place_of(event: Mce | HwError, page_shift: int = kvm.PAGE_SHIFT) -> tuple[int, int] | None:
     """(pfn, order) that a report names; None without a usable address."""
-    pfn, grain = event.pfn, kvm.PAGE_SHIFT
+    pfn, grain = event.pfn, page_shift
     if isinstance(event, HwError):
         if pfn is None and event.addr is not None:
-            pfn = event.addr >> kvm.PAGE_SHIFT
+            pfn = event.addr >> page_shift
         if event.grain:
             grain = (event.grain - 1).bit_length()
     elif event.status & _MISCV and event.misc is not None:
         grain = event.misc & _ADDR_LSB
-    order = max(0, grain - kvm.PAGE_SHIFT)
-    return None if pfn is None or order > MAX_ORDER else (pfn, order)
+    order = max(0, grain - page_shift)
+    return None if pfn is None or order > _MAX_SHIFT - page_shift else (pfn, order)
 
 
 def severity_of(event: Mce | HwError) -> str | None:

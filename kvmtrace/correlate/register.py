@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
+from kvmtrace import kvm
 from kvmtrace.correlate.incidents import Place, State
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import Owner
@@ -13,8 +14,11 @@ from kvmtrace.events import Owner
 class Register:
     """All incidents that are remembered; every index points at one of those, never elsewhere."""
 
-    def __init__(self, limits: Limits, lose: Callable[[str, int], None]) -> None:
+    def __init__(
+        self, limits: Limits, lose: Callable[[str, int], None], page: int = 1 << kvm.PAGE_SHIFT
+    ) -> None:
         self._limits = limits
+        self._page = page
         self._lose = lose
         self._all: OrderedDict[str, State] = OrderedDict()
         self._by_pfn: dict[int, State] = {}
@@ -55,7 +59,7 @@ class Register:
         while f"{stem}-{number}" in self._all:  # the number was forgotten, the incident not
             number += 1
         self._serial[stem] = number
-        state = State(f"{stem}-{number}", self._limits, self._lose)
+        state = State(f"{stem}-{number}", self._limits, self._lose, self._page)
         self._all[state.id] = state
         while len(self._all) > self._limits.incidents:
             victim = next((s for s in self._all.values() if s.over), None)

@@ -27,6 +27,7 @@ MARK = "from_here_on"
 # A poison with hundreds of owners is below 100 kB; anything longer is no recording.
 MAX_LINE = 1 << 20
 BATCH = 4096
+_PAGE_SHIFTS = range(12, 21)
 
 
 class Writer:
@@ -124,9 +125,12 @@ class RecordingSource:
                 f"{self.path} was recorded by a newer kvmtrace", "replay it with that version"
             )
         try:
-            return build(Host, record)
+            host = build(Host, record)
         except WRONG as error:
             raise self._bad("incomplete header") from error
+        if host.page_shift not in _PAGE_SHIFTS:
+            raise self._bad(f"pages of 2**{host.page_shift} bytes")
+        return host
 
     def _record(self) -> dict[str, Any] | None:
         """The next line; None (and ``done``) at the end of the file, None for an empty line."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kvmtrace import kvm
-from kvmtrace.correlate.incidents import PAGE
 from kvmtrace.errors import UsageError
 from kvmtrace.identity import clean
 from kvmtrace.model import Incident, Party, Snapshot, SoftOffline, Vm
@@ -24,7 +23,7 @@ def find(snapshot: Snapshot, target: str) -> list[Incident]:
     place, at, vm = target.rpartition("@")
     number = _number(place)
     if at and number is not None and vm:
-        return _at_place(snapshot, number >> kvm.PAGE_SHIFT, vm)
+        return _at_place(snapshot, number >> snapshot.page_shift, vm)
     pfn = _number(target)
     of_page = [] if pfn is None else [i for i in snapshot.incidents if _covers(i, pfn)]
     of_vm = [i for i in snapshot.incidents if any(_is(p, target) for p in i.parties.values())]
@@ -75,7 +74,7 @@ def _at_place(snapshot: Snapshot, gfn: int, vm: str) -> list[Incident]:
 
 
 def _covers(incident: Incident, pfn: int) -> bool:
-    pages = max(1, (incident.size or PAGE) // PAGE)
+    pages = max(1, (incident.size or 0) >> incident.page_shift)
     return incident.pfn is not None and incident.pfn // pages == pfn // pages
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmtrace.cli.attaching import model_of
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import (
     KINDS,
@@ -37,6 +38,7 @@ from kvmtrace.events import (
 )
 from kvmtrace.model import Host
 from kvmtrace.sources.recording import RecordingSource, Writer
+from kvmtrace.views import targets
 from tests.unit.fake import PROBES, STORY, T0
 
 HOST = Host("sick-host", "6.18.15", "bpf", "bpf works here", 4096)
@@ -178,6 +180,29 @@ def test_strings_are_cleaned(tmp_path: Path) -> None:
     assert isinstance(seen, VmSeen)
     assert isinstance(poison, Poison)
     assert (seen.name, poison.page_type, poison.result) == ("a?[2J", "p?", "r")
+
+
+def test_a_host_with_other_pages_is_replayed_with_its_own(tmp_path: Path) -> None:
+    """An arm64 host with pages of 16 KiB, looked at on any other."""
+    story: tuple[Event, ...] = (
+        VmSeen(T0, 1, 4001, "web"),
+        Poison(T0, 0x1000, "dirty LRU page", "Recovered"),
+        Owned(T0, 0x1000, Owner(1, 5, 0x7F0000014000), "pagemap"),
+        Mce(T0, 0x4000123, 0x1000, 1, 2, 0, 0xBD80000000100134),
+    )
+    host = Host("arm", "7.3.4", "bpf", page_shift=14)
+    path = tmp_path / "arm.jsonl"
+    with path.open("w") as file:
+        Writer(file, host).write(story, PROBES)
+    events, source = replayed(path)
+    snapshot = model_of(events, source.host, ())
+    (incident,) = snapshot.incidents
+    assert incident.size == 1 << 14
+    assert targets.find(snapshot, "0x14000@web") == [incident]
+    assert targets.find(snapshot, "0x5000@web") == []
+    path.write_text(path.read_text().replace('"page_shift":14', '"page_shift":400'))
+    with pytest.raises(KvmtraceError, match=r"2\*\*400 bytes"):
+        RecordingSource(str(path))
 
 
 def test_newer_fields_are_ignored(tmp_path: Path) -> None:
