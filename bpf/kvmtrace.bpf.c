@@ -64,8 +64,8 @@ BPF_TABLE("lru_hash", u32, struct fault, faults, 8192);
  * vCPU's count of exits at that time, or 0. */
 BPF_TABLE("lru_hash", u32, u64, signalled, 8192);
 
-/* Per thread: `run` saw the exit that is on its way out. */
-BPF_TABLE("lru_hash", u32, u8, run_saw, 8192);
+/* Per thread: the vCPU's count of exits at the failed KVM_RUN that was seen last. */
+BPF_TABLE("lru_hash", u32, u64, run_saw, 8192);
 
 /* Per thread: from kvm_gmem_error_folio to the verdict that follows it. */
 BPF_TABLE("lru_hash", u32, struct gmem_walk, walks, 256);
@@ -254,7 +254,7 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 static __always_inline int on_run(u64 vcpu, int ret)
 {
 	u32 tid;
-	u8 one = 1;
+	u64 exits;
 
 	if (ret >= 0)
 		return 0;
@@ -262,8 +262,22 @@ static __always_inline int on_run(u64 vcpu, int ret)
 	if (ret == -EINTR_ || ret == -EAGAIN_)
 		return 0;
 	tid = (u32)bpf_get_current_pid_tgid();
-	run_saw.update(&tid, &one);
+	exits = exits_of(vcpu);
+	run_saw.update(&tid, &exits);
 	return on_run_failed(vcpu, ret);
+}
+
+/* A KVM_RUN that was under way when the probes were attached returns past them, but not past
+ * kvm:kvm_userspace_exit(reason, errno), which is traced behind it. Whose it is, the fault tells that
+ * has just failed in it; what `run` has seen has taken its fault. */
+static __always_inline int on_run_under_way(int ret)
+{
+	u32 tid = (u32)bpf_get_current_pid_tgid();
+	struct fault *fault = faults.lookup(&tid);
+
+	if (!fault || fault->exits != exits_of(fault->vcpu))
+		return 0;
+	return on_run(fault->vcpu, ret);
 }
 
 /* ---- run_outer: kvm_vcpu_ioctl(file, ioctl, arg) came back, the function around KVM_RUN ----
@@ -275,17 +289,20 @@ static __always_inline int on_run(u64 vcpu, int ret)
 static __always_inline int on_run_outer(u64 file, u32 ioctl, long ret)
 {
 	u32 tid;
+	u64 vcpu, *saw;
 
 	if (ret >= 0)
 		return 0;
 	if (ioctl != KVM_RUN_ || ret == -EINTR_ || ret == -EAGAIN_)
 		return 0;
 	tid = (u32)bpf_get_current_pid_tgid();
-	if (run_saw.lookup(&tid)) {
+	vcpu = word(file + OFF_file_private_data);
+	saw = run_saw.lookup(&tid);
+	if (saw && *saw == exits_of(vcpu)) {
 		run_saw.delete(&tid);
 		return 0;
 	}
-	return on_run_failed(word(file + OFF_file_private_data), (int)ret);
+	return on_run_failed(vcpu, (int)ret);
 }
 
 /* ---- arm_sea: kvm_handle_guest_sea(vcpu) returned; 0: KVM_RUN will too, with KVM_EXIT_ARM_SEA ---- */
@@ -517,7 +534,9 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task)
 {
 	struct sigbus_record record = {};
 	struct sigbus_count *count = 0;
-	u64 vcpu = running_vcpu(), exits = exits_of(vcpu);
+	u32 tid = (u32)bpf_get_current_pid_tgid(), target = task ? half(task + OFF_task_struct_pid) : tid;
+	/* memory_failure in a vCPU's thread also sends to others who have the page. */
+	u64 vcpu = target == tid ? running_vcpu() : 0, exits = exits_of(vcpu);
 
 	fill(&record.h, RECORD_SIGBUS, vcpu ? word(vcpu + OFF_kvm_vcpu_kvm) : 0);
 	record.hva = hva;
@@ -528,7 +547,7 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task)
 #else
 	record.vcpu = -2;
 #endif
-	record.target_tid = task ? half(task + OFF_task_struct_pid) : record.h.tid;
+	record.target_tid = target;
 	record.target_tgid = task ? half(task + OFF_task_struct_tgid) : record.h.tgid;
 	if (!count_signal(&record, &count)) {
 		signalled.delete(&record.h.tid);
@@ -842,7 +861,12 @@ int tp_run(struct bpf_raw_tracepoint_args *ctx)
 	if ((int)ctx->args[1] >= 0)
 		return 0;
 	args = kept_by(KEPT_RUN);
-	return args ? on_run(args->a, (int)ctx->args[1]) : 0;
+	return args ? on_run(args->a, (int)ctx->args[1]) : on_run_under_way((int)ctx->args[1]);
+}
+
+int tp_run_under_way(struct bpf_raw_tracepoint_args *ctx)
+{
+	return (int)ctx->args[1] >= 0 ? 0 : on_run_under_way((int)ctx->args[1]);
 }
 
 int kp_gmem(struct pt_regs *ctx)

@@ -27,9 +27,10 @@ PM_UFFD_WP = 1 << 57
 _PFN = (1 << 55) - 1
 _SWAP_TYPE = 0x1F  # MAX_SWAPFILES_SHIFT is 5
 
-# The lowest swap type that no swap device can have: of 32, at most 9 are special (device-private
-# 3 or 4, migration 3, hwpoison 1, marker 1; seen: hwpoison is 24 on 7.3, 23 with four of device).
-FIRST_SPECIAL_TYPE = 23
+# Swap types that no swap device has and no marker: of 32, the last 6 to 10 are special (hwpoison 1,
+# migration 3, device-private 3 or 4, and at the end markers, 2 of them in 6.1 and 1 since; seen:
+# hwpoison is 24 on 7.3, 23 with four of device, 22 on 6.1 with them). A marker's offset is no page.
+SPECIAL_TYPES = range(22, 30)
 
 # include/uapi/linux/fs.h: _IOWR('f', 16, struct pm_scan_arg), Linux 6.7
 _PAGEMAP_SCAN = 0xC0606610
@@ -106,7 +107,7 @@ def poisoned(entry: int) -> int | None:
     if entry & PM_PRESENT or not entry & PM_SWAP:
         return None
     value = entry & _PFN
-    return value >> 5 if value & _SWAP_TYPE >= FIRST_SPECIAL_TYPE else None
+    return value >> 5 if value & _SWAP_TYPE in SPECIAL_TYPES else None
 
 
 class Pagemap:

@@ -102,3 +102,8 @@ def context_specs() -> tuple[ProbeSpec, ...]:
 RUN_OUTER = ProbeSpec(
     "run_outer", ("kvm_vcpu_ioctl",), "return", "exits while run was preempted on that CPU"
 )
+
+# What a source needs beside `run`, to see those that were in KVM_RUN when it attached.
+RUN_UNDER_WAY = ProbeSpec(
+    "run_under_way", ("kvm:kvm_userspace_exit",), "entry", "exits that began before the start"
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from kvmtrace import btfblob
 from kvmtrace.btf import Btf
@@ -15,7 +15,7 @@ from kvmtrace.ftrace.dynevents import Defined, DynamicEvents
 from kvmtrace.ftrace.instance import Instance
 from kvmtrace.ftrace.ringpage import EventFormat
 from kvmtrace.model import Probe
-from kvmtrace.probes import ProbeSpec, context_specs, specs
+from kvmtrace.probes import RUN_UNDER_WAY, ProbeSpec, context_specs, specs
 
 _KVM = "/sys/module/kvm"
 
@@ -30,10 +30,12 @@ class Attacher:
         self._rings = rings
         self._events = DynamicEvents(root, group, _offset)
         self._specs = {spec.name: spec for spec in specs() + context_specs()}
-        self._optional = {"slot", *(spec.name for spec in context_specs())}
         self._specs["slot"] = ProbeSpec("slot", (fields.SLOT_TARGET,), "entry", "")
+        self._specs[RUN_UNDER_WAY.name] = RUN_UNDER_WAY
+        self._helpers = {"slot", RUN_UNDER_WAY.name}
+        self._optional = {*self._helpers, *(spec.name for spec in context_specs())}
         self._probes: dict[str, Probe] = {}
-        self._filters: dict[str, str] = {}
+        self._filters: dict[str, tuple[str, str]] = {}  # path and condition
         self._counted: set[str] = set()
 
     def probes(self) -> tuple[Probe, ...]:
@@ -42,7 +44,8 @@ class Attacher:
         return tuple(
             probe
             for probe in found
-            if probe.name not in self._optional or (probe.attached and probe.name != "slot")
+            if probe.name not in self._optional
+            or (probe.attached and probe.name not in self._helpers)
         )
 
     def attached(self, name: str) -> bool:
@@ -74,18 +77,17 @@ class Attacher:
         self._filters.clear()
         self._counted.clear()
         for name, probe in list(self._probes.items()):
-            if probe.via != "tracepoint":
+            # A module's tracepoints go with it.
+            if probe.via != "tracepoint" or (probe.target or "").startswith("kvm:"):
                 del self._probes[name]
 
     def mute(self, excluded: Mapping[str, str]) -> None:
         """Keep some events out of the ring: {event: what to add to its filter}."""
         for name, condition in excluded.items():
             if name in self._filters:
+                path, ordinary = self._filters[name]
                 with contextlib.suppress(OSError):
-                    self._ring_of(name).write(
-                        f"events/{self._group}/{name}/filter",
-                        f"({self._filters[name]}){condition}",
-                    )
+                    self._ring_of(name).write(path, f"({ordinary}){condition}")
 
     def totals(self) -> hist.Totals:
         """The kernel's counts, now."""
@@ -133,11 +135,7 @@ class Attacher:
 
     def _enable(self, ring: Instance, event: Defined) -> None:
         path = f"events/{self._group}/{event.name}"
-        conditions = fields.FILTERS.get(event.name, ())
-        condition = next((text for field, text in conditions if field in event.fields), None)
-        if condition:
-            ring.write(f"{path}/filter", condition)
-            self._filters[event.name] = condition
+        self._filter(ring, event.name, path, event.fields)
         triggers = hist.triggers(event.name, event.fields)
         with contextlib.suppress(OSError):  # no CONFIG_HIST_TRIGGERS: events must do
             for trigger in triggers:
@@ -155,10 +153,18 @@ class Attacher:
             return Probe(spec.name, False, why=f"this kernel has no {target}")
         try:
             self._learn(spec.name, text)
+            self._filter(ring, spec.name, path, ("errno",))
             ring.write(f"{path}/enable", "1")
         except (OSError, ValueError) as error:
             return Probe(spec.name, False, why=str(error))
         return Probe(spec.name, True, target, "tracepoint")
+
+    def _filter(self, ring: Instance, name: str, path: str, known: Collection[str]) -> None:
+        conditions = fields.FILTERS.get(name, ())
+        condition = next((text for field, text in conditions if field in known), None)
+        if condition:
+            ring.write(f"{path}/filter", condition)
+            self._filters[name] = f"{path}/filter", condition
 
     def _learn(self, probe: str, text: str) -> None:
         known = EventFormat(text)

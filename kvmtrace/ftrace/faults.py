@@ -127,6 +127,22 @@ class Faults:
         self._again[same] = (0, record.ts, vid)
         return [_exit(record.ts, (vm, vid), key, detail, 1)]
 
+    def run_under_way(self, record: Record) -> list[Event]:
+        """KVM_RUN failed, by the tracepoint behind it.
+
+        A call that was under way when the probes were attached returns past ``run``; whose it is,
+        the fault tells that has just failed in it. The kernel's counts do not have it.
+        """
+        tid, errno = record.fields["common_pid"], record.fields["errno"]
+        fault = self._faults.pop(tid, None)
+        # With some exits muted or dropped, a fault may be left over from one of those.
+        if fault is None or fault.fields["ret"] != errno or self._doubtful or self.storms:
+            return []
+        key = ExitKey(fault.fields["vcpu"], errno, record.fields["reason"])
+        detail = _detail(key, {**fault.fields, "common_pid": tid}, fault)
+        vm = self._people.key(Record(record.ts, "run", fault.fields))
+        return [_exit(record.ts, (vm, fault.fields["vid"]), key, detail, 1)]
+
     def arm_sea(self, record: Record) -> Event:
         """KVM_RUN tells of a synchronous external abort: no errno, and no other probe sees it."""
         fields = record.fields

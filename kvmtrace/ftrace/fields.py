@@ -203,6 +203,7 @@ FILTERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("pfn", f"(ret < 0 && ret != -4) || pfn == {KVM_PFN_ERR_HWPOISON:#x}"),
         ("ret", "ret < 0 && ret != -4"),
     ),
+    "run_under_way": (("errno", FAILED.replace("ret", "errno")),),
     "vm_new": (("ret", "ret == 0"),),
     "arm_sea": (("ret", f"ret == 0 && reason == {kvm.EXIT_ARM_SEA}"),),
     "sigbus": (("code", "code == 4 || code == 5"),),
@@ -216,7 +217,7 @@ RINGS: dict[str, tuple[str, ...]] = {
         *("mc_event", "extlog", "apei", "arm_event", "non_standard", "soft_offline", "unpoison"),
     ),
     "signals": ("sigbus", "sigbus_forced"),
-    "faults": ("run", "gmem", "faultin"),
+    "faults": ("run", "gmem", "faultin", "run_under_way"),
 }
 # What of a ring has to be counted (hist.triggers), that nothing is lost when the ring is full.
 COUNTED = {"signals": ("sigbus", "sigbus_forced"), "faults": ("run",)}

@@ -118,6 +118,8 @@ class Joiner:
                 if record.fields["ret"] == -kvm.EINTR:
                     return self.signals.returned(record)
                 return self.faults.run(record)
+            case "run_under_way":
+                return self.faults.run_under_way(record)
             case "arm_sea":
                 return [self.faults.arm_sea(record)]
             case "gmem":

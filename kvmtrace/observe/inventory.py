@@ -50,9 +50,12 @@ def failure_counts(sys: str = "/sys") -> tuple[tuple[str, int], ...]:
 
 
 def ram_ranges(iomem: str = "/proc/iomem") -> list[tuple[int, int]]:
-    """Page frames [first, end) of System RAM; [] where the addresses are hidden."""
+    """Page frames [first, end) of System RAM; [] where the addresses are hidden.
+
+    What a driver brought (kmem, virtio_mem) is listed below that driver's device.
+    """
     ranges = []
-    pattern = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) : System RAM", re.MULTILINE)
+    pattern = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : System RAM", re.MULTILINE)
     try:
         text = Path(iomem).read_text(encoding="utf-8", errors="replace")
     except OSError:

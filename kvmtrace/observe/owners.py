@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from kvmtrace import kvm
 from kvmtrace.pagemap import (
     ENTRY,
-    FIRST_SPECIAL_TYPE,
     PAGE,
     PAGE_IS_HUGE,
     PAGE_IS_SWAPPED,
     PM_PRESENT,
     PM_SWAP,
     PM_UFFD_WP,
+    SPECIAL_TYPES,
     Area,
     Pagemap,
     poisoned,
@@ -34,7 +34,6 @@ from kvmtrace.pagemap import (
 SCAN_BYTES = 1 << 30
 READ_ENTRIES = 1 << 15
 
-_LAST_SPECIAL_TYPE = 28
 MAX_NEEDLES = 16
 
 
@@ -217,7 +216,7 @@ def _matches(raw: bytes, pfns: frozenset[int]) -> Iterator[tuple[int, int]]:
                 yield index, found
         return
     for pfn in pfns:
-        values = [pfn] + [pfn << 5 | t for t in range(FIRST_SPECIAL_TYPE, _LAST_SPECIAL_TYPE + 1)]
+        values = [pfn] + [pfn << 5 | kind for kind in SPECIAL_TYPES]
         for value in values:
             # The low six bytes of an entry are pfn (or type and offset) only; flags come above.
             needle = (value & (1 << 48) - 1).to_bytes(6, "little")

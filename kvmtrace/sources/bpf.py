@@ -241,6 +241,8 @@ class _Programs:
             why_not = self._attach_trampoline(spec, function)
             if why_not is None:
                 via = "fentry" if spec.at == "entry" else "fexit"
+                if spec.name == "run" and self._attach_userspace_exit("tp_run_under_way") is None:
+                    via = "fexit+raw_tracepoint"
                 return Probe(spec.name, True, target, via)
             why = why_not
         if spec.name not in _KPROBES:
@@ -275,14 +277,7 @@ class _Programs:
                 lambda: self._bpf.attach_kprobe(event=event, fn_name=b"kp_run"),
                 "kp_run",
             )
-            why = why or self._try(
-                spec.name,
-                lambda: self._bpf.attach_raw_tracepoint(
-                    tp=b"kvm_userspace_exit", fn_name=b"tp_run"
-                ),
-                "tp_run",
-            )
-            return why, "kprobe+raw_tracepoint"
+            return why or self._attach_userspace_exit("tp_run"), "kprobe+raw_tracepoint"
         entry, leave = _KPROBES[spec.name]
         why = self._try(
             spec.name,
@@ -297,6 +292,15 @@ class _Programs:
             leave,
         )
         return why, "kretprobe"
+
+    def _attach_userspace_exit(self, function: str) -> str | None:
+        return self._try(
+            "run",
+            lambda: self._bpf.attach_raw_tracepoint(
+                tp=b"kvm_userspace_exit", fn_name=function.encode()
+            ),
+            function,
+        )
 
     def _try(self, probe: str, attach: Any, function: str) -> str | None:
         """Attach one program; the reason in one line if that fails."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from kvmtrace.btf import libbpf
 from kvmtrace.guestmem import Slot
-from kvmtrace.pagemap import FIRST_SPECIAL_TYPE
+from kvmtrace.pagemap import SPECIAL_TYPES
 from kvmtrace.sources.bpf_records import GmemWalk
 
 OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -260,7 +260,7 @@ def poisoned_x86(entry: int) -> int | None:
 
     Five bits of type at the top, the offset inverted below them, from bit 9 on (L1TF).
     """
-    if not entry or entry & 0x101 or entry >> 59 < FIRST_SPECIAL_TYPE:
+    if not entry or entry & 0x101 or entry >> 59 not in SPECIAL_TYPES:
         return None
     return ((~entry << 5) & (1 << 64) - 1) >> 14
 
@@ -275,7 +275,7 @@ def poisoned_arm64(entry: int) -> int | None:
     if not entry or entry & 1:
         return None
     for type_at, offset_at in ((6, 12), (3, 8)):
-        if entry >> type_at & 0x1F >= FIRST_SPECIAL_TYPE:
+        if entry >> type_at & 0x1F in SPECIAL_TYPES:
             return entry >> offset_at & (1 << 50) - 1
     return None
 

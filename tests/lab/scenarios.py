@@ -17,6 +17,7 @@ from tests.lab.drive import (
     Unstageable,
     Vmm,
     Watch,
+    end_following,
     following,
     recorded,
     replayed,
@@ -24,6 +25,7 @@ from tests.lab.drive import (
     seen_by,
     told_by,
     top,
+    watching,
 )
 from tests.lab.machine import Machine
 
@@ -101,6 +103,30 @@ def gmem_poison(machine: Machine, source: str) -> None:
     assert fault["incident"] == told["incident"]
     assert told["ts"] < fault["ts"]
     _same(lines, vmm.pid, report)
+    _nothing_lost(lines)
+
+
+def under_way(machine: Machine, source: str) -> None:
+    """The vCPU is in KVM_RUN before kvmtrace starts, and comes back with the poison."""
+    end_following(machine)
+    vmm = Vmm(machine, "old")
+    vmm.step("create v backing=gmem pages=32")
+    vmm.step("touch v +3 op=spin bg=1 timeout=3600")
+    with watching(machine, source) as watch:
+        _needs_exits(watch)
+        poison = vmm.step("poison v +3")
+        told = vmm.step("wait")
+        lines = watch.until(lambda ls: _exit_of(ls, vmm.pid, "EHWPOISON"), "the exit")
+        (exit_,) = _exit_of(lines, vmm.pid, "EHWPOISON")
+        assert (exit_["count"], exit_["vcpu"], exit_["gfn"]) == (1, 0, poison["gfn"]), exit_
+        assert (exit_["annotated"], exit_["cause"]) == (True, "hwpoison")
+        assert ("gpa" in exit_) == (source == "bpf")  # the tracepoint does not tell it
+        # From here on it is like any other.
+        vmm.step("touch v +3")
+        report = vmm.end()
+        lines = watch.until(gone(vmm.pid), "the VM's end")
+    assert sum(x["count"] for x in _exit_of(lines, vmm.pid, "EHWPOISON")) == 2
+    assert sum(row["count"] for row in report["failed"]) == 2, (report, told)
     _nothing_lost(lines)
 
 
@@ -463,6 +489,7 @@ class Scenario:
 
 SCENARIOS = (
     Scenario(gmem_poison),
+    Scenario(under_way),
     Scenario(efault),
     Scenario(unannotated),
     Scenario(no_crosstalk),

@@ -50,6 +50,9 @@ HVA = 0x7F54D37D5000
         (NEVER_TOUCHED, None),
         (PRESENT, None),
         (1 << 62 | 0x1234 << 5 | 3, None),  # swapped out to the fourth swap device
+        (1 << 62 | 0x1234 << 5 | 22, 0x1234),  # 6.1 with memory on devices
+        (1 << 62 | 2 << 5 | 31, None),  # a marker: UFFDIO_POISON
+        (1 << 62 | 1 << 5 | 30, None),  # 6.1's
     ],
 )
 def test_a_poisoned_entry_tells_its_pfn(entry: int, pfn: int | None) -> None:
@@ -147,6 +150,20 @@ def test_gfns() -> None:
 def test_kpageflags() -> None:
     flags = struct.pack("=5Q", 0x40008501C, 0x8401C, 0, 0x80000, 0x60000)
     assert list(inventory.poisoned_in(flags)) == [0, 1, 3]
+
+
+def test_ram_that_a_driver_brought_is_ram(tmp_path: Path) -> None:
+    (tmp_path / "iomem").write_text(
+        "00100000-7fffffff : System RAM\n  01000000-01ffffff : Kernel code\n"
+        "1050000000-304fffffff : CXL Window 0\n  1050000000-304fffffff : dax0.0\n"
+        "    1050000000-304fffffff : System RAM (kmem)\n"
+    )
+    found = inventory.ram_ranges(str(tmp_path / "iomem"))
+    shift = kvm.PAGE_SHIFT
+    assert found == [
+        (0x100000 >> shift, 0x80000000 >> shift),
+        (0x1050000000 >> shift, 0x3050000000 >> shift),
+    ]
 
 
 def test_failure_counts_are_summed_over_nodes(tmp_path: Path) -> None:

@@ -14,19 +14,23 @@ const size_t guest_return_bytes = sizeof(guest_return);
 
 static const uint32_t program[] = {
 	0xf100003f | OP_READ << 10,  /*  0 start: cmp x1, #OP_READ  */
-	0x540000e0,                  /*  4        b.eq read  (32)   */
+	0x54000120,                  /*  4        b.eq read  (40)   */
 	0xf100003f | OP_WRITE << 10, /*  8        cmp x1, #OP_WRITE */
-	0x540000e0,                  /* 12        b.eq write (40)   */
+	0x54000120,                  /* 12        b.eq write (48)   */
 	0xf100003f | OP_EXEC << 10,  /* 16        cmp x1, #OP_EXEC  */
-	0x540000e0,                  /* 20        b.eq exec  (48)   */
-	0xb9000040,                  /* 24 report: str w0, [x2]     */
-	0x17fffff9,                  /* 28        b start           */
-	0x39400003,                  /* 32 read:  ldrb w3, [x0]     */
-	0x17fffffd,                  /* 36        b report          */
-	0x39000003,                  /* 40 write: strb w3, [x0]     */
-	0x17fffffb,                  /* 44        b report          */
-	0xd63f0000,                  /* 48 exec:  blr x0            */
-	0x17fffff9,                  /* 52        b report          */
+	0x54000120,                  /* 20        b.eq exec  (56)   */
+	0xf100003f | OP_SPIN << 10,  /* 24        cmp x1, #OP_SPIN  */
+	0x54000120,                  /* 28        b.eq spin  (64)   */
+	0xb9000040,                  /* 32 report: str w0, [x2]     */
+	0x17fffff7,                  /* 36        b start           */
+	0x39400003,                  /* 40 read:  ldrb w3, [x0]     */
+	0x17fffffd,                  /* 44        b report          */
+	0x39000003,                  /* 48 write: strb w3, [x0]     */
+	0x17fffffb,                  /* 52        b report          */
+	0xd63f0000,                  /* 56 exec:  blr x0            */
+	0x17fffff9,                  /* 60        b report          */
+	0x39400003,                  /* 64 spin:  ldrb w3, [x0]     */
+	0x17ffffff,                  /* 68        b spin            */
 };
 
 void guest_install(void *code, size_t bytes)

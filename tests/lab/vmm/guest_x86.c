@@ -16,19 +16,23 @@ const size_t guest_return_bytes = sizeof(guest_return);
 
 static const uint8_t program[] = {
 	0x80, 0xf9, OP_READ,  /* start: cmp cl, OP_READ  */
-	0x74, 0x0e,           /*        je read          */
+	0x74, 0x13,           /*        je read          */
 	0x80, 0xf9, OP_WRITE, /*        cmp cl, OP_WRITE */
-	0x74, 0x0d,           /*        je write         */
+	0x74, 0x12,           /*        je write         */
 	0x80, 0xf9, OP_EXEC,  /*        cmp cl, OP_EXEC  */
-	0x74, 0x0c,           /*        je exec          */
+	0x74, 0x11,           /*        je exec          */
+	0x80, 0xf9, OP_SPIN,  /*        cmp cl, OP_SPIN  */
+	0x74, 0x10,           /*        je spin          */
 	0xe6, REPORT_PORT,    /* report: out REPORT, al  */
-	0xeb, 0xed,           /*        jmp start        */
+	0xeb, 0xe8,           /*        jmp start        */
 	0x8a, 0x07,           /* read:  mov al, [edi]    */
 	0xeb, 0xf8,           /*        jmp report       */
 	0x88, 0x07,           /* write: mov [edi], al    */
 	0xeb, 0xf4,           /*        jmp report       */
 	0xff, 0xd7,           /* exec:  call edi         */
 	0xeb, 0xf0,           /*        jmp report       */
+	0x8a, 0x07,           /* spin:  mov al, [edi]    */
+	0xeb, 0xfc,           /*        jmp spin         */
 };
 
 void guest_install(void *code, size_t bytes)

@@ -32,7 +32,8 @@ static const char help[] =
 "          file= opens PATH as backing=memfd (/proc/PID/fd/N of another process's memfd: two owners of a page);\n"
 "          shared= uses a VM's memory of this process; slots= splits the memory, gap= gfns apart, in reverse order\n"
 "          in the file, with files=each over one file per slot; private= asks for KVM_X86_SW_PROTECTED_VM\n"
-"touch VM GFN [op=read|write|exec]     enter the guest until its access succeeded or KVM_RUN failed once\n"
+"touch VM GFN [op=read|write|exec|spin]     enter the guest until its access succeeded or KVM_RUN failed once;\n"
+"                                      spin: it reads and never returns until it fails\n"
 "loop VM GFN N [op=] [gap_us=0]        N KVM_RUNs on that access, whatever they say: the VMM that doesn't cope\n"
 "pio VM N [gap_us=0]                   N ordinary exits (a port on x86, MMIO on arm64)\n"
 "prefault VM GFN [n=1]                 KVM_PRE_FAULT_MEMORY: a guest_memfd failure that no KVM_RUN tells\n"
@@ -364,7 +365,8 @@ static bool parse_job(enum job_kind kind, struct job *job, struct vcpu **vcpu, d
 	if (!vm || failed)
 		return false;
 	*job = (struct job){ .kind = kind, .n = 1 };
-	job->op = !strcmp(op, "exec") ? OP_EXEC : !strcmp(op, "write") ? OP_WRITE : OP_READ;
+	job->op = !strcmp(op, "exec") ? OP_EXEC : !strcmp(op, "write") ? OP_WRITE :
+		  !strcmp(op, "spin") ? OP_SPIN : OP_READ;
 	job->bg = number_option("bg", !strcmp(in.step, "pio-bg"));
 	job->gap_us = number_option("gap_us", 0);
 	*timeout = strtod(option("timeout", kind == JOB_TOUCH || kind == JOB_PREFAULT ? "10" : "0"), NULL);

@@ -126,7 +126,7 @@ struct vm {
 
 /* ---- vcpu.c: each vCPU has a thread that does one job at a time ---- */
 enum job_kind { JOB_TOUCH, JOB_LOOP, JOB_PIO, JOB_PREFAULT, JOB_QUIT };
-enum op { OP_NONE, OP_READ, OP_WRITE, OP_EXEC };
+enum op { OP_NONE, OP_READ, OP_WRITE, OP_EXEC, OP_SPIN };
 struct job {
 	enum job_kind kind;
 	enum op op;
