@@ -16,6 +16,8 @@
 #define EAGAIN_ 11
 #define EFAULT_ 14
 #define EHWPOISON_ 133
+#define SIGBUS_ 7
+#define SI_KERNEL_ 0x80
 #define KVM_EXIT_MEMORY_FAULT_ 39
 #define KVM_EXIT_ARM_SEA_ 41
 #define ARM_SEA_GPA_VALID 1
@@ -561,6 +563,12 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task)
 	return 0;
 }
 
+/* force_sig(sig): what a thread gets that consumed poison which memory_failure could not deal with */
+static __always_inline int on_sigbus_bare(int sig)
+{
+	return sig == SIGBUS_ ? on_sigbus(SI_KERNEL_, 0, 0, 0) : 0;
+}
+
 /* ---- mce: mce:mce_record(struct mce_hw_err * or struct mce *) ---- */
 
 static __always_inline int on_mce(u64 mce)
@@ -742,6 +750,12 @@ int FN_sigbus_forced(args_t *ctx)
 	return on_sigbus((int)ctx[0], ctx[1], (int)ctx[2], 0);
 }
 #endif
+#ifdef FN_sigbus_bare
+int FN_sigbus_bare(args_t *ctx)
+{
+	return on_sigbus_bare((int)ctx[0]);
+}
+#endif
 #ifdef FN_vm_new
 int FN_vm_new(args_t *ctx)
 {
@@ -919,6 +933,11 @@ int kp_sigbus(struct pt_regs *ctx)
 int kp_sigbus_forced(struct pt_regs *ctx)
 {
 	return on_sigbus((int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), (int)PT_REGS_PARM3(ctx), 0);
+}
+
+int kp_sigbus_bare(struct pt_regs *ctx)
+{
+	return on_sigbus_bare((int)PT_REGS_PARM1(ctx));
 }
 
 int kp_vm_gone(struct pt_regs *ctx)

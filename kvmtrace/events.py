@@ -135,6 +135,8 @@ class Owned(Event):
 class Sigbus(Event):
     """A BUS_MCEERR_* SIGBUS for thread ``tid`` of ``pid``; 2**``lsb`` bytes at ``hva`` are lost.
 
+    ``code`` SI_KERNEL: the kernel could not take the page out of the way of the thread that
+    consumed it, and ends that by force (arch/x86/kernel/cpu/mce/core.c, kill_me_now); no ``hva``.
     ``sender``: the thread in which the kernel sent it. ``vcpu`` and ``gfn``: sent from within
     KVM_RUN, for that vCPU's access. ``vm`` is None where the process runs no VM (or several and
     the thread does not tell which). ``pfn``: read from the process's page table at ``hva``.
@@ -145,7 +147,7 @@ class Sigbus(Event):
     pid: int
     tid: int
     code: int
-    hva: int
+    hva: int | None
     lsb: int | None = None
     sender: int | None = None
     vm: int | None = None

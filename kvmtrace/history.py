@@ -174,7 +174,8 @@ def _kind(event: Event) -> object:
         case Sigbus():
             # All that a signal may be joined by; of an address, the page.
             who = (event.pid, event.tid, event.sender, event.vm, event.vcpu)
-            page = (event.hva >> kvm.PAGE_SHIFT, event.lsb, event.gfn, event.pfn)
+            at = None if event.hva is None else event.hva >> kvm.PAGE_SHIFT
+            page = (at, event.lsb, event.gfn, event.pfn)
             return event.kind, event.code, *who, *page
         case VcpuState():
             return event.kind, event.vm, event.tid

@@ -32,7 +32,8 @@ EFAULT = _errno.EFAULT
 EHWPOISON = 133
 
 # include/uapi/asm-generic/siginfo.h
-SIGBUS_CODES: dict[int, str] = {4: "AR", 5: "AO"}
+SIGBUS_CODES: dict[int, str] = {4: "AR", 5: "AO", 0x80: "KERNEL"}
+SI_KERNEL = 0x80
 BUS_MCEERR_AR = 4
 BUS_MCEERR_AO = 5
 
@@ -69,7 +70,7 @@ def flag_names(flags: int) -> str:
 
 
 def sigbus_code_name(code: int) -> str:
-    """``4`` → ``"AR"`` (action required), ``5`` → ``"AO"`` (action optional)."""
+    """``4`` → ``"AR"`` (action required), ``5`` → ``"AO"`` (optional), 128 → ``"KERNEL"``."""
     return SIGBUS_CODES.get(code, str(code))
 
 

@@ -61,6 +61,9 @@ def specs(machine: str | None = None) -> tuple[ProbeSpec, ...]:
         ProbeSpec(
             "sigbus_forced", ("force_sig_mceerr",), "entry", "SIGBUS to the thread that was hit"
         ),
+        ProbeSpec(
+            "sigbus_bare", ("force_sig",), "entry", "SIGBUS without an address, after a poison"
+        ),
         ProbeSpec("vm_new", ("kvm_arch_init_vm",), "return", "VMs before their first fault"),
         ProbeSpec("vm_gone", ("kvm_destroy_vm",), "entry", "the end of a VM at once"),
     ]

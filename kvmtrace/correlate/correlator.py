@@ -26,7 +26,7 @@ from kvmtrace.correlate.halves import Halves
 from kvmtrace.correlate.incidents import State
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.population import Population
-from kvmtrace.correlate.provenance import Provenance
+from kvmtrace.correlate.provenance import Errors, Provenance
 from kvmtrace.correlate.register import Register
 from kvmtrace.events import (
     Event,
@@ -407,8 +407,9 @@ class Correlator:
         if event.pfn is not None:
             incident = self._incidents.at_pfn(event.pfn)
             if incident is not None:
-                return incident, _BY_PAGE_TABLE
-        if event.vm is None:
+                by_sender = "sent by the thread that had poisoned the page"
+                return incident, by_sender if event.hva is None else _BY_PAGE_TABLE
+        if event.vm is None or event.hva is None:
             return None, ""
         if event.gfn is not None:
             incident = self._incidents.at_place(event.vm, event.gfn)
@@ -435,12 +436,16 @@ class Correlator:
             self._own_by_signal(incident, event, event.vm, how)
         code = kvm.sigbus_code_name(event.code)
         who = f"vCPU {event.vcpu}" if event.vcpu is not None else f"thread {event.tid}"
-        what = f"SIGBUS {code} to {who}, hva {event.hva:#x}"
-        if by_poison and event.vcpu is None and event.tid == event.sender:
+        what = f"SIGBUS {code} to {who}"
+        if event.hva is not None:
+            what += f", hva {event.hva:#x}"
+        own = by_poison and event.vcpu is None and event.tid == event.sender
+        if own and not incident.failed_in_use:
             incident.sigbus_at_poison += event.count
+            incident.own_signals = [*incident.own_signals[-3:], event]
             what += ", by its own poisoning"
-            own = ("own signal", event.tid)
-            incident.note(own, event.ts, what, how, vm=event.vm, count=event.count)
+            key: object = ("own signal", event.tid)
+            incident.note(key, event.ts, what, how, vm=event.vm, count=event.count)
             return event.vm
         incident.sigbus += event.count
         key = ("sigbus", event.vm, event.tid, code)
@@ -461,6 +466,7 @@ class Correlator:
             if owner.vm in mine
             and (
                 owner.hva is None
+                or event.hva is None
                 or owner.hva // self._page == event.hva // self._page
                 or incident.huge
             )
@@ -468,10 +474,12 @@ class Correlator:
         return vms.pop() if len(vms) == 1 else None
 
     def _own_by_signal(self, incident: State, event: Sigbus, vm: int, how: str) -> None:
-        at = incident.place_of_address(vm, event.hva, None)
         hva = event.hva
+        if hva is None:
+            return
+        at = incident.place_of_address(vm, hva, None)
         if at is not None and at.hva is not None:
-            if at.hva // self._page != event.hva // self._page:
+            if at.hva // self._page != hva // self._page:
                 return  # another page of the same loss: the owner is known by the one that failed
             hva = at.hva
         has_vm = any(owner.vm == vm for owner in incident.owners.values())
@@ -509,13 +517,24 @@ class Correlator:
             elif (exact := self._incidents.at_pfn(errors.pfn)) is not None:
                 affected = [exact]
             for incident in affected:
-                incident.came_from(errors)
+                self._came_from(incident, errors)
         return Told(event, incident=affected[0].id if len(affected) == 1 else None)
 
     def _join_hardware(self, incident: State) -> None:
         """What was reported of this page before it was poisoned."""
         for errors in self._hardware.at(incident.pfn or 0):
-            incident.came_from(errors)
+            self._came_from(incident, errors)
+
+    def _came_from(self, incident: State, errors: Errors) -> None:
+        incident.came_from(errors)
+        if incident.failed_in_use:
+            # Reported after its poison: the thread did not poison the page, it consumed it.
+            signals, incident.own_signals = incident.own_signals, []
+            for signal in signals:
+                incident.sigbus_at_poison -= signal.count
+                incident.moments.pop(("own signal", signal.tid), None)
+                how = "sent by the thread that consumed the page"
+                self._take_signal(incident, signal, how, by_poison=True)
 
     # -- out
 

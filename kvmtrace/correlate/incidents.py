@@ -9,7 +9,7 @@ from kvmtrace import kvm
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.provenance import Errors
 from kvmtrace.correlate.verdicts import Evidence, Look, judge, loops_now
-from kvmtrace.events import Owner, VcpuState
+from kvmtrace.events import Owner, Sigbus, VcpuState
 from kvmtrace.model import Incident, Moment, Origin, Party, Telling, Verdict
 
 Place = tuple[int, int | None]  # VM key, gfn
@@ -57,6 +57,7 @@ class State:
     released: set[tuple[int, int]] = field(default_factory=set)  # VM, hva
     looks: dict[tuple[int, int], list[Look]] = field(default_factory=dict)  # by VM and thread
     places: list[Errors] = field(default_factory=list)
+    own_signals: list[Sigbus] = field(default_factory=list)
     moments: dict[object, Moment] = field(default_factory=dict)
     omitted: int = 0
 
@@ -249,6 +250,14 @@ class State:
         self.places.append(errors)
         return True
 
+    @property
+    def failed_in_use(self) -> bool:
+        """Hardware reported an error that somebody ran into: whoever was told used the page.
+
+        A thread that poisons a page of its own (madvise) gets the very same signal.
+        """
+        return any(e.facts.get("severity") in ("recoverable", "fatal") for e in self.places)
+
     # -- out
 
     def tellings(self, vm: int | None = None) -> tuple[Telling, ...]:
@@ -259,11 +268,12 @@ class State:
             if vm in (None, of)
         )
 
-    def state(self, now: int) -> str:
+    def state(self, now: int, parties: Mapping[int, Party]) -> str:
         """One of model.STATES. A loop that has ended is ``delivered``; its verdict remembers it."""
         if self.over:
             return "closed"
-        if any(loops_now(telling, now) for telling in self.tellings()):
+        gone = {key for key, party in parties.items() if party.gone_ts is not None}
+        if any(loops_now(one, now) for one in self.tellings() if one.vm not in gone):
             return "looping"
         if self.first_delivery_ts is not None:
             return "delivered"
@@ -295,7 +305,7 @@ class State:
         """As views see it."""
         return Incident(
             id=self.id,
-            state=self.state(now),
+            state=self.state(now, parties),
             pfn=self.pfn,
             page_type=self.page_type,
             result=self.result,

@@ -143,6 +143,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         _field("lsb", "lsb", "$arg3:s16"),
         _helper("tgid", "$current->tgid"),
     ),
+    "sigbus_bare": (_needed("sig", "sig", "$arg1:s32"), _helper("tgid", "$current->tgid")),
     "vm_new": (
         _needed("kvm", "kvm:x64"),
         _helper("tgid", f"{_TGID}"),
@@ -208,12 +209,13 @@ FILTERS: dict[str, tuple[tuple[str, str], ...]] = {
     "arm_sea": (("ret", f"ret == 0 && reason == {kvm.EXIT_ARM_SEA}"),),
     "sigbus": (("code", "code == 4 || code == 5"),),
     "sigbus_forced": (("code", "code == 4 || code == 5"),),
+    "sigbus_bare": (("sig", f"sig == {int(signal.SIGBUS)}"),),
 }
 
 # Which ring: a storm of one kind must not crowd out the rare and precious of another.
 RINGS: dict[str, tuple[str, ...]] = {
     "poison": (
-        *("poison", "gmem_error", "mce", "vm_new", "vm_gone", "slot", "arm_sea"),
+        *("poison", "gmem_error", "mce", "vm_new", "vm_gone", "slot", "arm_sea", "sigbus_bare"),
         *("mc_event", "extlog", "apei", "arm_event", "non_standard", "soft_offline", "unpoison"),
     ),
     "signals": ("sigbus", "sigbus_forced"),

@@ -134,6 +134,8 @@ class Joiner:
                 return [self.poisons.gmem_error(record)]
             case "sigbus" | "sigbus_forced":
                 return self.signals.sigbus(record)
+            case "sigbus_bare":
+                return [self.signals.bare(record)]
             case "mce":
                 return [self.poisons.mce(record)]
             case "soft_offline" | "unpoison":

@@ -65,6 +65,13 @@ class Signals:
         self._waiting[tid] = (key, event)
         return told
 
+    def bare(self, record: Record) -> Event:
+        """A SIGBUS that tells neither why nor where."""
+        tid = record.fields["common_pid"]
+        pid = self._people.process_of(tid, record.fields.get("tgid"))
+        vm = self._people.only_vm_of(pid)
+        return Sigbus(record.ts, pid, tid, kvm.SI_KERNEL, None, sender=tid, vm=vm)
+
     def fault(self, record: Record) -> list[Event]:
         """A fault on poisoned memory returned: its thread's signal was for this."""
         key, event = self._waiting.pop(record.fields["common_pid"], (None, None))

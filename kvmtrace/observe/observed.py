@@ -44,6 +44,8 @@ SLICE_SECONDS = 0.05
 MAX_SEARCHES = 64
 MAX_PFNS = 16384
 MAX_HUGE = 4096
+# From memory_failure's verdict to the signal that its caller sends for it.
+JOIN_NS = 5_000_000_000
 
 
 class Observed(Around):
@@ -94,6 +96,7 @@ class Observer:
         self._owned: OrderedDict[tuple[int, Owner], None] = OrderedDict()
         self._asked: OrderedDict[tuple[int, int], None] = OrderedDict()  # (VM, gfn) of exits
         self._huge: OrderedDict[tuple[int, int], tuple[int, int | None]] = OrderedDict()
+        self._poisoned_by: OrderedDict[int, Poison] = OrderedDict()  # by thread
 
     @property
     def busy(self) -> bool:
@@ -125,6 +128,8 @@ class Observer:
                     out += [*found.pop(None, []), *found.pop(event.pfn, []), event]
                 case Exit() if event.tells_of_poison and event.gfn is not None:
                     out += [*self._page_behind(event, event.gfn), event]
+                case Sigbus(hva=None):
+                    out += self._after_poison(event)
                 case Sigbus() if event.pfn is None:
                     out.append(replace(event, pfn=self._pfn_at(event)))
                 case Mce() if event.vendor is None:
@@ -132,6 +137,15 @@ class Observer:
                 case _:
                     out.append(event)
         return out + [event for rest in found.values() for event in rest]
+
+    def _after_poison(self, signal: Sigbus) -> list[Event]:
+        """A SIGBUS without an address is about the page that its thread has just poisoned, or
+        nothing of ours.
+        """
+        poison = self._poisoned_by.get(signal.sender or 0)
+        if poison is None or not 0 <= signal.ts - poison.ts <= JOIN_NS:
+            return []
+        return [replace(signal, pfn=poison.pfn)]
 
     def _follow(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -145,6 +159,11 @@ class Observer:
                             del self._huge[key]
                 case Unpoison():
                     self._seen.pop(event.pfn, None)
+                case Poison(tid=int(tid)):
+                    self._poisoned_by[tid] = event
+                    self._poisoned_by.move_to_end(tid)
+                    while len(self._poisoned_by) > MAX_SEARCHES:
+                        self._poisoned_by.popitem(last=False)
 
     def _unowned(self, events: list[Event]) -> dict[int, bool]:
         """{pfn: it may be a hugetlb page} of poisons that guest_memfd does not own up to."""
@@ -302,6 +321,8 @@ class Observer:
         return self._memory.huge_entry(vms[0], place.hva) if vms else None
 
     def _pfn_at(self, signal: Sigbus) -> int | None:
+        if signal.hva is None:
+            return None
         pfn = poisoned_pfn(signal.pid, signal.hva, self._proc)
         if pfn is not None:
             return pfn

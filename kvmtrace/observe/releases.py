@@ -53,8 +53,8 @@ class Releases(Around):
                 self._drop(lambda vm, pfn: pfn == event.pfn)
             case Owned() if event.owner.hva is not None:
                 self._watch(event.owner.vm, event.pfn, event.owner.hva)
-            case Sigbus(vm=int(vm), pfn=int(pfn)):
-                self._watch(vm, pfn, event.hva)
+            case Sigbus(vm=int(vm), pfn=int(pfn), hva=int(hva)):
+                self._watch(vm, pfn, hva)
 
     def _watch(self, vm: int, pfn: int, hva: int) -> None:
         place = (vm, pfn, hva // PAGE * PAGE)

@@ -53,6 +53,7 @@ _KPROBES: dict[str, tuple[str, str | None]] = {
     "gmem_error": ("kp_gmem_error", None),
     "sigbus": ("kp_sigbus", None),
     "sigbus_forced": ("kp_sigbus_forced", None),
+    "sigbus_bare": ("kp_sigbus_bare", None),
     "vm_gone": ("kp_vm_gone", None),
     "apei": ("kp_apei", None),
     "soft_offline": ("kp_soft_offline", "kr_soft_offline"),

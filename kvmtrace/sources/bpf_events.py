@@ -112,7 +112,7 @@ class Translator:
                 signal = replace(self._sigbus(record, events), count=count)
                 self._counts.learn(signal)
                 self._signals[tid] = (signal, False)
-                if record.vcpu == -1 or record.target_tid != tid:
+                if record.vcpu == -1 or record.target_tid != tid or signal.hva is None:
                     events += self._release(tid)
             elif header.type == records.EXIT:
                 events += self._exit(record.key, record.total, header.ts, tid, header.tgid)
@@ -293,7 +293,7 @@ class Translator:
             record.target_tgid,
             record.target_tid,
             record.code,
-            record.hva,
+            None if record.code == kvm.SI_KERNEL else record.hva,
             lsb=record.lsb or None,
             sender=record.h.tid,
             vm=vm,
@@ -307,7 +307,7 @@ class Translator:
             return []
         signal, _ = held
         lsb = signal.lsb or kvm.PAGE_SHIFT
-        if record.hva and record.hva >> lsb != signal.hva >> lsb:
+        if record.hva and signal.hva is not None and record.hva >> lsb != signal.hva >> lsb:
             return [signal]
         vm, events = self._vm(record.h)
         signal = replace(signal, vm=vm, vcpu=record.vcpu, gfn=record.gfn)

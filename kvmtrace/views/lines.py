@@ -56,7 +56,7 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
         case Sigbus():
             vm = vm if told.vm else f"pid {event.pid}"
             what = f"BUS_MCEERR_{kvm.sigbus_code_name(event.code)}"
-            facts = [f"tid {event.tid}", f"hva {hex(event.hva)}"]
+            facts = [f"tid {event.tid}", *([] if event.hva is None else [f"hva {event.hva:#x}"])]
             if event.lsb is not None:
                 facts.append(size_of(1 << event.lsb))
             if event.vcpu is not None:

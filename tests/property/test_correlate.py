@@ -291,6 +291,7 @@ def test_a_signal_without_more_is_joined_by_an_address_of_its_own_vm(events: lis
             assert any(
                 owner.vm == vague.vm
                 and owner.hva is not None
+                and vague.hva is not None
                 and owner.hva // size == vague.hva // size
                 for owner in incident.owners
             )

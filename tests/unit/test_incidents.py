@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmtrace import kvm
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.population import QUIET_NS
 from kvmtrace.events import (
@@ -424,3 +425,42 @@ def test_what_is_not_watched_may_have_told() -> None:
     assert "whether the VMM was told by what is not watched (not attached: run)" in explain_text(
         only(off), off, 200
     )
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_thread_that_consumed_the_page_did_not_poison_it(*, late: bool) -> None:
+    """Its signal comes from memory_failure in the same thread, as with madvise."""
+    signal = Sigbus(T0 + MS, 4001, VMM, 4, HVA, 12, VMM, vm=1, pfn=PFN)
+    own = Owned(T0 + MS, PFN, Owner(1, 8, HVA), "pagemap")
+    poisoned: list[Event] = [signal, own, poison(T0 + 2 * MS, tid=VMM)]
+    report = mce(T0 + 3 * MS if late else T0)
+    incident = only(tell(seen(1), *([*poisoned, report] if late else [report, *poisoned]))[0])
+    assert (incident.state, incident.sigbus, incident.sigbus_at_poison) == ("delivered", 1, 0)
+    assert [verdict.vm for verdict in incident.verdicts] == [1]
+    assert not any("own poisoning" in moment.what for moment in incident.timeline)
+    corrected = only(tell(seen(1), *poisoned, mce(T0 + 3 * MS, status=0))[0])
+    assert (corrected.state, corrected.sigbus_at_poison) == ("latent", 1)
+
+
+def test_a_signal_without_an_address_ends_the_thread_that_consumed_the_page() -> None:
+    signal = Sigbus(T0 + MS, 4001, VCPU, kvm.SI_KERNEL, None, None, VCPU, 1, 0, pfn=PFN)
+    own = Owned(T0, PFN, Owner(1, 8, HVA), "guest_memfd")
+    snapshot, _ = tell(seen(1), poison(T0, tid=VCPU), own, signal)
+    incident = only(snapshot)
+    assert (incident.state, incident.sigbus) == ("delivered", 1)
+    assert snapshot.vms[1].sigbus == {"KERNEL": 1}
+    text = explain_text(incident, snapshot, 200)
+    assert "SIGBUS KERNEL to vCPU 0\n" in text
+    assert "by: sent by the thread that had poisoned the page" in text
+
+
+def test_a_vm_that_is_gone_does_not_loop_on() -> None:
+    signals = [
+        Sigbus(T0 + n * S, 4001, VCPU, 4, HVA, 12, VCPU, vm=1, vcpu=0, count=500)
+        for n in range(1, 5)
+    ]
+    story: list[Event] = [seen(1), seen(2), poison(T0, tid=OTHER)]
+    story += [Owned(T0, PFN, Owner(1, None, HVA), "pagemap")]
+    story += [Owned(T0, PFN, Owner(2, 5, HVA), "mapping"), *signals]
+    assert only(tell(*story)[0]).state == "looping"
+    assert only(tell(*story, VmGone(T0 + 4 * S, 1))[0]).state == "delivered"

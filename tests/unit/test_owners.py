@@ -253,6 +253,14 @@ def story(tmp_path: Path, events: list[Event]) -> list[Event]:
     return Observer(None, str(tmp_path)).events(events, 99)
 
 
+def test_a_signal_without_an_address_is_about_the_poison_before_it(tmp_path: Path) -> None:
+    poison = Poison(3, 5, "guest_memfd", "Failed", tid=70)
+    bare = Sigbus(4, 7, 70, kvm.SI_KERNEL, None, sender=70)
+    late = replace(bare, ts=6_000_000_000)
+    told = story(tmp_path, [replace(bare, ts=2), poison, bare, replace(bare, sender=71), late])
+    assert told == [poison, replace(bare, pfn=5)]
+
+
 def test_owners_come_before_their_poison(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     seen = VmSeen(1, 5, 7)
