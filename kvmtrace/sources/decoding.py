@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvmtrace.events import Event, Owner, from_record
+from kvmtrace.events import Event, HwError, Owner, from_record
 from kvmtrace.identity import clean
 from kvmtrace.model import Probe
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 # What decoding a line that is no such thing may raise.
 WRONG = (KeyError, TypeError, ValueError, AttributeError)
+
+_ANY = range(1 << 64)
+# A time has to fit into a calendar, and 2**lsb is a size.
+_RANGES = {"ts": range(1 << 63), "lsb": range(64), "count": range(1, 1 << 64)}
 
 
 def decoded(record: Mapping[str, Any]) -> Event | tuple[Probe, ...]:
@@ -49,12 +53,14 @@ def _checked(value: _T) -> _T:
     """The dataclass with every field of its declared type, in range, and its strings cleaned."""
     changes: dict[str, Any] = {}
     for name, hint in _hints(type(value)).items():
-        item = getattr(value, name)
-        changes[name] = _checked_item(name, item, hint)
+        within = _RANGES.get(name, _ANY)
+        if name == "count" and isinstance(value, HwError):
+            within = _ANY  # drivers pass on what a register says, 0 included
+        changes[name] = _checked_item(name, getattr(value, name), hint, within)
     return dataclasses.replace(value, **changes)
 
 
-def _checked_item(name: str, item: Any, hint: Any) -> Any:
+def _checked_item(name: str, item: Any, hint: Any, within: range = _ANY) -> Any:
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
         if inner[1:] == (...,):
@@ -68,6 +74,6 @@ def _checked_item(name: str, item: Any, hint: Any) -> Any:
         return clean(item)
     if isinstance(item, Owner):
         return _checked(item)
-    if isinstance(item, int) and not 0 <= item < 1 << (63 if name == "ts" else 64):
+    if isinstance(item, int) and item not in within:
         raise ValueError(f"{name} is out of range")
     return item

@@ -144,6 +144,11 @@ def test_from_the_future(tmp_path: Path) -> None:
         '{"kind": "lost", "ts": -1, "where": "x", "count": 1}',
         '{"kind": "lost", "ts": 1, "where": "x", "count": ' + "9" * 30 + "}",
         '{"kind": "lost", "ts": 1, "where": "x", "count": ' + "9" * 5000 + "}",
+        '{"kind": "lost", "ts": 1, "where": "x", "count": 0}',
+        '{"kind": "exit", "ts": 1, "vm": 1, "vcpu": 0, "errno": 14, "reason": 0,'
+        ' "annotated": false, "count": 0}',
+        '{"kind": "sigbus", "ts": 1, "pid": 1, "tid": 1, "code": 4, "hva": 1, "lsb": 64}',
+        '{"kind": "sigbus", "ts": 1, "pid": 1, "tid": 1, "code": 4, "hva": 1, "lsb": 40000000000}',
         '{"kind": "owned", "ts": 1, "pfn": 1, "via": "x", "owner": 7}',
         '{"kind": "gmem_poison", "ts": 1, "tid": 1, "index": 1, "owners": 7}',
         '{"kind": "kernel_counts", "ts": 1, "failures": [["total", "many"]]}',
@@ -162,6 +167,13 @@ def test_damaged_in_the_middle_is_one_error(tmp_path: Path, line: str) -> None:
     with pytest.raises(KvmtraceError, match=f"line {len(good.splitlines()) + 1}: ") as caught:
         replayed(path)
     assert len(caught.value.message) < 500
+
+
+def test_what_the_hardware_said_is_not_out_of_range(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    events = (HwError(T0, "ras:mc_event", count=0), Sigbus(T0, 1, 2, 4, 0x7F0000000000, 63))
+    path.write_text(recorded(events))
+    assert tuple(replayed(path)[0]) == events
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
