@@ -71,7 +71,8 @@ def _checked_item(name: str, item: Any, hint: Any, within: range = _ANY) -> Any:
     if not isinstance(item, allowed):
         raise ValueError(f"{name} is {type(item).__name__}")
     if isinstance(item, str):
-        return clean(item)
+        cleaned = clean(item)
+        return None if not cleaned and type(None) in allowed else cleaned
     if isinstance(item, Owner):
         return _checked(item)
     if isinstance(item, int) and item not in within:

@@ -192,6 +192,13 @@ def test_strings_are_cleaned(tmp_path: Path) -> None:
     assert (seen.name, poison.page_type, poison.result) == ("a?[2J", "p?", "r")
 
 
+@pytest.mark.parametrize("empty", ["", " ", "\u200b"])
+def test_an_empty_string_tells_nothing(tmp_path: Path, empty: str) -> None:
+    path = tmp_path / "r"
+    path.write_text(recorded((VmSeen(T0, 1, 2, empty, empty, empty), Poison(T0, 1, empty, "r"))))
+    assert replayed(path)[0] == [VmSeen(T0, 1, 2), Poison(T0, 1, "", "r")]
+
+
 def test_newer_fields_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "r"
     line = '{"kind":"vm_gone","ts":5,"vm":1,"since":[1]}\n'
