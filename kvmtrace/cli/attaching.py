@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import socket
 import time
 from collections.abc import Iterator
@@ -110,4 +109,4 @@ def model_of(events: list[Event], host: Host, probes: tuple[Probe, ...]) -> Snap
     correlator = Correlator()
     for event in events:
         correlator.feed(event)
-    return dataclasses.replace(correlator.snapshot(), host=host, probes=probes)
+    return correlator.snapshot().of_log(host, probes)

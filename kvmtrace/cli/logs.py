@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -94,7 +93,7 @@ def replay(file: str, as_events: bool, as_json: bool) -> None:
                 if as_events and (line := text(told)) is not None:
                     say(line)
         if not as_events:
-            snapshot = dataclasses.replace(session.snapshot(), host=source.host)
+            snapshot = session.snapshot().of_log(source.host, source.probes())
             show_snapshot(snapshot, snapshot.last_ts or 0, as_json)
         if source.truncated:
             click.echo(f"kvmtrace: {file}: the last line is cut off; left out", err=True)

@@ -15,6 +15,7 @@ from kvmtrace.events import (
     Exit,
     GmemPoison,
     HwError,
+    KernelCounts,
     Mce,
     Owned,
     Owner,
@@ -171,6 +172,25 @@ def test_bundle(recording: str, tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o077 == 0
     refused = invoke("bundle", "-o", str(path), "--from", recording)
     assert (refused.exit_code, "already there" in refused.output) == (1, True)
+
+
+def test_a_log_has_the_memory_that_it_told_of_last(tmp_path: Path) -> None:
+    """Its header is from when recording began."""
+    path = tmp_path / "poisoned.jsonl"
+    counts = (
+        KernelCounts(T0, (), 4096, True),
+        KernelCounts(T0 + SECOND, (("total", 2),), 12288),
+    )
+    with path.open("w") as file:
+        Writer(file, Host("sick", "6.18.15", "bpf", None, 4096)).write((*counts, *STORY), PROBES)
+    shown = json.loads(invoke("replay", "--json", str(path)).stdout)
+    assert shown["host"]["hardware_corrupted_bytes"] == 12288
+    assert "HardwareCorrupted 12 KiB" in invoke("replay", str(path)).stdout
+    out = tmp_path / "out.tar.gz"
+    invoke("bundle", "-o", str(out), "--from", str(path))
+    files = unpacked(out)
+    for name in ("top.json", "versions.json"):
+        assert '"hardware_corrupted_bytes": 12288' in files[name]
 
 
 def test_redacted_bundle_names_nobody(recording: str, tmp_path: Path) -> None:
