@@ -6,10 +6,11 @@ import contextlib
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import click
 
-from kvmtrace import door, sources
+from kvmtrace import __version__, door, sources
 from kvmtrace.cli.ending import stop
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event
@@ -77,9 +78,24 @@ def open_door(session: Session) -> Iterator[None]:
         answering.close()
 
 
-def events_of(
-    recording: str | None, kind: str, duration: float
-) -> tuple[list[Event], Host, tuple[Probe, ...]]:
+@dataclass(frozen=True)
+class Log:
+    """What a host told, by what it was watched, and by which kvmtrace (None: not said)."""
+
+    events: list[Event]
+    host: Host
+    probes: tuple[Probe, ...]
+    version: str | None = __version__
+
+    def model(self) -> Snapshot:
+        """What it says when it is read from its beginning."""
+        correlator = Correlator()
+        for event in self.events:
+            correlator.feed(event)
+        return correlator.snapshot().of_log(self.host, self.probes)
+
+
+def log_of(recording: str | None, kind: str, duration: float) -> Log:
     """All events of a recording, of a running serve, or else what this host says in a while."""
     batch: list[Event] = []
     if recording is not None:
@@ -87,7 +103,7 @@ def events_of(
         try:
             while not replayed.done and not stop.asked:
                 batch += replayed.poll(0)
-            return batch, replayed.host, replayed.probes()
+            return Log(batch, replayed.recorded, replayed.probes(), replayed.version)
         finally:
             replayed.close()
     source = here(kind)
@@ -99,14 +115,7 @@ def events_of(
             while not stop.asked and (left := deadline - time.monotonic()) > 0:
                 batch += source.poll(min(left, POLL_SECONDS))
         batch += source.poll(0)
-        return batch, host_of(source), source.probes()
+        log = Log(batch, host_of(source), source.probes())
+        return replace(log, version=source.version) if isinstance(source, JoinedSource) else log
     finally:
         source.close()
-
-
-def model_of(events: list[Event], host: Host, probes: tuple[Probe, ...]) -> Snapshot:
-    """What a log says when it is read from its beginning."""
-    correlator = Correlator()
-    for event in events:
-        correlator.feed(event)
-    return correlator.snapshot().of_log(host, probes)

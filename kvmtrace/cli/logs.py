@@ -6,12 +6,13 @@ import io
 import json
 import os
 import time
+from dataclasses import replace
 from typing import IO, Any
 
 import click
 
 from kvmtrace import host
-from kvmtrace.cli.attaching import POLL_SECONDS, events_of, here, model_of
+from kvmtrace.cli.attaching import POLL_SECONDS, here, log_of
 from kvmtrace.cli.doctor import examined
 from kvmtrace.cli.ending import json_is_utf8, say, stop
 from kvmtrace.cli.options import (
@@ -114,7 +115,7 @@ def explain(
 
     Numbers are PFNs (0x103275) or, with @VM, guest physical addresses (0x8000@web-1).
     """
-    snapshot = model_of(*events_of(recording, source, duration))
+    snapshot = log_of(recording, source, duration).model()
     found = targets.find(snapshot, target)
     if as_json:
         json_is_utf8()
@@ -146,16 +147,16 @@ def bundle(
 
     Events as a recording, all incidents explained, doctor's findings, versions.
     """
-    said, of, probes = events_of(recording, source, duration)
-    names = bundle_view.Redaction(said)
+    log = log_of(recording, source, duration)
+    names = bundle_view.Redaction(log.events)
     if redact:
-        said = names.events(said)
-    log = io.StringIO()
-    Writer(log, of).write(said, probes)
-    files = bundle_view.contents(log.getvalue(), model_of(said, of, probes), host.bcc().version)
+        log = replace(log, events=names.events(log.events))
+    text = io.StringIO()
+    Writer(text, log.host, log.version).write(log.events, log.probes)
+    files = bundle_view.contents(text.getvalue(), log.model(), log.version, host.bcc().version)
     if recording is None:
-        text = doctor_view.render(examined(source))
-        files["doctor.txt"] = names.text(text) if redact else text
+        found = doctor_view.render(examined(source))
+        files["doctor.txt"] = names.text(found) if redact else found
     with create(output, force, binary=True) as out:
         bundle_view.write(out, files, int(time.time()))
     click.echo(f"{output}: {', '.join(sorted(files))}", err=True)

@@ -34,6 +34,12 @@ def decoded(record: Mapping[str, Any]) -> Event | tuple[Probe, ...]:
     return _checked(from_record(record))
 
 
+def version_of(header: Mapping[str, Any]) -> str | None:
+    """The kvmtrace that wrote it; None if it does not say."""
+    version = header.get("version")
+    return clean(version) or None if isinstance(version, str) else None
+
+
 _T = TypeVar("_T", bound="DataclassInstance")
 
 

@@ -18,7 +18,7 @@ from kvmtrace import door
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.model import Host, Probe, ProbeRuns
-from kvmtrace.sources.decoding import WRONG, build, decoded
+from kvmtrace.sources.decoding import WRONG, build, decoded, version_of
 from kvmtrace.sources.recording import FORMAT, MARK, MAX_LINE
 
 _READ = 1 << 16
@@ -39,6 +39,7 @@ class JoinedSource:
         if not 0 < header["kvmtrace_recording"] <= FORMAT:
             raise ValueError("a newer kvmtrace")
         self.name = build(Host, header).source
+        self.version = version_of(header)
         self.why: str | None = f"of kvmtrace serve, pid {pid}"
         self._past: list[Event] | None = []
         while (record := self._next()).get("kind") != MARK:

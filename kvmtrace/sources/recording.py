@@ -19,7 +19,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, to_record
 from kvmtrace.identity import clean
 from kvmtrace.model import Host, Probe, ProbeRuns
-from kvmtrace.sources.decoding import WRONG, build, decoded
+from kvmtrace.sources.decoding import WRONG, build, decoded, version_of
 
 FORMAT = 1
 MARK = "from_here_on"
@@ -32,13 +32,12 @@ BATCH = 4096
 class Writer:
     """Writes events to an open file; the caller flushes and closes it."""
 
-    def __init__(self, file: IO[str], host: Host) -> None:
+    def __init__(self, file: IO[str], host: Host, version: str | None = __version__) -> None:
+        """``version``: of the kvmtrace that saw the events, where that is another one."""
         self._file = file
         self._probes: tuple[Probe, ...] = ()
-        self._line(
-            {"kvmtrace_recording": FORMAT, "version": __version__}
-            | _known(dataclasses.asdict(host))
-        )
+        header = {"kvmtrace_recording": FORMAT, "version": version}
+        self._line(_known(header | dataclasses.asdict(host)))
 
     def write(self, events: Iterable[Event], probes: tuple[Probe, ...]) -> None:
         """Append events, and the state of the probes where it changed."""
@@ -60,7 +59,9 @@ class Writer:
 class RecordingSource:
     """A recording as a source: ``poll`` gives the next events at once, until ``done``.
 
-    ``truncated``: the last line was cut off (whoever wrote it was killed) and is left out.
+    ``recorded``: the host as it was recorded, by a kvmtrace of ``version`` (None: not said), and
+    ``host`` as a replay shows it. ``truncated``: the last line was cut off (whoever wrote it was
+    killed) and is left out.
     """
 
     name = "recording"
@@ -76,12 +77,13 @@ class RecordingSource:
         except OSError as error:
             raise KvmtraceError(f"{path}: {error.strerror}") from error
         try:
-            recorded = self._header()
+            self.recorded, self.version = self._header()
         except BaseException:
             self._file.close()
             raise
-        self.why: str | None = f"replay of {clean(os.path.basename(path))}, from {recorded.source}"
-        self.host = dataclasses.replace(recorded, source=self.name, source_why=self.why)
+        name = clean(os.path.basename(path))
+        self.why: str | None = f"replay of {name}, from {self.recorded.source}"
+        self.host = dataclasses.replace(self.recorded, source=self.name, source_why=self.why)
 
     def poll(self, timeout: float) -> list[Event]:
         """The next events of the file; ``timeout`` is not needed."""
@@ -112,19 +114,19 @@ class RecordingSource:
         """Close the file."""
         self._file.close()
 
-    def _header(self) -> Host:
+    def _header(self) -> tuple[Host, str | None]:
         record = self._record()
         if record is None or "kvmtrace_recording" not in record:
             raise KvmtraceError(
                 f"{self.path} is not a recording", "`kvmtrace record FILE` makes one"
             )
-        version = record["kvmtrace_recording"]
-        if not isinstance(version, int) or version > FORMAT:
+        number = record["kvmtrace_recording"]
+        if not isinstance(number, int) or number > FORMAT:
             raise KvmtraceError(
                 f"{self.path} was recorded by a newer kvmtrace", "replay it with that version"
             )
         try:
-            return build(Host, record)
+            return build(Host, record), version_of(record)
         except WRONG as error:
             raise self._bad("incomplete header") from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from kvmtrace import cli
+from kvmtrace import __version__, cli
 from kvmtrace.events import (
     Event,
     Exit,
@@ -172,6 +172,37 @@ def test_bundle(recording: str, tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o077 == 0
     refused = invoke("bundle", "-o", str(path), "--from", recording)
     assert (refused.exit_code, "already there" in refused.output) == (1, True)
+
+
+@pytest.mark.parametrize("redact", [(), ("--redact",)])
+def test_a_bundle_is_of_whoever_recorded(tmp_path: Path, redact: tuple[str, ...]) -> None:
+    """Not of whoever bundles, nor of a file whose name may be a tenant's."""
+    path, out = tmp_path / "acme-corp.jsonl", tmp_path / "out.tar.gz"
+    host = Host("sick", "6.18.15", "ftrace", "asked for", 4096)
+    with path.open("w") as file:
+        Writer(file, host, "0.0.7").write(STORY, PROBES)
+    assert invoke("bundle", "-o", str(out), *redact, "--from", str(path)).exit_code == 0
+    files = unpacked(out)
+    assert not any("acme-corp" in text for text in files.values())
+    header = json.loads(files["events.jsonl"].splitlines()[0])
+    assert header == {
+        "kvmtrace_recording": 1,
+        "version": "0.0.7",
+        "name": "sick",
+        "kernel": "6.18.15",
+        "source": "ftrace",
+        "source_why": "asked for",
+        "hardware_corrupted_bytes": 4096,
+    }
+    told = json.loads(files["top.json"])["host"]
+    assert (told["source"], told["source_why"]) == ("ftrace", "asked for")
+    versions = json.loads(files["versions.json"])
+    assert versions["recorded_by"] == {"kvmtrace": "0.0.7"}
+    assert versions["bundled_by"]["kvmtrace"] == __version__
+    assert versions["source"] == "ftrace"
+    (tmp_path / "events.jsonl").write_text(files["events.jsonl"])
+    again = json.loads(invoke("replay", "--json", str(tmp_path / "events.jsonl")).stdout)
+    assert again["host"]["source_why"] == "replay of events.jsonl, from ftrace"
 
 
 def test_a_log_has_the_memory_that_it_told_of_last(tmp_path: Path) -> None:
