@@ -13,6 +13,7 @@ import click
 from kvmtrace import __version__, door, sources
 from kvmtrace.cli.ending import stop
 from kvmtrace.correlate import Correlator
+from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.live import Session, host_of
 from kvmtrace.model import Host, Probe, Snapshot
@@ -95,17 +96,41 @@ class Log:
         return correlator.snapshot().of_log(self.host, self.probes)
 
 
-def log_of(recording: str | None, kind: str, duration: float) -> Log:
-    """All events of a recording, of a running serve, or else what this host says in a while."""
-    batch: list[Event] = []
-    if recording is not None:
-        replayed = RecordingSource(recording)
+@contextlib.contextmanager
+def replaying(path: str) -> Iterator[RecordingSource]:
+    """A recording; that it was cut off or damaged is told when all that it has is."""
+    source = RecordingSource(path)
+    try:
         try:
-            while not replayed.done and not stop.asked:
-                batch += replayed.poll(0)
-            return Log(batch, replayed.recorded, replayed.probes(), replayed.version)
+            yield source
+        except KvmtraceError:
+            if source.damage:
+                click.echo(f"kvmtrace: {source.damage.message}", err=True)
+            raise
         finally:
-            replayed.close()
+            if source.truncated:
+                click.echo(f"kvmtrace: {path}: the last line is cut off; left out", err=True)
+        if source.damage:
+            raise source.damage
+    finally:
+        source.close()
+
+
+@contextlib.contextmanager
+def log_of(recording: str | None, kind: str, duration: float) -> Iterator[Log]:
+    """All events of a recording, of a running serve, or else what this host says in a while."""
+    if recording is None:
+        yield _log_here(kind, duration)
+        return
+    with replaying(recording) as source:
+        batch: list[Event] = []
+        while not source.done and not stop.asked:
+            batch += source.poll(0)
+        yield Log(batch, source.recorded, source.probes(), source.version)
+
+
+def _log_here(kind: str, duration: float) -> Log:
+    batch: list[Event] = []
     source = here(kind)
     try:
         if isinstance(source, JoinedSource):

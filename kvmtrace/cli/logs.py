@@ -12,7 +12,7 @@ from typing import IO, Any
 import click
 
 from kvmtrace import host
-from kvmtrace.cli.attaching import POLL_SECONDS, here, log_of
+from kvmtrace.cli.attaching import POLL_SECONDS, Log, here, log_of, replaying
 from kvmtrace.cli.doctor import examined
 from kvmtrace.cli.ending import json_is_utf8, say, stop
 from kvmtrace.cli.options import (
@@ -25,7 +25,7 @@ from kvmtrace.cli.options import (
 from kvmtrace.cli.printing import show_snapshot
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.live import Session, host_of
-from kvmtrace.sources.recording import RecordingSource, Writer
+from kvmtrace.sources.recording import Writer
 from kvmtrace.views import bundle as bundle_view
 from kvmtrace.views import doctor as doctor_view
 from kvmtrace.views import explain as explain_view
@@ -86,9 +86,8 @@ def replay(file: str, as_events: bool, as_json: bool) -> None:
     if as_json:
         json_is_utf8()
     text = lines.json_text if as_json else lines.event_text
-    source = RecordingSource(file)
-    session = Session(source)
-    try:
+    with replaying(file) as source:
+        session = Session(source)
         while not source.done and not stop.asked:
             for told in session.pump(0):
                 if as_events and (line := text(told)) is not None:
@@ -96,10 +95,6 @@ def replay(file: str, as_events: bool, as_json: bool) -> None:
         if not as_events:
             snapshot = session.snapshot().of_log(source.host, source.probes())
             show_snapshot(snapshot, snapshot.last_ts or 0, as_json)
-        if source.truncated:
-            click.echo(f"kvmtrace: {file}: the last line is cut off; left out", err=True)
-    finally:
-        session.close()
 
 
 @click.command()
@@ -115,14 +110,16 @@ def explain(
 
     Numbers are PFNs (0x103275) or, with @VM, guest physical addresses (0x8000@web-1).
     """
-    snapshot = log_of(recording, source, duration).model()
-    found = targets.find(snapshot, target)
-    if as_json:
-        json_is_utf8()
-        say(json.dumps([explain_view.as_object(i, snapshot) for i in found], ensure_ascii=False))
-        return
-    texts = [explain_view.explain_text(incident, snapshot) for incident in found]
-    say("\n\n".join(texts) or targets.about_nothing(snapshot, target))
+    with log_of(recording, source, duration) as log:
+        snapshot = log.model()
+        found = targets.find(snapshot, target)
+        if as_json:
+            json_is_utf8()
+            objects = [explain_view.as_object(incident, snapshot) for incident in found]
+            say(json.dumps(objects, ensure_ascii=False))
+            return
+        texts = [explain_view.explain_text(incident, snapshot) for incident in found]
+        say("\n\n".join(texts) or targets.about_nothing(snapshot, target))
 
 
 @click.command()
@@ -147,16 +144,18 @@ def bundle(
 
     Events as a recording, all incidents explained, doctor's findings, versions.
     """
-    log = log_of(recording, source, duration)
-    names = bundle_view.Redaction(log.events)
-    if redact:
-        log = replace(log, events=names.events(log.events))
+    with log_of(recording, source, duration) as log:
+        names = bundle_view.Redaction(log.events)
+        files = _files(replace(log, events=names.events(log.events)) if redact else log)
+        if recording is None:
+            found = doctor_view.render(examined(source))
+            files["doctor.txt"] = names.text(found) if redact else found
+        with create(output, force, binary=True) as out:
+            bundle_view.write(out, files, int(time.time()))
+        click.echo(f"{output}: {', '.join(sorted(files))}", err=True)
+
+
+def _files(log: Log) -> dict[str, str]:
     text = io.StringIO()
     Writer(text, log.host, log.version).write(log.events, log.probes)
-    files = bundle_view.contents(text.getvalue(), log.model(), log.version, host.bcc().version)
-    if recording is None:
-        found = doctor_view.render(examined(source))
-        files["doctor.txt"] = names.text(found) if redact else found
-    with create(output, force, binary=True) as out:
-        bundle_view.write(out, files, int(time.time()))
-    click.echo(f"{output}: {', '.join(sorted(files))}", err=True)
+    return bundle_view.contents(text.getvalue(), log.model(), log.version, host.bcc().version)

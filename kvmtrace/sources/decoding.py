@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvmtrace.events import Event, HwError, Owner, from_record
+from kvmtrace.events import KINDS, Event, HwError, Lost, Owner, from_record
 from kvmtrace.identity import clean
 from kvmtrace.model import Probe
 
@@ -22,16 +22,46 @@ if TYPE_CHECKING:
 # What decoding a line that is no such thing may raise.
 WRONG = (KeyError, TypeError, ValueError, AttributeError)
 
+_UNKNOWN = {"where": "unknown_events", "count": 1}
+
 _ANY = range(1 << 64)
 # A time has to fit into a calendar, and 2**lsb is a size.
 _RANGES = {"ts": range(1 << 63), "lsb": range(64), "count": range(1, 1 << 64)}
 
 
-def decoded(record: Mapping[str, Any]) -> Event | tuple[Probe, ...]:
-    """The event of a line, or the probes. Raises ``WRONG``."""
-    if record.get("kind") == "probes":
-        return tuple(build(Probe, probe) for probe in record["probes"])
-    return _checked(from_record(record))
+class Malformed(ValueError):
+    """Says in words what is wrong with a line."""
+
+
+class Decoder:
+    """Lines in, events out. ``probes``: as they were when the last event was recorded."""
+
+    def __init__(self) -> None:
+        self.probes: tuple[Probe, ...] = ()
+        self._ts = 0
+
+    def event(self, record: Mapping[str, Any]) -> Event | None:
+        """The event of a line, None if it is of the probes. Raises Malformed.
+
+        What only a newer kvmtrace knows of is told as lost: the rest can still be read.
+        """
+        kind = record.get("kind")
+        if not isinstance(kind, str):
+            raise Malformed("not an event")
+        try:
+            if kind == "probes":
+                self.probes = tuple(build(Probe, probe) for probe in record["probes"])
+                return None
+            if kind in KINDS:
+                event = _checked(from_record(record))
+            else:
+                event = build(Lost, {"ts": record.get("ts", self._ts), **_UNKNOWN})
+        except Malformed:
+            raise
+        except WRONG as error:
+            raise Malformed(f"not a whole {kind!r}") from error
+        self._ts = event.ts
+        return event
 
 
 def version_of(header: Mapping[str, Any]) -> str | None:
@@ -75,12 +105,12 @@ def _checked_item(name: str, item: Any, hint: Any, within: range = _ANY) -> Any:
         return tuple(_checked_item(name, one, its_hint) for one, its_hint in pairs)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if not isinstance(item, allowed):
-        raise ValueError(f"{name} is {type(item).__name__}")
+        raise Malformed(f"{name} is of the wrong type")
     if isinstance(item, str):
         cleaned = clean(item)
         return None if not cleaned and type(None) in allowed else cleaned
     if isinstance(item, Owner):
         return _checked(item)
     if isinstance(item, int) and item not in within:
-        raise ValueError(f"{name} is out of range")
+        raise Malformed(f"{name} is out of range")
     return item

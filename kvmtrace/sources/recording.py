@@ -19,7 +19,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, to_record
 from kvmtrace.identity import clean
 from kvmtrace.model import Host, Probe, ProbeRuns
-from kvmtrace.sources.decoding import WRONG, build, decoded, version_of
+from kvmtrace.sources.decoding import WRONG, Decoder, Malformed, build, version_of
 
 FORMAT = 1
 MARK = "from_here_on"
@@ -61,7 +61,7 @@ class RecordingSource:
 
     ``recorded``: the host as it was recorded, by a kvmtrace of ``version`` (None: not said), and
     ``host`` as a replay shows it. ``truncated``: the last line was cut off (whoever wrote it was
-    killed) and is left out.
+    killed) and is left out. ``damage``: what ended it before its end; events before that are told.
     """
 
     name = "recording"
@@ -71,7 +71,8 @@ class RecordingSource:
         self.done = False
         self.truncated = False
         self._number = 0
-        self._probes: tuple[Probe, ...] = ()
+        self.damage: KvmtraceError | None = None
+        self._decoder = Decoder()
         try:
             self._file = open(path, "rb")  # noqa: SIM115 (lives as long as the source)
         except OSError as error:
@@ -89,22 +90,20 @@ class RecordingSource:
         """The next events of the file; ``timeout`` is not needed."""
         events: list[Event] = []
         while not self.done and len(events) < BATCH:
-            record = self._record()
-            if record is None:
-                continue
             try:
-                told = decoded(record)
-            except WRONG as error:
-                raise self._bad(f"not an event: {clean(str(error))}") from error
-            if isinstance(told, Event):
-                events.append(told)
-            else:
-                self._probes = told
+                record = self._record()
+                event = self._decoder.event(record) if record is not None else None
+            except (Malformed, OSError) as error:
+                what = str(error) if isinstance(error, Malformed) else error.strerror
+                self.done, self.damage = True, self._bad(what or "unreadable")
+                break
+            if event is not None:
+                events.append(event)
         return events
 
     def probes(self) -> tuple[Probe, ...]:
         """The probes as they were when the last event read was recorded."""
-        return self._probes
+        return self._decoder.probes
 
     def probe_runs(self) -> Mapping[str, ProbeRuns]:
         """Not recorded."""
@@ -145,11 +144,11 @@ class RecordingSource:
                 return None
             if self._number == 1:
                 return None
-            raise self._bad("not JSON") from error
+            raise Malformed("not JSON") from error
         if not isinstance(record, dict):
             if self._number == 1:
                 return None
-            raise self._bad("not an object")
+            raise Malformed("not an object")
         return record
 
     def _bad(self, what: str) -> KvmtraceError:

@@ -260,3 +260,55 @@ def test_a_huge_page_takes_its_neighbours(tmp_path: Path) -> None:
     for gpa in ("0x1fffff", "0x400000"):
         told = invoke("explain", f"{gpa}@web-1", "--from", str(path)).output
         assert "no poisoned page is known there" in told
+
+
+@pytest.fixture
+def damaged(recording: str) -> str:
+    with open(recording, "a") as file:
+        file.write('{"kind":"poison","ts":"now"}\n')
+    return recording
+
+
+@pytest.fixture
+def cut(recording: str) -> str:
+    with open(recording, "a") as file:
+        file.write('{"kind":"poi')
+    return recording
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("replay",), "103275-1"),
+        (("replay", "--json"), '"103275-1"'),
+        (("replay", "--events"), "incident 103275-1"),
+        (("explain", "web-1", "--from"), "Incident 103275-1"),
+        (("explain", "web-9", "--from"), ""),
+    ],
+)
+def test_what_came_before_the_damage_is_told(
+    damaged: str, command: tuple[str, ...], told: str
+) -> None:
+    result = invoke(*command, damaged)
+    assert result.exit_code == (1 if told else 2)
+    assert told in result.stdout
+    assert f"kvmtrace: {damaged}, line {len(STORY) + 3}: " in result.stderr
+
+
+def test_what_came_before_the_damage_is_bundled(damaged: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.tar.gz"
+    result = invoke("bundle", "-o", str(out), "--from", damaged)
+    assert result.exit_code == 1
+    assert f"line {len(STORY) + 3}: " in result.stderr
+    assert "Incident 103275-1" in unpacked(out)["explain.txt"]
+
+
+def test_a_last_line_cut_off_is_reported(cut: str, tmp_path: Path) -> None:
+    for command in (
+        ("replay",),
+        ("explain", "web-1", "--from"),
+        ("bundle", "-o", str(tmp_path / "out.tar.gz"), "--from"),
+    ):
+        result = invoke(*command, cut)
+        assert result.exit_code == 0
+        assert f"kvmtrace: {cut}: the last line is cut off; left out\n" in result.stderr

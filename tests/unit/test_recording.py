@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,8 @@ def replayed(path: Path) -> tuple[list[Event], RecordingSource]:
     while not source.done:
         events += source.poll(0)
     source.close()
+    if source.damage:
+        raise source.damage
     return events, source
 
 
@@ -136,7 +139,8 @@ def test_from_the_future(tmp_path: Path) -> None:
         "garbage",
         "[]",
         "{}",
-        '{"kind": "no such kind"}',
+        '{"kind": 5, "ts": 1}',
+        '{"kind": "no such kind", "ts": "now"}',
         '{"kind": "lost"}',
         '{"kind": "lost", "ts": "now", "where": "x", "count": 1}',
         '{"kind": "lost", "ts": 1e30, "where": "x", "count": 1}',
@@ -164,9 +168,25 @@ def test_damaged_in_the_middle_is_one_error(tmp_path: Path, line: str) -> None:
     path = tmp_path / "r"
     good = recorded(STORY)
     path.write_text(good + line + "\n" + good.splitlines()[-1] + "\n")
-    with pytest.raises(KvmtraceError, match=f"line {len(good.splitlines()) + 1}: ") as caught:
-        replayed(path)
-    assert len(caught.value.message) < 500
+    source = RecordingSource(str(path))
+    assert tuple(source.poll(0)) == STORY  # what came before it is there
+    assert source.done
+    assert source.damage is not None
+    _, _, what = source.damage.message.partition(f"line {len(good.splitlines()) + 1}: ")
+    words = r"not JSON|not an (object|event)|not a whole '\w+'|\w+ is (out of range|of .*)"
+    assert re.fullmatch(words, what)
+
+
+def test_what_only_a_newer_kvmtrace_knows_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    lines = (
+        '{"kind":"omen","ts":7,"vm":[1]}',
+        '{"kind":"a\\u001b[31m"}',
+        '{"kind":"quiet","ts":9}',
+    )
+    path.write_text(recorded(()) + "\n".join(lines) + "\n")
+    lost = Lost(7, "unknown_events", 1)
+    assert replayed(path)[0] == [lost, lost, StillQuiet(9)]
 
 
 def test_what_the_hardware_said_is_not_out_of_range(tmp_path: Path) -> None:
