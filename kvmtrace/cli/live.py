@@ -26,6 +26,7 @@ from kvmtrace.model import Snapshot
 from kvmtrace.sources.joined import JoinedSource
 from kvmtrace.views import lines
 from kvmtrace.views.header import watching_text
+from kvmtrace.views.server import check_listen
 
 
 @click.command()
@@ -179,7 +180,8 @@ def reader_gone() -> bool:
 @click.option(
     "--listen",
     metavar="[HOST:]PORT",
-    help="Where to serve; ':PORT' is every address, port 0 a free one.  [default: 127.0.0.1:9750]",
+    help="Where to serve; 'PORT' is loopback, ':PORT' every address, port 0 a free one.  "
+    "[default: 127.0.0.1:9750]",
 )
 @click.option(
     "--max-vms",
@@ -196,9 +198,11 @@ def serve(listen: str | None, max_vms: int | None, source: str) -> None:
         types, results = host.memory_failure_names()
         return [(kind, result) for kind in types.values() for result in results.values()]
 
+    listen = listen or exporter.DEFAULT_LISTEN
+    check_listen(listen)
     with session_on(attach(source)) as session, open_door(session):
         server = exporter.serve(
-            listen or exporter.DEFAULT_LISTEN,
+            listen,
             session,
             kinds=kinds,
             max_vms=max_vms or exporter.DEFAULT_MAX_VMS,
