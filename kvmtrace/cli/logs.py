@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import os
 import time
 from dataclasses import replace
-from typing import IO, Any
 
 import click
 
@@ -22,8 +21,8 @@ from kvmtrace.cli.options import (
     look_option,
     with_source,
 )
+from kvmtrace.cli.output import Output
 from kvmtrace.cli.printing import show_snapshot
-from kvmtrace.errors import KvmtraceError
 from kvmtrace.live import Session, host_of
 from kvmtrace.sources.recording import Writer
 from kvmtrace.views import bundle as bundle_view
@@ -39,39 +38,26 @@ from kvmtrace.views import lines, targets
 @with_source
 def record(file: str, force: bool, duration: float | None, source: str) -> None:
     """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
-    attached = here(source)
-    try:
+    with Output(file, force) as output, contextlib.closing(here(source)) as attached:
         number = 0
         deadline = time.monotonic() + duration if duration else None
-        with create(file, force) as out:
-            writer = Writer(out, host_of(attached))
-            by = f"{attached.name} ({attached.why})" if attached.why else attached.name
-            click.echo(f"recording to {file} by {by}; Ctrl-C ends it", err=True)
-            while True:
-                wait = POLL_SECONDS
-                if deadline is not None:
-                    wait = min(wait, deadline - time.monotonic())
-                over = stop.asked or wait <= 0
-                # What the kernel counted meanwhile and has not told yet belongs to it, too.
-                batch = attached.poll(0 if over else wait)
-                writer.write(batch, attached.probes())
-                out.flush()
-                number += len(batch)
-                if over:
-                    break
-        click.echo(f"{number} events", err=True)
-    finally:
-        attached.close()
-
-
-def create(path: str, force: bool, *, binary: bool = False) -> IO[Any]:
-    """For root's eyes only: a recording holds addresses of other people's guests."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if force else os.O_EXCL)
-    try:
-        descriptor = os.open(path, flags, 0o600)
-    except FileExistsError:
-        raise KvmtraceError(f"{path} is already there", "--force replaces it") from None
-    return open(descriptor, "wb") if binary else open(descriptor, "w", encoding="utf-8")
+        output.place()
+        writer = Writer(output.file, host_of(attached))
+        by = f"{attached.name} ({attached.why})" if attached.why else attached.name
+        click.echo(f"recording to {file} by {by}; Ctrl-C ends it", err=True)
+        while True:
+            wait = POLL_SECONDS
+            if deadline is not None:
+                wait = min(wait, deadline - time.monotonic())
+            over = stop.asked or wait <= 0
+            # What the kernel counted meanwhile and has not told yet belongs to it, too.
+            batch = attached.poll(0 if over else wait)
+            writer.write(batch, attached.probes())
+            output.file.flush()
+            number += len(batch)
+            if over:
+                break
+    click.echo(f"{number} events", err=True)
 
 
 @click.command()
@@ -144,14 +130,17 @@ def bundle(
 
     Events as a recording, all incidents explained, doctor's findings, versions.
     """
-    with log_of(recording, source, duration) as log:
+    with (
+        Output(output, force, binary=True) as archive,
+        log_of(recording, source, duration) as log,
+    ):
         names = bundle_view.Redaction(log.events)
         files = _files(replace(log, events=names.events(log.events)) if redact else log)
         if recording is None:
             found = doctor_view.render(examined(source))
             files["doctor.txt"] = names.text(found) if redact else found
-        with create(output, force, binary=True) as out:
-            bundle_view.write(out, files, int(time.time()))
+        bundle_view.write(archive.file, files, int(time.time()))
+        archive.place()
         click.echo(f"{output}: {', '.join(sorted(files))}", err=True)
 
 
