@@ -8,10 +8,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import click
-
 from kvmtrace import __version__, door, sources
-from kvmtrace.cli.ending import stop
+from kvmtrace.cli.ending import stop, tell
 from kvmtrace.correlate import Correlator
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
@@ -70,7 +68,7 @@ def open_door(session: Session) -> Iterator[None]:
     try:
         answering = door.Door(answer)
     except OSError as error:
-        click.echo(f"kvmtrace: other commands will not find this one: {error.strerror}", err=True)
+        tell(f"kvmtrace: other commands will not find this one: {error.strerror}")
         yield
         return
     try:
@@ -105,11 +103,11 @@ def replaying(path: str) -> Iterator[RecordingSource]:
             yield source
         except KvmtraceError:
             if source.damage:
-                click.echo(f"kvmtrace: {source.damage.message}", err=True)
+                tell(f"kvmtrace: {source.damage.message}")
             raise
         finally:
             if source.truncated:
-                click.echo(f"kvmtrace: {path}: the last line is cut off; left out", err=True)
+                tell(f"kvmtrace: {path}: the last line is cut off; left out")
         if source.damage:
             raise source.damage
     finally:
@@ -134,7 +132,7 @@ def _log_here(kind: str, duration: float) -> Log:
     source = here(kind)
     try:
         if isinstance(source, JoinedSource):
-            click.echo(f"kvmtrace: as seen by {source.name} ({source.why})", err=True)
+            tell(f"kvmtrace: as seen by {source.name} ({source.why})")
         else:
             deadline = time.monotonic() + duration
             while not stop.asked and (left := deadline - time.monotonic()) > 0:

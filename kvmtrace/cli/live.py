@@ -11,7 +11,7 @@ import click
 
 from kvmtrace import host, identity
 from kvmtrace.cli.attaching import POLL_SECONDS, attach, here, open_door, session_on
-from kvmtrace.cli.ending import json_is_utf8, say, stop
+from kvmtrace.cli.ending import json_is_utf8, say, stop, tell
 from kvmtrace.cli.options import (
     duration_option,
     interval_option,
@@ -104,7 +104,7 @@ def events(
             told = [one for one in told if _lives(one.event, start)]
         if vm is not None:
             _require_vm(vm, told)
-        click.echo(f"kvmtrace: {watching_text(start)}", err=True)
+        tell(f"kvmtrace: {watching_text(start)}")
         last_look = False
         while True:
             for one in told:
@@ -209,7 +209,7 @@ def serve(listen: str | None, max_vms: int | None, source: str) -> None:
         )
         try:
             session.start()
-            click.echo(f"serving {server.url}/metrics", err=True)
+            tell(f"serving {server.url}/metrics")
             while not stop.asked and session.failure is None:
                 time.sleep(POLL_SECONDS)
             if session.failure is not None:

@@ -13,7 +13,7 @@ import click
 from kvmtrace import host
 from kvmtrace.cli.attaching import POLL_SECONDS, Log, here, log_of, replaying
 from kvmtrace.cli.doctor import examined
-from kvmtrace.cli.ending import json_is_utf8, say, stop
+from kvmtrace.cli.ending import json_is_utf8, say, stop, tell
 from kvmtrace.cli.options import (
     duration_option,
     from_option,
@@ -44,7 +44,7 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
         output.place()
         writer = Writer(output.file, host_of(attached))
         by = f"{attached.name} ({attached.why})" if attached.why else attached.name
-        click.echo(f"recording to {file} by {by}; Ctrl-C ends it", err=True)
+        tell(f"recording to {file} by {by}; Ctrl-C ends it")
         while True:
             wait = POLL_SECONDS
             if deadline is not None:
@@ -57,7 +57,7 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
             number += len(batch)
             if over:
                 break
-    click.echo(f"{number} events", err=True)
+    tell(f"{number} events")
 
 
 @click.command()
@@ -141,7 +141,7 @@ def bundle(
             files["doctor.txt"] = names.text(found) if redact else found
         bundle_view.write(archive.file, files, int(time.time()))
         archive.place()
-        click.echo(f"{output}: {', '.join(sorted(files))}", err=True)
+        tell(f"{output}: {', '.join(sorted(files))}")
 
 
 def _files(log: Log) -> dict[str, str]:

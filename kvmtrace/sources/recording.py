@@ -76,7 +76,9 @@ class RecordingSource:
         try:
             self._file = open(path, "rb")  # noqa: SIM115 (lives as long as the source)
         except OSError as error:
-            raise KvmtraceError(f"{path}: {error.strerror}") from error
+            raise KvmtraceError(
+                f"{path}: {error.strerror}", "name a file that `kvmtrace record` made"
+            ) from error
         try:
             self.recorded, self.version = self._header()
         except BaseException:

@@ -103,6 +103,63 @@ def test_wrong_usage_is_status_2(source: FakeSource, arguments: tuple[str, ...])
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said", "command"),
+    [
+        (("--bogus",), "no such option", "kvmtrace"),
+        (("nonsense",), "no such command", "kvmtrace"),
+        (("events", "--bogus"), "no such option", "kvmtrace events"),
+        (("events", "a\x1b[31mb\n"), "unexpected extra argument (a?[31mb )", "kvmtrace events"),
+        (("top", "--interval", "soon"), "'soon' is not a number of seconds", "kvmtrace top"),
+        (("record",), "missing argument 'FILE'", "kvmtrace record"),
+        (("bundle",), "missing option '-o'", "kvmtrace bundle"),
+    ],
+)
+def test_wrong_usage_is_a_line_and_a_hint(
+    arguments: tuple[str, ...], said: str, command: str
+) -> None:
+    result = invoke(*arguments)
+    line, hint = result.stderr.splitlines()
+    assert line.startswith("kvmtrace: ")
+    assert said in line
+    assert hint == f"hint: `{command} --help` tells what there is"
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_no_command_is_answered_with_the_help() -> None:
+    assert "\n  replay " in invoke().output
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KvmtraceError("a\x1b[31mb", "c\nd"), "kvmtrace: a?[31mb\nhint: c d\n"),
+        (
+            OSError(5, "Input/output error", "/a\x1b[2J\u202e"),
+            "kvmtrace: /a?[2J: Input/output error",
+        ),
+    ],
+)
+def test_errors_do_nothing_to_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    refuse(monkeypatch, error)
+    assert invoke("events").stderr.startswith(said)
+
+
+def test_names_of_files_do_nothing_to_a_terminal(source: FakeSource, tmp_path: Path) -> None:
+    path = str(tmp_path / "a\x1b[31mb")
+    missing = invoke("replay", path)
+    assert missing.stderr.startswith(f"kvmtrace: {tmp_path}/a?[31mb: No such file or directory\n")
+    assert missing.stderr.splitlines()[1].startswith("hint: ")
+    said = invoke("record", path, "--duration", "0.1").stderr
+    Path(path).write_bytes(Path(path).read_bytes()[:-5])
+    for command in (("replay",), ("record",), ("bundle", "--force", "--from", path, "-o")):
+        said += invoke(*command, path).stderr
+    assert "\x1b" not in said
+    assert said.count(f"{tmp_path}/a?[31mb") == 5
+
+
+@pytest.mark.parametrize(
     ("text", "seconds"), [("2", 2.0), ("1.5s", 1.5), ("2m", 120), ("1h", 3600)]
 )
 def test_durations(text: str, seconds: float) -> None:
