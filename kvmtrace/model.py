@@ -7,7 +7,7 @@ what the source knows of itself (host, probes, what was lost).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvmtrace import kvm
 from kvmtrace.events import Owner
@@ -262,12 +262,14 @@ class KernelAccount:
     """The kernel's own counts beside ours. ``handled``: its memory failures since we looked first.
 
     ``seen``: those that came as events. ``handled`` is None where the kernel does not count.
+    ``hardware_corrupted_bytes``: HardwareCorrupted as it was last read.
     """
 
     at_start: Mapping[str, int]
     now: Mapping[str, int]
     handled: int | None
     seen: int
+    hardware_corrupted_bytes: int | None = None
 
     @property
     def missed(self) -> int:
@@ -304,3 +306,10 @@ class Snapshot:
     host: Host | None = None
     probes: tuple[Probe, ...] = ()
     probe_runs: Mapping[str, ProbeRuns] = field(default_factory=dict)
+
+    def of_log(self, host: Host, probes: tuple[Probe, ...]) -> Snapshot:
+        """With the host that a log is of, whose memory is as the log last tells of it."""
+        corrupted = self.kernel.hardware_corrupted_bytes if self.kernel else None
+        if corrupted is not None:
+            host = replace(host, hardware_corrupted_bytes=corrupted)
+        return replace(self, host=host, probes=probes)

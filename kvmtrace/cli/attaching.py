@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-import click
-
-from kvmtrace import door, sources
-from kvmtrace.cli.ending import stop
+from kvmtrace import __version__, door, sources
+from kvmtrace.cli.ending import stop, tell
 from kvmtrace.correlate import Correlator
+from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.live import Session, host_of
 from kvmtrace.model import Host, Probe, Snapshot
@@ -69,7 +68,7 @@ def open_door(session: Session) -> Iterator[None]:
     try:
         answering = door.Door(answer)
     except OSError as error:
-        click.echo(f"kvmtrace: other commands will not find this one: {error.strerror}", err=True)
+        tell(f"kvmtrace: other commands will not find this one: {error.strerror}")
         yield
         return
     try:
@@ -78,36 +77,68 @@ def open_door(session: Session) -> Iterator[None]:
         answering.close()
 
 
-def events_of(
-    recording: str | None, kind: str, duration: float
-) -> tuple[list[Event], Host, tuple[Probe, ...]]:
-    """All events of a recording, of a running serve, or else what this host says in a while."""
-    batch: list[Event] = []
-    if recording is not None:
-        replayed = RecordingSource(recording)
+@dataclass(frozen=True)
+class Log:
+    """What a host told, by what it was watched, and by which kvmtrace (None: not said)."""
+
+    events: list[Event]
+    host: Host
+    probes: tuple[Probe, ...]
+    version: str | None = __version__
+
+    def model(self) -> Snapshot:
+        """What it says when it is read from its beginning."""
+        correlator = Correlator(page_shift=self.host.page_shift)
+        for event in self.events:
+            correlator.feed(event)
+        return correlator.snapshot().of_log(self.host, self.probes)
+
+
+@contextlib.contextmanager
+def replaying(path: str) -> Iterator[RecordingSource]:
+    """A recording; that it was cut off or damaged is told when all that it has is."""
+    source = RecordingSource(path)
+    try:
         try:
-            while not replayed.done and not stop.asked:
-                batch += replayed.poll(0)
-            return batch, replayed.host, replayed.probes()
+            yield source
+        except KvmtraceError:
+            if source.damage:
+                tell(f"kvmtrace: {source.damage.message}")
+            raise
         finally:
-            replayed.close()
+            if source.truncated:
+                tell(f"kvmtrace: {path}: the last line is cut off; left out")
+        if source.damage:
+            raise source.damage
+    finally:
+        source.close()
+
+
+@contextlib.contextmanager
+def log_of(recording: str | None, kind: str, duration: float) -> Iterator[Log]:
+    """All events of a recording, of a running serve, or else what this host says in a while."""
+    if recording is None:
+        yield _log_here(kind, duration)
+        return
+    with replaying(recording) as source:
+        batch: list[Event] = []
+        while not source.done and not stop.asked:
+            batch += source.poll(0)
+        yield Log(batch, source.recorded, source.probes(), source.version)
+
+
+def _log_here(kind: str, duration: float) -> Log:
+    batch: list[Event] = []
     source = here(kind)
     try:
         if isinstance(source, JoinedSource):
-            click.echo(f"kvmtrace: as seen by {source.name} ({source.why})", err=True)
+            tell(f"kvmtrace: as seen by {source.name} ({source.why})")
         else:
             deadline = time.monotonic() + duration
             while not stop.asked and (left := deadline - time.monotonic()) > 0:
                 batch += source.poll(min(left, POLL_SECONDS))
         batch += source.poll(0)
-        return batch, host_of(source), source.probes()
+        log = Log(batch, host_of(source), source.probes())
+        return replace(log, version=source.version) if isinstance(source, JoinedSource) else log
     finally:
         source.close()
-
-
-def model_of(events: list[Event], host: Host, probes: tuple[Probe, ...]) -> Snapshot:
-    """What a log says when it is read from its beginning."""
-    correlator = Correlator(page_shift=host.page_shift)
-    for event in events:
-        correlator.feed(event)
-    return dataclasses.replace(correlator.snapshot(), host=host, probes=probes)

@@ -9,12 +9,17 @@ import select
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from types import FrameType
 from typing import IO, Any
 
 import click
 
-from kvmtrace.errors import KvmtraceError
+from kvmtrace.errors import KvmtraceError, UsageError
+from kvmtrace.identity import clean
+
+# Room for the longest path beside what is said of it.
+_LINE = 8192
 
 
 class Failure(click.ClickException):
@@ -28,18 +33,29 @@ class Failure(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """``kvmtrace: MESSAGE`` and ``hint: HINT`` on stderr."""
-        click.echo(f"kvmtrace: {self.message}", err=True)
+        tell(f"kvmtrace: {self.message}")
         if self.hint:
-            click.echo(f"hint: {self.hint}", err=True)
+            tell(f"hint: {self.hint}")
+
+
+def tell(text: str) -> None:
+    """A line on stderr, fit for a terminal whatever is quoted in it (names of files, arguments)."""
+    click.echo(clean(" ".join(text.split()), _LINE), err=True)
 
 
 class Group(click.Group):
+    def make_context(self, *arguments: Any, **extra: Any) -> click.Context:
+        """Parse what stands before the command."""
+        _survive_any_name(sys.stderr)
+        with _click_as_failure():
+            return super().make_context(*arguments, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; whatever goes wrong becomes one line and an exit status, here only."""
         _survive_any_name(sys.stdout)
         _survive_any_name(sys.stderr)
         try:
-            with stop:
+            with stop, _click_as_failure():
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
@@ -51,6 +67,21 @@ class Group(click.Group):
             if os.environ.get("KVMTRACE_DEBUG"):
                 traceback.print_exc()
             raise Failure(as_kvmtrace_error(error)) from error
+
+
+@contextlib.contextmanager
+def _click_as_failure() -> Iterator[None]:
+    """Click's complaints, which take three lines, said like all others."""
+    try:
+        yield
+    except click.UsageError as error:
+        # `kvmtrace` alone is answered with the help; not by an error in click before 8.2.
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+            raise
+        what = error.format_message().rstrip(".")
+        path = error.ctx.command_path if error.ctx else "kvmtrace"
+        hint = f"`{path} --help` tells what there is"
+        raise Failure(UsageError(what[:1].lower() + what[1:], hint)) from error
 
 
 def as_kvmtrace_error(error: Exception) -> KvmtraceError:

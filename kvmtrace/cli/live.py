@@ -11,7 +11,7 @@ import click
 
 from kvmtrace import host, identity
 from kvmtrace.cli.attaching import POLL_SECONDS, attach, here, open_door, session_on
-from kvmtrace.cli.ending import json_is_utf8, say, stop
+from kvmtrace.cli.ending import json_is_utf8, say, stop, tell
 from kvmtrace.cli.options import (
     duration_option,
     interval_option,
@@ -26,6 +26,7 @@ from kvmtrace.model import Snapshot
 from kvmtrace.sources.joined import JoinedSource
 from kvmtrace.views import lines
 from kvmtrace.views.header import watching_text
+from kvmtrace.views.server import check_listen
 
 
 @click.command()
@@ -103,7 +104,7 @@ def events(
             told = [one for one in told if _lives(one.event, start)]
         if vm is not None:
             _require_vm(vm, told)
-        click.echo(f"kvmtrace: {watching_text(start)}", err=True)
+        tell(f"kvmtrace: {watching_text(start)}")
         last_look = False
         while True:
             for one in told:
@@ -179,7 +180,8 @@ def reader_gone() -> bool:
 @click.option(
     "--listen",
     metavar="[HOST:]PORT",
-    help="Where to serve; ':PORT' is every address, port 0 a free one.  [default: 127.0.0.1:9750]",
+    help="Where to serve; 'PORT' is loopback, ':PORT' every address, port 0 a free one.  "
+    "[default: 127.0.0.1:9750]",
 )
 @click.option(
     "--max-vms",
@@ -196,16 +198,18 @@ def serve(listen: str | None, max_vms: int | None, source: str) -> None:
         types, results = host.memory_failure_names()
         return [(kind, result) for kind in types.values() for result in results.values()]
 
+    listen = listen or exporter.DEFAULT_LISTEN
+    check_listen(listen)
     with session_on(attach(source)) as session, open_door(session):
         server = exporter.serve(
-            listen or exporter.DEFAULT_LISTEN,
+            listen,
             session,
             kinds=kinds,
             max_vms=max_vms or exporter.DEFAULT_MAX_VMS,
         )
         try:
             session.start()
-            click.echo(f"serving {server.url}/metrics", err=True)
+            tell(f"serving {server.url}/metrics")
             while not stop.asked and session.failure is None:
                 time.sleep(POLL_SECONDS)
             if session.failure is not None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import io
 import json
-import os
 import time
-from typing import IO, Any
+from dataclasses import replace
 
 import click
 
 from kvmtrace import host
-from kvmtrace.cli.attaching import POLL_SECONDS, events_of, here, model_of
+from kvmtrace.cli.attaching import POLL_SECONDS, Log, here, log_of, replaying
 from kvmtrace.cli.doctor import examined
-from kvmtrace.cli.ending import json_is_utf8, say, stop
+from kvmtrace.cli.ending import json_is_utf8, say, stop, tell
 from kvmtrace.cli.options import (
     duration_option,
     from_option,
@@ -22,10 +21,10 @@ from kvmtrace.cli.options import (
     look_option,
     with_source,
 )
+from kvmtrace.cli.output import Output
 from kvmtrace.cli.printing import show_snapshot
-from kvmtrace.errors import KvmtraceError
 from kvmtrace.live import Session, host_of
-from kvmtrace.sources.recording import RecordingSource, Writer
+from kvmtrace.sources.recording import Writer
 from kvmtrace.views import bundle as bundle_view
 from kvmtrace.views import doctor as doctor_view
 from kvmtrace.views import explain as explain_view
@@ -39,39 +38,26 @@ from kvmtrace.views import lines, targets
 @with_source
 def record(file: str, force: bool, duration: float | None, source: str) -> None:
     """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
-    attached = here(source)
-    try:
+    with Output(file, force) as output, contextlib.closing(here(source)) as attached:
         number = 0
         deadline = time.monotonic() + duration if duration else None
-        with create(file, force) as out:
-            writer = Writer(out, host_of(attached))
-            by = f"{attached.name} ({attached.why})" if attached.why else attached.name
-            click.echo(f"recording to {file} by {by}; Ctrl-C ends it", err=True)
-            while True:
-                wait = POLL_SECONDS
-                if deadline is not None:
-                    wait = min(wait, deadline - time.monotonic())
-                over = stop.asked or wait <= 0
-                # What the kernel counted meanwhile and has not told yet belongs to it, too.
-                batch = attached.poll(0 if over else wait)
-                writer.write(batch, attached.probes())
-                out.flush()
-                number += len(batch)
-                if over:
-                    break
-        click.echo(f"{number} events", err=True)
-    finally:
-        attached.close()
-
-
-def create(path: str, force: bool, *, binary: bool = False) -> IO[Any]:
-    """For root's eyes only: a recording holds addresses of other people's guests."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if force else os.O_EXCL)
-    try:
-        descriptor = os.open(path, flags, 0o600)
-    except FileExistsError:
-        raise KvmtraceError(f"{path} is already there", "--force replaces it") from None
-    return open(descriptor, "wb") if binary else open(descriptor, "w", encoding="utf-8")
+        output.place()
+        writer = Writer(output.file, host_of(attached))
+        by = f"{attached.name} ({attached.why})" if attached.why else attached.name
+        tell(f"recording to {file} by {by}; Ctrl-C ends it")
+        while True:
+            wait = POLL_SECONDS
+            if deadline is not None:
+                wait = min(wait, deadline - time.monotonic())
+            over = stop.asked or wait <= 0
+            # What the kernel counted meanwhile and has not told yet belongs to it, too.
+            batch = attached.poll(0 if over else wait)
+            writer.write(batch, attached.probes())
+            output.file.flush()
+            number += len(batch)
+            if over:
+                break
+    tell(f"{number} events")
 
 
 @click.command()
@@ -86,20 +72,15 @@ def replay(file: str, as_events: bool, as_json: bool) -> None:
     if as_json:
         json_is_utf8()
     text = lines.json_text if as_json else lines.event_text
-    source = RecordingSource(file)
-    session = Session(source, source.host.page_shift)
-    try:
+    with replaying(file) as source:
+        session = Session(source, source.host.page_shift)
         while not source.done and not stop.asked:
             for told in session.pump(0):
                 if as_events and (line := text(told)) is not None:
                     say(line)
         if not as_events:
-            snapshot = dataclasses.replace(session.snapshot(), host=source.host)
+            snapshot = session.snapshot().of_log(source.host, source.probes())
             show_snapshot(snapshot, snapshot.last_ts or 0, as_json)
-        if source.truncated:
-            click.echo(f"kvmtrace: {file}: the last line is cut off; left out", err=True)
-    finally:
-        session.close()
 
 
 @click.command()
@@ -115,14 +96,16 @@ def explain(
 
     Numbers are PFNs (0x103275) or, with @VM, guest physical addresses (0x8000@web-1).
     """
-    snapshot = model_of(*events_of(recording, source, duration))
-    found = targets.find(snapshot, target)
-    if as_json:
-        json_is_utf8()
-        say(json.dumps([explain_view.as_object(i, snapshot) for i in found], ensure_ascii=False))
-        return
-    texts = [explain_view.explain_text(incident, snapshot) for incident in found]
-    say("\n\n".join(texts) or targets.about_nothing(snapshot, target))
+    with log_of(recording, source, duration) as log:
+        snapshot = log.model()
+        found = targets.find(snapshot, target)
+        if as_json:
+            json_is_utf8()
+            objects = [explain_view.as_object(incident, snapshot) for incident in found]
+            say(json.dumps(objects, ensure_ascii=False))
+            return
+        texts = [explain_view.explain_text(incident, snapshot) for incident in found]
+        say("\n\n".join(texts) or targets.about_nothing(snapshot, target))
 
 
 @click.command()
@@ -147,16 +130,21 @@ def bundle(
 
     Events as a recording, all incidents explained, doctor's findings, versions.
     """
-    said, of, probes = events_of(recording, source, duration)
-    names = bundle_view.Redaction(said)
-    if redact:
-        said = names.events(said)
-    log = io.StringIO()
-    Writer(log, of).write(said, probes)
-    files = bundle_view.contents(log.getvalue(), model_of(said, of, probes), host.bcc().version)
-    if recording is None:
-        text = doctor_view.render(examined(source))
-        files["doctor.txt"] = names.text(text) if redact else text
-    with create(output, force, binary=True) as out:
-        bundle_view.write(out, files, int(time.time()))
-    click.echo(f"{output}: {', '.join(sorted(files))}", err=True)
+    with (
+        Output(output, force, binary=True) as archive,
+        log_of(recording, source, duration) as log,
+    ):
+        names = bundle_view.Redaction(log.events)
+        files = _files(replace(log, events=names.events(log.events)) if redact else log)
+        if recording is None:
+            found = doctor_view.render(examined(source))
+            files["doctor.txt"] = names.text(found) if redact else found
+        bundle_view.write(archive.file, files, int(time.time()))
+        archive.place()
+        tell(f"{output}: {', '.join(sorted(files))}")
+
+
+def _files(log: Log) -> dict[str, str]:
+    text = io.StringIO()
+    Writer(text, log.host, log.version).write(log.events, log.probes)
+    return bundle_view.contents(text.getvalue(), log.model(), log.version, host.bcc().version)

@@ -68,4 +68,5 @@ class Account:
         handled = None
         if "total" in first and "total" in last:
             handled = max(0, last["total"] - first["total"])
-        return KernelAccount(first, last, handled, self._seen)
+        corrupted = self._counts[1].hardware_corrupted_bytes
+        return KernelAccount(first, last, handled, self._seen, corrupted)

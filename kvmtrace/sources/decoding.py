@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvmtrace.events import Event, Owner, from_record
+from kvmtrace.events import KINDS, Event, HwError, Lost, Owner, from_record
 from kvmtrace.identity import clean
 from kvmtrace.model import Probe
 
@@ -22,12 +22,52 @@ if TYPE_CHECKING:
 # What decoding a line that is no such thing may raise.
 WRONG = (KeyError, TypeError, ValueError, AttributeError)
 
+_UNKNOWN = {"where": "unknown_events", "count": 1}
 
-def decoded(record: Mapping[str, Any]) -> Event | tuple[Probe, ...]:
-    """The event of a line, or the probes. Raises ``WRONG``."""
-    if record.get("kind") == "probes":
-        return tuple(build(Probe, probe) for probe in record["probes"])
-    return _checked(from_record(record))
+_ANY = range(1 << 64)
+# A time has to fit into a calendar, and 2**lsb is a size.
+_RANGES = {"ts": range(1 << 63), "lsb": range(64), "count": range(1, 1 << 64)}
+
+
+class Malformed(ValueError):
+    """Says in words what is wrong with a line."""
+
+
+class Decoder:
+    """Lines in, events out. ``probes``: as they were when the last event was recorded."""
+
+    def __init__(self) -> None:
+        self.probes: tuple[Probe, ...] = ()
+        self._ts = 0
+
+    def event(self, record: Mapping[str, Any]) -> Event | None:
+        """The event of a line, None if it is of the probes. Raises Malformed.
+
+        What only a newer kvmtrace knows of is told as lost: the rest can still be read.
+        """
+        kind = record.get("kind")
+        if not isinstance(kind, str):
+            raise Malformed("not an event")
+        try:
+            if kind == "probes":
+                self.probes = tuple(build(Probe, probe) for probe in record["probes"])
+                return None
+            if kind in KINDS:
+                event = _checked(from_record(record))
+            else:
+                event = build(Lost, {"ts": record.get("ts", self._ts), **_UNKNOWN})
+        except Malformed:
+            raise
+        except WRONG as error:
+            raise Malformed(f"not a whole {kind!r}") from error
+        self._ts = event.ts
+        return event
+
+
+def version_of(header: Mapping[str, Any]) -> str | None:
+    """The kvmtrace that wrote it; None if it does not say."""
+    version = header.get("version")
+    return clean(version) or None if isinstance(version, str) else None
 
 
 _T = TypeVar("_T", bound="DataclassInstance")
@@ -49,12 +89,14 @@ def _checked(value: _T) -> _T:
     """The dataclass with every field of its declared type, in range, and its strings cleaned."""
     changes: dict[str, Any] = {}
     for name, hint in _hints(type(value)).items():
-        item = getattr(value, name)
-        changes[name] = _checked_item(name, item, hint)
+        within = _RANGES.get(name, _ANY)
+        if name == "count" and isinstance(value, HwError):
+            within = _ANY  # drivers pass on what a register says, 0 included
+        changes[name] = _checked_item(name, getattr(value, name), hint, within)
     return dataclasses.replace(value, **changes)
 
 
-def _checked_item(name: str, item: Any, hint: Any) -> Any:
+def _checked_item(name: str, item: Any, hint: Any, within: range = _ANY) -> Any:
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
         if inner[1:] == (...,):
@@ -63,11 +105,12 @@ def _checked_item(name: str, item: Any, hint: Any) -> Any:
         return tuple(_checked_item(name, one, its_hint) for one, its_hint in pairs)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if not isinstance(item, allowed):
-        raise ValueError(f"{name} is {type(item).__name__}")
+        raise Malformed(f"{name} is of the wrong type")
     if isinstance(item, str):
-        return clean(item)
+        cleaned = clean(item)
+        return None if not cleaned and type(None) in allowed else cleaned
     if isinstance(item, Owner):
         return _checked(item)
-    if isinstance(item, int) and not 0 <= item < 1 << (63 if name == "ts" else 64):
-        raise ValueError(f"{name} is out of range")
+    if isinstance(item, int) and item not in within:
+        raise Malformed(f"{name} is out of range")
     return item

@@ -18,7 +18,7 @@ from kvmtrace import door
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.model import Host, Probe, ProbeRuns
-from kvmtrace.sources.decoding import WRONG, build, decoded
+from kvmtrace.sources.decoding import WRONG, Decoder, build, version_of
 from kvmtrace.sources.recording import FORMAT, MARK, MAX_LINE
 
 _READ = 1 << 16
@@ -33,12 +33,13 @@ class JoinedSource:
         self._client = client
         self._client.settimeout(door.TIMEOUT)
         self._buffer = bytearray()
-        self._probes: tuple[Probe, ...] = ()
+        self._decoder = Decoder()
         self.pid = pid
         header = self._next()
         if not 0 < header["kvmtrace_recording"] <= FORMAT:
             raise ValueError("a newer kvmtrace")
         self.name = build(Host, header).source
+        self.version = version_of(header)
         self.why: str | None = f"of kvmtrace serve, pid {pid}"
         self._past: list[Event] | None = []
         while (record := self._next()).get("kind") != MARK:
@@ -92,7 +93,7 @@ class JoinedSource:
 
     def probes(self) -> tuple[Probe, ...]:
         """The probes of the serve."""
-        return self._probes
+        return self._decoder.probes
 
     def probe_runs(self) -> Mapping[str, ProbeRuns]:
         """Not told; the serve's own metrics have them."""
@@ -104,11 +105,9 @@ class JoinedSource:
             self._client.close()
 
     def _take(self, record: dict[str, Any], events: list[Event]) -> None:
-        told = decoded(record)
-        if isinstance(told, Event):
-            events.append(told)
-        else:
-            self._probes = told
+        event = self._decoder.event(record)
+        if event is not None:
+            events.append(event)
 
     def _next(self) -> dict[str, Any]:
         """The next line, waited for."""

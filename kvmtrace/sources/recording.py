@@ -19,7 +19,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, to_record
 from kvmtrace.identity import clean
 from kvmtrace.model import Host, Probe, ProbeRuns
-from kvmtrace.sources.decoding import WRONG, build, decoded
+from kvmtrace.sources.decoding import WRONG, Decoder, Malformed, build, version_of
 
 FORMAT = 1
 MARK = "from_here_on"
@@ -33,13 +33,12 @@ _PAGE_SHIFTS = range(12, 21)
 class Writer:
     """Writes events to an open file; the caller flushes and closes it."""
 
-    def __init__(self, file: IO[str], host: Host) -> None:
+    def __init__(self, file: IO[str], host: Host, version: str | None = __version__) -> None:
+        """``version``: of the kvmtrace that saw the events, where that is another one."""
         self._file = file
         self._probes: tuple[Probe, ...] = ()
-        self._line(
-            {"kvmtrace_recording": FORMAT, "version": __version__}
-            | _known(dataclasses.asdict(host))
-        )
+        header = {"kvmtrace_recording": FORMAT, "version": version}
+        self._line(_known(header | dataclasses.asdict(host)))
 
     def write(self, events: Iterable[Event], probes: tuple[Probe, ...]) -> None:
         """Append events, and the state of the probes where it changed."""
@@ -61,7 +60,9 @@ class Writer:
 class RecordingSource:
     """A recording as a source: ``poll`` gives the next events at once, until ``done``.
 
-    ``truncated``: the last line was cut off (whoever wrote it was killed) and is left out.
+    ``recorded``: the host as it was recorded, by a kvmtrace of ``version`` (None: not said), and
+    ``host`` as a replay shows it. ``truncated``: the last line was cut off (whoever wrote it was
+    killed) and is left out. ``damage``: what ended it before its end; events before that are told.
     """
 
     name = "recording"
@@ -71,39 +72,41 @@ class RecordingSource:
         self.done = False
         self.truncated = False
         self._number = 0
-        self._probes: tuple[Probe, ...] = ()
+        self.damage: KvmtraceError | None = None
+        self._decoder = Decoder()
         try:
             self._file = open(path, "rb")  # noqa: SIM115 (lives as long as the source)
         except OSError as error:
-            raise KvmtraceError(f"{path}: {error.strerror}") from error
+            raise KvmtraceError(
+                f"{path}: {error.strerror}", "name a file that `kvmtrace record` made"
+            ) from error
         try:
-            recorded = self._header()
+            self.recorded, self.version = self._header()
         except BaseException:
             self._file.close()
             raise
-        self.why: str | None = f"replay of {clean(os.path.basename(path))}, from {recorded.source}"
-        self.host = dataclasses.replace(recorded, source=self.name, source_why=self.why)
+        name = clean(os.path.basename(path))
+        self.why: str | None = f"replay of {name}, from {self.recorded.source}"
+        self.host = dataclasses.replace(self.recorded, source=self.name, source_why=self.why)
 
     def poll(self, timeout: float) -> list[Event]:
         """The next events of the file; ``timeout`` is not needed."""
         events: list[Event] = []
         while not self.done and len(events) < BATCH:
-            record = self._record()
-            if record is None:
-                continue
             try:
-                told = decoded(record)
-            except WRONG as error:
-                raise self._bad(f"not an event: {clean(str(error))}") from error
-            if isinstance(told, Event):
-                events.append(told)
-            else:
-                self._probes = told
+                record = self._record()
+                event = self._decoder.event(record) if record is not None else None
+            except (Malformed, OSError) as error:
+                what = str(error) if isinstance(error, Malformed) else error.strerror
+                self.done, self.damage = True, self._bad(what or "unreadable")
+                break
+            if event is not None:
+                events.append(event)
         return events
 
     def probes(self) -> tuple[Probe, ...]:
         """The probes as they were when the last event read was recorded."""
-        return self._probes
+        return self._decoder.probes
 
     def probe_runs(self) -> Mapping[str, ProbeRuns]:
         """Not recorded."""
@@ -113,14 +116,14 @@ class RecordingSource:
         """Close the file."""
         self._file.close()
 
-    def _header(self) -> Host:
+    def _header(self) -> tuple[Host, str | None]:
         record = self._record()
         if record is None or "kvmtrace_recording" not in record:
             raise KvmtraceError(
                 f"{self.path} is not a recording", "`kvmtrace record FILE` makes one"
             )
-        version = record["kvmtrace_recording"]
-        if not isinstance(version, int) or version > FORMAT:
+        number = record["kvmtrace_recording"]
+        if not isinstance(number, int) or number > FORMAT:
             raise KvmtraceError(
                 f"{self.path} was recorded by a newer kvmtrace", "replay it with that version"
             )
@@ -130,7 +133,7 @@ class RecordingSource:
             raise self._bad("incomplete header") from error
         if host.page_shift not in _PAGE_SHIFTS:
             raise self._bad(f"pages of 2**{host.page_shift} bytes")
-        return host
+        return host, version_of(record)
 
     def _record(self) -> dict[str, Any] | None:
         """The next line; None (and ``done``) at the end of the file, None for an empty line."""
@@ -147,11 +150,11 @@ class RecordingSource:
                 return None
             if self._number == 1:
                 return None
-            raise self._bad("not JSON") from error
+            raise Malformed("not JSON") from error
         if not isinstance(record, dict):
             if self._number == 1:
                 return None
-            raise self._bad("not an object")
+            raise Malformed("not an object")
         return record
 
     def _bad(self, what: str) -> KvmtraceError:

@@ -17,13 +17,18 @@ from kvmtrace.model import Snapshot
 from kvmtrace.views.explain import explain_text
 
 
-def contents(recording: str, snapshot: Snapshot, bcc: str | None) -> dict[str, str]:
-    """{file name: text} of what the events tell. ``bcc``: its version, None if it is not here."""
+def contents(
+    recording: str, snapshot: Snapshot, version: str | None, bcc: str | None
+) -> dict[str, str]:
+    """{file name: text} of what the events tell.
+
+    ``version``: of the kvmtrace that recorded them. ``bcc``: its version, None if it is not here.
+    """
     host = snapshot.host
+    here = wire.known(kvmtrace=__version__, python=platform.python_version(), bcc=bcc)
     versions = wire.known(
-        kvmtrace=__version__,
-        python=platform.python_version(),
-        bcc=bcc,
+        recorded_by=wire.known(kvmtrace=version),
+        bundled_by=here,
         kernel=host.kernel if host else None,
         host=host.name if host else None,
         source=host.source if host else None,

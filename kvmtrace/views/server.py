@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 # Core Lightning's on Prometheus' list of ports, which no longer has a free one below 10000: hardly
 # what else runs on a host full of VMs.
-DEFAULT_LISTEN = "127.0.0.1:9750"
+LOOPBACK = "127.0.0.1"
+DEFAULT_LISTEN = f"{LOOPBACK}:9750"
 
 # A client that sends nothing (or reads nothing) for so long is gone; seconds.
 CLIENT_TIMEOUT = 10.0
@@ -33,21 +34,23 @@ MAX_CLIENTS = 128
 
 
 def parse_listen(listen: str) -> tuple[str, int]:
-    """``HOST:PORT``, ``[V6]:PORT`` or ``:PORT`` (every address) → (host, port); 0: any free port.
+    """``HOST:PORT``, ``[V6]:PORT``, ``:PORT`` (every address) or ``PORT`` (loopback).
 
-    Raises UsageError for anything else.
+    → (host, port); 0: any free port. Raises UsageError for anything else.
     """
     host, colon, port = listen.rpartition(":")
+    if not colon:
+        host = LOOPBACK
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
         valid = ":" in host
     else:
         valid = not set(host) & set("[]:/ @")
     # isdecimal alone takes digits of other scripts, and int() would then agree.
-    if not (valid and colon and port.isascii() and port.isdecimal() and int(port) < 65536):
+    if not (valid and port.isascii() and port.isdecimal() and int(port) < 65536):
         raise UsageError(
-            f"cannot listen on {listen!r}: not HOST:PORT",
-            "examples: 127.0.0.1:9750, [::1]:9750, or :9750 for every address",
+            f"cannot listen on {listen!r}: not [HOST:]PORT",
+            "examples: 9750, 127.0.0.1:9750, [::1]:9750, or :9750 for every address",
         )
     return host, int(port)
 
@@ -78,13 +81,22 @@ class Server:
 
 def start(listen: str, routes: Mapping[str, WSGIApplication]) -> Server:
     """Serve ``routes`` (path → WSGI application, asked with GET only) on ``listen``."""
-    host, port = parse_listen(listen)
-    try:
-        httpd = _Httpd(host, port)
-    except OSError as error:
-        raise _cannot_listen(listen, error) from None
+    httpd = _bound(listen)
     httpd.set_app(_router(routes))
     return Server(httpd)
+
+
+def check_listen(listen: str) -> None:
+    """Raise what ``start`` would, before there is anything to serve."""
+    _bound(listen).server_close()
+
+
+def _bound(listen: str) -> _Httpd:
+    host, port = parse_listen(listen)
+    try:
+        return _Httpd(host, port)
+    except OSError as error:
+        raise _cannot_listen(listen, error) from None
 
 
 def text(status: HTTPStatus, body: str, kind: str = "text/plain") -> WSGIApplication:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -98,7 +99,64 @@ def test_wrong_usage_is_status_2(source: FakeSource, arguments: tuple[str, ...])
     result = invoke(*arguments)
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
-    assert source.closed or not source.polls
+    assert not source.closed  # nor opened
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "command"),
+    [
+        (("--bogus",), "no such option", "kvmtrace"),
+        (("nonsense",), "no such command", "kvmtrace"),
+        (("events", "--bogus"), "no such option", "kvmtrace events"),
+        (("events", "a\x1b[31mb\n"), "unexpected extra argument (a?[31mb )", "kvmtrace events"),
+        (("top", "--interval", "soon"), "'soon' is not a number of seconds", "kvmtrace top"),
+        (("record",), "missing argument 'FILE'", "kvmtrace record"),
+        (("bundle",), "missing option '-o'", "kvmtrace bundle"),
+    ],
+)
+def test_wrong_usage_is_a_line_and_a_hint(
+    arguments: tuple[str, ...], said: str, command: str
+) -> None:
+    result = invoke(*arguments)
+    line, hint = result.stderr.splitlines()
+    assert line.startswith("kvmtrace: ")
+    assert said in line
+    assert hint == f"hint: `{command} --help` tells what there is"
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_no_command_is_answered_with_the_help() -> None:
+    assert "\n  replay " in invoke().output
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KvmtraceError("a\x1b[31mb", "c\nd"), "kvmtrace: a?[31mb\nhint: c d\n"),
+        (
+            OSError(5, "Input/output error", "/a\x1b[2J\u202e"),
+            "kvmtrace: /a?[2J: Input/output error",
+        ),
+    ],
+)
+def test_errors_do_nothing_to_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    refuse(monkeypatch, error)
+    assert invoke("events").stderr.startswith(said)
+
+
+def test_names_of_files_do_nothing_to_a_terminal(source: FakeSource, tmp_path: Path) -> None:
+    path = str(tmp_path / "a\x1b[31mb")
+    missing = invoke("replay", path)
+    assert missing.stderr.startswith(f"kvmtrace: {tmp_path}/a?[31mb: No such file or directory\n")
+    assert missing.stderr.splitlines()[1].startswith("hint: ")
+    said = invoke("record", path, "--duration", "0.1").stderr
+    Path(path).write_bytes(Path(path).read_bytes()[:-5])
+    for command in (("replay",), ("record",), ("bundle", "--force", "--from", path, "-o")):
+        said += invoke(*command, path).stderr
+    assert "\x1b" not in said
+    assert said.count(f"{tmp_path}/a?[31mb") == 5
 
 
 @pytest.mark.parametrize(
@@ -277,7 +335,7 @@ def test_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
         result = invoke("serve", "--listen", listen)
         assert result.exit_code == 1
         assert "port in use" in result.stderr
-        assert source.closed
+        assert not source.closed  # nor opened
     finally:
         server.close()
 
@@ -333,7 +391,7 @@ def test_record_does_not_overwrite(source: FakeSource, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "--force" in result.stderr
     assert path.read_text() == "precious"
-    assert source.closed
+    assert not source.closed  # nor opened
     assert invoke("record", str(path), "--force", "--duration", "0.1").exit_code == 0
     assert "kvmtrace_recording" in path.read_text()
 
@@ -341,8 +399,75 @@ def test_record_does_not_overwrite(source: FakeSource, tmp_path: Path) -> None:
 def test_record_where_it_cannot(source: FakeSource) -> None:
     result = invoke("record", "/nonexistent/r")
     assert result.exit_code == 1
-    assert "/nonexistent/r: No such file or directory" in result.stderr
-    assert source.closed
+    assert "/nonexistent/r: No such file or directory\nhint: " in result.stderr
+    assert not source.closed  # nor opened
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_force_replaces_whatever_is_there(
+    source: FakeSource, tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    """By a file of its own: not for everybody's eyes, nor written over somebody else's."""
+    precious, path = tmp_path / "precious", tmp_path / "r"
+    precious.write_text("precious")
+    precious.chmod(0o644)
+    link(precious, path)
+    assert invoke("record", str(path), "--force", "--duration", "0.1").exit_code == 0
+    assert "kvmtrace_recording" in path.read_text()
+    assert path.lstat().st_mode == stat.S_IFREG | 0o600
+    path.unlink()
+    out = ("-o", str(path), "--force", "--source", "bpf", "--duration", "0.1")
+    link(precious, path)
+    assert invoke("bundle", *out).exit_code == 0
+    assert path.lstat().st_mode == stat.S_IFREG | 0o600
+    assert precious.read_text() == "precious"
+    assert sorted(tmp_path.iterdir()) == [precious, path]
+
+
+@pytest.mark.parametrize("command", [("record",), ("bundle", "-o")])
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_a_source_that_is_refused_leaves_no_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: tuple[str, ...], force: tuple[str]
+) -> None:
+    refuse(monkeypatch, KvmtraceError("BPF is refused"))
+    assert "BPF is refused" in invoke(*command, str(tmp_path / "r"), *force).stderr
+    assert not list(tmp_path.iterdir())
+    if force:
+        (tmp_path / "r").write_text("precious")
+        invoke(*command, str(tmp_path / "r"), *force)
+        assert (tmp_path / "r").read_text() == "precious"
+
+
+def test_bundle_looks_at_its_file_first(source: FakeSource, tmp_path: Path) -> None:
+    (tmp_path / "r").touch()
+    assert "already there" in invoke("bundle", "-o", str(tmp_path / "r")).stderr
+    assert "No such file" in invoke("bundle", "-o", str(tmp_path / "none" / "r")).stderr
+    assert not source.polls
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_output_to_what_is_open(tmp_path: Path, kind: str) -> None:
+    log = tmp_path / "log"
+    arguments = ("record", "/dev/fd/1", "--force", "--duration", "0.1")
+    script = [sys.executable, "-c", CHILD.format(chatty=False), *arguments]
+    where = Path(__file__).parents[2]
+    with log.open("wb") as file:
+        stdout = file if kind == "file" else subprocess.PIPE
+        done = subprocess.run(script, stdout=stdout, cwd=where, check=True, timeout=60)
+    text = log.read_bytes() if kind == "file" else done.stdout
+    assert text.startswith(b'{"kvmtrace_recording":1')
+
+
+def test_output_to_a_pipe_with_a_name(source: FakeSource, tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(path.read_bytes()))
+    reader.start()
+    assert invoke("record", str(path), "--force", "--duration", "0.1").exit_code == 0
+    reader.join()
+    assert read[0].startswith(b'{"kvmtrace_recording":1')
+    assert path.is_fifo()
 
 
 def test_replay_of_what_is_none(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from kvmtrace import cli
+from kvmtrace import __version__, cli, kvm
 from kvmtrace.events import (
     Event,
     Exit,
     GmemPoison,
     HwError,
+    KernelCounts,
     Mce,
     Owned,
     Owner,
@@ -173,6 +174,57 @@ def test_bundle(recording: str, tmp_path: Path) -> None:
     assert (refused.exit_code, "already there" in refused.output) == (1, True)
 
 
+@pytest.mark.parametrize("redact", [(), ("--redact",)])
+def test_a_bundle_is_of_whoever_recorded(tmp_path: Path, redact: tuple[str, ...]) -> None:
+    """Not of whoever bundles, nor of a file whose name may be a tenant's."""
+    path, out = tmp_path / "acme-corp.jsonl", tmp_path / "out.tar.gz"
+    host = Host("sick", "6.18.15", "ftrace", "asked for", 4096)
+    with path.open("w") as file:
+        Writer(file, host, "0.0.7").write(STORY, PROBES)
+    assert invoke("bundle", "-o", str(out), *redact, "--from", str(path)).exit_code == 0
+    files = unpacked(out)
+    assert not any("acme-corp" in text for text in files.values())
+    header = json.loads(files["events.jsonl"].splitlines()[0])
+    assert header == {
+        "kvmtrace_recording": 1,
+        "version": "0.0.7",
+        "name": "sick",
+        "kernel": "6.18.15",
+        "source": "ftrace",
+        "source_why": "asked for",
+        "hardware_corrupted_bytes": 4096,
+        "page_shift": kvm.PAGE_SHIFT,
+    }
+    told = json.loads(files["top.json"])["host"]
+    assert (told["source"], told["source_why"]) == ("ftrace", "asked for")
+    versions = json.loads(files["versions.json"])
+    assert versions["recorded_by"] == {"kvmtrace": "0.0.7"}
+    assert versions["bundled_by"]["kvmtrace"] == __version__
+    assert versions["source"] == "ftrace"
+    (tmp_path / "events.jsonl").write_text(files["events.jsonl"])
+    again = json.loads(invoke("replay", "--json", str(tmp_path / "events.jsonl")).stdout)
+    assert again["host"]["source_why"] == "replay of events.jsonl, from ftrace"
+
+
+def test_a_log_has_the_memory_that_it_told_of_last(tmp_path: Path) -> None:
+    """Its header is from when recording began."""
+    path = tmp_path / "poisoned.jsonl"
+    counts = (
+        KernelCounts(T0, (), 4096, True),
+        KernelCounts(T0 + SECOND, (("total", 2),), 12288),
+    )
+    with path.open("w") as file:
+        Writer(file, Host("sick", "6.18.15", "bpf", None, 4096)).write((*counts, *STORY), PROBES)
+    shown = json.loads(invoke("replay", "--json", str(path)).stdout)
+    assert shown["host"]["hardware_corrupted_bytes"] == 12288
+    assert "HardwareCorrupted 12 KiB" in invoke("replay", str(path)).stdout
+    out = tmp_path / "out.tar.gz"
+    invoke("bundle", "-o", str(out), "--from", str(path))
+    files = unpacked(out)
+    for name in ("top.json", "versions.json"):
+        assert '"hardware_corrupted_bytes": 12288' in files[name]
+
+
 def test_redacted_bundle_names_nobody(recording: str, tmp_path: Path) -> None:
     path = tmp_path / "out.tar.gz"
     assert invoke("bundle", "-o", str(path), "--redact", "--from", recording).exit_code == 0
@@ -209,3 +261,55 @@ def test_a_huge_page_takes_its_neighbours(tmp_path: Path) -> None:
     for gpa in ("0x1fffff", "0x400000"):
         told = invoke("explain", f"{gpa}@web-1", "--from", str(path)).output
         assert "no poisoned page is known there" in told
+
+
+@pytest.fixture
+def damaged(recording: str) -> str:
+    with open(recording, "a") as file:
+        file.write('{"kind":"poison","ts":"now"}\n')
+    return recording
+
+
+@pytest.fixture
+def cut(recording: str) -> str:
+    with open(recording, "a") as file:
+        file.write('{"kind":"poi')
+    return recording
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("replay",), "103275-1"),
+        (("replay", "--json"), '"103275-1"'),
+        (("replay", "--events"), "incident 103275-1"),
+        (("explain", "web-1", "--from"), "Incident 103275-1"),
+        (("explain", "web-9", "--from"), ""),
+    ],
+)
+def test_what_came_before_the_damage_is_told(
+    damaged: str, command: tuple[str, ...], told: str
+) -> None:
+    result = invoke(*command, damaged)
+    assert result.exit_code == (1 if told else 2)
+    assert told in result.stdout
+    assert f"kvmtrace: {damaged}, line {len(STORY) + 3}: " in result.stderr
+
+
+def test_what_came_before_the_damage_is_bundled(damaged: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.tar.gz"
+    result = invoke("bundle", "-o", str(out), "--from", damaged)
+    assert result.exit_code == 1
+    assert f"line {len(STORY) + 3}: " in result.stderr
+    assert "Incident 103275-1" in unpacked(out)["explain.txt"]
+
+
+def test_a_last_line_cut_off_is_reported(cut: str, tmp_path: Path) -> None:
+    for command in (
+        ("replay",),
+        ("explain", "web-1", "--from"),
+        ("bundle", "-o", str(tmp_path / "out.tar.gz"), "--from"),
+    ):
+        result = invoke(*command, cut)
+        assert result.exit_code == 0
+        assert f"kvmtrace: {cut}: the last line is cut off; left out\n" in result.stderr

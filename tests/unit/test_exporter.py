@@ -469,6 +469,7 @@ def test_ipv6_and_every_address(listen: str, host: str) -> None:
     ("listen", "expected"),
     [
         ("127.0.0.1:9750", ("127.0.0.1", 9750)),
+        ("9750", ("127.0.0.1", 9750)),
         ("localhost:0", ("localhost", 0)),
         (":9750", ("", 9750)),
         ("[::1]:9750", ("::1", 9750)),
@@ -481,8 +482,8 @@ def test_listen(listen: str, expected: tuple[str, int]) -> None:
 
 @pytest.mark.parametrize(
     "listen",
-    " |9750|host|host:|host:http|host:65536|host:-1|host:+1|host:٩٧٥٠|host:1:2|a b:1|u@h:1|"
-    "::1:9750|[::1]|[]:1|[host]:1|http://host:1".split("|"),
+    " |٩٧٥٠|-1|65536|host|host:|host:http|host:65536|host:-1|host:+1|host:٩٧٥٠|host:1:2|a b:1|"
+    "u@h:1|::1:9750|[::1]|[]:1|[host]:1|http://host:1".split("|"),
 )
 def test_listen_on_nonsense(listen: str) -> None:
     with pytest.raises(UsageError) as error:
