@@ -98,14 +98,19 @@ class Inventory:
             pfns = next(self._pages, None)
             if pfns is None:
                 self._pages = None
-            elif pfns:
-                self._settling.append((time.monotonic() + SETTLE_SECONDS, pfns))
+            else:
+                self.settle(pfns)
             if time.monotonic() >= deadline:
                 break
         events: list[Event] = []
         while self._settling and (last or self._settling[0][0] <= time.monotonic()):
             events += [Found(ts, pfn) for pfn in self._settling.pop(0)[1] if pfn not in seen]
         return events
+
+    def settle(self, pfns: list[int]) -> None:
+        """Poisoned pages that somebody ran into: told like those that ``look`` finds."""
+        if pfns:
+            self._settling.append((time.monotonic() + SETTLE_SECONDS, pfns))
 
     def counts(self, ts: int) -> list[Event]:
         """The kernel's account, if it was due and has changed.

@@ -69,6 +69,7 @@ class Observed(Around):
             timeout = min(timeout, SLICE_SECONDS)
         counts = self._inventory.counts(self._now())
         events = counts + self._observer.events(in_order(self.inner.poll(timeout)), self._now())
+        self._inventory.settle(self._observer.suspects())
         found = self._inventory.look(
             self._now(), time.monotonic() + SLICE_SECONDS, self._observer.pfns, last=last
         )
@@ -97,6 +98,8 @@ class Observer:
         self._asked: OrderedDict[tuple[int, int], None] = OrderedDict()  # (VM, gfn) of exits
         self._huge: OrderedDict[tuple[int, int], tuple[int, int | None]] = OrderedDict()
         self._poisoned_by: OrderedDict[int, Poison] = OrderedDict()  # by thread
+        self._suspected: OrderedDict[int, None] = OrderedDict()
+        self._fresh: list[int] = []
 
     @property
     def busy(self) -> bool:
@@ -107,6 +110,19 @@ class Observer:
     def pfns(self) -> frozenset[int]:
         """Pages that are known to be poisoned."""
         return frozenset(self._seen)
+
+    def suspects(self) -> list[int]:
+        """Poisoned pages that somebody was told of and whose poison was not; each is given once."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
+    def _suspect(self, pfn: int | None) -> int | None:
+        if pfn is not None and pfn not in self._seen and pfn not in self._suspected:
+            self._suspected[pfn] = None
+            self._fresh.append(pfn)
+            while len(self._suspected) > MAX_PFNS:
+                self._suspected.popitem(last=False)
+        return pfn
 
     def events(self, events: list[Event], now: int) -> list[Event]:
         """``events`` with what was found about them, in order. ``now``: ns since the epoch."""
@@ -131,7 +147,7 @@ class Observer:
                 case Sigbus(hva=None):
                     out += self._after_poison(event)
                 case Sigbus() if event.pfn is None:
-                    out.append(replace(event, pfn=self._pfn_at(event)))
+                    out.append(replace(event, pfn=self._suspect(self._pfn_at(event))))
                 case Mce() if event.vendor is None:
                     out.append(replace(event, vendor=self._vendor))
                 case _:
@@ -159,6 +175,7 @@ class Observer:
                             del self._huge[key]
                 case Unpoison():
                     self._seen.pop(event.pfn, None)
+                    self._suspected.pop(event.pfn, None)
                 case Poison(tid=int(tid)):
                     self._poisoned_by[tid] = event
                     self._poisoned_by.move_to_end(tid)
@@ -244,7 +261,7 @@ class Observer:
         self._asked[told.vm, gfn] = None
         while len(self._asked) > MAX_PFNS:
             self._asked.popitem(last=False)
-        pfn = poisoned_pfn(pid, hva, self._proc)
+        pfn = self._suspect(poisoned_pfn(pid, hva, self._proc))
         if pfn is None:
             return []
         return [Owned(told.ts, pfn, Owner(told.vm, gfn, hva), "pagemap")]

@@ -36,12 +36,23 @@ def deliveries(lines: list[Line], incident: str) -> list[Line]:
     return [x for x in lines if x["kind"] in ("exit", "sigbus") and x.get("incident") == incident]
 
 
+# PAGEMAP_SCAN with an empty argument: ENOTTY (25) where the kernel has no such call (before 6.7).
+_SCANS = (
+    "import fcntl, os, sys\n"
+    "try: fcntl.ioctl(os.open('/proc/self/pagemap', 0), 0xC0606610, bytes(96))\n"
+    "except OSError as error: sys.exit(error.errno == 25)"
+)
+
+
 def owners_before_any_touch(machine: Machine, source: str) -> None:
     """Every backing, both ways to poison; then a start with the poison already there."""
     end_following(machine)
+    scans = machine.run(["python3", "-c", _SCANS]).status == 0
     with ExitStack() as stack:
         stories = []
         for backing, pages in BACKINGS:
+            if backing == "hugetlb2m" and not scans:
+                continue  # a lost one looks like one that was never touched (README, Limits)
             for how in ("inject", "madvise"):
                 vmm = Vmm(machine, f"{backing}-{how}")
                 try:

@@ -243,6 +243,18 @@ def test_a_page_marked_before_its_poison_is_told_is_not_from_before(tmp_path: Pa
     assert [(e.kind, getattr(e, "pfn", 0)) for e in told] == [("poison", 5), ("found", 2)]
 
 
+def test_a_page_that_somebody_was_told_of_is_found_without_a_search(tmp_path: Path) -> None:
+    """The search may take long, and a loop is now."""
+    (tmp_path / "meminfo").write_text("HardwareCorrupted:     0 kB\n")
+    proc_with(tmp_path, 7, {0x13000: ANON}, LOW_MAPS)
+    signal = Sigbus(1, 7, 70, 4, 0x13000, sender=70)
+    source = _Poisoned(tmp_path, [[signal, signal], [signal]])
+    observed = Observed(source, str(tmp_path), inventory.Inventory(str(tmp_path), str(tmp_path)))
+    kinds = [event.kind for event in observed.poll(0.001)]
+    assert kinds == ["kernel_counts", "sigbus", "sigbus"]
+    assert [event.kind for event in observed.poll(0)] == ["sigbus", "found"]
+
+
 def test_a_machine_check_gets_its_vendor(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\n")
     (told,) = story(tmp_path, [Mce(1, 0x1000, 1, 4, 0, 0, 1 << 44)])
