@@ -402,8 +402,15 @@ class _Programs:
         return found
 
     def outdated(self) -> bool:
-        """Whether kvm or its vendor module came or went since these were attached."""
-        return _kvm_modules() != self._kvm
+        """Whether kvm came, or it or its vendor module went, since these were attached.
+
+        A vendor module that comes after kvm brings nothing to attach to, and while programs are
+        compiled anew nothing is seen.
+        """
+        now = _kvm_modules()
+        if self._kvm and set(self._kvm) <= set(now):
+            self._kvm = now
+        return now != self._kvm
 
     def close(self) -> None:
         self.states = tuple(
@@ -425,5 +432,16 @@ def _kvm_modules() -> tuple[str, ...]:
     found = []
     for module in ("kvm", "kvm_amd", "kvm_intel"):
         with contextlib.suppress(OSError):
-            found.append(f"{module}:{os.stat(f'/sys/module/{module}').st_ino}")
+            inode = os.stat(f"/sys/module/{module}").st_ino
+            if _is_live(module):
+                found.append(f"{module}:{inode}")
     return tuple(found)
+
+
+def _is_live(module: str) -> bool:
+    """Loaded to the end and not on its way out. What is built in has no such state."""
+    try:
+        with open(f"/sys/module/{module}/initstate") as file:
+            return file.read().strip() == "live"
+    except FileNotFoundError:
+        return True
