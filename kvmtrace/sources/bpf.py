@@ -129,6 +129,8 @@ class BpfSource:
             events += self._translator.housekeeping()
         self._programs.wait(0 if events else timeout)
         events += self._drain()
+        if timeout == 0:
+            events += self._translator.release()
         return events
 
     def probes(self) -> tuple[Probe, ...]:

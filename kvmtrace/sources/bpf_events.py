@@ -37,6 +37,10 @@ _HW_VIA: dict[int, tuple[str, Mapping[int, str]]] = {
     records.HW_NON_STANDARD: ("ras:non_standard_event", {}),
 }
 
+# A signal waits this long for the fault that it was sent from. That returns right after, but its
+# thread may have to wait for a CPU in between.
+SIGNAL_WAIT_NS = 500_000_000
+
 _Names = tuple[Mapping[int, str], Mapping[int, str]]
 
 
@@ -75,7 +79,7 @@ class Translator:
         self._activity = 0
         self._lost = [0] * len(records.LOST_PLACES)
         self._counts = SignalCounts()
-        self._signals: dict[int, tuple[Sigbus, bool]] = {}  # by sending thread; seen a poll ago?
+        self._signals: dict[int, Sigbus] = {}  # by sending thread: the fault it is for is to follow
 
     def start(self) -> list[Event]:
         """The VMs that are there before any event; also when programs were attached anew."""
@@ -111,7 +115,7 @@ class Translator:
                     continue  # the counters told it
                 signal = replace(self._sigbus(record, events), count=count)
                 self._counts.learn(signal)
-                self._signals[tid] = (signal, False)
+                self._signals[tid] = signal
                 if record.vcpu == -1 or record.target_tid != tid or signal.hva is None:
                     events += self._release(tid)
             elif header.type == records.EXIT:
@@ -129,11 +133,10 @@ class Translator:
                 events += seen
             elif header.type == records.VM_GONE:
                 events += self._gone(header, kernel)
-        for tid, (signal, waited) in list(self._signals.items()):
-            if waited:
+        now = self._now()
+        for tid, held in list(self._signals.items()):
+            if now - held.ts >= SIGNAL_WAIT_NS:
                 events += self._release(tid)
-            else:
-                self._signals[tid] = (signal, True)
         return events
 
     def counters(self, kernel: Counters) -> list[Event]:
@@ -158,10 +161,11 @@ class Translator:
 
     def flush(self, kernel: Counters) -> list[Event]:
         """Everything still held back, before the programs go."""
-        events = self.counters(kernel)
-        for tid in list(self._signals):
-            events += self._release(tid)
-        return events
+        return self.counters(kernel) + self.release()
+
+    def release(self) -> list[Event]:
+        """Signals whose fault is waited for, as they are."""
+        return [event for tid in list(self._signals) for event in self._release(tid)]
 
     def housekeeping(self) -> list[Event]:
         """VMs whose end was missed."""
@@ -302,10 +306,9 @@ class Translator:
 
     def _fault(self, record: Any) -> list[Event]:
         """The fault handler's word on a poisoned page, right behind the signal it sent."""
-        held = self._signals.pop(record.h.tid, None)
-        if held is None:
+        signal = self._signals.pop(record.h.tid, None)
+        if signal is None:
             return []
-        signal, _ = held
         lsb = signal.lsb or kvm.PAGE_SHIFT
         if record.hva and signal.hva is not None and record.hva >> lsb != signal.hva >> lsb:
             return [signal]
@@ -316,7 +319,7 @@ class Translator:
 
     def _release(self, tid: int) -> list[Event]:
         held = self._signals.pop(tid, None)
-        return [held[0]] if held else []
+        return [held] if held else []
 
     def _mce(self, record: Any) -> Mce:
         addr = record.addr if record.status & _MCI_STATUS_ADDRV else None
