@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvmtrace import files, host, probes
@@ -367,18 +367,22 @@ class _Programs:
 
     def forget_signals(self, keys: list[records.SigbusKey]) -> None:
         """Drop the counters of signals that a VM was sent."""
-        table = self._bpf["signals"]
-        for key in keys:
-            with contextlib.suppress(KeyError):
-                del table[table.Key.from_buffer_copy(key)]
+        self._delete("signals", keys)
+
+    def forget_refused(self, keys: list[records.RefusedKey]) -> None:
+        """Drop the counters of what a VM that is gone was refused."""
+        self._delete("refused", keys)
 
     def forget(self, keys: list[records.ExitKey]) -> None:
         """Drop the counters of a VM that is gone."""
-        for name in ("exits", "overflow"):
-            table = self._bpf[name]
-            for key in keys:
-                with contextlib.suppress(KeyError):
-                    del table[table.Key.from_buffer_copy(key)]
+        self._delete("exits", keys)
+        self._delete("overflow", keys)
+
+    def _delete(self, name: str, keys: Sequence[ctypes.Structure]) -> None:
+        table = self._bpf[name]
+        for key in keys:
+            with contextlib.suppress(KeyError):
+                del table[table.Key.from_buffer_copy(key)]
 
     def activity(self) -> int:
         """A number that changes with every failed KVM_RUN."""

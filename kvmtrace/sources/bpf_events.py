@@ -57,6 +57,8 @@ class Counters(Protocol):
 
     def forget_signals(self, keys: list[records.SigbusKey]) -> None: ...
 
+    def forget_refused(self, keys: list[records.RefusedKey]) -> None: ...
+
     def forget(self, keys: list[records.ExitKey]) -> None: ...
 
     def lost(self) -> list[int]: ...
@@ -76,6 +78,7 @@ class Translator:
         self._firmware = firmware.read()
         self._told: dict[bytes, int] = {}  # by exit key: exits already in events
         self._keys: dict[tuple[int, int], dict[bytes, records.ExitKey]] = {}  # by VM
+        self._refusals: dict[tuple[int, int], dict[bytes, records.RefusedKey]] = {}  # by VM
         self._activity = 0
         self._lost = [0] * len(records.LOST_PLACES)
         self._counts = SignalCounts()
@@ -85,6 +88,7 @@ class Translator:
         """The VMs that are there before any event; also when programs were attached anew."""
         self._told.clear()
         self._keys.clear()
+        self._refusals.clear()
         self._counts = SignalCounts()
         self._activity = 0
         self._lost = [0] * len(records.LOST_PLACES)
@@ -215,6 +219,7 @@ class Translator:
         if count <= 0:
             return []
         self._told[raw] = answers.total
+        self._refusals.setdefault((key.kvm, key.gen), {})[raw] = key
         ts = answers.last_ts + self._offset
         vm, events = self._vms.key(key.kvm, answers.tgid, ts, generation=key.gen)
         return [*events, Refused(ts, vm, key.gfn, count)]
@@ -338,9 +343,10 @@ class Translator:
         ts = header.ts + self._offset
         struct = (header.kvm, header.gen)
         events = self.counters(kernel)
-        keys = self._keys.pop(struct, {})
+        keys, refused = self._keys.pop(struct, {}), self._refusals.pop(struct, {})
         kernel.forget(list(keys.values()))
-        for raw in keys:
+        kernel.forget_refused(list(refused.values()))
+        for raw in (*keys, *refused):
             self._told.pop(raw, None)
         kernel.forget_signals(self._counts.forget(struct))
         return events + self._vms.gone(header.kvm, header.tgid, ts, generation=header.gen)
