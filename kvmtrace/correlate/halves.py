@@ -64,10 +64,12 @@ class Halves:
         return self._owned.pop(pfn, [])
 
     def _keep_signal(self, sender: int, event: Sigbus) -> None:
-        kept = self._signals.get(sender)
-        if kept and kept[-1] == replace(event, ts=kept[-1].ts, count=kept[-1].count):
-            # A VMM that ignores them gets the same one many times over.
-            kept[-1] = replace(event, count=kept[-1].count + event.count)
+        kept = self._signals.get(sender, [])
+        for at, known in enumerate(kept):
+            if known == replace(event, ts=known.ts, count=known.count):
+                # A VMM that ignores them gets the same one many times over.
+                kept[at] = replace(event, count=known.count + event.count)
+                break
         else:
             self._keep(self._signals, sender, event)
         if event.pfn is not None:

@@ -464,3 +464,12 @@ def test_a_vm_that_is_gone_does_not_loop_on() -> None:
     story += [Owned(T0, PFN, Owner(2, 5, HVA), "mapping"), *signals]
     assert only(tell(*story)[0]).state == "looping"
     assert only(tell(*story, VmGone(T0 + 4 * S, 1))[0]).state == "delivered"
+
+
+def test_signals_of_two_kinds_in_turn_are_all_counted_when_their_page_is_found() -> None:
+    """Some of a loop's come with the gfn of the fault that they were sent from, some without."""
+    known = Sigbus(T0, 4001, VCPU, 4, HVA, 12, VCPU, 1, 0, 8, PFN)
+    turns = [replace(known, ts=T0 + n, gfn=8 if n % 2 else None) for n in range(200)]
+    own = Owned(T0 + S, PFN, Owner(1, 8, HVA), "pagemap")
+    snapshot, _ = tell(seen(1), *turns, own, Found(T0 + S, PFN))
+    assert only(snapshot).sigbus == snapshot.vms[1].sigbus["AR"] == 200
