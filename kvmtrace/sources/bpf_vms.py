@@ -210,7 +210,9 @@ class Walk:
 
     def huge_entry(self, struct: int, hva: int) -> int | None:
         """First pfn of the poisoned huge page in the page table of the VM's process."""
-        program, names, decode = _PAGE_TABLES.get(_ARCH, _PAGE_TABLES["x86_64"])
+        if _ARCH not in _PAGE_TABLES:
+            return None
+        program, names, decode = _PAGE_TABLES[_ARCH]
         variables = (self._symbol(name) for name in names)
         answer = self._ask(program, "entry_answers", _EntryAnswer, struct, hva, *variables)
         return decode(answer.entry) if answer else None

@@ -32,7 +32,7 @@ EXITS_FROM_BIRTH = (
     ("EFAULT", "unknown"),
     *([("ARM_SEA", "hwpoison")] if os.uname().machine == "aarch64" else []),
 )
-SIGBUS_FROM_BIRTH = ("AR", "AO")
+SIGBUS_FROM_BIRTH = ("AR", "AO", "KERNEL")
 
 # Longer than any name that libvirt or an orchestrator gives, shorter than a scrape can be hurt by.
 MAX_LABEL = 128

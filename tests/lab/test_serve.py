@@ -103,6 +103,7 @@ class Story:
         return float(sum(one["count"] for one in report["sigbus"] if one["code"] == code))
 
 
+CODES = ("AR", "AO", "KERNEL")
 BORN = (
     ("EHWPOISON", "hwpoison"),
     ("EFAULT", "conversion"),
@@ -232,7 +233,7 @@ def test_prometheus_agrees_with_the_vmms(story: Story) -> None:
     assert told == story.exits
     signals = story.prometheus.query("kvmtrace_sigbus_total")
     assert {(at["vm"], at["code"]): value for at, value in signals} == {
-        (vm, code): story.sigbus(vm, code) for vm in VMS for code in ("AR", "AO")
+        (vm, code): story.sigbus(vm, code) for vm in VMS for code in CODES
     }
     poisons = story.prometheus.query("kvmtrace_poison_events_total > 0")
     assert {(at["page_type"], at["result"]): value for at, value in poisons} == story.poisons
@@ -350,7 +351,7 @@ CHECKS: dict[tuple[str, str], Check] = {
     ),
     ("Pages poisoned", "A"): roughly(lambda s: {kind: float(n) for kind, n in s.poisons.items()}),
     ("SIGBUS to VMMs", "A"): roughly(
-        lambda s: {(vm, code): s.sigbus(vm, code) for vm in VMS for code in ("AR", "AO")}
+        lambda s: {(vm, code): s.sigbus(vm, code) for vm in VMS for code in CODES}
     ),
     ("Poison to delivery", "A"): _latency,
     ("Probes attached", "A"): _attached,

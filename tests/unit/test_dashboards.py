@@ -69,6 +69,7 @@ EXPECTED: dict[tuple[str, str], _V] = {
         ("AR", "web"): 0,
         ("AO", "vm-103"): 0,
         ("AR", "vm-103"): 0,
+        **{("KERNEL", vm): 0 for vm in ("db", "web", "vm-103")},
     },
     ("Poison to delivery", "A"): {
         (le,): None for le in "0.001 0.01 0.1 1.0 10.0 60.0 600.0 3600.0 86400.0 +Inf".split()

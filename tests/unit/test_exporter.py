@@ -153,7 +153,7 @@ def test_counters_of_a_vm_are_there_before_anything_happens() -> None:
             errno = "EHWPOISON" if cause == "hwpoison" else "EFAULT"
             exits = "kvmtrace_memory_fault_exits_total"
             assert value(series, exits, vm=label, errno=errno, cause=cause) == 0
-        for code in ("AR", "AO"):
+        for code in ("AR", "AO", "KERNEL"):
             assert value(series, "kvmtrace_sigbus_total", vm=label, code=code) == 0
         assert value(series, "kvmtrace_vm_poisoned_pages", vm=label) == 0
 
