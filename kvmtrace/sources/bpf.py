@@ -35,6 +35,7 @@ BCC_HINT = "apt install python3-bpfcc (Debian, Ubuntu) or dnf install python3-bc
 
 # How often to look whether kvm came or went, in seconds.
 _WATCH_SECONDS = 1.0
+_SETTLE_LIMIT = 10.0
 
 # The programs of each probe by way: bcc method and function name in kvmtrace.bpf.c.
 _TRACEPOINTS = {
@@ -156,6 +157,7 @@ class BpfSource:
         events = self._drain()
         events += self._translator.flush(self._programs)
         self._programs.close()
+        _settled_modules()
         self._programs = _Programs(self._bcc)
         events += self._translator.start()
         self.memory.use(self._programs.walk, self._programs.generation)
@@ -442,6 +444,18 @@ def _kvm_modules() -> tuple[str, ...]:
             if _is_live(module):
                 found.append(f"{module}:{inode}")
     return tuple(found)
+
+
+def _settled_modules() -> None:
+    """Wait until kvm's modules have come or gone.
+
+    One goes after the other; what is there in between may be replaced before programs are compiled
+    for it, which then seem to fit and are made anew, blind meanwhile.
+    """
+    seen, end = None, time.monotonic() + _SETTLE_LIMIT
+    while (now := _kvm_modules()) != seen and time.monotonic() < end:
+        seen = now
+        time.sleep(_WATCH_SECONDS)
 
 
 def _is_live(module: str) -> bool:
