@@ -165,16 +165,15 @@ class Correlator:
         return Told(event)
 
     def identity(self, vm: int | None) -> VmSeen | None:
-        """What is known of a VM, or None."""
-        state = self._vms.get(vm)
-        return state.seen if state else None
+        """Who a VM is or was, or None."""
+        return self._vms.identity(vm)
 
     # -- VMs
 
     def _vm_gone(self, event: VmGone) -> Told:
         vm = self._vms.get(event.vm)
         if vm is None:
-            return Told(event)
+            return Told(event, vm=self.identity(event.vm))
         if vm.gone_ts is not None:
             return Told(event, vm=vm.seen)
         self._vms.gone(event.vm, event.ts)

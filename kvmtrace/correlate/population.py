@@ -138,6 +138,17 @@ class Population:
         seen = vm.seen
         return Party(key, seen.pid, seen.name, seen.uuid, seen.vmm, vm.gone_ts)
 
+    def identity(self, key: int | None) -> VmSeen | None:
+        """As its source told it, also a while after its end: the last counts are read then."""
+        vm = self.get(key)
+        if vm is not None:
+            return vm.seen
+        party = self._departed.get(key) if key is not None else None
+        if party is None:
+            return None
+        who = (party.pid, party.name, party.uuid, party.vmm)
+        return VmSeen(party.gone_ts or 0, party.key, *who)
+
     def is_gone(self, key: int) -> bool:
         """Known to be gone; of a VM never heard of nobody knows."""
         party = self.party(key)

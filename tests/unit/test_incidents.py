@@ -473,3 +473,9 @@ def test_signals_of_two_kinds_in_turn_are_all_counted_when_their_page_is_found()
     own = Owned(T0 + S, PFN, Owner(1, 8, HVA), "pagemap")
     snapshot, _ = tell(seen(1), *turns, own, Found(T0 + S, PFN))
     assert only(snapshot).sigbus == snapshot.vms[1].sigbus["AR"] == 200
+
+
+def test_what_is_told_after_a_vms_end_is_told_of_that_vm() -> None:
+    late = Exit(T0 + 2 * MS, 1, 0, 14, 0, False, VCPU)
+    _, told = tell(seen(1), VmGone(T0 + MS, 1), late, VmGone(T0 + 3 * MS, 1))
+    assert [one.vm.pid if one.vm else None for one in told] == [4001] * 4
