@@ -23,6 +23,7 @@ from typing import Any, Self
 
 JOB = "kvmtrace"
 SCRAPE_SECONDS = 1
+SCRAPES_FAIL_SECONDS = 30  # for so long a query waits for a scrape that answers
 
 _CONFIG = """
 global: {{scrape_interval: {interval}s, scrape_timeout: {interval}s, evaluation_interval: 1s}}
@@ -113,10 +114,23 @@ class Prometheus(Queries):
         self.stop()
 
     def query(self, expr: str) -> list[Sample]:
-        answer = self._get("query", query=expr)["data"]
+        answer = self._get("query", query=expr, time=self._answered())["data"]
         if answer["resultType"] == "scalar":
             return [({}, float(answer["result"][1]))]
         return [(one["metric"], float(one["value"][1])) for one in answer["result"]]
+
+    def _answered(self) -> str:
+        """A time, now or soon, at which the last scrape had answered (unless none does).
+
+        One that is late on a busy machine makes every series stale until the next.
+        """
+        deadline = time.monotonic() + SCRAPES_FAIL_SECONDS
+        while True:
+            now = f"{time.time():.3f}"
+            up = self._get("query", query="min(up)", time=now)["data"]["result"]
+            if not up or float(up[0]["value"][1]) or time.monotonic() > deadline:
+                return now
+            time.sleep(SCRAPE_SECONDS / 5)
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")[-2000:] if self._log.exists() else ""
