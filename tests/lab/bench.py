@@ -122,7 +122,7 @@ def footprint(machine: Machine, repeats: int) -> list[str]:
 
 def storm_cost(machine: Machine, rounds: int) -> list[str]:
     """kvmtrace's own CPU time while a VMM takes ``rounds`` memory faults as fast as it can."""
-    rows = ["| source | faults/s | kvmtrace's CPU |", "|---|---|---|"]
+    rows = ["| a storm, by source | faults/s | kvmtrace's CPU |", "|---|---|---|"]
     for source in ("bpf", "ftrace"):
         with _running(machine, f"kvmtrace events --json --source {source}", "watching", "stderr"):
             vmm = Vmm(machine, "storm")
