@@ -19,10 +19,11 @@ demo: setup ## poison pages under running VMs and watch it live (SOURCE=auto|bpf
 demo-hw: setup ## memory errors from (virtual) hardware on an arm64 host, from the error to the verdict
 	@$(PY) -m tests.lab.demo_hw --source $(SOURCE) $(ARGS)
 
-# Two at once, a file's tests by the same one: machines of the lab are mostly busy with one CPU. A
-# machine whose kernel dies under emulation has one more try, which the closing line counts.
+# Two at once, a file's tests by the same one: machines of the lab are mostly busy with one CPU. The
+# lab's files come first, so that both end together. A machine whose kernel dies under emulation has
+# one more try, which the closing line counts.
 test: setup ## every test, those in the lab too (ARGS="-k name"; KVMTRACE_LAB=0: without the lab)
-	@$(PY) -m pytest -n 2 --dist loadfile --reruns 1 --only-rerun LabPanic -r fER $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 1 --only-rerun LabPanic -r fER $(ARGS)
 
 lint: ## ruff and mypy
 	@sh tests/setup.sh --no-system
