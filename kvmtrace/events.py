@@ -159,7 +159,7 @@ class Sigbus(Event):
 
 @dataclass(frozen=True, slots=True)
 class Mce(Event):
-    """mce:mce_record. ``pfn`` is None where MCi_STATUS does not declare the address valid.
+    """mce:mce_record. ``pfn`` is None where the registers declare no valid, physical address.
 
     ``count``: so many records, the same but for their time; the last of them at ``ts``.
     ``vendor``: who made the CPU, by its own name ("AuthenticAMD"): not all bits mean the same.

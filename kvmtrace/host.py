@@ -82,10 +82,23 @@ def kvm(sys_module: str = "/sys/module", device: str = "/dev/kvm") -> Kvm:
     return Kvm(loaded, vendor, there, _check_extension(device, 232) if there else None)
 
 
-def cpu_vendor(proc: str = "/proc") -> str | None:
-    """What the CPU says who made it ("AuthenticAMD"); None where /proc/cpuinfo does not tell."""
-    match = re.search(r"^vendor_id\s*: *(\S+)$", _read(f"{proc}/cpuinfo"), re.MULTILINE)
-    return match[1] if match else None
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """``vendor``: by its own name ("AuthenticAMD"). ``physical_bits``: of a physical address, less
+    those that hold the key of encrypted memory (arch/x86/kernel/cpu/intel.c, amd.c). None where
+    /proc/cpuinfo does not tell.
+    """
+
+    vendor: str | None
+    physical_bits: int | None
+
+
+def cpu(proc: str = "/proc") -> Cpu:
+    """The first of the host's CPUs."""
+    text = _read(f"{proc}/cpuinfo")
+    vendor = re.search(r"^vendor_id\s*: *(\S+)$", text, re.MULTILINE)
+    bits = re.search(r"^address sizes\s*: *(\d+) bits physical", text, re.MULTILINE)
+    return Cpu(vendor[1] if vendor else None, int(bits[1]) if bits else None)
 
 
 def _check_extension(device: str, capability: int) -> int | None:

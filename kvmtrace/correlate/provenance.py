@@ -13,18 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from kvmtrace import kvm
+from kvmtrace import kvm, mce
 from kvmtrace.events import HwError, Mce
 from kvmtrace.model import ErrorHistory, Moment, Origin
-
-# Intel SDM and AMD APM agree on these bits of MCi_STATUS.
-_MISCV = 1 << 59
-_UC = 1 << 61
-_PCC = 1 << 57
-_ADDR_LSB = 0x3F
-# AMD's only; Intel counts corrected errors there.
-_DEFERRED = 1 << 44
-_AMD = ("AuthenticAMD", "HygonGenuine")
 
 MCE = "mce:mce_record"
 _SEVERITIES = ("corrected", "deferred", "recoverable", "fatal")
@@ -168,8 +159,8 @@ def place_of(event: Mce | HwError, page_shift: int = kvm.PAGE_SHIFT) -> tuple[in
             pfn = event.addr >> page_shift
         if event.grain:
             grain = (event.grain - 1).bit_length()
-    elif event.status & _MISCV and event.misc is not None:
-        grain = event.misc & _ADDR_LSB
+    else:
+        grain = mce.address_shift(event.status, event.misc) or page_shift
     order = max(0, grain - page_shift)
     return None if pfn is None or order > _MAX_SHIFT - page_shift else (pfn, order)
 
@@ -178,10 +169,10 @@ def severity_of(event: Mce | HwError) -> str | None:
     """One of events.HwError's severities; None if the report does not say."""
     if isinstance(event, HwError):
         return event.severity
-    if not event.status & _UC:
-        deferred = event.vendor in _AMD and event.status & _DEFERRED
+    if not event.status & mce.UC:
+        deferred = event.vendor in mce.AMD and event.status & mce.DEFERRED
         return "deferred" if deferred else "corrected"
-    return "fatal" if event.status & _PCC else "recoverable"
+    return "fatal" if event.status & mce.PCC else "recoverable"
 
 
 def _via(event: Mce | HwError) -> str:

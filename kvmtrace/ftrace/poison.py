@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-from kvmtrace import kvm
+from kvmtrace import kvm, mce
 from kvmtrace.events import Event, GmemPoison, Mce, Owned, Owner, Poison, SoftOffline, Unpoison
 from kvmtrace.ftrace import records
 from kvmtrace.ftrace.guest import GuestMemory
 from kvmtrace.ftrace.people import People
 from kvmtrace.ftrace.records import Record
 
-_MCI_STATUS_ADDRV = 1 << 58  # arch/x86/include/asm/mce.h
 _MAX_PENDING = 4096
 
 
@@ -101,7 +100,7 @@ class Poisons:
     def mce(self, record: Record) -> Event:
         """A machine check."""
         fields = record.fields
-        addr = fields["addr"] if fields["status"] & _MCI_STATUS_ADDRV else None
+        addr = fields["addr"] if fields["status"] & mce.ADDRV else None
         return Mce(
             record.ts,
             addr,

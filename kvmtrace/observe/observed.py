@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from kvmtrace import clock, host
+from kvmtrace import clock, host, mce
 from kvmtrace.events import (
     Event,
     Exit,
@@ -90,7 +90,7 @@ class Observer:
     def __init__(self, memory: Memory | None = None, proc: str = "/proc") -> None:
         self._memory = memory
         self._proc = proc
-        self._vendor = host.cpu_vendor(proc)
+        self._cpu = host.cpu(proc)
         self._pid_of: dict[int, int] = {}  # by VM
         self._searches: list[Search] = []
         self._seen: OrderedDict[int, None] = OrderedDict()  # poisoned pfns
@@ -149,10 +149,17 @@ class Observer:
                 case Sigbus() if event.pfn is None:
                     out.append(replace(event, pfn=self._suspect(self._pfn_at(event))))
                 case Mce() if event.vendor is None:
-                    out.append(replace(event, vendor=self._vendor))
+                    out.append(self._by_cpu(event))
                 case _:
                     out.append(event)
         return out + [event for rest in found.values() for event in rest]
+
+    def _by_cpu(self, check: Mce) -> Mce:
+        """What the bits of a machine check mean depends on who made the CPU."""
+        cpu, addr = self._cpu, check.addr
+        if addr is not None:
+            addr = mce.physical(addr, check.status, check.misc, cpu.vendor, cpu.physical_bits)
+        return replace(check, vendor=cpu.vendor, pfn=None if addr is None else addr // PAGE)
 
     def _after_poison(self, signal: Sigbus) -> list[Event]:
         """A SIGBUS without an address is about the page that its thread has just poisoned, or

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from kvmtrace import cper, firmware, identity, kvm
+from kvmtrace import cper, firmware, identity, kvm, mce
 from kvmtrace.events import (
     Event,
     Exit,
@@ -25,9 +25,6 @@ from kvmtrace.events import (
 from kvmtrace.sources import bpf_records as records
 from kvmtrace.sources.bpf_signals import SignalCounts
 from kvmtrace.vms import VmTable
-
-# MCi_STATUS: the address in MCi_ADDR is valid (Intel SDM vol. 3, AMD APM vol. 2)
-_MCI_STATUS_ADDRV = 1 << 58
 
 _HW_VIA: dict[int, tuple[str, Mapping[int, str]]] = {
     records.HW_MC_EVENT: ("ras:mc_event", cper.EDAC),
@@ -327,7 +324,7 @@ class Translator:
         return [held] if held else []
 
     def _mce(self, record: Any) -> Mce:
-        addr = record.addr if record.status & _MCI_STATUS_ADDRV else None
+        addr = record.addr if record.status & mce.ADDRV else None
         return Mce(
             record.h.ts + self._offset,
             addr,

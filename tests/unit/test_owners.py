@@ -261,6 +261,26 @@ def test_a_machine_check_gets_its_vendor(tmp_path: Path) -> None:
     assert getattr(told, "vendor", "") == "AuthenticAMD"
 
 
+@pytest.mark.parametrize(
+    ("vendor", "misc", "pfn"),
+    [
+        ("GenuineIntel", 0x86, 0x12345),  # a physical address, exact to 64 bytes
+        ("GenuineIntel", 0x46, None),  # a linear one
+        ("GenuineIntel", None, 0x12345),
+        ("AuthenticAMD", 0x46, 0x12345),  # no such field
+    ],
+)
+def test_the_page_of_a_machine_check(
+    tmp_path: Path, vendor: str, misc: int | None, pfn: int | None
+) -> None:
+    """TME-MK's and SEV's keys are in the high bits, which the kernel takes from the width."""
+    sizes = "address sizes\t: 46 bits physical, 57 bits virtual"
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\n{sizes}\n")
+    check = Mce(1, 3 << 46 | 0x12345678, None, 4, 0, 0, 3 << 58, misc)
+    (told,) = story(tmp_path, [check])
+    assert told == replace(check, vendor=vendor, pfn=pfn)
+
+
 def story(tmp_path: Path, events: list[Event]) -> list[Event]:
     return Observer(None, str(tmp_path)).events(events, 99)
 
