@@ -1,8 +1,19 @@
-"""For all tests: how long an example takes is the machine's affair, and no test's."""
+"""For all tests: how long an example takes is the machine's affair, and no test's.
+
+In CI (``CI`` is set) property tests take the same examples every time, so that a change is judged
+by what it changed; each run elsewhere looks for new ones.
+"""
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("kvmtrace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "kvmtrace",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=bool(os.environ.get("CI")),
+)
 settings.load_profile("kvmtrace")

@@ -73,7 +73,7 @@ _FOUND = {
 class Told:
     """An event with what the correlator made of it: this is what the line views show.
 
-    ``vm``: identity at the time; ``owners`` only for a Poison.
+    ``vm``: identity at the time; ``owners``: of a Poison, all; of an Owned after it, what is new.
     """
 
     event: Event
@@ -344,8 +344,10 @@ class Correlator:
         if incident is None:
             self._halves.add(event)
             return Told(event, vm=vm)
+        known = set(incident.owners.values())
         self._owned_by(incident, event)
-        return Told(event, vm=vm, incident=incident.id)
+        new = tuple((one, vm) for one in incident.owners.values() if one not in known)
+        return Told(event, vm=vm, incident=incident.id, owners=new)
 
     def _owned_by(self, incident: State, event: Owned) -> None:
         self._incidents.grow(incident, event.size)
@@ -426,7 +428,7 @@ class Correlator:
     ) -> int | None:
         """Returns the VM that was told, if it is known."""
         if event.vm is None and (vm := self._holder(incident, event)) is not None:
-            event = replace(event, vm=vm)
+            event = replace(event, vm=vm, gfn=None)  # of whose memory it is the gfn was not said
             self._vms.sigbus(event)
         if by_poison or event.vcpu is None:
             # memory_failure's own has the loss right; KVM's says 12 for a huge page too.

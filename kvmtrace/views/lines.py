@@ -12,6 +12,7 @@ from kvmtrace.events import (
     HwError,
     Lost,
     Mce,
+    Owned,
     Poison,
     Sigbus,
     SoftOffline,
@@ -55,7 +56,9 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
             facts = [f"pfn {hex(event.pfn)}", event.page_type, f"owners {listed(owners, 'none')}"]
         case Sigbus():
             vm = vm if told.vm else f"pid {event.pid}"
-            what = f"BUS_MCEERR_{kvm.sigbus_code_name(event.code)}"
+            what = "SI_KERNEL"
+            if event.code != kvm.SI_KERNEL:
+                what = f"BUS_MCEERR_{kvm.sigbus_code_name(event.code)}"
             facts = [f"tid {event.tid}", *([] if event.hva is None else [f"hva {event.hva:#x}"])]
             if event.lsb is not None:
                 facts.append(size_of(1 << event.lsb))
@@ -92,6 +95,11 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
             what, facts = "unpoisoned", [f"pfn {hex(event.pfn)}"]
         case Found():
             what, facts = "poisoned before start", [f"pfn {hex(event.pfn)}"]
+        case Owned() if told.owners:
+            owner = told.owners[0][0]
+            what, facts = "owner found", [f"pfn {hex(event.pfn)}", f"gfn {hex_of(owner.gfn)}"]
+            if owner.hva is not None:
+                facts.append(f"hva {owner.hva:#x}")
         case VmSeen():
             what = "seen"
             vm = _vm(event)
@@ -116,7 +124,7 @@ def _kind(told: Told) -> str:
         return "vm"
     if isinstance(told.event, HwError):
         return "mce"
-    if isinstance(told.event, (SoftOffline, Unpoison, Found)):
+    if isinstance(told.event, (SoftOffline, Unpoison, Found, Owned)):
         return "page"
     return told.event.kind
 

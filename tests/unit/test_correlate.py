@@ -193,6 +193,15 @@ def test_owner_found_before_its_poison() -> None:
     assert only(snapshot).owners == (Owner(1, 8, HVA),)
 
 
+def test_an_owner_found_late_is_told_once() -> None:
+    late = Owned(T0 + MS, PFN, Owner(1, None, HVA), "pagemap")
+    better = Owned(T0 + 9 * MS, PFN, Owner(1, 8, HVA), "fault")
+    told = tell(seen(1), poison(T0), late, late, better, late)[1]
+    found = [[owner for owner, _ in one.owners] for one in told[2:]]
+    assert found == [[late.owner], [], [better.owner], []]
+    assert told[2].vm is not None
+
+
 def test_signal_by_pfn() -> None:
     snapshot, _ = tell(
         seen(1), poison(T0), Sigbus(T0 + MS, 4001, VCPU, 5, HVA, 12, OTHER, vm=1, pfn=PFN)

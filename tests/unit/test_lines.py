@@ -117,6 +117,20 @@ def test_poison_names_its_owners() -> None:
             "sigbus pid 7                  BUS_MCEERR_AO           tid 8  hva 0x7f00",
         ),
         (
+            Told(Sigbus(TS, 7, 8, kvm.SI_KERNEL, None)),
+            "sigbus pid 7                  SI_KERNEL               tid 8",
+        ),
+        (
+            Told(
+                Owned(TS, 0x104CAA, Owner(1, None, 0x13000), "pagemap"),
+                WEB,
+                incident="104caa-1",
+                owners=((Owner(1, 5, 0x13000), WEB),),
+            ),
+            "page   web-1 (4242)           owner found             "
+            "pfn 0x104caa  gfn 0x5  hva 0x13000  incident 104caa-1",
+        ),
+        (
             Told(Mce(TS, None, None, 5, 3, 1, 0xBD)),
             "mce    -                      bank 5 cpu 3            "
             "socket 1  addr -  pfn -  status 0xbd",
