@@ -39,13 +39,16 @@ class Attacher:
         self._counted: set[str] = set()
 
     def probes(self) -> tuple[Probe, ...]:
-        """The state of every probe, in the order of probes.specs; of the optional if attached."""
+        """The state of every probe, in the order of probes.specs.
+
+        Of the optional those that are attached, or that the kernel has and refuses.
+        """
         found = (self._probes[name] for name in self._specs if name in self._probes)
         return tuple(
             probe
             for probe in found
             if probe.name not in self._optional
-            or (probe.attached and probe.name not in self._helpers)
+            or (probe.target is not None and probe.name not in self._helpers)
         )
 
     def attached(self, name: str) -> bool:
@@ -156,7 +159,7 @@ class Attacher:
             self._filter(ring, spec.name, path, ("errno",))
             ring.write(f"{path}/enable", "1")
         except (OSError, ValueError) as error:
-            return Probe(spec.name, False, why=str(error))
+            return Probe(spec.name, False, target, why=str(error))
         return Probe(spec.name, True, target, "tracepoint")
 
     def _filter(self, ring: Instance, name: str, path: str, known: Collection[str]) -> None:

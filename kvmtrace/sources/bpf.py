@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import errno
 import os
 import sys
 import tempfile
@@ -176,7 +177,16 @@ class _Programs:
         self._layout = Layout((*wanted, *probes.context_specs(), probes.RUN_OUTER))
         self._bpf = self._compile(bcc, "kvmtrace.bpf.c")
         states = [self._attach(spec) for spec in self._layout.specs]
-        self.states = tuple(s for s in states if s.attached or s.name in {w.name for w in wanted})
+        # Context that this kernel does not have is not missed; what it has and refuses is.
+        expected = {spec.name for spec in wanted}
+        context = {spec.name for spec in probes.context_specs()}
+        self.states = tuple(
+            state
+            for state in states
+            if state.attached
+            or state.name in expected
+            or (state.name in context and state.target is not None)
+        )
         if not any(state.attached for state in self.states):
             why = next((state.why for state in self.states if state.why), "no reason given")
             self.close()
@@ -268,6 +278,8 @@ class _Programs:
         )
         if why is None:
             return Probe(spec.name, True, target, "raw_tracepoint")
+        if os.strerror(errno.ENOENT) in why:  # BTF may know it without its driver
+            return Probe(spec.name, False, why=f"this kernel has no {target}")
         return Probe(spec.name, False, target, why=why)
 
     def _attach_trampoline(self, spec: probes.ProbeSpec, name: str) -> str | None:

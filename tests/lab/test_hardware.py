@@ -7,12 +7,13 @@ a deferred one (the data is bad, nobody has used it yet) makes it call memory_fa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.lab.conftest import prepared
 from tests.lab.drive import PATIENCE, Line, Vmm, watching
-from tests.lab.machine import Machine
+from tests.lab.machine import DEFAULT, Machine
 
 pytestmark = pytest.mark.lab
 
@@ -22,6 +23,14 @@ CORRECTED = 1 << 63 | 1 << 60 | 1 << 58 | 0x080A13
 DEFERRED = CORRECTED | 1 << 44
 # The poll's interval is in seconds, and starts anew when it is written.
 POLL = "echo 1 | tee /sys/devices/system/machinecheck/machinecheck*/check_interval"
+
+
+@pytest.fixture(scope="module")
+def failing(pytestconfig: pytest.Config) -> Iterator[Machine]:
+    """A machine apart: after an error of the hardware's the kernel unpoisons no page any more."""
+    prepared(pytestconfig, DEFAULT)
+    with Machine.boot(DEFAULT) as machine:
+        yield machine
 
 
 def _error(machine: Machine, status: int, addr: int) -> None:
@@ -37,7 +46,8 @@ def _checks(count: int) -> Callable[[list[Line]], bool]:
 
 
 @pytest.mark.parametrize("source", ["bpf", "ftrace"])
-def test_from_the_memory_controller_to_the_vmm(machine: Machine, source: str) -> None:
+def test_from_the_memory_controller_to_the_vmm(failing: Machine, source: str) -> None:
+    machine = failing
     machine.run(POLL, check=True)
     vmm = Vmm(machine, f"failing-{source}"[:15])
     vmm.step("create v backing=gmem pages=32")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.conftest import Boot, Shared
-from tests.lab.drive import Unstageable, end_following
+from tests.lab.drive import Unstageable, end_following, following
 from tests.lab.machine import Machine
 from tests.lab.scenarios import SCENARIOS, SOURCES, Scenario, hva_anon, parity, unannotated
 
@@ -30,7 +30,7 @@ OTHER_KERNELS = {
 
 CASES = [
     pytest.param(scenario, source, id=f"{source}-{scenario.name}")
-    for source in ("bpf", "both")
+    for source in ("both", "bpf")  # what follows both goes on with one of them
     for scenario in ORDINARY
     if source in scenario.sources
 ]
@@ -44,9 +44,19 @@ def _nothing_goes_on(shared_machine: Shared) -> Iterator[None]:
         end_following(shared_machine.machine)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_probe_attaches(machine: Machine, source: str) -> None:
+    with following(machine, source) as (watch,):
+        assert watch.not_attached() == []
+
+
 @pytest.mark.parametrize(("scenario", "source"), CASES)
 def test_scenario(machine: Machine, scenario: Scenario, source: str) -> None:
     scenario.run(machine, source)
+
+
+# What these kernels do not have; by bpf all else attaches.
+NOT_THERE = {"bookworm": {"gmem", "gmem_error"}}
 
 
 @pytest.mark.parametrize("kernel", OTHER_KERNELS)
@@ -58,6 +68,9 @@ def test_other_kernel(boot: Boot, kernel: str) -> None:
         parity(machine)  # first: what it starts is followed on, and bcc takes a minute to start
     for source in SOURCES:
         hva_anon(machine, source)
+        if source == "bpf":
+            with following(machine, source) as (watch,):
+                assert set(watch.not_attached()) == NOT_THERE.get(kernel, set())
         with pytest.raises(Unstageable) if source in blind else contextlib.nullcontext():
             unannotated(machine, source)
     end_following(machine)
