@@ -20,7 +20,7 @@ from typing import Any
 from kvmtrace import files, host, probes
 from kvmtrace.clock import epoch_offset_ns
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Event
+from kvmtrace.events import Event, Lost
 from kvmtrace.model import Probe, ProbeRuns
 from kvmtrace.sources import bpf_records as records
 from kvmtrace.sources import bpf_vms
@@ -36,6 +36,7 @@ BCC_HINT = "apt install python3-bpfcc (Debian, Ubuntu) or dnf install python3-bc
 
 # How often to look whether kvm came or went, in seconds.
 _WATCH_SECONDS = 1.0
+_STOOD_IN_FOR = ("run", "run_outer", "gmem", "faultin")
 _SETTLE_LIMIT = 10.0
 
 # The programs of each probe by way: bcc method and function name in kvmtrace.bpf.c.
@@ -99,6 +100,14 @@ def quiet_stderr() -> Iterator[list[str]]:
             lines += caught.read().decode(errors="replace").splitlines()
 
 
+def _fdinfo(descriptor: int) -> dict[str, int]:
+    """What the kernel counts of a program of ours (kernel/bpf/syscall.c, bpf_prog_show_fdinfo)."""
+    with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{descriptor}") as info:
+        fields = (line.split(":", 1) for line in info if ":" in line)
+        return {name: int(value) for name, value in fields if value.strip().isdecimal()}
+    return {}
+
+
 class BpfSource:
     """Events by eBPF. Raises KvmtraceError where bcc, BTF or the kernel do not play along."""
 
@@ -129,6 +138,7 @@ class BpfSource:
             self._next_watch = time.monotonic() + _WATCH_SECONDS
             events += self._watch_kvm()
             events += self._translator.housekeeping()
+            events += self._programs.missed(time.time_ns())
         self._programs.wait(0 if events else timeout)
         events += self._drain()
         if timeout == 0:
@@ -172,6 +182,7 @@ class _Programs:
         self._kvm = _kvm_modules()
         self._raw: list[bytes] = []
         self._attached: dict[str, list[Any]] = {}
+        self._missed: dict[str, int] = {}  # by probe
         self._asked: Any = None
         wanted = probes.specs()
         self._layout = Layout((*wanted, *probes.context_specs(), probes.RUN_OUTER))
@@ -411,15 +422,28 @@ class _Programs:
         """Runs and time by probe, where kernel.bpf_stats_enabled is on."""
         found: dict[str, ProbeRuns] = {}
         for probe, functions in self._attached.items():
-            runs = run_ns = 0
-            for function in functions:
-                with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{function.fd}") as info:
-                    fields = dict(line.split(":", 1) for line in info if ":" in line)
-                    runs += int(fields.get("run_cnt", 0))
-                    run_ns += int(fields.get("run_time_ns", 0))
+            told = [_fdinfo(function.fd) for function in functions]
+            run_ns = sum(one.get("run_time_ns", 0) for one in told)
             if run_ns:
-                found[probe] = ProbeRuns(runs, run_ns)
+                found[probe] = ProbeRuns(sum(one.get("run_cnt", 0) for one in told), run_ns)
         return found
+
+    def missed(self, now: int) -> list[Event]:
+        """Events of which a program was not run, because it was preempted in itself on that CPU.
+
+        Not of probes for which others step in: an exit is counted by the other probes of KVM_RUN,
+        and without them has no cause or gfn.
+        """
+        events: list[Event] = []
+        for probe, functions in self._attached.items():
+            if probe in _STOOD_IN_FOR:
+                continue
+            total = sum(_fdinfo(function.fd).get("recursion_misses", 0) for function in functions)
+            more = total - self._missed.get(probe, 0)
+            self._missed[probe] = total
+            if more > 0:
+                events.append(Lost(now, f"{probe}_missed", more))
+        return events
 
     def outdated(self) -> bool:
         """Whether kvm came, or it or its vendor module went, since these were attached.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
 import shlex
@@ -32,15 +31,8 @@ class Vmm:
 
     def step(self, text: str, *, may_fail: bool = False, patience: float = PATIENCE) -> Line:
         """Send one step, wait for its answer. A step that failed fails the test unless it may."""
-        return self.begin(text)(may_fail=may_fail, patience=patience)
-
-    def begin(self, text: str) -> Callable[..., Line]:
-        """Send one step; what is returned waits for its answer, with the options of ``step``."""
         self.job.send(text + "\n")
         self._answers += 1
-        return functools.partial(self._outcome, text)
-
-    def _outcome(self, text: str, *, may_fail: bool = False, patience: float = PATIENCE) -> Line:
         answer = self._answer(patience)
         if "error" in answer and not may_fail:
             if answer.get("unsupported"):
