@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Collection, Mapping
@@ -37,6 +38,7 @@ class Attacher:
         self._probes: dict[str, Probe] = {}
         self._filters: dict[str, tuple[str, str]] = {}  # path and condition
         self._counted: set[str] = set()
+        self._counts = hist.Reader()
 
     def probes(self) -> tuple[Probe, ...]:
         """The state of every probe, in the order of probes.specs.
@@ -96,7 +98,8 @@ class Attacher:
         """The kernel's counts, now."""
         totals = hist.Totals()
         for name in self._counted:
-            totals.read(name, self._ring_of(name).read(f"events/{self._group}/{name}/hist"))
+            ring, path = self._ring_of(name), f"events/{self._group}/{name}/hist"
+            self._counts.read(name, functools.partial(ring.read, path), totals)
         return totals
 
     def _ring_of(self, name: str) -> Instance:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvmtrace.ftrace.fields import FAILED
 
 ENTRIES = 4096  # per trigger; a power of two, allocated at once by the kernel
+READINGS = 3  # at most, of one file, until its values agree
 
 _ANNOTATED = (-133, -14)  # with reason 39
 
@@ -128,10 +129,10 @@ class Totals:
         candidates = self.whose.get(vcpu)
         return max(candidates, key=lambda whose: candidates[whose]) if candidates else None
 
-    def read(self, event: str, text: str) -> None:
+    def add(self, event: str, blocks: Iterable[Block]) -> None:
         """Add what the ``hist`` file of an event says."""
         without_entry: dict[int, int] = {}  # by errno
-        for block in _blocks(text):
+        for block in blocks:
             match event:
                 case "run":
                     self._run(block, without_entry)
@@ -142,7 +143,7 @@ class Totals:
 
         self._split(without_entry)
 
-    def _run(self, block: _Block, without_entry: dict[int, int]) -> None:
+    def _run(self, block: Block, without_entry: dict[int, int]) -> None:
         whose = ",kvm" in block.keys
         ret = re.match(r"ret == (-\d+)", block.condition)
         if ret is not None:
@@ -180,7 +181,7 @@ class Totals:
                 self.rests[key] = rest
                 left[key.ret] -= rest
 
-    def _refused(self, block: _Block) -> None:
+    def _refused(self, block: Block) -> None:
         self.refused_dropped += block.dropped
         for parts, count, means in block.rows:
             key = RefusedKey(int(parts[0], 16), int(parts[1], 16))
@@ -188,7 +189,7 @@ class Totals:
             if means.get("tgid"):
                 self.refusers[key.kvm] = means["tgid"]
 
-    def _signals(self, event: str, block: _Block) -> None:
+    def _signals(self, event: str, block: Block) -> None:
         self.signals_dropped += block.dropped
         for parts, count, means in block.rows:
             key = SignalKey(event, int(parts[0]), _signed(int(parts[1])), int(parts[2], 16))
@@ -196,12 +197,43 @@ class Totals:
             self.facts[key] = SignalFacts(means.get("lsb"), means.get("tgid"))
 
 
+class Reader:
+    """Reads ``hist`` files, again where a row may have been caught in the middle of a hit.
+
+    A value is the sum over all hits, so that of equal numbers it tells the number. But the kernel
+    prints it after the hits, and a hit that came between counts in one of them only: a mean is
+    believed when two readings have the same.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[str, dict[tuple[str, ...], dict[str, int]]] = {}
+
+    def read(self, event: str, read: Callable[[], str], totals: Totals) -> None:
+        """Add to ``totals`` what the file says; ``read`` gives its text as it is then."""
+        for _ in range(READINGS):
+            before = self._said.get(event, {})
+            said = self._said[event] = {}
+            blocks = list(_blocks(read()))
+            doubts = False
+            for block in blocks:
+                for parts, _count, means in block.rows:
+                    row = (block.keys, block.condition, *parts)
+                    said[row] = dict(means)
+                    known = before.get(row, {})
+                    doubts |= known != means
+                    for name in [name for name in means if known.get(name) != means[name]]:
+                        del means[name]
+            if not doubts:
+                break
+        totals.add(event, blocks)
+
+
 _BLOCK = re.compile(r"^# trigger info: hist:(?P<spec>.*)$", re.MULTILINE)
 _ROW = re.compile(r"^\{ (?P<key>[^}]*) \} hitcount: +(?P<count>\d+)(?P<values>.*)$", re.MULTILINE)
 _VALUE = re.compile(r"(\w+): +(\d+)")
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """One trigger's part of a ``hist`` file. ``rows``: (key's parts, count, {value: mean})."""
 
     keys: str
@@ -210,7 +242,7 @@ class _Block(NamedTuple):
     rows: list[tuple[list[str], int, dict[str, int]]]
 
 
-def _blocks(text: str) -> Iterator[_Block]:
+def _blocks(text: str) -> Iterator[Block]:
     blocks = list(_BLOCK.finditer(text))
     for index, block in enumerate(blocks):
         end = blocks[index + 1].start() if index + 1 < len(blocks) else len(text)
@@ -219,24 +251,16 @@ def _blocks(text: str) -> Iterator[_Block]:
         for row in _ROW.finditer(body):
             parts = [part.partition(":")[2].strip() for part in row["key"].split(",")]
             count = int(row["count"])
-            # A value is the sum over all hits: of equal numbers, it tells the number.
+            sums = {name: int(total) for name, total in _VALUE.findall(row["values"])}
+            # None of the values counted is ever 0: that is a first hit which is not over.
             means = {
-                name: int(total) // count
-                for name, total in _VALUE.findall(row["values"])
-                if int(total) % count == 0
+                name: total // count for name, total in sums.items() if total and not total % count
             }
             rows.append((parts, count, means))
         dropped = re.search(r"^ +Dropped: (\d+)", body, re.MULTILINE)
         keys = block["spec"].partition(":vals=")[0]
         condition = block["spec"].partition(" if ")[2]
-        yield _Block(keys, condition, int(dropped[1]) if dropped else 0, rows)
-
-
-def parse(text: str) -> Totals:
-    """From the text of ``run``'s ``hist`` file alone."""
-    totals = Totals()
-    totals.read("run", text)
-    return totals
+        yield Block(keys, condition, int(dropped[1]) if dropped else 0, rows)
 
 
 def _signed(number: int) -> int:

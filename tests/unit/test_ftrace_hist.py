@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from hypothesis import given
@@ -77,6 +78,14 @@ POISON = ExitKey(0xFFFF8C0806E156D0, -133, 39, 0x108000, 0)
 REST = ExitKey(POISON.vcpu, -133, 39)
 
 
+def counted(*texts: str, event: str = "run") -> Totals:
+    """What is made of a file that says these one after the other, and the last for good."""
+    left = list(texts)
+    totals = Totals()
+    hist.Reader().read(event, lambda: left.pop(0) if len(left) > 1 else left[0], totals)
+    return totals
+
+
 def with_dropped(*dropped: int) -> str:
     """The text, had there been no entries left in its first, second, … trigger."""
     parts = TEXT.split("Dropped: 0")
@@ -85,7 +94,7 @@ def with_dropped(*dropped: int) -> str:
 
 
 def test_the_hist_file_is_understood() -> None:
-    totals = hist.parse(TEXT)
+    totals = counted(TEXT)
     assert totals.exits == {BARE: 2, POISON: 21}
     assert totals.sizes == {POISON: 4096}
     assert totals.whose == {
@@ -94,22 +103,50 @@ def test_the_hist_file_is_understood() -> None:
     }
     assert (totals.rests, totals.full, totals.dropped) == ({REST: 0}, False, 0)
     # A sum that no one number explains tells none.
-    odd = hist.parse(TEXT.replace("3066", "3067").replace("86016", "86017"))
+    odd = counted(TEXT.replace("3066", "3067").replace("86016", "86017"))
     assert list(odd.whose[POISON.vcpu]) == [Whose(0xFFFF8C0801814000, 1, None)]
     assert odd.sizes == {}
-    assert hist.parse("") == Totals()
+    assert counted("") == Totals()
+
+
+def test_a_row_caught_in_a_hit_is_read_again() -> None:
+    """Its hits were printed, one more came, and then its values were printed."""
+    # After 21 hits, of a process 146: 21 x 4096, 21 x 146.
+    torn = TEXT.replace("86016", "90112").replace("3066", "3212")
+    # Of a single hit, what is caught looks like a number as good as any.
+    first = re.sub(r"hitcount: +21  (\w+: +)(?:86016|3066)", r"hitcount: 1  \g<1>8192", TEXT)
+    assert first.count("8192") == 2
+    for caught in (torn, first):
+        assert counted(caught, TEXT) == counted(TEXT)
+        assert counted(TEXT, caught, TEXT).sizes == {}
+    # Not over yet, and as often as it is read.
+    assert counted(first.replace("8192", "0")).sizes == {}
+    never = counted(first, TEXT, first, TEXT)
+    assert (never.exits[POISON], never.sizes) == (1, {})
+
+
+def test_what_is_known_is_not_read_again() -> None:
+    reader, readings = hist.Reader(), []
+
+    def read() -> str:
+        readings.append(TEXT)
+        return TEXT
+
+    for _ in range(3):
+        reader.read("run", read, Totals())
+    assert len(readings) == 2 + 1 + 1
 
 
 def test_what_had_no_entry_is_counted_by_the_first_trigger() -> None:
     more = "reason:         39 } hitcount:         "
-    totals = hist.parse(with_dropped(3, 7, 9).replace(f"{more}21", f"{more}30"))
+    totals = counted(with_dropped(3, 7, 9).replace(f"{more}21", f"{more}30"))
     assert totals.exits == {BARE: 2, POISON: 21}
     assert (totals.rests, totals.full) == ({REST: 9}, True)
     # That no entry was left to tell whose a vCPU is loses no exit.
     assert totals.dropped == 3
     # Exits between the blocks' readings are not taken for such without an entry.
-    assert hist.parse(TEXT.replace(f"{more}21", f"{more}30")).rests == {REST: 0}
-    assert hist.parse(TEXT.replace(f"{more}21", f"{more}20")).rests == {REST: 0}
+    assert counted(TEXT.replace(f"{more}21", f"{more}30")).rests == {REST: 0}
+    assert counted(TEXT.replace(f"{more}21", f"{more}20")).rests == {REST: 0}
 
 
 def test_triggers_count_every_failed_exit() -> None:
@@ -127,23 +164,22 @@ def test_signals_and_refusals_are_counted_too() -> None:
     (to_self,) = hist.triggers("sigbus_forced", ["code", "addr", "lsb"])
     assert "keys=tid,code,addr.hex:vals=hitcount,lsb,tgid" in to_other
     assert "keys=common_pid,code,addr.hex:vals=hitcount,lsb:" in to_self
-    totals = Totals()
-    totals.read(
-        "sigbus",
+    totals = counted(
         "# trigger info: hist:keys=tid,code,addr.hex:vals=hitcount,lsb,tgid:sort=hitcount:size=4096"
         " if code == 4 || code == 5 [active]\n#\n\n"
         "{ tid:        186, code:          4, addr: 7f0d20003000 } hitcount:       3000"
         "  lsb:      36000  tgid:     555000\n\nTotals:\n    Hits: 3000\n    Dropped: 2\n",
+        event="sigbus",
     )
     key = SignalKey("sigbus", 186, 4, 0x7F0D20003000)
     assert totals.signals == {key: 3000}
     assert totals.facts == {key: SignalFacts(12, 185)}
     assert totals.signals_dropped == 2
-    totals.read(
-        "gmem",
+    totals = counted(
         "# trigger info: hist:keys=kvm.hex,gfn.hex:vals=hitcount,tgid:sort=hitcount:size=4096"
         " if ret == -133 [active]\n#\n\n"
         "{ kvm: ffff8cc583666000, gfn: 103 } hitcount:          7  tgid:       1295\n",
+        event="gmem",
     )
     assert totals.refused == {RefusedKey(0xFFFF8CC583666000, 0x103): 7}
     assert totals.refusers == {0xFFFF8CC583666000: 185}

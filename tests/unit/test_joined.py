@@ -277,13 +277,22 @@ def test_record_has_what_was_before(serve: Serve, tmp_path: Path) -> None:
     assert told == run("explain", "web-1").stdout
 
 
-def test_a_serve_that_ends_is_told_in_one_line(name: str) -> None:
+def test_a_serve_that_ends_is_told_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     serve = Serve()
     results: list[Result] = []
+    listening = threading.Event()
+    poll = JoinedSource.poll
+
+    def polled(source: JoinedSource, timeout: float) -> list[Event]:
+        listening.set()
+        return poll(source, timeout)
+
+    monkeypatch.setattr(JoinedSource, "poll", polled)
     with open_door(serve.session):
         watching = threading.Thread(target=lambda: results.append(run("events")))
         watching.start()
-        until(lambda: serve.followers)
+        # One that has not heard all of the past yet would attach for itself instead.
+        assert listening.wait(20)
     watching.join()
     (result,) = results
     assert result.exit_code == 1
