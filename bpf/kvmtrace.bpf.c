@@ -37,6 +37,7 @@ BPF_TABLE("hash", struct exit_key, struct exit_count, overflow, MAX_OVERFLOW);
 BPF_TABLE("hash", struct refused_key, struct refused_count, refused, MAX_OVERFLOW);
 BPF_TABLE("hash", struct sigbus_key, struct sigbus_count, signals, MAX_OVERFLOW);
 BPF_TABLE("array", u32, u64, activity, 1); /* failed KVM_RUNs, of whatever kind */
+BPF_TABLE("array", u32, u32, watching_gmem, 1); /* 1: kvm_gmem_get_pfn's answers are seen */
 BPF_TABLE("array", u32, u64, lost, LOST_PLACES);
 BPF_TABLE("lru_hash", u64, u64, generation, 65536);
 BPF_TABLE("array", u32, u64, generations, 1);
@@ -69,6 +70,9 @@ BPF_TABLE("lru_hash", u32, u64, signalled, 8192);
 /* Per thread: the vCPU's count of exits at the failed KVM_RUN that was seen last. */
 BPF_TABLE("lru_hash", u32, u64, run_saw, 8192);
 
+/* Per thread: the beginning or end of a VM that was seen last, as saw() has it. */
+BPF_TABLE("lru_hash", u32, u64, vm_saw, 8192);
+
 /* Per thread: from kvm_gmem_error_folio to the verdict that follows it. */
 BPF_TABLE("lru_hash", u32, struct gmem_walk, walks, 256);
 BPF_TABLE("percpu_array", u32, struct gmem_walk, walk_scratch, 1);
@@ -87,8 +91,8 @@ static __always_inline void lose(u32 place)
 		__sync_fetch_and_add(count, 1);
 }
 
-/* A struct kvm's address is used again; together with the number of the last destruction seen at
- * that address it is not. */
+/* A struct kvm's address is used again; together with the number of the last beginning or end seen
+ * at that address it is not. */
 static __always_inline u64 gen_of(u64 kvm)
 {
 	u64 *gen = generation.lookup(&kvm);
@@ -413,7 +417,7 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret)
 {
 	struct gmem_fail *gmem;
 	struct fault state = {};
-	u32 tid;
+	u32 tid, zero = 0, *watching;
 
 	if (ret == 0) /* RET_PF_CONTINUE */
 		return 0;
@@ -441,7 +445,8 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret)
 	state.exits = exits_of(vcpu);
 	state.gfn = gfn_of(vcpu, fault);
 	state.access = access_of(vcpu, fault);
-	state.gmem = WATCH_GMEM ? 0 : GMEM_NOT_WATCHED;
+	watching = watching_gmem.lookup(&zero);
+	state.gmem = watching && *watching ? 0 : GMEM_NOT_WATCHED;
 	gmem = gmem_fails.lookup(&tid);
 	if (gmem) {
 		/* Asked for this fault: it was to answer into this very fault, for this gfn, and the
@@ -590,24 +595,60 @@ static __always_inline int on_mce(u64 mce)
 
 /* ---- vm_new, vm_gone ---- */
 
-static __always_inline int on_vm(u64 kvm, u32 type)
+static __always_inline void next_generation(u64 kvm)
+{
+	u32 zero = 0;
+	u64 *last = generations.lookup(&zero), next;
+
+	if (!last)
+		return;
+	__sync_fetch_and_add(last, 1);
+	next = *last;
+	generation.update(&kvm, &next);
+}
+
+static __always_inline int on_vm_unseen(u64 kvm, u32 type)
 {
 	struct vm_record record = {};
 
+	/* Either may be missed: then the other parts one VM from the next. */
+	if (type == RECORD_VM_NEW)
+		next_generation(kvm);
 	fill(&record.h, type, kvm);
 	bpf_get_current_comm(record.comm, sizeof(record.comm));
 	tell(&record, sizeof(record));
-	if (type == RECORD_VM_GONE) {
-		u32 zero = 0;
-		u64 *last = generations.lookup(&zero), next;
-
-		if (last) {
-			__sync_fetch_and_add(last, 1);
-			next = *last;
-			generation.update(&kvm, &next);
-		}
-	}
+	if (type == RECORD_VM_GONE)
+		next_generation(kvm);
 	return 0;
+}
+
+static __always_inline u64 saw(u64 kvm, u32 type)
+{
+	return kvm + (type == RECORD_VM_GONE);
+}
+
+static __always_inline int on_vm(u64 kvm, u32 type)
+{
+	u64 seen = saw(kvm, type);
+	u32 tid = (u32)bpf_get_current_pid_tgid();
+
+	vm_saw.update(&tid, &seen);
+	return on_vm_unseen(kvm, type);
+}
+
+/* ---- vm_new_again, vm_gone_again: further on in the same call, for what those were skipped for as
+ * run_outer says of `run` ---- */
+
+static __always_inline int on_vm_again(u64 kvm, u32 type)
+{
+	u32 tid = (u32)bpf_get_current_pid_tgid();
+	u64 *seen = vm_saw.lookup(&tid);
+
+	if (seen && *seen == saw(kvm, type)) {
+		vm_saw.delete(&tid);
+		return 0;
+	}
+	return on_vm_unseen(kvm, type);
 }
 
 /* ---- hardware and firmware: memory errors as they were reported ---- */
@@ -773,6 +814,18 @@ int FN_vm_new(args_t *ctx)
 int FN_vm_gone(args_t *ctx)
 {
 	return on_vm(ctx[0], RECORD_VM_GONE);
+}
+#endif
+#if defined(FN_vm_new) && defined(FN_vm_new_again)
+int FN_vm_new_again(args_t *ctx)
+{
+	return on_vm_again(ctx[0], RECORD_VM_NEW);
+}
+#endif
+#if defined(FN_vm_gone) && defined(FN_vm_gone_again)
+int FN_vm_gone_again(args_t *ctx)
+{
+	return on_vm_again(ctx[0], RECORD_VM_GONE);
 }
 #endif
 

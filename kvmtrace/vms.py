@@ -2,7 +2,7 @@
 
 The address of a ``struct kvm`` is used again after kvm_destroy_vm, so a key belongs to one
 (pointer, generation); sources that count generations in the kernel pass them, others get a new key
-because ``gone`` forgot the old one.
+because ``gone`` or ``began`` forgot the old one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class _Known:
     pid: int
     struct: tuple[int, int] | None
     named: bool
+    since: int
     gone_since: int | None = None
 
 
@@ -70,12 +71,39 @@ class VmTable:
                 return known.key, [again]
         return known.key, []
 
-    def gone(self, struct: int, pid: int, ts: int, *, generation: int = 0) -> list[Event]:
-        """kvm_destroy_vm ran for this VM, in process ``pid``."""
+    def began(
+        self, struct: int, pid: int, ts: int, *, generation: int = 0, comm: str | None = None
+    ) -> list[Event]:
+        """A VM begins at this address; one that was there before has ended, or ``gone`` said so."""
+        missed = [before for before in self.generations(struct) if before != (generation or None)]
+        events: list[Event] = [self._forget(self._by_struct[struct, old], ts) for old in missed]
+        if (struct, generation) in self._by_struct:
+            return events  # something else told of it first
+        # It may have been found by its process before its beginning was read.
+        found = next(
+            (k for k in self._by_pid.get(pid, ()) if k.struct is None and k.since >= ts), None
+        )
+        if found is not None:
+            found.struct = (struct, generation)
+            self._by_struct[found.struct] = found
+            return events
+        return [*events, self._add(pid, (struct, generation), ts, comm)]
+
+    def generations(self, struct: int) -> list[int]:
+        """Of the VMs at this address whose end was not told."""
+        return [generation for at, generation in self._by_struct if at == struct]
+
+    def gone(
+        self, struct: int, pid: int, ts: int, *, generation: int = 0, comm: str | None = None
+    ) -> list[Event]:
+        """kvm_destroy_vm ran for this VM, in process ``pid``; VmSeen too if nobody knew of it."""
         known = self._by_struct.get((struct, generation))
         if known is None:
             known = next((k for k in self._by_pid.get(pid, ()) if k.struct is None), None)
-        return [self._forget(known, ts)] if known else []
+        if known is not None:
+            return [self._forget(known, ts)]
+        seen = self._add(pid, (struct, generation), ts, comm)
+        return [seen, self._forget(self._by_struct[struct, generation], ts)]
 
     def of_pid(self, pid: int) -> list[int]:
         """Keys of the VMs that a process runs."""
@@ -106,7 +134,7 @@ class VmTable:
     def _add(
         self, pid: int, struct: tuple[int, int] | None, ts: int, comm: str | None = None
     ) -> VmSeen:
-        known = _Known(next(self._keys), pid, struct, named=False)
+        known = _Known(next(self._keys), pid, struct, named=False, since=ts)
         if struct is not None:
             self._by_struct[struct] = known
         self._by_pid.setdefault(pid, []).append(known)

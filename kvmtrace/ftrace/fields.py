@@ -160,6 +160,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         _needed("kvm", "kvm:x64", "$arg1:x64"),
         _helper("tgid", f"{_TGID}"),
         _helper("maker", f"{_MAKER}"),
+        _helper("comm", "$comm:string"),
     ),
     # drivers/acpi/apei/ghes.c
     "apei": (

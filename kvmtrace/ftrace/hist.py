@@ -19,7 +19,7 @@ from typing import NamedTuple
 from kvmtrace.ftrace.fields import FAILED
 
 ENTRIES = 4096  # per trigger; a power of two, allocated at once by the kernel
-READINGS = 3  # at most, of one file, until its values agree
+READINGS = 4  # at most, of one file, until two agree on its values
 
 _ANNOTATED = (-133, -14)  # with reason 39
 
@@ -206,26 +206,35 @@ class Reader:
     """
 
     def __init__(self) -> None:
-        self._said: dict[str, dict[tuple[str, ...], dict[str, int]]] = {}
+        self._known: dict[str, dict[_Row, dict[str, int]]] = {}
 
     def read(self, event: str, read: Callable[[], str], totals: Totals) -> None:
         """Add to ``totals`` what the file says; ``read`` gives its text as it is then."""
-        for _ in range(READINGS):
-            before = self._said.get(event, {})
-            said = self._said[event] = {}
-            blocks = list(_blocks(read()))
-            doubts = False
-            for block in blocks:
-                for parts, _count, means in block.rows:
-                    row = (block.keys, block.condition, *parts)
-                    said[row] = dict(means)
-                    known = before.get(row, {})
-                    doubts |= known != means
-                    for name in [name for name in means if known.get(name) != means[name]]:
-                        del means[name]
-            if not doubts:
+        blocks = list(_blocks(read()))
+        said = dict(_means(blocks))
+        known = self._known.get(event, {})
+        # Of rows that there are now, and not of those that later readings bring.
+        doubtful = {
+            row: [means, *([known[row]] if row in known else [])]
+            for row, means in said.items()
+            if means != known.get(row)
+        }
+        for _ in range(READINGS - 1):
+            if not doubtful:
                 break
-        totals.add(event, blocks)
+            again = dict(_means(_blocks(read())))
+            for row, before in list(doubtful.items()):
+                means = again.get(row, {})
+                if means in before:
+                    said[row] = means
+                    del doubtful[row]
+                before.append(means)
+        said |= {row: {} for row in doubtful}
+        self._known[event] = said
+        totals.add(event, (block.believing(said) for block in blocks))
+
+
+_Row = tuple[str, str, tuple[str, ...]]  # the trigger's keys and condition, and the row's key
 
 
 _BLOCK = re.compile(r"^# trigger info: hist:(?P<spec>.*)$", re.MULTILINE)
@@ -239,7 +248,20 @@ class Block(NamedTuple):
     keys: str
     condition: str
     dropped: int
-    rows: list[tuple[list[str], int, dict[str, int]]]
+    rows: list[tuple[tuple[str, ...], int, dict[str, int]]]
+
+    def believing(self, said: Mapping[_Row, dict[str, int]]) -> Block:
+        """The same, with the means that are to be believed."""
+        believed = [
+            (parts, count, said[self.keys, self.condition, parts]) for parts, count, _ in self.rows
+        ]
+        return self._replace(rows=believed)
+
+
+def _means(blocks: Iterable[Block]) -> Iterator[tuple[_Row, dict[str, int]]]:
+    for block in blocks:
+        for parts, _count, means in block.rows:
+            yield (block.keys, block.condition, parts), means
 
 
 def _blocks(text: str) -> Iterator[Block]:
@@ -249,7 +271,7 @@ def _blocks(text: str) -> Iterator[Block]:
         body = text[block.end() : end]
         rows = []
         for row in _ROW.finditer(body):
-            parts = [part.partition(":")[2].strip() for part in row["key"].split(",")]
+            parts = tuple(part.partition(":")[2].strip() for part in row["key"].split(","))
             count = int(row["count"])
             sums = {name: int(total) for name, total in _VALUE.findall(row["values"])}
             # None of the values counted is ever 0: that is a first hit which is not over.

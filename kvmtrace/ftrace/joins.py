@@ -145,7 +145,9 @@ class Joiner:
             case "slot":
                 self.poisons.slot(record)
             case "vm_new":
-                self.people.key(record)
+                if self.people.lives(record.fields["kvm"]):
+                    self._vm_gone(record, read_totals)  # it does not any more: its end was missed
+                self.people.began(record)
             case "vm_gone":
                 self._vm_gone(record, read_totals)
         return []

@@ -47,9 +47,20 @@ class People:
         """The key of the VM at this address, or of the last one that was there."""
         return self._keys.get(struct)
 
+    def lives(self, struct: int) -> bool:
+        """Whether a VM at this address is known, and its end is not."""
+        return bool(self.vms.generations(struct))
+
+    def began(self, record: Record) -> None:
+        """kvm_arch_init_vm; see VmTable.began."""
+        struct, comm = record.fields["kvm"], record.fields.get("comm")
+        self.out += self.vms.began(struct, self._maker_of(record), record.ts, comm=comm)
+        self.key(record)
+
     def gone(self, record: Record) -> None:
         """kvm_destroy_vm."""
-        self.out += self.vms.gone(record.fields["kvm"], self._maker_of(record), record.ts)
+        struct, comm = record.fields["kvm"], record.fields.get("comm")
+        self.out += self.vms.gone(struct, self._maker_of(record), record.ts, comm=comm)
 
     def process_of(self, tid: int, tgid: int | None) -> int:
         """The process of a thread; the thread itself where it has ended and nobody told."""

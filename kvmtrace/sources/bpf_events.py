@@ -130,10 +130,9 @@ class Translator:
             elif header.type == records.PAGE:
                 events += self._page(record)
             elif header.type == records.VM_NEW:
-                _, seen = self._vm(header, comm=record.comm.decode(errors="replace"))
-                events += seen
+                events += self._began(record, kernel)
             elif header.type == records.VM_GONE:
-                events += self._gone(header, kernel)
+                events += self._gone(record, kernel)
         now = self._now()
         for tid, held in list(self._signals.items()):
             if now - held.ts >= SIGNAL_WAIT_NS:
@@ -336,9 +335,32 @@ class Translator:
             record.misc,
         )
 
-    def _gone(self, header: records.Header, kernel: Counters) -> list[Event]:
-        ts = header.ts + self._offset
-        struct = (header.kvm, header.gen)
+    def _began(self, record: Any, kernel: Counters) -> list[Event]:
+        header = record.h
+        events: list[Event] = []
+        for generation in self._vms.generations(header.kvm):
+            if generation != header.gen:
+                events += self._settle((header.kvm, generation), kernel)
+        return events + self._vms.began(
+            header.kvm,
+            header.tgid,
+            header.ts + self._offset,
+            generation=header.gen,
+            comm=record.comm.decode(errors="replace"),
+        )
+
+    def _gone(self, record: Any, kernel: Counters) -> list[Event]:
+        header = record.h
+        return self._settle((header.kvm, header.gen), kernel) + self._vms.gone(
+            header.kvm,
+            header.tgid,
+            header.ts + self._offset,
+            generation=header.gen,
+            comm=record.comm.decode(errors="replace"),
+        )
+
+    def _settle(self, struct: tuple[int, int], kernel: Counters) -> list[Event]:
+        """All that was counted, before a VM is forgotten."""
         events = self.counters(kernel)
         keys, refused = self._keys.pop(struct, {}), self._refusals.pop(struct, {})
         kernel.forget(list(keys.values()))
@@ -346,11 +368,11 @@ class Translator:
         for raw in (*keys, *refused):
             self._told.pop(raw, None)
         kernel.forget_signals(self._counts.forget(struct))
-        return events + self._vms.gone(header.kvm, header.tgid, ts, generation=header.gen)
+        return events
 
-    def _vm(self, header: Any, comm: str | None = None) -> tuple[int, list[Event]]:
+    def _vm(self, header: Any) -> tuple[int, list[Event]]:
         ts = header.ts + self._offset
-        return self._vms.key(header.kvm, header.tgid, ts, generation=header.gen, comm=comm)
+        return self._vms.key(header.kvm, header.tgid, ts, generation=header.gen)
 
     def _now(self) -> int:
         return time.monotonic_ns() + self._offset

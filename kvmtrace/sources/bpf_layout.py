@@ -152,10 +152,7 @@ class Layout:
 
     def cflags(self) -> list[str]:
         """The macros that bpf/*.bpf.c are compiled with."""
-        flags = [
-            f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}",
-            f"-DWATCH_GMEM={int('kvm_gmem_get_pfn' in self.symbols)}",
-        ]
+        flags = [f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}"]
         flags += [f"-DOFF_{name}={-1 if at is None else at}" for name, at in self.offsets.items()]
         flags += [f"-DSIZE_{name}={size}" for name, size in self._sizes.items()]
         flags += [f"-DARG_{name}={place}" for name, place in self._places.items()]

@@ -31,8 +31,16 @@ class Vmm:
 
     def step(self, text: str, *, may_fail: bool = False, patience: float = PATIENCE) -> Line:
         """Send one step, wait for its answer. A step that failed fails the test unless it may."""
+        self.begin(text)
+        return self.finish(text, may_fail=may_fail, patience=patience)
+
+    def begin(self, text: str) -> None:
+        """Send one step, to be waited for with ``finish`` before the next one."""
         self.job.send(text + "\n")
         self._answers += 1
+
+    def finish(self, text: str, *, may_fail: bool = False, patience: float = PATIENCE) -> Line:
+        """The answer to a step that was begun; see ``step``."""
         answer = self._answer(patience)
         if "error" in answer and not may_fail:
             if answer.get("unsupported"):

@@ -7,6 +7,7 @@ do that to a VM.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -232,20 +233,26 @@ def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
     _nothing_lost(lines)
 
 
-def churn(machine: Machine, source: str, vms: int = 1000) -> None:
-    """VMs come and go by the thousand: every one is seen off."""
+def churn(machine: Machine, source: str, vmms: int = 4, vms: int = 250) -> None:
+    """VMs come and go by the thousand, more at once than there are CPUs: none is missed."""
+    step = f"churn {vms}"
     with following(machine, source) as (watch,):
-        vmm = Vmm(machine, "churn")
-        vmm.step(f"churn {vms}", patience=10 * PATIENCE)
-        vmm.end()
+        all_ = [Vmm(machine, f"churn-{n}") for n in range(vmms)]
+        for vmm in all_:
+            vmm.begin(step)
+        for vmm in all_:
+            vmm.finish(step, patience=10 * PATIENCE)
+            vmm.end()
+
+        def states(lines: list[Line]) -> Counter[tuple[int, str]]:
+            return Counter((x["vm"]["pid"], x["state"]) for x in lines if x["kind"] == "vm")
 
         def over(lines: list[Line]) -> bool:
-            states = [x["state"] for x in lines if x["kind"] == "vm" and x["vm"]["pid"] == vmm.pid]
-            return states.count("gone") >= vms
+            return all(states(lines)[vmm.pid, "gone"] >= vms for vmm in all_)
 
-        lines = watch.until(over, f"{vms} VMs gone", patience=3 * PATIENCE)
-    of_it = [x for x in lines if x["kind"] == "vm" and x["vm"]["pid"] == vmm.pid]
-    assert sum(x["state"] == "gone" for x in of_it) == vms
+        lines = watch.until(over, f"{vmms} x {vms} VMs gone", patience=3 * PATIENCE)
+    assert states(lines) == {(v.pid, state): vms for v in all_ for state in ("seen", "gone")}
+    assert [x for x in lines if x["kind"] == "lost"] == []
 
 
 def stale_join(machine: Machine, source: str) -> None:

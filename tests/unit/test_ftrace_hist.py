@@ -116,13 +116,26 @@ def test_a_row_caught_in_a_hit_is_read_again() -> None:
     # Of a single hit, what is caught looks like a number as good as any.
     first = re.sub(r"hitcount: +21  (\w+: +)(?:86016|3066)", r"hitcount: 1  \g<1>8192", TEXT)
     assert first.count("8192") == 2
+    second = first.replace("8192", "12288")
     for caught in (torn, first):
-        assert counted(caught, TEXT) == counted(TEXT)
-        assert counted(TEXT, caught, TEXT).sizes == {}
+        assert counted(caught, TEXT).sizes == {POISON: 4096}
+        assert counted(TEXT, caught, TEXT).sizes == {POISON: 4096}
+        assert counted(caught, TEXT, second, TEXT).sizes == {POISON: 4096}
+    never = counted(first, TEXT, second, first.replace("8192", "4711"))
+    assert (never.exits[POISON], never.sizes) == (1, {})
     # Not over yet, and as often as it is read.
     assert counted(first.replace("8192", "0")).sizes == {}
-    never = counted(first, TEXT, first, TEXT)
-    assert (never.exits[POISON], never.sizes) == (1, {})
+
+
+def test_what_begins_between_two_readings_waits_for_the_next() -> None:
+    """New places each time that the file is read: those of the first time are certain."""
+    row = "{ vcpu: ffff8c0806e156d0, gpa: 108000, flags: 0 }"
+    place = next(line for line in TEXT.splitlines() if line.startswith(row))
+    more = [place.replace("108000", f"10{page}000") for page in "9abc"]
+    texts = [TEXT.replace(place, "\n".join([place, *more[:n]])) for n in range(5)]
+    totals = counted(*texts)
+    assert (totals.exits, totals.sizes) == ({BARE: 2, POISON: 21}, {POISON: 4096})
+    assert len(counted(texts[-1]).sizes) == 5
 
 
 def test_what_is_known_is_not_read_again() -> None:

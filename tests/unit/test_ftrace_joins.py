@@ -20,6 +20,7 @@ from kvmtrace.events import (
     SoftOffline,
     Unpoison,
     VmGone,
+    VmSeen,
 )
 from kvmtrace.ftrace.fields import KVM_PFN_ERR_HWPOISON
 from kvmtrace.ftrace.hist import ExitKey, RefusedKey, SignalFacts, SignalKey, Totals, Whose
@@ -68,6 +69,11 @@ class World:
 
     def exits_of(self, *records: Record, **options: Any) -> list[Exit]:
         return [e for e in self.tell(*records, **options) if isinstance(e, Exit)]
+
+
+def poisoned(world: World) -> list[Event]:
+    """A poisoned page is touched."""
+    return world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
 
 
 def test_a_poisoned_page_is_touched() -> None:
@@ -381,6 +387,20 @@ def test_a_signal_whose_fault_never_comes_is_told_all_the_same() -> None:
     assert (told.vm, told.gfn) == (None, None)
     world.tell(sigbus(world))
     assert len(world.tell(last=True)) == 1
+
+
+def test_a_vm_whose_end_was_missed_ends_where_the_next_one_begins() -> None:
+    """With the counts that no event told yet, which are not the next one's."""
+    world = World()
+    first = [*world.tell(world.record("vm_new", ret=0)), *poisoned(world)]
+    key = next(e for e in first if isinstance(e, Exit)).vm
+    world.joiner.faults.behind = True
+    counts = Totals(exits={ExitKey(VCPU, -133, 39, GFN << 12, 0): 5})
+    told = world.tell(world.record("vm_new", ret=0, tgid=PID + 1), read_totals=lambda: counts)
+    assert [(e.vm, e.count) for e in told if isinstance(e, Exit)] == [(key, 4)]
+    assert [e.vm for e in told if isinstance(e, VmGone)] == [key]
+    (seen,) = (e for e in told if isinstance(e, VmSeen))
+    assert (seen.vm, seen.pid) == (key + 1, PID + 1)
 
 
 def test_a_waiting_signal_keeps_its_vm_though_that_is_gone_meanwhile() -> None:
