@@ -5,6 +5,7 @@
  *   SIZE_struct        bytes
  *   ARG_event_name     which argument of a tracepoint is called so, or -1
  *   NARGS_probe        number of arguments of the probe's target (its return value comes after)
+ *   THIS_COPY          the helper that a program calls for its number
  *   FN_probe           the name that tells bcc where to attach an fentry/fexit program, if it can
  * Everything else reaches a target by kprobe and kretprobe, through the kp_* functions.
  */
@@ -21,7 +22,6 @@
 #define KVM_EXIT_MEMORY_FAULT_ 39
 #define KVM_EXIT_ARM_SEA_ 41
 #define ARM_SEA_GPA_VALID 1
-#define KVM_RUN_ 0xae80
 #define KVM_PFN_ERR_HWPOISON_ 0x7ff0000000000001ULL /* include/linux/kvm_host.h */
 
 /* A key's first exit is told at once, later ones at most this often; the counters have them all. */
@@ -67,11 +67,13 @@ BPF_TABLE("lru_hash", u32, struct fault, faults, 8192);
  * vCPU's count of exits at that time, or 0. */
 BPF_TABLE("lru_hash", u32, u64, signalled, 8192);
 
-/* Per thread: the vCPU's count of exits at the failed KVM_RUN that was seen last. */
-BPF_TABLE("lru_hash", u32, u64, run_saw, 8192);
-
-/* Per thread: the beginning or end of a VM that was seen last, as saw() has it. */
-BPF_TABLE("lru_hash", u32, u64, vm_saw, 8192);
+/* Per thread and kind of call: the one that was seen last, and by which copies of the program. */
+struct seen_call {
+	u64 a, b;
+	u64 copies;
+};
+enum call { CALL_RUN, CALL_GMEM, CALL_FAULTIN, CALL_SIGBUS, CALL_VM };
+BPF_TABLE("lru_hash", u64, struct seen_call, seen_calls, 32768);
 
 /* Per thread: from kvm_gmem_error_folio to the verdict that follows it. */
 BPF_TABLE("lru_hash", u32, struct gmem_walk, walks, 256);
@@ -89,6 +91,33 @@ static __always_inline void lose(u32 place)
 
 	if (count)
 		__sync_fetch_and_add(count, 1);
+}
+
+/* Which copy this is: bcc knows it as a helper, sources/bpf_copies.py puts the number in its place. */
+static u64 (*this_copy)(void) = (void *)THIS_COPY;
+#define COPY_UNDER_WAY 31
+
+/* While a program is preempted, the kernel skips it in all other threads of that CPU
+ * (kernel/bpf/trampoline.c, recursion_misses): with more busy vCPUs than CPUs one run in ten or so. Hence
+ * copies of it on the same function, of which the first that is not skipped takes the call.
+ *
+ * `a`, `b`: what tells this call from others of the thread; where they are the same, a copy knows
+ * another call by having seen it already. Whether another copy has taken this call. */
+static __always_inline int is_seen(enum call call, u64 a, u64 b, u32 copy)
+{
+	u64 key = (bpf_get_current_pid_tgid() << 32) | call;
+	struct seen_call first = { a, b, 1 << copy }, *seen = seen_calls.lookup(&key);
+
+	if (!seen) {
+		seen_calls.update(&key, &first);
+		return 0;
+	}
+	if (seen->a == a && seen->b == b && !(seen->copies & 1 << copy)) {
+		seen->copies |= 1 << copy;
+		return 1;
+	}
+	*seen = first;
+	return 0;
 }
 
 /* A struct kvm's address is used again; together with the number of the last beginning or end seen
@@ -137,6 +166,16 @@ static __always_inline u64 exits_of(u64 vcpu)
 	if (OFF_kvm_vcpu_stat_exits < 0 || !vcpu)
 		return 0;
 	return word(vcpu + OFF_kvm_vcpu_stat_exits);
+}
+
+/* Whether a VM may have private memory; where the kernel does not tell, on x86 it may. */
+static __always_inline int has_private(u64 kvm)
+{
+#if OFF_kvm_has_private_mem < 0 && defined(__aarch64__)
+	return 0;
+#else
+	return OFF_kvm_has_private_mem < 0 || byte(kvm + OFF_kvm_has_private_mem);
+#endif
 }
 
 static __always_inline void count_activity(void)
@@ -213,6 +252,10 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 		faults.delete(&tid);
 	}
 	gmem_fails.delete(&tid);
+	/* No conversion where nothing is private: then guest_memfd failed, though nobody heard it. */
+	if (key.annotated && ret == -EFAULT_ && !has_private(key.kvm) &&
+	    (!key.gmem || key.gmem == GMEM_NOT_WATCHED))
+		key.gmem = ret;
 
 	/* No errno, and told only on arm64: see on_arm_sea. struct { flags, esr, gva, gpa } */
 	if (!ret && OFF_kvm_run_arm_sea >= 0 && word(run + OFF_kvm_run_arm_sea) & ARM_SEA_GPA_VALID)
@@ -257,20 +300,14 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	return 0;
 }
 
-static __always_inline int on_run(u64 vcpu, int ret)
+static __always_inline int on_run(u64 vcpu, int ret, u32 copy)
 {
-	u32 tid;
-	u64 exits;
-
 	if (ret >= 0)
 		return 0;
 	/* A signal is pending, or the vCPU is not started yet: ordinary life. */
 	if (ret == -EINTR_ || ret == -EAGAIN_)
 		return 0;
-	tid = (u32)bpf_get_current_pid_tgid();
-	exits = exits_of(vcpu);
-	run_saw.update(&tid, &exits);
-	return on_run_failed(vcpu, ret);
+	return is_seen(CALL_RUN, vcpu, exits_of(vcpu), copy) ? 0 : on_run_failed(vcpu, ret);
 }
 
 /* A KVM_RUN that was under way when the probes were attached returns past them, but not past
@@ -283,32 +320,7 @@ static __always_inline int on_run_under_way(int ret)
 
 	if (!fault || fault->exits != exits_of(fault->vcpu))
 		return 0;
-	return on_run(fault->vcpu, ret);
-}
-
-/* ---- run_outer: kvm_vcpu_ioctl(file, ioctl, arg) came back, the function around KVM_RUN ----
- *
- * A program that is preempted is not entered again on that CPU: the kernel skips it
- * (kernel/bpf/trampoline.c, recursion_misses). With more vCPUs than CPUs that costs `run` a few exits
- * in a hundred thousand. What it was not there for is taken here, on the way out of the same ioctl. */
-
-static __always_inline int on_run_outer(u64 file, u32 ioctl, long ret)
-{
-	u32 tid;
-	u64 vcpu, *saw;
-
-	if (ret >= 0)
-		return 0;
-	if (ioctl != KVM_RUN_ || ret == -EINTR_ || ret == -EAGAIN_)
-		return 0;
-	tid = (u32)bpf_get_current_pid_tgid();
-	vcpu = word(file + OFF_file_private_data);
-	saw = run_saw.lookup(&tid);
-	if (saw && *saw == exits_of(vcpu)) {
-		run_saw.delete(&tid);
-		return 0;
-	}
-	return on_run_failed(vcpu, (int)ret);
+	return on_run(fault->vcpu, ret, COPY_UNDER_WAY);
 }
 
 /* ---- arm_sea: kvm_handle_guest_sea(vcpu) returned; 0: KVM_RUN will too, with KVM_EXIT_ARM_SEA ---- */
@@ -341,12 +353,12 @@ static __always_inline void on_refused(u64 kvm, u64 gfn)
 	count_activity();
 }
 
-static __always_inline int on_gmem(u64 kvm, u64 gfn, u64 pfn_at, int ret)
+static __always_inline int on_gmem(u64 kvm, u64 gfn, u64 pfn_at, int ret, u32 copy)
 {
 	u32 tid;
 	struct gmem_fail fail = {};
 
-	if (ret >= 0)
+	if (ret >= 0 || is_seen(CALL_GMEM, gfn, exits_of(running_vcpu()), copy))
 		return 0;
 	if (ret == -EHWPOISON_)
 		on_refused(kvm, gfn);
@@ -413,7 +425,7 @@ static __always_inline int is_poisoned(u64 vcpu, u64 fault, u64 *sent)
 	       word(fault + OFF_kvm_page_fault_pfn) == KVM_PFN_ERR_HWPOISON_;
 }
 
-static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret)
+static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret, u32 copy)
 {
 	struct gmem_fail *gmem;
 	struct fault state = {};
@@ -443,6 +455,8 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret)
 	}
 	state.vcpu = vcpu;
 	state.exits = exits_of(vcpu);
+	if (is_seen(CALL_FAULTIN, vcpu, state.exits, copy))
+		return 0;
 	state.gfn = gfn_of(vcpu, fault);
 	state.access = access_of(vcpu, fault);
 	watching = watching_gmem.lookup(&zero);
@@ -537,7 +551,7 @@ static __always_inline int count_signal(struct sigbus_record *record, struct sig
 	return 1;
 }
 
-static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task)
+static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task, u32 copy)
 {
 	struct sigbus_record record = {};
 	struct sigbus_count *count = 0;
@@ -545,6 +559,8 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task)
 	/* memory_failure in a vCPU's thread also sends to others who have the page. */
 	u64 vcpu = target == tid ? running_vcpu() : 0, exits = exits_of(vcpu);
 
+	if (is_seen(CALL_SIGBUS, hva, task, copy))
+		return 0;
 	fill(&record.h, RECORD_SIGBUS, vcpu ? word(vcpu + OFF_kvm_vcpu_kvm) : 0);
 	record.hva = hva;
 	record.code = code;
@@ -569,9 +585,9 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task)
 }
 
 /* force_sig(sig): what a thread gets that consumed poison which memory_failure could not deal with */
-static __always_inline int on_sigbus_bare(int sig)
+static __always_inline int on_sigbus_bare(int sig, u32 copy)
 {
-	return sig == SIGBUS_ ? on_sigbus(SI_KERNEL_, 0, 0, 0) : 0;
+	return sig == SIGBUS_ ? on_sigbus(SI_KERNEL_, 0, 0, 0, copy) : 0;
 }
 
 /* ---- mce: mce:mce_record(struct mce_hw_err * or struct mce *) ---- */
@@ -607,10 +623,12 @@ static __always_inline void next_generation(u64 kvm)
 	generation.update(&kvm, &next);
 }
 
-static __always_inline int on_vm_unseen(u64 kvm, u32 type)
+static __always_inline int on_vm(u64 kvm, u32 type, u32 copy)
 {
 	struct vm_record record = {};
 
+	if (is_seen(CALL_VM, kvm, type, copy))
+		return 0;
 	/* Either may be missed: then the other parts one VM from the next. */
 	if (type == RECORD_VM_NEW)
 		next_generation(kvm);
@@ -620,35 +638,6 @@ static __always_inline int on_vm_unseen(u64 kvm, u32 type)
 	if (type == RECORD_VM_GONE)
 		next_generation(kvm);
 	return 0;
-}
-
-static __always_inline u64 saw(u64 kvm, u32 type)
-{
-	return kvm + (type == RECORD_VM_GONE);
-}
-
-static __always_inline int on_vm(u64 kvm, u32 type)
-{
-	u64 seen = saw(kvm, type);
-	u32 tid = (u32)bpf_get_current_pid_tgid();
-
-	vm_saw.update(&tid, &seen);
-	return on_vm_unseen(kvm, type);
-}
-
-/* ---- vm_new_again, vm_gone_again: further on in the same call, for what those were skipped for as
- * run_outer says of `run` ---- */
-
-static __always_inline int on_vm_again(u64 kvm, u32 type)
-{
-	u32 tid = (u32)bpf_get_current_pid_tgid();
-	u64 *seen = vm_saw.lookup(&tid);
-
-	if (seen && *seen == saw(kvm, type)) {
-		vm_saw.delete(&tid);
-		return 0;
-	}
-	return on_vm_unseen(kvm, type);
 }
 
 /* ---- hardware and firmware: memory errors as they were reported ---- */
@@ -759,25 +748,19 @@ typedef unsigned long long args_t;
 #ifdef FN_run
 int FN_run(args_t *ctx)
 {
-	return on_run(ctx[0], (int)ctx[NARGS_run]);
-}
-#endif
-#if defined(FN_run) && defined(FN_run_outer)
-int FN_run_outer(args_t *ctx)
-{
-	return on_run_outer(ctx[0], (u32)ctx[1], (long)ctx[NARGS_run_outer]);
+	return on_run(ctx[0], (int)ctx[NARGS_run], this_copy());
 }
 #endif
 #ifdef FN_gmem
 int FN_gmem(args_t *ctx)
 {
-	return on_gmem(ctx[0], ctx[2], ctx[3], (int)ctx[NARGS_gmem]);
+	return on_gmem(ctx[0], ctx[2], ctx[3], (int)ctx[NARGS_gmem], this_copy());
 }
 #endif
 #ifdef FN_faultin
 int FN_faultin(args_t *ctx)
 {
-	return on_faultin(ctx[0], ctx[1], (int)ctx[NARGS_faultin]);
+	return on_faultin(ctx[0], ctx[1], (int)ctx[NARGS_faultin], this_copy());
 }
 #endif
 #ifdef FN_gmem_error
@@ -789,43 +772,31 @@ int FN_gmem_error(args_t *ctx)
 #ifdef FN_sigbus
 int FN_sigbus(args_t *ctx)
 {
-	return on_sigbus((int)ctx[0], ctx[1], (int)ctx[2], ctx[3]);
+	return on_sigbus((int)ctx[0], ctx[1], (int)ctx[2], ctx[3], this_copy());
 }
 #endif
 #ifdef FN_sigbus_forced
 int FN_sigbus_forced(args_t *ctx)
 {
-	return on_sigbus((int)ctx[0], ctx[1], (int)ctx[2], 0);
+	return on_sigbus((int)ctx[0], ctx[1], (int)ctx[2], 0, this_copy());
 }
 #endif
 #ifdef FN_sigbus_bare
 int FN_sigbus_bare(args_t *ctx)
 {
-	return on_sigbus_bare((int)ctx[0]);
+	return on_sigbus_bare((int)ctx[0], this_copy());
 }
 #endif
 #ifdef FN_vm_new
 int FN_vm_new(args_t *ctx)
 {
-	return (int)ctx[NARGS_vm_new] ? 0 : on_vm(ctx[0], RECORD_VM_NEW);
+	return (int)ctx[NARGS_vm_new] ? 0 : on_vm(ctx[0], RECORD_VM_NEW, this_copy());
 }
 #endif
 #ifdef FN_vm_gone
 int FN_vm_gone(args_t *ctx)
 {
-	return on_vm(ctx[0], RECORD_VM_GONE);
-}
-#endif
-#if defined(FN_vm_new) && defined(FN_vm_new_again)
-int FN_vm_new_again(args_t *ctx)
-{
-	return on_vm_again(ctx[0], RECORD_VM_NEW);
-}
-#endif
-#if defined(FN_vm_gone) && defined(FN_vm_gone_again)
-int FN_vm_gone_again(args_t *ctx)
-{
-	return on_vm_again(ctx[0], RECORD_VM_GONE);
+	return on_vm(ctx[0], RECORD_VM_GONE, this_copy());
 }
 #endif
 
@@ -935,7 +906,7 @@ int tp_run(struct bpf_raw_tracepoint_args *ctx)
 	if ((int)ctx->args[1] >= 0)
 		return 0;
 	args = kept_by(KEPT_RUN);
-	return args ? on_run(args->a, (int)ctx->args[1]) : on_run_under_way((int)ctx->args[1]);
+	return args ? on_run(args->a, (int)ctx->args[1], 0) : on_run_under_way((int)ctx->args[1]);
 }
 
 int tp_run_under_way(struct bpf_raw_tracepoint_args *ctx)
@@ -952,7 +923,7 @@ int kr_gmem(struct pt_regs *ctx)
 {
 	struct kept *args = kept_by(KEPT_GMEM);
 
-	return args ? on_gmem(args->a, args->b, args->c, (int)PT_REGS_RC(ctx)) : 0;
+	return args ? on_gmem(args->a, args->b, args->c, (int)PT_REGS_RC(ctx), 0) : 0;
 }
 
 int kp_faultin(struct pt_regs *ctx)
@@ -964,7 +935,7 @@ int kr_faultin(struct pt_regs *ctx)
 {
 	struct kept *args = kept_by(KEPT_FAULTIN);
 
-	return args ? on_faultin(args->a, args->b, (int)PT_REGS_RC(ctx)) : 0;
+	return args ? on_faultin(args->a, args->b, (int)PT_REGS_RC(ctx), 0) : 0;
 }
 
 int kp_vm_new(struct pt_regs *ctx)
@@ -976,7 +947,7 @@ int kr_vm_new(struct pt_regs *ctx)
 {
 	struct kept *args = kept_by(KEPT_VM_NEW);
 
-	return args && !(int)PT_REGS_RC(ctx) ? on_vm(args->a, RECORD_VM_NEW) : 0;
+	return args && !(int)PT_REGS_RC(ctx) ? on_vm(args->a, RECORD_VM_NEW, 0) : 0;
 }
 
 int kp_gmem_error(struct pt_regs *ctx)
@@ -987,22 +958,23 @@ int kp_gmem_error(struct pt_regs *ctx)
 int kp_sigbus(struct pt_regs *ctx)
 {
 	return on_sigbus((int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), (int)PT_REGS_PARM3(ctx),
-			 PT_REGS_PARM4(ctx));
+			 PT_REGS_PARM4(ctx), 0);
 }
 
 int kp_sigbus_forced(struct pt_regs *ctx)
 {
-	return on_sigbus((int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), (int)PT_REGS_PARM3(ctx), 0);
+	return on_sigbus((int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), (int)PT_REGS_PARM3(ctx), 0,
+			 0);
 }
 
 int kp_sigbus_bare(struct pt_regs *ctx)
 {
-	return on_sigbus_bare((int)PT_REGS_PARM1(ctx));
+	return on_sigbus_bare((int)PT_REGS_PARM1(ctx), 0);
 }
 
 int kp_vm_gone(struct pt_regs *ctx)
 {
-	return on_vm(PT_REGS_PARM1(ctx), RECORD_VM_GONE);
+	return on_vm(PT_REGS_PARM1(ctx), RECORD_VM_GONE, 0);
 }
 
 int kp_apei(struct pt_regs *ctx)

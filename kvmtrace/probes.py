@@ -101,27 +101,6 @@ def context_specs() -> tuple[ProbeSpec, ...]:
     )
 
 
-# What only eBPF needs, and only where it attaches by trampolines: the kernel skips a program that
-# was preempted on the same CPU. {probe: the one that takes what it was skipped for}
-STAND_INS = {
-    "run": ProbeSpec(
-        "run_outer", ("kvm_vcpu_ioctl",), "return", "exits while run was preempted on that CPU"
-    ),
-    # virt/kvm/kvm_main.c, kvm_create_vm and kvm_destroy_vm: what they call in the same thread
-    "vm_new": ProbeSpec(
-        "vm_new_again",
-        ("kvm_coalesced_mmio_init", "kvm_arch_post_init_vm"),
-        "entry",
-        "VMs that began while vm_new was preempted on that CPU",
-    ),
-    "vm_gone": ProbeSpec(
-        "vm_gone_again",
-        ("kvm_arch_destroy_vm",),
-        "entry",
-        "VMs that ended while vm_gone was preempted on that CPU",
-    ),
-}
-
 # What a source needs beside `run`, to see those that were in KVM_RUN when it attached.
 RUN_UNDER_WAY = ProbeSpec(
     "run_under_way", ("kvm:kvm_userspace_exit",), "entry", "exits that began before the start"

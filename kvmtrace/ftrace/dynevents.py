@@ -22,8 +22,9 @@ _ENTRY = re.compile(
 _COMMAND_COLUMN = len("  Command: ")
 _OFFSET = re.compile(r"\{(\w+)\.([\w.]+)\}")
 
-# A kretprobe needs an instance for every call that is under way, and misses calls without; vCPUs
-# sit in KVM_RUN by the hundred. As many as kernel/trace/trace_kprobe.c allows.
+# A kretprobe needs an instance for every call that is under way, and misses calls without; so does
+# an fprobe until it was made of function graphs (6.14). vCPUs sit in KVM_RUN by the hundred. As many
+# as kernel/trace/trace_kprobe.c and trace_fprobe.c allow.
 _INSTANCES = "4096"
 
 WAYS = {"f": "fprobe event", "p": "kprobe event", "r": "kretprobe event"}
@@ -84,13 +85,13 @@ class DynamicEvents:
         forms = {field.name: self._forms(field) for field in fields}
         missing: list[tuple[str, str]] = []
         place = f"{target}%return" if way == "f" and at == "return" else target
+        instances = _INSTANCES if at == "return" else ""
         while True:
             taken = [field for field in fields if forms[field.name]]
             lacking = next((f for f in fields if f.needed and not forms[f.name]), None)
             if lacking is not None:
                 why = dict(missing).get(lacking.name, "no form of it fits this kernel")
                 return Refused(f"{target}: {lacking.name}: {why}")
-            instances = _INSTANCES if way == "r" else ""
             head = f"{way}{instances}:{self._group}/{name} {place}"
             arguments = [f"{field.name}={forms[field.name][0]}" for field in taken]
             command = " ".join([head, *arguments])
@@ -105,6 +106,9 @@ class DynamicEvents:
             if reason is None:
                 # No word of it: this kernel does not parse this kind of probe at all.
                 return Refused(f"{target}: {refusal}", way_unknown=True)
+            if instances and way == "f" and column <= len(way + instances):
+                instances = ""  # it needs none, and knows no number of them
+                continue
             culprit = _at_column(head, arguments, column)
             if culprit is None:
                 lean = [field for field in taken if field.needed]

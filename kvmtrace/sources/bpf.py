@@ -22,8 +22,8 @@ from kvmtrace.clock import epoch_offset_ns
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
 from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.sources import bpf_copies, bpf_vms
 from kvmtrace.sources import bpf_records as records
-from kvmtrace.sources import bpf_vms
 from kvmtrace.sources.bpf_events import Translator
 from kvmtrace.sources.bpf_layout import Layout
 from kvmtrace.sources.bpf_memory import BpfMemory
@@ -36,7 +36,6 @@ BCC_HINT = "apt install python3-bpfcc (Debian, Ubuntu) or dnf install python3-bc
 
 # How often to look whether kvm came or went, in seconds.
 _WATCH_SECONDS = 1.0
-_NOT_MISSED = ("gmem", "faultin", *(spec.name for spec in probes.STAND_INS.values()))
 _SETTLE_LIMIT = 10.0
 
 # The programs of each probe by way: bcc method and function name in kvmtrace.bpf.c.
@@ -179,15 +178,15 @@ class _Programs:
     """One compiled and attached set of programs, for the kvm module that is there now."""
 
     def __init__(self, bcc: Any) -> None:
+        self._bcc = bcc
         self._kvm = _kvm_modules()
         self._raw: list[bytes] = []
         self._attached: dict[str, list[Any]] = {}
         self._missed: dict[str, int] = {}  # by probe
         self._asked: Any = None
         wanted = probes.specs()
-        stand_ins = probes.STAND_INS.values()
-        self._layout = Layout((*wanted, *probes.context_specs(), *stand_ins))
-        self._bpf = self._compile(bcc, "kvmtrace.bpf.c")
+        self._layout = Layout((*wanted, *probes.context_specs()))
+        self._bpf = self._compile("kvmtrace.bpf.c")
         states = [self._attach(spec) for spec in self._layout.specs]
         if any(state.attached and state.name == "gmem" for state in states):
             self._bpf["watching_gmem"][ctypes.c_int(0)] = ctypes.c_uint32(1)
@@ -207,18 +206,18 @@ class _Programs:
             raise KvmtraceError(f"no eBPF program could be attached: {why}", "kvmtrace doctor")
         with quiet_stderr():
             self._bpf["ring"].open_ring_buffer(self._receive)
-        self.walk = self._questions(bcc)
+        self.walk = self._questions()
 
-    def _questions(self, bcc: Any) -> bpf_vms.Walk | None:
+    def _questions(self) -> bpf_vms.Walk | None:
         """The programs that answer questions; None where they do not compile here."""
         try:
-            self._asked = asked = self._compile(bcc, "vms.bpf.c")
+            self._asked = asked = self._compile("vms.bpf.c")
         except KvmtraceError:
             return None
 
         def load(name: str) -> int:
             with quiet_stderr():
-                return int(asked.load_func(name.encode(), bcc.BPF.RAW_TRACEPOINT).fd)
+                return int(asked.load_func(name.encode(), self._bcc.BPF.RAW_TRACEPOINT).fd)
 
         addresses = {name: symbol.address for name, symbol in self._layout.symbols.items()}
         return bpf_vms.Walk(asked, load, self._layout.offsets, addresses)
@@ -230,7 +229,7 @@ class _Programs:
         except KeyError:
             return 0
 
-    def _compile(self, bcc: Any, name: str) -> Any:
+    def _compile(self, name: str) -> Any:
         source = files.bpf_dir()
         cflags = [
             f"-I{source}",
@@ -241,7 +240,7 @@ class _Programs:
         ]
         # bcc attaches by function name on construction, all or nothing; each probe has its own
         # fate here.
-        unattached = type("BPF", (bcc.BPF,), {"_trace_autoload": lambda self: None})
+        unattached = type("BPF", (self._bcc.BPF,), {"_trace_autoload": lambda self: None})
         os.environ["BCC_KERNEL_SOURCE"] = str(source / "stubs")
         with quiet_stderr() as said:
             try:
@@ -297,8 +296,28 @@ class _Programs:
         return Probe(spec.name, False, target, why=why)
 
     def _attach_trampoline(self, spec: probes.ProbeSpec, name: str) -> str | None:
-        attach = self._bpf.attach_kfunc if spec.at == "entry" else self._bpf.attach_kretfunc
-        return self._try(spec.name, lambda: attach(fn_name=name.encode()), name)
+        bpf, fn_name = self._bpf, name.encode()
+        if spec.at == "entry":
+            attach, links = bpf.attach_kfunc, bpf.kfunc_entry_fds
+        else:
+            attach, links = bpf.attach_kretfunc, bpf.kfunc_exit_fds
+        code = bpf_copies.Code(self._memory_of(fn_name))
+        for copy in range(code.copies(spec.name)):
+            code.become(copy)
+            why = self._try(spec.name, lambda: attach(fn_name=fn_name), name)
+            if why is not None:
+                return None if copy else why
+            # bcc loads and attaches a function once; by another name it still detaches it.
+            for kept in (bpf.funcs, links):
+                kept[b"%s#%d" % (fn_name, copy)] = kept.pop(fn_name)
+        return None
+
+    def _memory_of(self, function: bytes) -> memoryview:
+        """The bytes that bcc loads a program from."""
+        lib, module = self._bcc.libbcc.lib, self._bpf.module
+        size = lib.bpf_function_size(module, function)
+        insns = (ctypes.c_ubyte * size).from_address(lib.bpf_function_start(module, function))
+        return memoryview(insns).cast("B")
 
     def _attach_kprobe(self, spec: probes.ProbeSpec, target: str) -> tuple[str | None, str]:
         event = target.encode()
@@ -434,13 +453,11 @@ class _Programs:
     def missed(self, now: int) -> list[Event]:
         """Events of which a program was not run, because it was preempted in itself on that CPU.
 
-        Not of probes that another one stands in for, nor of those that tell no event of their own
-        but a cause or a gfn: nearly all calls that they see are in order.
+        Not of those of which another copy was.
         """
         events: list[Event] = []
         for probe, functions in self._attached.items():
-            stand_in = probes.STAND_INS.get(probe)
-            if probe in _NOT_MISSED or (stand_in and stand_in.name in self._attached):
+            if len(functions) > 1:
                 continue
             total = sum(_fdinfo(function.fd).get("recursion_misses", 0) for function in functions)
             more = total - self._missed.get(probe, 0)

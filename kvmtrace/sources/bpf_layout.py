@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from kvmtrace import kvm
 from kvmtrace.btf import Btf
 from kvmtrace.probes import ProbeSpec
-from kvmtrace.sources import bpf_vms
+from kvmtrace.sources import bpf_copies, bpf_vms
 
 # Members by struct, first the names that the macros of kvmtrace.bpf.c carry, then where BTF may
 # have them: names differ between kernels where a struct was renamed.
 OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "kvm_vcpu_kvm": (("kvm_vcpu", "kvm"),),
-    "file_private_data": (("file", "private_data"),),
     "kvm_vcpu_vcpu_id": (("kvm_vcpu", "vcpu_id"),),
     "kvm_vcpu_run": (("kvm_vcpu", "run"),),
     "kvm_vcpu_stat_exits": (("kvm_vcpu", "stat.exits"),),
@@ -50,6 +49,7 @@ OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "gmem_file_bindings": (("gmem_file", "bindings"), ("kvm_gmem", "bindings")),
     "gmem_file_kvm": (("gmem_file", "kvm"), ("kvm_gmem", "kvm")),
     "kvm_mm": (("kvm", "mm"),),
+    "kvm_has_private_mem": (("kvm", "arch.has_private_mem"),),
     "kvm_userspace_pid": (("kvm", "userspace_pid"),),
     "mm_struct_owner": (("mm_struct", "owner"),),
     "task_struct_pid": (("task_struct", "pid"),),
@@ -71,7 +71,6 @@ SIZES = ("cper_sec_proc_arm", "page")
 # Without these, nothing of a probe's story can be told.
 NEEDS: dict[str, tuple[str, ...]] = {
     "run": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run", "kvm_run_exit_reason"),
-    "run_outer": ("file_private_data", "kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run"),
     "faultin": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_page_fault_gfn"),
     "faultin/aarch64": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_hpfar"),
     "arm_sea": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run", "kvm_run_arm_sea"),
@@ -152,7 +151,7 @@ class Layout:
 
     def cflags(self) -> list[str]:
         """The macros that bpf/*.bpf.c are compiled with."""
-        flags = [f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}"]
+        flags = [f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}", f"-DTHIS_COPY={bpf_copies.THIS_COPY}"]
         flags += [f"-DOFF_{name}={-1 if at is None else at}" for name, at in self.offsets.items()]
         flags += [f"-DSIZE_{name}={size}" for name, size in self._sizes.items()]
         flags += [f"-DARG_{name}={place}" for name, place in self._places.items()]

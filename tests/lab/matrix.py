@@ -37,6 +37,7 @@ EVERYTHING = (*SCENARIOS, OWNERS, Scenario(qemu_loses_a_page), HARDWARE, *CONDIT
 # them at full size on the newest kernel.
 SMALLER: dict[str, dict[str, int]] = {
     "storm": {"rounds": 20_000},
+    "crowd": {"rounds": 3_000},
     "churn": {"vms": 50},
     "without_bcc": {"rounds": 20_000},
 }

@@ -233,6 +233,38 @@ def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
     _nothing_lost(lines)
 
 
+def crowd(machine: Machine, source: str, vmms: int = 6, rounds: int = 10_000) -> None:
+    """More VMMs loop at once than there are CPUs: exits and their causes are exact all the same."""
+    with following(machine, source) as (watch,):
+        _needs_exits(watch)
+        all_ = [Vmm(machine, f"crowd-{n}") for n in range(vmms)]
+        backing, ends = "backing", 1
+        for vmm in all_:
+            if "error" in vmm.step("create v backing=gmem pages=32", may_fail=True):
+                backing, ends = "unannotated", 2
+                vmm.step("create v backing=anon")
+                vmm.step("unmap v +3")
+            else:
+                vmm.step("close-gmem v")
+        step = f"loop v +3 {rounds}"
+        for vmm in all_:
+            vmm.begin(step)
+        for vmm in all_:
+            vmm.finish(step, patience=10 * PATIENCE)
+        reports = {vmm.pid: vmm.end() for vmm in all_}
+        lines = watch.until(
+            lambda lines: all(gone(pid, ends)(lines) for pid in reports), "the VMs' end"
+        )
+    for pid, report in reports.items():
+        assert sum(row["count"] for row in report["failed"]) == rounds
+        _same(lines, pid, report)
+        causes = Counter[str]()
+        for told in _exit_of(lines, pid, "EFAULT"):
+            causes[told["cause"]] += told["count"]
+        assert causes == {backing: rounds}
+    _nothing_lost(lines)
+
+
 def churn(machine: Machine, source: str, vmms: int = 4, vms: int = 250) -> None:
     """VMs come and go by the thousand, more at once than there are CPUs: none is missed."""
     step = f"churn {vms}"
@@ -501,6 +533,7 @@ SCENARIOS = (
     Scenario(unannotated),
     Scenario(no_crosstalk),
     Scenario(storm),
+    Scenario(crowd),
     Scenario(churn),
     Scenario(stale_join),
     Scenario(hva_anon),

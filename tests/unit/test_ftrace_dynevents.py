@@ -61,10 +61,26 @@ def test_all_fields_at_once_where_the_kernel_has_them(tmp_path: Path) -> None:
         "run", "ioctl_run", "fprobe event", ("kvm", "tgid", "gpa", "exits", "ret"), ()
     )
     assert kernel.commands == [
-        "f:kvmtrace_1_2_3/run ioctl_run%return kvm=vcpu->kvm:x64 "
+        "f4096:kvmtrace_1_2_3/run ioctl_run%return kvm=vcpu->kvm:x64 "
         "tgid=vcpu->kvm->mm->owner->tgid gpa=vcpu->run->memory_fault.gpa:x64 "
         "exits=vcpu->stat.exits ret=$retval:s32"
     ]
+
+
+def test_a_kernel_whose_fprobes_need_no_instances(tmp_path: Path) -> None:
+    """As 7.3 refuses it: at the second character."""
+    kernel = Kernel(tmp_path, {"4096": "Invalid maxactive number", "exits=": "No such field"})
+    defined = kernel.define("run", "ioctl_run", "return", WANTED)
+    assert isinstance(defined, Defined)
+    assert defined.fields == ("kvm", "tgid", "gpa", "ret")
+    assert [command.partition(" ")[0] for command in kernel.commands[:2]] == [
+        "f4096:kvmtrace_1_2_3/run",
+        "f:kvmtrace_1_2_3/run",
+    ]
+    assert kernel.commands[1].partition(" ")[2] == kernel.commands[0].partition(" ")[2]
+    at_entry = kernel.define("gone", "destroy_vm", "entry", WANTED[:1])
+    assert isinstance(at_entry, Defined)
+    assert kernel.commands[-1].startswith("f:kvmtrace_1_2_3/gone destroy_vm kvm=")
 
 
 def test_a_refused_field_costs_that_fact_and_no_more(tmp_path: Path) -> None:
@@ -124,8 +140,7 @@ def test_registers_where_there_are_no_argument_names(tmp_path: Path) -> None:
 
 
 def test_a_refusal_that_points_nowhere_leaves_the_leanest(tmp_path: Path) -> None:
-    kernel = Kernel(tmp_path, {"f:": "Too many operations", "gpa=": "Too many operations"})
-    kernel.refuses = {"gpa=": "Too many operations"}
+    kernel = Kernel(tmp_path, {"gpa=": "Too many operations"})
     original = kernel._refusal
     kernel._refusal = lambda command: (original(command)[0], 9999)  # type: ignore[method-assign]
     defined = kernel.define("run", "ioctl_run", "return", WANTED)

@@ -1,0 +1,36 @@
+"""Copies of a program differ in their number and in nothing else."""
+
+from __future__ import annotations
+
+import struct
+
+from kvmtrace.sources.bpf_copies import COPIES, OTHERS, THIS_COPY, Code
+
+# include/uapi/linux/bpf.h: opcode, src_reg and dst_reg, offset, immediate
+GET_TID = struct.pack("<BBhi", 0x85, 0, 0, 14)
+ASK = struct.pack("<BBhi", 0x85, 0, 0, THIS_COPY)
+LOAD = struct.pack("<BBhi", 0x18, 0x01, 0, THIS_COPY)  # a constant that looks like it
+EXIT = struct.pack("<BBhi", 0x95, 0, 0, 0)
+
+
+def mov(number: int) -> bytes:
+    """r0 = number"""
+    return struct.pack("<BBhi", 0xB7, 0, 0, number)
+
+
+def test_each_copy_knows_its_number() -> None:
+    memory = bytearray(GET_TID + ASK + LOAD + ASK + EXIT)
+    code = Code(memoryview(memory))
+    assert code.copies("run") == COPIES["run"]
+    assert code.copies("vm_new") == OTHERS
+    for number in range(3):
+        code.become(number)
+        assert memory == GET_TID + mov(number) + LOAD + mov(number) + EXIT
+
+
+def test_what_does_not_ask_is_there_once() -> None:
+    memory = bytearray(GET_TID + LOAD + EXIT)
+    code = Code(memoryview(memory))
+    assert code.copies("run") == 1
+    code.become(0)
+    assert memory == GET_TID + LOAD + EXIT
