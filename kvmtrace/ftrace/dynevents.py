@@ -23,8 +23,8 @@ _COMMAND_COLUMN = len("  Command: ")
 _OFFSET = re.compile(r"\{(\w+)\.([\w.]+)\}")
 
 # A kretprobe needs an instance for every call that is under way, and misses calls without; so does
-# an fprobe until it was made of function graphs (6.14). vCPUs sit in KVM_RUN by the hundred. As many
-# as kernel/trace/trace_kprobe.c and trace_fprobe.c allow.
+# an fprobe until it was made of function graphs (6.14). vCPUs sit in KVM_RUN by the hundred. As
+# many as kernel/trace/trace_kprobe.c and trace_fprobe.c allow.
 _INSTANCES = "4096"
 
 WAYS = {"f": "fprobe event", "p": "kprobe event", "r": "kretprobe event"}
