@@ -101,19 +101,20 @@ static u64 (*this_copy)(void) = (void *)THIS_COPY;
  * (kernel/bpf/trampoline.c, recursion_misses): with more busy vCPUs than CPUs one run in ten or so. Hence
  * copies of it on the same function, of which the first that is not skipped takes the call.
  *
- * `a`, `b`: what tells this call from others of the thread; where they are the same, a copy knows
- * another call by having seen it already. Whether another copy has taken this call. */
+ * `a`, `b`: what tells this call from others of the thread. Where they are the same, a copy knows
+ * another call by having seen it already, and one more skipped may cost the call: they had better
+ * differ. Whether another copy has taken this call. */
 static __always_inline int is_seen(enum call call, u64 a, u64 b, u32 copy)
 {
 	u64 key = (bpf_get_current_pid_tgid() << 32) | call;
-	struct seen_call first = { a, b, 1 << copy }, *seen = seen_calls.lookup(&key);
+	struct seen_call first = { a, b, 1ULL << copy }, *seen = seen_calls.lookup(&key);
 
 	if (!seen) {
 		seen_calls.update(&key, &first);
 		return 0;
 	}
-	if (seen->a == a && seen->b == b && !(seen->copies & 1 << copy)) {
-		seen->copies |= 1 << copy;
+	if (seen->a == a && seen->b == b && !(seen->copies & 1ULL << copy)) {
+		seen->copies |= 1ULL << copy;
 		return 1;
 	}
 	*seen = first;
@@ -559,7 +560,7 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task, u32 c
 	/* memory_failure in a vCPU's thread also sends to others who have the page. */
 	u64 vcpu = target == tid ? running_vcpu() : 0, exits = exits_of(vcpu);
 
-	if (is_seen(CALL_SIGBUS, hva, task, copy))
+	if (is_seen(CALL_SIGBUS, hva, task + exits, copy))
 		return 0;
 	fill(&record.h, RECORD_SIGBUS, vcpu ? word(vcpu + OFF_kvm_vcpu_kvm) : 0);
 	record.hva = hva;

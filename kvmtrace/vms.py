@@ -57,8 +57,8 @@ class VmTable:
         ``comm`` names it where the process has ended before anyone could look.
         """
         known = self._by_struct.get((struct, generation))
-        if known is None:
-            known = next((k for k in self._by_pid.get(pid, ()) if k.struct is None), None)
+        if known is None and not generation:
+            known = self._unplaced(pid)
             if known is not None:
                 known.struct = (struct, generation)
                 self._by_struct[known.struct] = known
@@ -99,11 +99,19 @@ class VmTable:
         """kvm_destroy_vm ran for this VM, in process ``pid``; VmSeen too if nobody knew of it."""
         known = self._by_struct.get((struct, generation))
         if known is None:
-            known = next((k for k in self._by_pid.get(pid, ()) if k.struct is None), None)
+            # Found in the moment of its end, it passes for the next one at this address.
+            found = (self._by_struct[struct, other] for other in self.generations(struct))
+            known = next(found, None)
+        if known is None and not generation:
+            known = self._unplaced(pid)
         if known is not None:
             return [self._forget(known, ts)]
         seen = self._add(pid, (struct, generation), ts, comm)
         return [seen, self._forget(self._by_struct[struct, generation], ts)]
+
+    def _unplaced(self, pid: int) -> _Known | None:
+        """A VM of this process that was there before the first event, so in no later generation."""
+        return next((k for k in self._by_pid.get(pid, ()) if k.struct is None), None)
 
     def of_pid(self, pid: int) -> list[int]:
         """Keys of the VMs that a process runs."""

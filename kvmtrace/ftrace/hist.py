@@ -245,6 +245,7 @@ _VALUE = re.compile(r"(\w+): +(\d+)")
 class Block(NamedTuple):
     """One trigger's part of a ``hist`` file. ``rows``: (key's parts, count, {value: mean})."""
 
+    valued: bool
     keys: str
     condition: str
     dropped: int
@@ -253,14 +254,16 @@ class Block(NamedTuple):
     def believing(self, said: Mapping[_Row, dict[str, int]]) -> Block:
         """The same, with the means that are to be believed."""
         believed = [
-            (parts, count, said[self.keys, self.condition, parts]) for parts, count, _ in self.rows
+            (parts, count, said.get((self.keys, self.condition, parts), {}))
+            for parts, count, _ in self.rows
         ]
         return self._replace(rows=believed)
 
 
 def _means(blocks: Iterable[Block]) -> Iterator[tuple[_Row, dict[str, int]]]:
+    """Of the rows that have values."""
     for block in blocks:
-        for parts, _count, means in block.rows:
+        for parts, _count, means in block.rows if block.valued else ():
             yield (block.keys, block.condition, parts), means
 
 
@@ -276,13 +279,16 @@ def _blocks(text: str) -> Iterator[Block]:
             sums = {name: int(total) for name, total in _VALUE.findall(row["values"])}
             # None of the values counted is ever 0: that is a first hit which is not over.
             means = {
-                name: total // count for name, total in sums.items() if total and not total % count
+                name: total // count
+                for name, total in sums.items()
+                if count and total and not total % count
             }
             rows.append((parts, count, means))
         dropped = re.search(r"^ +Dropped: (\d+)", body, re.MULTILINE)
-        keys = block["spec"].partition(":vals=")[0]
+        keys, _, values = block["spec"].partition(":vals=")
         condition = block["spec"].partition(" if ")[2]
-        yield Block(keys, condition, int(dropped[1]) if dropped else 0, rows)
+        valued = values.startswith("hitcount,")
+        yield Block(valued, keys, condition, int(dropped[1]) if dropped else 0, rows)
 
 
 def _signed(number: int) -> int:

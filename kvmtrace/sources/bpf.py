@@ -183,6 +183,7 @@ class _Programs:
         self._raw: list[bytes] = []
         self._attached: dict[str, list[Any]] = {}
         self._missed: dict[str, int] = {}  # by probe
+        self._copies: dict[str, int] = {}  # by probe, where there are
         self._asked: Any = None
         wanted = probes.specs()
         self._layout = Layout((*wanted, *probes.context_specs()))
@@ -223,7 +224,7 @@ class _Programs:
         return bpf_vms.Walk(asked, load, self._layout.offsets, addresses)
 
     def generation(self, struct: int) -> int:
-        """How often a struct kvm at this address was destroyed: see gen_of() in the programs."""
+        """Which of the VMs at this address there is now: see gen_of() in the programs."""
         try:
             return int(self._bpf["generation"][ctypes.c_uint64(struct)].value)
         except KeyError:
@@ -310,14 +311,17 @@ class _Programs:
             # bcc loads and attaches a function once; by another name it still detaches it.
             for kept in (bpf.funcs, links):
                 kept[b"%s#%d" % (fn_name, copy)] = kept.pop(fn_name)
+            self._copies[spec.name] = copy + 1
         return None
 
     def _memory_of(self, function: bytes) -> memoryview:
-        """The bytes that bcc loads a program from."""
+        """The bytes that bcc loads a program from; none where there is no such program."""
         lib, module = self._bcc.libbcc.lib, self._bpf.module
+        start = lib.bpf_function_start(module, function)
+        if not start:
+            return memoryview(b"")
         size = lib.bpf_function_size(module, function)
-        insns = (ctypes.c_ubyte * size).from_address(lib.bpf_function_start(module, function))
-        return memoryview(insns).cast("B")
+        return memoryview((ctypes.c_ubyte * size).from_address(start)).cast("B")
 
     def _attach_kprobe(self, spec: probes.ProbeSpec, target: str) -> tuple[str | None, str]:
         event = target.encode()
@@ -447,7 +451,8 @@ class _Programs:
             told = [_fdinfo(function.fd) for function in functions]
             run_ns = sum(one.get("run_time_ns", 0) for one in told)
             if run_ns:
-                found[probe] = ProbeRuns(sum(one.get("run_cnt", 0) for one in told), run_ns)
+                # One call runs all of them: copies, or what is at entry and at return.
+                found[probe] = ProbeRuns(max(one.get("run_cnt", 0) for one in told), run_ns)
         return found
 
     def missed(self, now: int) -> list[Event]:
@@ -457,7 +462,7 @@ class _Programs:
         """
         events: list[Event] = []
         for probe, functions in self._attached.items():
-            if len(functions) > 1:
+            if self._copies.get(probe, 1) > 1:
                 continue
             total = sum(_fdinfo(function.fd).get("recursion_misses", 0) for function in functions)
             more = total - self._missed.get(probe, 0)

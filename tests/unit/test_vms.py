@@ -72,6 +72,22 @@ def test_one_that_begins_is_not_one_that_was_found_before(tmp_path: Path) -> Non
     assert vms.of_pid(PID) == [1]
 
 
+def test_what_came_after_the_start_is_not_one_that_was_found_before(tmp_path: Path) -> None:
+    """Though its first fault is read before its beginning."""
+    vms = found(tmp_path, 5)
+    assert vms.key(AT, PID, 8, generation=3)[0] == 2
+    assert vms.began(AT, PID, 7, generation=3) == []
+    assert told(vms.gone(AT, PID, 9, generation=3)) == [("VmGone", 2)]
+    assert vms.key(AT + 4096, PID, 9)[0] == 1
+
+
+def test_one_found_in_the_moment_of_its_end_has_ended() -> None:
+    """By its address; the end has changed the generation meanwhile."""
+    vms = table()
+    assert vms.key(AT, PID, 5, generation=4)[0] == 1
+    assert told(vms.gone(AT, PID, 4, generation=3)) == [("VmGone", 1)]
+
+
 @given(
     st.lists(st.tuples(st.sampled_from((AT, AT + 4096)), st.booleans(), st.booleans())),
     st.booleans(),
