@@ -60,6 +60,8 @@ class Faults:
         self._details: OrderedDict[ExitKey, _Detail] = OrderedDict()
         self._again: dict[tuple[ExitKey, int, _Detail], tuple[int, int, int]] = {}
         self._doubtful = False
+        self._ordinary: set[int] = set()
+        """``struct kvm`` of VMs that can have no private memory."""
 
     def begin(self, doubtful: bool) -> None:
         """A batch of records begins. ``doubtful``: some before or in it were dropped."""
@@ -77,6 +79,11 @@ class Faults:
             for (key, vm, detail), (count, ts, vid) in again.items()
             if count
         ]
+
+    def vm(self, record: Record) -> None:
+        """What a record tells of its VM."""
+        if record.fields.get("has_private") == 0:
+            self._ordinary.add(record.fields["kvm"])
 
     def gmem(self, record: Record) -> None:
         """kvm_gmem_get_pfn failed."""
@@ -106,11 +113,13 @@ class Faults:
         tid = fields["common_pid"]
         self._gmem.pop(tid, None)
         key = records.exit_key(fields)
+        self.vm(record)
         detail = _detail(key, fields, self._faults.pop(tid, None))
         known = self._details.get(key)
         if detail.gmem is None and known is not None:
             detail = known
-        elif detail != known:
+        detail = self._asked(detail, key, fields["kvm"])
+        if detail != known:
             self._details[key] = detail
             _bound(self._details, _MAX_DETAILS)
         vid = fields["vid"]
@@ -161,6 +170,7 @@ class Faults:
             detail = self._details.get(key)
             if detail is None:
                 detail = _detail(key, {"size": totals.sizes.get(key)}, None)
+            detail = self._asked(detail, key, whose.kvm)
             vm = self._people.key_of(whose.kvm, whose.tgid, now)
             events.append(_exit(now, (vm, whose.vid), key, detail, count))
         return events
@@ -177,12 +187,24 @@ class Faults:
     def forget(self, struct: int) -> None:
         """The VM is gone: its addresses may be another's soon."""
         self.storms.gone(struct)
+        self._ordinary.discard(struct)
         vcpus = self._vcpus_of(struct)
         for vcpu in vcpus:
             del self._vcpus[vcpu]
         if vcpus:
             for key in [key for key in self._details if key.vcpu in vcpus]:
                 del self._details[key]
+
+    def _asked(self, detail: _Detail, key: ExitKey, struct: int) -> _Detail:
+        """No conversion where nothing is private: then guest_memfd failed, though nobody heard."""
+        if (
+            not detail.gmem
+            and key.ret == -kvm.EFAULT
+            and struct in self._ordinary
+            and records.annotated(key.ret, key.reason)
+        ):
+            return detail._replace(gmem=kvm.EFAULT)
+        return detail
 
     def _learn(self, totals: Totals) -> None:
         for vcpu in totals.whose:

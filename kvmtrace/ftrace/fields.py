@@ -101,17 +101,24 @@ _FAULTIN_ARM64 = (
 _HEAD = "(gmem_inode,vfs_inode)(mapping->host)->gmem_file_list.next"
 _OLD_HEAD = "mapping->i_private_list.next"
 
+_RUN = (
+    *_VCPU,
+    _needed("reason", "vcpu->run->exit_reason:u32"),
+    _field("gpa", "vcpu->run->memory_fault.gpa:x64"),
+    _field("flags", "vcpu->run->memory_fault.flags:x64"),
+    _field("size", "vcpu->run->memory_fault.size:x64"),
+    _field("exits", "vcpu->stat.exits"),
+    _helper("pending", "$current->pending.signal.sig:x64"),
+    _RET,
+)
+
+# Whether a VM may have private memory, and so exits that convert it: none has on arm64.
+_HAS_PRIVATE = "arch.has_private_mem:u8"
+_NONE_HAS_PRIVATE = _helper("has_private", "\\0:u8")
+
 FIELDS: dict[str, tuple[Field, ...]] = {
-    "run": (
-        *_VCPU,
-        _needed("reason", "vcpu->run->exit_reason:u32"),
-        _field("gpa", "vcpu->run->memory_fault.gpa:x64"),
-        _field("flags", "vcpu->run->memory_fault.flags:x64"),
-        _field("size", "vcpu->run->memory_fault.size:x64"),
-        _field("exits", "vcpu->stat.exits"),
-        _helper("pending", "$current->pending.signal.sig:x64"),
-        _RET,
-    ),
+    "run": (*_RUN, _helper("has_private", f"vcpu->kvm->{_HAS_PRIVATE}")),
+    "run/aarch64": (*_RUN, _NONE_HAS_PRIVATE),
     "gmem": (
         _needed("kvm", "kvm:x64"),
         _needed("gfn", "gfn:x64"),
@@ -148,6 +155,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         _needed("kvm", "kvm:x64"),
         _helper("tgid", f"{_TGID}"),
         _helper("comm", "$comm:string"),
+        _helper("has_private", f"kvm->{_HAS_PRIVATE}"),
         _RET,
     ),
     # Where a return probe cannot have arguments (before 6.6): at entry. A VM that then fails to be

@@ -148,6 +148,7 @@ class Joiner:
                 if self.people.lives(record.fields["kvm"]):
                     self._vm_gone(record, read_totals)  # it does not any more: its end was missed
                 self.people.began(record)
+                self.faults.vm(record)
             case "vm_gone":
                 self._vm_gone(record, read_totals)
         return []

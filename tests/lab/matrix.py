@@ -38,6 +38,7 @@ EVERYTHING = (*SCENARIOS, OWNERS, Scenario(qemu_loses_a_page), HARDWARE, *CONDIT
 SMALLER: dict[str, dict[str, int]] = {
     "storm": {"rounds": 20_000},
     "crowd": {"rounds": 3_000},
+    "deaf_crowd": {"rounds": 500},
     "churn": {"vms": 50},
     "without_bcc": {"rounds": 20_000},
 }

@@ -424,6 +424,32 @@ def hva_looping(machine: Machine, source: str) -> None:
     _same(lines, vmm.pid, report)
 
 
+def deaf_crowd(machine: Machine, source: str, vmms: int = 5, rounds: int = 2_000) -> None:
+    """More VMMs ignore SIGBUS at once than there are CPUs."""
+    with following(machine, source) as (watch,):
+        all_ = [Vmm(machine, f"deaf-{n}") for n in range(vmms)]
+        for vmm in all_:
+            for step in ("create v backing=anon", "touch v +3", "poison v +3"):
+                vmm.step(step)
+        step = f"loop v +3 {rounds}"
+        for vmm in all_:
+            vmm.begin(step)
+        for vmm in all_:
+            vmm.finish(step, patience=10 * PATIENCE)
+        reports = {vmm.pid: vmm.end() for vmm in all_}
+        lines = watch.until(lambda lines: all(gone(pid)(lines) for pid in reports), "the VMs' end")
+    for pid, report in reports.items():
+        told = sum(
+            x.get("count", 1)
+            for x in lines
+            if x["kind"] == "sigbus" and x.get("vm", {}).get("pid") == pid and x["tid"] != pid
+        )
+        truth = sum(s["count"] for s in report["sigbus"] if s["tid"] != pid)
+        assert told == truth == rounds
+        _same(lines, pid, report)
+    _nothing_lost(lines)
+
+
 def looping_in_top(machine: Machine, source: str) -> None:
     """Who logs in while VMMs do not cope sees that they loop, and on which page.
 
@@ -542,6 +568,7 @@ SCENARIOS = (
     Scenario(hva_hugetlb1g, {"memory": "5G", "cmdline_extra": "hugepagesz=1G hugepages=2"}),
     Scenario(hva_early_kill),
     Scenario(hva_looping),
+    Scenario(deaf_crowd),
     # These end what is followed: they come last.
     Scenario(looping_in_top),
     Scenario(under_way),

@@ -389,6 +389,27 @@ def test_a_signal_whose_fault_never_comes_is_told_all_the_same() -> None:
     assert len(world.tell(last=True)) == 1
 
 
+def test_what_cannot_be_private_is_no_conversion() -> None:
+    """Whatever of guest_memfd's answers was heard."""
+    cases: tuple[tuple[dict[str, Any], int | None], ...]
+    cases = (({}, None), ({"has_private": 1}, None), ({"has_private": 0}, 14))
+    for fields, expected in cases:
+        world = World()
+        told = world.exits_of(world.run(-14, **fields), doubtful=True)
+        counts = Totals(exits={ExitKey(VCPU, -14, 39, (GFN + 1) << 12, 0): 5})
+        told += world.exits_of(totals=counts)
+        assert [(e.gmem, e.count) for e in told] == [(expected, 1), (expected, 5)]
+    world = World()
+    world.tell(world.record("vm_new", ret=0, has_private=0))
+    (told,) = world.exits_of(world.faultin(-14), world.run(-14))
+    assert (told.gmem, told.access) == (14, "w")
+    (told,) = world.exits_of(world.faultin(-14), world.run(-14, reason=0))
+    assert told.gmem == 0
+    world.tell(world.record("vm_gone"))
+    (told,) = world.exits_of(world.faultin(-14, gfn=9), world.run(-14, gpa=9 << 12))
+    assert told.gmem == 0
+
+
 def test_a_vm_whose_end_was_missed_ends_where_the_next_one_begins() -> None:
     """With the counts that no event told yet, which are not the next one's."""
     world = World()
