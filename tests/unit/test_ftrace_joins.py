@@ -401,13 +401,13 @@ def test_what_cannot_be_private_is_no_conversion() -> None:
         assert [(e.gmem, e.count) for e in told] == [(expected, 1), (expected, 5)]
     world = World()
     world.tell(world.record("vm_new", ret=0, has_private=0))
-    (told,) = world.exits_of(world.faultin(-14), world.run(-14))
-    assert (told.gmem, told.access) == (14, "w")
-    (told,) = world.exits_of(world.faultin(-14), world.run(-14, reason=0))
-    assert told.gmem == 0
+    (exit_,) = world.exits_of(world.faultin(-14), world.run(-14))
+    assert (exit_.gmem, exit_.access) == (14, "w")
+    (exit_,) = world.exits_of(world.faultin(-14), world.run(-14, reason=0))
+    assert exit_.gmem == 0
     world.tell(world.record("vm_gone"))
-    (told,) = world.exits_of(world.faultin(-14, gfn=9), world.run(-14, gpa=9 << 12))
-    assert told.gmem == 0
+    (exit_,) = world.exits_of(world.faultin(-14, gfn=9), world.run(-14, gpa=9 << 12))
+    assert exit_.gmem == 0
 
 
 def test_a_vm_whose_end_was_missed_ends_where_the_next_one_begins() -> None:
