@@ -12,7 +12,7 @@ import struct
 THIS_COPY = 0x6B000000
 """The helper's number; beyond all that the kernel has."""
 
-COPIES = {"run": 3, "gmem": 3, "faultin": 3}
+COPIES = {"run": 3, "gmem": 3, "faultin": 3, "sigbus": 3}
 OTHERS = 2
 """How many of each probe: as many threads of one CPU, all of them busy with it, lose nothing."""
 

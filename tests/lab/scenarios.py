@@ -233,7 +233,7 @@ def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
     _nothing_lost(lines)
 
 
-def crowd(machine: Machine, source: str, vmms: int = 6, rounds: int = 10_000) -> None:
+def crowd(machine: Machine, source: str, vmms: int = 5, rounds: int = 10_000) -> None:
     """More VMMs loop at once than there are CPUs: exits and their causes are exact all the same."""
     with following(machine, source) as (watch,):
         _needs_exits(watch)
@@ -424,7 +424,7 @@ def hva_looping(machine: Machine, source: str) -> None:
     _same(lines, vmm.pid, report)
 
 
-def deaf_crowd(machine: Machine, source: str, vmms: int = 5, rounds: int = 2_000) -> None:
+def deaf_crowd(machine: Machine, source: str, vmms: int = 4, rounds: int = 2_000) -> None:
     """More VMMs ignore SIGBUS at once than there are CPUs."""
     with following(machine, source) as (watch,):
         all_ = [Vmm(machine, f"deaf-{n}") for n in range(vmms)]
