@@ -8,7 +8,7 @@ do that to a VM.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -233,6 +233,15 @@ def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
     _nothing_lost(lines)
 
 
+def _at_once(vmms: Sequence[Vmm], step: str) -> dict[int, Line]:
+    """All of them do it, and end; {pid: report}."""
+    for vmm in vmms:
+        vmm.begin(step)
+    for vmm in vmms:
+        vmm.finish(step, patience=10 * PATIENCE)
+    return {vmm.pid: vmm.end() for vmm in vmms}
+
+
 def crowd(machine: Machine, source: str, vmms: int = 5, rounds: int = 10_000) -> None:
     """More VMMs loop at once than there are CPUs: exits and their causes are exact all the same."""
     with following(machine, source) as (watch,):
@@ -246,12 +255,7 @@ def crowd(machine: Machine, source: str, vmms: int = 5, rounds: int = 10_000) ->
                 vmm.step("unmap v +3")
             else:
                 vmm.step("close-gmem v")
-        step = f"loop v +3 {rounds}"
-        for vmm in all_:
-            vmm.begin(step)
-        for vmm in all_:
-            vmm.finish(step, patience=10 * PATIENCE)
-        reports = {vmm.pid: vmm.end() for vmm in all_}
+        reports = _at_once(all_, f"loop v +3 {rounds}")
         lines = watch.until(
             lambda lines: all(gone(pid, ends)(lines) for pid in reports), "the VMs' end"
         )
@@ -267,14 +271,9 @@ def crowd(machine: Machine, source: str, vmms: int = 5, rounds: int = 10_000) ->
 
 def churn(machine: Machine, source: str, vmms: int = 4, vms: int = 250) -> None:
     """VMs come and go by the thousand, more at once than there are CPUs: none is missed."""
-    step = f"churn {vms}"
     with following(machine, source) as (watch,):
         all_ = [Vmm(machine, f"churn-{n}") for n in range(vmms)]
-        for vmm in all_:
-            vmm.begin(step)
-        for vmm in all_:
-            vmm.finish(step, patience=10 * PATIENCE)
-            vmm.end()
+        _at_once(all_, f"churn {vms}")
 
         def states(lines: list[Line]) -> Counter[tuple[int, str]]:
             return Counter((x["vm"]["pid"], x["state"]) for x in lines if x["kind"] == "vm")
@@ -431,12 +430,7 @@ def deaf_crowd(machine: Machine, source: str, vmms: int = 4, rounds: int = 2_000
         for vmm in all_:
             for step in ("create v backing=anon", "touch v +3", "poison v +3"):
                 vmm.step(step)
-        step = f"loop v +3 {rounds}"
-        for vmm in all_:
-            vmm.begin(step)
-        for vmm in all_:
-            vmm.finish(step, patience=10 * PATIENCE)
-        reports = {vmm.pid: vmm.end() for vmm in all_}
+        reports = _at_once(all_, f"loop v +3 {rounds}")
         lines = watch.until(lambda lines: all(gone(pid)(lines) for pid in reports), "the VMs' end")
     for pid, report in reports.items():
         told = sum(
