@@ -171,6 +171,9 @@ class BpfSource:
         self._programs = _Programs(self._bcc)
         events += self._translator.start()
         self.memory.use(self._programs.walk, self._programs.generation)
+        # The VMs that it met, before what they did meanwhile.
+        events += self._backlog
+        self._backlog.clear()
         return events
 
 
