@@ -39,7 +39,7 @@ from kvmtrace.observe.owners import Place, Search, mapped, poisoned_pfn
 from kvmtrace.pagemap import PAGE
 from kvmtrace.sources import Source
 
-FIRST_SECONDS = 0.2
+FIRST_SECONDS = 0.5
 SLICE_SECONDS = 0.05
 MAX_SEARCHES = 64
 MAX_PFNS = 16384
