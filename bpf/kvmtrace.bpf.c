@@ -560,7 +560,8 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task, u32 c
 	/* memory_failure in a vCPU's thread also sends to others who have the page. */
 	u64 vcpu = target == tid ? running_vcpu() : 0, exits = exits_of(vcpu);
 
-	if (is_seen(CALL_SIGBUS, hva, task + exits, copy))
+	/* Not the task's address: the verifier does not add to that. */
+	if (is_seen(CALL_SIGBUS, hva, ((u64)target << 32) + exits, copy))
 		return 0;
 	fill(&record.h, RECORD_SIGBUS, vcpu ? word(vcpu + OFF_kvm_vcpu_kvm) : 0);
 	record.hva = hva;
