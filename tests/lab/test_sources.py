@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.lab.conditions import doctor
 from tests.lab.conftest import Boot, Shared
 from tests.lab.drive import Unstageable, end_following, following
 from tests.lab.machine import Machine
@@ -48,6 +49,14 @@ def _nothing_goes_on(shared_machine: Shared) -> Iterator[None]:
 def test_every_probe_attaches(machine: Machine, source: str) -> None:
     with following(machine, source) as (watch,):
         assert watch.not_attached() == []
+
+
+def test_functions_are_probed_by_trampolines(machine: Machine) -> None:
+    """A program that fentry refuses goes on by kprobe, which costs more and tells nobody."""
+    (tried,) = doctor(machine, "bpf")["sources"]
+    ways = {probe["name"]: probe["via"] for probe in tried["probes"]}
+    assert ways["run"] == "fexit+raw_tracepoint"
+    assert {name: via for name, via in ways.items() if "probe" in via} == {}
 
 
 @pytest.mark.parametrize(("scenario", "source"), CASES)
