@@ -35,7 +35,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class VmSeen(Event):
-    """A VM is known from here on; comes again, with the same key, when more is known of it."""
+    """A VM is known from here on; comes again, with the same key, when more is known of it.
+
+    ``vmid``: Proxmox VE's number for it.
+    """
 
     kind: ClassVar[str] = "vm_seen"
     vm: int
@@ -43,6 +46,7 @@ class VmSeen(Event):
     name: str | None = None
     uuid: str | None = None
     vmm: str | None = None
+    vmid: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,7 @@ class Sigbus(Event):
     KVM_RUN, for that vCPU's access. ``vm`` is None where the process runs no VM (or several and
     the thread does not tell which). ``pfn``: read from the process's page table at ``hva``.
     ``count``: so many signals, the same but for their time; the last of them at ``ts``.
+    ``comm``: the name of the process, where ``vm`` is None.
     """
 
     kind: ClassVar[str] = "sigbus"
@@ -155,6 +160,7 @@ class Sigbus(Event):
     gfn: int | None = None
     pfn: int | None = None
     count: int = 1
+    comm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,7 @@ class Vm:
     last_ts: int | None
     gone: bool
     undelivered: int = 0
+    vmid: str | None = None
 
     def exits_by_errno(self) -> dict[str, int]:
         """{errno name: exits}."""
@@ -90,8 +91,9 @@ class Vm:
 
     @property
     def label(self) -> str:
-        """What people call it: the name, else ``pid N``."""
-        return self.name or f"pid {self.pid}"
+        """What people call it: the name, else ``pid N``; Proxmox VE's number in front."""
+        name = self.name or f"pid {self.pid}"
+        return f"{self.vmid} ({name})" if self.vmid else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +106,13 @@ class Party:
     uuid: str | None = None
     vmm: str | None = None
     gone_ts: int | None = None
+    vmid: str | None = None
 
     @property
     def label(self) -> str:
-        """What people call it: the name, else ``pid N``."""
-        return self.name or f"pid {self.pid}"
+        """What people call it: the name, else ``pid N``; Proxmox VE's number in front."""
+        name = self.name or f"pid {self.pid}"
+        return f"{self.vmid} ({name})" if self.vmid else name
 
 
 @dataclass(frozen=True, slots=True)

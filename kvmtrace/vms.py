@@ -26,6 +26,8 @@ class _Known:
     struct: tuple[int, int] | None
     named: bool
     since: int
+    begun: str | None = None
+    """When its process began, by which another of the same pid is told from it."""
     gone_since: int | None = None
 
 
@@ -42,11 +44,16 @@ class VmTable:
         self._by_pid: dict[int, list[_Known]] = {}
 
     def scan(self, ts: int) -> list[Event]:
-        """VMs that are there already, by their processes' file descriptors."""
+        """VMs that are there already, as many as their processes have descriptors of.
+
+        Those of one process cannot be told apart until the kernel tells the address of one.
+        """
         events: list[Event] = []
-        for pid in identity.vm_processes(self._proc):
-            if not self._by_pid.get(pid):
-                events.append(self._add(pid, None, ts))
+        for pid, count in identity.vm_processes(self._proc).items():
+            new = max(1, count) - len(self._by_pid.get(pid, ()))
+            if new > 0:
+                who = identity.identify(pid, self._proc)
+                events += [self._add(pid, None, ts, who=who) for _ in range(new)]
         return events
 
     def key(
@@ -103,7 +110,9 @@ class VmTable:
             found = (self._by_struct[struct, other] for other in self.generations(struct))
             known = next(found, None)
         if known is None and not generation:
-            known = self._unplaced(pid)
+            # Of several any key would do. What is known of one was learnt while it was alone: the
+            # first.
+            known = next(reversed(self._all_unplaced(pid)), None)
         if known is not None:
             return [self._forget(known, ts)]
         seen = self._add(pid, (struct, generation), ts, comm)
@@ -111,7 +120,10 @@ class VmTable:
 
     def _unplaced(self, pid: int) -> _Known | None:
         """A VM of this process that was there before the first event, so in no later generation."""
-        return next((k for k in self._by_pid.get(pid, ()) if k.struct is None), None)
+        return next(iter(self._all_unplaced(pid)), None)
+
+    def _all_unplaced(self, pid: int) -> list[_Known]:
+        return [known for known in self._by_pid.get(pid, ()) if known.struct is None]
 
     def of_pid(self, pid: int) -> list[int]:
         """Keys of the VMs that a process runs."""
@@ -126,10 +138,13 @@ class VmTable:
         return {pid: [known.key for known in all_] for pid, all_ in self._by_pid.items()}
 
     def missed(self, ts: int) -> list[Event]:
-        """VMs whose end no probe told: their process is no more, or holds no VM any longer."""
+        """VMs whose end no probe told: their process is no more, or holds no VM any longer.
+
+        Another process may have its pid by then.
+        """
         events: list[Event] = []
         for known in [k for all_ in self._by_pid.values() for k in all_]:
-            if os.path.exists(f"{self._proc}/{known.pid}") and (
+            if self._is_there(known) and (
                 known.struct is not None or identity.holds_vm(known.pid, self._proc)
             ):
                 known.gone_since = None
@@ -139,20 +154,34 @@ class VmTable:
                 events.append(self._forget(known, ts))
         return events
 
+    def _is_there(self, known: _Known) -> bool:
+        begun = identity.begun(known.pid, self._proc)
+        if begun is None or known.begun is None:
+            return os.path.exists(f"{self._proc}/{known.pid}")
+        return begun == known.begun
+
     def _add(
-        self, pid: int, struct: tuple[int, int] | None, ts: int, comm: str | None = None
+        self,
+        pid: int,
+        struct: tuple[int, int] | None,
+        ts: int,
+        comm: str | None = None,
+        who: identity.Identity | None = None,
     ) -> VmSeen:
-        known = _Known(next(self._keys), pid, struct, named=False, since=ts)
+        begun = identity.begun(pid, self._proc)
+        known = _Known(next(self._keys), pid, struct, named=False, since=ts, begun=begun)
         if struct is not None:
             self._by_struct[struct] = known
         self._by_pid.setdefault(pid, []).append(known)
-        return self._seen(known, ts, comm)
+        return self._seen(known, ts, comm, who)
 
-    def _seen(self, known: _Known, ts: int, comm: str | None) -> VmSeen:
-        who = identity.identify(known.pid, self._proc)
+    def _seen(
+        self, known: _Known, ts: int, comm: str | None, who: identity.Identity | None = None
+    ) -> VmSeen:
+        who = who or identity.identify(known.pid, self._proc)
         known.named = who.name is not None
         name = who.name or (identity.clean(comm) if comm else None)
-        return VmSeen(ts, known.key, known.pid, name, who.uuid, who.vmm)
+        return VmSeen(ts, known.key, known.pid, name, who.uuid, who.vmm, who.vmid)
 
     def _forget(self, known: _Known, ts: int) -> VmGone:
         if known.struct is not None:

@@ -75,7 +75,8 @@ def event_line(told: Told) -> dict[str, Any] | None:
         case Sigbus():
             return head | known(
                 kind="sigbus",
-                vm=vm_name(told.vm) or {"pid": event.pid},
+                vm=vm_name(told.vm),
+                process=None if told.vm else known(pid=event.pid, name=event.comm),
                 tid=event.tid,
                 code=kvm.sigbus_code_name(event.code),
                 hva=event.hva,
@@ -123,12 +124,16 @@ def event_line(told: Told) -> dict[str, Any] | None:
 
 def party_name(party: Party | None) -> dict[str, Any] | None:
     """``vm_name`` of a VM that may be gone."""
-    return known(pid=party.pid, name=party.name, uuid=party.uuid) if party else None
+    return _vm_name(party) if party else None
 
 
 def vm_name(seen: VmSeen | Vm | None) -> dict[str, Any] | None:
-    """``{"pid", "name", "uuid"}`` as far as known."""
-    return known(pid=seen.pid, name=seen.name, uuid=seen.uuid) if seen else None
+    """``{"pid", "name", "uuid", "vmid"}`` as far as known."""
+    return _vm_name(seen) if seen else None
+
+
+def _vm_name(one: VmSeen | Vm | Party) -> dict[str, Any]:
+    return known(pid=one.pid, name=one.name, uuid=one.uuid, vmid=one.vmid)
 
 
 def top(snapshot: Snapshot) -> dict[str, Any]:
@@ -261,6 +266,7 @@ def _vm(vm: Vm) -> dict[str, Any]:
         pid=vm.pid,
         name=vm.name,
         uuid=vm.uuid,
+        vmid=vm.vmid,
         vmm=vm.vmm,
         exits=vm.exits_by_errno(),
         causes=vm.exits_by_cause(),

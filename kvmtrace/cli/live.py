@@ -135,7 +135,7 @@ def _lives(event: Event, snapshot: Snapshot) -> bool:
 
 
 def _is(seen: VmSeen | None, vm: str) -> bool:
-    return seen is not None and vm in (str(seen.pid), seen.name, seen.uuid)
+    return seen is not None and vm in (str(seen.pid), seen.name, seen.uuid, seen.vmid)
 
 
 def _concerns(told: Told, vm: str) -> bool:
@@ -157,7 +157,7 @@ def _require_vm(vm: str, told: list[Told]) -> None:
     names = set(known)
     for pid in identity.vm_processes():
         found = identity.identify(pid)
-        if vm in (found.name, found.uuid):
+        if vm in (found.name, found.uuid, found.vmid):
             return
         names.add(found.name or str(pid))
     listed = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")

@@ -73,6 +73,7 @@ class VmState:
             last_ts=self.last_ts,
             gone=self.gone_ts is not None,
             undelivered=sum(r.undelivered(now) for r in self.refusals.values()),
+            vmid=self.seen.vmid,
         )
 
 
@@ -136,7 +137,7 @@ class Population:
         if vm is None:
             return self._departed.get(key)
         seen = vm.seen
-        return Party(key, seen.pid, seen.name, seen.uuid, seen.vmm, vm.gone_ts)
+        return Party(key, seen.pid, seen.name, seen.uuid, seen.vmm, vm.gone_ts, seen.vmid)
 
     def identity(self, key: int | None) -> VmSeen | None:
         """As its source told it, also a while after its end: the last counts are read then."""
@@ -146,7 +147,7 @@ class Population:
         party = self._departed.get(key) if key is not None else None
         if party is None:
             return None
-        who = (party.pid, party.name, party.uuid, party.vmm)
+        who = (party.pid, party.name, party.uuid, party.vmm, party.vmid)
         return VmSeen(party.gone_ts or 0, party.key, *who)
 
     def is_gone(self, key: int) -> bool:

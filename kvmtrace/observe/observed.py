@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from kvmtrace import clock, host, mce
+from kvmtrace import clock, host, identity, mce
 from kvmtrace.events import (
     Event,
     Exit,
@@ -145,9 +145,10 @@ class Observer:
                 case Exit() if event.tells_of_poison and event.gfn is not None:
                     out += [*self._page_behind(event, event.gfn), event]
                 case Sigbus(hva=None):
-                    out += self._after_poison(event)
-                case Sigbus() if event.pfn is None:
-                    out.append(replace(event, pfn=self._suspect(self._pfn_at(event))))
+                    out += [self._named_process(one) for one in self._after_poison(event)]
+                case Sigbus():
+                    pfn = self._suspect(self._pfn_at(event)) if event.pfn is None else event.pfn
+                    out.append(self._named_process(replace(event, pfn=pfn)))
                 case Mce() if event.vendor is None:
                     out.append(self._by_cpu(event))
                 case _:
@@ -161,7 +162,7 @@ class Observer:
             addr = mce.physical(addr, check.status, check.misc, cpu.vendor, cpu.physical_bits)
         return replace(check, vendor=cpu.vendor, pfn=None if addr is None else addr // PAGE)
 
-    def _after_poison(self, signal: Sigbus) -> list[Event]:
+    def _after_poison(self, signal: Sigbus) -> list[Sigbus]:
         """A SIGBUS without an address is about the page that its thread has just poisoned, or
         nothing of ours.
         """
@@ -169,6 +170,12 @@ class Observer:
         if poison is None or not 0 <= signal.ts - poison.ts <= JOIN_NS:
             return []
         return [replace(signal, pfn=poison.pfn)]
+
+    def _named_process(self, signal: Sigbus) -> Sigbus:
+        """With what a process that runs no VM of ours calls itself."""
+        if signal.vm is not None or signal.comm is not None:
+            return signal
+        return replace(signal, comm=identity.process_name(signal.pid, self._proc))
 
     def _follow(self, events: Iterable[Event]) -> None:
         for event in events:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import IO
 
 from kvmtrace import __version__, wire
-from kvmtrace.events import Event, VmSeen
+from kvmtrace.events import Event, Sigbus, VmSeen
 from kvmtrace.model import Snapshot
 from kvmtrace.views.explain import explain_text
 
@@ -76,16 +76,16 @@ class Redaction:
 
     def events(self, events: Iterable[Event]) -> list[Event]:
         """The events with their names replaced: what is made of them has none."""
-        return [
-            dataclasses.replace(
-                event,
-                name=self._names.get(event.name or ""),
-                uuid=self._names.get(event.uuid or ""),
-            )
-            if isinstance(event, VmSeen)
-            else event
-            for event in events
-        ]
+        return [self._event(event) for event in events]
+
+    def _event(self, event: Event) -> Event:
+        match event:
+            case VmSeen():
+                name, uuid = (self._names.get(word or "") for word in (event.name, event.uuid))
+                return dataclasses.replace(event, name=name, uuid=uuid, vmid=None)
+            case Sigbus():
+                return dataclasses.replace(event, comm=None)
+        return event
 
     def text(self, text: str) -> str:
         """A text that was made without regard to names."""

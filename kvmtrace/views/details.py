@@ -65,6 +65,7 @@ def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) 
     lines = [
         ((f"  {vm.label}", "title"), ("  gone" if vm.gone else "", "warn")),
         _fact("pid", str(vm.pid)),
+        *([_fact("VMID", vm.vmid)] if vm.vmid else []),
         _fact("VMM", vm.vmm or UNKNOWN),
         _fact("uuid", vm.uuid or UNKNOWN),
         _fact("poisoned pages", str(vm.poisoned_pages), "warn" if vm.poisoned_pages else ""),

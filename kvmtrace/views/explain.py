@@ -36,7 +36,7 @@ def explain_lines(incident: Incident, snapshot: Snapshot, width: int = WIDTH) ->
 def _named(incident: Incident, snapshot: Snapshot) -> Incident:
     """With the names of all VMs that anybody knows."""
     known = {
-        key: Party(key, vm.pid, vm.name, vm.uuid, vm.vmm)
+        key: Party(key, vm.pid, vm.name, vm.uuid, vm.vmm, vmid=vm.vmid)
         for owner in incident.owners
         if (vm := snapshot.vms.get(key := owner.vm)) is not None
     }
@@ -193,7 +193,8 @@ def _name(party: Party | None, *, full: bool = False) -> str:
         return "a VM not known by name"
     if not full:
         return party.label
-    facts = listed([f"pid {party.pid}", *filter(None, [party.vmm, party.uuid])])
+    number = f"VMID {party.vmid}" if party.vmid else None
+    facts = listed([f"pid {party.pid}", *filter(None, [number, party.vmm, party.uuid])])
     gone = ", gone" if party.gone_ts is not None else ""
     return f"{party.name or 'no name'} ({facts}{gone})"
 

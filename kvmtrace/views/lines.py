@@ -55,7 +55,7 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
             what = event.result
             facts = [f"pfn {hex(event.pfn)}", event.page_type, f"owners {listed(owners, 'none')}"]
         case Sigbus():
-            vm = vm if told.vm else f"pid {event.pid}"
+            vm = vm if told.vm else _called(event.comm, event.pid)
             what = "SI_KERNEL"
             if event.code != kvm.SI_KERNEL:
                 what = f"BUS_MCEERR_{kvm.sigbus_code_name(event.code)}"
@@ -133,10 +133,14 @@ def _vm(seen: VmSeen | None) -> str:
     """``name (pid)``; of a name that is too long the end goes, never the pid."""
     if seen is None:
         return UNKNOWN
-    if not seen.name:
-        return f"pid {seen.pid}"
-    pid = f" ({seen.pid})"
-    return clip(seen.name, _VM - len(pid)) + pid
+    return _called(f"{seen.vmid} {seen.name or ''}" if seen.vmid else seen.name, seen.pid)
+
+
+def _called(name: str | None, pid: int) -> str:
+    if not name:
+        return f"pid {pid}"
+    end = f" ({pid})"
+    return clip(name, _VM - len(end)) + end
 
 
 def _exit_facts(event: Exit) -> list[str]:

@@ -107,7 +107,7 @@ def _incidents(snapshot: Snapshot, now: int) -> _Table:
     rows: list[list[_Cell]] = []
     for one in sorted(snapshot.incidents, key=_by_urgency):
         what = " · ".join(filter(None, (one.page_type, one.result))) or "not seen"
-        owners = ", ".join(_owner(owner, snapshot) for owner in one.owners) or "none known"
+        owners = ", ".join(_owner(owner, one, snapshot) for owner in one.owners) or "none known"
         rows.append(
             [
                 (one.state, "bad" if one.state == "looping" else ""),
@@ -128,9 +128,9 @@ def _by_urgency(incident: Incident) -> tuple[int, int]:
     return _URGENCY.get(incident.state, 9), -latest
 
 
-def _owner(owner: Owner, snapshot: Snapshot) -> str:
-    vm = snapshot.vms.get(owner.vm)
-    name = vm.label if vm is not None else "a VM that is gone"
+def _owner(owner: Owner, incident: Incident, snapshot: Snapshot) -> str:
+    vm = snapshot.vms.get(owner.vm) or incident.parties.get(owner.vm)
+    name = vm.label if vm is not None else "a VM not known by name"
     return name if owner.gfn is None else f"{name} {owner.gfn:#x}"
 
 

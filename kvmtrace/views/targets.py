@@ -20,7 +20,7 @@ def find(snapshot: Snapshot, target: str) -> list[Incident]:
     for incident in snapshot.incidents:
         if incident.id == target:
             return [incident]
-    place, at, vm = target.rpartition("@")
+    place, at, vm = target.partition("@")  # a VM's name may hold more of them
     number = _number(place)
     if at and number is not None and vm:
         return _at_place(snapshot, number >> snapshot.page_shift, vm)
@@ -79,7 +79,7 @@ def _covers(incident: Incident, pfn: int) -> bool:
 
 
 def _is(one: Party | Vm, name: str) -> bool:
-    return name in (one.name, one.uuid, str(one.pid))
+    return name in (one.name, one.uuid, one.vmid, one.label, str(one.pid))
 
 
 def _number(text: str) -> int | None:

@@ -135,7 +135,7 @@ class VmLabels:
         name = clean(vm.name)
         if name and names[name] == 1 and name not in taken:
             return name
-        stem = label = f"{name or 'vm'}-{vm.pid}"
+        stem = label = f"{name or 'vm'}-{clean(vm.vmid) or vm.pid}"
         number = 1
         while label in taken:
             number += 1

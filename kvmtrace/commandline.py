@@ -1,0 +1,222 @@
+"""Command lines of VMMs: which VMM a process is, and what it was told to call its VM.
+
+Pure; nothing here is cleaned yet (``identity.clean``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a command line says. ``paths``: files that only this VM can have (its sockets)."""
+
+    name: str | None = None
+    uuid: str | None = None
+    vmid: str | None = None
+    paths: tuple[str, ...] = ()
+
+
+# VMMs whose command lines are understood here, by program. Builds are told apart by what follows
+# the name ("firecracker-v1.7.0-x86_64", "qemu-virtiofs-system-x86_64").
+_KINDS = tuple(
+    (kind, re.compile(rf"(?:{pattern})(?:[-_.].*)?", re.IGNORECASE | re.DOTALL))
+    for kind, pattern in (
+        ("qemu", r"(?:.*[-_])?qemu[0-9]*|kvm(?:-spice)?(?![-_])"),
+        ("cloud-hypervisor", "cloud-hypervisor"),
+        ("firecracker", "firecracker"),
+        ("crosvm", "crosvm"),
+        ("kvmtool", "lkvm|kvmtool"),
+        ("stratovirt", "stratovirt"),
+        ("runsc", "runsc"),
+        # Kata's runtime in Rust has it inside.
+        ("dragonball", "containerd-shim-kata|dragonball|dbs-cli"),
+        ("krunvm", "krunvm"),
+        ("virtualbox", "vboxheadless|virtualboxvm|vboxsdl"),
+        ("vmware", "vmware-vmx"),
+        ("acrn", "acrn-dm"),
+    )
+)
+
+
+def program(exe: str, argv: Sequence[str]) -> tuple[str, str | None, Sequence[str]]:
+    """The program's name, the VMM that it is (None: another), and its arguments."""
+    exe = _plain(exe)
+    arguments = argv[1:]
+    if re.match(r"ld[-.]", exe):  # run by the dynamic loader, which has options of its own
+        at = next((n for n, word in enumerate(arguments) if not word.startswith("-")), None)
+        if at is not None:
+            exe, arguments = _plain(os.path.basename(arguments[at])), arguments[at + 1 :]
+    first = _plain(os.path.basename(argv[0][:4096])) if argv else ""
+    return exe, _kind(exe) or _kind(first), arguments
+
+
+def _plain(basename: str) -> str:
+    """Without what executing from memory and NixOS's wrappers add to a program's name."""
+    name = basename.removeprefix("memfd:")
+    wrapped = re.fullmatch(r"\.(.+)-wrapped", name)
+    return wrapped[1] if wrapped else name
+
+
+def _kind(program: str) -> str | None:
+    """The VMM behind a program's name, as far as its command line is understood here."""
+    return next((kind for kind, pattern in _KINDS if pattern.fullmatch(program)), None)
+
+
+def says_nothing(comm: str) -> bool:
+    """A name that whatever is executed by a file descriptor has, or by the loader."""
+    return comm in ("", "exe") or comm.isdecimal() or bool(re.match(r"ld[-.]|memfd:", comm))
+
+
+# The first that is there names the VM. As lower case without dashes in front, "_" as "-".
+_NAMES = tuple(
+    "name vm-name vmname guest-name machine-name instance-name sandbox-name enclave-name avd "
+    "id vm-id vmid instance-id sandbox-id container-id".split()
+)
+_UUIDS = ("uuid", "vm-uuid")
+# Sockets that it listens at and pid files: no other VM can have the same.
+_PATHS = tuple(
+    "api-socket api-sock api-socket-path api-sock-path control-socket control-sock qmp "
+    "qmp-pretty monitor restful-uri pidfile pid-file".split()
+)
+
+
+class _Arguments:
+    """A command line as its VMM reads it: words, and options by key."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        # What follows "--" is run in the guest.
+        self.words = words[: words.index("--")] if "--" in words else words
+        self._values: dict[str, list[str]] = {}
+        for word, following in zip_longest(self.words, self.words[1:], fillvalue=""):
+            if word.startswith("-"):
+                head, equals, tail = word.partition("=")
+                value = tail if equals else "" if following.startswith("-") else following
+                if value:
+                    key = head.lstrip("-").lower().replace("_", "-")
+                    self._values.setdefault(key, []).append(value)
+
+    def all(self, key: str) -> list[str]:
+        """Values given as ``--key value`` or ``--key=value``, with one dash or two, in order."""
+        return self._values.get(key, [])
+
+    def last(self, *keys: str) -> str | None:
+        """The last value of the first of these options that is given."""
+        return next((self._values[key][-1] for key in keys if key in self._values), None)
+
+
+def options(kind: str | None, words: Sequence[str]) -> Options:
+    given = _Arguments(words)
+    paths = (_path_in(given.last(key)) for key in _PATHS)
+    common = Options(
+        _name_in(given.last(*_NAMES)), given.last(*_UUIDS), paths=tuple(filter(None, paths))
+    )
+    return _SPECIAL[kind](given, common) if kind in _SPECIAL else common
+
+
+def _qemu(given: _Arguments, common: Options) -> Options:
+    # QEMU merges its -name options; SMBIOS has the UUID where there is no -uuid (Proxmox VE).
+    guest: dict[str, str] = {}
+    for value in given.all("name"):
+        guest |= _suboptions(value, implied="guest")
+    tables = [_suboptions(value) for value in given.all("smbios")]
+    uuids = [table.get("uuid") for table in tables if table.get("type", "").lstrip("0x") == "1"]
+    number = given.last("id") or ""
+    vmid = number if _VMID.fullmatch(number) else None
+    name = guest.get("guest")
+    if not given.all("name") and not vmid:
+        name = common.name
+    uuid = common.uuid or next(filter(None, reversed(uuids)), None)
+    return replace(common, name=name, uuid=uuid, vmid=vmid)
+
+
+def _cloud_hypervisor(given: _Arguments, common: Options) -> Options:
+    platform = _suboptions(given.last("platform"))
+    return replace(common, uuid=platform.get("uuid") or common.uuid)
+
+
+def _crosvm(given: _Arguments, common: Options) -> Options:
+    socket = given.last("socket", "s")
+    return replace(common, paths=(socket,)) if socket else common
+
+
+def _last_word(given: _Arguments, common: Options) -> Options:
+    """runsc: the container's id; acrn-dm: the VM's name."""
+    last = given.words[-1] if given.words else "-"
+    return common if last.startswith("-") else replace(common, name=last)
+
+
+def _krunvm(given: _Arguments, common: Options) -> Options:
+    words = [word for word in given.words if not word.startswith("-")]
+    return replace(common, name=words[1]) if words[:1] == ["start"] and words[1:] else common
+
+
+def _virtualbox(given: _Arguments, common: Options) -> Options:
+    vm = (given.last("startvm") or "").strip("{}")
+    uuid = vm if _UUID.fullmatch(vm) else None
+    return replace(common, name=given.last("comment") or (None if uuid else vm), uuid=uuid)
+
+
+def _vmware(given: _Arguments, common: Options) -> Options:
+    base = os.path.basename(given.words[-1]) if given.words else ""
+    return replace(common, name=base.removesuffix(".vmx")) if base.endswith(".vmx") else common
+
+
+_VMID = re.compile("[0-9]{1,12}")
+_UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+_SPECIAL: dict[str | None, Callable[[_Arguments, Options], Options]] = {
+    "qemu": _qemu,
+    "stratovirt": _qemu,
+    "cloud-hypervisor": _cloud_hypervisor,
+    "crosvm": _crosvm,
+    "runsc": _last_word,
+    "acrn": _last_word,
+    "krunvm": _krunvm,
+    "virtualbox": _virtualbox,
+    "vmware": _vmware,
+}
+
+
+def _suboptions(value: str | None, implied: str | None = None) -> dict[str, str]:
+    """``a,k=v,x=1,,2`` → {implied: "a", "k": "v", "x": "1,2"}: QEMU's syntax, a comma doubled.
+
+    QEMU takes JSON for some of them too.
+    """
+    options: dict[str, str] = {}
+    if not value:
+        return options
+    if value.startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            table = json.loads(value)
+            return {key: str(one) for key, one in table.items() if isinstance(one, str | int)}
+    # \0 cannot be in an argument, so it can stand for an escaped comma meanwhile
+    for position, part in enumerate(value.replace(",,", "\0").split(",")):
+        key, equals, tail = part.replace("\0", ",").partition("=")
+        if equals:
+            options[key] = tail
+        elif position == 0 and implied:
+            options[implied] = key
+    return options
+
+
+def _name_in(value: str | None) -> str | None:
+    """A name that stands alone, or as a suboption."""
+    if not value:
+        return None
+    named = _suboptions(value)
+    return named.get("guest") or named.get("name") or named.get("id") or value
+
+
+def _path_in(value: str | None) -> str | None:
+    """``PATH``, ``path=PATH,…`` or QEMU's ``unix:PATH,server``; None for another kind of socket."""
+    path = _suboptions(value, implied="path").get("path")
+    if path is None or re.match(r"(?!unix:)[a-z]+:|none$|null$|vc\b|(mon:)?stdio$|pty$", path):
+        return None
+    return path.removeprefix("unix:").lstrip("@") or None
