@@ -198,6 +198,7 @@ class Incident:
 
     ``exits``, ``sigbus``: deliveries. ``sigbus_at_poison``: signals that the poisoning thread got
     for itself, outside KVM_RUN (madvise on its own mapping): no guest has touched anything.
+    ``sigbus_to_others``: signals to processes that had the page mapped and run no VM.
     ``undelivered``: refusals of guest_memfd that no exit told. ``before_start``: it was there when
     kvmtrace came. ``size``: bytes lost, where known. ``omitted``: moments that had no room.
     ``released``: those of the owners whose memory was seen without the page since.
@@ -226,6 +227,7 @@ class Incident:
     timeline: tuple[Moment, ...] = ()
     omitted: int = 0
     released: tuple[Owner, ...] = ()
+    sigbus_to_others: int = 0
     page_shift: int = kvm.PAGE_SHIFT
 
     @property

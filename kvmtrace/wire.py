@@ -189,6 +189,7 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
         owners=[_owner(owner, state, snapshot) for owner in state.owners],
         deliveries={"exits": state.exits, "sigbus": state.sigbus},
         sigbus_at_poison=state.sigbus_at_poison or None,
+        sigbus_to_others=state.sigbus_to_others or None,
         first_delivery_ts=_when(state.first_delivery_ts),
         last_delivery_ts=_when(state.last_delivery_ts),
         bytes=state.size,

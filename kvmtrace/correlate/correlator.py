@@ -436,7 +436,10 @@ class Correlator:
         if event.vm is not None and self._incidents.at_place(event.vm, event.gfn) is None:
             self._own_by_signal(incident, event, event.vm, how)
         code = kvm.sigbus_code_name(event.code)
+        is_vmm = event.vm is not None or bool(self._vms.of_process(event.pid))
         who = f"vCPU {event.vcpu}" if event.vcpu is not None else f"thread {event.tid}"
+        if not is_vmm:
+            who = f"{event.comm or 'a process'} (pid {event.pid}), which runs no VM"
         what = f"SIGBUS {code} to {who}"
         if event.hva is not None:
             what += f", hva {event.hva:#x}"
@@ -448,13 +451,16 @@ class Correlator:
             key: object = ("own signal", event.tid)
             incident.note(key, event.ts, what, how, vm=event.vm, count=event.count)
             return event.vm
-        incident.sigbus += event.count
         key = ("sigbus", event.vm, event.tid, code)
         incident.note(key, event.ts, what, how, vm=event.vm, count=event.count)
+        if not is_vmm:
+            incident.sigbus_to_others += event.count
+            return None
+        incident.sigbus += event.count
         if event.vm is not None:
             signals = {code: event.count}
             self._deliver(incident, event.ts, event.vm, event.vcpu, signals=signals)
-        elif self._vms.of_process(event.pid):
+        else:
             incident.heard(event.ts)  # a VMM was told; of which of its VMs is not known
         return event.vm
 

@@ -51,6 +51,7 @@ class State:
     exits: int = 0
     sigbus: int = 0
     sigbus_at_poison: int = 0
+    sigbus_to_others: int = 0
     first_delivery_ts: int | None = None
     last_delivery_ts: int | None = None
     told: dict[tuple[int, int | None], _Told] = field(default_factory=dict)
@@ -315,6 +316,7 @@ class State:
             exits=self.exits,
             sigbus=self.sigbus,
             sigbus_at_poison=self.sigbus_at_poison,
+            sigbus_to_others=self.sigbus_to_others,
             first_delivery_ts=self.first_delivery_ts,
             last_delivery_ts=self.last_delivery_ts,
             undelivered=undelivered,

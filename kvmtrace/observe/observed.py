@@ -348,8 +348,10 @@ class Observer:
     def _huge_entry(self, place: Place) -> int | None:
         if self._memory is None:
             return None
+        # All VMs of a process have its page table; of some the source may not know where it is.
         vms = [vm for vm, pid in self._pid_of.items() if pid == place.pid]
-        return self._memory.huge_entry(vms[0], place.hva) if vms else None
+        found = (self._memory.huge_entry(vm, place.hva) for vm in vms)
+        return next((entry for entry in found if entry is not None), None)
 
     def _pfn_at(self, signal: Sigbus) -> int | None:
         if signal.hva is None:

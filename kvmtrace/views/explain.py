@@ -127,6 +127,8 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
             told_by, "nothing since kvmtrace started" if incident.before_start else "nothing yet"
         ),
     )
+    if incident.sigbus_to_others:
+        yield "others", f"{incident.sigbus_to_others} SIGBUS to processes that run no VM"
     if incident.undelivered:
         refusals = counted(incident.undelivered, "refusal")
         yield "not told", f"{refusals} by guest_memfd, of which KVM_RUN said nothing"

@@ -20,20 +20,26 @@ def find(snapshot: Snapshot, target: str) -> list[Incident]:
     for incident in snapshot.incidents:
         if incident.id == target:
             return [incident]
-    place, at, vm = target.partition("@")  # a VM's name may hold more of them
+    keys = _called(snapshot, target)
+    # A VM's name may hold more of these, a GPA none.
+    place, at, vm = target.partition("@")
     number = _number(place)
     if at and number is not None and vm:
-        return _at_place(snapshot, number >> snapshot.page_shift, vm)
+        if not keys:
+            return _at_place(snapshot, number >> snapshot.page_shift, vm)
+        if _called(snapshot, vm):
+            raise UsageError(
+                f"{clean(target)} is a VM and an address in another", "name the VM by its pid"
+            )
     pfn = _number(target)
     of_page = [] if pfn is None else [i for i in snapshot.incidents if _covers(i, pfn)]
-    of_vm = [i for i in snapshot.incidents if any(_is(p, target) for p in i.parties.values())]
-    known_vm = of_vm or any(_is(one, target) for one in snapshot.vms.values())
-    if of_page and known_vm:
+    of_vm = [i for i in snapshot.incidents if keys & i.parties.keys()]
+    if of_page and keys:
+        page = hex(pfn or 0) if target != hex(pfn or 0) else str(pfn)
         raise UsageError(
-            f"{target} is a page and a process",
-            f"name the page {hex(pfn or 0)}, or the VM by its name",
+            f"{target} is a page and a process", f"name {_other_names(snapshot, keys, page)}"
         )
-    if of_page or known_vm:
+    if of_page or keys:
         return of_page or of_vm
     if pfn is not None and any(page.pfn == pfn for page in snapshot.soft_offlines):
         return []
@@ -62,24 +68,49 @@ def _soft_offlined(page: SoftOffline) -> str:
 
 
 def _at_place(snapshot: Snapshot, gfn: int, vm: str) -> list[Incident]:
+    keys = _called(snapshot, vm)
+    if not keys:
+        raise _unknown(snapshot, vm)
     found = []
     for incident in snapshot.incidents:
-        keys = {key for key, party in incident.parties.items() if _is(party, vm)}
         ranges = [incident.lost_gfns(owner) for owner in incident.owners if owner.vm in keys]
         if any(lost and lost[0] <= gfn <= lost[1] for lost in ranges):
             found.append(incident)
-    if not found and not any(_is(one, vm) for one in snapshot.vms.values()):
-        raise _unknown(snapshot, vm)
     return found
+
+
+def _known(snapshot: Snapshot) -> dict[int, Party | Vm]:
+    """The VMs by key, those that only an incident remembers too."""
+    known: dict[int, Party | Vm] = {}
+    for incident in snapshot.incidents:
+        known |= incident.parties
+    return known | dict(snapshot.vms)
+
+
+def _called(snapshot: Snapshot, name: str) -> set[int]:
+    """Keys of the VMs of that name; else uuid, number or pid: a name may look like any of them."""
+    names = {name, clean(name)}
+    by: dict[int, set[int]] = {}
+    for key, vm in _known(snapshot).items():
+        for rank, own in enumerate(_names(vm)):
+            if names & set(own) or (rank == 1 and name.lower() in own):
+                by.setdefault(rank, set()).add(key)
+    return by[min(by)] if by else set()
+
+
+def _names(vm: Party | Vm) -> tuple[tuple[str | None, ...], ...]:
+    """What a VM may be called by, what people gave it first."""
+    return (vm.name, vm.label), (vm.uuid,), (vm.vmid,), (str(vm.pid), f"pid {vm.pid}")
+
+
+def _other_names(snapshot: Snapshot, keys: set[int], page: str) -> str:
+    pids = [f"'pid {vm.pid}'" for key, vm in _known(snapshot).items() if key in keys]
+    return f"the page {page}, or the VM {listed(pids)}"
 
 
 def _covers(incident: Incident, pfn: int) -> bool:
     pages = max(1, (incident.size or 0) >> incident.page_shift)
     return incident.pfn is not None and incident.pfn // pages == pfn // pages
-
-
-def _is(one: Party | Vm, name: str) -> bool:
-    return name in (one.name, one.uuid, one.vmid, one.label, str(one.pid))
 
 
 def _number(text: str) -> int | None:

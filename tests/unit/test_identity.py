@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmtrace.commandline import Options, options, program
 from kvmtrace.identity import NAME_LIMIT, Identity, clean, holds_vm, identify, vm_processes
+from kvmtrace.vmpaths import name_of_path
 
 LIBVIRT = r"0::/machine.slice/machine-qemu\x2d1\x2dfoo.scope/libvirt/emulator"
 
@@ -130,6 +132,318 @@ def test_firecracker(proc: Proc, argv: tuple[str, ...], exe: str) -> None:
 def test_crosvm(proc: Proc) -> None:
     proc.add(1, "crosvm", "run", "--socket", "/run/crosvm/arcvm.sock", exe="/usr/bin/crosvm")
     assert proc.identify() == Identity("arcvm", None, "crosvm")
+
+
+SANDBOX = "7c1e0f5b9a3d4e62b8f0d1a2c3e4f5067c1e0f5b9a3d4e62b8f0d1a2c3e4f506"
+QEMU = "/usr/bin/qemu-system-x86_64"
+# As they are started in the field (documentation, issue reports), with other names:
+# program, what follows it, and the name, UUID and VMM.
+FIELD: dict[str, tuple[str, str, tuple[str | None, str | None, str]]] = {
+    "libvirt": (
+        QEMU,
+        "-name guest=db-2,debug-threads=on -S -object"
+        ' {"qom-type":"secret","id":"masterKey0","format":"raw","file":"/x/master-key.aes"}'
+        f" -machine pc-q35-9.2,usb=off -accel kvm -uuid {UUID} -no-user-config -nodefaults",
+        ("db-2", UUID, "qemu"),
+    ),
+    "OpenStack": (
+        QEMU,
+        "-name guest=instance-0000002a,debug-threads=on -S -machine pc,accel=kvm"
+        f" -uuid {UUID} -smbios type=1,manufacturer=OpenStack-Foundation,product=OpenStack-Nova,"
+        f"version=29.2.0,serial={UUID},uuid={UUID},family=Virtual-Machine",
+        ("instance-0000002a", UUID, "qemu"),
+    ),
+    "KubeVirt": (
+        "/usr/libexec/qemu-kvm",
+        f"-name guest=shop_web-1,debug-threads=on -S -uuid {UUID}"
+        f" -smbios type=1,manufacturer=KubeVirt,product=None,uuid={UUID},family=KubeVirt",
+        ("shop_web-1", UUID, "qemu"),
+    ),
+    "Incus": (
+        "/opt/incus/bin/qemu-system-x86_64",
+        f"-S -name web-3 -uuid {UUID} -daemonize -cpu host,hv_passthrough -nographic"
+        " -serial chardev:console -nodefaults -no-user-config -sandbox"
+        " on,obsolete=deny,spawn=deny -readconfig /run/incus/web-3/qemu.conf"
+        " -pidfile /run/incus/web-3/qemu.pid",
+        ("web-3", UUID, "qemu"),
+    ),
+    "SMBIOS: the last that has it": (
+        QEMU,
+        f"-name x -smbios type=0,uuid=no -smbios type=1,uuid=none -smbios type=1,uuid={UUID}"
+        " -smbios type=1,serial=7 -smbios type=11,value=a",
+        ("x", UUID, "qemu"),
+    ),
+    "NixOS's wrapper": (
+        "/nix/store/0abc-qemu/bin/.qemu-system-x86_64-wrapped",
+        "-name web -m 512",
+        ("web", None, "qemu"),
+    ),
+    "names in two options": (QEMU, "-name web -name debug-threads=on", ("web", None, "qemu")),
+    "QEMU without a name, by its socket": (
+        QEMU,
+        "-m 1G -qmp unix:/run/vmm/web-7/qmp.sock,server=on,wait=off -sandbox on",
+        ("web-7", None, "qemu"),
+    ),
+    "QEMU without a name": (
+        QEMU,
+        "-sandbox on -monitor stdio -qmp tcp:localhost:4444,server -pidfile /run/qemu.pid",
+        ("comm", None, "qemu"),
+    ),
+    "emulator": (
+        "/sdk/emulator/qemu/linux-x86_64/qemu-system-x86_64-headless",
+        "-avd Pixel_5 -no-window",
+        ("Pixel_5", None, "qemu"),
+    ),
+    "kata, qemu": (
+        "/usr/bin/qemu-lite-system-x86_64",
+        f"-name sandbox-{SANDBOX} -uuid {UUID} -machine q35,accel=kvm,kernel_irqchip=on"
+        f" -qmp unix:/run/vc/vm/{SANDBOX}/qmp.sock,server=on,wait=off",
+        (f"sandbox-{SANDBOX}", UUID, "qemu"),
+    ),
+    "kata, qemu of a vendor": (
+        "/opt/kata/bin/qemu-system-x86_64-snp-experimental",
+        "-name sandbox-hello -qmp unix:fd=16,server=on,wait=off",
+        ("sandbox-hello", None, "qemu"),
+    ),
+    "kata, cloud-hypervisor": (
+        "/opt/kata/bin/cloud-hypervisor",
+        f"--api-socket /run/vc/vm/{SANDBOX}/clh-api.sock -v",
+        (SANDBOX, None, "cloud-hypervisor"),
+    ),
+    "kata in Rust, cloud-hypervisor": (
+        "/opt/kata/bin/cloud-hypervisor",
+        f"--api-socket path=/run/kata/{SANDBOX}/root/ch-api.sock --event-monitor fd=11",
+        (SANDBOX, None, "cloud-hypervisor"),
+    ),
+    "kata, firecracker": (
+        "/opt/kata/bin/firecracker",
+        f"--api-sock /run/vc/firecracker/{SANDBOX[:32]}/root/run/firecracker.socket"
+        f" --config-file /run/vc/firecracker/{SANDBOX[:32]}/root/fcConfig.json",
+        (SANDBOX[:32], None, "firecracker"),
+    ),
+    "kata, stratovirt": (
+        "/usr/bin/stratovirt",
+        f"-name sandbox-{SANDBOX} -uuid {UUID} -machine microvm"
+        f" -qmp unix:/run/vc/vm/{SANDBOX}/qmp.socket,server,nowait",
+        (f"sandbox-{SANDBOX}", UUID, "stratovirt"),
+    ),
+    "kata, dragonball": (
+        "/opt/kata/runtime-rs/bin/containerd-shim-kata-v2",
+        "-namespace k8s.io -address /run/containerd/containerd.sock -publish-binary"
+        f" /usr/bin/containerd -id {SANDBOX} -debug",
+        (SANDBOX, None, "dragonball"),
+    ),
+    "kata, acrn": (
+        "/usr/bin/acrn-dm",
+        f"-A -m 2048M -s 0:0,hostbridge sandbox-{SANDBOX}",
+        (f"sandbox-{SANDBOX}", None, "acrn"),
+    ),
+    "jailer": (
+        "/firecracker",
+        "--id 551e7604 --start-time-us 1790000 --start-time-cpu-us 0 --parent-cpu-time-us 9"
+        " --api-sock /run/firecracker.socket",
+        ("551e7604", None, "firecracker"),
+    ),
+    "ignite": (
+        "/usr/local/bin/firecracker",
+        "--api-sock /var/lib/firecracker/vm/cae0ac187ff8/firecracker.sock",
+        ("cae0ac187ff8", None, "firecracker"),
+    ),
+    "flintlock": (
+        "/usr/local/bin/firecracker",
+        "--id 01h8 --boot-timer --no-api --config-file /var/lib/flintlock/vm/ns1/mvm0/01h8/x.cfg",
+        ("01h8", None, "firecracker"),
+    ),
+    "one place for any VM": (
+        "/usr/bin/firecracker",
+        "--api-sock /tmp/firecracker.socket",
+        ("comm", None, "firecracker"),
+    ),
+    "somebody's": (
+        "/usr/bin/cloud-hypervisor-static",
+        "--api-socket /run/user/1000/cloud-hypervisor.sock",
+        ("comm", None, "cloud-hypervisor"),
+    ),
+    "somebody's home": (
+        "/usr/bin/cloud-hypervisor",
+        "--api-socket /home/alice/vm/api.sock",
+        ("comm", None, "cloud-hypervisor"),
+    ),
+    "libvirt's ch": (
+        "/usr/bin/cloud-hypervisor",
+        "--api-socket /run/libvirt/ch/web-2-socket",
+        ("web-2", None, "cloud-hypervisor"),
+    ),
+    "numbers": (
+        "/usr/bin/cloud-hypervisor-v41.0",
+        "--api-socket /srv/fc/instances/0007/vmm/api.socket",
+        ("0007", None, "cloud-hypervisor"),
+    ),
+    "a VM called like an address": (
+        "/usr/bin/firecracker",
+        "--api-sock /srv/vms/vm-10.0.0.5/firecracker-v1.12.0-x86_64/api.sock",
+        ("vm-10.0.0.5", None, "firecracker"),
+    ),
+    "Cuttlefish": (
+        "/home/u/cf/bin/x86_64-linux-gnu/crosvm",
+        "--extended-status run --core-scheduling=false --cpus=4"
+        " --socket=/tmp/cf_avd_1000/cvd-2/internal/crosvm_control.sock",
+        ("cvd-2", None, "crosvm"),
+    ),
+    "crosvm": ("/usr/bin/crosvm", "run -s /run/vm/arcvm.sock", ("arcvm", None, "crosvm")),
+    "crosvm's own name": (
+        "/apex/com.android.virt/bin/crosvm",
+        "--log-level=info run --name=payload-3 --cid=2050 --socket /proc/self/fd/9",
+        ("payload-3", None, "crosvm"),
+    ),
+    "kvmtool": (
+        "/usr/bin/lkvm-static",
+        "run --name=guest-77 -d disk.img -k bzImage -p name=x",
+        ("guest-77", None, "kvmtool"),
+    ),
+    "gVisor": (
+        "/memfd:runsc (deleted)",
+        "--root=/run/containerd/runsc/k8s.io --log-fd=3 --platform=kvm boot"
+        " --product-name VMware Virtual Platform --bundle=/run/containerd/io.containerd.runtime"
+        f".v2.task/k8s.io/{SANDBOX} --io-fds=6 --stdio-fds=15 {SANDBOX}",
+        (SANDBOX, None, "runsc"),
+    ),
+    "krunvm": ("/usr/bin/krunvm", "start build-7 /bin/sh", ("build-7", None, "krunvm")),
+    "what is run in the guest": (
+        "/usr/bin/muvm",
+        "--mem=4096 -- server --name not-the-vm",
+        ("comm", None, "muvm"),
+    ),
+    "VirtualBox": (
+        "/usr/lib/virtualbox/VBoxHeadless",
+        f"--comment web-5 --startvm {UUID} --vrde config",
+        ("web-5", UUID, "virtualbox"),
+    ),
+    "VMware": (
+        "/usr/lib/vmware/bin/vmware-vmx",
+        "-s vmx.stdio.keep=TRUE -# product=1;name=Workstation /vms/web-6/web-6.vmx",
+        ("web-6", None, "vmware"),
+    ),
+    "another VMM": (
+        "/opt/acme/hv",
+        f"--vcpus 4 --vm_name=web-8 --uuid {UUID.upper()} --id 3",
+        ("web-8", UUID, "hv"),
+    ),
+    "another VMM's id": ("/opt/acme/hv", "run --id=f00 --id=f01", ("f01", None, "hv")),
+    "another VMM with QEMU's syntax": (
+        "/opt/acme/hv",
+        "-name guest=a,,b,debug-threads=on",
+        ("a,b", None, "hv"),
+    ),
+    "another VMM's socket": (
+        "/opt/acme/hv",
+        "--api-sock=/run/acme/vms/f02/api.sock",
+        ("f02", None, "hv"),
+    ),
+    "an option without its value": ("/opt/acme/hv", "--name --id", ("comm", None, "hv")),
+    "by the loader": (
+        "/lib64/ld-linux-x86-64.so.2",
+        "--inhibit-cache /snap/lxd/1/bin/qemu-system-x86_64 -name v1",
+        ("v1", None, "qemu"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FIELD)
+def test_as_vmms_are_started(proc: Proc, case: str) -> None:
+    exe, arguments, expected = FIELD[case]
+    proc.add(1, exe, *arguments.split(), exe=exe, comm="comm")
+    assert proc.identify() == Identity(*expected)
+
+
+PROXMOX = (
+    "-id 8006 -name simple,debug-threads=on -no-shutdown -chardev"
+    " socket,id=qmp,path=/var/run/qemu-server/8006.qmp,server=on,wait=off -mon"
+    " chardev=qmp,mode=control -pidfile /var/run/qemu-server/8006.pid -daemonize"
+    f" -smbios type=1,uuid={UUID} -smp 1,sockets=1 -nodefaults"
+)
+
+
+def test_proxmox(proc: Proc) -> None:
+    """Two VMs may have one name there; the number tells them apart."""
+    proc.add(1, "/usr/bin/kvm", *PROXMOX.split(), exe=QEMU, comm="kvm")
+    proc.add(2, "kvm", "-name", "simple", cgroup="0::/qemu.slice/8007.scope")
+    proc.add(3, "kvm", "-id", "8008", exe=QEMU, comm="kvm", cgroup="0::/qemu.slice/8008.scope")
+    assert [proc.identify(pid) for pid in (1, 2, 3)] == [
+        Identity("simple", UUID, "qemu", "8006"),
+        Identity("simple", None, "qemu", "8007"),
+        Identity("kvm", None, "qemu", "8008"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "name"),
+    [
+        ("0::/system.slice/system-microvm.slice/microvm@web.service", "web"),
+        (r"0::/system.slice/microvm@a\x2db.service", "a-b"),
+        (f"0::/machine.slice/libpod-{SANDBOX}.scope/container", SANDBOX[:12]),
+        (f"0::/system.slice/docker-{SANDBOX}.scope", SANDBOX[:12]),
+        (f"12:pids:/docker/{SANDBOX}\n0::/x", SANDBOX[:12]),
+        ("0::/user.slice/user-1000.slice/user@1000.service/app.slice", "comm"),
+        (r"0::/machine.slice/machine-ch\x2d1\x2dweb.scope", "web"),
+    ],
+)
+def test_cgroup_names_a_vmm_that_its_socket_does_not(proc: Proc, cgroup: str, name: str) -> None:
+    proc.add(
+        1, "ch", "--api-socket", "/run/ch/api.sock", exe="/bin/own", comm="comm", cgroup=cgroup
+    )
+    assert proc.identify() == Identity(name, None, "own")
+
+
+def test_what_a_jail_or_a_directory_hides(proc: Proc, tmp_path: Path) -> None:
+    """A socket's path as the process has it is the same for all of them."""
+    for pid, (link, socket) in enumerate(
+        [
+            ("root", "/run/firecracker.socket"),
+            ("root", "/api.socket"),
+            ("cwd", "api.sock"),
+            ("cwd", "./run/firecracker.socket"),
+        ],
+        1,
+    ):
+        proc.add(pid, "firecracker", "--api-sock", socket, comm="comm")
+        (tmp_path / str(pid) / link).symlink_to(f"/srv/jailer/firecracker/vm-{pid}/root")
+    assert [proc.identify(pid).name for pid in (1, 2, 3, 4)] == ["vm-1", "vm-2", "vm-3", "vm-4"]
+
+
+@pytest.mark.parametrize("comm", ["exe", "3", "memfd:hv", "ld-linux-x86-64."])
+def test_a_process_name_that_says_nothing(proc: Proc, comm: str) -> None:
+    proc.add(1, "hv", exe="/memfd:hv (deleted)", comm=comm)
+    assert proc.identify() == Identity("hv", None, "hv")
+
+
+WORDS = st.sampled_from(
+    "run root tmp var lib internal vm vms sandbox firecracker jailer api".split()
+)
+IDS = st.text("0123456789abcdef", min_size=8, max_size=8)
+
+
+@given(
+    st.lists(WORDS, max_size=4),
+    st.lists(WORDS, max_size=4),
+    st.sampled_from(["api.sock", "firecracker.socket", "ch-api.sock", "control.sock"]),
+    st.sets(IDS, min_size=2, max_size=2),
+)
+def test_no_layout_gives_two_vms_one_name(
+    above: list[str], below: list[str], socket: str, ids: set[str]
+) -> None:
+    names = {name_of_path("/".join(["", *above, one, *below, socket])) for one in ids}
+    assert names == ids
+    assert name_of_path("/".join(["", *above, *below, socket])) is None
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0"), max_size=40), max_size=12))
+def test_any_command_line_can_be_read(argv: list[str]) -> None:
+    exe, kind, words = program(argv[0] if argv else "", argv)
+    assert isinstance(options(kind, words), Options)
+    for one in ("qemu", "cloud-hypervisor", "crosvm", "runsc", "krunvm", "virtualbox", "vmware"):
+        assert isinstance(options(one, argv), Options)
+    assert isinstance(exe, str)
 
 
 @pytest.mark.parametrize(

@@ -404,9 +404,24 @@ def test_a_signal_for_one_of_two_vms_is_a_delivery() -> None:
 
 
 def test_a_signal_to_a_process_without_a_vm_tells_no_vmm() -> None:
-    signal = Sigbus(T0 + MS, 9, 9, 4, HVA, 12, 9, pfn=PFN)
-    incident = only(tell(seen(1), poison(T0, tid=OTHER), signal)[0])
-    assert (incident.state, incident.sigbus) == ("unowned", 1)
+    signal = Sigbus(T0 + MS, 9, 9, 4, HVA, 12, 9, pfn=PFN, count=2, comm="reader")
+    snapshot, told = tell(seen(1), poison(T0, tid=OTHER), signal)
+    incident = only(snapshot)
+    assert (incident.state, incident.first_delivery_ts) == ("unowned", None)
+    assert (incident.sigbus, incident.sigbus_to_others, told[-1].vm) == (0, 2, None)
+    text = explain_text(incident, snapshot, 200)
+    assert "2 SIGBUS to processes that run no VM" in text
+    assert "SIGBUS AR to reader (pid 9), which runs no VM, hva" in text
+
+
+def test_what_a_plain_program_was_sent_is_none_of_its_page_s_owners() -> None:
+    """It has the same page mapped as a VM, whose guest has not touched it."""
+    own = Owned(T0, PFN, Owner(1, 8, HVA), "pagemap")
+    signal = Sigbus(T0 + MS, 9, 9, 4, HVA, 12, 9, pfn=PFN, comm="reader")
+    snapshot, _ = tell(seen(1), poison(T0, tid=OTHER), own, signal)
+    incident = only(snapshot)
+    assert (incident.state, incident.sigbus, incident.told) == ("latent", 0, ())
+    assert snapshot.vms[1].sigbus == {}
 
 
 def test_whether_a_page_from_before_was_touched_is_not_known() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtrace.events import Event, VmGone, VmSeen
+from kvmtrace.ftrace.people import People
 from kvmtrace.vms import VmTable
 
 AT, PID = 0xFFFF800000000000, 4194300
@@ -40,6 +43,66 @@ def test_a_beginning_tells_that_the_last_one_here_has_ended() -> None:
         assert told(vms.began(AT, PID, 2, generation=second)) == [("VmGone", 1), ("VmSeen", 2)]
         assert told(vms.gone(AT, PID, 3, generation=second)) == [("VmGone", 2)]
         assert vms.pids() == {}
+
+
+def holding(proc: Path, *fds: str) -> VmTable:
+    """A process that holds these descriptors, before a table has looked."""
+    directory = proc / str(PID) / "fd"
+    directory.mkdir(parents=True)
+    for number, target in enumerate(fds):
+        (directory / str(number)).symlink_to(f"anon_inode:{target}")
+    return VmTable(str(proc))
+
+
+def test_several_vms_of_one_process_are_several(tmp_path: Path) -> None:
+    vms = holding(tmp_path, "kvm-vm", "[kvm-vm]", "kvm-vcpu:0", "kvm-vm")
+    assert told(vms.scan(5)) == [("VmSeen", 1), ("VmSeen", 2), ("VmSeen", 3)]
+    assert vms.scan(6) == []
+    people = People(vms, lambda tid: PID)
+    assert people.only_vm_of(PID) is None
+    assert told(vms.gone(AT, PID, 7)) == [("VmGone", 3)]
+    assert vms.of_pid(PID) == [1, 2]
+    assert vms.key(AT + 4096, PID, 8) == (1, [])
+    assert told(vms.gone(AT + 4096, PID, 9)) == [("VmGone", 1)]
+    assert people.only_vm_of(PID) == 2
+
+
+def test_one_more_vm_of_a_process_is_found(tmp_path: Path) -> None:
+    """What was learnt of the first while it was alone stays the first's."""
+    vms = holding(tmp_path, "kvm-vm")
+    assert told(vms.scan(5)) == [("VmSeen", 1)]
+    (tmp_path / str(PID) / "fd" / "9").symlink_to("anon_inode:kvm-vm")
+    assert told(vms.scan(6)) == [("VmSeen", 2)]
+    assert told(vms.gone(AT, PID, 7)) == [("VmGone", 2)]
+
+
+def test_vcpus_alone_are_a_vm(tmp_path: Path) -> None:
+    assert told(holding(tmp_path, "kvm-vcpu:0", "kvm-vcpu:1").scan(5)) == [("VmSeen", 1)]
+
+
+def test_vcpus_of_one_number_are_of_two_vms(tmp_path: Path) -> None:
+    vms = holding(tmp_path, "kvm-vm", "kvm-vcpu:0", "kvm-vcpu:0", "kvm-vcpu:1")
+    assert told(vms.scan(5)) == [("VmSeen", 1), ("VmSeen", 2)]
+
+
+def test_all_of_a_process_end_with_it(tmp_path: Path) -> None:
+    vms = holding(tmp_path, "kvm-vm", "kvm-vm")
+    vms.scan(5)
+    shutil.rmtree(tmp_path / str(PID))
+    assert vms.missed(6) == []
+    assert told(vms.missed(6 + 3_000_000_000)) == [("VmGone", 1), ("VmGone", 2)]
+
+
+def test_a_pid_that_is_used_again_is_another_process(tmp_path: Path) -> None:
+    vms = holding(tmp_path, "kvm-vm")
+    stat = tmp_path / str(PID) / "stat"
+    stat.write_text(f"{PID} (a b) c) S {' '.join(str(field) for field in range(4, 30))}\n")
+    vms.scan(5)
+    assert vms.key(AT, PID, 5)[0] == 1  # nothing but its end or its process's says that it ended
+    assert vms.missed(6) == vms.missed(6 + 9_000_000_000) == []
+    stat.write_text(f"{PID} (vmm) S {' '.join(str(field) for field in range(5, 31))}\n")
+    assert vms.missed(7) == []
+    assert told(vms.missed(7 + 3_000_000_000)) == [("VmGone", 1)]
 
 
 def test_what_told_of_it_first_does_not_matter() -> None:
@@ -122,3 +185,54 @@ def test_two_vms_are_one_only_if_nothing_was_told_between_them(
             elif isinstance(event, VmGone):
                 alive.remove(event.vm)
     assert sorted(alive) == sorted(vms.of_pid(PID)) == sorted(lasts.values())
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    st.lists(st.tuples(st.sampled_from(["touch", "end", "begin"]), st.integers(0, 11))),
+)
+def test_there_are_as_many_vms_as_there_are(
+    before: list[int], story: list[tuple[str, int]]
+) -> None:
+    """Processes with VMs from before the start, of which then some do something, end or begin.
+
+    ``before``: VMs of each process; 0 is one of which only a vCPU is held.
+    """
+    with tempfile.TemporaryDirectory() as proc:
+        living: dict[int, int] = {}  # by address: the process
+        for process, count in enumerate(before):
+            directory = Path(proc, str(PID + process), "fd")
+            directory.mkdir(parents=True)
+            for number in range(count or 1):
+                kind = "kvm-vm" if count else "kvm-vcpu:0"
+                (directory / str(number)).symlink_to(f"anon_inode:{kind}")
+                living[AT + len(living) * 4096] = PID + process
+        vms = VmTable(proc)
+        events = vms.scan(1)
+        keys: dict[int, int] = {}  # by address
+        for ts, (what, choice) in enumerate(story, 2):
+            at = sorted(living)[choice % len(living)] if living else AT
+            if what == "begin":
+                at = AT - (ts << 12)
+                living[at] = PID + choice % len(before)
+                events += vms.began(at, living[at], ts)
+            elif not living:
+                continue
+            elif what == "touch":
+                key, new = vms.key(at, living[at], ts)
+                events += new
+                assert keys.setdefault(at, key) == key
+            else:
+                gone = vms.gone(at, living[at], ts)
+                events += gone
+                assert [type(one) for one in gone] == [VmGone]
+                if at in keys:
+                    assert told(gone) == [("VmGone", keys.pop(at))]
+                else:
+                    assert not {key for _, key in told(gone)} & set(keys.values())
+                del living[at]
+            alive = [key for kind, key in told(events) if kind == "VmSeen"]
+            for _, key in [one for one in told(events) if one[0] == "VmGone"]:
+                alive.remove(key)
+            assert Counter(living.values()) == {pid: len(of) for pid, of in vms.pids().items()}
+            assert sorted(alive) == sorted(key for of in vms.pids().values() for key in of)
