@@ -402,7 +402,8 @@ class Correlator:
             vm = self._take_signal(incident, event, how, by_poison=False)
         else:
             self._halves.add(event)
-        return Told(event, vm=self.identity(vm), incident=incident.id if incident else None)
+        who = self.identity(vm) if vm is not None else self._vms.vmm(event.pid, event.ts)
+        return Told(event, vm=who, incident=incident.id if incident else None)
 
     def _incident_of_signal(self, event: Sigbus) -> tuple[State | None, str]:
         if event.pfn is not None:
@@ -436,7 +437,7 @@ class Correlator:
         if event.vm is not None and self._incidents.at_place(event.vm, event.gfn) is None:
             self._own_by_signal(incident, event, event.vm, how)
         code = kvm.sigbus_code_name(event.code)
-        is_vmm = event.vm is not None or bool(self._vms.of_process(event.pid))
+        is_vmm = event.vm is not None or self._vms.vmm(event.pid, event.ts) is not None
         who = f"vCPU {event.vcpu}" if event.vcpu is not None else f"thread {event.tid}"
         if not is_vmm:
             who = f"{event.comm or 'a process'} (pid {event.pid}), which runs no VM"

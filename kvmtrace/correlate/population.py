@@ -99,6 +99,21 @@ class Population:
         """The VMs of a process."""
         return {key for key, vm in self._vms.items() if vm.seen.pid == pid}
 
+    def vmm(self, pid: int, ts: int) -> VmSeen | None:
+        """Who a process is that ran VMs at ``ts``; of several, what they have in common."""
+        found = [
+            vm.seen
+            for vm in self._vms.values()
+            if vm.seen.pid == pid and (vm.gone_ts is None or ts <= vm.gone_ts)
+        ]
+        if not found:
+            return None
+        names, uuids, vmms, vmids = (
+            {getattr(one, what) for one in found} for what in ("name", "uuid", "vmm", "vmid")
+        )
+        common = (of.pop() if len(of) == 1 else None for of in (names, uuids, vmms, vmids))
+        return VmSeen(ts, found[0].vm, pid, *common)
+
     def seen(self, event: VmSeen) -> None:
         """A VM, or more about it."""
         known = self._vms.get(event.vm)

@@ -66,7 +66,9 @@ def qemu_loses_a_page(machine: Machine, source: str) -> None:
         )
 
         def told(lines: list[Line]) -> list[Line]:
-            signals = [x for x in lines if x["kind"] == "sigbus" and x["vm"]["pid"] == pid]
+            signals = [
+                x for x in lines if x["kind"] == "sigbus" and x.get("vm", {}).get("pid") == pid
+            ]
             return [x for x in signals if x["code"] == "AR"]
 
         lines = watch.until(told, "QEMU's vCPU thread is told", patience=PATIENCE)

@@ -390,7 +390,7 @@ def hva_early_kill(machine: Machine, source: str) -> None:
         vmm, place = poisons[name]
         (signal,) = vmm.end()["sigbus"]
         assert (signal["code"], signal["tid"], signal["count"]) == ("AO", vmm.pid, 1), signal
-        told = [x for x in lines if x["kind"] == "sigbus" and x["vm"]["pid"] == vmm.pid]
+        told = [x for x in lines if x["kind"] == "sigbus" and x.get("vm", {}).get("pid") == vmm.pid]
         assert [(x["code"], x["tid"], x["hva"], x["lsb"]) for x in told] == [
             ("AO", vmm.pid, signal["hva"], lsb)
         ]
@@ -515,7 +515,7 @@ def _story(lines: list[Line], pid: int) -> dict[str, list[tuple[object, ...]]]:
     """What a source told, without times, and how often it chose to say so."""
     story: dict[str, list[tuple[object, ...]]] = {}
     for line in lines:
-        if line.get("vm", {}).get("pid", pid) != pid:
+        if (line.get("vm") or line.get("process") or {}).get("pid", pid) != pid:
             continue
         what: tuple[object, ...]
         if line["kind"] == "exit":

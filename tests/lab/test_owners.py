@@ -16,6 +16,7 @@ from tests.lab.drive import (
     Vmm,
     recorded,
     replayed,
+    replayed_lines,
     watching,
 )
 from tests.lab.machine import Machine
@@ -93,6 +94,57 @@ def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
     assert re.search(r"^  loss +4 KiB lost, shared by 2 VMs$", story, re.MULTILINE)
     for vmm in vmms:
         vmm.end()
+
+
+# Maps a file and reads a page of it: (path, offset). Told of its loss at once, or killed by it.
+_READER = """
+import ctypes, mmap, os, signal, sys
+early = len(sys.argv) > 3
+if early:
+    ctypes.CDLL(None).prctl(33, 1, 1, 0, 0)  # PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY
+    signal.signal(signal.SIGBUS, lambda number, frame: print("told", flush=True))
+memory = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 0)
+at = int(sys.argv[2])
+print("read" if early else "reads", os.getpid(), flush=True)
+memory[at]
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("source", ["bpf", "ftrace"])
+def test_a_program_that_has_a_vms_page_mapped_is_no_vm(machine: Machine, source: str) -> None:
+    """One is told of the poison, one dies of its read; the VM's guest has not touched the page."""
+    machine.run("cat > /tmp/reader.py", stdin=_READER, check=True)
+    vmm = Vmm(machine, "shares")
+    vmm.step("create v backing=memfd pages=64")
+    vmm.step("touch v +3")
+    place = vmm.step("pfn v +3")
+    fd = vmm.step("info v")["slots"][0]["fd"]
+    reads = f"exec python3 /tmp/reader.py /proc/{vmm.pid}/fd/{fd} {3 << machine.page_shift}"
+    with recorded(machine, source) as log:
+        reader = machine.start(f"{reads} early")
+        reader.wait_for("mapped", timeout=PATIENCE)
+        hammer = Vmm(machine, "hammer")
+        hammer.step(f"poison pfn={place['pfn']}")
+        hammer.end()
+        reader.wait_for("told", timeout=PATIENCE)
+        victim = machine.run(reads, timeout=PATIENCE)
+        assert victim.status in (-signal.SIGBUS, 128 + signal.SIGBUS), victim
+        reader.close_stdin()
+        assert reader.wait(PATIENCE) == 0
+    signals = [x for x in replayed_lines(machine, log) if x["kind"] == "sigbus"]
+    assert not [x for x in signals if "vm" in x], signals
+    told = {x["code"]: x["process"] for x in signals}
+    assert told["AO"] == {"pid": int(reader.stdout.split()[1]), "name": "python3"}
+    # Of the one that died somebody may have looked too late for its name.
+    assert told["AR"].items() <= {"pid": int(victim.stdout.split()[1]), "name": "python3"}.items()
+    print(source, told)
+    (incident,) = replayed(machine, log)["incidents"]
+    assert (incident["state"], incident["deliveries"]) == ("latent", {"exits": 0, "sigbus": 0})
+    assert incident["sigbus_to_others"] == 2
+    assert {owner["vm"]["pid"] for owner in incident["owners"]} == {vmm.pid}
+    vmm.end()
 
 
 def test_a_large_sparse_vm_holds_nobody_up(machine: Machine) -> None:
