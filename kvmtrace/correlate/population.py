@@ -101,18 +101,22 @@ class Population:
 
     def vmm(self, pid: int, ts: int) -> VmSeen | None:
         """Who a process is that ran VMs at ``ts``; of several, what they have in common."""
-        found = [
-            vm.seen
-            for vm in self._vms.values()
+        found: dict[int, VmSeen | Party] = {
+            key: vm.seen
+            for key, vm in self._vms.items()
             if vm.seen.pid == pid and (vm.gone_ts is None or ts <= vm.gone_ts)
-        ]
+        }
+        for key, party in self._departed.items():
+            if party.pid == pid and ts <= (party.gone_ts or 0):
+                found[key] = party
         if not found:
             return None
         names, uuids, vmms, vmids = (
-            {getattr(one, what) for one in found} for what in ("name", "uuid", "vmm", "vmid")
+            {getattr(one, what) for one in found.values()}
+            for what in ("name", "uuid", "vmm", "vmid")
         )
         common = (of.pop() if len(of) == 1 else None for of in (names, uuids, vmms, vmids))
-        return VmSeen(ts, found[0].vm, pid, *common)
+        return VmSeen(ts, min(found), pid, *common)
 
     def seen(self, event: VmSeen) -> None:
         """A VM, or more about it."""

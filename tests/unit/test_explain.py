@@ -20,6 +20,7 @@ from kvmtrace.events import (
     Owned,
     Owner,
     Poison,
+    Sigbus,
     SoftOffline,
     VcpuState,
     VmGone,
@@ -144,6 +145,83 @@ def test_a_number_that_is_both(tmp_path: Path) -> None:
     assert "is a page and a process" in result.output
 
 
+# Names that look like something else: VMs 1 to 9 have the gfn of their key, and the pid 4000 + key.
+NAMED = (
+    "web@prod",
+    "0x10@prod",
+    "4001",
+    "0x123",
+    "my vm",
+    "101-1",
+    UUID,
+    "pid 4002",
+    "@",
+)
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> str:
+    path = tmp_path / "named.jsonl"
+    with path.open("w") as file:
+        writer = Writer(file, Host("sick", "6.18.15", "bpf", None, 4096))
+        for key, name in enumerate(NAMED, 1):
+            events: list[Event] = [
+                VmSeen(T0, key, 4000 + key, name, vmid="8006" if key == 5 else None),
+                Owned(T0, 0x100 + key, Owner(key, key, 0x7F0000000000), "pagemap"),
+                Poison(T0, 0x100 + key, "dirty LRU page", "Recovered"),
+            ]
+            writer.write(events, PROBES)
+    return str(path)
+
+
+@pytest.mark.parametrize("key", range(1, len(NAMED) + 1))
+def test_any_name_is_a_vm_s(named: str, key: int) -> None:
+    """A pid is one where no VM has it for a name."""
+    result = invoke("explain", f"{key << kvm.PAGE_SHIFT:#x}@{NAMED[key - 1]}", "--from", named)
+    assert (result.exit_code, result.output.split(":")[0]) == (0, f"Incident {0x100 + key:x}-1")
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("web@prod", "Incident 101-1: latent"),
+        ("0x10@prod", "Incident 102-1: latent"),
+        ("my vm", "Incident 105-1: latent"),
+        ("8006", "Incident 105-1: latent"),
+        ("8006 (my vm)", "Incident 105-1: latent"),
+        ("0x5000@8006", "Incident 105-1: latent"),
+        ("0x5000@my   vm", "Incident 105-1: latent"),
+        ("4001", "Incident 103-1: latent"),
+        ("pid 4001", "Incident 101-1: latent"),
+        ("pid 4002", "Incident 108-1: latent"),
+        ("4002", "Incident 102-1: latent"),
+        (UUID, "Incident 107-1: latent"),
+        ("@", "Incident 109-1: latent"),
+        ("0x3000@@", "0x3000@@: no poisoned page is known there"),
+    ],
+)
+def test_what_goes_by_a_name_that_looks_like_another(named: str, target: str, said: str) -> None:
+    result = invoke("explain", target, "--from", named)
+    assert (result.exit_code, result.output.splitlines()[0]) == (0, said)
+
+
+def test_a_name_that_is_a_page_or_an_address_too(tmp_path: Path) -> None:
+    path = tmp_path / "both.jsonl"
+    events: list[Event] = [
+        VmSeen(T0, 1, 4001, "0x103275"),
+        VmSeen(T0, 2, 4002, "8@web"),
+        VmSeen(T0, 3, 4003, "web"),
+        Poison(T0, PFN, "a", "b"),
+    ]
+    with path.open("w") as file:
+        Writer(file, Host("sick", "6.18.15", "bpf")).write(events, PROBES)
+    page = invoke("explain", "0x103275", "--from", str(path))
+    assert page.exit_code == 2
+    assert f"hint: name the page {PFN}, or the VM 'pid 4001'" in page.output
+    place = invoke("explain", "8@web", "--from", str(path))
+    assert (place.exit_code, "name the VM by its pid" in place.output) == (2, True)
+
+
 def test_a_vm_that_is_gone_keeps_its_name(tmp_path: Path) -> None:
     path = tmp_path / "gone.jsonl"
     churn = [e for n in range(10, 900) for e in (VmSeen(T0, n, 5000 + n), VmGone(T0, n))]
@@ -233,6 +311,22 @@ def test_redacted_bundle_names_nobody(recording: str, tmp_path: Path) -> None:
         assert not any(name in text for name in ("web-1", "db-1", UUID))
     assert "vm-1: stopped" in files["explain.txt"]
     assert '"name":"vm-1"' in files["events.jsonl"]
+
+
+def test_redacted_bundle_has_no_name_of_a_process_nor_a_number_of_a_vm(tmp_path: Path) -> None:
+    path, out = tmp_path / "story.jsonl", tmp_path / "out.tar.gz"
+    events: list[Event] = [
+        VmSeen(T0, 1, 4001, "web-1", None, "qemu", "80061234"),
+        Poison(T0, PFN, "a", "b"),
+        Sigbus(T0, 9, 9, 4, 0x7F0000000000, pfn=PFN, comm="acme-billing"),
+    ]
+    with path.open("w") as file:
+        Writer(file, Host("sick", "6.18.15", "bpf")).write(events, PROBES)
+    for redact, there in (((), True), (("--redact", "--force"), False)):
+        arguments = ("bundle", "-o", str(out), *redact, "--from", str(path))
+        assert invoke(*arguments).exit_code == 0
+        text = "".join(unpacked(out).values())
+        assert [word in text for word in ("acme-billing", "80061234")] == [there, there]
 
 
 def unpacked(path: Path) -> dict[str, str]:

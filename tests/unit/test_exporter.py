@@ -14,13 +14,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvmtrace.errors import KvmtraceError, UsageError
+from kvmtrace.events import Owner
 from kvmtrace.ftrace import fields
-from kvmtrace.model import CAUSES, STATES, Incident, Latency, Snapshot, Vm
+from kvmtrace.model import CAUSES, STATES, Incident, Latency, Party, Snapshot, Vm
 from kvmtrace.sources.bpf_records import LOST_PLACES
 from kvmtrace.views import exporter
 from kvmtrace.views import server as server_module
 from kvmtrace.views.server import Server, parse_listen
-from tests.scenario import CONVERSIONS, LOOPS, Scenario
+from kvmtrace.views.vmseries import VmLabels
+from tests.scenario import CONVERSIONS, LOOPS, START, Scenario
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -414,6 +416,32 @@ def test_the_page_tells_the_story_and_escapes_it() -> None:
     for word in ("host1", "6.18.0-test", "bpf works here", "0xabc123", "looping", "web 0x105"):
         assert word in page
     assert page.index("looping") < page.index("latent")
+
+
+def test_the_page_names_an_owner_that_is_gone() -> None:
+    """Also one whose VM the model has forgotten, its incident not."""
+    party = Party(9, 4009, "mail", gone_ts=START)
+    story = Scenario().begin().snapshot()
+    owners = (Owner(9, 0x77), Owner(10, 0x78))
+    lost = Incident("1f-1", "closed", 0x1F, "a", "b", START, owners, parties={9: party})
+    server = exporter.serve(
+        "127.0.0.1:0", Session(lambda: dataclasses.replace(story, incidents=(lost,)))
+    )
+    try:
+        page = ask(server, "/")[1].decode()
+    finally:
+        server.close()
+    assert "mail 0x77, a VM not known by name 0x78" in page
+
+
+def test_two_vms_of_one_name_are_told_apart_by_their_number() -> None:
+    vms = {
+        1: dataclasses.replace(vm(1, "simple"), vmid="8006"),
+        2: dataclasses.replace(vm(2, "simple"), vmid="8007"),
+        3: vm(3, "simple"),
+    }
+    labels = [one.label for one in VmLabels(9).series(vms)[0]]
+    assert labels == ["simple-8006", "simple-8007", "simple-1003"]
 
 
 def test_idle_clients_do_not_hold_up_a_scrape(server: Server) -> None:

@@ -403,6 +403,23 @@ def test_a_signal_for_one_of_two_vms_is_a_delivery() -> None:
     assert "before its guest touches" not in text
 
 
+@pytest.mark.parametrize("signal_ts", [T0 + MS, T0 + 3 * MS])
+def test_a_process_runs_vms_until_they_end(signal_ts: int) -> None:
+    """Whose signal it is, of which VM it is not known, has what its VMs have in common."""
+    vms = (VmSeen(T0, 1, 4001, "web", "u", "qemu"), VmSeen(T0, 2, 4001, "web", None, "qemu"))
+    ends = (VmGone(T0 + 2 * MS, 1), VmGone(T0 + 2 * MS, 2))
+    signal = Sigbus(signal_ts, 4001, VCPU, 4, HVA, 12, VCPU, pfn=PFN)
+    snapshot, told = tell(*vms, poison(T0, tid=OTHER), *ends, signal)
+    who = told[-1].vm
+    if signal_ts > T0 + 2 * MS:
+        assert who is None  # whoever has that pid now
+        assert (only(snapshot).sigbus, only(snapshot).sigbus_to_others) == (0, 1)
+    else:
+        assert who is not None
+        assert (who.pid, who.name, who.uuid, who.vmm) == (4001, "web", None, "qemu")
+        assert (only(snapshot).sigbus, only(snapshot).sigbus_to_others) == (1, 0)
+
+
 def test_a_signal_to_a_process_without_a_vm_tells_no_vmm() -> None:
     signal = Sigbus(T0 + MS, 9, 9, 4, HVA, 12, 9, pfn=PFN, count=2, comm="reader")
     snapshot, told = tell(seen(1), poison(T0, tid=OTHER), signal)

@@ -121,6 +121,14 @@ def test_poison_names_its_owners() -> None:
             "sigbus pid 7                  SI_KERNEL               tid 8",
         ),
         (
+            Told(Sigbus(TS, 168, 168, 4, 0x7F00, comm="reader")),
+            "sigbus reader (168)           BUS_MCEERR_AR           tid 168  hva 0x7f00",
+        ),
+        (
+            Told(Sigbus(TS, 7, 8, 5, 0x7F00), VmSeen(TS, 1, 7, "web", vmid="8006")),
+            "sigbus 8006 web (7)           BUS_MCEERR_AO           tid 8  hva 0x7f00",
+        ),
+        (
             Told(
                 Owned(TS, 0x104CAA, Owner(1, None, 0x13000), "pagemap"),
                 WEB,
@@ -181,3 +189,31 @@ def test_json_is_the_contract_in_one_compact_line() -> None:
     assert record["ts"] == "2026-09-21T14:13:20.123456789Z"
     assert record["gfn"] == 0x1F000
     assert record["vm"] == {"pid": 4242, "name": "数据库"}
+
+
+@pytest.mark.parametrize(
+    ("signal", "vm", "who"),
+    [
+        (
+            Sigbus(TS, 168, 169, 4, 0x7F00, comm="cat"),
+            None,
+            ("process", {"pid": 168, "name": "cat"}),
+        ),
+        (Sigbus(TS, 168, 169, 4, 0x7F00), None, ("process", {"pid": 168})),
+        (
+            Sigbus(TS, 7, 8, 4, 0x7F00, vm=1),
+            VmSeen(TS, 1, 7, "web"),
+            ("vm", {"pid": 7, "name": "web"}),
+        ),
+        (
+            Sigbus(TS, 7, 8, 4, 0x7F00, vm=1),
+            VmSeen(TS, 1, 7, "web", vmid="8006"),
+            ("vm", {"pid": 7, "name": "web", "vmid": "8006"}),
+        ),
+    ],
+)
+def test_a_signal_is_to_a_vm_or_to_a_process(
+    signal: Sigbus, vm: VmSeen | None, who: tuple[str, dict[str, object]]
+) -> None:
+    line = json.loads(json_text(Told(signal, vm)) or "")
+    assert {key: line[key] for key in ("vm", "process") if key in line} == dict([who])

@@ -293,6 +293,26 @@ def test_a_signal_without_an_address_is_about_the_poison_before_it(tmp_path: Pat
     assert told == [poison, replace(bare, pfn=5)]
 
 
+def test_a_process_without_a_vm_is_told_by_its_name(tmp_path: Path) -> None:
+    """As long as it is there to be asked; it may have died of the signal."""
+    for pid, comm in ((8, b"cat\n"), (9, b"a\xff\x1b[2Jb\n")):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "comm").write_bytes(comm)
+    plain = Sigbus(1, 8, 80, 4, 0x13000, pfn=5)
+    told = story(
+        tmp_path,
+        [
+            plain,
+            replace(plain, pid=9),
+            replace(plain, pid=10),
+            replace(plain, vm=1),
+            replace(plain, comm="said before"),
+        ],
+    )
+    names = [getattr(event, "comm", "") for event in told]
+    assert names == ["cat", "a\N{REPLACEMENT CHARACTER}?[2Jb", None, None, "said before"]
+
+
 def test_owners_come_before_their_poison(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     seen = VmSeen(1, 5, 7)
