@@ -15,8 +15,9 @@ _MAX_VMS = 4096
 def tgid_of(tid: int) -> int | None:
     """The process of a thread that still runs."""
     try:
-        with open(f"/proc/{tid}/status") as lines:
-            return next((int(line.split()[1]) for line in lines if line.startswith("Tgid:")), None)
+        # Bytes: a thread may call itself anything.
+        with open(f"/proc/{tid}/status", "rb") as lines:
+            return next((int(line.split()[1]) for line in lines if line.startswith(b"Tgid:")), None)
     except OSError:
         return None
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtrace.events import Event, VmGone, VmSeen
-from kvmtrace.ftrace.people import People
+from kvmtrace.ftrace.people import People, tgid_of
 from kvmtrace.vms import VmTable
 
 AT, PID = 0xFFFF800000000000, 4194300
@@ -103,6 +106,21 @@ def test_a_pid_that_is_used_again_is_another_process(tmp_path: Path) -> None:
     stat.write_text(f"{PID} (vmm) S {' '.join(str(field) for field in range(5, 31))}\n")
     assert vms.missed(7) == []
     assert told(vms.missed(7 + 3_000_000_000)) == [("VmGone", 1)]
+
+
+def test_a_thread_may_call_itself_anything() -> None:
+    """Its name stands before its process in what is read."""
+    found: list[int | None] = []
+
+    def look() -> None:
+        ctypes.CDLL(None).prctl(15, b"\xff\xfeTgid:\n9", 0, 0, 0)  # PR_SET_NAME
+        found.append(tgid_of(threading.get_native_id()))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [os.getpid()]
+    assert tgid_of(0) is None
 
 
 def test_what_told_of_it_first_does_not_matter() -> None:
