@@ -144,7 +144,9 @@ def _cloud_hypervisor(given: _Arguments, common: Options) -> Options:
 
 def _crosvm(given: _Arguments, common: Options) -> Options:
     socket = given.last("socket", "s")
-    return replace(common, paths=(socket,)) if socket else common
+    smbios = _suboptions(given.last("smbios"))
+    uuid = common.uuid or smbios.get("uuid")
+    return replace(common, uuid=uuid, paths=(socket,) if socket else common.paths)
 
 
 def _last_word(given: _Arguments, common: Options) -> Options:

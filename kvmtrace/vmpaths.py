@@ -26,6 +26,7 @@ _LAYOUT = _SOCKET_WORDS | frozenset(
     "docker moby podman oci k8s kubernetes kubelet vc sbs storage disk disks drives volumes image "
     "images log logs conf config configs service services system user users node host hosts "
     "virt virtualization running active live app apps files store pool overlay meta metadata "
+    "userdata alloc allocs nomad k3s rancher "
     "snap incus lxd lxc openstack nova proxmox cuttlefish assembly runner runners daemon agent "
     "backend channel channels out output exec dir tree ns namespace namespaces".split()
 )

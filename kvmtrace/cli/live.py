@@ -135,7 +135,13 @@ def _lives(event: Event, snapshot: Snapshot) -> bool:
 
 
 def _is(seen: VmSeen | None, vm: str) -> bool:
-    return seen is not None and vm in (str(seen.pid), seen.name, seen.uuid, seen.vmid)
+    return seen is not None and vm in (
+        str(seen.pid),
+        f"pid {seen.pid}",
+        seen.name,
+        seen.uuid,
+        seen.vmid,
+    )
 
 
 def _concerns(told: Told, vm: str) -> bool:

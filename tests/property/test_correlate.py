@@ -90,6 +90,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         gfn=st.none() | GFNS,
         pfn=st.none() | PFNS,
         count=st.integers(1, 5),
+        comm=NAMES,
     ),
     st.builds(StillQuiet, TS),
     st.builds(Released, TS, VMS, PFNS, HVAS),

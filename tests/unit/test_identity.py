@@ -293,8 +293,9 @@ FIELD: dict[str, tuple[str, str, tuple[str | None, str | None, str]]] = {
     "crosvm": ("/usr/bin/crosvm", "run -s /run/vm/arcvm.sock", ("arcvm", None, "crosvm")),
     "crosvm's own name": (
         "/apex/com.android.virt/bin/crosvm",
-        "--log-level=info run --name=payload-3 --cid=2050 --socket /proc/self/fd/9",
-        ("payload-3", None, "crosvm"),
+        "--log-level=info run --name=payload-3 --cid=2050 --socket /proc/self/fd/9"
+        f" --smbios bios-vendor=x,uuid={UUID}",
+        ("payload-3", UUID, "crosvm"),
     ),
     "kvmtool": (
         "/usr/bin/lkvm-static",
@@ -307,6 +308,11 @@ FIELD: dict[str, tuple[str, str, tuple[str | None, str | None, str]]] = {
         " --product-name VMware Virtual Platform --bundle=/run/containerd/io.containerd.runtime"
         f".v2.task/k8s.io/{SANDBOX} --io-fds=6 --stdio-fds=15 {SANDBOX}",
         (SANDBOX, None, "runsc"),
+    ),
+    "crun with libkrun": (
+        "/usr/bin/krun",
+        f"--pid-file /run/containers/storage/overlay-containers/{SANDBOX}/userdata/pidfile create",
+        (SANDBOX, None, "krun"),
     ),
     "krunvm": ("/usr/bin/krunvm", "start build-7 /bin/sh", ("build-7", None, "krunvm")),
     "what is run in the guest": (

@@ -47,7 +47,7 @@ EVERY_KIND: tuple[Event, ...] = (
     *STORY,
     GmemPoison(T0, 5, 383, 8, (Owner(1, 8, 0x7F0000000000), Owner(2, None)), False),
     Owned(T0, 0x103275, Owner(2, 9), "pagemap"),
-    Sigbus(T0, 1, 2, 4, 0x7F0000000000, 12, sender=3, vm=1, vcpu=0, gfn=8, pfn=9),
+    Sigbus(T0, 1, 2, 4, 0x7F0000000000, 12, sender=3, vm=1, vcpu=0, gfn=8, pfn=9, comm="cat"),
     Mce(T0, 0xFFFFFFFFFFFFFFFF, None, 1, 2, 0, 0xBD80000000100134),
     Refused(T0, 1, 8, 3),
     HwError(T0, "ras:mc_event", "corrected", 0x1000, 1, 4096, 2, "DIMM A1", "read error", 0, 1),
