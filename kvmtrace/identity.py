@@ -49,7 +49,8 @@ def identify(pid: int, proc: str = "/proc") -> Identity:
         machine_of_cgroup(cgroup),
         *(name_of_path(path) for path in _absolute(said.paths, f"{proc}/{pid}")),
         instance_of_cgroup(cgroup),
-        name if says_nothing(comm) else comm,
+        name if says_nothing(comm) else None,
+        comm,
     )
     return Identity(
         next(filter(None, (clean(one) for one in names if one)), None),
@@ -66,7 +67,8 @@ def process_name(pid: int, proc: str = "/proc") -> str | None:
 
 def begun(pid: int, proc: str = "/proc") -> str | None:
     """When a process began (clock ticks since boot): another of the same pid began later."""
-    fields = _read(f"{proc}/{pid}/stat").rpartition(")")[2].split()
+    # Of the first thread: for a whole process the kernel adds up the times of all of them.
+    fields = _read(f"{proc}/{pid}/task/{pid}/stat").rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 else None
 
 

@@ -72,6 +72,8 @@ _CONTAINER = re.compile(
     r"(docker|libpod|crio|cri-containerd)[-/](?:payload-)?([0-9a-f]{12})[0-9a-f]{52}\b"
 )
 _UNIT = re.compile(r"/([^/@\n]+)@([^/\n]+)\.service")
+# What people are logged in by, whatever they start.
+_LOGINS = frozenset("user getty serial-getty container-getty autovt ssh sshd".split())
 _PROXMOX = re.compile(r"/qemu\.slice/([0-9]{1,12})\.scope")
 
 
@@ -91,7 +93,7 @@ def instance_of_cgroup(text: str) -> str | None:
         return f"pod-{pod[1].replace('_', '-')}"
     if container := _CONTAINER.search(text):
         return container[2]
-    units = [unit for unit in _UNIT.findall(text) if unit[0] != "user"]
+    units = [unit for unit in _UNIT.findall(text) if unit[0] not in _LOGINS]
     return _systemd_unescape(units[-1][1]) if units else None
 
 

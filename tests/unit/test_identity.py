@@ -391,6 +391,7 @@ def test_proxmox(proc: Proc) -> None:
         (f"0::/system.slice/docker-{SANDBOX}.scope", SANDBOX[:12]),
         (f"12:pids:/docker/{SANDBOX}\n0::/x", SANDBOX[:12]),
         ("0::/user.slice/user-1000.slice/user@1000.service/app.slice", "comm"),
+        ("0::/system.slice/system-getty.slice/getty@tty1.service", "comm"),
         (r"0::/machine.slice/machine-ch\x2d1\x2dweb.scope", "web"),
     ],
 )

@@ -98,7 +98,8 @@ def test_all_of_a_process_end_with_it(tmp_path: Path) -> None:
 
 def test_a_pid_that_is_used_again_is_another_process(tmp_path: Path) -> None:
     vms = holding(tmp_path, "kvm-vm")
-    stat = tmp_path / str(PID) / "stat"
+    stat = tmp_path / str(PID) / "task" / str(PID) / "stat"
+    stat.parent.mkdir(parents=True)
     stat.write_text(f"{PID} (a b) c) S {' '.join(str(field) for field in range(4, 30))}\n")
     vms.scan(5)
     assert vms.key(AT, PID, 5)[0] == 1  # nothing but its end or its process's says that it ended
