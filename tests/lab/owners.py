@@ -81,7 +81,7 @@ def owners_before_any_touch(machine: Machine, source: str) -> None:
             for owner in incident["owners"]
         }
         for vmm, _, _ in stories:
-            assert any(name == vmm.name[:15] and gfn for name, gfn in owners), (vmm.name, owners)
+            assert any(name == vmm.name and gfn for name, gfn in owners), (vmm.name, owners)
         assert not any(name == "bystander" for name, _ in owners)
         for vmm, _, other in [*stories, (bystander, "", None)]:
             vmm.end()

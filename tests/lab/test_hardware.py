@@ -49,7 +49,7 @@ def _checks(count: int) -> Callable[[list[Line]], bool]:
 def test_from_the_memory_controller_to_the_vmm(failing: Machine, source: str) -> None:
     machine = failing
     machine.run(POLL, check=True)
-    vmm = Vmm(machine, f"failing-{source}"[:15])
+    vmm = Vmm(machine, f"failing-{source}")
     vmm.step("create v backing=gmem pages=32")
     vmm.step("touch v +3")
     page = vmm.step("pfn v +3")
