@@ -96,7 +96,8 @@ def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
         vmm.end()
 
 
-# Maps a file and reads a page of it: (path, offset). Told of its loss at once, or killed by it.
+# Maps a file and reads a page of it: path, offset. It is told of the loss early, or killed by the
+# next read.
 _READER = """
 import ctypes, mmap, os, signal, sys
 early = len(sys.argv) > 3
@@ -105,10 +106,11 @@ if early:
     signal.signal(signal.SIGBUS, lambda number, frame: print("told", flush=True))
 memory = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 0)
 at = int(sys.argv[2])
-print("read" if early else "reads", os.getpid(), flush=True)
 memory[at]
-print("mapped", flush=True)
-sys.stdin.read()
+print("mapped", os.getpid(), flush=True)
+sys.stdin.readline()
+if not early:
+    memory[at]
 """
 
 
@@ -123,15 +125,16 @@ def test_a_program_that_has_a_vms_page_mapped_is_no_vm(machine: Machine, source:
     fd = vmm.step("info v")["slots"][0]["fd"]
     reads = f"exec python3 /tmp/reader.py /proc/{vmm.pid}/fd/{fd} {3 << machine.page_shift}"
     with recorded(machine, source) as log:
-        reader = machine.start(f"{reads} early")
-        reader.wait_for("mapped", timeout=PATIENCE)
+        reader, victim = machine.start(f"{reads} early"), machine.start(reads)
+        for job in (reader, victim):
+            job.wait_for(r"mapped \d+\n", timeout=PATIENCE)
         hammer = Vmm(machine, "hammer")
         hammer.step(f"poison pfn={place['pfn']}")
         hammer.end()
         reader.wait_for("told", timeout=PATIENCE)
-        victim = machine.run(reads, timeout=PATIENCE)
-        assert victim.status in (-signal.SIGBUS, 128 + signal.SIGBUS), victim
-        reader.close_stdin()
+        for job in (victim, reader):
+            job.close_stdin()
+        assert victim.wait(PATIENCE) in (-signal.SIGBUS, 128 + signal.SIGBUS)
         assert reader.wait(PATIENCE) == 0
     signals = [x for x in replayed_lines(machine, log) if x["kind"] == "sigbus"]
     assert not [x for x in signals if "vm" in x], signals
@@ -142,7 +145,8 @@ def test_a_program_that_has_a_vms_page_mapped_is_no_vm(machine: Machine, source:
     print(source, told)
     (incident,) = replayed(machine, log)["incidents"]
     assert (incident["state"], incident["deliveries"]) == ("latent", {"exits": 0, "sigbus": 0})
-    assert incident["sigbus_to_others"] == 2
+    # It may be too late to see by which page the other one died.
+    assert incident["sigbus_to_others"] in (1, 2)
     assert {owner["vm"]["pid"] for owner in incident["owners"]} == {vmm.pid}
     vmm.end()
 
