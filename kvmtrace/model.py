@@ -12,8 +12,11 @@ from dataclasses import dataclass, field, replace
 from kvmtrace import kvm
 from kvmtrace.events import Owner
 
-CAUSES = ("hwpoison", "conversion", "backing", "unannotated", "other")
+CAUSES = ("hwpoison", "conversion", "userfault", "backing", "unannotated", "other")
 STATES = ("latent", "delivered", "looping", "unowned", "closed")
+# Whose a poisoned page is: a VM's; the kernel's own (or nobody's that it could get hold of), still in
+# use, so that the host is at risk; memory of a process or a file, still in use; or out of use.
+PAGE_CLASSES = ("vm", "kernel", "process", "handled")
 # What a VMM did about it; the first of several VMs' verdicts is the incident's.
 VERDICTS = ("looping", "stopped", "unknown", "exited", "handled")
 
@@ -196,7 +199,8 @@ class Incident:
     for itself, outside KVM_RUN (madvise on its own mapping): no guest has touched anything.
     ``undelivered``: refusals of guest_memfd that no exit told. ``before_start``: it was there when
     kvmtrace came. ``size``: bytes lost, where known. ``omitted``: moments that had no room.
-    ``released``: those of the owners whose memory was seen without the page since.
+    ``released``: those of the owners whose memory was seen without the page since. ``page_class``:
+    one of ``PAGE_CLASSES``, None where the kernel's verdict is not known.
     """
 
     id: str
@@ -223,6 +227,12 @@ class Incident:
     omitted: int = 0
     released: tuple[Owner, ...] = ()
     page_shift: int = kvm.PAGE_SHIFT
+    page_class: str | None = None
+
+    @property
+    def host_at_risk(self) -> bool:
+        """The kernel itself uses the page, or may: it can run into it at any time."""
+        return self.page_class == "kernel" and self.state != "closed"
 
     @property
     def verdict(self) -> str | None:

@@ -180,6 +180,7 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
         state=state.state,
         page_type=state.page_type,
         result=state.result,
+        page_class=state.page_class,
         poisoned_ts=_when(state.poisoned_ts),
         owners=[_owner(owner, state, snapshot) for owner in state.owners],
         deliveries={"exits": state.exits, "sigbus": state.sigbus},

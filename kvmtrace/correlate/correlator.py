@@ -25,6 +25,7 @@ from kvmtrace.correlate.account import Account, newly_lost
 from kvmtrace.correlate.halves import Halves
 from kvmtrace.correlate.incidents import State
 from kvmtrace.correlate.limits import Limits
+from kvmtrace.correlate.pages import verdict_on
 from kvmtrace.correlate.population import Population
 from kvmtrace.correlate.provenance import Errors, Provenance
 from kvmtrace.correlate.register import Register
@@ -84,10 +85,11 @@ class Told:
 
 
 def cause_of(exit_: Exit) -> str | None:
-    """The cause of a fault, of the five in ``model.CAUSES``; None where no probe could tell.
+    """The cause of a fault, one of ``model.CAUSES``; None where no probe could tell.
 
-    An annotated EFAULT is a conversion if kvm_gmem_get_pfn was never asked, and a failure of the
-    backing if it was and failed.
+    An annotated EFAULT is demand paging if the flags say so, else a conversion if kvm_gmem_get_pfn
+    was never asked, and a failure of the backing if it was and failed. Flags that are not known
+    may mean anything: ``other``.
     """
     if exit_.tells_of_poison:
         return "hwpoison"
@@ -95,6 +97,11 @@ def cause_of(exit_: Exit) -> str | None:
         return "other"
     if not exit_.annotated:
         return "unannotated"
+    flags = exit_.flags or 0
+    if flags & kvm.MEMORY_EXIT_FLAG_USERFAULT:
+        return "userfault"
+    if kvm.unknown_flags(flags):
+        return "other"
     if exit_.gmem is None:
         return None
     return "backing" if exit_.gmem else "conversion"
@@ -232,11 +239,12 @@ class Correlator:
             if incident is not None:
                 incident.exits += event.count
                 how = kvm.outcome_name(event.errno, event.reason)
+                who = "a vCPU" if event.vcpu is None else f"vCPU {event.vcpu}"
                 gpa = f", gpa {event.gpa:#x}" if event.gpa is not None else ""
                 incident.note(
                     ("exit", event.vm, event.vcpu),
                     event.ts,
-                    f"KVM_RUN told vCPU {event.vcpu}: {how}{gpa}",
+                    f"KVM_RUN told {who}: {how}{gpa}",
                     "same VM and gfn" if event.gfn is not None else "same VM; its gfn is unknown",
                     vm=event.vm,
                     count=event.count,
@@ -282,6 +290,8 @@ class Correlator:
         owned = self._halves.owned(event.pfn)
         gmem = self._halves.gmem(event)
         owners = [one.owner for one in owned] + list(gmem.owners if gmem else ())
+        if verdict_on(event.page_type, event.result) == "kernel":
+            owners = []
         incident = self._incidents.at_pfn(event.pfn)
         if incident is None:
             incident = self._adoptable(owners) or self._incidents.open(f"{event.pfn:x}")
@@ -290,12 +300,13 @@ class Correlator:
             self._join_hardware(incident)
         elif incident.before_start and newly_lost(event):
             incident.poisoned_after_all(event.ts)
-        if incident.page_type is None:
-            incident.page_type, incident.result = event.page_type, event.result
+        incident.judge(event)
+        if incident.disowned and incident.owners:
+            self._incidents.disown(incident)
         if "huge page" not in event.page_type:
             incident.grow(self._page)  # a huge page's size comes with its owners and signals
         incident.note(
-            ("poison", event.page_type),
+            ("poison", event.page_type, event.result),
             event.ts,
             f"pfn {event.pfn:#x} poisoned: {event.result}, {event.page_type}",
         )
@@ -359,6 +370,11 @@ class Correlator:
     ) -> None:
         gone = self._vms.is_gone(owner.vm)
         self._incidents.own(incident, owner, live=not gone)
+        if incident.disowned:
+            if ts is not None:
+                what = "mapped by VMs, of which it is not the memory"
+                incident.note(("mapped",), ts, what, how)
+            return
         if ts is not None:
             place = f"gfn {owner.gfn:#x}" if owner.gfn is not None else "a gfn not known"
             if owner.hva is not None:

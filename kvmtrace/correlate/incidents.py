@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from kvmtrace import kvm
 from kvmtrace.correlate.limits import Limits
+from kvmtrace.correlate.pages import is_verdict, verdict_on
 from kvmtrace.correlate.provenance import Errors
 from kvmtrace.correlate.verdicts import Evidence, Look, judge, loops_now
-from kvmtrace.events import Owner, Sigbus, VcpuState
+from kvmtrace.events import Owner, Poison, Sigbus, VcpuState
 from kvmtrace.model import Incident, Moment, Origin, Party, Telling, Verdict
 
 Place = tuple[int, int | None]  # VM key, gfn
@@ -32,7 +33,11 @@ class _Told:
 
 @dataclass(slots=True)
 class State:
-    """``closed``: its VMs are gone, for good. An unpoisoned page may be told of again: ``over``."""
+    """``closed``: its VMs are gone, for good. An unpoisoned page may be told of again: ``over``.
+
+    ``shared_out``: found in several places, as only a page of the kernel's is that memory_failure
+    could not get hold of.
+    """
 
     id: str
     limits: Limits
@@ -41,6 +46,8 @@ class State:
     pfn: int | None = None
     page_type: str | None = None
     result: str | None = None
+    judged_ts: int = 0
+    shared_out: bool = False
     poisoned_ts: int | None = None
     before_start: bool = False
     unpoisoned_ts: int | None = None
@@ -60,6 +67,41 @@ class State:
     own_signals: list[Sigbus] = field(default_factory=list)
     moments: dict[object, Moment] = field(default_factory=dict)
     omitted: int = 0
+
+    # -- whose it is
+
+    def judge(self, event: Poison) -> None:
+        """Take the kernel's verdict: its last one counts."""
+        again = is_verdict(event.page_type) and (
+            not is_verdict(self.page_type or "") or event.ts >= self.judged_ts
+        )
+        if self.page_type is None or again:
+            self.page_type, self.result = event.page_type, event.result
+            self.judged_ts = event.ts
+
+    @property
+    def page_class(self) -> str | None:
+        """One of model.PAGE_CLASSES; None where the verdict is not known."""
+        verdict = verdict_on(self.page_type, self.result)
+        if verdict != "kernel" and self.vms:
+            return "vm"
+        return "kernel" if verdict == "unheld" else verdict
+
+    @property
+    def disowned(self) -> bool:
+        """The kernel's own page: VMs that have it mapped do not own it (the zero page)."""
+        verdict = verdict_on(self.page_type, self.result)
+        return verdict == "kernel" or (verdict == "unheld" and self.shared_out)
+
+    def is_elsewhere(self, owner: Owner) -> bool:
+        """Whether a page that memory_failure could not get hold of is known at another place.
+
+        Guest memory is in one place, or is shared memory, which memory_failure gets hold of.
+        """
+        if verdict_on(self.page_type, self.result) != "unheld":
+            return False
+        places = {(one.vm, one.hva) for one in (*self.owners.values(), owner) if one.hva}
+        return len(places) > 1
 
     # -- where it is
 
@@ -309,6 +351,7 @@ class State:
             pfn=self.pfn,
             page_type=self.page_type,
             result=self.result,
+            page_class=self.page_class,
             poisoned_ts=self.poisoned_ts,
             owners=tuple(self.owners.values()),
             released=tuple(o for o in self.owners.values() if self.is_released(o)),

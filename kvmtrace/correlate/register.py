@@ -72,10 +72,7 @@ class Register:
         self.close(state)
         del self._all[state.id]
         for vm in state.vms:
-            mentions = self._of_vm.get(vm, {})
-            mentions.pop(state.id, None)
-            if not mentions:
-                self._of_vm.pop(vm, None)
+            self._forget_mention(state, vm)
         self._lose("incidents", 1)
 
     def name_page(self, state: State, pfn: int) -> None:
@@ -91,6 +88,9 @@ class Register:
 
     def own(self, state: State, owner: Owner, *, live: bool) -> None:
         """An owner of the page; exits of a VM that is gone are not looked for by place."""
+        if state.disowned or state.is_elsewhere(owner):
+            self.disown(state)
+            return
         vague = (owner.vm, None)
         had_vague = vague in state.owners
         if not state.own(owner):
@@ -104,6 +104,26 @@ class Register:
         holder = self._by_place.get(place)
         if live and not state.closed and (holder is None or holder.over):
             self._by_place[place] = state
+
+    def disown(self, state: State) -> None:
+        """It turned out to be the kernel's: VMs only have it mapped."""
+        state.shared_out = True
+        self._leave_places(state)
+        state.owners.clear()
+        for vm in [vm for vm, of in self._of_vm.items() if state.id in of]:
+            if vm not in state.vms:
+                self._forget_mention(state, vm)
+
+    def _leave_places(self, state: State) -> None:
+        for place in state.owners:
+            if self._by_place.get(place) is state:
+                del self._by_place[place]
+
+    def _forget_mention(self, state: State, vm: int) -> None:
+        mentions = self._of_vm.get(vm, {})
+        mentions.pop(state.id, None)
+        if not mentions:
+            self._of_vm.pop(vm, None)
 
     def told(self, state: State, vm: int) -> None:
         """A VM that was told of the page, whether it owns it or not."""
@@ -120,6 +140,4 @@ class Register:
         """Nothing joins it any more."""
         state.closed = True
         self.unpoison(state)
-        for place in state.owners:
-            if self._by_place.get(place) is state:
-                del self._by_place[place]
+        self._leave_places(state)

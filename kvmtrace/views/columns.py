@@ -12,7 +12,13 @@ from kvmtrace.views.rows import IncidentRow, VmRow, owners_name, severity
 
 _BOTH = len("Recovered: dirty")
 _AGO = len("99 min ago")
-_BRIEF = {"conversion": "conv", "backing": "back", "unannotated": "unann", "unknown": "?"}
+_BRIEF = {
+    "conversion": "conv",
+    "userfault": "uffd",
+    "backing": "back",
+    "unannotated": "unann",
+    "unknown": "?",
+}
 
 STATE_STYLES = {"looping": "bad", "delivered": "warn", "latent": "note", "closed": "dim"}
 VERDICT_STYLES = {"looping": "bad", "stopped": "bad", "unknown": "warn"}

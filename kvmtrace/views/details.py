@@ -34,9 +34,10 @@ _STATES = (
 _CAUSES = (
     ("hwpoison", "EHWPOISON: the page is poisoned"),
     ("conversion", "private where it is shared, or the reverse: normal in confidential VMs"),
+    ("userfault", "EFAULT for a page that the VMM is to bring: demand paging, normal"),
     ("backing", "guest_memfd was asked and failed: gone, unbound, out of memory"),
     ("unannotated", "EFAULT without a memory fault's address"),
-    ("other", "any other errno"),
+    ("other", "any other errno, or flags whose meaning is not known"),
 )
 _HELP = (
     ("↑ ↓ j k, PgUp PgDn", "select a row"),
