@@ -14,8 +14,8 @@ from kvmtrace.events import Owner
 
 CAUSES = ("hwpoison", "conversion", "userfault", "backing", "unannotated", "other")
 STATES = ("latent", "delivered", "looping", "unowned", "closed")
-# Whose a poisoned page is: a VM's; the kernel's own (or nobody's that it could get hold of), still in
-# use, so that the host is at risk; memory of a process or a file, still in use; or out of use.
+# Whose a poisoned page is: a VM's; the kernel's own, or one that memory_failure could not get hold
+# of, which puts the host at risk; still in use by a process or a file; or out of use.
 PAGE_CLASSES = ("vm", "kernel", "process", "handled")
 # What a VMM did about it; the first of several VMs' verdicts is the incident's.
 VERDICTS = ("looping", "stopped", "unknown", "exited", "handled")
@@ -62,6 +62,8 @@ class Vm:
     ``exits``: {(errno name, cause or None): exits}; the cause is None where no probe could tell.
     ``sigbus``: {"AR" | "AO": signals}. ``poisoned_pages``: pages it holds in incidents not closed.
     ``undelivered``: times that guest_memfd refused a poisoned page and no exit told the VMM.
+    ``forgotten_pages``: of ``poisoned_pages``, those whose incidents had no room. They may have
+    been replaced since.
     """
 
     key: int
@@ -75,6 +77,7 @@ class Vm:
     last_ts: int | None
     gone: bool
     undelivered: int = 0
+    forgotten_pages: int = 0
 
     def exits_by_errno(self) -> dict[str, int]:
         """{errno name: exits}."""
@@ -300,7 +303,8 @@ class Snapshot:
     """Everything a view may show. ``vms`` by key, gone ones too while they are remembered.
 
     ``poisons``: {(page type, result): events}. ``lost``: {where: count}.
-    ``dimms``: hardware errors by DIMM label.
+    ``dimms``: hardware errors by DIMM label. ``kernel_pages``: poisoned pages of the class
+    "kernel", also those whose incidents had to be forgotten.
     """
 
     vms: Mapping[int, Vm] = field(default_factory=dict)
@@ -316,6 +320,7 @@ class Snapshot:
     host: Host | None = None
     probes: tuple[Probe, ...] = ()
     probe_runs: Mapping[str, ProbeRuns] = field(default_factory=dict)
+    kernel_pages: int = 0
 
     def of_log(self, host: Host, probes: tuple[Probe, ...]) -> Snapshot:
         """With the host that a log is of, whose memory is as the log last tells of it."""

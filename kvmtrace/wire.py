@@ -147,6 +147,7 @@ def top(snapshot: Snapshot) -> dict[str, Any]:
         "probes": [probe(p) for p in snapshot.probes],
         "vms": [_vm(vm) for vm in snapshot.vms.values()],
         "incidents": [incident(i, snapshot) for i in snapshot.incidents],
+        "kernel_poisoned_pages": snapshot.kernel_pages,
         "lost": dict(snapshot.lost),
         "soft_offlined": [
             known(
@@ -270,6 +271,7 @@ def _vm(vm: Vm) -> dict[str, Any]:
         last_ts=_when(vm.last_ts),
         gone=vm.gone or None,
         undelivered=vm.undelivered or None,
+        forgotten_pages=vm.forgotten_pages or None,
     )
 
 

@@ -50,7 +50,7 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.model import Incident, Snapshot
+from kvmtrace.model import Incident, Party, Snapshot
 from kvmtrace.model import SoftOffline as SoftOfflined
 
 _FOUND_BY = {
@@ -132,6 +132,11 @@ class Correlator:
 
     def feed(self, event: Event) -> Told:
         """Take one event; returns it with its joins. Never raises for any order of events."""
+        told = self._take(event)
+        self._incidents.trim(self._settled)
+        return told
+
+    def _take(self, event: Event) -> Told:
         now = self._last_ts or 0
         if self._last_ts is None or event.ts > self._last_ts:
             self._last_ts = event.ts
@@ -184,6 +189,7 @@ class Correlator:
         if vm.gone_ts is not None:
             return Told(event, vm=vm.seen)
         self._vms.gone(event.vm, event.ts)
+        self._incidents.forgotten.leave(event.vm)
         mentions = self._incidents.of(event.vm)
         for incident in mentions:
             party = self._vms.party(event.vm)
@@ -301,7 +307,7 @@ class Correlator:
         elif incident.before_start and newly_lost(event):
             incident.poisoned_after_all(event.ts)
         incident.judge(event)
-        if incident.disowned and incident.owners:
+        if incident.owners and (incident.disowned or incident.is_elsewhere()):
             self._incidents.disown(incident)
         if "huge page" not in event.page_type:
             incident.grow(self._page)  # a huge page's size comes with its owners and signals
@@ -313,6 +319,7 @@ class Correlator:
         for one in owned:
             self._owned_by(incident, one)
         if gmem is not None:
+            incident.guest_memfd = True
             for owner in gmem.owners:
                 self._own(incident, owner, event.ts, _by_gmem(gmem))
         for signal in self._halves.signals(event):
@@ -389,6 +396,7 @@ class Correlator:
 
     def _unpoison(self, event: Unpoison) -> Told:
         incident = self._incidents.at_pfn(event.pfn)
+        self._incidents.forgotten.remember(None, event.pfn)
         if incident is not None:
             incident.unpoisoned_ts = event.ts
             incident.note(("unpoison",), event.ts, f"pfn {event.pfn:#x} unpoisoned", "same pfn")
@@ -561,13 +569,14 @@ class Correlator:
     def snapshot(self) -> Snapshot:
         """The model as of the last event; immutable, safe to hand to another thread."""
         now = self._last_ts or 0
-        pages: dict[int, int] = {}
+        forgotten = self._incidents.forgotten.counts()
+        pages = forgotten.copy()
         for incident in self._incidents:
             if not incident.over:
-                for key in incident.holders:
-                    pages[key] = pages.get(key, 0) + (not self._vms.is_gone(key))
+                pages.update(key for key in incident.holders if not self._vms.is_gone(key))
+                pages[None] += incident.page_class == "kernel"
         return Snapshot(
-            vms={key: vm.frozen(pages.get(key, 0), now) for key, vm in self._vms.items()},
+            vms={key: vm.frozen(pages[key], forgotten[key], now) for key, vm in self._vms.items()},
             incidents=tuple(self._frozen(incident, now) for incident in self._incidents),
             poisons=dict(self._account.poisons),
             latency=self._account.latency(),
@@ -580,13 +589,20 @@ class Correlator:
             dimms=self._hardware.dimms(),
             kernel=self._account.kernel_account(),
             page_shift=self._page_shift,
+            kernel_pages=pages[None],
         )
 
-    def _frozen(self, incident: State, now: int) -> Incident:
+    def _parties(self, incident: State) -> dict[int, Party]:
         known = {key: self._vms.party(key) or incident.parties.get(key) for key in incident.vms}
+        return {key: party for key, party in sorted(known.items()) if party is not None}
+
+    def _settled(self, incident: State) -> bool:
+        return incident.settled(self._last_ts or 0, self._parties(incident))
+
+    def _frozen(self, incident: State, now: int) -> Incident:
         return incident.frozen(
             now,
-            {key: party for key, party in sorted(known.items()) if party is not None},
+            self._parties(incident),
             self._hardware.origin(incident.places),
             self._vms.undelivered(incident.owners, now),
         )

@@ -18,6 +18,8 @@ Place = tuple[int, int | None]  # VM key, gfn
 # 16 GiB hugetlb pages exist; a number beyond is damage.
 MAX_SIZE = 1 << 34
 
+RANK_OVER, RANK_NOBODY, RANK_KERNEL, RANK_OF_A_VM = range(4)
+
 _LOOKS_KEPT = 4
 _PLACES_KEPT = 8
 _CODES_KEPT = 8
@@ -36,7 +38,7 @@ class State:
     """``closed``: its VMs are gone, for good. An unpoisoned page may be told of again: ``over``.
 
     ``shared_out``: found in several places, as only a page of the kernel's is that memory_failure
-    could not get hold of.
+    could not get hold of. ``guest_memfd``: it is guest memory, of whichever VM.
     """
 
     id: str
@@ -48,6 +50,7 @@ class State:
     result: str | None = None
     judged_ts: int = 0
     shared_out: bool = False
+    guest_memfd: bool = False
     poisoned_ts: int | None = None
     before_start: bool = False
     unpoisoned_ts: int | None = None
@@ -83,7 +86,7 @@ class State:
     def page_class(self) -> str | None:
         """One of model.PAGE_CLASSES; None where the verdict is not known."""
         verdict = verdict_on(self.page_type, self.result)
-        if verdict != "kernel" and self.vms:
+        if verdict != "kernel" and (self.vms or self.guest_memfd):
             return "vm"
         return "kernel" if verdict == "unheld" else verdict
 
@@ -93,15 +96,26 @@ class State:
         verdict = verdict_on(self.page_type, self.result)
         return verdict == "kernel" or (verdict == "unheld" and self.shared_out)
 
-    def is_elsewhere(self, owner: Owner) -> bool:
-        """Whether a page that memory_failure could not get hold of is known at another place.
+    def is_elsewhere(self, *more: Owner) -> bool:
+        """Whether a page that memory_failure could not get hold of is in several places.
 
         Guest memory is in one place, or is shared memory, which memory_failure gets hold of.
         """
         if verdict_on(self.page_type, self.result) != "unheld":
             return False
-        places = {(one.vm, one.hva) for one in (*self.owners.values(), owner) if one.hva}
-        return len(places) > 1
+        owners = (*self.owners.values(), *more)
+        addresses = {(owner.vm, owner.hva) for owner in owners if owner.hva is not None}
+        return len(addresses) > 1 or len({owner.vm for owner in owners}) > 1
+
+    @property
+    def rank(self) -> int:
+        """What has to be forgotten first has the lowest: over, nobody's, the kernel's, a VM's."""
+        if self.over:
+            return RANK_OVER
+        unnamed = self.guest_memfd and not self.owners
+        if self.holders or unnamed or self.told or self.first_delivery_ts is not None:
+            return RANK_OF_A_VM
+        return RANK_KERNEL if self.page_class == "kernel" else RANK_NOBODY
 
     # -- where it is
 
@@ -120,6 +134,8 @@ class State:
     @property
     def holders(self) -> set[int]:
         """Keys of the VMs that have the page, or had when last heard of."""
+        if not self.released:
+            return {vm for vm, _ in self.owners}
         return {owner.vm for owner in self.owners.values() if not self.is_released(owner)}
 
     def is_released(self, owner: Owner) -> bool:
@@ -320,6 +336,11 @@ class State:
         if self.first_delivery_ts is not None:
             return "delivered"
         return "latent" if self.holders else "unowned"
+
+    def settled(self, now: int, parties: dict[int, Party]) -> bool:
+        """Every VM that owns the page was told of it and came to terms with it."""
+        words = {verdict.vm: verdict.word for verdict in self.verdicts(now, parties)}
+        return all(words.get(vm) in ("handled", "exited") for vm in self.holders | words.keys())
 
     def verdicts(self, now: int, parties: dict[int, Party]) -> tuple[Verdict, ...]:
         """One for each VM that was told."""

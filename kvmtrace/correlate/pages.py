@@ -23,11 +23,12 @@ _LEFT = ("ignored", "failed", "0", "1")
 _KERNEL = re.compile(r"\b(kernel|reserved|slab|kmalloc|zero|page ?tables?)\b")
 
 # What hwpoison_user_mappings and the handlers below it work on. A free page is none of these: it
-# could not be taken off the free list because somebody got it meanwhile. guest_memfd is here too:
-# its handler returns MF_DELAYED where 0 is expected, which makes "Failed" of a page that it keeps
-# on purpose.
+# could not be taken off the free list because somebody got it meanwhile. guest_memfd's pages are
+# LRU pages; its handler returns MF_DELAYED where 0 is expected, which makes "Failed" of a page that
+# it keeps on purpose.
 _USER = re.compile(
-    r"^(?!free ).*\b(lru|swapcache|mlocked|unevictable|thp|huge page|unmapping failed|guest_memfd)\b"
+    r"^(?!free ).*\b"
+    r"(lru|swapcache|mlocked|unevictable|thp|huge page|unmapping failed|guest_memfd)\b"
 )
 
 

@@ -160,6 +160,11 @@ class Exporter(Collector):
         for state, count in states.items():
             incidents.add_metric([state], count)
         yield incidents
+        yield GaugeMetricFamily(
+            "kvmtrace_kernel_poisoned_pages",
+            "Poisoned pages that the kernel uses itself or could not get hold of: host at risk.",
+            snapshot.kernel_pages,
+        )
         verdicts = GaugeMetricFamily(
             "kvmtrace_incident_verdicts",
             "Incidents that a VMM was told of, by what it did then.",

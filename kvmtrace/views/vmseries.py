@@ -23,7 +23,7 @@ from kvmtrace.model import Vm
 
 OTHER = "other"
 
-_ARM64 = (("ARM_SEA", "hwpoison"), ("MEMORY_FAULT", "hwpoison"), ("MEMORY_FAULT", "other"))
+_ARM64 = (("ARM_SEA", "hwpoison"), ("MEMORY_FAULT", "hwpoison"))
 
 # Exported as 0 for every VM: a counter born at 1 has no increase. (errno, cause)
 EXITS_FROM_BIRTH = (
@@ -33,7 +33,6 @@ EXITS_FROM_BIRTH = (
     ("EFAULT", "backing"),
     ("EFAULT", "unannotated"),
     ("EFAULT", "unknown"),
-    ("EFAULT", "other"),
     *(_ARM64 if os.uname().machine == "aarch64" else ()),
 )
 SIGBUS_FROM_BIRTH = ("AR", "AO", "KERNEL")
