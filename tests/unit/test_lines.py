@@ -69,6 +69,18 @@ def test_fault() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("errno", "flags", "text_of_flags"),
+    [
+        (kvm.EFAULT, 0x10, "USERFAULT"),
+        (kvm.EFAULT, 0x38, "PRIVATE|USERFAULT|0x20"),
+        (kvm.EHWPOISON, 0x10, "0x10"),  # the RFC that had HWPOISON there said it beside EHWPOISON
+    ],
+)
+def test_bit_4_of_the_flags(errno: int, flags: int, text_of_flags: str) -> None:
+    assert f"flags {text_of_flags}  " in text(Told(fault(errno=errno, flags=flags), WEB))
+
+
 def test_unannotated_fault_says_only_what_is_known() -> None:
     bare = fault(
         errno=kvm.EFAULT,
