@@ -45,7 +45,10 @@ class ProbeRuns:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """The machine being watched. ``source_why``: why this source was chosen."""
+    """The machine being watched. ``source_why``: why this source was chosen.
+
+    ``epoch_offset_ns``: what its events' times are ahead of its CLOCK_MONOTONIC.
+    """
 
     name: str
     kernel: str
@@ -53,6 +56,7 @@ class Host:
     source_why: str | None = None
     hardware_corrupted_bytes: int | None = None
     page_shift: int = kvm.PAGE_SHIFT
+    epoch_offset_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,8 @@ class Correlator:
 
     def _take(self, event: Event) -> Told:
         now = self._last_ts or 0
-        if self._last_ts is None or event.ts > self._last_ts:
+        # A loss has no time of the kernel's: where it is noticed says when.
+        if not isinstance(event, Lost) and (self._last_ts is None or event.ts > self._last_ts):
             self._last_ts = event.ts
         match event:
             case Exit():
