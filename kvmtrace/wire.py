@@ -11,7 +11,21 @@ from typing import Any
 
 from kvmtrace import kvm
 from kvmtrace.correlate import Told
-from kvmtrace.events import Exit, HwError, Lost, Mce, Owner, Poison, Sigbus, VmGone, VmSeen
+from kvmtrace.events import (
+    Exit,
+    Found,
+    HwError,
+    Lost,
+    Mce,
+    Owned,
+    Owner,
+    Poison,
+    Sigbus,
+    SoftOffline,
+    Unpoison,
+    VmGone,
+    VmSeen,
+)
 from kvmtrace.model import (
     ErrorHistory,
     Incident,
@@ -112,6 +126,26 @@ def event_line(told: Told) -> dict[str, Any] | None:
                 message=event.message,
                 incident=told.incident,
             )
+        case Owned() if told.owners:
+            owner, seen = told.owners[0]
+            return head | known(
+                kind="owner",
+                pfn=event.pfn,
+                vm=vm_name(seen),
+                gfn=owner.gfn,
+                hva=owner.hva,
+                via=event.via,
+                incident=told.incident,
+            )
+        case SoftOffline():
+            return head | known(
+                kind="soft_offline",
+                pfn=event.pfn,
+                errno=kvm.errno_name(event.errno) if event.errno else None,
+                incident=told.incident,
+            )
+        case Unpoison() | Found():
+            return head | known(kind=event.kind, pfn=event.pfn, incident=told.incident)
         case VmSeen():
             return head | known(kind="vm", vm=vm_name(event), state="seen")
         case VmGone():
