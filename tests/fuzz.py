@@ -1,7 +1,7 @@
 """``make fuzz [MINUTES=n] [SEED=n]``: the property tests with fresh seeds, until the time is over.
 
 Each round is one run of pytest with a seed of its own. The first failure ends it, with status 1,
-the smallest example found and the seed that finds it again. Findings are kept as tests of their own.
+the smallest example found and the seed that finds it again. Findings are kept as tests.
 """
 
 from __future__ import annotations

@@ -297,8 +297,8 @@ class Correlator:
         owned = self._halves.owned(event.pfn)
         gmem = self._halves.gmem(event)
         owners = [one.owner for one in owned] + list(gmem.owners if gmem else ())
-        if verdict_on(event.page_type, event.result) == "kernel":
-            owners = []
+        if gmem is None and verdict_on(event.page_type, event.result) == "kernel":
+            owners = []  # VMs that have the zero page mapped
         incident = self._incidents.at_pfn(event.pfn)
         if incident is None:
             incident = self._adoptable(owners) or self._incidents.open(f"{event.pfn:x}")
@@ -307,6 +307,7 @@ class Correlator:
             self._join_hardware(incident)
         elif incident.before_start and newly_lost(event):
             incident.poisoned_after_all(event.ts)
+        incident.guest_memfd |= gmem is not None
         incident.judge(event)
         if incident.owners and (incident.disowned or incident.is_elsewhere()):
             self._incidents.disown(incident)
@@ -320,7 +321,6 @@ class Correlator:
         for one in owned:
             self._owned_by(incident, one)
         if gmem is not None:
-            incident.guest_memfd = True
             for owner in gmem.owners:
                 self._own(incident, owner, event.ts, _by_gmem(gmem))
         for signal in self._halves.signals(event):

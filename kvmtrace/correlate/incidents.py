@@ -86,22 +86,29 @@ class State:
     def page_class(self) -> str | None:
         """One of model.PAGE_CLASSES; None where the verdict is not known."""
         verdict = verdict_on(self.page_type, self.result)
-        if verdict != "kernel" and (self.vms or self.guest_memfd):
+        if self.is_guest_memory or (verdict != "kernel" and self.vms):
             return "vm"
         return "kernel" if verdict == "unheld" else verdict
 
     @property
     def disowned(self) -> bool:
         """The kernel's own page: VMs that have it mapped do not own it (the zero page)."""
+        if self.is_guest_memory:
+            return False
         verdict = verdict_on(self.page_type, self.result)
         return verdict == "kernel" or (verdict == "unheld" and self.shared_out)
+
+    @property
+    def is_guest_memory(self) -> bool:
+        """KVM itself said so: by guest_memfd, or by the exit of a guest that touched the page."""
+        return self.guest_memfd or self.exits > 0
 
     def is_elsewhere(self, *more: Owner) -> bool:
         """Whether a page that memory_failure could not get hold of is in several places.
 
         Guest memory is in one place, or is shared memory, which memory_failure gets hold of.
         """
-        if verdict_on(self.page_type, self.result) != "unheld":
+        if self.is_guest_memory or verdict_on(self.page_type, self.result) != "unheld":
             return False
         owners = (*self.owners.values(), *more)
         addresses = {(owner.vm, owner.hva) for owner in owners if owner.hva is not None}

@@ -111,6 +111,16 @@ def test_a_page_of_a_vm_is_the_vms_whatever_the_kernel_could_not_do(page_type: s
     assert as_object(only(snapshot), snapshot)["next"][0].startswith("find the VM: ")
 
 
+def test_what_a_guest_ran_into_is_guest_memory() -> None:
+    """Found by `make fuzz`: it was told, and then two owners made it the kernel's."""
+    failed = dataclasses.replace(verdict("unknown page"), tid=VMM)
+    shared = gmem(T0, Owner(1, 8), Owner(2, 8))
+    for story in ((hwpoison(T0), shared, failed), (hwpoison(T0), failed, owned(1, 8, HVA))):
+        incident = tell(seen(1), seen(2), *story)[0].incidents[0]
+        assert incident.page_class == "vm"
+        assert Owner(1, 8) in incident.owners
+
+
 ORDERS: dict[str, tuple[Event, ...]] = {
     "before": (*(owned(vm, vm, HVA + (vm << 12)) for vm in range(1, 300)),),
     "two places of one VM": (owned(1, 8, HVA), owned(1, 9, HVA + 4096)),
