@@ -1,10 +1,12 @@
 # Everything from a bare clone: each target does the set-up that it needs.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hw test lint format lab bench matrix clean
+.PHONY: help setup demo demo-hw test fuzz lint format lab bench matrix clean
 
 PY := .venv/bin/python
 SOURCE ?= auto
 KERNEL ?=
+MINUTES ?= 5
+SEED ?=
 ARGS ?=
 
 help: ## what can be made
@@ -24,6 +26,10 @@ demo-hw: setup ## memory errors from (virtual) hardware on an arm64 host, from t
 # one more try, which the closing line counts.
 test: setup ## every test, those in the lab too (ARGS="-k name"; KVMTRACE_LAB=0: without the lab)
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 1 --only-rerun LabPanic -r fER $(ARGS)
+
+fuzz: ## the property tests with fresh seeds (MINUTES=5; SEED=n: once more what was found)
+	@sh tests/setup.sh --no-system
+	@$(PY) -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint: ## ruff and mypy
 	@sh tests/setup.sh --no-system

@@ -90,6 +90,13 @@ def _now() -> list[stat.Panel]:
             ANY_IS_BAD,
         ),
         stat_panel(
+            "Poisoned pages of the kernel",
+            "Poisoned pages that the kernel uses itself, or could not get hold of. It can run into "
+            "them at any time: move the VMs away and reboot the host.",
+            f"sum(kvmtrace_kernel_poisoned_pages{{{HOST}}})",
+            ANY_IS_BAD,
+        ),
+        stat_panel(
             "Poisoned pages in VMs",
             "Poisoned pages that VMs hold now. Those VMs should be moved or restarted in time.",
             f"sum(kvmtrace_vm_poisoned_pages{{{HOST}}})",
@@ -101,6 +108,7 @@ def _now() -> list[stat.Panel]:
             f"max(kvmtrace_hardware_corrupted_bytes{{{HOST}}})",
             [(None, GREEN), (1, ORANGE)],
             unit="bytes",
+            span=3,
         ),
         stat_panel(
             "Poison to delivery, median",
@@ -110,6 +118,7 @@ def _now() -> list[stat.Panel]:
             NEUTRAL,
             unit="s",
             no_value="no delivery",
+            span=3,
         ),
         stat_panel(
             "Poison to delivery, 95 %",
@@ -118,12 +127,14 @@ def _now() -> list[stat.Panel]:
             NEUTRAL,
             unit="s",
             no_value="no delivery",
+            span=3,
         ),
         stat_panel(
             "Probes not attached",
             "Probes without which something stays unseen; see the panel below for which.",
             f"count(kvmtrace_probe_attached{{{HOST}}} == 0) or vector(0)",
             [(None, GREEN), (1, ORANGE)],
+            span=3,
         ),
     ]
 
@@ -161,7 +172,7 @@ def _vms() -> list[table.Panel]:
         .with_target(instant_query("pages", f"sum by (vm) (kvmtrace_vm_poisoned_pages{{{HOST}}})"))
         .with_target(instant_query("poison", f'{exits}="hwpoison"}})'))
         .with_target(instant_query("conversion", f'{exits}="conversion"}})'))
-        .with_target(instant_query("failed", f'{exits}!~"hwpoison|conversion"}})'))
+        .with_target(instant_query("failed", f'{exits}!~"hwpoison|conversion|userfault"}})'))
         .with_target(instant_query("sigbus", f"sum by (vm) (kvmtrace_sigbus_total{{{HOST}}})"))
         .with_target(instant_query("info", info))
         .with_transformation(
@@ -192,8 +203,9 @@ def _over_time() -> list[timeseries.Panel]:
     return [
         series_panel(
             "Memory-fault exits by errno and cause",
-            "KVM_RUN calls that came back to a VMM with a memory fault, per second. conversion is "
-            "normal business of confidential VMs; hwpoison, backing and unannotated are not.",
+            "KVM_RUN calls that came back to a VMM with a memory fault, per second. conversion "
+            "(confidential VMs) and userfault (demand paging) are normal business; hwpoison, "
+            "backing and unannotated are not.",
             f"sum by (errno, cause) (rate(kvmtrace_memory_fault_exits_total{{{HOST}}}"
             "[$__rate_interval]))",
             "{{errno}} {{cause}}",

@@ -27,6 +27,7 @@ def stat_panel(
     *,
     unit: str = "short",
     no_value: str = "no data",
+    span: int = 4,
 ) -> stat.Panel:
     """One number, coloured by ``thresholds`` [(from, colour)]."""
     return (
@@ -34,7 +35,7 @@ def stat_panel(
         .title(title)
         .description(description)
         .unit(unit)
-        .span(4)
+        .span(span)
         .height(4)
         .datasource(DATASOURCE)
         .with_target(instant_query("A", expr, table_format=False))

@@ -61,19 +61,22 @@ class VmGone(Event):
 class Exit(Event):
     """KVM_RUN failed; ``count`` exits of exactly this kind, the last of them at ``ts``.
 
-    ``errno`` 0: it told of a synchronous external abort (reason 41), which is no error to KVM.
-    ``annotated``: reason 39 with EFAULT or EHWPOISON, so flags, gpa and size are the kernel's
+    ``errno`` 0: it told of a synchronous external abort (reason 41), which is no error to KVM, or
+    of a memory fault as arm64's nested virtualization does (reason 39; kvm_handle_vncr_abort in
+    arch/arm64/kvm/nested.c): ``gmem`` says of which then.
+    ``annotated``: reason 39 with EFAULT, EHWPOISON or 0, so flags, gpa and size are the kernel's
     (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT), or None if only a count tells of it.
     ``gmem``: the errno with which kvm_gmem_get_pfn failed for this very fault, 0 if it was not
     asked, None if nobody watched. ``gfn`` may come from the fault handler where the exit is not
-    annotated. ``access``: some of "r", "w", "x".
+    annotated. ``access``: some of "r", "w", "x". ``vcpu`` and ``reason`` are None where only a
+    count without them was left (a full map in the kernel).
     """
 
     kind: ClassVar[str] = "exit"
     vm: int
-    vcpu: int
+    vcpu: int | None
     errno: int
-    reason: int
+    reason: int | None
     annotated: bool
     tid: int | None = None
     flags: int | None = None
@@ -87,9 +90,11 @@ class Exit(Event):
 
     @property
     def tells_of_poison(self) -> bool:
-        """EHWPOISON, or arm64's KVM_EXIT_ARM_SEA (api.rst), which has no errno."""
-        is_sea = self.errno == 0 and self.reason == kvm.EXIT_ARM_SEA
-        return self.errno == kvm.EHWPOISON or is_sea
+        """EHWPOISON, or what arm64 says without an errno: KVM_EXIT_ARM_SEA, a nested fault."""
+        if self.errno != 0:
+            return self.errno == kvm.EHWPOISON
+        nested = self.reason == kvm.EXIT_MEMORY_FAULT and self.gmem == kvm.EHWPOISON
+        return nested or self.reason == kvm.EXIT_ARM_SEA
 
 
 @dataclass(frozen=True, slots=True)

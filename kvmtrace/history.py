@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from kvmtrace import kvm
+from kvmtrace.correlate import cause_of
 from kvmtrace.events import (
     Event,
     Exit,
@@ -163,10 +164,10 @@ def _kind(event: Event) -> object:
     """What an event repeats; None where every one is kept."""
     match event:
         case Exit() if event.tells_of_poison:
-            return event.kind, event.vm, event.vcpu, event.gfn, event.errno
+            return event.kind, event.vm, event.vcpu, event.gfn, event.errno, event.reason
         case Exit():
             of = (event.vm, event.vcpu, event.errno, event.reason, event.annotated, event.gmem)
-            return event.kind, *of
+            return event.kind, *of, cause_of(event)
         case Refused():
             return event.kind, event.vm, event.gfn
         case HwError():

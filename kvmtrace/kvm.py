@@ -22,9 +22,11 @@ EXIT_REASONS: dict[int, str] = dict(
 EXIT_MEMORY_FAULT = 39
 EXIT_ARM_SEA = 41
 
-# Bit 4 never reached mainline (RFC of September 2023); trees that carry it exist.
-MEMORY_EXIT_FLAGS: dict[int, str] = {3: "PRIVATE", 4: "HWPOISON"}
+# Bit 4 is in no released kernel. Every version of the KVM Userfault series has it as USERFAULT; the
+# RFC of September 2023 had it as HWPOISON, beside errno EHWPOISON.
+MEMORY_EXIT_FLAGS: dict[int, str] = {3: "PRIVATE", 4: "USERFAULT"}
 MEMORY_EXIT_FLAG_PRIVATE = 1 << 3
+MEMORY_EXIT_FLAG_USERFAULT = 1 << 4
 
 EINTR = _errno.EINTR
 EAGAIN = _errno.EAGAIN
@@ -52,21 +54,30 @@ def errno_name(number: int) -> str:
     return _errno.errorcode.get(number, str(number))
 
 
-def outcome_name(errno: int, reason: int) -> str:
+def outcome_name(errno: int, reason: int | None) -> str:
     """How KVM_RUN ended: by errno, or by the exit's reason where that alone tells of a failure."""
-    return errno_name(errno) if errno else exit_reason_name(reason)
+    return errno_name(errno) if errno or reason is None else exit_reason_name(reason)
 
 
-def flag_names(flags: int) -> str:
+def flag_names(flags: int, errno: int | None = None) -> str:
     """Memory-fault exit flags for people: ``"PRIVATE"``, ``"PRIVATE|0x20"``, ``"0"``.
 
-    Bits without a name are kept together as one hexadecimal number.
+    Bits without a name are kept together as one hexadecimal number. ``errno``: with which KVM_RUN
+    returned; next to EHWPOISON bit 4 is no demand paging, and has no name.
     """
     if not flags:
         return "0"
-    names = [name for bit, name in MEMORY_EXIT_FLAGS.items() if flags >> bit & 1]
-    rest = flags & ~sum(1 << bit for bit in MEMORY_EXIT_FLAGS)
+    named = dict(MEMORY_EXIT_FLAGS)
+    if errno == EHWPOISON:
+        del named[4]
+    names = [name for bit, name in named.items() if flags >> bit & 1]
+    rest = flags & ~sum(1 << bit for bit in named)
     return "|".join(names + ([hex(rest)] if rest else []))
+
+
+def unknown_flags(flags: int) -> int:
+    """The bits of memory-fault exit flags whose meaning is not known."""
+    return flags & ~sum(1 << bit for bit in MEMORY_EXIT_FLAGS)
 
 
 def sigbus_code_name(code: int) -> str:

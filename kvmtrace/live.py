@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+import time
 
-from kvmtrace import kvm
+from kvmtrace import clock, kvm
 from kvmtrace.correlate import Correlator, Told
 from kvmtrace.followers import Follower
 from kvmtrace.history import EventLog
@@ -57,6 +58,14 @@ class Session:
         with self._lock:
             self._followers.remove(follower)
 
+    def now(self) -> int:
+        """Now, by the clock that stamps the source's events: ns since the epoch.
+
+        A running serve has a clock of its own, measured when it started.
+        """
+        offset = getattr(self._source, "epoch_offset_ns", None)
+        return clock.now_ns() if offset is None else time.monotonic_ns() + offset
+
     def host(self) -> Host:
         """This host, and by what it is watched."""
         return host_of(self._source)
@@ -105,4 +114,11 @@ class Session:
 def host_of(source: Source) -> Host:
     """This host as views name it."""
     uname = os.uname()
-    return Host(uname.nodename, uname.release, source.name, source.why, hardware_corrupted_bytes())
+    return Host(
+        uname.nodename,
+        uname.release,
+        source.name,
+        source.why,
+        hardware_corrupted_bytes(),
+        epoch_offset_ns=clock.epoch_offset_ns(),
+    )

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field, replace
 from kvmtrace import kvm
 from kvmtrace.events import Owner
 
-CAUSES = ("hwpoison", "conversion", "backing", "unannotated", "other")
+CAUSES = ("hwpoison", "conversion", "userfault", "backing", "unannotated", "other")
 STATES = ("latent", "delivered", "looping", "unowned", "closed")
+# Whose a poisoned page is: a VM's; the kernel's own, or one that memory_failure could not get hold
+# of, which puts the host at risk; still in use by a process or a file; or out of use.
+PAGE_CLASSES = ("vm", "kernel", "process", "handled")
 # What a VMM did about it; the first of several VMs' verdicts is the incident's.
 VERDICTS = ("looping", "stopped", "unknown", "exited", "handled")
 
@@ -42,7 +45,10 @@ class ProbeRuns:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """The machine being watched. ``source_why``: why this source was chosen."""
+    """The machine being watched. ``source_why``: why this source was chosen.
+
+    ``epoch_offset_ns``: what its events' times are ahead of its CLOCK_MONOTONIC.
+    """
 
     name: str
     kernel: str
@@ -50,6 +56,7 @@ class Host:
     source_why: str | None = None
     hardware_corrupted_bytes: int | None = None
     page_shift: int = kvm.PAGE_SHIFT
+    epoch_offset_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,8 @@ class Vm:
     ``exits``: {(errno name, cause or None): exits}; the cause is None where no probe could tell.
     ``sigbus``: {"AR" | "AO": signals}. ``poisoned_pages``: pages it holds in incidents not closed.
     ``undelivered``: times that guest_memfd refused a poisoned page and no exit told the VMM.
+    ``forgotten_pages``: of ``poisoned_pages``, those whose incidents had no room. They may have
+    been replaced since.
     """
 
     key: int
@@ -73,6 +82,7 @@ class Vm:
     gone: bool
     undelivered: int = 0
     vmid: str | None = None
+    forgotten_pages: int = 0
 
     def exits_by_errno(self) -> dict[str, int]:
         """{errno name: exits}."""
@@ -201,7 +211,8 @@ class Incident:
     ``sigbus_to_others``: signals to processes that had the page mapped and run no VM.
     ``undelivered``: refusals of guest_memfd that no exit told. ``before_start``: it was there when
     kvmtrace came. ``size``: bytes lost, where known. ``omitted``: moments that had no room.
-    ``released``: those of the owners whose memory was seen without the page since.
+    ``released``: those of the owners whose memory was seen without the page since. ``page_class``:
+    one of ``PAGE_CLASSES``, None where the kernel's verdict is not known.
     """
 
     id: str
@@ -229,6 +240,12 @@ class Incident:
     released: tuple[Owner, ...] = ()
     sigbus_to_others: int = 0
     page_shift: int = kvm.PAGE_SHIFT
+    page_class: str | None = None
+
+    @property
+    def host_at_risk(self) -> bool:
+        """The kernel itself uses the page, or may: it can run into it at any time."""
+        return self.page_class == "kernel" and self.state != "closed"
 
     @property
     def verdict(self) -> str | None:
@@ -296,7 +313,8 @@ class Snapshot:
     """Everything a view may show. ``vms`` by key, gone ones too while they are remembered.
 
     ``poisons``: {(page type, result): events}. ``lost``: {where: count}.
-    ``dimms``: hardware errors by DIMM label.
+    ``dimms``: hardware errors by DIMM label. ``kernel_pages``: poisoned pages of the class
+    "kernel", also those whose incidents had to be forgotten.
     """
 
     vms: Mapping[int, Vm] = field(default_factory=dict)
@@ -312,6 +330,7 @@ class Snapshot:
     host: Host | None = None
     probes: tuple[Probe, ...] = ()
     probe_runs: Mapping[str, ProbeRuns] = field(default_factory=dict)
+    kernel_pages: int = 0
 
     def of_log(self, host: Host, probes: tuple[Probe, ...]) -> Snapshot:
         """With the host that a log is of, whose memory is as the log last tells of it."""

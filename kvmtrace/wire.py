@@ -11,7 +11,21 @@ from typing import Any
 
 from kvmtrace import kvm
 from kvmtrace.correlate import Told
-from kvmtrace.events import Exit, HwError, Lost, Mce, Owner, Poison, Sigbus, VmGone, VmSeen
+from kvmtrace.events import (
+    Exit,
+    Found,
+    HwError,
+    Lost,
+    Mce,
+    Owned,
+    Owner,
+    Poison,
+    Sigbus,
+    SoftOffline,
+    Unpoison,
+    VmGone,
+    VmSeen,
+)
 from kvmtrace.model import (
     ErrorHistory,
     Incident,
@@ -113,6 +127,26 @@ def event_line(told: Told) -> dict[str, Any] | None:
                 message=event.message,
                 incident=told.incident,
             )
+        case Owned() if told.owners:
+            owner, seen = told.owners[0]
+            return head | known(
+                kind="owner",
+                pfn=event.pfn,
+                vm=vm_name(seen),
+                gfn=owner.gfn,
+                hva=owner.hva,
+                via=event.via,
+                incident=told.incident,
+            )
+        case SoftOffline():
+            return head | known(
+                kind="soft_offline",
+                pfn=event.pfn,
+                errno=kvm.errno_name(event.errno) if event.errno else None,
+                incident=told.incident,
+            )
+        case Unpoison() | Found():
+            return head | known(kind=event.kind, pfn=event.pfn, incident=told.incident)
         case VmSeen():
             return head | known(kind="vm", vm=vm_name(event), state="seen")
         case VmGone():
@@ -152,6 +186,7 @@ def top(snapshot: Snapshot) -> dict[str, Any]:
         "probes": [probe(p) for p in snapshot.probes],
         "vms": [_vm(vm) for vm in snapshot.vms.values()],
         "incidents": [incident(i, snapshot) for i in snapshot.incidents],
+        "kernel_poisoned_pages": snapshot.kernel_pages,
         "lost": dict(snapshot.lost),
         "soft_offlined": [
             known(
@@ -185,6 +220,7 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
         state=state.state,
         page_type=state.page_type,
         result=state.result,
+        page_class=state.page_class,
         poisoned_ts=_when(state.poisoned_ts),
         owners=[_owner(owner, state, snapshot) for owner in state.owners],
         deliveries={"exits": state.exits, "sigbus": state.sigbus},
@@ -276,6 +312,7 @@ def _vm(vm: Vm) -> dict[str, Any]:
         last_ts=_when(vm.last_ts),
         gone=vm.gone or None,
         undelivered=vm.undelivered or None,
+        forgotten_pages=vm.forgotten_pages or None,
     )
 
 

@@ -1,4 +1,4 @@
-"""A story to show to every view: three VMs, three poisons, a conversion storm, some events lost.
+"""A story to show to every view: three VMs, four poisons, a conversion storm, some events lost.
 
 Told in events through the real correlator, so it can only hold what a host could say.
 """
@@ -51,11 +51,11 @@ class Scenario:
         return self
 
     def happen(self) -> Scenario:
-        """Three pages are poisoned, one VM loops on its own, another converts memory.
+        """Four pages are poisoned, one VM loops on its own, another converts memory.
 
         Then: web holds 1 page and has LOOPS exits EHWPOISON (looping, told after 0.25 s); db holds
         2, one latent, for the other it got a SIGBUS AO at once (delivered); the third VM has
-        CONVERSIONS conversions; 7 events were lost.
+        CONVERSIONS conversions; the kernel goes on using a page of its own; 7 events were lost.
         """
         ts = START + 10 * SECOND
         for event in (
@@ -92,6 +92,7 @@ class Scenario:
                 gmem=0,
                 count=CONVERSIONS,
             ),
+            Poison(ts, 0x40272D, "reserved kernel page", "Ignored", tid=903),
             Lost(ts, "ring", 7),
         ):
             self._correlator.feed(event)

@@ -52,7 +52,7 @@ def top(once: bool, as_json: bool, interval: float, source: str) -> None:
 
     with session_on(here(source)) as session:
         session.start()
-        view.run(session.snapshot, interval)
+        view.run(session.snapshot, interval, now=session.now)
 
 
 def _top_once(source: str, interval: float, as_json: bool) -> None:
@@ -61,8 +61,8 @@ def _top_once(source: str, interval: float, as_json: bool) -> None:
         while not stop.asked and (left := deadline - time.monotonic()) > 0:
             session.pump(min(left, POLL_SECONDS))
         session.pump(0)
-        snapshot = session.snapshot()
-    show_snapshot(snapshot, time.time_ns(), as_json)
+        snapshot, now = session.snapshot(), session.now()
+    show_snapshot(snapshot, now, as_json)
 
 
 def on_terminal() -> bool:
@@ -212,6 +212,7 @@ def serve(listen: str | None, max_vms: int | None, source: str) -> None:
             session,
             kinds=kinds,
             max_vms=max_vms or exporter.DEFAULT_MAX_VMS,
+            now=session.now,
         )
         try:
             session.start()

@@ -25,6 +25,7 @@ from kvmtrace.correlate.account import Account, newly_lost
 from kvmtrace.correlate.halves import Halves
 from kvmtrace.correlate.incidents import State
 from kvmtrace.correlate.limits import Limits
+from kvmtrace.correlate.pages import verdict_on
 from kvmtrace.correlate.population import Population
 from kvmtrace.correlate.provenance import Errors, Provenance
 from kvmtrace.correlate.register import Register
@@ -49,7 +50,7 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.model import Incident, Snapshot
+from kvmtrace.model import Incident, Party, Snapshot
 from kvmtrace.model import SoftOffline as SoftOfflined
 
 _FOUND_BY = {
@@ -84,10 +85,11 @@ class Told:
 
 
 def cause_of(exit_: Exit) -> str | None:
-    """The cause of a fault, of the five in ``model.CAUSES``; None where no probe could tell.
+    """The cause of a fault, one of ``model.CAUSES``; None where no probe could tell.
 
-    An annotated EFAULT is a conversion if kvm_gmem_get_pfn was never asked, and a failure of the
-    backing if it was and failed.
+    An annotated EFAULT is demand paging if the flags say so, else a conversion if kvm_gmem_get_pfn
+    was never asked, and a failure of the backing if it was and failed. Flags that are not known
+    may mean anything: ``other``.
     """
     if exit_.tells_of_poison:
         return "hwpoison"
@@ -95,6 +97,11 @@ def cause_of(exit_: Exit) -> str | None:
         return "other"
     if not exit_.annotated:
         return "unannotated"
+    flags = exit_.flags or 0
+    if flags & kvm.MEMORY_EXIT_FLAG_USERFAULT:
+        return "userfault"
+    if kvm.unknown_flags(flags):
+        return "other"
     if exit_.gmem is None:
         return None
     return "backing" if exit_.gmem else "conversion"
@@ -125,8 +132,14 @@ class Correlator:
 
     def feed(self, event: Event) -> Told:
         """Take one event; returns it with its joins. Never raises for any order of events."""
+        told = self._take(event)
+        self._incidents.trim(self._settled)
+        return told
+
+    def _take(self, event: Event) -> Told:
         now = self._last_ts or 0
-        if self._last_ts is None or event.ts > self._last_ts:
+        # A loss has no time of the kernel's: where it is noticed says when.
+        if not isinstance(event, Lost) and (self._last_ts is None or event.ts > self._last_ts):
             self._last_ts = event.ts
         match event:
             case Exit():
@@ -177,6 +190,7 @@ class Correlator:
         if vm.gone_ts is not None:
             return Told(event, vm=vm.seen)
         self._vms.gone(event.vm, event.ts)
+        self._incidents.forgotten.leave(event.vm)
         mentions = self._incidents.of(event.vm)
         for incident in mentions:
             party = self._vms.party(event.vm)
@@ -232,11 +246,12 @@ class Correlator:
             if incident is not None:
                 incident.exits += event.count
                 how = kvm.outcome_name(event.errno, event.reason)
+                who = "a vCPU" if event.vcpu is None else f"vCPU {event.vcpu}"
                 gpa = f", gpa {event.gpa:#x}" if event.gpa is not None else ""
                 incident.note(
                     ("exit", event.vm, event.vcpu),
                     event.ts,
-                    f"KVM_RUN told vCPU {event.vcpu}: {how}{gpa}",
+                    f"KVM_RUN told {who}: {how}{gpa}",
                     "same VM and gfn" if event.gfn is not None else "same VM; its gfn is unknown",
                     vm=event.vm,
                     count=event.count,
@@ -282,6 +297,8 @@ class Correlator:
         owned = self._halves.owned(event.pfn)
         gmem = self._halves.gmem(event)
         owners = [one.owner for one in owned] + list(gmem.owners if gmem else ())
+        if gmem is None and verdict_on(event.page_type, event.result) == "kernel":
+            owners = []  # VMs that have the zero page mapped
         incident = self._incidents.at_pfn(event.pfn)
         if incident is None:
             incident = self._adoptable(owners) or self._incidents.open(f"{event.pfn:x}")
@@ -290,12 +307,14 @@ class Correlator:
             self._join_hardware(incident)
         elif incident.before_start and newly_lost(event):
             incident.poisoned_after_all(event.ts)
-        if incident.page_type is None:
-            incident.page_type, incident.result = event.page_type, event.result
+        incident.guest_memfd |= gmem is not None
+        incident.judge(event)
+        if incident.owners and (incident.disowned or incident.is_elsewhere()):
+            self._incidents.disown(incident)
         if "huge page" not in event.page_type:
             incident.grow(self._page)  # a huge page's size comes with its owners and signals
         incident.note(
-            ("poison", event.page_type),
+            ("poison", event.page_type, event.result),
             event.ts,
             f"pfn {event.pfn:#x} poisoned: {event.result}, {event.page_type}",
         )
@@ -359,6 +378,11 @@ class Correlator:
     ) -> None:
         gone = self._vms.is_gone(owner.vm)
         self._incidents.own(incident, owner, live=not gone)
+        if incident.disowned:
+            if ts is not None:
+                what = "mapped by VMs, of which it is not the memory"
+                incident.note(("mapped",), ts, what, how)
+            return
         if ts is not None:
             place = f"gfn {owner.gfn:#x}" if owner.gfn is not None else "a gfn not known"
             if owner.hva is not None:
@@ -373,6 +397,7 @@ class Correlator:
 
     def _unpoison(self, event: Unpoison) -> Told:
         incident = self._incidents.at_pfn(event.pfn)
+        self._incidents.forgotten.remember(None, event.pfn)
         if incident is not None:
             incident.unpoisoned_ts = event.ts
             incident.note(("unpoison",), event.ts, f"pfn {event.pfn:#x} unpoisoned", "same pfn")
@@ -552,13 +577,14 @@ class Correlator:
     def snapshot(self) -> Snapshot:
         """The model as of the last event; immutable, safe to hand to another thread."""
         now = self._last_ts or 0
-        pages: dict[int, int] = {}
+        forgotten = self._incidents.forgotten.counts()
+        pages = forgotten.copy()
         for incident in self._incidents:
             if not incident.over:
-                for key in incident.holders:
-                    pages[key] = pages.get(key, 0) + (not self._vms.is_gone(key))
+                pages.update(key for key in incident.holders if not self._vms.is_gone(key))
+                pages[None] += incident.page_class == "kernel"
         return Snapshot(
-            vms={key: vm.frozen(pages.get(key, 0), now) for key, vm in self._vms.items()},
+            vms={key: vm.frozen(pages[key], forgotten[key], now) for key, vm in self._vms.items()},
             incidents=tuple(self._frozen(incident, now) for incident in self._incidents),
             poisons=dict(self._account.poisons),
             latency=self._account.latency(),
@@ -571,13 +597,20 @@ class Correlator:
             dimms=self._hardware.dimms(),
             kernel=self._account.kernel_account(),
             page_shift=self._page_shift,
+            kernel_pages=pages[None],
         )
 
-    def _frozen(self, incident: State, now: int) -> Incident:
+    def _parties(self, incident: State) -> dict[int, Party]:
         known = {key: self._vms.party(key) or incident.parties.get(key) for key in incident.vms}
+        return {key: party for key, party in sorted(known.items()) if party is not None}
+
+    def _settled(self, incident: State) -> bool:
+        return incident.settled(self._last_ts or 0, self._parties(incident))
+
+    def _frozen(self, incident: State, now: int) -> Incident:
         return incident.frozen(
             now,
-            {key: party for key, party in sorted(known.items()) if party is not None},
+            self._parties(incident),
             self._hardware.origin(incident.places),
             self._vms.undelivered(incident.owners, now),
         )

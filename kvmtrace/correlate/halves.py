@@ -21,7 +21,7 @@ class Halves:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._gmem: OrderedDict[int, GmemPoison] = OrderedDict()  # by thread
+        self._gmem: OrderedDict[int, list[GmemPoison]] = OrderedDict()  # by thread
         self._signals: OrderedDict[int, list[Sigbus]] = OrderedDict()  # by sending thread
         self._senders: OrderedDict[int, dict[int, None]] = OrderedDict()  # by pfn, where known
         self._owned: OrderedDict[int, list[Owned]] = OrderedDict()  # by pfn
@@ -30,8 +30,7 @@ class Halves:
         """It came before its poison."""
         match event:
             case GmemPoison():
-                self._gmem[event.tid] = event
-                self._bound(self._gmem)
+                self._keep(self._gmem, event.tid, event)
             case Owned():
                 self._keep(self._owned, event.pfn, event)
             case Sigbus(sender=int(sender)):
@@ -40,13 +39,30 @@ class Halves:
                 self._keep_signal(sender, event)
 
     def gmem(self, poison: Poison) -> GmemPoison | None:
-        """What guest_memfd was told in the same thread, just before."""
-        event = self._gmem.pop(poison.tid, None) if poison.tid is not None else None
-        return event if event is not None and _just_before(event.ts, poison.ts) else None
+        """What guest_memfd was told in the same thread, just before: the last of it."""
+        if poison.tid is None:
+            return None
+        told = self._gmem.pop(poison.tid, [])
+        # What is read early is of the thread's next poison.
+        if later := [event for event in told if event.ts > poison.ts]:
+            self._gmem[poison.tid] = later
+        before = [event for event in told if _just_before(event.ts, poison.ts)]
+        return max(before, key=lambda event: event.ts, default=None)
 
     def signals(self, poison: Poison) -> list[Sigbus]:
         """Signals that the same thread sent, just before."""
-        sent = self._signals.pop(poison.tid, []) if poison.tid is not None else []
+        if poison.tid is None:
+            return []
+        sent = self._signals.pop(poison.tid, [])
+        # What is read early is of the thread's next poison, what names a page is of that one.
+        others = [
+            signal
+            for signal in sent
+            if signal.ts > poison.ts
+            or (signal.pfn is not None and not _just_before(signal.ts, poison.ts))
+        ]
+        if others:
+            self._signals[poison.tid] = others
         return [signal for signal in sent if _just_before(signal.ts, poison.ts)]
 
     def signals_of(self, pfn: int) -> list[Sigbus]:

@@ -7,15 +7,18 @@ from dataclasses import dataclass, field, replace
 
 from kvmtrace import kvm
 from kvmtrace.correlate.limits import Limits
+from kvmtrace.correlate.pages import is_verdict, verdict_on
 from kvmtrace.correlate.provenance import Errors
 from kvmtrace.correlate.verdicts import Evidence, Look, judge, loops_now
-from kvmtrace.events import Owner, Sigbus, VcpuState
+from kvmtrace.events import Owner, Poison, Sigbus, VcpuState
 from kvmtrace.model import Incident, Moment, Origin, Party, Telling, Verdict
 
 Place = tuple[int, int | None]  # VM key, gfn
 
 # 16 GiB hugetlb pages exist; a number beyond is damage.
 MAX_SIZE = 1 << 34
+
+RANK_OVER, RANK_NOBODY, RANK_KERNEL, RANK_OF_A_VM = range(4)
 
 _LOOKS_KEPT = 4
 _PLACES_KEPT = 8
@@ -32,7 +35,11 @@ class _Told:
 
 @dataclass(slots=True)
 class State:
-    """``closed``: its VMs are gone, for good. An unpoisoned page may be told of again: ``over``."""
+    """``closed``: its VMs are gone, for good. An unpoisoned page may be told of again: ``over``.
+
+    ``shared_out``: found in several places, as only a page of the kernel's is that memory_failure
+    could not get hold of. ``guest_memfd``: it is guest memory, of whichever VM.
+    """
 
     id: str
     limits: Limits
@@ -41,6 +48,9 @@ class State:
     pfn: int | None = None
     page_type: str | None = None
     result: str | None = None
+    judged_ts: int = 0
+    shared_out: bool = False
+    guest_memfd: bool = False
     poisoned_ts: int | None = None
     before_start: bool = False
     unpoisoned_ts: int | None = None
@@ -62,6 +72,59 @@ class State:
     moments: dict[object, Moment] = field(default_factory=dict)
     omitted: int = 0
 
+    # -- whose it is
+
+    def judge(self, event: Poison) -> None:
+        """Take the kernel's verdict: its last one counts."""
+        again = is_verdict(event.page_type) and (
+            not is_verdict(self.page_type or "") or event.ts >= self.judged_ts
+        )
+        if self.page_type is None or again:
+            self.page_type, self.result = event.page_type, event.result
+            self.judged_ts = event.ts
+
+    @property
+    def page_class(self) -> str | None:
+        """One of model.PAGE_CLASSES; None where the verdict is not known."""
+        verdict = verdict_on(self.page_type, self.result)
+        if self.is_guest_memory or (verdict != "kernel" and self.vms):
+            return "vm"
+        return "kernel" if verdict == "unheld" else verdict
+
+    @property
+    def disowned(self) -> bool:
+        """The kernel's own page: VMs that have it mapped do not own it (the zero page)."""
+        if self.is_guest_memory:
+            return False
+        verdict = verdict_on(self.page_type, self.result)
+        return verdict == "kernel" or (verdict == "unheld" and self.shared_out)
+
+    @property
+    def is_guest_memory(self) -> bool:
+        """KVM itself said so: by guest_memfd, or by the exit of a guest that touched the page."""
+        return self.guest_memfd or self.exits > 0
+
+    def is_elsewhere(self, *more: Owner) -> bool:
+        """Whether a page that memory_failure could not get hold of is in several places.
+
+        Guest memory is in one place, or is shared memory, which memory_failure gets hold of.
+        """
+        if self.is_guest_memory or verdict_on(self.page_type, self.result) != "unheld":
+            return False
+        owners = (*self.owners.values(), *more)
+        addresses = {(owner.vm, owner.hva) for owner in owners if owner.hva is not None}
+        return len(addresses) > 1 or len({owner.vm for owner in owners}) > 1
+
+    @property
+    def rank(self) -> int:
+        """What has to be forgotten first has the lowest: over, nobody's, the kernel's, a VM's."""
+        if self.over:
+            return RANK_OVER
+        unnamed = self.guest_memfd and not self.owners
+        if self.holders or unnamed or self.told or self.first_delivery_ts is not None:
+            return RANK_OF_A_VM
+        return RANK_KERNEL if self.page_class == "kernel" else RANK_NOBODY
+
     # -- where it is
 
     @property
@@ -79,6 +142,8 @@ class State:
     @property
     def holders(self) -> set[int]:
         """Keys of the VMs that have the page, or had when last heard of."""
+        if not self.released:
+            return {vm for vm, _ in self.owners}
         return {owner.vm for owner in self.owners.values() if not self.is_released(owner)}
 
     def is_released(self, owner: Owner) -> bool:
@@ -280,6 +345,11 @@ class State:
             return "delivered"
         return "latent" if self.holders else "unowned"
 
+    def settled(self, now: int, parties: dict[int, Party]) -> bool:
+        """Every VM that owns the page was told of it and came to terms with it."""
+        words = {verdict.vm: verdict.word for verdict in self.verdicts(now, parties)}
+        return all(words.get(vm) in ("handled", "exited") for vm in self.holders | words.keys())
+
     def verdicts(self, now: int, parties: dict[int, Party]) -> tuple[Verdict, ...]:
         """One for each VM that was told."""
         found = []
@@ -310,6 +380,7 @@ class State:
             pfn=self.pfn,
             page_type=self.page_type,
             result=self.result,
+            page_class=self.page_class,
             poisoned_ts=self.poisoned_ts,
             owners=tuple(self.owners.values()),
             released=tuple(o for o in self.owners.values() if self.is_released(o)),

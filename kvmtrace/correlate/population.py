@@ -59,8 +59,8 @@ class VmState:
     def touch(self, ts: int) -> None:
         self.last_ts = ts if self.last_ts is None else max(self.last_ts, ts)
 
-    def frozen(self, pages: int, now: int) -> Vm:
-        """As views see it."""
+    def frozen(self, pages: int, forgotten: int, now: int) -> Vm:
+        """As views see it. ``forgotten``: of its ``pages``, those of forgotten incidents."""
         return Vm(
             key=self.seen.vm,
             pid=self.seen.pid,
@@ -74,6 +74,7 @@ class VmState:
             gone=self.gone_ts is not None,
             undelivered=sum(r.undelivered(now) for r in self.refusals.values()),
             vmid=self.seen.vmid,
+            forgotten_pages=forgotten,
         )
 
 
@@ -186,7 +187,8 @@ class Population:
             key = ("other", cause)
         vm.exits[key] = vm.exits.get(key, 0) + event.count
         vm.touch(event.ts)
-        if cause == "hwpoison" and event.gfn is not None:
+        # KVM_RUN = 0 with a memory fault tells its VMM as well, whatever for.
+        if (cause == "hwpoison" or event.errno == 0) and event.gfn is not None:
             refusals = self._refusals(vm, event.gfn)
             if refusals is not None:
                 refusals.add(event.ts, now, told=event.count)

@@ -6,7 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from kvmtrace import kvm
-from kvmtrace.correlate.incidents import Place, State
+from kvmtrace.correlate.forgotten import Forgotten
+from kvmtrace.correlate.incidents import (
+    RANK_KERNEL,
+    RANK_OF_A_VM,
+    RANK_OVER,
+    Place,
+    State,
+)
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import Owner
 
@@ -26,6 +33,8 @@ class Register:
         self._by_place: dict[Place, State] = {}
         self._of_vm: dict[int, dict[str, State]] = {}
         self._serial: dict[str, int] = {}
+        self._next: list[tuple[int, str]] = []  # to be forgotten, the next one last: rank, id
+        self.forgotten = Forgotten(4 * limits.incidents)
 
     def __iter__(self) -> Iterator[State]:
         return iter(self._all.values())
@@ -54,34 +63,66 @@ class Register:
     # -- changing
 
     def open(self, stem: str) -> State:
-        """A new incident; its id is the stem and a number."""
+        """A new incident; its id is the stem and a number. ``trim`` once it has its owners."""
         number = self._serial.get(stem, 0) + 1
         while f"{stem}-{number}" in self._all:  # the number was forgotten, the incident not
             number += 1
         self._serial[stem] = number
         state = State(f"{stem}-{number}", self._limits, self._lose, self._page)
         self._all[state.id] = state
-        while len(self._all) > self._limits.incidents:
-            victim = next((s for s in self._all.values() if s.over), None)
-            self._drop(victim or next(iter(self._all.values())))
         while len(self._serial) > 4 * self._limits.incidents:
             del self._serial[next(iter(self._serial))]
         return state
 
+    def trim(self, settled: Callable[[State], bool]) -> None:
+        """Forget what there is no room for: what is over, then what belongs to nobody.
+
+        Then what is ``settled``, and of the rest what is oldest, of the VM that has most. To forget
+        what is over is no loss.
+        """
+        while len(self._all) > self._limits.incidents:
+            state = self._victim(settled)
+            if state.rank == RANK_KERNEL:
+                self.forgotten.forget(None, state.pfn)
+            if state.rank == RANK_OF_A_VM:
+                for owner in state.owners.values():
+                    if owner.vm not in state.parties and not state.is_released(owner):
+                        self.forgotten.forget(owner, state.pfn)
+            if state.rank != RANK_OVER:
+                self._lose("incidents", 1)
+            self._drop(state)
+
+    def _victim(self, settled: Callable[[State], bool]) -> State:
+        newest = next(reversed(self._all.values()))
+        while self._next:
+            rank, key = self._next[-1]
+            state = self._all.get(key)
+            if state is not None and state.rank == rank:
+                return newest if newest.rank < rank else state
+            self._next.pop()
+        ranks = [(state.rank, key) for key, state in self._all.items()]
+        lowest = min(rank for rank, _ in ranks)
+        if lowest < RANK_OF_A_VM:
+            # The oldest is taken first, and the others without looking at all of them again.
+            self._next = [one for one in reversed(ranks) if one[0] == lowest]
+            return self._all[self._next[-1][1]]
+        victim = next((state for state in self._all.values() if settled(state)), None)
+        if victim is None:
+            most = max(self._of_vm.values(), key=len, default={})
+            victim = next(iter(most.values()), None)
+        return victim or next(iter(self._all.values()))
+
     def _drop(self, state: State) -> None:
-        self.close(state)
+        self._leave(state)
         del self._all[state.id]
         for vm in state.vms:
-            mentions = self._of_vm.get(vm, {})
-            mentions.pop(state.id, None)
-            if not mentions:
-                self._of_vm.pop(vm, None)
-        self._lose("incidents", 1)
+            self._forget_mention(state, vm)
 
     def name_page(self, state: State, pfn: int) -> None:
         """The page of an incident is known."""
         state.pfn = pfn
         self._by_pfn[pfn] = state
+        self.forgotten.remember(None, pfn)
 
     def grow(self, state: State, size: int | None) -> None:
         """So many bytes are lost in it at least."""
@@ -91,6 +132,9 @@ class Register:
 
     def own(self, state: State, owner: Owner, *, live: bool) -> None:
         """An owner of the page; exits of a VM that is gone are not looked for by place."""
+        if state.disowned or state.is_elsewhere(owner):
+            self.disown(state)
+            return
         vague = (owner.vm, None)
         had_vague = vague in state.owners
         if not state.own(owner):
@@ -98,12 +142,33 @@ class Register:
         if had_vague and vague not in state.owners and self._by_place.get(vague) is state:
             del self._by_place[vague]
         self._of_vm.setdefault(owner.vm, {})[state.id] = state
+        self.forgotten.remember(owner, state.pfn)
         place = (owner.vm, owner.gfn)
         if place not in state.owners:
             return  # one place with another that is known better
         holder = self._by_place.get(place)
         if live and not state.closed and (holder is None or holder.over):
             self._by_place[place] = state
+
+    def disown(self, state: State) -> None:
+        """It turned out to be the kernel's: VMs only have it mapped."""
+        state.shared_out = True
+        self._leave_places(state)
+        state.owners.clear()
+        for vm in [vm for vm, of in self._of_vm.items() if state.id in of]:
+            if vm not in state.vms:
+                self._forget_mention(state, vm)
+
+    def _leave_places(self, state: State) -> None:
+        for place in state.owners:
+            if self._by_place.get(place) is state:
+                del self._by_place[place]
+
+    def _forget_mention(self, state: State, vm: int) -> None:
+        mentions = self._of_vm.get(vm, {})
+        mentions.pop(state.id, None)
+        if not mentions:
+            self._of_vm.pop(vm, None)
 
     def told(self, state: State, vm: int) -> None:
         """A VM that was told of the page, whether it owns it or not."""
@@ -112,14 +177,20 @@ class Register:
 
     def unpoison(self, state: State) -> None:
         """The page may be poisoned anew; its VMs may still be told of the old poison."""
-        if state.pfn is not None and self._by_pfn.get(state.pfn) is state:
-            del self._by_pfn[state.pfn]
-        self._huge.pop(state.id, None)
+        self._leave_pages(state)
+        self._next.clear()
 
     def close(self, state: State) -> None:
         """Nothing joins it any more."""
+        self._leave(state)
+        self._next.clear()
+
+    def _leave(self, state: State) -> None:
         state.closed = True
-        self.unpoison(state)
-        for place in state.owners:
-            if self._by_place.get(place) is state:
-                del self._by_place[place]
+        self._leave_pages(state)
+        self._leave_places(state)
+
+    def _leave_pages(self, state: State) -> None:
+        if state.pfn is not None and self._by_pfn.get(state.pfn) is state:
+            del self._by_pfn[state.pfn]
+        self._huge.pop(state.id, None)

@@ -129,6 +129,7 @@ class Observer:
         out = self._slice(now)
         wanted = self._unowned(events)
         found: dict[int | None, list[Event]] = {}
+        told: set[int | None] = set()  # pages whose owners stand in front of their poison
         if wanted:
             self._follow(events)
             for one in self._begin(wanted, now):
@@ -138,10 +139,16 @@ class Observer:
             match event:
                 case Poison():
                     out += found.pop(None, [])
-                    out += [replace(owned, ts=event.ts) for owned in found.pop(event.pfn, [])]
+                    if event.pfn not in told:
+                        told.add(event.pfn)
+                        out += [replace(owned, ts=event.ts) for owned in found.get(event.pfn, [])]
+                    out.append(event)
+                case Unpoison():
+                    told.discard(event.pfn)
                     out.append(event)
                 case Found():
-                    out += [*found.pop(None, []), *found.pop(event.pfn, []), event]
+                    told.add(event.pfn)
+                    out += [*found.pop(None, []), *found.get(event.pfn, []), event]
                 case Exit() if event.tells_of_poison and event.gfn is not None:
                     out += [*self._page_behind(event, event.gfn), event]
                 case Sigbus(hva=None):
@@ -153,7 +160,7 @@ class Observer:
                     out.append(self._by_cpu(event))
                 case _:
                     out.append(event)
-        return out + [event for rest in found.values() for event in rest]
+        return out + [event for pfn, rest in found.items() if pfn not in told for event in rest]
 
     def _by_cpu(self, check: Mce) -> Mce:
         """What the bits of a machine check mean depends on who made the CPU."""
@@ -187,9 +194,6 @@ class Observer:
                     if pid not in self._pid_of.values():
                         for key in [key for key in self._huge if key[0] == pid]:
                             del self._huge[key]
-                case Unpoison():
-                    self._seen.pop(event.pfn, None)
-                    self._suspected.pop(event.pfn, None)
                 case Poison(tid=int(tid)):
                     self._poisoned_by[tid] = event
                     self._poisoned_by.move_to_end(tid)
@@ -212,9 +216,22 @@ class Observer:
                 case Found():
                     self._seen[event.pfn] = None
                     wanted[event.pfn] = True
+                case Unpoison():
+                    self._mended(event.pfn)
         while len(self._seen) > MAX_PFNS:
             self._seen.popitem(last=False)
         return wanted
+
+    def _mended(self, pfn: int) -> None:
+        """What is known of the page is of its old poison; the next one is looked up anew."""
+        self._seen.pop(pfn, None)
+        self._suspected.pop(pfn, None)
+        for of, owner in [key for key in self._owned if key[0] == pfn]:
+            del self._owned[of, owner]
+            if owner.gfn is not None:
+                self._asked.pop((owner.vm, owner.gfn), None)
+        for place in [place for place, (_, of) in self._huge.items() if of == pfn]:
+            del self._huge[place]
 
     # -- searching
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvmtrace import files, host, probes
-from kvmtrace.clock import epoch_offset_ns
+from kvmtrace.clock import epoch_offset_ns, now_ns
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
 from kvmtrace.model import Probe, ProbeRuns
@@ -137,7 +137,7 @@ class BpfSource:
             self._next_watch = time.monotonic() + _WATCH_SECONDS
             events += self._watch_kvm()
             events += self._translator.housekeeping()
-            events += self._programs.missed(time.time_ns())
+            events += self._programs.missed(now_ns())
         self._programs.wait(0 if events else timeout)
         events += self._drain()
         if timeout == 0:

@@ -38,7 +38,8 @@ class JoinedSource:
         header = self._next()
         if not 0 < header["kvmtrace_recording"] <= FORMAT:
             raise ValueError("a newer kvmtrace")
-        self.name = build(Host, header).source
+        host = build(Host, header)
+        self.name, self.epoch_offset_ns = host.source, host.epoch_offset_ns
         self.version = version_of(header)
         self.why: str | None = f"of kvmtrace serve, pid {pid}"
         self._past: list[Event] | None = []

@@ -20,7 +20,7 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
         )
     elif incident.origin is not None and not incident.origin.label:
         missing.append("which DIMM: no report with this address named one")
-    if not incident.owners:
+    if not incident.owners and incident.page_class in (None, "vm", "process"):
         missing.append("whose page it is: no VM with it was found")
     vague = sorted({owner.vm for owner in incident.owners if owner.gfn is None})
     if vague:
@@ -57,10 +57,36 @@ def kernel_difference(snapshot: Snapshot) -> str:
 
 def next_steps(incident: Incident) -> list[str]:
     """What to do now, most urgent first."""
-    steps = [*_for_vms(incident), *_for_hardware(incident)]
+    steps = [*_for_host(incident), *_for_vms(incident), *_for_hardware(incident)]
     if not steps:
         steps.append(f"nothing: {_why_nothing(incident)}")
     return steps
+
+
+def _for_host(incident: Incident) -> list[str]:
+    """What nobody took out of use, and no VM is known to have."""
+    verdict = f"{incident.page_type}: {incident.result}"
+    if incident.host_at_risk:
+        return [
+            f"move the VMs away and reboot this host: the kernel uses the page, or may ({verdict}),"
+            " and can run into it at any time"
+        ]
+    if incident.state != "unowned":
+        return []
+    page = hex_of(incident.pfn)
+    if incident.page_class == "process":
+        return [
+            f"see in the kernel's log which processes had page {page}: no VM is known to, and the"
+            f" kernel could not take it out of use ({verdict})"
+        ]
+    if incident.page_class == "vm" and not incident.owners:
+        return [f"find the VM: page {page} is guest memory (guest_memfd), of which VM is not known"]
+    if incident.page_class is None:
+        return [
+            f'see in the kernel\'s log what became of page {page} ("recovery action"): its'
+            " verdict was not seen, and if the kernel uses the page the host is at risk"
+        ]
+    return []
 
 
 def _for_vms(incident: Incident) -> list[str]:
@@ -125,7 +151,9 @@ def _why_nothing(incident: Incident) -> str:
     if incident.state == "closed":
         return "the VMs that held the page are gone"
     if incident.state == "unowned":
-        return "no VM is known to hold the page"
+        if incident.owners:
+            return "the VMs that held the page have another one in its place"
+        return "the kernel took the page out of use, and no VM is known to hold it"
     return "the VMM coped, and the page is not touched any more"
 
 

@@ -8,13 +8,32 @@ from typing import Any
 from kvmtrace.model import CAUSES
 from kvmtrace.views.cells import UNKNOWN, age_of, cells, clip, hex_of, rate_of, span_of
 from kvmtrace.views.grid import Column
-from kvmtrace.views.rows import IncidentRow, VmRow, owners_name, severity
+from kvmtrace.views.rows import (
+    KERNEL_ITSELF,
+    IncidentRow,
+    VmRow,
+    owners_name,
+    severity,
+    state_word,
+)
 
 _BOTH = len("Recovered: dirty")
 _AGO = len("99 min ago")
-_BRIEF = {"conversion": "conv", "backing": "back", "unannotated": "unann", "unknown": "?"}
+_BRIEF = {
+    "conversion": "conv",
+    "userfault": "uffd",
+    "backing": "back",
+    "unannotated": "unann",
+    "unknown": "?",
+}
 
-STATE_STYLES = {"looping": "bad", "delivered": "warn", "latent": "note", "closed": "dim"}
+STATE_STYLES = {
+    "looping": "bad",
+    "kernel": "bad",
+    "delivered": "warn",
+    "latent": "note",
+    "closed": "dim",
+}
 VERDICT_STYLES = {"looping": "bad", "stopped": "bad", "unknown": "warn"}
 
 
@@ -57,7 +76,8 @@ def _result(row: IncidentRow, width: int | None) -> str:
 def _owner(row: IncidentRow, width: int | None) -> str:
     owners = row.incident.owners
     if not owners:
-        return UNKNOWN
+        who = KERNEL_ITSELF if row.incident.host_at_risk else UNKNOWN
+        return who if width is None else clip(who, width)
     name = owners_name(row.incident, row.vms, owners[0].vm)
     more = f" +{len(owners) - 1}" if len(owners) > 1 else ""
     place = f" {hex_of(owners[0].gfn)}{more}"
@@ -83,7 +103,7 @@ def _vm_style(row: VmRow, style: str = "") -> str:
 
 
 def _state_style(row: IncidentRow) -> str:
-    return STATE_STYLES.get(row.incident.state, "")
+    return STATE_STYLES.get(state_word(row.incident), "")
 
 
 def _closed(row: IncidentRow) -> str:
@@ -137,7 +157,13 @@ VM_COLUMNS: tuple[Column[VmRow], ...] = (
     ),
     _vm_count("AR", lambda row: row.vm.sigbus.get("AR", 0), "warn", drop=3, floor=3),
     _vm_count("AO", lambda row: row.vm.sigbus.get("AO", 0), "warn", drop=3, floor=3),
-    _vm_count("PAGES", lambda row: row.vm.poisoned_pages, "warn"),
+    Column(
+        "PAGES",
+        # What was forgotten may have been replaced since, what is remembered not.
+        lambda row, width: f"{row.vm.poisoned_pages}{'?' if row.vm.forgotten_pages else ''}",
+        lambda row: row.vm.poisoned_pages,
+        lambda row: _vm_style(row, "warn" if row.vm.poisoned_pages else ""),
+    ),
     Column(
         "LAST",
         lambda row, width: _ago(row.vm.last_ts, row.now, width),
@@ -170,7 +196,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
     ),
     Column(
         "STATE",
-        lambda row, width: row.incident.state,
+        lambda row, width: state_word(row.incident),
         lambda row: severity(row.incident),
         _state_style,
         right=False,

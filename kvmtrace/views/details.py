@@ -20,12 +20,13 @@ from kvmtrace.views.cells import (
 )
 from kvmtrace.views.columns import STATE_STYLES
 from kvmtrace.views.explain import TITLES, WIDTH, explain_lines
-from kvmtrace.views.rows import IncidentRow, incident_rows
+from kvmtrace.views.rows import IncidentRow, incident_rows, state_word
 
 _LABEL = 18
 
 _STATES = (
     ("looping", "the same VM is told of the same page again and again: its VMM is not coping"),
+    ("kernel", "the kernel itself uses the page, or may: the host is at risk"),
     ("delivered", "the VM was told, by an EHWPOISON exit or by SIGBUS"),
     ("latent", "a VM owns the page, its guest has not touched it yet"),
     ("unowned", "no VM is known to own the page"),
@@ -34,9 +35,10 @@ _STATES = (
 _CAUSES = (
     ("hwpoison", "EHWPOISON: the page is poisoned"),
     ("conversion", "private where it is shared, or the reverse: normal in confidential VMs"),
+    ("userfault", "EFAULT for a page that the VMM is to bring: demand paging, normal"),
     ("backing", "guest_memfd was asked and failed: gone, unbound, out of memory"),
     ("unannotated", "EFAULT without a memory fault's address"),
-    ("other", "any other errno"),
+    ("other", "any other errno, or flags whose meaning is not known"),
 )
 _HELP = (
     ("↑ ↓ j k, PgUp PgDn", "select a row"),
@@ -89,14 +91,15 @@ def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
     incident = next((i for i in snapshot.incidents if i.id == key), None)
     if incident is None:
         return [(("  this incident is no longer remembered", "warn"),)]
-    meaning = dict(_STATES).get(incident.state, "")
+    state = state_word(incident)
+    meaning = dict(_STATES).get(state, "")
     row = IncidentRow(incident, snapshot.vms, now)
     told = explain_lines(incident, snapshot, WIDTH - 2)
     return [
         ((f"  {next(told)}", "title"),),
         (
             (f"  {'state':<{_LABEL}}", "dim"),
-            (incident.state, STATE_STYLES.get(incident.state, "")),
+            (state, STATE_STYLES.get(state, "")),
             (f"  {meaning}", "dim"),
         ),
         _fact("latency", f"{span_of(row.latency)} from poison to first delivery"),

@@ -12,6 +12,7 @@ from kvmtrace import wire
 from kvmtrace.model import ErrorHistory, Incident, Moment, Origin, Party, Snapshot
 from kvmtrace.views import advice
 from kvmtrace.views.cells import counted, dimm_of, hex_of, listed, size_of, span_of
+from kvmtrace.views.rows import KERNEL_ITSELF, state_word
 
 WIDTH = 80
 _LABEL = 11
@@ -68,7 +69,7 @@ _Part = tuple[str, str]  # what stands in front, and the text that is folded bes
 
 def _parts(incident: Incident, snapshot: Snapshot) -> Iterator[_Part]:
     verdict = f", {incident.verdict}" if incident.verdict not in (None, incident.state) else ""
-    yield "", f"Incident {incident.id}: {incident.state}{verdict}"
+    yield "", f"Incident {incident.id}: {state_word(incident)}{verdict}"
     for label, value in _facts(incident):
         yield f"  {label:<{_LABEL}}", value
     yield "", ""
@@ -103,6 +104,8 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
     shared = len({owner.vm for owner in incident.owners})
     lost = f"{size_of(incident.size)} lost" if incident.size is not None else "size not known"
     yield "loss", lost + (f", shared by {shared} VMs" if shared > 1 else "")
+    if incident.host_at_risk:
+        yield "owner", f"{KERNEL_ITSELF}, which could not take the page out of use"
     for owner in incident.owners:
         hva = f", hva {hex_of(owner.hva)}" if owner.hva is not None else ""
         gfn = f"gfn {hex_of(owner.gfn)}" if owner.gfn is not None else "gfn not known"

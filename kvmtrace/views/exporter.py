@@ -10,7 +10,6 @@ does not know what to do with them. Counters are born at 0 instead.
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
@@ -27,7 +26,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from kvmtrace import __version__
+from kvmtrace import __version__, clock
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.model import LATENCY_BUCKETS, STATES, VERDICTS, Snapshot
 from kvmtrace.views import page
@@ -160,6 +159,11 @@ class Exporter(Collector):
         for state, count in states.items():
             incidents.add_metric([state], count)
         yield incidents
+        yield GaugeMetricFamily(
+            "kvmtrace_kernel_poisoned_pages",
+            "Poisoned pages that the kernel uses itself or could not get hold of: host at risk.",
+            snapshot.kernel_pages,
+        )
         verdicts = GaugeMetricFamily(
             "kvmtrace_incident_verdicts",
             "Incidents that a VMM was told of, by what it did then.",
@@ -259,8 +263,11 @@ def serve(
     *,
     kinds: Kinds = lambda: FALLBACK_KINDS,
     max_vms: int = DEFAULT_MAX_VMS,
+    now: Callable[[], int] = clock.now_ns,
 ) -> Server:
     """Serve ``/metrics``, ``/-/healthy`` and a landing page until ``close()`` of what it returns.
+
+    ``now``: ns since the epoch, by the clock that stamps the session's events.
 
     Raises UsageError if ``listen`` makes no sense, KvmtraceError if it cannot be listened on.
     """
@@ -289,7 +296,7 @@ def serve(
             body = page.render_failure(_reason(failure))
             answer = text(HTTPStatus.SERVICE_UNAVAILABLE, body, "text/html")
         else:
-            answer = text(HTTPStatus.OK, page.render(snapshot, time.time_ns()), "text/html")
+            answer = text(HTTPStatus.OK, page.render(snapshot, now()), "text/html")
         return answer(environ, start_response)
 
     return start(listen, {"/metrics": everything, "/-/healthy": healthy, "/": landing})

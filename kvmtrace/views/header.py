@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvmtrace.model import Probe, Snapshot
 from kvmtrace.probes import specs
-from kvmtrace.views.cells import UNKNOWN, Line, Span, listed, plain, size_of
+from kvmtrace.views.cells import UNKNOWN, Line, Span, counted, listed, plain, size_of
 
 
 def host_spans(snapshot: Snapshot) -> Line:
@@ -47,6 +47,7 @@ def memory_spans(snapshot: Snapshot) -> Line:
     for (_, result), count in snapshot.poisons.items():
         results[result] = results.get(result, 0) + count
     corrupted = snapshot.host.hardware_corrupted_bytes if snapshot.host else None
+    pages = counted(snapshot.kernel_pages, "poisoned page")
     before = sum(incident.before_start for incident in snapshot.incidents)
     what_was_lost = listed((f"{count} at {where}" for where, count in lost.items()), "nothing")
     poisons = listed((f"{count} {result}" for result, count in results.items()), "none")
@@ -58,6 +59,7 @@ def memory_spans(snapshot: Snapshot) -> Line:
         (f", {before} before" if before else "", ""),
         ("  HardwareCorrupted ", "dim"),
         (size_of(corrupted), "warn" if corrupted else ""),
+        (f"  host at risk: {pages} of the kernel's" if snapshot.kernel_pages else "", "bad"),
     )
 
 

@@ -144,8 +144,8 @@ def _called(name: str | None, pid: int) -> str:
 
 
 def _exit_facts(event: Exit) -> list[str]:
-    facts = [f"vcpu {event.vcpu}"]
-    if not event.annotated and event.reason != kvm.EXIT_MEMORY_FAULT:
+    facts = [f"vcpu {event.vcpu}"] if event.vcpu is not None else []
+    if not event.annotated and event.reason not in (None, kvm.EXIT_MEMORY_FAULT):
         facts.append(f"reason {kvm.exit_reason_name(event.reason)}")
     if event.gpa is not None:
         facts.append(f"gpa {hex(event.gpa)}")
@@ -154,7 +154,7 @@ def _exit_facts(event: Exit) -> list[str]:
     if event.size is not None:
         facts.append(size_of(event.size))
     if event.flags is not None:
-        facts.append(f"flags {kvm.flag_names(event.flags)}")
+        facts.append(f"flags {kvm.flag_names(event.flags, event.errno)}")
     elif event.private is not None:
         facts.append("private" if event.private else "shared")
     if event.access:

@@ -12,11 +12,9 @@ from collections.abc import Iterable, Sequence
 from kvmtrace import __version__
 from kvmtrace.events import Owner
 from kvmtrace.model import Incident, Probe, Snapshot, Vm
+from kvmtrace.views.rows import KERNEL_ITSELF, severity, state_word
 
 MAX_ROWS = 200
-
-# What on-call should see first comes first.
-_URGENCY = {"looping": 0, "delivered": 1, "latent": 2, "unowned": 3, "closed": 4}
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -78,6 +76,9 @@ def _summary(snapshot: Snapshot) -> str:
         corrupted = host.hardware_corrupted_bytes
         if corrupted is not None:
             rows.append(("Hardware corrupted", _size(corrupted), "bad" if corrupted else ""))
+    if snapshot.kernel_pages:
+        at_risk = f"poisoned pages of the kernel's: {snapshot.kernel_pages:,}"
+        rows.append(("Host at risk", at_risk, "bad"))
     missing = [probe.name for probe in snapshot.probes if not probe.attached]
     if missing:
         rows.append(("Not attached", ", ".join(missing), "bad"))
@@ -107,10 +108,12 @@ def _incidents(snapshot: Snapshot, now: int) -> _Table:
     rows: list[list[_Cell]] = []
     for one in sorted(snapshot.incidents, key=_by_urgency):
         what = " · ".join(filter(None, (one.page_type, one.result))) or "not seen"
-        owners = ", ".join(_owner(owner, one, snapshot) for owner in one.owners) or "none known"
+        owners = ", ".join(_owner(owner, one, snapshot) for owner in one.owners)
+        owners = owners or (KERNEL_ITSELF if one.host_at_risk else "none known")
+        state = state_word(one)
         rows.append(
             [
-                (one.state, "bad" if one.state == "looping" else ""),
+                (state, "bad" if state in ("looping", "kernel") else ""),
                 "?" if one.pfn is None else f"{one.pfn:#x}",
                 what,
                 owners,
@@ -125,7 +128,7 @@ def _incidents(snapshot: Snapshot, now: int) -> _Table:
 
 def _by_urgency(incident: Incident) -> tuple[int, int]:
     latest = max(incident.poisoned_ts or 0, incident.last_delivery_ts or 0)
-    return _URGENCY.get(incident.state, 9), -latest
+    return severity(incident), -latest
 
 
 def _owner(owner: Owner, incident: Incident, snapshot: Snapshot) -> str:

@@ -10,7 +10,9 @@ from kvmtrace.model import Incident, Snapshot, Vm
 from kvmtrace.views.cells import UNKNOWN
 
 # What has to be looked at first comes first.
-SEVERITY = ("looping", "delivered", "latent", "unowned", "closed")
+SEVERITY = ("looping", "kernel", "delivered", "latent", "unowned", "closed")
+
+KERNEL_ITSELF = "the kernel itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,12 @@ def owners_name(incident: Incident, vms: Mapping[int, Vm], key: int) -> str:
     return party.label if party and key not in vms else owner_name(vms, key)
 
 
+def state_word(incident: Incident) -> str:
+    """The state as people see it: that of a page which no VM has, but the kernel, is "kernel"."""
+    return "kernel" if incident.host_at_risk and incident.state == "unowned" else incident.state
+
+
 def severity(incident: Incident) -> int:
     """Rank of the state; one that is not known yet comes last."""
-    state = incident.state
+    state = state_word(incident)
     return SEVERITY.index(state) if state in SEVERITY else len(SEVERITY)

@@ -12,7 +12,6 @@ import contextlib
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
@@ -26,6 +25,7 @@ from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
+from kvmtrace import clock
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.model import Snapshot
 from kvmtrace.views.cells import cells
@@ -106,7 +106,7 @@ class TopApp(App[None]):
         self,
         snapshot: Callable[[], Snapshot],
         interval: float,
-        now: Callable[[], int] = time.time_ns,
+        now: Callable[[], int] = clock.now_ns,
         first: Snapshot | None = None,
     ) -> None:
         super().__init__(ansi_color=True)
@@ -197,7 +197,7 @@ def run(
     snapshot: Callable[[], Snapshot],
     interval: float = 1.0,
     *,
-    now: Callable[[], int] = time.time_ns,
+    now: Callable[[], int] = clock.now_ns,
 ) -> None:
     """Show ``snapshot()`` every ``interval`` seconds until the person quits or a signal comes.
 

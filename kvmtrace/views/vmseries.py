@@ -23,14 +23,17 @@ from kvmtrace.model import Vm
 
 OTHER = "other"
 
+_ARM64 = (("ARM_SEA", "hwpoison"), ("MEMORY_FAULT", "hwpoison"))
+
 # Exported as 0 for every VM: a counter born at 1 has no increase. (errno, cause)
 EXITS_FROM_BIRTH = (
     ("EHWPOISON", "hwpoison"),
     ("EFAULT", "conversion"),
+    ("EFAULT", "userfault"),
     ("EFAULT", "backing"),
     ("EFAULT", "unannotated"),
     ("EFAULT", "unknown"),
-    *([("ARM_SEA", "hwpoison")] if os.uname().machine == "aarch64" else []),
+    *(_ARM64 if os.uname().machine == "aarch64" else ()),
 )
 SIGBUS_FROM_BIRTH = ("AR", "AO", "KERNEL")
 

@@ -107,6 +107,7 @@ CODES = ("AR", "AO", "KERNEL")
 BORN = (
     ("EHWPOISON", "hwpoison"),
     ("EFAULT", "conversion"),
+    ("EFAULT", "userfault"),
     ("EFAULT", "backing"),
     ("EFAULT", "unannotated"),
     ("EFAULT", "unknown"),
@@ -320,6 +321,7 @@ def _attached(_: Story, shown: Shown) -> None:
 CHECKS: dict[tuple[str, str], Check] = {
     ("VMMs looping", "A"): exactly(lambda _: {(): 1}),
     ("Poisoned pages in VMs", "A"): exactly(lambda _: {(): 4}),
+    ("Poisoned pages of the kernel", "A"): exactly(lambda _: {(): 0}),
     ("Hardware corrupted", "A"): exactly(lambda s: {(): s.corrupted}),
     ("Poison to delivery, median", "A"): between(0, 60),
     ("Poison to delivery, 95 %", "A"): between(0, 60),

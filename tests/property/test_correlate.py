@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtrace import wire
@@ -40,8 +40,9 @@ from kvmtrace.events import (
     from_record,
     to_record,
 )
-from kvmtrace.model import CAUSES, STATES, VERDICTS, Snapshot
+from kvmtrace.model import CAUSES, PAGE_CLASSES, STATES, VERDICTS, Snapshot
 from kvmtrace.views import lines
+from tests.property import examples
 
 # Few of each, so that things meet: the same page twice, two VMs on one thread, a key that is gone.
 VMS = st.integers(1, 4)
@@ -51,6 +52,10 @@ TIDS = st.integers(1, 4)
 HVAS = st.sampled_from([0x7F0000000000, 0x7F0000001000, 0x7F0000200000])
 TS = st.one_of(st.integers(0, 20_000_000_000), st.just(1_790_000_000_000_000_000))
 OWNERS = st.builds(Owner, VMS, st.none() | GFNS, st.none() | HVAS)
+PAGE_TYPES = st.sampled_from(
+    ["dirty LRU page", "huge page", "reserved kernel page", "unknown page", "already poisoned", "a"]
+)
+RESULTS = st.sampled_from(["Ignored", "Failed", "Recovered", "x"])
 NAMES = st.none() | st.sampled_from(["web", "db"])
 
 EVENTS: st.SearchStrategy[Event] = st.one_of(
@@ -60,16 +65,17 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         Exit,
         TS,
         VMS,
-        st.integers(0, 2),
-        st.sampled_from([133, 133, 14, 22, 999]),
-        st.sampled_from([39, 0]),
+        st.none() | st.integers(0, 2),
+        st.sampled_from([133, 133, 14, 22, 999, 0]),
+        st.sampled_from([39, 39, 0, None]),
         st.booleans(),
         tid=TIDS,
+        flags=st.sampled_from([None, 0, 8, 1 << 4, 1 << 5]),
         gfn=st.none() | GFNS,
         gmem=st.sampled_from([None, 0, 2, 133]),
         count=st.integers(1, 5),
     ),
-    st.builds(Poison, TS, PFNS, st.sampled_from("ab"), st.sampled_from("xy"), tid=st.none() | TIDS),
+    st.builds(Poison, TS, PFNS, PAGE_TYPES, RESULTS, tid=st.none() | TIDS),
     st.builds(
         GmemPoison, TS, TIDS, st.just(7), st.integers(0, 9), st.lists(OWNERS, max_size=3).map(tuple)
     ),
@@ -157,7 +163,8 @@ _NEAR = st.sampled_from([0x7F0000000000, 0x7F0000001000])
 _OWNER = st.builds(Owner, FEW, FEW, st.none() | _NEAR)
 JOINED: st.SearchStrategy[Event] = st.one_of(
     st.builds(Exit, SOON, FEW, FEW, st.just(133), st.just(39), st.just(True), gfn=FEW, count=FEW),
-    st.builds(Poison, SOON, _PAGES, st.just("a"), st.just("x"), tid=FEW),
+    st.builds(Poison, SOON, _PAGES, st.just("dirty LRU page"), st.just("Failed"), tid=FEW),
+    st.builds(Poison, SOON, _PAGES, PAGE_TYPES, st.just("Ignored"), tid=FEW),
     st.builds(
         GmemPoison, SOON, FEW, st.just(7), FEW, st.lists(_OWNER, min_size=1, max_size=2).map(tuple)
     ),
@@ -205,17 +212,16 @@ def snapshot(events: Iterable[Event]) -> Snapshot:
 
 
 @given(LOGS)
-@settings(max_examples=400)
+@examples(400)
 def test_any_log_can_be_fed_and_shown(events: list[Event]) -> None:
     correlator, all_told = fed(events)
     for told in all_told:
-        wire.event_line(told)
-        lines.event_text(told)
+        assert (wire.event_line(told) is None) == (lines.event_text(told) is None)
     wire.top(correlator.snapshot())
 
 
 @given(LOGS)
-@settings(max_examples=400)
+@examples(400)
 def test_an_owner_is_somebody_whom_an_event_named(events: list[Event]) -> None:
     named: set[tuple[int, int | None]] = set()
     addresses: set[tuple[int, int | None]] = set()
@@ -252,7 +258,7 @@ def _half_of_nothing(event: Event, poisons: list[Poison]) -> bool:
 
 
 @given(LOGS)
-@settings(max_examples=400)
+@examples(400)
 def test_halves_of_other_threads_and_times_join_nothing(events: list[Event]) -> None:
     poisons = [event for event in events if isinstance(event, Poison)]
     kept = [event for event in events if not _half_of_nothing(event, poisons)]
@@ -264,7 +270,7 @@ def test_halves_of_other_threads_and_times_join_nothing(events: list[Event]) -> 
 
 
 @given(LOGS)
-@settings(max_examples=400)
+@examples(400)
 def test_a_fault_belongs_to_an_incident_of_its_own_vm(events: list[Event]) -> None:
     correlator = Correlator()
     for event in events:
@@ -276,7 +282,7 @@ def test_a_fault_belongs_to_an_incident_of_its_own_vm(events: list[Event]) -> No
 
 
 @given(STORIES)
-@settings(max_examples=400)
+@examples(400)
 def test_a_signal_without_more_is_joined_by_an_address_of_its_own_vm(events: list[Event]) -> None:
     correlator = Correlator()
     for event in events:
@@ -299,7 +305,7 @@ def test_a_signal_without_more_is_joined_by_an_address_of_its_own_vm(events: lis
 
 
 @given(LOGS)
-@settings(max_examples=400)
+@examples(400)
 def test_vms_do_not_leak_into_each_other(events: list[Event]) -> None:
     """What is told of VM 1 alone is the same when the others' faults are left out."""
     others = [
@@ -315,16 +321,16 @@ def test_vms_do_not_leak_into_each_other(events: list[Event]) -> None:
 
 
 @given(LOGS)
-@settings(max_examples=400)
+@examples(400)
 def test_counts_are_exact(events: list[Event]) -> None:
     # VMs are seen first and never end here: then nothing of them may be missing.
     begin = [VmSeen(0, key, 4000 + key) for key in range(1, 5)]
     log = [*begin, *(event for event in events if not isinstance(event, VmGone | VmSeen))]
     shown = snapshot(log)
-    exits: Counter[tuple[int, int]] = Counter()
+    exits: Counter[tuple[int, bool]] = Counter()
     for event in log:
         if isinstance(event, Exit):
-            exits[(event.vm, event.errno)] += event.count
+            exits[(event.vm, event.tells_of_poison)] += event.count
     for key, vm in shown.vms.items():
         assert sum(vm.exits.values()) == sum(n for (of, _), n in exits.items() if of == key)
         # Of signals whose VM the source did not tell, those are known that are about its page.
@@ -333,14 +339,14 @@ def test_counts_are_exact(events: list[Event]) -> None:
         vague = sum(event.count for event in signals if event.vm is None and event.pid == vm.pid)
         assert told <= sum(vm.sigbus.values()) <= told + vague
     assert sum(i.exits for i in shown.incidents) == sum(
-        n for (_, errno), n in exits.items() if errno == 133
+        n for (_, of_poison), n in exits.items() if of_poison
     )
     assert sum(shown.poisons.values()) == sum(isinstance(event, Poison) for event in log)
     assert sum(shown.lost.values()) == sum(e.count for e in log if isinstance(e, Lost))
 
 
 @given(LOGS)
-@settings(max_examples=200)
+@examples(200)
 def test_same_log_same_snapshot(events: list[Event]) -> None:
     again = [from_record(to_record(event)) for event in events]
     assert again == events
@@ -348,7 +354,7 @@ def test_same_log_same_snapshot(events: list[Event]) -> None:
 
 
 @given(LOGS)
-@settings(max_examples=400)
+@examples(400)
 def test_what_is_shown_makes_sense(events: list[Event]) -> None:
     correlator, all_told = fed(events)
     shown = correlator.snapshot()
@@ -356,6 +362,8 @@ def test_what_is_shown_makes_sense(events: list[Event]) -> None:
     assert len(set(ids)) == len(ids)
     for incident in shown.incidents:
         assert incident.state in STATES
+        assert incident.page_class in (*PAGE_CLASSES, None)
+        assert not incident.host_at_risk or not incident.owners
         assert len(set(incident.owners)) == len(incident.owners)
         delivered = incident.first_delivery_ts is not None
         assert delivered == (incident.last_delivery_ts is not None)
@@ -366,7 +374,10 @@ def test_what_is_shown_makes_sense(events: list[Event]) -> None:
         assert set(incident.released) <= set(incident.owners)
         if incident.state in ("latent", "unowned"):
             assert not incident.exits
+    at_risk = sum(incident.host_at_risk for incident in shown.incidents)
+    assert shown.kernel_pages == at_risk
     for vm in shown.vms.values():
+        assert not vm.forgotten_pages
         assert all(count > 0 for count in vm.exits.values())
         assert {cause for _, cause in vm.exits} <= {*CAUSES, None}
     assert sum(shown.latency.counts) <= len(shown.incidents)
@@ -477,7 +488,7 @@ def test_every_kind_of_event_floods() -> None:
 
 
 @given(LONG_LOGS)
-@settings(max_examples=150)
+@examples(150)
 def test_memory_stays_bounded(events: list[Event]) -> None:
     correlator, _ = fed(events, TIGHT)
     shown = correlator.snapshot()
@@ -495,7 +506,7 @@ def test_memory_stays_bounded(events: list[Event]) -> None:
 
 
 @given(st.lists(EVENTS, min_size=10, max_size=40))
-@settings(max_examples=30)
+@examples(30)
 def test_memory_does_not_grow_with_time(events: list[Event]) -> None:
     """The same events over and over, on other pages and VMs each time: it levels off."""
     correlator = Correlator(TIGHT)
@@ -515,18 +526,21 @@ def test_memory_does_not_grow_with_time(events: list[Event]) -> None:
 
 
 @given(LOGS)
-@settings(max_examples=400)
+@examples(400)
 def test_vms_never_meet_in_an_incident_that_no_event_shares(events: list[Event]) -> None:
     """Whoever was told in an incident has a claim of its own to it: an owner, or the pfn itself."""
     named = {event.vm for event in events if isinstance(event, Sigbus) and event.pfn is not None}
     named |= {e.vm for e in events if isinstance(e, Sigbus) and e.sender is not None}
     for incident in snapshot(events).incidents:
         owners = {owner.vm for owner in incident.owners}
+        if incident.page_class == "kernel":  # VMs that had it mapped do not own it
+            owners |= {event.owner.vm for event in events if isinstance(event, Owned)}
+            owners |= {event.vm for event in events if isinstance(event, Sigbus) and event.vm}
         assert {telling.vm for telling in incident.told} <= owners | named
 
 
 @given(LOGS)
-@settings(max_examples=400)
+@examples(400)
 def test_verdicts_and_their_evidence(events: list[Event]) -> None:
     for incident in snapshot(events).incidents:
         assert {v.vm for v in incident.verdicts} == {t.vm for t in incident.told}
@@ -540,7 +554,7 @@ def test_verdicts_and_their_evidence(events: list[Event]) -> None:
 
 
 @given(LOGS)
-@settings(max_examples=300)
+@examples(300)
 def test_harmless_events_change_no_state(events: list[Event]) -> None:
     """Soft offlines, hardware errors and looks explain; none opens, closes or delivers."""
     harmless = SoftOffline | Mce | HwError | KernelCounts
@@ -556,7 +570,7 @@ def test_harmless_events_change_no_state(events: list[Event]) -> None:
 
 
 @given(LOGS, st.integers(0, 59))
-@settings(max_examples=300)
+@examples(300)
 def test_undelivered_never_goes_down(events: list[Event], at: int) -> None:
     correlator = Correlator()
     high: dict[int, int] = {}
@@ -579,6 +593,6 @@ def test_undelivered_never_goes_down(events: list[Event], at: int) -> None:
         max_size=200,
     )
 )
-@settings(max_examples=150)
+@examples(150)
 def test_births_and_deaths_in_any_order(events: list[Event]) -> None:
     fed(events, TIGHT)[0].snapshot()

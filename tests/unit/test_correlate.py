@@ -21,7 +21,9 @@ from kvmtrace.events import (
     Owned,
     Owner,
     Poison,
+    Refused,
     Sigbus,
+    StillQuiet,
     VmGone,
     VmSeen,
 )
@@ -61,6 +63,50 @@ def tell(*events: Event, limits: Limits = Limits()) -> tuple[Snapshot, list[Told
 def only(snapshot: Snapshot) -> Incident:
     (incident,) = snapshot.incidents
     return incident
+
+
+# -- causes
+
+
+def fault(errno: int = 14, flags: int | None = 0, **fields: object) -> Exit:
+    facts: dict[str, object] = {"tid": VCPU, "gpa": 0x8000, "size": 4096, "gfn": 8}
+    return Exit(T0, 1, 0, errno, 39, True, flags=flags, **(facts | fields))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("exit_", "cause"),
+    [
+        (fault(flags=1 << 4, gmem=14), "userfault"),
+        (fault(flags=1 << 4, gmem=0), "userfault"),
+        (fault(flags=1 << 4), "userfault"),  # no probe watched guest_memfd
+        (fault(flags=3 << 3, gmem=0), "userfault"),  # and private
+        (fault(flags=1 << 5, gmem=0), "other"),
+        (fault(flags=1 << 40, gmem=14), "other"),
+        (fault(flags=1 << 3, gmem=0), "conversion"),
+        (fault(flags=None, gmem=0), "conversion"),  # only a count tells of it
+        (fault(flags=None, gmem=12), "backing"),
+        (fault(133, flags=1 << 4), "hwpoison"),
+        (fault(133, flags=1 << 40), "hwpoison"),
+        (fault(0, gmem=133), "hwpoison"),  # arm64, nested
+        (fault(0, gmem=14), "other"),
+        (fault(0), "other"),
+    ],
+)
+def test_causes_by_errno_and_flags(exit_: Exit, cause: str) -> None:
+    snapshot, told = tell(seen(1), exit_)
+    assert told[-1].cause == cause_of(exit_) == cause
+    assert (len(snapshot.incidents) == 1) == (cause == "hwpoison")
+    assert snapshot.vms[1].exits_by_cause() == {cause: 1}
+
+
+@pytest.mark.parametrize("gmem", [133, None])
+def test_what_a_nested_fault_told_is_not_undelivered(gmem: int | None) -> None:
+    """arm64 returns 0 for EHWPOISON of a guest_memfd slot (kvm_handle_vncr_abort)."""
+    snapshot, _ = tell(
+        seen(1), Refused(T0, 1, 8), fault(0, gmem=gmem), StillQuiet(T0 + 60_000 * MS)
+    )
+    assert snapshot.vms[1].undelivered == 0
+    assert snapshot.vms[1].exits_by_errno() == {"MEMORY_FAULT": 1}
 
 
 # -- guest_memfd

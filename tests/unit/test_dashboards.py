@@ -28,6 +28,7 @@ _V = dict[tuple[str, ...], float | None]
 EXPECTED: dict[tuple[str, str], _V] = {
     ("VMMs looping", "A"): {(): 1},
     ("Poisoned pages in VMs", "A"): {(): 3},
+    ("Poisoned pages of the kernel", "A"): {(): 1},
     ("Hardware corrupted", "A"): {(): 8192},
     ("Poison to delivery, median", "A"): {(): 0.001},
     ("Poison to delivery, 95 %", "A"): {(): None},
@@ -45,6 +46,7 @@ EXPECTED: dict[tuple[str, str], _V] = {
     ("Memory-fault exits by errno and cause", "A"): {
         ("EHWPOISON", "hwpoison"): None,
         ("EFAULT", "conversion"): None,
+        ("EFAULT", "userfault"): 0,
         ("EFAULT", "backing"): 0,
         ("EFAULT", "unannotated"): 0,
         ("EFAULT", "unknown"): 0,
@@ -54,13 +56,14 @@ EXPECTED: dict[tuple[str, str], _V] = {
         ("looping",): 1,
         ("delivered",): 1,
         ("latent",): 1,
-        ("unowned",): 0,
+        ("unowned",): 1,
         ("closed",): 0,
     },
     ("Pages poisoned", "A"): {
         ("dirty LRU page", "Recovered"): None,
         ("guest_memfd page", "Recovered"): None,
         ("guest_memfd page", "Failed"): 0,
+        ("reserved kernel page", "Ignored"): None,
     },
     ("SIGBUS to VMMs", "A"): {
         ("AO", "db"): None,
@@ -88,6 +91,7 @@ KINDS = [
     ("guest_memfd page", "Recovered"),
     ("dirty LRU page", "Recovered"),
     ("guest_memfd page", "Failed"),
+    ("reserved kernel page", "Ignored"),
 ]
 
 
@@ -199,5 +203,10 @@ def test_no_other_host_is_shown(scraped: tuple[Prometheus, str]) -> None:
 @needs_prometheus
 def test_the_alerts_fire(scraped: tuple[Prometheus, str]) -> None:
     prometheus, _ = scraped
-    expected = {"KvmtracePagePoisoned", "KvmtraceVmmLooping", "KvmtraceEventsLost"}
+    expected = {
+        "KvmtracePagePoisoned",
+        "KvmtraceHostAtRisk",
+        "KvmtraceVmmLooping",
+        "KvmtraceEventsLost",
+    }
     prometheus.wait(lambda: prometheus.alerts() == expected)

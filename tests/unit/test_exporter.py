@@ -35,6 +35,7 @@ CONTRACT = {
     "kvmtrace_incident_verdicts": {"verdict"},
     "kvmtrace_vm_poisoned_pages": {"vm"},
     "kvmtrace_incidents": {"state"},
+    "kvmtrace_kernel_poisoned_pages": set(),
     "kvmtrace_sigbus_total": {"vm", "code"},
     "kvmtrace_poison_to_delivery_seconds_bucket": {"le"},
     "kvmtrace_poison_to_delivery_seconds_sum": set(),
@@ -109,6 +110,8 @@ def test_scenario_in_numbers() -> None:
     assert value(series, "kvmtrace_sigbus_total", vm="db", code="AO") == 1
     assert value(series, "kvmtrace_vm_poisoned_pages", vm="web") == 1
     assert value(series, "kvmtrace_vm_poisoned_pages", vm="db") == 2
+    assert value(series, "kvmtrace_kernel_poisoned_pages") == 1
+    assert value(series, "kvmtrace_incidents", state="unowned") == 1
     assert value(series, "kvmtrace_incidents", state="delivered") == 1
     assert value(series, "kvmtrace_incidents", state="looping") == 1
     assert value(series, "kvmtrace_incidents", state="latent") == 1

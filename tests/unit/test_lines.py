@@ -11,15 +11,25 @@ import pytest
 from kvmtrace import kvm
 from kvmtrace.correlate import Told
 from kvmtrace.events import (
+    KINDS,
     Event,
     Exit,
+    Found,
     GmemPoison,
+    HwError,
+    KernelCounts,
     Lost,
     Mce,
     Owned,
     Owner,
     Poison,
+    Refused,
+    Released,
     Sigbus,
+    SoftOffline,
+    StillQuiet,
+    Unpoison,
+    VcpuState,
     VmGone,
     VmSeen,
 )
@@ -67,6 +77,18 @@ def test_fault() -> None:
         "16:13:20.123 exit   web-1 (4242)           EHWPOISON hwpoison      vcpu 0"
         "  gpa 0x1f000000  gfn 0x1f000  4 KiB  flags PRIVATE  read  x3  incident 103275-1"
     )
+
+
+@pytest.mark.parametrize(
+    ("errno", "flags", "text_of_flags"),
+    [
+        (kvm.EFAULT, 0x10, "USERFAULT"),
+        (kvm.EFAULT, 0x38, "PRIVATE|USERFAULT|0x20"),
+        (kvm.EHWPOISON, 0x10, "0x10"),  # the RFC that had HWPOISON there said it beside EHWPOISON
+    ],
+)
+def test_bit_4_of_the_flags(errno: int, flags: int, text_of_flags: str) -> None:
+    assert f"flags {text_of_flags}  " in text(Told(fault(errno=errno, flags=flags), WEB))
 
 
 def test_unannotated_fault_says_only_what_is_known() -> None:
@@ -157,6 +179,74 @@ def test_poison_names_its_owners() -> None:
 )
 def test_other_kinds(told: Told, expected: str) -> None:
     assert text(told) == f"16:13:20.123 {expected}"
+
+
+EVERY_KIND: tuple[Told, ...] = (
+    Told(WEB, WEB),
+    Told(VmGone(TS, 1), WEB),
+    Told(fault(), WEB, "hwpoison", "103275-1"),
+    Told(Poison(TS, 5, "dirty LRU page", "Failed"), incident="5-1"),
+    Told(GmemPoison(TS, 1, 2, 3)),
+    Told(Owned(TS, 5, Owner(1, 8), "pagemap"), WEB, incident="5-1"),
+    Told(
+        Owned(TS, 5, Owner(1, 8, 0x7000), "pagemap"),
+        WEB,
+        None,
+        "5-1",
+        ((Owner(1, 8, 0x7000), WEB),),
+    ),
+    Told(Sigbus(TS, 4242, 77, 4, 0x7000, 12, vm=1), WEB),
+    Told(Mce(TS, 0x5000, 5, 7, 3, 0, 0)),
+    Told(Refused(TS, 1, 8), WEB),
+    Told(HwError(TS, "extlog", "corrected")),
+    Told(SoftOffline(TS, 9, 0)),
+    Told(SoftOffline(TS, 9, 16), incident="9-1"),
+    Told(Unpoison(TS, 5), incident="5-1"),
+    Told(Found(TS, 77), incident="4d-1"),
+    Told(KernelCounts(TS, ())),
+    Told(VcpuState(TS, 1, 77, "running"), WEB),
+    Told(Released(TS, 1, 5, 0x7000), WEB),
+    Told(StillQuiet(TS)),
+    Told(Lost(TS, "ring", 7)),
+)
+
+
+def test_people_and_programs_are_told_the_same() -> None:
+    assert {type(told.event) for told in EVERY_KIND} == set(KINDS.values())
+    for told in EVERY_KIND:
+        line, shown = json_text(told), event_text(told)
+        assert (line is None) == (shown is None), told
+        if line is not None:
+            record = json.loads(line)
+            assert record["kind"]
+            assert record.get("incident") == told.incident
+            assert (shown or "").endswith(f"incident {told.incident}" if told.incident else "")
+
+
+@pytest.mark.parametrize(
+    ("told", "record"),
+    [
+        (
+            EVERY_KIND[6],
+            {
+                "kind": "owner",
+                "pfn": 5,
+                "vm": {"pid": 4242, "name": "web-1", "uuid": WEB.uuid},
+                "gfn": 8,
+                "hva": 0x7000,
+                "via": "pagemap",
+                "incident": "5-1",
+            },
+        ),
+        (Told(SoftOffline(TS, 9, 0)), {"kind": "soft_offline", "pfn": 9}),
+        (Told(SoftOffline(TS, 9, 16)), {"kind": "soft_offline", "pfn": 9, "errno": "EBUSY"}),
+        (Told(Unpoison(TS, 5)), {"kind": "unpoison", "pfn": 5}),
+        (Told(Found(TS, 77)), {"kind": "found", "pfn": 77}),
+    ],
+)
+def test_what_happens_to_a_page_as_json(told: Told, record: dict[str, object]) -> None:
+    line = json.loads(json_text(told) or "null")
+    assert line == {"ts": "2026-09-21T14:13:20.123456789Z"} | record
 
 
 @pytest.mark.parametrize("event", [GmemPoison(TS, 1, 2, 3), Owned(TS, 1, Owner(1, 2), "pagemap")])

@@ -20,6 +20,7 @@ from kvmtrace.events import (
     Owner,
     Poison,
     Sigbus,
+    Unpoison,
     VmSeen,
 )
 from kvmtrace.guestmem import Page, Slot, gfns_at
@@ -319,6 +320,30 @@ def test_owners_come_before_their_poison(tmp_path: Path) -> None:
     poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered", tid=70)
     owned = Owned(3, 0x104CAA, Owner(5, None, 0x13000), "pagemap", PAGE)
     assert story(tmp_path, [seen, poison]) == [seen, owned, poison]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_page_that_is_poisoned_again_is_looked_for_again(tmp_path: Path, together: bool) -> None:
+    proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
+    observer = Observer(None, str(tmp_path))
+    poisons = [Poison(ts, 0x104CAA, "dirty LRU page", "Recovered", tid=70) for ts in (3, 9, 20)]
+    events = [VmSeen(1, 5, 7), poisons[0], Unpoison(6, 0x104CAA), poisons[1]]
+    events += [Unpoison(12, 0x104CAA), poisons[2]]
+    batches = [events] if together else [[event] for event in events]
+    told = [event for batch in batches for event in observer.events(batch, 99)]
+    for poison in poisons:
+        owned = told[told.index(poison) - 1]
+        assert owned == Owned(poison.ts, 0x104CAA, Owner(5, None, 0x13000), "pagemap", PAGE)
+    assert observer.pfns == {0x104CAA}
+
+
+def test_of_a_page_that_is_poisoned_already_nothing_new_is_told(tmp_path: Path) -> None:
+    proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
+    observer = Observer(None, str(tmp_path))
+    poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered", tid=70)
+    again = Poison(4, 0x104CAA, "already poisoned", "Failed", tid=70)
+    told = observer.events([VmSeen(1, 5, 7), poison, again], 99) + observer.events([again], 99)
+    assert sum(isinstance(event, Owned) for event in told) == 1
 
 
 def test_what_guest_memfd_owns_is_not_looked_for(tmp_path: Path) -> None:

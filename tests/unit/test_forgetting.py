@@ -1,0 +1,127 @@
+"""What is forgotten first where there is no room, and what outlives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from kvmtrace.correlate import Correlator
+from kvmtrace.correlate.limits import Limits
+from kvmtrace.events import Event, Exit, Found, Owned, Owner, Poison, StillQuiet, Unpoison, VmGone
+from kvmtrace.events import VcpuState as Look
+from kvmtrace.model import Snapshot
+from tests.unit.test_correlate import HVA, T0, hwpoison, seen
+
+S = 1_000_000_000
+FOUR = Limits(incidents=4)
+
+
+def poisoned(pfn: int, vm: int | None = None, ts: int = T0, how: str = "Recovered") -> list[Event]:
+    owned = [] if vm is None else [Owned(ts, pfn, Owner(vm, pfn, HVA + (pfn << 12)), "pagemap")]
+    return [*owned, Poison(ts, pfn, "dirty LRU page", how, tid=31)]
+
+
+def kernel(pfn: int) -> Poison:
+    return Poison(T0, pfn, "unknown page", "Ignored", tid=31)
+
+
+def closed(pfn: int) -> list[Event]:
+    return [*poisoned(pfn), Unpoison(T0, pfn)]
+
+
+def settled(pfn: int, vm: int) -> list[Event]:
+    """Its vCPU was told once and ran on."""
+    told = hwpoison(T0 + 1, vm, pfn)
+    return [*poisoned(pfn, vm), told, Look(T0 + 9 * S, vm, 4002, "running", 0)]
+
+
+def fed(limits: Limits, *events: Event) -> tuple[Snapshot, Correlator]:
+    correlator = Correlator(limits)
+    for event in events:
+        correlator.feed(event)
+    return correlator.snapshot(), correlator
+
+
+def pfns(snapshot: Snapshot) -> set[int | None]:
+    return {incident.pfn for incident in snapshot.incidents}
+
+
+FLOODS: dict[str, Callable[[int], list[Event]]] = {
+    "left by the kernel": lambda n: [kernel(n)],
+    "free pages": lambda n: [Poison(T0, n, "free buddy page", "Recovered", tid=31)],
+    "memory of processes": lambda n: [Poison(T0, n, "unsplit thp", "Failed", tid=31)],
+    "from before the start": lambda n: [Found(T0, n)],
+    "poisoned and mended": closed,
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
+def test_no_flood_of_pages_of_nobody_pushes_out_a_vms(
+    flood: Callable[[int], list[Event]],
+) -> None:
+    """Thousands of "unknown page: Ignored" in a row (enarx/enarx#2263), while one VM loops."""
+    latent = poisoned(0xABD, 1)
+    story = [seen(1), *poisoned(0xABC, 1), *latent, *settled(0xABE, 1)]
+    loops = [hwpoison(T0 + tenth * S // 10, 1, 0xABC, count=10) for tenth in range(50)]
+    pages = [event for number in range(2000) for event in flood(0x100000 + number)]
+    snapshot, _ = fed(Limits(), *story, *loops, *pages, hwpoison(T0 + 6 * S, 1, 0xABC, count=10))
+    mine = [incident for incident in snapshot.incidents if incident.owners]
+    assert [(i.pfn, i.exits) for i in mine] == [(0xABC, 510), (0xABD, 0), (0xABE, 1)]
+    assert mine[0].state == "looping"
+    assert snapshot.vms[1].poisoned_pages == 3
+
+
+def test_the_order() -> None:
+    """Closed, nobody's, the kernel's, settled; each the oldest first."""
+    story = [seen(1), *settled(1, 1), kernel(2), *poisoned(3), *poisoned(4), *closed(5)]
+    gone = []
+    correlator = Correlator(Limits(incidents=5))
+    for event in story:
+        correlator.feed(event)
+    for pfn in range(10, 15):
+        before = pfns(correlator.snapshot())
+        for event in poisoned(pfn, 1):
+            correlator.feed(event)
+        gone += sorted(before - pfns(correlator.snapshot()), key=str)
+    assert gone == [5, 3, 4, 2, 1]
+
+
+def test_of_several_vms_the_one_with_most_makes_room() -> None:
+    story = [seen(1), seen(2), *poisoned(1, 2), *(e for n in range(10, 17) for e in poisoned(n, 1))]
+    snapshot, _ = fed(FOUR, *story)
+    assert pfns(snapshot) == {1, 14, 15, 16}
+
+
+def test_a_new_page_of_nobody_makes_room_for_itself() -> None:
+    story = [seen(1), *(e for n in range(1, 5) for e in poisoned(n, 1)), kernel(9)]
+    snapshot, _ = fed(FOUR, *story)
+    assert pfns(snapshot) == {1, 2, 3, 4}
+    assert snapshot.kernel_pages == 1
+
+
+def test_to_forget_what_is_over_is_no_loss() -> None:
+    pages = [event for pfn in range(100) for event in closed(pfn)]
+    assert fed(FOUR, *pages)[0].lost == {}
+    assert fed(FOUR, *(Found(T0, pfn) for pfn in range(10)))[0].lost == {"incidents": 6}
+
+
+def test_an_all_clear_is_never_made_by_forgetting() -> None:
+    pages = [event for pfn in range(1, 11) for event in poisoned(pfn, 1)]
+    snapshot, correlator = fed(FOUR, seen(1), *pages)
+    vm = snapshot.vms[1]
+    assert (vm.poisoned_pages, vm.forgotten_pages, len(snapshot.incidents)) == (10, 6, 4)
+    # Heard of again, it is counted once.
+    correlator.feed(hwpoison(T0 + S, 1, 1))
+    assert correlator.snapshot().vms[1].poisoned_pages == 10
+    correlator.feed(VmGone(T0 + 2 * S, 1))
+    correlator.feed(StillQuiet(T0 + 3 * S))
+    assert correlator.snapshot().vms[1].poisoned_pages == 0
+
+
+def test_the_newest_of_a_vm_is_known_while_it_is_told() -> None:
+    correlator = Correlator(FOUR)
+    correlator.feed(seen(1))
+    for gfn in range(100):
+        told = correlator.feed(Exit(T0 + gfn, 1, 0, 133, 39, True, gfn=gfn))
+        assert told.incident in {i.id for i in correlator.snapshot().incidents}
