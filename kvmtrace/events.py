@@ -57,9 +57,11 @@ class VmGone(Event):
 class Exit(Event):
     """KVM_RUN failed; ``count`` exits of exactly this kind, the last of them at ``ts``.
 
-    ``errno`` 0: it told of a synchronous external abort (reason 41), which is no error to KVM.
-    ``annotated``: reason 39 with EFAULT or EHWPOISON, so flags, gpa and size are the kernel's
+    ``errno`` 0: KVM_RUN returned 0 all the same. With reason 41 that is a synchronous external
+    abort, with reason 39 a memory fault of arm64's nested virtualization (kvm_handle_vncr_abort).
+    ``annotated``: reason 39 with EFAULT, EHWPOISON or 0, so flags, gpa and size are the kernel's
     (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT), or None if only a count tells of it.
+    ``vcpu``, ``reason``, ``annotated`` are None where the kernel had no counter left for each.
     ``gmem``: the errno with which kvm_gmem_get_pfn failed for this very fault, 0 if it was not
     asked, None if nobody watched. ``gfn`` may come from the fault handler where the exit is not
     annotated. ``access``: some of "r", "w", "x".
@@ -67,10 +69,10 @@ class Exit(Event):
 
     kind: ClassVar[str] = "exit"
     vm: int
-    vcpu: int
+    vcpu: int | None
     errno: int
-    reason: int
-    annotated: bool
+    reason: int | None
+    annotated: bool | None
     tid: int | None = None
     flags: int | None = None
     gpa: int | None = None
@@ -90,7 +92,7 @@ class Exit(Event):
 
 @dataclass(frozen=True, slots=True)
 class Poison(Event):
-    """ras:memory_failure_event. Type and result as this kernel prints them, numbers beside."""
+    """memory_failure_event. Type and result as this kernel prints them, numbers beside."""
 
     kind: ClassVar[str] = "poison"
     pfn: int

@@ -52,9 +52,9 @@ def errno_name(number: int) -> str:
     return _errno.errorcode.get(number, str(number))
 
 
-def outcome_name(errno: int, reason: int) -> str:
+def outcome_name(errno: int, reason: int | None) -> str:
     """How KVM_RUN ended: by errno, or by the exit's reason where that alone tells of a failure."""
-    return errno_name(errno) if errno else exit_reason_name(reason)
+    return errno_name(errno) if errno or reason is None else exit_reason_name(reason)
 
 
 def flag_names(flags: int) -> str:

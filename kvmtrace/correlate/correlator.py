@@ -93,9 +93,9 @@ def cause_of(exit_: Exit) -> str | None:
         return "hwpoison"
     if exit_.errno != kvm.EFAULT:
         return "other"
-    if not exit_.annotated:
+    if exit_.annotated is False:
         return "unannotated"
-    if exit_.gmem is None:
+    if exit_.annotated is None or exit_.gmem is None:
         return None
     return "backing" if exit_.gmem else "conversion"
 
@@ -233,10 +233,11 @@ class Correlator:
                 incident.exits += event.count
                 how = kvm.outcome_name(event.errno, event.reason)
                 gpa = f", gpa {event.gpa:#x}" if event.gpa is not None else ""
+                vcpu = "a vCPU" if event.vcpu is None else f"vCPU {event.vcpu}"
                 incident.note(
                     ("exit", event.vm, event.vcpu),
                     event.ts,
-                    f"KVM_RUN told vCPU {event.vcpu}: {how}{gpa}",
+                    f"KVM_RUN told {vcpu}: {how}{gpa}",
                     "same VM and gfn" if event.gfn is not None else "same VM; its gfn is unknown",
                     vm=event.vm,
                     count=event.count,

@@ -152,11 +152,14 @@ class Attacher:
         ring.write(f"{path}/enable", "1")
 
     def _tracepoint(self, ring: Instance, spec: ProbeSpec) -> Probe:
-        target = spec.targets[0]
-        path = f"events/{target.replace(':', '/')}"
-        text = ring.read(f"{path}/format")
+        formats = (
+            (target, path, ring.read(f"{path}/format"))
+            for target in spec.targets
+            for path in [f"events/{target.replace(':', '/')}"]
+        )
+        target, path, text = next((one for one in formats if one[2]), ("", "", ""))
         if not text:
-            return Probe(spec.name, False, why=f"this kernel has no {target}")
+            return Probe(spec.name, False, why=f"this kernel has no {' or '.join(spec.targets)}")
         try:
             self._learn(spec.name, text)
             self._filter(ring, spec.name, path, ("errno",))

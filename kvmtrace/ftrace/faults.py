@@ -159,6 +159,32 @@ class Faults:
         vm, tid = self._people.key(record), fields["common_pid"]
         return Exit(record.ts, vm, fields["vid"], 0, fields["reason"], False, tid, gfn=gfn)
 
+    def vncr(self, record: Record) -> Event:
+        """KVM_RUN returns 0 with a memory fault (arm64, arch/arm64/kvm/nested.c).
+
+        The handler asks guest_memfd in the same thread, and only where that failed it says so.
+        """
+        fields = record.fields
+        vm, tid, gpa = self._people.key(record), fields["common_pid"], fields["gpa"]
+        asked, gmem = self._gmem.pop(tid, None), None
+        if asked is not None and (asked["kvm"], asked["gfn"]) == (fields["kvm"], kvm.gfn_of(gpa)):
+            gmem = -asked["ret"]
+        return Exit(
+            record.ts,
+            vm,
+            fields["vid"],
+            0,
+            fields["reason"],
+            annotated=True,
+            tid=tid,
+            flags=fields["flags"],
+            gpa=gpa,
+            size=fields.get("size"),
+            gfn=kvm.gfn_of(gpa),
+            private=bool(fields["flags"] & kvm.MEMORY_EXIT_FLAG_PRIVATE),
+            gmem=gmem,
+        )
+
     def settle(self, totals: Totals, now: int) -> list[Event]:
         """Exits that the kernel counted and no event told."""
         self._learn(totals)

@@ -122,6 +122,8 @@ class Joiner:
                 return self.faults.run_under_way(record)
             case "arm_sea":
                 return [self.faults.arm_sea(record)]
+            case "vncr":
+                return [self.faults.vncr(record)]
             case "gmem":
                 self.faults.gmem(record)
                 self.refusals.gmem(record)
