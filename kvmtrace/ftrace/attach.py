@@ -86,13 +86,23 @@ class Attacher:
             if probe.via != "tracepoint" or (probe.target or "").startswith("kvm:"):
                 del self._probes[name]
 
-    def mute(self, excluded: Mapping[str, str]) -> None:
-        """Keep some events out of the ring: {event: what to add to its filter}."""
-        for name, condition in excluded.items():
-            if name in self._filters:
-                path, ordinary = self._filters[name]
-                with contextlib.suppress(OSError):
+    def mute(self, excluded: Mapping[str, str]) -> bool:
+        """Keep some events out of the ring: {event: what to add to its filter}.
+
+        False where the kernel took one of the filters not: then none of these events is kept out.
+        """
+        try:
+            for name, condition in excluded.items():
+                if name in self._filters:
+                    path, ordinary = self._filters[name]
                     self._ring_of(name).write(path, f"({ordinary}){condition}")
+        except OSError:
+            for name in excluded.keys() & self._filters.keys():
+                path, ordinary = self._filters[name]
+                with contextlib.suppress(OSError):  # it took that one before
+                    self._ring_of(name).write(path, ordinary)
+            return False
+        return True
 
     def totals(self) -> hist.Totals:
         """The kernel's counts, now."""

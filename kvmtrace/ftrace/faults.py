@@ -62,6 +62,8 @@ class Faults:
         self._doubtful = False
         self._ordinary: set[int] = set()
         """``struct kvm`` of VMs that can have no private memory."""
+        self._odd: set[int] = set()
+        """``struct kvm`` of VMs that exited with flags that are not mainline's."""
 
     def begin(self, doubtful: bool) -> None:
         """A batch of records begins. ``doubtful``: some before or in it were dropped."""
@@ -114,6 +116,8 @@ class Faults:
         self._gmem.pop(tid, None)
         key = records.exit_key(fields)
         self.vm(record)
+        if _is_odd(key):
+            self._odd.add(fields["kvm"])
         detail = _detail(key, fields, self._faults.pop(tid, None))
         known = self._details.get(key)
         if detail.gmem is None and known is not None:
@@ -214,6 +218,7 @@ class Faults:
         """The VM is gone: its addresses may be another's soon."""
         self.storms.gone(struct)
         self._ordinary.discard(struct)
+        self._odd.discard(struct)
         vcpus = self._vcpus_of(struct)
         for vcpu in vcpus:
             del self._vcpus[vcpu]
@@ -222,10 +227,14 @@ class Faults:
                 del self._details[key]
 
     def _asked(self, detail: _Detail, key: ExitKey, struct: int) -> _Detail:
-        """No conversion where nothing is private: then guest_memfd failed, though nobody heard."""
+        """No conversion where nothing is private: then guest_memfd failed, though nobody heard.
+
+        A flag that is not mainline's may mean something else altogether.
+        """
         if (
             not detail.gmem
             and key.ret == -kvm.EFAULT
+            and not (struct in self._odd if key.flags is None else _is_odd(key))
             and struct in self._ordinary
             and records.annotated(key.ret, key.reason)
         ):
@@ -237,9 +246,15 @@ class Faults:
             whose = totals.owner(vcpu)
             if vcpu not in self._vcpus and whose is not None:
                 self._vcpus[vcpu] = whose
+        odd = {key.vcpu for key in totals.exits if _is_odd(key)}
+        self._odd |= {self._vcpus[vcpu].kvm for vcpu in odd if vcpu in self._vcpus}
 
     def _vcpus_of(self, struct: int) -> Collection[int]:
         return {vcpu for vcpu, whose in self._vcpus.items() if whose.kvm == struct}
+
+
+def _is_odd(key: ExitKey) -> bool:
+    return bool((key.flags or 0) & ~kvm.MEMORY_EXIT_FLAG_PRIVATE)
 
 
 def _detail(key: ExitKey, fields: dict[str, Any], fault: _Fault | None) -> _Detail:

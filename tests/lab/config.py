@@ -46,7 +46,11 @@ class Root:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the matrix: a kernel and the root it runs."""
+    """One line of the matrix: a kernel and the root it runs.
+
+    ``modules``: its module package is needed. Without, it is taken where the suite has none, and
+    the machine has its root in its initramfs.
+    """
 
     name: str
     arch: Arch
@@ -55,6 +59,7 @@ class Row:
     flavour: str
     version: str
     why: str
+    modules: bool = True
 
 
 @functools.cache

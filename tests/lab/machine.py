@@ -84,13 +84,17 @@ class Machine:
         self._shares = prepared.kernel.has("9p")
         self.boot_seconds = 0.0
         initrd = work / "initramfs.cpio"
-        initramfs.write(prepared.row, prepared.kernel, initrd)
+        disks: tuple[Path, ...] = (prepared.root, layer.fetch(prepared.row.arch))
+        if prepared.kernel.modules_image is None:
+            initramfs.write_whole(prepared.row, disks, initrd)
+            disks = ()
+        else:
+            initramfs.write(prepared.row, prepared.kernel, initrd)
+            disks = (*disks, prepared.kernel.modules_image)
         parts = qemu.Parts(
             image=prepared.kernel.image,
             initramfs=initrd,
-            root=prepared.root,
-            modules=prepared.kernel.modules_image,
-            layer=layer.fetch(prepared.row.arch),
+            disks=disks,
             share=self._share,
             work=work,
         )

@@ -140,9 +140,7 @@ class Parts:
 
     image: Path
     initramfs: Path
-    root: Path
-    modules: Path
-    layer: Path
+    disks: tuple[Path, ...]
     share: Path
     work: Path
 
@@ -165,7 +163,7 @@ def arguments(
         *("-chardev", f"socket,id=agent,path={parts.work}/agent.sock,server=on,wait=off"),
         *("-device", "virtserialport,chardev=agent,name=kvmtrace.lab"),
     ]
-    for disk in (parts.root, parts.layer, parts.modules):  # /dev/vda, vdb, vdc
+    for disk in parts.disks:  # /dev/vda, vdb, vdc
         identity = f"disk-{disk.stem}"
         image = f"file={disk},format=raw,if=none,id={identity},readonly=on,file.locking=off"
         command += ["-drive", image, "-device", f"virtio-blk-pci,drive={identity}"]

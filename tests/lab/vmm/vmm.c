@@ -50,7 +50,8 @@ static const char help[] =
 "unmap VM GFN                          munmap that page's HVA\n"
 "remap VM GFN                          fresh memory there: the VMM that copes\n"
 "attr VM GFN private|shared [n=1]      KVM_SET_MEMORY_ATTRIBUTES\n"
-"convert VM GFN N                      mark private, N accesses, mark shared, one access: N conversion exits\n"
+"convert VM GFN N [pages=1]            mark private, N accesses, mark shared, one access: N conversion exits;\n"
+"                                      pages: on each of so many pages, answered for the last of them\n"
 "sigbus ignore|count|default           SIGBUS policy of the process; count, the default, records it and goes on\n"
 "earlykill on|off                      PR_MCE_KILL of the main thread: SIGBUS AO as soon as a page is poisoned\n"
 "report [VM]                           totals of everything KVM_RUN told so far\n"
@@ -721,24 +722,31 @@ static void step_attr(void)
 
 static void step_convert(void)
 {
-	struct job job, after;
+	struct job asked, job, after;
 	struct vcpu *vcpu;
 	double timeout;
+	uint64_t pages = number_option("pages", 1);
 
-	if (!parse_job(JOB_LOOP, &job, &vcpu, &timeout))
+	if (!parse_job(JOB_LOOP, &asked, &vcpu, &timeout))
 		return;
-	if (set_private(vcpu->vm, job.gfn, 1, true) < 0) {
+	if (set_private(vcpu->vm, asked.gfn, pages, true) < 0) {
 		fail("KVM_SET_MEMORY_ATTRIBUTES", errno, errno == EINVAL || errno == ENOTTY);
 		return;
 	}
-	after = (struct job){ .kind = JOB_TOUCH, .op = job.op, .gfn = job.gfn };
-	if (vcpu_post(vcpu, &job) < 0) {
-		fail("the vCPU is busy: wait first", 0, false);
-		return;
+	for (uint64_t i = 0; i < pages; i++) {
+		job = asked;
+		job.gfn += i;
+		if (vcpu_post(vcpu, &job) < 0) {
+			fail("the vCPU is busy: wait first", 0, false);
+			return;
+		}
+		vcpu_wait(vcpu, timeout, &job);
+		if (i + 1 < pages)
+			free(job.told.v);
 	}
-	vcpu_wait(vcpu, timeout, &job);
+	after = (struct job){ .kind = JOB_TOUCH, .op = job.op, .gfn = job.gfn };
 	json_job(vcpu, &job);
-	set_private(vcpu->vm, job.gfn, 1, false);
+	set_private(vcpu->vm, asked.gfn, pages, false);
 	vcpu_post(vcpu, &after);
 	vcpu_wait(vcpu, 10, &after);
 	json_bool("shared_again_ok", after.ok);
