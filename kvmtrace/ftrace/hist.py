@@ -151,17 +151,21 @@ class Totals:
         elif not whose:
             self.dropped += block.dropped
         for parts, count, means in block.rows:
-            vcpu = int(parts[0], 16)
-            if whose:
-                who = Whose(int(parts[1], 16), int(parts[2]), means.get("tgid") or None)
-                self.whose.setdefault(vcpu, {})[who] = count
+            try:
+                vcpu = int(parts[0], 16)
+                if whose:
+                    who = Whose(int(parts[1], 16), int(parts[2]), means.get("tgid") or None)
+                    self.whose.setdefault(vcpu, {})[who] = count
+                    continue
+                if ret is not None:
+                    key = ExitKey(vcpu, int(ret[1]), 39, int(parts[1], 16), int(parts[2], 16))
+                    if "size" in means:
+                        self.sizes[key] = means["size"]
+                else:
+                    key = ExitKey(vcpu, _signed(int(parts[1])), int(parts[2]))
+            except (ValueError, IndexError):
+                self.dropped += 0 if whose else count
                 continue
-            if ret is not None:
-                key = ExitKey(vcpu, int(ret[1]), 39, int(parts[1], 16), int(parts[2], 16))
-                if "size" in means:
-                    self.sizes[key] = means["size"]
-            else:
-                key = ExitKey(vcpu, _signed(int(parts[1])), int(parts[2]))
             self.exits[key] = self.exits.get(key, 0) + count
 
     def _split(self, without_entry: Mapping[int, int]) -> None:
@@ -184,7 +188,11 @@ class Totals:
     def _refused(self, block: Block) -> None:
         self.refused_dropped += block.dropped
         for parts, count, means in block.rows:
-            key = RefusedKey(int(parts[0], 16), int(parts[1], 16))
+            try:
+                key = RefusedKey(int(parts[0], 16), int(parts[1], 16))
+            except (ValueError, IndexError):
+                self.refused_dropped += count
+                continue
             self.refused[key] = count
             if means.get("tgid"):
                 self.refusers[key.kvm] = means["tgid"]
@@ -192,7 +200,11 @@ class Totals:
     def _signals(self, event: str, block: Block) -> None:
         self.signals_dropped += block.dropped
         for parts, count, means in block.rows:
-            key = SignalKey(event, int(parts[0]), _signed(int(parts[1])), int(parts[2], 16))
+            try:
+                key = SignalKey(event, int(parts[0]), _signed(int(parts[1])), int(parts[2], 16))
+            except (ValueError, IndexError):
+                self.signals_dropped += count
+                continue
             self.signals[key] = count
             self.facts[key] = SignalFacts(means.get("lsb"), means.get("tgid"))
 

@@ -317,3 +317,16 @@ def test_what_has_no_entry_even_together_is_lost() -> None:
     # Those of a vCPU that has such an entry are counted there.
     tally.rests({ExitKey(POISON.vcpu, -133, 39): 0})
     assert tally.lost(6) == 3
+
+
+def test_a_row_that_makes_no_sense_is_counted_as_one_without_an_entry() -> None:
+    broken = TEXT.replace("vcpu: ffff8c0801610000, ret", "vcpu: no, ret")
+    totals = counted(broken)
+    assert (totals.exits, totals.dropped) == ({POISON: 21}, 2)
+    other = "# trigger info: hist:keys=kvm.hex,gfn.hex:vals=hitcount [active]\n#\n\n"
+    totals = counted(f"{other}{{ kvm: ff }} hitcount:          7\n", event="gmem")
+    assert (totals.refused, totals.refused_dropped) == ({}, 7)
+    totals = counted(
+        f"{other}{{ tid: x, code: 4, addr: 7 }} hitcount:          7\n", event="sigbus"
+    )
+    assert (totals.signals, totals.signals_dropped) == ({}, 7)
