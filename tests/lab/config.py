@@ -28,6 +28,7 @@ class Arch:
     qemu_suites: tuple[str, ...] = ()
     qemu_firmware: tuple[str, ...] = ()
     ras_options: tuple[str, ...] = ()
+    nested_options: tuple[str, ...] = ()
 
     @property
     def foreign(self) -> bool:

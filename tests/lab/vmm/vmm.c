@@ -28,12 +28,14 @@ static const char help[] =
 "GFN is a guest frame number (8, 0x108) or +N, the Nth page of that VM's memory. VM is the name given to create.\n"
 "\n"
 "create VM [backing=gmem|anon|thp|hugetlb2m|hugetlb1g|hugetlb=BYTES|memfd] [file=PATH] [shared=VM] [pages=64]\n"
-"          [vcpus=1] [base=GFN] [pgoff=PAGES] [slots=1] [gap=5] [files=one|each] [private=1] [prefault=0|1]\n"
+"          [vcpus=1] [base=GFN] [pgoff=PAGES] [slots=1] [gap=5] [files=one|each] [private=1] [nested=1]\n"
+"          [prefault=0|1]\n"
 "          file= opens PATH as backing=memfd (/proc/PID/fd/N of another process's memfd: two owners of a page);\n"
 "          shared= uses a VM's memory of this process; slots= splits the memory, gap= gfns apart, in reverse order\n"
-"          in the file, with files=each over one file per slot; private= asks for KVM_X86_SW_PROTECTED_VM\n"
-"touch VM GFN [op=read|write|exec|spin]     enter the guest until its access succeeded or KVM_RUN failed once;\n"
-"                                      spin: it reads and never returns until it fails\n"
+"          in the file, with files=each over one file per slot; private= asks for KVM_X86_SW_PROTECTED_VM,\n"
+"          nested= for a guest that is a hypervisor (arm64, kvm-arm.mode=nested)\n"
+"touch VM GFN [op=read|write|exec|spin|nested]     enter the guest until its access succeeded or KVM_RUN failed once;\n"
+"                                      spin: it reads and never returns until it fails; nested: a guest within it reads\n"
 "loop VM GFN N [op=] [gap_us=0]        N KVM_RUNs on that access, whatever they say: the VMM that doesn't cope\n"
 "pio VM N [gap_us=0]                   N ordinary exits (a port on x86, MMIO on arm64)\n"
 "prefault VM GFN [n=1]                 KVM_PRE_FAULT_MEMORY: a guest_memfd failure that no KVM_RUN tells\n"
@@ -59,7 +61,7 @@ static const char help[] =
 "destroy VM | info VM | caps | pid | sleep S | exit N\n"
 "\n"
 "Answers: \"errno\" is a name and \"errno_nr\" the number; \"reason\" is kvm_run.exit_reason as it was found, and means\n"
-"something with ret 0, or with \"annotated\" (reason 39 and EFAULT or EHWPOISON): only then gpa, gfn, flags, size are\n"
+"something with ret 0, or with \"annotated\" (reason 39 and EFAULT, EHWPOISON or no errno): only then gpa, gfn, flags, size are\n"
 "there. \"mono_ns\" and \"real_ns\" are the clocks at the answer. \"sigbus\" lists what the acting thread took meanwhile.\n"
 "The report's \"failed\" has every KVM_RUN that failed, but for EINTR and EAGAIN, which \"vcpus\" count.\n";
 
@@ -233,6 +235,7 @@ static bool layout_options(struct layout *l, const char *backing, uint64_t pages
 	l->vcpus = number_option("vcpus", 1);
 	l->file_per_slot = !strcmp(option("files", "one"), "each");
 	l->private_type = number_option("private", 0);
+	l->nested = number_option("nested", 0);
 	l->prefault = number_option("prefault", l->kind == THP);
 	if (failed)
 		return false;
@@ -367,7 +370,7 @@ static bool parse_job(enum job_kind kind, struct job *job, struct vcpu **vcpu, d
 		return false;
 	*job = (struct job){ .kind = kind, .n = 1 };
 	job->op = !strcmp(op, "exec") ? OP_EXEC : !strcmp(op, "write") ? OP_WRITE :
-		  !strcmp(op, "spin") ? OP_SPIN : OP_READ;
+		  !strcmp(op, "spin") ? OP_SPIN : !strcmp(op, "nested") ? OP_NESTED : OP_READ;
 	job->bg = number_option("bg", !strcmp(in.step, "pio-bg"));
 	job->gap_us = number_option("gap_us", 0);
 	*timeout = strtod(option("timeout", kind == JOB_TOUCH || kind == JOB_PREFAULT ? "10" : "0"), NULL);
