@@ -1,24 +1,22 @@
-"""More addresses than the kernel has counters for: exits, their errno and their cause stay exact.
+"""More exits than the eBPF source has counters for: their errno and their cause stay exact.
 
-By ftrace see test_ftrace.py, which has room for fewer.
+With few counters; conversions, of which there may be more than the real number, are in
+test_verdicts.py, and ftrace, which has room for fewer, in test_ftrace.py.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
 
 import pytest
 
-from tests.lab.drive import PATIENCE, Line, Vmm, Watch, seen_by, told_by, watching
+from tests.lab.drive import Line, Vmm, Watch, seen_by, told_by
 from tests.lab.machine import Machine
 from tests.lab.scenarios import gone
-from tests.lab.vmm import private_vms
 
 pytestmark = pytest.mark.lab
 
-ROOM = 16384  # sources/bpf.py, MAX_KEYS
 FEW = 64
 
 # kvmtrace with room for that many exits of different kinds only.
@@ -41,37 +39,7 @@ def causes(lines: list[Line], pid: int) -> Counter[tuple[str, str | None]]:
     return found
 
 
-def test_conversions_of_a_whole_vm(boot: Callable[..., Machine]) -> None:
-    """A confidential VM converts more pages than there are counters; then a page of it is lost."""
-    machine = boot()
-    private_vms.offer(machine)
-    pages = ROOM + 600
-    with watching(machine, "bpf") as watch:
-        busy = Vmm(machine, "confidential")
-        busy.step(f"create p private=1 backing=gmem pages={pages + 8}")
-        busy.step(f"convert p +1 1 pages={pages}", patience=10 * PATIENCE)
-        sick = Vmm(machine, "sick")
-        for step in ("create v backing=gmem", "touch v +3", "poison v +3", "touch v +3"):
-            told = sick.step(step)
-        reports = {vmm.pid: vmm.end() for vmm in (busy, sick)}
-        lines = watch.until(lambda ls: all(gone(pid)(ls) for pid in reports), "the VMs' end")
-    truth = told_by(reports[busy.pid])
-    assert (len(truth), truth.total()) == (pages, pages)
-    assert causes(lines, busy.pid) == {("EFAULT", "conversion"): pages}
-    converted = [x for x in lines if x["kind"] == "exit" and x["vm"]["pid"] == busy.pid]
-    assert {(x["vcpu"], x["reason"], x["annotated"], x["size"]) for x in converted} == {
-        (0, 39, True, 4096)
-    }
-    # Those that stand for one exit have its address, the others none.
-    addresses = {key[5] for key in truth}
-    assert all(x["gpa"] in addresses for x in converted if x["count"] == 1)
-    assert all("gpa" not in x and "gfn" not in x for x in converted if x["count"] > 1)
-    (exit_,) = [x for x in lines if x["kind"] == "exit" and x["vm"]["pid"] == sick.pid]
-    assert (exit_["gpa"], exit_["vcpu"], exit_["cause"]) == (told["gpa"], 0, "hwpoison")
-    assert [x for x in lines if x["kind"] == "lost"] == []
-
-
-def test_other_exits_beyond_that(machine: Machine) -> None:
+def test_exits_beyond_the_last_counter(machine: Machine) -> None:
     """Pages that guest_memfd lost, and one that is poisoned when all counters are taken."""
     pages, each = 3 * FEW, 5
     watch = Watch(machine, "bpf", job=machine.start(["python3", "-c", SMALL]))
