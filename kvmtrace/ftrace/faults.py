@@ -123,12 +123,17 @@ class Faults:
         if detail.gmem is None and known is not None:
             detail = known
         detail = self._asked(detail, key, fields["kvm"])
-        if detail != known:
+        self.storms.event(key, fields["kvm"])
+        return self._told(record, key, detail)
+
+    def _told(self, record: Record, key: ExitKey, detail: _Detail) -> list[Event]:
+        """An exit by its event, unless the counts told it or it is like another of this batch."""
+        fields = record.fields
+        if detail != self._details.get(key):
             self._details[key] = detail
             _bound(self._details, _MAX_DETAILS)
         vid = fields["vid"]
         self._vcpus[key.vcpu] = Whose(fields["kvm"], vid, fields.get("tgid") or None)
-        self.storms.event(key, fields["kvm"])
         vm = self._people.key(record)
         # Where the kernel counts nothing, an event is all there ever is.
         if self.storms.counted and not self.tally.event(key):
@@ -163,31 +168,18 @@ class Faults:
         vm, tid = self._people.key(record), fields["common_pid"]
         return Exit(record.ts, vm, fields["vid"], 0, fields["reason"], False, tid, gfn=gfn)
 
-    def vncr(self, record: Record) -> Event:
+    def vncr(self, record: Record) -> list[Event]:
         """KVM_RUN returns 0 with a memory fault (arm64, arch/arm64/kvm/nested.c).
 
         The handler asks guest_memfd in the same thread, and only where that failed it says so.
         """
         fields = record.fields
-        vm, tid, gpa = self._people.key(record), fields["common_pid"], fields["gpa"]
-        asked, gmem = self._gmem.pop(tid, None), None
-        if asked is not None and (asked["kvm"], asked["gfn"]) == (fields["kvm"], kvm.gfn_of(gpa)):
-            gmem = -asked["ret"]
-        return Exit(
-            record.ts,
-            vm,
-            fields["vid"],
-            0,
-            fields["reason"],
-            annotated=True,
-            tid=tid,
-            flags=fields["flags"],
-            gpa=gpa,
-            size=fields.get("size"),
-            gfn=kvm.gfn_of(gpa),
-            private=bool(fields["flags"] & kvm.MEMORY_EXIT_FLAG_PRIVATE),
-            gmem=gmem,
-        )
+        key = records.exit_key(fields)
+        detail = _detail(key, fields, None)
+        asked = self._gmem.pop(fields["common_pid"], None)
+        if asked is not None and (asked["kvm"], asked["gfn"]) == (fields["kvm"], detail.gfn):
+            detail = detail._replace(gmem=-asked["ret"])
+        return self._told(record, key, detail)
 
     def settle(self, totals: Totals, now: int) -> list[Event]:
         """Exits that the kernel counted and no event told."""

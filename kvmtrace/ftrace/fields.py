@@ -233,13 +233,12 @@ FILTERS: dict[str, tuple[tuple[str, str], ...]] = {
 # Which ring: a storm of one kind must not crowd out the rare and precious of another.
 RINGS: dict[str, tuple[str, ...]] = {
     "poison": (
-        *("poison", "gmem_error", "mce", "vm_new", "vm_gone", "slot", "sigbus_bare"),
-        *("arm_sea", "vncr"),
+        *("poison", "gmem_error", "mce", "vm_new", "vm_gone", "slot", "arm_sea", "sigbus_bare"),
         *("mc_event", "extlog", "apei", "arm_event", "non_standard", "soft_offline", "unpoison"),
     ),
     "signals": ("sigbus", "sigbus_forced"),
-    "faults": ("run", "gmem", "faultin", "run_under_way"),
+    "faults": ("run", "vncr", "gmem", "faultin", "run_under_way"),
 }
 # What of a ring has to be counted (hist.triggers), that nothing is lost when the ring is full.
-COUNTED = {"signals": ("sigbus", "sigbus_forced"), "faults": ("run",)}
+COUNTED = {"signals": ("sigbus", "sigbus_forced"), "faults": ("run", "vncr")}
 RING_KIB = {"poison": 128, "signals": 128, "faults": 128}

@@ -78,6 +78,7 @@ def triggers(event: str, fields: Iterable[str]) -> tuple[str, ...]:
     def values(*wanted: str) -> str:
         return ",".join(["vals=hitcount", *(name for name in wanted if name in have)])
 
+    places = f"keys=vcpu.hex,gpa.hex,flags.hex:{values('size')}{size}"
     match event:
         case "gmem":
             return (f"hist:keys=kvm.hex,gfn.hex:{values('tgid')}{size} if ret == -133",)
@@ -91,10 +92,13 @@ def triggers(event: str, fields: Iterable[str]) -> tuple[str, ...]:
                 f"hist:keys=vcpu.hex,kvm.hex,vid:{values('tgid')}{size} if {FAILED}",
             )
             if {"gpa", "flags"} <= have:
-                keys = f"keys=vcpu.hex,gpa.hex,flags.hex:{values('size')}{size}"
                 for ret in _ANNOTATED:
-                    found += (f"hist:{keys} if ret == {ret} && reason == 39",)
+                    found += (f"hist:{places} if ret == {ret} && reason == 39",)
             return found
+        case "vncr":
+            which = "if ret == 0 && reason == 39"
+            whose = f"keys=vcpu.hex,kvm.hex,vid:{values('tgid')}{size}"
+            return (f"hist:{places} {which}", f"hist:{whose} {which}")
     return ()
 
 
@@ -134,7 +138,7 @@ class Totals:
         without_entry: dict[int, int] = {}  # by errno
         for block in blocks:
             match event:
-                case "run":
+                case "run" | "vncr":
                     self._run(block, without_entry)
                 case "gmem":
                     self._refused(block)
@@ -145,8 +149,8 @@ class Totals:
 
     def _run(self, block: Block, without_entry: dict[int, int]) -> None:
         whose = ",kvm" in block.keys
-        ret = re.match(r"ret == (-\d+)", block.condition)
-        if ret is not None:
+        ret = None if whose else re.match(r"ret == (-?\d+)", block.condition)
+        if ret is not None and int(ret[1]):
             without_entry[int(ret[1])] = block.dropped
         elif not whose:
             self.dropped += block.dropped

@@ -129,7 +129,7 @@ class Joiner:
             case "arm_sea":
                 return [self.faults.arm_sea(record)]
             case "vncr":
-                return [self.faults.vncr(record)]
+                return self.faults.vncr(record)
             case "gmem":
                 self.faults.gmem(record)
                 self.refusals.gmem(record)

@@ -134,8 +134,8 @@ class FtraceSource:
             self._attacher.attach(kvm is not None)
             self._joiner.begin(
                 watches_gmem=self._attacher.attached("gmem"),
-                counts_exits=self._attacher.counted("run"),
-                counts_signals=self._attacher.counted("sigbus", "sigbus_forced"),
+                counts_exits=self._attacher.counted(*fields.COUNTED["faults"]),
+                counts_signals=self._attacher.counted(*fields.COUNTED["signals"]),
             )
         for ring in self._rings.values():
             ring.open_cpus()

@@ -173,6 +173,24 @@ def test_triggers_count_every_failed_exit() -> None:
     assert hist.triggers("poison", ["pfn"]) == ()
 
 
+def test_memory_faults_without_an_errno_are_counted() -> None:
+    """arm64's nested virtualization: a probe of its own."""
+    where, whose = hist.triggers("vncr", ["vcpu", "kvm", "vid", "gpa", "flags", "size", "tgid"])
+    assert where.endswith("if ret == 0 && reason == 39")
+    text = (
+        f"# trigger info: {where} [active]\n#\n\n"
+        "{ vcpu: ffff8c0806e156d0, gpa: 108000, flags: 0 } hitcount:         21  size:      86016\n"
+        "\nTotals:\n    Hits: 23\n    Entries: 1\n    Dropped: 2\n\n\n"
+        f"# trigger info: {whose} [active]\n#\n\n"
+        "{ vcpu: ffff8c0806e156d0, kvm: ffff8c0801814000, vid: 1 } hitcount: 21  tgid: 3066\n"
+    )
+    totals = counted(text, event="vncr")
+    key = ExitKey(POISON.vcpu, 0, 39, 0x108000, 0)
+    assert (totals.exits, totals.sizes, totals.dropped) == ({key: 21}, {key: 4096}, 2)
+    assert totals.whose == {POISON.vcpu: {Whose(0xFFFF8C0801814000, 1, 146): 21}}
+    assert (totals.rests, totals.full) == ({}, False)
+
+
 def test_signals_and_refusals_are_counted_too() -> None:
     (to_other,) = hist.triggers("sigbus", ["code", "addr", "lsb", "tid", "tgid"])
     (to_self,) = hist.triggers("sigbus_forced", ["code", "addr", "lsb"])

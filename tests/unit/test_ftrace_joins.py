@@ -522,6 +522,11 @@ def test_arm64s_nested_virtualization_faults_without_an_errno(errno: int) -> Non
         assert (told.errno, told.reason, told.annotated, told.count) == (0, 39, True, 1)
         assert (told.vcpu, told.tid, told.gpa, told.gfn) == (2, TID, GFN << 12 | 0x10, GFN)
         assert (told.flags, told.size, told.private, told.gmem) == (0, 4096, False, known)
+    # What the ring had no room for.
+    key = ExitKey(VCPU, 0, 39, GFN << 12 | 0x10, 0)
+    (rest,) = world.exits_of(totals=Totals({key: 1000}))
+    assert (rest.errno, rest.reason, rest.annotated, rest.count) == (0, 39, True, 997)
+    assert (rest.vcpu, rest.gpa, rest.gfn) == (2, GFN << 12 | 0x10, GFN)
 
 
 @pytest.mark.parametrize("flags", [1 << 4, 1 << 4 | 1 << 3, 1 << 5, 1 << 63])
