@@ -193,6 +193,8 @@ class Faults:
             if detail is None:
                 detail = _detail(key, {"size": totals.sizes.get(key)}, None)
             detail = self._asked(detail, key, whose.kvm)
+            if detail.gmem is None and self.watches_gmem and totals.converts_only(whose.kvm):
+                detail = self._not_asked(detail, key, whose.kvm)
             vm = self._people.key_of(whose.kvm, whose.tgid, now)
             events.append(_exit(now, (vm, whose.vid), key, detail, count))
         return events
@@ -219,19 +221,19 @@ class Faults:
                 del self._details[key]
 
     def _asked(self, detail: _Detail, key: ExitKey, struct: int) -> _Detail:
-        """No conversion where nothing is private: then guest_memfd failed, though nobody heard.
-
-        A flag that is not mainline's may mean something else altogether.
-        """
-        if (
-            not detail.gmem
-            and key.ret == -kvm.EFAULT
-            and not (struct in self._odd if key.flags is None else _is_odd(key))
-            and struct in self._ordinary
-            and records.annotated(key.ret, key.reason)
-        ):
+        """No conversion where nothing is private: then guest_memfd failed, though nobody heard."""
+        if not detail.gmem and struct in self._ordinary and self._is_mainlines(key, struct):
             return detail._replace(gmem=kvm.EFAULT)
         return detail
+
+    def _not_asked(self, detail: _Detail, key: ExitKey, struct: int) -> _Detail:
+        """A conversion: guest_memfd of this VM has never failed, as the kernel counts it."""
+        return detail._replace(gmem=0) if self._is_mainlines(key, struct) else detail
+
+    def _is_mainlines(self, key: ExitKey, struct: int) -> bool:
+        """An annotated EFAULT that is a conversion or a failure of guest_memfd, nothing else."""
+        odd = struct in self._odd if key.flags is None else _is_odd(key)
+        return key.ret == -kvm.EFAULT and records.annotated(key.ret, key.reason) and not odd
 
     def _learn(self, totals: Totals) -> None:
         for vcpu in totals.whose:
@@ -246,6 +248,7 @@ class Faults:
 
 
 def _is_odd(key: ExitKey) -> bool:
+    """A flag that is not mainline's may mean something else altogether."""
     return bool((key.flags or 0) & ~kvm.MEMORY_EXIT_FLAG_PRIVATE)
 
 

@@ -81,7 +81,10 @@ def triggers(event: str, fields: Iterable[str]) -> tuple[str, ...]:
     places = f"keys=vcpu.hex,gpa.hex,flags.hex:{values('size')}{size}"
     match event:
         case "gmem":
-            return (f"hist:keys=kvm.hex,gfn.hex:{values('tgid')}{size} if ret == -133",)
+            return (
+                f"hist:keys=kvm.hex,gfn.hex:{values('tgid')}{size} if ret == -133",
+                f"hist:keys=kvm.hex,ret:vals=hitcount{size} if ret == -14",
+            )
         case "sigbus" | "sigbus_forced":
             tid = "tid" if "tid" in have else "common_pid"
             codes = "code == 4 || code == 5"
@@ -114,6 +117,8 @@ class Totals:
     refusers: dict[int, int] = field(default_factory=dict)
     """{struct kvm: process}"""
     refused_dropped: int = 0
+    failing: set[int] | None = None
+    """``struct kvm`` of VMs of which guest_memfd failed with EFAULT; None: not all were counted."""
     signals: dict[SignalKey, int] = field(default_factory=dict)
     facts: dict[SignalKey, SignalFacts] = field(default_factory=dict)
     signals_dropped: int = 0
@@ -126,7 +131,7 @@ class Totals:
         """Exits of some vCPUs only."""
         exits = {key: count for key, count in self.exits.items() if key.vcpu in vcpus}
         rests = {key: count for key, count in self.rests.items() if key.vcpu in vcpus}
-        return Totals(exits, self.sizes, rests=rests)
+        return Totals(exits, self.sizes, rests=rests, failing=self.failing)
 
     def owner(self, vcpu: int) -> Whose | None:
         """Whose a vCPU most likely is: its address may have been used before."""
@@ -140,6 +145,8 @@ class Totals:
             match event:
                 case "run" | "vncr":
                     self._run(block, without_entry)
+                case "gmem" if ",ret" in block.keys:
+                    self._failing(block)
                 case "gmem":
                     self._refused(block)
                 case "sigbus" | "sigbus_forced":
@@ -188,6 +195,21 @@ class Totals:
                 rest = min(max(0, self.exits.pop(key) - placed[key]), left[key.ret])
                 self.rests[key] = rest
                 left[key.ret] -= rest
+
+    def converts_only(self, struct: int) -> bool:
+        """Whether all annotated EFAULTs of this VM are conversions: its guest_memfd never failed.
+
+        To be true of exits counted here, this has to be read after they are.
+        """
+        return self.failing is not None and struct not in self.failing
+
+    def _failing(self, block: Block) -> None:
+        try:
+            found = {int(parts[0], 16) for parts, _, _ in block.rows}
+        except (ValueError, IndexError):
+            return
+        if not block.dropped:
+            self.failing = found
 
     def _refused(self, block: Block) -> None:
         self.refused_dropped += block.dropped

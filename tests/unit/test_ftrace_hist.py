@@ -191,6 +191,22 @@ def test_memory_faults_without_an_errno_are_counted() -> None:
     assert (totals.rests, totals.full) == ({}, False)
 
 
+def test_whose_guest_memfd_never_failed() -> None:
+    _, failing = hist.triggers("gmem", ["kvm", "gfn", "ret"])
+    text = f"# trigger info: {failing} [active]\n#\n\n"
+    row = "{ kvm: ffff8cc583666000, ret: 18446744073709551602 } hitcount:          7\n"
+    ends = "\nTotals:\n    Hits: 7\n    Entries: 1\n    Dropped: %d\n"
+    totals = counted(text + row + ends % 0, event="gmem")
+    assert totals.failing == {0xFFFF8CC583666000}
+    assert not totals.converts_only(0xFFFF8CC583666000)
+    assert totals.converts_only(VCPU)
+    assert totals.of({VCPU}).converts_only(VCPU)
+    assert counted(text + ends % 0, event="gmem").converts_only(VCPU)
+    # Nobody counted, or not all of it.
+    for said in ("", text + row + ends % 1, text + row.replace("ffff8cc583666000", "no")):
+        assert not counted(said, event="gmem").converts_only(VCPU)
+
+
 def test_signals_and_refusals_are_counted_too() -> None:
     (to_other,) = hist.triggers("sigbus", ["code", "addr", "lsb", "tid", "tgid"])
     (to_self,) = hist.triggers("sigbus_forced", ["code", "addr", "lsb"])

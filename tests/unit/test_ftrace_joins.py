@@ -529,6 +529,37 @@ def test_arm64s_nested_virtualization_faults_without_an_errno(errno: int) -> Non
     assert (rest.vcpu, rest.gpa, rest.gfn) == (2, GFN << 12 | 0x10, GFN)
 
 
+@pytest.mark.parametrize(
+    ("failing", "watches", "gmem"),
+    [
+        (set(), True, 0),
+        ({VM + 64}, True, 0),
+        ({VM}, True, None),
+        (None, True, None),
+        (set(), False, None),
+    ],
+)
+def test_conversions_that_only_the_counts_tell(
+    failing: set[int] | None, watches: bool, gmem: int | None
+) -> None:
+    """Where guest_memfd of that VM has never failed there is nothing else that they can be."""
+    world = World(watches_gmem=watches)
+    world.tell(world.record("vm_new", ret=0, has_private=1))
+    rest, one = ExitKey(VCPU, -14, 39), ExitKey(VCPU, -14, 39, 9 << 12, 8)
+    bare, odd = ExitKey(VCPU, -14, 0), ExitKey(VCPU, -14, 39, 7 << 12, 16)
+    told = world.exits_of(
+        totals=Totals(
+            exits={one: 5, bare: 2},
+            rests={rest: 5000},
+            whose={VCPU: {Whose(VM, 0, PID): 5007}},
+            failing=failing,
+        )
+    )
+    assert [(e.count, e.gmem) for e in told] == [(5, gmem), (2, None), (5000, gmem)]
+    told = world.exits_of(totals=Totals(exits={odd: 5}, rests={rest: 5001}, failing=failing))
+    assert [(e.count, e.gmem) for e in told] == [(5, None), (1, None)]
+
+
 @pytest.mark.parametrize("flags", [1 << 4, 1 << 4 | 1 << 3, 1 << 5, 1 << 63])
 def test_a_flag_that_is_not_mainlines_makes_no_failure_of_guest_memfd(flags: int) -> None:
     """Demand paging of a VM that has nothing private: by its event, and by counts alone."""
