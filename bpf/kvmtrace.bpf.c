@@ -21,6 +21,7 @@
 #define SI_KERNEL_ 0x80
 #define KVM_EXIT_MEMORY_FAULT_ 39
 #define KVM_EXIT_ARM_SEA_ 41
+#define MEMORY_EXIT_FLAG_PRIVATE_ (1ULL << 3)
 #define ARM_SEA_GPA_VALID 1
 #define KVM_PFN_ERR_HWPOISON_ 0x7ff0000000000001ULL /* include/linux/kvm_host.h */
 
@@ -207,15 +208,24 @@ static __always_inline int may_tell(u64 now)
 
 /* ---- run: KVM_RUN came back ---- */
 
+/* Exits whose address tells nobody anything: guest_memfd was not asked (a conversion), or a bit that
+ * is not mainline's says that the page is to be fetched. They come for one page after the other by
+ * the ten thousand, and would leave no counter to others. */
+static __always_inline int is_normal_business(struct exit_key *key)
+{
+	return key->annotated && key->ret == -EFAULT_ &&
+	       (!key->gmem || key->flags & ~MEMORY_EXIT_FLAG_PRIVATE_);
+}
+
 static __always_inline int on_run_failed(u64 vcpu, int ret)
 {
 	struct exit_key key = {};
 	struct exit_count zero = {}, *count;
 	struct exit_record record = {};
 	u32 tid = (u32)bpf_get_current_pid_tgid();
+	struct gmem_fail *gmem;
 	struct fault *fault;
-	u64 run, now;
-	int first;
+	u64 run, now, gpa = 0;
 
 	key.kvm = word(vcpu + OFF_kvm_vcpu_kvm);
 	key.gen = gen_of(key.kvm);
@@ -227,9 +237,10 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	key.gmem = GMEM_NOT_WATCHED;
 	run = word(vcpu + OFF_kvm_vcpu_run);
 	key.reason = half(run + OFF_kvm_run_exit_reason);
-	/* Only then is the union a memory_fault (api.rst); else it is another exit's leftovers. */
-	if (key.reason == KVM_EXIT_MEMORY_FAULT_ && (ret == -EFAULT_ || ret == -EHWPOISON_) &&
-	    OFF_kvm_run_memory_fault >= 0) {
+	/* Only then is the union a memory_fault (api.rst); else it is another exit's leftovers. 0: see
+	 * on_vncr. */
+	if (key.reason == KVM_EXIT_MEMORY_FAULT_ &&
+	    (ret == -EFAULT_ || ret == -EHWPOISON_ || !ret) && OFF_kvm_run_memory_fault >= 0) {
 		key.annotated = 1;
 		key.flags = word(run + OFF_kvm_run_memory_fault);
 		key.gpa = word(run + OFF_kvm_run_memory_fault + 8);
@@ -252,44 +263,56 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 		}
 		faults.delete(&tid);
 	}
+	/* on_vncr: asked in this thread, and for this page. */
+	gmem = gmem_fails.lookup(&tid);
+	if (!ret && key.annotated && gmem && gmem->kvm == key.kvm &&
+	    gmem->gfn == key.gpa >> PAGE_SHIFT_)
+		key.gmem = gmem->ret;
 	gmem_fails.delete(&tid);
-	/* No conversion where nothing is private: then guest_memfd failed, though nobody heard it. */
+	/* No conversion where nothing is private: then guest_memfd failed, though nobody heard it. A
+	 * bit that is not mainline's may mean something else altogether. */
 	if (key.annotated && ret == -EFAULT_ && !has_private(key.kvm) &&
+	    !(key.flags & ~MEMORY_EXIT_FLAG_PRIVATE_) &&
 	    (!key.gmem || key.gmem == GMEM_NOT_WATCHED))
 		key.gmem = ret;
 
 	/* No errno, and told only on arm64: see on_arm_sea. struct { flags, esr, gva, gpa } */
-	if (!ret && OFF_kvm_run_arm_sea >= 0 && word(run + OFF_kvm_run_arm_sea) & ARM_SEA_GPA_VALID)
+	if (!ret && key.reason == KVM_EXIT_ARM_SEA_ && OFF_kvm_run_arm_sea >= 0 &&
+	    word(run + OFF_kvm_run_arm_sea) & ARM_SEA_GPA_VALID)
 		key.gfn = word(run + OFF_kvm_run_arm_sea + 24) >> PAGE_SHIFT_;
 
-	now = bpf_ktime_get_ns();
-	count = exits.lookup(&key);
-	first = !count;
-	if (first) {
-		exits.insert(&key, &zero);
-		count = exits.lookup(&key);
-	}
-	if (!count) {
-		/* The map is full. Stay exact per VM and errno; give up the rest, and say so. */
-		lose(LOST_KEYS);
-		key.gpa = key.size = key.flags = 0;
+	if (is_normal_business(&key)) {
+		gpa = key.gpa;
+		key.gpa = NO_GPA;
 		key.gfn = NO_GFN;
-		key.vcpu = ~0U;
+	}
+	now = bpf_ktime_get_ns();
+	count = exits.lookup_or_try_init(&key, &zero);
+	if (!count) {
+		/* The map is full. Stay exact per VM, errno and cause; give up the rest, and say so. */
+		lose(LOST_KEYS);
+		key.gpa = NO_GPA;
+		key.gfn = NO_GFN;
+		key.size = 0;
+		key.vcpu = NO_VCPU;
 		key.access = 0;
-		key.annotated = 0;
-		key.reason = ~0U;
 		count = overflow.lookup_or_try_init(&key, &zero);
 		if (!count) {
 			lose(LOST_COUNTS);
 			return 0;
 		}
+	} else if (key.gpa == NO_GPA && (count->gpa != gpa || !count->since)) {
+		/* A key has one vCPU, and so one writer. Who reads meanwhile finds the row begun later
+		 * than it was, rather than with the wrong address. */
+		*(volatile u64 *)&count->since = count->total + 1;
+		*(volatile u64 *)&count->gpa = gpa;
 	}
 	__sync_fetch_and_add(&count->total, 1);
 	count_activity();
 	count->last_ts = now;
 	count->tid = tid;
 	count->tgid = bpf_get_current_pid_tgid() >> 32;
-	if (!first && now - count->told_ts < TELL_EVERY_NS)
+	if (now - count->told_ts < TELL_EVERY_NS)
 		return 0;
 	if (!may_tell(now))
 		return 0;
@@ -297,6 +320,8 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	fill(&record.h, RECORD_EXIT, key.kvm);
 	record.key = key;
 	record.total = count->total;
+	record.gpa = count->gpa;
+	record.since = count->since;
 	tell(&record, sizeof(record));
 	return 0;
 }
@@ -329,6 +354,17 @@ static __always_inline int on_run_under_way(int ret)
 static __always_inline int on_arm_sea(u64 vcpu, int ret)
 {
 	if (ret || half(word(vcpu + OFF_kvm_vcpu_run) + OFF_kvm_run_exit_reason) != KVM_EXIT_ARM_SEA_)
+		return 0;
+	return on_run_failed(vcpu, 0);
+}
+
+/* ---- vncr: kvm_handle_vncr_abort(vcpu) returned; 0: so will KVM_RUN, with a memory fault or as above.
+ * Against api.rst there is no errno with it; asking so here costs KVM_RUN's other returns nothing. ---- */
+
+static __always_inline int on_vncr(u64 vcpu, int ret)
+{
+	if (ret || half(word(vcpu + OFF_kvm_vcpu_run) + OFF_kvm_run_exit_reason) !=
+			   KVM_EXIT_MEMORY_FAULT_)
 		return 0;
 	return on_run_failed(vcpu, 0);
 }
@@ -497,7 +533,7 @@ static __always_inline int on_gmem_error(u64 mapping, u64 folio)
 	return 0;
 }
 
-/* ---- poison: ras:memory_failure_event(pfn, type, result) ---- */
+/* ---- poison: memory_failure_event(pfn, type, result) ---- */
 
 static __always_inline int on_poison(u64 pfn, int page_type, int result)
 {
@@ -806,6 +842,12 @@ int FN_vm_gone(args_t *ctx)
 int FN_arm_sea(args_t *ctx)
 {
 	return on_arm_sea(ctx[0], (int)ctx[NARGS_arm_sea]);
+}
+#endif
+#ifdef FN_vncr
+int FN_vncr(args_t *ctx)
+{
+	return on_vncr(ctx[0], (int)ctx[NARGS_vncr]);
 }
 #endif
 #ifdef FN_apei

@@ -35,8 +35,11 @@ struct header {
 
 #define GMEM_NOT_WATCHED (-0x7fffffff) /* no probe could see kvm_gmem_get_pfn */
 #define NO_GFN (~0ULL)
+#define NO_GPA (~0ULL) /* annotated, but exits of this key differ in it */
+#define NO_VCPU (~0U)
 
-/* Everything that makes two exits "the same": the key of the exact counters. */
+/* Everything that makes two exits "the same": the key of the exact counters. In the map `overflow`
+ * gpa, gfn, size, vcpu and access are left out; what the errno and the cause follow from is not. */
 struct exit_key {
 	u64 kvm;
 	u64 gen;
@@ -58,12 +61,18 @@ struct exit_count {
 	u64 told_ts; /* when an event last went out for this key */
 	u32 tid;
 	u32 tgid;
+	/* Of keys without an address: that of the last exit, and the number of the first exit of the
+	 * unbroken row of them that had it. 0: not known. */
+	u64 gpa;
+	u64 since;
 };
 
 struct exit_record {
 	struct header h;
 	struct exit_key key;
 	u64 total;
+	u64 gpa; /* gpa, since: see exit_count */
+	u64 since;
 };
 
 #define MAX_OWNERS 8
@@ -194,7 +203,7 @@ struct refused_count {
 /* Where things are lost, indices into the map `lost`. */
 enum lost_place {
 	LOST_RING,     /* ring buffer full: an event was not told */
-	LOST_KEYS,     /* counter map full: counted per VM and errno only, without vCPU and gfn */
+	LOST_KEYS,     /* counter map full: counted per VM, errno and cause, without vCPU and gfn */
 	LOST_COUNTS,   /* counted nowhere */
 	LOST_PLACES
 };

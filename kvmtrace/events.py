@@ -66,10 +66,10 @@ class Exit(Event):
     arch/arm64/kvm/nested.c): ``gmem`` says of which then.
     ``annotated``: reason 39 with EFAULT, EHWPOISON or 0, so flags, gpa and size are the kernel's
     (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT), or None if only a count tells of it.
+    ``vcpu``, ``reason``, ``annotated`` are None where the kernel had no counter left for each.
     ``gmem``: the errno with which kvm_gmem_get_pfn failed for this very fault, 0 if it was not
     asked, None if nobody watched. ``gfn`` may come from the fault handler where the exit is not
-    annotated. ``access``: some of "r", "w", "x". ``vcpu`` and ``reason`` are None where only a
-    count without them was left (a full map in the kernel).
+    annotated. ``access``: some of "r", "w", "x".
     """
 
     kind: ClassVar[str] = "exit"
@@ -77,7 +77,7 @@ class Exit(Event):
     vcpu: int | None
     errno: int
     reason: int | None
-    annotated: bool
+    annotated: bool | None
     tid: int | None = None
     flags: int | None = None
     gpa: int | None = None
@@ -99,7 +99,7 @@ class Exit(Event):
 
 @dataclass(frozen=True, slots=True)
 class Poison(Event):
-    """ras:memory_failure_event. Type and result as this kernel prints them, numbers beside."""
+    """memory_failure_event. Type and result as this kernel prints them, numbers beside."""
 
     kind: ClassVar[str] = "poison"
     pfn: int

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from kvmtrace.btf import Btf
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.probes import specs
+from kvmtrace.probes import POISON_EVENTS, specs
 
 TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
@@ -223,13 +223,24 @@ def symbolic_tables(event_format: str) -> dict[str, dict[int, str]]:
 
 
 def memory_failure_names(root: str | None = None) -> tuple[dict[int, str], dict[int, str]]:
-    """Page types and results of ras:memory_failure_event as this very kernel prints them.
+    """Page types and results of memory_failure_event as this very kernel prints them.
 
     ``root``: tracefs. Both empty where tracefs is not there.
     """
     root = root or tracefs() or TRACEFS[0]
-    tables = symbolic_tables(_read(f"{root}/events/ras/memory_failure_event/format"))
+    event = tracepoint(POISON_EVENTS, root)
+    tables = symbolic_tables(event_format(event, root)) if event else {}
     return tables.get("type", {}), tables.get("result", {})
+
+
+def tracepoint(targets: Iterable[str], root: str) -> str | None:
+    """The first ``system:event`` of these that the tracefs at ``root`` has."""
+    return next((target for target in targets if event_format(target, root)), None)
+
+
+def event_format(target: str, root: str) -> str:
+    """The ``format`` of ``system:event``; "" where that is not there or cannot be read."""
+    return _read(f"{root}/events/{target.replace(':', '/')}/format")
 
 
 # -- symbols

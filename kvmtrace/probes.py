@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ProbeSpec:
-    """``targets``: functions, or one ``group:event`` tracepoint. ``at``: "entry" or "return"."""
+    """``targets``: functions, or ``system:event`` tracepoints. ``at``: "entry" or "return"."""
 
     name: str
     targets: tuple[str, ...]
@@ -38,6 +38,9 @@ _FAULTIN = {
     "aarch64": ("kvm_handle_guest_abort",),
 }
 
+# Linux 6.19 to 7.1 have it in a system of its own; so may other kernels that are patched.
+POISON_EVENTS = ("ras:memory_failure_event", "memory_failure:memory_failure_event")
+
 # Elsewhere hardware errors come in other ways: see context_specs.
 _MACHINE_CHECKS = ("x86_64",)
 
@@ -53,7 +56,7 @@ def specs(machine: str | None = None) -> tuple[ProbeSpec, ...]:
         ProbeSpec(
             "gmem", ("kvm_gmem_get_pfn",), "return", "whether an EFAULT is conversion or backing"
         ),
-        ProbeSpec("poison", ("ras:memory_failure_event",), "entry", "poisoned pages"),
+        ProbeSpec("poison", POISON_EVENTS, "entry", "poisoned pages"),
         ProbeSpec(
             "gmem_error", ("kvm_gmem_error_folio",), "entry", "owners of poisoned guest_memfd pages"
         ),
@@ -95,6 +98,12 @@ def context_specs() -> tuple[ProbeSpec, ...]:
         ),
         ProbeSpec(
             "arm_sea", ("kvm_handle_guest_sea",), "return", "exits with KVM_EXIT_ARM_SEA, no errno"
+        ),
+        ProbeSpec(
+            "vncr",
+            ("kvm_handle_vncr_abort",),
+            "return",
+            "memory faults of arm64's nested virtualization, no errno",
         ),
         ProbeSpec("soft_offline", ("soft_offline_page",), "return", "pages moved off bad memory"),
         ProbeSpec("unpoison", ("unpoison_memory",), "return", "pages taken off the poison list"),

@@ -95,8 +95,10 @@ def cause_of(exit_: Exit) -> str | None:
         return "hwpoison"
     if exit_.errno != kvm.EFAULT:
         return "other"
-    if not exit_.annotated:
+    if exit_.annotated is False:
         return "unannotated"
+    if exit_.annotated is None:
+        return None
     flags = exit_.flags or 0
     if flags & kvm.MEMORY_EXIT_FLAG_USERFAULT:
         return "userfault"

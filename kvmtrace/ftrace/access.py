@@ -34,6 +34,10 @@ def tracefs() -> str:
 
 def explained(error: OSError) -> KvmtraceError:
     """What to tell when a control file was refused."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return KvmtraceError(
+            "no file descriptors are left for the rings of all CPUs", "raise `ulimit -n`"
+        )
     if error.errno in (errno.EPERM, errno.EACCES):
         locked = _locked_down()
         if locked is not None:

@@ -62,6 +62,8 @@ class Faults:
         self._doubtful = False
         self._ordinary: set[int] = set()
         """``struct kvm`` of VMs that can have no private memory."""
+        self._odd: set[int] = set()
+        """``struct kvm`` of VMs that exited with flags that are not mainline's."""
 
     def begin(self, doubtful: bool) -> None:
         """A batch of records begins. ``doubtful``: some before or in it were dropped."""
@@ -114,17 +116,24 @@ class Faults:
         self._gmem.pop(tid, None)
         key = records.exit_key(fields)
         self.vm(record)
+        if _is_odd(key):
+            self._odd.add(fields["kvm"])
         detail = _detail(key, fields, self._faults.pop(tid, None))
         known = self._details.get(key)
         if detail.gmem is None and known is not None:
             detail = known
         detail = self._asked(detail, key, fields["kvm"])
-        if detail != known:
+        self.storms.event(key, fields["kvm"])
+        return self._told(record, key, detail)
+
+    def _told(self, record: Record, key: ExitKey, detail: _Detail) -> list[Event]:
+        """An exit by its event, unless the counts told it or it is like another of this batch."""
+        fields = record.fields
+        if detail != self._details.get(key):
             self._details[key] = detail
             _bound(self._details, _MAX_DETAILS)
         vid = fields["vid"]
         self._vcpus[key.vcpu] = Whose(fields["kvm"], vid, fields.get("tgid") or None)
-        self.storms.event(key, fields["kvm"])
         vm = self._people.key(record)
         # Where the kernel counts nothing, an event is all there ever is.
         if self.storms.counted and not self.tally.event(key):
@@ -159,6 +168,19 @@ class Faults:
         vm, tid = self._people.key(record), fields["common_pid"]
         return Exit(record.ts, vm, fields["vid"], 0, fields["reason"], False, tid, gfn=gfn)
 
+    def vncr(self, record: Record) -> list[Event]:
+        """KVM_RUN returns 0 with a memory fault (arm64, arch/arm64/kvm/nested.c).
+
+        The handler asks guest_memfd in the same thread, and only where that failed it says so.
+        """
+        fields = record.fields
+        key = records.exit_key(fields)
+        detail = _detail(key, fields, None)
+        asked = self._gmem.pop(fields["common_pid"], None)
+        if asked is not None and (asked["kvm"], asked["gfn"]) == (fields["kvm"], detail.gfn):
+            detail = detail._replace(gmem=-asked["ret"])
+        return self._told(record, key, detail)
+
     def settle(self, totals: Totals, now: int) -> list[Event]:
         """Exits that the kernel counted and no event told."""
         self._learn(totals)
@@ -171,6 +193,8 @@ class Faults:
             if detail is None:
                 detail = _detail(key, {"size": totals.sizes.get(key)}, None)
             detail = self._asked(detail, key, whose.kvm)
+            if detail.gmem is None and self.watches_gmem and totals.converts_only(whose.kvm):
+                detail = self._not_asked(detail, key, whose.kvm)
             vm = self._people.key_of(whose.kvm, whose.tgid, now)
             events.append(_exit(now, (vm, whose.vid), key, detail, count))
         return events
@@ -188,6 +212,7 @@ class Faults:
         """The VM is gone: its addresses may be another's soon."""
         self.storms.gone(struct)
         self._ordinary.discard(struct)
+        self._odd.discard(struct)
         vcpus = self._vcpus_of(struct)
         for vcpu in vcpus:
             del self._vcpus[vcpu]
@@ -197,23 +222,34 @@ class Faults:
 
     def _asked(self, detail: _Detail, key: ExitKey, struct: int) -> _Detail:
         """No conversion where nothing is private: then guest_memfd failed, though nobody heard."""
-        if (
-            not detail.gmem
-            and key.ret == -kvm.EFAULT
-            and struct in self._ordinary
-            and records.annotated(key.ret, key.reason)
-        ):
+        if not detail.gmem and struct in self._ordinary and self._is_mainlines(key, struct):
             return detail._replace(gmem=kvm.EFAULT)
         return detail
+
+    def _not_asked(self, detail: _Detail, key: ExitKey, struct: int) -> _Detail:
+        """A conversion: guest_memfd of this VM has never failed, as the kernel counts it."""
+        return detail._replace(gmem=0) if self._is_mainlines(key, struct) else detail
+
+    def _is_mainlines(self, key: ExitKey, struct: int) -> bool:
+        """An annotated EFAULT that is a conversion or a failure of guest_memfd, nothing else."""
+        odd = struct in self._odd if key.flags is None else _is_odd(key)
+        return key.ret == -kvm.EFAULT and records.annotated(key.ret, key.reason) and not odd
 
     def _learn(self, totals: Totals) -> None:
         for vcpu in totals.whose:
             whose = totals.owner(vcpu)
             if vcpu not in self._vcpus and whose is not None:
                 self._vcpus[vcpu] = whose
+        odd = {key.vcpu for key in totals.exits if _is_odd(key)}
+        self._odd |= {self._vcpus[vcpu].kvm for vcpu in odd if vcpu in self._vcpus}
 
     def _vcpus_of(self, struct: int) -> Collection[int]:
         return {vcpu for vcpu, whose in self._vcpus.items() if whose.kvm == struct}
+
+
+def _is_odd(key: ExitKey) -> bool:
+    """A flag that is not mainline's may mean something else altogether."""
+    return bool((key.flags or 0) & ~kvm.MEMORY_EXIT_FLAG_PRIVATE)
 
 
 def _detail(key: ExitKey, fields: dict[str, Any], fault: _Fault | None) -> _Detail:

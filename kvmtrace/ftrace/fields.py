@@ -186,6 +186,14 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         _needed("gpa", "vcpu->run->arm_sea.gpa:x64"),
         _RET,
     ),
+    "vncr": (
+        *_VCPU,
+        _needed("reason", "vcpu->run->exit_reason:u32"),
+        _needed("gpa", "vcpu->run->memory_fault.gpa:x64"),
+        _needed("flags", "vcpu->run->memory_fault.flags:x64"),
+        _field("size", "vcpu->run->memory_fault.size:x64"),
+        _RET,
+    ),
     "soft_offline": (_needed("pfn", "pfn:u64"), _RET),
     "unpoison": (_needed("pfn", "pfn:u64"), _RET),
     # include/linux/kvm_host.h, enum kvm_mr_change: CREATE, DELETE, MOVE, FLAGS_ONLY
@@ -216,6 +224,7 @@ FILTERS: dict[str, tuple[tuple[str, str], ...]] = {
     "run_under_way": (("errno", FAILED.replace("ret", "errno")),),
     "vm_new": (("ret", "ret == 0"),),
     "arm_sea": (("ret", f"ret == 0 && reason == {kvm.EXIT_ARM_SEA}"),),
+    "vncr": (("ret", f"ret == 0 && reason == {kvm.EXIT_MEMORY_FAULT}"),),
     "sigbus": (("code", "code == 4 || code == 5"),),
     "sigbus_forced": (("code", "code == 4 || code == 5"),),
     "sigbus_bare": (("sig", f"sig == {int(signal.SIGBUS)}"),),
@@ -228,8 +237,8 @@ RINGS: dict[str, tuple[str, ...]] = {
         *("mc_event", "extlog", "apei", "arm_event", "non_standard", "soft_offline", "unpoison"),
     ),
     "signals": ("sigbus", "sigbus_forced"),
-    "faults": ("run", "gmem", "faultin", "run_under_way"),
+    "faults": ("run", "vncr", "gmem", "faultin", "run_under_way"),
 }
 # What of a ring has to be counted (hist.triggers), that nothing is lost when the ring is full.
-COUNTED = {"signals": ("sigbus", "sigbus_forced"), "faults": ("run",)}
+COUNTED = {"signals": ("sigbus", "sigbus_forced"), "faults": ("run", "vncr")}
 RING_KIB = {"poison": 128, "signals": 128, "faults": 128}

@@ -78,9 +78,13 @@ def triggers(event: str, fields: Iterable[str]) -> tuple[str, ...]:
     def values(*wanted: str) -> str:
         return ",".join(["vals=hitcount", *(name for name in wanted if name in have)])
 
+    places = f"keys=vcpu.hex,gpa.hex,flags.hex:{values('size')}{size}"
     match event:
         case "gmem":
-            return (f"hist:keys=kvm.hex,gfn.hex:{values('tgid')}{size} if ret == -133",)
+            return (
+                f"hist:keys=kvm.hex,gfn.hex:{values('tgid')}{size} if ret == -133",
+                f"hist:keys=kvm.hex,ret:vals=hitcount{size} if ret == -14",
+            )
         case "sigbus" | "sigbus_forced":
             tid = "tid" if "tid" in have else "common_pid"
             codes = "code == 4 || code == 5"
@@ -91,10 +95,13 @@ def triggers(event: str, fields: Iterable[str]) -> tuple[str, ...]:
                 f"hist:keys=vcpu.hex,kvm.hex,vid:{values('tgid')}{size} if {FAILED}",
             )
             if {"gpa", "flags"} <= have:
-                keys = f"keys=vcpu.hex,gpa.hex,flags.hex:{values('size')}{size}"
                 for ret in _ANNOTATED:
-                    found += (f"hist:{keys} if ret == {ret} && reason == 39",)
+                    found += (f"hist:{places} if ret == {ret} && reason == 39",)
             return found
+        case "vncr":
+            which = "if ret == 0 && reason == 39"
+            whose = f"keys=vcpu.hex,kvm.hex,vid:{values('tgid')}{size}"
+            return (f"hist:{places} {which}", f"hist:{whose} {which}")
     return ()
 
 
@@ -110,6 +117,8 @@ class Totals:
     refusers: dict[int, int] = field(default_factory=dict)
     """{struct kvm: process}"""
     refused_dropped: int = 0
+    failing: set[int] | None = None
+    """``struct kvm`` of VMs of which guest_memfd failed with EFAULT; None: not all were counted."""
     signals: dict[SignalKey, int] = field(default_factory=dict)
     facts: dict[SignalKey, SignalFacts] = field(default_factory=dict)
     signals_dropped: int = 0
@@ -122,7 +131,7 @@ class Totals:
         """Exits of some vCPUs only."""
         exits = {key: count for key, count in self.exits.items() if key.vcpu in vcpus}
         rests = {key: count for key, count in self.rests.items() if key.vcpu in vcpus}
-        return Totals(exits, self.sizes, rests=rests)
+        return Totals(exits, self.sizes, rests=rests, failing=self.failing)
 
     def owner(self, vcpu: int) -> Whose | None:
         """Whose a vCPU most likely is: its address may have been used before."""
@@ -134,8 +143,10 @@ class Totals:
         without_entry: dict[int, int] = {}  # by errno
         for block in blocks:
             match event:
-                case "run":
+                case "run" | "vncr":
                     self._run(block, without_entry)
+                case "gmem" if ",ret" in block.keys:
+                    self._failing(block)
                 case "gmem":
                     self._refused(block)
                 case "sigbus" | "sigbus_forced":
@@ -145,23 +156,27 @@ class Totals:
 
     def _run(self, block: Block, without_entry: dict[int, int]) -> None:
         whose = ",kvm" in block.keys
-        ret = re.match(r"ret == (-\d+)", block.condition)
-        if ret is not None:
+        ret = None if whose else re.match(r"ret == (-?\d+)", block.condition)
+        if ret is not None and int(ret[1]):
             without_entry[int(ret[1])] = block.dropped
         elif not whose:
             self.dropped += block.dropped
         for parts, count, means in block.rows:
-            vcpu = int(parts[0], 16)
-            if whose:
-                who = Whose(int(parts[1], 16), int(parts[2]), means.get("tgid") or None)
-                self.whose.setdefault(vcpu, {})[who] = count
+            try:
+                vcpu = int(parts[0], 16)
+                if whose:
+                    who = Whose(int(parts[1], 16), int(parts[2]), means.get("tgid") or None)
+                    self.whose.setdefault(vcpu, {})[who] = count
+                    continue
+                if ret is not None:
+                    key = ExitKey(vcpu, int(ret[1]), 39, int(parts[1], 16), int(parts[2], 16))
+                    if "size" in means:
+                        self.sizes[key] = means["size"]
+                else:
+                    key = ExitKey(vcpu, _signed(int(parts[1])), int(parts[2]))
+            except (ValueError, IndexError):
+                self.dropped += 0 if whose else count
                 continue
-            if ret is not None:
-                key = ExitKey(vcpu, int(ret[1]), 39, int(parts[1], 16), int(parts[2], 16))
-                if "size" in means:
-                    self.sizes[key] = means["size"]
-            else:
-                key = ExitKey(vcpu, _signed(int(parts[1])), int(parts[2]))
             self.exits[key] = self.exits.get(key, 0) + count
 
     def _split(self, without_entry: Mapping[int, int]) -> None:
@@ -181,10 +196,29 @@ class Totals:
                 self.rests[key] = rest
                 left[key.ret] -= rest
 
+    def converts_only(self, struct: int) -> bool:
+        """Whether all annotated EFAULTs of this VM are conversions: its guest_memfd never failed.
+
+        To be true of exits counted here, this has to be read after they are.
+        """
+        return self.failing is not None and struct not in self.failing
+
+    def _failing(self, block: Block) -> None:
+        try:
+            found = {int(parts[0], 16) for parts, _, _ in block.rows}
+        except (ValueError, IndexError):
+            return
+        if not block.dropped:
+            self.failing = found
+
     def _refused(self, block: Block) -> None:
         self.refused_dropped += block.dropped
         for parts, count, means in block.rows:
-            key = RefusedKey(int(parts[0], 16), int(parts[1], 16))
+            try:
+                key = RefusedKey(int(parts[0], 16), int(parts[1], 16))
+            except (ValueError, IndexError):
+                self.refused_dropped += count
+                continue
             self.refused[key] = count
             if means.get("tgid"):
                 self.refusers[key.kvm] = means["tgid"]
@@ -192,7 +226,11 @@ class Totals:
     def _signals(self, event: str, block: Block) -> None:
         self.signals_dropped += block.dropped
         for parts, count, means in block.rows:
-            key = SignalKey(event, int(parts[0]), _signed(int(parts[1])), int(parts[2], 16))
+            try:
+                key = SignalKey(event, int(parts[0]), _signed(int(parts[1])), int(parts[2], 16))
+            except (ValueError, IndexError):
+                self.signals_dropped += count
+                continue
             self.signals[key] = count
             self.facts[key] = SignalFacts(means.get("lsb"), means.get("tgid"))
 

@@ -7,8 +7,10 @@ does not reach into an instance.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import resource
 import time
 from collections.abc import Iterator
 
@@ -43,13 +45,18 @@ class Instance:
             raise
 
     def open_cpus(self) -> list[int]:
-        """Open the rings of CPUs that came online since the last call; their descriptors."""
+        """Open the rings of CPUs that came online since the last call; their descriptors.
+
+        Raises OSError where there are no descriptors left for the first of them; CPUs that come
+        later are tried again, and their rings keep what is in them meanwhile.
+        """
         opened: list[int] = []
+        begun = bool(self._fds)
         for cpu in online_cpus():
             if cpu not in self._fds:
                 path = f"{self.path}/per_cpu/cpu{cpu}/trace_pipe_raw"
-                with contextlib.suppress(FileNotFoundError):
-                    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                with contextlib.suppress(OSError if begun else FileNotFoundError):
+                    fd = _open(path)
                     self._fds[cpu] = fd
                     opened.append(fd)
         return opened
@@ -120,6 +127,22 @@ class Instance:
                 os.close(fd)
         self._fds.clear()
         remove(self.path)
+
+
+def _open(path: str) -> int:
+    """A ring's descriptor. There is one for each CPU, and the usual limit is 1024 of them."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Where the hard limit is reached, root may go beyond it.
+    wanted = (min(2 * soft, hard), hard) if soft < hard else (2 * soft, 2 * soft)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, wanted)
+    return os.open(path, flags)
 
 
 def remove(path: str, seconds: float = 1.0) -> bool:

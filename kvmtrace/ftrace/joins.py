@@ -74,6 +74,7 @@ class Joiner:
         self.faults.watches_gmem = watches_gmem
         self.faults.storms.counted = counts_exits
         self.signals.storms.counted = counts_signals
+        self.faults.storms.refused = self.signals.storms.refused = False
         self.faults.tally = Tally(rest_of)
         self.refusals.tally, self.signals.tally = Tally(), Tally()
 
@@ -91,6 +92,11 @@ class Joiner:
         for storm in storms:
             storm.changed = False
         return exclusions(*(storm.conditions() for storm in storms))
+
+    def mute_nothing(self) -> None:
+        """The kernel did not take what ``muted`` gave."""
+        for storm in (self.faults.storms, self.signals.storms):
+            storm.refuse()
 
     def _settle(self, totals: Totals, now: int) -> list[Event]:
         events = self.faults.settle(totals, now) + self.signals.settle(totals, now)
@@ -122,6 +128,8 @@ class Joiner:
                 return self.faults.run_under_way(record)
             case "arm_sea":
                 return [self.faults.arm_sea(record)]
+            case "vncr":
+                return self.faults.vncr(record)
             case "gmem":
                 self.faults.gmem(record)
                 self.refusals.gmem(record)

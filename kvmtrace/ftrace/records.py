@@ -23,12 +23,15 @@ class Record(NamedTuple):
 
 
 def annotated(ret: int, reason: int) -> bool:
-    """Whether ``memory_fault`` is the kernel's (api.rst, KVM_EXIT_MEMORY_FAULT)."""
-    return reason == kvm.EXIT_MEMORY_FAULT and -ret in (kvm.EFAULT, kvm.EHWPOISON)
+    """Whether ``memory_fault`` is the kernel's (api.rst, KVM_EXIT_MEMORY_FAULT).
+
+    KVM_RUN returns 0 with it for arm64's nested virtualization (see Faults.vncr).
+    """
+    return reason == kvm.EXIT_MEMORY_FAULT and -ret in (0, kvm.EFAULT, kvm.EHWPOISON)
 
 
 def exit_key(fields: dict[str, Any]) -> ExitKey:
-    """The key of a ``run`` record; gpa and flags only where they are the kernel's."""
+    """The key of a ``run`` or ``vncr`` record; gpa and flags only where they are the kernel's."""
     ret, reason = fields["ret"], fields["reason"]
     if annotated(ret, reason) and "gpa" in fields and "flags" in fields:
         return ExitKey(fields["vcpu"], ret, reason, fields["gpa"], fields["flags"])

@@ -11,7 +11,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 # kernel/trace/ring_buffer.c: the commit field's two top bits say that events were lost before
 # this page, and that their number follows the data.
@@ -28,10 +28,32 @@ _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
 
 _FIELD = re.compile(
-    r"field:(?P<type>[^;]+?)\s*(?P<name>\w+)(?P<array>\[\d*\])?;"
-    r"\s*offset:(?P<offset>\d+);\s*size:(?P<size>\d+);(?:\s*signed:(?P<signed>[01]);)?"
+    r"^[ \t]*field:([^;\n]*);[ \t]*offset:(\d+);[ \t]*size:(\d+);(?:[ \t]*signed:([01]);)?",
+    re.MULTILINE,
 )
 _CODES = {1: "bB", 2: "hH", 4: "iI", 8: "qQ"}
+_MAX_OFFSET = 1 << 16  # no entry is longer than a page
+
+
+class _Field(NamedTuple):
+    offset: int
+    size: int
+    name: str
+    type: str
+    array: bool
+    signed: bool
+
+
+def _fields(text: str) -> list[_Field]:
+    """The fields that a ``format`` file declares, in order of their offsets."""
+    found = []
+    for declared, offset, size, signed in _FIELD.findall(text):
+        array = declared.endswith("]")
+        type_, _, name = (declared.rpartition("[")[0] if array else declared).rpartition(" ")
+        if name:
+            field = _Field(int(offset), int(size), name.lstrip("*"), type_, array, signed == "1")
+            found.append(field)
+    return sorted(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +66,12 @@ class PageLayout:
 
     @classmethod
     def parse(cls, header_page: str) -> PageLayout:
-        """From the text of ``events/header_page``."""
-        fields = {m["name"]: m for m in _FIELD.finditer(header_page)}
-        data = fields["data"]
-        start = int(data["offset"])
-        return cls(int(fields["commit"]["size"]), start, start + int(data["size"]))
+        """From the text of ``events/header_page``; raises ValueError where it tells none."""
+        fields = {field.name: field for field in _fields(header_page)}
+        data, commit = fields.get("data"), fields.get("commit")
+        if data is None or commit is None:
+            raise ValueError("events/header_page tells no layout")
+        return cls(commit.size, data.offset, data.offset + data.size)
 
 
 class EventFormat:
@@ -56,6 +79,7 @@ class EventFormat:
 
     Numbers of 1 to 8 bytes, ``__data_loc char[]`` strings and ``__data_loc u8[]`` bytes are
     decoded, anything else is left out. ``common_*`` fields but ``common_pid`` are left out too.
+    Raises ValueError for a text that is no format.
     """
 
     def __init__(self, text: str) -> None:
@@ -65,20 +89,18 @@ class EventFormat:
         names: list[str] = []
         self._dynamic: dict[str, bool] = {}  # {field: whether it is text}
         at = 0
-        fields = sorted(_FIELD.finditer(text.partition("print fmt:")[0]), key=_offset)
-        for field in fields:
-            name, offset, size = field["name"], int(field["offset"]), int(field["size"])
-            is_dynamic = field["type"].startswith(("__data_loc char", "__data_loc u8"))
+        for offset, size, name, type_, array, signed in _fields(text.partition("print fmt:")[0]):
+            is_dynamic = type_.startswith(("__data_loc char", "__data_loc u8"))
             wanted = name == "common_pid" or not name.startswith("common_")
-            if not wanted or field["array"] or offset < at or size not in _CODES:
+            if not wanted or array or not at <= offset < _MAX_OFFSET or size not in _CODES:
                 continue
-            if field["type"].startswith("__data_loc") and not is_dynamic:
+            if type_.startswith("__data_loc") and not is_dynamic:
                 continue
             codes += ["x"] * (offset - at)
-            codes.append(_CODES[size][0 if field["signed"] == "1" and not is_dynamic else 1])
+            codes.append(_CODES[size][0 if signed and not is_dynamic else 1])
             names.append(name)
             if is_dynamic:
-                self._dynamic[name] = "char" in field["type"]
+                self._dynamic[name] = "char" in type_
             at = offset + size
         self._struct = struct.Struct("=" + "".join(codes))
         self.fields = tuple(names)
@@ -162,7 +184,3 @@ def _required(pattern: str, text: str) -> str:
     if match is None:
         raise ValueError(f"not an event format: no {pattern}")
     return match[1]
-
-
-def _offset(field: re.Match[str]) -> int:
-    return int(field["offset"])

@@ -17,7 +17,9 @@ from kvmtrace.ftrace.hist import ExitKey, SignalKey
 
 RATE = 200  # events of one key between two readings of the counts (one second)
 QUIET_READINGS = 3
-MAX_MUTED = 32
+# Of exits, and as many of signals. What excludes them has to fit into one filter, and that into a
+# page of 4 KiB (kernel/trace/trace_events.c, event_filter_write), however large its numbers are.
+MAX_MUTED = 24
 
 K = TypeVar("K", bound=Hashable)
 
@@ -38,6 +40,8 @@ class Storms(Generic[K]):
         self.changed = False
         self.counted = True
         """The kernel counts these: without that, muting would lose them."""
+        self.refused = False
+        """The kernel did not take a filter: nothing is muted any more."""
 
     def __bool__(self) -> bool:
         return bool(self._muted)
@@ -53,6 +57,7 @@ class Storms(Generic[K]):
             and key not in self._muted
             and len(self._muted) < MAX_MUTED
             and self.counted
+            and not self.refused
         ):
             self._muted[key] = _Muted(struct, 0)
             self.changed = True
@@ -70,6 +75,11 @@ class Storms(Generic[K]):
             if muted.quiet >= QUIET_READINGS or key not in totals:
                 del self._muted[key]
                 self.changed = True
+
+    def refuse(self) -> None:
+        """The kernel refused the filters that were to mute these: all are heard."""
+        self._muted.clear()
+        self.refused = True
 
     def gone(self, struct: int) -> None:
         """The VM is gone; its addresses may be another's soon."""

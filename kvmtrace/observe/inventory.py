@@ -7,6 +7,7 @@ is something to find: 8 bytes for every page, 2 GiB on a host of 1 TiB, so in sl
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -39,12 +40,19 @@ def hardware_corrupted_bytes(meminfo: str = "/proc/meminfo") -> int | None:
 
 
 def failure_counts(sys: str = "/sys") -> tuple[tuple[str, int], ...]:
-    """memory_failure's counters, all nodes together, by the files' names; () before 6.3."""
+    """memory_failure's counters, all nodes together, by the files' names; () before 6.3.
+
+    Raises OSError where descriptors are out: half a sum would be one that went down.
+    """
     sums: dict[str, int] = {}
     for path in sorted(Path(sys, "devices/system/node").glob("node*/memory_failure/*")):
         try:
             sums[path.name] = sums.get(path.name, 0) + int(path.read_text())
-        except (OSError, ValueError):
+        except ValueError:
+            continue
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
             continue  # the node went offline
     return tuple(sorted(sums.items()))
 
@@ -121,7 +129,10 @@ class Inventory:
         if time.monotonic() < self._next_counts:
             return []
         self._next_counts = time.monotonic() + COUNTS_SECONDS
-        failures = failure_counts(self._sys)
+        try:
+            failures = failure_counts(self._sys)
+        except OSError:
+            return []  # next time
         corrupted = hardware_corrupted_bytes(f"{self._proc}/meminfo")
         first, changed = self._last is None, (failures, corrupted) != self._last
         if not changed:

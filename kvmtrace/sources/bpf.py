@@ -22,7 +22,7 @@ from kvmtrace.clock import epoch_offset_ns, now_ns
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
 from kvmtrace.model import Probe, ProbeRuns
-from kvmtrace.sources import bpf_copies, bpf_vms
+from kvmtrace.sources import bpf_copies, bpf_maps, bpf_vms
 from kvmtrace.sources import bpf_records as records
 from kvmtrace.sources.bpf_events import Translator
 from kvmtrace.sources.bpf_layout import Layout
@@ -139,7 +139,7 @@ class BpfSource:
             events += self._translator.housekeeping()
             events += self._programs.missed(now_ns())
         self._programs.wait(0 if events else timeout)
-        events += self._drain()
+        events += self._drain(last=timeout == 0)
         if timeout == 0:
             events += self._translator.release()
         return events
@@ -155,9 +155,9 @@ class BpfSource:
             self._closed = True
             self._programs.close()
 
-    def _drain(self) -> list[Event]:
+    def _drain(self, *, last: bool = False) -> list[Event]:
         events = self._translator.translate(self._programs.take(), self._programs)
-        events += self._translator.counters(self._programs)
+        events += self._translator.counters(self._programs, at_once=last)
         return events
 
     def _watch_kvm(self) -> list[Event]:
@@ -188,6 +188,8 @@ class _Programs:
         self._missed: dict[str, int] = {}  # by probe
         self._copies: dict[str, int] = {}  # by probe, where there are
         self._asked: Any = None
+        self._rows: dict[str, bpf_maps.Rows] = {}  # by map
+        self._seen: dict[str, dict[bytes, bytes]] = {}  # by map: its rows as they were read last
         wanted = probes.specs()
         self._layout = Layout((*wanted, *probes.context_specs()))
         self._bpf = self._compile("kvmtrace.bpf.c")
@@ -266,7 +268,7 @@ class _Programs:
         if missing:
             return Probe(spec.name, False, target, why=f"BTF has no {missing}")
         if spec.is_tracepoint:
-            return self._attach_tracepoint(spec)
+            return self._attach_tracepoint(spec, target)
         why = "BTF does not know it"
         function = self._layout.trampoline(spec)
         if function is not None:
@@ -284,12 +286,11 @@ class _Programs:
             return Probe(spec.name, True, target, via)
         return Probe(spec.name, False, target, why=f"fentry: {why}; kprobe: {why_not}")
 
-    def _attach_tracepoint(self, spec: probes.ProbeSpec) -> Probe:
-        target = spec.targets[0]
+    def _attach_tracepoint(self, spec: probes.ProbeSpec, target: str) -> Probe:
         why = self._try(
             spec.name,
             lambda: self._bpf.attach_raw_tracepoint(
-                tp=target.partition(":")[2].encode(), fn_name=_TRACEPOINTS[spec.name].encode()
+                tp=target.rpartition(":")[2].encode(), fn_name=_TRACEPOINTS[spec.name].encode()
             ),
             _TRACEPOINTS[spec.name],
         )
@@ -387,37 +388,39 @@ class _Programs:
         return raw
 
     def counters(self) -> list[tuple[records.ExitKey, records.ExitCount]]:
-        """The exact counters, from the map and from its overflow."""
-        rows = []
-        for name in ("exits", "overflow"):
-            for key, count in self._bpf[name].items():
-                rows.append(
-                    (
-                        records.ExitKey.from_buffer_copy(key),
-                        records.ExitCount.from_buffer_copy(count),
-                    )
-                )
-        return rows
+        """The exact counters that moved since the last call, from the map and its overflow."""
+        return [
+            (records.ExitKey.from_buffer_copy(key), records.ExitCount.from_buffer_copy(count))
+            for name in ("exits", "overflow")
+            for key, count in self._moved(name)
+        ]
 
     def refused(self) -> list[tuple[records.RefusedKey, records.RefusedCount]]:
-        """How often kvm_gmem_get_pfn answered EHWPOISON, by VM and gfn."""
+        """How often kvm_gmem_get_pfn answered EHWPOISON, by VM and gfn: what moved."""
         return [
-            (
-                records.RefusedKey.from_buffer_copy(key),
-                records.RefusedCount.from_buffer_copy(count),
-            )
-            for key, count in self._bpf["refused"].items()
+            (records.RefusedKey.from_buffer_copy(key), records.RefusedCount.from_buffer_copy(count))
+            for key, count in self._moved("refused")
         ]
 
     def signals(self) -> list[tuple[records.SigbusKey, records.SigbusCount]]:
-        """Signals that are the same but for their time, counted."""
+        """Signals that are the same but for their time, counted: what moved."""
         return [
-            (
-                records.SigbusKey.from_buffer_copy(key),
-                records.SigbusCount.from_buffer_copy(count),
-            )
-            for key, count in self._bpf["signals"].items()
+            (records.SigbusKey.from_buffer_copy(key), records.SigbusCount.from_buffer_copy(count))
+            for key, count in self._moved("signals")
         ]
+
+    def _moved(self, name: str) -> Iterator[tuple[bytes, bytes]]:
+        """The rows of a map whose value differs from the one that was read last."""
+        seen = self._seen.setdefault(name, {})
+        for key, value in self._maps(name).rows():
+            if seen.get(key) != value:
+                seen[key] = value
+                yield key, value
+
+    def _maps(self, name: str) -> bpf_maps.Rows:
+        if name not in self._rows:
+            self._rows[name] = bpf_maps.Rows(self._bcc.libbcc.lib, self._bpf[name])
+        return self._rows[name]
 
     def forget_signals(self, keys: list[records.SigbusKey]) -> None:
         """Drop the counters of signals that a VM was sent."""
@@ -433,8 +436,9 @@ class _Programs:
         self._delete("overflow", keys)
 
     def _delete(self, name: str, keys: Sequence[ctypes.Structure]) -> None:
-        table = self._bpf[name]
+        table, seen = self._bpf[name], self._seen.get(name, {})
         for key in keys:
+            seen.pop(bytes(key), None)
             with contextlib.suppress(KeyError):
                 del table[table.Key.from_buffer_copy(key)]
 

@@ -34,6 +34,9 @@ _HW_VIA: dict[int, tuple[str, Mapping[int, str]]] = {
     records.HW_NON_STANDARD: ("ras:non_standard_event", {}),
 }
 
+# How often the kernel's counters are read while something is counted: there may be 16,384 of them.
+READ_SECONDS = 1.0
+
 # A signal waits this long for the fault that it was sent from. That returns right after, but its
 # thread may have to wait for a CPU in between.
 SIGNAL_WAIT_NS = 500_000_000
@@ -77,6 +80,8 @@ class Translator:
         self._keys: dict[tuple[int, int], dict[bytes, records.ExitKey]] = {}  # by VM
         self._refusals: dict[tuple[int, int], dict[bytes, records.RefusedKey]] = {}  # by VM
         self._activity = 0
+        self._next_read = 0.0
+        self._settled = False
         self._lost = [0] * len(records.LOST_PLACES)
         self._counts = SignalCounts()
         self._signals: dict[int, Sigbus] = {}  # by sending thread: the fault it is for is to follow
@@ -102,6 +107,9 @@ class Translator:
     def translate(self, raw: Sequence[bytes], kernel: Counters) -> list[Event]:
         """Translate the records of one read of the ring buffer."""
         events: list[Event] = []
+        # What was counted of a VM before its end was counted before its record was read: one
+        # reading serves all VMs that end in this batch.
+        self._settled = False
         for data in raw:
             header = records.Header.from_buffer_copy(data)
             record: Any = records.RECORDS[header.type].from_buffer_copy(data)
@@ -120,7 +128,7 @@ class Translator:
                 if record.vcpu == -1 or record.target_tid != tid or signal.hva is None:
                     events += self._release(tid)
             elif header.type == records.EXIT:
-                events += self._exit(record.key, record.total, header.ts, tid, header.tgid)
+                events += self._exit(record.key, record, header.ts, tid, header.tgid)
             elif header.type == records.POISON:
                 events += self._poison(record)
             elif header.type == records.MCE:
@@ -139,14 +147,18 @@ class Translator:
                 events += self._release(tid)
         return events
 
-    def counters(self, kernel: Counters) -> list[Event]:
-        """What was counted and not told; what was lost."""
+    def counters(self, kernel: Counters, *, at_once: bool = False) -> list[Event]:
+        """What was counted and not told; what was lost.
+
+        Once a second at most, or ``at_once``: for what ends with this.
+        """
         events: list[Event] = []
-        active = kernel.activity()
-        if active != self._activity:
+        active, now = kernel.activity(), time.monotonic()
+        if active != self._activity and (at_once or now >= self._next_read):
             self._activity = active
+            self._next_read = now + READ_SECONDS
             for key, count in kernel.counters():
-                events += self._exit(key, count.total, count.last_ts, count.tid, count.tgid)
+                events += self._exit(key, count, count.last_ts, count.tid, count.tgid)
             for gfn, answers in kernel.refused():
                 events += self._refused(gfn, answers)
             for like, more, ts in self._counts.owed(kernel.signals()):
@@ -161,7 +173,7 @@ class Translator:
 
     def flush(self, kernel: Counters) -> list[Event]:
         """Everything still held back, before the programs go."""
-        return self.counters(kernel) + self.release()
+        return self.counters(kernel, at_once=True) + self.release()
 
     def release(self) -> list[Event]:
         """Signals whose fault is waited for, as they are."""
@@ -173,16 +185,21 @@ class Translator:
 
     # -- one kind each
 
-    def _exit(self, key: records.ExitKey, total: int, at: int, tid: int, tgid: int) -> list[Event]:
+    def _exit(
+        self, key: records.ExitKey, counted: Any, at: int, tid: int, tgid: int
+    ) -> list[Event]:
+        """``counted``: an ExitCount or ExitRecord, with how many there were so far."""
         raw = bytes(key)
-        count = total - self._told.get(raw, 0)
+        told = self._told.get(raw, 0)
+        count = counted.total - told
         if count <= 0:
             return []
-        self._told[raw] = total
+        self._told[raw] = counted.total
         self._keys.setdefault((key.kvm, key.gen), {})[raw] = key
         ts = at + self._offset
         vm, events = self._vms.key(key.kvm, tgid, ts, generation=key.gen)
-        gfn = kvm.gfn_of(key.gpa) if key.annotated else None
+        gpa = _gpa(key, counted, told)
+        gfn = kvm.gfn_of(gpa) if gpa is not None else None
         if gfn is None and key.gfn != records.NO_GFN:
             gfn = key.gfn
         private = records.access_private(key.access)
@@ -192,14 +209,14 @@ class Translator:
             Exit(
                 ts,
                 vm,
-                key.vcpu,
+                None if key.vcpu == records.NO_VCPU else key.vcpu,
                 -key.ret,
-                key.reason,
-                bool(key.annotated),
-                tid=tid,
+                None if key.reason == records.NO_REASON else key.reason,
+                None if key.reason == records.NO_REASON else bool(key.annotated),
+                tid=None if key.vcpu == records.NO_VCPU else tid,
                 flags=key.flags if key.annotated else None,
-                gpa=key.gpa if key.annotated else None,
-                size=key.size if key.annotated else None,
+                gpa=gpa,
+                size=(key.size or None) if key.annotated else None,
                 gfn=gfn,
                 private=private,
                 access=records.access_text(key.access),
@@ -361,7 +378,8 @@ class Translator:
 
     def _settle(self, struct: tuple[int, int], kernel: Counters) -> list[Event]:
         """All that was counted, before a VM is forgotten."""
-        events = self.counters(kernel)
+        events = [] if self._settled else self.counters(kernel, at_once=True)
+        self._settled = True
         keys, refused = self._keys.pop(struct, {}), self._refusals.pop(struct, {})
         kernel.forget(list(keys.values()))
         kernel.forget_refused(list(refused.values()))
@@ -376,6 +394,15 @@ class Translator:
 
     def _now(self) -> int:
         return time.monotonic_ns() + self._offset
+
+
+def _gpa(key: records.ExitKey, counted: Any, told: int) -> int | None:
+    """The address of all exits after the first ``told``; None where they differ in it."""
+    if not key.annotated:
+        return None
+    if key.gpa != records.NO_GPA:
+        return int(key.gpa)
+    return int(counted.gpa) if 0 < counted.since <= told + 1 else None
 
 
 def _text(raw: bytes) -> str | None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvmtrace import kvm
+from kvmtrace import host, kvm
 from kvmtrace.btf import Btf
 from kvmtrace.probes import ProbeSpec
 from kvmtrace.sources import bpf_copies, bpf_vms
@@ -74,6 +74,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "faultin": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_page_fault_gfn"),
     "faultin/aarch64": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_hpfar"),
     "arm_sea": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run", "kvm_run_arm_sea"),
+    "vncr": (
+        *("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run"),
+        *("kvm_run_exit_reason", "kvm_run_memory_fault"),
+    ),
     "gmem_error": ("address_space_host", "folio_index"),
     "sigbus": ("task_struct_pid", "task_struct_tgid"),
     "mce": ("mce_status", "mce_addr", "mce_bank"),
@@ -128,9 +132,17 @@ class Layout:
             btf.close()
 
     def target(self, spec: ProbeSpec) -> str | None:
-        """The first of a probe's targets that this kernel has; tracepoints are always there."""
+        """The first of a probe's targets that this kernel has.
+
+        Raw tracepoints are attached by the event's name alone, so whether a tracepoint is there
+        shows when that is tried. Only tracefs knows its system: without, that is left out where
+        kernels differ in it.
+        """
         if spec.is_tracepoint:
-            return spec.targets[0]
+            root = host.tracefs()
+            found = host.tracepoint(spec.targets, root) if root else None
+            event = spec.targets[0].partition(":")[2]
+            return found or (spec.targets[0] if len(spec.targets) == 1 else event)
         return next((target for target in spec.targets if target in self.symbols), None)
 
     def missing(self, probe: str) -> str | None:

@@ -11,7 +11,8 @@ HW_MC_EVENT, HW_EXTLOG, HW_APEI, HW_ARM, HW_NON_STANDARD = range(5)
 ACCESS_READ, ACCESS_WRITE, ACCESS_EXEC, ACCESS_PRIVATE, ACCESS_KNOWN = 1, 2, 4, 8, 16
 ACCESS_PRIVATE_KNOWN = 32
 GMEM_NOT_WATCHED = -0x7FFFFFFF
-NO_GFN = (1 << 64) - 1
+NO_GFN = NO_GPA = (1 << 64) - 1
+NO_VCPU = NO_REASON = (1 << 32) - 1
 MAX_OWNERS = 8
 
 LOST_PLACES = ("ring", "exit_keys", "exit_counts")
@@ -56,11 +57,19 @@ class ExitCount(ctypes.Structure):
         ("told_ts", c_uint64),
         ("tid", c_uint32),
         ("tgid", c_uint32),
+        ("gpa", c_uint64),
+        ("since", c_uint64),
     )
 
 
 class ExitRecord(ctypes.Structure):
-    _fields_ = (("h", Header), ("key", ExitKey), ("total", c_uint64))
+    _fields_ = (
+        ("h", Header),
+        ("key", ExitKey),
+        ("total", c_uint64),
+        ("gpa", c_uint64),
+        ("since", c_uint64),
+    )
 
 
 class OwnerRecord(ctypes.Structure):

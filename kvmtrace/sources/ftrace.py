@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 
 from kvmtrace import clock, host
+from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
 from kvmtrace.ftrace import access, attach, fields, instance, ringpage
 from kvmtrace.ftrace.attach import Attacher
@@ -52,6 +53,7 @@ class FtraceSource:
         self._active = False  # something may have been counted since the counts were read
         self._doubt = 0  # batches in which a join may lack a record that was dropped
         self._deaf = False  # signals were dropped in this batch
+        self._damaged = 0  # entries that are not as their format says, since that was told
         self._offset_ns = clock.epoch_offset_ns()
         root = access.tracefs()
         attach.remove_dead(root)
@@ -71,6 +73,9 @@ class FtraceSource:
         except OSError as error:
             self.close()
             raise access.explained(error) from error
+        except ValueError as error:
+            self.close()
+            raise KvmtraceError(f"this kernel's rings cannot be read: {error}") from error
         except BaseException:
             self.close()
             raise
@@ -129,8 +134,8 @@ class FtraceSource:
             self._attacher.attach(kvm is not None)
             self._joiner.begin(
                 watches_gmem=self._attacher.attached("gmem"),
-                counts_exits=self._attacher.counted("run"),
-                counts_signals=self._attacher.counted("sigbus", "sigbus_forced"),
+                counts_exits=self._attacher.counted(*fields.COUNTED["faults"]),
+                counts_signals=self._attacher.counted(*fields.COUNTED["signals"]),
             )
         for ring in self._rings.values():
             ring.open_cpus()
@@ -189,6 +194,9 @@ class FtraceSource:
         if faults:
             self._batch_until = now + BATCH_SECONDS
         events = self._dropped(ts) if nearly_full or totals is not None else []
+        if self._damaged:
+            events.append(Lost(ts, "ftrace_damaged", self._damaged))
+            self._damaged = 0
         records = []
         # What another CPU said meanwhile may be older than what was read last: it waits.
         while self._pending and self._pending[0][0] <= until:
@@ -204,8 +212,8 @@ class FtraceSource:
         )
         self._doubt, self._deaf = max(0, self._doubt - 1), False
         self._active |= self._doubt > 0 or self._joiner.behind
-        if (muted := self._joiner.muted()) is not None:
-            self._attacher.mute(muted)
+        if (muted := self._joiner.muted()) is not None and not self._attacher.mute(muted):
+            self._joiner.mute_nothing()
         return events
 
     def _drain(self) -> tuple[int, bool]:
@@ -222,7 +230,11 @@ class FtraceSource:
                     if known is None:
                         continue
                     self._serial += 1
-                    record = Record(ts + self._offset_ns, known[0], known[1].decode(entry))
+                    try:
+                        record = Record(ts + self._offset_ns, known[0], known[1].decode(entry))
+                    except ValueError:
+                        self._damaged += 1
+                        continue
                     heapq.heappush(self._pending, (ts, self._serial, record))
                     faults += name == "faults"
             self._active |= pages > 0 and name != "poison"

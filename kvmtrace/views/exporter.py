@@ -51,7 +51,8 @@ FALLBACK_KINDS = tuple(
 # what the correlator has to forget. A test holds it against what they say.
 LOST_FROM_BIRTH = (
     *("ring", "exit_keys", "exit_counts", "refused_counts", "signal_counts"),
-    *("ftrace_poison", "ftrace_signals", "ftrace_faults", "ftrace_missed", "owner_searches"),
+    *("ftrace_poison", "ftrace_signals", "ftrace_faults", "ftrace_missed", "ftrace_damaged"),
+    "owner_searches",
     *("incidents", "vms", "owners", "told", "looks", "refusals", "soft_offlines"),
 )
 

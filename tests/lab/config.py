@@ -28,6 +28,7 @@ class Arch:
     qemu_suites: tuple[str, ...] = ()
     qemu_firmware: tuple[str, ...] = ()
     ras_options: tuple[str, ...] = ()
+    nested_options: tuple[str, ...] = ()
 
     @property
     def foreign(self) -> bool:
@@ -46,7 +47,11 @@ class Root:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the matrix: a kernel and the root it runs."""
+    """One line of the matrix: a kernel and the root it runs.
+
+    ``modules``: its module package is needed. Without, it is taken where the suite has none, and
+    the machine has its root in its initramfs.
+    """
 
     name: str
     arch: Arch
@@ -55,6 +60,7 @@ class Row:
     flavour: str
     version: str
     why: str
+    modules: bool = True
 
 
 @functools.cache

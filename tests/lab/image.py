@@ -31,3 +31,9 @@ def of_archive(archive: Path, tree: Path, into: Path) -> None:
     size = _size(archive.stat().st_size)
     fake = [] if os.geteuid() == 0 else ["fakeroot"]
     programs.output([*fake, "sh", "-c", script, archive, tree, *MKE2FS, tree, into, size])
+
+
+def unpack(disk: Path, into: Path) -> None:
+    """What is in an image, as files. Owners are not kept."""
+    into.mkdir()
+    programs.output(["debugfs", "-R", f"rdump / {into}", disk])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.lab import cache
+from tests.lab import cache, image
 from tests.lab.config import Row
 from tests.lab.kernel import Kernel, boot_modules, module_bytes
 from tests.lab.mirror import Suite
@@ -39,6 +41,15 @@ mount -t sysfs sys /root/sys
 exec switch_root /root /usr/bin/python3 -S /opt/lab/agent.py
 """
 
+# Where the root is in the initramfs: for kernels that have no driver for a disk built in.
+WHOLE_INIT = """#!/bin/sh
+PATH=/usr/sbin:/usr/bin
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+exec python3 -S /opt/lab/agent.py
+"""
+
 
 def busybox(row: Row) -> Path:
     """A static busybox for the architecture of `row`, from its root's suite."""
@@ -69,6 +80,35 @@ def write(row: Row, kernel: Kernel, path: Path) -> None:
     path.write_bytes(archive.finish())
 
 
+def write_whole(row: Row, images: Sequence[Path], path: Path) -> None:
+    """Make an initramfs that is the root: all that is in `images`, the later over the earlier."""
+    archive = Archive()
+    archive.file("init", WHOLE_INIT.encode(), 0o755)
+    archive.directory("opt/lab")
+    archive.file("opt/lab/agent.py", AGENT.read_bytes(), 0o644)
+    with path.open("wb") as whole:
+        for one in images:
+            with _unpacked(row, one).open("rb") as part:
+                shutil.copyfileobj(part, whole)
+        whole.write(archive.finish())
+
+
+def _unpacked(row: Row, disk: Path) -> Path:
+    """What is in an image, as an archive of the kind that the kernel unpacks."""
+
+    def build(directory: Path) -> None:
+        tree = directory / "tree"
+        image.unpack(disk, tree)
+        archive = Archive()
+        for found in sorted(tree.rglob("*")):
+            archive.add(str(found.relative_to(tree)), found)
+        (directory / "all.cpio").write_bytes(archive.finish())
+        shutil.rmtree(tree)
+
+    key = cache.digest(disk.parent.name)
+    return cache.entry(f"cpio-{disk.stem}-{row.arch.name}", key, build) / "all.cpio"
+
+
 class Archive:
     """A cpio archive of the "newc" kind, as the kernel unpacks it."""
 
@@ -95,6 +135,16 @@ class Archive:
     def file(self, name: str, content: bytes, mode: int) -> None:
         """Add a file."""
         self._add(name, stat.S_IFREG | mode, content)
+
+    def add(self, name: str, path: Path) -> None:
+        """Add what is at `path`, if that is a file, a directory or a link."""
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            self._add(name, mode, bytes(path.readlink()))
+        elif stat.S_ISDIR(mode):
+            self._add(name, mode, b"")
+        elif stat.S_ISREG(mode):
+            self._add(name, mode, path.read_bytes())
 
     def finish(self) -> bytes:
         """The whole archive."""

@@ -40,7 +40,7 @@ class Kernel:
     release: str
     image: Path
     modules: Path
-    modules_image: Path
+    modules_image: Path | None
 
     def has(self, module: str) -> bool:
         """Whether the kernel has a module, loadable or built in."""
@@ -52,7 +52,8 @@ class Kernel:
 def resolved(row: Row) -> Resolved:
     """Which packages `row` means today."""
     packages = Suite(row.suite, row.arch.name).packages("^linux-(image|binary|modules|base)-[0-9]")
-    found = resolve(packages, row.flavour, row.version, f"{row.suite} ({row.arch.name})")
+    where = f"{row.suite} ({row.arch.name})"
+    found = resolve(packages, row.flavour, row.version, where, modules=row.modules)
     if found.note:
         say(found.note)
     return found
@@ -66,22 +67,26 @@ def fetch(row: Row) -> Kernel:
     def build(directory: Path) -> None:
         suite = Suite(row.suite, row.arch.name)
         suite.unpack(names, directory / "deb", f"Linux {found.release}", found.size)
-        _arrange(directory, found.release)
+        _arrange(directory, found.release, modules=row.modules)
 
     home = cache.entry(f"kernel-{row.name}", cache.digest(FORMAT, names), build)
     modules = home / "lib/modules" / found.release
-    return Kernel(found.release, home / "vmlinuz", modules, home / "modules.img")
+    modules_image = home / "modules.img" if row.modules else None
+    return Kernel(found.release, home / "vmlinuz", modules, modules_image)
 
 
-def _arrange(directory: Path, release: str) -> None:
+def _arrange(directory: Path, release: str, *, modules: bool) -> None:
     """Image and modules to where `Kernel` has them: packages differ in where they put them."""
     deb = directory / "deb"
     trees = [path for path in deb.glob(f"**/lib/modules/{release}") if path.is_dir()]
     images = [*deb.glob(f"boot/vmlinu[xz]-{release}"), *(tree / "vmlinuz" for tree in trees)]
     images = [path for path in images if path.exists()]
-    if not trees or not images:
+    if not images or (modules and not trees):
         raise LabError(f"the packages of Linux {release} hold no image or no modules")
     images[0].rename(directory / "vmlinuz")
+    if not modules:
+        shutil.rmtree(deb)
+        return
     tree = directory / "lib/modules" / release  # the layout that depmod wants
     tree.parent.mkdir(parents=True)
     trees[0].rename(tree)
@@ -93,7 +98,8 @@ def _arrange(directory: Path, release: str) -> None:
 def boot_modules(modules: Path) -> Iterator[Path]:
     """The modules of `BOOT_MODULES` and what they depend on, in the order to load them."""
     depends: dict[str, tuple[Path, list[str]]] = {}
-    for line in (modules / "modules.dep").read_text().splitlines():
+    listed = modules / "modules.dep"
+    for line in listed.read_text().splitlines() if listed.exists() else ():
         path, _, needed = line.partition(":")
         depends[_name(path)] = (modules / path, [_name(one) for one in needed.split()])
     seen: set[str] = set()

@@ -74,7 +74,14 @@ class Machine:
     """A running machine; use `Machine.boot` in a `with` statement."""
 
     def __init__(
-        self, prepared: Prepared, memory: str, cmdline: str, life: float, *, ras: bool = False
+        self,
+        prepared: Prepared,
+        memory: str,
+        cmdline: str,
+        life: float,
+        *,
+        ras: bool = False,
+        nested: bool = False,
     ) -> None:
         self.row = prepared.row
         self.release = prepared.kernel.release
@@ -84,17 +91,25 @@ class Machine:
         self._shares = prepared.kernel.has("9p")
         self.boot_seconds = 0.0
         initrd = work / "initramfs.cpio"
-        initramfs.write(prepared.row, prepared.kernel, initrd)
+        disks: tuple[Path, ...] = (prepared.root, layer.fetch(prepared.row.arch))
+        if prepared.kernel.modules_image is None:
+            initramfs.write_whole(prepared.row, disks, initrd)
+            disks = ()
+        else:
+            initramfs.write(prepared.row, prepared.kernel, initrd)
+            disks = (*disks, prepared.kernel.modules_image)
         parts = qemu.Parts(
             image=prepared.kernel.image,
             initramfs=initrd,
-            root=prepared.root,
-            modules=prepared.kernel.modules_image,
-            layer=layer.fetch(prepared.row.arch),
+            disks=disks,
             share=self._share,
             work=work,
         )
-        command = qemu.arguments(prepared.qemu, prepared.row, parts, memory, cmdline, ras=ras)
+        if nested:
+            cmdline = f"kvm-arm.mode=nested {cmdline}"
+        command = qemu.arguments(
+            prepared.qemu, prepared.row, parts, memory, cmdline, ras=ras, nested=nested
+        )
         self.emulator = Emulator(prepared.row.name, work, command, life)
         agent = self.emulator.connect(work / "agent.sock")
         self.channel = Channel(agent, self.emulator.check)
@@ -111,6 +126,7 @@ class Machine:
         lacking: Sequence[str] = (),
         life: float = LIFE_SECONDS,
         ras: bool = False,
+        nested: bool = False,
     ) -> Self:
         """Boot a kernel of kernels.toml and wait until programs can be run in it.
 
@@ -118,11 +134,12 @@ class Machine:
         has); `mounts` are names of MOUNTS; `lacking`: what is taken out of the root, names of
         without.py ("bcc", "textual"). A boot that dies of the int3 oops that old QEMUs
         cause is tried a second time. `ras`: the machine has firmware that tells the kernel of
-        hardware errors (ACPI's GHES; arm64 only): see cper.py.
+        hardware errors (ACPI's GHES; arm64 only): see cper.py. `nested`: guests of its guests can
+        be hypervisors (arm64 only).
         """
         prepared = prepare(kernel)
         for attempt in (1, 2):
-            machine = cls(prepared, memory, cmdline_extra, life, ras=ras)
+            machine = cls(prepared, memory, cmdline_extra, life, ras=ras, nested=nested)
             try:
                 machine._set_up(modules, mounts, lacking)
             except LabPanic as error:

@@ -43,11 +43,14 @@ class Qemu:
         words = [str(self.program), *(word for option in options for word in option)]
         return words if self.home is None else [*_loader(self.home), *words]
 
-    def options(self, row: Row, *, ras: bool) -> list[str]:
-        """How the machine of `row` looks to QEMU; `ras`: it reports hardware errors."""
+    def options(self, row: Row, *, ras: bool, nested: bool = False) -> list[str]:
+        """How the machine of `row` looks to QEMU; see `Machine.boot` for the choices."""
+        if nested and not row.arch.nested_options:
+            raise LabUnable(f"no CPU for guests that are hypervisors on {row.arch.name}")
         if ras and (self.home is None or not row.arch.ras_options):
             raise LabUnable(f"no firmware that reports hardware errors for {row.arch.name}")
-        words = (*row.arch.options, *(row.arch.ras_options if ras else ()))
+        words = [*row.arch.options, *(row.arch.ras_options if ras else ())]
+        words += row.arch.nested_options if nested else ()
         return [word.replace("{qemu}", str(self.home)) for word in words]
 
 
@@ -140,22 +143,27 @@ class Parts:
 
     image: Path
     initramfs: Path
-    root: Path
-    modules: Path
-    layer: Path
+    disks: tuple[Path, ...]
     share: Path
     work: Path
 
 
 def arguments(
-    qemu: Qemu, row: Row, parts: Parts, memory: str, cmdline: str, *, ras: bool = False
+    qemu: Qemu,
+    row: Row,
+    parts: Parts,
+    memory: str,
+    cmdline: str,
+    *,
+    ras: bool = False,
+    nested: bool = False,
 ) -> list[str]:
     """The whole command line of a machine."""
     kernel_arguments = f"console={row.arch.console} panic=-1 oops=panic {cmdline}".strip()
     command = [
         *qemu.command,
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-        *qemu.options(row, ras=ras),
+        *qemu.options(row, ras=ras, nested=nested),
         *("-smp", "2", "-m", memory),
         *("-kernel", str(parts.image), "-initrd", str(parts.initramfs)),
         *("-append", kernel_arguments),
@@ -165,7 +173,7 @@ def arguments(
         *("-chardev", f"socket,id=agent,path={parts.work}/agent.sock,server=on,wait=off"),
         *("-device", "virtserialport,chardev=agent,name=kvmtrace.lab"),
     ]
-    for disk in (parts.root, parts.layer, parts.modules):  # /dev/vda, vdb, vdc
+    for disk in parts.disks:  # /dev/vda, vdb, vdc
         identity = f"disk-{disk.stem}"
         image = f"file={disk},format=raw,if=none,id={identity},readonly=on,file.locking=off"
         command += ["-drive", image, "-device", f"virtio-blk-pci,drive={identity}"]

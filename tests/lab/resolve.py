@@ -61,10 +61,12 @@ def _distance(abi: str, wanted: tuple[int, ...]) -> tuple[int, int, bool]:
     return (0, 0, False)
 
 
-def _parts(image: Package, abi: str, listed: dict[str, Package]) -> tuple[Package, ...] | None:
+def _parts(
+    image: Package, abi: str, listed: dict[str, Package], may_lack: tuple[str, ...]
+) -> tuple[Package, ...] | None:
     """The image's package and those of the same kernel it depends on; None if one is missing.
 
-    linux-base-* may be missing: it holds the config, and the mirror drops it before the image.
+    ``may_lack``: what the names of those begin with that may be missing.
     """
     found = {image.name: image}
     pending = [image]
@@ -74,13 +76,20 @@ def _parts(image: Package, abi: str, listed: dict[str, Package]) -> tuple[Packag
                 if name in listed:
                     found[name] = listed[name]
                     pending.append(listed[name])
-                elif not name.startswith("linux-base-"):
+                elif not name.startswith(may_lack):
                     return None
     return tuple(found.values())
 
 
-def resolve(packages: Iterable[Package], flavour: str, version: str, where: str) -> Resolved:
-    """The newest kernel of `flavour` that is `version`, else the nearest one there is."""
+def resolve(
+    packages: Iterable[Package], flavour: str, version: str, where: str, *, modules: bool = True
+) -> Resolved:
+    """The newest kernel of `flavour` that is `version`, else the nearest one there is.
+
+    linux-base-* may be missing: it holds the config, and the mirror drops it before the image.
+    Without ``modules`` their package may be, too.
+    """
+    may_lack = ("linux-base-",) if modules else ("linux-base-", "linux-modules-")
     listed: dict[str, Package] = {}
     for package in packages:
         known = listed.get(package.name)
@@ -92,7 +101,7 @@ def resolve(packages: Iterable[Package], flavour: str, version: str, where: str)
         match = IMAGE.fullmatch(package.name)
         if match is None or match["flavour"] != flavour:
             continue
-        parts = _parts(package, match["abi"], listed)
+        parts = _parts(package, match["abi"], listed, may_lack)
         if parts is not None:
             candidates.append((match["abi"], parts))
     if not candidates:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import pytest
 
+from tests.lab.conditions import doctor
 from tests.lab.conftest import Boot
 from tests.lab.drive import end_following
 from tests.lab.ghes import ghes
+from tests.lab.nested import NESTED, nested
 from tests.lab.scenarios import gmem_poison, hva_anon
 
 pytestmark = pytest.mark.lab
@@ -25,3 +27,26 @@ def test_pages_of_another_size(boot: Boot) -> None:
     gmem_poison(machine, "ftrace")
     hva_anon(machine, "ftrace")
     end_following(machine)
+
+
+def test_a_guest_that_is_a_hypervisor(boot: Boot) -> None:
+    nested(boot("arm64-newest", **NESTED.boot), "ftrace")
+
+
+def test_the_poison_event_in_a_system_of_its_own(boot: Boot) -> None:
+    """Linux 6.19 to 7.1: it is found there, and the names of page types with it.
+
+    By ftrace; compiling takes a minute more, so that ``make matrix`` has it by eBPF.
+    """
+    machine = boot("arm64-7.0")
+    events = machine.run(
+        "cd /sys/kernel/tracing/events && ls -d */memory_failure_event", check=True
+    )
+    assert events.stdout.split() == ["memory_failure/memory_failure_event"]
+    gmem_poison(machine, "ftrace")
+    hva_anon(machine, "ftrace")
+    end_following(machine)
+    (tried,) = doctor(machine, "ftrace")["sources"]
+    targets = {probe["name"]: probe["target"] for probe in tried["probes"] if probe["attached"]}
+    assert targets["poison"] == "memory_failure:memory_failure_event"
+    assert targets["vncr"] == "kvm_handle_vncr_abort"

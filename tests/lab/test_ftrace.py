@@ -125,6 +125,41 @@ def test_more_places_than_the_kernel_has_entries_for(machine: Machine) -> None:
     assert [line for line in lines if line["kind"] == "lost"] == []
 
 
+def test_the_kernel_takes_all_that_can_be_muted(machine: Machine) -> None:
+    """As many keys as are muted at once, and their numbers as long as can be; beyond, none is."""
+    code = """
+from kvmtrace.ftrace.hist import ExitKey, SignalKey
+from kvmtrace.ftrace.storm import MAX_MUTED, RATE, ExitStorms, SignalStorms, exclusions
+from kvmtrace.sources.ftrace import FtraceSource
+
+exits, signals, top = ExitStorms(), SignalStorms(), (1 << 64) - 1
+for n in range(MAX_MUTED):
+    fault = ExitKey(top - n, -4095, 39, top - (n << 12), top)
+    signal = SignalKey("sigbus", (1 << 22) - n, 4, top - n)
+    for _ in range(RATE):
+        exits.event(fault, top)
+        signals.event(signal, top)
+    signals.fault(signal, top - n, top >> 12)
+    signals.returned(signal, top - n)
+muted = exclusions(exits.conditions(), signals.conditions())
+source = FtraceSource()
+attacher = source._attacher
+try:
+    def filters():
+        paths = attacher._filters.items()
+        return {name: attacher._ring_of(name).read(path) for name, (path, _) in paths}
+    before = filters()
+    print(attacher.mute(muted))
+    print(all(text in filters()[name] for name, text in muted.items()))
+    print(attacher.mute(muted | {"faultin": 3 * muted["faultin"]}))
+    print(filters() == before)
+finally:
+    source.close()
+"""
+    said = machine.run(["python3", "-c", code], timeout=PATIENCE, check=True).stdout
+    assert said.split() == ["True", "True", "False", "True"]
+
+
 def test_types_are_read_the_same_without_libbpf(machine: Machine) -> None:
     code = """
 from kvmtrace import btfblob

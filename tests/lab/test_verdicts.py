@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvmtrace.model import VERDICTS
+from kvmtrace.sources import bpf
 from tests.lab.drive import PATIENCE, Line, Vmm, told_by
 from tests.lab.machine import Machine
 from tests.lab.vmm import private_vms
@@ -180,15 +181,18 @@ def test_pages_that_are_moved_or_mended(machine: Machine) -> None:
 
 
 def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
+    """Of one page over and over, and of more pages than the eBPF source has counters."""
     machine = boot()
     private_vms.offer(machine)
+    pages = bpf.MAX_KEYS + 600
     with recorded(machine):
         busy = Vmm(machine, "confidential")
-        busy.step("create p private=1 backing=gmem")
+        busy.step(f"create p private=1 backing=gmem pages={pages + 8}")
+        busy.step(f"convert p +1 1 pages={pages}", patience=10 * PATIENCE)
         vmm, poison = poisoned(machine, "sick")
         busy.step("convert p +1 50000", patience=10 * PATIENCE)
         vmm.step("touch v +3")
-        busy.step("convert p +1 50000", patience=10 * PATIENCE)
+        busy.step("convert p +2 5000", patience=10 * PATIENCE)
         truth = busy.end()
         report = vmm.end()
     told = explain(machine, "sick")
@@ -198,5 +202,24 @@ def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
     )
     assert len(shown["incidents"]) == 1
     causes = {vm["name"]: vm["causes"] for vm in shown["vms"]}
-    assert causes["confidential"] == {"conversion": sum(told_by(truth).values())}
+    assert sum(told_by(truth).values()) == pages + 55_000
+    assert causes["confidential"] == {"conversion": pages + 55_000}
     assert causes["sick"] == {"hwpoison": sum(told_by(report).values())}
+    assert shown["lost"] == {}
+    told_one_by_one = _exits(machine, "confidential")
+    addresses = {key[5] for key in told_by(truth)}
+    for line in told_one_by_one:
+        assert (line["vcpu"], line["reason"], line["annotated"]) == (0, 39, True)
+        # A line has an address if that is the one of all exits that it stands for.
+        assert line.get("gpa") in (addresses if line["count"] == 1 else {None, *addresses})
+    assert any("gpa" not in line for line in told_one_by_one)
+    (of_sick,) = _exits(machine, "sick")
+    assert (of_sick["gfn"], of_sick["vcpu"]) == (poison["gfn"], 0)
+
+
+def _exits(machine: Machine, name: str) -> list[Line]:
+    """The exits of a VM, as the recording tells them."""
+    command = f"kvmtrace replay {LOG} --events --json"
+    lines = machine.run(command, timeout=PATIENCE, check=True).stdout.splitlines()
+    events = [json.loads(line) for line in lines]
+    return [x for x in events if x["kind"] == "exit" and x["vm"]["name"] == name]

@@ -173,6 +173,40 @@ def test_triggers_count_every_failed_exit() -> None:
     assert hist.triggers("poison", ["pfn"]) == ()
 
 
+def test_memory_faults_without_an_errno_are_counted() -> None:
+    """arm64's nested virtualization: a probe of its own."""
+    where, whose = hist.triggers("vncr", ["vcpu", "kvm", "vid", "gpa", "flags", "size", "tgid"])
+    assert where.endswith("if ret == 0 && reason == 39")
+    text = (
+        f"# trigger info: {where} [active]\n#\n\n"
+        "{ vcpu: ffff8c0806e156d0, gpa: 108000, flags: 0 } hitcount:         21  size:      86016\n"
+        "\nTotals:\n    Hits: 23\n    Entries: 1\n    Dropped: 2\n\n\n"
+        f"# trigger info: {whose} [active]\n#\n\n"
+        "{ vcpu: ffff8c0806e156d0, kvm: ffff8c0801814000, vid: 1 } hitcount: 21  tgid: 3066\n"
+    )
+    totals = counted(text, event="vncr")
+    key = ExitKey(POISON.vcpu, 0, 39, 0x108000, 0)
+    assert (totals.exits, totals.sizes, totals.dropped) == ({key: 21}, {key: 4096}, 2)
+    assert totals.whose == {POISON.vcpu: {Whose(0xFFFF8C0801814000, 1, 146): 21}}
+    assert (totals.rests, totals.full) == ({}, False)
+
+
+def test_whose_guest_memfd_never_failed() -> None:
+    _, failing = hist.triggers("gmem", ["kvm", "gfn", "ret"])
+    text = f"# trigger info: {failing} [active]\n#\n\n"
+    row = "{ kvm: ffff8cc583666000, ret: 18446744073709551602 } hitcount:          7\n"
+    ends = "\nTotals:\n    Hits: 7\n    Entries: 1\n    Dropped: %d\n"
+    totals = counted(text + row + ends % 0, event="gmem")
+    assert totals.failing == {0xFFFF8CC583666000}
+    assert not totals.converts_only(0xFFFF8CC583666000)
+    assert totals.converts_only(VCPU)
+    assert totals.of({VCPU}).converts_only(VCPU)
+    assert counted(text + ends % 0, event="gmem").converts_only(VCPU)
+    # Nobody counted, or not all of it.
+    for said in ("", text + row + ends % 1, text + row.replace("ffff8cc583666000", "no")):
+        assert not counted(said, event="gmem").converts_only(VCPU)
+
+
 def test_signals_and_refusals_are_counted_too() -> None:
     (to_other,) = hist.triggers("sigbus", ["code", "addr", "lsb", "tid", "tgid"])
     (to_self,) = hist.triggers("sigbus_forced", ["code", "addr", "lsb"])
@@ -317,3 +351,16 @@ def test_what_has_no_entry_even_together_is_lost() -> None:
     # Those of a vCPU that has such an entry are counted there.
     tally.rests({ExitKey(POISON.vcpu, -133, 39): 0})
     assert tally.lost(6) == 3
+
+
+def test_a_row_that_makes_no_sense_is_counted_as_one_without_an_entry() -> None:
+    broken = TEXT.replace("vcpu: ffff8c0801610000, ret", "vcpu: no, ret")
+    totals = counted(broken)
+    assert (totals.exits, totals.dropped) == ({POISON: 21}, 2)
+    other = "# trigger info: hist:keys=kvm.hex,gfn.hex:vals=hitcount [active]\n#\n\n"
+    totals = counted(f"{other}{{ kvm: ff }} hitcount:          7\n", event="gmem")
+    assert (totals.refused, totals.refused_dropped) == ({}, 7)
+    totals = counted(
+        f"{other}{{ tid: x, code: 4, addr: 7 }} hitcount:          7\n", event="sigbus"
+    )
+    assert (totals.signals, totals.signals_dropped) == ({}, 7)

@@ -22,12 +22,12 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.ftrace.fields import KVM_PFN_ERR_HWPOISON
+from kvmtrace.ftrace.fields import FILTERS, KVM_PFN_ERR_HWPOISON
 from kvmtrace.ftrace.hist import ExitKey, RefusedKey, SignalFacts, SignalKey, Totals, Whose
 from kvmtrace.ftrace.joins import Joiner
 from kvmtrace.ftrace.people import People
 from kvmtrace.ftrace.records import Record
-from kvmtrace.ftrace.storm import exclusions
+from kvmtrace.ftrace.storm import MAX_MUTED, RATE, ExitStorms, SignalStorms, exclusions
 from kvmtrace.vms import VmTable
 
 VM, VCPU, PID, TID = 0xFFFF800000000000, 0xFFFF900000000000, 4194300, 4194301
@@ -220,6 +220,49 @@ def test_a_storm_is_muted_and_heard_again_when_it_is_over() -> None:
         world.tell(totals=Totals({key: 5000}))
     assert not storms
     assert set(exclusions(storms.conditions()).values()) == {""}
+
+
+def test_all_that_can_be_muted_fits_into_a_filter() -> None:
+    """event_filter_write takes less than a page; the numbers are as long as they can be."""
+    exits, signals = ExitStorms(), SignalStorms()
+    top = (1 << 64) - 1
+    for n in range(2 * MAX_MUTED):
+        vcpu, gpa = top - n, top - (n << 12)
+        fault = ExitKey(vcpu, -4095, 39, gpa, top)
+        for probe in ("sigbus", "sigbus_forced"):
+            signal = SignalKey(probe, (1 << 22) - n, 4, top - n)
+            for _ in range(RATE):
+                exits.event(fault, top)
+                signals.event(signal, top)
+            signals.fault(signal, vcpu, top >> 12)
+            signals.returned(signal, vcpu)
+    conditions = (exits.conditions(), signals.conditions())
+    assert len(conditions[0]["run"]) == len(conditions[1]["run"]) == MAX_MUTED
+    for event, excluded in exclusions(*conditions).items():
+        for _, ordinary in FILTERS[event]:
+            assert len(f"({ordinary}){excluded}") < 4096, event
+
+
+def test_what_the_kernel_does_not_mute_is_heard() -> None:
+    world = World()
+    for _ in range(RATE):
+        world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
+    assert world.joiner.muted()
+    world.joiner.mute_nothing()
+    storms = world.joiner.faults.storms
+    assert not storms
+    assert not storms.mutes(VM, GFN)
+    # Another fault of the page: guest_memfd would have been heard.
+    (told,) = world.exits_of(world.faultin(-14), world.run(-14))
+    assert told.gmem == 0
+    for _ in range(2 * RATE):
+        world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
+    assert not storms  # nor is it tried again
+    assert world.joiner.muted() is None
+    world.joiner.begin(watches_gmem=True)
+    for _ in range(RATE):
+        world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
+    assert storms
 
 
 def test_the_last_exits_of_a_storm_are_told_before_the_vm_is_gone() -> None:
@@ -461,6 +504,76 @@ def test_arm64s_own_exit_has_no_errno(flags: int, gfn: int | None) -> None:
     assert (told.vm, told.vcpu, told.errno, told.reason, told.gfn) == (1, 2, 0, 41, gfn)
     assert (told.annotated, told.gpa, told.tid) == (False, None, TID)
     assert told.tells_of_poison
+
+
+@pytest.mark.parametrize("errno", [14, 5, 133, 12])
+def test_arm64s_nested_virtualization_faults_without_an_errno(errno: int) -> None:
+    """kvm_handle_vncr_abort: guest_memfd failed in this thread, and KVM_RUN returns 0."""
+    world = World()
+    vncr = {"vcpu": VCPU, "vid": 2, "reason": 39, "ret": 0, "gpa": GFN << 12 | 0x10}
+    vncr |= {"flags": 0, "size": 4096}
+    for gmem, known in (
+        (world.gmem(-errno), errno),
+        (world.gmem(-errno, gfn=9), None),
+        (None, None),
+    ):
+        records = [] if gmem is None else [gmem]
+        (told,) = world.exits_of(*records, world.record("vncr", **vncr))
+        assert (told.errno, told.reason, told.annotated, told.count) == (0, 39, True, 1)
+        assert (told.vcpu, told.tid, told.gpa, told.gfn) == (2, TID, GFN << 12 | 0x10, GFN)
+        assert (told.flags, told.size, told.private, told.gmem) == (0, 4096, False, known)
+    # What the ring had no room for.
+    key = ExitKey(VCPU, 0, 39, GFN << 12 | 0x10, 0)
+    (rest,) = world.exits_of(totals=Totals({key: 1000}))
+    assert (rest.errno, rest.reason, rest.annotated, rest.count) == (0, 39, True, 997)
+    assert (rest.vcpu, rest.gpa, rest.gfn) == (2, GFN << 12 | 0x10, GFN)
+
+
+@pytest.mark.parametrize(
+    ("failing", "watches", "gmem"),
+    [
+        (set(), True, 0),
+        ({VM + 64}, True, 0),
+        ({VM}, True, None),
+        (None, True, None),
+        (set(), False, None),
+    ],
+)
+def test_conversions_that_only_the_counts_tell(
+    failing: set[int] | None, watches: bool, gmem: int | None
+) -> None:
+    """Where guest_memfd of that VM has never failed there is nothing else that they can be."""
+    world = World(watches_gmem=watches)
+    world.tell(world.record("vm_new", ret=0, has_private=1))
+    rest, one = ExitKey(VCPU, -14, 39), ExitKey(VCPU, -14, 39, 9 << 12, 8)
+    bare, odd = ExitKey(VCPU, -14, 0), ExitKey(VCPU, -14, 39, 7 << 12, 16)
+    told = world.exits_of(
+        totals=Totals(
+            exits={one: 5, bare: 2},
+            rests={rest: 5000},
+            whose={VCPU: {Whose(VM, 0, PID): 5007}},
+            failing=failing,
+        )
+    )
+    assert [(e.count, e.gmem) for e in told] == [(5, gmem), (2, None), (5000, gmem)]
+    told = world.exits_of(totals=Totals(exits={odd: 5}, rests={rest: 5001}, failing=failing))
+    assert [(e.count, e.gmem) for e in told] == [(5, None), (1, None)]
+
+
+@pytest.mark.parametrize("flags", [1 << 4, 1 << 4 | 1 << 3, 1 << 5, 1 << 63])
+def test_a_flag_that_is_not_mainlines_makes_no_failure_of_guest_memfd(flags: int) -> None:
+    """Demand paging of a VM that has nothing private: by its event, and by counts alone."""
+    world = World()
+    (told,) = world.exits_of(world.faultin(-14), world.run(-14, flags=flags, has_private=0))
+    assert (told.flags, told.gmem) == (flags, 0)
+    rest = ExitKey(VCPU, -14, 39)
+    counts = {ExitKey(VCPU, -14, 39, 9 << 12, flags): 5, ExitKey(VCPU, -14, 39, 8 << 12, 0): 6}
+    told_by_counts = world.exits_of(totals=Totals(exits=counts, rests={rest: 1 + 7}, full=True))
+    assert [(e.count, e.flags, e.gmem) for e in told_by_counts] == [
+        (5, flags, None),
+        (6, 0, 14),
+        (7, None, None),
+    ]
 
 
 # -- counts

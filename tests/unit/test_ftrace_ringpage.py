@@ -162,3 +162,24 @@ def test_recorded_pages_decode_to_their_last_byte(path: Path) -> None:
             used = len(data) - len(entry)
         assert used
     assert counts == recording["counts"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "field:" + "a" * 5000,
+        "field:" * 1000,
+        "field:;\toffset:8;\tsize:8;\tsigned:0;",
+        "field:u64 far;\toffset:99999999999;\tsize:8;\tsigned:0;",
+        "field:u64 odd;\toffset:8;\tsize:7;\tsigned:0;",
+        "field:u64;\toffset:8;\tsize:8;\tsigned:0;",
+    ],
+)
+def test_a_line_that_makes_no_sense_costs_that_field(line: str) -> None:
+    known = EventFormat(FORMAT.replace("\tfield:u64 slots", f"\t{line}\n\tfield:u64 slots"))
+    assert known.fields == ("common_pid", "__probe_ip", "comm", "blob", "ret")
+
+
+def test_a_page_without_a_layout_is_said() -> None:
+    with pytest.raises(ValueError, match="header_page"):
+        PageLayout.parse("\tfield: u64 timestamp;\toffset:0;\tsize:8;\tsigned:0;\n")

@@ -55,6 +55,14 @@ def test_memory_failure_names(tracefs: Path) -> None:
     assert results == {0: "Ignored", 1: "Failed", 2: "Delayed", 3: "Recovered"}
 
 
+def test_memory_failure_names_where_the_event_has_a_system_of_its_own(tracefs: Path) -> None:
+    """Linux 6.19 to 7.1."""
+    (tracefs / "events" / "ras").rename(tracefs / "events" / "memory_failure")
+    types, results = host.memory_failure_names(str(tracefs))
+    assert types[11] == "dirty LRU page"
+    assert results[3] == "Recovered"
+
+
 @pytest.mark.parametrize("text", ["", "print fmt:", 'print fmt: "%d", REC->type', "\0" * 100])
 def test_format_without_tables(text: str) -> None:
     assert host.symbolic_tables(text) == {}

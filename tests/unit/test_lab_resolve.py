@@ -80,6 +80,18 @@ def test_a_kernel_with_a_part_missing_is_passed_over() -> None:
     assert resolve(left, "amd64", "", "trixie-backports").release == "7.2.12+deb13-amd64"
 
 
+def test_a_kernel_whose_modules_are_gone_may_do() -> None:
+    left = listing("trixie-backports")
+    found = resolve(left, "amd64", "6.19", "trixie-backports", modules=False)
+    assert found.release.startswith("6.19.")
+    assert found.note == ""
+    release = found.release
+    assert names(found) == {f"linux-image-{release}", f"linux-binary-{release}"}
+    left = [one for one in left if one.name != f"linux-binary-{release}"]
+    other = resolve(left, "amd64", "6.19", "trixie-backports", modules=False)
+    assert other.release != release
+
+
 def test_debug_unsigned_and_other_flavours_are_not_taken() -> None:
     for suite in ("bookworm", "trixie", "trixie-backports", "sid"):
         for name in names(chosen(suite, "")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -107,6 +108,25 @@ def test_unannotated_fault_says_only_what_is_known() -> None:
     assert text(Told(bare, None, "unannotated")) == (
         "16:13:20.123 exit   -                      EFAULT unannotated      vcpu 0  reason MMIO"
     )
+
+
+def test_an_exit_counted_without_its_vcpu_and_address() -> None:
+    unknown = {"gpa": None, "size": None, "gfn": None, "access": None}
+    exit_ = replace(fault(**unknown, count=5000), vcpu=None)
+    told = Told(exit_, WEB, "hwpoison")
+    assert text(told) == (
+        "16:13:20.123 exit   web-1 (4242)           EHWPOISON hwpoison      vcpu -"
+        "  flags PRIVATE  x5000"
+    )
+    line = json.loads(json_text(told) or "")
+    assert not {"vcpu", "gpa", "gfn", "size"} & line.keys()
+    assert (line["reason"], line["annotated"], line["cause"]) == (39, True, "hwpoison")
+    bare = replace(exit_, reason=None, annotated=None, flags=None, private=None)
+    assert text(Told(bare, WEB)) == (
+        "16:13:20.123 exit   web-1 (4242)           EHWPOISON (cause unknown)  vcpu -  x5000"
+    )
+    line = json.loads(json_text(Told(bare, WEB)) or "")
+    assert not {"vcpu", "reason", "annotated"} & line.keys()
 
 
 def test_unknown_flags_errno_and_cause_still_print() -> None:

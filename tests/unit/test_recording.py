@@ -268,3 +268,13 @@ def test_exits_keep_their_zeroes(tmp_path: Path) -> None:
     event = Exit(T0, 1, 0, 14, 39, True, flags=0, gpa=0, size=0, gfn=0, private=False, gmem=0)
     path.write_text(recorded((event,)))
     assert replayed(path)[0] == [event]
+
+
+def test_exits_without_a_counter_of_their_own_keep_what_is_not_known(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    counted = Exit(T0, 1, None, 14, 39, True, flags=0, gmem=2, count=5000)
+    nothing = Exit(T0, 1, None, 133, None, None, count=7)
+    text = recorded((counted, nothing))
+    assert '"vcpu":' not in text
+    path.write_text(text)
+    assert replayed(path)[0] == [counted, nothing]

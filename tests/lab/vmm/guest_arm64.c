@@ -1,6 +1,9 @@
 /*
  * The guest, arm64: the same loop as on x86 (x0: address, x1: op), MMU off; it reports by writing to an address that is
  * never memory (x2), which is an MMIO exit.
+ *
+ * OP_NESTED, for a VM with nested=1, whose guest is a hypervisor (EL2): a guest within the guest (EL1, NV2) reads HCR_EL2,
+ * which then is a load from the page that VNCR_EL2 names, x0. KVM faults that page in by kvm_handle_vncr_abort.
  */
 #include <stddef.h>
 #include <string.h>
@@ -13,24 +16,38 @@ const uint8_t guest_return[] = { 0xc0, 0x03, 0x5f, 0xd6 };
 const size_t guest_return_bytes = sizeof(guest_return);
 
 static const uint32_t program[] = {
-	0xf100003f | OP_READ << 10,  /*  0 start: cmp x1, #OP_READ  */
-	0x54000120,                  /*  4        b.eq read  (40)   */
-	0xf100003f | OP_WRITE << 10, /*  8        cmp x1, #OP_WRITE */
-	0x54000120,                  /* 12        b.eq write (48)   */
-	0xf100003f | OP_EXEC << 10,  /* 16        cmp x1, #OP_EXEC  */
-	0x54000120,                  /* 20        b.eq exec  (56)   */
-	0xf100003f | OP_SPIN << 10,  /* 24        cmp x1, #OP_SPIN  */
-	0x54000120,                  /* 28        b.eq spin  (64)   */
-	0xb9000040,                  /* 32 report: str w0, [x2]     */
-	0x17fffff7,                  /* 36        b start           */
-	0x39400003,                  /* 40 read:  ldrb w3, [x0]     */
-	0x17fffffd,                  /* 44        b report          */
-	0x39000003,                  /* 48 write: strb w3, [x0]     */
-	0x17fffffb,                  /* 52        b report          */
-	0xd63f0000,                  /* 56 exec:  blr x0            */
-	0x17fffff9,                  /* 60        b report          */
-	0x39400003,                  /* 64 spin:  ldrb w3, [x0]     */
-	0x17ffffff,                  /* 68        b spin            */
+	0xf100003f | OP_READ << 10,   /*  0 start: cmp x1, #OP_READ   */
+	0x54000160,                   /*  4        b.eq read   (48)   */
+	0xf100003f | OP_WRITE << 10,  /*  8        cmp x1, #OP_WRITE  */
+	0x54000160,                   /* 12        b.eq write  (56)   */
+	0xf100003f | OP_EXEC << 10,   /* 16        cmp x1, #OP_EXEC   */
+	0x54000160,                   /* 20        b.eq exec   (64)   */
+	0xf100003f | OP_SPIN << 10,   /* 24        cmp x1, #OP_SPIN   */
+	0x54000160,                   /* 28        b.eq spin   (72)   */
+	0xf100003f | OP_NESTED << 10, /* 32        cmp x1, #OP_NESTED */
+	0x54000160,                   /* 36        b.eq nested (80)   */
+	0xb9000040,                   /* 40 report: str w0, [x2]      */
+	0x17fffff5,                   /* 44        b start            */
+	0x39400003,                   /* 48 read:  ldrb w3, [x0]      */
+	0x17fffffd,                   /* 52        b report           */
+	0x39000003,                   /* 56 write: strb w3, [x0]      */
+	0x17fffffb,                   /* 60        b report           */
+	0xd63f0000,                   /* 64 exec:  blr x0             */
+	0x17fffff9,                   /* 68        b report           */
+	0x39400003,                   /* 72 spin:  ldrb w3, [x0]      */
+	0x17ffffff,                   /* 76        b spin             */
+	0xd51c2200,                   /* 80 nested: msr vncr_el2, x0  */
+	0xd2b00003,                   /* 84        mov x3, RW         */
+	0xf2c48083,                   /* 88        movk x3, E2H | NV | NV2, lsl 32 */
+	0xd51c1103,                   /* 92        msr hcr_el2, x3    */
+	0xd28078a3,                   /* 96        mov x3, EL1h, masked */
+	0xd51c4003,                   /* 100       msr spsr_el2, x3   */
+	0x10000083,                   /* 104       adr x3, inner      */
+	0xd51c4023,                   /* 108       msr elr_el2, x3    */
+	0xd5033fdf,                   /* 112       isb                */
+	0xd69f03e0,                   /* 116       eret               */
+	0xd53c1103,                   /* 120 inner: mrs x3, hcr_el2   */
+	0x17ffffeb,                   /* 124       b report           */
 };
 
 void guest_install(void *code, size_t bytes)
@@ -56,7 +73,28 @@ int guest_vcpu_init(struct vm *vm, struct vcpu *vcpu)
 
 	if (ioctl(vm->fd, KVM_ARM_PREFERRED_TARGET, &init) < 0)
 		return -1;
+	if (vm->nested)
+		init.features[0] |= 1 << KVM_ARM_VCPU_HAS_EL2;
 	return ioctl(vcpu->fd, KVM_ARM_VCPU_INIT, &init);
+}
+
+/* A hypervisor gets its interrupts from a GIC, and KVM runs none without. */
+int guest_make_nested(struct vm *vm)
+{
+	struct kvm_create_device gic = { .type = KVM_DEV_TYPE_ARM_VGIC_V3 };
+	uint64_t dist = 0xf1000000, redist = 0xf2000000;
+	struct kvm_device_attr attr[] = {
+		{ .group = KVM_DEV_ARM_VGIC_GRP_ADDR, .attr = KVM_VGIC_V3_ADDR_TYPE_DIST, .addr = (uintptr_t)&dist },
+		{ .group = KVM_DEV_ARM_VGIC_GRP_ADDR, .attr = KVM_VGIC_V3_ADDR_TYPE_REDIST, .addr = (uintptr_t)&redist },
+		{ .group = KVM_DEV_ARM_VGIC_GRP_CTRL, .attr = KVM_DEV_ARM_VGIC_CTRL_INIT },
+	};
+
+	if (ioctl(vm->fd, KVM_CREATE_DEVICE, &gic) < 0)
+		return -1;
+	for (size_t i = 0; i < sizeof(attr) / sizeof(attr[0]); i++)
+		if (ioctl((int)gic.fd, KVM_SET_DEVICE_ATTR, &attr[i]) < 0)
+			return -1;
+	return 0; /* the VM has it; the descriptor is this process's to its end */
 }
 
 int guest_set(struct vcpu *vcpu, enum op op, uint64_t gpa, bool restart)

@@ -3,6 +3,7 @@
  * what the host put into the registers (edi: address, ecx: op), say so by writing to a port, again. The host changes the
  * registers between two entries; after a failed access it also puts the guest back to the start of the loop.
  */
+#include <errno.h>
 #include <string.h>
 #include <sys/ioctl.h>
 
@@ -53,6 +54,13 @@ int guest_vcpu_init(struct vm *vm, struct vcpu *vcpu)
 	s.ds = s.es = s.fs = s.gs = s.ss = (struct kvm_segment){
 		.limit = ~0U, .selector = 16, .type = 3, .present = 1, .db = 1, .s = 1, .g = 1 };
 	return ioctl(vcpu->fd, KVM_SET_SREGS, &s);
+}
+
+int guest_make_nested(struct vm *vm)
+{
+	(void)vm;
+	errno = EOPNOTSUPP;
+	return -1;
 }
 
 int guest_set(struct vcpu *vcpu, enum op op, uint64_t gpa, bool restart)

@@ -116,7 +116,7 @@ void json_outcome(const struct outcome *o)
 	if (o->ret < 0)
 		json_errno(o->err);
 	json_uint("reason", o->reason);
-	if (o->ret < 0)
+	if (o->ret < 0 || o->annotated)
 		json_bool("annotated", o->annotated);
 	if (o->ret >= 0 && o->reason == KVM_EXIT_INTERNAL_ERROR)
 		json_uint("suberror", o->suberror);

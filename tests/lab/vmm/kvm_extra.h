@@ -21,6 +21,10 @@ static inline const struct vmm_memory_fault *memory_fault_of(const struct kvm_ru
 	return (const struct vmm_memory_fault *)run->padding; /* the union's start */
 }
 
+#if defined(__aarch64__) && !defined(KVM_ARM_VCPU_HAS_EL2)
+#define KVM_ARM_VCPU_HAS_EL2 7
+#endif
+
 #ifndef KVM_SET_USER_MEMORY_REGION2
 struct kvm_userspace_memory_region2 {
 	__u32 slot;

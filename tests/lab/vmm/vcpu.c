@@ -20,7 +20,8 @@ static struct outcome enter(struct vcpu *vcpu)
 	o.ret = ioctl(vcpu->fd, KVM_RUN, 0);
 	o.err = o.ret < 0 ? errno : 0;
 	o.reason = run->exit_reason;
-	o.annotated = o.reason == KVM_EXIT_MEMORY_FAULT && (o.err == EFAULT || o.err == EHWPOISON);
+	/* With no errno: arm64's nested virtualization, arch/arm64/kvm/nested.c. */
+	o.annotated = o.reason == KVM_EXIT_MEMORY_FAULT && (!o.err || o.err == EFAULT || o.err == EHWPOISON);
 	if (o.annotated) {
 		const struct vmm_memory_fault *fault = memory_fault_of(run);
 

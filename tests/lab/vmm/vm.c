@@ -143,6 +143,7 @@ struct vm *vm_create(const struct layout *l, const char **what, bool *unsupporte
 		return NULL;
 	snprintf(vm->name, sizeof(vm->name), "%s", l->name);
 	vm->fd = -1;
+	vm->nested = l->nested;
 	vm->code = MAP_FAILED;
 	*what = "/dev/kvm";
 	if (kvm_open() < 0) {
@@ -190,6 +191,11 @@ struct vm *vm_create(const struct layout *l, const char **what, bool *unsupporte
 	for (uint32_t i = 0; i < l->vcpus; i++)
 		if (vcpu_start(vm, i) < 0)
 			goto failed;
+	*what = "a guest that is a hypervisor";
+	if (l->nested && guest_make_nested(vm) < 0) {
+		*unsupported = true;
+		goto failed;
+	}
 	vm->next = vms;
 	vms = vm;
 	return vm;

@@ -28,12 +28,14 @@ static const char help[] =
 "GFN is a guest frame number (8, 0x108) or +N, the Nth page of that VM's memory. VM is the name given to create.\n"
 "\n"
 "create VM [backing=gmem|anon|thp|hugetlb2m|hugetlb1g|hugetlb=BYTES|memfd] [file=PATH] [shared=VM] [pages=64]\n"
-"          [vcpus=1] [base=GFN] [pgoff=PAGES] [slots=1] [gap=5] [files=one|each] [private=1] [prefault=0|1]\n"
+"          [vcpus=1] [base=GFN] [pgoff=PAGES] [slots=1] [gap=5] [files=one|each] [private=1] [nested=1]\n"
+"          [prefault=0|1]\n"
 "          file= opens PATH as backing=memfd (/proc/PID/fd/N of another process's memfd: two owners of a page);\n"
 "          shared= uses a VM's memory of this process; slots= splits the memory, gap= gfns apart, in reverse order\n"
-"          in the file, with files=each over one file per slot; private= asks for KVM_X86_SW_PROTECTED_VM\n"
-"touch VM GFN [op=read|write|exec|spin]     enter the guest until its access succeeded or KVM_RUN failed once;\n"
-"                                      spin: it reads and never returns until it fails\n"
+"          in the file, with files=each over one file per slot; private= asks for KVM_X86_SW_PROTECTED_VM,\n"
+"          nested= for a guest that is a hypervisor (arm64, kvm-arm.mode=nested)\n"
+"touch VM GFN [op=read|write|exec|spin|nested]     enter the guest until its access succeeded or KVM_RUN failed once;\n"
+"                                      spin: it reads and never returns until it fails; nested: a guest within it reads\n"
 "loop VM GFN N [op=] [gap_us=0]        N KVM_RUNs on that access, whatever they say: the VMM that doesn't cope\n"
 "pio VM N [gap_us=0]                   N ordinary exits (a port on x86, MMIO on arm64)\n"
 "prefault VM GFN [n=1]                 KVM_PRE_FAULT_MEMORY: a guest_memfd failure that no KVM_RUN tells\n"
@@ -50,7 +52,8 @@ static const char help[] =
 "unmap VM GFN                          munmap that page's HVA\n"
 "remap VM GFN                          fresh memory there: the VMM that copes\n"
 "attr VM GFN private|shared [n=1]      KVM_SET_MEMORY_ATTRIBUTES\n"
-"convert VM GFN N                      mark private, N accesses, mark shared, one access: N conversion exits\n"
+"convert VM GFN N [pages=1]            mark private, N accesses, mark shared, one access: N conversion exits;\n"
+"                                      pages: on each of so many pages, answered for the last of them\n"
 "sigbus ignore|count|default           SIGBUS policy of the process; count, the default, records it and goes on\n"
 "earlykill on|off                      PR_MCE_KILL of the main thread: SIGBUS AO as soon as a page is poisoned\n"
 "report [VM]                           totals of everything KVM_RUN told so far\n"
@@ -58,7 +61,7 @@ static const char help[] =
 "destroy VM | info VM | caps | pid | sleep S | exit N\n"
 "\n"
 "Answers: \"errno\" is a name and \"errno_nr\" the number; \"reason\" is kvm_run.exit_reason as it was found, and means\n"
-"something with ret 0, or with \"annotated\" (reason 39 and EFAULT or EHWPOISON): only then gpa, gfn, flags, size are\n"
+"something with ret 0, or with \"annotated\" (reason 39 and EFAULT, EHWPOISON or no errno): only then gpa, gfn, flags, size are\n"
 "there. \"mono_ns\" and \"real_ns\" are the clocks at the answer. \"sigbus\" lists what the acting thread took meanwhile.\n"
 "The report's \"failed\" has every KVM_RUN that failed, but for EINTR and EAGAIN, which \"vcpus\" count.\n";
 
@@ -232,6 +235,7 @@ static bool layout_options(struct layout *l, const char *backing, uint64_t pages
 	l->vcpus = number_option("vcpus", 1);
 	l->file_per_slot = !strcmp(option("files", "one"), "each");
 	l->private_type = number_option("private", 0);
+	l->nested = number_option("nested", 0);
 	l->prefault = number_option("prefault", l->kind == THP);
 	if (failed)
 		return false;
@@ -366,7 +370,7 @@ static bool parse_job(enum job_kind kind, struct job *job, struct vcpu **vcpu, d
 		return false;
 	*job = (struct job){ .kind = kind, .n = 1 };
 	job->op = !strcmp(op, "exec") ? OP_EXEC : !strcmp(op, "write") ? OP_WRITE :
-		  !strcmp(op, "spin") ? OP_SPIN : OP_READ;
+		  !strcmp(op, "spin") ? OP_SPIN : !strcmp(op, "nested") ? OP_NESTED : OP_READ;
 	job->bg = number_option("bg", !strcmp(in.step, "pio-bg"));
 	job->gap_us = number_option("gap_us", 0);
 	*timeout = strtod(option("timeout", kind == JOB_TOUCH || kind == JOB_PREFAULT ? "10" : "0"), NULL);
@@ -721,24 +725,31 @@ static void step_attr(void)
 
 static void step_convert(void)
 {
-	struct job job, after;
+	struct job asked, job, after;
 	struct vcpu *vcpu;
 	double timeout;
+	uint64_t pages = number_option("pages", 1);
 
-	if (!parse_job(JOB_LOOP, &job, &vcpu, &timeout))
+	if (!parse_job(JOB_LOOP, &asked, &vcpu, &timeout))
 		return;
-	if (set_private(vcpu->vm, job.gfn, 1, true) < 0) {
+	if (set_private(vcpu->vm, asked.gfn, pages, true) < 0) {
 		fail("KVM_SET_MEMORY_ATTRIBUTES", errno, errno == EINVAL || errno == ENOTTY);
 		return;
 	}
-	after = (struct job){ .kind = JOB_TOUCH, .op = job.op, .gfn = job.gfn };
-	if (vcpu_post(vcpu, &job) < 0) {
-		fail("the vCPU is busy: wait first", 0, false);
-		return;
+	for (uint64_t i = 0; i < pages; i++) {
+		job = asked;
+		job.gfn += i;
+		if (vcpu_post(vcpu, &job) < 0) {
+			fail("the vCPU is busy: wait first", 0, false);
+			return;
+		}
+		vcpu_wait(vcpu, timeout, &job);
+		if (i + 1 < pages)
+			free(job.told.v);
 	}
-	vcpu_wait(vcpu, timeout, &job);
+	after = (struct job){ .kind = JOB_TOUCH, .op = job.op, .gfn = job.gfn };
 	json_job(vcpu, &job);
-	set_private(vcpu->vm, job.gfn, 1, false);
+	set_private(vcpu->vm, asked.gfn, pages, false);
 	vcpu_post(vcpu, &after);
 	vcpu_wait(vcpu, 10, &after);
 	json_bool("shared_again_ok", after.ok);

@@ -31,7 +31,7 @@ void json_errno(int nr); /* "errno" by name and "errno_nr" */
 struct outcome {
 	int ret, err;       /* err 0 where ret >= 0 */
 	uint32_t reason;    /* kvm_run.exit_reason, raw */
-	bool annotated;     /* reason 39 and errno EFAULT or EHWPOISON: only then are the next three anything */
+	bool annotated;     /* reason 39 and errno EFAULT, EHWPOISON or none: only then are the next three anything */
 	uint64_t flags, gpa, size;
 	uint32_t suberror;  /* of KVM_EXIT_INTERNAL_ERROR */
 	uint64_t count;
@@ -98,7 +98,7 @@ struct layout {
 	const char *path;      /* memfd: an existing file instead of a new one */
 	struct vm *share;      /* another VM's memory instead of one's own */
 	uint64_t pages, base, pgoff, slots, gap, vcpus;
-	bool file_per_slot, private_type, prefault;
+	bool file_per_slot, private_type, nested, prefault;
 };
 extern struct vm *vms;
 extern int kvm_fd;
@@ -116,6 +116,7 @@ int set_private(struct vm *vm, uint64_t gfn, uint64_t pages, bool private);
 struct vm {
 	char name[NAME_BYTES];
 	int fd; /* -1: destroyed, kept for the report */
+	bool nested; /* the guest is a hypervisor */
 	uint32_t nr_slots, nr_vcpus;
 	struct slot *slots;
 	void *code; /* the guest's program and stack, in a slot of its own: never poisoned */
@@ -126,7 +127,7 @@ struct vm {
 
 /* ---- vcpu.c: each vCPU has a thread that does one job at a time ---- */
 enum job_kind { JOB_TOUCH, JOB_LOOP, JOB_PIO, JOB_PREFAULT, JOB_QUIT };
-enum op { OP_NONE, OP_READ, OP_WRITE, OP_EXEC, OP_SPIN };
+enum op { OP_NONE, OP_READ, OP_WRITE, OP_EXEC, OP_SPIN, OP_NESTED };
 struct job {
 	enum job_kind kind;
 	enum op op;
@@ -172,6 +173,7 @@ extern const uint8_t guest_return[];
 extern const size_t guest_return_bytes;
 void guest_install(void *code, size_t bytes);
 int guest_vcpu_init(struct vm *vm, struct vcpu *vcpu);
+int guest_make_nested(struct vm *vm); /* once it has its vCPUs; -1: errno */
 int guest_set(struct vcpu *vcpu, enum op op, uint64_t gpa, bool restart);
 bool guest_reported(const struct kvm_run *run);
 

@@ -1,0 +1,76 @@
+"""More exits than the eBPF source has counters for: their errno and their cause stay exact.
+
+With few counters; conversions, of which there may be more than the real number, are in
+test_verdicts.py, and ftrace, which has room for fewer, in test_ftrace.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from tests.lab.drive import Line, Vmm, Watch, seen_by, told_by
+from tests.lab.machine import Machine
+from tests.lab.scenarios import gone
+
+pytestmark = pytest.mark.lab
+
+FEW = 64
+
+# kvmtrace with room for that many exits of different kinds only.
+SMALL = f"""
+import sys
+from kvmtrace.sources import bpf
+bpf.MAX_KEYS = {FEW}
+from kvmtrace.cli import main
+sys.argv = ["kvmtrace", "events", "--json", "--source", "bpf"]
+main()
+"""
+
+
+def causes(lines: list[Line], pid: int) -> Counter[tuple[str, str | None]]:
+    """{(errno, cause): exits} of a process."""
+    found: Counter[tuple[str, str | None]] = Counter()
+    for line in lines:
+        if line["kind"] == "exit" and line["vm"]["pid"] == pid:
+            found[line["errno"], line.get("cause")] += line["count"]
+    return found
+
+
+def test_exits_beyond_the_last_counter(machine: Machine) -> None:
+    """Pages that guest_memfd lost, and one that is poisoned when all counters are taken."""
+    pages, each = 3 * FEW, 5
+    watch = Watch(machine, "bpf", job=machine.start(["python3", "-c", SMALL]))
+    try:
+        vmm = Vmm(machine, "many")
+        vmm.step(f"create v backing=gmem pages={pages} vcpus=2")
+        vmm.step("create w backing=gmem base=0x4000")
+        vmm.step("touch w +3")
+        vmm.step("poison w +3")
+        vmm.step("close-gmem v")
+        for page in range(pages):
+            vmm.step(f"loop v +{page} {each} vcpu={page % 2}")
+        vmm.step("loop w +3 7")
+        report = vmm.end()
+        lines = watch.until(gone(vmm.pid, 2), "the VMs' end")
+    finally:
+        watch.end()
+    truth = told_by(report)
+    assert truth.total() == pages * each + 7
+    assert causes(lines, vmm.pid) == {
+        ("EFAULT", "backing"): pages * each,
+        ("EHWPOISON", "hwpoison"): 7,
+    }
+    exits = [x for x in lines if x["kind"] == "exit"]
+    assert {(x["reason"], x["annotated"]) for x in exits} == {(39, True)}
+    unknown = [x for x in exits if "vcpu" not in x]
+    assert unknown, json.dumps(exits[-5:])
+    assert not {"gpa", "gfn", "size", "access"} & {name for x in unknown for name in x}
+    seen = seen_by([x for x in lines if x["kind"] != "exit" or "vcpu" in x], vmm.pid)
+    assert len(seen) == FEW
+    assert seen == Counter({key: truth[key] for key in seen})
+    # What was counted without its address is told as that.
+    lost = {x["where"]: 0 for x in lines if x["kind"] == "lost"}
+    assert lost.keys() == {"exit_keys"}
