@@ -98,18 +98,20 @@ class Poisons:
         return [Owned(record.ts, pfn, Owner(vm, fields["gfn"], hva), "fault")]
 
     def mce(self, record: Record) -> Event:
-        """A machine check."""
+        """A machine check; which page it is about, who knows the CPU tells (``observe``)."""
         fields = record.fields
-        addr = fields["addr"] if fields["status"] & mce.ADDRV else None
+        status = fields["status"]
         return Mce(
             record.ts,
-            addr,
-            None if addr is None else addr >> kvm.PAGE_SHIFT,
+            fields["addr"] if status & mce.ADDRV else None,
+            None,
             fields["bank"],
             fields["cpu"],
             fields["socketid"],
-            fields["status"],
+            status,
             fields.get("misc"),
+            ipid=fields.get("ipid") or None,
+            fru=mce.fru_text(status, fields.get("v_data", b"")),
         )
 
     def page(self, record: Record) -> list[Event]:

@@ -55,7 +55,8 @@ class EventFormat:
     """One event's ``format``: turns the bytes of an entry into ``{field: value}``.
 
     Numbers of 1 to 8 bytes, ``__data_loc char[]`` strings and ``__data_loc u8[]`` bytes are
-    decoded, anything else is left out. ``common_*`` fields but ``common_pid`` are left out too.
+    decoded, structs are given as bytes, anything else is left out. ``common_*`` fields but
+    ``common_pid`` are left out too.
     """
 
     def __init__(self, text: str) -> None:
@@ -70,12 +71,16 @@ class EventFormat:
             name, offset, size = field["name"], int(field["offset"]), int(field["size"])
             is_dynamic = field["type"].startswith(("__data_loc char", "__data_loc u8"))
             wanted = name == "common_pid" or not name.startswith("common_")
-            if not wanted or field["array"] or offset < at or size not in _CODES:
+            is_struct = field["type"].startswith("struct ")
+            if not wanted or field["array"] or offset < at:
+                continue
+            if size not in _CODES and not is_struct:
                 continue
             if field["type"].startswith("__data_loc") and not is_dynamic:
                 continue
             codes += ["x"] * (offset - at)
-            codes.append(_CODES[size][0 if field["signed"] == "1" and not is_dynamic else 1])
+            signed = field["signed"] == "1" and not is_dynamic
+            codes.append(f"{size}s" if is_struct else _CODES[size][0 if signed else 1])
             names.append(name)
             if is_dynamic:
                 self._dynamic[name] = "char" in field["type"]

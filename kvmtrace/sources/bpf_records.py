@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char, c_int32, c_uint32, c_uint64
+from ctypes import c_char, c_int32, c_uint8, c_uint32, c_uint64
 
 EXIT, POISON, SIGBUS, FAULT, MCE, VM_NEW, VM_GONE, HW, PAGE = range(1, 10)
 HW_MC_EVENT, HW_EXTLOG, HW_APEI, HW_ARM, HW_NON_STANDARD = range(5)
@@ -13,6 +13,7 @@ ACCESS_PRIVATE_KNOWN = 32
 GMEM_NOT_WATCHED = -0x7FFFFFFF
 NO_GFN = (1 << 64) - 1
 MAX_OWNERS = 8
+HW_TEXT = 96
 
 LOST_PLACES = ("ring", "exit_keys", "exit_counts")
 """Names of ``enum lost_place``, in its order."""
@@ -154,6 +155,8 @@ class MceRecord(ctypes.Structure):
         ("mce_cpu", c_uint32),
         ("socket", c_uint32),
         ("pad", c_uint32),
+        ("ipid", c_uint64),
+        ("vendor_data", c_uint8 * 16),
     )
 
 
@@ -173,8 +176,8 @@ class HwRecord(ctypes.Structure):
         ("severity", c_int32),
         ("count", c_uint32),
         ("grain_bits", c_uint32),
-        ("label", c_char * 96),
-        ("message", c_char * 96),
+        ("label", c_char * HW_TEXT),
+        ("message", c_char * HW_TEXT),
     )
 
 
