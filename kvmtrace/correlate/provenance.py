@@ -187,14 +187,12 @@ class Provenance:
         """The best name of the DIMM: two reporters of one error mean the same one."""
         if errors is not None:
             errors.called(name)
-            for other in errors.names.values():
-                mine, theirs = self._best(name.label), self._best(other.label)
-                if mine == theirs or not name.same_error(other):
-                    continue
-                if "candidates" in (dimms.names(mine), dimms.names(theirs)):
-                    continue
-                better = name.worth < other.worth
-                self._same_dimm(*((theirs, mine) if better else (mine, theirs)))
+            same = [name, *filter(name.same_error, errors.names.values())]
+            same = [one for one in same if dimms.names(one.label) != "candidates"]
+            if same:
+                best = self._best(min(same, key=lambda one: one.worth).label)
+                for worse in {self._best(one.label) for one in same} - {best}:
+                    self._same_dimm(worse, best)
         return self._best(name.label)
 
     def _best(self, label: str) -> str:
@@ -287,8 +285,8 @@ def place_of(event: Mce | HwError, page_shift: int = kvm.PAGE_SHIFT) -> tuple[in
 
 
 def _usable(check: Mce) -> bool:
-    """Older recordings have a pfn of addresses that are none; who made the CPU they may not say."""
-    if check.vendor is None or check.addr is None:
+    """Whether the pfn is one: older recordings have them of any address that a register has."""
+    if check.vendor is None or check.addr is None or not check.status & mce.ADDRV:
         return True
     registers = (check.addr, check.status, check.misc, check.vendor, None)
     return mce.physical(*registers, bank=check.bank, ipid=check.ipid) is not None

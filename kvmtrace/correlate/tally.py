@@ -50,8 +50,6 @@ class Tally:
             unit = ("others", None)
         counts = self._units.setdefault(unit, [0, 0])
         ts, count = event.ts, max(1, event.count)
-        if isinstance(event, Mce):
-            count = max(count, mce.errors(event.status, event.vendor, event.bank))
         if not self.exact or severity is None:
             counts[severity != "corrected"] += count
             return

@@ -98,13 +98,14 @@ class Poisons:
         return [Owned(record.ts, pfn, Owner(vm, fields["gfn"], hva), "fault")]
 
     def mce(self, record: Record) -> Event:
-        """A machine check; which page it is about, who knows the CPU tells (``observe``)."""
+        """A machine check; ``observe`` knows the CPU, and judges if the address is physical."""
         fields = record.fields
         status = fields["status"]
+        addr = fields["addr"] if status & mce.ADDRV else None
         return Mce(
             record.ts,
-            fields["addr"] if status & mce.ADDRV else None,
-            None,
+            addr,
+            None if addr is None else addr >> kvm.PAGE_SHIFT,
             fields["bank"],
             fields["cpu"],
             fields["socketid"],

@@ -321,11 +321,12 @@ class Translator:
         return [held] if held else []
 
     def _mce(self, record: Any) -> Mce:
-        """Which page it is about, who knows the CPU tells (``observe``)."""
+        """``observe`` knows the CPU, and judges if the address is physical."""
+        addr = record.addr if record.status & mce.ADDRV else None
         return Mce(
             record.h.ts + self._offset,
-            record.addr if record.status & mce.ADDRV else None,
-            None,
+            addr,
+            None if addr is None else kvm.gfn_of(addr),
             record.bank,
             record.mce_cpu,
             record.socket,
