@@ -643,6 +643,14 @@ static __always_inline int on_mce(u64 mce)
 	record.bank = byte(mce + OFF_mce_bank);
 	record.mce_cpu = half(mce + OFF_mce_extcpu);
 	record.socket = half(mce + OFF_mce_socketid);
+#if OFF_mce_ipid >= 0
+	record.ipid = word(mce + OFF_mce_ipid);
+#endif
+#if OFF_mce_vendor >= 0
+	/* struct mce_hw_err begins with struct mce. */
+	bpf_probe_read_kernel(record.vendor_data, sizeof(record.vendor_data),
+			      (void *)(mce + OFF_mce_vendor));
+#endif
 	tell(&record, sizeof(record));
 	return 0;
 }
@@ -680,7 +688,9 @@ static __always_inline int on_vm(u64 kvm, u32 type, u32 copy)
 
 /* ---- hardware and firmware: memory errors as they were reported ---- */
 
-static __always_inline int on_cper(u32 via, int severity, u64 mem)
+#define FRU_TEXT 20 /* struct acpi_hest_generic_data */
+
+static __always_inline int on_cper(u32 via, int severity, u64 mem, u64 fru_text)
 {
 	struct hw_record record = {};
 
@@ -696,12 +706,14 @@ static __always_inline int on_cper(u32 via, int severity, u64 mem)
 		record.place = word(mem + 32);
 		record.kind = word(mem + 72);
 	}
+	if (fru_text) /* of a fixed size in firmware's record, where it may fill it to the end */
+		bpf_probe_read_kernel_str(record.label, FRU_TEXT + 1, (void *)fru_text);
 	tell(&record, sizeof(record));
 	return 0;
 }
 
-static __always_inline int on_mc_event(int severity, u64 message, u64 label, u32 count, u64 addr,
-				       u32 grain_bits)
+static __always_inline int on_mc_event(int severity, u64 message, u64 label, u32 count, u32 place,
+				       u64 addr, u32 grain_bits)
 {
 	struct hw_record record = {};
 
@@ -712,6 +724,7 @@ static __always_inline int on_mc_event(int severity, u64 message, u64 label, u32
 	record.valid = addr; /* EDAC has no word for "not known" but 0 */
 	record.addr = addr;
 	record.grain_bits = grain_bits & 0xff;
+	record.place = place;
 	bpf_probe_read_kernel_str(record.message, sizeof(record.message), (void *)message);
 	bpf_probe_read_kernel_str(record.label, sizeof(record.label), (void *)label);
 	tell(&record, sizeof(record));
@@ -853,7 +866,7 @@ int FN_vncr(args_t *ctx)
 #ifdef FN_apei
 int FN_apei(args_t *ctx)
 {
-	return on_cper(HW_APEI, (int)ctx[0], ctx[1]);
+	return on_cper(HW_APEI, (int)ctx[0], ctx[1], 0);
 }
 #endif
 #ifdef FN_soft_offline
@@ -873,13 +886,16 @@ int FN_unpoison(args_t *ctx)
 
 int tp_mc_event(struct bpf_raw_tracepoint_args *ctx)
 {
-	return on_mc_event((int)ctx->args[0], ctx->args[1], ctx->args[2], (u32)ctx->args[3],
+	u32 place = (ctx->args[4] & 0xff) | (ctx->args[5] & 0xff) << 8 |
+		    (ctx->args[6] & 0xff) << 16 | (ctx->args[7] & 0xff) << 24;
+
+	return on_mc_event((int)ctx->args[0], ctx->args[1], ctx->args[2], (u32)ctx->args[3], place,
 			   ctx->args[8], (u32)ctx->args[9]);
 }
 
 int tp_extlog(struct bpf_raw_tracepoint_args *ctx)
 {
-	return on_cper(HW_EXTLOG, (int)(ctx->args[4] & 0xff), ctx->args[0]);
+	return on_cper(HW_EXTLOG, (int)(ctx->args[4] & 0xff), ctx->args[0], ctx->args[3]);
 }
 
 int tp_arm_event(struct bpf_raw_tracepoint_args *ctx)
@@ -1023,7 +1039,7 @@ int kp_vm_gone(struct pt_regs *ctx)
 
 int kp_apei(struct pt_regs *ctx)
 {
-	return on_cper(HW_APEI, (int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx));
+	return on_cper(HW_APEI, (int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0);
 }
 
 int kp_soft_offline(struct pt_regs *ctx)

@@ -153,6 +153,8 @@ struct mce_record_ {
 	u32 mce_cpu;
 	u32 socket;
 	u32 pad;
+	u64 ipid;       /* AMD; 0 if not known */
+	u8 vendor_data[16]; /* AMD: SYND1 and SYND2 */
 };
 
 struct vm_record {
@@ -165,7 +167,8 @@ enum hw_via { HW_MC_EVENT, HW_EXTLOG, HW_APEI, HW_ARM, HW_NON_STANDARD };
 #define HW_TEXT 96
 struct hw_record {
 	struct header h;
-	/* CPER: words of struct cper_sec_mem_err, see kvmtrace/cper.py; others: addr, where valid */
+	/* CPER: words of struct cper_sec_mem_err, see kvmtrace/cper.py; others: addr, where valid.
+	 * mc_event: place is the memory controller and three layers, a byte each. */
 	u64 valid;
 	u64 addr;
 	u64 mask;
@@ -175,7 +178,7 @@ struct hw_record {
 	s32 severity;   /* in the numbers of whoever says it */
 	u32 count;
 	u32 grain_bits; /* mc_event */
-	char label[HW_TEXT];
+	char label[HW_TEXT]; /* mc_event; extlog: FRU text */
 	char message[HW_TEXT];
 };
 

@@ -8,8 +8,10 @@ bytes in, facts out.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
+
+from kvmtrace import dimms, identity
 
 # enum hw_event_mc_err_type (linux/edac.h), GHES_SEV_* (acpi/ghes.h), CPER_SEV_* (linux/cper.h)
 EDAC = {0: "corrected", 1: "recoverable", 2: "deferred", 3: "fatal"}
@@ -20,6 +22,10 @@ CPER = {0: "recoverable", 1: "fatal", 2: "corrected"}
 _ADDRESS, _MASK, _NODE = 1 << 1, 1 << 2, 1 << 3
 _ERROR_TYPE, _DIMM_HANDLE = 1 << 14, 1 << 17
 _RANK = 1 << 15
+_ADDRESS_BITS = 64
+_NO_TYPE = 0xFF
+_FRU_TEXT = 20  # struct acpi_hest_generic_data; not always ended by a zero
+_ALL = (1 << _ADDRESS_BITS) - 1
 _PLACES = ((1 << 4, "card", 16), (1 << 5, "module", 32), (1 << 6, "bank", 48))
 
 # Table N.31, as drivers/firmware/efi/cper.c names them
@@ -45,13 +51,32 @@ class Memory(NamedTuple):
     kind: int = 0
 
 
+# struct cper_mem_err_compact (ras:extlog_mem_event): validation bits, node, card, module, bank;
+# device, row, column and bit; three IDs; rank, handles of the array and of the DIMM
+_COMPACT = struct.Struct("<QHHHH8x24xHHH")
+
+
+def extlog(pa: int, lsb: int, kind: int, compact: bytes) -> Memory:
+    """The section behind an extlog_mem_event; what it had not is all ones there."""
+    valid = place = rank = handle = 0
+    if len(compact) >= _COMPACT.size:
+        valid, node, card, module, bank, rank, _, handle = _COMPACT.unpack_from(compact)
+        place = node | card << 16 | module << 32 | bank << 48
+    valid &= ~(_ADDRESS | _MASK | _ERROR_TYPE)
+    valid |= _ADDRESS if pa != _ALL else 0
+    valid |= _MASK if lsb < _ADDRESS_BITS else 0
+    valid |= _ERROR_TYPE if kind != _NO_TYPE else 0
+    mask = 1 << lsb if valid & _MASK else 0
+    return Memory(valid, pa, mask, place, kind | rank << 16 | handle << 48)
+
+
 MEMORY_WORDS = {"valid": 0, "addr": 16, "mask": 24, "place": 32, "kind": 72}
 
 
-def memory(said: Memory, dimms: Mapping[int, str]) -> dict[str, Any]:
+def memory(said: Memory, labels: Mapping[int, str], fru: str | None = None) -> dict[str, Any]:
     """What a section tells, under the names of ``events.HwError``.
 
-    ``dimms``: labels by SMBIOS handle (``smbios.dimm_labels``).
+    ``labels``: by SMBIOS handle (``firmware.dimm_labels``). ``fru``: the record's FRU text.
     """
     facts: dict[str, Any] = {}
     if said.valid & _ADDRESS:
@@ -60,9 +85,6 @@ def memory(said: Memory, dimms: Mapping[int, str]) -> dict[str, Any]:
         facts["grain"] = said.mask & -said.mask
     if said.valid & _NODE:
         facts["node"] = said.place & 0xFFFF
-    if said.valid & _DIMM_HANDLE:
-        handle = said.kind >> 48 & 0xFFFF
-        facts["label"] = dimms.get(handle, f"SMBIOS handle {handle:#x}")
     notes = []
     if said.valid & _ERROR_TYPE:
         number = said.kind & 0xFF
@@ -73,8 +95,58 @@ def memory(said: Memory, dimms: Mapping[int, str]) -> dict[str, Any]:
     ]
     if said.valid & _RANK:
         notes.append(f"rank {said.kind >> 16 & 0xFFFF}")
+    if said.valid & _DIMM_HANDLE:
+        handle = said.kind >> 48 & 0xFFFF
+        if handle in labels:
+            facts |= {"label": labels[handle], "label_from": "smbios"}
+        else:
+            notes.append(f"SMBIOS handle {handle:#x}, which no DIMM here has")
+    if fru := identity.clean((fru or "")[:_FRU_TEXT]):
+        name = dimms.of_fru(fru)
+        if name is not None and "label" not in facts:
+            facts |= {"label": name, "label_from": "fru"}
+        else:
+            notes.append(fru)
     if notes:
         facts["message"] = ", ".join(notes)
+    return facts
+
+
+class Edac(NamedTuple):
+    """An error as ras:mc_event has it (include/ras/ras_event.h).
+
+    ``place``: the memory controller and its layers, -1 where one is not known.
+    """
+
+    severity: int
+    addr: int
+    grain_bits: int
+    errors: int
+    label: str
+    message: str
+    place: tuple[int, ...] = ()
+
+
+def edac(said: Edac, alike: Collection[str] = ()) -> dict[str, Any]:
+    """What EDAC tells, under the names of ``events.HwError``.
+
+    ``alike``: labels that firmware gave to several DIMMs. EDAC has no word for an address that is
+    not known but 0; 2**64 bytes is what a driver's grain of -1 comes to (edac_mc.c).
+    """
+    addr = said.addr & _ALL
+    facts: dict[str, Any] = {"severity": EDAC.get(said.severity), "count": said.errors}
+    if addr:
+        facts["addr"] = addr
+        if said.grain_bits < _ADDRESS_BITS:
+            facts["grain"] = 1 << said.grain_bits
+    if name := dimms.label(said.label):
+        if name in alike and said.place:
+            controller, *layers = said.place
+            where = ":".join(str(layer) for layer in layers if layer >= 0)
+            name = f"{name} (mc {controller}, {where})"
+        facts |= {"label": name, "label_from": "edac"}
+    if message := identity.clean(said.message):
+        facts["message"] = message
     return facts
 
 

@@ -172,8 +172,11 @@ class Sigbus(Event):
 class Mce(Event):
     """mce:mce_record. ``pfn`` is None where the registers declare no valid, physical address.
 
-    ``count``: so many records, the same but for their time; the last of them at ``ts``.
-    ``vendor``: who made the CPU, by its own name ("AuthenticAMD"): not all bits mean the same.
+    ``count``: so many errors, the same but for their time, the last of them at ``ts``; one record
+    may stand for several. ``vendor``: who made the CPU, by its own name ("AuthenticAMD"): not all
+    bits mean the same. ``ipid``: AMD's MCA_IPID, what kind of unit the bank is of. ``fru``: AMD's
+    name of what is to be replaced. ``cpu``, ``socket``: which read the record; where the memory
+    is only if a memory controller reports.
     """
 
     kind: ClassVar[str] = "mce"
@@ -186,6 +189,8 @@ class Mce(Event):
     misc: int | None = None
     count: int = 1
     vendor: str | None = None
+    ipid: int | None = None
+    fru: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +212,9 @@ class HwError(Event):
 
     ``via``: the tracepoint or function that said so ("ras:mc_event", …). ``severity``: "corrected",
     "deferred", "recoverable" or "fatal". ``addr``: physical; ``grain``: bytes that the address is
-    exact to. ``count``: errors that this one report stands for. ``label``: the DIMM's.
+    exact to. ``count``: errors that this one report stands for. ``label``: the DIMM's, or what
+    else of memory it names (``dimms.names``). ``label_from``: who calls it so, "edac", "smbios"
+    or "fru" (FRU text of firmware's record).
     """
 
     kind: ClassVar[str] = "hw_error"
@@ -221,6 +228,7 @@ class HwError(Event):
     message: str | None = None
     node: int | None = None
     socket: int | None = None
+    label_from: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

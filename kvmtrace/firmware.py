@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvmtrace import cper, identity
+from kvmtrace import cper, dimms
 
 TABLE = "/firmware/dmi/tables/DMI"
 
@@ -19,12 +20,14 @@ _HEADER = 4
 
 @dataclass(frozen=True, slots=True)
 class Firmware:
-    """``dimms``: {SMBIOS handle: label}. ``non_standard``: what ras:non_standard_event's severities
-    mean; {} where that cannot be told.
+    """``dimms``: {SMBIOS handle: label}, no label twice. ``non_standard``: what
+    ras:non_standard_event's severities mean; {} where that cannot be told. ``alike``: names that
+    firmware gives to several DIMMs.
     """
 
     dimms: Mapping[int, str] = field(default_factory=dict)
     non_standard: Mapping[int, str] = field(default_factory=dict)
+    alike: frozenset[str] = frozenset()
 
 
 def read(sys: str = "/sys") -> Firmware:
@@ -32,22 +35,38 @@ def read(sys: str = "/sys") -> Firmware:
     # GHES and Intel's extended log trace that event in numbers of their own (drivers/acpi/apei/
     # ghes.c, drivers/acpi/acpi_extlog.c).
     extlog = os.path.isdir(f"{sys}/module/acpi_extlog")
-    return Firmware(dimm_labels(f"{sys}{TABLE}"), {} if extlog else cper.GHES)
+    path = f"{sys}{TABLE}"
+    alike = frozenset(_several(_names(path)))
+    return Firmware(dimm_labels(path), {} if extlog else cper.GHES, alike)
 
 
 def dimm_labels(path: str) -> dict[int, str]:
+    """{handle: label}; DIMMs that firmware calls alike have their handles in the label, too."""
+    names = _names(path)
+    several = _several(names)
+    return {
+        handle: f"{name} (SMBIOS handle {handle:#x})" if name in several else name
+        for handle, name in names.items()
+    }
+
+
+def _several(names: Mapping[int, str]) -> set[str]:
+    return {name for name, count in Counter(names.values()).items() if count > 1}
+
+
+def _names(path: str) -> dict[int, str]:
     """{handle: "BANK DEVICE"} as firmware calls them, put as EDAC does; {} where none is listed."""
     try:
         table = Path(path).read_bytes()
     except OSError:
         return {}
-    labels = {}
+    labels: dict[int, str] = {}
     for handle, fields, strings in _structures(table):
         if fields[0] != _MEMORY_DEVICE:
             continue
         numbers = [fields[at] for at in (_BANK_LOCATOR, _DEVICE_LOCATOR) if at < len(fields)]
         names = [strings[n - 1] for n in numbers if 0 < n <= len(strings)]
-        if label := " ".join(filter(None, (identity.clean(name).strip() for name in names))):
+        if label := " ".join(filter(None, map(dimms.label, names))):
             labels[handle] = label
     return labels
 

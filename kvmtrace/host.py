@@ -86,19 +86,22 @@ def kvm(sys_module: str = "/sys/module", device: str = "/dev/kvm") -> Kvm:
 class Cpu:
     """``vendor``: by its own name ("AuthenticAMD"). ``physical_bits``: of a physical address, less
     those that hold the key of encrypted memory (arch/x86/kernel/cpu/intel.c, amd.c). None where
-    /proc/cpuinfo does not tell.
+    /proc/cpuinfo does not tell. ``smca``: it has AMD's Scalable MCA.
     """
 
     vendor: str | None
     physical_bits: int | None
+    smca: bool = False
 
 
 def cpu(proc: str = "/proc") -> Cpu:
     """The first of the host's CPUs."""
     text = _read(f"{proc}/cpuinfo")
-    vendor = re.search(r"^vendor_id\s*: *(\S+)$", text, re.MULTILINE)
+    # Zhaoxin's name has blanks around it.
+    vendor = re.search(r"^vendor_id\s*: *(\S+) *$", text, re.MULTILINE)
     bits = re.search(r"^address sizes\s*: *(\d+) bits physical", text, re.MULTILINE)
-    return Cpu(vendor[1] if vendor else None, int(bits[1]) if bits else None)
+    smca = re.search(r"^flags\s*:.* smca\b", text, re.MULTILINE) is not None
+    return Cpu(vendor[1] if vendor else None, int(bits[1]) if bits else None, smca)
 
 
 def _check_extension(device: str, capability: int) -> int | None:

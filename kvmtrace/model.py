@@ -137,10 +137,12 @@ class ErrorHistory:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What the hardware said about a page: its last and worst report, and how many there were.
+    """What the hardware said about a page: its last and worst report, and how many errors.
 
-    ``via``: who reported, in order of appearance. ``label``: the DIMM's, and ``dimm`` all that was
-    reported of that DIMM, other pages included.
+    ``via``: who reported, in order of appearance. ``label``: the DIMM's (or what ``dimms.names``
+    says that it names), and ``dimm`` all that was reported of it, other pages included.
+    ``socket``, ``node``: where the memory is. ``bank``, ``cpu``, ``status``: of the machine check;
+    ``consumer_cpu``, ``consumer_socket``: who ran into the bad data, wherever that is.
     """
 
     via: tuple[str, ...]
@@ -155,6 +157,8 @@ class Origin:
     label: str | None = None
     message: str | None = None
     dimm: ErrorHistory | None = None
+    consumer_cpu: int | None = None
+    consumer_socket: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from kvmtrace import kvm
+from kvmtrace import dimms, kvm, mce
 from kvmtrace.correlate import Told
 from kvmtrace.events import (
     Exit,
@@ -109,6 +109,10 @@ def event_line(told: Told) -> dict[str, Any] | None:
                 cpu=event.cpu,
                 socket=event.socket,
                 status=event.status,
+                misc=event.misc,
+                ipid=event.ipid,
+                fru=event.fru,
+                at=_at(event),
                 count=event.count if event.count > 1 else None,
                 incident=told.incident,
             )
@@ -120,6 +124,7 @@ def event_line(told: Told) -> dict[str, Any] | None:
                 socket=event.socket,
                 node=event.node,
                 label=event.label,
+                label_names=dimms.names(event.label) if event.label else None,
                 severity=event.severity,
                 grain=event.grain,
                 count=event.count,
@@ -247,6 +252,13 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
     )
 
 
+def _at(check: Mce) -> str | None:
+    """What the CPU and socket of a machine check are; None where that is not known."""
+    if mce.at_memory(check.status, check.vendor, check.bank, check.ipid):
+        return "memory"
+    return "consumer" if mce.consumed(check.status, check.vendor, check.bank) else None
+
+
 def _origin(origin: Origin | None) -> dict[str, Any] | None:
     if origin is None:
         return None
@@ -259,7 +271,10 @@ def _origin(origin: Origin | None) -> dict[str, Any] | None:
         bank=origin.bank,
         cpu=origin.cpu,
         status=origin.status,
+        consumer_cpu=origin.consumer_cpu,
+        consumer_socket=origin.consumer_socket,
         label=origin.label,
+        label_names=dimms.names(origin.label) if origin.label else None,
         message=origin.message,
         errors=_history(origin.history),
         dimm=_history(origin.dimm) if origin.dimm else None,

@@ -2,64 +2,92 @@
 
 A report is joined to a page by its address, as exactly as the report says it is: MCi_MISC's low six
 bits (the address' least significant valid bit) where MCi_STATUS declares them valid, an EDAC
-report's grain; at best a page. One error is often reported twice, by mce_record and by EDAC: each
-reporter has a count of its own, and what is shown is the highest.
+report's grain; at best a page. One error is often reported several times, by several banks, by EDAC
+and by firmware: ``tally`` counts errors, not reports.
 """
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from kvmtrace import kvm, mce
+from kvmtrace import dimms, kvm, mce
+from kvmtrace.correlate.tally import MCE, Tally
 from kvmtrace.events import HwError, Mce
 from kvmtrace.model import ErrorHistory, Moment, Origin
 
-MCE = "mce:mce_record"
 _SEVERITIES = ("corrected", "deferred", "recoverable", "fatal")
 
 # Reports that are less exact (a whole rank, a channel) name no page.
 _MAX_SHIFT = 30
 _MAX_REPORTERS = 8
+_LINE = 64  # bytes: what a controller corrects, and an address without a grain is exact to
+
+# How recordings of kvmtrace 0.1 name the DIMM of a handle that SMBIOS does not list.
+_NO_HANDLE = re.compile("SMBIOS handle 0x[0-9a-f]+")
+
+# Whose names are better: EDAC knows the slot, firmware's tables what the board calls it.
+_SOURCES = ("edac", "smbios", "fru")
 
 _K = TypeVar("_K")
+_V = TypeVar("_V")
+
+
+class Name(NamedTuple):
+    """What a reporter calls the memory, and the address it said so of. A lower ``worth`` is better:
+    names of one DIMM come before others, then by ``_SOURCES``.
+    """
+
+    label: str
+    worth: tuple[bool, int]
+    addr: int | None = None
+    grain: int = _LINE
+
+    def same_error(self, other: Name) -> bool:
+        """Whether another reporter says it of the same address."""
+        if self.addr is None or other.addr is None or self.worth[1] == other.worth[1]:
+            return False
+        grain = max(self.grain, other.grain)
+        return self.addr // grain == other.addr // grain
 
 
 @dataclass(slots=True)
 class Errors:
-    """What was reported of one place: 2**``order`` pages from ``pfn`` on, or one DIMM."""
+    """What was reported of one place: 2**``order`` pages from ``pfn`` on."""
 
-    pfn: int | None = None
+    pfn: int
     order: int = 0
-    counts: dict[str, list[int]] = field(default_factory=dict)  # reporter: [errors, corrected]
+    page_shift: int = kvm.PAGE_SHIFT
+    tally: Tally = field(default_factory=Tally)
+    named: dict[str, Tally] = field(default_factory=dict)  # by label: reports that have it
+    names: dict[str, Name] = field(default_factory=dict)
+    vias: dict[str, None] = field(default_factory=dict)
     first_ts: int = 0
     last_ts: int = 0
     facts: dict[str, int | str] = field(default_factory=dict)
     moments: dict[str, Moment] = field(default_factory=dict)
-    page_shift: int = kvm.PAGE_SHIFT
 
     def add(self, event: Mce | HwError) -> None:
         """One more report."""
         facts = _facts(event)
-        via, severity = _via(event), facts.get("severity")
-        if not self.counts:
+        via, severity = _via(event), severity_of(event)
+        if not self.vias:
             self.first_ts = self.last_ts = event.ts
-        elif via not in self.counts and len(self.counts) >= _MAX_REPORTERS:
+        elif via not in self.vias and len(self.vias) >= _MAX_REPORTERS:
             via = "others"
+        self.vias[via] = None
         self.first_ts = min(self.first_ts, event.ts)
         self.last_ts = max(self.last_ts, event.ts)
-        count = event.count
-        counts = self.counts.setdefault(via, [0, 0])
-        counts[0] += count
-        counts[1] += count if severity == "corrected" else 0
+        self.tally.add(event, severity)
         # The last report of the worst kind speaks; what it leaves out, others may have said.
         worse = _rank(severity) >= _rank(self.facts.get("severity"))
         self.facts = {**self.facts, **facts} if worse else {**facts, **self.facts}
-        self._note(event, count)
+        self._note(event)
 
-    def _note(self, event: Mce | HwError, count: int) -> None:
+    def _note(self, event: Mce | HwError) -> None:
         what = _text(event)
         if what not in self.moments and len(self.moments) >= _MAX_REPORTERS:
             what = "errors of other kinds"
@@ -67,23 +95,63 @@ class Errors:
         if known is None:
             exact = f"address, exact to {1 << self.page_shift << self.order} bytes"
             how = "address in the same page" if not self.order else exact
-            self.moments[what] = Moment(event.ts, what, how, count=count, last_ts=event.ts)
+            self.moments[what] = Moment(
+                event.ts, what, how, count=max(1, event.count), last_ts=event.ts
+            )
         else:
             self.moments[what] = replace(
                 known,
                 ts=min(known.ts, event.ts),
                 last_ts=max(known.last_ts or 0, event.ts),
-                count=known.count + count,
+                count=known.count + max(1, event.count),
             )
+
+    def called(self, name: Name) -> None:
+        """A report names the memory."""
+        known = self.names.get(name.label)
+        if known is None and len(self.names) >= _MAX_REPORTERS:
+            return
+        if known is None or name.worth <= known.worth:
+            self.names.pop(name.label, None)
+            self.names[name.label] = name
+
+    @property
+    def best(self) -> Name | None:
+        """The best name; of equals the last one."""
+        return min(reversed(self.names.values()), key=lambda name: name.worth, default=None)
 
     def covers(self, pfn: int) -> bool:
         """Whether the page is within what was reported."""
-        return self.pfn is not None and pfn >> self.order == self.pfn >> self.order
+        return pfn >> self.order == self.pfn >> self.order
 
     def history(self) -> ErrorHistory:
         """The counts, frozen."""
-        corrected = max(corrected for _, corrected in self.counts.values())
-        others = max(errors - corrected for errors, corrected in self.counts.values())
+        corrected, others = self.tally.errors
+        return ErrorHistory(corrected + others, corrected, self.first_ts, self.last_ts)
+
+
+@dataclass(slots=True)
+class Dimm:
+    """What was reported of one DIMM: errors at known places, and those without an address."""
+
+    first_ts: int
+    last_ts: int
+    corrected: int = 0
+    others: int = 0
+    elsewhere: Tally = field(default_factory=lambda: Tally(exact=False))
+
+    def absorb(self, other: Dimm) -> None:
+        """It is the same DIMM."""
+        self.first_ts = min(self.first_ts, other.first_ts)
+        self.last_ts = max(self.last_ts, other.last_ts)
+        self.corrected += other.corrected
+        self.others += other.others
+        self.elsewhere.absorb(other.elsewhere)
+
+    def history(self) -> ErrorHistory:
+        """The counts, frozen."""
+        corrected, others = self.elsewhere.errors
+        corrected, others = corrected + self.corrected, others + self.others
         return ErrorHistory(corrected + others, corrected, self.first_ts, self.last_ts)
 
 
@@ -94,23 +162,69 @@ class Provenance:
         self._limit = limit
         self._page_shift = page_shift
         self._places: OrderedDict[tuple[int, int], Errors] = OrderedDict()
-        self._dimms: OrderedDict[str, Errors] = OrderedDict()
+        self._dimms: OrderedDict[str, Dimm] = OrderedDict()
+        self._better: OrderedDict[str, str] = OrderedDict()  # {name: a better one of the same DIMM}
 
     def report(self, event: Mce | HwError) -> Errors | None:
         """Take a report; returns the place it names, None if it names none."""
-        label = event.label if isinstance(event, HwError) else None
-        if label:
-            self._of(self._dimms, label, Errors()).add(event)
+        errors = self._place(event)
+        if errors is not None:
+            errors.add(event)
+        name = _name(event)
+        if name is not None:
+            self._count(event, self._one_name(name, errors), errors)
+        return errors
+
+    def _place(self, event: Mce | HwError) -> Errors | None:
         place = place_of(event, self._page_shift)
         if place is None:
             return None
         pfn, order = place
-        new = Errors(pfn, order, page_shift=self._page_shift)
-        errors = self._of(self._places, (order, pfn >> order), new)
-        errors.add(event)
-        return errors
+        new = Errors(pfn, order, self._page_shift, Tally(exact=not order))
+        return self._of(self._places, (order, pfn >> order), new)
 
-    def _of(self, known: OrderedDict[_K, Errors], key: _K, new: Errors) -> Errors:
+    def _one_name(self, name: Name, errors: Errors | None) -> str:
+        """The best name of the DIMM: two reporters of one error mean the same one."""
+        if errors is not None:
+            errors.called(name)
+            same = [name, *filter(name.same_error, errors.names.values())]
+            same = [one for one in same if dimms.names(one.label) != "candidates"]
+            if same:
+                best = self._best(min(same, key=lambda one: one.worth).label)
+                for worse in {self._best(one.label) for one in same} - {best}:
+                    self._same_dimm(worse, best)
+        return self._best(name.label)
+
+    def _best(self, label: str) -> str:
+        return self._better.get(label, label)
+
+    def _same_dimm(self, worse: str, better: str) -> None:
+        for label in [label for label, known in self._better.items() if known == worse]:
+            self._better[label] = better
+        self._of(self._better, worse, better)
+        if (known := self._dimms.pop(worse, None)) is not None:
+            new = Dimm(known.first_ts, known.last_ts)
+            self._of(self._dimms, better, new).absorb(known)
+
+    def _count(self, event: Mce | HwError, label: str, errors: Errors | None) -> None:
+        dimm = self._of(self._dimms, label, Dimm(event.ts, event.ts))
+        dimm.first_ts, dimm.last_ts = min(dimm.first_ts, event.ts), max(dimm.last_ts, event.ts)
+        severity = severity_of(event)
+        if errors is None:
+            dimm.elsewhere.add(event, severity)
+            return
+        tally = next((errors.named[x] for x in errors.named if self._best(x) == label), None)
+        if tally is None:
+            if len(errors.named) >= _MAX_REPORTERS:
+                dimm.elsewhere.add(event, severity)
+                return
+            tally = errors.named[label] = Tally(exact=not errors.order)
+        before = tally.errors
+        tally.add(event, severity, errors.tally)
+        dimm.corrected += tally.errors[0] - before[0]
+        dimm.others += tally.errors[1] - before[1]
+
+    def _of(self, known: OrderedDict[_K, _V], key: _K, new: _V) -> _V:
         errors = known.setdefault(key, new)
         known.move_to_end(key)
         while len(known) > self._limit:
@@ -132,23 +246,26 @@ class Provenance:
         for errors in sorted(places, key=lambda e: -_rank(e.facts.get("severity"))):
             facts = {**errors.facts, **facts}
         histories = [errors.history() for errors in places]
-        label = facts.get("label")
-        dimm = self._dimms.get(label) if isinstance(label, str) else None
+        names = [name for errors in places if (name := errors.best) is not None]
+        best = min(names, key=lambda name: name.worth, default=None)
+        label = self._best(best.label) if best else None
+        dimm = self._dimms.get(label) if label else None
         return Origin(
-            via=tuple(dict.fromkeys(via for errors in places for via in errors.counts)),
+            via=tuple(dict.fromkeys(via for errors in places for via in errors.vias)),
             history=ErrorHistory(
                 max(h.count for h in histories),
                 max(h.corrected for h in histories),
                 min(h.first_ts for h in histories),
                 max(h.last_ts for h in histories),
             ),
+            label=label,
             dimm=dimm.history() if dimm else None,
             **facts,  # type: ignore[arg-type]  # names and types are _facts'
         )
 
     def dimms(self) -> dict[str, ErrorHistory]:
         """{label: what was reported of that DIMM}."""
-        return {label: errors.history() for label, errors in self._dimms.items()}
+        return {label: dimm.history() for label, dimm in self._dimms.items()}
 
 
 def place_of(event: Mce | HwError, page_shift: int = kvm.PAGE_SHIFT) -> tuple[int, int] | None:
@@ -160,9 +277,19 @@ def place_of(event: Mce | HwError, page_shift: int = kvm.PAGE_SHIFT) -> tuple[in
         if event.grain:
             grain = (event.grain - 1).bit_length()
     else:
+        if not _usable(event):
+            return None
         grain = mce.address_shift(event.status, event.misc) or page_shift
     order = max(0, grain - page_shift)
     return None if pfn is None or order > _MAX_SHIFT - page_shift else (pfn, order)
+
+
+def _usable(check: Mce) -> bool:
+    """Whether the pfn is one: older recordings have them of any address that a register has."""
+    if check.vendor is None or check.addr is None or not check.status & mce.ADDRV:
+        return True
+    registers = (check.addr, check.status, check.misc, check.vendor, None)
+    return mce.physical(*registers, bank=check.bank, ipid=check.ipid) is not None
 
 
 def severity_of(event: Mce | HwError) -> str | None:
@@ -175,6 +302,25 @@ def severity_of(event: Mce | HwError) -> str | None:
     return "fatal" if event.status & mce.PCC else "recoverable"
 
 
+def _name(event: Mce | HwError) -> Name | None:
+    """What a report calls the memory; recordings hold what was no name, too."""
+    if isinstance(event, Mce):
+        # What another unit calls itself is no DIMM.
+        label = dimms.of_fru(event.fru) if mce.is_umc(event.ipid) else None
+        source = "fru"
+    else:
+        label = dimms.label(event.label)
+        source = event.label_from or ("edac" if event.via == "ras:mc_event" else "smbios")
+    if label is None or _NO_HANDLE.fullmatch(label):
+        return None
+    order = _SOURCES.index(source) if source in _SOURCES else len(_SOURCES)
+    worth = (dimms.names(label) != "dimm", order)
+    if isinstance(event, Mce):
+        return Name(label, worth)
+    addr = event.addr
+    return Name(label, worth, addr, min(event.grain or _LINE, 1 << _MAX_SHIFT))
+
+
 def _via(event: Mce | HwError) -> str:
     return event.via if isinstance(event, HwError) else MCE
 
@@ -182,10 +328,20 @@ def _via(event: Mce | HwError) -> str:
 def _text(event: Mce | HwError) -> str:
     severity = severity_of(event) or "memory"
     if isinstance(event, Mce):
-        where = f"bank {event.bank}, CPU {event.cpu}, socket {event.socket}"
-        return f"{severity} error by machine check: {where}"
-    where = f": {event.label}" if event.label else ""
-    return f"{severity} error by {event.via}{where}"
+        return f"{severity} error by machine check: {_who(event)}"
+    label = dimms.label(event.label)
+    return f"{severity} error by {event.via}" + (f": {label}" if label else "")
+
+
+def _who(check: Mce) -> str:
+    where = f"bank {check.bank}, CPU {check.cpu}, socket {check.socket}"
+    if check.bank == mce.FIRMWARE_BANK:
+        return "made up by the kernel for a report of firmware's"
+    if mce.at_memory(check.status, check.vendor, check.bank, check.ipid):
+        return f"memory controller of socket {check.socket} (bank {check.bank}, CPU {check.cpu})"
+    if mce.consumed(check.status, check.vendor, check.bank):
+        return f"consumed by CPU {check.cpu}, socket {check.socket} (bank {check.bank})"
+    return where
 
 
 def _rank(severity: object) -> int:
@@ -194,7 +350,17 @@ def _rank(severity: object) -> int:
 
 def _facts(event: Mce | HwError) -> dict[str, int | str]:
     """What goes into an ``Origin`` under the same names."""
-    names = ("addr", "socket", "node", "bank", "cpu", "status", "label", "message")
-    facts = {name: getattr(event, name, None) for name in names}
-    facts["severity"] = severity_of(event)
-    return {name: value for name, value in facts.items() if value not in (None, "")}
+    facts: dict[str, object] = {"severity": severity_of(event), "addr": event.addr}
+    if isinstance(event, HwError):
+        facts |= {"socket": event.socket, "node": event.node, "message": event.message}
+    elif event.bank != mce.FIRMWARE_BANK:
+        facts |= {"bank": event.bank, "cpu": event.cpu, "status": event.status}
+        if mce.at_memory(event.status, event.vendor, event.bank, event.ipid):
+            facts["socket"] = event.socket
+        elif mce.consumed(event.status, event.vendor, event.bank):
+            facts |= {"consumer_cpu": event.cpu, "consumer_socket": event.socket}
+    return {
+        name: value
+        for name, value in facts.items()
+        if isinstance(value, (int, str)) and value != ""
+    }

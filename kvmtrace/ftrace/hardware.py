@@ -12,10 +12,9 @@ from kvmtrace.events import HwError
 from kvmtrace.firmware import Firmware
 from kvmtrace.ftrace.records import Record
 
-_NO_ADDRESS = (1 << 64) - 1  # extlog_mem_event, where the section has no address
-_MAX_LSB = 63
-
 PROBES = ("mc_event", "extlog", "apei", "arm_event", "non_standard")
+
+_LAYERS = ("mc_index", "top_layer", "middle_layer", "lower_layer")
 
 
 def error(record: Record, firmware: Firmware) -> HwError:
@@ -23,28 +22,23 @@ def error(record: Record, firmware: Firmware) -> HwError:
     said = record.fields
     match record.probe:
         case "mc_event":
-            # EDAC has no word for "not known" but 0.
-            addr = said["address"] & _NO_ADDRESS or None
-            exact = addr is not None and said["grain_bits"] <= _MAX_LSB
-            return _at(
-                record,
-                "ras:mc_event",
-                addr=addr,
-                severity=cper.EDAC.get(said["error_type"]),
-                grain=1 << said["grain_bits"] if exact else None,
-                count=said["error_count"],
-                label=_text(said.get("label")),
-                message=_text(said.get("msg")),
+            told = cper.Edac(
+                said["error_type"],
+                said["address"],
+                said["grain_bits"],
+                said["error_count"],
+                said.get("label", ""),
+                said.get("msg", ""),
+                tuple(said[layer] for layer in _LAYERS) if _LAYERS[0] in said else (),
             )
+            return _at(record, "ras:mc_event", **cper.edac(told, firmware.alike))
         case "extlog":
-            lsb = said["pa_mask_lsb"]
-            return _at(
-                record,
-                "ras:extlog_mem_event",
-                addr=None if said["pa"] == _NO_ADDRESS else said["pa"],
-                severity=cper.CPER.get(said["sev"]),
-                grain=1 << lsb if lsb <= _MAX_LSB else None,
+            section = cper.extlog(
+                said["pa"], said["pa_mask_lsb"], said.get("etype", 0xFF), said.get("data", b"")
             )
+            facts = cper.memory(section, firmware.dimms, said.get("fru_text"))
+            severity = cper.CPER.get(said["sev"])
+            return _at(record, "ras:extlog_mem_event", severity=severity, **facts)
         case "apei":
             section = cper.Memory(*(said.get(word, 0) for word in cper.Memory._fields))
             facts = cper.memory(section, firmware.dimms)

@@ -98,9 +98,10 @@ class Poisons:
         return [Owned(record.ts, pfn, Owner(vm, fields["gfn"], hva), "fault")]
 
     def mce(self, record: Record) -> Event:
-        """A machine check."""
+        """A machine check; ``observe`` knows the CPU, and judges if the address is physical."""
         fields = record.fields
-        addr = fields["addr"] if fields["status"] & mce.ADDRV else None
+        status = fields["status"]
+        addr = fields["addr"] if status & mce.ADDRV else None
         return Mce(
             record.ts,
             addr,
@@ -108,8 +109,10 @@ class Poisons:
             fields["bank"],
             fields["cpu"],
             fields["socketid"],
-            fields["status"],
+            status,
             fields.get("misc"),
+            ipid=fields.get("ipid") or None,
+            fru=mce.fru_text(status, fields.get("v_data", b"")),
         )
 
     def page(self, record: Record) -> list[Event]:

@@ -78,8 +78,8 @@ class EventFormat:
     """One event's ``format``: turns the bytes of an entry into ``{field: value}``.
 
     Numbers of 1 to 8 bytes, ``__data_loc char[]`` strings and ``__data_loc u8[]`` bytes are
-    decoded, anything else is left out. ``common_*`` fields but ``common_pid`` are left out too.
-    Raises ValueError for a text that is no format.
+    decoded, structs are given as bytes, anything else is left out. ``common_*`` fields but
+    ``common_pid`` are left out too. Raises ValueError for a text that is no format.
     """
 
     def __init__(self, text: str) -> None:
@@ -92,12 +92,16 @@ class EventFormat:
         for offset, size, name, type_, array, signed in _fields(text.partition("print fmt:")[0]):
             is_dynamic = type_.startswith(("__data_loc char", "__data_loc u8"))
             wanted = name == "common_pid" or not name.startswith("common_")
-            if not wanted or array or not at <= offset < _MAX_OFFSET or size not in _CODES:
+            is_struct = type_.startswith("struct ")
+            if not wanted or array or not at <= offset < _MAX_OFFSET:
+                continue
+            if size not in _CODES and not (is_struct and 0 < size < _MAX_OFFSET):
                 continue
             if type_.startswith("__data_loc") and not is_dynamic:
                 continue
             codes += ["x"] * (offset - at)
-            codes.append(_CODES[size][0 if signed and not is_dynamic else 1])
+            code = _CODES.get(size, ("", ""))[0 if signed and not is_dynamic else 1]
+            codes.append(f"{size}s" if is_struct else code)
             names.append(name)
             if is_dynamic:
                 self._dynamic[name] = "char" in type_

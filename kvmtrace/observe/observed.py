@@ -164,10 +164,16 @@ class Observer:
 
     def _by_cpu(self, check: Mce) -> Mce:
         """What the bits of a machine check mean depends on who made the CPU."""
-        cpu, addr = self._cpu, check.addr
+        cpu, addr, status = self._cpu, check.addr, check.status
         if addr is not None:
-            addr = mce.physical(addr, check.status, check.misc, cpu.vendor, cpu.physical_bits)
-        return replace(check, vendor=cpu.vendor, pfn=None if addr is None else addr // PAGE)
+            registers = (addr, status, check.misc, cpu.vendor, cpu.physical_bits)
+            addr = mce.physical(*registers, bank=check.bank, ipid=check.ipid, smca=cpu.smca)
+        return replace(
+            check,
+            vendor=cpu.vendor,
+            pfn=None if addr is None else addr // PAGE,
+            count=max(check.count, mce.errors(status, cpu.vendor, check.bank)),
+        )
 
     def _after_poison(self, signal: Sigbus) -> list[Sigbus]:
         """A SIGBUS without an address is about the page that its thread has just poisoned, or

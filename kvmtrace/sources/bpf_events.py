@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -241,27 +242,24 @@ class Translator:
         via, severities = _HW_VIA[record.via]
         if record.via == records.HW_NON_STANDARD:
             severities = self._firmware.non_standard
-        facts: dict[str, Any] = {}
-        if record.via in (records.HW_EXTLOG, records.HW_APEI):
-            said = cper.Memory(record.valid, record.addr, record.mask, record.place, record.kind)
-            facts = cper.memory(said, self._firmware.dimms)
-        elif record.valid:
-            facts = {"addr": record.addr}
+        facts: dict[str, Any] = {"severity": severities.get(record.severity)}
+        label, message = _text(record.label), _text(record.message)
         if record.via == records.HW_MC_EVENT:
-            facts |= {"label": _text(record.label)}
+            addr = record.addr if record.valid else 0
+            place = tuple(ctypes.c_int8(record.place >> shift).value for shift in (8, 16, 24))
+            said = (record.severity, addr, record.grain_bits, record.count, label, message)
+            told = cper.Edac(*said, (record.place & 0xFF, *place))
+            facts = cper.edac(told, self._firmware.alike)
+        elif record.via in (records.HW_EXTLOG, records.HW_APEI):
+            section = cper.Memory(record.valid, record.addr, record.mask, record.place, record.kind)
+            facts |= cper.memory(section, self._firmware.dimms, label)
+        else:
             if record.valid:
-                facts |= {"grain": 1 << record.grain_bits}
-        if record.message:
-            facts["message"] = _text(record.message)
+                facts["addr"] = record.addr
+            facts["message"] = message or None
         if "addr" in facts:
             facts["pfn"] = kvm.gfn_of(facts["addr"])
-        return HwError(
-            record.h.ts + self._offset,
-            via,
-            severity=severities.get(record.severity),
-            count=record.count,
-            **facts,
-        )
+        return HwError(record.h.ts + self._offset, via, **facts)
 
     def _page(self, record: Any) -> list[Event]:
         ts = record.h.ts + self._offset
@@ -340,6 +338,7 @@ class Translator:
         return [held] if held else []
 
     def _mce(self, record: Any) -> Mce:
+        """``observe`` knows the CPU, and judges if the address is physical."""
         addr = record.addr if record.status & mce.ADDRV else None
         return Mce(
             record.h.ts + self._offset,
@@ -350,6 +349,8 @@ class Translator:
             record.socket,
             record.status,
             record.misc,
+            ipid=record.ipid or None,
+            fru=mce.fru_text(record.status, bytes(record.vendor_data)),
         )
 
     def _began(self, record: Any, kernel: Counters) -> list[Event]:
@@ -405,5 +406,7 @@ def _gpa(key: records.ExitKey, counted: Any, told: int) -> int | None:
     return int(counted.gpa) if 0 < counted.since <= told + 1 else None
 
 
-def _text(raw: bytes) -> str | None:
-    return identity.clean(raw.decode(errors="replace")) or None
+def _text(raw: bytes) -> str:
+    """Cleaned; it ends in "…" where the record had no room for the rest."""
+    text = raw.decode(errors="replace")
+    return identity.clean(text + "…" if len(raw) >= records.HW_TEXT - 1 else text)

@@ -60,6 +60,8 @@ OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "mce_bank": (("mce", "bank"),),
     "mce_extcpu": (("mce", "extcpu"),),
     "mce_socketid": (("mce", "socketid"),),
+    "mce_ipid": (("mce", "ipid"),),
+    "mce_vendor": (("mce_hw_err", "vendor"),),
     "cper_arm_err_info_num": (("cper_sec_proc_arm", "err_info_num"),),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char, c_int32, c_uint32, c_uint64
+from ctypes import c_char, c_int32, c_uint8, c_uint32, c_uint64
 
 EXIT, POISON, SIGBUS, FAULT, MCE, VM_NEW, VM_GONE, HW, PAGE = range(1, 10)
 HW_MC_EVENT, HW_EXTLOG, HW_APEI, HW_ARM, HW_NON_STANDARD = range(5)
@@ -14,6 +14,7 @@ GMEM_NOT_WATCHED = -0x7FFFFFFF
 NO_GFN = NO_GPA = (1 << 64) - 1
 NO_VCPU = NO_REASON = (1 << 32) - 1
 MAX_OWNERS = 8
+HW_TEXT = 96
 
 LOST_PLACES = ("ring", "exit_keys", "exit_counts")
 """Names of ``enum lost_place``, in its order."""
@@ -163,6 +164,8 @@ class MceRecord(ctypes.Structure):
         ("mce_cpu", c_uint32),
         ("socket", c_uint32),
         ("pad", c_uint32),
+        ("ipid", c_uint64),
+        ("vendor_data", c_uint8 * 16),
     )
 
 
@@ -182,8 +185,8 @@ class HwRecord(ctypes.Structure):
         ("severity", c_int32),
         ("count", c_uint32),
         ("grain_bits", c_uint32),
-        ("label", c_char * 96),
-        ("message", c_char * 96),
+        ("label", c_char * HW_TEXT),
+        ("message", c_char * HW_TEXT),
     )
 
 

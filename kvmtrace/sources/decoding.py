@@ -25,8 +25,12 @@ WRONG = (KeyError, TypeError, ValueError, AttributeError)
 _UNKNOWN = {"where": "unknown_events", "count": 1}
 
 _ANY = range(1 << 64)
+UNWRITABLE = "unwritable_events"
+"""Where an event is lost that no reader would take."""
+
 # A time has to fit into a calendar, and 2**lsb is a size.
-_RANGES = {"ts": range(1 << 63), "lsb": range(64), "count": range(1, 1 << 64)}
+TIMES = range(1 << 63)
+_RANGES = {"ts": TIMES, "lsb": range(64), "count": range(1, 1 << 64)}
 
 
 class Malformed(ValueError):
@@ -53,7 +57,7 @@ class Decoder:
                 self.probes = tuple(build(Probe, probe) for probe in record["probes"])
                 return None
             if kind in KINDS:
-                event = _checked(from_record(record))
+                event = checked(from_record(record))
             else:
                 event = build(Lost, {"ts": record.get("ts", self._ts), **_UNKNOWN})
         except Malformed:
@@ -82,11 +86,15 @@ def _hints(cls: type[DataclassInstance]) -> dict[str, Any]:
 def build(cls: type[_T], record: Mapping[str, Any]) -> _T:
     """A dataclass from the fields that it knows of. Raises ``WRONG``."""
     names = _hints(cls).keys()
-    return _checked(cls(**{name: value for name, value in record.items() if name in names}))
+    return checked(cls(**{name: value for name, value in record.items() if name in names}))
 
 
-def _checked(value: _T) -> _T:
-    """The dataclass with every field of its declared type, in range, and its strings cleaned."""
+def checked(value: _T) -> _T:
+    """The dataclass with every field of its declared type, in range, and its strings cleaned.
+
+    Raises Malformed, or another of ``WRONG``. Whoever writes lines uses it as well: one number that
+    no reader takes must not cost all that comes after it.
+    """
     changes: dict[str, Any] = {}
     for name, hint in _hints(type(value)).items():
         within = _RANGES.get(name, _ANY)
@@ -110,7 +118,7 @@ def _checked_item(name: str, item: Any, hint: Any, within: range = _ANY) -> Any:
         cleaned = clean(item)
         return None if not cleaned and type(None) in allowed else cleaned
     if isinstance(item, Owner):
-        return _checked(item)
+        return checked(item)
     if isinstance(item, int) and item not in within:
         raise Malformed(f"{name} is out of range")
     return item

@@ -16,10 +16,19 @@ from typing import IO, Any
 
 from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Event, to_record
+from kvmtrace.events import Event, Lost, to_record
 from kvmtrace.identity import clean
 from kvmtrace.model import Host, Probe, ProbeRuns
-from kvmtrace.sources.decoding import WRONG, Decoder, Malformed, build, version_of
+from kvmtrace.sources.decoding import (
+    TIMES,
+    UNWRITABLE,
+    WRONG,
+    Decoder,
+    Malformed,
+    build,
+    checked,
+    version_of,
+)
 
 FORMAT = 1
 MARK = "from_here_on"
@@ -47,7 +56,7 @@ class Writer:
             states = [_known(dataclasses.asdict(probe)) for probe in probes]
             self._line({"kind": "probes", "probes": states})
         for event in events:
-            self._line(to_record(event))
+            self._line(to_record(_readable(event)))
 
     def mark(self) -> None:
         """What was written so far happened before somebody came to listen: see ``door``."""
@@ -161,6 +170,15 @@ class RecordingSource:
         return KvmtraceError(
             f"{self.path}, line {self._number}: {what}", "the file was damaged or edited"
         )
+
+
+def _readable(event: Event) -> Event:
+    """The event as a reader will have it; Lost where no reader takes it."""
+    try:
+        return checked(event)
+    except WRONG:
+        ts = event.ts if event.ts in TIMES else 0
+        return Lost(ts, UNWRITABLE, 1)
 
 
 def _known(fields: Mapping[str, Any]) -> dict[str, Any]:

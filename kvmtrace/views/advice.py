@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvmtrace import dimms
 from kvmtrace.model import Incident, Snapshot
 from kvmtrace.views.cells import counted, dimm_of, hex_of, listed
 
@@ -18,7 +19,7 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
             "where the error came from: no hardware report with this address was seen"
             + _without(snapshot, "mce", "mc_event", "extlog")
         )
-    elif incident.origin is not None and not incident.origin.label:
+    elif incident.origin is not None and not _names_dimm(incident.origin.label):
         missing.append("which DIMM: no report with this address named one")
     if not incident.owners and incident.page_class in (None, "vm", "process"):
         missing.append("whose page it is: no VM with it was found")
@@ -142,7 +143,28 @@ def _for_hardware(incident: Incident) -> list[str]:
     )
     if origin.severity == "corrected":
         return [f"watch {dimm_of(origin.label)}: {errors}, those of this page were corrected"]
+    match dimms.names(origin.label):
+        case "candidates":
+            among = listed(dimms.candidates(origin.label))
+            return [
+                f"find out which DIMM fails, one of {among}: {errors}, and EDAC cannot tell them"
+                " apart; change their places, one at a time, and see where errors follow"
+            ]
+        case "rank":
+            return [
+                f"find the DIMM that holds rank {origin.label}: {errors}; the board's manual says"
+                " which slot this controller, chip select (csrow) and channel are"
+            ]
+        case "channel":
+            return [
+                f"look for memory without a slot, {origin.label}: {errors}; it is in the package of"
+                " the processor or on the board, and is replaced with it"
+            ]
     return [f"replace {dimm_of(origin.label)}: {errors}"]
+
+
+def _names_dimm(label: str | None) -> bool:
+    return label is not None and dimms.names(label) == "dimm"
 
 
 def _why_nothing(incident: Incident) -> str:

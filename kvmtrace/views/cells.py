@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
 
+from kvmtrace import dimms
+
 Span = tuple[str, str]
 """Text, and the name of its style ("" plain, "title", "head", "bad", "warn", "note", "dim")."""
 
@@ -166,4 +168,10 @@ def counted(number: int, what: str) -> str:
 
 def dimm_of(label: str) -> str:
     """``"A1"`` → ``"DIMM A1"``; most labels say themselves what they name."""
-    return label if "dimm" in label.lower() else f"DIMM {label}"
+    match dimms.names(label):
+        case "candidates":
+            return f"one of {listed(map(dimm_of, dimms.candidates(label)))}"
+        case "dimm":
+            return label if "dimm" in label.lower() else f"DIMM {label}"
+        case kind:
+            return f"{kind} {label}"

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from kvmtrace import wire
+from kvmtrace import dimms, wire
 from kvmtrace.model import ErrorHistory, Incident, Moment, Origin, Party, Snapshot
 from kvmtrace.views import advice
 from kvmtrace.views.cells import counted, dimm_of, hex_of, listed, size_of, span_of
@@ -141,10 +141,14 @@ def origin_parts(origin: Origin) -> Iterator[str]:
     """What hardware said of a page, most telling first."""
     if origin.label:
         yield dimm_of(origin.label)
-    for name in ("socket", "node", "bank", "cpu"):
-        value = getattr(origin, name)
-        if value is not None:
-            yield f"{name} {value}"
+    if origin.socket is not None:
+        yield f"memory of socket {origin.socket}"
+    if origin.node is not None:
+        yield f"node {origin.node}"
+    if origin.bank is not None:
+        yield f"reported by bank {origin.bank} of CPU {origin.cpu}"
+    if origin.consumer_cpu is not None:
+        yield f"consumed by CPU {origin.consumer_cpu}, socket {origin.consumer_socket}"
     if origin.addr is not None:
         yield f"address {origin.addr:#x}"
     if origin.severity:
@@ -153,7 +157,12 @@ def origin_parts(origin: Origin) -> Iterator[str]:
         yield origin.message
     yield _counted(origin.history, "at this page")
     if origin.dimm is not None:
-        yield _counted(origin.dimm, "of this DIMM")
+        yield _counted(origin.dimm, f"of {_this(origin.label)}")
+
+
+def _this(label: str | None) -> str:
+    kind = dimms.names(label or "")
+    return {"dimm": "this DIMM", "candidates": "these DIMMs"}.get(kind, f"this {kind}")
 
 
 def _counted(history: ErrorHistory, where: str) -> str:

@@ -75,6 +75,7 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
                 f"addr {hex_of(event.addr)}",
                 f"pfn {hex_of(event.pfn)}",
                 f"status {hex(event.status)}",
+                event.fru or "",
                 f"x{event.count}" if event.count > 1 else "",
             ]
         case HwError():

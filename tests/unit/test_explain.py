@@ -38,7 +38,7 @@ STORY: tuple[Event, ...] = (
     VmSeen(T0, 2, 4002, "db-1"),
     HwError(T0, "ras:mc_event", "corrected", PFN << 12, PFN, 64, 3, "CPU0_DIMM_A1", "read error"),
     HwError(T0, "GHES", "corrected", 0x57000, 0x57, 64, 2, "DIMM 0"),
-    Mce(T0 + 9 * SECOND, PFN << 12, PFN, 7, 3, 0, 0xBD80000000100134, 0x8C),
+    Mce(T0 + 9 * SECOND, PFN << 12, PFN, 7, 3, 0, 0xBD80000000100134, 0x8C, vendor="GenuineIntel"),
     GmemPoison(POISONED, 77, 383, 8, (Owner(1, 8, 0x7F0000008000),)),
     Poison(POISONED, PFN, "dirty unevictable LRU page", "Failed", 11, 1, 77),
     Exit(POISONED + 50_000_000, 1, 0, 133, 39, True, 78, 0, 0x8000, 4096, 8, False, gmem=133),
@@ -77,7 +77,7 @@ def test_the_whole_story_in_eighty_columns(recording: str) -> None:
     assert max(map(len, text.splitlines())) <= 80
     order = [
         "corrected error by ras:mc_event: CPU0_DIMM_A1 (x3)",
-        "recoverable error by machine check: bank 7, CPU 3, socket 0",
+        "recoverable error by machine check: consumed by CPU 3, socket 0",
         "pfn 0x103275 poisoned: Failed",
         "web-1: owned: gfn 0x8",
         "same thread as the poison, guest_memfd inode 383, index 0x8",

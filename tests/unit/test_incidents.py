@@ -66,7 +66,8 @@ def edac(ts: int, pfn: int | None = PFN, **fields: object) -> HwError:
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_a_machine_check_before_or_after_the_poison(order: tuple[int, int]) -> None:
-    events: list[Event] = [mce(T0), poison(T0 + MS)]
+    at_memory = replace(mce(T0, status=UC | 0x90), vendor="GenuineIntel")
+    events: list[Event] = [at_memory, poison(T0 + MS)]
     origin = only(tell(*(events[n] for n in order))[0]).origin
     assert origin is not None
     assert (origin.socket, origin.bank, origin.cpu, origin.severity) == (1, 7, 3, "recoverable")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace import kvm
+from kvmtrace import kvm, mce
 from kvmtrace.events import (
     Event,
     Exit,
@@ -267,7 +267,8 @@ def test_a_machine_check_gets_its_vendor(tmp_path: Path) -> None:
     [
         ("GenuineIntel", 0x86, 0x12345),  # a physical address, exact to 64 bytes
         ("GenuineIntel", 0x46, None),  # a linear one
-        ("GenuineIntel", None, 0x12345),
+        ("GenuineIntel", None, None),  # no MISC, no mode
+        ("Shanghai", 0x86, 0x12345),
         ("AuthenticAMD", 0x46, 0x12345),  # no such field
     ],
 )
@@ -276,10 +277,12 @@ def test_the_page_of_a_machine_check(
 ) -> None:
     """TME-MK's and SEV's keys are in the high bits, which the kernel takes from the width."""
     sizes = "address sizes\t: 46 bits physical, 57 bits virtual"
-    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\n{sizes}\n")
-    check = Mce(1, 3 << 46 | 0x12345678, None, 4, 0, 0, 3 << 58, misc)
+    spelt = "  Shanghai  " if vendor == "Shanghai" else vendor
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {spelt}\n{sizes}\n")
+    check = Mce(1, 3 << 46 | 0x12345678, None, 5, 0, 0, 3 << 58 | mce.POISON, misc)
     (told,) = story(tmp_path, [check])
-    assert told == replace(check, vendor=vendor, pfn=pfn)
+    assert isinstance(told, Mce)
+    assert (told.vendor, told.addr, told.pfn) == (vendor, check.addr, pfn)
 
 
 def story(tmp_path: Path, events: list[Event]) -> list[Event]:

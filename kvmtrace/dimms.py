@@ -1,0 +1,78 @@
+"""Names of memory: which of them name a DIMM, and what the others name."""
+
+from __future__ import annotations
+
+import re
+
+from kvmtrace import identity
+
+# What firmware has in place of a name (SMBIOS), and what EDAC says where it knows none:
+# edac_mc_handle_error (drivers/edac/edac_mc.c), ghes_edac.c.
+_PLACEHOLDERS = (
+    r"(?:any|unknown|no|not known) (?:memory|dimms?|module|label|slot|bank|location|name)",
+    r"not (?:specified|available|applicable|provided|populated|present|installed|set|known)",
+    r"no(?: dimm| module)? (?:installed|present)|no dimms?",
+    r"(?:un)?specified|undefined|unknown|unavailable|unpopulated|unassigned",
+    r"to be filled(?: by)?(?: o\.?e\.?m\.?)?|filled by o\.?e\.?m\.?|default string|o\.e\.m\.",
+    r"empty|none|null|nil|n/?a|n\.a\.|reserved|invalid|(?:device|bank) ?locator|system default",
+    r"<?(?:bad index|out of spec)>?",
+    # No name either: the kind of a thing, and not which one.
+    r"dimms?|dimm slot|memory(?: module| device)?|bank|channel|slot",
+)
+_PLACEHOLDER = "(?:" + "|".join(_PLACEHOLDERS) + ")"
+_ONLY = re.compile(rf"(?:[\W_]*(?:{_PLACEHOLDER}|x{{2,}}))*[\W_]*", re.IGNORECASE)
+_AT_AN_END = re.compile(
+    r"^[\[(<]?(?:not specified|unknown|undefined|none|n/a|default string|no dimm)[\])>]? (?=.*\w)"
+    r"|(?<=\w) [\[(<]?(?:not specified|unknown|undefined|none|n/a|default string|no dimm)[\])>]?$",
+    re.IGNORECASE,
+)
+
+_OR = " or "  # OTHER_LABEL, include/linux/edac.h
+
+# Slots as boards call them ("A1", "P1-DIMMA2", "Card01, ChnG, DIMM0").
+_A_SLOT = re.compile(r"dimm.*\d|dimm[-_ #]*[a-p]\b|^[a-p]\d{1,2}$", re.IGNORECASE)
+
+
+def label(text: str | None) -> str | None:
+    """The name in ``text``, without placeholders; None where it names nothing.
+
+    One memory that is named twice ("DIMM0 or DIMM0", two ranks of it) is one.
+    """
+    names = []
+    for name in identity.clean(text or "").split(_OR):
+        before = None
+        while name != before and not _ONLY.fullmatch(name):
+            before, name = name, _AT_AN_END.sub("", name).strip()  # noqa: PLW2901
+        if not _ONLY.fullmatch(name):
+            names.append(name)
+    return _OR.join(dict.fromkeys(names)) or None
+
+
+def of_fru(text: str | None) -> str | None:
+    """``text`` of a field-replaceable unit where it names a DIMM.
+
+    Firmware also puts the kind of an error there ("CorrectedErr", "DIMM ????").
+    """
+    name = label(text)
+    return name if name and "?" not in name and _A_SLOT.search(name) else None
+
+
+def candidates(label: str) -> list[str]:
+    """All that a label names: EDAC lists what it cannot tell apart."""
+    return label.split(_OR)
+
+
+def names(label: str) -> str:
+    """What a label names: a "dimm", a "rank", a "channel" or several "candidates".
+
+    Drivers that know chip selects call the rank "mc#0csrow#2channel#1" (edac_mc_alloc_dimms);
+    memory in a processor's package ("…_HBMC#0_Chan#1", skx_common.c) or soldered to the board
+    ("Slice#0_Chan#1", pnd2_edac.c) is no DIMM.
+    """
+    if _OR in label:
+        return "candidates"
+    if "csrow#" in label:
+        return "rank"
+    if "_HBMC#" in label or label.startswith("Slice#"):
+        return "channel"
+    return "dimm"

@@ -1,0 +1,89 @@
+"""Names of memory: placeholders are none, and not all of the others name a DIMM."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmtrace import dimms
+from kvmtrace.views.cells import dimm_of
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        # EDAC: edac_mc.c, ghes_edac.c
+        ("any memory", None),
+        ("unknown memory", None),
+        ("", None),
+        (None, None),
+        ("CPU_SrcID#0_MC#2_Chan#0_DIMM#0", "CPU_SrcID#0_MC#2_Chan#0_DIMM#0"),
+        ("CPU#0Channel#1_DIMM#0", "CPU#0Channel#1_DIMM#0"),
+        ("mc#0channel#1slot#0", "mc#0channel#1slot#0"),
+        ("mc#0memory#3", "mc#0memory#3"),
+        ("DIMM A3", "DIMM A3"),
+        ("DIMM0 or DIMM0", "DIMM0"),
+        ("A or unknown memory", "A"),
+        # SMBIOS
+        ("Not Specified", None),
+        ("NO DIMM", None),
+        ("Unknown", None),
+        ("[Empty]", None),
+        ("N/A", None),
+        ("<OUT OF SPEC>", None),
+        ("To Be Filled By O.E.M.", None),
+        ("Default string Default string", None),
+        ("Unknown Not Specified", None),
+        ("????", None),
+        ("DIMM", None),
+        ("XXXX", None),
+        ("Not Specified DIMM_A1", "DIMM_A1"),
+        ("DIMM_A1 Unknown", "DIMM_A1"),
+        ("BANK 0", "BANK 0"),
+        ("NODE 3 CPU0_DIMM_G1", "NODE 3 CPU0_DIMM_G1"),
+        ("A1", "A1"),
+        ("Node0_Dimm1", "Node0_Dimm1"),
+        ("Unknown1", "Unknown1"),
+    ],
+)
+def test_placeholders_are_no_labels(text: str | None, label: str | None) -> None:
+    assert dimms.label(text) == label
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Card01, ChnG, DIMM0", "Card01, ChnG, DIMM0"),
+        ("B1", "B1"),
+        ("P1-DIMMA2", "P1-DIMMA2"),
+        ("DIMM_A", "DIMM_A"),
+        ("CorrectedErr", None),
+        ("MemoryError", None),
+        ("DIMM ????", None),
+        ("Unknown", None),
+        ("CPU1", None),
+        (None, None),
+    ],
+)
+def test_fru_text_is_not_always_a_dimm(text: str | None, name: str | None) -> None:
+    assert dimms.of_fru(text) == name
+
+
+@pytest.mark.parametrize(
+    ("label", "names", "shown"),
+    [
+        ("A1", "dimm", "DIMM A1"),
+        ("mc#0channel#1slot#0", "dimm", "DIMM mc#0channel#1slot#0"),
+        ("mc#0csrow#2channel#1", "rank", "rank mc#0csrow#2channel#1"),
+        ("DIMM1 or DIMM2", "candidates", "one of DIMM1, DIMM2"),
+        (
+            "mc#0csrow#2channel#0 or mc#0csrow#2channel#1",
+            "candidates",
+            "one of rank mc#0csrow#2channel#0, rank mc#0csrow#2channel#1",
+        ),
+        ("CPU_SrcID#0_HBMC#1_Chan#0", "channel", "channel CPU_SrcID#0_HBMC#1_Chan#0"),
+        ("Slice#0_Chan#1", "channel", "channel Slice#0_Chan#1"),
+    ],
+)
+def test_what_a_label_names(label: str, names: str, shown: str) -> None:
+    assert dimms.names(label) == names
+    assert dimm_of(label) == shown
