@@ -68,7 +68,8 @@ def open_door(session: Session) -> Iterator[None]:
     try:
         answering = door.Door(answer)
     except OSError as error:
-        tell(f"kvmtrace: other commands will not find this one: {error.strerror}")
+        where = f"{error.filename}: " if error.filename else ""
+        tell(f"kvmtrace: other commands will not find this one: {where}{error.strerror or error}")
         yield
         return
     try:
