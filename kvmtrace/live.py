@@ -43,6 +43,8 @@ class Session:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._polled = time.monotonic()
+        self.shortages = 0
+        """How often the source found no file descriptor."""
         self.failure: BaseException | None = None
         """What ended the reader thread, if it was not ``close``."""
 
@@ -63,6 +65,7 @@ class Session:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE) or self.age() > SHORTAGE_SECONDS:
                 raise
+            self.shortages += 1
             self._stop.wait(max(0.0, timeout))
             return [Lost(clock.now_ns(), "descriptors", 1)]
         self._polled = time.monotonic()
