@@ -1,9 +1,9 @@
 """A small HTTP server: loopback by default, and bounded by itself, whoever asks.
 
-One thread with asyncio, so that a connection costs a descriptor and some kilobytes, not a thread;
-TLS, Unix sockets and socket activation are arguments of asyncio's. A request has a deadline and a
-head of some kilobytes. Where there is no room for a connection, the oldest idle one is closed for
-it: somebody who asks at once is always answered.
+One thread with asyncio, so that a connection costs a descriptor and some kilobytes, not a thread. A
+request has a deadline and a head of some kilobytes. Where there is no room for a connection, the
+oldest idle one is closed for it: somebody who asks at once is always answered. Sockets are used
+without asyncio's streams: each of their many system calls costs the reader a turn of Python's lock.
 
 Not ``prometheus_client.start_http_server``, which starts a thread for every connection and waits
 for its request without a limit. Nor uvicorn: it has no deadline for a request either (0.32: 128
@@ -261,35 +261,45 @@ class Server:
                 client.task.cancel()
 
     async def _talk(self, client: _Client, connection: socket.socket) -> None:
-        loop = self._loop
-        reader = asyncio.StreamReader(limit=HEAD_BYTES, loop=loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-        transport: asyncio.Transport | None = None
-        try:
-            transport, _ = await loop.connect_accepted_socket(lambda: protocol, connection)
-            writer = asyncio.StreamWriter(transport, protocol, reader, loop)
-            async with asyncio.timeout(HEAD_SECONDS):
-                head = await _head(reader)
-            async with asyncio.timeout(ANSWER_SECONDS):
-                client.stage = _ANSWERING
-                answer, with_body = await self._answer(head)
-                client.stage = _WRITING
-                await _write(writer, answer, with_body)
-                if answer.status >= HTTPStatus.BAD_REQUEST:
-                    # What it still sends would reset the connection under the answer.
-                    await _linger(reader, writer)
-                writer.close()
-                await writer.wait_closed()
-        except TimeoutError:
-            self.dropped["deadline"] += 1
-        except (OSError, EOFError, asyncio.CancelledError):
-            pass  # it left, or was given up
-        finally:
-            self._clients.discard(client)
-            if transport is not None:
-                transport.abort()
-            else:
-                connection.close()
+        with connection:
+            try:
+                async with asyncio.timeout(HEAD_SECONDS):
+                    head = await self._head(connection)
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    client.stage = _ANSWERING
+                    answer, with_body = await self._answer(head)
+                    client.stage = _WRITING
+                    await self._loop.sock_sendall(connection, answer.head())
+                    if with_body:
+                        await self._loop.sock_sendall(connection, answer.body)
+                    if answer.status >= HTTPStatus.BAD_REQUEST:
+                        # What it still sends would reset the connection under the answer.
+                        await self._linger(connection)
+            except TimeoutError:
+                self.dropped["deadline"] += 1
+            except (OSError, EOFError, asyncio.CancelledError):
+                pass  # it left, or was given up
+            finally:
+                self._clients.discard(client)
+
+    async def _head(self, connection: socket.socket) -> bytes | None:
+        """A request up to its empty line; None if that is too far away."""
+        head = b""
+        while b"\r\n\r\n" not in head and b"\n\n" not in head:
+            if len(head) > HEAD_BYTES:
+                return None
+            more = await self._loop.sock_recv(connection, HEAD_BYTES)
+            if not more:
+                raise EOFError
+            head += more
+        return head.lstrip(b"\r\n")
+
+    async def _linger(self, connection: socket.socket) -> None:
+        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER):
+                while await self._loop.sock_recv(connection, _CHUNK):
+                    pass
 
     async def _answer(self, head: bytes | None) -> tuple[Answer, bool]:
         """What to answer, and whether with its body."""
@@ -311,36 +321,6 @@ class Server:
         if isinstance(route, Shared):
             return await route.answer(headers), method == "GET"
         return route(headers), method == "GET"
-
-
-async def _head(reader: asyncio.StreamReader) -> bytes | None:
-    """A request up to its empty line; None if that is too far away."""
-    head = b""
-    while b"\r\n\r\n" not in head and b"\n\n" not in head:
-        if len(head) > HEAD_BYTES:
-            return None
-        more = await reader.read(HEAD_BYTES)
-        if not more:
-            raise EOFError
-        head += more
-    return head.lstrip(b"\r\n")
-
-
-async def _write(writer: asyncio.StreamWriter, answer: Answer, with_body: bool) -> None:
-    """Little by little: who does not read must not keep a copy of the whole answer."""
-    writer.write(answer.head())
-    body = memoryview(answer.body if with_body else b"")
-    for start in range(0, len(body), _CHUNK):
-        writer.write(body[start : start + _CHUNK])
-        await writer.drain()
-
-
-async def _linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    writer.write_eof()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_LINGER):
-            while await reader.read(_CHUNK):
-                pass
 
 
 def start(listen: str, routes: Mapping[str, Route]) -> Server:
