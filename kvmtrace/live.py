@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import threading
 import time
 
 from kvmtrace import clock, kvm
 from kvmtrace.correlate import Correlator, Told
+from kvmtrace.events import Event, Lost
 from kvmtrace.followers import Follower
 from kvmtrace.history import EventLog
 from kvmtrace.model import Host, Probe, Snapshot
@@ -17,12 +19,19 @@ from kvmtrace.sources import Source
 
 POLL_SECONDS = 0.25
 
+# How long ``close`` waits for the reader, and then for the source; seconds.
+READER_SECONDS = 1.5
+DETACH_SECONDS = 1.25
+
+# How long the reader may find no file descriptor before that ends it; seconds.
+SHORTAGE_SECONDS = 30.0
+
 
 class Session:
     """Pumps a source into a correlator, in the caller's thread (``pump``) or its own (``start``).
 
-    Sources are opened, polled and closed by one thread; ``snapshot``, ``probes``, ``follow`` and
-    ``unfollow`` may be called from any.
+    Sources are opened, polled and closed by one thread; ``snapshot``, ``age``, ``probes``,
+    ``follow`` and ``unfollow`` may be called from any.
     """
 
     def __init__(self, source: Source, page_shift: int = kvm.PAGE_SHIFT) -> None:
@@ -33,18 +42,42 @@ class Session:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._polled = time.monotonic()
+        self.shortages = 0
+        """How often the source found no file descriptor."""
         self.failure: BaseException | None = None
         """What ended the reader thread, if it was not ``close``."""
 
     def pump(self, timeout: float) -> list[Told]:
         """Wait up to ``timeout`` seconds for events and take in all there are."""
-        events = self._source.poll(timeout)
+        events = self._poll(timeout)
         with self._lock:
             for event in events:
                 self._log.add(event)
             for follower in self._followers:
                 follower.put(events)
             return [self._correlator.feed(event) for event in events]
+
+    def _poll(self, timeout: float) -> list[Event]:
+        """As ``Source.poll``; a shortage of file descriptors is waited out, and counted as lost."""
+        try:
+            events = self._source.poll(timeout)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or self.age() > SHORTAGE_SECONDS:
+                raise
+            self.shortages += 1
+            self._stop.wait(max(0.0, timeout))
+            return [Lost(clock.now_ns(), "descriptors", 1)]
+        self._polled = time.monotonic()
+        return events
+
+    def age(self) -> float:
+        """Seconds since the source was read last; raises what ended the reader, if it ended.
+
+        Takes no lock, so it answers whatever hangs.
+        """
+        self._check()
+        return time.monotonic() - self._polled
 
     def follow(self) -> Follower:
         """For somebody who comes later: what happened so far, and from here on what comes."""
@@ -89,9 +122,7 @@ class Session:
 
     def snapshot(self) -> Snapshot:
         """The model now, with host and probes; raises what ended the reader, if it ended."""
-        if self.failure is not None:
-            # Its traceback would grow with every raise.
-            raise self.failure.with_traceback(None)
+        self._check()
         with self._lock:
             model = self._correlator.snapshot()
             host = host_of(self._source)
@@ -102,13 +133,27 @@ class Session:
                 probe_runs=self._source.probe_runs(),
             )
 
-    def close(self) -> None:
-        """Stop the thread and detach the source."""
+    def _check(self) -> None:
+        if self.failure is not None:
+            # Its traceback would grow with every raise.
+            raise self.failure.with_traceback(None)
+
+    def close(self) -> bool:
+        """Stop the thread and detach the source; whether both came to an end.
+
+        If the reader hangs, the source is closed without it, as far as that goes in a second.
+        """
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        reader, self._thread = self._thread, None
+        if reader is not None:
+            reader.join(READER_SECONDS)
+            if reader.is_alive():
+                detach = threading.Thread(target=self._source.close, daemon=True)
+                detach.start()
+                detach.join(DETACH_SECONDS)
+                return False
         self._source.close()
+        return True
 
 
 def host_of(source: Source) -> Host:

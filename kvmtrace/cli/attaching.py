@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from kvmtrace import __version__, door, sources
 from kvmtrace.cli.ending import stop, tell
+from kvmtrace.cli.watchdog import end_by_force
 from kvmtrace.correlate import Correlator
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
@@ -25,7 +26,9 @@ LISTEN_SECONDS = 1.0
 
 def attach(kind: str) -> sources.Source:
     """This host's kernel, with what only looking tells added to what it says by itself."""
-    return Quiet(Reactions(Releases(Observed(sources.open_source(kind)))))
+    source = sources.open_source(kind)
+    stop.clean_up.append(source.close)
+    return Quiet(Reactions(Releases(Observed(source))))
 
 
 def here(kind: str) -> sources.Source:
@@ -39,12 +42,17 @@ def here(kind: str) -> sources.Source:
 
 @contextlib.contextmanager
 def session_on(source: sources.Source) -> Iterator[Session]:
-    """A session, detached on every way out."""
+    """A session, detached on every way out.
+
+    A source that hangs in the kernel ends the process: nothing would be gained by an orderly end,
+    which such a thread can hold up again.
+    """
     session = Session(source)
     try:
         yield session
     finally:
-        session.close()
+        if not session.close():
+            end_by_force(stop.clean_up)
 
 
 @contextlib.contextmanager
@@ -68,9 +76,11 @@ def open_door(session: Session) -> Iterator[None]:
     try:
         answering = door.Door(answer)
     except OSError as error:
-        tell(f"kvmtrace: other commands will not find this one: {error.strerror}")
+        where = f"{error.filename}: " if error.filename else ""
+        tell(f"kvmtrace: other commands will not find this one: {where}{error.strerror or error}")
         yield
         return
+    stop.clean_up.append(answering.close)
     try:
         yield
     finally:

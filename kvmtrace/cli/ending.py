@@ -9,12 +9,13 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO, Any
 
 import click
 
+from kvmtrace.cli.watchdog import Watchdog
 from kvmtrace.errors import KvmtraceError, UsageError
 from kvmtrace.identity import clean
 
@@ -106,22 +107,32 @@ class _Stop:
 
     An exception out of nowhere could hit a half-attached source or a C callback. Writing is the
     exception: a reader that stopped reading would otherwise keep us for ever.
+
+    ``clean_up``: what to call if the command has to be ended by force.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self.clean_up: list[Callable[[], object]] = []
+        self._watchdog: Watchdog | None = None
         self._writing: IO[str] | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> None:
         self.asked = False
+        self.clean_up.clear()
         with contextlib.suppress(ValueError):  # not the main thread (tests)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # nohup
                 self._previous[number] = signal.signal(number, self._handle)
+        if self._previous:
+            self._watchdog = Watchdog(self._previous, lambda: self.asked, self.clean_up)
 
     def __exit__(self, *_: object) -> None:
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import sys
 import time
@@ -217,8 +218,13 @@ def serve(listen: str | None, max_vms: int | None, source: str) -> None:
         try:
             session.start()
             tell(f"serving {server.url}/metrics")
+            told = False
             while not stop.asked and session.failure is None:
                 time.sleep(POLL_SECONDS)
+                if not told and (session.shortages or server.dropped["descriptors"]):
+                    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                    tell(f"kvmtrace: no file descriptors left (limit {limit}): events may be lost")
+                    told = True
             if session.failure is not None:
                 raise session.failure
         finally:

@@ -8,6 +8,7 @@ import stat
 import tempfile
 from typing import IO, Any, Self
 
+from kvmtrace.cli.ending import stop
 from kvmtrace.errors import KvmtraceError
 
 
@@ -27,6 +28,7 @@ class Output:
             raise KvmtraceError(f"{path} is already there", "--force replaces it") from None
         except OSError as error:
             raise self._refused(error) from error
+        stop.clean_up.append(self._remove)
         mode, encoding = ("wb", None) if binary else ("w", "utf-8")
         self.file: IO[Any] = open(descriptor, mode, encoding=encoding)  # noqa: SIM115 (a context)
 
@@ -60,9 +62,13 @@ class Output:
         try:
             self.file.close()
         finally:
-            if self._made is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(self._made)
+            self._remove()
+
+    def _remove(self) -> None:
+        """Unless it was put in place."""
+        if self._made is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._made)
 
     def _refused(self, error: OSError) -> KvmtraceError:
         return KvmtraceError(

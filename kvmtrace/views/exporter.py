@@ -9,14 +9,16 @@ does not know what to do with them. Counters are born at 0 instead.
 
 from __future__ import annotations
 
+import gzip
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from http import HTTPStatus
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -24,21 +26,25 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from kvmtrace import __version__, clock
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.model import LATENCY_BUCKETS, STATES, VERDICTS, Snapshot
 from kvmtrace.views import page
-from kvmtrace.views.server import DEFAULT_LISTEN, Server, start, text
+from kvmtrace.views.server import DEFAULT_LISTEN, Answer, Headers, Server, Shared, start, text
 from kvmtrace.views.vmseries import VmLabels, VmSeries, clean
-
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 __all__ = ["DEFAULT_LISTEN", "DEFAULT_MAX_VMS", "Exporter", "Server", "serve"]
 
 DEFAULT_MAX_VMS = 500
+
+# A reader that has not come round for so long is not watching; seconds. It should in a quarter.
+STALE_SECONDS = 5.0
+
+# One snapshot serves all who ask within this time; seconds.
+SNAPSHOT_SECONDS = 1.0
 
 # Page types and results that are exported as 0 where the kernel's own list is not given. Alerts
 # add up all kinds, so one of them at 0 is enough for the first poison of any kind to be seen.
@@ -53,7 +59,7 @@ LOST_FROM_BIRTH = (
     *("ring", "exit_keys", "exit_counts", "refused_counts", "signal_counts"),
     *("ftrace_poison", "ftrace_signals", "ftrace_faults", "ftrace_missed", "ftrace_damaged"),
     "owner_searches",
-    *("incidents", "vms", "owners", "told", "looks", "refusals", "soft_offlines"),
+    *("incidents", "vms", "owners", "told", "looks", "refusals", "soft_offlines", "descriptors"),
 )
 
 Kinds = Callable[[], Iterable[tuple[str, str]]]
@@ -63,6 +69,30 @@ class Snapshots(Protocol):
     """What the exporter needs of a ``live.Session``; ``snapshot`` raises if the source ended."""
 
     def snapshot(self) -> Snapshot: ...
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """What a ``live.Session`` has besides: a heartbeat."""
+
+    def age(self) -> float: ...
+
+
+class _Recent:
+    """The last snapshot, taken anew if it is older than ``SNAPSHOT_SECONDS``."""
+
+    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+        self._take = snapshot
+        self._lock = threading.Lock()
+        self._taken: tuple[Snapshot, float] | None = None
+
+    def snapshot(self) -> Snapshot:
+        with self._lock:
+            now = time.monotonic()
+            if self._taken is None or now - self._taken[1] >= SNAPSHOT_SECONDS:
+                self._taken = None
+                self._taken = self._take(), now
+            return self._taken[0]
 
 
 class Exporter(Collector):
@@ -272,35 +302,121 @@ def serve(
 
     Raises UsageError if ``listen`` makes no sense, KvmtraceError if it cannot be listened on.
     """
+    recent = _Recent(session.snapshot)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Exporter(session.snapshot, kinds=kinds, max_vms=max_vms))
+    registry.register(Exporter(recent.snapshot, kinds=kinds, max_vms=max_vms))
     ProcessCollector(registry=registry)  # what kvmtrace itself costs: process_cpu_seconds_total …
-    metrics = cast("WSGIApplication", make_wsgi_app(registry))
 
-    def everything(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        # Without "?name[]=…", which finds nothing in a registry that was not described.
-        return metrics({**environ, "QUERY_STRING": ""}, start_response)
+    def metrics(variant: Hashable) -> Answer:
+        assert isinstance(variant, _Format)
+        return variant.answer(registry)
 
-    def healthy(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def ill() -> str | None:
+        """Why nobody is watching; None if the reader comes round."""
         try:
-            session.snapshot()
+            if isinstance(session, Reader):
+                age = session.age()
+            else:
+                recent.snapshot()
+                age = 0.0
         except BaseException as failure:
-            answer = text(HTTPStatus.SERVICE_UNAVAILABLE, f"not healthy: {_reason(failure)}\n")
-        else:
-            answer = text(HTTPStatus.OK, "kvmtrace is healthy\n")
-        return answer(environ, start_response)
+            return _reason(failure)
+        if age > STALE_SECONDS:
+            return f"the source was last read {age:.0f} s ago"
+        return None
 
-    def landing(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        try:
-            snapshot = session.snapshot()
-        except BaseException as failure:
-            body = page.render_failure(_reason(failure))
-            answer = text(HTTPStatus.SERVICE_UNAVAILABLE, body, "text/html")
-        else:
-            answer = text(HTTPStatus.OK, page.render(snapshot, now()), "text/html")
-        return answer(environ, start_response)
+    def healthy(_: Headers) -> Answer:
+        if (why := ill()) is not None:
+            return text(HTTPStatus.SERVICE_UNAVAILABLE, f"not healthy: {why}\n")
+        return text(HTTPStatus.OK, "kvmtrace is healthy\n")
 
-    return start(listen, {"/metrics": everything, "/-/healthy": healthy, "/": landing})
+    def landing(_: Hashable) -> Answer:
+        if (why := ill()) is not None:
+            return text(HTTPStatus.SERVICE_UNAVAILABLE, page.render_failure(why), "text/html")
+        return text(HTTPStatus.OK, page.render(recent.snapshot(), now()), "text/html")
+
+    server = start(
+        listen,
+        {
+            "/metrics": Shared(metrics, _Format.asked_for),
+            "/-/healthy": healthy,
+            "/": Shared(landing),
+        },
+    )
+    registry.register(_Service(session, server.dropped, now))
+    return server
+
+
+class _Service(Collector):
+    """How kvmtrace itself fares, whatever becomes of its snapshots."""
+
+    def __init__(
+        self, session: Snapshots, dropped: Mapping[str, int], now: Callable[[], int]
+    ) -> None:
+        self._session = session
+        self._dropped = dropped
+        self._now = now
+
+    def collect(self) -> Iterator[Metric]:
+        dropped = CounterMetricFamily(
+            "kvmtrace_http_connections_dropped",
+            "Connections given up: for newer ones, past their deadline, or without a descriptor.",
+            labels=["why"],
+        )
+        for why, count in self._dropped.items():
+            dropped.add_metric([why], count)
+        yield dropped
+        if isinstance(self._session, Reader):
+            try:
+                age = self._session.age()
+            except BaseException:  # /-/healthy says what
+                return
+            yield GaugeMetricFamily(
+                "kvmtrace_last_poll_timestamp_seconds",
+                "When the source was last read, in seconds since the epoch.",
+                self._now() / 1e9 - age,
+            )
+
+
+class _Format(NamedTuple):
+    """How metrics are written."""
+
+    openmetrics: bool
+    gzip: bool
+
+    @classmethod
+    def asked_for(cls, headers: Headers) -> _Format:
+        """OpenMetrics only for who asks for a version of it that we write."""
+        kinds = _parts(headers.get("accept", ""))
+        encodings = _parts(headers.get("accept-encoding", ""))
+        return cls(
+            any(
+                kind == "application/openmetrics-text"
+                and given.get("version", "1.0.0") in ("0.0.1", "1.0.0")
+                for kind, given in kinds
+            ),
+            any(name == "gzip" and given.get("q") not in ("0", "0.0") for name, given in encodings),
+        )
+
+    def answer(self, registry: CollectorRegistry) -> Answer:
+        """All metrics of ``registry``."""
+        if self.openmetrics:
+            body = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]
+            kind = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+        else:
+            body = generate_latest(registry)
+            kind = "text/plain; version=0.0.4; charset=utf-8"
+        if self.gzip:
+            return Answer(HTTPStatus.OK, gzip.compress(body, 1), kind, "gzip")
+        return Answer(HTTPStatus.OK, body, kind)
+
+
+def _parts(header: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """``a;x=1, b`` → ("a", {"x": "1"}), ("b", {})."""
+    for part in header.split(","):
+        name, *given = (word.strip() for word in part.split(";"))
+        pairs = (word.partition("=") for word in given)
+        yield name.lower(), {key.strip().lower(): value.strip(' "') for key, _, value in pairs}
 
 
 def _reason(failure: BaseException) -> str:

@@ -1,36 +1,148 @@
-"""A small threaded HTTP server for WSGI routes: loopback by default, never blocked by one client.
+"""A small HTTP server: loopback by default, and bounded by itself, whoever asks.
 
-Not ``prometheus_client.start_http_server``: that one binds every address, answers any path, and
-lets a client that connects and says nothing hold things up.
+One thread with asyncio, so that a connection costs a descriptor and some kilobytes, not a thread. A
+request has a deadline and a head of some kilobytes. Where there is no room for a connection, the
+oldest idle one is closed for it: somebody who asks at once is always answered. Sockets are used
+without asyncio's streams: each of their many system calls costs the reader a turn of Python's lock.
+
+Not ``prometheus_client.start_http_server``, which starts a thread for every connection and waits
+for its request without a limit. Nor uvicorn: it has no deadline for a request either (0.32: 128
+clients that send a byte now and then lock everybody out), and it would need most of this module.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
+import resource
 import socket
 import threading
-from collections.abc import Iterable, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
-from socketserver import TCPServer, ThreadingMixIn
-from typing import TYPE_CHECKING, Any
-from wsgiref.headers import Headers
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from kvmtrace.errors import KvmtraceError, UsageError
-
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 # Core Lightning's on Prometheus' list of ports, which no longer has a free one below 10000: hardly
 # what else runs on a host full of VMs.
 LOOPBACK = "127.0.0.1"
 DEFAULT_LISTEN = f"{LOOPBACK}:9750"
 
-# A client that sends nothing (or reads nothing) for so long is gone; seconds.
-CLIENT_TIMEOUT = 10.0
+# Seconds: for the head of a request, and from then on until the client has its answer.
+HEAD_SECONDS = 5.0
+ANSWER_SECONDS = 20.0
+HEAD_BYTES = 8192
 
-# Handlers at a time; more are refused at once. A scrape needs one, for milliseconds.
+# Connections at a time, at most a quarter of the descriptors that this process may have; of one
+# peer, half of that.
 MAX_CLIENTS = 128
+
+# How long one costly answer serves all who ask for it: so long that making it takes no more than a
+# fiftieth of the time, which is taken from the reader (one Python thread runs at a time).
+KEEP_SECONDS = 1.0
+MAX_KEEP_SECONDS = 5.0
+_KEEP_PER_COST = 50
+
+_CHUNK = 1 << 16
+_QUEUE = 128
+_RETRY = 0.1
+_LINGER = 1.0
+
+# What a connection is doing, in the order in which they are given up.
+_READING, _WRITING, _ANSWERING = range(3)
+
+Headers = Mapping[str, str]
+"""By name in lower case."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a route answers. ``kind`` and ``encoding``: Content-Type and Content-Encoding."""
+
+    status: HTTPStatus
+    body: bytes
+    kind: str = "text/plain; charset=utf-8"
+    encoding: str | None = None
+
+    def head(self) -> bytes:
+        """Status line and headers."""
+        lines = [
+            f"HTTP/1.0 {self.status.value} {self.status.phrase}",
+            f"Content-Type: {self.kind}",
+            f"Content-Length: {len(self.body)}",
+            "Connection: close",
+            "X-Content-Type-Options: nosniff",
+            "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'",
+        ]
+        if self.encoding:
+            lines.append(f"Content-Encoding: {self.encoding}")
+        if self.status == HTTPStatus.METHOD_NOT_ALLOWED:
+            lines.append("Allow: GET, HEAD")
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def text(status: HTTPStatus, body: str, kind: str = "text/plain") -> Answer:
+    """An answer in UTF-8."""
+    return Answer(status, body.encode("utf-8", "replace"), f"{kind}; charset=utf-8")
+
+
+class Shared:
+    """A route whose answers cost something: one serves all who ask for it within a second.
+
+    ``variant``: what of the headers an answer depends on. ``make``: the answer for that, called in
+    a thread of its own.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Hashable], Answer],
+        variant: Callable[[Headers], Hashable] = lambda headers: None,
+    ) -> None:
+        self._make = make
+        self._variant = variant
+        self._kept: dict[Hashable, tuple[asyncio.Future[Answer], float]] = {}
+
+    async def answer(self, headers: Headers) -> Answer:
+        """The answer that is kept, or being made, or a new one."""
+        variant = self._variant(headers)
+        kept = self._kept.get(variant)
+        if kept is None or (kept[0].done() and time.monotonic() >= kept[1]):
+            future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+            work = threading.Thread(
+                target=self._work, args=(variant, future), name="kvmtrace-answer", daemon=True
+            )
+            try:
+                work.start()
+            except RuntimeError:  # no thread is to be had (TasksMax)
+                return text(HTTPStatus.SERVICE_UNAVAILABLE, "no thread to answer with\n")
+            kept = self._kept[variant] = future, 0.0
+        # One who leaves does not take the answer from the others.
+        return await asyncio.shield(kept[0])
+
+    def _work(self, variant: Hashable, future: asyncio.Future[Answer]) -> None:
+        began, cost = time.monotonic(), time.thread_time()
+        try:
+            answer = self._make(variant)
+        except Exception as error:
+            answer = text(
+                HTTPStatus.INTERNAL_SERVER_ERROR, f"internal error: {type(error).__name__}\n"
+            )
+        cost = time.thread_time() - cost
+        until = began + min(MAX_KEEP_SECONDS, max(KEEP_SECONDS, _KEEP_PER_COST * cost))
+
+        def done() -> None:
+            self._kept[variant] = future, until
+            future.set_result(answer)
+
+        with contextlib.suppress(RuntimeError):  # the server was closed meanwhile
+            future.get_loop().call_soon_threadsafe(done)
+
+
+Route = Shared | Callable[[Headers], Answer]
+"""A plain function answers at once, in the server's only thread."""
 
 
 def parse_listen(listen: str) -> tuple[str, int]:
@@ -55,15 +167,36 @@ def parse_listen(listen: str) -> tuple[str, int]:
     return host, int(port)
 
 
-class Server:
-    """A running server; ``address`` is (host, port) as bound. End it with ``close``."""
+@dataclass(eq=False)
+class _Client:
+    peer: str
+    since: float
+    stage: int = _READING
+    task: asyncio.Task[None] | None = None
 
-    def __init__(self, httpd: _Httpd) -> None:
-        self._httpd = httpd
-        self.address: tuple[str, int] = httpd.server_address[:2]  # type: ignore[assignment]
-        self._thread = threading.Thread(
-            target=httpd.serve_forever, name="kvmtrace-http", daemon=True
-        )
+
+class Server:
+    """A running server; ``address`` is (host, port) as bound. End it with ``close``.
+
+    ``dropped``: connections given up, by why: ``crowded`` (for a newer one), ``deadline``, and
+    ``descriptors`` (there was none left to accept one with).
+    """
+
+    def __init__(self, listening: socket.socket, routes: Mapping[str, Route]) -> None:
+        self.address: tuple[str, int] = listening.getsockname()[:2]
+        self.dropped = Counter(crowded=0, deadline=0, descriptors=0)
+        self._listening = listening
+        self._routes = routes
+        self._clients: set[_Client] = set()
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == resource.RLIM_INFINITY:
+            self._room = MAX_CLIENTS
+        else:
+            self._room = min(MAX_CLIENTS, max(4, soft // 4))
+        self._loop = asyncio.new_event_loop()
+        # Its default logs a traceback.
+        self._loop.set_exception_handler(lambda loop, context: None)
+        self._thread = threading.Thread(target=self._run, name="kvmtrace-http", daemon=True)
         self._thread.start()
 
     @property
@@ -73,118 +206,153 @@ class Server:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def close(self) -> None:
-        """Stop listening; what is being answered is cut when the process ends. Twice is fine."""
-        self._httpd.shutdown()
-        self._thread.join()
-        self._httpd.server_close()
+        """Stop listening; answers under way are cut. Twice is fine."""
+        if self._thread.is_alive():
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_LINGER)
+        self._listening.close()
+
+    def _run(self) -> None:
+        loop = self._loop
+        asyncio.set_event_loop(loop)
+        self._listen()
+        loop.run_forever()
+        loop.remove_reader(self._listening)
+        tasks = [client.task for client in self._clients if client.task is not None]
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.close()
+
+    # -- connections
+
+    def _listen(self) -> None:
+        self._loop.add_reader(self._listening, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            connection, address = self._listening.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:
+            # No descriptors, or no memory: look again soon, with one connection less.
+            self.dropped["descriptors"] += 1
+            self._drop(self._clients)
+            self._loop.remove_reader(self._listening)
+            self._loop.call_later(_RETRY, self._listen)
+            return
+        connection.setblocking(False)
+        client = _Client(str(address[0]), self._loop.time())
+        of_peer = {one for one in self._clients if one.peer == client.peer}
+        for crowd, room in ((of_peer, max(1, self._room // 2)), (self._clients, self._room)):
+            if len(crowd) >= room:
+                self.dropped["crowded"] += 1
+                self._drop(crowd)
+        self._clients.add(client)
+        client.task = self._loop.create_task(self._talk(client, connection))
+
+    def _drop(self, crowd: set[_Client]) -> None:
+        """Give up who has waited longest for its own request, or else with its answer."""
+        if crowd:
+            client = min(crowd, key=lambda one: (one.stage, one.since))
+            self._clients.discard(client)
+            if client.task is not None:
+                client.task.cancel()
+
+    async def _talk(self, client: _Client, connection: socket.socket) -> None:
+        with connection:
+            try:
+                async with asyncio.timeout(HEAD_SECONDS):
+                    head = await self._head(connection)
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    client.stage = _ANSWERING
+                    answer, with_body = await self._answer(head)
+                    client.stage = _WRITING
+                    await self._loop.sock_sendall(connection, answer.head())
+                    if with_body:
+                        await self._loop.sock_sendall(connection, answer.body)
+                    if answer.status >= HTTPStatus.BAD_REQUEST:
+                        # What it still sends would reset the connection under the answer.
+                        await self._linger(connection)
+            except TimeoutError:
+                self.dropped["deadline"] += 1
+            except (OSError, EOFError, asyncio.CancelledError):
+                pass  # it left, or was given up
+            finally:
+                self._clients.discard(client)
+
+    async def _head(self, connection: socket.socket) -> bytes | None:
+        """A request up to its empty line; None if that is too far away."""
+        head = b""
+        while b"\r\n\r\n" not in head and b"\n\n" not in head:
+            if len(head) > HEAD_BYTES:
+                return None
+            more = await self._loop.sock_recv(connection, HEAD_BYTES)
+            if not more:
+                raise EOFError
+            head += more
+        return head.lstrip(b"\r\n")
+
+    async def _linger(self, connection: socket.socket) -> None:
+        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER):
+                while await self._loop.sock_recv(connection, _CHUNK):
+                    pass
+
+    async def _answer(self, head: bytes | None) -> tuple[Answer, bool]:
+        """What to answer, and whether with its body."""
+        if head is None:
+            answer = text(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too many headers\n")
+            return answer, True
+        request, *lines = head.decode("latin-1").split("\n")
+        try:
+            method, target, _ = request.split()
+        except ValueError:
+            return text(HTTPStatus.BAD_REQUEST, "not HTTP\n"), True
+        if method not in ("GET", "HEAD"):
+            return text(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD\n"), True
+        route = self._routes.get(target.partition("?")[0])
+        if route is None:
+            return text(HTTPStatus.NOT_FOUND, "not here\n"), method == "GET"
+        split = (line.partition(":") for line in lines)
+        headers = {name.strip().lower(): value.strip() for name, _, value in split}
+        if isinstance(route, Shared):
+            return await route.answer(headers), method == "GET"
+        return route(headers), method == "GET"
 
 
-def start(listen: str, routes: Mapping[str, WSGIApplication]) -> Server:
-    """Serve ``routes`` (path → WSGI application, asked with GET only) on ``listen``."""
-    httpd = _bound(listen)
-    httpd.set_app(_router(routes))
-    return Server(httpd)
+def start(listen: str, routes: Mapping[str, Route]) -> Server:
+    """Serve ``routes`` (by path, asked with GET and HEAD only) on ``listen``."""
+    return Server(_listening(listen), routes)
 
 
 def check_listen(listen: str) -> None:
     """Raise what ``start`` would, before there is anything to serve."""
-    _bound(listen).server_close()
+    _listening(listen).close()
 
 
-def _bound(listen: str) -> _Httpd:
+def _listening(listen: str) -> socket.socket:
     host, port = parse_listen(listen)
+    both_families = not host and socket.has_dualstack_ipv6()
     try:
-        return _Httpd(host, port)
+        (family, _, _, _, address), *_ = socket.getaddrinfo(
+            "::" if both_families else host or None,
+            port,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
+        )
+        listening = socket.create_server(
+            address,
+            family=family,
+            backlog=_QUEUE,
+            dualstack_ipv6=both_families,
+        )
     except OSError as error:
         raise _cannot_listen(listen, error) from None
-
-
-def text(status: HTTPStatus, body: str, kind: str = "text/plain") -> WSGIApplication:
-    """An application that answers just this."""
-
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        start_response(
-            f"{status.value} {status.phrase}", [("Content-Type", f"{kind}; charset=utf-8")]
-        )
-        return [body.encode("utf-8", "replace")]
-
-    return app
-
-
-def _router(routes: Mapping[str, WSGIApplication]) -> WSGIApplication:
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        method = environ["REQUEST_METHOD"]
-        answer: list[tuple[str, list[tuple[str, str]]]] = []
-
-        def remember(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            answer.append((status, headers))
-
-        if method not in ("GET", "HEAD"):
-            inner = text(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD\n")
-        else:
-            inner = routes.get(environ["PATH_INFO"]) or text(HTTPStatus.NOT_FOUND, "not here\n")
-        body = b"".join(inner({**environ, "REQUEST_METHOD": "GET"}, remember))
-        status, given = answer[-1]
-        headers = Headers(given)
-        headers["Content-Length"] = str(len(body))
-        headers["X-Content-Type-Options"] = "nosniff"
-        headers["Content-Security-Policy"] = "default-src 'none'; style-src 'unsafe-inline'"
-        if method not in ("GET", "HEAD"):
-            headers["Allow"] = "GET, HEAD"
-        start_response(status, headers.items())
-        return [] if method == "HEAD" else [body]
-
-    return app
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = CLIENT_TIMEOUT  # StreamRequestHandler sets it on the connection
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are not news."""
-
-
-class _Httpd(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-    request_queue_size = MAX_CLIENTS
-
-    def __init__(self, host: str, port: int) -> None:
-        self._room = threading.BoundedSemaphore(MAX_CLIENTS)
-        self._both_families = not host and socket.has_dualstack_ipv6()
-        if self._both_families:
-            host = "::"
-        info = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        self.address_family = info[0][0]
-        super().__init__(info[0][4][:2], _Handler)  # type: ignore[arg-type]
-
-    def server_bind(self) -> None:
-        # Not HTTPServer's: it looks up the host's full name, which can take a resolver's timeout.
-        if self._both_families:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-        self.setup_environ()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._room.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        try:
-            super().process_request(request, client_address)
-        except BaseException:  # no thread was started, so none gives the place back
-            self._room.release()
-            raise
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._room.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away or timed out is not worth a traceback on a terminal."""
+    listening.setblocking(False)
+    return listening
 
 
 def _cannot_listen(listen: str, error: OSError) -> KvmtraceError:

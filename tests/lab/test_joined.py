@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvmtrace.door import DIRECTORY
 from tests.lab import residue
 from tests.lab.drive import PATIENCE, Line, Vmm, Watch, end_following
 from tests.lab.machine import Job, Machine
@@ -68,6 +69,8 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
     told = {name: sum(row["count"] for row in one["failed"]) for name, one in report.items()}
     assert told["sick"] == 3000
     probing = residue.probing(machine)
+    modes = machine.run(f"stat -c '%a %U %F' {DIRECTORY} {DIRECTORY}/*", check=True).stdout
+    assert modes == "750 root directory\n600 root socket\n"
 
     deadline = time.monotonic() + PATIENCE  # a serve reads the kernel's counts now and then
     while _exits(shown := _top(machine), "sick") < told["sick"] and time.monotonic() < deadline:
@@ -129,6 +132,7 @@ def test_a_serve_that_ends_under_a_live_top(machine: Machine, serve: Job) -> Non
     shell.wait_for(r"\(of kvmtrace serve, pid", timeout=PATIENCE)
     serve.signal(signal.SIGTERM)
     assert serve.wait(PATIENCE) == 0
+    assert machine.run(["ls", "-A", DIRECTORY], check=True).stdout == ""
     assert shell.wait(PATIENCE) == 0
     shown = shell.stdout.rpartition("\x1b[?1049l")[2]  # back from the alternate screen
     assert re.search(r"kvmtrace: kvmtrace serve \(pid \d+\) has ended\r\n", shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Mapping
 
@@ -28,7 +29,11 @@ PROBES = (
 
 
 class FakeSource:
-    """Gives ``batches`` one per poll, then nothing (slowly), or raises ``failure``."""
+    """Gives ``batches`` one per poll, then nothing (slowly), or raises ``failure``.
+
+    A poll that does not wait gives all that is left, as a real source's does. ``drained`` is set by
+    the first poll that has nothing to give: what was given before has been taken in.
+    """
 
     name = "bpf"
 
@@ -38,13 +43,18 @@ class FakeSource:
         self.why: str | None = why
         self.closed = 0
         self.polls = 0
+        self.drained = threading.Event()
         self._batches = [list(batch) for batch in batches]
         self._failure = failure
 
     def poll(self, timeout: float) -> list[Event]:
         self.polls += 1
+        if self._batches and timeout <= 0:
+            given, self._batches = self._batches, []
+            return [event for batch in given for event in batch]
         if self._batches:
             return self._batches.pop(0)
+        self.drained.set()
         if self._failure:
             raise self._failure
         time.sleep(min(timeout, 0.05))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import gzip
 import http.client
 import re
+import resource
+import select
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from http import HTTPStatus
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,13 +22,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvmtrace.errors import KvmtraceError, UsageError
 from kvmtrace.events import Owner
 from kvmtrace.ftrace import fields
+from kvmtrace.live import Session
 from kvmtrace.model import CAUSES, STATES, Incident, Latency, Party, Snapshot, Vm
 from kvmtrace.sources.bpf_records import LOST_PLACES
 from kvmtrace.views import exporter
 from kvmtrace.views import server as server_module
-from kvmtrace.views.server import Server, parse_listen
+from kvmtrace.views.server import Answer, Server, parse_listen
 from kvmtrace.views.vmseries import VmLabels
 from tests.scenario import CONVERSIONS, LOOPS, START, Scenario
+from tests.unit.fake import FakeSource
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -310,7 +318,7 @@ def test_one_part_that_fails_leaves_the_others() -> None:
 # -- the server
 
 
-class Session:
+class Fake:
     """What ``serve`` needs of a live.Session."""
 
     def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
@@ -387,7 +395,7 @@ def test_a_dead_source_over_http() -> None:
     def dead() -> Snapshot:
         raise KvmtraceError("the kernel <took> it away", "hint")
 
-    server = exporter.serve("127.0.0.1:0", Session(dead))
+    server = exporter.serve("127.0.0.1:0", Fake(dead))
     try:
         response, body = ask(server, "/-/healthy")
         assert response.status == 503
@@ -407,7 +415,7 @@ def test_the_page_tells_the_story_and_escapes_it() -> None:
     evil = vm(7, "<script>alert(1)</script>", exits={("EFAULT", None): 1})
     story = Scenario().begin().happen().snapshot()
     both = dataclasses.replace(story, vms={**story.vms, 7: evil})
-    server = exporter.serve("127.0.0.1:0", Session(lambda: both))
+    server = exporter.serve("127.0.0.1:0", Fake(lambda: both))
     try:
         response, body = ask(server, "/")
     finally:
@@ -428,7 +436,7 @@ def test_the_page_names_an_owner_that_is_gone() -> None:
     owners = (Owner(9, 0x77), Owner(10, 0x78))
     lost = Incident("1f-1", "closed", 0x1F, "a", "b", START, owners, parties={9: party})
     server = exporter.serve(
-        "127.0.0.1:0", Session(lambda: dataclasses.replace(story, incidents=(lost,)))
+        "127.0.0.1:0", Fake(lambda: dataclasses.replace(story, incidents=(lost,)))
     )
     try:
         page = ask(server, "/")[1].decode()
@@ -523,37 +531,320 @@ def test_listen_on_nonsense(listen: str) -> None:
     assert "127.0.0.1:9750" in error.value.hint
 
 
-def test_a_client_that_says_nothing_is_let_go_quietly(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+# -- bounded, whoever asks
+
+
+def connect(server: Server, peer: str = "127.0.0.1") -> socket.socket:
+    return socket.create_connection(server.address, timeout=20, source_address=(peer, 0))
+
+
+def is_open(client: socket.socket) -> bool:
+    client.setblocking(False)
+    try:
+        return client.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+    finally:
+        client.settimeout(20)
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /metrics HTTP/1.0\r\nX: "])
+def test_a_client_that_does_not_come_to_the_point_is_let_go_quietly(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], said: bytes
 ) -> None:
-    monkeypatch.setattr(server_module._Handler, "timeout", 0.05)
+    """However often it says a little more."""
+    monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.3)
     server = exporter.serve("127.0.0.1:0", Scenario())
     try:
-        with socket.create_connection(server.address, timeout=20) as idle:
-            assert idle.recv(1) == b""
+        with connect(server) as slow:
+            slow.sendall(said)
+            while is_open(slow):
+                if said:
+                    with contextlib.suppress(ConnectionError):
+                        slow.sendall(b"a")
+                select.select([slow], [], [], 0.02)
+        assert server.dropped["deadline"] == 1
     finally:
         server.close()
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr().err == ""
 
 
-def test_clients_beyond_the_limit_are_refused_and_room_comes_back(
+def test_a_client_that_does_not_read_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "ANSWER_SECONDS", 0.3)
+    big = b"x" * (64 << 20)  # more than any socket's buffers
+    server = server_module.start("127.0.0.1:0", {"/": lambda headers: Answer(HTTPStatus.OK, big)})
+    try:
+        with connect(server) as stuck:
+            stuck.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            until(lambda: server.dropped["deadline"])
+    finally:
+        server.close()
+
+
+def test_the_oldest_idle_client_makes_room_for_one_who_asks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+    monkeypatch.setattr(server_module, "MAX_CLIENTS", 8)
     server = exporter.serve("127.0.0.1:0", Scenario())
+    idle = [connect(server) for _ in range(20)]
     try:
-        with (
-            socket.create_connection(server.address, timeout=20),
-            socket.create_connection(server.address, timeout=20) as second,
-        ):
-            assert second.recv(1) == b""
-        # The first one's thread sees the end of its connection and leaves; that is not instant.
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                assert ask(server, "/-/healthy")[0].status == 200
-                break
-            except (http.client.HTTPException, ConnectionError):
-                assert time.monotonic() < deadline
+        until(lambda: server.dropped["crowded"] == 16)
+        assert idle[0].recv(1) == b""
+        assert ask(server, "/metrics")[0].status == 200
+        assert [is_open(one) for one in idle] == [False] * 17 + [True] * 3
     finally:
         server.close()
+        for one in idle:
+            one.close()
+
+
+def test_one_peer_does_not_take_the_places_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "MAX_CLIENTS", 8)
+    server = exporter.serve("127.0.0.1:0", Scenario())
+    try:
+        with connect(server) as patient:
+            greedy = [connect(server, "127.0.0.2") for _ in range(20)]
+            until(lambda: server.dropped["crowded"] == 16)
+            assert is_open(patient)
+            patient.sendall(b"GET /-/healthy HTTP/1.0\r\n\r\n")
+            assert patient.recv(1 << 16).startswith(b"HTTP/1.0 200 OK\r\n")
+            for one in greedy:
+                one.close()
+    finally:
+        server.close()
+
+
+def test_connections_leave_descriptors_to_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {resource.RLIMIT_NOFILE: (40, 40)}
+    monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
+    server = exporter.serve("127.0.0.1:0", Scenario())
+    idle = [connect(server) for _ in range(30)]
+    try:
+        until(lambda: server.dropped["crowded"] == 25)
+        assert sum(map(is_open, idle)) == 5
+    finally:
+        server.close()
+        for one in idle:
+            one.close()
+
+
+def test_no_descriptor_for_a_connection_is_survived_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = exporter.serve("127.0.0.1:0", Scenario())
+    try:
+        with connect(server) as idle:
+            until(lambda: server._clients)
+
+            class Short:
+                """The listening socket, with nothing left for the next connection."""
+
+                def __init__(self, listening: socket.socket) -> None:
+                    self._listening = listening
+                    self.fileno = listening.fileno
+                    self.close = listening.close
+
+                def accept(self) -> tuple[socket.socket, object]:
+                    monkeypatch.setattr(server, "_listening", self._listening)
+                    raise OSError(errno.EMFILE, "Too many open files")
+
+            monkeypatch.setattr(server, "_listening", Short(server._listening))
+            response, body = ask(server, "/metrics")
+            assert response.status == 200
+            assert b'kvmtrace_http_connections_dropped_total{why="descriptors"} 1.0' in body
+            assert idle.recv(1) == b""  # its descriptor was needed
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (b"GET / HTTP/1.0\r\n" + b"X: " + b"a" * 9000, 431),
+        (b"GET / HTTP/1.0\r\n" + b"X: a\r\n" * 3000 + b"\r\n", 431),
+        (b"hello\r\n\r\n", 400),
+        (b"\r\n\r\n", 400),
+        (b"\xff\x00 \xff \xff\r\n:\r\n\r\n", 405),
+        (b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + b"a" * 100_000, 405),
+        (b"GET / HTTP/1.0\n\n", 200),
+    ],
+)
+def test_requests_that_are_none(server: Server, said: bytes, status: int) -> None:
+    with connect(server) as client:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(said)
+        answer = b""
+        while more := client.recv(1 << 16):
+            answer += more
+    assert answer.startswith(b"HTTP/1.0 %d " % status)
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text; version=x",
+        "application/openmetrics-text;version=9.9.9,text/plain",
+        ";;=,=;,",
+        "*/*",
+    ],
+)
+def test_what_to_accept_is_read_with_patience(
+    server: Server, capfd: pytest.CaptureFixture[str], accept: str
+) -> None:
+    response, body = ask(server, "/metrics", Accept=accept)
+    assert (response.status, response.getheader("Content-Type", "")[:10]) == (200, "text/plain")
+    assert b"kvmtrace_build_info" in body
+    assert capfd.readouterr().err == ""
+
+
+def test_an_answer_that_fails_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    def broken(variant: Hashable) -> Answer:
+        raise ZeroDivisionError
+
+    server = server_module.start("127.0.0.1:0", {"/": server_module.Shared(broken)})
+    try:
+        response, body = ask(server, "/")
+    finally:
+        server.close()
+    assert (response.status, body) == (500, b"internal error: ZeroDivisionError\n")
+    assert capfd.readouterr().err == ""
+
+
+# -- the reader is left alone
+
+
+class Beating:
+    """A session with a heartbeat, whose snapshots are counted."""
+
+    def __init__(self, age: float = 0.0) -> None:
+        self.snapshots = 0
+        self._age = age
+
+    def age(self) -> float:
+        return self._age
+
+    def snapshot(self) -> Snapshot:
+        self.snapshots += 1
+        return Snapshot()
+
+
+def test_one_snapshot_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "SNAPSHOT_SECONDS", 3600)
+    monkeypatch.setattr(server_module, "MAX_KEEP_SECONDS", 0)
+    session = Beating()
+    server = exporter.serve("127.0.0.1:0", session)
+    paths = ["/metrics", "/"] * 8
+    answers: list[int] = []
+    try:
+        threads = [
+            threading.Thread(target=lambda path=path: answers.append(ask(server, path)[0].status))
+            for path in paths
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        monkeypatch.setattr(exporter, "SNAPSHOT_SECONDS", 0)
+        assert answers == [200] * len(paths)
+        assert session.snapshots == 1
+        ask(server, "/")
+        assert session.snapshots == 2
+    finally:
+        server.close()
+
+
+def test_one_answer_serves_all() -> None:
+    made = 0
+    asked, go = threading.Event(), threading.Event()
+
+    def make(variant: Hashable) -> Answer:
+        nonlocal made
+        made += 1
+        asked.set()
+        go.wait(20)
+        return server_module.text(HTTPStatus.OK, str(made))
+
+    server = server_module.start("127.0.0.1:0", {"/": server_module.Shared(make)})
+    bodies: list[bytes] = []
+    try:
+        threads = [
+            threading.Thread(target=lambda: bodies.append(ask(server, "/")[1])) for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        assert asked.wait(20)
+        until(lambda: [one.stage for one in server._clients] == [server_module._ANSWERING] * 8)
+        go.set()
+        for thread in threads:
+            thread.join()
+    finally:
+        server.close()
+    assert bodies == [b"1"] * 8
+
+
+def test_health_is_the_heartbeat_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While everything else that answers is stuck."""
+    session = Beating()
+    go = threading.Event()
+
+    def stuck() -> Snapshot:
+        go.wait(20)
+        return Snapshot()
+
+    monkeypatch.setattr(session, "snapshot", stuck)
+    server = exporter.serve("127.0.0.1:0", session)
+    try:
+        with connect(server) as scraper:
+            scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            until(lambda: [one.stage for one in server._clients] == [server_module._ANSWERING])
+            assert ask(server, "/-/healthy")[0].status == 200
+            session._age = exporter.STALE_SECONDS + 2.4
+            response, body = ask(server, "/-/healthy")
+            assert response.status == 503
+            assert body == b"not healthy: the source was last read 7 s ago\n"
+            go.set()
+            assert scraper.recv(1 << 16).startswith(b"HTTP/1.0 200")
+        response, body = ask(server, "/")
+        assert response.status == 503
+        assert b"last read 7 s ago" in body
+    finally:
+        go.set()
+        server.close()
+
+
+def test_when_the_source_was_read_is_a_metric() -> None:
+    server = exporter.serve("127.0.0.1:0", Beating(age=1000.0))
+    try:
+        before = time.time()
+        body = ask(server, "/metrics")[1].decode()
+        after = time.time()
+    finally:
+        server.close()
+    (family,) = [
+        family
+        for family in text_string_to_metric_families(body)
+        if family.name == "kvmtrace_last_poll_timestamp_seconds"
+    ]
+    assert before - 1000 <= family.samples[0].value <= after - 1000
+
+
+def test_a_session_has_a_heartbeat() -> None:
+    session = Session(FakeSource())
+    assert isinstance(session, exporter.Reader)
+    session._polled -= 1000
+    assert session.age() >= 1000
+    session.pump(0)
+    assert session.age() < 1000
+    session.failure = KvmtraceError("gone")
+    with pytest.raises(KvmtraceError):
+        session.age()
+    session.close()
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

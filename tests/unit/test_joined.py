@@ -6,7 +6,6 @@ import array
 import fcntl
 import json
 import os
-import socket
 import termios
 import threading
 import time
@@ -64,14 +63,7 @@ class Serve:
 
 
 @pytest.fixture
-def name(monkeypatch: pytest.MonkeyPatch) -> str:
-    name = f"\0kvmtrace-test-{os.getpid()}"
-    monkeypatch.setattr(door, "NAME", name)
-    return name
-
-
-@pytest.fixture
-def serve(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     monkeypatch.setattr(sources, "open_source", lambda kind: pytest.fail("attached"))
     serve = Serve()
     with open_door(serve.session):
@@ -95,7 +87,7 @@ def joined() -> JoinedSource:
     return source
 
 
-def test_nobody_is_there(name: str) -> None:
+def test_nobody_is_there() -> None:
     assert JoinedSource.join() is None
 
 
@@ -140,7 +132,7 @@ def test_a_last_look_takes_all_that_was_sent(serve: Serve, monkeypatch: pytest.M
     source.close()
 
 
-def test_an_end_of_the_serve_is_one_error(name: str) -> None:
+def test_an_end_of_the_serve_is_one_error() -> None:
     serve = Serve()
     with open_door(serve.session):
         source = joined()
@@ -211,8 +203,8 @@ def test_strangers_are_not_believed(serve: Serve, monkeypatch: pytest.MonkeyPatc
         '{"kvmtrace_recording":1,"name":"a","kernel":"b","source":"bpf"}\n',
     ],
 )
-def test_what_cannot_be_understood_is_as_if_nobody_were_there(name: str, said: str) -> None:
-    answering = door.Door(lambda client: client.sendall(said.encode()), name)
+def test_what_cannot_be_understood_is_as_if_nobody_were_there(said: str) -> None:
+    answering = door.Door(lambda client: client.sendall(said.encode()))
     try:
         assert JoinedSource.join() is None
     finally:
@@ -277,7 +269,7 @@ def test_record_has_what_was_before(serve: Serve, tmp_path: Path) -> None:
     assert told == run("explain", "web-1").stdout
 
 
-def test_a_serve_that_ends_is_told_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_serve_that_ends_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     serve = Serve()
     results: list[Result] = []
     listening = threading.Event()
@@ -300,9 +292,3 @@ def test_a_serve_that_ends_is_told_in_one_line(name: str, monkeypatch: pytest.Mo
     assert said[0] == f"kvmtrace: kvmtrace serve (pid {os.getpid()}) has ended"
     assert said[1].startswith("hint: ")
     assert len(said) == 2
-
-
-def test_whose_serve_it_is_says_the_kernel() -> None:
-    one, other = socket.socketpair(socket.AF_UNIX)
-    with one, other:
-        assert door._credentials(one) == (os.getpid(), os.geteuid())

@@ -97,7 +97,7 @@ def next_of(snapshot: Snapshot) -> str:
 # -- which DIMM
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 @pytest.mark.parametrize("handle", [0, 0x4242, 0xFFFF, None])
 def test_a_handle_that_smbios_lacks_is_no_dimm(
     tmp_path: Path, handle: int | None, order: tuple[int, ...]
@@ -129,7 +129,7 @@ def test_placeholders_name_no_dimm(tmp_path: Path, label: str) -> None:
     assert told(tmp_path, [old, poison(T)]).dimms == {}
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_best_name_stays(tmp_path: Path, order: tuple[int, ...]) -> None:
     """EDAC's before SMBIOS's before FRU text, and they are one DIMM, whoever speaks first."""
     extlog = hardware.error(

@@ -1,0 +1,75 @@
+"""That a signal ends a command even if its main thread hangs in the kernel.
+
+A read of another process can hang for as long as that process likes, and a signal handler of Python
+runs only in the main thread, once it is back from the kernel. So a second thread looks whether a
+signal waits, or was taken and not acted on, and ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable, Iterable
+
+# Seconds; together less than 5. The first is time for an orderly end.
+LOOK = 0.25
+PATIENCE = 3.25
+CLEAN_UP = 1.25
+
+
+class Watchdog:
+    """Ends the process some seconds after one of ``signals``, unless ``stop`` is called before.
+
+    ``asked``: whether the main thread has taken a signal. ``clean_up``: what to call then, the last
+    one first (detach probes, remove files), as far as that does not hang, too.
+    """
+
+    def __init__(
+        self,
+        signals: Iterable[int],
+        asked: Callable[[], bool],
+        clean_up: list[Callable[[], object]],
+    ) -> None:
+        self._signals = set(signals)
+        self._asked = asked
+        self._clean_up = clean_up
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="kvmtrace-end", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """The main thread is on its way out."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        # Blocked here, so that sigpending() shows what the main thread has not taken.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        while not (self._asked() or signal.sigpending() & self._signals):
+            if self._stopped.wait(LOOK):
+                return
+        if not self._stopped.wait(PATIENCE):
+            end_by_force(self._clean_up)
+
+
+def end_by_force(clean_up: Iterable[Callable[[], object]]) -> None:
+    """Clean up for a while, then end the process without regard to its threads: status 1."""
+
+    def work() -> None:
+        for one in reversed(list(clean_up)):
+            with contextlib.suppress(Exception):
+                one()
+
+    with contextlib.suppress(RuntimeError):  # no thread is to be had
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        worker.join(CLEAN_UP)
+    with contextlib.suppress(OSError):
+        poller = select.poll()
+        poller.register(2, select.POLLOUT)
+        if poller.poll(0):
+            os.write(2, b"kvmtrace: ended by force: something hangs in the kernel\n")
+    os._exit(1)

@@ -1,0 +1,131 @@
+"""A signal ends a command whatever hangs, and what can be cleaned up is."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvmtrace import live
+from kvmtrace.events import Event, Lost
+from kvmtrace.live import Session
+from tests.unit.fake import STORY, FakeSource
+
+HANGING = """
+import os, signal, sys, threading, time
+from kvmtrace import cli, sources
+from tests.unit.fake import STORY, FakeSource
+
+def ignoring():
+    while True:
+        time.sleep(600)  # goes on after each signal, as a read of a pipe does
+
+def deaf():
+    # In this thread no handler runs: as if it hung in the kernel.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    ignoring()
+
+class Source(FakeSource):
+    def poll(self, timeout):
+        if self.polls and {where!r} == "poll":
+            print("hangs", file=sys.stderr, flush=True)
+            {how}()
+        return super().poll(timeout)
+
+    def close(self):
+        print("closed", file=sys.stderr, flush=True)
+        if {where!r} == "close":
+            {how}()
+
+def opened(kind):
+    if {where!r} == "open":
+        print("hangs", file=sys.stderr, flush=True)
+        {how}()
+    return Source(STORY)
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+sources.open_source = opened
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("how", ["ignoring", "deaf"])
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [
+        (("serve", "--listen", "127.0.0.1:0"), "poll"),
+        (("events",), "poll"),
+        (("record", "{file}"), "poll"),
+        (("top", "--once", "--interval", "99"), "open"),
+        (("bundle", "-o", "{file}", "--source", "bpf"), "poll"),
+        (("events",), "close"),
+    ],
+)
+def test_a_signal_ends_what_hangs(
+    command: tuple[str, ...], where: str, how: str, tmp_path: Path, own_directory: Path
+) -> None:
+    file = tmp_path / "file"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            HANGING.format(where=where, how=how),
+            *(word.format(file=file) for word in command),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stderr is not None
+    while where != "close" and process.stderr.readline() != "hangs\n":
+        assert process.poll() is None
+    if where == "close":
+        process.stderr.readline()  # watching
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    said = stderr.splitlines()
+    assert said[-1] == "kvmtrace: ended by force: something hangs in the kernel"
+    assert ("closed" in said) == (where != "open")
+    assert not list(own_directory.iterdir())
+    if command[0] == "bundle":
+        assert not list(tmp_path.iterdir())
+
+
+# -- file descriptors that run out
+
+
+class Short(FakeSource):
+    """A source that finds no file descriptor in its first ``polls`` polls."""
+
+    def __init__(self, polls: float) -> None:
+        super().__init__(STORY)
+        self._left = polls
+
+    def poll(self, timeout: float) -> list[Event]:
+        if self._left > 0:
+            self._left -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().poll(timeout)
+
+
+def test_a_shortage_of_descriptors_is_survived_and_counted() -> None:
+    session = Session(Short(2))
+    told = [session.pump(0) for _ in range(3)]
+    assert [[one.event.kind for one in batch] for batch in told[:2]] == [["lost"], ["lost"]]
+    assert isinstance(told[0][0].event, Lost)
+    assert len(told[2]) == len(STORY)
+    assert session.snapshot().lost == {"descriptors": 2}
+    session.close()
+
+
+def test_a_shortage_without_an_end_ends_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "SHORTAGE_SECONDS", -1.0)
+    with pytest.raises(OSError, match="Too many open files"):
+        Session(Short(float("inf"))).pump(0)
