@@ -7,14 +7,14 @@ import json
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from kvmtrace import cli, host, sources
+from kvmtrace import host, sources
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.model import Probe
 from kvmtrace.probes import specs
 from kvmtrace.views import doctor
 from kvmtrace.views.doctor import Attempt
+from tests.unit.command_line import invoke
 from tests.unit.fake import FakeSource
 
 HEALTHY = host.Facts(
@@ -181,12 +181,12 @@ def test_command_tries_both_sources_and_detaches(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(host, "examine", lambda: HEALTHY)
     monkeypatch.setattr(sources, "open_source", open_source)
-    result = CliRunner().invoke(cli.cli, ["doctor"])
+    result = invoke("doctor")
     assert result.exit_code == 0, result.output
     assert "bcc is not installed" in result.stdout
     assert "by ftrace" in result.stdout
     assert [source.closed for source in opened] == [1]
-    result = CliRunner().invoke(cli.cli, ["doctor", "--json", "--source", "bpf"])
+    result = invoke("doctor", "--json", "--source", "bpf")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["sources"] == [
         {"name": "bpf", "works": False, "why": "bcc is not installed", "probes": []}
