@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import gzip
 import json
 import os
@@ -293,7 +294,10 @@ else:
     print(json.dumps({"version": version, "file": bcc.__file__}))
 """
 _INSTALL = "apt install python3-bpfcc (or dnf install python3-bcc)"
-_DISTRIBUTION = ("/usr/lib/python3/dist-packages/bcc", "/usr/lib/python3/site-packages/bcc")
+# Debian and Ubuntu: python3/dist-packages; Fedora, RHEL, SUSE, Arch: python3.X/site-packages, of
+# lib or lib64.
+_DISTRIBUTION = ("/usr/lib*/python3*/*-packages/bcc",)
+_LEAST_PYTHON = (3, 11)  # pyproject.toml, requires-python
 
 
 def bcc(
@@ -315,13 +319,7 @@ def bcc(
         return Bcc(None, f"asking for it failed: {error}", _INSTALL)
     if "error" in answer:
         if answer["error"].startswith("ModuleNotFoundError"):
-            if any(os.path.isdir(path) for path in distribution):
-                return Bcc(
-                    None,
-                    "installed, but out of this Python's sight",
-                    "make the venv with /usr/bin/python3 -m venv --system-site-packages",
-                )
-            return Bcc(None, "not installed", _INSTALL)
+            return bcc_not_found(distribution)
         return Bcc(None, answer["error"], _INSTALL)
     if answer["version"] is None:
         return Bcc(
@@ -330,6 +328,26 @@ def bcc(
             f"pip uninstall bcc, then {_INSTALL}",
         )
     return Bcc(answer["version"])
+
+
+def bcc_not_found(distribution: tuple[str, ...] = _DISTRIBUTION) -> Bcc:
+    """Why this Python finds no bcc. ``distribution``: where packages put it (glob patterns)."""
+    found = [path for pattern in distribution for path in glob.glob(pattern) if os.path.isdir(path)]
+    if not found:
+        return Bcc(None, "not installed", _INSTALL)
+    versions = [re.search(r"/python(\d+)\.(\d+)/", path) for path in found]
+    if all(match and (int(match[1]), int(match[2])) < _LEAST_PYTHON for match in versions):
+        # RHEL 9: its own Python is 3.9.
+        return Bcc(
+            None,
+            "installed, but for a Python that is too old for kvmtrace",
+            "--source ftrace needs no bcc",
+        )
+    return Bcc(
+        None,
+        "installed, but out of this Python's sight",
+        "make the venv with /usr/bin/python3 -m venv --system-site-packages",
+    )
 
 
 # -- kernel configuration

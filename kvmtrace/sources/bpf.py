@@ -71,7 +71,8 @@ def import_bcc() -> Any:
         # Debian's package is for its own Python, which a virtual environment may not look at.
         if error.name not in ("bcc", None):
             raise KvmtraceError(f"bcc does not load: {error}", BCC_HINT) from error
-        raise KvmtraceError("bcc is not installed (or not for this Python)", BCC_HINT) from error
+        found = host.bcc_not_found()
+        raise KvmtraceError(f"bcc is {found.why}", found.fix) from error
     except OSError as error:
         raise KvmtraceError(f"bcc does not load: {error}", BCC_HINT) from error
     if not hasattr(bcc, "BPF"):

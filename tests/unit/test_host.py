@@ -192,6 +192,27 @@ def test_bcc_that_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert ask(tmp_path, monkeypatch, "print('hello')\nBPF = 1").why.startswith("asking for it")
 
 
+@pytest.mark.parametrize(
+    ("where", "why", "fix"),
+    [
+        ("lib/python3/dist-packages", "out of this Python's sight", "--system-site-packages"),
+        ("lib/python3.13/site-packages", "out of this Python's sight", "--system-site-packages"),
+        ("lib64/python3.14/site-packages", "out of this Python's sight", "--system-site-packages"),
+        ("lib/python3.9/site-packages", "too old for kvmtrace", "--source ftrace"),
+        ("lib/python2.7/site-packages", "not installed", "python3-bpfcc"),
+        ("share/bcc", "not installed", "python3-bpfcc"),
+    ],
+)
+def test_bcc_of_every_distribution(tmp_path: Path, where: str, why: str, fix: str) -> None:
+    (tmp_path / where / "bcc").mkdir(parents=True)
+    (usual,) = host._DISTRIBUTION
+    assert usual.startswith("/usr/")
+    found = host.bcc_not_found((f"{tmp_path}/{usual.removeprefix('/usr/')}",))
+    assert found.version is None
+    assert why in found.why
+    assert fix in found.fix
+
+
 def test_bcc_out_of_sight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "dist-packages").mkdir()
     # A module of this name that cannot be found, whatever this machine has.
