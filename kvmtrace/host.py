@@ -233,6 +233,14 @@ def memory_failure_names(root: str | None = None) -> tuple[dict[int, str], dict[
     return tables.get("type", {}), tables.get("result", {})
 
 
+def has_kprobes(devices: str = "/sys/bus/event_source/devices") -> bool:
+    """Whether the kernel has kprobes at all (CONFIG_KPROBES); both ways to them are looked at."""
+    root = tracefs()
+    return os.path.isdir(f"{devices}/kprobe") or (
+        root is not None and os.path.exists(f"{root}/kprobe_events")
+    )
+
+
 # -- symbols
 
 

@@ -555,7 +555,6 @@ def opener(monkeypatch: pytest.MonkeyPatch, **failures: Exception) -> list[str]:
 CHILD = """
 import sys
 from kvmtrace import cli, sources
-from tests.unit.command_line import invoke
 from tests.unit.fake import STORY, FakeSource
 
 class Source(FakeSource):

@@ -1,0 +1,79 @@
+"""Which source ``--source auto`` takes: the one that sees more of what a watch is for, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from kvmtrace.model import Probe
+from kvmtrace.probes import context_specs
+
+# What a watch is for comes first: exits, then poison, then what else the VMM is told.
+_WEIGHT = ("run", "poison", "sigbus_forced", "sigbus", "gmem_error", "gmem", "faultin")
+_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The outcome of opening a source: its probes, or why it ``refused`` and a ``hint``.
+
+    ``detail``: what a library or the kernel said of it, word for word.
+    """
+
+    kind: str
+    probes: tuple[Probe, ...] = ()
+    refused: str | None = None
+    hint: str = ""
+    detail: str | None = None
+
+    @property
+    def sees_exits(self) -> bool:
+        """Whether KVM_RUN's return is probed."""
+        return "run" in self.attached
+
+    @property
+    def attached(self) -> frozenset[str]:
+        return frozenset(probe.name for probe in self.probes if probe.attached)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names of probes that are not attached."""
+        return tuple(probe.name for probe in self.probes if not probe.attached)
+
+
+def choose(attempts: Sequence[Attempt]) -> tuple[Attempt, str] | None:
+    """The one to take and the reason, for people; None where all refused.
+
+    ``attempts`` in order of preference, which decides where two see as much.
+    """
+    works = [attempt for attempt in attempts if attempt.refused is None]
+    if not works:
+        return None
+    best = max(works, key=_sight)
+    first = attempts[0]
+    if first.refused is not None:
+        why = f"{first.kind} does not work here: {first.refused}"
+    elif best is not first:
+        more = _in_order(best.attached - first.attached)
+        why = f"{first.kind} does not see {_listed(more)} here"
+    else:
+        why = f"{first.kind} works here"
+    if best.missing and first.refused is None:
+        why += f"{';' if best is not first else ','} without {_listed(_in_order(best.missing))}"
+    return best, why
+
+
+def _sight(attempt: Attempt) -> tuple[bool | int, ...]:
+    # Context that only one of them has is no reason to prefer it.
+    expected = attempt.attached - {spec.name for spec in context_specs()}
+    return (*(name in expected for name in _WEIGHT), len(expected))
+
+
+def _in_order(names: Collection[str]) -> list[str]:
+    return sorted(names, key=lambda x: (_WEIGHT.index(x) if x in _WEIGHT else len(_WEIGHT), x))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMED])
+    more = len(names) - _NAMED
+    return f"{shown} and {more} more" if more > 0 else shown
