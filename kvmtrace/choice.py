@@ -6,10 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from kvmtrace.model import Probe
-from kvmtrace.probes import context_specs
+from kvmtrace.probes import NO_KVM, context_specs
 
 # What a watch is for comes first: exits, then poison, then what else the VMM is told.
 _WEIGHT = ("run", "poison", "sigbus_forced", "sigbus", "gmem_error", "gmem", "faultin")
+_INDISPENSABLE = _WEIGHT[:2]
 _NAMED = 3
 
 
@@ -37,8 +38,17 @@ class Attempt:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Names of probes that are not attached."""
-        return tuple(probe.name for probe in self.probes if not probe.attached)
+        """Names of probes that are not attached and that another source may be able to attach.
+
+        Not of those that wait for kvm, or have no place in this kernel.
+        """
+        return tuple(
+            probe.name
+            for probe in self.probes
+            if not probe.attached
+            and probe.why != NO_KVM
+            and (probe.target is not None or probe.name in _INDISPENSABLE)
+        )
 
 
 def choose(attempts: Sequence[Attempt]) -> tuple[Attempt, str] | None:

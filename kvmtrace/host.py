@@ -283,11 +283,15 @@ def functions(machine: str | None = None) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Bcc:
-    """``version`` of the BPF compiler collection, or ``why`` it cannot be used."""
+    """``version`` of the BPF compiler collection, or ``why`` it cannot be used.
+
+    ``detail``: what Python said when it was to load it.
+    """
 
     version: str | None
     why: str = ""
     fix: str = ""
+    detail: str | None = None
 
 
 # In a process of its own: loading bcc takes 60 MB, and must not happen for asking.
@@ -324,11 +328,11 @@ def bcc(
         )
         answer = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return Bcc(None, f"asking for it failed: {error}", _INSTALL)
+        return Bcc(None, "asking for it failed", _INSTALL, str(error))
     if "error" in answer:
         if answer["error"].startswith("ModuleNotFoundError"):
             return bcc_not_found(distribution)
-        return Bcc(None, answer["error"], _INSTALL)
+        return Bcc(None, "does not load", _INSTALL, answer["error"])
     if answer["version"] is None:
         return Bcc(
             None,

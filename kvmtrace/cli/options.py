@@ -41,7 +41,7 @@ source_option = click.option(
     type=click.Choice(sources.CHOICES),
     default="auto",
     show_default=True,
-    help="How to attach: eBPF, or tracefs without BPF; auto takes bpf where it works.",
+    help="How to attach: eBPF, or tracefs without BPF; auto takes the one that sees more.",
 )
 interval_option = click.option(
     "--interval",

@@ -311,7 +311,7 @@ class _Programs:
         if refused is None:
             return Probe(spec.name, True, target, "raw_tracepoint")
         if refused.number == errno.ENOENT:  # BTF may know it without its driver
-            return Probe(spec.name, False, why=f"this kernel has no {target}")
+            return Probe(spec.name, False, why=spec.absent)
         return Probe(spec.name, False, target, why=refused.why, detail=refused.detail)
 
     def _attach_trampoline(
@@ -524,13 +524,9 @@ class _Programs:
 
 def _no_target(spec: probes.ProbeSpec, has_kvm: bool) -> dict[str, str]:
     """``why`` and ``detail`` of a probe that the kernel has no place for."""
-    first, *others = spec.targets
-    if not has_kvm and "kvm" in first:
-        return {"why": "kvm is not loaded"}
-    if not others:
-        return {"why": f"this kernel has no {first}"}
-    names = f"this kernel has no {' or '.join(spec.targets)}"
-    return {"why": f"this kernel has no {first}, nor under another name", "detail": names}
+    if not has_kvm and "kvm" in spec.targets[0]:
+        return {"why": probes.NO_KVM}
+    return {"why": spec.absent, "detail": f"not in /proc/kallsyms: {', '.join(spec.targets)}"}
 
 
 def _kvm_modules() -> tuple[str, ...]:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from kvmtrace import host, sources
+from kvmtrace.choice import Attempt
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.model import Probe
 from kvmtrace.probes import specs
 from kvmtrace.views import doctor
-from kvmtrace.views.doctor import Attempt
 from tests.unit.command_line import invoke
 from tests.unit.fake import FakeSource
 
@@ -152,6 +152,48 @@ def test_text_is_aligned_and_has_words_beside_signs() -> None:
     assert {line[2:6].strip() for line in rows} == {"yes", "NO"}
     columns = {line.index(c.found) for line, c in zip(rows, report.checks, strict=False)}
     assert len(columns) == 1
+
+
+BCC_SAYS = (
+    "Failed to load BPF program b'kretfunc__kvm__kvm_arch_vcpu_ioctl_run': No such process "
+    "(bpf: kvm__kvm_arch_vcpu_ioctl_run is not found in vmlinux BTF)"
+)
+REASON = "this bcc cannot attach to modules (0.29 can), and this kernel has no kprobes"
+
+
+def test_reasons_are_for_people_and_what_libraries_say_is_behind_verbose() -> None:
+    probe = Probe("run", False, "kvm_arch_vcpu_ioctl_run", None, REASON, BCC_SAYS)
+    report = doctor.judge(HEALTHY, [Attempt("bpf", (probe,))])
+    text = doctor.render(report)
+    assert REASON in text
+    assert "kretfunc__" not in text
+    assert BCC_SAYS in doctor.render(report, verbose=True)
+    answer = doctor.as_object(report)
+    (found,) = [c for c in answer["checks"] if c["name"] == "probe run"]
+    assert (found["found"], found["detail"]) == (REASON, BCC_SAYS)
+    assert answer["sources"][0]["probes"][0]["detail"] == BCC_SAYS
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+    refused = dataclasses.replace(REFUSED, detail=BCC_SAYS)
+    probe = Probe("run", False, "kvm_arch_vcpu_ioctl_run", None, REASON, BCC_SAYS)
+    for attempts in ([BPF], [refused, FTRACE], [Attempt("bpf", (probe,))]):
+        text = doctor.render(doctor.judge(HEALTHY, attempts), width=width, verbose=True)
+        assert max(len(line) for line in text.splitlines()) <= width
+        assert "CAP_SYS_RESOURCE" in text
+
+
+def test_a_terminal_too_narrow_for_all_this_still_shows_it() -> None:
+    assert "CAP_BPF" in doctor.render(doctor.judge(HEALTHY, [BPF]), width=1)
+
+
+def test_the_source_that_auto_takes_is_the_one_that_sees_more() -> None:
+    report = doctor.judge(HEALTHY, [Attempt("bpf", NO_RUN), FTRACE])
+    assert report.ok
+    assert report.verdict.endswith("by ftrace")
+    assert check(report, "--source auto").found == "ftrace (bpf does not see run here)"
+    assert check(report, "probe run").ok
 
 
 def test_ascii() -> None:

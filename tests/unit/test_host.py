@@ -185,7 +185,8 @@ def test_bcc_that_is_another_project(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_bcc_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = ask(tmp_path, monkeypatch, "raise OSError('libbcc.so.0: no such file')")
-    assert found.why == "OSError: libbcc.so.0: no such file"
+    assert found.why == "does not load"
+    assert found.detail == "OSError: libbcc.so.0: no such file"
 
 
 def test_bcc_that_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
