@@ -61,16 +61,18 @@ def choose(attempts: Sequence[Attempt]) -> tuple[Attempt, str] | None:
         return None
     best = max(works, key=_sight)
     first = attempts[0]
+    missing = _listed(best.missing)
     if first.refused is not None:
-        why = f"{first.kind} does not work here: {first.refused}"
-    elif best is not first:
-        more = _in_order(best.attached - first.attached)
-        why = f"{first.kind} does not see {_listed(more)} here"
-    else:
-        why = f"{first.kind} works here"
-    if best.missing and first.refused is None:
-        why += f"{';' if best is not first else ','} without {_listed(_in_order(best.missing))}"
-    return best, why
+        return best, f"{first.kind} does not work here: {first.refused}"
+    if best is not first:
+        why = f"{first.kind} does not see {_listed(best.attached - first.attached)} here"
+        return best, f"{why}; without {missing}" if missing else why
+    if any(name in _INDISPENSABLE for name in best.missing):
+        return best, f"{best.kind} sees most here, but not {missing}"
+    return (
+        best,
+        f"{best.kind} works here, without {missing}" if missing else f"{best.kind} works here",
+    )
 
 
 def _sight(attempt: Attempt) -> tuple[bool | int, ...]:
@@ -79,11 +81,10 @@ def _sight(attempt: Attempt) -> tuple[bool | int, ...]:
     return (*(name in expected for name in _WEIGHT), len(expected))
 
 
-def _in_order(names: Collection[str]) -> list[str]:
-    return sorted(names, key=lambda x: (_WEIGHT.index(x) if x in _WEIGHT else len(_WEIGHT), x))
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMED])
-    more = len(names) - _NAMED
+def _listed(names: Collection[str]) -> str:
+    """The weightiest by name, the others by number; "" for none."""
+    order = {name: place for place, name in enumerate(_WEIGHT)}
+    ordered = sorted(names, key=lambda name: (order.get(name, len(order)), name))
+    shown = ", ".join(ordered[:_NAMED])
+    more = len(ordered) - _NAMED
     return f"{shown} and {more} more" if more > 0 else shown

@@ -26,7 +26,7 @@ from kvmtrace.model import Probe, ProbeRuns
 from kvmtrace.sources import bpf_copies, bpf_refusals, bpf_vms
 from kvmtrace.sources import bpf_records as records
 from kvmtrace.sources.bpf_events import Translator
-from kvmtrace.sources.bpf_layout import Layout, Trampoline
+from kvmtrace.sources.bpf_layout import OFFSETS, Layout, Trampoline
 from kvmtrace.sources.bpf_memory import BpfMemory
 
 RING_PAGES = 512
@@ -276,7 +276,8 @@ class _Programs:
         if target is None:
             return Probe(spec.name, False, **_no_target(spec, bool(self._kvm)))
         if missing:
-            return Probe(spec.name, False, target, why=f"the kernel's BTF has no {missing}")
+            member = ".".join(OFFSETS[missing][0])
+            return Probe(spec.name, False, target, why=f"the kernel's BTF has no {member}")
         if spec.is_tracepoint:
             return self._attach_tracepoint(spec)
         refusal = bpf_refusals.Refusal("the kernel's BTF does not have this function")

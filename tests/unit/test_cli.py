@@ -557,7 +557,7 @@ def probes_but(*missing: str) -> tuple[Probe, ...]:
         (("run",), ("gmem", "faultin", "mce"), "ftrace", "; without gmem, faultin, mce"),
         (("gmem", "faultin", "mce"), ("run",), "bpf", "bpf works here, without gmem, faultin, mce"),
         (("poison", "mce"), ("gmem",), "ftrace", "bpf does not see poison, mce here"),
-        (("run",), ("run",), "bpf", "bpf works here, without run"),
+        (("run",), ("run",), "bpf", "bpf sees most here, but not run"),
         (("mce",), ("mce", "vm_new"), "bpf", "bpf works here, without mce"),
         (("run", "mce"), ("run",), "ftrace", "bpf does not see mce here; without run"),
     ],
@@ -608,7 +608,7 @@ def test_auto_keeps_bpf_where_nothing_else_works(monkeypatch: pytest.MonkeyPatch
     opened = opener(monkeypatch, ftrace=KvmtraceError("tracefs is not mounted"))
     monkeypatch.setattr(FakeSource, "probes", lambda _: probes_but("run"))
     source = sources.open_source("auto")
-    assert (opened, source.why) == (["bpf", "ftrace"], "bpf works here, without run")
+    assert (opened, source.why) == (["bpf", "ftrace"], "bpf sees most here, but not run")
 
 
 def opener(monkeypatch: pytest.MonkeyPatch, **failures: Exception) -> list[str]:
