@@ -69,10 +69,8 @@ def choose(attempts: Sequence[Attempt]) -> tuple[Attempt, str] | None:
         return best, f"{why}; without {missing}" if missing else why
     if any(name in _INDISPENSABLE for name in best.missing):
         return best, f"{best.kind} sees most here, but not {missing}"
-    return (
-        best,
-        f"{best.kind} works here, without {missing}" if missing else f"{best.kind} works here",
-    )
+    why = f"{best.kind} works here"
+    return best, f"{why}, without {missing}" if missing else why
 
 
 def _sight(attempt: Attempt) -> tuple[bool | int, ...]:

@@ -236,7 +236,7 @@ def memory_failure_names(root: str | None = None) -> tuple[dict[int, str], dict[
 def has_kprobes(devices: str = "/sys/bus/event_source/devices") -> bool:
     """Whether the kernel has kprobes at all (CONFIG_KPROBES); both ways to them are looked at."""
     root = tracefs()
-    return os.path.isdir(f"{devices}/kprobe") or (
+    return os.path.exists(f"{devices}/kprobe/type") or (
         root is not None and os.path.exists(f"{root}/kprobe_events")
     )
 
