@@ -59,8 +59,9 @@ def choose(attempts: Sequence[Attempt]) -> tuple[Attempt, str] | None:
     works = [attempt for attempt in attempts if attempt.refused is None]
     if not works:
         return None
-    best = max(works, key=_sight)
     first = attempts[0]
+    complete = first.refused is None and not first.missing
+    best = first if complete else max(works, key=_sight)
     missing = _listed(best.missing)
     if first.refused is not None:
         return best, f"{first.kind} does not work here: {first.refused}"

@@ -28,12 +28,12 @@ def seconds(value: str | float) -> float:
     if text[-1:] in _UNITS:
         text, unit = text[:-1], _UNITS[text[-1]]
     try:
-        seconds = float(text) * unit
+        number = float(text) * unit
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a number of seconds") from None
-    if not 0 < seconds < 1e9:  # NaN too
+    if not 0 < number < 1e9:  # NaN too
         raise click.BadParameter(f"{value!r} is not between 0 and 1e9 seconds")
-    return seconds
+    return number
 
 
 source_option = click.option(

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from kvmtrace import btfblob, host
 from kvmtrace.btf import Btf
@@ -26,6 +26,7 @@ _MEANING = (
     ("BTF is not available", "this kernel's probes take no arguments by name (6.6 does)"),
     ("Invalid fetch argument", "this kernel's probes take no arguments by name (6.6 does)"),
     ("No BTF argument", "this kernel's function lacks an argument that is needed"),
+    ("Invalid argument number", "this kernel's function lacks an argument that is needed"),
     ("field is not found", "this kernel's types lack a member that is needed"),
     ("no form of it fits", "this kernel's types lack a member that is needed"),
     ("Failed to register", "the kernel does not let this function be traced"),
@@ -51,9 +52,8 @@ class Attacher:
         self._probes: dict[str, Probe] = {}
         self._filters: dict[str, tuple[str, str]] = {}  # path and condition
         self._counted: set[str] = set()
-        self._functions: set[str] | None = (
-            None  # that this kernel has; read where a probe is refused
-        )
+        # Those of all targets that this kernel has; read where a probe is refused.
+        self._functions: set[str] | None = None
         self._counts = hist.Reader()
 
     def probes(self) -> tuple[Probe, ...]:
@@ -138,16 +138,16 @@ class Attacher:
         at_entry = fields.FIELDS.get(f"{spec.name}/entry")
         if at_entry is not None:
             ways += [(target, "entry", at_entry) for target in spec.targets]
-        refused: dict[str, str] = {}
+        refused: list[tuple[str, str]] = []
         for target, at, asked in ways:
             outcome = self._events.define(spec.name, target, at, asked)
             if not isinstance(outcome, Defined):
-                refused[target] = outcome.why
+                refused.append((target, outcome.why))
                 continue
             try:
                 self._enable(ring, outcome)
             except (OSError, ValueError) as error:
-                refused[target] = f"{target}: {error}"
+                refused.append((target, f"{target}: {error}"))
                 self._events.remove(spec.name)
                 continue
             without = ", ".join(name for name, _ in outcome.missing)
@@ -161,21 +161,20 @@ class Attacher:
             )
         return self._not_attached(spec, refused)
 
-    def _not_attached(self, spec: ProbeSpec, refused: Mapping[str, str]) -> Probe:
-        """``refused``: {target: what the kernel said of it}; of absent ones, too."""
-        detail = "; ".join(refused.values())
+    def _not_attached(self, spec: ProbeSpec, refused: Sequence[tuple[str, str]]) -> Probe:
+        """``refused``: (target, what the kernel said of it) in order; of absent ones, too."""
+        detail = "; ".join(said for _, said in refused)
         if self._functions is None:
             functions = (x for one in self._specs.values() for x in one.targets if ":" not in x)
             symbols = host.symbols(functions)
-            self._functions = set(refused) if symbols is None else set(symbols.modules)
-        here = [name for name in refused if name in self._functions]
+            self._functions = set(spec.targets) if symbols is None else set(symbols.modules)
+        here = [one for one in refused if one[0] in self._functions]
         if not here:
             return Probe(spec.name, False, why=spec.absent, detail=detail)
-        said = refused[here[0]]
-        why = next(
-            (why for words, why in _MEANING if words in said), "the kernel refuses the probe"
-        )
-        return Probe(spec.name, False, here[0], why=why, detail=detail)
+        target, said = here[0]
+        meanings = (why for words, why in _MEANING if words in said)
+        why = next(meanings, "the kernel refuses the probe")
+        return Probe(spec.name, False, target, why=why, detail=detail)
 
     def _enable(self, ring: Instance, event: Defined) -> None:
         path = f"events/{self._group}/{event.name}"

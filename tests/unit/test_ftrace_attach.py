@@ -15,7 +15,7 @@ SPEC = ProbeSpec("faultin", ("new_name", "old_name"), "return", "access")
 def refused(monkeypatch: pytest.MonkeyPatch, here: tuple[str, ...], said: str) -> Probe:
     symbols = host.Symbols(dict.fromkeys(here, "kvm"), False)
     monkeypatch.setattr(host, "symbols", lambda _names: symbols)
-    words = {"new_name": "new_name: No BTF entry for this probe point", "old_name": said}
+    words = [("new_name", "new_name: No BTF entry for this probe point"), ("old_name", said)]
     return Attacher("/nonexistent", "group", {})._not_attached(SPEC, words)
 
 
