@@ -8,11 +8,11 @@ import os
 import pty
 import re
 import select
+import shlex
 import subprocess
 import sys
 import time
 import tomllib
-import urllib.request
 import venv
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ import pytest
 from tests.lab import layer, programs, root, userland
 from tests.lab.conftest import needed
 from tests.lab.drive import PATIENCE
-from tests.lab.userland import Userland
+from tests.lab.userland import Userland, alone
 
 pytestmark = pytest.mark.lab
 
@@ -63,24 +63,26 @@ def one_of_each_kind(shell: Shell, python: str) -> None:
     assert "web-1" in run(shell("kvmtrace explain web-1 --from story.jsonl"))
     run(shell("kvmtrace bundle -o story.tar.gz --force --from story.jsonl"))
     run(shell("kvmtrace events --count 0"), status=2)
-    served(shell(f"exec {fake} serve --listen 127.0.0.1:0 --source bpf"))
+    pages = run(shell(f"{python} -c {shlex.quote(SERVED)}"))
+    assert "kvmtrace_memory_fault_exits_total{" in pages
+    assert "<html" in pages
     shown_on_a_terminal(shell(f"exec {fake} top --source bpf"))
 
 
-def served(command: list[str]) -> None:
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as serve:
-        assert serve.stderr is not None
-        try:
-            line = serve.stderr.readline()
-            url = re.search(r"http\S+(?=/metrics)", line)
-            assert url, line + serve.stderr.read()
-            for path, said in (("/metrics", "kvmtrace_memory_fault_exits_total{"), ("/", "web-1")):
-                with urllib.request.urlopen(url[0] + path, timeout=PATIENCE) as answer:
-                    assert said in answer.read().decode()
-            serve.terminate()
-            assert serve.wait(PATIENCE) == 0
-        finally:
-            serve.kill()
+SERVED = """
+import re, subprocess, sys, urllib.request
+command = [sys.executable, "-m", "tests.unit.fake_host", "serve", "--source", "bpf"]
+serve = subprocess.Popen([*command, "--listen", "127.0.0.1:0"], stderr=subprocess.PIPE, text=True)
+try:
+    found = (re.search("http.*(?=/metrics)", line) for line in serve.stderr)
+    url = next(match[0] for match in found if match)
+    for path in ("/metrics", "/"):
+        print(urllib.request.urlopen(url + path).read().decode())
+    serve.terminate()
+    sys.exit(serve.wait())
+finally:
+    serve.kill()
+"""
 
 
 def shown_on_a_terminal(command: list[str]) -> None:
@@ -151,7 +153,7 @@ def test_a_command_of_each_kind_with_the_lowest_versions(lowest_python: Path) ->
 
     def shell(line: str) -> list[str]:
         environment = [f"PATH={home}/bin:{os.environ['PATH']}", "TERM=xterm-256color"]
-        return ["env", *environment, "sh", "-ec", f"cd {home}\n{line}"]
+        return alone(["env", *environment, "sh", "-ec", f"cd {home}\n{line}"])
 
     one_of_each_kind(shell, "python")
 
@@ -160,7 +162,7 @@ def test_unit_tests_with_the_lowest_versions(lowest_python: Path) -> None:
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "PYTHON"))}
     command = [str(lowest_python), "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "tests/unit"],
+        alone([*command, "tests/unit"]),
         cwd=ROOT,
         env=ours | {"KVMTRACE_LAB": "0"},
         stdin=subprocess.DEVNULL,

@@ -18,7 +18,7 @@ from tests.lab.mirror import Suite
 from tests.lab.progress import step
 from tests.lab.root import LEFT_OUT, extract
 
-LAID_OVER = ("root", "opt", "tmp", "usr/local/bin")
+LAID_OVER = ("root", "opt", "tmp", "run", "usr/local/bin")
 """What is empty at first, and is this system's own."""
 
 CLONE = "root/kvmtrace"
@@ -35,6 +35,24 @@ mount --rbind /proc "$root/proc"
 mount --rbind /dev "$root/dev"
 exec chroot "$root" "$@"
 """
+
+
+# SIOCSIFFLAGS (include/uapi/linux/sockios.h): IFF_UP and IFF_RUNNING for the loopback.
+_ALONE = """
+import fcntl, os, socket, struct, subprocess, sys
+fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sH14x", b"lo", 0x41))
+subprocess.run(["mount", "-t", "tmpfs", "none", "/run"], check=True)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+def alone(command: list[str]) -> list[str]:
+    """The command with a loopback and a /run of its own.
+
+    Commands find a `serve` of the host by a socket, and these are not to find each other's.
+    """
+    as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
+    return ["unshare", "--net", "--mount", *as_root, sys.executable, "-c", _ALONE, *command]
 
 
 def root(suite: str, packages: tuple[str, ...]) -> Path:
@@ -87,7 +105,6 @@ class Userland:
 
     def command(self, line: str) -> list[str]:
         """What runs a line of shell in it, as root."""
-        namespace = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
         enter = ["sh", "-c", _ENTER.format(places=" ".join(LAID_OVER)), "sh"]
         environment = [
             "HOME=/root",
@@ -98,4 +115,4 @@ class Userland:
             "TERM=xterm-256color",
         ]
         inside = ["env", "-i", *environment, "sh", "-ec", f"cd /tmp\n{line}"]
-        return [*namespace, *enter, str(self._root), str(self._work), *inside]
+        return alone([*enter, str(self._root), str(self._work), *inside])
