@@ -6,10 +6,12 @@
  *   ARG_event_name     which argument of a tracepoint is called so, or -1
  *   NARGS_probe        number of arguments of the probe's target (its return value comes after)
  *   THIS_COPY          the helper that a program calls for its number
- *   FN_probe           the name that tells bcc where to attach an fentry/fexit program, if it can
+ *   FN_probe           the name that tells bcc where to attach an fentry/fexit program, if it can:
+ *                      see names.h
  * Everything else reaches a target by kprobe and kretprobe, through the kp_* functions.
  */
 #include <asm/ptrace.h>
+#include "names.h"
 #include "record.h"
 #include "walk.h"
 

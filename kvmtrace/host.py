@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import gzip
 import json
 import os
@@ -246,6 +247,14 @@ def event_format(target: str, root: str) -> str:
     return _read(f"{root}/events/{target.replace(':', '/')}/format")
 
 
+def has_kprobes(devices: str = "/sys/bus/event_source/devices") -> bool:
+    """Whether the kernel has kprobes at all (CONFIG_KPROBES); both ways to them are looked at."""
+    root = tracefs()
+    return os.path.exists(f"{devices}/kprobe/type") or (
+        root is not None and os.path.exists(f"{root}/kprobe_events")
+    )
+
+
 # -- symbols
 
 
@@ -288,11 +297,15 @@ def functions(machine: str | None = None) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Bcc:
-    """``version`` of the BPF compiler collection, or ``why`` it cannot be used."""
+    """``version`` of the BPF compiler collection, or ``why`` it cannot be used.
+
+    ``detail``: what Python said when it was to load it.
+    """
 
     version: str | None
     why: str = ""
     fix: str = ""
+    detail: str | None = None
 
 
 # In a process of its own: loading bcc takes 60 MB, and must not happen for asking.
@@ -307,7 +320,10 @@ else:
     print(json.dumps({"version": version, "file": bcc.__file__}))
 """
 _INSTALL = "apt install python3-bpfcc (or dnf install python3-bcc)"
-_DISTRIBUTION = ("/usr/lib/python3/dist-packages/bcc", "/usr/lib/python3/site-packages/bcc")
+# Debian and Ubuntu: python3/dist-packages; Fedora, RHEL, SUSE, Arch: python3.X/site-packages, of
+# lib or lib64.
+_DISTRIBUTION = ("/usr/lib*/python3*/*-packages/bcc",)
+_LEAST_PYTHON = (3, 11)  # pyproject.toml, requires-python
 
 
 def bcc(
@@ -326,17 +342,11 @@ def bcc(
         )
         answer = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return Bcc(None, f"asking for it failed: {error}", _INSTALL)
+        return Bcc(None, "asking for it failed", _INSTALL, str(error))
     if "error" in answer:
         if answer["error"].startswith("ModuleNotFoundError"):
-            if any(os.path.isdir(path) for path in distribution):
-                return Bcc(
-                    None,
-                    "installed, but out of this Python's sight",
-                    "make the venv with /usr/bin/python3 -m venv --system-site-packages",
-                )
-            return Bcc(None, "not installed", _INSTALL)
-        return Bcc(None, answer["error"], _INSTALL)
+            return bcc_not_found(distribution)
+        return Bcc(None, "does not load", _INSTALL, answer["error"])
     if answer["version"] is None:
         return Bcc(
             None,
@@ -344,6 +354,26 @@ def bcc(
             f"pip uninstall bcc, then {_INSTALL}",
         )
     return Bcc(answer["version"])
+
+
+def bcc_not_found(distribution: tuple[str, ...] = _DISTRIBUTION) -> Bcc:
+    """Why this Python finds no bcc. ``distribution``: where packages put it (glob patterns)."""
+    found = [path for pattern in distribution for path in glob.glob(pattern) if os.path.isdir(path)]
+    if not found:
+        return Bcc(None, "not installed", _INSTALL)
+    versions = [re.search(r"/python(\d+)\.(\d+)/", path) for path in found]
+    if all(match and (int(match[1]), int(match[2])) < _LEAST_PYTHON for match in versions):
+        # RHEL 9: its own Python is 3.9.
+        return Bcc(
+            None,
+            "installed, but for a Python that is too old for kvmtrace",
+            "--source ftrace needs no bcc",
+        )
+    return Bcc(
+        None,
+        "installed, but out of this Python's sight",
+        "make the venv with /usr/bin/python3 -m venv --system-site-packages",
+    )
 
 
 # -- kernel configuration

@@ -26,13 +26,17 @@ LATENCY_BUCKETS = (0.001, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 86400.0)
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What became of one probe. ``why``: the reason where it is not attached."""
+    """What became of one probe. ``why``: the reason where it is not attached, in one sentence.
+
+    ``detail``: what the kernel or a library said about it, word for word.
+    """
 
     name: str
     attached: bool
     target: str | None = None
     via: str | None = None
     why: str | None = None
+    detail: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+NO_KVM = "kvm is not loaded"
+"""Why a probe is not attached that will be once kvm is there."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeSpec:
@@ -22,6 +25,12 @@ class ProbeSpec:
     @property
     def is_tracepoint(self) -> bool:
         return ":" in self.targets[0]
+
+    @property
+    def absent(self) -> str:
+        """The reason, for people, where the kernel has none of the targets."""
+        other = ", nor under another name" if len(self.targets) > 1 else ""
+        return f"this kernel has no {self.targets[0]}{other}"
 
 
 # The function that contains the private fault path comes first: it also sees faults on HVA-backed

@@ -207,13 +207,14 @@ def top(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def probe(state: Probe) -> dict[str, Any]:
-    """``{"name", "attached", "target", "via", "why"}``."""
+    """``{"name", "attached", "target", "via", "why", "detail"}``."""
     return known(
         name=state.name,
         attached=state.attached,
         target=state.target,
         via=state.via,
         why=state.why,
+        detail=state.detail,
     )
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import click
 
 from kvmtrace import host, sources
+from kvmtrace.choice import Attempt
 from kvmtrace.cli.ending import as_kvmtrace_error, json_is_utf8, say
 from kvmtrace.cli.options import json_option, source_option
 from kvmtrace.views import doctor as doctor_view
 
+WIDTH_WITHOUT_TERMINAL = 80
+
 
 @click.command()
 @json_option
+@click.option("--verbose", is_flag=True, help="With what the kernel and libraries said.")
 @source_option
 @click.pass_context
-def doctor(ctx: click.Context, as_json: bool, source: str) -> None:
+def doctor(ctx: click.Context, as_json: bool, verbose: bool, source: str) -> None:
     """What this host offers and what is missing, each with the fix.
 
     Attaches for a moment to see what can be attached. Exit status 0 only if memory-fault exits
@@ -28,7 +33,9 @@ def doctor(ctx: click.Context, as_json: bool, source: str) -> None:
         json_is_utf8()
         say(json.dumps(doctor_view.as_object(report), ensure_ascii=False))
     else:
-        say(doctor_view.render(report, ascii_only=not _can_print("✓✗→")))
+        width = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
+        ascii_only = not _can_print("✓✗→")
+        say(doctor_view.render(report, ascii_only=ascii_only, width=width, verbose=verbose))
     ctx.exit(0 if report.ok else 1)
 
 
@@ -41,18 +48,19 @@ def _kinds(source: str) -> tuple[str, ...]:
     return ("bpf", "ftrace") if source == "auto" else (source,)
 
 
-def _attempt(kind: str) -> doctor_view.Attempt:
+def _attempt(kind: str) -> Attempt:
     """Attach, look, detach. Whatever goes wrong is a finding here."""
     try:
         source = sources.open_source(kind)
         try:
             source.poll(0)
-            return doctor_view.Attempt(kind, source.probes())
+            return Attempt(kind, source.probes())
         finally:
             source.close()
     except Exception as error:
         failure = as_kvmtrace_error(error)
-        return doctor_view.Attempt(kind, refused=failure.message, hint=failure.hint)
+        detail = failure.detail or None
+        return Attempt(kind, refused=failure.message, hint=failure.hint, detail=detail)
 
 
 def _can_print(text: str) -> bool:

@@ -56,7 +56,7 @@ class Group(click.Group):
         _survive_any_name(sys.stdout)
         _survive_any_name(sys.stderr)
         try:
-            with stop, _click_as_failure():
+            with stop, _click_as_failure(ctx):
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
@@ -71,8 +71,11 @@ class Group(click.Group):
 
 
 @contextlib.contextmanager
-def _click_as_failure() -> Iterator[None]:
-    """Click's complaints, which take three lines, said like all others."""
+def _click_as_failure(group: click.Context | None = None) -> Iterator[None]:
+    """Turn click's usage errors, which take three lines, into one line and a hint.
+
+    ``group``: the context whose subcommand is run; click leaves it out of some of its errors.
+    """
     try:
         yield
     except click.UsageError as error:
@@ -80,7 +83,10 @@ def _click_as_failure() -> Iterator[None]:
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             raise
         what = error.format_message().rstrip(".")
-        path = error.ctx.command_path if error.ctx else "kvmtrace"
+        if error.ctx:
+            path = error.ctx.command_path
+        else:
+            path = f"kvmtrace {group.invoked_subcommand}" if group else "kvmtrace"
         hint = f"`{path} --help` tells what there is"
         raise Failure(UsageError(what[:1].lower() + what[1:], hint)) from error
 

@@ -137,7 +137,7 @@ def bundle(
         names = bundle_view.Redaction(log.events)
         files = _files(replace(log, events=names.events(log.events)) if redact else log)
         if recording is None:
-            found = doctor_view.render(examined(source))
+            found = doctor_view.render(examined(source), verbose=True)
             files["doctor.txt"] = names.text(found) if redact else found
         bundle_view.write(archive.file, files, int(time.time()))
         archive.place()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import click
 
@@ -14,47 +14,44 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class _Seconds(click.ParamType[float]):
-    """A duration greater than zero: ``0.5``, ``10``, ``10s``, ``5m``, ``1h``."""
-
-    name = "seconds"
-    _units = {"s": 1, "m": 60, "h": 3600}  # noqa: RUF012 (never written)
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        if isinstance(value, float):
-            return value
-        text, unit = str(value), 1
-        if text[-1:] in self._units:
-            text, unit = text[:-1], self._units[text[-1]]
-        try:
-            seconds = float(text) * unit
-        except ValueError:
-            self.fail(f"{value!r} is not a number of seconds", param, ctx)
-        if not 0 < seconds < 1e9:  # NaN too
-            self.fail(f"{value!r} is not more than 0 seconds", param, ctx)
-        return seconds
+_UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
-SECONDS = _Seconds()
+def seconds(value: str | float) -> float:
+    """A duration in seconds, greater than zero: ``0.5``, ``10``, ``10s``, ``5m``, ``1h``.
+
+    A function, as click's own ParamType is generic in new releases only.
+    """
+    if isinstance(value, float):
+        return value
+    text, unit = value, 1
+    if text[-1:] in _UNITS:
+        text, unit = text[:-1], _UNITS[text[-1]]
+    try:
+        number = float(text) * unit
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a number of seconds") from None
+    if not 0 < number < 1e9:  # NaN too
+        raise click.BadParameter(f"{value!r} is not between 0 and 1e9 seconds")
+    return number
+
 
 source_option = click.option(
     "--source",
     type=click.Choice(sources.CHOICES),
     default="auto",
     show_default=True,
-    help="How to attach: eBPF, or tracefs without BPF; auto takes bpf where it works.",
+    help="How to attach: eBPF, or tracefs without BPF; auto takes the one that sees more.",
 )
 interval_option = click.option(
     "--interval",
-    type=SECONDS,
+    type=seconds,
     default=1.0,
     metavar="SECONDS",
     help="Time between two looks. [default: 1]",
 )
 duration_option = click.option(
-    "--duration", type=SECONDS, metavar="SECONDS", help="Stop after this long (10, 5m, 1h)."
+    "--duration", type=seconds, metavar="SECONDS", help="Stop after this long (10, 5m, 1h)."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
 
@@ -72,7 +69,7 @@ from_option = click.option(
 )
 look_option = click.option(
     "--duration",
-    type=SECONDS,
+    type=seconds,
     default=5.0,
     metavar="SECONDS",
     help="How long to watch this host.  [default: 5]",

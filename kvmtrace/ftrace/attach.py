@@ -6,9 +6,9 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
-from kvmtrace import btfblob
+from kvmtrace import btfblob, host
 from kvmtrace.btf import Btf
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.ftrace import dynevents, fields, hist, instance
@@ -16,9 +16,23 @@ from kvmtrace.ftrace.dynevents import Defined, DynamicEvents
 from kvmtrace.ftrace.instance import Instance
 from kvmtrace.ftrace.ringpage import EventFormat
 from kvmtrace.model import Probe
-from kvmtrace.probes import RUN_UNDER_WAY, ProbeSpec, context_specs, specs
+from kvmtrace.probes import NO_KVM, RUN_UNDER_WAY, ProbeSpec, context_specs, specs
 
 _KVM = "/sys/module/kvm"
+
+# What the kernel says of a probe that it refuses (kernel/trace/trace_probe.h), for people.
+_MEANING = (
+    ("No BTF entry", "the kernel's BTF does not have this function"),
+    ("BTF is not available", "this kernel's probes take no arguments by name (6.6 does)"),
+    ("Invalid fetch argument", "this kernel's probes take no arguments by name (6.6 does)"),
+    ("No BTF argument", "this kernel's function lacks an argument that is needed"),
+    ("Invalid argument number", "this kernel's function lacks an argument that is needed"),
+    ("field is not found", "this kernel's types lack a member that is needed"),
+    ("no form of it fits", "this kernel's types lack a member that is needed"),
+    ("Failed to register", "the kernel does not let this function be traced"),
+    ("Invalid probed address", "the kernel does not let this function be traced"),
+    ("Invalid argument", "this kernel has no probes of this kind"),
+)
 
 
 class Attacher:
@@ -38,6 +52,8 @@ class Attacher:
         self._probes: dict[str, Probe] = {}
         self._filters: dict[str, tuple[str, str]] = {}  # path and condition
         self._counted: set[str] = set()
+        # Those of all targets that this kernel has; read where a probe is refused.
+        self._functions: set[str] | None = None
         self._counts = hist.Reader()
 
     def probes(self) -> tuple[Probe, ...]:
@@ -63,6 +79,7 @@ class Attacher:
 
     def attach(self, has_kvm: bool) -> None:
         """Attach what is not attached."""
+        self._functions = None
         for ring, names in fields.RINGS.items():
             for name in names:
                 if name in self._specs and not self.attached(name):
@@ -126,29 +143,49 @@ class Attacher:
         if spec.is_tracepoint:
             return self._tracepoint(ring, spec)
         if not has_kvm and any("kvm" in target for target in spec.targets):
-            return Probe(spec.name, False, why="kvm is not loaded")
+            return Probe(spec.name, False, why=NO_KVM)
         wanted = fields.FIELDS.get(f"{spec.name}/{os.uname().machine}", fields.FIELDS[spec.name])
         ways = [(target, spec.at, wanted) for target in spec.targets]
         at_entry = fields.FIELDS.get(f"{spec.name}/entry")
         if at_entry is not None:
             ways += [(target, "entry", at_entry) for target in spec.targets]
-        why: list[str] = []
+        refused: list[tuple[str, str]] = []
         for target, at, asked in ways:
             outcome = self._events.define(spec.name, target, at, asked)
             if not isinstance(outcome, Defined):
-                why.append(outcome.why)
+                refused.append((target, outcome.why))
                 continue
             try:
                 self._enable(ring, outcome)
             except (OSError, ValueError) as error:
-                why.append(f"{target}: {error}")
+                refused.append((target, f"{target}: {error}"))
                 self._events.remove(spec.name)
                 continue
-            without = ", ".join(f"{name} ({said})" for name, said in outcome.missing)
+            without = ", ".join(name for name, _ in outcome.missing)
             return Probe(
-                spec.name, True, target, outcome.way, f"without {without}" if without else None
+                spec.name,
+                True,
+                target,
+                outcome.way,
+                f"without {without}" if without else None,
+                "; ".join(f"{name}: {said}" for name, said in outcome.missing) or None,
             )
-        return Probe(spec.name, False, why="; ".join(why))
+        return self._not_attached(spec, refused)
+
+    def _not_attached(self, spec: ProbeSpec, refused: Sequence[tuple[str, str]]) -> Probe:
+        """``refused``: (target, what the kernel said of it) in order; of absent ones, too."""
+        detail = "; ".join(said for _, said in refused)
+        if self._functions is None:
+            functions = (x for one in self._specs.values() for x in one.targets if ":" not in x)
+            symbols = host.symbols(functions)
+            self._functions = set(spec.targets) if symbols is None else set(symbols.modules)
+        here = [one for one in refused if one[0] in self._functions]
+        if not here:
+            return Probe(spec.name, False, why=spec.absent, detail=detail)
+        target, said = here[0]
+        meanings = (why for words, why in _MEANING if words in said)
+        why = next(meanings, "the kernel refuses the probe")
+        return Probe(spec.name, False, target, why=why, detail=detail)
 
     def _enable(self, ring: Instance, event: Defined) -> None:
         path = f"events/{self._group}/{event.name}"
@@ -170,13 +207,14 @@ class Attacher:
         )
         target, path, text = next((one for one in formats if one[2]), ("", "", ""))
         if not text:
-            return Probe(spec.name, False, why=f"this kernel has no {' or '.join(spec.targets)}")
+            return Probe(spec.name, False, why=spec.absent)
         try:
             self._learn(spec.name, text)
             self._filter(ring, spec.name, path, ("errno",))
             ring.write(f"{path}/enable", "1")
         except (OSError, ValueError) as error:
-            return Probe(spec.name, False, target, why=str(error))
+            why = "the kernel does not let this tracepoint be used"
+            return Probe(spec.name, False, target, why=why, detail=str(error))
         return Probe(spec.name, True, target, "tracepoint")
 
     def _filter(self, ring: Instance, name: str, path: str, known: Collection[str]) -> None:

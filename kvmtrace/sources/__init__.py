@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Protocol, cast
 
 from kvmtrace import host
+from kvmtrace.choice import Attempt, choose
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.model import Probe, ProbeRuns
@@ -48,30 +49,53 @@ _CLASSES = {
 
 
 def open_source(kind: str = "auto") -> Source:
-    """Attach to this host: one of ``CHOICES``. Raises KvmtraceError with the reason and the fix."""
+    """Attach to this host: one of ``CHOICES``. Raises KvmtraceError with the reason and the fix.
+
+    ``auto``: bpf where it sees everything, else whichever source sees more (see ``choice``).
+    """
     if not host.privilege().may_trace:
         raise KvmtraceError("tracing the kernel needs root", "run it with sudo")
     if kind != "auto":
         source = _open(kind)
         source.why = "asked for"
         return source
+    return _best_of("bpf", "ftrace")
+
+
+def _best_of(*kinds: str) -> Source:
+    opened: dict[str, Source] = {}
+    attempts: list[Attempt] = []
     try:
-        source = _open("bpf")
-    except (KvmtraceError, OSError) as error:
-        refused = error
-    else:
-        source.why = "bpf works here"
+        for kind in kinds:
+            attempts.append(_attempt(kind, opened))
+            if attempts[-1].refused is None and not attempts[-1].missing:
+                break
+        chosen = choose(attempts)
+        if chosen is None:
+            reasons = "; ".join(f"{one.kind}: {one.refused}" for one in attempts)
+            hints = [one.hint for one in attempts if one.hint]
+            raise KvmtraceError(
+                f"no source works here: {reasons}",
+                ", or ".join(hints) or "`kvmtrace doctor` shows what is missing",
+            )
+        best, why = chosen
+        source = opened.pop(best.kind)
+        source.why = why
         return source
+    finally:
+        for source in opened.values():
+            source.close()
+
+
+def _attempt(kind: str, opened: dict[str, Source]) -> Attempt:
+    """Open one source and put it into ``opened``."""
     try:
-        source = _open("ftrace")
-    except (KvmtraceError, OSError) as error:
-        hints = [hint for e in (refused, error) if (hint := getattr(e, "hint", ""))]
-        raise KvmtraceError(
-            f"no source works here: bpf: {refused}; ftrace: {error}",
-            ", or ".join(hints) or "`kvmtrace doctor` shows what is missing",
-        ) from error
-    source.why = f"bpf does not work here: {refused}"
-    return source
+        opened[kind] = _open(kind)
+    except KvmtraceError as error:
+        return Attempt(kind, refused=error.message, hint=error.hint, detail=error.detail or None)
+    except OSError as error:
+        return Attempt(kind, refused=str(error))
+    return Attempt(kind, opened[kind].probes())
 
 
 def _open(kind: str) -> Source:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kvmtrace import files, host, probes
@@ -22,10 +23,10 @@ from kvmtrace.clock import epoch_offset_ns, now_ns
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
 from kvmtrace.model import Probe, ProbeRuns
-from kvmtrace.sources import bpf_copies, bpf_maps, bpf_vms
+from kvmtrace.sources import bpf_copies, bpf_maps, bpf_refusals, bpf_vms
 from kvmtrace.sources import bpf_records as records
 from kvmtrace.sources.bpf_events import Translator
-from kvmtrace.sources.bpf_layout import Layout
+from kvmtrace.sources.bpf_layout import OFFSETS, Layout, Trampoline
 from kvmtrace.sources.bpf_memory import BpfMemory
 
 RING_PAGES = 512
@@ -70,10 +71,11 @@ def import_bcc() -> Any:
     except ImportError as error:
         # Debian's package is for its own Python, which a virtual environment may not look at.
         if error.name not in ("bcc", None):
-            raise KvmtraceError(f"bcc does not load: {error}", BCC_HINT) from error
-        raise KvmtraceError("bcc is not installed (or not for this Python)", BCC_HINT) from error
+            raise KvmtraceError("bcc does not load", BCC_HINT, str(error)) from error
+        found = host.bcc_not_found()
+        raise KvmtraceError(f"bcc is {found.why}", found.fix) from error
     except OSError as error:
-        raise KvmtraceError(f"bcc does not load: {error}", BCC_HINT) from error
+        raise KvmtraceError("bcc does not load", BCC_HINT, str(error)) from error
     if not hasattr(bcc, "BPF"):
         raise KvmtraceError(
             "the installed bcc is PyPI's, which is another project (lattices, not BPF)",
@@ -207,9 +209,14 @@ class _Programs:
             or (state.name in context and state.target is not None)
         )
         if not any(state.attached for state in self.states):
-            why = next((state.why for state in self.states if state.why), "no reason given")
+            first = next((state for state in self.states if state.why), None)
             self.close()
-            raise KvmtraceError(f"no eBPF program could be attached: {why}", "kvmtrace doctor")
+            why = first.why if first else "no reason given"
+            raise KvmtraceError(
+                f"no eBPF program could be attached: {why}",
+                "`kvmtrace doctor` shows what is missing",
+                (first.detail if first else None) or "",
+            )
         with quiet_stderr():
             self._bpf["ring"].open_ring_buffer(self._receive)
         self.walk = self._questions()
@@ -253,65 +260,82 @@ class _Programs:
                 return unattached(src_file=os.fsencode(source / name), cflags=cflags)
             except Exception as error:  # bcc raises bare Exception
                 reason = str(error)
-        reason = next((line for line in said if "error" in line), None) or reason
+        detail = next((line.strip() for line in said if "error" in line), None) or reason
+        if bpf_refusals.errno_in(detail) in (errno.EPERM, errno.EACCES):
+            raise KvmtraceError(
+                "the kernel does not permit BPF",
+                "a missing capability or this host's policy: see `kvmtrace doctor`",
+                detail,
+            )
         raise KvmtraceError(
-            f"bcc could not compile or create maps: {reason}",
-            "kernel lockdown or a missing capability refuses BPF: see kvmtrace doctor",
+            "bcc cannot compile the eBPF programs",
+            "`kvmtrace doctor --verbose` shows what it says",
+            detail,
         )
 
     def _attach(self, spec: probes.ProbeSpec) -> Probe:
         target, missing = self._layout.target(spec), self._layout.missing(spec.name)
         if target is None:
-            module = "" if self._kvm else " (kvm is not loaded)"
-            wanted = " or ".join(spec.targets)
-            return Probe(spec.name, False, why=f"this kernel has no {wanted}{module}")
+            return Probe(spec.name, False, **_no_target(spec, bool(self._kvm)))
         if missing:
-            return Probe(spec.name, False, target, why=f"BTF has no {missing}")
+            member = ".".join(OFFSETS[missing][0])
+            return Probe(spec.name, False, target, why=f"the kernel's BTF has no {member}")
         if spec.is_tracepoint:
             return self._attach_tracepoint(spec, target)
-        why = "BTF does not know it"
-        function = self._layout.trampoline(spec)
-        if function is not None:
-            why_not = self._attach_trampoline(spec, function)
-            if why_not is None:
-                via = "fentry" if spec.at == "entry" else "fexit"
+        refusal = bpf_refusals.Refusal("the kernel's BTF does not have this function")
+        place = self._layout.trampoline(spec)
+        if place is not None:
+            via = "fentry" if spec.at == "entry" else "fexit"
+            refused = self._attach_trampoline(spec, place, via)
+            if refused is None:
                 if spec.name == "run" and self._attach_userspace_exit("tp_run_under_way") is None:
                     via = "fexit+raw_tracepoint"
                 return Probe(spec.name, True, target, via)
-            why = why_not
-        if spec.name not in _KPROBES:
-            return Probe(spec.name, False, target, why=why)
-        why_not, via = self._attach_kprobe(spec, target)
-        if why_not is None:
-            return Probe(spec.name, True, target, via)
-        return Probe(spec.name, False, target, why=f"fentry: {why}; kprobe: {why_not}")
+            refusal = refused
+        if spec.name in _KPROBES:
+            refused, via = self._attach_kprobe(spec, target)
+            if refused is None:
+                return Probe(spec.name, True, target, via)
+            if not host.has_kprobes():
+                refused = replace(refused, why="this kernel has no kprobes")
+            refusal = bpf_refusals.both(refusal, refused)
+        return Probe(spec.name, False, target, why=refusal.why, detail=refusal.detail)
 
     def _attach_tracepoint(self, spec: probes.ProbeSpec, target: str) -> Probe:
-        why = self._try(
+        refused = self._try(
             spec.name,
             lambda: self._bpf.attach_raw_tracepoint(
                 tp=target.rpartition(":")[2].encode(), fn_name=_TRACEPOINTS[spec.name].encode()
             ),
             _TRACEPOINTS[spec.name],
+            "raw_tracepoint",
         )
-        if why is None:
+        if refused is None:
             return Probe(spec.name, True, target, "raw_tracepoint")
-        if os.strerror(errno.ENOENT) in why:  # BTF may know it without its driver
-            return Probe(spec.name, False, why=f"this kernel has no {target}")
-        return Probe(spec.name, False, target, why=why)
+        if refused.number == errno.ENOENT:  # BTF may know it without its driver
+            return Probe(spec.name, False, why=spec.absent)
+        return Probe(spec.name, False, target, why=refused.why, detail=refused.detail)
 
-    def _attach_trampoline(self, spec: probes.ProbeSpec, name: str) -> str | None:
-        bpf, fn_name = self._bpf, name.encode()
+    def _attach_trampoline(
+        self, spec: probes.ProbeSpec, place: Trampoline, via: str
+    ) -> bpf_refusals.Refusal | None:
+        bpf, name = self._bpf, place.full_name
+        code = bpf_copies.Code(self._memory_of(name.encode()))
+        if not code.size:
+            if place.module:
+                return bpf_refusals.Refusal("this bcc cannot attach to modules (0.29 can)")
+            name = place.plain_name
+            code = bpf_copies.Code(self._memory_of(name.encode()))
+        fn_name = name.encode()
         if spec.at == "entry":
             attach, links = bpf.attach_kfunc, bpf.kfunc_entry_fds
         else:
             attach, links = bpf.attach_kretfunc, bpf.kfunc_exit_fds
-        code = bpf_copies.Code(self._memory_of(fn_name))
         for copy in range(code.copies(spec.name)):
             code.become(copy)
-            why = self._try(spec.name, lambda: attach(fn_name=fn_name), name)
-            if why is not None:
-                return None if copy else why
+            refused = self._try(spec.name, lambda: attach(fn_name=fn_name), name, via)
+            if refused is not None:
+                return None if copy else refused
             # bcc loads and attaches a function once; by another name it still detaches it.
             for kept in (bpf.funcs, links):
                 kept[b"%s#%d" % (fn_name, copy)] = kept.pop(fn_name)
@@ -327,51 +351,50 @@ class _Programs:
         size = lib.bpf_function_size(module, function)
         return memoryview((ctypes.c_ubyte * size).from_address(start)).cast("B")
 
-    def _attach_kprobe(self, spec: probes.ProbeSpec, target: str) -> tuple[str | None, str]:
+    def _attach_kprobe(
+        self, spec: probes.ProbeSpec, target: str
+    ) -> tuple[bpf_refusals.Refusal | None, str]:
         event = target.encode()
-        if spec.name == "run":
-            why = self._try(
-                spec.name,
-                lambda: self._bpf.attach_kprobe(event=event, fn_name=b"kp_run"),
-                "kp_run",
-            )
-            return why or self._attach_userspace_exit("tp_run"), "kprobe+raw_tracepoint"
         entry, leave = _KPROBES[spec.name]
-        why = self._try(
+        refused = self._try(
             spec.name,
             lambda: self._bpf.attach_kprobe(event=event, fn_name=entry.encode()),
             entry,
+            "kprobe",
         )
+        if spec.name == "run":
+            return refused or self._attach_userspace_exit("tp_run"), "kprobe+raw_tracepoint"
         if leave is None:
-            return why, "kprobe"
-        why = why or self._try(
+            return refused, "kprobe"
+        refused = refused or self._try(
             spec.name,
             lambda: self._bpf.attach_kretprobe(event=event, fn_name=leave.encode()),
             leave,
+            "kretprobe",
         )
-        return why, "kretprobe"
+        return refused, "kretprobe"
 
-    def _attach_userspace_exit(self, function: str) -> str | None:
+    def _attach_userspace_exit(self, function: str) -> bpf_refusals.Refusal | None:
         return self._try(
             "run",
             lambda: self._bpf.attach_raw_tracepoint(
                 tp=b"kvm_userspace_exit", fn_name=function.encode()
             ),
             function,
+            "raw_tracepoint",
         )
 
-    def _try(self, probe: str, attach: Any, function: str) -> str | None:
-        """Attach one program; the reason in one line if that fails."""
+    def _try(self, probe: str, attach: Any, function: str, way: str) -> bpf_refusals.Refusal | None:
+        """Attach one program (``function``) of a probe; why not, if that fails."""
         with quiet_stderr() as said:
             try:
                 attach()
             except Exception as error:  # bcc raises bare Exception
-                reason = str(error).replace("\n", " ")
+                reason = str(error)
             else:
                 self._attached.setdefault(probe, []).append(self._bpf.funcs[function.encode()])
                 return None
-        told = [line.strip() for line in said if line.strip()]
-        return f"{reason} ({told[0]})" if told else reason
+        return bpf_refusals.explain(way, reason, said)
 
     # -- what the kernel has for us
 
@@ -502,6 +525,13 @@ class _Programs:
             with quiet_stderr(), contextlib.suppress(Exception):
                 bpf.cleanup()
             atexit.unregister(bpf.cleanup)
+
+
+def _no_target(spec: probes.ProbeSpec, has_kvm: bool) -> dict[str, str]:
+    """``why`` and ``detail`` of a probe that the kernel has no place for."""
+    if not has_kvm and "kvm" in spec.targets[0]:
+        return {"why": probes.NO_KVM}
+    return {"why": spec.absent, "detail": f"not in /proc/kallsyms: {', '.join(spec.targets)}"}
 
 
 def _kvm_modules() -> tuple[str, ...]:

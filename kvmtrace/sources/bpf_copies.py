@@ -28,6 +28,7 @@ class Code:
 
     def __init__(self, code: memoryview) -> None:
         self._code = code
+        self.size = len(code)
         insns = enumerate(_INSN.iter_unpack(bytes(code)))
         self._calls = [
             place * _INSN.size

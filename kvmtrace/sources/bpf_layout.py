@@ -108,6 +108,30 @@ def read_symbols(names: set[str], path: str = "/proc/kallsyms") -> dict[str, Sym
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Trampoline:
+    """A function that an fentry or fexit program can be attached to."""
+
+    kind: str  # bcc's word: kfunc (fentry) or kretfunc (fexit)
+    module: str | None  # None: built in
+    function: str
+
+    @property
+    def macro(self) -> str:
+        """The program's name in C: bpf/names.h makes it the one that this bcc knows."""
+        return f"ON_FUNCTION({self.kind},{self.module or 'vmlinux'},{self.function})"
+
+    @property
+    def full_name(self) -> str:
+        """The name where bcc attaches to modules, too."""
+        return f"{self.kind}__{self.module or 'vmlinux'}__{self.function}"
+
+    @property
+    def plain_name(self) -> str:
+        """The name where bcc attaches to functions of the kernel itself only."""
+        return f"{self.kind}__{self.function}"
+
+
 class Layout:
     """Symbols, member offsets and argument lists for these probes, read once.
 
@@ -152,16 +176,16 @@ class Layout:
         needs = NEEDS.get(f"{probe}/{os.uname().machine}", NEEDS.get(probe, ()))
         return next((name for name in needs if self.offsets.get(name) is None), None)
 
-    def trampoline(self, spec: ProbeSpec) -> str | None:
-        """The function name by which bcc knows what an fentry or fexit program is for.
+    def trampoline(self, spec: ProbeSpec) -> Trampoline | None:
+        """What an fentry or fexit program is attached to.
 
         None where there is no target or BTF does not know it: then there is no such program.
         """
         target = self.target(spec)
         if spec.is_tracepoint or target is None or self._arguments.get(target) is None:
             return None
-        prefix = "kfunc" if spec.at == "entry" else "kretfunc"
-        return f"{prefix}__{self.symbols[target].module or 'vmlinux'}__{target}"
+        kind = "kfunc" if spec.at == "entry" else "kretfunc"
+        return Trampoline(kind, self.symbols[target].module, target)
 
     def cflags(self) -> list[str]:
         """The macros that bpf/*.bpf.c are compiled with."""
@@ -170,10 +194,11 @@ class Layout:
         flags += [f"-DSIZE_{name}={size}" for name, size in self._sizes.items()]
         flags += [f"-DARG_{name}={place}" for name, place in self._places.items()]
         for spec in self.specs:
-            target, function = self.target(spec), self.trampoline(spec)
-            if target and function:
-                arguments = self._arguments[target] or ()
-                flags += [f"-DFN_{spec.name}={function}", f"-DNARGS_{spec.name}={len(arguments)}"]
+            place = self.trampoline(spec)
+            if place:
+                arguments = self._arguments[place.function] or ()
+                flags += [f"-DFN_{spec.name}={place.macro}"]
+                flags += [f"-DNARGS_{spec.name}={len(arguments)}"]
         running = self.symbols.get("kvm_running_vcpu")
         per_cpu = self.symbols.get("__per_cpu_offset")
         if running and per_cpu and per_cpu.address:

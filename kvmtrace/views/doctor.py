@@ -6,14 +6,17 @@ tried), so that every verdict can be tested without the host that deserves it.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvmtrace import wire
+from kvmtrace.choice import Attempt, choose
 from kvmtrace.host import CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Facts
-from kvmtrace.model import Probe
 from kvmtrace.probes import ProbeSpec, specs
+
+_LEAST_WIDTH = 20  # for a text beside its name
 
 _CAPABILITIES = {
     "CAP_BPF": CAP_BPF,
@@ -24,28 +27,17 @@ _CAPABILITIES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
-    """What became of trying a source: its probes, or why it ``refused`` (and a ``hint``)."""
-
-    kind: str
-    probes: tuple[Probe, ...] = ()
-    refused: str | None = None
-    hint: str = ""
-
-    @property
-    def sees_exits(self) -> bool:
-        """Whether KVM_RUN's return is probed."""
-        return any(probe.name == "run" and probe.attached for probe in self.probes)
-
-
-@dataclass(frozen=True, slots=True)
 class Check:
-    """One line. ``ok``: True, False, or None for what is merely good to know."""
+    """One line. ``ok``: True, False, or None for what is merely good to know.
+
+    ``detail``: what a library or the kernel said of it, word for word.
+    """
 
     name: str
     ok: bool | None
     found: str
     fix: str = ""
+    detail: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +52,8 @@ class Report:
 
 def judge(facts: Facts, attempts: Sequence[Attempt]) -> Report:
     """The report on a host. ``attempts`` in order of preference."""
-    chosen = _chosen(attempts)
+    choice = choose(attempts)
+    chosen = choice[0] if choice else None
     seen = chosen is not None and chosen.sees_exits
     ok = seen and facts.types.memory_fault_exit is True
     if ok and chosen:
@@ -73,11 +66,6 @@ def judge(facts: Facts, attempts: Sequence[Attempt]) -> Report:
         verdict = "memory-fault exits cannot be seen here"
     checks = (*_host_checks(facts), *_source_checks(attempts), *_probe_checks(facts, chosen))
     return Report(checks, tuple(attempts), ok, verdict)
-
-
-def _chosen(attempts: Sequence[Attempt]) -> Attempt | None:
-    """The source that `--source auto` would take."""
-    return next((attempt for attempt in attempts if attempt.refused is None), None)
 
 
 def _host_checks(facts: Facts) -> Iterator[Check]:
@@ -126,6 +114,7 @@ def _host_checks(facts: Facts) -> Iterator[Check]:
         facts.bcc.version is not None,
         facts.bcc.version or facts.bcc.why,
         facts.bcc.fix,
+        facts.bcc.detail,
     )
     if facts.ras_cec:
         yield Check(
@@ -174,18 +163,20 @@ def _source_checks(attempts: Sequence[Attempt]) -> Iterator[Check]:
     for attempt in attempts:
         if attempt.refused is not None:
             yield Check(
-                f"source {attempt.kind}", None if works else False, attempt.refused, attempt.hint
+                f"source {attempt.kind}",
+                None if works else False,
+                attempt.refused,
+                attempt.hint,
+                attempt.detail,
             )
         else:
             attached = sum(probe.attached for probe in attempt.probes)
             found = f"{attached} of {len(attempt.probes)} probes"
             yield Check(f"source {attempt.kind}", True, found)
-    chosen = _chosen(attempts)
-    if len(attempts) > 1 and chosen is not None:
-        # In the order of preference, so those before it do not work.
-        refused = [f"{a.kind} does not work here: {a.refused}" for a in attempts if a.refused]
-        better = refused if chosen is not attempts[0] else [f"{chosen.kind} works here"]
-        yield Check("--source auto", True, f"{chosen.kind} ({better[0]})")
+    choice = choose(attempts)
+    if len(attempts) > 1 and choice is not None:
+        chosen, why = choice
+        yield Check("--source auto", True, f"{chosen.kind} ({why})")
 
 
 def _probe_checks(facts: Facts, chosen: Attempt | None) -> Iterator[Check]:
@@ -197,9 +188,12 @@ def _probe_checks(facts: Facts, chosen: Attempt | None) -> Iterator[Check]:
             yield Check(f"probe {spec.name}", False, _untried(spec, facts), missing)
         elif state.attached:
             via = f" ({state.via})" if state.via else ""
-            yield Check(f"probe {spec.name}", True, f"{state.target}{via}")
+            less = f", {state.why}" if state.why else ""
+            found = f"{state.target}{via}{less}"
+            yield Check(f"probe {spec.name}", True, found, detail=state.detail)
         else:
-            yield Check(f"probe {spec.name}", False, state.why or "not attached", missing)
+            found = state.why or "not attached"
+            yield Check(f"probe {spec.name}", False, found, missing, state.detail)
 
 
 def _untried(spec: ProbeSpec, facts: Facts) -> str:
@@ -217,13 +211,15 @@ def as_object(report: Report) -> dict[str, Any]:
         "ok": report.ok,
         "verdict": report.verdict,
         "checks": [
-            wire.known(name=c.name, ok=c.ok, found=c.found, fix=_fix_of(c)) for c in report.checks
+            wire.known(name=c.name, ok=c.ok, found=c.found, fix=_fix_of(c), detail=c.detail)
+            for c in report.checks
         ],
         "sources": [
             wire.known(
                 name=attempt.kind,
                 works=attempt.refused is None,
                 why=attempt.refused,
+                detail=attempt.detail,
                 probes=[wire.probe(probe) for probe in attempt.probes],
             )
             for attempt in report.attempts
@@ -235,8 +231,14 @@ def _fix_of(check: Check) -> str | None:
     return check.fix if check.fix and not check.ok else None
 
 
-def render(report: Report, *, ascii_only: bool = False) -> str:
-    """The report for people: a sign and a word each, so that it reads without the sign too."""
+def render(
+    report: Report, *, ascii_only: bool = False, width: int | None = None, verbose: bool = False
+) -> str:
+    """The report for people: a sign and a word each, so that it reads without the sign too.
+
+    ``width``: in columns, None for lines of any length. ``verbose``: with what libraries and the
+    kernel said.
+    """
     signs = (
         {True: "ok", False: "no", None: "--"} if ascii_only else {True: "✓", False: "✗", None: "–"}
     )
@@ -245,9 +247,26 @@ def render(report: Report, *, ascii_only: bool = False) -> str:
     lines = []
     for check in report.checks:
         word = f"{signs[check.ok]} {words[check.ok]:<4}"
-        lines.append(f"{word}  {check.name:<{name_width}}  {check.found}")
+        head = f"{word}  {check.name:<{name_width}}  "
+        below = " " * len(head)
+        lines += _wrapped(check.found, head, below, width)
         if fix := _fix_of(check):
-            lines.append(f"{'':<{len(word) + name_width + 4}}→ {fix}")
+            lines += _wrapped(fix, f"{below}→ ", f"{below}  ", width)
+        if verbose and check.detail:
+            lines += _wrapped(check.detail, f"{below}| ", f"{below}| ", width)
     lines += ["", f"{signs[report.ok]} {report.verdict}"]
     text = "\n".join(lines)
-    return text.replace("→", "->") if ascii_only else text
+    return text.replace("→ ", "> ") if ascii_only else text
+
+
+def _wrapped(text: str, head: str, below: str, width: int | None) -> list[str]:
+    if width is None:
+        return [head + text]
+    return textwrap.wrap(
+        text,
+        max(width, len(head) + _LEAST_WIDTH),
+        initial_indent=head,
+        subsequent_indent=below,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

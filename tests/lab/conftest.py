@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -31,15 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="KVMTRACE_LAB=0"))
 
 
-def prepared(config: pytest.Config, kernel: str) -> None:
-    """Make sure that `kernel` can be booted; downloading it may take minutes, so show it."""
-    capture = config.pluginmanager.get_plugin("capturemanager")
+@contextmanager
+def needed() -> Iterator[None]:
+    """What the lab cannot get (LabError): skips the test, or fails it where the lab must run."""
     try:
-        if capture is None:
-            prepare(kernel)
-        else:
-            with capture.global_and_fixture_disabled():
-                prepare(kernel)
+        yield
     except LabError as error:
         reason = f"the lab cannot start: {error}"
     else:
@@ -47,6 +43,17 @@ def prepared(config: pytest.Config, kernel: str) -> None:
     if SWITCH == "1":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
+
+
+def prepared(config: pytest.Config, kernel: str) -> None:
+    """Make sure that `kernel` can be booted; downloading it may take minutes, so show it."""
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    with needed():
+        if capture is None:
+            prepare(kernel)
+        else:
+            with capture.global_and_fixture_disabled():
+                prepare(kernel)
 
 
 @pytest.fixture

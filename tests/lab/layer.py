@@ -43,7 +43,7 @@ def _make_vmm(arch: Arch) -> None:
             say(f"no vmm for {arch.name}: {error}")
 
 
-def _files() -> list[Path]:
+def clone_files() -> list[Path]:
     """The files a wheel is made of."""
     found = []
     for name in SOURCES:
@@ -55,7 +55,7 @@ def _files() -> list[Path]:
 
 def _key(arch: Arch) -> str:
     content = hashlib.sha256()
-    for path in (*_files(), vmm(arch), Path(__file__)):
+    for path in (*clone_files(), vmm(arch), Path(__file__)):
         if path.exists():
             content.update(str(path).encode() + b"\0" + path.read_bytes())
     return content.hexdigest()[:12]
@@ -85,14 +85,14 @@ def _fill(arch: Arch, into: Path) -> None:
     if not (PROJECT / "pyproject.toml").exists():
         return
     with step("kvmtrace's wheel"):
-        with zipfile.ZipFile(_wheel(into / "wheel")) as wheel:
-            wheel.extractall(library)
+        with zipfile.ZipFile(wheel(into / "wheel")) as archive:
+            archive.extractall(library)
         shutil.rmtree(into / "wheel")
     for listed in library.glob("kvmtrace-*.dist-info/entry_points.txt"):
         _launchers(listed, commands)
 
 
-def _wheel(into: Path) -> Path:
+def wheel(into: Path) -> Path:
     """The wheel of the tree. With hatchling at hand pip need not fetch it for each build."""
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(into)]
     command.append("--disable-pip-version-check")

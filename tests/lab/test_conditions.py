@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
 
 from tests.lab.conditions import (
     CONDITIONS,
+    HIDDEN_TYPES,
     kvm_comes_and_goes,
     lockdown,
     no_kvm_types,
@@ -18,7 +20,7 @@ from tests.lab.conditions import (
     unprivileged,
 )
 from tests.lab.conftest import Boot
-from tests.lab.drive import end_following
+from tests.lab.drive import end_following, kvmtrace
 from tests.lab.machine import Machine
 
 pytestmark = pytest.mark.lab
@@ -44,3 +46,19 @@ def test_condition(
     machine: Machine = boot(**options) if options else request.getfixturevalue("machine")
     end_following(machine)
     run(machine, source)
+
+
+# No types of kvm for fexit, and no kprobes by any of the ways that bcc knows.
+BPF_SEES_NO_KVM = (
+    f"{HIDDEN_TYPES} && mount -t tmpfs none /sys/bus/event_source/devices/kprobe"
+    " && umount -R /sys/kernel/debug && mount --bind /dev/null /sys/kernel/tracing/kprobe_events"
+)
+
+
+def test_auto_takes_the_source_that_sees_exits(machine: Machine) -> None:
+    """bpf attaches to tracepoints and to functions of the kernel itself, but `run` is in kvm."""
+    end_following(machine)
+    shown = json.loads(kvmtrace(machine, "top --once --json", within=BPF_SEES_NO_KVM).stdout)
+    assert shown["host"]["source"] == "ftrace"
+    assert shown["host"]["source_why"].startswith("bpf does not see run")
+    assert [x["attached"] for x in shown["probes"] if x["name"] == "run"] == [True]

@@ -17,22 +17,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from kvmtrace import cli, host, identity, sources
-from kvmtrace.cli.options import SECONDS
+from kvmtrace.cli.options import seconds
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
-from kvmtrace.model import Snapshot
+from kvmtrace.model import Probe, Snapshot
+from kvmtrace.probes import NO_KVM, specs
 from kvmtrace.views import exporter
+from tests.unit.command_line import invoke
 from tests.unit.fake import SECOND, STORY, T0, FakeSource
 
 Run = Callable[..., Result]
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.cli, arguments, prog_name="kvmtrace")
 
 
 @pytest.fixture
@@ -99,8 +98,8 @@ def test_help_has_the_exporters_own_defaults() -> None:
 )
 def test_wrong_usage_is_status_2(source: FakeSource, arguments: tuple[str, ...]) -> None:
     result = invoke(*arguments)
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
+    assert result.exit_code == 2, result.stderr
+    assert "Traceback" not in result.stderr
     assert not source.closed  # nor opened
 
 
@@ -125,6 +124,28 @@ def test_wrong_usage_is_a_line_and_a_hint(
     assert said in line
     assert hint == f"hint: `{command} --help` tells what there is"
     assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_every_option_complains_in_one_line(source: FakeSource) -> None:
+    """Whatever click makes of it: its words, and where it has them from, change by release."""
+    for name, command in cli.cli.commands.items():
+        for parameter in command.params:
+            if not isinstance(parameter, click.Option):
+                continue
+            for option in parameter.opts:
+                given = [[f"{option}=1"] if parameter.is_flag else [option]]
+                if not isinstance(
+                    parameter.type, click.types.StringParamType | click.types.BoolParamType
+                ):
+                    given.append([option, "/"])  # no number, no choice, a directory
+                for arguments in given:
+                    result = invoke(name, *arguments)
+                    line, hint = result.stderr.splitlines()
+                    assert line.startswith("kvmtrace: "), (name, arguments, line)
+                    assert option in line, (name, arguments, line)
+                    assert hint == f"hint: `kvmtrace {name} --help` tells what there is"
+                    assert (result.exit_code, result.stdout) == (2, "")
+    assert not source.closed  # nor opened
 
 
 def test_no_command_is_answered_with_the_help() -> None:
@@ -161,11 +182,9 @@ def test_names_of_files_do_nothing_to_a_terminal(source: FakeSource, tmp_path: P
     assert said.count(f"{tmp_path}/a?[31mb") == 5
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("2", 2.0), ("1.5s", 1.5), ("2m", 120), ("1h", 3600)]
-)
-def test_durations(text: str, seconds: float) -> None:
-    assert SECONDS.convert(text, None, None) == seconds
+@pytest.mark.parametrize(("text", "number"), [("2", 2.0), ("1.5s", 1.5), ("2m", 120), ("1h", 3600)])
+def test_durations(text: str, number: float) -> None:
+    assert seconds(text) == number
 
 
 # -- errors
@@ -522,6 +541,80 @@ def test_what_was_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(KvmtraceError, match=r"^no bcc$"):
         sources.open_source("bpf")
     assert opened == ["bpf"]
+
+
+def probes_but(*missing: str) -> tuple[Probe, ...]:
+    """All probes, attached but for these, which the kernel has and refuses."""
+    return tuple(
+        Probe(spec.name, spec.name not in missing, spec.targets[0]) for spec in specs("x86_64")
+    )
+
+
+@pytest.mark.parametrize(
+    ("bpf", "ftrace", "chosen", "why"),
+    [
+        # Three probes of many, on a kernel without kprobes: not what a watch is for.
+        (
+            ("run", "gmem", "faultin", "vm_new", "vm_gone"),
+            (),
+            "ftrace",
+            "bpf does not see run, gmem, faultin and 2 more here",
+        ),
+        (("run",), ("gmem", "faultin", "mce"), "ftrace", "; without gmem, faultin, mce"),
+        (("gmem", "faultin", "mce"), ("run",), "bpf", "bpf works here, without gmem, faultin, mce"),
+        (("poison", "mce"), ("gmem",), "ftrace", "bpf does not see poison, mce here"),
+        (("run",), ("run",), "bpf", "bpf sees most here, but not run"),
+        (("mce",), ("mce", "vm_new"), "bpf", "bpf works here, without mce"),
+        (("run", "mce"), ("run",), "ftrace", "bpf does not see mce here; without run"),
+    ],
+)
+def test_auto_takes_what_sees_more(
+    monkeypatch: pytest.MonkeyPatch,
+    bpf: tuple[str, ...],
+    ftrace: tuple[str, ...],
+    chosen: str,
+    why: str,
+) -> None:
+    made: dict[str, FakeSource] = {}
+
+    def opened(kind: str) -> FakeSource:
+        made[kind] = FakeSource()
+        made[kind].name = kind
+        states = probes_but(*(bpf if kind == "bpf" else ftrace))
+        monkeypatch.setattr(made[kind], "probes", lambda: states)
+        return made[kind]
+
+    monkeypatch.setattr(host, "privilege", lambda: host.Privilege(0, (1 << 41) - 1))
+    monkeypatch.setattr(sources, "_open", opened)
+    source = sources.open_source("auto")
+    assert source.name == chosen
+    assert why in (source.why or "")
+    # Both were looked at, and one of them is left.
+    assert {kind: one.closed for kind, one in made.items()} == {
+        "bpf": int(chosen != "bpf"),
+        "ftrace": int(chosen != "ftrace"),
+    }
+
+
+def test_auto_does_not_look_further_for_what_no_source_can_see(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """kvm is not loaded, or the kernel has no such function."""
+    states = (
+        Probe("run", False, why=NO_KVM),
+        Probe("gmem", False, why="this kernel has no kvm_gmem_get_pfn"),
+    )
+    opened = opener(monkeypatch)
+    monkeypatch.setattr(FakeSource, "probes", lambda _: states)
+    source = sources.open_source("auto")
+    assert (opened, source.why) == (["bpf"], "bpf works here")
+
+
+def test_auto_keeps_bpf_where_nothing_else_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = opener(monkeypatch, ftrace=KvmtraceError("tracefs is not mounted"))
+    monkeypatch.setattr(FakeSource, "probes", lambda _: probes_but("run"))
+    source = sources.open_source("auto")
+    assert (opened, source.why) == (["bpf", "ftrace"], "bpf sees most here, but not run")
 
 
 def opener(monkeypatch: pytest.MonkeyPatch, **failures: Exception) -> list[str]:

@@ -7,14 +7,14 @@ import json
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from kvmtrace import cli, host, sources
+from kvmtrace import host, sources
+from kvmtrace.choice import Attempt
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.model import Probe
 from kvmtrace.probes import specs
 from kvmtrace.views import doctor
-from kvmtrace.views.doctor import Attempt
+from tests.unit.command_line import invoke
 from tests.unit.fake import FakeSource
 
 HEALTHY = host.Facts(
@@ -154,6 +154,48 @@ def test_text_is_aligned_and_has_words_beside_signs() -> None:
     assert len(columns) == 1
 
 
+BCC_SAYS = (
+    "Failed to load BPF program b'kretfunc__kvm__kvm_arch_vcpu_ioctl_run': No such process "
+    "(bpf: kvm__kvm_arch_vcpu_ioctl_run is not found in vmlinux BTF)"
+)
+REASON = "this bcc cannot attach to modules (0.29 can), and this kernel has no kprobes"
+
+
+def test_reasons_are_for_people_and_what_libraries_say_is_behind_verbose() -> None:
+    probe = Probe("run", False, "kvm_arch_vcpu_ioctl_run", None, REASON, BCC_SAYS)
+    report = doctor.judge(HEALTHY, [Attempt("bpf", (probe,))])
+    text = doctor.render(report)
+    assert REASON in text
+    assert "kretfunc__" not in text
+    assert BCC_SAYS in doctor.render(report, verbose=True)
+    answer = doctor.as_object(report)
+    (found,) = [c for c in answer["checks"] if c["name"] == "probe run"]
+    assert (found["found"], found["detail"]) == (REASON, BCC_SAYS)
+    assert answer["sources"][0]["probes"][0]["detail"] == BCC_SAYS
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+    refused = dataclasses.replace(REFUSED, detail=BCC_SAYS)
+    probe = Probe("run", False, "kvm_arch_vcpu_ioctl_run", None, REASON, BCC_SAYS)
+    for attempts in ([BPF], [refused, FTRACE], [Attempt("bpf", (probe,))]):
+        text = doctor.render(doctor.judge(HEALTHY, attempts), width=width, verbose=True)
+        assert max(len(line) for line in text.splitlines()) <= width
+        assert "CAP_SYS_RESOURCE" in text
+
+
+def test_a_terminal_too_narrow_for_all_this_still_shows_it() -> None:
+    assert "CAP_BPF" in doctor.render(doctor.judge(HEALTHY, [BPF]), width=1)
+
+
+def test_the_source_that_auto_takes_is_the_one_that_sees_more() -> None:
+    report = doctor.judge(HEALTHY, [Attempt("bpf", NO_RUN), FTRACE])
+    assert report.ok
+    assert report.verdict.endswith("by ftrace")
+    assert check(report, "--source auto").found == "ftrace (bpf does not see run here)"
+    assert check(report, "probe run").ok
+
+
 def test_ascii() -> None:
     report = doctor.judge(facts(tracefs=None), [REFUSED])
     doctor.render(report, ascii_only=True).encode("ascii")
@@ -181,12 +223,12 @@ def test_command_tries_both_sources_and_detaches(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(host, "examine", lambda: HEALTHY)
     monkeypatch.setattr(sources, "open_source", open_source)
-    result = CliRunner().invoke(cli.cli, ["doctor"])
+    result = invoke("doctor")
     assert result.exit_code == 0, result.output
     assert "bcc is not installed" in result.stdout
     assert "by ftrace" in result.stdout
     assert [source.closed for source in opened] == [1]
-    result = CliRunner().invoke(cli.cli, ["doctor", "--json", "--source", "bpf"])
+    result = invoke("doctor", "--json", "--source", "bpf")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["sources"] == [
         {"name": "bpf", "works": False, "why": "bcc is not installed", "probes": []}

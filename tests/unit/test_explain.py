@@ -7,9 +7,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from kvmtrace import __version__, cli, kvm
+from kvmtrace import __version__, kvm
 from kvmtrace.events import (
     Event,
     Exit,
@@ -28,6 +27,7 @@ from kvmtrace.events import (
 )
 from kvmtrace.model import Host
 from kvmtrace.sources.recording import Writer
+from tests.unit.command_line import invoke
 from tests.unit.fake import PROBES, SECOND, T0
 
 PFN = 0x103275
@@ -48,10 +48,6 @@ STORY: tuple[Event, ...] = (
     SoftOffline(T0 + 13 * SECOND, 0x57, 0),
     SoftOffline(T0 + 13 * SECOND, 0x56, 16),
 )
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.cli, arguments, prog_name="kvmtrace")
 
 
 @pytest.fixture
@@ -130,8 +126,8 @@ def test_nothing_to_explain(recording: str, target: str, line: str) -> None:
 def test_unknown_is_a_line_and_a_hint(recording: str, target: str) -> None:
     result = invoke("explain", target, "--from", recording)
     assert result.exit_code == 2
-    assert len(result.output.splitlines()) == 2
-    assert "hint: there are: 103275-1, web-1, db-1" in result.output
+    assert len(result.stderr.splitlines()) == 2
+    assert "hint: there are: 103275-1, web-1, db-1" in result.stderr
 
 
 def test_a_number_that_is_both(tmp_path: Path) -> None:
@@ -142,7 +138,7 @@ def test_a_number_that_is_both(tmp_path: Path) -> None:
         )
     result = invoke("explain", str(PFN), "--from", str(path))
     assert result.exit_code == 2
-    assert "is a page and a process" in result.output
+    assert "is a page and a process" in result.stderr
 
 
 # Names that look like something else: VMs 1 to 9 have the gfn of their key, and the pid 4000 + key.
@@ -249,7 +245,7 @@ def test_bundle(recording: str, tmp_path: Path) -> None:
     assert again == invoke("explain", "web-1", "--from", recording).output
     assert path.stat().st_mode & 0o077 == 0
     refused = invoke("bundle", "-o", str(path), "--from", recording)
-    assert (refused.exit_code, "already there" in refused.output) == (1, True)
+    assert (refused.exit_code, "already there" in refused.stderr) == (1, True)
 
 
 @pytest.mark.parametrize("redact", [(), ("--redact",)])

@@ -193,11 +193,33 @@ def test_bcc_that_is_another_project(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_bcc_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = ask(tmp_path, monkeypatch, "raise OSError('libbcc.so.0: no such file')")
-    assert found.why == "OSError: libbcc.so.0: no such file"
+    assert found.why == "does not load"
+    assert found.detail == "OSError: libbcc.so.0: no such file"
 
 
 def test_bcc_that_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask(tmp_path, monkeypatch, "print('hello')\nBPF = 1").why.startswith("asking for it")
+
+
+@pytest.mark.parametrize(
+    ("where", "why", "fix"),
+    [
+        ("lib/python3/dist-packages", "out of this Python's sight", "--system-site-packages"),
+        ("lib/python3.13/site-packages", "out of this Python's sight", "--system-site-packages"),
+        ("lib64/python3.14/site-packages", "out of this Python's sight", "--system-site-packages"),
+        ("lib/python3.9/site-packages", "too old for kvmtrace", "--source ftrace"),
+        ("lib/python2.7/site-packages", "not installed", "python3-bpfcc"),
+        ("share/bcc", "not installed", "python3-bpfcc"),
+    ],
+)
+def test_bcc_of_every_distribution(tmp_path: Path, where: str, why: str, fix: str) -> None:
+    (tmp_path / where / "bcc").mkdir(parents=True)
+    (usual,) = host._DISTRIBUTION
+    assert usual.startswith("/usr/")
+    found = host.bcc_not_found((f"{tmp_path}/{usual.removeprefix('/usr/')}",))
+    assert found.version is None
+    assert why in found.why
+    assert fix in found.fix
 
 
 def test_bcc_out_of_sight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

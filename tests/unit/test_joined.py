@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from kvmtrace import cli, door, sources
+from kvmtrace import door, sources
 from kvmtrace.cli.attaching import open_door
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Exit, Sigbus, VmGone, VmSeen, to_record
@@ -23,6 +23,7 @@ from kvmtrace.followers import Follower
 from kvmtrace.live import Session
 from kvmtrace.sources import joined as joined_module
 from kvmtrace.sources.joined import JoinedSource
+from tests.unit.command_line import invoke
 from tests.unit.fake import PROBES, SECOND, T0, FakeSource
 from tests.unit.test_explain import STORY
 
@@ -78,7 +79,7 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.cli, list(arguments))
+    return invoke(*arguments)
 
 
 def joined() -> JoinedSource:

@@ -1,0 +1,56 @@
+"""Why a program could not be attached: a short reason for people, and bcc's own words."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_ENOTSUPP = 524  # include/linux/errno.h: internal to the kernel, but the BPF system call returns it
+
+# {errno: reason}; {way} is what was tried: fentry, fexit, kprobe, raw_tracepoint.
+_REASONS = {
+    errno.EPERM: "the kernel does not permit {way} programs",
+    errno.EACCES: "the kernel does not permit {way} programs",
+    errno.EINVAL: "the kernel rejects the {way} program",
+    errno.ENOENT: "the kernel finds nothing to attach a {way} program to",
+    errno.EBUSY: "another tracer holds the place of the {way} program",
+    errno.E2BIG: "the kernel finds the {way} program too large",
+    errno.ENOMEM: "the kernel has no memory for the {way} program",
+    errno.EOPNOTSUPP: "this kernel does not support {way} programs",
+    _ENOTSUPP: "this kernel does not support {way} programs",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """``why``: for people. ``detail``: what bcc said; None where it was not asked.
+
+    ``number``: the errno behind it; None where bcc does not tell.
+    """
+
+    why: str
+    detail: str | None = None
+    number: int | None = None
+
+
+def explain(way: str, error: str, stderr: Sequence[str]) -> Refusal:
+    """The refusal behind an exception of bcc's (``error``) and what its libraries wrote."""
+    lines = [line.strip() for line in stderr if line.strip()]
+    said = " ".join(error.split())
+    detail = f"{said} ({lines[0]})" if lines else said
+    number = errno_in(" ".join((said, *lines)))
+    reason = _REASONS.get(number) if number is not None else None
+    return Refusal((reason or "bcc cannot attach a {way} program").format(way=way), detail, number)
+
+
+def errno_in(text: str) -> int | None:
+    """The error that a text of a library names; it has it from strerror(3)."""
+    return next((number for number in _REASONS if os.strerror(number) in text), None)
+
+
+def both(trampoline: Refusal, kprobe: Refusal) -> Refusal:
+    """The one refusal of a function that neither way can be attached to."""
+    details = [one.detail for one in (trampoline, kprobe) if one.detail]
+    return Refusal(f"{trampoline.why}, and {kprobe.why}", "; ".join(details) or None)

@@ -1,0 +1,19 @@
+"""kvmtrace's commands on a host where a story happens: ``python -m tests.unit.fake_host top``.
+
+For what is to be run where there is no kernel to watch, by a Python that has kvmtrace installed.
+"""
+
+from __future__ import annotations
+
+from kvmtrace import cli, sources
+from kvmtrace.sources import Source
+from tests.unit.fake import STORY, FakeSource
+
+
+def open_source(kind: str = "auto") -> Source:
+    return FakeSource(STORY[:2], STORY[2:])
+
+
+if __name__ == "__main__":
+    sources.open_source = open_source
+    cli.main()
