@@ -16,12 +16,13 @@ from kvmtrace.history import EventLog
 from kvmtrace.model import Host, Probe, Snapshot
 from kvmtrace.observe.inventory import hardware_corrupted_bytes
 from kvmtrace.sources import Source
+from kvmtrace.standstill import Standstill
 
 POLL_SECONDS = 0.25
 
-# How long ``close`` waits for the reader, and then for the source; seconds.
-READER_SECONDS = 1.5
-DETACH_SECONDS = 1.25
+# How long ``close`` waits for a reader that does not move, and then for the source; seconds.
+READER_SECONDS = 1.25
+DETACH_SECONDS = 1.0
 
 # How long the reader may find no file descriptor before that ends it; seconds.
 SHORTAGE_SECONDS = 30.0
@@ -146,7 +147,9 @@ class Session:
         self._stop.set()
         reader, self._thread = self._thread, None
         if reader is not None:
-            reader.join(READER_SECONDS)
+            standstill = Standstill(reader.ident)
+            while reader.is_alive() and standstill.seconds() < READER_SECONDS:
+                reader.join(0.1)
             if reader.is_alive():
                 detach = threading.Thread(target=self._source.close, daemon=True)
                 detach.start()

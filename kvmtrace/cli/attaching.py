@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from kvmtrace import __version__, door, sources
-from kvmtrace.cli.ending import stop, tell
+from kvmtrace.cli.ending import always, nobody_writes, stop, tell
 from kvmtrace.cli.watchdog import end_by_force
 from kvmtrace.correlate import Correlator
 from kvmtrace.errors import KvmtraceError
@@ -107,7 +107,8 @@ class Log:
 @contextlib.contextmanager
 def replaying(path: str) -> Iterator[RecordingSource]:
     """A recording; that it was cut off or damaged is told when all that it has is."""
-    source = RecordingSource(path)
+    with stop.waiting(always):
+        source = RecordingSource(path)
     try:
         try:
             yield source
@@ -124,6 +125,11 @@ def replaying(path: str) -> Iterator[RecordingSource]:
         source.close()
 
 
+def reading(source: RecordingSource) -> contextlib.AbstractContextManager[None]:
+    """For what reads a recording: a signal ends it if nobody writes (a pipe)."""
+    return stop.waiting(lambda: nobody_writes(source.file))
+
+
 @contextlib.contextmanager
 def log_of(recording: str | None, kind: str, duration: float) -> Iterator[Log]:
     """All events of a recording, of a running serve, or else what this host says in a while."""
@@ -133,7 +139,8 @@ def log_of(recording: str | None, kind: str, duration: float) -> Iterator[Log]:
     with replaying(recording) as source:
         batch: list[Event] = []
         while not source.done and not stop.asked:
-            batch += source.poll(0)
+            with reading(source):
+                batch += source.poll(0)
         yield Log(batch, source.recorded, source.probes(), source.version)
 
 

@@ -62,7 +62,7 @@ class Group(click.Group):
             raise
         except (BrokenPipeError, Interrupted):
             # The reader has left, or asked us to: nothing more can or need be said.
-            _discard_stdout()
+            discard(sys.stdout)
             return None
         except Exception as error:
             if os.environ.get("KVMTRACE_DEBUG"):
@@ -111,8 +111,8 @@ class Interrupted(BaseException):
 class _Stop:
     """SIGINT, SIGTERM and SIGHUP as a flag that loops look at, so that probes are always detached.
 
-    An exception out of nowhere could hit a half-attached source or a C callback. Writing is the
-    exception: a reader that stopped reading would otherwise keep us for ever.
+    An exception out of nowhere could hit a half-attached source or a C callback. Reading and
+    writing files is different (``waiting``): who is at the other end could keep us for ever.
 
     ``clean_up``: what to call if the command has to be ended by force.
     """
@@ -121,7 +121,7 @@ class _Stop:
         self.asked = False
         self.clean_up: list[Callable[[], object]] = []
         self._watchdog: Watchdog | None = None
-        self._writing: IO[str] | None = None
+        self._blocked: Callable[[], bool] | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> None:
@@ -145,32 +145,52 @@ class _Stop:
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
-        if self._writing is not None and _nobody_reads(self._writing):
+        if self._blocked is not None and self._blocked():
             raise Interrupted
+
+    @contextlib.contextmanager
+    def waiting(self, blocked: Callable[[], bool]) -> Iterator[None]:
+        """In here, a signal raises ``Interrupted`` if ``blocked()``; else it is only a flag."""
+        self._blocked = blocked
+        try:
+            if self.asked and blocked():
+                raise Interrupted
+            yield
+        finally:
+            self._blocked = None
 
     def write(self, text: str, file: IO[str]) -> None:
         """Print a line and flush it; a signal ends it even if nobody reads.
 
         After a signal, the last lines still go out as long as somebody does.
         """
-        self._writing = file
-        try:
-            if self.asked and _nobody_reads(file):
-                raise Interrupted
+        with self.waiting(lambda: nobody_reads(file)):
             file.write(text + "\n")
             file.flush()
-        finally:
-            self._writing = None
 
 
-def _nobody_reads(file: IO[str]) -> bool:
+def always() -> bool:
+    """For ``stop.waiting``, of what is over at once or not for a long time (opening a pipe)."""
+    return True
+
+
+def nobody_reads(file: IO[Any]) -> bool:
     """Whether there is no room to write, nor any within a second."""
+    return not _ready(file, select.POLLOUT, 1000)
+
+
+def nobody_writes(file: IO[Any]) -> bool:
+    """Whether there is nothing to read now."""
+    return not _ready(file, select.POLLIN, 0)
+
+
+def _ready(file: IO[Any], what: int, milliseconds: int) -> bool:
     try:
         poller = select.poll()
-        poller.register(file.fileno(), select.POLLOUT)
-        return not poller.poll(1000)
+        poller.register(file.fileno(), what)
+        return bool(poller.poll(milliseconds))
     except (OSError, ValueError):
-        return False  # not a file (tests)
+        return True  # not a file (tests)
 
 
 stop = _Stop()
@@ -178,7 +198,13 @@ stop = _Stop()
 
 def say(text: str) -> None:
     """Print a line on stdout, as ``stop.write`` does."""
-    stop.write(text, sys.stdout)
+    try:
+        stop.write(text, sys.stdout)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard(sys.stdout)
+        raise KvmtraceError(f"standard output: {error.strerror}") from error
 
 
 def _survive_any_name(stream: IO[str]) -> None:
@@ -192,9 +218,9 @@ def json_is_utf8() -> None:
         sys.stdout.reconfigure(encoding="utf-8")
 
 
-def _discard_stdout() -> None:
-    """Let the interpreter's own last flush go nowhere, rather than complain of a broken pipe."""
+def discard(file: IO[Any]) -> None:
+    """Let what a file still holds go nowhere: its flush would block, or complain, once more."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, file.fileno())
         os.close(null)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import click
 
 from kvmtrace import host
-from kvmtrace.cli.attaching import POLL_SECONDS, Log, here, log_of, replaying
+from kvmtrace.cli.attaching import POLL_SECONDS, Log, here, log_of, reading, replaying
 from kvmtrace.cli.doctor import examined
 from kvmtrace.cli.ending import json_is_utf8, say, stop, tell
 from kvmtrace.cli.options import (
@@ -42,7 +42,8 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
         number = 0
         deadline = time.monotonic() + duration if duration else None
         output.place()
-        writer = Writer(output.file, host_of(attached))
+        with output.writing():
+            writer = Writer(output.file, host_of(attached))
         by = f"{attached.name} ({attached.why})" if attached.why else attached.name
         tell(f"recording to {file} by {by}; Ctrl-C ends it")
         while True:
@@ -52,8 +53,9 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
             over = stop.asked or wait <= 0
             # What the kernel counted meanwhile and has not told yet belongs to it, too.
             batch = attached.poll(0 if over else wait)
-            writer.write(batch, attached.probes())
-            output.file.flush()
+            with output.writing():
+                writer.write(batch, attached.probes())
+                output.file.flush()
             number += len(batch)
             if over:
                 break
@@ -75,7 +77,9 @@ def replay(file: str, as_events: bool, as_json: bool) -> None:
     with replaying(file) as source:
         session = Session(source, source.host.page_shift)
         while not source.done and not stop.asked:
-            for told in session.pump(0):
+            with reading(source):
+                batch = session.pump(0)
+            for told in batch:
                 if as_events and (line := text(told)) is not None:
                     say(line)
         if not as_events:
@@ -139,7 +143,8 @@ def bundle(
         if recording is None:
             found = doctor_view.render(examined(source), verbose=True)
             files["doctor.txt"] = names.text(found) if redact else found
-        bundle_view.write(archive.file, files, int(time.time()))
+        with archive.writing():
+            bundle_view.write(archive.file, files, int(time.time()))
         archive.place()
         tell(f"{output}: {', '.join(sorted(files))}")
 

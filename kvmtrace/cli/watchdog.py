@@ -12,16 +12,20 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable
 
-# Seconds; together less than 5. The first is time for an orderly end.
+from kvmtrace.standstill import Standstill
+
+# Seconds; together less than 5. An orderly end of a main thread that moves may take longer.
 LOOK = 0.25
-PATIENCE = 3.25
+STUCK = 2.5
 CLEAN_UP = 1.25
+MOVING = 30.0
 
 
 class Watchdog:
-    """Ends the process some seconds after one of ``signals``, unless ``stop`` is called before.
+    """Ends the process if the main thread hangs after one of ``signals``, until ``stop`` is called.
 
     ``asked``: whether the main thread has taken a signal. ``clean_up``: what to call then, the last
     one first (detach probes, remove files), as far as that does not hang, too.
@@ -51,8 +55,12 @@ class Watchdog:
         while not (self._asked() or signal.sigpending() & self._signals):
             if self._stopped.wait(LOOK):
                 return
-        if not self._stopped.wait(PATIENCE):
-            end_by_force(self._clean_up)
+        standstill = Standstill(threading.main_thread().ident)
+        end = time.monotonic() + MOVING
+        while standstill.seconds() < STUCK and time.monotonic() < end:
+            if self._stopped.wait(LOOK):
+                return
+        end_by_force(self._clean_up)
 
 
 def end_by_force(clean_up: Iterable[Callable[[], object]]) -> None:

@@ -84,15 +84,18 @@ class RecordingSource:
         self.damage: KvmtraceError | None = None
         self._decoder = Decoder()
         try:
-            self._file = open(path, "rb")  # noqa: SIM115 (lives as long as the source)
+            self.file = open(path, "rb")  # noqa: SIM115 (lives as long as the source)
         except OSError as error:
             raise KvmtraceError(
                 f"{path}: {error.strerror}", "name a file that `kvmtrace record` made"
             ) from error
         try:
             self.recorded, self.version = self._header()
+        except OSError as error:
+            self.file.close()
+            raise KvmtraceError(f"{path}: {error.strerror}") from error
         except BaseException:
-            self._file.close()
+            self.file.close()
             raise
         name = clean(os.path.basename(path))
         self.why: str | None = f"replay of {name}, from {self.recorded.source}"
@@ -123,7 +126,7 @@ class RecordingSource:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self.file.close()
 
     def _header(self) -> tuple[Host, str | None]:
         record = self._record()
@@ -146,7 +149,7 @@ class RecordingSource:
 
     def _record(self) -> dict[str, Any] | None:
         """The next line; None (and ``done``) at the end of the file, None for an empty line."""
-        line = self._file.readline(MAX_LINE)
+        line = self.file.readline(MAX_LINE)
         self._number += 1
         if not line.strip():
             self.done = not line

@@ -32,18 +32,18 @@ def deaf():
 class Source(FakeSource):
     def poll(self, timeout):
         if self.polls and {where!r} == "poll":
-            print("hangs", file=sys.stderr, flush=True)
+            os.write(2, b"hangs\\n")
             {how}()
         return super().poll(timeout)
 
     def close(self):
-        print("closed", file=sys.stderr, flush=True)
+        os.write(2, b"closed\\n")
         if {where!r} == "close":
             {how}()
 
 def opened(kind):
     if {where!r} == "open":
-        print("hangs", file=sys.stderr, flush=True)
+        os.write(2, b"hangs\\n")
         {how}()
     return Source(STORY)
 
