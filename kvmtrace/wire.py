@@ -94,10 +94,9 @@ def event_line(told: Told) -> dict[str, Any] | None:
                 cpu=event.cpu,
                 socket=event.socket,
                 status=event.status,
-                misc=event.misc,
                 ipid=event.ipid,
                 fru=event.fru,
-                at=_at(event),
+                at=mce.at(event.status, event.vendor, event.bank, event.ipid),
                 count=event.count if event.count > 1 else None,
                 incident=told.incident,
             )
@@ -208,13 +207,6 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
         ]
         or None,
     )
-
-
-def _at(check: Mce) -> str | None:
-    """What the CPU and socket of a machine check are; None where that is not known."""
-    if mce.at_memory(check.status, check.vendor, check.bank, check.ipid):
-        return "memory"
-    return "consumer" if mce.consumed(check.status, check.vendor, check.bank) else None
 
 
 def _origin(origin: Origin | None) -> dict[str, Any] | None:

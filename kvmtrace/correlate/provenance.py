@@ -334,14 +334,19 @@ def _text(event: Mce | HwError) -> str:
 
 
 def _who(check: Mce) -> str:
-    where = f"bank {check.bank}, CPU {check.cpu}, socket {check.socket}"
     if check.bank == mce.FIRMWARE_BANK:
-        return "made up by the kernel for a report of firmware's"
-    if mce.at_memory(check.status, check.vendor, check.bank, check.ipid):
-        return f"memory controller of socket {check.socket} (bank {check.bank}, CPU {check.cpu})"
-    if mce.consumed(check.status, check.vendor, check.bank):
-        return f"consumed by CPU {check.cpu}, socket {check.socket} (bank {check.bank})"
-    return where
+        return "the kernel's record of what firmware told it"
+    match _at(check):
+        case "memory":
+            at_memory = f"memory controller of socket {check.socket}"
+            return f"{at_memory} (bank {check.bank}, read by CPU {check.cpu})"
+        case "consumer":
+            return f"consumed by CPU {check.cpu}, socket {check.socket} (bank {check.bank})"
+    return f"bank {check.bank}, CPU {check.cpu}, socket {check.socket}"
+
+
+def _at(check: Mce) -> str | None:
+    return mce.at(check.status, check.vendor, check.bank, check.ipid)
 
 
 def _rank(severity: object) -> int:
@@ -355,12 +360,10 @@ def _facts(event: Mce | HwError) -> dict[str, int | str]:
         facts |= {"socket": event.socket, "node": event.node, "message": event.message}
     elif event.bank != mce.FIRMWARE_BANK:
         facts |= {"bank": event.bank, "cpu": event.cpu, "status": event.status}
-        if mce.at_memory(event.status, event.vendor, event.bank, event.ipid):
-            facts["socket"] = event.socket
-        elif mce.consumed(event.status, event.vendor, event.bank):
-            facts |= {"consumer_cpu": event.cpu, "consumer_socket": event.socket}
-    return {
-        name: value
-        for name, value in facts.items()
-        if isinstance(value, (int, str)) and value != ""
-    }
+        match _at(event):
+            case "memory":
+                facts["socket"] = event.socket
+            case "consumer":
+                facts |= {"consumer_cpu": event.cpu, "consumer_socket": event.socket}
+    known = {name: value for name, value in facts.items() if isinstance(value, (int, str))}
+    return {name: value for name, value in known.items() if value != ""}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from kvmtrace import kvm
+from kvmtrace import kvm, mce
 from kvmtrace.correlate import Told
 from kvmtrace.events import (
     Exit,
@@ -70,8 +70,10 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
                 facts.append(f"x{event.count}")
         case Mce():
             what = f"bank {event.bank} cpu {event.cpu}"
+            at = mce.at(event.status, event.vendor, event.bank, event.ipid)
+            whose = {"memory": "memory of ", "consumer": "consumed on "}.get(at or "", "")
             facts = [
-                f"socket {event.socket}",
+                f"{whose}socket {event.socket}",
                 f"addr {hex_of(event.addr)}",
                 f"pfn {hex_of(event.pfn)}",
                 f"status {hex(event.status)}",
