@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 from kvmtrace import dimms, kvm, mce
-from kvmtrace.correlate.tally import MCE, Tally
+from kvmtrace.correlate.tally import MCE, Tally, together
 from kvmtrace.events import HwError, Mce
 from kvmtrace.model import ErrorHistory, Moment, Origin
 
@@ -37,21 +37,26 @@ _V = TypeVar("_V")
 
 
 class Name(NamedTuple):
-    """What a reporter calls the memory, and the address it said so of. A lower ``worth`` is better:
-    names of one DIMM come before others, then by ``_SOURCES``.
+    """What a reporter calls the memory, when, and the address it said so of. A lower ``worth`` is
+    better: names of one DIMM come before others, then by ``_SOURCES``.
     """
 
     label: str
     worth: tuple[bool, int]
+    ts: int
     addr: int | None = None
     grain: int = _LINE
 
     def same_error(self, other: Name) -> bool:
-        """Whether another reporter says it of the same address."""
+        """Whether another reporter means the same error; both are of one place.
+
+        Controllers take turns within a page, so another address may be of another DIMM; but
+        firmware may know the page only, and then speaks at the same time.
+        """
         if self.addr is None or other.addr is None or self.worth[1] == other.worth[1]:
             return False
         grain = max(self.grain, other.grain)
-        return self.addr // grain == other.addr // grain
+        return self.addr // grain == other.addr // grain or together(self.ts, other.ts)
 
 
 @dataclass(slots=True)
@@ -316,9 +321,8 @@ def _name(event: Mce | HwError) -> Name | None:
     order = _SOURCES.index(source) if source in _SOURCES else len(_SOURCES)
     worth = (dimms.names(label) != "dimm", order)
     if isinstance(event, Mce):
-        return Name(label, worth)
-    addr = event.addr
-    return Name(label, worth, addr, min(event.grain or _LINE, 1 << _MAX_SHIFT))
+        return Name(label, worth, event.ts)
+    return Name(label, worth, event.ts, event.addr, event.grain or _LINE)
 
 
 def _via(event: Mce | HwError) -> str:

@@ -54,18 +54,18 @@ class Tally:
             counts[severity != "corrected"] += count
             return
         if severity == "corrected":
-            if any(_apart(unit, of) and _together(ts, seen) for of, seen in self._others.items()):
+            if any(_apart(unit, of) and together(ts, seen) for of, seen in self._others.items()):
                 return
             counts[0] += count
             self._corrected[unit] = ts, count
             return
         last = self._others.get(unit)
         self._others[unit] = ts
-        if unit[1] is None and last is not None and _together(ts, last):
+        if unit[1] is None and last is not None and together(ts, last):
             return  # each bank that has it makes such a reporter speak
         counts[1] += count
         for of, (seen, some) in list(self._corrected.items()):
-            if _apart(unit, of) and _together(ts, seen):
+            if _apart(unit, of) and together(ts, seen):
                 self._units[of][0] -= some
                 del self._corrected[of]
 
@@ -85,7 +85,7 @@ class Tally:
             self._checked = bank, event.ts
             return MCE, bank
         # EDAC speaks for the machine check that it is handed.
-        if event.via == EDAC and self._checked and _together(event.ts, self._checked[1]):
+        if event.via == EDAC and self._checked and together(event.ts, self._checked[1]):
             return event.via, self._checked[0]
         return event.via, None
 
@@ -95,5 +95,6 @@ def _apart(one: Unit, other: Unit) -> bool:
     return one != other and (one[1] is None or one[1] != other[1])
 
 
-def _together(ts: int, other: int) -> bool:
+def together(ts: int, other: int) -> bool:
+    """Whether two reports may be of one error."""
     return abs(ts - other) <= TOGETHER_NS

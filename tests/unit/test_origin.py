@@ -110,9 +110,7 @@ def test_a_handle_that_smbios_lacks_is_no_dimm(
     alone = told(tmp_path, [reports[1], poison(T)])
     assert origin_of(alone).label is None
     if handle is not None:
-        assert f"SMBIOS handle {handle:#x}, which no DIMM here has" in (
-            origin_of(alone).message or ""
-        )
+        assert f"SMBIOS handle {handle:#x}, which names no DIMM" in (origin_of(alone).message or "")
 
 
 @pytest.mark.parametrize("label", ["unknown memory", "any memory", "", "Not Specified"])
@@ -148,6 +146,11 @@ def test_another_address_is_another_dimm_s(tmp_path: Path) -> None:
     """Controllers take turns within a page: a page is not of one DIMM."""
     reports = [edac(T, EDAC_DIMM), ghes(T + 5 * S, 0x42, addr=ADDR + 0x100)]
     assert set(told(tmp_path, reports).dimms) == {EDAC_DIMM, BOARD_DIMM}
+
+
+def test_firmware_that_knows_the_page_only_means_the_same_error(tmp_path: Path) -> None:
+    reports = [edac(T, EDAC_DIMM), ghes(T + 5 * MS, 0x42, addr=ADDR & ~0xFFF)]
+    assert set(told(tmp_path, reports).dimms) == {EDAC_DIMM}
 
 
 def test_two_dimms_of_one_name_stay_two(tmp_path: Path) -> None:
