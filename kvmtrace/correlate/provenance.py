@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 from kvmtrace import dimms, kvm, mce
-from kvmtrace.correlate.tally import MCE, Tally, together
+from kvmtrace.correlate.tally import EDAC, MCE, Tally, together
 from kvmtrace.events import HwError, Mce
 from kvmtrace.model import ErrorHistory, Moment, Origin
 
@@ -137,7 +137,11 @@ class Errors:
 
 @dataclass(slots=True)
 class Dimm:
-    """What was reported of one DIMM: errors at known places, and those without an address."""
+    """What was reported of one DIMM: errors at known places, and those without an address.
+
+    One error may be reported both ways (by AMD's controllers, whose addresses name no page, and by
+    EDAC, which translates them): the higher count is shown.
+    """
 
     first_ts: int
     last_ts: int
@@ -156,7 +160,7 @@ class Dimm:
     def history(self) -> ErrorHistory:
         """The counts, frozen."""
         corrected, others = self.elsewhere.errors
-        corrected, others = corrected + self.corrected, others + self.others
+        corrected, others = max(corrected, self.corrected), max(others, self.others)
         return ErrorHistory(corrected + others, corrected, self.first_ts, self.last_ts)
 
 
@@ -169,16 +173,30 @@ class Provenance:
         self._places: OrderedDict[tuple[int, int], Errors] = OrderedDict()
         self._dimms: OrderedDict[str, Dimm] = OrderedDict()
         self._better: OrderedDict[str, str] = OrderedDict()  # {name: a better one of the same DIMM}
+        self._check: Mce | None = None  # the last one
 
     def report(self, event: Mce | HwError) -> Errors | None:
         """Take a report; returns the place it names, None if it names none."""
         errors = self._place(event)
         if errors is not None:
             errors.add(event)
-        name = _name(event)
-        if name is not None:
-            self._count(event, self._one_name(name, errors), errors)
+        labels = [self._one_name(name, errors) for name in self._names(event)]
+        if labels:
+            self._count(event, labels[-1], errors)
         return errors
+
+    def _names(self, event: Mce | HwError) -> list[Name]:
+        """What a report calls the memory; EDAC speaks of the machine check before it, which AMD's
+        firmware may have given the name of a DIMM where EDAC knows a rank.
+        """
+        names = [_name(event)]
+        if isinstance(event, Mce):
+            self._check = event
+        elif event.via == EDAC and (check := self._check) and together(check.ts, event.ts):
+            of_check = _name(check)
+            if of_check is not None:
+                names.append(of_check._replace(addr=event.addr))
+        return [name for name in names if name is not None]
 
     def _place(self, event: Mce | HwError) -> Errors | None:
         place = place_of(event, self._page_shift)
@@ -315,7 +333,7 @@ def _name(event: Mce | HwError) -> Name | None:
         source = "fru"
     else:
         label = dimms.label(event.label)
-        source = event.label_from or ("edac" if event.via == "ras:mc_event" else "smbios")
+        source = event.label_from or ("edac" if event.via == EDAC else "smbios")
     if label is None or _NO_HANDLE.fullmatch(label):
         return None
     order = _SOURCES.index(source) if source in _SOURCES else len(_SOURCES)

@@ -228,6 +228,18 @@ def test_amd_s_umc_names_its_dimm(tmp_path: Path) -> None:
         assert told(tmp_path, [core], AMD).dimms == {}
 
 
+def test_edac_s_rank_is_the_dimm_that_the_umc_names(tmp_path: Path) -> None:
+    rank, fru = "mc#0csrow#2channel#1", b"P0 DIMM_A1\0\0\0\0\0\0"
+    events: list[Event] = []
+    for n in range(2):
+        at = T + n * 60 * S
+        status = 0x9C2040000000011B
+        events += [check(at, 15, status, 0x1000, ipid=0x9600050F00, v_data=fru), edac(at + 1, rank)]
+    snapshot = told(tmp_path, [*events, poison(T + 61 * S)], AMD)
+    assert origin_of(snapshot).label == "P0 DIMM_A1"
+    assert {label: dimm.count for label, dimm in snapshot.dimms.items()} == {"P0 DIMM_A1": 2}
+
+
 # -- extlog, by both sources
 
 
