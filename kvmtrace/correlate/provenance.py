@@ -139,8 +139,9 @@ class Errors:
 class Dimm:
     """What was reported of one DIMM: errors at known places, and those without an address.
 
-    One error may be reported both ways (by AMD's controllers, whose addresses name no page, and by
-    EDAC, which translates them): the higher count is shown.
+    ``vias``: who reports with addresses. One error may be reported with an address by one and
+    without by another (AMD's controllers, whose addresses name no page, and EDAC, which translates
+    them): the highest count of a reporter is shown.
     """
 
     first_ts: int
@@ -148,6 +149,7 @@ class Dimm:
     corrected: int = 0
     others: int = 0
     elsewhere: Tally = field(default_factory=lambda: Tally(exact=False))
+    vias: set[str] = field(default_factory=set)
 
     def absorb(self, other: Dimm) -> None:
         """It is the same DIMM."""
@@ -156,11 +158,15 @@ class Dimm:
         self.corrected += other.corrected
         self.others += other.others
         self.elsewhere.absorb(other.elsewhere)
+        self.vias |= other.vias
 
     def history(self) -> ErrorHistory:
         """The counts, frozen."""
-        corrected, others = self.elsewhere.errors
-        corrected, others = max(corrected, self.corrected), max(others, self.others)
+        corrected, others = self.corrected, self.others
+        for via, (more, more_others) in self.elsewhere.by_reporter():
+            known = via in self.vias
+            corrected = max(corrected, more + (self.corrected if known else 0))
+            others = max(others, more_others + (self.others if known else 0))
         return ErrorHistory(corrected + others, corrected, self.first_ts, self.last_ts)
 
 
@@ -214,8 +220,9 @@ class Provenance:
             same = [one for one in same if dimms.names(one.label) != "candidates"]
             if same:
                 best = self._best(min(same, key=lambda one: one.worth).label)
-                for worse in {self._best(one.label) for one in same} - {best}:
-                    self._same_dimm(worse, best)
+                for worse in dict.fromkeys(self._best(one.label) for one in same):
+                    if worse != best:
+                        self._same_dimm(worse, best)
         return self._best(name.label)
 
     def _best(self, label: str) -> str:
@@ -244,6 +251,8 @@ class Provenance:
             tally = errors.named[label] = Tally(exact=not errors.order)
         before = tally.errors
         tally.add(event, severity, errors.tally)
+        if len(dimm.vias) < _MAX_REPORTERS:
+            dimm.vias.add(_via(event))
         dimm.corrected += tally.errors[0] - before[0]
         dimm.others += tally.errors[1] - before[1]
 

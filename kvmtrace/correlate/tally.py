@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvmtrace import mce
@@ -42,6 +43,11 @@ class Tally:
         """Corrected ones, others."""
         corrected = max((unit[0] for unit in self._units.values()), default=0)
         return corrected, max((unit[1] for unit in self._units.values()), default=0)
+
+    def by_reporter(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """The same, unit by unit, with the name of the reporter."""
+        for (via, _), (corrected, others) in self._units.items():
+            yield via, (corrected, others)
 
     def add(self, event: Mce | HwError, severity: str | None, at: Tally | None = None) -> None:
         """One more report. ``at``: knows of the machine checks at this place, if not this one."""

@@ -240,6 +240,12 @@ def test_edac_s_rank_is_the_dimm_that_the_umc_names(tmp_path: Path) -> None:
     assert {label: dimm.count for label, dimm in snapshot.dimms.items()} == {"P0 DIMM_A1": 2}
 
 
+def test_errors_without_an_address_are_the_dimm_s_as_well(tmp_path: Path) -> None:
+    known = [edac(T + n * 60 * S, EDAC_DIMM, address=ADDR + n * 4096) for n in range(3)]
+    vague = [edac(T + n * 60 * S, EDAC_DIMM, address=0) for n in range(4, 6)]
+    assert told(tmp_path, [*known, *vague]).dimms[EDAC_DIMM].count == 5
+
+
 # -- extlog, by both sources
 
 
