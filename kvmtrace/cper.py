@@ -100,7 +100,7 @@ def memory(said: Memory, labels: Mapping[int, str], fru: str | None = None) -> d
         if handle in labels:
             facts |= {"label": labels[handle], "label_from": "smbios"}
         else:
-            notes.append(f"SMBIOS handle {handle:#x}, which no DIMM here has")
+            notes.append(f"SMBIOS handle {handle:#x}, which names no DIMM")
     if fru := identity.clean((fru or "")[:_FRU_TEXT]):
         name = dimms.of_fru(fru)
         if name is not None and "label" not in facts:
@@ -110,6 +110,10 @@ def memory(said: Memory, labels: Mapping[int, str], fru: str | None = None) -> d
     if notes:
         facts["message"] = ", ".join(notes)
     return facts
+
+
+EDAC_LABEL = 31
+"""Characters that EDAC keeps of a DIMM's name (EDAC_MC_LABEL_LEN, linux/edac.h)."""
 
 
 class Edac(NamedTuple):
@@ -130,8 +134,9 @@ class Edac(NamedTuple):
 def edac(said: Edac, alike: Collection[str] = ()) -> dict[str, Any]:
     """What EDAC tells, under the names of ``events.HwError``.
 
-    ``alike``: labels that firmware gave to several DIMMs. EDAC has no word for an address that is
-    not known but 0; 2**64 bytes is what a driver's grain of -1 comes to (edac_mc.c).
+    ``alike``: names that firmware gave to several DIMMs, as far as EDAC keeps them. EDAC has no
+    word for an address that is not known but 0; a driver's grain of -1 comes to 2**64 bytes
+    (edac_mc.c).
     """
     addr = said.addr & _ALL
     facts: dict[str, Any] = {"severity": EDAC.get(said.severity), "count": said.errors}
@@ -140,7 +145,7 @@ def edac(said: Edac, alike: Collection[str] = ()) -> dict[str, Any]:
         if said.grain_bits < _ADDRESS_BITS:
             facts["grain"] = 1 << said.grain_bits
     if name := dimms.label(said.label):
-        if name in alike and said.place:
+        if name[:EDAC_LABEL] in alike and said.place:
             controller, *layers = said.place
             where = ":".join(str(layer) for layer in layers if layer >= 0)
             name = f"{name} (mc {controller}, {where})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ _HEADER = 4
 class Firmware:
     """``dimms``: {SMBIOS handle: label}, no label twice. ``non_standard``: what
     ras:non_standard_event's severities mean; {} where that cannot be told. ``alike``: names that
-    firmware gives to several DIMMs.
+    several DIMMs have, as far as EDAC keeps them.
     """
 
     dimms: Mapping[int, str] = field(default_factory=dict)
@@ -36,22 +36,22 @@ def read(sys: str = "/sys") -> Firmware:
     # ghes.c, drivers/acpi/acpi_extlog.c).
     extlog = os.path.isdir(f"{sys}/module/acpi_extlog")
     path = f"{sys}{TABLE}"
-    alike = frozenset(_several(_names(path)))
-    return Firmware(dimm_labels(path), {} if extlog else cper.GHES, alike)
+    alike = _several(name[: cper.EDAC_LABEL] for name in _names(path).values())
+    return Firmware(dimm_labels(path), {} if extlog else cper.GHES, frozenset(alike))
 
 
 def dimm_labels(path: str) -> dict[int, str]:
     """{handle: label}; DIMMs that firmware calls alike have their handles in the label, too."""
     names = _names(path)
-    several = _several(names)
+    several = _several(names.values())
     return {
         handle: f"{name} (SMBIOS handle {handle:#x})" if name in several else name
         for handle, name in names.items()
     }
 
 
-def _several(names: Mapping[int, str]) -> set[str]:
-    return {name for name, count in Counter(names.values()).items() if count > 1}
+def _several(names: Iterable[str]) -> set[str]:
+    return {name for name, count in Counter(names).items() if count > 1}
 
 
 def _names(path: str) -> dict[int, str]:

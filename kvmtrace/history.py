@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 
-from kvmtrace import kvm
+from kvmtrace import kvm, mce
 from kvmtrace.correlate import cause_of
 from kvmtrace.events import (
     Event,
@@ -182,7 +182,10 @@ def _kind(event: Event) -> object:
             return event.kind, event.vm, event.tid
         case Mce():
             sort = (event.status & _STATUS_FLAGS, (event.misc or 0) & _MISC_LSB)
-            return event.kind, event.socket, event.bank, event.pfn, *sort
+            at_memory = mce.at_memory(event.status, event.vendor, event.bank, event.ipid)
+            # What a CPU ran into another one may have run into as well: that is no other error.
+            cpu = None if at_memory else event.cpu
+            return event.kind, event.socket, cpu, event.bank, event.pfn, *sort
         case Lost():
             return event.kind, event.where
         case KernelCounts() | StillQuiet():

@@ -123,6 +123,16 @@ def consumed(status: int, vendor: str | None, bank: int) -> bool:
     return vendor in LIKE_INTEL and bool(status & _AR)
 
 
+def at(status: int, vendor: str | None, bank: int, ipid: int | None = None) -> str | None:
+    """What the CPU and the socket of a record are: of the "memory" or of its "consumer".
+
+    None: of who read the record, or nobody knows.
+    """
+    if at_memory(status, vendor, bank, ipid):
+        return "memory"
+    return "consumer" if consumed(status, vendor, bank) else None
+
+
 def errors(status: int, vendor: str | None, bank: int) -> int:
     """How many errors one record stands for.
 

@@ -109,10 +109,9 @@ def event_line(told: Told) -> dict[str, Any] | None:
                 cpu=event.cpu,
                 socket=event.socket,
                 status=event.status,
-                misc=event.misc,
                 ipid=event.ipid,
                 fru=event.fru,
-                at=_at(event),
+                at=mce.at(event.status, event.vendor, event.bank, event.ipid),
                 count=event.count if event.count > 1 else None,
                 incident=told.incident,
             )
@@ -123,8 +122,8 @@ def event_line(told: Told) -> dict[str, Any] | None:
                 pfn=event.pfn,
                 socket=event.socket,
                 node=event.node,
-                label=event.label,
-                label_names=dimms.names(event.label) if event.label else None,
+                label=(label := dimms.label(event.label)),
+                label_names=dimms.names(label) if label else None,
                 severity=event.severity,
                 grain=event.grain,
                 count=event.count,
@@ -251,13 +250,6 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
         ]
         or None,
     )
-
-
-def _at(check: Mce) -> str | None:
-    """What the CPU and socket of a machine check are; None where that is not known."""
-    if mce.at_memory(check.status, check.vendor, check.bank, check.ipid):
-        return "memory"
-    return "consumer" if mce.consumed(check.status, check.vendor, check.bank) else None
 
 
 def _origin(origin: Origin | None) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 from kvmtrace import dimms, kvm, mce
-from kvmtrace.correlate.tally import MCE, Tally
+from kvmtrace.correlate.tally import EDAC, MCE, Tally, together
 from kvmtrace.events import HwError, Mce
 from kvmtrace.model import ErrorHistory, Moment, Origin
 
@@ -37,21 +37,26 @@ _V = TypeVar("_V")
 
 
 class Name(NamedTuple):
-    """What a reporter calls the memory, and the address it said so of. A lower ``worth`` is better:
-    names of one DIMM come before others, then by ``_SOURCES``.
+    """What a reporter calls the memory, when, and the address it said so of. A lower ``worth`` is
+    better: names of one DIMM come before others, then by ``_SOURCES``.
     """
 
     label: str
     worth: tuple[bool, int]
+    ts: int
     addr: int | None = None
     grain: int = _LINE
 
     def same_error(self, other: Name) -> bool:
-        """Whether another reporter says it of the same address."""
+        """Whether another reporter means the same error; both are of one place.
+
+        Controllers take turns within a page, so another address may be of another DIMM; but
+        firmware may know the page only, and then speaks at the same time.
+        """
         if self.addr is None or other.addr is None or self.worth[1] == other.worth[1]:
             return False
         grain = max(self.grain, other.grain)
-        return self.addr // grain == other.addr // grain
+        return self.addr // grain == other.addr // grain or together(self.ts, other.ts)
 
 
 @dataclass(slots=True)
@@ -132,13 +137,19 @@ class Errors:
 
 @dataclass(slots=True)
 class Dimm:
-    """What was reported of one DIMM: errors at known places, and those without an address."""
+    """What was reported of one DIMM: errors at known places, and those without an address.
+
+    ``vias``: who reports with addresses. One error may be reported with an address by one and
+    without by another (AMD's controllers, whose addresses name no page, and EDAC, which translates
+    them): the highest count of a reporter is shown.
+    """
 
     first_ts: int
     last_ts: int
     corrected: int = 0
     others: int = 0
     elsewhere: Tally = field(default_factory=lambda: Tally(exact=False))
+    vias: set[str] = field(default_factory=set)
 
     def absorb(self, other: Dimm) -> None:
         """It is the same DIMM."""
@@ -147,11 +158,15 @@ class Dimm:
         self.corrected += other.corrected
         self.others += other.others
         self.elsewhere.absorb(other.elsewhere)
+        self.vias |= other.vias
 
     def history(self) -> ErrorHistory:
         """The counts, frozen."""
-        corrected, others = self.elsewhere.errors
-        corrected, others = corrected + self.corrected, others + self.others
+        corrected, others = self.corrected, self.others
+        for via, (more, more_others) in self.elsewhere.by_reporter():
+            known = via in self.vias
+            corrected = max(corrected, more + (self.corrected if known else 0))
+            others = max(others, more_others + (self.others if known else 0))
         return ErrorHistory(corrected + others, corrected, self.first_ts, self.last_ts)
 
 
@@ -164,16 +179,30 @@ class Provenance:
         self._places: OrderedDict[tuple[int, int], Errors] = OrderedDict()
         self._dimms: OrderedDict[str, Dimm] = OrderedDict()
         self._better: OrderedDict[str, str] = OrderedDict()  # {name: a better one of the same DIMM}
+        self._check: Mce | None = None  # the last one
 
     def report(self, event: Mce | HwError) -> Errors | None:
         """Take a report; returns the place it names, None if it names none."""
         errors = self._place(event)
         if errors is not None:
             errors.add(event)
-        name = _name(event)
-        if name is not None:
-            self._count(event, self._one_name(name, errors), errors)
+        labels = [self._one_name(name, errors) for name in self._names(event)]
+        if labels:
+            self._count(event, labels[-1], errors)
         return errors
+
+    def _names(self, event: Mce | HwError) -> list[Name]:
+        """What a report calls the memory; EDAC speaks of the machine check before it, which AMD's
+        firmware may have given the name of a DIMM where EDAC knows a rank.
+        """
+        names = [_name(event)]
+        if isinstance(event, Mce):
+            self._check = event
+        elif event.via == EDAC and (check := self._check) and together(check.ts, event.ts):
+            of_check = _name(check)
+            if of_check is not None:
+                names.append(of_check._replace(addr=event.addr))
+        return [name for name in names if name is not None]
 
     def _place(self, event: Mce | HwError) -> Errors | None:
         place = place_of(event, self._page_shift)
@@ -191,8 +220,9 @@ class Provenance:
             same = [one for one in same if dimms.names(one.label) != "candidates"]
             if same:
                 best = self._best(min(same, key=lambda one: one.worth).label)
-                for worse in {self._best(one.label) for one in same} - {best}:
-                    self._same_dimm(worse, best)
+                for worse in dict.fromkeys(self._best(one.label) for one in same):
+                    if worse != best:
+                        self._same_dimm(worse, best)
         return self._best(name.label)
 
     def _best(self, label: str) -> str:
@@ -221,6 +251,8 @@ class Provenance:
             tally = errors.named[label] = Tally(exact=not errors.order)
         before = tally.errors
         tally.add(event, severity, errors.tally)
+        if len(dimm.vias) < _MAX_REPORTERS:
+            dimm.vias.add(_via(event))
         dimm.corrected += tally.errors[0] - before[0]
         dimm.others += tally.errors[1] - before[1]
 
@@ -310,15 +342,14 @@ def _name(event: Mce | HwError) -> Name | None:
         source = "fru"
     else:
         label = dimms.label(event.label)
-        source = event.label_from or ("edac" if event.via == "ras:mc_event" else "smbios")
+        source = event.label_from or ("edac" if event.via == EDAC else "smbios")
     if label is None or _NO_HANDLE.fullmatch(label):
         return None
     order = _SOURCES.index(source) if source in _SOURCES else len(_SOURCES)
     worth = (dimms.names(label) != "dimm", order)
     if isinstance(event, Mce):
-        return Name(label, worth)
-    addr = event.addr
-    return Name(label, worth, addr, min(event.grain or _LINE, 1 << _MAX_SHIFT))
+        return Name(label, worth, event.ts)
+    return Name(label, worth, event.ts, event.addr, event.grain or _LINE)
 
 
 def _via(event: Mce | HwError) -> str:
@@ -334,14 +365,19 @@ def _text(event: Mce | HwError) -> str:
 
 
 def _who(check: Mce) -> str:
-    where = f"bank {check.bank}, CPU {check.cpu}, socket {check.socket}"
     if check.bank == mce.FIRMWARE_BANK:
-        return "made up by the kernel for a report of firmware's"
-    if mce.at_memory(check.status, check.vendor, check.bank, check.ipid):
-        return f"memory controller of socket {check.socket} (bank {check.bank}, CPU {check.cpu})"
-    if mce.consumed(check.status, check.vendor, check.bank):
-        return f"consumed by CPU {check.cpu}, socket {check.socket} (bank {check.bank})"
-    return where
+        return "the kernel's record of what firmware told it"
+    match _at(check):
+        case "memory":
+            at_memory = f"memory controller of socket {check.socket}"
+            return f"{at_memory} (bank {check.bank}, read by CPU {check.cpu})"
+        case "consumer":
+            return f"consumed by CPU {check.cpu}, socket {check.socket} (bank {check.bank})"
+    return f"bank {check.bank}, CPU {check.cpu}, socket {check.socket}"
+
+
+def _at(check: Mce) -> str | None:
+    return mce.at(check.status, check.vendor, check.bank, check.ipid)
 
 
 def _rank(severity: object) -> int:
@@ -355,12 +391,10 @@ def _facts(event: Mce | HwError) -> dict[str, int | str]:
         facts |= {"socket": event.socket, "node": event.node, "message": event.message}
     elif event.bank != mce.FIRMWARE_BANK:
         facts |= {"bank": event.bank, "cpu": event.cpu, "status": event.status}
-        if mce.at_memory(event.status, event.vendor, event.bank, event.ipid):
-            facts["socket"] = event.socket
-        elif mce.consumed(event.status, event.vendor, event.bank):
-            facts |= {"consumer_cpu": event.cpu, "consumer_socket": event.socket}
-    return {
-        name: value
-        for name, value in facts.items()
-        if isinstance(value, (int, str)) and value != ""
-    }
+        match _at(event):
+            case "memory":
+                facts["socket"] = event.socket
+            case "consumer":
+                facts |= {"consumer_cpu": event.cpu, "consumer_socket": event.socket}
+    known = {name: value for name, value in facts.items() if isinstance(value, (int, str))}
+    return {name: value for name, value in known.items() if value != ""}

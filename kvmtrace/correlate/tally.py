@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvmtrace import mce
@@ -43,6 +44,11 @@ class Tally:
         corrected = max((unit[0] for unit in self._units.values()), default=0)
         return corrected, max((unit[1] for unit in self._units.values()), default=0)
 
+    def by_reporter(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """The same, unit by unit, with the name of the reporter."""
+        for (via, _), (corrected, others) in self._units.items():
+            yield via, (corrected, others)
+
     def add(self, event: Mce | HwError, severity: str | None, at: Tally | None = None) -> None:
         """One more report. ``at``: knows of the machine checks at this place, if not this one."""
         unit = (at or self)._unit(event)
@@ -54,18 +60,18 @@ class Tally:
             counts[severity != "corrected"] += count
             return
         if severity == "corrected":
-            if any(_apart(unit, of) and _together(ts, seen) for of, seen in self._others.items()):
+            if any(_apart(unit, of) and together(ts, seen) for of, seen in self._others.items()):
                 return
             counts[0] += count
             self._corrected[unit] = ts, count
             return
         last = self._others.get(unit)
         self._others[unit] = ts
-        if unit[1] is None and last is not None and _together(ts, last):
+        if unit[1] is None and last is not None and together(ts, last):
             return  # each bank that has it makes such a reporter speak
         counts[1] += count
         for of, (seen, some) in list(self._corrected.items()):
-            if _apart(unit, of) and _together(ts, seen):
+            if _apart(unit, of) and together(ts, seen):
                 self._units[of][0] -= some
                 del self._corrected[of]
 
@@ -85,7 +91,7 @@ class Tally:
             self._checked = bank, event.ts
             return MCE, bank
         # EDAC speaks for the machine check that it is handed.
-        if event.via == EDAC and self._checked and _together(event.ts, self._checked[1]):
+        if event.via == EDAC and self._checked and together(event.ts, self._checked[1]):
             return event.via, self._checked[0]
         return event.via, None
 
@@ -95,5 +101,6 @@ def _apart(one: Unit, other: Unit) -> bool:
     return one != other and (one[1] is None or one[1] != other[1])
 
 
-def _together(ts: int, other: int) -> bool:
+def together(ts: int, other: int) -> bool:
+    """Whether two reports may be of one error."""
     return abs(ts - other) <= TOGETHER_NS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from kvmtrace import kvm
+from kvmtrace import dimms, kvm, mce
 from kvmtrace.correlate import Told
 from kvmtrace.events import (
     Exit,
@@ -70,8 +70,10 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
                 facts.append(f"x{event.count}")
         case Mce():
             what = f"bank {event.bank} cpu {event.cpu}"
+            at = mce.at(event.status, event.vendor, event.bank, event.ipid)
+            whose = {"memory": "memory of ", "consumer": "consumed on "}.get(at or "", "")
             facts = [
-                f"socket {event.socket}",
+                f"{whose}socket {event.socket}",
                 f"addr {hex_of(event.addr)}",
                 f"pfn {hex_of(event.pfn)}",
                 f"status {hex(event.status)}",
@@ -80,8 +82,9 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
             ]
         case HwError():
             what = f"{event.severity or 'memory'} error"
+            label = dimms.label(event.label)
             facts = [
-                dimm_of(event.label) if event.label else "",
+                dimm_of(label) if label else "",
                 f"addr {hex_of(event.addr)}",
                 f"pfn {hex_of(event.pfn)}",
                 f"x{event.count}" if event.count != 1 else "",

@@ -103,8 +103,8 @@ def test_a_machine_check_and_the_poison_that_follows(machine: Machine) -> None:
         vmm = Vmm(machine, "checked")
         vmm.step("create v backing=gmem pages=32")
         vmm.step("touch v +3")
-        # Valid, uncorrected, address and MISC valid; MISC: exact to 64 bytes.
-        vmm.step(f"mce v +3 status={0xBD80000000100134} misc={0x86} bank=7")
+        # Valid, uncorrected, address and MISC valid, poison (the CPU is AMD's: a physical address).
+        vmm.step(f"mce v +3 status={0xBD80080000100134} misc={0x86} bank=7")
         poison = vmm.step("poison v +3")
         time.sleep(1)
         vmm.end()
@@ -112,6 +112,8 @@ def test_a_machine_check_and_the_poison_that_follows(machine: Machine) -> None:
     assert told["pfn"] == poison["pfn"]
     assert told["origin"]["bank"] == 7
     assert told["origin"]["severity"] == "recoverable"
+    assert told["origin"]["consumer_cpu"] == told["origin"]["cpu"]
+    assert "socket" not in told["origin"]
     whats = [moment["what"] for moment in told["timeline"]]
     assert "machine check" in whats[0]
     assert any("poisoned" in what for what in whats[1:])

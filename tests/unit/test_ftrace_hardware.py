@@ -69,7 +69,7 @@ def test_firmware_says_what_is_valid() -> None:
     stranger = error("apei", valid=1 << 17, **(said | {"kind": 0x1234 << 48}))
     assert (stranger.label, stranger.message) == (
         None,
-        "SMBIOS handle 0x1234, which no DIMM here has",
+        "SMBIOS handle 0x1234, which names no DIMM",
     )
 
 

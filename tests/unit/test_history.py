@@ -119,6 +119,17 @@ def test_signals_and_machine_checks_are_counted() -> None:
     assert (incident.origin.history.count, incident.origin.history.corrected) == (1000, 1000)
 
 
+def test_one_error_that_many_cpus_ran_into_stays_one() -> None:
+    pfn = 0x103275
+    checks: list[Event] = [
+        Mce(T0 + n, pfn << 12, pfn, 1, n, n % 2, 0xBD80000000100134, 0x86, 1, "GenuineIntel")
+        for n in range(8)
+    ]
+    (poisoned,) = model([*log_of(checks), Poison(T0 + SECOND, pfn, "", "Failed")]).incidents
+    assert poisoned.origin is not None
+    assert poisoned.origin.history.count == 1
+
+
 def test_errors_of_another_sort_are_not_added_up() -> None:
     pfn = 0x103275
     checks: list[Event] = [

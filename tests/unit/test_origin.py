@@ -110,9 +110,7 @@ def test_a_handle_that_smbios_lacks_is_no_dimm(
     alone = told(tmp_path, [reports[1], poison(T)])
     assert origin_of(alone).label is None
     if handle is not None:
-        assert f"SMBIOS handle {handle:#x}, which no DIMM here has" in (
-            origin_of(alone).message or ""
-        )
+        assert f"SMBIOS handle {handle:#x}, which names no DIMM" in (origin_of(alone).message or "")
 
 
 @pytest.mark.parametrize("label", ["unknown memory", "any memory", "", "Not Specified"])
@@ -148,6 +146,11 @@ def test_another_address_is_another_dimm_s(tmp_path: Path) -> None:
     """Controllers take turns within a page: a page is not of one DIMM."""
     reports = [edac(T, EDAC_DIMM), ghes(T + 5 * S, 0x42, addr=ADDR + 0x100)]
     assert set(told(tmp_path, reports).dimms) == {EDAC_DIMM, BOARD_DIMM}
+
+
+def test_firmware_that_knows_the_page_only_means_the_same_error(tmp_path: Path) -> None:
+    reports = [edac(T, EDAC_DIMM), ghes(T + 5 * MS, 0x42, addr=ADDR & ~0xFFF)]
+    assert set(told(tmp_path, reports).dimms) == {EDAC_DIMM}
 
 
 def test_two_dimms_of_one_name_stay_two(tmp_path: Path) -> None:
@@ -223,6 +226,24 @@ def test_amd_s_umc_names_its_dimm(tmp_path: Path) -> None:
         assert only(snapshot).origin is None
         core = check(T, 0, status, ipid=0xB000000000, v_data=fru)
         assert told(tmp_path, [core], AMD).dimms == {}
+
+
+def test_edac_s_rank_is_the_dimm_that_the_umc_names(tmp_path: Path) -> None:
+    rank, fru = "mc#0csrow#2channel#1", b"P0 DIMM_A1\0\0\0\0\0\0"
+    events: list[Event] = []
+    for n in range(2):
+        at = T + n * 60 * S
+        status = 0x9C2040000000011B
+        events += [check(at, 15, status, 0x1000, ipid=0x9600050F00, v_data=fru), edac(at + 1, rank)]
+    snapshot = told(tmp_path, [*events, poison(T + 61 * S)], AMD)
+    assert origin_of(snapshot).label == "P0 DIMM_A1"
+    assert {label: dimm.count for label, dimm in snapshot.dimms.items()} == {"P0 DIMM_A1": 2}
+
+
+def test_errors_without_an_address_are_the_dimm_s_as_well(tmp_path: Path) -> None:
+    known = [edac(T + n * 60 * S, EDAC_DIMM, address=ADDR + n * 4096) for n in range(3)]
+    vague = [edac(T + n * 60 * S, EDAC_DIMM, address=0) for n in range(4, 6)]
+    assert told(tmp_path, [*known, *vague]).dimms[EDAC_DIMM].count == 5
 
 
 # -- extlog, by both sources
