@@ -158,8 +158,12 @@ class Observer:
         """What the bits of a machine check mean depends on who made the CPU."""
         cpu, addr = self._cpu, check.addr
         if addr is not None:
-            addr = mce.physical(addr, check.status, check.misc, cpu.vendor, cpu.physical_bits)
-        return replace(check, vendor=cpu.vendor, pfn=None if addr is None else addr // PAGE)
+            addr = mce.physical(
+                addr, check.status, check.misc, cpu.vendor, cpu.physical_bits, check.bank
+            )
+        count = max(check.count, mce.errors(check.status, cpu.vendor))
+        pfn = None if addr is None else addr // PAGE
+        return replace(check, vendor=cpu.vendor, pfn=pfn, count=count)
 
     def _after_poison(self, signal: Sigbus) -> list[Event]:
         """A SIGBUS without an address is about the page that its thread has just poisoned, or

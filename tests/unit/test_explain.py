@@ -37,7 +37,7 @@ STORY: tuple[Event, ...] = (
     VmSeen(T0, 2, 4002, "db-1"),
     HwError(T0, "ras:mc_event", "corrected", PFN << 12, PFN, 64, 3, "CPU0_DIMM_A1", "read error"),
     HwError(T0, "GHES", "corrected", 0x57000, 0x57, 64, 2, "DIMM 0"),
-    Mce(T0 + 9 * SECOND, PFN << 12, PFN, 7, 3, 0, 0xBD80000000100134, 0x8C),
+    Mce(T0 + 9 * SECOND, PFN << 12, PFN, 7, 3, 0, 0xBD80000000100134, 0x8C, vendor="GenuineIntel"),
     GmemPoison(POISONED, 77, 383, 8, (Owner(1, 8, 0x7F0000008000),)),
     Poison(POISONED, PFN, "dirty unevictable LRU page", "Failed", 11, 1, 77),
     Exit(POISONED + 50_000_000, 1, 0, 133, 39, True, 78, 0, 0x8000, 4096, 8, False, gmem=133),
