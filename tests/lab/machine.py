@@ -74,7 +74,14 @@ class Machine:
     """A running machine; use `Machine.boot` in a `with` statement."""
 
     def __init__(
-        self, prepared: Prepared, memory: str, cmdline: str, life: float, *, ras: bool = False
+        self,
+        prepared: Prepared,
+        memory: str,
+        cmdline: str,
+        life: float,
+        *,
+        ras: bool = False,
+        cpu: str = "",
     ) -> None:
         self.row = prepared.row
         self.release = prepared.kernel.release
@@ -94,7 +101,9 @@ class Machine:
             share=self._share,
             work=work,
         )
-        command = qemu.arguments(prepared.qemu, prepared.row, parts, memory, cmdline, ras=ras)
+        command = qemu.arguments(
+            prepared.qemu, prepared.row, parts, memory, cmdline, ras=ras, cpu=cpu
+        )
         self.emulator = Emulator(prepared.row.name, work, command, life)
         agent = self.emulator.connect(work / "agent.sock")
         self.channel = Channel(agent, self.emulator.check)
@@ -111,6 +120,7 @@ class Machine:
         lacking: Sequence[str] = (),
         life: float = LIFE_SECONDS,
         ras: bool = False,
+        cpu: str = "",
     ) -> Self:
         """Boot a kernel of kernels.toml and wait until programs can be run in it.
 
@@ -118,11 +128,12 @@ class Machine:
         has); `mounts` are names of MOUNTS; `lacking`: what is taken out of the root, names of
         without.py ("bcc", "textual"). A boot that dies of the int3 oops that old QEMUs
         cause is tried a second time. `ras`: the machine has firmware that tells the kernel of
-        hardware errors (ACPI's GHES; arm64 only): see cper.py.
+        hardware errors (ACPI's GHES; arm64 only): see cper.py. `cpu`: one of another maker
+        ("intel"; amd64 only), which has no KVM.
         """
         prepared = prepare(kernel)
         for attempt in (1, 2):
-            machine = cls(prepared, memory, cmdline_extra, life, ras=ras)
+            machine = cls(prepared, memory, cmdline_extra, life, ras=ras, cpu=cpu)
             try:
                 machine._set_up(modules, mounts, lacking)
             except LabPanic as error:

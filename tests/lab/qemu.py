@@ -43,11 +43,17 @@ class Qemu:
         words = [str(self.program), *(word for option in options for word in option)]
         return words if self.home is None else [*_loader(self.home), *words]
 
-    def options(self, row: Row, *, ras: bool) -> list[str]:
-        """How the machine of `row` looks to QEMU; `ras`: it reports hardware errors."""
+    def options(self, row: Row, *, ras: bool, cpu: str) -> list[str]:
+        """How the machine of `row` looks to QEMU; `ras`: it reports hardware errors.
+
+        `cpu`: "", or the maker of another one, of the row's `cpus`.
+        """
         if ras and (self.home is None or not row.arch.ras_options):
             raise LabUnable(f"no firmware that reports hardware errors for {row.arch.name}")
+        if cpu and cpu not in row.arch.cpus:
+            raise LabUnable(f"no CPU of {cpu} for {row.arch.name}")
         words = (*row.arch.options, *(row.arch.ras_options if ras else ()))
+        words += ("-cpu", row.arch.cpus[cpu]) if cpu else ()
         return [word.replace("{qemu}", str(self.home)) for word in words]
 
 
@@ -148,14 +154,21 @@ class Parts:
 
 
 def arguments(
-    qemu: Qemu, row: Row, parts: Parts, memory: str, cmdline: str, *, ras: bool = False
+    qemu: Qemu,
+    row: Row,
+    parts: Parts,
+    memory: str,
+    cmdline: str,
+    *,
+    ras: bool = False,
+    cpu: str = "",
 ) -> list[str]:
     """The whole command line of a machine."""
     kernel_arguments = f"console={row.arch.console} panic=-1 oops=panic {cmdline}".strip()
     command = [
         *qemu.command,
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-        *qemu.options(row, ras=ras),
+        *qemu.options(row, ras=ras, cpu=cpu),
         *("-smp", "2", "-m", memory),
         *("-kernel", str(parts.image), "-initrd", str(parts.initramfs)),
         *("-append", kernel_arguments),
