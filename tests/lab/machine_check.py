@@ -218,7 +218,7 @@ def machine_check_intel(machine: Machine, source: str) -> None:
             mca.report(machine, record, address)
             watch.until(_checked(address, number), f"error {number}")
         lines = watch.until(poison_of(pfn), "the poison")
-        (incident,) = [_explained(machine, pfn)]
+        incident = _explained(machine, pfn)
         program.close_stdin()
     linear, unknown, corrected, lost = _checks(lines, address)
     assert [x.get("pfn") for x in (linear, unknown, corrected, lost)] == [None, None, pfn, pfn]

@@ -41,11 +41,9 @@ class Record(NamedTuple):
 
 
 # AMD, without SMCA as the lab's EPYC is. The address is physical in a memory error of the
-# northbridge's bank (4, extended error code 8), and in the other banks where POISON is set; the
-# kernel asks the same (amd_mce_usable_address). Bits 52:38 are no count.
-NORTHBRIDGE = 4
-CORRECTED = Record(NORTHBRIDGE, _ERROR | 3 << 38 | 0x080A13)
-DEFERRED = Record(NORTHBRIDGE, _ERROR | _DEFERRED | 0x080A13)
+# northbridge's bank (4, extended error code 8), and in the other banks where POISON is set
+# (amd_mce_usable_address; 6.1 asks for nothing). Bits 52:38 are no count.
+CORRECTED = Record(4, _ERROR | 3 << 38 | 0x080A13)
 LOST = Record(9, _ERROR | _DEFERRED | _POISON | 0x0A13)
 NOT_PHYSICAL = Record(9, _ERROR | _DEFERRED | 0x0A13)
 CORRECTED_NOT_PHYSICAL = Record(9, _ERROR | 0x0A13)
