@@ -147,8 +147,8 @@ def machine_check(machine: Machine, source: str, backing: str = "anon") -> None:
     assert (incident["state"], incident["verdict"]) == ("delivered", "stopped")
     origin = incident["origin"]
     assert (origin["via"], origin["severity"]) == (["mce:mce_record"], "deferred")
-    assert [origin[name] for name in ("addr", "bank", "status")] == [
-        *(address, mca.LOST.bank, mca.LOST.status)
+    assert [origin[name] for name in ("addr", "bank", "status", "socket")] == [
+        *(address, mca.LOST.bank, mca.LOST.status, 0)
     ]
     assert (origin["errors"]["count"], origin["errors"]["corrected"]) == (3, 2)
     corrected, lost, *others = incident["timeline"]
@@ -176,7 +176,7 @@ def machine_check_elsewhere(machine: Machine, source: str) -> None:
             mca.report(machine, record, address)
             watch.until(_checked(address, number), f"error {number}")
         # What the kernel makes of a record comes before the next one.
-        mca.report(machine, mca.LOST, address)
+        mca.report(machine, mca.POISON_ELSEWHERE, address)
         watch.until(_checked(address, 3), "error 3")
         lines = watch.until(poison_of(pfn), "the poison")
         *others, lost = _checks(lines, address)
@@ -189,7 +189,7 @@ def machine_check_elsewhere(machine: Machine, source: str) -> None:
     if poison["ts"] < lost["ts"]:
         raise Unstageable("this kernel takes every address in an AMD bank for a physical one")
     origin = incident["origin"]
-    assert origin["status"] == mca.LOST.status
+    assert origin["status"] == mca.POISON_ELSEWHERE.status
     assert (origin["errors"]["count"], origin["errors"].get("corrected", 0)) == (1, 0)
 
 

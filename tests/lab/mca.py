@@ -43,10 +43,12 @@ class Record(NamedTuple):
 # AMD, without SMCA as the lab's EPYC is. The address is physical in a memory error of the
 # northbridge's bank (4, extended error code 8), and in the other banks where POISON is set
 # (amd_mce_usable_address; 6.1 asks for nothing). Bits 52:38 are no count.
-CORRECTED = Record(4, _ERROR | 3 << 38 | 0x080A13)
-LOST = Record(9, _ERROR | _DEFERRED | _POISON | 0x0A13)
-NOT_PHYSICAL = Record(9, _ERROR | _DEFERRED | 0x0A13)
-CORRECTED_NOT_PHYSICAL = Record(9, _ERROR | 0x0A13)
+_AT_MEMORY, _ELSEWHERE = 0x080A13, 0x0135
+CORRECTED = Record(4, _ERROR | 3 << 38 | _AT_MEMORY)
+LOST = Record(4, _ERROR | _DEFERRED | _POISON | _AT_MEMORY)
+POISON_ELSEWHERE = Record(9, _ERROR | _DEFERRED | _POISON | _ELSEWHERE)
+NOT_PHYSICAL = Record(9, _ERROR | _DEFERRED | _ELSEWHERE)
+CORRECTED_NOT_PHYSICAL = Record(9, _ERROR | _ELSEWHERE)
 
 # Intel: MCi_MISC says what kind of address it is (mode 2: physical) and how exact (2^6 bytes).
 # Bits 52:38 of a corrected error's status are a count.
