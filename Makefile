@@ -15,10 +15,10 @@ help: ## what can be made
 setup: ## system packages and .venv, nothing else
 	@sh tests/setup.sh
 
-demo: setup ## poison pages under running VMs and watch it live (SOURCE=auto|bpf|ftrace)
+demo: setup ## memory fails under running VMs, by machine check; watch it live (SOURCE=auto|bpf|ftrace)
 	@$(PY) -m tests.lab.demo --source $(SOURCE) $(ARGS)
 
-demo-hw: setup ## memory errors from (virtual) hardware on an arm64 host, from the error to the verdict
+demo-hw: setup ## memory errors told by firmware on an arm64 host, from the error to the verdict
 	@$(PY) -m tests.lab.demo_hw --source $(SOURCE) $(ARGS)
 
 # Two at once, a file's tests by the same one: machines of the lab are mostly busy with one CPU. The

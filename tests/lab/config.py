@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Arch:
     qemu_firmware: tuple[str, ...] = ()
     ras_options: tuple[str, ...] = ()
     nested_options: tuple[str, ...] = ()
+    cpus: dict[str, str] = field(default_factory=dict)
 
     @property
     def foreign(self) -> bool:

@@ -1,6 +1,7 @@
-"""`make demo`: memory goes bad under running VMs, and `kvmtrace top` shows it live.
+"""`make demo`: memory fails under running VMs, and `kvmtrace top` shows it live.
 
-On a terminal until `q`; without one the final table is printed.
+It begins with a machine check; the pages are poisoned by nobody but the kernel. On a terminal until
+`q`; without one the final table is printed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tests.lab import residue
+from tests.lab import mca, residue
+from tests.lab.config import row
 from tests.lab.drive import PATIENCE, Vmm
 from tests.lab.errors import LabError, status_of
 from tests.lab.machine import DEFAULT, Machine, prepare
@@ -22,7 +24,8 @@ PACE = 2.5  # seconds between two things that happen, for whoever watches
 FOREVER = 1_000_000_000
 
 INTRODUCTION = """\
-lab: three VMs run in the machine, and their memory will go bad while you watch:
+lab: three VMs run in the machine, and its memory fails while you watch, machine check by machine
+lab: check; the kernel poisons the pages:
 lab:   web-1 (dressed as QEMU)        is told of a poisoned page, and does not cope
 lab:   db-1 (dressed as Firecracker)  holds a poisoned page, and loses some of its memory
 lab:   cache-1 (anonymous memory)     loses a mapping, and gets a SIGBUS
@@ -100,14 +103,24 @@ def steps(vmm: Vmm, *texts: str) -> Callable[[], object]:
 
 
 class PoisonStory(Story):
-    """Pages are poisoned by software, and VMMs are told of it."""
+    """Memory fails, the kernel poisons the pages, and VMMs are told of it."""
 
     def _steps(self) -> Iterator[Step]:
         web, db, cache = (self._vms[name] for name in DRESSED)
         if not self._attached():
             return
-        yield "web-1: a page is poisoned; its guest does not know yet", steps(web, "poison v +5")
-        yield "db-1: a page is poisoned, and nobody touches it", steps(db, "poison v +7")
+        yield (
+            "machine check: an error in a page of web-1 is corrected",
+            lambda: mca.report(self._machine, mca.CORRECTED, self._address(web, 5)),
+        )
+        yield (
+            "machine check: the next one there is not; the page is poisoned, the guest unaware",
+            self._loses(web, 5),
+        )
+        yield (
+            "machine check: a page of db-1 is poisoned, and nobody touches it",
+            self._loses(db, 7),
+        )
         yield "web-1: its guest touches the page; the VMM is told", steps(web, "touch v +5")
         yield (
             "web-1: the VMM enters the guest again and again, and is told each time",
@@ -121,14 +134,22 @@ class PoisonStory(Story):
             "cache-1: a mapping is gone: EFAULT without an address",
             steps(cache, "unmap v +9", "touch v +9"),
         )
+        yield "machine check: a page of cache-1 is poisoned", self._loses(cache, 5)
         yield (
-            "cache-1: a page is poisoned and touched: the VMM gets a SIGBUS",
-            steps(cache, "poison v +5", "touch v +5"),
+            "cache-1: its guest touches the page; the VMM gets a SIGBUS",
+            steps(cache, "touch v +5"),
         )
-        yield "web-1: one more page is poisoned", steps(web, "poison v +6")
+        yield "machine check: one more page of web-1 is poisoned", self._loses(web, 6)
+
+    def _loses(self, vmm: Vmm, page: int) -> Callable[[], object]:
+        return lambda: mca.lose(self._machine, self._address(vmm, page))
+
+    def _address(self, vmm: Vmm, page: int) -> int:
+        return mca.address_in(self._machine, vmm.step(f"pfn v +{page}")["pfn"])
 
     def start_vms(self) -> None:
-        """Three VMs."""
+        """Three VMs, on a host that looks into its machine check banks often."""
+        mca.poll_often(self._machine)
         for name, how in DRESSED.items():
             more = "backing=anon" if name == "cache-1" else "backing=gmem slots=2 files=each"
             touched = [f"touch v +{page}" for page in (5, 6, 7, 40)]
@@ -181,6 +202,8 @@ def main() -> int:
     parser.add_argument("--kernel", default=DEFAULT, metavar="NAME")
     parser.add_argument("--lacking", action="append", default=[], metavar="NAME", help="e.g. bcc")
     chosen = parser.parse_args()
+    if row(chosen.kernel).arch.name != "amd64":
+        parser.error("machine checks are x86's; `make demo-hw` is for arm64")
     say("preparing (the first time that means minutes of downloads and building) ...")
     prepare(chosen.kernel)
     say("booting a machine of its own, emulated ...")

@@ -82,6 +82,7 @@ class Machine:
         *,
         ras: bool = False,
         nested: bool = False,
+        cpu: str = "",
     ) -> None:
         self.row = prepared.row
         self.release = prepared.kernel.release
@@ -107,9 +108,8 @@ class Machine:
         )
         if nested:
             cmdline = f"kvm-arm.mode=nested {cmdline}"
-        command = qemu.arguments(
-            prepared.qemu, prepared.row, parts, memory, cmdline, ras=ras, nested=nested
-        )
+        choices = qemu.Choices(ras=ras, nested=nested, cpu=cpu)
+        command = qemu.arguments(prepared.qemu, prepared.row, parts, memory, cmdline, choices)
         self.emulator = Emulator(prepared.row.name, work, command, life)
         agent = self.emulator.connect(work / "agent.sock")
         self.channel = Channel(agent, self.emulator.check)
@@ -127,6 +127,7 @@ class Machine:
         life: float = LIFE_SECONDS,
         ras: bool = False,
         nested: bool = False,
+        cpu: str = "",
     ) -> Self:
         """Boot a kernel of kernels.toml and wait until programs can be run in it.
 
@@ -135,11 +136,12 @@ class Machine:
         without.py ("bcc", "textual"). A boot that dies of the int3 oops that old QEMUs
         cause is tried a second time. `ras`: the machine has firmware that tells the kernel of
         hardware errors (ACPI's GHES; arm64 only): see cper.py. `nested`: guests of its guests can
-        be hypervisors (arm64 only).
+        be hypervisors (arm64 only). `cpu`: one of another maker ("intel"; amd64 only), which has no
+        KVM.
         """
         prepared = prepare(kernel)
         for attempt in (1, 2):
-            machine = cls(prepared, memory, cmdline_extra, life, ras=ras, nested=nested)
+            machine = cls(prepared, memory, cmdline_extra, life, ras=ras, nested=nested, cpu=cpu)
             try:
                 machine._set_up(modules, mounts, lacking)
             except LabPanic as error:

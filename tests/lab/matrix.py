@@ -21,6 +21,7 @@ from tests.lab.drive import Unstageable, end_following
 from tests.lab.errors import LabError, LabUnable, status_of
 from tests.lab.ghes import ghes
 from tests.lab.machine import Machine
+from tests.lab.machine_check import SCENARIOS as MACHINE_CHECKS
 from tests.lab.nested import NESTED
 from tests.lab.owners import owners_before_any_touch
 from tests.lab.progress import say
@@ -32,7 +33,15 @@ BOTH = "both"
 UNSTAGED = "can't be staged: "
 HARDWARE = Scenario(ghes, sources=(BOTH,), boot={"ras": True})
 OWNERS = Scenario(owners_before_any_touch, sources=("bpf",))
-EVERYTHING = (*SCENARIOS, OWNERS, Scenario(qemu_loses_a_page), HARDWARE, NESTED, *CONDITIONS)
+EVERYTHING = (
+    *SCENARIOS,
+    OWNERS,
+    Scenario(qemu_loses_a_page),
+    *MACHINE_CHECKS,
+    HARDWARE,
+    NESTED,
+    *CONDITIONS,
+)
 
 # The same stories at a size that a whole matrix can afford under emulation; test_sources.py runs
 # them at full size on the newest kernel.

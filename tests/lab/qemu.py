@@ -28,6 +28,15 @@ BACKPORTS = "bookworm-backports"
 
 
 @dataclass(frozen=True)
+class Choices:
+    """What a machine has beside the row's options; see `Machine.boot`."""
+
+    ras: bool = False
+    nested: bool = False
+    cpu: str = ""
+
+
+@dataclass(frozen=True)
 class Qemu:
     """A QEMU that runs here."""
 
@@ -43,14 +52,18 @@ class Qemu:
         words = [str(self.program), *(word for option in options for word in option)]
         return words if self.home is None else [*_loader(self.home), *words]
 
-    def options(self, row: Row, *, ras: bool, nested: bool = False) -> list[str]:
-        """How the machine of `row` looks to QEMU; see `Machine.boot` for the choices."""
-        if nested and not row.arch.nested_options:
-            raise LabUnable(f"no CPU for guests that are hypervisors on {row.arch.name}")
-        if ras and (self.home is None or not row.arch.ras_options):
-            raise LabUnable(f"no firmware that reports hardware errors for {row.arch.name}")
-        words = [*row.arch.options, *(row.arch.ras_options if ras else ())]
-        words += row.arch.nested_options if nested else ()
+    def options(self, row: Row, choices: Choices) -> list[str]:
+        """How the machine of `row` looks to QEMU."""
+        arch = row.arch
+        if choices.nested and not arch.nested_options:
+            raise LabUnable(f"no CPU for guests that are hypervisors on {arch.name}")
+        if choices.ras and (self.home is None or not arch.ras_options):
+            raise LabUnable(f"no firmware that reports hardware errors for {arch.name}")
+        if choices.cpu and choices.cpu not in arch.cpus:
+            raise LabUnable(f"no CPU of {choices.cpu} for {arch.name}")
+        words = [*arch.options, *(arch.ras_options if choices.ras else ())]
+        words += arch.nested_options if choices.nested else ()
+        words += ("-cpu", arch.cpus[choices.cpu]) if choices.cpu else ()
         return [word.replace("{qemu}", str(self.home)) for word in words]
 
 
@@ -154,16 +167,14 @@ def arguments(
     parts: Parts,
     memory: str,
     cmdline: str,
-    *,
-    ras: bool = False,
-    nested: bool = False,
+    choices: Choices,
 ) -> list[str]:
     """The whole command line of a machine."""
     kernel_arguments = f"console={row.arch.console} panic=-1 oops=panic {cmdline}".strip()
     command = [
         *qemu.command,
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-        *qemu.options(row, ras=ras, nested=nested),
+        *qemu.options(row, choices),
         *("-smp", "2", "-m", memory),
         *("-kernel", str(parts.image), "-initrd", str(parts.initramfs)),
         *("-append", kernel_arguments),

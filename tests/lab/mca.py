@@ -1,0 +1,115 @@
+"""Machine checks on x86: QEMU's monitor writes a record into a bank of the (virtual) CPU.
+
+From there on the kernel does what it does on hardware: it finds the record (by its poll, or by the
+exception that an uncorrected error raises), traces it, and poisons the page where the record says
+that its data is lost and that the address is physical.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tests.lab.drive import PATIENCE, Unstageable
+from tests.lab.errors import LabTimeout
+from tests.lab.machine import Machine
+
+CPU = 1
+"""In whose banks errors are reported, of two."""
+
+_CHECK_INTERVAL = "/sys/devices/system/machinecheck/machinecheck*/check_interval"
+
+# MCi_STATUS (Intel SDM vol. 3B, 17.3.2.2; AMD APM vol. 2, 9.3.2.2)
+_VALID, _UNCORRECTED, _ENABLED, _MISCV, _ADDRV = (1 << bit for bit in (63, 61, 60, 59, 58))
+_SIGNALLED = 1 << 56  # Intel's
+_DEFERRED, _POISON = 1 << 44, 1 << 43  # AMD's
+_ERROR = _VALID | _ENABLED | _ADDRV
+
+
+class Record(NamedTuple):
+    """What a bank says of an error, but for its address; ``misc`` and ``mcg_status``: registers.
+
+    ``options``: of the monitor's command.
+    """
+
+    bank: int
+    status: int
+    misc: int = 0
+    mcg_status: int = 0
+    options: str = ""
+
+
+# AMD, without SMCA as the lab's EPYC is. The address is physical in a memory error of the
+# northbridge's bank (4, extended error code 8), and in the other banks where POISON is set
+# (amd_mce_usable_address; 6.1 asks for nothing). Bits 52:38 are no count.
+_AT_MEMORY, _ELSEWHERE = 0x080A13, 0x0135
+CORRECTED = Record(4, _ERROR | 3 << 38 | _AT_MEMORY)
+LOST = Record(4, _ERROR | _DEFERRED | _POISON | _AT_MEMORY)
+POISON_ELSEWHERE = Record(9, _ERROR | _DEFERRED | _POISON | _ELSEWHERE)
+NOT_PHYSICAL = Record(9, _ERROR | _DEFERRED | _ELSEWHERE)
+CORRECTED_NOT_PHYSICAL = Record(9, _ERROR | _ELSEWHERE)
+
+# Intel: MCi_MISC says what kind of address it is (mode 2: physical) and how exact (2^6 bytes).
+# Bits 52:38 of a corrected error's status are a count.
+INTEL_BANK = 5
+_PHYSICAL, _LINEAR = 2 << 6 | 6, 1 << 6 | 6
+_READ, _SCRUBBED = 0x0090, 0x00C0
+INTEL_THREE_CORRECTED = Record(INTEL_BANK, _ERROR | _MISCV | 3 << 38 | _READ, _PHYSICAL)
+INTEL_LINEAR = Record(INTEL_BANK, _ERROR | _MISCV | _READ, _LINEAR)
+INTEL_UNKNOWN_MODE = Record(INTEL_BANK, _ERROR | _READ)
+INTEL_LOST = Record(
+    INTEL_BANK,
+    _ERROR | _UNCORRECTED | _MISCV | _SIGNALLED | _SCRUBBED,
+    _PHYSICAL,
+    mcg_status=5,  # in progress; where it was interrupted it can go on
+    options="-b",  # Intel's CPUs all take the exception
+)
+
+
+def poll_often(machine: Machine) -> None:
+    """Have the kernel look into the banks every second; by itself it does every five minutes."""
+    if machine.run(f"ls {_CHECK_INTERVAL}").status:
+        raise Unstageable("this machine has no machine check banks: they are x86's")
+    machine.run(f"echo 1 | tee {_CHECK_INTERVAL}", check=True)
+
+
+def report(machine: Machine, record: Record, address: int) -> None:
+    """An error at this address, which the kernel has read from the bank when this returns."""
+    bank, status, misc, mcg_status, options = record
+    line = f"mce {options} {CPU} {bank} {status:#x} {mcg_status:#x} {address:#x} {misc:#x}"
+    said = machine.qmp("human-monitor-command", **{"command-line": line})["return"]
+    assert not said, said
+    before = _polls(machine)
+    _wait(lambda: _polls(machine) > before, "a poll of the machine check banks")
+
+
+def lose(machine: Machine, address: int) -> None:
+    """The data at this address, in a page that is poisoned when this returns."""
+    before = _corrupted(machine)
+    report(machine, LOST, address)
+    _wait(lambda: _corrupted(machine) > before, "the page's poison")
+
+
+def address_in(machine: Machine, pfn: int, at: int = 0x240) -> int:
+    """The physical address of a byte of that page."""
+    return (pfn << machine.page_shift) + at
+
+
+def _polls(machine: Machine) -> int:
+    """How often that CPU's banks were looked into: asked on that CPU, so none is under way."""
+    command = f"taskset -c {CPU} grep MCP: /proc/interrupts"
+    return int(machine.run(command, check=True).stdout.split()[1 + CPU])
+
+
+def _corrupted(machine: Machine) -> int:
+    told = machine.run("grep HardwareCorrupted: /proc/meminfo", check=True).stdout
+    return int(told.split()[1])
+
+
+def _wait(over: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not over():
+        if time.monotonic() > deadline:
+            raise LabTimeout(f"no {what} in {PATIENCE:.0f} s")
+        time.sleep(0.1)
