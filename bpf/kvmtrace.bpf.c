@@ -617,6 +617,10 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task, u32 c
 		return 0;
 	}
 	signalled.update(&record.h.tid, &exits);
+	if (!task)
+		bpf_get_current_comm(record.comm, sizeof(record.comm));
+	else if (OFF_task_struct_comm >= 0)
+		bpf_probe_read_kernel(record.comm, sizeof(record.comm), (void *)(task + OFF_task_struct_comm));
 	if (!count)
 		tell(&record, sizeof(record));
 	else if (!ring.ringbuf_output(&record, sizeof(record), 0))

@@ -113,6 +113,7 @@ struct sigbus_record {
 	s32 vcpu; /* -1: the sending thread is in no KVM_RUN, -2: nobody could tell */
 	u32 pad;
 	u64 total; /* of its key in the map `signals`; 0: that is full */
+	char comm[16]; /* the target's: it may have died of it before anybody looks */
 };
 
 /* Signals that are the same but for their time: key and value of the map `signals`. */

@@ -143,14 +143,20 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         _field("lsb", "lsb", "$arg3:s16"),
         _needed("tid", "t->pid", "+{task_struct.pid}($arg4):s32"),
         _needed("tgid", "t->tgid", "+{task_struct.tgid}($arg4):s32"),
+        _helper("comm", "t->comm:string"),
     ),
     "sigbus_forced": (
         _needed("code", "code", "$arg1:s32"),
         _needed("addr", "addr:x64", "$arg2:x64"),
         _field("lsb", "lsb", "$arg3:s16"),
         _helper("tgid", "$current->tgid"),
+        _helper("comm", "$comm:string"),
     ),
-    "sigbus_bare": (_needed("sig", "sig", "$arg1:s32"), _helper("tgid", "$current->tgid")),
+    "sigbus_bare": (
+        _needed("sig", "sig", "$arg1:s32"),
+        _helper("tgid", "$current->tgid"),
+        _helper("comm", "$comm:string"),
+    ),
     "vm_new": (
         _needed("kvm", "kvm:x64"),
         _helper("tgid", f"{_TGID}"),

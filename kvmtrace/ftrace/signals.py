@@ -17,6 +17,7 @@ from kvmtrace.ftrace.people import People
 from kvmtrace.ftrace.records import Record
 from kvmtrace.ftrace.storm import SignalStorms
 from kvmtrace.ftrace.tally import Tally
+from kvmtrace.identity import clean
 
 # A signal waits this long for the fault it was sent from, which returns right after.
 SIGNAL_WAIT_NS = 50_000_000
@@ -48,7 +49,15 @@ class Signals:
         # Asked now: it may be gone when the waiting is over.
         vm = self._people.only_vm_of(pid)
         event = Sigbus(
-            record.ts, pid, tid, key.code, key.addr, fields.get("lsb"), sender=sender, vm=vm
+            record.ts,
+            pid,
+            tid,
+            key.code,
+            key.addr,
+            fields.get("lsb"),
+            sender=sender,
+            vm=vm,
+            comm=_comm(record),
         )
         if key in self.storms:
             return []  # from before it was muted; counted all the same
@@ -70,7 +79,8 @@ class Signals:
         tid = record.fields["common_pid"]
         pid = self._people.process_of(tid, record.fields.get("tgid"))
         vm = self._people.only_vm_of(pid)
-        return Sigbus(record.ts, pid, tid, kvm.SI_KERNEL, None, sender=tid, vm=vm)
+        comm = _comm(record)
+        return Sigbus(record.ts, pid, tid, kvm.SI_KERNEL, None, sender=tid, vm=vm, comm=comm)
 
     def fault(self, record: Record) -> list[Event]:
         """A fault on poisoned memory returned: its thread's signal was for this."""
@@ -126,3 +136,7 @@ class Signals:
         self._known.move_to_end(key)
         while len(self._known) > _MAX_PENDING:
             self._known.popitem(last=False)
+
+
+def _comm(record: Record) -> str | None:
+    return clean(record.fields.get("comm") or "") or None

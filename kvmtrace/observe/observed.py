@@ -185,10 +185,14 @@ class Observer:
         return [replace(signal, pfn=poison.pfn)]
 
     def _named_process(self, signal: Sigbus) -> Sigbus:
-        """With what a process that runs no VM of ours calls itself."""
-        if signal.vm is not None or signal.comm is not None:
-            return signal
-        return replace(signal, comm=identity.process_name(signal.pid, self._proc))
+        """With what a process that runs no VM of ours calls itself.
+
+        The source knows its thread's name, which need not be the process's; but many die of it.
+        """
+        comm = None
+        if signal.vm is None:
+            comm = identity.process_name(signal.pid, self._proc) or signal.comm
+        return signal if signal.comm == comm else replace(signal, comm=comm)
 
     def _follow(self, events: Iterable[Event]) -> None:
         for event in events:

@@ -318,6 +318,7 @@ class Translator:
             sender=record.h.tid,
             vm=vm,
             vcpu=record.vcpu if record.vcpu >= 0 else None,
+            comm=_text(record.comm),
         )
 
     def _fault(self, record: Any) -> list[Event]:

@@ -54,6 +54,7 @@ OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "mm_struct_owner": (("mm_struct", "owner"),),
     "task_struct_pid": (("task_struct", "pid"),),
     "task_struct_tgid": (("task_struct", "tgid"),),
+    "task_struct_comm": (("task_struct", "comm"),),
     "mce_status": (("mce", "status"),),
     "mce_addr": (("mce", "addr"),),
     "mce_misc": (("mce", "misc"),),

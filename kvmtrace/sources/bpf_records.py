@@ -117,6 +117,7 @@ class SigbusRecord(ctypes.Structure):
         ("vcpu", c_int32),
         ("pad", c_uint32),
         ("total", c_uint64),
+        ("comm", c_char * 16),
     )
 
 

@@ -86,3 +86,4 @@ class _Like:
         self.h = header
         self.hva, self.code, self.lsb = key.hva, key.code, key.lsb
         self.target_tid, self.target_tgid, self.vcpu = key.target_tid, key.target_tgid, key.vcpu
+        self.comm = b""

@@ -309,12 +309,13 @@ def test_a_process_without_a_vm_is_told_by_its_name(tmp_path: Path) -> None:
             plain,
             replace(plain, pid=9),
             replace(plain, pid=10),
-            replace(plain, vm=1),
-            replace(plain, comm="said before"),
+            replace(plain, vm=1, comm="a VMM"),
+            replace(plain, pid=10, comm="thread"),
+            replace(plain, comm="thread"),
         ],
     )
     names = [getattr(event, "comm", "") for event in told]
-    assert names == ["cat", "a\N{REPLACEMENT CHARACTER}?[2Jb", None, None, "said before"]
+    assert names == ["cat", "a\N{REPLACEMENT CHARACTER}?[2Jb", None, None, "thread", "cat"]
 
 
 def test_owners_come_before_their_poison(tmp_path: Path) -> None:
