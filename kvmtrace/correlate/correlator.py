@@ -126,7 +126,7 @@ class Correlator:
         self._vms = Population(limits, self._account.lose)
         self._incidents = Register(limits, self._account.lose, self._page)
         self._hardware = Provenance(limits.places, page_shift)
-        self._halves = Halves(limits)
+        self._halves = Halves(limits, self._account.lose)
         self._soft: OrderedDict[int, SoftOfflined] = OrderedDict()  # by pfn
         self._last_ts: int | None = None
 
@@ -239,7 +239,8 @@ class Correlator:
 
     def _exit(self, event: Exit, now: int) -> Told:
         cause = cause_of(event)
-        self._vms.exit(event, cause, now)
+        gfn = self._incidents.known_by(event.vm, event.gfn)
+        self._vms.exit(event, cause, gfn, now)
         incident = None
         if cause == "hwpoison":
             incident = self._incident_at(event.vm, event.gfn)
@@ -252,7 +253,7 @@ class Correlator:
                     ("exit", event.vm, event.vcpu),
                     event.ts,
                     f"KVM_RUN told {who}: {how}{gpa}",
-                    "same VM and gfn" if event.gfn is not None else "same VM; its gfn is unknown",
+                    _by_place(event.gfn, gfn),
                     vm=event.vm,
                     count=event.count,
                 )
@@ -265,14 +266,15 @@ class Correlator:
         )
 
     def _refused(self, event: Refused, now: int) -> Told:
-        self._vms.refused(event, now)
+        gfn = self._incidents.known_by(event.vm, event.gfn)
+        self._vms.refused(event, event.gfn if gfn is None else gfn, now)
         incident = self._incident_at(event.vm, event.gfn)
         if incident is not None:
             incident.note(
-                ("refused", event.vm, event.gfn),
+                ("refused", event.vm, gfn),
                 event.ts,
                 f"guest_memfd refused gfn {event.gfn:#x} with EHWPOISON",
-                "same VM and gfn",
+                _by_place(event.gfn, gfn),
                 vm=event.vm,
                 count=event.count,
             )
@@ -607,6 +609,12 @@ class Correlator:
             self._hardware.origin(incident.places),
             self._vms.undelivered(incident.owners, now),
         )
+
+
+def _by_place(gfn: int | None, known_by: int | None) -> str:
+    if gfn is None:
+        return "same VM; its gfn is unknown"
+    return "same VM and gfn" if gfn == known_by else f"gfn within the loss at gfn {known_by:#x}"
 
 
 def _by_gmem(event: GmemPoison) -> str:

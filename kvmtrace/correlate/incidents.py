@@ -11,7 +11,7 @@ from kvmtrace.correlate.pages import is_verdict, verdict_on
 from kvmtrace.correlate.provenance import Errors
 from kvmtrace.correlate.verdicts import Evidence, Look, judge, loops_now
 from kvmtrace.events import Owner, Poison, Sigbus, VcpuState
-from kvmtrace.model import Incident, Moment, Origin, Party, Telling, Verdict
+from kvmtrace.model import Incident, Moment, Origin, Party, Telling, Verdict, lost_gfns
 
 Place = tuple[int, int | None]  # VM key, gfn
 
@@ -191,6 +191,17 @@ class State:
         size = max(self.size or self.page, said)
         for owner in self.owners.values():
             if owner.vm == vm and owner.hva is not None and owner.hva // size == hva // size:
+                return owner
+        return None
+
+    def place_of_gfn(self, vm: int, gfn: int) -> Owner | None:
+        """The owner at a gfn, or whose loss it lies in: a huge page is lost as a whole."""
+        exact = self.owners.get((vm, gfn))
+        if exact is not None or not self.huge:
+            return exact
+        for owner in self.owners.values():
+            lost = lost_gfns(owner, self.size, self.page.bit_length() - 1)
+            if owner.vm == vm and lost is not None and lost[0] <= gfn <= lost[1]:
                 return owner
         return None
 

@@ -53,8 +53,18 @@ class Register:
         return [state for pfn, state in self._by_pfn.items() if covers(pfn)]
 
     def at_place(self, vm: int, gfn: int | None) -> State | None:
-        """The incident that this place of a live VM is in."""
-        return self._by_place.get((vm, gfn))
+        """The incident that this place of a live VM is in: at it, or within a huge page's loss."""
+        exact = self._by_place.get((vm, gfn))
+        if exact is not None or gfn is None or not self._huge:
+            return exact
+        mine = (state for state in self._of_vm.get(vm, {}).values() if state.id in self._huge)
+        return next((state for state in mine if state.place_of_gfn(vm, gfn)), None)
+
+    def known_by(self, vm: int, gfn: int | None) -> int | None:
+        """The gfn by which the loss that this one is in is known."""
+        state = self.at_place(vm, gfn) if gfn is not None else None
+        owner = state.place_of_gfn(vm, gfn) if state is not None and gfn is not None else None
+        return gfn if owner is None else owner.gfn
 
     def of(self, vm: int) -> list[State]:
         """Incidents with this VM among their owners, in the order in which it came to be."""

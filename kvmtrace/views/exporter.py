@@ -52,6 +52,7 @@ FALLBACK_KINDS = tuple(
 LOST_FROM_BIRTH = (
     *("ring", "exit_keys", "exit_counts", "refused_counts", "signal_counts"),
     *("ftrace_poison", "ftrace_signals", "ftrace_faults", "ftrace_missed", "owner_searches"),
+    *("found_pages", "unknown_vms", "halves"),
     *("incidents", "vms", "owners", "told", "looks", "refusals", "soft_offlines"),
 )
 

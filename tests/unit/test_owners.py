@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 from kvmtrace import kvm
+from kvmtrace.correlate import Correlator
+from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
     Event,
     Exit,
     Found,
     GmemPoison,
+    Lost,
     Mce,
     Owned,
     Owner,
@@ -223,6 +226,28 @@ class _Poisoned:
 
     def close(self) -> None:
         pass
+
+
+def test_found_pages_without_room_are_lost(tmp_path: Path) -> None:
+    """As many are told as there may be incidents."""
+    pages = [0x80000 if number % 2 else 0 for number in range(8192)]
+    (tmp_path / "meminfo").write_text("HardwareCorrupted:     16384 kB\n")
+    last = (len(pages) << kvm.PAGE_SHIFT) - 1
+    (tmp_path / "iomem").write_text(f"00000000-{last:08x} : System RAM\n")
+    (tmp_path / "kpageflags").write_bytes(struct.pack(f"={len(pages)}Q", *pages))
+    looked = inventory.Inventory(str(tmp_path), str(tmp_path))
+    looked.counts(1)
+    told: list[Event] = []
+    while len(told) < 2:
+        told += looked.look(1, float("inf"), frozenset(), last=True)
+    found = [event for event in told if isinstance(event, Found)]
+    assert len(found) == inventory.MAX_FOUND == Limits().incidents
+    lost = [event for event in told if isinstance(event, Lost)]
+    assert sum(event.count for event in lost) == 4096 - len(found)
+    correlator = Correlator()
+    for event in told:
+        correlator.feed(event)
+    assert correlator.snapshot().lost == {"found_pages": 4096 - len(found)}
 
 
 def test_a_poison_that_is_just_coming_is_not_missed(tmp_path: Path) -> None:
