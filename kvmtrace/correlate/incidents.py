@@ -226,10 +226,21 @@ class State:
                 last_ts=max(known.last_ts or known.ts, ts),
                 count=known.count + count,
             )
-        elif len(self.moments) >= self.limits.moments:
-            self.omitted += 1
-        else:
+        elif len(self.moments) < self.limits.moments or self._drop_minor(key):
             self.moments[key] = Moment(ts, what, how, vm, count)
+        else:
+            self.omitted += 1
+
+    def _drop_minor(self, key: object) -> bool:
+        """Make room for what matters, by the last of those entries that may be many."""
+        if _is_minor(key):
+            return False
+        minor = next((known for known in reversed(self.moments) if _is_minor(known)), None)
+        if minor is None:
+            return False
+        del self.moments[minor]
+        self.omitted += 1
+        return True
 
     def own(self, owner: Owner) -> bool:
         """Take an owner; False if there is no room for more.
@@ -415,6 +426,10 @@ class State:
     def _timeline(self) -> tuple[Moment, ...]:
         reported = [moment for errors in self.places for moment in errors.moments.values()]
         return tuple(sorted([*self.moments.values(), *reported], key=lambda moment: moment.ts))
+
+
+def _is_minor(key: object) -> bool:
+    return isinstance(key, tuple) and key[0] in ("owner", "vcpu", "refused", "released")
 
 
 def _agree(one: int | None, other: int | None) -> bool:

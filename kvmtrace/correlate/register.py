@@ -145,6 +145,8 @@ class Register:
         if state.disowned or state.is_elsewhere(owner):
             self.disown(state)
             return
+        if len(state.owners) >= self._limits.owners:
+            self._drop_gone_owner(state)
         vague = (owner.vm, None)
         had_vague = vague in state.owners
         if not state.own(owner):
@@ -159,6 +161,18 @@ class Register:
         holder = self._by_place.get(place)
         if live and not state.closed and (holder is None or holder.over):
             self._by_place[place] = state
+
+    def _drop_gone_owner(self, state: State) -> None:
+        """VMs that are gone make room for those that live."""
+        place = next((place for place in state.owners if place[0] in state.parties), None)
+        if place is None:
+            return
+        del state.owners[place]
+        if self._by_place.get(place) is state:
+            del self._by_place[place]
+        if place[0] not in state.vms:
+            self._forget_mention(state, place[0])
+            del state.parties[place[0]]
 
     def disown(self, state: State) -> None:
         """It turned out to be the kernel's: VMs only have it mapped."""

@@ -140,6 +140,35 @@ def test_the_newest_of_a_vm_is_known_while_it_is_told() -> None:
         assert told.incident in {i.id for i in correlator.snapshot().incidents}
 
 
+# -- within an incident
+
+
+def test_vms_that_are_gone_make_room_for_owners_that_live() -> None:
+    """A page of an image that VMs share, as they come and go."""
+    story: list[Event] = [Poison(T0, 5, "clean LRU page", "Failed", tid=31)]
+    for vm in range(1, 200):
+        place = Owned(T0 + vm, 5, Owner(vm, 8, HVA), "mapping")
+        story += [seen(vm), place, *([VmGone(T0 + vm, vm)] if 1 < vm < 190 else [])]
+    (incident,) = fed(Limits(), *story)[0].incidents
+    assert {owner.vm for owner in incident.owners} >= {1, *range(190, 200)}
+    assert len(incident.owners) == 64
+    assert incident.state == "latent"
+    assert fed(Limits(), *story)[0].lost == {}
+
+
+def test_many_entries_of_one_sort_leave_room_for_what_matters() -> None:
+    many = [Owned(T0, 5, Owner(1, gfn, HVA + (gfn << 12)), "pagemap") for gfn in range(200)]
+    poison = Poison(T0, 5, "dirty LRU page", "Failed", tid=31)
+    told = hwpoison(T0 + S, 1, 3)
+    snapshot, _ = fed(Limits(), seen(1), poison, *many, told, VmGone(T0 + 2 * S, 1))
+    (incident,) = snapshot.incidents
+    assert len(incident.timeline) == 64
+    whats = [moment.what for moment in incident.timeline]
+    assert "the VM is gone" in whats
+    assert any(what.startswith("KVM_RUN told vCPU 0") for what in whats)
+    assert incident.omitted == 139
+
+
 # -- what nobody knows is lost, and what is told late is counted
 
 
