@@ -225,6 +225,7 @@ class Correlator:
 
     def _released(self, event: Released) -> Told:
         incident = self._incidents.at_pfn(event.pfn)
+        self._incidents.forgotten.mended(event.pfn, event.vm)
         if incident is not None and incident.release(event.vm, event.hva):
             incident.note(
                 ("released", event.vm, event.hva),
@@ -399,7 +400,7 @@ class Correlator:
 
     def _unpoison(self, event: Unpoison) -> Told:
         incident = self._incidents.at_pfn(event.pfn)
-        self._incidents.forgotten.remember(None, event.pfn)
+        self._incidents.forgotten.mended(event.pfn)
         if incident is not None:
             incident.unpoisoned_ts = event.ts
             incident.note(("unpoison",), event.ts, f"pfn {event.pfn:#x} unpoisoned", "same pfn")

@@ -118,8 +118,9 @@ class Register:
             return self._all[self._next[-1][1]]
         victim = next((state for state in self._all.values() if settled(state)), None)
         if victim is None:
-            most = max(self._of_vm.values(), key=len, default={})
-            victim = next(iter(most.values()), None)
+            most = list(max(self._of_vm.values(), key=len, default={}).values())
+            # That a VM has a page outlives its incident, what it was told of the page does not.
+            victim = next((state for state in most if not state.told), most[0] if most else None)
         return victim or next(iter(self._all.values()))
 
     def _drop(self, state: State) -> None:

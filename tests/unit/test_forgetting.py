@@ -17,6 +17,7 @@ from kvmtrace.events import (
     Owner,
     Poison,
     Refused,
+    Released,
     Sigbus,
     StillQuiet,
     Unpoison,
@@ -127,6 +128,9 @@ def test_an_all_clear_is_never_made_by_forgetting() -> None:
     # Heard of again, it is counted once.
     correlator.feed(hwpoison(T0 + S, 1, 1))
     assert correlator.snapshot().vms[1].poisoned_pages == 10
+    correlator.feed(Unpoison(T0 + S, 3))
+    correlator.feed(Released(T0 + S, 1, 4, HVA + (4 << 12)))
+    assert correlator.snapshot().vms[1].poisoned_pages == 8
     correlator.feed(VmGone(T0 + 2 * S, 1))
     correlator.feed(StillQuiet(T0 + 3 * S))
     assert correlator.snapshot().vms[1].poisoned_pages == 0
