@@ -33,7 +33,8 @@ class Register:
         self._by_place: dict[Place, State] = {}
         self._of_vm: dict[int, dict[str, State]] = {}
         self._serial: dict[str, int] = {}
-        self._next: list[tuple[int, str]] = []  # to be forgotten, the next one last: rank, id
+        # To be forgotten, the next one last: rank, id, and whether it was settled.
+        self._next: list[tuple[int, str, bool]] = []
         self.forgotten = Forgotten(4 * limits.incidents)
 
     def __iter__(self) -> Iterator[State]:
@@ -105,23 +106,30 @@ class Register:
     def _victim(self, settled: Callable[[State], bool]) -> State:
         newest = next(reversed(self._all.values()))
         while self._next:
-            rank, key = self._next[-1]
+            rank, key, was_settled = self._next[-1]
             state = self._all.get(key)
-            if state is not None and state.rank == rank:
+            if state is not None and state.rank == rank and (not was_settled or settled(state)):
                 return newest if newest.rank < rank else state
             self._next.pop()
-        ranks = [(state.rank, key) for key, state in self._all.items()]
-        lowest = min(rank for rank, _ in ranks)
+        ranks = {key: state.rank for key, state in self._all.items()}
+        lowest = min(ranks.values())
+        # The oldest is taken first, and further ones without looking at all of them again.
         if lowest < RANK_OF_A_VM:
-            # The oldest is taken first, and the others without looking at all of them again.
-            self._next = [one for one in reversed(ranks) if one[0] == lowest]
-            return self._all[self._next[-1][1]]
-        victim = next((state for state in self._all.values() if settled(state)), None)
-        if victim is None:
-            most = list(max(self._of_vm.values(), key=len, default={}).values())
-            # That a VM has a page outlives its incident, what it was told of the page does not.
-            victim = next((state for state in most if not state.told), most[0] if most else None)
-        return victim or next(iter(self._all.values()))
+            chosen = [(lowest, key, False) for key, rank in ranks.items() if rank == lowest]
+        else:
+            chosen = self._of_vms(settled)[: max(1, self._limits.incidents // 16)]
+        self._next = chosen[::-1]
+        return self._all[chosen[0][1]]
+
+    def _of_vms(self, settled: Callable[[State], bool]) -> list[tuple[int, str, bool]]:
+        """Where all belong to VMs: what they came to terms with, else what has most of them."""
+        over = [(RANK_OF_A_VM, key, True) for key, state in self._all.items() if settled(state)]
+        if over:
+            return over
+        most = max(self._of_vm.values(), key=len, default=self._all)
+        # That a VM has a page outlives its incident, what it was told of the page does not.
+        ordered = sorted(most.values(), key=lambda state: bool(state.told))
+        return [(RANK_OF_A_VM, state.id, False) for state in ordered]
 
     def _drop(self, state: State) -> None:
         self._leave(state)
