@@ -340,6 +340,25 @@ def test_a_page_that_is_poisoned_again_is_looked_for_again(tmp_path: Path, toget
     assert observer.pfns == {0x104CAA}
 
 
+@pytest.mark.parametrize(
+    ("page_type", "places"),
+    [("reserved kernel page", 0), ("unknown page", 2), ("dirty LRU page", 16)],
+)
+def test_thousands_of_mappings_of_the_zero_page_are_not_told(
+    tmp_path: Path, page_type: str, places: int
+) -> None:
+    """Before 6.7 a whole page table is read, and what is mapped there refers to the page as well."""
+    mapped = {0x10000 + n * PAGE: 1 << 63 | 0x104CAA for n in range(16)}
+    proc_with(tmp_path, 7, mapped, LOW_MAPS)
+    poison = Poison(3, 0x104CAA, page_type, "Ignored", tid=70)
+    told = story(tmp_path, [VmSeen(1, 5, 7), poison])
+    assert sum(isinstance(event, Owned) for event in told) == places
+    correlator = Correlator()
+    for event in told:
+        correlator.feed(event)
+    assert correlator.snapshot().kernel_pages == (places < 16)
+
+
 def test_of_a_page_that_is_poisoned_already_nothing_new_is_told(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     observer = Observer(None, str(tmp_path))
