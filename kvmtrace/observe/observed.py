@@ -210,9 +210,8 @@ class Observer:
                     verdict = verdict_on(event.page_type, event.result)
                     if verdict == "unheld":
                         self._unheld.setdefault(event.pfn, 0)
-                    if verdict != "kernel" and (
-                        gmem is None or not (gmem.owners and gmem.complete)
-                    ):
+                    owned = gmem is not None and gmem.owners and gmem.complete
+                    if not owned and verdict != "kernel":
                         wanted[event.pfn] = "huge" in event.page_type
                 case Found():
                     self._seen[event.pfn] = None
@@ -314,7 +313,10 @@ class Observer:
         return events
 
     def _may_be_owned(self, pfn: int) -> bool:
-        """Two places tell that a page which nobody got hold of is the zero page; it has thousands."""
+        """A page that nobody got hold of and that is in two places is the zero page.
+
+        It is in thousands.
+        """
         places = self._unheld.get(pfn)
         if places is not None:
             self._unheld[pfn] = places + 1

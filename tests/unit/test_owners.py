@@ -347,7 +347,7 @@ def test_a_page_that_is_poisoned_again_is_looked_for_again(tmp_path: Path, toget
 def test_thousands_of_mappings_of_the_zero_page_are_not_told(
     tmp_path: Path, page_type: str, places: int
 ) -> None:
-    """Before 6.7 a whole page table is read, and what is mapped there refers to the page as well."""
+    """Before 6.7 a whole page table is read: what is mapped there refers to the page as well."""
     mapped = {0x10000 + n * PAGE: 1 << 63 | 0x104CAA for n in range(16)}
     proc_with(tmp_path, 7, mapped, LOW_MAPS)
     poison = Poison(3, 0x104CAA, page_type, "Ignored", tid=70)
