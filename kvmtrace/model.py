@@ -155,7 +155,10 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Telling:
-    """How often one vCPU of a VM was told; ``vcpu`` None: a thread that is no vCPU, or unknown."""
+    """How often one vCPU of a VM was told; ``vcpu`` None: a thread that is no vCPU, or unknown.
+
+    ``most``: of the 4 KiB (host page) of a huge page that it was told of most often.
+    """
 
     vm: int
     vcpu: int | None
@@ -163,11 +166,17 @@ class Telling:
     sigbus: Mapping[str, int]
     first_ts: int
     last_ts: int
+    most: int | None = None
 
     @property
     def count(self) -> int:
         """Exits and signals together."""
         return self.exits + sum(self.sigbus.values())
+
+    @property
+    def repeats(self) -> int:
+        """How often of the very same page."""
+        return self.count if self.most is None else self.most
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,7 +258,9 @@ class Correlator:
                     vm=event.vm,
                     count=event.count,
                 )
-                self._deliver(incident, event.ts, event.vm, event.vcpu, exits=event.count)
+                self._deliver(
+                    incident, event.ts, event.vm, event.vcpu, exits=event.count, page=event.gfn
+                )
         return Told(
             event,
             vm=self.identity(event.vm),
@@ -481,7 +483,10 @@ class Correlator:
         incident.note(key, event.ts, what, how, vm=event.vm, count=event.count)
         if event.vm is not None:
             signals = {code: event.count}
-            self._deliver(incident, event.ts, event.vm, event.vcpu, signals=signals)
+            page = (
+                None if event.hva is None else -1 - event.hva // self._page
+            )  # gfns are not below 0
+            self._deliver(incident, event.ts, event.vm, event.vcpu, signals=signals, page=page)
         elif self._vms.of_process(event.pid):
             incident.heard(event.ts)  # a VMM was told; of which of its VMs is not known
         return event.vm
@@ -524,11 +529,12 @@ class Correlator:
         *,
         exits: int = 0,
         signals: Mapping[str, int] | None = None,
+        page: int | None = None,
     ) -> None:
         was_over = incident.over
         # Whatever was seen of its memory: it still has the page.
         incident.released = {place for place in incident.released if place[0] != vm}
-        first = incident.deliver(ts, vm, vcpu, exits=exits, signals=signals)
+        first = incident.deliver(ts, vm, vcpu, exits=exits, signals=signals, page=page)
         self._incidents.told(incident, vm)
         if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
             self._account.delivered(ts - incident.poisoned_ts)

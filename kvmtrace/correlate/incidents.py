@@ -23,6 +23,7 @@ RANK_OVER, RANK_NOBODY, RANK_KERNEL, RANK_OF_A_VM = range(4)
 _LOOKS_KEPT = 4
 _PLACES_KEPT = 8
 _CODES_KEPT = 8
+_PAGES_KEPT = 64
 
 
 @dataclass(slots=True)
@@ -31,6 +32,13 @@ class _Told:
     sigbus: dict[str, int] = field(default_factory=dict)
     first_ts: int = 0
     last_ts: int = 0
+    pages: dict[int | None, int] = field(default_factory=dict)  # of a huge one: tellings
+
+    def of(self, page: int | None, count: int) -> None:
+        """Told of one of the pages; of very many, those that were told of last are remembered."""
+        self.pages[page] = self.pages.pop(page, 0) + count
+        if len(self.pages) > _PAGES_KEPT:
+            del self.pages[next(iter(self.pages))]
 
 
 @dataclass(slots=True)
@@ -282,8 +290,9 @@ class State:
         *,
         exits: int = 0,
         signals: Mapping[str, int] | None = None,
+        page: int | None = None,
     ) -> bool:
-        """A VMM was told; True if it is the first time."""
+        """A VMM was told; True if it is the first time. ``page``: of a huge one, by gfn or hva."""
         first = self.heard(ts)
         told = self.told.get((vm, vcpu))
         if told is None:
@@ -293,6 +302,7 @@ class State:
             told = self.told[vm, vcpu] = _Told(first_ts=ts, last_ts=ts)
         told.first_ts, told.last_ts = min(told.first_ts, ts), max(told.last_ts, ts)
         told.exits += exits
+        told.of(page if self.huge else None, exits + sum((signals or {}).values()))
         for code, count in (signals or {}).items():
             if code not in told.sigbus and len(told.sigbus) >= _CODES_KEPT:
                 code = "other"  # noqa: PLW2901 (there are two; the rest is damage)
@@ -350,7 +360,15 @@ class State:
     def tellings(self, vm: int | None = None) -> tuple[Telling, ...]:
         """Who was told how often; of one VM or of all."""
         return tuple(
-            Telling(of, vcpu, told.exits, dict(told.sigbus), told.first_ts, told.last_ts)
+            Telling(
+                of,
+                vcpu,
+                told.exits,
+                dict(told.sigbus),
+                told.first_ts,
+                told.last_ts,
+                max(told.pages.values(), default=None),
+            )
             for (of, vcpu), told in self.told.items()
             if vm in (None, of)
         )

@@ -210,6 +210,8 @@ class Observer:
                     verdict = verdict_on(event.page_type, event.result)
                     if verdict == "unheld":
                         self._unheld.setdefault(event.pfn, 0)
+                    elif verdict is not None:
+                        self._unheld.pop(event.pfn, None)
                     owned = gmem is not None and gmem.owners and gmem.complete
                     if not owned and verdict != "kernel":
                         wanted[event.pfn] = "huge" in event.page_type

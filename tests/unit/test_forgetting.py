@@ -230,6 +230,8 @@ def test_all_gfns_of_one_loss_are_one_incident(pages: int) -> None:
     (mine,) = [i for i in snapshot.incidents if i.pfn == 0x80010]
     assert [owner.gfn for owner in mine.owners] == [0x1010]
     assert sum(t.exits for t in mine.told) == 512
+    # Each page once: its guest goes through it, and no VMM goes back to the same page.
+    assert (mine.state, mine.verdict) == ("delivered", "unknown")
     correlator.feed(StillQuiet(T0 + 60 * S))
     assert correlator.snapshot().vms[1].undelivered == 0
 
@@ -238,3 +240,10 @@ def test_all_gfns_of_one_loss_are_one_incident(pages: int) -> None:
 def test_what_is_outside_of_the_loss_is_another_page(vm: int, gfn: int) -> None:
     snapshot, _ = fed(Limits(), seen(2), *huge(), hwpoison(T0 + 1, vm, gfn))
     assert [incident.exits for incident in snapshot.incidents] == [0, 1]
+
+
+def test_one_page_of_a_huge_one_again_and_again_is_a_loop() -> None:
+    touches = [hwpoison(T0 + n, 1, 0x1000 + n) for n in range(100)]
+    loop = [hwpoison(T0 + S + n, 1, 0x1005) for n in range(10)]
+    (incident,) = fed(Limits(), *huge(), *touches, *loop)[0].incidents
+    assert (incident.state, incident.exits) == ("looping", 110)
