@@ -483,9 +483,8 @@ class Correlator:
         incident.note(key, event.ts, what, how, vm=event.vm, count=event.count)
         if event.vm is not None:
             signals = {code: event.count}
-            page = (
-                None if event.hva is None else -1 - event.hva // self._page
-            )  # gfns are not below 0
+            # No gfn is below 0.
+            page = None if event.hva is None else -1 - event.hva // self._page
             self._deliver(incident, event.ts, event.vm, event.vcpu, signals=signals, page=page)
         elif self._vms.of_process(event.pid):
             incident.heard(event.ts)  # a VMM was told; of which of its VMs is not known
