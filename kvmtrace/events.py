@@ -57,15 +57,14 @@ class VmGone(Event):
 class Exit(Event):
     """KVM_RUN failed; ``count`` exits of exactly this kind, the last of them at ``ts``.
 
-    ``errno`` 0: it told of a synchronous external abort (reason 41), which is no error to KVM, or
-    of a memory fault as arm64's nested virtualization does (reason 39; kvm_handle_vncr_abort in
-    arch/arm64/kvm/nested.c): ``gmem`` says of which then.
+    ``errno`` 0: KVM_RUN returned 0 all the same. With reason 41 that is a synchronous external
+    abort, with reason 39 a memory fault of arm64's nested virtualization (kvm_handle_vncr_abort).
     ``annotated``: reason 39 with EFAULT, EHWPOISON or 0, so flags, gpa and size are the kernel's
     (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT), or None if only a count tells of it.
+    ``vcpu``, ``reason``, ``annotated`` are None where the kernel had no counter left for each.
     ``gmem``: the errno with which kvm_gmem_get_pfn failed for this very fault, 0 if it was not
     asked, None if nobody watched. ``gfn`` may come from the fault handler where the exit is not
-    annotated. ``access``: some of "r", "w", "x". ``vcpu`` and ``reason`` are None where only a
-    count without them was left (a full map in the kernel).
+    annotated. ``access``: some of "r", "w", "x".
     """
 
     kind: ClassVar[str] = "exit"
@@ -73,7 +72,7 @@ class Exit(Event):
     vcpu: int | None
     errno: int
     reason: int | None
-    annotated: bool
+    annotated: bool | None
     tid: int | None = None
     flags: int | None = None
     gpa: int | None = None

@@ -95,14 +95,14 @@ def cause_of(exit_: Exit) -> str | None:
         return "hwpoison"
     if exit_.errno != kvm.EFAULT:
         return "other"
-    if not exit_.annotated:
+    if exit_.annotated is False:
         return "unannotated"
     flags = exit_.flags or 0
     if flags & kvm.MEMORY_EXIT_FLAG_USERFAULT:
         return "userfault"
     if kvm.unknown_flags(flags):
         return "other"
-    if exit_.gmem is None:
+    if exit_.annotated is None or exit_.gmem is None:
         return None
     return "backing" if exit_.gmem else "conversion"
 
@@ -248,12 +248,12 @@ class Correlator:
             if incident is not None:
                 incident.exits += event.count
                 how = kvm.outcome_name(event.errno, event.reason)
-                who = "a vCPU" if event.vcpu is None else f"vCPU {event.vcpu}"
                 gpa = f", gpa {event.gpa:#x}" if event.gpa is not None else ""
+                vcpu = "a vCPU" if event.vcpu is None else f"vCPU {event.vcpu}"
                 incident.note(
                     ("exit", event.vm, event.vcpu),
                     event.ts,
-                    f"KVM_RUN told {who}: {how}{gpa}",
+                    f"KVM_RUN told {vcpu}: {how}{gpa}",
                     _by_place(event.gfn, gfn),
                     vm=event.vm,
                     count=event.count,

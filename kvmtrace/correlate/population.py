@@ -166,11 +166,9 @@ class Population:
         The last counts are read after the end of a VM, which may have been quiet until then.
         """
         vm = self._vms.get(key)
-        party = self._departed.pop(key, None) if vm is None else None
-        if party is not None:
-            who = (party.pid, party.name, party.uuid, party.vmm)
-            vm = self._vms[key] = VmState(VmSeen(party.gone_ts or 0, key, *who))
-            vm.gone_ts = party.gone_ts
+        seen = self.identity(key)
+        if vm is None and seen is not None:
+            vm = self._vms[key] = VmState(seen, gone_ts=self._departed.pop(key).gone_ts)
             self._keep_gone(key)
         elif vm is None:
             self._lose("unknown_vms", count)

@@ -140,8 +140,8 @@ def _vm(seen: VmSeen | None) -> str:
 
 
 def _exit_facts(event: Exit) -> list[str]:
-    facts = [f"vcpu {event.vcpu}"] if event.vcpu is not None else []
-    if not event.annotated and event.reason not in (None, kvm.EXIT_MEMORY_FAULT):
+    facts = [f"vcpu {UNKNOWN if event.vcpu is None else event.vcpu}"]
+    if event.reason is not None and event.reason != kvm.EXIT_MEMORY_FAULT:
         facts.append(f"reason {kvm.exit_reason_name(event.reason)}")
     if event.gpa is not None:
         facts.append(f"gpa {hex(event.gpa)}")

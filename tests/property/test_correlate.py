@@ -68,7 +68,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         st.none() | st.integers(0, 2),
         st.sampled_from([133, 133, 14, 22, 999, 0]),
         st.sampled_from([39, 39, 0, None]),
-        st.booleans(),
+        st.none() | st.booleans(),
         tid=TIDS,
         flags=st.sampled_from([None, 0, 8, 1 << 4, 1 << 5]),
         gfn=st.none() | GFNS,
