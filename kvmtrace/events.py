@@ -61,9 +61,8 @@ class VmGone(Event):
 class Exit(Event):
     """KVM_RUN failed; ``count`` exits of exactly this kind, the last of them at ``ts``.
 
-    ``errno`` 0: it told of a synchronous external abort (reason 41), which is no error to KVM, or
-    of a memory fault as arm64's nested virtualization does (reason 39; kvm_handle_vncr_abort in
-    arch/arm64/kvm/nested.c): ``gmem`` says of which then.
+    ``errno`` 0: KVM_RUN returned 0 all the same. With reason 41 that is a synchronous external
+    abort, with reason 39 a memory fault of arm64's nested virtualization (kvm_handle_vncr_abort).
     ``annotated``: reason 39 with EFAULT, EHWPOISON or 0, so flags, gpa and size are the kernel's
     (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT), or None if only a count tells of it.
     ``vcpu``, ``reason``, ``annotated`` are None where the kernel had no counter left for each.

@@ -167,7 +167,10 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Telling:
-    """How often one vCPU of a VM was told; ``vcpu`` None: a thread that is no vCPU, or unknown."""
+    """How often one vCPU of a VM was told; ``vcpu`` None: a thread that is no vCPU, or unknown.
+
+    ``most``: of the 4 KiB (host page) of a huge page that it was told of most often.
+    """
 
     vm: int
     vcpu: int | None
@@ -175,11 +178,17 @@ class Telling:
     sigbus: Mapping[str, int]
     first_ts: int
     last_ts: int
+    most: int | None = None
 
     @property
     def count(self) -> int:
         """Exits and signals together."""
         return self.exits + sum(self.sigbus.values())
+
+    @property
+    def repeats(self) -> int:
+        """How often of the very same page."""
+        return self.count if self.most is None else self.most
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,17 +271,22 @@ class Incident:
         return next((word for word in VERDICTS if word in words), None)
 
     def lost_gfns(self, owner: Owner) -> tuple[int, int] | None:
-        """First and last gfn that an owner may have lost; None where its gfn is not known.
+        """First and last gfn that an owner may have lost; None where its gfn is not known."""
+        return lost_gfns(owner, self.size, self.page_shift)
 
-        A huge page is lost as a whole, as far as the owner's memslot reaches into it.
-        """
-        if owner.gfn is None:
-            return None
-        pages = max(1, (self.size or 0) >> self.page_shift)
-        if pages == 1 or owner.hva is None:
-            return owner.gfn, owner.gfn
-        first = owner.gfn - (owner.hva >> self.page_shift) % pages
-        return max(0, first), first + pages - 1
+
+def lost_gfns(owner: Owner, size: int | None, page_shift: int) -> tuple[int, int] | None:
+    """First and last gfn that an owner may have lost; None where its gfn is not known.
+
+    A huge page is lost as a whole, as far as the owner's memslot reaches into it.
+    """
+    if owner.gfn is None:
+        return None
+    pages = max(1, (size or 0) >> page_shift)
+    if pages == 1 or owner.hva is None:
+        return owner.gfn, owner.gfn
+    first = owner.gfn - (owner.hva >> page_shift) % pages
+    return max(0, first), first + pages - 1
 
 
 @dataclass(frozen=True, slots=True)

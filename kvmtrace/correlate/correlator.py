@@ -104,7 +104,7 @@ def cause_of(exit_: Exit) -> str | None:
         return "userfault"
     if kvm.unknown_flags(flags):
         return "other"
-    if exit_.gmem is None:
+    if exit_.annotated is None or exit_.gmem is None:
         return None
     return "backing" if exit_.gmem else "conversion"
 
@@ -128,7 +128,7 @@ class Correlator:
         self._vms = Population(limits, self._account.lose)
         self._incidents = Register(limits, self._account.lose, self._page)
         self._hardware = Provenance(limits.places, page_shift)
-        self._halves = Halves(limits)
+        self._halves = Halves(limits, self._account.lose)
         self._soft: OrderedDict[int, SoftOfflined] = OrderedDict()  # by pfn
         self._last_ts: int | None = None
 
@@ -227,6 +227,7 @@ class Correlator:
 
     def _released(self, event: Released) -> Told:
         incident = self._incidents.at_pfn(event.pfn)
+        self._incidents.forgotten.mended(event.pfn, event.vm)
         if incident is not None and incident.release(event.vm, event.hva):
             incident.note(
                 ("released", event.vm, event.hva),
@@ -241,24 +242,27 @@ class Correlator:
 
     def _exit(self, event: Exit, now: int) -> Told:
         cause = cause_of(event)
-        self._vms.exit(event, cause, now)
+        gfn = self._incidents.known_by(event.vm, event.gfn)
+        self._vms.exit(event, cause, gfn, now)
         incident = None
         if cause == "hwpoison":
             incident = self._incident_at(event.vm, event.gfn)
             if incident is not None:
                 incident.exits += event.count
                 how = kvm.outcome_name(event.errno, event.reason)
-                who = "a vCPU" if event.vcpu is None else f"vCPU {event.vcpu}"
                 gpa = f", gpa {event.gpa:#x}" if event.gpa is not None else ""
+                vcpu = "a vCPU" if event.vcpu is None else f"vCPU {event.vcpu}"
                 incident.note(
                     ("exit", event.vm, event.vcpu),
                     event.ts,
-                    f"KVM_RUN told {who}: {how}{gpa}",
-                    "same VM and gfn" if event.gfn is not None else "same VM; its gfn is unknown",
+                    f"KVM_RUN told {vcpu}: {how}{gpa}",
+                    _by_place(event.gfn, gfn),
                     vm=event.vm,
                     count=event.count,
                 )
-                self._deliver(incident, event.ts, event.vm, event.vcpu, exits=event.count)
+                self._deliver(
+                    incident, event.ts, event.vm, event.vcpu, exits=event.count, page=event.gfn
+                )
         return Told(
             event,
             vm=self.identity(event.vm),
@@ -267,14 +271,15 @@ class Correlator:
         )
 
     def _refused(self, event: Refused, now: int) -> Told:
-        self._vms.refused(event, now)
+        gfn = self._incidents.known_by(event.vm, event.gfn)
+        self._vms.refused(event, event.gfn if gfn is None else gfn, now)
         incident = self._incident_at(event.vm, event.gfn)
         if incident is not None:
             incident.note(
-                ("refused", event.vm, event.gfn),
+                ("refused", event.vm, gfn),
                 event.ts,
                 f"guest_memfd refused gfn {event.gfn:#x} with EHWPOISON",
-                "same VM and gfn",
+                _by_place(event.gfn, gfn),
                 vm=event.vm,
                 count=event.count,
             )
@@ -399,7 +404,7 @@ class Correlator:
 
     def _unpoison(self, event: Unpoison) -> Told:
         incident = self._incidents.at_pfn(event.pfn)
-        self._incidents.forgotten.remember(None, event.pfn)
+        self._incidents.forgotten.mended(event.pfn)
         if incident is not None:
             incident.unpoisoned_ts = event.ts
             incident.note(("unpoison",), event.ts, f"pfn {event.pfn:#x} unpoisoned", "same pfn")
@@ -487,7 +492,9 @@ class Correlator:
         incident.sigbus += event.count
         if event.vm is not None:
             signals = {code: event.count}
-            self._deliver(incident, event.ts, event.vm, event.vcpu, signals=signals)
+            # No gfn is below 0.
+            page = None if event.hva is None else -1 - event.hva // self._page
+            self._deliver(incident, event.ts, event.vm, event.vcpu, signals=signals, page=page)
         else:
             incident.heard(event.ts)  # a VMM was told; of which of its VMs is not known
         return event.vm
@@ -530,11 +537,12 @@ class Correlator:
         *,
         exits: int = 0,
         signals: Mapping[str, int] | None = None,
+        page: int | None = None,
     ) -> None:
         was_over = incident.over
         # Whatever was seen of its memory: it still has the page.
         incident.released = {place for place in incident.released if place[0] != vm}
-        first = incident.deliver(ts, vm, vcpu, exits=exits, signals=signals)
+        first = incident.deliver(ts, vm, vcpu, exits=exits, signals=signals, page=page)
         self._incidents.told(incident, vm)
         if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
             self._account.delivered(ts - incident.poisoned_ts)
@@ -616,6 +624,12 @@ class Correlator:
             self._hardware.origin(incident.places),
             self._vms.undelivered(incident.owners, now),
         )
+
+
+def _by_place(gfn: int | None, known_by: int | None) -> str:
+    if gfn is None:
+        return "same VM; its gfn is unknown"
+    return "same VM and gfn" if gfn == known_by else f"gfn within the loss at gfn {known_by:#x}"
 
 
 def _by_gmem(event: GmemPoison) -> str:

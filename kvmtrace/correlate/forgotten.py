@@ -18,7 +18,7 @@ class Forgotten:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._keys: OrderedDict[_Key, None] = OrderedDict()
+        self._keys: OrderedDict[_Key, int | None] = OrderedDict()  # with the pfn, where known
         self._more: Counter[int | None] = Counter()
 
     def counts(self) -> Counter[int | None]:
@@ -27,16 +27,22 @@ class Forgotten:
 
     def forget(self, owner: Owner | None, pfn: int | None) -> None:
         """No incident remembers this page of a VM, or of the kernel."""
-        self._keys[_key(owner, pfn)] = None
+        self._keys[_key(owner, pfn)] = pfn
         if len(self._keys) > self._limit:
             (of, _), _ = self._keys.popitem(last=False)
             self._more[of] += 1
 
     def remember(self, owner: Owner | None, pfn: int | None) -> None:
-        """An incident knows of it again, or it is no longer poisoned."""
+        """An incident knows of it again."""
         self._keys.pop(_key(owner, pfn), None)
         if pfn is not None and owner is not None:
             self._keys.pop(_key(Owner(owner.vm, None), pfn), None)
+
+    def mended(self, pfn: int, vm: int | None = None) -> None:
+        """The page is no longer poisoned, or ``vm`` has another one in its place."""
+        for key in [key for key, of in self._keys.items() if of == pfn]:
+            if vm in (None, key[0]):
+                del self._keys[key]
 
     def leave(self, vm: int) -> None:
         """The VM is gone, and no longer has any."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import GmemPoison, Owned, Poison, Sigbus
@@ -13,14 +14,18 @@ from kvmtrace.events import GmemPoison, Owned, Poison, Sigbus
 # of memory_failure: longer means that the other half was lost.
 JOIN_NS = 5_000_000_000
 
-_T = TypeVar("_T")
+_T = TypeVar("_T", GmemPoison, Owned, Sigbus)
 
 
 class Halves:
-    """Everything is taken once; what waits longest gives way to what is new."""
+    """Everything is taken once; what waits longest gives way to what is new.
 
-    def __init__(self, limits: Limits) -> None:
+    It is lost if its other half might still have come.
+    """
+
+    def __init__(self, limits: Limits, lose: Callable[[str, int], None]) -> None:
         self._limits = limits
+        self._lose = lose
         self._gmem: OrderedDict[int, list[GmemPoison]] = OrderedDict()  # by thread
         self._signals: OrderedDict[int, list[Sigbus]] = OrderedDict()  # by sending thread
         self._senders: OrderedDict[int, dict[int, None]] = OrderedDict()  # by pfn, where known
@@ -90,18 +95,19 @@ class Halves:
             self._keep(self._signals, sender, event)
         if event.pfn is not None:
             self._senders.setdefault(event.pfn, {})[sender] = None
-            self._bound(self._senders)
+            while len(self._senders) > self._limits.pending:
+                self._senders.popitem(last=False)
 
     def _keep(self, pending: OrderedDict[int, list[_T]], key: int, item: _T) -> None:
         items = pending.setdefault(key, [])
         items.append(item)
         if len(items) > self._limits.pending_each:  # more than a page can plausibly have
             del items[0]
-        self._bound(pending)
-
-    def _bound(self, pending: OrderedDict[int, Any]) -> None:
         while len(pending) > self._limits.pending:
-            pending.popitem(last=False)
+            _, dropped = pending.popitem(last=False)
+            young = sum(_just_before(one.ts, item.ts) for one in dropped)
+            if young:
+                self._lose("halves", young)
 
 
 def _just_before(ts: int, poisoned_ts: int) -> bool:

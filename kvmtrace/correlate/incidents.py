@@ -11,7 +11,7 @@ from kvmtrace.correlate.pages import is_verdict, verdict_on
 from kvmtrace.correlate.provenance import Errors
 from kvmtrace.correlate.verdicts import Evidence, Look, judge, loops_now
 from kvmtrace.events import Owner, Poison, Sigbus, VcpuState
-from kvmtrace.model import Incident, Moment, Origin, Party, Telling, Verdict
+from kvmtrace.model import Incident, Moment, Origin, Party, Telling, Verdict, lost_gfns
 
 Place = tuple[int, int | None]  # VM key, gfn
 
@@ -23,6 +23,7 @@ RANK_OVER, RANK_NOBODY, RANK_KERNEL, RANK_OF_A_VM = range(4)
 _LOOKS_KEPT = 4
 _PLACES_KEPT = 8
 _CODES_KEPT = 8
+_PAGES_KEPT = 64
 
 
 @dataclass(slots=True)
@@ -31,6 +32,13 @@ class _Told:
     sigbus: dict[str, int] = field(default_factory=dict)
     first_ts: int = 0
     last_ts: int = 0
+    pages: dict[int | None, int] = field(default_factory=dict)  # of a huge one: tellings
+
+    def of(self, page: int | None, count: int) -> None:
+        """Told of one of the pages; of very many, those that were told of last are remembered."""
+        self.pages[page] = self.pages.pop(page, 0) + count
+        if len(self.pages) > _PAGES_KEPT:
+            del self.pages[next(iter(self.pages))]
 
 
 @dataclass(slots=True)
@@ -195,6 +203,17 @@ class State:
                 return owner
         return None
 
+    def place_of_gfn(self, vm: int, gfn: int) -> Owner | None:
+        """The owner at a gfn, or whose loss it lies in: a huge page is lost as a whole."""
+        exact = self.owners.get((vm, gfn))
+        if exact is not None or not self.huge:
+            return exact
+        for owner in self.owners.values():
+            lost = lost_gfns(owner, self.size, self.page.bit_length() - 1)
+            if owner.vm == vm and lost is not None and lost[0] <= gfn <= lost[1]:
+                return owner
+        return None
+
     # -- what happened
 
     def note(
@@ -216,10 +235,21 @@ class State:
                 last_ts=max(known.last_ts or known.ts, ts),
                 count=known.count + count,
             )
-        elif len(self.moments) >= self.limits.moments:
-            self.omitted += 1
-        else:
+        elif len(self.moments) < self.limits.moments or self._drop_minor(key):
             self.moments[key] = Moment(ts, what, how, vm, count)
+        else:
+            self.omitted += 1
+
+    def _drop_minor(self, key: object) -> bool:
+        """Make room for what matters, by the last of those entries that may be many."""
+        if _is_minor(key):
+            return False
+        minor = next((known for known in reversed(self.moments) if _is_minor(known)), None)
+        if minor is None:
+            return False
+        del self.moments[minor]
+        self.omitted += 1
+        return True
 
     def own(self, owner: Owner) -> bool:
         """Take an owner; False if there is no room for more.
@@ -261,8 +291,9 @@ class State:
         *,
         exits: int = 0,
         signals: Mapping[str, int] | None = None,
+        page: int | None = None,
     ) -> bool:
-        """A VMM was told; True if it is the first time."""
+        """A VMM was told; True if it is the first time. ``page``: of a huge one, by gfn or hva."""
         first = self.heard(ts)
         told = self.told.get((vm, vcpu))
         if told is None:
@@ -272,6 +303,7 @@ class State:
             told = self.told[vm, vcpu] = _Told(first_ts=ts, last_ts=ts)
         told.first_ts, told.last_ts = min(told.first_ts, ts), max(told.last_ts, ts)
         told.exits += exits
+        told.of(page if self.huge else None, exits + sum((signals or {}).values()))
         for code, count in (signals or {}).items():
             if code not in told.sigbus and len(told.sigbus) >= _CODES_KEPT:
                 code = "other"  # noqa: PLW2901 (there are two; the rest is damage)
@@ -329,7 +361,15 @@ class State:
     def tellings(self, vm: int | None = None) -> tuple[Telling, ...]:
         """Who was told how often; of one VM or of all."""
         return tuple(
-            Telling(of, vcpu, told.exits, dict(told.sigbus), told.first_ts, told.last_ts)
+            Telling(
+                of,
+                vcpu,
+                told.exits,
+                dict(told.sigbus),
+                told.first_ts,
+                told.last_ts,
+                max(told.pages.values(), default=None),
+            )
             for (of, vcpu), told in self.told.items()
             if vm in (None, of)
         )
@@ -406,6 +446,10 @@ class State:
     def _timeline(self) -> tuple[Moment, ...]:
         reported = [moment for errors in self.places for moment in errors.moments.values()]
         return tuple(sorted([*self.moments.values(), *reported], key=lambda moment: moment.ts))
+
+
+def _is_minor(key: object) -> bool:
+    return isinstance(key, tuple) and key[0] in ("owner", "vcpu", "refused", "released")
 
 
 def _agree(one: int | None, other: int | None) -> bool:

@@ -7,6 +7,7 @@ any more. Ignored and Failed: whoever used it goes on using it.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Literal
 
@@ -37,6 +38,7 @@ def is_verdict(page_type: str) -> bool:
     return not page_type.startswith("already poisoned")
 
 
+@functools.lru_cache(maxsize=256)
 def verdict_on(page_type: str | None, result: str | None) -> Verdict | None:
     """What became of a page; None where the kernel's words do not tell."""
     kind, outcome = (page_type or "").lower(), (result or "").lower()

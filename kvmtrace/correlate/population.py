@@ -137,6 +137,9 @@ class Population:
         if not keep and not vm.eventful:
             self._forget(key)
             return
+        self._keep_gone(key)
+
+    def _keep_gone(self, key: int) -> None:
         self._gone[key] = None
         while len(self._gone) > self._limits.gone_vms:
             oldest, _ = self._gone.popitem(last=False)
@@ -177,9 +180,23 @@ class Population:
 
     # -- what happened to them
 
-    def exit(self, event: Exit, cause: str | None, now: int) -> None:
-        """Count an exit."""
-        vm = self._vms.get(event.vm)
+    def _concerned(self, key: int, count: int) -> VmState | None:
+        """The VM that something is told of; None, and lost, if nobody knows it.
+
+        The last counts are read after the end of a VM, which may have been quiet until then.
+        """
+        vm = self._vms.get(key)
+        seen = self.identity(key)
+        if vm is None and seen is not None:
+            vm = self._vms[key] = VmState(seen, gone_ts=self._departed.pop(key).gone_ts)
+            self._keep_gone(key)
+        elif vm is None:
+            self._lose("unknown_vms", count)
+        return vm
+
+    def exit(self, event: Exit, cause: str | None, gfn: int | None, now: int) -> None:
+        """Count an exit. ``gfn``: by which the page that it is about is known."""
+        vm = self._concerned(event.vm, event.count)
         if vm is None:
             return
         key = (kvm.outcome_name(event.errno, event.reason), cause)
@@ -188,14 +205,14 @@ class Population:
         vm.exits[key] = vm.exits.get(key, 0) + event.count
         vm.touch(event.ts)
         # KVM_RUN = 0 with a memory fault tells its VMM as well, whatever for.
-        if (cause == "hwpoison" or event.errno == 0) and event.gfn is not None:
-            refusals = self._refusals(vm, event.gfn)
+        if (cause == "hwpoison" or event.errno == 0) and gfn is not None:
+            refusals = self._refusals(vm, gfn)
             if refusals is not None:
                 refusals.add(event.ts, now, told=event.count)
 
     def sigbus(self, event: Sigbus) -> None:
         """Count a signal."""
-        vm = self.get(event.vm)
+        vm = None if event.vm is None else self._concerned(event.vm, event.count)
         if vm is not None:
             code = kvm.sigbus_code_name(event.code)
             if code not in vm.sigbus and len(vm.sigbus) >= self._limits.kinds:
@@ -203,10 +220,10 @@ class Population:
             vm.sigbus[code] = vm.sigbus.get(code, 0) + event.count
             vm.touch(event.ts)
 
-    def refused(self, event: Refused, now: int) -> None:
-        """Count refusals."""
-        vm = self._vms.get(event.vm)
-        refusals = self._refusals(vm, event.gfn) if vm is not None else None
+    def refused(self, event: Refused, gfn: int, now: int) -> None:
+        """Count refusals. ``gfn``: by which the page that they are about is known."""
+        vm = self._concerned(event.vm, event.count)
+        refusals = self._refusals(vm, gfn) if vm is not None else None
         if refusals is not None:
             refusals.add(event.ts, now, refused=event.count)
 

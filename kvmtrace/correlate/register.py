@@ -33,7 +33,8 @@ class Register:
         self._by_place: dict[Place, State] = {}
         self._of_vm: dict[int, dict[str, State]] = {}
         self._serial: dict[str, int] = {}
-        self._next: list[tuple[int, str]] = []  # to be forgotten, the next one last: rank, id
+        # To be forgotten, the next one last: rank, id, and whether it was settled.
+        self._next: list[tuple[int, str, bool]] = []
         self.forgotten = Forgotten(4 * limits.incidents)
 
     def __iter__(self) -> Iterator[State]:
@@ -53,8 +54,18 @@ class Register:
         return [state for pfn, state in self._by_pfn.items() if covers(pfn)]
 
     def at_place(self, vm: int, gfn: int | None) -> State | None:
-        """The incident that this place of a live VM is in."""
-        return self._by_place.get((vm, gfn))
+        """The incident that this place of a live VM is in: at it, or within a huge page's loss."""
+        exact = self._by_place.get((vm, gfn))
+        if exact is not None or gfn is None or not self._huge:
+            return exact
+        mine = (state for state in self._of_vm.get(vm, {}).values() if state.id in self._huge)
+        return next((state for state in mine if state.place_of_gfn(vm, gfn)), None)
+
+    def known_by(self, vm: int, gfn: int | None) -> int | None:
+        """The gfn by which the loss that this one is in is known."""
+        state = self.at_place(vm, gfn) if gfn is not None else None
+        owner = state.place_of_gfn(vm, gfn) if state is not None and gfn is not None else None
+        return gfn if owner is None else owner.gfn
 
     def of(self, vm: int) -> list[State]:
         """Incidents with this VM among their owners, in the order in which it came to be."""
@@ -95,22 +106,30 @@ class Register:
     def _victim(self, settled: Callable[[State], bool]) -> State:
         newest = next(reversed(self._all.values()))
         while self._next:
-            rank, key = self._next[-1]
+            rank, key, was_settled = self._next[-1]
             state = self._all.get(key)
-            if state is not None and state.rank == rank:
+            if state is not None and state.rank == rank and (not was_settled or settled(state)):
                 return newest if newest.rank < rank else state
             self._next.pop()
-        ranks = [(state.rank, key) for key, state in self._all.items()]
-        lowest = min(rank for rank, _ in ranks)
+        ranks = {key: state.rank for key, state in self._all.items()}
+        lowest = min(ranks.values())
+        # The oldest is taken first, and further ones without looking at all of them again.
         if lowest < RANK_OF_A_VM:
-            # The oldest is taken first, and the others without looking at all of them again.
-            self._next = [one for one in reversed(ranks) if one[0] == lowest]
-            return self._all[self._next[-1][1]]
-        victim = next((state for state in self._all.values() if settled(state)), None)
-        if victim is None:
-            most = max(self._of_vm.values(), key=len, default={})
-            victim = next(iter(most.values()), None)
-        return victim or next(iter(self._all.values()))
+            chosen = [(lowest, key, False) for key, rank in ranks.items() if rank == lowest]
+        else:
+            chosen = self._of_vms(settled)[: max(1, self._limits.incidents // 16)]
+        self._next = chosen[::-1]
+        return self._all[chosen[0][1]]
+
+    def _of_vms(self, settled: Callable[[State], bool]) -> list[tuple[int, str, bool]]:
+        """Where all belong to VMs: what they came to terms with, else what has most of them."""
+        over = [(RANK_OF_A_VM, key, True) for key, state in self._all.items() if settled(state)]
+        if over:
+            return over
+        most = max(self._of_vm.values(), key=len, default=self._all)
+        # That a VM has a page outlives its incident, what it was told of the page does not.
+        ordered = sorted(most.values(), key=lambda state: bool(state.told))
+        return [(RANK_OF_A_VM, state.id, False) for state in ordered]
 
     def _drop(self, state: State) -> None:
         self._leave(state)
@@ -135,6 +154,8 @@ class Register:
         if state.disowned or state.is_elsewhere(owner):
             self.disown(state)
             return
+        if len(state.owners) >= self._limits.owners:
+            self._drop_gone_owner(state)
         vague = (owner.vm, None)
         had_vague = vague in state.owners
         if not state.own(owner):
@@ -149,6 +170,18 @@ class Register:
         holder = self._by_place.get(place)
         if live and not state.closed and (holder is None or holder.over):
             self._by_place[place] = state
+
+    def _drop_gone_owner(self, state: State) -> None:
+        """VMs that are gone make room for those that live."""
+        place = next((place for place in state.owners if place[0] in state.parties), None)
+        if place is None:
+            return
+        del state.owners[place]
+        if self._by_place.get(place) is state:
+            del self._by_place[place]
+        if place[0] not in state.vms:
+            self._forget_mention(state, place[0])
+            del state.parties[place[0]]
 
     def disown(self, state: State) -> None:
         """It turned out to be the kernel's: VMs only have it mapped."""

@@ -60,7 +60,7 @@ class Evidence:
 
 def looped(telling: Telling) -> bool:
     """Whether this vCPU was told so often that nothing can have been mended in between."""
-    return telling.count >= LOOPING_AFTER
+    return telling.repeats >= LOOPING_AFTER
 
 
 def loops_now(telling: Telling, now: int) -> bool:

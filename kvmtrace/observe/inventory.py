@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvmtrace import kvm
-from kvmtrace.events import Event, Found, KernelCounts
+from kvmtrace.correlate.limits import Limits
+from kvmtrace.events import Event, Found, KernelCounts, Lost
 
 COUNTS_SECONDS = 5.0
 SETTLE_SECONDS = 1.0  # memory_failure marks a page first and tells of it last
 READ_PAGES = 1 << 15  # a few milliseconds
-MAX_FOUND = 4096
+MAX_FOUND = Limits().incidents  # each is an incident
 
 # include/uapi/linux/kernel-page-flags.h: bit 19, in the third byte of a little-endian entry
 _KPF_HWPOISON_BYTE, _KPF_HWPOISON = 2, 1 << 3
@@ -93,6 +94,7 @@ class Inventory:
         self._next_counts = 0.0
         self._pages: Iterator[list[int]] | None = None
         self._settling: list[tuple[float, list[int]]] = []
+        self._beyond = 0  # found, and not to be told
 
     def look(
         self, ts: int, deadline: float, seen: frozenset[int], *, last: bool = False
@@ -111,6 +113,9 @@ class Inventory:
             if time.monotonic() >= deadline:
                 break
         events: list[Event] = []
+        if self._beyond:
+            events.append(Lost(ts, "found_pages", self._beyond))
+            self._beyond = 0
         while self._settling and (last or self._settling[0][0] <= time.monotonic()):
             events += [Found(ts, pfn) for pfn in self._settling.pop(0)[1] if pfn not in seen]
         return events
@@ -143,8 +148,8 @@ class Inventory:
         return [KernelCounts(ts, failures, corrupted, at_start=first)]
 
     def _poisoned_pages(self) -> Iterator[list[int]]:
-        """The poisoned pfns of one read after the other."""
-        found = 0
+        """The poisoned pfns of one read after the other; ``MAX_FOUND`` in all."""
+        room = MAX_FOUND
         try:
             fd = os.open(f"{self._proc}/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -154,10 +159,9 @@ class Inventory:
                 for start in range(first, end, READ_PAGES):
                     flags = os.pread(fd, 8 * min(READ_PAGES, end - start), 8 * start)
                     pfns = [start + index for index in poisoned_in(flags)]
-                    found += len(pfns)
-                    yield pfns
-                    if found >= MAX_FOUND:
-                        return
+                    self._beyond += max(0, len(pfns) - room)
+                    yield pfns[:room]
+                    room -= min(room, len(pfns))
         except OSError:
             return
         finally:

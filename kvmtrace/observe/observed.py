@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from kvmtrace import clock, host, identity, mce
+from kvmtrace.correlate.pages import verdict_on
 from kvmtrace.events import (
     Event,
     Exit,
@@ -94,6 +95,8 @@ class Observer:
         self._pid_of: dict[int, int] = {}  # by VM
         self._searches: list[Search] = []
         self._seen: OrderedDict[int, None] = OrderedDict()  # poisoned pfns
+        # Pages that memory_failure could not get hold of, and at how many places they were found.
+        self._unheld: OrderedDict[int, int] = OrderedDict()
         self._owned: OrderedDict[tuple[int, Owner], None] = OrderedDict()
         self._asked: OrderedDict[tuple[int, int], None] = OrderedDict()  # (VM, gfn) of exits
         self._huge: OrderedDict[tuple[int, int], tuple[int, int | None]] = OrderedDict()
@@ -221,21 +224,29 @@ class Observer:
                 case Poison():
                     gmem = told.pop(event.tid, None) if event.tid is not None else None
                     self._seen[event.pfn] = None
-                    if gmem is None or not (gmem.owners and gmem.complete):
+                    verdict = verdict_on(event.page_type, event.result)
+                    if verdict == "unheld":
+                        self._unheld.setdefault(event.pfn, 0)
+                    elif verdict is not None:
+                        self._unheld.pop(event.pfn, None)
+                    owned = gmem is not None and gmem.owners and gmem.complete
+                    if not owned and verdict != "kernel":
                         wanted[event.pfn] = "huge" in event.page_type
                 case Found():
                     self._seen[event.pfn] = None
                     wanted[event.pfn] = True
                 case Unpoison():
                     self._mended(event.pfn)
-        while len(self._seen) > MAX_PFNS:
-            self._seen.popitem(last=False)
+        for pages in (self._seen, self._unheld):
+            while len(pages) > MAX_PFNS:
+                pages.popitem(last=False)
         return wanted
 
     def _mended(self, pfn: int) -> None:
         """What is known of the page is of its old poison; the next one is looked up anew."""
         self._seen.pop(pfn, None)
         self._suspected.pop(pfn, None)
+        self._unheld.pop(pfn, None)
         for of, owner in [key for key in self._owned if key[0] == pfn]:
             del self._owned[of, owner]
             if owner.gfn is not None:
@@ -313,12 +324,22 @@ class Observer:
             for vm in [vm for vm, pid in self._pid_of.items() if pid == place.pid]:
                 for owner in self._owners_at(vm, place):
                     key = (place.pfn or 0, owner)
-                    if key not in self._owned:
+                    if key not in self._owned and self._may_be_owned(key[0]):
                         self._owned[key] = None
                         events.append(Owned(now, key[0], owner, place.via, place.size))
         while len(self._owned) > MAX_PFNS:
             self._owned.popitem(last=False)
         return events
+
+    def _may_be_owned(self, pfn: int) -> bool:
+        """A page that nobody got hold of and that is in two places is the zero page.
+
+        It is in thousands.
+        """
+        places = self._unheld.get(pfn)
+        if places is not None:
+            self._unheld[pfn] = places + 1
+        return places is None or places < 2
 
     def _owners_at(self, vm: int, place: Place) -> list[Owner]:
         slots = self._memory.slots(vm) if self._memory else None

@@ -72,7 +72,7 @@ def _for_host(incident: Incident) -> list[str]:
             f"move the VMs away and reboot this host: the kernel uses the page, or may ({verdict}),"
             " and can run into it at any time"
         ]
-    if incident.state != "unowned":
+    if incident.state == "closed" or incident.owners or incident.told:
         return []
     page = hex_of(incident.pfn)
     if incident.page_class == "process":
@@ -80,7 +80,7 @@ def _for_host(incident: Incident) -> list[str]:
             f"see in the kernel's log which processes had page {page}: no VM is known to, and the"
             f" kernel could not take it out of use ({verdict})"
         ]
-    if incident.page_class == "vm" and not incident.owners:
+    if incident.page_class == "vm":
         return [f"find the VM: page {page} is guest memory (guest_memfd), of which VM is not known"]
     if incident.page_class is None:
         return [

@@ -58,8 +58,8 @@ FALLBACK_KINDS = tuple(
 LOST_FROM_BIRTH = (
     *("ring", "exit_keys", "exit_counts", "refused_counts", "signal_counts"),
     *("ftrace_poison", "ftrace_signals", "ftrace_faults", "ftrace_missed", "ftrace_damaged"),
-    "owner_searches",
-    *("incidents", "vms", "owners", "told", "looks", "refusals", "soft_offlines", "descriptors"),
+    *("owner_searches", "found_pages", "unknown_vms", "halves", "descriptors"),
+    *("incidents", "vms", "owners", "told", "looks", "refusals", "soft_offlines"),
 )
 
 Kinds = Callable[[], Iterable[tuple[str, str]]]

@@ -149,7 +149,7 @@ def _called(name: str | None, pid: int) -> str:
 
 def _exit_facts(event: Exit) -> list[str]:
     facts = [f"vcpu {UNKNOWN if event.vcpu is None else event.vcpu}"]
-    if not event.annotated and event.reason not in (None, kvm.EXIT_MEMORY_FAULT):
+    if event.reason is not None and event.reason != kvm.EXIT_MEMORY_FAULT:
         facts.append(f"reason {kvm.exit_reason_name(event.reason)}")
     if event.gpa is not None:
         facts.append(f"gpa {hex(event.gpa)}")

@@ -161,7 +161,7 @@ class Parts:
     work: Path
 
 
-def arguments(
+def arguments(  # noqa: PLR0917 (each is a part of the machine)
     qemu: Qemu,
     row: Row,
     parts: Parts,

@@ -8,7 +8,21 @@ import pytest
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
-from kvmtrace.events import Event, Exit, Found, Owned, Owner, Poison, StillQuiet, Unpoison, VmGone
+from kvmtrace.events import (
+    Event,
+    Exit,
+    Found,
+    GmemPoison,
+    Owned,
+    Owner,
+    Poison,
+    Refused,
+    Released,
+    Sigbus,
+    StillQuiet,
+    Unpoison,
+    VmGone,
+)
 from kvmtrace.events import VcpuState as Look
 from kvmtrace.model import Snapshot
 from tests.unit.test_correlate import HVA, T0, hwpoison, seen
@@ -114,6 +128,9 @@ def test_an_all_clear_is_never_made_by_forgetting() -> None:
     # Heard of again, it is counted once.
     correlator.feed(hwpoison(T0 + S, 1, 1))
     assert correlator.snapshot().vms[1].poisoned_pages == 10
+    correlator.feed(Unpoison(T0 + S, 3))
+    correlator.feed(Released(T0 + S, 1, 4, HVA + (4 << 12)))
+    assert correlator.snapshot().vms[1].poisoned_pages == 8
     correlator.feed(VmGone(T0 + 2 * S, 1))
     correlator.feed(StillQuiet(T0 + 3 * S))
     assert correlator.snapshot().vms[1].poisoned_pages == 0
@@ -125,3 +142,108 @@ def test_the_newest_of_a_vm_is_known_while_it_is_told() -> None:
     for gfn in range(100):
         told = correlator.feed(Exit(T0 + gfn, 1, 0, 133, 39, True, gfn=gfn))
         assert told.incident in {i.id for i in correlator.snapshot().incidents}
+
+
+# -- within an incident
+
+
+def test_vms_that_are_gone_make_room_for_owners_that_live() -> None:
+    """A page of an image that VMs share, as they come and go."""
+    story: list[Event] = [Poison(T0, 5, "clean LRU page", "Failed", tid=31)]
+    for vm in range(1, 200):
+        place = Owned(T0 + vm, 5, Owner(vm, 8, HVA), "mapping")
+        story += [seen(vm), place, *([VmGone(T0 + vm, vm)] if 1 < vm < 190 else [])]
+    (incident,) = fed(Limits(), *story)[0].incidents
+    assert {owner.vm for owner in incident.owners} >= {1, *range(190, 200)}
+    assert len(incident.owners) == 64
+    assert incident.state == "latent"
+    assert fed(Limits(), *story)[0].lost == {}
+
+
+def test_many_entries_of_one_sort_leave_room_for_what_matters() -> None:
+    many = [Owned(T0, 5, Owner(1, gfn, HVA + (gfn << 12)), "pagemap") for gfn in range(200)]
+    poison = Poison(T0, 5, "dirty LRU page", "Failed", tid=31)
+    told = hwpoison(T0 + S, 1, 3)
+    snapshot, _ = fed(Limits(), seen(1), poison, *many, told, VmGone(T0 + 2 * S, 1))
+    (incident,) = snapshot.incidents
+    assert len(incident.timeline) == 64
+    whats = [moment.what for moment in incident.timeline]
+    assert "the VM is gone" in whats
+    assert any(what.startswith("KVM_RUN told vCPU 0") for what in whats)
+    assert incident.omitted == 139
+
+
+# -- what nobody knows is lost, and what is told late is counted
+
+
+def test_what_is_read_after_the_end_of_a_quiet_vm_is_counted() -> None:
+    signal = Sigbus(T0 + 2 * S, 4001, 4002, 4, HVA, 12, sender=4002, vm=1, count=50)
+    exits = Exit(T0 + 2 * S, 1, 0, 14, 39, True, gfn=5, gmem=0, count=1000)
+    snapshot, _ = fed(Limits(), seen(1), VmGone(T0 + S, 1), exits, signal, Refused(T0, 1, 5, 7))
+    vm = snapshot.vms[1]
+    assert (vm.gone, vm.name, vm.exits_by_cause()) == (True, "vm-1", {"conversion": 1000})
+    assert vm.sigbus == {"AR": 50}
+    assert snapshot.lost == {}
+
+
+def test_what_is_told_of_a_vm_that_nobody_introduced_is_lost() -> None:
+    signal = Sigbus(T0, 4001, 4002, 4, HVA, 12, sender=4002, vm=9, count=50)
+    exits = Exit(T0, 9, 0, 14, 39, True, gfn=5, count=1000)
+    snapshot, _ = fed(Limits(), exits, signal, Refused(T0, 9, 5, 7))
+    assert snapshot.lost == {"unknown_vms": 1057}
+    plain = Sigbus(T0, 168, 168, 4, HVA, 12, sender=168)  # a process without VMs
+    assert fed(Limits(), plain)[0].lost == {}
+
+
+def test_halves_that_give_way_while_they_may_be_wanted_are_lost() -> None:
+    halves = [GmemPoison(T0 + tid, tid, 7, 1, (Owner(1, tid),)) for tid in range(1, 1030)]
+    assert fed(Limits(), *halves)[0].lost == {"halves": 5}
+    stale = [GmemPoison(T0 + tid * 6 * S, tid, 7, 1) for tid in range(1, 1030)]
+    assert fed(Limits(pending=1), *stale)[0].lost == {}
+
+
+# -- a huge page is lost as a whole
+
+HUGE = 2 << 20
+
+
+def huge(vm: int = 1, gfn: int = 0x1010, size: int = HUGE) -> list[Event]:
+    """The poisoned page is the 17th of a huge one, whose first is gfn 0x1000."""
+    hva = 0x7F0000000000 + ((gfn - 0x1000) << 12)
+    return [
+        seen(vm),
+        Owned(T0, 0x80010, Owner(vm, gfn, hva), "pagemap", size),
+        Poison(T0, 0x80010, "huge page", "Failed", tid=5),
+    ]
+
+
+@pytest.mark.parametrize("pages", [512, 1 << 18])
+def test_all_gfns_of_one_loss_are_one_incident(pages: int) -> None:
+    other = poisoned(0x55, 2)
+    touches = [hwpoison(T0 + n, 1, 0x1000 + n, vcpu=n % 4) for n in range(0, pages, pages // 512)]
+    refusals = [Refused(T0 + n, 1, 0x1000 + n) for n in range(0, pages, pages // 512)]
+    story = [seen(2), *other, *huge(size=pages << 12), *refusals, *touches]
+    snapshot, correlator = fed(Limits(), *story)
+    assert [(i.pfn, i.exits) for i in snapshot.incidents] == [(0x55, 0), (0x80010, 512)]
+    assert snapshot.vms[1].poisoned_pages == snapshot.vms[2].poisoned_pages == 1
+    assert snapshot.lost == {}
+    (mine,) = [i for i in snapshot.incidents if i.pfn == 0x80010]
+    assert [owner.gfn for owner in mine.owners] == [0x1010]
+    assert sum(t.exits for t in mine.told) == 512
+    # Each page once: its guest goes through it, and no VMM goes back to the same page.
+    assert (mine.state, mine.verdict) == ("delivered", "unknown")
+    correlator.feed(StillQuiet(T0 + 60 * S))
+    assert correlator.snapshot().vms[1].undelivered == 0
+
+
+@pytest.mark.parametrize(("vm", "gfn"), [(1, 0xFFF), (1, 0x1200), (2, 0x1010)])
+def test_what_is_outside_of_the_loss_is_another_page(vm: int, gfn: int) -> None:
+    snapshot, _ = fed(Limits(), seen(2), *huge(), hwpoison(T0 + 1, vm, gfn))
+    assert [incident.exits for incident in snapshot.incidents] == [0, 1]
+
+
+def test_one_page_of_a_huge_one_again_and_again_is_a_loop() -> None:
+    touches = [hwpoison(T0 + n, 1, 0x1000 + n) for n in range(100)]
+    loop = [hwpoison(T0 + S + n, 1, 0x1005) for n in range(10)]
+    (incident,) = fed(Limits(), *huge(), *touches, *loop)[0].incidents
+    assert (incident.state, incident.exits) == ("looping", 110)

@@ -55,9 +55,7 @@ def test_a_storm_is_three_events_and_exact() -> None:
 
 
 def test_bounded_and_what_went_is_said() -> None:
-    many: list[Event] = [
-        Sigbus(T0 + n, 4001, n, 4, 0x7F0000000000, vm=1, vcpu=0) for n in range(1000)
-    ]
+    many: list[Event] = [Sigbus(T0 + n, 4001, n, 4, 0x7F0000000000, sender=n) for n in range(1000)]
     log = log_of(many, limit=100)
     assert len(log) == 101
     assert model(log).lost == {"history": 900}

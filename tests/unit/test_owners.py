@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 from kvmtrace import kvm, mce
+from kvmtrace.correlate import Correlator
+from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
     Event,
     Exit,
     Found,
     GmemPoison,
+    Lost,
     Mce,
     Owned,
     Owner,
@@ -225,6 +228,26 @@ class _Poisoned:
         pass
 
 
+def test_found_pages_without_room_are_lost(tmp_path: Path) -> None:
+    """As many are told as there may be incidents."""
+    pages = [0x80000 if number % 2 else 0 for number in range(8192)]
+    (tmp_path / "meminfo").write_text("HardwareCorrupted:     16384 kB\n")
+    last = (len(pages) << kvm.PAGE_SHIFT) - 1
+    (tmp_path / "iomem").write_text(f"00000000-{last:08x} : System RAM\n")
+    (tmp_path / "kpageflags").write_bytes(struct.pack(f"={len(pages)}Q", *pages))
+    looked = inventory.Inventory(str(tmp_path), str(tmp_path))
+    looked.counts(1)
+    told = looked.look(1, float("inf"), frozenset(), last=True)
+    found = [event for event in told if isinstance(event, Found)]
+    assert len(found) == inventory.MAX_FOUND == Limits().incidents
+    lost = [event for event in told if isinstance(event, Lost)]
+    assert sum(event.count for event in lost) == 4096 - len(found)
+    correlator = Correlator()
+    for event in told:
+        correlator.feed(event)
+    assert correlator.snapshot().lost == {"found_pages": 4096 - len(found)}
+
+
 def test_a_poison_that_is_just_coming_is_not_missed(tmp_path: Path) -> None:
     source = _Poisoned(tmp_path)
     source.poll(0)
@@ -339,6 +362,25 @@ def test_a_page_that_is_poisoned_again_is_looked_for_again(tmp_path: Path, toget
         owned = told[told.index(poison) - 1]
         assert owned == Owned(poison.ts, 0x104CAA, Owner(5, None, 0x13000), "pagemap", PAGE)
     assert observer.pfns == {0x104CAA}
+
+
+@pytest.mark.parametrize(
+    ("page_type", "places"),
+    [("reserved kernel page", 0), ("unknown page", 2), ("dirty LRU page", 16)],
+)
+def test_thousands_of_mappings_of_the_zero_page_are_not_told(
+    tmp_path: Path, page_type: str, places: int
+) -> None:
+    """Before 6.7 a whole page table is read: what is mapped there refers to the page as well."""
+    mapped = {0x10000 + n * PAGE: 1 << 63 | 0x104CAA for n in range(16)}
+    proc_with(tmp_path, 7, mapped, LOW_MAPS)
+    poison = Poison(3, 0x104CAA, page_type, "Ignored", tid=70)
+    told = story(tmp_path, [VmSeen(1, 5, 7), poison])
+    assert sum(isinstance(event, Owned) for event in told) == places
+    correlator = Correlator()
+    for event in told:
+        correlator.feed(event)
+    assert correlator.snapshot().kernel_pages == (places < 16)
 
 
 def test_of_a_page_that_is_poisoned_already_nothing_new_is_told(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_silence_is_told_ever_more_rarely() -> None:
     told: list[Event] = []
     for second in range(100):
         clock.now = T0 + second * SECOND
-        told += source.poll(0)
+        told += source.poll(0.001)
     assert told[0] == VmSeen(T0, 1, 4001)
     assert [(event.ts - T0) // SECOND for event in told[1:]] == [6, 12, 24, 48, 96]
     assert all(isinstance(event, StillQuiet) for event in told[1:])
@@ -33,15 +33,15 @@ def test_silence_is_told_ever_more_rarely() -> None:
 def test_what_happens_starts_it_anew() -> None:
     clock = Clock()
     source = Quiet(FakeSource([VmSeen(T0, 1, 4001)], [], [VmSeen(T0, 2, 4002)]), clock)
-    source.poll(0)
+    source.poll(0.001)
     clock.now += FIRST_NS
-    assert source.poll(0) == [StillQuiet(clock.now)]
+    assert source.poll(0.001) == [StillQuiet(clock.now)]
     clock.now += SECOND
-    source.poll(0)
+    source.poll(0.001)
     clock.now += FIRST_NS - 1
-    assert source.poll(0) == []
+    assert source.poll(0.001) == []
     clock.now += 1
-    assert source.poll(0) == [StillQuiet(clock.now)]
+    assert source.poll(0.001) == [StillQuiet(clock.now)]
 
 
 def test_a_refusal_that_nobody_tells_of_is_known_without_another_event() -> None:
@@ -50,7 +50,7 @@ def test_a_refusal_that_nobody_tells_of_is_known_without_another_event() -> None
     correlator = Correlator()
     undelivered = []
     for _ in range(2):
-        for event in source.poll(0):
+        for event in source.poll(0.001):
             correlator.feed(event)
         undelivered.append(correlator.snapshot().vms[1].undelivered)
         clock.now += FIRST_NS

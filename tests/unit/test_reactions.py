@@ -36,7 +36,7 @@ class World:
 
     def pass_(self, seconds: float) -> list[VcpuState]:
         self.now += int(seconds * SECOND)
-        return [event for event in self.source.poll(0) if isinstance(event, VcpuState)]
+        return [event for event in self.source.poll(0.001) if isinstance(event, VcpuState)]
 
 
 def test_a_vcpu_that_ran_on(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Pages that memory_failure cannot take out of use: the kernel's own, and the VMs' zero page.
+
+Oldest and newest kernel: they name the same pages differently (mm/memory-failure.c).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from tests.lab.drive import PATIENCE, Vmm
+from tests.lab.machine import Machine
+from tests.lab.test_verdicts import LOG, explain, recorded
+
+pytestmark = pytest.mark.lab
+
+# Poisons one page of each kind, and prints {kind: pfn}. Bits of /proc/kpageflags
+# (include/uapi/linux/kernel-page-flags.h): 7 slab, 10 free (buddy), 26 a page table.
+_POISON = """
+import json, mmap, os, struct
+
+def entry(file, at):
+    with open(file, "rb") as table:
+        table.seek(at * 8)
+        return struct.unpack("Q", table.read(8))[0]
+
+def first(bit, least):
+    pfn = least
+    while not entry("/proc/kpageflags", pfn) >> bit & 1:
+        pfn += 1
+    return pfn
+
+area = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area[0]  # read only: the zero page
+import ctypes
+hva = ctypes.addressof(ctypes.c_char.from_buffer(area))
+pages = {
+    "zero": entry("/proc/self/pagemap", hva // 4096) & (1 << 55) - 1,
+    "slab": first(7, 0x8000),
+    "table": first(26, 0x8000),
+    "free": first(10, 0x8000),
+}
+for pfn in pages.values():
+    try:
+        with open("/sys/kernel/debug/hwpoison/corrupt-pfn", "w") as corrupt:
+            corrupt.write(f"{pfn:#x}")
+    except OSError:
+        pass  # "EBUSY": it is poisoned, and could not be handled
+print(json.dumps(pages))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "source"), [("trixie-newest", "bpf"), ("trixie", "ftrace"), ("bookworm", "bpf")]
+)
+def test_the_kernels_own_pages(boot: Callable[..., Machine], kernel: str, source: str) -> None:
+    machine = boot(kernel)
+    vmms = [Vmm(machine, name) for name in ("left", "right")]
+    for vmm in vmms:
+        vmm.step("create v backing=anon pages=64")
+        for page in (3, 4):
+            vmm.step(f"touch v +{page}")  # read only: the zero page
+    with recorded(machine, source):
+        pages = json.loads(machine.run(["python3", "-c", _POISON], check=True).stdout)
+    told = {kind: explain(machine, hex(pfn)) for kind, pfn in pages.items()}
+    for kind in ("zero", "slab", "table"):
+        one = told[kind]
+        assert one["result"] == "Ignored", one
+        assert (one["page_class"], one["state"], one["owners"]) == ("kernel", "unowned", []), one
+        assert "reboot this host" in one["next"][0]
+    assert (told["free"]["page_type"], told["free"]["result"]) == ("free buddy page", "Recovered")
+    assert told["free"]["page_class"] == "handled"
+    assert told["free"]["next"][0].startswith("nothing: ")
+    replay = machine.run(["kvmtrace", "replay", LOG, "--json"], timeout=PATIENCE, check=True)
+    model = json.loads(replay.stdout)
+    assert model["kernel_poisoned_pages"] == 3
+    assert [vm["poisoned_pages"] for vm in model["vms"] if vm["pid"] in {v.pid for v in vmms}] == [
+        0,
+        0,
+    ]
+    assert model["lost"] == {}
+    for vmm in vmms:
+        vmm.end()
