@@ -17,7 +17,7 @@ from tests.lab.scenarios import gone
 
 pytestmark = pytest.mark.lab
 
-FEW = 64
+FEW = 16
 
 # kvmtrace with room for that many exits of different kinds only.
 SMALL = f"""
