@@ -6,10 +6,15 @@ import pytest
 
 from tests.lab.drive import end_following
 from tests.lab.machine import Machine
-from tests.lab.qemu_guest import qemu_loses_a_page
+from tests.lab.qemu_guest import MEMORY, qemu_loses_a_page, qemu_with_a_page_gone
 from tests.lab.scenarios import SOURCES
 
 pytestmark = pytest.mark.lab
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_what_qemu_does_with_a_page_gone(machine: Machine, memory: str) -> None:
+    qemu_with_a_page_gone(machine, memory)
 
 
 @pytest.mark.parametrize("source", SOURCES)
