@@ -197,6 +197,7 @@ class Incident:
     ``undelivered``: refusals of guest_memfd that no exit told. ``before_start``: it was there when
     kvmtrace came. ``size``: bytes lost, where known. ``omitted``: moments that had no room.
     ``released``: those of the owners whose memory was seen without the page since.
+    ``guest_memfd``: it is known to be one of guest_memfd.
     """
 
     id: str
@@ -223,6 +224,7 @@ class Incident:
     omitted: int = 0
     released: tuple[Owner, ...] = ()
     page_shift: int = kvm.PAGE_SHIFT
+    guest_memfd: bool = False
 
     @property
     def verdict(self) -> str | None:

@@ -231,6 +231,7 @@ class Correlator:
             incident = self._incident_at(event.vm, event.gfn)
             if incident is not None:
                 incident.exits += event.count
+                incident.guest_memfd |= event.errno == kvm.EHWPOISON  # others get a SIGBUS
                 how = kvm.outcome_name(event.errno, event.reason)
                 gpa = f", gpa {event.gpa:#x}" if event.gpa is not None else ""
                 incident.note(
@@ -253,6 +254,7 @@ class Correlator:
         self._vms.refused(event, now)
         incident = self._incident_at(event.vm, event.gfn)
         if incident is not None:
+            incident.guest_memfd = True
             incident.note(
                 ("refused", event.vm, event.gfn),
                 event.ts,
@@ -302,6 +304,7 @@ class Correlator:
         for one in owned:
             self._owned_by(incident, one)
         if gmem is not None:
+            incident.guest_memfd = True
             for owner in gmem.owners:
                 self._own(incident, owner, event.ts, _by_gmem(gmem))
         for signal in self._halves.signals(event):
@@ -351,6 +354,7 @@ class Correlator:
 
     def _owned_by(self, incident: State, event: Owned) -> None:
         self._incidents.grow(incident, event.size)
+        incident.guest_memfd |= event.via in ("guest_memfd", "fault")
         how = _FOUND_BY.get(event.via, event.via)
         self._own(incident, event.owner, event.ts, how)
 

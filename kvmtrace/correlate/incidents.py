@@ -45,6 +45,7 @@ class State:
     before_start: bool = False
     unpoisoned_ts: int | None = None
     size: int | None = None
+    guest_memfd: bool = False
     closed: bool = False
     owners: dict[Place, Owner] = field(default_factory=dict)
     parties: dict[int, Party] = field(default_factory=dict)
@@ -328,6 +329,7 @@ class State:
             timeline=self._timeline(),
             omitted=self.omitted,
             page_shift=self.page.bit_length() - 1,
+            guest_memfd=self.guest_memfd,
         )
 
     def _timeline(self) -> tuple[Moment, ...]:

@@ -341,3 +341,36 @@ def qemu_loses_a_page(machine: Machine, source: str) -> None:
     if sent["ts"] > poison["ts"]:
         assert sent.get("incident") == poison["incident"], (poison, sent)
     assert "memory error" in qemu.job.stderr.lower() or status != 0, (status, qemu.job.stderr)
+
+
+def qemu_advice(machine: Machine, source: str) -> None:
+    """What kvmtrace advises for a QEMU that has lost a page, typed as it says, helps."""
+    serve = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 --source {source}")
+    try:
+        serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+        for memory in MEMORY:
+            _follow_advice(machine, memory)
+    finally:
+        serve.signal(signal.SIGINT)
+        assert serve.wait(PATIENCE) == 0, serve.stderr
+
+
+def _follow_advice(machine: Machine, memory: str) -> None:
+    lost: list[int] = []
+    with contextlib.ExitStack() as stack:
+        if memory == "hugetlb":
+            stack.enter_context(_huge_pages(machine))
+        stack.callback(_unpoison, machine, lost)
+        qemu = stack.enter_context(_qemu(machine, memory))
+        lost.append(qemu.loses(UNTOUCHED)["pfn"])
+        for _ in range(3):
+            time.sleep(2)
+            print(machine.run(["kvmtrace", "explain", NAME], timeout=PATIENCE).stdout)
+        qemu.monitor("system_reset")
+        qemu.boots(2)
+        time.sleep(2)
+        print(machine.run(["kvmtrace", "explain", NAME], timeout=PATIENCE).stdout)
+        assert qemu.migrates() is None
+        qemu.end()
+        time.sleep(2)
+        print(machine.run(["kvmtrace", "explain", NAME], timeout=PATIENCE).stdout)
