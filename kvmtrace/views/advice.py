@@ -144,11 +144,11 @@ def _need(incident: Incident, vm: int, verdict: Verdict | None, page: str) -> _N
             return _Need("check", f"its VMM was notified of {page}, and what it did is not known")
         case _ if incident.undelivered:
             times = counted(incident.undelivered, "time")
-            return _Need("shut down", f"{times} guest_memfd refused {page} and no VMM was notified")
+            why = f"guest_memfd refused {page} {times}, and no VMM was notified"
+            return _Need("shut down", why)
         case _ if _is_vague(incident):
-            return _Need(
-                "check", "a process was notified of the page, for which of its VMs is not known"
-            )
+            why = "a process was notified of the page, for which of its VMs is not known"
+            return _Need("check", why)
         case _ if incident.before_start:
             return _Need("shut down", f"its guest may touch {page} at any time")
     return _Need("shut down", f"its guest has not touched {page} yet")
@@ -167,23 +167,19 @@ def _steps(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterato
             yield f"stop {who} and {start}: {need.why}"
         case "check":
             yield f"see whether {who} still works: {need.why}"
-            yield f"if it does, shut it down from inside, if not, stop it; then {start}"
-        case "later":
-            yield f"at the next opportunity shut {who} down from inside and {start}: {need.why}"
+            yield f"if it does, shut it down from inside the guest, if not, stop it; then {start}"
         case _:
-            yield f"shut {who} down from inside and {start}: {need.why}"
-    party = incident.parties.get(vms[0])
-    virsh = vmm_advice.for_virsh(party) if party is not None and len(vms) == 1 else None
-    if need.how in ("stop", "check") and vmm.stop_and_start and virsh:
-        yield vmm.stop_and_start.format(vm=virsh)
+            when = "at the next opportunity " if need.how == "later" else ""
+            yield f"{when}shut {who} down from inside the guest and {start}: {need.why}"
+    party = incident.parties.get(vms[0]) if len(vms) == 1 else None
+    if need.how in ("stop", "check") and (command := vmm_advice.stop_and_start(party)):
+        yield command
     if need.how in ("shut down", "later") and vmm.replaces:
-        yield f"or, {vmm.replaces}"
-        if vmm.reset and virsh:
-            yield vmm.reset.format(vm=virsh)
+        yield f"or, {vmm.replaces.format(how=vmm_advice.reset(party))}"
     is_huge = incident.size is not None and incident.size > 1 << incident.page_shift
     if is_huge and vmm.huge and need.how != "wait":
         yield vmm.huge
-    yield f"do not migrate, save, snapshot or dump {names} before that: {vmm.reading}"
+    yield f"until then do not migrate, save, snapshot or dump {names}: {vmm.reading}"
 
 
 def _for_hardware(incident: Incident) -> list[str]:

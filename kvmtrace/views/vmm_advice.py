@@ -22,51 +22,56 @@ _PLAIN_NAME = re.compile(r"(?=.*[A-Za-z_])[A-Za-z0-9_][\w.+-]{0,23}", re.ASCII)
 class Vmm:
     """What is known of a kind of VMM, with a kind of memory.
 
-    ``replaces``: what makes it put another page in place while it goes on; None: nothing known to.
-    ``reading``: why it must not read all of the memory.
+    ``replaces``: what makes it put another page in place and go on, ``{how}`` being the commands
+    for that; None: nothing is known to. ``reading``: why it must not read all of the memory.
     ``huge``: what it needs where a huge page is gone; None: not known.
-    ``reset``, ``stop_and_start``: command lines for that, ``{vm}`` being the VM.
     """
 
     replaces: str | None = None
-    reading: str = "that reads every page, the lost one too"
+    reading: str = "each of these reads every page, the lost one too"
     huge: str | None = None
-    reset: str | None = None
-    stop_and_start: str | None = None
 
 
 _UNTRIED = Vmm()
-_STOP_AND_START = "with libvirt: virsh destroy {vm} && virsh start {vm}"
 
-_ORDINARY = {
+_TRIED = {
     # Before 10.0 a reset mends anonymous memory only, and lifts the ban on migration all the same:
     # with memfd or hugetlb, QEMU then dies as it migrates (7.2, seen).
     "qemu": Vmm(
         replaces=(
-            "where QEMU is 10.0 or newer, reboot the guest or reset the VM (monitor: "
-            "system_reset): QEMU then puts another page in place, and can migrate the VM again"
+            "where QEMU is 10.0 or newer, reboot the guest or reset the VM ({how}): QEMU then puts "
+            "another page in place, and can migrate the VM again"
         ),
         reading="QEMU refuses, or dies as it reads the lost page",
         huge=(
             "the host needs a free huge page for that (HugePages_Free in /proc/meminfo): without "
             "one, QEMU does not start, and after a reset it dies where the page was"
         ),
-        reset="with libvirt: virsh reset {vm}",
-        stop_and_start=_STOP_AND_START,
     ),
 }
-# QEMU 10 has guest_memfd for confidential VMs only, which the lab cannot run.
-_GUEST_MEMFD = {"qemu": Vmm(stop_and_start=_STOP_AND_START)}
 
 
 def known(vmm: str | None, *, guest_memfd: bool) -> Vmm:
     """What is known of a VMM (``Party.vmm``), for a lost page of guest_memfd or other memory."""
-    return (_GUEST_MEMFD if guest_memfd else _ORDINARY).get(vmm or "", _UNTRIED)
+    # QEMU 10 has guest_memfd for confidential VMs only, which the lab cannot run.
+    return _UNTRIED if guest_memfd else _TRIED.get(vmm or "", _UNTRIED)
 
 
-def for_virsh(party: Party) -> str | None:
+def reset(party: Party | None) -> str:
+    """How people reset a VM of QEMU's."""
+    virsh = _for_virsh(party)
+    return "monitor: system_reset" + (f"; libvirt: virsh reset {virsh}" if virsh else "")
+
+
+def stop_and_start(party: Party | None) -> str | None:
+    """What people type to stop a VM and start it; None if that is not known."""
+    virsh = _for_virsh(party)
+    return f"with libvirt: virsh destroy {virsh} && virsh start {virsh}" if virsh else None
+
+
+def _for_virsh(party: Party | None) -> str | None:
     """The VM as virsh takes it, safe to paste into a shell; None if libvirt did not start it."""
-    # libvirt gives every VM a UUID. Names are what tenants chose.
-    if party.uuid is None or not _UUID.fullmatch(party.uuid):
+    # libvirt's VMs of QEMU's all have a UUID. Names are what tenants chose.
+    if party is None or party.vmm != "qemu" or not _UUID.fullmatch(party.uuid or ""):
         return None
     return party.name if party.name and _PLAIN_NAME.fullmatch(party.name) else party.uuid

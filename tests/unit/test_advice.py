@@ -49,17 +49,17 @@ EXIT = Exit(T0 + 1, 1, 0, 133, 39, True, 70, 0, GFN << 12, 4096, GFN, False, gme
 LATER = VmSeen(T0 + 60 * SECOND, 9, 990, "bystander")
 
 WHERE = f"the lost page (gfn {GFN:#x})"
-SHUT_DOWN = "shut web-1 down from inside and start it again: "
+SHUT_DOWN = "shut web-1 down from inside the guest and start it again: "
 STOP = "stop web-1 and start it again: "
 DESTROY = "with libvirt: virsh destroy web-1 && virsh start web-1"
 RESET = (
-    "or, where QEMU is 10.0 or newer, reboot the guest or reset the VM (monitor: system_reset): "
-    "QEMU then puts another page in place, and can migrate the VM again"
+    "or, where QEMU is 10.0 or newer, reboot the guest or reset the VM (monitor: system_reset; "
+    "libvirt: virsh reset web-1): QEMU then puts another page in place, and can migrate the VM "
+    "again"
 )
-VIRSH_RESET = "with libvirt: virsh reset web-1"
-NOT = "do not migrate, save, snapshot or dump web-1 before that: "
+NOT = "until then do not migrate, save, snapshot or dump web-1: "
 NOT_QEMU = NOT + "QEMU refuses, or dies as it reads the lost page"
-NOT_ANY = NOT + "that reads every page, the lost one too"
+NOT_ANY = NOT + "each of these reads every page, the lost one too"
 
 
 def looks(state: str, ran_ns: int = 0) -> list[VcpuState]:
@@ -74,7 +74,7 @@ def told(*events: Event) -> Incident:
     return incident
 
 
-RESETTABLE = [RESET, VIRSH_RESET, NOT_QEMU]
+RESETTABLE = [RESET, NOT_QEMU]
 UNTOUCHED = f"{SHUT_DOWN}its guest has not touched {WHERE} yet"
 CASES: dict[str, tuple[list[Event], list[str]]] = {
     "latent": ([QEMU, OWNED, POISON], [UNTOUCHED, *RESETTABLE]),
@@ -90,7 +90,7 @@ CASES: dict[str, tuple[list[Event], list[str]]] = {
     ),
     "undelivered": (
         [QEMU, GMEM, POISON, Refused(T0 + 1, 1, GFN, 2), LATER],
-        [f"{SHUT_DOWN}2 times guest_memfd refused {WHERE} and no VMM was notified", NOT_ANY],
+        [f"{SHUT_DOWN}guest_memfd refused {WHERE} 2 times, and no VMM was notified", NOT_ANY],
     ),
     "looping": (
         [QEMU, GMEM, POISON, replace(EXIT, count=9)],
@@ -117,7 +117,7 @@ CASES: dict[str, tuple[list[Event], list[str]]] = {
         [
             f"see whether web-1 still works: its VMM was notified of {WHERE}, and what it did is "
             "not known",
-            "if it does, shut it down from inside, if not, stop it; then start it again",
+            "if it does, shut it down from inside the guest, if not, stop it; then start it again",
             DESTROY,
             NOT_QEMU,
         ],
@@ -125,8 +125,7 @@ CASES: dict[str, tuple[list[Event], list[str]]] = {
     "handled": (
         [QEMU, OWNED, POISON, AR, *looks("running", SECOND)],
         [
-            "at the next opportunity shut web-1 down from inside and start it again: it runs on, "
-            f"without {WHERE}",
+            f"at the next opportunity {SHUT_DOWN}it runs on, without {WHERE}",
             *RESETTABLE,
         ],
     ),
@@ -147,7 +146,6 @@ CASES: dict[str, tuple[list[Event], list[str]]] = {
         [
             UNTOUCHED,
             RESET,
-            VIRSH_RESET,
             "the host needs a free huge page for that (HugePages_Free in /proc/meminfo): without "
             "one, QEMU does not start, and after a reset it dies where the page was",
             NOT_QEMU,
@@ -168,7 +166,9 @@ def test_what_to_do(events: list[Event], steps: list[str]) -> None:
 def test_the_hardware_that_failed_is_no_place_to_start_it_again() -> None:
     error = HwError(T0, "GHES", "recoverable", PFN << 12, PFN, 64, 1, "DIMM A1")
     step, *_ = advice.next_steps(told(QEMU, OWNED, error, POISON))
-    assert step.startswith("shut web-1 down from inside and start it again, best on another host: ")
+    assert step.startswith(
+        "shut web-1 down from inside the guest and start it again, best on another host: "
+    )
     step, *_ = advice.next_steps(told(QEMU, OWNED, replace(error, severity="corrected"), POISON))
     assert step.startswith(SHUT_DOWN)
 
@@ -178,9 +178,9 @@ def test_vms_that_share_a_page_share_the_advice() -> None:
     owned = [Owned(T0, PFN, Owner(vm.vm, GFN + vm.vm, HVA), "pagemap") for vm in vms]
     some = advice.next_steps(told(*vms[:3], *owned[:3], POISON))
     assert some == [
-        "shut each of vm-1, vm-2, vm-3 down from inside and start it again: its guest has not "
-        "touched the lost page yet",
-        RESET,
+        "shut each of vm-1, vm-2, vm-3 down from inside the guest and start it again: its guest "
+        "has not touched the lost page yet",
+        RESET.replace("; libvirt: virsh reset web-1", ""),
         NOT_QEMU.replace("web-1", "vm-1, vm-2, vm-3"),
     ]
     many = advice.next_steps(told(*vms, *owned, POISON))
@@ -211,7 +211,12 @@ def test_vms_that_share_a_page_share_the_advice() -> None:
 def test_what_is_pasted_into_a_shell(
     name: str | None, uuid: str | None, expected: str | None
 ) -> None:
-    assert vmm_advice.for_virsh(Party(1, 900, name, uuid, "qemu")) == expected
+    party = Party(1, 900, name, uuid, "qemu")
+    command = expected and f"with libvirt: virsh destroy {expected} && virsh start {expected}"
+    assert vmm_advice.stop_and_start(party) == command
+    virsh = f"; libvirt: virsh reset {expected}" if expected else ""
+    assert vmm_advice.reset(party) == f"monitor: system_reset{virsh}"
+    assert vmm_advice.stop_and_start(replace(party, vmm="crosvm")) is None
 
 
 def every_incident() -> Iterator[Incident]:
@@ -268,7 +273,7 @@ def test_no_state_is_advised_what_reads_the_lost_page() -> None:
         assert [one for step in steps for one in harmful(step)] == []
         with_vm = [step for step in steps if step.startswith(("shut", "stop", "see whether web"))]
         if with_vm:
-            assert any(step.startswith("do not migrate") for step in steps), steps
+            assert any(step.startswith("until then do not migrate") for step in steps), steps
         # A reset is for QEMU, and nothing is known of it with guest_memfd.
         if incident.guest_memfd or incident.parties[1].vmm != "qemu":
             assert not any("reset" in step for step in steps)

@@ -86,7 +86,7 @@ def test_the_whole_story_in_eighty_columns(recording: str) -> None:
         "web-1: stopped",
         "stop web-1 and start it again, best on another host",
         "with libvirt: virsh destroy web-1 && virsh start web-1",
-        "do not migrate, save, snapshot or dump web-1 before that",
+        "until then do not migrate, save, snapshot or dump web-1",
         "replace CPU0_DIMM_A1",
     ]
     at = [text.index(part) for part in order]
