@@ -91,8 +91,8 @@ def _now() -> list[stat.Panel]:
         ),
         stat_panel(
             "Poisoned pages in VMs",
-            "Poisoned pages that VMs hold now. Shut those VMs down from inside and start them "
-            "again; do not migrate, save, snapshot or dump them before that.",
+            "Poisoned pages that VMs hold now. Shut those VMs down from inside the guest and start "
+            "them again; do not migrate, save, snapshot or dump them before that.",
             f"sum(kvmtrace_vm_poisoned_pages{{{HOST}}})",
             [(None, GREEN), (1, ORANGE)],
         ),

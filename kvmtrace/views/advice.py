@@ -86,7 +86,10 @@ def _for_vms(incident: Incident) -> list[str]:
     verdicts = {verdict.vm: verdict for verdict in incident.verdicts}
     owners = [owner.vm for owner in incident.owners]
     if not verdicts and not owners and incident.first_delivery_ts is not None:
-        return ["see whether all VMs of the process that was notified still work"]
+        return [
+            "see whether all VMs of the process that was notified still work",
+            "until then do not migrate, save, snapshot or dump them: one has the lost page",
+        ]
     vms = [vm for vm in dict.fromkeys([*verdicts, *owners]) if _has_page(incident, vm)]
     needs: dict[tuple[_Need, Vmm], list[int]] = {}
     for vm in vms:

@@ -153,7 +153,10 @@ CASES: dict[str, tuple[list[Event], list[str]]] = {
     ),
     "of which of its VMs is not known": (
         [QEMU, VmSeen(T0, 2, 900, "web-2"), POISON, replace(AO, vm=None, pfn=PFN), LATER],
-        ["see whether all VMs of the process that was notified still work"],
+        [
+            "see whether all VMs of the process that was notified still work",
+            "until then do not migrate, save, snapshot or dump them: one has the lost page",
+        ],
     ),
 }
 
