@@ -149,8 +149,8 @@ def test_what_is_never_delivered(machine: Machine) -> None:
         assert told["next"] == [
             "shut swallowed down from inside the guest and start it again: guest_memfd refused "
             f"{page} 2 times, and no VMM was notified",
-            "until then do not migrate, save, snapshot or dump swallowed: each of these reads every "
-            "page, the lost one too",
+            "until then do not migrate, save, snapshot or dump swallowed: each of these reads "
+            "every page, the lost one too",
         ]
         text = machine.run(asked, timeout=PATIENCE, check=True).stdout
         assert "2 refusals by guest_memfd, of which KVM_RUN said nothing" in text
