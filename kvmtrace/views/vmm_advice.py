@@ -66,7 +66,9 @@ def reset(party: Party | None) -> str:
 def stop_and_start(party: Party | None) -> str | None:
     """What people type to stop a VM and start it; None if that is not known."""
     virsh = _for_virsh(party)
-    return f"with libvirt: virsh destroy {virsh} && virsh start {virsh}" if virsh else None
+    # A transient domain is gone once it is destroyed: there is nothing to start.
+    command = f"virsh destroy {virsh} && virsh start {virsh}"
+    return f"with libvirt, if persistent: {command}" if virsh else None
 
 
 def _for_virsh(party: Party | None) -> str | None:

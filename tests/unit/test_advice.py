@@ -51,7 +51,7 @@ LATER = VmSeen(T0 + 60 * SECOND, 9, 990, "bystander")
 WHERE = f"the lost page (gfn {GFN:#x})"
 SHUT_DOWN = "shut web-1 down from inside the guest and start it again: "
 STOP = "stop web-1 and start it again: "
-DESTROY = "with libvirt: virsh destroy web-1 && virsh start web-1"
+DESTROY = "with libvirt, if persistent: virsh destroy web-1 && virsh start web-1"
 RESET = (
     "or, where QEMU is 10.0 or newer, reboot the guest or reset the VM (monitor: system_reset; "
     "libvirt: virsh reset web-1): QEMU then puts another page in place, and can migrate the VM "
@@ -215,7 +215,10 @@ def test_what_is_pasted_into_a_shell(
     name: str | None, uuid: str | None, expected: str | None
 ) -> None:
     party = Party(1, 900, name, uuid, "qemu")
-    command = expected and f"with libvirt: virsh destroy {expected} && virsh start {expected}"
+    command = (
+        expected
+        and f"with libvirt, if persistent: virsh destroy {expected} && virsh start {expected}"
+    )
     assert vmm_advice.stop_and_start(party) == command
     virsh = f"; libvirt: virsh reset {expected}" if expected else ""
     assert vmm_advice.reset(party) == f"monitor: system_reset{virsh}"

@@ -85,7 +85,7 @@ def test_the_whole_story_in_eighty_columns(recording: str) -> None:
         "sleeps outside KVM_RUN",
         "web-1: stopped",
         "stop web-1 and start it again, best on another host",
-        "with libvirt: virsh destroy web-1 && virsh start web-1",
+        "with libvirt, if persistent: virsh destroy web-1 && virsh start web-1",
         "until then do not migrate, save, snapshot or dump web-1",
         "replace CPU0_DIMM_A1",
     ]
