@@ -259,14 +259,29 @@ def every_incident() -> Iterator[Incident]:
                 yield replace(found, first_delivery_ts=T0, told=(telling,), verdicts=(verdict,))
 
 
-MOVES = re.compile(r"migrat|\bmov(e|ed|ing)\b|\bsnapshot|\bdump|evacuat|\bsave\b|\bdrain", re.I)
+READS = re.compile(r"\b(migrate|snapshot|dump|save|suspend)\b", re.IGNORECASE)
+MOVES = re.compile(r"\b(move|evacuate)\b", re.IGNORECASE)
 
 
 def harmful(text: str) -> list[str]:
-    """Sentences that speak of reading all of a VM's memory and do not warn of it."""
-    sentences = re.split(r"(?<=[.;:])\s+", text)
-    fine = re.compile(r"do not (migrate|rely)|refuses|again$|can migrate the VM again", re.I)
-    return [one for one in sentences if MOVES.search(one) and not fine.search(one)]
+    """Sentences that would have people read all of a VM's memory while a page of it is gone.
+
+    VMs are moved away only from a host whose kernel has lost the page, to be rebooted then.
+    """
+    sentences = re.split(r"(?<=[.;])\s+", text)
+    warned = re.compile(r"do not migrate|can migrate the VM again", re.IGNORECASE)
+    reads = [one for one in sentences if READS.search(one) and not warned.search(one)]
+    return reads + [one for one in sentences if MOVES.search(one) and "reboot" not in one.lower()]
+
+
+def test_harm_is_seen() -> None:
+    for text in (
+        "migrate web-1 before its guest touches the page",
+        "live-migrate it first",
+        "Move or restart those VMs, and look for a failing DIMM.",
+        "take a snapshot of web-1",
+    ):
+        assert harmful(text) == [text]
 
 
 def test_no_state_is_advised_what_reads_the_lost_page() -> None:
