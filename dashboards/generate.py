@@ -84,8 +84,8 @@ def _now() -> list[stat.Panel]:
     return [
         stat_panel(
             "VMMs looping",
-            "Incidents in which a VM is told of the same page again and again: its VMM does not "
-            "cope. Look at it now.",
+            "Incidents in which a VM is notified of the same page again and again: its VMM does "
+            "not cope. Stop the VM now and start it again; do not migrate it.",
             f'sum(kvmtrace_incidents{{{HOST}, state="looping"}})',
             ANY_IS_BAD,
         ),
@@ -98,7 +98,8 @@ def _now() -> list[stat.Panel]:
         ),
         stat_panel(
             "Poisoned pages in VMs",
-            "Poisoned pages that VMs hold now. Those VMs should be moved or restarted in time.",
+            "Poisoned pages that VMs hold now. Shut those VMs down from inside the guest and start "
+            "them again; do not migrate, save, snapshot or dump them before that.",
             f"sum(kvmtrace_vm_poisoned_pages{{{HOST}}})",
             [(None, GREEN), (1, ORANGE)],
         ),

@@ -229,7 +229,8 @@ class Incident:
     ``undelivered``: refusals of guest_memfd that no exit told. ``before_start``: it was there when
     kvmtrace came. ``size``: bytes lost, where known. ``omitted``: moments that had no room.
     ``released``: those of the owners whose memory was seen without the page since. ``page_class``:
-    one of ``PAGE_CLASSES``, None where the kernel's verdict is not known.
+    one of ``PAGE_CLASSES``, None where the kernel's verdict is not known. ``guest_memfd``: it is
+    known to be one of guest_memfd.
     """
 
     id: str
@@ -258,6 +259,7 @@ class Incident:
     sigbus_to_others: int = 0
     page_shift: int = kvm.PAGE_SHIFT
     page_class: str | None = None
+    guest_memfd: bool = False
 
     @property
     def host_at_risk(self) -> bool:

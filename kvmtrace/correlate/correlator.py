@@ -249,6 +249,7 @@ class Correlator:
             incident = self._incident_at(event.vm, event.gfn)
             if incident is not None:
                 incident.exits += event.count
+                incident.guest_memfd |= event.errno == kvm.EHWPOISON  # others get a SIGBUS
                 how = kvm.outcome_name(event.errno, event.reason)
                 gpa = f", gpa {event.gpa:#x}" if event.gpa is not None else ""
                 vcpu = "a vCPU" if event.vcpu is None else f"vCPU {event.vcpu}"
@@ -275,6 +276,7 @@ class Correlator:
         self._vms.refused(event, event.gfn if gfn is None else gfn, now)
         incident = self._incident_at(event.vm, event.gfn)
         if incident is not None:
+            incident.guest_memfd = True
             incident.note(
                 ("refused", event.vm, gfn),
                 event.ts,
@@ -377,6 +379,7 @@ class Correlator:
 
     def _owned_by(self, incident: State, event: Owned) -> None:
         self._incidents.grow(incident, event.size)
+        incident.guest_memfd |= event.via in ("guest_memfd", "fault")
         how = _FOUND_BY.get(event.via, event.via)
         self._own(incident, event.owner, event.ts, how)
 

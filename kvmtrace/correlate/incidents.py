@@ -441,6 +441,7 @@ class State:
             timeline=self._timeline(),
             omitted=self.omitted,
             page_shift=self.page.bit_length() - 1,
+            guest_memfd=self.guest_memfd,
         )
 
     def _timeline(self) -> tuple[Moment, ...]:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from kvmtrace import dimms
-from kvmtrace.model import Incident, Snapshot
+from kvmtrace.model import Incident, Snapshot, Verdict
+from kvmtrace.views import vmm_advice
 from kvmtrace.views.cells import counted, dimm_of, hex_of, listed
+from kvmtrace.views.vmm_advice import Vmm
+
+_NAMES = 8
 
 
 def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
@@ -90,43 +97,119 @@ def _for_host(incident: Incident) -> list[str]:
     return []
 
 
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What a VM needs, and why. ``how``: "wait" and look again, "stop" and start, "check" whether
+    it works, "shut down" from inside, or that "later".
+    """
+
+    how: str
+    why: str
+
+
 def _for_vms(incident: Incident) -> list[str]:
     if incident.state == "closed":
         return []
-    words = {
-        verdict.vm: "early" if verdict.early else verdict.word for verdict in incident.verdicts
-    }
-    steps = []
-    for vm in dict.fromkeys([*(v for v in words), *(owner.vm for owner in incident.owners)]):
+    verdicts = {verdict.vm: verdict for verdict in incident.verdicts}
+    owners = [owner.vm for owner in incident.owners]
+    if not verdicts and not owners and incident.first_delivery_ts is not None:
+        return [
+            "see whether all VMs of the process that was notified still work",
+            "until then do not migrate, save, snapshot or dump them: one has the lost page",
+        ]
+    vms = [vm for vm in dict.fromkeys([*verdicts, *owners]) if _has_page(incident, vm)]
+    needs: dict[tuple[_Need, Vmm], list[int]] = {}
+    for vm in vms:
+        # VMs that share the page have it at gfns of their own, which the story lists.
+        page = _page(incident, vm) if len(vms) == 1 else "the lost page"
         party = incident.parties.get(vm)
-        if party is not None and party.gone_ts is not None:
-            continue
-        if vm not in words and all(o in incident.released for o in incident.owners if o.vm == vm):
-            continue
-        who = _names(incident, [vm])
-        gfns = [owner.gfn for owner in incident.owners if owner.vm == vm and owner.gfn is not None]
-        where = f" (gfn {listed(map(hex_of, gfns))})" if gfns else ""
-        match words.get(vm):
-            case "looping":
-                steps.append(f"restart {who}: its VMM enters the same page{where} again and again")
-            case "stopped":
-                steps.append(f"restart {who}: the vCPU that was told no longer runs")
-            case "early":
-                steps.append(f"ask again in some seconds: {who} was told only just now")
-            case "unknown":
-                steps.append(f"look at {who}: it was told, and what it did is not known")
-            case None if incident.undelivered:
-                steps.append(f"migrate {who}: its page{where} was asked for, and it was not told")
-            case None if incident.first_delivery_ts is not None:
-                steps.append(f"look at {who}: its process was told, and not for which of its VMs")
-            case None if incident.before_start:
-                steps.append(f"migrate {who}: its guest may touch the page{where}")
-            case None:
-                steps.append(f"migrate {who} before its guest touches the page{where}")
+        vmm = vmm_advice.known(party.vmm if party else None, guest_memfd=incident.guest_memfd)
+        needs.setdefault((_need(incident, vm, verdicts.get(vm), page), vmm), []).append(vm)
+    steps = [
+        step for (need, vmm), some in needs.items() for step in _steps(incident, need, vmm, some)
+    ]
     if incident.undelivered and incident.told:
         times = counted(incident.undelivered, "time")
-        steps.append(f"do not rely on the VMM: {times} the page was refused and it was not told")
+        steps.append(f"do not rely on the VMM: {times} it was not notified of the lost page")
     return steps
+
+
+def _has_page(incident: Incident, vm: int) -> bool:
+    """Whether a VM still has the lost page in its memory, or is stuck on it all the same."""
+    party = incident.parties.get(vm)
+    if party is not None and party.gone_ts is not None:
+        return False
+    places = [owner for owner in incident.owners if owner.vm == vm]
+    replaced = bool(places) and all(owner in incident.released for owner in places)
+    words = {verdict.word for verdict in incident.verdicts if verdict.vm == vm}
+    return not replaced or bool(words & {"looping", "stopped"})
+
+
+def _page(incident: Incident, vm: int) -> str:
+    gfns = [owner.gfn for owner in incident.owners if owner.vm == vm and owner.gfn is not None]
+    return f"the lost page (gfn {listed(map(hex_of, gfns))})" if gfns else "the lost page"
+
+
+def _is_vague(incident: Incident) -> bool:
+    """Whether a process was notified, and for which of its VMs is not known."""
+    known = sum(count for telling in incident.told for count in telling.sigbus.values())
+    return incident.first_delivery_ts is not None and incident.sigbus > known
+
+
+def _need(incident: Incident, vm: int, verdict: Verdict | None, page: str) -> _Need:
+    told = [telling for telling in incident.told if telling.vm == vm]
+    ahead = all(set(telling.sigbus) == {"AO"} and not telling.exits for telling in told)
+    match verdict and verdict.word:
+        case "looping":
+            return _Need("stop", f"its VMM goes back to {page} again and again")
+        case "stopped":
+            return _Need("stop", f"the vCPU that was notified of {page} no longer runs")
+        case "handled":
+            return _Need("later", f"it runs on, without {page}")
+        case "unknown" if ahead:
+            return _Need("shut down", f"its VMM was notified before its guest touched {page}")
+        case "unknown" if verdict and verdict.early:
+            return _Need("wait", "its VMM was notified only just now")
+        case "unknown":
+            return _Need("check", f"its VMM was notified of {page}, and what it did is not known")
+        case _ if incident.undelivered:
+            times = counted(incident.undelivered, "time")
+            why = f"guest_memfd refused {page} {times}, and no VMM was notified"
+            return _Need("shut down", why)
+        case _ if _is_vague(incident):
+            why = "a process was notified of the page, for which of its VMs is not known"
+            return _Need("check", why)
+        case _ if incident.before_start:
+            return _Need("shut down", f"its guest may touch {page} at any time")
+    return _Need("shut down", f"its guest has not touched {page} yet")
+
+
+def _steps(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterator[str]:
+    names = _names(incident, vms)
+    who = names if len(vms) == 1 else f"each of {names}"
+    start = "start it again"
+    if incident.origin is not None and incident.origin.severity != "corrected":
+        start += ", best on another host"
+    match need.how:
+        case "wait":
+            yield f"look at {who} again in some seconds: {need.why}"
+        case "stop":
+            yield f"stop {who} and {start}: {need.why}"
+        case "check":
+            yield f"see whether {who} still works: {need.why}"
+            yield f"if it does, shut it down from inside the guest, if not, stop it; then {start}"
+        case _:
+            when = "at the next opportunity " if need.how == "later" else ""
+            yield f"{when}shut {who} down from inside the guest and {start}: {need.why}"
+    party = incident.parties.get(vms[0]) if len(vms) == 1 else None
+    if need.how in ("stop", "check") and (command := vmm_advice.stop_and_start(party)):
+        yield command
+    if need.how in ("shut down", "later") and vmm.replaces:
+        yield f"or, {vmm.replaces.format(how=vmm_advice.reset(party))}"
+    is_huge = incident.size is not None and incident.size > 1 << incident.page_shift
+    if is_huge and vmm.huge and need.how != "wait":
+        yield vmm.huge
+    yield f"until then do not migrate, save, snapshot or dump {names}: {vmm.reading}"
 
 
 def _for_hardware(incident: Incident) -> list[str]:
@@ -176,12 +259,15 @@ def _why_nothing(incident: Incident) -> str:
         if incident.owners:
             return "the VMs that held the page have another one in its place"
         return "the kernel took the page out of use, and no VM is known to hold it"
-    return "the VMM coped, and the page is not touched any more"
+    if incident.released:
+        return "another page was put in place of the lost one"
+    return "the VMs that were notified are gone"
 
 
 def _names(incident: Incident, keys: list[int]) -> str:
-    parties = [incident.parties.get(key) for key in keys]
-    return listed(party.label if party else "a VM not known by name" for party in parties)
+    parties = [incident.parties.get(key) for key in keys[:_NAMES]]
+    names = listed(party.label if party else "a VM not known by name" for party in parties)
+    return names if len(keys) <= _NAMES else f"{names} and {len(keys) - _NAMES} more"
 
 
 def _without(snapshot: Snapshot, *probes: str) -> str:

@@ -25,7 +25,7 @@ from tests.lab.machine_check import SCENARIOS as MACHINE_CHECKS
 from tests.lab.nested import NESTED
 from tests.lab.owners import owners_before_any_touch
 from tests.lab.progress import say
-from tests.lab.qemu_guest import qemu_loses_a_page
+from tests.lab.qemu_guest import qemu_advice, qemu_loses_a_page, qemu_with_a_page_gone
 from tests.lab.readme import keep
 from tests.lab.scenarios import SCENARIOS, SOURCES, Scenario
 
@@ -33,15 +33,12 @@ BOTH = "both"
 UNSTAGED = "can't be staged: "
 HARDWARE = Scenario(ghes, sources=(BOTH,), boot={"ras": True})
 OWNERS = Scenario(owners_before_any_touch, sources=("bpf",))
-EVERYTHING = (
-    *SCENARIOS,
-    OWNERS,
+QEMU = (
     Scenario(qemu_loses_a_page),
-    *MACHINE_CHECKS,
-    HARDWARE,
-    NESTED,
-    *CONDITIONS,
+    Scenario(qemu_with_a_page_gone, sources=(BOTH,)),
+    Scenario(qemu_advice),
 )
+EVERYTHING = (*SCENARIOS, OWNERS, *QEMU, *MACHINE_CHECKS, HARDWARE, NESTED, *CONDITIONS)
 
 # The same stories at a size that a whole matrix can afford under emulation; test_sources.py runs
 # them at full size on the newest kernel.

@@ -1,90 +1,398 @@
-"""A VMM that nobody here wrote: Debian's QEMU, nested, with ordinary memory, loses a page."""
+"""A VMM that nobody here wrote: Debian's QEMU, nested, with ordinary memory, loses a page.
+
+What it does then, and what people may therefore be advised to do, per kind of memory:
+``views/vmm_advice.py`` says only what is shown here.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
 
-from tests.lab.drive import PATIENCE, Line, Unstageable, following
+from tests.lab.drive import PATIENCE, Line, Unstageable, end_following, following
 from tests.lab.machine import Machine
 
 NAME, UUID = "tenant-7", "6f2c1f0e-93a5-4b0e-9d53-2d0f4c1f5a77"
 
-# The firmware of its guest: touches its first page, says "up" on the debug console, then counts in
-# that page about once a second, so that it seldom does while memory_failure is still at work on it.
-# SeaBIOS will not do: under two emulations it spun in its timeouts for minutes, in 2 of 200 starts.
-_FIRMWARE = """
+MIB = 1 << 20
+SIZE = 64 * MIB
+HUGE_PAGES = SIZE // (2 * MIB)
+MEMORY = {
+    "anonymous": "memory-backend-ram",
+    "memfd": "memory-backend-memfd,share=on",
+    "hugetlb": "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M",
+}
+
+# Where the guest never is, so that only the VMM can meet the lost page.
+UNTOUCHED = 16 * MIB
+
+
+def _firmware() -> tuple[bytes, bytes]:
+    """The guest: the begin of its ROM, and what is at the reset vector, 16 bytes below the end.
+
+    It touches its first page, says "up" on the debug console, then counts in that page about once a
+    second, so that it seldom does while memory_failure is still at work on it. "r" on its serial
+    line makes it reboot, "s" shut down. SeaBIOS will not do: under two emulations it spun in its
+    timeouts for minutes, in 2 of 200 starts.
+    """
+
+    def hexadecimal(*lines: str) -> bytes:
+        return b"".join(bytes.fromhex(line) for line in lines)
+
+    def out(port: int, value: int) -> bytes:  # mov dx, port; mov eax, value; out dx, eax
+        return b"\xba%b\x66\xb8%b\x66\xef" % (
+            port.to_bytes(2, "little"),
+            value.to_bytes(4, "little"),
+        )
+
+    def back(opcode: int) -> bytes:  # a jump to `again`
+        return bytes([opcode, (again - len(code) - 2) & 0xFF])
+
+    code = hexadecimal(
+        "ff060005", "ba0204", "b075ee", "b070ee", "b00aee"
+    )  # inc word [0x500]; "up\n"
+    again = len(code)
+    code += hexadecimal("ff060005", "66b900000004", "67e2fd")  # mov ecx, 1 << 26; addr32 loop $
+    code += hexadecimal("bafd03", "ec", "a801")  # has the serial line got a byte?
+    code += back(0x74)  # jz
+    code += hexadecimal("baf803", "ec")  # which one?
+    code += hexadecimal("3c72", "7506", "baf90c", "b006", "ee")  # "r": out 0xcf9, 6
+    code += hexadecimal("3c73")  # "s"
+    code += back(0x75)  # jnz
+    # PIIX4's power management: its registers at 0xb000, enabled; then "soft off".
+    function = 0x8000_0000 | 1 << 11 | 3 << 8
+    code += out(0xCF8, function | 0x40) + out(0xCFC, 0xB001)
+    code += out(0xCF8, function | 0x80) + out(0xCFC, 1)
+    code += hexadecimal("ba04b0", "b80020", "ef", "ebfe")
+    return code, hexadecimal("e90d00")  # jmp on to 0x0000
+
+
+_WRITE_FIRMWARE = """
 import sys
-code = bytes.fromhex("ff060005"  # inc word [0x500]
-                     "ba0204" "b075ee" "b070ee" "b00aee"  # mov dx, 0x402; mov al, 'u'; out dx, al
-                     "ff060005"  # again: inc word [0x500]
-                     "66b900000004" "67e2fd"  # mov ecx, 1 << 26; addr32 loop $
-                     "ebf1")  # jmp again
-reset = bytes.fromhex("e90d00")  # at 0xfff0, 16 bytes below the end: jmp on to 0x0000
+code, reset = (bytes.fromhex(text) for text in sys.argv[2:])
 open(sys.argv[1], "wb").write(code.ljust(0xfff0, b"\\0") + reset.ljust(16, b"\\0"))
 """
 
-# Poisons the guest's first page.
-_POISON_FIRST_PAGE = """
+# Poisons a page of the guest, by its address in the guest.
+_POISON = """
 import json, os, struct, sys
-pid, size = int(sys.argv[1]), int(sys.argv[2])
+pid, size, gpa = map(int, sys.argv[1:])
 for line in open(f"/proc/{pid}/maps"):
     begin, end = (int(x, 16) for x in line.split()[0].split("-"))
     if end - begin >= size:
         break
+hva = begin + gpa
 page = os.sysconf("SC_PAGESIZE")
 with open(f"/proc/{pid}/pagemap", "rb") as pagemap:
-    pagemap.seek(begin // page * 8)
+    pagemap.seek(hva // page * 8)
     pfn = struct.unpack("Q", pagemap.read(8))[0] & (1 << 55) - 1
 try:
     with open("/sys/kernel/debug/hwpoison/corrupt-pfn", "w") as corrupt:
         corrupt.write(f"{pfn:#x}")
 except OSError:
     pass  # some kernels answer EBUSY although the page is poisoned
-print(json.dumps({"pfn": pfn, "hva": begin}))
+print(json.dumps({"pfn": pfn, "hva": hva}))
 """
+
+
+class Qemu:
+    """One QEMU with that guest, asked over QMP. ``memory``: one of ``MEMORY``."""
+
+    def __init__(
+        self, machine: Machine, memory: str = "anonymous", *, reboots: bool = True
+    ) -> None:
+        if machine.run("command -v qemu-system-x86_64").status:
+            raise Unstageable("no QEMU in this root")
+        code, reset = _firmware()
+        words = ["python3", "-c", _WRITE_FIRMWARE, "/tmp/firmware", code.hex(), reset.hex()]
+        machine.run(words, check=True)
+        machine.run("rm -f /tmp/qemu.*; mkfifo /tmp/qemu.serial", check=True)
+        self._machine = machine
+        self.job = machine.start(
+            f"exec qemu-system-x86_64 -accel kvm -name guest={NAME},debug-threads=on -uuid {UUID} "
+            f"-m 64 -object {MEMORY[memory]},id=ram,size=64M,prealloc=on "
+            "-machine pc,memory-backend=ram -bios /tmp/firmware -nodefaults -display none "
+            f"{'' if reboots else '-no-reboot '}-pidfile /tmp/qemu.pid "
+            "-chardev file,id=console,path=/tmp/qemu.console "
+            "-device isa-debugcon,iobase=0x402,chardev=console "
+            "-chardev pipe,id=serial,path=/tmp/qemu.serial -device isa-serial,chardev=serial "
+            "-chardev stdio,id=qmp -mon chardev=qmp,mode=control"
+        )
+        self._read = 0
+        self._line()  # the greeting
+        self.ask("qmp_capabilities")
+        self.pid = int(machine.run("cat /tmp/qemu.pid", check=True).stdout)
+        self.boots(1)
+
+    def ask(self, command: str, **arguments: object) -> Any:
+        """What it answers to a command: the value, or in {"error"} why it will not."""
+        self.begin(command, **arguments)
+        while "event" in (answer := self._line()):
+            pass
+        return answer.get("return", {"error": answer.get("error", {}).get("desc")})
+
+    def begin(self, command: str, **arguments: object) -> None:
+        """A command that it does not live to answer."""
+        self.job.send(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+
+    def _line(self) -> Line:
+        text = self.job.wait_for(lambda all_: "\n" in all_[self._read :], timeout=PATIENCE)
+        end = text.index("\n", self._read) + 1
+        line, self._read = text[self._read : end], end
+        return dict(json.loads(line))
+
+    def monitor(self, command: str) -> Any:
+        """What its monitor for people answers."""
+        return self.ask("human-monitor-command", **{"command-line": command})
+
+    def say(self, letter: str) -> None:
+        """A letter on the guest's serial line."""
+        self._machine.run(f"echo -n {letter} > /tmp/qemu.serial", check=True)
+
+    def boots(self, times: int) -> None:
+        """Wait until the guest has come up so often."""
+        deadline = time.monotonic() + PATIENCE
+        while self._machine.run("grep -c up /tmp/qemu.console").stdout.strip() != str(times):
+            assert time.monotonic() < deadline, "the guest does not come up"
+            assert self.job.poll() is None, (self.job.poll(), self.job.stderr)
+            time.sleep(0.1)
+
+    def loses(self, gpa: int) -> Line:
+        """Poison a page; its pfn and hva."""
+        words = ["python3", "-c", _POISON, str(self.pid), str(SIZE), str(gpa)]
+        return dict(json.loads(self._machine.run(words, check=True, timeout=PATIENCE).stdout))
+
+    def runs(self) -> bool:
+        """Whether the VM runs."""
+        return bool(self.ask("query-status")["running"])
+
+    def migrates(self) -> str | None:
+        """Migrate it away; None if that works, else what QEMU says."""
+        refused = self.ask("migrate", uri="exec:cat >/dev/null")
+        if refused:
+            return str(refused["error"])
+        deadline = time.monotonic() + PATIENCE
+        while (state := self.ask("query-migrate"))["status"] not in ("completed", "failed"):
+            assert time.monotonic() < deadline, state
+            time.sleep(0.1)
+        return None if state["status"] == "completed" else str(state.get("error-desc"))
+
+    def dumps(self) -> str | None:
+        """Dump its memory; None if that works, else what QEMU says."""
+        arguments = {"paging": False, "protocol": "file:/tmp/qemu.dump"}
+        said = self.ask("dump-guest-memory", **arguments)
+        return str(said["error"]) if said else None
+
+    def gets_a_disk(self) -> None:
+        """One that can hold a snapshot of the whole VM."""
+        self._machine.run(": > /tmp/qemu.disk", check=True)
+        file = {"driver": "file", "node-name": "file", "filename": "/tmp/qemu.disk"}
+        image = {"driver": "qcow2", "file": "file"}
+        assert self.ask("blockdev-add", **file) == {}
+        made = self.ask("blockdev-create", **{"job-id": "disk", "options": image | {"size": MIB}})
+        assert made == {}
+        deadline = time.monotonic() + PATIENCE
+        while (job := self.ask("query-jobs")[0])["status"] != "concluded":
+            assert time.monotonic() < deadline, job
+            time.sleep(0.1)
+        assert "error" not in job, job
+        assert self.ask("blockdev-add", **image, **{"node-name": "disk"}) == {}
+
+    def end(self) -> None:
+        """End it as ``virsh destroy`` does."""
+        self.job.kill()
+        self.job.wait(PATIENCE)
+
+
+@contextlib.contextmanager
+def _qemu(machine: Machine, memory: str, *, reboots: bool = True) -> Iterator[Qemu]:
+    qemu = Qemu(machine, memory, reboots=reboots)
+    try:
+        yield qemu
+    finally:
+        qemu.end()
+
+
+@contextlib.contextmanager
+def _huge_pages(machine: Machine) -> Iterator[None]:
+    """Huge pages for one QEMU and one more; all are as before afterwards."""
+    setting = "/proc/sys/vm/nr_hugepages"
+    before = machine.run(f"cat {setting}", check=True).stdout.strip()
+    machine.run(f"echo {int(before) + HUGE_PAGES + 1} > {setting}", check=True)
+    try:
+        if _free_huge_pages(machine) < HUGE_PAGES + 1:
+            raise Unstageable("too few huge pages")
+        yield
+    finally:
+        machine.run(f"echo {before} > {setting}", check=True)
+
+
+def _free_huge_pages(machine: Machine) -> int:
+    meminfo = machine.run("cat /proc/meminfo", check=True).stdout
+    found = re.search(r"^HugePages_Free: +(\d+)", meminfo, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def qemu_with_a_page_gone(machine: Machine, _source: str) -> None:
+    """What can be asked of QEMU while a page of its memory is gone, of each kind of memory."""
+    for memory in MEMORY:
+        page_gone(machine, memory)
+
+
+def page_gone(machine: Machine, memory: str) -> None:
+    """The same for one kind. The guest has not touched the page."""
+    lost: list[int] = []
+
+    def loses(qemu: Qemu) -> None:
+        lost.append(qemu.loses(UNTOUCHED)["pfn"])
+
+    def all_is_well(qemu: Qemu) -> None:
+        assert qemu.monitor(f"xp /1wx {UNTOUCHED:#x}").split()[-1] == "0x00000000"
+        assert qemu.dumps() is None
+        assert qemu.migrates() is None
+
+    with contextlib.ExitStack() as stack:
+        if memory == "hugetlb":
+            stack.enter_context(_huge_pages(machine))
+        stack.callback(_unpoison, machine, lost)
+        with _qemu(machine, memory) as qemu:
+            loses(qemu)
+            assert "hardware poisoned memory" in (qemu.migrates() or "")
+            assert "Bad address" in (qemu.dumps() or "")
+            qemu.ask("stop")
+            qemu.ask("cont")
+            assert qemu.runs()
+            assert "hardware poisoned memory" in (qemu.migrates() or "")  # that mends nothing
+            qemu.monitor("system_reset")
+            qemu.boots(2)
+            all_is_well(qemu)
+        _unpoison(machine, lost)
+        with _qemu(machine, memory) as qemu:
+            loses(qemu)
+            qemu.say("r")
+            qemu.boots(2)
+            all_is_well(qemu)
+        _unpoison(machine, lost)
+        with _qemu(machine, memory) as qemu:
+            loses(qemu)
+            qemu.say("s")
+            assert qemu.job.wait(PATIENCE) == 0
+        with _qemu(machine, memory) as qemu:  # started again
+            all_is_well(qemu)
+        _unpoison(machine, lost)
+        # Whatever reads the page in QEMU kills it: a shell shows 135.
+        for command in (f"xp /1wx {UNTOUCHED:#x}", "savevm one"):
+            with _qemu(machine, memory) as qemu:
+                qemu.gets_a_disk()
+                loses(qemu)
+                qemu.begin("human-monitor-command", **{"command-line": command})
+                assert qemu.job.wait(PATIENCE) == -signal.SIGBUS, command
+            _unpoison(machine, lost)
+        if memory == "hugetlb":
+            machine.run(
+                "echo $(($(cat /proc/sys/vm/nr_hugepages) - 1)) > /proc/sys/vm/nr_hugepages"
+            )
+            with _qemu(machine, memory) as qemu:
+                loses(qemu)
+                assert _free_huge_pages(machine) == 0
+                qemu.monitor("system_reset")
+                qemu.boots(2)
+                qemu.begin("human-monitor-command", **{"command-line": f"xp {UNTOUCHED:#x}"})
+                assert qemu.job.wait(PATIENCE) == -signal.SIGBUS
+            again = machine.run(
+                f"qemu-system-x86_64 -m 64 -object {MEMORY[memory]},id=ram,size=64M,prealloc=on "
+                "-machine pc,memory-backend=ram -nodefaults -display none -accel kvm"
+            )
+            assert again.status > 0
+            assert "Cannot allocate memory" in again.stderr
+
+
+def _unpoison(machine: Machine, pfns: list[int]) -> None:
+    """Give the pages back, or huge ones would be missing to who comes next."""
+    while pfns:
+        where = "/sys/kernel/debug/hwpoison/unpoison-pfn"
+        machine.run(f"echo {pfns.pop():#x} > {where}", check=True)
 
 
 def qemu_loses_a_page(machine: Machine, source: str) -> None:
     """QEMU is named by its -name, its vCPU thread gets the SIGBUS, and it ends."""
-    if machine.run("command -v qemu-system-x86_64").status:
-        raise Unstageable("no QEMU in this root")
-    machine.run(["python3", "-c", _FIRMWARE, "/tmp/firmware"], check=True)
-    with following(machine, source) as (watch,):
-        qemu = machine.start(
-            f"exec qemu-system-x86_64 -accel kvm -name guest={NAME},debug-threads=on -uuid {UUID} "
-            "-m 64 -bios /tmp/firmware -nodefaults -display none -no-reboot -monitor none "
-            "-chardev stdio,id=console -device isa-debugcon,iobase=0x402,chardev=console"
-        )
-        qemu.wait_for("up", timeout=PATIENCE)
-        pid = int(machine.run("pgrep -f [q]emu-system-x86_64", check=True).stdout.split()[0])
-        poisoned = json.loads(
-            machine.run(
-                ["python3", "-c", _POISON_FIRST_PAGE, str(pid), str(64 << 20)],
-                check=True,
-                timeout=PATIENCE,
-            ).stdout
-        )
+    with (
+        following(machine, source) as (watch,),
+        _qemu(machine, "anonymous", reboots=False) as qemu,
+    ):
+        poisoned = qemu.loses(0)
 
         def told(lines: list[Line]) -> list[Line]:
             signals = [
-                x for x in lines if x["kind"] == "sigbus" and x.get("vm", {}).get("pid") == pid
+                x for x in lines if x["kind"] == "sigbus" and x.get("vm", {}).get("pid") == qemu.pid
             ]
             return [x for x in signals if x["code"] == "AR"]
 
-        lines = watch.until(told, "QEMU's vCPU thread is told", patience=PATIENCE)
-        status = qemu.wait(PATIENCE)  # its guest handles no machine check: reset, -no-reboot
+        watch.until(told, "QEMU's vCPU thread is told", patience=PATIENCE)
+        status = qemu.job.wait(PATIENCE)  # its guest handles no machine check: reset, -no-reboot
 
         def gone(lines: list[Line]) -> bool:
-            return any(
-                x["kind"] == "vm" and x["vm"]["pid"] == pid and x["state"] == "gone" for x in lines
-            )
+            ends = [x for x in lines if x["kind"] == "vm" and x["state"] == "gone"]
+            return any(x["vm"]["pid"] == qemu.pid for x in ends)
 
         lines = watch.until(gone, "QEMU's end")
     (poison,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poisoned["pfn"]]
-    signal = told(lines)[0]
-    assert (signal["vm"]["name"], signal["vm"]["uuid"]) == (NAME, UUID)
-    assert signal["hva"] == poisoned["hva"]
-    assert signal.get("gfn") == 0
-    if signal["ts"] > poison["ts"]:
-        assert signal.get("incident") == poison["incident"], (poison, signal)
-    assert "memory error" in qemu.stderr.lower() or status != 0, (status, qemu.stderr)
+    sent = told(lines)[0]
+    assert (sent["vm"]["name"], sent["vm"]["uuid"]) == (NAME, UUID)
+    assert sent["hva"] == poisoned["hva"]
+    assert sent.get("gfn") == 0
+    if sent["ts"] > poison["ts"]:
+        assert sent.get("incident") == poison["incident"], (poison, sent)
+    assert "memory error" in qemu.job.stderr.lower() or status != 0, (status, qemu.job.stderr)
+
+
+def qemu_advice(machine: Machine, source: str) -> None:
+    """What people are advised to do about a page that QEMU has lost: done, it helps."""
+    end_following(machine)
+    serve = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 --source {source}")
+    try:
+        serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+        for memory in MEMORY:
+            _follow_advice(machine, memory)
+    finally:
+        serve.signal(signal.SIGINT)
+        assert serve.wait(PATIENCE) == 0, serve.stderr
+
+
+def _follow_advice(machine: Machine, memory: str) -> None:
+    with contextlib.ExitStack() as stack:
+        if memory == "hugetlb":
+            stack.enter_context(_huge_pages(machine))
+        lost: list[int] = []
+        stack.callback(_unpoison, machine, lost)
+        qemu = stack.enter_context(_qemu(machine, memory))
+        pfn = qemu.loses(UNTOUCHED)["pfn"]
+        lost.append(pfn)
+        steps = _advice(machine, pfn, "monitor: system_reset")
+        assert steps[0].startswith(f"shut {NAME} down from inside the guest and start it again")
+        assert f"libvirt: virsh reset {NAME}" in steps[1]
+        assert steps[-1].startswith(f"until then do not migrate, save, snapshot or dump {NAME}")
+        assert ("free huge page" in steps[2]) == (memory == "hugetlb"), steps
+        qemu.monitor("system_reset")
+        qemu.boots(2)
+        if memory != "hugetlb":  # whose page table does not tell
+            _advice(machine, pfn, "nothing: another page was put in place of the lost one")
+        assert qemu.migrates() is None
+
+
+def _advice(machine: Machine, pfn: int, words: str) -> list[str]:
+    """The steps that `explain` tells for a page, when they say this."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        said = machine.run(["kvmtrace", "explain", f"{pfn:#x}", "--json"], timeout=PATIENCE)
+        incidents = json.loads(said.stdout) if said.status == 0 else []
+        steps = [step for incident in incidents for step in incident["next"]]
+        if any(words in step for step in steps):
+            return steps
+        assert time.monotonic() < deadline, (said, steps)
+        time.sleep(0.5)

@@ -6,13 +6,22 @@ import pytest
 
 from tests.lab.drive import end_following
 from tests.lab.machine import Machine
-from tests.lab.qemu_guest import qemu_loses_a_page
+from tests.lab.qemu_guest import MEMORY, page_gone, qemu_advice, qemu_loses_a_page
 from tests.lab.scenarios import SOURCES
 
 pytestmark = pytest.mark.lab
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_what_qemu_does_with_a_page_gone(machine: Machine, memory: str) -> None:
+    page_gone(machine, memory)
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_qemu_loses_a_page(machine: Machine, source: str) -> None:
     qemu_loses_a_page(machine, source)
     end_following(machine)
+
+
+def test_what_people_are_advised_to_do_helps(machine: Machine) -> None:
+    qemu_advice(machine, "ftrace")

@@ -148,8 +148,13 @@ def test_what_is_never_delivered(machine: Machine) -> None:
         (told,) = json.loads(machine.run([*asked, "--json"], timeout=PATIENCE, check=True).stdout)
         assert (told["undelivered"], told["deliveries"]) == (2, {"exits": 0, "sigbus": 0})
         assert told["state"] == "latent"
-        where = f"its page (gfn {poison['gfn']:#x}) was asked for, and it was not told"
-        assert told["next"] == [f"migrate swallowed: {where}"]
+        page = f"the lost page (gfn {poison['gfn']:#x})"
+        assert told["next"] == [
+            "shut swallowed down from inside the guest and start it again: guest_memfd refused "
+            f"{page} 2 times, and no VMM was notified",
+            "until then do not migrate, save, snapshot or dump swallowed: each of these reads "
+            "every page, the lost one too",
+        ]
         text = machine.run(asked, timeout=PATIENCE, check=True).stdout
         assert "2 refusals by guest_memfd, of which KVM_RUN said nothing" in text
         assert all(len(line) <= 80 for line in text.splitlines())

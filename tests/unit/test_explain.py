@@ -81,7 +81,9 @@ def test_the_whole_story_in_eighty_columns(recording: str) -> None:
         "by: same VM and gfn",
         "sleeps outside KVM_RUN",
         "web-1: stopped",
-        "restart web-1: the vCPU that was told no longer runs",
+        "stop web-1 and start it again, best on another host",
+        "with libvirt, if persistent: virsh destroy web-1 && virsh start web-1",
+        "until then do not migrate, save, snapshot or dump web-1",
         "replace CPU0_DIMM_A1",
     ]
     at = [text.index(part) for part in order]

@@ -1,0 +1,314 @@
+"""What people are advised to do about a lost page, for every state of an incident.
+
+What QEMU does when they do it is shown in the lab (tests/lab/qemu_guest.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dashboards import generate
+from kvmtrace.correlate import Correlator
+from kvmtrace.events import (
+    Event,
+    Exit,
+    Found,
+    GmemPoison,
+    HwError,
+    Owned,
+    Owner,
+    Poison,
+    Refused,
+    Released,
+    Sigbus,
+    VcpuState,
+    VmGone,
+    VmSeen,
+)
+from kvmtrace.model import STATES, VERDICTS, ErrorHistory, Incident, Origin, Party, Telling, Verdict
+from kvmtrace.views import advice, vmm_advice
+from tests.unit.fake import SECOND, T0
+
+PFN, GFN, HVA = 0x2F00F, 0x105, 0x7F0000105000
+UUID = "c7a5fdbd-edaf-9455-926a-d65c16db1809"
+QEMU = VmSeen(T0, 1, 900, "web-1", UUID, "qemu")
+OTHER = VmSeen(T0, 1, 900, "web-1", UUID, "cloud-hypervisor")
+OWNED = Owned(T0, PFN, Owner(1, GFN, HVA), "pagemap", 4096)
+POISON = Poison(T0, PFN, "dirty LRU page", "Recovered", None, None, 31)
+GMEM = GmemPoison(T0, 31, 383, 8, (Owner(1, GFN, HVA),))
+AO = Sigbus(T0 + 1, 900, 900, 5, HVA, 12, vm=1, pfn=PFN)
+AR = Sigbus(T0 + 1, 900, 70, 4, HVA, 12, vm=1, vcpu=0, gfn=GFN, pfn=PFN)
+EXIT = Exit(T0 + 1, 1, 0, 133, 39, True, 70, 0, GFN << 12, 4096, GFN, False, gmem=133)
+LATER = VmSeen(T0 + 60 * SECOND, 9, 990, "bystander")
+
+WHERE = f"the lost page (gfn {GFN:#x})"
+SHUT_DOWN = "shut web-1 down from inside the guest and start it again: "
+STOP = "stop web-1 and start it again: "
+DESTROY = "with libvirt, if persistent: virsh destroy web-1 && virsh start web-1"
+RESET = (
+    "or, where QEMU is 10.0 or newer, reboot the guest or reset the VM (monitor: system_reset; "
+    "libvirt: virsh reset web-1): QEMU then puts another page in place, and can migrate the VM "
+    "again"
+)
+NOT = "until then do not migrate, save, snapshot or dump web-1: "
+NOT_QEMU = NOT + "QEMU refuses, or dies as it reads the lost page"
+NOT_ANY = NOT + "each of these reads every page, the lost one too"
+
+
+def looks(state: str, ran_ns: int = 0) -> list[VcpuState]:
+    return [VcpuState(T0 + n * SECOND, 1, 70, state, 0, ran_ns) for n in (3, 4)]
+
+
+def told(*events: Event) -> Incident:
+    correlator = Correlator()
+    for event in events:
+        correlator.feed(event)
+    (incident,) = correlator.snapshot().incidents
+    return incident
+
+
+RESETTABLE = [RESET, NOT_QEMU]
+UNTOUCHED = f"{SHUT_DOWN}its guest has not touched {WHERE} yet"
+CASES: dict[str, tuple[list[Event], list[str]]] = {
+    "latent": ([QEMU, OWNED, POISON], [UNTOUCHED, *RESETTABLE]),
+    "latent, a VMM that was not tried": ([OTHER, OWNED, POISON], [UNTOUCHED, NOT_ANY]),
+    "latent, guest_memfd": ([QEMU, GMEM, POISON], [UNTOUCHED, NOT_ANY]),
+    "notified ahead": (
+        [QEMU, OWNED, POISON, AO, LATER],
+        [f"{SHUT_DOWN}its VMM was notified before its guest touched {WHERE}", *RESETTABLE],
+    ),
+    "before the start": (
+        [QEMU, OWNED, Found(T0, PFN)],
+        [f"{SHUT_DOWN}its guest may touch {WHERE} at any time", *RESETTABLE],
+    ),
+    "undelivered": (
+        [QEMU, GMEM, POISON, Refused(T0 + 1, 1, GFN, 2), LATER],
+        [f"{SHUT_DOWN}guest_memfd refused {WHERE} 2 times, and no VMM was notified", NOT_ANY],
+    ),
+    "looping": (
+        [QEMU, GMEM, POISON, replace(EXIT, count=9)],
+        [f"{STOP}its VMM goes back to {WHERE} again and again", DESTROY, NOT_ANY],
+    ),
+    "looping, ordinary memory": (
+        [QEMU, OWNED, POISON, replace(AR, count=9)],
+        [f"{STOP}its VMM goes back to {WHERE} again and again", DESTROY, NOT_QEMU],
+    ),
+    "stopped": (
+        [QEMU, GMEM, POISON, EXIT, *looks("outside")],
+        [f"{STOP}the vCPU that was notified of {WHERE} no longer runs", DESTROY, NOT_ANY],
+    ),
+    "stopped, a VMM that was not tried": (
+        [OTHER, GMEM, POISON, EXIT, *looks("outside")],
+        [f"{STOP}the vCPU that was notified of {WHERE} no longer runs", NOT_ANY],
+    ),
+    "early": (
+        [QEMU, OWNED, POISON, AR],
+        ["look at web-1 again in some seconds: its VMM was notified only just now", NOT_QEMU],
+    ),
+    "unknown": (
+        [QEMU, OWNED, POISON, AR, LATER],
+        [
+            f"see whether web-1 still works: its VMM was notified of {WHERE}, and what it did is "
+            "not known",
+            "if it does, shut it down from inside the guest, if not, stop it; then start it again",
+            DESTROY,
+            NOT_QEMU,
+        ],
+    ),
+    "handled": (
+        [QEMU, OWNED, POISON, AR, *looks("running", SECOND)],
+        [
+            f"at the next opportunity {SHUT_DOWN}it runs on, without {WHERE}",
+            *RESETTABLE,
+        ],
+    ),
+    "handled and replaced": (
+        [QEMU, OWNED, POISON, AR, Released(T0 + 2, 1, PFN, HVA), *looks("running", SECOND)],
+        ["nothing: another page was put in place of the lost one"],
+    ),
+    "replaced before anybody touched it": (
+        [QEMU, OWNED, POISON, AO, Released(T0 + 2, 1, PFN, HVA), LATER],
+        ["nothing: another page was put in place of the lost one"],
+    ),
+    "gone": (
+        [QEMU, OWNED, POISON, VmGone(T0 + 2, 1)],
+        ["nothing: the VMs that held the page are gone"],
+    ),
+    "a huge page": (
+        [QEMU, replace(OWNED, size=2 << 20), replace(POISON, page_type="huge page")],
+        [
+            UNTOUCHED,
+            RESET,
+            "the host needs a free huge page for that (HugePages_Free in /proc/meminfo): without "
+            "one, QEMU does not start, and after a reset it dies where the page was",
+            NOT_QEMU,
+        ],
+    ),
+    "of which of its VMs is not known": (
+        [QEMU, VmSeen(T0, 2, 900, "web-2"), POISON, replace(AO, vm=None, pfn=PFN), LATER],
+        [
+            "see whether all VMs of the process that was notified still work",
+            "until then do not migrate, save, snapshot or dump them: one has the lost page",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("events", "steps"), CASES.values(), ids=CASES)
+def test_what_to_do(events: list[Event], steps: list[str]) -> None:
+    assert advice.next_steps(told(*events)) == steps
+
+
+def test_the_hardware_that_failed_is_no_place_to_start_it_again() -> None:
+    error = HwError(T0, "GHES", "recoverable", PFN << 12, PFN, 64, 1, "DIMM A1")
+    step, *_ = advice.next_steps(told(QEMU, OWNED, error, POISON))
+    assert step.startswith(
+        "shut web-1 down from inside the guest and start it again, best on another host: "
+    )
+    step, *_ = advice.next_steps(told(QEMU, OWNED, replace(error, severity="corrected"), POISON))
+    assert step.startswith(SHUT_DOWN)
+
+
+def test_vms_that_share_a_page_share_the_advice() -> None:
+    vms = [VmSeen(T0, key, 900 + key, f"vm-{key}", UUID, "qemu") for key in range(1, 13)]
+    owned = [Owned(T0, PFN, Owner(vm.vm, GFN + vm.vm, HVA), "pagemap") for vm in vms]
+    some = advice.next_steps(told(*vms[:3], *owned[:3], POISON))
+    assert some == [
+        "shut each of vm-1, vm-2, vm-3 down from inside the guest and start it again: its guest "
+        "has not touched the lost page yet",
+        RESET.replace("; libvirt: virsh reset web-1", ""),
+        NOT_QEMU.replace("web-1", "vm-1, vm-2, vm-3"),
+    ]
+    many = advice.next_steps(told(*vms, *owned, POISON))
+    assert "vm-8 and 4 more down" in many[0]
+    # Not those that are gone, and each as it is: one has been told.
+    signal = replace(AR, pid=902, hva=HVA, vm=2, gfn=GFN + 2)
+    mixed = advice.next_steps(told(*vms[:3], *owned[:3], POISON, VmGone(T0, 1), signal))
+    assert mixed[0].startswith("look at vm-2 again")
+    assert any(step.startswith("shut vm-3 down from inside") for step in mixed)
+    assert "vm-1" not in " ".join(mixed)
+
+
+@pytest.mark.parametrize(
+    ("name", "uuid", "expected"),
+    [
+        ("web-1", UUID, "web-1"),
+        ("web-1", None, None),  # libvirt gives each VM a UUID
+        ("web-1", "made-up", None),
+        ("web; reboot", UUID, UUID),
+        ("$(reboot)", UUID, UUID),
+        ("-h", UUID, UUID),
+        ("17", UUID, UUID),  # to virsh a VM's number
+        ("w" * 128, UUID, UUID),
+        ("wéb", UUID, UUID),
+        (None, UUID, UUID),
+    ],
+)
+def test_what_is_pasted_into_a_shell(
+    name: str | None, uuid: str | None, expected: str | None
+) -> None:
+    party = Party(1, 900, name, uuid, "qemu")
+    command = (
+        expected
+        and f"with libvirt, if persistent: virsh destroy {expected} && virsh start {expected}"
+    )
+    assert vmm_advice.stop_and_start(party) == command
+    virsh = f"; libvirt: virsh reset {expected}" if expected else ""
+    assert vmm_advice.reset(party) == f"monitor: system_reset{virsh}"
+    assert vmm_advice.stop_and_start(replace(party, vmm="crosvm")) is None
+
+
+def every_incident() -> Iterator[Incident]:
+    """States, verdicts, VMMs and kinds of memory, in all combinations, possible or not."""
+    owner = Owner(1, GFN, HVA)
+    signals: tuple[dict[str, int], ...] = ({"AO": 1}, {"AR": 1}, {})
+    origins = (None, Origin(("GHES",), ErrorHistory(1, 0, T0, T0), "recoverable", label="A1"))
+    plain = Incident("1", "latent", PFN, "page", "Recovered", T0, (owner,))
+    for state, vmm, gmem, size, origin in itertools.product(
+        STATES,
+        ("qemu", "cloud-hypervisor", "firecracker", "crosvm", "unheard-of", None),
+        (False, True),
+        (None, 4096, 2 << 20),
+        origins,
+    ):
+        party = Party(1, 900, "web-1", UUID, vmm)
+        for owned, undelivered, before in itertools.product((False, True), (0, 2), (False, True)):
+            found = replace(
+                plain,
+                state=state,
+                owners=(owner,) if owned else (),
+                undelivered=undelivered,
+                before_start=before,
+                size=size,
+                parties={1: party},
+                guest_memfd=gmem,
+                origin=origin,
+            )
+            yield found
+            yield replace(found, first_delivery_ts=T0, sigbus=1)
+            for word, early, sent in itertools.product(VERDICTS, (False, True), signals):
+                telling = Telling(1, None, int(not sent), sent, T0, T0)
+                verdict = Verdict(1, word, ("evidence",), early)
+                yield replace(found, first_delivery_ts=T0, told=(telling,), verdicts=(verdict,))
+
+
+READS = re.compile(r"\b(migrate|snapshot|dump|save|suspend)\b", re.IGNORECASE)
+MOVES = re.compile(r"\b(move|evacuate)\b", re.IGNORECASE)
+
+
+def harmful(text: str) -> list[str]:
+    """Sentences that would have people read all of a VM's memory while a page of it is gone.
+
+    VMs are moved away only from a host whose kernel has lost the page, to be rebooted then.
+    """
+    sentences = re.split(r"(?<=[.;])\s+", text)
+    warned = re.compile(r"do not migrate|can migrate the VM again", re.IGNORECASE)
+    reads = [one for one in sentences if READS.search(one) and not warned.search(one)]
+    return reads + [one for one in sentences if MOVES.search(one) and "reboot" not in one.lower()]
+
+
+def test_harm_is_seen() -> None:
+    for text in (
+        "migrate web-1 before its guest touches the page",
+        "live-migrate it first",
+        "Move or restart those VMs, and look for a failing DIMM.",
+        "take a snapshot of web-1",
+    ):
+        assert harmful(text) == [text]
+
+
+def test_no_state_is_advised_what_reads_the_lost_page() -> None:
+    seen = set()
+    for incident in every_incident():
+        steps = advice.next_steps(incident)
+        assert steps
+        seen |= set(steps)
+        assert all(step[0].islower() and not step.endswith(".") for step in steps)
+        assert [one for step in steps for one in harmful(step)] == []
+        with_vm = [step for step in steps if step.startswith(("shut", "stop", "see whether web"))]
+        if with_vm:
+            assert any(step.startswith("until then do not migrate") for step in steps), steps
+        # A reset is for QEMU, and nothing is known of it with guest_memfd.
+        if incident.guest_memfd or incident.parties[1].vmm != "qemu":
+            assert not any("reset" in step for step in steps)
+    assert len(seen) > 20
+
+
+@pytest.mark.parametrize("name", ["README.md", "dashboards/alerts.yml", "dashboards"])
+def test_no_other_place_advises_it(name: str) -> None:
+    if name == "dashboards":
+        board = json.loads(generate.render(generate.host_dashboard()))
+        text = "\n".join(str(panel.get("description", "")) for panel in board["panels"])
+    else:
+        text = (Path(__file__).parents[2] / name).read_text(encoding="utf-8")
+        if name.endswith(".md"):
+            text = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    found = harmful(text)
+    assert found == []
