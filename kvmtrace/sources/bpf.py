@@ -279,7 +279,7 @@ class _Programs:
             member = ".".join(OFFSETS[missing][0])
             return Probe(spec.name, False, target, why=f"the kernel's BTF has no {member}")
         if spec.is_tracepoint:
-            return self._attach_tracepoint(spec)
+            return self._attach_tracepoint(spec, target)
         refusal = bpf_refusals.Refusal("the kernel's BTF does not have this function")
         place = self._layout.trampoline(spec)
         if place is not None:
@@ -299,12 +299,11 @@ class _Programs:
             refusal = bpf_refusals.both(refusal, refused)
         return Probe(spec.name, False, target, why=refusal.why, detail=refusal.detail)
 
-    def _attach_tracepoint(self, spec: probes.ProbeSpec) -> Probe:
-        target = spec.targets[0]
+    def _attach_tracepoint(self, spec: probes.ProbeSpec, target: str) -> Probe:
         refused = self._try(
             spec.name,
             lambda: self._bpf.attach_raw_tracepoint(
-                tp=target.partition(":")[2].encode(), fn_name=_TRACEPOINTS[spec.name].encode()
+                tp=target.rpartition(":")[2].encode(), fn_name=_TRACEPOINTS[spec.name].encode()
             ),
             _TRACEPOINTS[spec.name],
             "raw_tracepoint",
