@@ -6,18 +6,24 @@ by ``open_source``: ``events`` on a small host needs neither a TUI library nor b
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from kvmtrace import __version__
 from kvmtrace.cli.doctor import doctor
-from kvmtrace.cli.ending import Group
+from kvmtrace.cli.ending import Group, stop
 from kvmtrace.cli.live import events, serve, top
 from kvmtrace.cli.logs import bundle, explain, record, replay
 
 
 def main() -> None:
     """The console script."""
-    cli(prog_name="kvmtrace")
+    try:
+        cli(prog_name="kvmtrace")
+    finally:
+        if stop.hung:
+            os._exit(1)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from kvmtrace import __version__, door, sources
 from kvmtrace.cli.ending import always, nobody_writes, stop, tell
-from kvmtrace.cli.watchdog import end_by_force
 from kvmtrace.correlate import Correlator
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
@@ -42,17 +41,17 @@ def here(kind: str) -> sources.Source:
 
 @contextlib.contextmanager
 def session_on(source: sources.Source) -> Iterator[Session]:
-    """A session, detached on every way out.
-
-    A source that hangs in the kernel ends the process: nothing would be gained by an orderly end,
-    which such a thread can hold up again.
-    """
+    """A session, detached on every way out. Raises KvmtraceError if its reader hangs then."""
     session = Session(source)
     try:
         yield session
     finally:
         if not session.close():
-            end_by_force(stop.clean_up)
+            stop.hung = True
+            raise KvmtraceError(
+                "the reader hangs in the kernel, and was left there",
+                "`cat /proc/PID/task/*/stack` says where, while it runs",
+            )
 
 
 @contextlib.contextmanager

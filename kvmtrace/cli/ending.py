@@ -114,11 +114,13 @@ class _Stop:
     An exception out of nowhere could hit a half-attached source or a C callback. Reading and
     writing files is different (``waiting``): who is at the other end could keep us for ever.
 
-    ``clean_up``: what to call if the command has to be ended by force.
+    ``clean_up``: what to call if the command has to be ended by force. ``hung``: a thread was left
+    in the kernel; Python's own way out could wait for it.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self.hung = False
         self.clean_up: list[Callable[[], object]] = []
         self._watchdog: Watchdog | None = None
         self._blocked: Callable[[], bool] | None = None

@@ -31,8 +31,8 @@ PROBES = (
 class FakeSource:
     """Gives ``batches`` one per poll, then nothing (slowly), or raises ``failure``.
 
-    A poll that does not wait gives all that is left, as a real source's does. ``drained`` is set by
-    the first poll that has nothing to give: what was given before has been taken in.
+    ``drained`` is set by the first poll that has nothing to give: what was given before has been
+    taken in.
     """
 
     name = "bpf"
@@ -49,9 +49,6 @@ class FakeSource:
 
     def poll(self, timeout: float) -> list[Event]:
         self.polls += 1
-        if self._batches and timeout <= 0:
-            given, self._batches = self._batches, []
-            return [event for batch in given for event in batch]
         if self._batches:
             return self._batches.pop(0)
         self.drained.set()
