@@ -24,8 +24,7 @@ PACE = 2.5  # seconds between two things that happen, for whoever watches
 FOREVER = 1_000_000_000
 
 INTRODUCTION = """\
-lab: three VMs run in the machine, and its memory fails while you watch, machine check by machine
-lab: check; the kernel poisons the pages:
+lab: three VMs run in the machine, and its hardware reports errors in their memory while you watch:
 lab:   web-1 (dressed as QEMU)        is told of a poisoned page, and does not cope
 lab:   db-1 (dressed as Firecracker)  holds a poisoned page, and loses some of its memory
 lab:   cache-1 (anonymous memory)     loses a mapping, and gets a SIGBUS
@@ -114,7 +113,7 @@ class PoisonStory(Story):
             lambda: mca.report(self._machine, mca.CORRECTED, self._address(web, 5)),
         )
         yield (
-            "machine check: the next one there is not; the page is poisoned, the guest unaware",
+            "machine check: the next one cannot be; the kernel poisons the page, unseen by the guest",
             self._loses(web, 5),
         )
         yield (
