@@ -113,7 +113,7 @@ class PoisonStory(Story):
             lambda: mca.report(self._machine, mca.CORRECTED, self._address(web, 5)),
         )
         yield (
-            "machine check: the next one cannot be; the kernel poisons the page, unseen by the guest",
+            "machine check: the next one cannot be; the kernel poisons the page",
             self._loses(web, 5),
         )
         yield (
