@@ -24,10 +24,9 @@ PACE = 2.5  # seconds between two things that happen, for whoever watches
 FOREVER = 1_000_000_000
 
 INTRODUCTION = """\
-lab: three VMs run in the machine, and its memory fails while you watch, machine check by machine
-lab: check; the kernel poisons the pages:
-lab:   web-1 (dressed as QEMU)        is told of a poisoned page, and does not cope
-lab:   db-1 (dressed as Firecracker)  holds a poisoned page, and loses some of its memory
+lab: three VMs run in the machine, whose hardware reports errors as you watch:
+lab:   web-1 (dressed as QEMU)        is told of a poisoned page, does not cope
+lab:   db-1 (dressed as Firecracker)  holds a poisoned page, loses other memory
 lab:   cache-1 (anonymous memory)     loses a mapping, and gets a SIGBUS
 lab: in `kvmtrace top`: tab and enter to look closer, ? for help, q to end"""
 
@@ -114,7 +113,7 @@ class PoisonStory(Story):
             lambda: mca.report(self._machine, mca.CORRECTED, self._address(web, 5)),
         )
         yield (
-            "machine check: the next one there is not; the page is poisoned, the guest unaware",
+            "machine check: the next one cannot be; the kernel poisons the page",
             self._loses(web, 5),
         )
         yield (
@@ -157,11 +156,18 @@ class PoisonStory(Story):
             self._start(name, how, f"create v vcpus=2 {more}", *touched, ordinary)
 
     def _attached(self) -> bool:
-        """Wait until KVM_RUN is watched; False if it is over before."""
-        while not self.over.wait(0.5):
-            functions = map(str, residue.attached(self._machine)["functions"])
-            if any(one.startswith("kvm_arch_vcpu_ioctl_run") for one in functions):
+        """Wait until KVM_RUN is watched and nothing more is attached; False if it is over before.
+
+        What comes first is seen by other probes than what comes later.
+        """
+        before: residue.Attached = {}
+        while not self.over.wait(PACE):
+            now = residue.probing(self._machine)
+            functions = map(str, now["functions"])
+            watched = any(one.startswith("kvm_arch_vcpu_ioctl_run") for one in functions)
+            if watched and now == before:
                 return True
+            before = now
         return False
 
 
