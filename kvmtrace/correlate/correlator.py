@@ -125,18 +125,17 @@ class Correlator:
 
     def feed(self, event: Event) -> Told:
         """Take one event; returns it with its joins. Never raises for any order of events."""
-        now = self._last_ts or 0
         if self._last_ts is None or event.ts > self._last_ts:
             self._last_ts = event.ts
         match event:
             case Exit():
-                return self._exit(event, now)
+                return self._exit(event)
             case Sigbus():
                 return self._sigbus(event)
             case Mce() | HwError():
                 return self._hardware_error(event)
             case Refused():
-                return self._refused(event, now)
+                return self._refused(event)
             case VmSeen():
                 self._vms.seen(event)
                 return Told(event, vm=event)
@@ -223,9 +222,9 @@ class Correlator:
 
     # -- faults
 
-    def _exit(self, event: Exit, now: int) -> Told:
+    def _exit(self, event: Exit) -> Told:
         cause = cause_of(event)
-        self._vms.exit(event, cause, now)
+        self._vms.exit(event, cause)
         incident = None
         if cause == "hwpoison":
             incident = self._incident_at(event.vm, event.gfn)
@@ -249,8 +248,8 @@ class Correlator:
             incident=incident.id if incident else None,
         )
 
-    def _refused(self, event: Refused, now: int) -> Told:
-        self._vms.refused(event, now)
+    def _refused(self, event: Refused) -> Told:
+        self._vms.refused(event)
         incident = self._incident_at(event.vm, event.gfn)
         if incident is not None:
             incident.note(

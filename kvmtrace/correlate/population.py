@@ -27,9 +27,9 @@ class Refusals:
     last_ts: int = 0
     settled: int = 0
 
-    def add(self, ts: int, now: int, *, refused: int = 0, told: int = 0) -> None:
-        """``now``: the model's time before this. What had settled by then stays settled."""
-        self.settled = self.undelivered(now)
+    def add(self, ts: int, *, refused: int = 0, told: int = 0) -> None:
+        """What had settled by then stays settled."""
+        self.settled = self.undelivered(ts)
         self.refused += refused
         self.told += told
         self.last_ts = max(self.last_ts, ts)
@@ -176,7 +176,7 @@ class Population:
 
     # -- what happened to them
 
-    def exit(self, event: Exit, cause: str | None, now: int) -> None:
+    def exit(self, event: Exit, cause: str | None) -> None:
         """Count an exit."""
         vm = self._vms.get(event.vm)
         if vm is None:
@@ -189,7 +189,7 @@ class Population:
         if cause == "hwpoison" and event.gfn is not None:
             refusals = self._refusals(vm, event.gfn)
             if refusals is not None:
-                refusals.add(event.ts, now, told=event.count)
+                refusals.add(event.ts, told=event.count)
 
     def sigbus(self, event: Sigbus) -> None:
         """Count a signal."""
@@ -201,12 +201,12 @@ class Population:
             vm.sigbus[code] = vm.sigbus.get(code, 0) + event.count
             vm.touch(event.ts)
 
-    def refused(self, event: Refused, now: int) -> None:
+    def refused(self, event: Refused) -> None:
         """Count refusals."""
         vm = self._vms.get(event.vm)
         refusals = self._refusals(vm, event.gfn) if vm is not None else None
         if refusals is not None:
-            refusals.add(event.ts, now, refused=event.count)
+            refusals.add(event.ts, refused=event.count)
 
     def _refusals(self, vm: VmState, gfn: int) -> Refusals | None:
         known = vm.refusals.get(gfn)
