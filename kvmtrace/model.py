@@ -73,6 +73,7 @@ class Vm:
     gone: bool
     undelivered: int = 0
     vmid: str | None = None
+    unread: str | None = None
 
     def exits_by_errno(self) -> dict[str, int]:
         """{errno name: exits}."""

@@ -74,6 +74,7 @@ class VmState:
             gone=self.gone_ts is not None,
             undelivered=sum(r.undelivered(now) for r in self.refusals.values()),
             vmid=self.seen.vmid,
+            unread=self.seen.unread,
         )
 
 
