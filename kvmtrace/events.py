@@ -37,7 +37,8 @@ class Event:
 class VmSeen(Event):
     """A VM is known from here on; comes again, with the same key, when more is known of it.
 
-    ``vmid``: Proxmox VE's number for it.
+    ``vmid``: Proxmox VE's number for it. ``unread``: why its process could not be looked up, so
+    that only what cannot hang is known of it (``proc_reader``).
     """
 
     kind: ClassVar[str] = "vm_seen"
@@ -47,6 +48,7 @@ class VmSeen(Event):
     uuid: str | None = None
     vmm: str | None = None
     vmid: str | None = None
+    unread: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

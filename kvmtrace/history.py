@@ -1,27 +1,38 @@
-"""What happened so far, as events, in bounded memory: for whoever comes later and asks.
+"""What happened so far, as events, in bounded memory: for views that come later and ask.
 
-Rare events are kept as they were. Those that repeat (exits of one kind, signals, refusals of one
-gfn, errors of one address) are kept once as they first came, and once for all that followed, with
-their counts added, so that what is counted from this log is what is counted from all events. Of
-those that have no count (looks at a vCPU, the kernel's own counts) the last few are kept.
+Up to a quarter of the limit every event is kept. Beyond that, events that repeat (exits of one
+kind, signals, refusals of one gfn, errors of one address) are added up: of each run the first
+stays, and one that stands for the rest where the last of them was. A run ends with a pause, as
+pauses mean something to the correlator: runs with pauses of a second stay apart, or of six if that
+is too much, or none. So what is counted from this log is what is counted from all events.
+
+What has no room even then is dropped whole, page by page and VM by VM, settled ones first, and
+counted. VMs that live do not count against the limit, and are never dropped.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any
 
 from kvmtrace import kvm, mce
 from kvmtrace.correlate import cause_of
 from kvmtrace.events import (
     Event,
     Exit,
+    Found,
+    GmemPoison,
     HwError,
     KernelCounts,
     Lost,
     Mce,
+    Owned,
+    Poison,
     Refused,
+    Released,
     Sigbus,
     StillQuiet,
     Unpoison,
@@ -30,11 +41,14 @@ from kvmtrace.events import (
     VmSeen,
 )
 
-# A few hundred bytes each, and a dozen of them to a poisoned page that a VM does not cope with.
 MAX_EVENTS = 32768
-MAX_VMS = 4096
+"""A few hundred bytes each, and a dozen of them to a poisoned page that a VM does not cope with."""
 MAX_FORGOTTEN = 256
 
+_SECOND = 1_000_000_000
+_PAUSES: tuple[float, ...] = (_SECOND, 6 * _SECOND, float("inf"))
+
+# Of those that have no count, so many of each kind are kept beside the first.
 _KEPT: dict[type[Event], int] = {VcpuState: 4, KernelCounts: 1, StillQuiet: 1}
 
 # MCi_STATUS: the bits that say what sort of error it is; those below may be counters and codes.
@@ -42,12 +56,30 @@ _STATUS_FLAGS = 0xFFE0_1800_0000_0000
 _MISC_LSB = 0x3F
 
 
+class _Worth(IntEnum):
+    """What is dropped first when there is no room."""
+
+    TRAFFIC = 0  # errors of pages that were not poisoned
+    ENDED_VM = 1  # one that was not notified of poison
+    UNOWNED_PAGE = 2
+    SETTLED = 3  # pages whose VMs have ended, and those VMs
+    LIVE_VM = 4
+    OPEN = 5  # pages of VMs that live, and those VMs
+
+
+@dataclass(slots=True)
+class _Group:
+    """What is dropped together: the events of one VM, one page, or one kind of traffic."""
+
+    worth: _Worth
+    serials: list[int] = field(default_factory=list)
+
+
 class EventLog:
     """Feed it all events; ``events()`` gives a log that leads to the same incidents and counts.
 
-    ``forget``: a VM to which nothing happened is dropped with its end, as whoever reads the log
-    has never heard of it; it is remembered for a while, for what is told late. ``where``: what has
-    no room is told as lost there.
+    ``forget``: drop a VM to which nothing happened when it ends; it is kept briefly, as its last
+    counts may be read after that. ``where``: the place of the ``Lost`` for what has no room.
     """
 
     def __init__(
@@ -56,100 +88,205 @@ class EventLog:
         self._limit = limit
         self._forget = forget
         self._where = where
-        self._vms: OrderedDict[int, VmSeen] = OrderedDict()
-        # With the number under which an event came: the order that whoever lived through it saw.
-        self._gone: OrderedDict[int, tuple[int, VmGone]] = OrderedDict()
-        self._forgotten: OrderedDict[int, tuple[VmSeen, int, VmGone]] = OrderedDict()
-        self._concerned: OrderedDict[int, None] = OrderedDict()
-        self._log: OrderedDict[object, tuple[int, Event]] = OrderedDict()
+        self._log: dict[int, Event] = {}  # by the number under which it came
+        self._seen_at: dict[int, int] = {}  # VM: number of its VmSeen in the log
+        self._live: set[int] = set()
+        self._of_pid: dict[int, set[int]] = {}  # VMs in the log
+        self._gone: set[int] = set()
+        self._concerned: set[int] = set()  # VMs that an event in the log is about
+        self._forgotten: OrderedDict[int, dict[int, Any]] = OrderedDict()
         self._serial = 0
-        self._era = 0
+        self._last_ts = 0
+        self._add_up_at = limit // 4
         self._dropped = 0
 
     def add(self, event: Event) -> None:
         """One more event."""
         self._serial += 1
+        if not isinstance(event, Lost):
+            self._last_ts = max(self._last_ts, event.ts)
         match event:
-            case VmSeen():
-                self._vms[event.vm] = event
-                self._bound_vms()
+            case VmSeen(vm=vm) if vm in self._seen_at:
+                at = self._seen_at[vm]
+                self._log[at] = replace(event, ts=self._log[at].ts)
                 return
-            case VmGone():
-                if self._forget and event.vm not in self._concerned:
-                    self._forget_vm(event)
-                else:
-                    self._gone.setdefault(event.vm, (self._serial, event))
-                    self._bound_vms()
+            case VmSeen(vm=vm):
+                self._seen_at[vm] = self._serial
+                self._live |= {vm} - self._gone
+                self._of_pid.setdefault(event.pid, set()).add(vm)
+            case VmGone(vm=vm) if self._forget and vm not in self._concerned:
+                self._forget_vm(event)
                 return
-            case Unpoison():
-                # What is told of a gfn from here on may be of another page.
-                self._era += 1
-        for vm in _vms_of(event):
-            self._concern(vm)
-        kind = _kind(event)
-        if kind is None:
-            self._log[self._serial] = self._serial, event
-        elif ("first", self._era, kind) not in self._log:
-            self._log["first", self._era, kind] = self._serial, event
-        elif type(event) in _KEPT:
-            self._keep_last(kind, event, _KEPT[type(event)])
-        else:
-            key = ("rest", self._era, kind)
-            known = self._log.get(key)
-            self._log[key] = self._serial, _added(known[1] if known else None, event)
-        while len(self._log) > self._limit:
-            _, (_, dropped) = self._log.popitem(last=False)
-            self._dropped += getattr(dropped, "count", 1)
+            case VmGone(vm=vm):
+                if vm in self._gone:
+                    return
+                self._gone.add(vm)
+                self._live.discard(vm)
+            case _:
+                for vm in _vms_of(event):
+                    self._concern(vm)
+                if isinstance(event, Sigbus) and event.vm is None:
+                    self._concerned |= self._of_pid.get(event.pid, set())
+        self._log[self._serial] = event
+        if self._size() > self._add_up_at:
+            self._make_room()
 
-    def _keep_last(self, kind: object, event: Event, number: int) -> None:
-        """A ring in the log: every slot is one key, and the oldest of them gives way."""
-        slots = [slot for n in range(number) if (slot := ("last", kind, n)) in self._log]
-        key = ("last", kind, len(slots))
-        if len(slots) == number:
-            key = min(slots, key=lambda slot: self._log[slot][0])
-        self._log[key] = self._serial, event
-        self._log.move_to_end(key)
+    def events(self) -> list[Event]:
+        """What happened, in the order in which it came."""
+        kept = [self._log[serial] for serial in sorted(self._log)]
+        if self._dropped:
+            kept.append(Lost(self._last_ts, self._where, self._dropped))
+        elif kept and max(event.ts for event in kept) < self._last_ts:
+            # VMs that left nothing came and went meanwhile: it is later than the log tells.
+            kept.append(StillQuiet(self._last_ts))
+        return kept
+
+    # -- VMs
 
     def _forget_vm(self, event: VmGone) -> None:
-        seen = self._vms.pop(event.vm, None)
-        if seen is not None:
-            self._forgotten[event.vm] = seen, self._serial, event
+        at = self._seen_at.pop(event.vm, None)
+        self._live.discard(event.vm)
+        if at is not None:
+            seen = self._log.pop(at)
+            self._forget_process_of(seen)
+            self._forgotten[event.vm] = {at: seen, self._serial: event}
             if len(self._forgotten) > MAX_FORGOTTEN:
                 self._forgotten.popitem(last=False)
 
+    def _forget_process_of(self, seen: Event) -> None:
+        assert isinstance(seen, VmSeen)
+        vms = self._of_pid.get(seen.pid, set())
+        vms.discard(seen.vm)
+        if not vms:
+            self._of_pid.pop(seen.pid, None)
+
     def _concern(self, vm: int) -> None:
-        """Something happened to it, even if that is told after its end."""
+        """An event is about it, even if that comes after its end."""
+        self._concerned.add(vm)
         if vm in self._forgotten:
-            seen, serial, gone = self._forgotten.pop(vm)
-            self._vms[vm], self._gone[vm] = seen, (serial, gone)
-            self._bound_vms()
-        self._concerned[vm] = None
-        if len(self._concerned) > 2 * MAX_VMS:
-            self._concerned.popitem(last=False)
+            came_back = self._forgotten.pop(vm)
+            self._log |= came_back
+            at = min(came_back)
+            self._seen_at[vm] = at
+            self._of_pid.setdefault(came_back[at].pid, set()).add(vm)
+            self._gone.add(vm)
 
-    def _bound_vms(self) -> None:
-        # The end of a VM is kept as long as its name: without it the VM would live for ever.
-        while len(self._vms) > MAX_VMS:
-            oldest = next((vm for vm in self._gone if vm in self._vms), next(iter(self._vms)))
-            self._drop_vm(oldest)
-            self._gone.pop(oldest, None)
-            self._dropped += 1
-        while len(self._gone) > MAX_VMS:
-            oldest, _ = self._gone.popitem(last=False)
-            self._dropped += 1 + self._drop_vm(oldest)
+    def _size(self) -> int:
+        return len(self._log) - len(self._live)
 
-    def _drop_vm(self, vm: int) -> bool:
-        self._concerned.pop(vm, None)
-        return self._vms.pop(vm, None) is not None
+    # -- room
 
-    def events(self) -> list[Event]:
-        """VMs first, then what happened, as it came: sums stand where the last of them did."""
-        happened = sorted([*self._log.values(), *self._gone.values()], key=lambda came: came[0])
-        kept: list[Event] = [*self._vms.values(), *(event for _, event in happened)]
-        if self._dropped:
-            last = max((event.ts for event in kept), default=0)
-            kept.append(Lost(last, self._where, self._dropped))
-        return kept
+    def _make_room(self) -> None:
+        for pause in _PAUSES:
+            self._add_up(pause)
+            if self._size() <= self._limit // 8:
+                break
+        if self._size() > self._limit:
+            self._drop(self._size() - self._limit * 3 // 4)
+        self._concerned = {vm for event in self._log.values() for vm in _vms_of(event)}
+        self._add_up_at = min(self._limit, self._size() + max(1, self._limit // 8))
+
+    def _add_up(self, pause: float) -> None:
+        """Put one event for each run, after its first; runs end with a pause of so many ns."""
+        log: dict[int, Event] = {}
+        era = 0
+        runs: dict[object, tuple[int, int, list[int]]] = {}  # kind: era, last ts, serials
+        for serial in sorted(self._log):
+            event = self._log[serial]
+            # What is counted of a gfn from here on may be of another page.
+            era += isinstance(event, Unpoison)
+            kind = _kind(event)
+            if kind is not None:
+                run_era, last_ts, serials = runs.get(kind, (era, event.ts, []))
+                if run_era != era or event.ts - last_ts > pause:
+                    serials = []
+                if len(serials) > _KEPT.get(type(event), 1):
+                    before = log.pop(serials.pop(1))
+                    if type(event) not in _KEPT:
+                        event = _added(before, event)
+                serials.append(serial)
+                runs[kind] = era, event.ts, serials
+            log[serial] = event
+        self._log = log
+
+    def _drop(self, excess: int) -> None:
+        """Drop ``excess`` events or a few more, what matters least first."""
+        groups = sorted(self._groups(), key=lambda group: (group.worth, group.serials[-1]))
+        for group in groups:
+            if excess <= 0:
+                return
+            serials = group.serials
+            if group.worth >= _Worth.LIVE_VM:
+                # The last count of a kind stands for most of them, the first says how it began.
+                counts = [at for at in serials if hasattr(self._log[at], "count")]
+                serials = counts[1 : 1 + min(excess, max(0, len(counts) - 2))]
+            for at in serials:
+                self._drop_one(at)
+            excess -= len(serials)
+        live = set(self._seen_at.values())
+        for at in [at for at in sorted(self._log) if at not in live][: max(0, excess)]:
+            self._drop_one(at)
+
+    def _drop_one(self, serial: int) -> None:
+        event = self._log.pop(serial)
+        match event:
+            case VmSeen():
+                del self._seen_at[event.vm]
+                self._live.discard(event.vm)
+                self._forget_process_of(event)
+            case VmGone():
+                self._gone.discard(event.vm)
+        self._dropped += getattr(event, "count", 1)
+
+    def _groups(self) -> list[_Group]:
+        live = self._live
+        owners = _owners(self._log[at] for at in sorted(self._log))
+        poisoned = {e.pfn for e in self._log.values() if isinstance(e, (Poison, Found))}
+        notified = {
+            vm for e in self._log.values() if isinstance(e, _OF_POISON) for vm in _vms_of(e)
+        }
+        notified |= {vm for vms in owners.values() for vm in vms}
+
+        def worth_of(vms: set[int]) -> _Worth:
+            if vms & notified:
+                return _Worth.OPEN if vms & live else _Worth.SETTLED
+            return _Worth.LIVE_VM if vms & live else _Worth.ENDED_VM
+
+        groups: dict[object, _Group] = {}
+        for serial in sorted(self._log):
+            event = self._log[serial]
+            if isinstance(event, VmSeen) and event.vm in live:
+                continue
+            pfn = getattr(event, "pfn", None)
+            vms = set(_vms_of(event)) or owners.get(pfn, set())
+            if vms:
+                key, worth = (VmSeen.kind, min(vms)), worth_of(vms)
+            elif pfn is not None:
+                worth = _Worth.UNOWNED_PAGE if pfn in poisoned else _Worth.TRAFFIC
+                key = Poison.kind, pfn
+            else:
+                is_rare = isinstance(event, (Lost, KernelCounts, StillQuiet))
+                key, worth = (event.kind, serial), _Worth.OPEN if is_rare else _Worth.TRAFFIC
+            groups.setdefault(key, _Group(worth)).serials.append(serial)
+        return list(groups.values())
+
+
+_OF_POISON = (GmemPoison, Owned, Refused, Released, Sigbus, VcpuState)
+
+
+def _owners(events: Iterable[Event]) -> dict[int | None, set[int]]:
+    """{pfn: VMs}, joined as the correlator does: guest_memfd's owners by the poisoning thread."""
+    owners: dict[int | None, set[int]] = {}
+    of_thread: dict[int, set[int]] = {}
+    for event in events:
+        match event:
+            case GmemPoison():
+                of_thread[event.tid] = set(_vms_of(event))
+            case Poison(tid=int(tid)) if tid in of_thread:
+                owners.setdefault(event.pfn, set()).update(of_thread.pop(tid))
+            case Owned() | Sigbus(pfn=int()):
+                owners.setdefault(event.pfn, set()).update(_vms_of(event))
+    return {pfn: vms for pfn, vms in owners.items() if vms}
 
 
 def _vms_of(event: Event) -> Iterator[int]:
@@ -193,8 +330,6 @@ def _kind(event: Event) -> object:
     return None
 
 
-def _added(known: Event | None, event: Event) -> Event:
-    if known is None:
-        return event
+def _added(known: Event, event: Event) -> Event:
     # Only kinds with a count come here.
     return replace(event, count=known.count + event.count)  # type: ignore[attr-defined, call-arg]

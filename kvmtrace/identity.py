@@ -32,13 +32,15 @@ class Identity:
     vmid: str | None = None
 
 
-def identify(pid: int, proc: str = "/proc") -> Identity:
+def identify(pid: int, proc: str = "/proc", *, command_line: bool = True) -> Identity:
     """Name, UUID and VMM of a process; all None once it is gone. Never raises.
 
     A name that was given to the VM goes first, then one that only this VM can have (the directory
     of its socket, its container), then the process's own, which others may have too.
+
+    ``command_line``: read it, which may hang (``proc_reader``); nothing else here does.
     """
-    argv = _argv(_read(f"{proc}/{pid}/cmdline"))
+    argv = _argv(_read(f"{proc}/{pid}/cmdline")) if command_line else []
     comm = _read(f"{proc}/{pid}/comm").rstrip("\n")
     cgroup = _read(f"{proc}/{pid}/cgroup")
     exe = _exe(f"{proc}/{pid}/exe") or (os.path.basename(argv[0]) if argv else "")
@@ -79,17 +81,36 @@ def vm_processes(proc: str = "/proc") -> dict[int, int]:
     at least; several if it holds vCPUs of one number. Processes whose descriptors may not be read
     are absent.
     """
-    try:
-        pids = [int(entry) for entry in os.listdir(proc) if entry.isdecimal()]
-    except OSError:
-        return {}
-    counts = {pid: _vm_descriptors(f"{proc}/{pid}/fd/") for pid in pids}
+    counts = {pid: count_vms(pid, proc) for pid in pids(proc)}
     return {pid: count for pid, count in counts.items() if count is not None}
+
+
+def pids(proc: str = "/proc") -> list[int]:
+    """The processes there are."""
+    try:
+        return sorted(int(entry) for entry in os.listdir(proc) if entry.isdecimal())
+    except OSError:
+        return []
 
 
 def holds_vm(pid: int, proc: str = "/proc") -> bool:
     """Whether a process holds a VM or a vCPU now; False once it is gone."""
-    return _vm_descriptors(f"{proc}/{pid}/fd/") is not None
+    return vm_descriptor(pid, proc) is not None
+
+
+def vm_descriptor(pid: int, proc: str = "/proc") -> str | None:
+    """The first descriptor by which a process holds a VM or a vCPU; None without any."""
+    try:
+        descriptors = os.listdir(f"{proc}/{pid}/fd")
+    except OSError:
+        return None
+    return next((name for name in descriptors if is_vm_descriptor(pid, name, proc)), None)
+
+
+def is_vm_descriptor(pid: int, descriptor: str, proc: str = "/proc") -> bool:
+    """Whether that is one. It takes no lock that its process can hold for long."""
+    what = _kvm_object(f"{proc}/{pid}/fd/{descriptor}") or ""
+    return what.startswith(("kvm-vm", "kvm-vcpu"))
 
 
 # As files of one inode each (6.18), and in a file system of their own (7.2).
@@ -113,30 +134,35 @@ def guest_memfds(pid: int, proc: str = "/proc") -> dict[int, int]:
     return found
 
 
-def _vm_descriptors(directory: str) -> int | None:
-    """VMs by their descriptors, 0 for vCPUs alone; None without either."""
+def count_vms(pid: int, proc: str = "/proc") -> int | None:
+    """VMs that a process has descriptors of, 0 for vCPUs alone; None without either."""
     vms, vcpus = 0, Counter[str]()
+    directory = f"{proc}/{pid}/fd"
     try:
         descriptors = os.listdir(directory)
     except OSError:
         return None  # gone, or not ours to see
     for descriptor in descriptors:
-        try:
-            target = os.readlink(directory + descriptor)
-        except OSError:
-            continue
-        # "anon_inode:kvm-vm", and with brackets from kernels that gave it an inode of its own
-        if target.startswith("anon_inode:"):
-            what = target[11:].strip("[]")
-            if what == "kvm-vm":
-                vms += 1
-            elif what.startswith("kvm-vcpu"):
-                vcpus[what] += 1
+        what = _kvm_object(f"{directory}/{descriptor}")
+        if what == "kvm-vm":
+            vms += 1
+        elif what is not None and what.startswith("kvm-vcpu"):
+            vcpus[what] += 1
     if not vms and not vcpus:
         return None
     # Two vCPUs of one number are of two VMs.
     alike = max(vcpus.values(), default=0)
     return max(vms, alike) if vms or alike > 1 else 0
+
+
+def _kvm_object(link: str) -> str | None:
+    """What an anonymous inode is, "kvm-vm" for instance; None for any other file."""
+    try:
+        target = os.readlink(link)
+    except OSError:
+        return None
+    # "anon_inode:kvm-vm", and with brackets from kernels that gave it an inode of its own
+    return target[11:].strip("[]") if target.startswith("anon_inode:") else None
 
 
 # -- cleaning

@@ -87,6 +87,7 @@ class Vm:
     undelivered: int = 0
     vmid: str | None = None
     forgotten_pages: int = 0
+    unread: str | None = None
 
     def exits_by_errno(self) -> dict[str, int]:
         """{errno name: exits}."""

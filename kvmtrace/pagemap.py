@@ -64,35 +64,49 @@ class Area:
     offset: int
     device: int
     inode: int
+    is_guest_memfd: bool = False
 
     def file_offset(self, hva: int) -> int:
         """Where in the file ``hva`` is, in bytes."""
         return self.offset + hva - self.start
 
 
-def parse_maps(text: str) -> list[Area]:
-    """The areas that a process can have memory of its own in."""
-    areas = []
-    for line in text.splitlines():
-        span, perms, offset, device, inode, *path = line.split(maxsplit=5)
-        # Pages of the kernel's: nothing that memory_failure would unmap. All vCPUs share one inode.
-        if path and path[0].startswith(
-            ("[v", "[uprobes", "anon_inode:kvm-vcpu", "anon_inode:[kvm-vcpu")
-        ):
-            continue
-        start, end = (int(x, 16) for x in span.split("-"))
-        major, minor = (int(x, 16) for x in device.split(":"))
-        areas.append(
-            Area(
-                start,
-                end,
-                perms[3] == "s",
-                int(offset, 16),
-                os.makedev(major, minor),
-                int(inode),
-            )
+def parse_maps(maps: bytes | str) -> list[Area]:
+    """The areas that a process can have memory of its own in.
+
+    File names are as their owners chose them; the kernel escapes only the newline in them
+    (fs/proc/task_mmu.c). A line that makes no sense costs that line.
+    """
+    if isinstance(maps, str):
+        maps = maps.encode(errors="surrogateescape")
+    return [area for line in maps.split(b"\n") if (area := _area_of(line)) is not None]
+
+
+# Pages of the kernel's: nothing that memory_failure would unmap. All vCPUs share one inode.
+_NOT_OF_ITS_OWN = (b"[v", b"[uprobes", b"anon_inode:kvm-vcpu", b"anon_inode:[kvm-vcpu")
+# A file of one inode each (6.18), and in a file system of their own (7.2).
+_GUEST_MEMFD = (b"anon_inode:[kvm-gmem]", b"/[kvm-gmem] (deleted)")
+
+
+def _area_of(line: bytes) -> Area | None:
+    try:
+        span, perms, offset, device, inode, *path = line.split(None, 5)
+        if path and path[0].startswith(_NOT_OF_ITS_OWN):
+            return None
+        start, end = (int(x, 16) for x in span.split(b"-"))
+        major, minor = (int(x, 16) for x in device.split(b":"))
+        shared = perms[3:4] == b"s"
+        return Area(
+            start,
+            end,
+            shared,
+            int(offset, 16),
+            os.makedev(major, minor),
+            int(inode),
+            bool(path) and path[0].rstrip() in _GUEST_MEMFD,
         )
-    return areas
+    except (ValueError, OverflowError):
+        return None
 
 
 def referenced_pfn(entry: int) -> int | None:
@@ -122,7 +136,7 @@ class Pagemap:
         os.close(self._fd)
 
     def areas(self) -> list[Area]:
-        with open(f"{self._directory}/maps", errors="replace") as maps:
+        with open(f"{self._directory}/maps", "rb") as maps:
             return parse_maps(maps.read())
 
     def page_size(self, area: Area) -> int:

@@ -11,12 +11,14 @@ import itertools
 import os
 from dataclasses import dataclass
 
-from kvmtrace import identity
+from kvmtrace import identity, processes
 from kvmtrace.events import Event, VmGone, VmSeen
+from kvmtrace.proc_reader import Unreadable
 
 # kvm_destroy_vm runs after the process has closed its files; a VM whose process has been gone for
 # this long without it was missed.
 _MISSED_NS = 3_000_000_000
+_LOOKS = 8  # in one of so many looks a process is asked when it began
 
 
 @dataclass(slots=True)
@@ -29,6 +31,10 @@ class _Known:
     begun: str | None = None
     """When its process began, by which another of the same pid is told from it."""
     gone_since: int | None = None
+    descriptor: str | None = None
+    """By which its process was last seen to hold a VM."""
+    unread: bool = False
+    """Its process could not be looked up."""
 
 
 class VmTable:
@@ -42,6 +48,7 @@ class VmTable:
         self._keys = itertools.count(1)
         self._by_struct: dict[tuple[int, int], _Known] = {}
         self._by_pid: dict[int, list[_Known]] = {}
+        self._looks = 0
 
     def scan(self, ts: int) -> list[Event]:
         """VMs that are there already, as many as their processes have descriptors of.
@@ -49,11 +56,11 @@ class VmTable:
         Those of one process cannot be told apart until the kernel tells the address of one.
         """
         events: list[Event] = []
-        for pid, count in identity.vm_processes(self._proc).items():
+        for pid, count in processes.vm_processes(self._proc).items():
             new = max(1, count) - len(self._by_pid.get(pid, ()))
             if new > 0:
-                who = identity.identify(pid, self._proc)
-                events += [self._add(pid, None, ts, who=who) for _ in range(new)]
+                found = processes.identify(pid, self._proc)
+                events += [self._add(pid, None, ts, found=found) for _ in range(new)]
         return events
 
     def key(
@@ -143,22 +150,38 @@ class VmTable:
         Another process may have its pid by then.
         """
         events: list[Event] = []
+        self._looks += 1
         for known in [k for all_ in self._by_pid.values() for k in all_]:
-            if self._is_there(known) and (
-                known.struct is not None or identity.holds_vm(known.pid, self._proc)
-            ):
+            if self._is_there(known) and (known.struct is not None or self._holds_vm(known)):
                 known.gone_since = None
+                if known.unread:
+                    events += self._look_again(known, ts)
             elif known.gone_since is None:
                 known.gone_since = ts
             elif ts - known.gone_since >= _MISSED_NS:
                 events.append(self._forget(known, ts))
         return events
 
+    def _holds_vm(self, known: _Known) -> bool:
+        if known.descriptor and identity.is_vm_descriptor(known.pid, known.descriptor, self._proc):
+            return True
+        try:
+            known.descriptor = processes.vm_descriptor(known.pid, self._proc)
+        except Unreadable:
+            return True  # as far as anybody can say
+        return known.descriptor is not None
+
+    def _look_again(self, known: _Known, ts: int) -> list[Event]:
+        found = processes.identify(known.pid, self._proc)
+        return [] if found.unread else [self._seen(known, ts, None, found)]
+
     def _is_there(self, known: _Known) -> bool:
+        if not os.path.exists(f"{self._proc}/{known.pid}"):
+            return False
+        if known.gone_since is None and (self._looks + known.key) % _LOOKS:
+            return True
         begun = identity.begun(known.pid, self._proc)
-        if begun is None or known.begun is None:
-            return os.path.exists(f"{self._proc}/{known.pid}")
-        return begun == known.begun
+        return begun is None or known.begun is None or begun == known.begun
 
     def _add(
         self,
@@ -166,22 +189,25 @@ class VmTable:
         struct: tuple[int, int] | None,
         ts: int,
         comm: str | None = None,
-        who: identity.Identity | None = None,
+        found: processes.Found | None = None,
     ) -> VmSeen:
         begun = identity.begun(pid, self._proc)
         known = _Known(next(self._keys), pid, struct, named=False, since=ts, begun=begun)
         if struct is not None:
             self._by_struct[struct] = known
         self._by_pid.setdefault(pid, []).append(known)
-        return self._seen(known, ts, comm, who)
+        return self._seen(known, ts, comm, found)
 
     def _seen(
-        self, known: _Known, ts: int, comm: str | None, who: identity.Identity | None = None
+        self, known: _Known, ts: int, comm: str | None, found: processes.Found | None = None
     ) -> VmSeen:
-        who = who or identity.identify(known.pid, self._proc)
-        known.named = who.name is not None
+        found = found or processes.identify(known.pid, self._proc)
+        who = found.identity
+        known.named, known.unread = who.name is not None, found.unread is not None
         name = who.name or (identity.clean(comm) if comm else None)
-        return VmSeen(ts, known.key, known.pid, name, who.uuid, who.vmm, who.vmid)
+        return VmSeen(
+            ts, known.key, known.pid, name, who.uuid, who.vmm, who.vmid, unread=found.unread
+        )
 
     def _forget(self, known: _Known, ts: int) -> VmGone:
         if known.struct is not None:

@@ -312,6 +312,7 @@ def _vm(vm: Vm) -> dict[str, Any]:
         name=vm.name,
         uuid=vm.uuid,
         vmid=vm.vmid,
+        unread=vm.unread,
         vmm=vm.vmm,
         exits=vm.exits_by_errno(),
         causes=vm.exits_by_cause(),

@@ -16,6 +16,7 @@ from kvmtrace.events import Event
 from kvmtrace.live import Session, host_of
 from kvmtrace.model import Host, Probe, Snapshot
 from kvmtrace.observe import Observed, Quiet, Reactions, Releases
+from kvmtrace.proc_reader import READER
 from kvmtrace.sources.joined import JoinedSource
 from kvmtrace.sources.recording import RecordingSource, Writer
 
@@ -25,6 +26,7 @@ LISTEN_SECONDS = 1.0
 
 def attach(kind: str) -> sources.Source:
     """This host's kernel, with what only looking tells added to what it says by itself."""
+    READER.prepare()
     source = sources.open_source(kind)
     stop.clean_up.append(source.close)
     return Quiet(Reactions(Releases(Observed(source))))

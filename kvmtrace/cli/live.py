@@ -10,7 +10,7 @@ import time
 
 import click
 
-from kvmtrace import host, identity
+from kvmtrace import host, identity, processes
 from kvmtrace.cli.attaching import POLL_SECONDS, attach, here, open_door, session_on
 from kvmtrace.cli.ending import json_is_utf8, say, stop, tell
 from kvmtrace.cli.options import (
@@ -162,8 +162,8 @@ def _require_vm(vm: str, told: list[Told]) -> None:
     if any(_is(seen, vm) for seen in known.values()):
         return
     names = set(known)
-    for pid in identity.vm_processes():
-        found = identity.identify(pid)
+    for pid in processes.vm_processes():
+        found = processes.identify(pid).identity
         if vm in (found.name, found.uuid, found.vmid):
             return
         names.add(found.name or str(pid))

@@ -139,19 +139,18 @@ class Correlator:
         return told
 
     def _take(self, event: Event) -> Told:
-        now = self._last_ts or 0
         # A loss has no time of the kernel's: where it is noticed says when.
         if not isinstance(event, Lost) and (self._last_ts is None or event.ts > self._last_ts):
             self._last_ts = event.ts
         match event:
             case Exit():
-                return self._exit(event, now)
+                return self._exit(event)
             case Sigbus():
                 return self._sigbus(event)
             case Mce() | HwError():
                 return self._hardware_error(event)
             case Refused():
-                return self._refused(event, now)
+                return self._refused(event)
             case VmSeen():
                 self._vms.seen(event)
                 return Told(event, vm=event)
@@ -240,10 +239,10 @@ class Correlator:
 
     # -- faults
 
-    def _exit(self, event: Exit, now: int) -> Told:
+    def _exit(self, event: Exit) -> Told:
         cause = cause_of(event)
         gfn = self._incidents.known_by(event.vm, event.gfn)
-        self._vms.exit(event, cause, gfn, now)
+        self._vms.exit(event, cause, gfn)
         incident = None
         if cause == "hwpoison":
             incident = self._incident_at(event.vm, event.gfn)
@@ -271,9 +270,9 @@ class Correlator:
             incident=incident.id if incident else None,
         )
 
-    def _refused(self, event: Refused, now: int) -> Told:
+    def _refused(self, event: Refused) -> Told:
         gfn = self._incidents.known_by(event.vm, event.gfn)
-        self._vms.refused(event, event.gfn if gfn is None else gfn, now)
+        self._vms.refused(event, event.gfn if gfn is None else gfn)
         incident = self._incident_at(event.vm, event.gfn)
         if incident is not None:
             incident.guest_memfd = True

@@ -27,9 +27,9 @@ class Refusals:
     last_ts: int = 0
     settled: int = 0
 
-    def add(self, ts: int, now: int, *, refused: int = 0, told: int = 0) -> None:
-        """``now``: the model's time before this. What had settled by then stays settled."""
-        self.settled = self.undelivered(now)
+    def add(self, ts: int, *, refused: int = 0, told: int = 0) -> None:
+        """What had settled by then stays settled."""
+        self.settled = self.undelivered(ts)
         self.refused += refused
         self.told += told
         self.last_ts = max(self.last_ts, ts)
@@ -75,6 +75,7 @@ class VmState:
             undelivered=sum(r.undelivered(now) for r in self.refusals.values()),
             vmid=self.seen.vmid,
             forgotten_pages=forgotten,
+            unread=self.seen.unread,
         )
 
 
@@ -194,7 +195,7 @@ class Population:
             self._lose("unknown_vms", count)
         return vm
 
-    def exit(self, event: Exit, cause: str | None, gfn: int | None, now: int) -> None:
+    def exit(self, event: Exit, cause: str | None, gfn: int | None) -> None:
         """Count an exit. ``gfn``: by which the page that it is about is known."""
         vm = self._concerned(event.vm, event.count)
         if vm is None:
@@ -208,7 +209,7 @@ class Population:
         if (cause == "hwpoison" or event.errno == 0) and gfn is not None:
             refusals = self._refusals(vm, gfn)
             if refusals is not None:
-                refusals.add(event.ts, now, told=event.count)
+                refusals.add(event.ts, told=event.count)
 
     def sigbus(self, event: Sigbus) -> None:
         """Count a signal."""
@@ -220,12 +221,12 @@ class Population:
             vm.sigbus[code] = vm.sigbus.get(code, 0) + event.count
             vm.touch(event.ts)
 
-    def refused(self, event: Refused, gfn: int, now: int) -> None:
+    def refused(self, event: Refused, gfn: int) -> None:
         """Count refusals. ``gfn``: by which the page that they are about is known."""
         vm = self._concerned(event.vm, event.count)
         refusals = self._refusals(vm, gfn) if vm is not None else None
         if refusals is not None:
-            refusals.add(event.ts, now, refused=event.count)
+            refusals.add(event.ts, refused=event.count)
 
     def _refusals(self, vm: VmState, gfn: int) -> Refusals | None:
         known = vm.refusals.get(gfn)

@@ -6,7 +6,7 @@ page tells its inode and nothing of its VM; but /proc tells who holds that inode
 
 from __future__ import annotations
 
-from kvmtrace import guestmem, identity
+from kvmtrace import guestmem, processes
 from kvmtrace.events import Event, Owner
 from kvmtrace.ftrace.guest import GuestMemory
 from kvmtrace.ftrace.people import People
@@ -41,11 +41,11 @@ class FtraceMemory:
         inode, index = page
         devices: dict[int, int] = {}
         owners: list[Owner] = []
-        for pid, vms in self._people.vms.pids().items():
-            held = identity.guest_memfds(pid, self._proc)
+        vms_of = self._people.vms.pids()
+        for pid, held in processes.guest_memfds(vms_of, self._proc).items():
             if inode in held:
                 devices[pid] = held[inode]
-                owners += [Owner(vm, None) for vm in vms]
+                owners += [Owner(vm, None) for vm in vms_of[pid]]
         if len(owners) != 1:
             # Several: the descriptor was passed on, or a process runs more than one VM.
             return None

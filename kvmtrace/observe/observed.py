@@ -36,13 +36,15 @@ from kvmtrace.events import (
 from kvmtrace.guestmem import HasMemory, Memory, gfns_at
 from kvmtrace.observe.around import Around
 from kvmtrace.observe.inventory import Inventory
-from kvmtrace.observe.owners import Place, Search, mapped, poisoned_pfn
+from kvmtrace.observe.owners import Place, Search, poisoned_pfn
 from kvmtrace.pagemap import PAGE
+from kvmtrace.proc_reader import READER
 from kvmtrace.sources import Source
 
 FIRST_SECONDS = 0.5
 SLICE_SECONDS = 0.05
-MAX_SEARCHES = 64
+MAX_SEARCHES = 4
+MAX_THREADS = 64
 MAX_PFNS = 16384
 MAX_HUGE = 4096
 # From memory_failure's verdict to the signal that its caller sends for it.
@@ -63,6 +65,7 @@ class Observed(Around):
         self._inventory = inventory or Inventory(proc)
         self._observer = Observer(inner.memory if isinstance(inner, HasMemory) else None, proc)
         self._now = now
+        self._hangs = 0
 
     def poll(self, timeout: float) -> list[Event]:
         last = timeout == 0
@@ -74,7 +77,13 @@ class Observed(Around):
         found = self._inventory.look(
             self._now(), time.monotonic() + SLICE_SECONDS, self._observer.pfns, last=last
         )
-        return events + (self._observer.events(found, self._now()) if found else [])
+        events += self._observer.events(found, self._now()) if found else []
+        return events + self._given_up()
+
+    def _given_up(self) -> list[Event]:
+        hangs = READER.hangs - self._hangs
+        self._hangs += hangs
+        return [Lost(self._now(), "hung_reads", hangs)] if hangs else []
 
 
 def in_order(events: list[Event]) -> list[Event]:
@@ -94,6 +103,10 @@ class Observer:
         self._cpu = host.cpu(proc)
         self._pid_of: dict[int, int] = {}  # by VM
         self._searches: list[Search] = []
+        self._waiting: dict[
+            int, bool
+        ] = {}  # pfns to be searched for: may they be of a hugetlb page
+        self._to_ask: OrderedDict[int, None] = OrderedDict()  # pfns no page table refers to
         self._seen: OrderedDict[int, None] = OrderedDict()  # poisoned pfns
         # Pages that memory_failure could not get hold of, and at how many places they were found.
         self._unheld: OrderedDict[int, int] = OrderedDict()
@@ -106,8 +119,8 @@ class Observer:
 
     @property
     def busy(self) -> bool:
-        """A search is going on."""
-        return bool(self._searches)
+        """A search is going on, or waits."""
+        return bool(self._searches or self._waiting or self._to_ask)
 
     @property
     def pfns(self) -> frozenset[int]:
@@ -210,7 +223,7 @@ class Observer:
                 case Poison(tid=int(tid)):
                     self._poisoned_by[tid] = event
                     self._poisoned_by.move_to_end(tid)
-                    while len(self._poisoned_by) > MAX_SEARCHES:
+                    while len(self._poisoned_by) > MAX_THREADS:
                         self._poisoned_by.popitem(last=False)
 
     def _unowned(self, events: list[Event]) -> dict[int, bool]:
@@ -258,48 +271,86 @@ class Observer:
 
     def _begin(self, wanted: dict[int, bool], now: int) -> list[Event]:
         """Owners that are found at once; the rest of the search goes on in later slices."""
-        events: list[Event] = []
-        huge = frozenset(pfn for pfn, is_huge in wanted.items() if is_huge)
-        search = Search(wanted, sorted(set(self._pid_of.values())), self._proc, huge)
-        places = search.step(time.monotonic() + FIRST_SECONDS)
-        if not search.done:
-            if len(self._searches) < MAX_SEARCHES:
-                self._searches.append(search)
-            else:
-                events.append(Lost(now, "owner_searches", 1))
-        events += self._owners(places, huge, now)
+        deadline = time.monotonic() + FIRST_SECONDS
+        self._waiting |= wanted
+        events = self._start_waiting(deadline, now)
         owned = {event.pfn for event in events if isinstance(event, Owned)}
-        for pfn in wanted:
-            if pfn not in owned:
-                events += self._by_page(pfn, now)
+        self._to_ask.update((pfn, None) for pfn in wanted if pfn not in owned)
+        return events + self._ask_pages(deadline, now) + self._bounded(now)
+
+    def _start_waiting(self, deadline: float, now: int) -> list[Event]:
+        if not self._waiting or len(self._searches) >= MAX_SEARCHES:
+            return []
+        wanted, self._waiting = self._waiting, {}
+        huge = frozenset(pfn for pfn, is_huge in wanted.items() if is_huge)
+        return self._run(Search(wanted, self._pids(), self._proc, huge), deadline, now)
+
+    def _run(self, search: Search, deadline: float, now: int) -> list[Event]:
+        """What a search finds until ``deadline``; it is kept until it is done."""
+        events = self._owners(search.step(deadline), search.huge, now)
+        if not search.done:
+            if search not in self._searches:
+                self._searches.append(search)
+            return events
+        if search in self._searches:
+            self._searches.remove(search)
+        if search.skipped:
+            events.append(Lost(now, "unreadable_processes", len(search.skipped)))
         return events
 
     def _slice(self, now: int) -> list[Event]:
-        if not self._searches:
-            return []
-        search = self._searches[0]
-        places = search.step(time.monotonic() + SLICE_SECONDS)
-        if search.done:
-            del self._searches[0]
-        return self._owners(places, search.huge, now)
+        deadline = time.monotonic() + SLICE_SECONDS
+        events: list[Event] = []
+        for search in list(self._searches):
+            events += self._run(search, deadline, now)
+        events += self._start_waiting(deadline, now)
+        return events + self._ask_pages(deadline, now)
 
-    def _by_page(self, pfn: int, now: int) -> list[Event]:
-        """Ask the page itself: guest_memfd, or a file that nobody has this page mapped of."""
-        answer = self._memory.page(pfn) if self._memory else None
-        if answer is None:
-            return []
-        page, events = answer
-        places: list[Place] = []
-        if page.inode is not None and page.device is not None and page.index is not None:
-            file = (page.device, page.inode, page.index)
-            places = list(mapped(file, pfn, sorted(set(self._pid_of.values())), self._proc))
-        if page.owners is None:
-            return events + self._owners(places, frozenset(), now)
-        for owner in page.owners:
-            mine = [x for x in places if x.pid == self._pid_of.get(owner.vm) and not owner.hva]
+    def _pids(self) -> list[int]:
+        return sorted(set(self._pid_of.values()))
+
+    def _ask_pages(self, deadline: float, now: int) -> list[Event]:
+        """Ask the pages themselves: guest_memfd, or files that nobody has these pages mapped of."""
+        events: list[Event] = []
+        files: dict[tuple[int, int, int], int] = {}
+        of_guest_memfd: list[tuple[int, Owner]] = []
+        while self._to_ask and time.monotonic() < deadline:
+            pfn, _ = self._to_ask.popitem(last=False)
+            answer = self._memory.page(pfn) if self._memory else None
+            if answer is None:
+                continue
+            page, seen = answer
+            events += seen
+            if page.inode is not None and page.device is not None and page.index is not None:
+                files[page.device, page.inode, page.index] = pfn
+            of_guest_memfd += [(pfn, owner) for owner in page.owners or ()]
+        mapped = Search((), self._pids(), self._proc, files=files)
+        places = self._run_for_pages(mapped, deadline, now)
+        for pfn, owner in of_guest_memfd:
+            pid = self._pid_of.get(owner.vm)
+            mine = [x for x in places if (x.pid, x.pfn) == (pid, pfn)] if not owner.hva else []
             exact = self._owners_at(owner.vm, mine[0]) if mine else []
             events.append(Owned(now, pfn, exact[0] if exact else owner, "guest_memfd"))
-        return events
+        of_others = [x for x in places if x.pfn not in {pfn for pfn, _ in of_guest_memfd}]
+        return events + self._owners(of_others, frozenset(), now)
+
+    def _run_for_pages(self, search: Search, deadline: float, now: int) -> list[Place]:
+        places = search.step(deadline)
+        if not search.done:
+            self._searches.append(search)
+        return places
+
+    def _bounded(self, now: int) -> list[Event]:
+        """Forget the oldest of what a flood of poisons leaves to be looked for."""
+        excess = len(self._waiting) + len(self._to_ask) - MAX_PFNS
+        if excess <= 0:
+            return []
+        for _ in range(excess):
+            if self._waiting:
+                del self._waiting[next(iter(self._waiting))]
+            else:
+                self._to_ask.popitem(last=False)
+        return [Lost(now, "owner_searches", excess)]
 
     def _page_behind(self, told: Exit, gfn: int) -> list[Event]:
         """Which page an exit is about, by the page table at the address of its gfn."""

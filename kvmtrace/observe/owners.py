@@ -2,16 +2,18 @@
 
 Exact or nothing: a place is named only where a page table refers to that very pfn, or where the
 same page of the same file is mapped and not faulted in. A search over many or large VMs takes
-time (PAGEMAP_SCAN looks at every page table entry), so it goes on in slices.
+time (PAGEMAP_SCAN looks at every page table entry) and may hang, so a ``Search`` runs in a worker
+process (``proc_reader``) while its caller goes on.
 """
 
 from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 from kvmtrace import kvm
 from kvmtrace.pagemap import (
@@ -28,6 +30,7 @@ from kvmtrace.pagemap import (
     poisoned,
     referenced_pfn,
 )
+from kvmtrace.proc_reader import READER, ProcReader, Starting, Stream, Unreadable
 
 # One call into the kernel looks at this much address space, or reads this many entries: a few
 # milliseconds at the most.
@@ -35,6 +38,8 @@ SCAN_BYTES = 1 << 30
 READ_ENTRIES = 1 << 15
 
 MAX_NEEDLES = 16
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +60,98 @@ class Place:
 
 
 def poisoned_pfn(pid: int, hva: int, proc: str = "/proc") -> int | None:
-    """The poisoned pfn at ``hva``; None if there is none, or the process is gone."""
+    """The poisoned pfn at ``hva``; None if there is none, or it cannot be read."""
     entry = entry_at(pid, hva, proc)
     return None if entry is None else poisoned(entry)
 
 
 def entry_at(pid: int, hva: int, proc: str = "/proc") -> int | None:
     """The page table entry at ``hva`` (pagemap's); None if it cannot be read."""
-    with suppress(OSError):
-        pagemap = Pagemap(pid, proc)
-        try:
-            entries = pagemap.entries(hva, 1)
-        finally:
-            pagemap.close()
-        return entries[0] if entries else None
-    return None
+    return _guarded(pid, read_entry, pid, hva, proc)
+
+
+def is_guest_memfd_at(pid: int, hva: int, proc: str = "/proc") -> bool | None:
+    """Whether guest_memfd is mapped at ``hva``; None if the process has no memory any more."""
+    return _guarded(pid, read_is_guest_memfd, pid, hva, proc)
+
+
+def _guarded(pid: int, function: Callable[..., _T], *arguments: object) -> _T | None:
+    try:
+        return cast(_T, READER.call(pid, function, *arguments))
+    except Unreadable:
+        return None
+
+
+def read_entry(pid: int, hva: int, proc: str) -> int | None:
+    """``entry_at``, in the process that may hang."""
+    pagemap = Pagemap(pid, proc)
+    try:
+        entries = pagemap.entries(hva, 1)
+    finally:
+        pagemap.close()
+    return entries[0] if entries else None
+
+
+def read_is_guest_memfd(pid: int, hva: int, proc: str) -> bool | None:
+    """``is_guest_memfd_at``, in the process that may hang."""
+    pagemap = Pagemap(pid, proc)
+    try:
+        areas = pagemap.areas()
+    finally:
+        pagemap.close()
+    if not areas:
+        return None
+    return any(area.is_guest_memfd for area in areas if area.start <= hva < area.end)
 
 
 def find(pfns: Collection[int], pids: Iterable[int], proc: str = "/proc") -> list[Place]:
     """All places at once, however long it takes."""
-    search = Search(pfns, pids, proc)
-    return search.step(float("inf"))
+    return [place for place in walk(tuple(pfns), tuple(pids), proc) if isinstance(place, Place)]
+
+
+_Inode = tuple[int, int]  # device, inode
+_File = tuple[int, int, int]  # and the page offset
+
+
+def walk(
+    pfns: tuple[int, ...],
+    pids: tuple[int, ...],
+    proc: str = "/proc",
+    files: Mapping[_File, int] | None = None,
+) -> Iterator[Place | int | None]:
+    """The places of ``pfns`` in ``pids``, and where the pages ``files`` (to pfn) are mapped.
+
+    Yields a pid when it begins with that process, and None every few milliseconds in between.
+    """
+    files = dict(files or {})
+    wanted = frozenset(pfns)
+    known: set[tuple[int, int]] = set()
+    mappings: dict[int, list[Area]] = {}
+    for pid in pids:
+        yield pid
+        for place in _process(pid, proc, wanted, mappings):
+            if place is not None:
+                known.add((place.pid, place.hva))
+                if place.file is not None and place.pfn is not None:
+                    files[place.file] = place.pfn
+            yield place
+    pages: dict[_Inode, dict[int, int]] = {}
+    for (device, inode, index), pfn in files.items():
+        pages.setdefault((device, inode), {})[index] = pfn
+    for pid, areas in mappings.items():
+        if any((area.device, area.inode) in pages for area in areas):
+            yield pid
+            for place in _mapped(pid, proc, areas, pages):
+                if (place.pid, place.hva) not in known:
+                    yield place
 
 
 class Search:
-    """A search for ``pfns`` in ``pids``; ``step`` until ``done``. ``huge``: those of huge pages."""
+    """A search for ``pfns`` in ``pids``, in a process of its own; ``step`` until ``done``.
+
+    ``huge``: those of huge pages. ``files``: {(device, inode, page offset): pfn}, pages whose
+    mappings are looked for as well. ``skipped``: processes that could not be searched.
+    """
 
     def __init__(
         self,
@@ -87,117 +159,164 @@ class Search:
         pids: Iterable[int],
         proc: str = "/proc",
         huge: frozenset[int] = frozenset(),
+        *,
+        files: Mapping[_File, int] | None = None,
+        reader: ProcReader = READER,
     ) -> None:
         self.pfns = frozenset(pfns)
         self.huge = huge
-        self.done = not self.pfns
-        self._pids = tuple(pids)
+        self.skipped: list[int] = []
+        self._files = dict(files or {})
+        self.done = not self.pfns and not self._files
         self._proc = proc
-        self._work = self._walk()
+        self._reader = reader
+        self._pids = list(pids)
+        self._stream: Stream | None = None
+        self._at: int | None = None  # the process that is being looked at
 
     def step(self, deadline: float) -> list[Place]:
-        """Go on until ``deadline`` (monotonic seconds), or the end; the places found meanwhile."""
+        """Take what is found until ``deadline`` (monotonic seconds), or the end."""
         found: list[Place] = []
         while not self.done:
             try:
-                place = next(self._work)
-            except StopIteration:
-                self.done = True
+                stream = self._stream = self._stream or self._begin(deadline)
+                some, item = stream.next(deadline)
+            except Starting:
                 break
-            if place is not None:
-                found.append(place)
-            if time.monotonic() >= deadline:
+            except Unreadable:
+                self._skip_rest()
+                break
+            if isinstance(item, Place):
+                found.append(item)
+            elif isinstance(item, int):
+                self._at = item
+            if stream.done:
+                self.done = True
+            elif not some and stream.stalled:
+                self._give_up_on_one()
+            elif not some or time.monotonic() >= deadline:
                 break
         return found
 
-    def _walk(self) -> Iterator[Place | None]:
-        files: dict[tuple[int, int, int], int] = {}
-        known: set[tuple[int, int]] = set()
+    def close(self) -> None:
+        """Give up; nothing more is found."""
+        self.done = True
+        if self._stream is not None:
+            self._stream.close()
+
+    def _begin(self, deadline: float) -> Stream:
+        return self._reader.stream(
+            deadline, walk, tuple(self.pfns), tuple(self._readable()), self._proc, self._files
+        )
+
+    def _readable(self) -> Iterator[int]:
         for pid in self._pids:
-            for place in self._process(pid):
-                if place is not None:
-                    known.add((place.pid, place.hva))
-                    if place.file is not None and place.pfn is not None:
-                        files[place.file] = place.pfn
-                yield place
-        for file, pfn in files.items():
-            for place in mapped(file, pfn, self._pids, self._proc):
-                if (place.pid, place.hva) not in known:
-                    yield place
-
-    def _process(self, pid: int) -> Iterator[Place | None]:
-        with suppress(OSError):  # it may end at any time
-            pagemap = Pagemap(pid, self._proc)
             try:
-                # Guest memory is the largest there is: first things first.
-                areas = sorted(pagemap.areas(), key=lambda area: area.start - area.end)
-                for area in areas:
-                    yield from self._area(pid, pagemap, area)
-            finally:
-                pagemap.close()
+                self._reader.require_readable(pid)
+            except Unreadable:
+                self.skipped.append(pid)
+            else:
+                yield pid
 
-    def _area(self, pid: int, pagemap: Pagemap, area: Area) -> Iterator[Place | None]:
-        for start in range(area.start, area.end, SCAN_BYTES):
-            end = min(start + SCAN_BYTES, area.end)
-            regions = pagemap.scan(start, end, PAGE_IS_SWAPPED)
-            if regions is None:
-                yield from self._read(pid, pagemap, area, start, end)
-                continue
-            for first, last, what in regions:
-                if what & PAGE_IS_HUGE and pagemap.page_size(area) > PAGE:
-                    yield from self._huge(pid, pagemap, area, first, last)
-                else:
-                    yield from self._read(pid, pagemap, area, first, last)
-            yield None
+    def _give_up_on_one(self) -> None:
+        """Its process hangs: go on with those behind it."""
+        assert self._stream is not None
+        self._stream.close()
+        self._stream = None
+        if self._at is None or self._at not in self._pids:
+            self._skip_rest()
+            return
+        self._reader.hung(self._at)
+        self.skipped.append(self._at)
+        del self._pids[: self._pids.index(self._at) + 1]
+        self._at = None
 
-    def _huge(
-        self, pid: int, pagemap: Pagemap, area: Area, first: int, last: int
-    ) -> Iterator[Place]:
-        size = pagemap.page_size(area)
-        for hva in range(first, last, size):
-            entries = pagemap.entries(hva, 1)
-            # A page on its way (migration) is back in a moment; a uffd marker is no loss.
-            if not entries or entries[0] & (PM_PRESENT | PM_SWAP | PM_UFFD_WP):
-                continue
-            yield Place(pid, hva, None, size, file=_file(area, hva))
-
-    def _read(
-        self, pid: int, pagemap: Pagemap, area: Area, first: int, last: int
-    ) -> Iterator[Place | None]:
-        for start in range(first, last, READ_ENTRIES * PAGE):
-            count = min(READ_ENTRIES, (last - start) >> kvm.PAGE_SHIFT)
-            for index, pfn in _matches(pagemap.raw(start, count), self.pfns):
-                hva = start + index * PAGE
-                yield Place(pid, hva, pfn, PAGE, file=_file(area, hva))
-            yield None
+    def _skip_rest(self) -> None:
+        self.skipped += self._pids
+        self.close()
 
 
-def mapped(
-    file: tuple[int, int, int], pfn: int, pids: Iterable[int], proc: str = "/proc"
-) -> Iterator[Place]:
+def _process(
+    pid: int, proc: str, pfns: frozenset[int], mappings: dict[int, list[Area]]
+) -> Iterator[Place | None]:
+    """Places of ``pfns``; what it maps of files is noted in ``mappings``."""
+    with suppress(OSError):  # it may end at any time
+        pagemap = Pagemap(pid, proc)
+        try:
+            # Guest memory is the largest there is: first things first.
+            areas = sorted(pagemap.areas(), key=lambda area: area.start - area.end)
+            mappings[pid] = [area for area in areas if area.inode]
+            for area in areas if pfns else ():
+                yield from _area(pid, pagemap, area, pfns)
+        finally:
+            pagemap.close()
+
+
+def _area(pid: int, pagemap: Pagemap, area: Area, pfns: frozenset[int]) -> Iterator[Place | None]:
+    for start in range(area.start, area.end, SCAN_BYTES):
+        end = min(start + SCAN_BYTES, area.end)
+        regions = pagemap.scan(start, end, PAGE_IS_SWAPPED)
+        if regions is None:
+            yield from _read(pid, pagemap, area, (start, end), pfns)
+            continue
+        for first, last, what in regions:
+            if what & PAGE_IS_HUGE and pagemap.page_size(area) > PAGE:
+                yield from _huge(pid, pagemap, area, first, last)
+            else:
+                yield from _read(pid, pagemap, area, (first, last), pfns)
+        yield None
+
+
+def _huge(pid: int, pagemap: Pagemap, area: Area, first: int, last: int) -> Iterator[Place]:
+    size = pagemap.page_size(area)
+    for hva in range(first, last, size):
+        entries = pagemap.entries(hva, 1)
+        # A page on its way (migration) is back in a moment; a uffd marker is no loss.
+        if not entries or entries[0] & (PM_PRESENT | PM_SWAP | PM_UFFD_WP):
+            continue
+        yield Place(pid, hva, None, size, file=_file(area, hva))
+
+
+def _read(
+    pid: int, pagemap: Pagemap, area: Area, span: tuple[int, int], pfns: frozenset[int]
+) -> Iterator[Place | None]:
+    first, last = span
+    for start in range(first, last, READ_ENTRIES * PAGE):
+        count = min(READ_ENTRIES, (last - start) >> kvm.PAGE_SHIFT)
+        for index, pfn in _matches(pagemap.raw(start, count), pfns):
+            hva = start + index * PAGE
+            yield Place(pid, hva, pfn, PAGE, file=_file(area, hva))
+        yield None
+
+
+def mapped(file: _File, pfn: int, pids: Iterable[int], proc: str = "/proc") -> Iterator[Place]:
     """Where processes map page ``file`` (device, inode, page offset) without having touched it.
 
-    Whoever has a page of their own there (copied on write, or put in its place since) is safe.
+    A process that has a page of its own there (copied on write, or put there since) is safe.
     """
-    device, inode, index = file
-    for pid in pids:
-        with suppress(OSError):
-            pagemap = Pagemap(pid, proc)
-            try:
-                for area in pagemap.areas():
-                    if (area.device, area.inode) != (device, inode):
-                        continue
+    found = walk((), tuple(pids), proc, {file: pfn})
+    return (place for place in found if isinstance(place, Place))
+
+
+def _mapped(
+    pid: int, proc: str, areas: Iterable[Area], pages: Mapping[_Inode, Mapping[int, int]]
+) -> Iterator[Place]:
+    """``pages``: {(device, inode): {page offset: pfn}}."""
+    with suppress(OSError):
+        pagemap = Pagemap(pid, proc)
+        try:
+            for area in areas:
+                for index, pfn in pages.get((area.device, area.inode), {}).items():
                     hva = area.start + index * PAGE - area.offset
-                    if not area.start <= hva < area.end:
-                        continue
-                    entries = pagemap.entries(hva, 1)
+                    entries = pagemap.entries(hva, 1) if area.start <= hva < area.end else ()
                     if not entries:
                         continue
                     if entries[0] & (PM_PRESENT | PM_SWAP) and referenced_pfn(entries[0]) != pfn:
                         continue
+                    file = (area.device, area.inode, index)
                     yield Place(pid, hva, pfn, pagemap.page_size(area), "mapping", file)
-            finally:
-                pagemap.close()
+        finally:
+            pagemap.close()
 
 
 def _file(area: Area, hva: int) -> tuple[int, int, int] | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from kvmtrace import clock, kvm
 from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone
 from kvmtrace.observe.around import Around
+from kvmtrace.proc_reader import READER, Unreadable
 from kvmtrace.sources import Source
 
 _SECOND = 1_000_000_000
@@ -124,7 +125,11 @@ class Reactions(Around):
             return "running"
         if stat[0] in "Tt":
             return "outside"
-        words = self._read(one.tid, "syscall").split()
+        try:
+            # It takes exec_update_lock, which a thread may hold in exec for as long as it likes.
+            words = READER.call(one.tid, read_thread, one.tid, "syscall", self._proc).split()
+        except Unreadable:
+            return None
         if not words:
             return None
         try:
@@ -143,9 +148,14 @@ class Reactions(Around):
         return int(first) if first.isdecimal() else None
 
     def _read(self, tid: int, name: str) -> str:
-        # By the thread's own id: /proc/TID is there although a listing does not show it.
-        try:
-            with open(f"{self._proc}/{tid}/task/{tid}/{name}", "rb") as file:
-                return file.read(4096).decode("ascii", "replace")
-        except OSError:
-            return ""
+        return read_thread(tid, name, self._proc)
+
+
+def read_thread(tid: int, name: str, proc: str) -> str:
+    """A file of a thread's; "" once it is gone."""
+    # By the thread's own id: /proc/TID is there although a listing does not show it.
+    try:
+        with open(f"{proc}/{tid}/task/{tid}/{name}", "rb") as file:
+            return file.read(4096).decode("ascii", "replace")
+    except OSError:
+        return ""

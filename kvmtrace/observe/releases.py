@@ -13,7 +13,7 @@ from collections.abc import Callable
 from kvmtrace import clock
 from kvmtrace.events import Event, Owned, Released, Sigbus, Unpoison, VmGone, VmSeen
 from kvmtrace.observe.around import Around
-from kvmtrace.observe.owners import entry_at
+from kvmtrace.observe.owners import entry_at, is_guest_memfd_at
 from kvmtrace.pagemap import PAGE, poisoned
 from kvmtrace.sources import Source
 
@@ -87,23 +87,13 @@ class Releases(Around):
         """
         pid = self._pid_of.get(vm)
         entry = None if pid is None else entry_at(pid, hva, self._proc)
-        if entry is None:
+        if pid is None or entry is None:
             return None
         if poisoned(entry) == pfn:
             return True
-        return False if self._maps(vm) else None
+        return None if is_guest_memfd_at(pid, hva, self._proc) is None else False
 
     def _is_of_guest_memfd(self, vm: int, hva: int) -> bool:
         """Such memory stays the VM's, whatever the VMM does with its own mapping of it."""
-        for line in self._maps(vm).splitlines():
-            begin, _, end = line.partition(" ")[0].partition("-")
-            if int(begin, 16) <= hva < int(end, 16):
-                return "[kvm-gmem]" in line
-        return False
-
-    def _maps(self, vm: int) -> str:
-        try:
-            with open(f"{self._proc}/{self._pid_of.get(vm, 0)}/maps", errors="replace") as maps:
-                return maps.read()
-        except OSError:
-            return ""
+        pid = self._pid_of.get(vm)
+        return pid is not None and bool(is_guest_memfd_at(pid, hva, self._proc))

@@ -70,6 +70,7 @@ def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) 
         *([_fact("VMID", vm.vmid)] if vm.vmid else []),
         _fact("VMM", vm.vmm or UNKNOWN),
         _fact("uuid", vm.uuid or UNKNOWN),
+        *([_fact("not looked up", vm.unread, "warn")] if vm.unread else []),
         _fact("poisoned pages", str(vm.poisoned_pages), "warn" if vm.poisoned_pages else ""),
         _fact("SIGBUS", signals),
         _fact("exits/s", rate_of(rates.get(key))),

@@ -21,7 +21,7 @@ import click
 import pytest
 from click.testing import Result
 
-from kvmtrace import cli, host, identity, sources
+from kvmtrace import cli, host, identity, processes, sources
 from kvmtrace.cli.options import seconds
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
@@ -323,8 +323,9 @@ def test_live_process_may_become_a_vm(source: FakeSource) -> None:
 
 def test_vm_known_from_proc_only(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, FakeSource())
-    monkeypatch.setattr(identity, "vm_processes", lambda: {os.getpid(): 1})
-    monkeypatch.setattr(identity, "identify", lambda pid: identity.Identity("me"))
+    me = processes.Found(identity.Identity("me"))
+    monkeypatch.setattr(processes, "vm_processes", lambda: {os.getpid(): 1})
+    monkeypatch.setattr(processes, "identify", lambda pid: me)
     assert invoke("events", "--vm", "me", "--duration", "0.1").exit_code == 0
 
 

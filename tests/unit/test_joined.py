@@ -166,8 +166,9 @@ def test_what_a_follower_has_no_room_for_is_told() -> None:
     follower.put([VmSeen(T0, 1, 4001, "web-1"), VmGone(T0, 1)])
     follower.put(Sigbus(T0 + n, 4001, n, 4, 0x7F0000000000) for n in range(1000))
     taken = follower.take(0)
-    assert len(taken) == 103
-    assert [vars_of(event) for event in taken[-1:]] == [("lost", "follower", 900)]
+    kept = sum(isinstance(event, Sigbus) for event in taken)
+    assert 50 <= kept <= 100
+    assert [vars_of(event) for event in taken[-1:]] == [("lost", "follower", 1000 - kept)]
     assert VmGone(T0, 1) in taken
     assert follower.take(0) == []
 

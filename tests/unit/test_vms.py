@@ -10,11 +10,14 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmtrace import identity, proc_reader, processes
 from kvmtrace.events import Event, VmGone, VmSeen
 from kvmtrace.ftrace.people import People, tgid_of
+from kvmtrace.proc_reader import READER, ProcReader
 from kvmtrace.vms import VmTable
 
 AT, PID = 0xFFFF800000000000, 4194300
@@ -105,8 +108,8 @@ def test_a_pid_that_is_used_again_is_another_process(tmp_path: Path) -> None:
     assert vms.key(AT, PID, 5)[0] == 1  # nothing but its end or its process's says that it ended
     assert vms.missed(6) == vms.missed(6 + 9_000_000_000) == []
     stat.write_text(f"{PID} (vmm) S {' '.join(str(field) for field in range(5, 31))}\n")
-    assert vms.missed(7) == []
-    assert told(vms.missed(7 + 3_000_000_000)) == [("VmGone", 1)]
+    ended = [event for n in range(20) for event in vms.missed(7 + n * 1_000_000_000)]
+    assert told(ended) == [("VmGone", 1)]
 
 
 def test_a_thread_may_call_itself_anything() -> None:
@@ -255,3 +258,38 @@ def test_there_are_as_many_vms_as_there_are(
                 alive.remove(key)
             assert Counter(living.values()) == {pid: len(of) for pid, of in vms.pids().items()}
             assert sorted(alive) == sorted(key for of in vms.pids().values() for key in of)
+
+
+def test_a_vm_that_cannot_be_looked_up_is_known_by_what_cannot_hang(tmp_path: Path) -> None:
+    """As where its process holds its memory map; it is looked up again later."""
+    vms = holding(tmp_path, "kvm-vm")
+    process = tmp_path / str(PID)
+    (process / "comm").write_text("qemu-kvm\n")
+    cmdline = process / "cmdline"
+    cmdline.unlink(missing_ok=True)
+    os.mkfifo(cmdline)  # opening it waits for a writer
+    (seen,) = vms.scan(5)
+    assert isinstance(seen, VmSeen)
+    assert (seen.pid, seen.name) == (PID, "qemu-kvm")
+    assert seen.unread == f"/proc/{PID} did not answer in time"
+    assert vms.missed(6) == []  # it hung a moment ago
+    cmdline.unlink()
+    cmdline.write_bytes(b"qemu-kvm\0-name\0web-1\0")
+    READER._hung.clear()
+    assert vms.missed(7) == [VmSeen(7, 1, PID, "web-1", None, "qemu")]
+    assert vms.missed(8) == []
+
+
+def test_processes_behind_one_that_hangs_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proc_reader, "STALL_SECONDS", 0.3)
+    for pid in (7, 8, 9):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "comm").write_text(f"vmm-{pid}\n")
+    os.mkfifo(tmp_path / "8/cmdline")  # opening it waits for a writer
+    reader = ProcReader()
+    found = processes._of_each(identity.identify, [7, 8, 9], str(tmp_path), 60, reader)
+    assert {pid: who.name for pid, who in found.items()} == {7: "vmm-7", 9: "vmm-9"}
+    assert reader.hangs == 1
+    reader.close()

@@ -1,0 +1,318 @@
+"""Reads of other processes that may be given up on: nothing a VMM does can stop the reader.
+
+A process can make whoever reads its /proc/PID/cmdline, maps or pagemap wait for ever: it lets a
+page fault on its own FUSE file go unanswered while another of its threads waits for mmap_lock.
+Such reads are done by worker processes (``proc_worker``). One that does not answer in time is
+killed and replaced; where even that does not end it (the kernel waits for a FUSE server), it is
+left behind, up to ``MAX_WORKERS`` of all. The process whose read hung is left alone for a while,
+longer each time, and what is waited for hanging reads is bounded for all processes together.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from typing import Any
+
+from kvmtrace import proc_worker
+
+TIMEOUT = 1.0
+"""Seconds that one read may take. The longest honest one is a few milliseconds."""
+STALL_SECONDS = 2.0
+"""A generator that says nothing for so long hangs; at work it speaks many times a second."""
+START_SECONDS = 30.0
+"""A worker's start depends on nobody but this host."""
+
+WAIT_SECONDS, WINDOW_SECONDS = 2.0, 10.0
+"""So long may be waited in vain in any window of so long, and then as long again in short waits:
+who hangs must not keep others from being read."""
+SHORT_TIMEOUT = 0.05
+RETRY_SECONDS, MAX_RETRY_SECONDS = 10.0, 600.0
+MAX_WORKERS = 16
+_MAX_HUNG = 4096
+
+
+class Unreadable(Exception):
+    """A process could not be read; the text says why, in words for people."""
+
+
+class Starting(Unreadable):
+    """The process that reads /proc has not started yet: try again."""
+
+
+class _Worker:
+    """One worker process and the pipe to it. ``receive`` is for one thread at a time."""
+
+    def __init__(self) -> None:
+        self._pipe, theirs = Pipe()
+        code = (
+            "import sys; sys.path[:] = sys.argv[2:]\n"
+            "from kvmtrace.proc_worker import main; main(int(sys.argv[1]))"
+        )
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-S", "-c", code, str(theirs.fileno()), *sys.path],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # the terminal's Ctrl-C is not for it
+            )
+        except OSError:
+            self._pipe.close()
+            raise
+        finally:
+            theirs.close()
+        self._started = time.monotonic()
+        self._ready = False
+
+    def send(self, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
+        """Call ``function`` there. Raises OSError if the worker has ended."""
+        self._pipe.send((function, arguments))
+
+    def receive(self, timeout: float) -> tuple[str, Any] | None:
+        """Its next message; None if there is none within ``timeout`` seconds.
+
+        Raises EOFError or OSError if it has ended.
+        """
+        if not self._pipe.poll(timeout):
+            return None
+        message: tuple[str, Any] = self._pipe.recv()
+        return message
+
+    def is_ready(self, timeout: float) -> bool:
+        """Whether it has started; waits up to ``timeout`` seconds, or until it should have."""
+        if not self._ready:
+            left = self._started + START_SECONDS - time.monotonic()
+            self._ready = self.receive(max(0.0, min(timeout, left))) is not None
+            if not self._ready and left <= 0:
+                raise EOFError
+        return self._ready
+
+    def end(self) -> None:
+        """Kill it, without waiting for that."""
+        self._pipe.close()
+        self.process.kill()
+
+
+class ProcReader:
+    """Calls functions in worker processes. All methods may be called from any thread.
+
+    ``now``: monotonic seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        self._idle: list[_Worker] = []
+        self._killed: list[_Worker] = []
+        self._busy = 0
+        # By pid: not to be read before (monotonic seconds), and the pause after that.
+        self._hung: OrderedDict[int, tuple[float, float]] = OrderedDict()
+        self._waits: list[tuple[float, float]] = []  # when, and for how long in vain
+        self.hangs = 0
+        """Reads that were given up on, ever."""
+
+    # -- one read
+
+    def call(self, pid: int, function: Callable[..., Any], *arguments: object) -> Any:
+        """``function(*arguments)``, which reads process ``pid``.
+
+        Raises Unreadable where that takes too long, failed, or hung a short while ago.
+        """
+        self.require_readable(pid)
+        timeout = max(SHORT_TIMEOUT, min(TIMEOUT, WAIT_SECONDS - self._waited_in_vain()))
+        worker = self._take(timeout if self.hangs else START_SECONDS)
+        try:
+            worker.send(function, arguments)
+            answer = worker.receive(timeout)
+        except (EOFError, OSError) as error:
+            self._drop(worker)
+            raise Unreadable("the process that reads /proc has ended") from error
+        except BaseException:  # Ctrl-C: the answer would be taken for the next one's
+            self._drop(worker)
+            raise
+        if answer is None:
+            self._drop(worker)
+            raise self.hung(pid, timeout)
+        self._give_back(worker)
+        with self._lock:
+            self._hung.pop(pid, None)
+        kind, result = answer
+        if kind == proc_worker.ERROR:
+            raise Unreadable(result)
+        return result
+
+    def require_readable(self, pid: int) -> None:
+        """Raises Unreadable for a process whose read hung a short while ago."""
+        with self._lock:
+            until, _ = self._hung.get(pid, (0.0, 0.0))
+        if self._now() < until:
+            raise Unreadable(_did_not_answer(pid))
+        if self._waited_in_vain() >= 2 * WAIT_SECONDS:
+            raise Unreadable("reads of other processes hang: tried again in some seconds")
+
+    def hung(self, pid: int, waited: float = 0.0) -> Unreadable:
+        """Note that a read of ``pid`` was given up; the error to raise.
+
+        ``waited``: seconds in which the caller did nothing else.
+        """
+        now = self._now()
+        with self._lock:
+            self.hangs += 1
+            _, pause = self._hung.pop(pid, (0.0, RETRY_SECONDS))
+            self._hung[pid] = now + pause, min(2 * pause, MAX_RETRY_SECONDS)
+            while len(self._hung) > _MAX_HUNG:
+                self._hung.popitem(last=False)
+            if waited:
+                self._waits.append((now, waited))
+        return Unreadable(_did_not_answer(pid))
+
+    def _waited_in_vain(self) -> float:
+        """Seconds, within the window."""
+        now = self._now()
+        with self._lock:
+            self._waits = [one for one in self._waits if now - one[0] < WINDOW_SECONDS]
+            return sum(seconds for _, seconds in self._waits)
+
+    # -- many reads
+
+    def stream(
+        self, deadline: float, function: Callable[..., Iterator[Any]], *arguments: object
+    ) -> Stream:
+        """What a generator yields there.
+
+        Raises Starting if no worker is ready until ``deadline`` (monotonic seconds), Unreadable
+        where none is to be had.
+        """
+        worker = self._take(deadline - time.monotonic())
+        try:
+            worker.send(function, arguments)
+        except OSError as error:
+            self._drop(worker)
+            raise Unreadable("the process that reads /proc has ended") from error
+        return Stream(self, worker)
+
+    # -- workers
+
+    def prepare(self) -> None:
+        """Start the first worker while the caller does something else."""
+        with self._lock:
+            if not self._idle and not self._busy:
+                worker = self._spawn()
+                if worker is not None:
+                    self._idle.append(worker)
+
+    def _spawn(self) -> _Worker | None:
+        """A new worker, if there may be another one; with the lock held."""
+        self._killed = [one for one in self._killed if one.process.poll() is None]
+        if len(self._idle) + self._busy + len(self._killed) >= MAX_WORKERS:
+            return None
+        try:
+            return _Worker()
+        except OSError:
+            return None
+
+    def _take(self, timeout: float) -> _Worker:
+        with self._lock:
+            worker = self._idle.pop() if self._idle else self._spawn()
+            if worker is None:
+                raise Unreadable(f"{len(self._killed)} reads of other processes hang for good")
+            self._busy += 1
+        try:
+            ready = worker.is_ready(timeout)
+        except (EOFError, OSError) as error:
+            self._drop(worker)
+            raise Unreadable("the process that reads /proc has ended") from error
+        except BaseException:
+            self._drop(worker)
+            raise
+        if not ready:
+            self._give_back(worker)
+            raise Starting("the process that reads /proc is starting")
+        return worker
+
+    def _give_back(self, worker: _Worker) -> None:
+        with self._lock:
+            self._busy -= 1
+            self._idle.append(worker)
+
+    def _drop(self, worker: _Worker) -> None:
+        """This one hangs or has ended; the next is made ready meanwhile."""
+        worker.end()
+        with self._lock:
+            self._busy -= 1
+            self._killed.append(worker)
+            if not self._idle and (spare := self._spawn()) is not None:
+                self._idle.append(spare)
+
+    def close(self) -> None:
+        """End the workers that do nothing; those that hang end with this process."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            worker.end()
+            worker.process.wait()
+
+
+class Stream:
+    """A generator that runs in a worker. ``done``: it has ended, or is not listened to any more.
+
+    Raises Unreadable where it failed.
+    """
+
+    def __init__(self, reader: ProcReader, worker: _Worker) -> None:
+        self._reader = reader
+        self._worker: _Worker | None = worker
+        self._heard = time.monotonic()
+        self.done = False
+
+    def next(self, deadline: float) -> tuple[bool, Any]:
+        """(whether there was one, the next item), waiting until ``deadline`` (monotonic seconds).
+
+        None is an item too: it says that the work goes on.
+        """
+        if self._worker is None:
+            return False, None
+        try:
+            message = self._worker.receive(max(0.0, min(deadline - time.monotonic(), 3600.0)))
+        except (EOFError, OSError) as error:
+            self.close()
+            raise Unreadable("the process that reads /proc has ended") from error
+        if message is None:
+            return False, None
+        self._heard = time.monotonic()
+        kind, what = message
+        if kind == proc_worker.ITEM:
+            return True, what
+        self.done = True
+        worker, self._worker = self._worker, None
+        self._reader._give_back(worker)
+        if kind == proc_worker.ERROR:
+            raise Unreadable(what)
+        return False, None
+
+    @property
+    def stalled(self) -> bool:
+        """Nothing was heard for so long that it hangs; to be asked after ``next`` found nothing."""
+        return not self.done and time.monotonic() - self._heard >= STALL_SECONDS
+
+    def close(self) -> None:
+        """Give up on it."""
+        self.done = True
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            self._reader._drop(worker)
+
+
+def _did_not_answer(pid: int) -> str:
+    return f"/proc/{pid} did not answer in time"
+
+
+READER = ProcReader()
+"""The one of this process: what hangs is known to all who ask."""
