@@ -22,9 +22,10 @@ from typing import Any
 from kvmtrace import proc_worker
 
 TIMEOUT = 1.0
-"""Seconds that one read may take. The longest honest one is a few milliseconds."""
+"""Seconds after which a read hangs if its process sleeps. One that only waits for a CPU is slow."""
+SLOW_SECONDS = 10.0
 STALL_SECONDS = 2.0
-"""A generator that says nothing for so long hangs; at work it speaks many times a second."""
+"""Likewise for a generator that says nothing; at work it speaks many times a second."""
 START_SECONDS = 30.0
 """A worker's start depends on nobody but this host."""
 
@@ -34,7 +35,11 @@ who hangs must not keep others from being read."""
 SHORT_TIMEOUT = 0.05
 RETRY_SECONDS, MAX_RETRY_SECONDS = 10.0, 600.0
 MAX_WORKERS = 16
+SPARE = 2
+"""So many are kept: when one hangs, the next read need not wait for a start."""
+_LOOK_SECONDS = 0.1
 _MAX_HUNG = 4096
+_PRELOADED = ("kvmtrace.processes", "kvmtrace.observe.owners", "kvmtrace.observe.reactions")
 
 
 class Unreadable(Exception):
@@ -52,6 +57,7 @@ class _Worker:
         self._pipe, theirs = Pipe()
         code = (
             "import sys; sys.path[:] = sys.argv[2:]\n"
+            f"import {', '.join(_PRELOADED)}\n"
             "from kvmtrace.proc_worker import main; main(int(sys.argv[1]))"
         )
         try:
@@ -94,6 +100,30 @@ class _Worker:
                 raise EOFError
         return self._ready
 
+    def answer(self, timeout: float) -> tuple[str, Any] | None:
+        """As ``receive``, with more time for a worker that is at work or waits for a CPU."""
+        answer = self.receive(timeout)
+        until = time.monotonic() + SLOW_SECONDS
+        while answer is None and time.monotonic() < until and not self.sleeps():
+            answer = self.receive(_LOOK_SECONDS)
+        return answer
+
+    def sleeps(self) -> bool:
+        """Whether it waits for something, and did so since a moment ago."""
+        before = self._state()
+        if before[0] not in "SD" or self._pipe.poll(_LOOK_SECONDS):
+            return False
+        return self._state() == before
+
+    def _state(self) -> tuple[str, ...]:
+        """State letter and CPU time (proc(5), stat); it takes no lock of the worker's memory."""
+        try:
+            with open(f"/proc/{self.process.pid}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].decode().split()
+        except OSError:
+            return ("Z",)
+        return (fields[0], *fields[11:13])
+
     def end(self) -> None:
         """Kill it, without waiting for that."""
         self._pipe.close()
@@ -130,7 +160,8 @@ class ProcReader:
         worker = self._take(timeout if self.hangs else START_SECONDS)
         try:
             worker.send(function, arguments)
-            answer = worker.receive(timeout)
+            begun = time.monotonic()
+            answer = worker.answer(timeout)
         except (EOFError, OSError) as error:
             self._drop(worker)
             raise Unreadable("the process that reads /proc has ended") from error
@@ -139,7 +170,7 @@ class ProcReader:
             raise
         if answer is None:
             self._drop(worker)
-            raise self.hung(pid, timeout)
+            raise self.hung(pid, time.monotonic() - begun)
         self._give_back(worker)
         with self._lock:
             self._hung.pop(pid, None)
@@ -201,12 +232,14 @@ class ProcReader:
     # -- workers
 
     def prepare(self) -> None:
-        """Start the first worker while the caller does something else."""
+        """Start workers while the caller does something else."""
         with self._lock:
-            if not self._idle and not self._busy:
-                worker = self._spawn()
-                if worker is not None:
-                    self._idle.append(worker)
+            self._keep_spare()
+
+    def _keep_spare(self) -> None:
+        """With the lock held."""
+        while len(self._idle) + self._busy < SPARE and (worker := self._spawn()) is not None:
+            self._idle.append(worker)
 
     def _spawn(self) -> _Worker | None:
         """A new worker, if there may be another one; with the lock held."""
@@ -220,7 +253,8 @@ class ProcReader:
 
     def _take(self, timeout: float) -> _Worker:
         with self._lock:
-            worker = self._idle.pop() if self._idle else self._spawn()
+            # The one that was started first is ready first.
+            worker = self._idle.pop(0) if self._idle else self._spawn()
             if worker is None:
                 raise Unreadable(f"{len(self._killed)} reads of other processes hang for good")
             self._busy += 1
@@ -248,8 +282,7 @@ class ProcReader:
         with self._lock:
             self._busy -= 1
             self._killed.append(worker)
-            if not self._idle and (spare := self._spawn()) is not None:
-                self._idle.append(spare)
+            self._keep_spare()
 
     def close(self) -> None:
         """End the workers that do nothing; those that hang end with this process."""
@@ -299,8 +332,10 @@ class Stream:
 
     @property
     def stalled(self) -> bool:
-        """Nothing was heard for so long that it hangs; to be asked after ``next`` found nothing."""
-        return not self.done and time.monotonic() - self._heard >= STALL_SECONDS
+        """It hangs; to be asked after ``next`` found nothing."""
+        if self._worker is None or time.monotonic() - self._heard < STALL_SECONDS:
+            return False
+        return self._worker.sleeps() or time.monotonic() - self._heard >= SLOW_SECONDS
 
     def close(self) -> None:
         """Give up on it."""

@@ -65,7 +65,7 @@ class Observed(Around):
         self._inventory = inventory or Inventory(proc)
         self._observer = Observer(inner.memory if isinstance(inner, HasMemory) else None, proc)
         self._now = now
-        self._hangs = 0
+        self._hangs = READER.hangs
 
     def poll(self, timeout: float) -> list[Event]:
         last = timeout == 0

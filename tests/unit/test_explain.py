@@ -215,9 +215,9 @@ def test_a_name_that_is_a_page_or_an_address_too(tmp_path: Path) -> None:
         Writer(file, Host("sick", "6.18.15", "bpf")).write(events, PROBES)
     page = invoke("explain", "0x103275", "--from", str(path))
     assert page.exit_code == 2
-    assert f"hint: name the page {PFN}, or the VM 'pid 4001'" in page.output
+    assert f"hint: name the page {PFN}, or the VM 'pid 4001'" in page.stderr
     place = invoke("explain", "8@web", "--from", str(path))
-    assert (place.exit_code, "name the VM by its pid" in place.output) == (2, True)
+    assert (place.exit_code, "name the VM by its pid" in place.stderr) == (2, True)
 
 
 def test_a_vm_that_is_gone_keeps_its_name(tmp_path: Path) -> None:

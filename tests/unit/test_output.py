@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from kvmtrace import cli, identity, sources
+from kvmtrace import identity, sources
+from tests.unit.command_line import invoke
 from tests.unit.fake import STORY, FakeSource
 
 NOBODY = 65534
@@ -28,10 +28,6 @@ def source(monkeypatch: pytest.MonkeyPatch) -> FakeSource:
     monkeypatch.setattr(sources, "open_source", lambda kind: source)
     monkeypatch.setattr(identity, "vm_processes", lambda: {})
     return source
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.cli, arguments, prog_name="kvmtrace")
 
 
 @pytest.fixture

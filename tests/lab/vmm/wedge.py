@@ -3,7 +3,7 @@
 In a user and a mount namespace of its own it mounts a FUSE file system that it serves itself, lets
 a page fault on a file there go unanswered (the lock is held for reading) and maps something in
 another thread (which waits for writing). Whoever reads its /proc/PID/cmdline or pagemap waits from
-then on, pgrep and ps too. Usage: wedge.py DIRECTORY; prints "wedged PID" when it is.
+then on, pgrep and ps too. Usage: wedge.py DIRECTORY; prints "wedged PID" just before that.
 """
 
 from __future__ import annotations
@@ -100,10 +100,8 @@ def main(directory: str) -> None:
     # ctypes lets go of Python's lock while these wait.
     threading.Thread(target=libc.memcpy, args=(byte, ctypes.c_void_p(at), 1), daemon=True).start()
     time.sleep(1)
-    threading.Thread(target=libc.mmap, args=(None, 4096, 1, 0x22, -1, 0), daemon=True).start()
-    time.sleep(1)
     print(f"wedged {os.getpid()}", flush=True)
-    signal.pause()
+    libc.mmap(None, 4096, 1, 0x22, -1, 0)
 
 
 if __name__ == "__main__":
