@@ -91,6 +91,10 @@ class _Worker:
         message: tuple[str, Any] = self._pipe.recv()
         return message
 
+    @property
+    def is_known_ready(self) -> bool:
+        return self._ready
+
     def is_ready(self, timeout: float) -> bool:
         """Whether it has started; waits up to ``timeout`` seconds, or until it should have."""
         if not self._ready:
@@ -155,7 +159,10 @@ class ProcReader:
 
         Raises Unreadable where that takes too long, failed, or hung a short while ago.
         """
-        self.require_readable(pid)
+        if self.hung_lately(pid):
+            raise Unreadable(_did_not_answer(pid))
+        if self._waited_in_vain() >= 2 * WAIT_SECONDS:
+            raise Unreadable("reads of other processes hang: tried again in some seconds")
         timeout = max(SHORT_TIMEOUT, min(TIMEOUT, WAIT_SECONDS - self._waited_in_vain()))
         worker = self._take(timeout if self.hangs else START_SECONDS)
         try:
@@ -179,14 +186,11 @@ class ProcReader:
             raise Unreadable(result)
         return result
 
-    def require_readable(self, pid: int) -> None:
-        """Raises Unreadable for a process whose read hung a short while ago."""
+    def hung_lately(self, pid: int) -> bool:
+        """Whether a read of this process hung a short while ago: it is not tried again yet."""
         with self._lock:
             until, _ = self._hung.get(pid, (0.0, 0.0))
-        if self._now() < until:
-            raise Unreadable(_did_not_answer(pid))
-        if self._waited_in_vain() >= 2 * WAIT_SECONDS:
-            raise Unreadable("reads of other processes hang: tried again in some seconds")
+        return self._now() < until
 
     def hung(self, pid: int, waited: float = 0.0) -> Unreadable:
         """Note that a read of ``pid`` was given up; the error to raise.
@@ -274,7 +278,8 @@ class ProcReader:
     def _give_back(self, worker: _Worker) -> None:
         with self._lock:
             self._busy -= 1
-            self._idle.append(worker)
+            # In front of those that are still starting.
+            self._idle.insert(0 if worker.is_known_ready else len(self._idle), worker)
 
     def _drop(self, worker: _Worker) -> None:
         """This one hangs or has ended; the next is made ready meanwhile."""
@@ -335,7 +340,12 @@ class Stream:
         """It hangs; to be asked after ``next`` found nothing."""
         if self._worker is None or time.monotonic() - self._heard < STALL_SECONDS:
             return False
-        return self._worker.sleeps() or time.monotonic() - self._heard >= SLOW_SECONDS
+        return self.sleeps or time.monotonic() - self._heard >= SLOW_SECONDS
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether its worker waits for something."""
+        return self._worker is not None and self._worker.sleeps()
 
     def close(self) -> None:
         """Give up on it."""

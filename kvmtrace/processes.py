@@ -75,6 +75,7 @@ def _of_each(
     reader: ProcReader,
 ) -> dict[int, _T]:
     found: dict[int, _T] = {}
+    pids = [pid for pid in pids if not reader.hung_lately(pid)]
     deadline = time.monotonic() + seconds
     try:
         while pids and time.monotonic() < deadline:
@@ -86,9 +87,9 @@ def _of_each(
                     at += 1
             if stream.done:
                 break
-            stream.close()
-            if at < len(pids) and time.monotonic() < deadline:
+            if at < len(pids) and (stream.stalled or stream.sleeps):
                 reader.hung(pids[at])
+            stream.close()
             pids = pids[at + 1 :]
     except Unreadable:
         pass  # what was read until then

@@ -36,14 +36,15 @@ from kvmtrace.events import (
 from kvmtrace.guestmem import HasMemory, Memory, gfns_at
 from kvmtrace.observe.around import Around
 from kvmtrace.observe.inventory import Inventory
-from kvmtrace.observe.owners import Place, Search, poisoned_pfn
-from kvmtrace.pagemap import PAGE
-from kvmtrace.proc_reader import READER
+from kvmtrace.observe.owners import Place, Search, entry_at, poisoned_pfn
+from kvmtrace.pagemap import PAGE, poisoned
+from kvmtrace.proc_reader import READER, RETRY_SECONDS
 from kvmtrace.sources import Source
 
 FIRST_SECONDS = 0.5
 SLICE_SECONDS = 0.05
 MAX_SEARCHES = 4
+MAX_LATER = 64
 MAX_THREADS = 64
 MAX_PFNS = 16384
 MAX_HUGE = 4096
@@ -103,6 +104,9 @@ class Observer:
         self._cpu = host.cpu(proc)
         self._pid_of: dict[int, int] = {}  # by VM
         self._searches: list[Search] = []
+        # For processes that hung: tried once more (monotonic seconds), and those that are.
+        self._later: list[tuple[float, Search]] = []
+        self._again: list[Search] = []
         self._waiting: dict[
             int, bool
         ] = {}  # pfns to be searched for: may they be of a hugetlb page
@@ -286,25 +290,41 @@ class Observer:
         return self._run(Search(wanted, self._pids(), self._proc, huge), deadline, now)
 
     def _run(self, search: Search, deadline: float, now: int) -> list[Event]:
-        """What a search finds until ``deadline``; it is kept until it is done."""
-        events = self._owners(search.step(deadline), search.huge, now)
+        """What a search finds until ``deadline``."""
+        places, events = self._step(search, deadline, now)
+        return self._owners(places, search.huge, now) + events
+
+    def _step(self, search: Search, deadline: float, now: int) -> tuple[list[Place], list[Event]]:
+        """Go on with a search, which is kept until it is done; what it found, what it missed."""
+        places = search.step(deadline)
         if not search.done:
             if search not in self._searches:
                 self._searches.append(search)
-            return events
+            return places, []
         if search in self._searches:
             self._searches.remove(search)
-        if search.skipped:
-            events.append(Lost(now, "unreadable_processes", len(search.skipped)))
-        return events
+        if not search.skipped:
+            return places, []
+        if search.pfns and search not in self._again and len(self._later) < MAX_LATER:
+            again = Search(search.pfns, sorted(search.skipped), self._proc, search.huge)
+            self._later.append((time.monotonic() + RETRY_SECONDS, again))
+        return places, [Lost(now, "unreadable_processes", len(search.skipped))]
 
     def _slice(self, now: int) -> list[Event]:
-        deadline = time.monotonic() + SLICE_SECONDS
         events: list[Event] = []
-        for search in list(self._searches):
-            events += self._run(search, deadline, now)
-        events += self._start_waiting(deadline, now)
-        return events + self._ask_pages(deadline, now)
+        while self._later and self._later[0][0] <= time.monotonic():
+            _, again = self._later.pop(0)
+            self._again.append(again)
+            self._searches.append(again)
+        deadline = time.monotonic() + SLICE_SECONDS
+        searches = list(self._searches)
+        for number, search in enumerate(searches):
+            begun = time.monotonic()
+            share = max(0.0, deadline - begun) / (len(searches) - number)
+            events += self._run(search, begun + share, now)
+        self._again = [search for search in self._again if not search.done]
+        events += self._start_waiting(time.monotonic() + SLICE_SECONDS, now)
+        return events + self._ask_pages(time.monotonic() + SLICE_SECONDS, now)
 
     def _pids(self) -> list[int]:
         return sorted(set(self._pid_of.values()))
@@ -314,6 +334,8 @@ class Observer:
         events: list[Event] = []
         files: dict[tuple[int, int, int], int] = {}
         of_guest_memfd: list[tuple[int, Owner]] = []
+        if not self._to_ask or len(self._searches) >= MAX_SEARCHES:
+            return []
         while self._to_ask and time.monotonic() < deadline:
             pfn, _ = self._to_ask.popitem(last=False)
             answer = self._memory.page(pfn) if self._memory else None
@@ -325,7 +347,8 @@ class Observer:
                 files[page.device, page.inode, page.index] = pfn
             of_guest_memfd += [(pfn, owner) for owner in page.owners or ()]
         mapped = Search((), self._pids(), self._proc, files=files)
-        places = self._run_for_pages(mapped, deadline, now)
+        places, missed = self._step(mapped, deadline, now)
+        events += missed
         for pfn, owner in of_guest_memfd:
             pid = self._pid_of.get(owner.vm)
             mine = [x for x in places if (x.pid, x.pfn) == (pid, pfn)] if not owner.hva else []
@@ -333,12 +356,6 @@ class Observer:
             events.append(Owned(now, pfn, exact[0] if exact else owner, "guest_memfd"))
         of_others = [x for x in places if x.pfn not in {pfn for pfn, _ in of_guest_memfd}]
         return events + self._owners(of_others, frozenset(), now)
-
-    def _run_for_pages(self, search: Search, deadline: float, now: int) -> list[Place]:
-        places = search.step(deadline)
-        if not search.done:
-            self._searches.append(search)
-        return places
 
     def _bounded(self, now: int) -> list[Event]:
         """Forget the oldest of what a flood of poisons leaves to be looked for."""
@@ -361,10 +378,13 @@ class Observer:
         hva = next((hva for slot in slots if (hva := slot.hva_of(gfn)) is not None), None)
         if hva is None:
             return []
+        entry = entry_at(pid, hva, self._proc)
+        if entry is None:
+            return []  # it may be read at the next exit
         self._asked[told.vm, gfn] = None
         while len(self._asked) > MAX_PFNS:
             self._asked.popitem(last=False)
-        pfn = self._suspect(poisoned_pfn(pid, hva, self._proc))
+        pfn = self._suspect(poisoned(entry))
         if pfn is None:
             return []
         return [Owned(told.ts, pfn, Owner(told.vm, gfn, hva), "pagemap")]

@@ -118,18 +118,20 @@ def walk(
     pids: tuple[int, ...],
     proc: str = "/proc",
     files: Mapping[_File, int] | None = None,
+    scanned: tuple[int, ...] = (),
 ) -> Iterator[Place | int | None]:
     """The places of ``pfns`` in ``pids``, and where the pages ``files`` (to pfn) are mapped.
 
     Yields a pid when it begins with that process, and None every few milliseconds in between.
+    ``scanned``: processes in which only mappings are looked for.
     """
     files = dict(files or {})
     wanted = frozenset(pfns)
     known: set[tuple[int, int]] = set()
     mappings: dict[int, list[Area]] = {}
-    for pid in pids:
+    for pid in (*scanned, *pids):
         yield pid
-        for place in _process(pid, proc, wanted, mappings):
+        for place in _process(pid, proc, frozenset() if pid in scanned else wanted, mappings):
             if place is not None:
                 known.add((place.pid, place.hva))
                 if place.file is not None and place.pfn is not None:
@@ -150,7 +152,7 @@ class Search:
     """A search for ``pfns`` in ``pids``, in a process of its own; ``step`` until ``done``.
 
     ``huge``: those of huge pages. ``files``: {(device, inode, page offset): pfn}, pages whose
-    mappings are looked for as well. ``skipped``: processes that could not be searched.
+    mappings are looked for as well. ``skipped``: processes that could not be searched to the end.
     """
 
     def __init__(
@@ -165,12 +167,13 @@ class Search:
     ) -> None:
         self.pfns = frozenset(pfns)
         self.huge = huge
-        self.skipped: list[int] = []
+        self.skipped: set[int] = set()
         self._files = dict(files or {})
         self.done = not self.pfns and not self._files
         self._proc = proc
         self._reader = reader
-        self._pids = list(pids)
+        self._to_scan = dict.fromkeys(pids)
+        self._scanned: dict[int, None] = {}
         self._stream: Stream | None = None
         self._at: int | None = None  # the process that is being looked at
 
@@ -184,12 +187,15 @@ class Search:
             except Starting:
                 break
             except Unreadable:
-                self._skip_rest()
+                self.skipped.update(self._to_scan)
+                self.close()
                 break
             if isinstance(item, Place):
                 found.append(item)
+                if item.file is not None and item.pfn is not None:
+                    self._files[item.file] = item.pfn
             elif isinstance(item, int):
-                self._at = item
+                self._go_on_with(item)
             if stream.done:
                 self.done = True
             elif not some and stream.stalled:
@@ -205,35 +211,35 @@ class Search:
             self._stream.close()
 
     def _begin(self, deadline: float) -> Stream:
-        return self._reader.stream(
-            deadline, walk, tuple(self.pfns), tuple(self._readable()), self._proc, self._files
-        )
+        for pid in [pid for pid in self._to_scan if self._reader.hung_lately(pid)]:
+            self._skip(pid)
+        pids, scanned = tuple(self._to_scan), tuple(self._scanned)
+        arguments = (tuple(self.pfns), pids, self._proc, self._files, scanned)
+        return self._reader.stream(deadline, walk, *arguments)
 
-    def _readable(self) -> Iterator[int]:
-        for pid in self._pids:
-            try:
-                self._reader.require_readable(pid)
-            except Unreadable:
-                self.skipped.append(pid)
-            else:
-                yield pid
+    def _go_on_with(self, pid: int) -> None:
+        if self._at in self._to_scan:
+            del self._to_scan[self._at]
+            self._scanned[self._at] = None
+        self._at = pid
 
     def _give_up_on_one(self) -> None:
-        """Its process hangs: go on with those behind it."""
+        """Its process hangs: go on without it."""
         assert self._stream is not None
         self._stream.close()
         self._stream = None
-        if self._at is None or self._at not in self._pids:
-            self._skip_rest()
+        if self._at is None:
+            self.skipped.update(self._to_scan)
+            self.done = True
             return
         self._reader.hung(self._at)
-        self.skipped.append(self._at)
-        del self._pids[: self._pids.index(self._at) + 1]
+        self._skip(self._at)
         self._at = None
 
-    def _skip_rest(self) -> None:
-        self.skipped += self._pids
-        self.close()
+    def _skip(self, pid: int) -> None:
+        self._to_scan.pop(pid, None)
+        self._scanned.pop(pid, None)
+        self.skipped.add(pid)
 
 
 def _process(

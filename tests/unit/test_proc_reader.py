@@ -140,7 +140,45 @@ def test_a_process_that_hangs_costs_its_own_owners_only(tmp_path: Path, reader: 
     while not search.done and time.monotonic() < deadline:
         found += search.step(time.monotonic() + 0.05)
     assert [place.pid for place in found] == [7, 9]
-    assert search.skipped == [8]
+    assert search.skipped == {8}
+
+
+def test_waits_in_vain_for_others_are_no_reason_not_to_search(
+    tmp_path: Path, reader: ProcReader
+) -> None:
+    process(tmp_path, 7)
+    reader._waits.append((time.monotonic(), 2 * proc_reader.WAIT_SECONDS))
+    search = owners.Search([0x104CAA], [7], str(tmp_path), reader=reader)
+    assert [place.pid for place in search.step(time.monotonic() + 60)] == [7]
+    assert search.skipped == set()
+
+
+SHARED_MAPS = b"00010000-00020000 rw-s 00000000 00:01 1029 /memfd:guest (deleted)\n"
+
+
+def test_a_process_that_hangs_hides_no_mapping_of_those_before_it(
+    tmp_path: Path, reader: ProcReader
+) -> None:
+    """The page is found in the last process; 7 maps the same file and has not touched it."""
+    for pid in (7, 9):
+        process(tmp_path, pid, SHARED_MAPS)
+    with (tmp_path / "7/pagemap").open("r+b") as file:
+        file.write(bytes(0x20000 // PAGE * 8))
+    (tmp_path / "8").mkdir()
+    os.mkfifo(tmp_path / "8/pagemap")
+    search = owners.Search([0x104CAA], [7, 8, 9], str(tmp_path), reader=reader)
+    deadline = time.monotonic() + 60
+    found = []
+    while not search.done and time.monotonic() < deadline:
+        found += search.step(time.monotonic() + 0.05)
+    assert {(place.pid, place.via) for place in found} == {(9, "pagemap"), (7, "mapping")}
+    assert search.skipped == {8}
+
+
+def test_a_ready_worker_is_taken_before_one_that_starts(reader: ProcReader) -> None:
+    reader._idle.append(reader._spawn() or pytest.fail("no worker"))
+    first = reader.call(1, os.getpid)
+    assert reader.call(1, os.getpid) == first
 
 
 @pytest.mark.parametrize(
