@@ -21,26 +21,27 @@ pytestmark = pytest.mark.lab
 _POISON = """
 import json, mmap, os, struct
 
-def entry(file, at):
-    with open(file, "rb") as table:
-        table.seek(at * 8)
-        return struct.unpack("Q", table.read(8))[0]
-
-def first(bit, least):
-    pfn = least
-    while not entry("/proc/kpageflags", pfn) >> bit & 1:
-        pfn += 1
-    return pfn
+def first(bit, at=0x8000):
+    with open("/proc/kpageflags", "rb") as flags:
+        flags.seek(at * 8)
+        while block := flags.read(1 << 19):
+            for (entry,) in struct.iter_unpack("Q", block):
+                if entry >> bit & 1:
+                    return at
+                at += 1
 
 area = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 area[0]  # read only: the zero page
 import ctypes
 hva = ctypes.addressof(ctypes.c_char.from_buffer(area))
+with open("/proc/self/pagemap", "rb") as table:
+    table.seek(hva // 4096 * 8)
+    (entry,) = struct.unpack("Q", table.read(8))
 pages = {
-    "zero": entry("/proc/self/pagemap", hva // 4096) & (1 << 55) - 1,
-    "slab": first(7, 0x8000),
-    "table": first(26, 0x8000),
-    "free": first(10, 0x8000),
+    "zero": entry & (1 << 55) - 1,
+    "slab": first(7),
+    "table": first(26),
+    "free": first(10),
 }
 for pfn in pages.values():
     try:

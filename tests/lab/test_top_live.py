@@ -164,11 +164,12 @@ def test_printed_once(machine: Machine) -> None:
 
 
 def _until_they_wait(machine: Machine, watchers: int) -> None:
-    """Until that many run and each was seen asleep in poll: what they open is open then."""
+    """Until that many run and each was seen asleep in poll with its rings open."""
     waiting = (
         f"until [ $(pgrep -cx kvmtrace) = {watchers} ]; do sleep 0.2; done; "
         "for p in $(pgrep -x kvmtrace); do"
-        "  until grep -q poll /proc/$p/wchan; do sleep 0.2; done; "
+        "  until ls -l /proc/$p/fd | grep -q trace_pipe_raw && grep -q poll /proc/$p/wchan;"
+        "  do sleep 0.2; done; "
         "done"
     )
     machine.run(waiting, timeout=PATIENCE, check=True)
