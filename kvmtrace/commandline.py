@@ -75,6 +75,8 @@ def says_nothing(comm: str) -> bool:
     return comm in ("", "exe") or comm.isdecimal() or bool(re.match(r"ld[-.]|memfd:", comm))
 
 
+_DEFAULT_ID = "anonymous-instance"  # Firecracker's, where none is given
+
 # The first that is there names the VM. As lower case without dashes in front, "_" as "-".
 _NAMES = tuple(
     "name vm-name vmname guest-name machine-name instance-name sandbox-name enclave-name avd "
@@ -213,7 +215,8 @@ def _name_in(value: str | None) -> str | None:
     if not value:
         return None
     named = _suboptions(value)
-    return named.get("guest") or named.get("name") or named.get("id") or value
+    name = named.get("guest") or named.get("name") or named.get("id") or value
+    return None if name == _DEFAULT_ID else name
 
 
 def _path_in(value: str | None) -> str | None:

@@ -11,22 +11,26 @@ from kvmtrace import identity
 _PLACEHOLDERS = (
     r"no(?: dimm| module)? (?:installed|present)",
     r"(?:any|unknown|no|not known) (?:memory|dimms?|module|label|slot|bank|location|name)",
-    r"not (?:specified|available|applicable|provided|populated|present|installed|set|known)",
-    r"no dimms?",
+    r"not (?:specified|available|applicable|provided|populated|present|installed|set|known|used)",
+    r"no dimms?|tbd|other|unset|unlabell?ed",
     r"(?:un)?specified|undefined|unknown|unavailable|unpopulated|unassigned",
-    r"to be filled(?: by)?(?: o\.?e\.?m\.?)?|filled by o\.?e\.?m\.?|default string|o\.e\.m\.",
+    r"(?:to be )?(?:fill(?:ed)?|defined)(?: by)?(?: o\.?e\.?m\.?)?|default string|o\.?e\.?m\.?",
     r"empty|none|null|nil|n/?a|n\.a\.|reserved|invalid|(?:device|bank) ?locator|system default",
     r"<?(?:bad index|out of spec)>?",
     # No name either: the kind of a thing, and not which one.
-    r"dimms?|memory(?: module| device)?|bank|channel|slot|x{2,}",
+    r"(?:so|u|r|lr)?[\W_]*dimms?|(?:system )?memory(?: module| device)?|ram|(?:lp)?ddr\d\w?",
+    r"bank|channel|slot|location|x{2,}|0xf+|4294967295",
 )
 # Atomic: whatever firmware says, matching it takes no time.
-_ONLY = re.compile(rf"(?>[\W_]*(?:{'|'.join(_PLACEHOLDERS)}))*[\W_]*", re.IGNORECASE)
+_WORDS = "|".join(_PLACEHOLDERS).replace(" ", r"[\W_]+")
+_ONLY = re.compile(rf"(?>[\W_]*(?:{_WORDS})(?![^\W_]))*[\W_]*", re.IGNORECASE)
 _AT_AN_END = re.compile(
     r"^[\[(<]?(?:not specified|unknown|undefined|none|n/a|default string|no dimm)[\])>]? (?=.*\w)"
     r"|(?<=\w) [\[(<]?(?:not specified|unknown|undefined|none|n/a|default string|no dimm)[\])>]?$",
     re.IGNORECASE,
 )
+
+_SOLDERED = re.compile(r"\b(?:system ?board|on[- ]?board) memory$|^on[- ]?board$", re.IGNORECASE)
 
 _OR = " or "  # OTHER_LABEL, include/linux/edac.h
 
@@ -68,12 +72,12 @@ def names(label: str) -> str:
 
     Drivers that know chip selects call the rank "mc#0csrow#2channel#1" (edac_mc_alloc_dimms);
     memory in a processor's package ("…_HBMC#0_Chan#1", skx_common.c) or soldered to the board
-    ("Slice#0_Chan#1", pnd2_edac.c) is no DIMM.
+    ("Slice#0_Chan#1", pnd2_edac.c; "System Board Memory", SMBIOS) is no DIMM.
     """
     if _OR in label:
         return "candidates"
     if "csrow#" in label:
         return "rank"
-    if "_HBMC#" in label or label.startswith("Slice#"):
+    if "_HBMC#" in label or label.startswith("Slice#") or _SOLDERED.search(label):
         return "channel"
     return "dimm"

@@ -123,7 +123,11 @@ def _for_vms(incident: Incident) -> list[str]:
         # VMs that share the page have it at gfns of their own, which the story lists.
         page = _page(incident, vm) if len(vms) == 1 else "the lost page"
         party = incident.parties.get(vm)
-        vmm = vmm_advice.known(party.vmm if party else None, guest_memfd=incident.guest_memfd)
+        vmm = vmm_advice.known(
+            party.vmm if party else None,
+            guest_memfd=incident.guest_memfd,
+            page_type=incident.page_type,
+        )
         needs.setdefault((_need(incident, vm, verdicts.get(vm), page), vmm), []).append(vm)
     steps = [
         step for (need, vmm), some in needs.items() for step in _steps(incident, need, vmm, some)
@@ -204,9 +208,13 @@ def _steps(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterato
     party = incident.parties.get(vms[0]) if len(vms) == 1 else None
     if need.how in ("stop", "check") and (command := vmm_advice.stop_and_start(party)):
         yield command
+    if vmm_advice.is_of_a_device(incident.page_type):
+        yield f"before that, clear or replace {vmm_advice.DEVICE}: started anew, it maps that again"
     if need.how in ("shut down", "later") and vmm.replaces:
         yield f"or, {vmm.replaces.format(how=vmm_advice.reset(party))}"
     is_huge = incident.size is not None and incident.size > 1 << incident.page_shift
+    if "huge page" not in (incident.page_type or "huge page"):
+        is_huge = False  # of memory of huge pages the kernel says so; others it splits
     if is_huge and vmm.huge and need.how != "wait":
         yield vmm.huge
     yield f"until then do not migrate, save, snapshot or dump {names}: {vmm.reading}"

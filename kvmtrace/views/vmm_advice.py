@@ -2,8 +2,8 @@
 
 Tried with QEMU 10.0 for anonymous, memfd and hugetlb memory, at every run of the tests
 (tests/lab/qemu_guest.py); once by hand with QEMU 7.2 and 11.1, and with virsh of libvirt 11.3.
-For every other VMM only what holds for all: a process that starts anew has other pages, and
-migration, snapshots and dumps read every page.
+For every other VMM only what holds for all: a process that starts anew has other pages (but of a
+DAX file or a device), and migration, snapshots and dumps read every page.
 """
 
 from __future__ import annotations
@@ -51,10 +51,23 @@ _TRIED = {
 }
 
 
-def known(vmm: str | None, *, guest_memfd: bool) -> Vmm:
+def known(vmm: str | None, *, guest_memfd: bool, page_type: str | None = None) -> Vmm:
     """What is known of a VMM (``Party.vmm``), for a lost page of guest_memfd or other memory."""
     # QEMU 10 has guest_memfd for confidential VMs only, which the lab cannot run.
-    return _UNTRIED if guest_memfd else _TRIED.get(vmm or "", _UNTRIED)
+    if guest_memfd or is_of_a_device(page_type):
+        return _UNTRIED
+    return _TRIED.get(vmm or "", _UNTRIED)
+
+
+DEVICE = "the DAX file or device that the page belongs to"
+
+
+def is_of_a_device(page_type: str | None) -> bool:
+    """Whether the page is no RAM that another process would get in its place.
+
+    Names: mm/memory-failure.c, MF_MSG_DAX and MF_MSG_PFN_MAP.
+    """
+    return (page_type or "").startswith(("dax", "non struct page"))
 
 
 def reset(party: Party | None) -> str:

@@ -79,6 +79,23 @@ UNTOUCHED = f"{SHUT_DOWN}its guest has not touched {WHERE} yet"
 CASES: dict[str, tuple[list[Event], list[str]]] = {
     "latent": ([QEMU, OWNED, POISON], [UNTOUCHED, *RESETTABLE]),
     "latent, a VMM that was not tried": ([OTHER, OWNED, POISON], [UNTOUCHED, NOT_ANY]),
+    "latent, a page of a DAX file": (
+        [QEMU, OWNED, replace(POISON, page_type="dax page")],
+        [
+            UNTOUCHED,
+            "before that, clear or replace the DAX file or device that the page belongs to: started"
+            " anew, it maps that again",
+            NOT_ANY,
+        ],
+    ),
+    "latent, a THP that could not be split": (
+        [
+            QEMU,
+            replace(OWNED, size=2 << 20),
+            replace(POISON, page_type="unsplit thp", result="Failed"),
+        ],
+        [UNTOUCHED, *RESETTABLE],
+    ),
     "latent, guest_memfd": ([QEMU, GMEM, POISON], [UNTOUCHED, NOT_ANY]),
     "notified ahead": (
         [QEMU, OWNED, POISON, AO, LATER],

@@ -92,3 +92,25 @@ def test_fru_text_is_not_always_a_dimm(text: str | None, name: str | None) -> No
 def test_what_a_label_names(label: str, names: str, shown: str) -> None:
     assert dimms.names(label) == names
     assert dimm_of(label) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    "Fill By OEM;Not Used;TBD;NO_DIMM;Other;Unset;OEM;to be defined by O.E.M;unlabeled;SO-DIMM;"
+    "RAM;DDR4;System Memory;0xffff;4294967295;unknown DIMM location".split(";"),
+)
+def test_more_words_that_name_nothing(text: str) -> None:
+    assert dimms.label(text) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["DDR4_A1", "RAM1", "OtherBoard A", "SYSTEM BOARD DIMM1", "SO-DIMM A"]
+)
+def test_words_like_them_within_a_name(text: str) -> None:
+    assert dimms.label(text) == text
+    assert dimms.names(text) == "dimm"
+
+
+@pytest.mark.parametrize("text", ["System Board Memory", "On Board Memory", "onboard"])
+def test_soldered_memory_is_no_dimm(text: str) -> None:
+    assert dimms.names(dimms.label(text) or "") == "channel"
