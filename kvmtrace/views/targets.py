@@ -73,7 +73,7 @@ def _soft_offlined(page: SoftOffline) -> str:
 def _at_place(snapshot: Snapshot, gfn: int, vm: str) -> list[Incident]:
     keys = _called(snapshot, vm)
     if not keys:
-        raise _unknown(snapshot, vm, "vm")
+        raise _unknown(snapshot, vm, is_vm=True)
     found = []
     for incident in snapshot.incidents:
         ranges = [incident.lost_gfns(owner) for owner in incident.owners if owner.vm in keys]
@@ -124,11 +124,11 @@ def _number(text: str) -> int | None:
     return number if number >= 0 else None
 
 
-def _unknown(snapshot: Snapshot, target: str, what: str = "any") -> UsageError:
+def _unknown(snapshot: Snapshot, target: str, *, is_vm: bool = False) -> UsageError:
     there = [incident.id for incident in snapshot.incidents]
     there += [vm.label for vm in snapshot.vms.values()]
     hints = []
-    if what != "vm" and _number(target) is not None:
+    if not is_vm and _number(target) is not None:
         hints.append(f"a number is a pfn (physical address >> {snapshot.page_shift})")
         pages = dict.fromkeys(f"{page.pfn:#x}" for page in snapshot.soft_offlines)
         if pages:
