@@ -50,6 +50,12 @@ class VmSeen(Event):
     vmid: str | None = None
     unread: str | None = None
 
+    @property
+    def label(self) -> str:
+        """What people call it: the name, else ``pid N``; Proxmox VE's number in front."""
+        name = self.name or f"pid {self.pid}"
+        return f"{self.vmid} ({name})" if self.vmid else name
+
 
 @dataclass(frozen=True, slots=True)
 class VmGone(Event):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from kvmtrace import dimms, kvm, mce
+from kvmtrace import dimms, kvm, mce, model
 from kvmtrace.correlate import Told
 from kvmtrace.events import (
     Exit,
@@ -152,7 +152,7 @@ def event_line(told: Told) -> dict[str, Any] | None:
         case Unpoison() | Found():
             return head | known(kind=event.kind, pfn=event.pfn, incident=told.incident)
         case VmSeen():
-            return head | known(kind="vm", vm=vm_name(event), state="seen")
+            return head | known(kind="vm", vm=vm_name(event), state="seen", unread=event.unread)
         case VmGone():
             return head | known(kind="vm", vm=vm_name(told.vm), state="gone")
         case Lost():
@@ -192,17 +192,19 @@ def top(snapshot: Snapshot) -> dict[str, Any]:
         "incidents": [incident(i, snapshot) for i in snapshot.incidents],
         "kernel_poisoned_pages": snapshot.kernel_pages,
         "lost": dict(snapshot.lost),
-        "soft_offlined": [
-            known(
-                pfn=page.pfn,
-                ts=rfc3339(page.ts),
-                errno=page.errno or None,
-                origin=_origin(page.origin),
-            )
-            for page in snapshot.soft_offlines
-        ],
+        "soft_offlined": [soft_offlined(page) for page in snapshot.soft_offlines],
         "dimms": [{"label": name, **_history(of)} for name, of in sorted(snapshot.dimms.items())],
     } | known(kernel=_kernel(snapshot.kernel))
+
+
+def soft_offlined(page: model.SoftOffline) -> dict[str, Any]:
+    """``{"pfn", "ts", "errno", "origin"}``."""
+    return known(
+        pfn=page.pfn,
+        ts=rfc3339(page.ts),
+        errno=page.errno or None,
+        origin=_origin(page.origin),
+    )
 
 
 def probe(state: Probe) -> dict[str, Any]:

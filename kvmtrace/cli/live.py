@@ -136,13 +136,10 @@ def _lives(event: Event, snapshot: Snapshot) -> bool:
 
 
 def _is(seen: VmSeen | None, vm: str) -> bool:
-    return seen is not None and vm in (
-        str(seen.pid),
-        f"pid {seen.pid}",
-        seen.name,
-        seen.uuid,
-        seen.vmid,
-    )
+    if seen is None:
+        return False
+    names = (str(seen.pid), f"pid {seen.pid}", seen.name, seen.label, seen.vmid)
+    return vm in names or (seen.uuid is not None and vm.lower() == seen.uuid.lower())
 
 
 def _concerns(told: Told, vm: str) -> bool:
@@ -156,17 +153,19 @@ def _concerns(told: Told, vm: str) -> bool:
 
 
 def _require_vm(vm: str, told: list[Told]) -> None:
-    if vm.isdecimal() and os.path.exists(f"/proc/{int(vm)}"):
+    # No pid is longer, and int() refuses thousands of digits.
+    if vm.isascii() and vm.isdecimal() and len(vm) <= 10 and os.path.exists(f"/proc/{int(vm)}"):
         return
-    known = {one.vm.name or str(one.vm.pid): one.vm for one in told if one.vm}
-    if any(_is(seen, vm) for seen in known.values()):
+    known = [one.vm for one in told if one.vm]
+    if any(_is(seen, vm) for seen in known):
         return
-    names = set(known)
+    names = {seen.label for seen in known}
     for pid in processes.vm_processes():
         found = processes.identify(pid).identity
-        if vm in (found.name, found.uuid, found.vmid):
+        seen = VmSeen(0, 0, pid, found.name, found.uuid, found.vmm, found.vmid)
+        if _is(seen, vm):
             return
-        names.add(found.name or str(pid))
+        names.add(seen.label)
     listed = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
     raise UsageError(
         f"no VM {identity.clean(vm)!r} here", f"there are: {listed}" if names else "none is running"

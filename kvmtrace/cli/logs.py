@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import click
 
-from kvmtrace import host
+from kvmtrace import host, wire
 from kvmtrace.cli.attaching import POLL_SECONDS, Log, here, log_of, reading, replaying
 from kvmtrace.cli.doctor import examined
 from kvmtrace.cli.ending import json_is_utf8, say, stop, tell
@@ -106,6 +106,9 @@ def explain(
         if as_json:
             json_is_utf8()
             objects = [explain_view.as_object(incident, snapshot) for incident in found]
+            if not found:
+                pages = targets.soft_offlined(snapshot, target)
+                objects = [wire.soft_offlined(page) for page in pages]
             say(json.dumps(objects, ensure_ascii=False))
             return
         texts = [explain_view.explain_text(incident, snapshot) for incident in found]

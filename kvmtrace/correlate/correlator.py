@@ -393,7 +393,7 @@ class Correlator:
                 incident.note(("mapped",), ts, what, how)
             return
         if ts is not None:
-            place = f"gfn {owner.gfn:#x}" if owner.gfn is not None else "a gfn not known"
+            place = f"gfn {owner.gfn:#x}" if owner.gfn is not None else "gfn not known"
             if owner.hva is not None:
                 place += f", hva {owner.hva:#x}"
             key = ("owner", owner.vm, owner.gfn)

@@ -75,10 +75,13 @@ def _for_host(incident: Incident) -> list[str]:
     """What nobody took out of use, and no VM is known to have."""
     verdict = f"{incident.page_type}: {incident.result}"
     if incident.host_at_risk:
-        return [
-            f"move the VMs away and reboot this host: the kernel uses the page, or may ({verdict}),"
-            " and can run into it at any time"
-        ]
+        why = f"the kernel uses the page, or may ({verdict}), and can run into it at any time"
+        if who := _notified(incident):
+            return [
+                f"move away the VMs that were not notified, stop {who} and start again on another"
+                f" host, and reboot this host: {why}"
+            ]
+        return [f"move the VMs away and reboot this host: {why}"]
     if incident.state == "closed" or incident.owners or incident.told:
         return []
     page = hex_of(incident.pfn)
@@ -97,6 +100,18 @@ def _for_host(incident: Incident) -> list[str]:
     return []
 
 
+def _notified(incident: Incident) -> str:
+    """The VMs here that were notified of the page or may have it, by name; empty: none."""
+    keys = [telling.vm for telling in incident.told]
+    keys += [verdict.vm for verdict in incident.verdicts]
+    keys += [owner.vm for owner in incident.owners]
+    here = [vm for vm in dict.fromkeys(keys) if not _is_gone(incident, vm)]
+    who = [_names(incident, here)] if here else []
+    if _is_vague(incident):
+        who.append("all VMs of the process that was notified")
+    return " and ".join(who)
+
+
 @dataclass(frozen=True, slots=True)
 class _Need:
     """What a VM needs, and why. ``how``: "wait" and look again, "stop" and start, "check" whether
@@ -108,7 +123,9 @@ class _Need:
 
 
 def _for_vms(incident: Incident) -> list[str]:
-    if incident.state == "closed":
+    # The kernel's verdict is that no VM has the page: what the notified ones need, the host's
+    # step says.
+    if incident.state == "closed" or incident.host_at_risk:
         return []
     verdicts = {verdict.vm: verdict for verdict in incident.verdicts}
     owners = [owner.vm for owner in incident.owners]
@@ -140,13 +157,17 @@ def _for_vms(incident: Incident) -> list[str]:
 
 def _has_page(incident: Incident, vm: int) -> bool:
     """Whether a VM still has the lost page in its memory, or is stuck on it all the same."""
-    party = incident.parties.get(vm)
-    if party is not None and party.gone_ts is not None:
+    if _is_gone(incident, vm):
         return False
     places = [owner for owner in incident.owners if owner.vm == vm]
     replaced = bool(places) and all(owner in incident.released for owner in places)
     words = {verdict.word for verdict in incident.verdicts if verdict.vm == vm}
     return not replaced or bool(words & {"looping", "stopped"})
+
+
+def _is_gone(incident: Incident, vm: int) -> bool:
+    party = incident.parties.get(vm)
+    return party is not None and party.gone_ts is not None
 
 
 def _page(incident: Incident, vm: int) -> str:

@@ -31,6 +31,7 @@ STATE_STYLES = {
     "looping": "bad",
     "kernel": "bad",
     "delivered": "warn",
+    "undeliv.": "warn",
     "latent": "note",
     "closed": "dim",
 }
@@ -39,7 +40,7 @@ VERDICT_STYLES = {"looping": "bad", "stopped": "bad", "unknown": "warn"}
 
 def _name(row: VmRow, width: int | None) -> str:
     gone = " (gone)" if row.vm.gone else ""
-    name = row.vm.name or UNKNOWN
+    name = row.vm.label
     # The state word outlives the end of a long name.
     return name + gone if width is None else clip(name, width - len(gone)) + gone
 

@@ -11,6 +11,7 @@ from kvmtrace.views.cells import (
     Line,
     age_of,
     cells,
+    counted,
     date_of,
     hex_of,
     listed,
@@ -28,6 +29,7 @@ _STATES = (
     ("looping", "the same VM is told of the same page again and again: its VMM is not coping"),
     ("kernel", "the kernel itself uses the page, or may: the host is at risk"),
     ("delivered", "the VM was told, by an EHWPOISON exit or by SIGBUS"),
+    ("undeliv.", "guest_memfd refused the page to a guest, and no VMM was notified"),
     ("latent", "a VM owns the page, its guest has not touched it yet"),
     ("unowned", "no VM is known to own the page"),
     ("closed", "the VM is gone, or the page is no longer poisoned"),
@@ -73,6 +75,7 @@ def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) 
         *([_fact("not looked up", vm.unread, "warn")] if vm.unread else []),
         _fact("poisoned pages", str(vm.poisoned_pages), "warn" if vm.poisoned_pages else ""),
         _fact("SIGBUS", signals),
+        *([_fact("not notified", _refusals(vm), "warn")] if vm.undelivered else []),
         _fact("exits/s", rate_of(rates.get(key))),
         _fact("last exit, signal", _when(vm.last_ts, now)),
         (),
@@ -141,6 +144,10 @@ def _fact(label: str, value: str, style: str = "") -> Line:
     return ((f"  {label:<{_LABEL}}", "dim"), (value, style))
 
 
+def _refusals(vm: Vm) -> str:
+    return f"{counted(vm.undelivered, 'refusal')} by guest_memfd that no exit of KVM_RUN told"
+
+
 def _exits(vm: Vm) -> list[Line]:
     if not vm.exits:
         return [(("  none", "dim"),)]
@@ -155,9 +162,10 @@ def _exits(vm: Vm) -> list[Line]:
 def _brief(incident: Incident, vm: int) -> Line:
     places = listed(f"gfn {hex_of(owner.gfn)}" for owner in incident.owners if owner.vm == vm)
     told = f"  exits {incident.exits}  SIGBUS {incident.sigbus}"
+    state = state_word(incident)
     return (
         (f"  {incident.id:<12}", ""),
-        (f"{incident.state:<10}", STATE_STYLES.get(incident.state, "")),
+        (f"{state:<10}", STATE_STYLES.get(state, "")),
         (f"{places}{told}", ""),
     )
 

@@ -69,7 +69,7 @@ _Part = tuple[str, str]  # what stands in front, and the text that is folded bes
 
 def _parts(incident: Incident, snapshot: Snapshot) -> Iterator[_Part]:
     verdict = f", {incident.verdict}" if incident.verdict not in (None, incident.state) else ""
-    yield "", f"Incident {incident.id}: {state_word(incident)}{verdict}"
+    yield "", f"Incident {incident.id}: {_state(incident)}{verdict}"
     for label, value in _facts(incident):
         yield f"  {label:<{_LABEL}}", value
     yield "", ""
@@ -97,6 +97,11 @@ def _parts(incident: Incident, snapshot: Snapshot) -> Iterator[_Part]:
                 yield "  - ", entry
 
 
+def _state(incident: Incident) -> str:
+    word = state_word(incident)
+    return "latent, undelivered" if word == "undeliv." else word
+
+
 def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
     page = [f"pfn {hex_of(incident.pfn)}" if incident.pfn is not None else "pfn not known"]
     page += [part for part in (incident.page_type, incident.result) if part]
@@ -120,7 +125,7 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
     for told in incident.told:
         for code, count in told.sigbus.items():
             signals[code] = signals.get(code, 0) + count
-    told_by = [f"{counted(incident.exits, 'exit')} EHWPOISON"] if incident.exits else []
+    told_by = [f"{counted(incident.exits, 'exit')} of KVM_RUN"] if incident.exits else []
     told_by += [f"{count} SIGBUS {code}" for code, count in sorted(signals.items())]
     if others := incident.sigbus - sum(signals.values()):
         told_by.append(f"{others} SIGBUS to a process of which no VM, or several, are known")
@@ -131,7 +136,8 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
         ),
     )
     if incident.sigbus_to_others:
-        yield "others", f"{incident.sigbus_to_others} SIGBUS to processes that run no VM"
+        to = "a process" if incident.sigbus_to_others == 1 else "processes"
+        yield "others", f"{counted(incident.sigbus_to_others, 'signal')} to {to} without a VM"
     if incident.undelivered:
         refusals = counted(incident.undelivered, "refusal")
         yield "not told", f"{refusals} by guest_memfd, of which KVM_RUN said nothing"

@@ -93,7 +93,7 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
             ]
         case SoftOffline():
             refused = kvm.errno_name(event.errno)
-            what = f"refused: {refused}" if event.errno else "moved away"
+            what = f"soft offline refused: {refused}" if event.errno else "soft-offlined"
             facts = [f"pfn {hex(event.pfn)}"]
         case Unpoison():
             what, facts = "unpoisoned", [f"pfn {hex(event.pfn)}"]
@@ -107,7 +107,11 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
         case VmSeen():
             what = "seen"
             vm = _vm(event)
-            facts = [event.vmm or "", f"uuid {event.uuid}" if event.uuid else ""]
+            facts = [
+                event.vmm or "",
+                f"uuid {event.uuid}" if event.uuid else "",
+                event.unread or "",
+            ]
         case VmGone():
             what, facts = "gone", []
         case Lost():
@@ -137,7 +141,8 @@ def _vm(seen: VmSeen | None) -> str:
     """``name (pid)``; of a name that is too long the end goes, never the pid."""
     if seen is None:
         return UNKNOWN
-    return _called(f"{seen.vmid} {seen.name or ''}" if seen.vmid else seen.name, seen.pid)
+    # Without a name the label has the pid already.
+    return _called(seen.label, seen.pid) if seen.name else seen.label
 
 
 def _called(name: str | None, pid: int) -> str:

@@ -10,7 +10,7 @@ from kvmtrace.model import Incident, Snapshot, Vm
 from kvmtrace.views.cells import UNKNOWN
 
 # What has to be looked at first comes first.
-SEVERITY = ("looping", "kernel", "delivered", "latent", "unowned", "closed")
+SEVERITY = ("looping", "kernel", "delivered", "undeliv.", "latent", "unowned", "closed")
 
 KERNEL_ITSELF = "the kernel itself"
 
@@ -100,8 +100,15 @@ def owners_name(incident: Incident, vms: Mapping[int, Vm], key: int) -> str:
 
 
 def state_word(incident: Incident) -> str:
-    """The state as people see it: that of a page which no VM has, but the kernel, is "kernel"."""
-    return "kernel" if incident.host_at_risk and incident.state == "unowned" else incident.state
+    """The state as people see it: that of a page which no VM has, but the kernel, is "kernel".
+
+    That of a page which guest_memfd refused, and no VMM was notified of, is "undeliv.".
+    """
+    if incident.host_at_risk and incident.state == "unowned":
+        return "kernel"
+    if incident.undelivered and incident.state == "latent":
+        return "undeliv."
+    return incident.state
 
 
 def severity(incident: Incident) -> int:

@@ -41,18 +41,21 @@ def find(snapshot: Snapshot, target: str) -> list[Incident]:
         )
     if of_page or keys:
         return of_page or of_vm
-    if pfn is not None and any(page.pfn == pfn for page in snapshot.soft_offlines):
+    if soft_offlined(snapshot, target):
         return []
     raise _unknown(snapshot, target)
 
 
 def about_nothing(snapshot: Snapshot, target: str) -> str:
     """A VM or a page that is in no incident."""
+    pages = [_soft_offlined(page) for page in soft_offlined(snapshot, target)]
+    return "\n".join(pages) or f"{clean(target)}: no poisoned page is known there"
+
+
+def soft_offlined(snapshot: Snapshot, target: str) -> list[SoftOffline]:
+    """What is known of the page with this PFN, if the kernel was to move it away."""
     pfn = _number(target)
-    for page in snapshot.soft_offlines:
-        if page.pfn == pfn:
-            return _soft_offlined(page)
-    return f"{clean(target)}: no poisoned page is known there"
+    return [page for page in snapshot.soft_offlines if page.pfn == pfn]
 
 
 def _soft_offlined(page: SoftOffline) -> str:
@@ -70,7 +73,7 @@ def _soft_offlined(page: SoftOffline) -> str:
 def _at_place(snapshot: Snapshot, gfn: int, vm: str) -> list[Incident]:
     keys = _called(snapshot, vm)
     if not keys:
-        raise _unknown(snapshot, vm)
+        raise _unknown(snapshot, vm, is_vm=True)
     found = []
     for incident in snapshot.incidents:
         ranges = [incident.lost_gfns(owner) for owner in incident.owners if owner.vm in keys]
@@ -121,10 +124,20 @@ def _number(text: str) -> int | None:
     return number if number >= 0 else None
 
 
-def _unknown(snapshot: Snapshot, target: str) -> UsageError:
+def _unknown(snapshot: Snapshot, target: str, *, is_vm: bool = False) -> UsageError:
     there = [incident.id for incident in snapshot.incidents]
     there += [vm.label for vm in snapshot.vms.values()]
-    listed = ", ".join(there[:8]) + (", …" if len(there) > 8 else "")
-    return UsageError(
-        f"nothing here goes by {clean(target)!r}", f"there are: {listed}" if there else FORMS
-    )
+    hints = []
+    if not is_vm and _number(target) is not None:
+        hints.append(f"a number is a pfn (physical address >> {snapshot.page_shift})")
+        pages = dict.fromkeys(f"{page.pfn:#x}" for page in snapshot.soft_offlines)
+        if pages:
+            hints.append(f"soft-offlined: {_some(list(pages))}")
+        if snapshot.dimms:
+            hints.append("corrected errors are kept by DIMM")
+    hints.append(f"there are: {_some(there)}" if there else FORMS)
+    return UsageError(f"nothing here goes by {clean(target)!r}", "; ".join(hints))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")

@@ -93,7 +93,7 @@ def test_the_live_table(machine: Machine, sick: Vmm) -> None:
         tmux.keys("s")
         tmux.until("VMs .*by VM")
         tmux.keys("Tab", "Enter")
-        tmux.until("[0-9]+ exits EHWPOISON")
+        tmux.until("[0-9]+ exits of KVM_RUN")
         tmux.keys("q", "Tab", "/")
         tmux.until("filter by VM")
         tmux.keys("well", "Enter")

@@ -183,6 +183,36 @@ def test_what_to_do(events: list[Event], steps: list[str]) -> None:
     assert advice.next_steps(told(*events)) == steps
 
 
+KERNEL_PAGE = replace(POISON, page_type="reserved kernel page", result="Ignored")
+AWAY = (
+    "and reboot this host: the kernel uses the page, or may (reserved kernel page: Ignored), and "
+    "can run into it at any time"
+)
+
+
+@pytest.mark.parametrize(
+    ("events", "step"),
+    [
+        ([QEMU], f"move the VMs away {AWAY}"),
+        (
+            [QEMU, AR],
+            "move away the VMs that were not notified, stop web-1 and start again on another host, "
+            f"{AWAY}",
+        ),
+        (
+            [QEMU, VmSeen(T0, 2, 900, "web-2"), replace(AO, vm=None)],
+            "move away the VMs that were not notified, stop all VMs of the process that was "
+            f"notified and start again on another host, {AWAY}",
+        ),
+        ([QEMU, AR, VmGone(T0 + 2, 1)], f"move the VMs away {AWAY}"),
+    ],
+)
+def test_a_page_of_the_kernel_has_one_step(events: list[Event], step: str) -> None:
+    """Not both to move VMs and not to: the kernel's verdict is that no VM has the page."""
+    incident = told(QEMU, KERNEL_PAGE, *events[1:], LATER)
+    assert advice.next_steps(incident) == [step]
+
+
 def test_the_hardware_that_failed_is_no_place_to_start_it_again() -> None:
     error = HwError(T0, "GHES", "recoverable", PFN << 12, PFN, 64, 1, "DIMM A1")
     step, *_ = advice.next_steps(told(QEMU, OWNED, error, POISON))
@@ -270,10 +300,15 @@ def every_incident() -> Iterator[Incident]:
             )
             yield found
             yield replace(found, first_delivery_ts=T0, sigbus=1)
+            yield replace(found, first_delivery_ts=T0, sigbus=1, page_class="kernel")
             for word, early, sent in itertools.product(VERDICTS, (False, True), signals):
                 telling = Telling(1, None, int(not sent), sent, T0, T0)
                 verdict = Verdict(1, word, ("evidence",), early)
-                yield replace(found, first_delivery_ts=T0, told=(telling,), verdicts=(verdict,))
+                notified = replace(
+                    found, first_delivery_ts=T0, told=(telling,), verdicts=(verdict,)
+                )
+                yield notified
+                yield replace(notified, page_class="kernel")
 
 
 READS = re.compile(r"\b(migrate|snapshot|dump|save|suspend)\b", re.IGNORECASE)
@@ -310,6 +345,9 @@ def test_no_state_is_advised_what_reads_the_lost_page() -> None:
         assert all(step[0].islower() and not step.endswith(".") for step in steps)
         assert [one for step in steps for one in harmful(step)] == []
         with_vm = [step for step in steps if step.startswith(("shut", "stop", "see whether web"))]
+        assert not any("move" in one for one in steps) or not any(
+            one.startswith("until then do not migrate") for one in steps
+        )
         if with_vm:
             assert any(step.startswith("until then do not migrate") for step in steps), steps
         # A reset is for QEMU, and nothing is known of it with guest_memfd.

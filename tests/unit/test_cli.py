@@ -24,7 +24,7 @@ from click.testing import Result
 from kvmtrace import cli, host, identity, processes, sources
 from kvmtrace.cli.options import seconds
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Event, Lost
+from kvmtrace.events import Event, Lost, VmSeen
 from kvmtrace.model import Probe, Snapshot
 from kvmtrace.probes import NO_KVM, specs
 from kvmtrace.views import exporter
@@ -297,7 +297,7 @@ def test_events_json_count(source: FakeSource) -> None:
     assert source.closed
 
 
-@pytest.mark.parametrize("vm", ["web-1", "4001", "c7a5fdbd-edaf-9455-926a-d65c16db1809"])
+@pytest.mark.parametrize("vm", ["web-1", "4001", "C7A5fdbd-edaf-9455-926a-d65c16db1809"])
 def test_events_of_one_vm(monkeypatch: pytest.MonkeyPatch, vm: str) -> None:
     use(monkeypatch, Complete(STORY[:2], (*STORY[2:], Lost(T0 + 9 * SECOND, "ringbuf", 3))))
     lines = invoke("events", "--json", "--vm", vm, "--duration", "0.2").stdout.splitlines()
@@ -309,6 +309,21 @@ def test_unknown_vm(source: FakeSource) -> None:
     assert result.exit_code == 2
     assert result.stderr == "kvmtrace: no VM 'web-9' here\nhint: there are: db-1, web-1\n"
     assert source.closed
+
+
+@pytest.mark.parametrize("vm", ["8006 (shop)", "pid 4005", "8006"])
+def test_events_of_a_vm_by_its_label(monkeypatch: pytest.MonkeyPatch, vm: str) -> None:
+    named = [VmSeen(T0, 5, 4005, "shop", vmid="8006"), VmSeen(T0, 6, 4006, "shop")]
+    use(monkeypatch, Complete(named, ()))
+    lines = invoke("events", "--json", "--vm", vm, "--duration", "0.2").stdout.splitlines()
+    assert [json.loads(line)["vm"]["pid"] for line in lines] == [4005]
+
+
+@pytest.mark.parametrize("vm", ["1" * 5000, "²"])
+def test_digits_that_are_no_pid(source: FakeSource, vm: str) -> None:
+    result = invoke("events", "--vm", vm)
+    assert result.exit_code == 2
+    assert "no VM" in result.stderr
 
 
 def test_no_vm_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,24 @@ def test_unknown_is_a_line_and_a_hint(recording: str, target: str) -> None:
     result = invoke("explain", target, "--from", recording)
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 2
-    assert "hint: there are: 103275-1, web-1, db-1" in result.stderr
+    assert "there are: 103275-1, web-1, db-1" in result.stderr
+
+
+@pytest.mark.parametrize("target", ["0x103275000", "0x58"])
+def test_what_a_number_is(recording: str, target: str) -> None:
+    hint = invoke("explain", target, "--from", recording).stderr.splitlines()[1]
+    assert "a number is a pfn (physical address >> 12)" in hint
+    assert "soft-offlined: 0x55, 0x57, 0x56; corrected errors are kept by DIMM; " in hint
+    for other in ("nix", "8@12"):
+        assert "pfn" not in invoke("explain", other, "--from", recording).stderr
+
+
+@pytest.mark.parametrize(("target", "errno"), [("0x55", None), ("0x57", None), ("0x56", 16)])
+def test_a_soft_offlined_page_as_json(recording: str, target: str, errno: int | None) -> None:
+    (page,) = json.loads(invoke("explain", target, "--json", "--from", recording).output)
+    assert (page["pfn"], page.get("errno")) == (int(target, 16), errno)
+    assert ("origin" in page) == (target == "0x57")
+    assert json.loads(invoke("explain", "db-1", "--json", "--from", recording).output) == []
 
 
 def test_a_number_that_is_both(tmp_path: Path) -> None:

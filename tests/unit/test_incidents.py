@@ -428,8 +428,17 @@ def test_a_signal_to_a_process_without_a_vm_tells_no_vmm() -> None:
     assert (incident.state, incident.first_delivery_ts) == ("unowned", None)
     assert (incident.sigbus, incident.sigbus_to_others, told[-1].vm) == (0, 2, None)
     text = explain_text(incident, snapshot, 200)
-    assert "2 SIGBUS to processes that run no VM" in text
+    assert "2 signals to processes without a VM" in text
     assert "SIGBUS AR to reader (pid 9), which runs no VM, hva" in text
+    one = replace(incident, sigbus_to_others=1, exits=2)
+    text = explain_text(one, snapshot, 200)
+    assert "1 signal to a process without a VM" in text
+    assert "2 exits of KVM_RUN" in text
+
+
+def test_an_owner_at_no_known_gfn() -> None:
+    snapshot, _ = tell(seen(1), poison(T0), Owned(T0, PFN, Owner(1, None, HVA), "pagemap"))
+    assert "owned: gfn not known" in explain_text(only(snapshot), snapshot, 200)
 
 
 def test_what_a_plain_program_was_sent_is_none_of_its_page_s_owners() -> None:

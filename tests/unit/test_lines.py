@@ -168,7 +168,7 @@ def test_poison_names_its_owners() -> None:
         ),
         (
             Told(Sigbus(TS, 7, 8, 5, 0x7F00), VmSeen(TS, 1, 7, "web", vmid="8006")),
-            "sigbus 8006 web (7)           BUS_MCEERR_AO           tid 8  hva 0x7f00",
+            "sigbus 8006 (web) (7)         BUS_MCEERR_AO           tid 8  hva 0x7f00",
         ),
         (
             Told(
@@ -229,6 +229,36 @@ EVERY_KIND: tuple[Told, ...] = (
     Told(StillQuiet(TS)),
     Told(Lost(TS, "ring", 7)),
 )
+
+
+@pytest.mark.parametrize(
+    ("event", "end"),
+    [
+        (SoftOffline(TS, 9, 0), "soft-offlined           pfn 0x9"),
+        (SoftOffline(TS, 9, 16), "soft offline refused: EBUSY  pfn 0x9"),
+        (VmSeen(TS, 1, 7, "web", unread="its memory map hangs"), "  its memory map hangs"),
+    ],
+)
+def test_what_a_line_ends_in(event: Event, end: str) -> None:
+    assert text(Told(event)).endswith(end)
+
+
+def test_a_vm_that_was_not_looked_up_says_why_as_json() -> None:
+    line = json_text(Told(VmSeen(TS, 1, 7, unread="its memory map hangs")))
+    assert json.loads(line or "")["unread"] == "its memory map hangs"
+    assert "unread" not in json.loads(json_text(Told(VmSeen(TS, 1, 7))) or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "vm"),
+    [
+        ("shop", "8006 (shop) (4003)"),
+        (None, "8006 (pid 4003)"),
+        ("s" * 30, "8006 (ssssssss… (4003)"),
+    ],
+)
+def test_proxmox_s_number_is_written_as_everywhere(name: str | None, vm: str) -> None:
+    assert f" {vm} " in text(Told(VmSeen(TS, 1, 4003, name, vmid="8006")))
 
 
 def test_people_and_programs_are_told_the_same() -> None:

@@ -169,7 +169,7 @@ def test_a_vm_that_ran_into_the_kernels_page_was_told() -> None:
     assert (incident.page_class, incident.state) == ("kernel", "delivered")
     steps = as_object(incident, snapshot)["next"]
     assert "reboot this host" in steps[0]
-    assert "vm-1" in steps[1]
+    assert "stop vm-1 and start again on another host" in steps[0]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from kvmtrace.model import KernelAccount, Probe, Snapshot
+from kvmtrace.views import columns, details
 from kvmtrace.views.cells import (
     age_of,
     cells,
@@ -18,6 +19,7 @@ from kvmtrace.views.cells import (
     size_of,
     span_of,
 )
+from kvmtrace.views.explain import explain_lines
 from kvmtrace.views.rows import rates
 from kvmtrace.views.table import table_text
 from tests.unit import worlds
@@ -74,7 +76,29 @@ def test_order_is_urgency_and_gone_vms_come_last() -> None:
     states = [line.split()[1] for line in found[-5:]]
     assert states == ["looping", "delivered", "latent", "unowned", "closed"]
     names = [line.split()[0] for line in found if " 400" in line]
-    assert names == ["web-1", "database-with-a-long-name", "-", "batch"]
+    assert names == ["web-1", "database-with-a-long-name", "pid", "batch"]
+
+
+def test_a_vm_is_called_what_it_is_called_elsewhere() -> None:
+    vms = {1: worlds.vm(1, "shop", vmid="8006"), 3: worlds.vm(3)}
+    found = lines(dataclasses.replace(worlds.empty(), vms=vms), 120)
+    assert any(line.startswith("8006 (shop) ") for line in found)
+    assert any(line.startswith("pid 4003 ") for line in found)
+
+
+def test_what_guest_memfd_refused_and_nobody_was_notified_of() -> None:
+    small = worlds.small()
+    refused = dataclasses.replace(small.incidents[0], id="9-1", undelivered=3)
+    world = dataclasses.replace(small, incidents=(*small.incidents, refused))
+    rows = [line.split()[:2] for line in lines(world, 80)[-6:]]
+    assert rows[1:4] == [["200-1", "delivered"], ["9-1", "undeliv."], ["1032a0-1", "latent"]]
+    assert columns.STATE_STYLES["undeliv."] == "warn"
+    assert next(explain_lines(refused, world)) == "Incident 9-1: latent, undelivered"
+    page = map(plain, details.incident_page(world, "9-1", worlds.NOW))
+    assert any(line.split()[:2] == ["state", "undeliv."] for line in page)
+    vm = dataclasses.replace(small.vms[1], undelivered=3)
+    page = map(plain, details.vm_page(dataclasses.replace(world, vms={1: vm}), 1, worlds.NOW, {}))
+    assert any("3 refusals by guest_memfd that no exit of KVM_RUN told" in line for line in page)
 
 
 def test_gone_outlives_the_end_of_a_long_name() -> None:

@@ -123,7 +123,7 @@ async def test_sorting_and_reverse() -> None:
         await pilot.press("s")
         assert "by VM ↑" in screen(app)[3]
         assert [s.split()[0] for s in screen(app)[5:9]] == (
-            ["batch", "database-with-a-long-name", "-", "web-1"]
+            ["batch", "database-with-a-long-name", "pid", "web-1"]
         )
         await pilot.press("S")
         assert "by VM ↓" in screen(app)[3]
