@@ -147,7 +147,7 @@ class Session:
         self._stop.set()
         reader, self._thread = self._thread, None
         if reader is not None:
-            standstill = Standstill(reader.ident)
+            standstill = Standstill(reader)
             while reader.is_alive() and standstill.seconds() < READER_SECONDS:
                 reader.join(0.1)
             if reader.is_alive():

@@ -55,7 +55,7 @@ class Watchdog:
         while not (self._asked() or signal.sigpending() & self._signals):
             if self._stopped.wait(LOOK):
                 return
-        standstill = Standstill(threading.main_thread().ident)
+        standstill = Standstill(threading.main_thread())
         end = time.monotonic() + MOVING
         while standstill.seconds() < STUCK and time.monotonic() < end:
             if self._stopped.wait(LOOK):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,37 @@ def test_a_signal_ends_what_hangs(
     assert not list(own_directory.iterdir())
     if command[0] == "bundle":
         assert not list(tmp_path.iterdir())
+
+
+class Computing(FakeSource):
+    """A source whose poll is one long call of C."""
+
+    def __init__(self) -> None:
+        super().__init__(STORY)
+        self.begun = threading.Event()
+        self.closed_by: int | None = None
+        self.polling = False
+
+    def poll(self, timeout: float) -> list[Event]:
+        self.polling = True
+        self.begun.set()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)
+        self.polling = False
+        return []
+
+    def close(self) -> None:
+        assert not self.polling
+        self.closed_by = threading.get_ident()
+
+
+def test_a_reader_that_computes_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "READER_SECONDS", 0.3)
+    source = Computing()
+    session = Session(source)
+    session.start()
+    source.begun.wait()
+    assert session.close()
+    assert source.closed_by == threading.get_ident()
 
 
 # -- file descriptors that run out
