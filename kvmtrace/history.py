@@ -134,7 +134,10 @@ class EventLog:
         kept = [self._log[serial] for serial in sorted(self._log)]
         if self._dropped:
             kept.append(Lost(self._last_ts, self._where, self._dropped))
-        elif kept and max(event.ts for event in kept) < self._last_ts:
+        elif (
+            kept
+            and max((e.ts for e in kept if not isinstance(e, Lost)), default=-1) < self._last_ts
+        ):
             # VMs that left nothing came and went meanwhile: it is later than the log tells.
             kept.append(StillQuiet(self._last_ts))
         return kept
