@@ -123,10 +123,8 @@ class EventLog:
                 self._gone.add(vm)
                 self._live.discard(vm)
             case _:
-                for vm in _vms_of(event):
+                for vm in self._concerned_by(event):
                     self._concern(vm)
-                if isinstance(event, Sigbus) and event.vm is None:
-                    self._concerned |= self._of_pid.get(event.pid, set())
         self._log[self._serial] = event
         if self._size() > self._add_up_at:
             self._make_room()
@@ -136,7 +134,10 @@ class EventLog:
         kept = [self._log[serial] for serial in sorted(self._log)]
         if self._dropped:
             kept.append(Lost(self._last_ts, self._where, self._dropped))
-        elif kept and max(event.ts for event in kept) < self._last_ts:
+        elif (
+            kept
+            and max((e.ts for e in kept if not isinstance(e, Lost)), default=-1) < self._last_ts
+        ):
             # VMs that left nothing came and went meanwhile: it is later than the log tells.
             kept.append(StillQuiet(self._last_ts))
         return kept
@@ -159,6 +160,14 @@ class EventLog:
         vms.discard(seen.vm)
         if not vms:
             self._of_pid.pop(seen.pid, None)
+
+    def _concerned_by(self, event: Event) -> set[int]:
+        """The VMs to which something happened; that they came and went is nothing."""
+        if isinstance(event, (VmSeen, VmGone)):
+            return set()
+        if isinstance(event, Sigbus) and event.vm is None:
+            return set(self._of_pid.get(event.pid, ()))
+        return set(_vms_of(event))
 
     def _concern(self, vm: int) -> None:
         """An event is about it, even if that comes after its end."""
@@ -183,7 +192,9 @@ class EventLog:
                 break
         if self._size() > self._limit:
             self._drop(self._size() - self._limit * 3 // 4)
-        self._concerned = {vm for event in self._log.values() for vm in _vms_of(event)}
+        self._concerned = set()
+        for event in self._log.values():
+            self._concerned |= self._concerned_by(event)
         self._add_up_at = min(self._limit, self._size() + max(1, self._limit // 8))
 
     def _add_up(self, pause: float) -> None:
@@ -239,18 +250,18 @@ class EventLog:
         self._dropped += getattr(event, "count", 1)
 
     def _groups(self) -> list[_Group]:
-        live = self._live
+        live, gone = self._live, self._gone
         owners = _owners(self._log[at] for at in sorted(self._log))
         poisoned = {e.pfn for e in self._log.values() if isinstance(e, (Poison, Found))}
-        notified = {
-            vm for e in self._log.values() if isinstance(e, _OF_POISON) for vm in _vms_of(e)
-        }
+        notified = {vm for e in self._log.values() if _is_of_poison(e) for vm in _vms_of(e)}
         notified |= {vm for vms in owners.values() for vm in vms}
 
         def worth_of(vms: set[int]) -> _Worth:
+            # A follower's log holds no VmSeen of the VMs that it has already told of.
+            lives = bool(vms - gone)
             if vms & notified:
-                return _Worth.OPEN if vms & live else _Worth.SETTLED
-            return _Worth.LIVE_VM if vms & live else _Worth.ENDED_VM
+                return _Worth.OPEN if lives else _Worth.SETTLED
+            return _Worth.LIVE_VM if lives else _Worth.ENDED_VM
 
         groups: dict[object, _Group] = {}
         for serial in sorted(self._log):
@@ -260,18 +271,24 @@ class EventLog:
             pfn = getattr(event, "pfn", None)
             vms = set(_vms_of(event)) or owners.get(pfn, set())
             if vms:
-                key, worth = (VmSeen.kind, min(vms)), worth_of(vms)
+                key, worth = (VmSeen.kind, min(vms - gone or vms)), worth_of(vms)
             elif pfn is not None:
                 worth = _Worth.UNOWNED_PAGE if pfn in poisoned else _Worth.TRAFFIC
                 key = Poison.kind, pfn
             else:
                 is_rare = isinstance(event, (Lost, KernelCounts, StillQuiet))
                 key, worth = (event.kind, serial), _Worth.OPEN if is_rare else _Worth.TRAFFIC
-            groups.setdefault(key, _Group(worth)).serials.append(serial)
+            group = groups.setdefault(key, _Group(worth))
+            group.worth = max(group.worth, worth)
+            group.serials.append(serial)
         return list(groups.values())
 
 
 _OF_POISON = (GmemPoison, Owned, Refused, Released, Sigbus, VcpuState)
+
+
+def _is_of_poison(event: Event) -> bool:
+    return isinstance(event, _OF_POISON) or (isinstance(event, Exit) and event.tells_of_poison)
 
 
 def _owners(events: Iterable[Event]) -> dict[int | None, set[int]]:
@@ -300,7 +317,8 @@ def _vms_of(event: Event) -> Iterator[int]:
 def _kind(event: Event) -> object:
     """What an event repeats; None where every one is kept."""
     match event:
-        case Exit() if event.tells_of_poison:
+        case Exit() if event.tells_of_poison or event.errno == 0:
+            # The correlator counts these of each gfn: what it was told of, or may have been.
             return event.kind, event.vm, event.vcpu, event.gfn, event.errno, event.reason
         case Exit():
             of = (event.vm, event.vcpu, event.errno, event.reason, event.annotated, event.gmem)

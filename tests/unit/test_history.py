@@ -11,6 +11,7 @@ from kvmtrace.events import (
     Exit,
     GmemPoison,
     HwError,
+    Lost,
     Mce,
     Owned,
     Owner,
@@ -18,6 +19,7 @@ from kvmtrace.events import (
     Refused,
     Sigbus,
     SoftOffline,
+    StillQuiet,
     Unpoison,
     VcpuState,
     VmGone,
@@ -256,6 +258,11 @@ def test_time_goes_on_though_vms_that_left_nothing_are_forgotten() -> None:
     assert model(log_of(story)).vms[1].undelivered == model(story).vms[1].undelivered == 1
 
 
+def test_a_lost_does_not_tell_how_late_it_is() -> None:
+    story: list[Event] = [VmSeen(T0, 1, 4001), VmGone(T0, 1), Lost(T0, "ringbuf", 1)]
+    assert model(log_of(story)).last_ts == model(story).last_ts == T0
+
+
 def test_a_vm_that_starts_later_is_no_evidence_against_others() -> None:
     """Page refused and notified; 8 s later any other VM starts."""
     story: list[Event] = [
@@ -265,6 +272,89 @@ def test_a_vm_that_starts_later_is_no_evidence_against_others() -> None:
         VmSeen(T0 + 9 * SECOND, 2, 4002, "db-1"),
     ]
     assert model(log_of(story)).vms[1].undelivered == model(story).vms[1].undelivered == 0
+
+
+def settled_pages(first: int, pages: int) -> list[Event]:
+    return [
+        event
+        for n in range(first, first + pages)
+        for event in (
+            VmSeen(T0 + n, n, n),
+            Owned(T0 + n, n << 8, Owner(n, 8), "pagemap", 4096),
+            Poison(T0 + n, n << 8, "dirty LRU page", "Recovered", tid=n),
+            VmGone(T0 + n, n),
+        )
+    ]
+
+
+def test_a_page_of_two_vms_is_open_while_one_of_them_lives() -> None:
+    shared: list[Event] = [
+        VmSeen(T0, 1, 4001, "web-1"),
+        VmSeen(T0, 2, 4002, "db-1"),
+        Owned(T0, 7, Owner(1, 8), "pagemap", 4096),
+        Owned(T0, 7, Owner(2, 8), "pagemap", 4096),
+        Poison(T0, 7, "dirty LRU page", "Recovered", tid=7),
+        VmGone(T0 + 1, 1),
+    ]
+    later = model(log_of([*shared, *settled_pages(10, 17)], limit=64))
+    assert later.lost["history"] > 0
+    (mine,) = [incident for incident in later.incidents if incident.pfn == 7]
+    assert 2 in {owner.vm for owner in mine.owners}
+
+
+def test_refusals_are_told_gfn_by_gfn_also_by_exits_without_an_errno() -> None:
+    story: list[Event] = [VmSeen(T0, 1, 4001, "web-1")]
+    story += [Refused(T0 + gfn, 1, gfn) for gfn in range(8)]
+    for gfn in range(8):
+        story.append(Exit(T0 + SECOND + gfn, 1, 0, 0, 39, False, 7, gfn=gfn))
+    story += [Sigbus(T0 + SECOND + n, 9, 9, 4, 0x1000, sender=9) for n in range(20)]
+    story.append(StillQuiet(T0 + 20 * SECOND))
+    log = log_of(story, limit=64)
+    assert model(log).vms[1].undelivered == model(story).vms[1].undelivered == 0
+
+
+def test_a_vm_that_only_exits_tell_of_is_settled_not_traffic() -> None:
+    """It outlives the poison of pages that nobody owns."""
+    story: list[Event] = [
+        VmSeen(T0, 1, 4001, "web-1"),
+        Exit(T0, 1, 0, 133, 39, True, 7, gfn=8),
+        VmGone(T0 + 1, 1),
+    ]
+    story += [Poison(T0 + 2 + n, 1 + n, "free buddy page", "Recovered") for n in range(70)]
+    later = log_of(story, limit=64)
+    assert model(later).lost["history"] > 0
+    assert later[:3] == story[:3]
+
+
+def test_a_vm_that_was_named_before_the_log_began_lives() -> None:
+    """The sums of a follower: it knows its VMs already."""
+    log = EventLog(64, forget=False, where="follower")
+    mine: list[Event] = [
+        Owned(T0, 7, Owner(1, 8), "pagemap", 4096),
+        Poison(T0, 7, "dirty LRU page", "Recovered", tid=7),
+    ]
+    for event in [*mine, *settled_pages(10, 17)]:
+        log.add(event)
+    later = log.events()
+    assert later[-1].kind == "lost"
+    assert later[:2] == mine
+
+
+def test_uneventful_vms_leave_nothing_also_after_room_was_made() -> None:
+    vms: list[Event] = [VmSeen(T0, n, n) for n in range(1, 11)]
+    vms += [Sigbus(T0 + n, 99, n, 4, 0x1000, sender=n) for n in range(20)]
+    vms += [VmGone(T0 + SECOND, n) for n in range(1, 11)]
+    later = log_of(vms, limit=64)
+    assert not [event for event in later if isinstance(event, (VmSeen, VmGone))]
+
+
+def test_a_vm_whose_process_got_a_signal_is_kept_also_after_room_was_made() -> None:
+    story: list[Event] = [VmSeen(T0, 1, 4001, "web-1"), Sigbus(T0, 4001, 1, 4, 0x1000)]
+    story += [Sigbus(T0 + n, 99, n, 4, 0x1000, sender=n) for n in range(20)]
+    story.append(VmGone(T0 + SECOND, 1))
+    later = log_of(story, limit=64)
+    assert later[:2] == story[:2]
+    assert VmGone(T0 + SECOND, 1) in later
 
 
 @given(LOGS)
