@@ -135,8 +135,7 @@ class EventLog:
         if self._dropped:
             kept.append(Lost(self._last_ts, self._where, self._dropped))
         elif (
-            kept
-            and max((e.ts for e in kept if not isinstance(e, Lost)), default=-1) < self._last_ts
+            kept and max((e.ts for e in kept if not isinstance(e, Lost)), default=0) < self._last_ts
         ):
             # VMs that left nothing came and went meanwhile: it is later than the log tells.
             kept.append(StillQuiet(self._last_ts))
