@@ -11,6 +11,7 @@ from kvmtrace.events import (
     Exit,
     GmemPoison,
     HwError,
+    Lost,
     Mce,
     Owned,
     Owner,
@@ -255,6 +256,11 @@ def test_time_goes_on_though_vms_that_left_nothing_are_forgotten() -> None:
         VmGone(T0 + 6 * SECOND, 2),
     ]
     assert model(log_of(story)).vms[1].undelivered == model(story).vms[1].undelivered == 1
+
+
+def test_a_lost_does_not_tell_how_late_it_is() -> None:
+    story: list[Event] = [VmSeen(T0, 1, 4001), VmGone(T0, 1), Lost(T0, "ringbuf", 1)]
+    assert model(log_of(story)).last_ts == model(story).last_ts == T0
 
 
 def test_a_vm_that_starts_later_is_no_evidence_against_others() -> None:
