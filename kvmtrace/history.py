@@ -96,7 +96,7 @@ class EventLog:
         self._concerned: set[int] = set()  # VMs that an event in the log is about
         self._forgotten: OrderedDict[int, dict[int, Any]] = OrderedDict()
         self._serial = 0
-        self._last_ts = 0
+        self._last_ts = -1  # before any
         self._add_up_at = limit // 4
         self._dropped = 0
 
@@ -132,11 +132,10 @@ class EventLog:
     def events(self) -> list[Event]:
         """What happened, in the order in which it came."""
         kept = [self._log[serial] for serial in sorted(self._log)]
+        told_until = max((e.ts for e in kept if not isinstance(e, Lost)), default=-1)
         if self._dropped:
-            kept.append(Lost(self._last_ts, self._where, self._dropped))
-        elif (
-            kept and max((e.ts for e in kept if not isinstance(e, Lost)), default=0) < self._last_ts
-        ):
+            kept.append(Lost(max(0, self._last_ts), self._where, self._dropped))
+        elif kept and told_until < self._last_ts:
             # VMs that left nothing came and went meanwhile: it is later than the log tells.
             kept.append(StillQuiet(self._last_ts))
         return kept
@@ -165,7 +164,10 @@ class EventLog:
         if isinstance(event, (VmSeen, VmGone)):
             return set()
         if isinstance(event, Sigbus) and event.vm is None:
-            return set(self._of_pid.get(event.pid, ()))
+            forgotten = {
+                vm for vm, one in self._forgotten.items() if one[min(one)].pid == event.pid
+            }
+            return forgotten | self._of_pid.get(event.pid, set())
         return set(_vms_of(event))
 
     def _concern(self, vm: int) -> None:

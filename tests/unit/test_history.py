@@ -263,6 +263,13 @@ def test_a_lost_does_not_tell_how_late_it_is() -> None:
     assert model(log_of(story)).last_ts == model(story).last_ts == T0
 
 
+def test_a_signal_to_the_process_of_a_vm_that_ended_is_of_that_vm() -> None:
+    """Which of its VMs a signal is for may not be told, and it may be told late."""
+    late = Sigbus(T0 + 2, 4001, 7, 4, 0x1000)
+    story: list[Event] = [VmSeen(T0, 1, 4001), VmGone(T0 + 1, 1), late]
+    assert log_of(story) == story
+
+
 def test_a_vm_that_starts_later_is_no_evidence_against_others() -> None:
     """Page refused and notified; 8 s later any other VM starts."""
     story: list[Event] = [
