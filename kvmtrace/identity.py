@@ -7,9 +7,9 @@ terminals: ``clean`` is applied here, once, and nowhere downstream.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -136,7 +136,8 @@ def guest_memfds(pid: int, proc: str = "/proc") -> dict[int, int]:
 
 def count_vms(pid: int, proc: str = "/proc") -> int | None:
     """VMs that a process has descriptors of, 0 for vCPUs alone; None without either."""
-    vms, vcpus = 0, Counter[str]()
+    vms: list[str] = []
+    vcpus: dict[str, list[str]] = {}  # by number
     directory = f"{proc}/{pid}/fd"
     try:
         descriptors = os.listdir(directory)
@@ -145,14 +146,35 @@ def count_vms(pid: int, proc: str = "/proc") -> int | None:
     for descriptor in descriptors:
         what = _kvm_object(f"{directory}/{descriptor}")
         if what == "kvm-vm":
-            vms += 1
+            vms.append(descriptor)
         elif what is not None and what.startswith("kvm-vcpu"):
-            vcpus[what] += 1
+            vcpus.setdefault(what, []).append(descriptor)
     if not vms and not vcpus:
         return None
-    # Two vCPUs of one number are of two VMs.
-    alike = max(vcpus.values(), default=0)
-    return max(vms, alike) if vms or alike > 1 else 0
+    # Two vCPUs of one number are of two VMs. But a VMM may have several descriptors of one VM
+    # (crosvm's irqchips).
+    alike = max((_different(pid, same) for same in vcpus.values()), default=0)
+    return max(_different(pid, vms), alike) if vms or alike > 1 else 0
+
+
+def _different(pid: int, descriptors: list[str]) -> int:
+    """How many open files descriptors of a process are; all, where the kernel does not say."""
+    files: list[str] = []
+    for one in descriptors:
+        if not any(_is_same_file(pid, int(one), int(known)) for known in files[-_COMPARED:]):
+            files.append(one)
+    return len(files)
+
+
+_COMPARED = 64
+_KCMP = {"x86_64": 312, "aarch64": 272}
+_LIBC = ctypes.CDLL(None)
+
+
+def _is_same_file(pid: int, one: int, other: int) -> bool:
+    """kcmp(2), KCMP_FILE; False where it is not to be had."""
+    number = _KCMP.get(os.uname().machine)
+    return number is not None and _LIBC.syscall(number, pid, pid, 0, one, other) == 0
 
 
 def _kvm_object(link: str) -> str | None:

@@ -407,6 +407,7 @@ class Correlator:
     def _unpoison(self, event: Unpoison) -> Told:
         incident = self._incidents.at_pfn(event.pfn)
         self._incidents.forgotten.mended(event.pfn)
+        self._halves.mended(event.pfn)
         if incident is not None:
             incident.unpoisoned_ts = event.ts
             incident.note(("unpoison",), event.ts, f"pfn {event.pfn:#x} unpoisoned", "same pfn")

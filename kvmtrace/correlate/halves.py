@@ -84,6 +84,10 @@ class Halves:
         """Page table entries with the pfn."""
         return self._owned.pop(pfn, [])
 
+    def mended(self, pfn: int) -> None:
+        """The page is poisoned no more: what waits is of its old poison."""
+        self._owned.pop(pfn, None)
+
     def _keep_signal(self, sender: int, event: Sigbus) -> None:
         kept = self._signals.get(sender, [])
         for at, known in enumerate(kept):

@@ -253,6 +253,7 @@ class Observer:
                     self._seen[event.pfn] = None
                     wanted[event.pfn] = True
                 case Unpoison():
+                    wanted.pop(event.pfn, None)
                     self._mended(event.pfn)
         for pages in (self._seen, self._unheld):
             while len(pages) > MAX_PFNS:
@@ -261,9 +262,8 @@ class Observer:
 
     def _mended(self, pfn: int) -> None:
         """What is known of the page is of its old poison; the next one is looked up anew."""
-        self._seen.pop(pfn, None)
-        self._suspected.pop(pfn, None)
-        self._unheld.pop(pfn, None)
+        for pages in (self._seen, self._suspected, self._unheld, self._waiting, self._to_ask):
+            pages.pop(pfn, None)
         for of, owner in [key for key in self._owned if key[0] == pfn]:
             del self._owned[of, owner]
             if owner.gfn is not None:
@@ -392,6 +392,8 @@ class Observer:
     def _owners(self, places: list[Place], huge: frozenset[int], now: int) -> list[Event]:
         events: list[Event] = []
         for place in self._named(places, huge):
+            if place.pfn not in self._seen:
+                continue  # unpoisoned since the search began
             for vm in [vm for vm, pid in self._pid_of.items() if pid == place.pid]:
                 for owner in self._owners_at(vm, place):
                     key = (place.pfn or 0, owner)

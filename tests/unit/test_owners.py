@@ -470,3 +470,10 @@ def test_what_was_read_later_may_have_happened_before() -> None:
     poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered")
     seen = VmSeen(9, 1, 7)
     assert in_order([exit_, poison, seen]) == [seen, poison, exit_]
+
+
+def test_a_page_that_is_unpoisoned_at_once_has_no_owner(tmp_path: Path) -> None:
+    proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
+    poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered", tid=70)
+    batch: list[Event] = [VmSeen(1, 5, 7), poison, Unpoison(6, 0x104CAA)]
+    assert story(tmp_path, batch) == batch

@@ -293,3 +293,16 @@ def test_processes_behind_one_that_hangs_are_found(
     assert {pid: who.name for pid, who in found.items()} == {7: "vmm-7", 9: "vmm-9"}
     assert reader.hangs == 1
     reader.close()
+
+
+def test_a_file_that_was_opened_once_counts_once() -> None:
+    """crosvm has the descriptor of its VM several times."""
+    one, other = os.pipe()
+    again = os.dup(one)
+    try:
+        if not identity._is_same_file(os.getpid(), one, one):
+            pytest.skip("kcmp(2) is not to be had here")
+        assert identity._different(os.getpid(), [str(fd) for fd in (one, other, again)]) == 2
+    finally:
+        for fd in (one, other, again):
+            os.close(fd)
