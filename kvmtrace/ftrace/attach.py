@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import time
@@ -103,23 +104,28 @@ class Attacher:
             if probe.via != "tracepoint" or (probe.target or "").startswith("kvm:"):
                 del self._probes[name]
 
-    def mute(self, excluded: Mapping[str, str]) -> bool:
+    def mute(self, excluded: Mapping[str, str]) -> bool | None:
         """Keep some events out of the ring: {event: what to add to its filter}.
 
-        False where the kernel took one of the filters not: then none of these events is kept out.
+        False where the kernel refuses one of the filters: then none of these events is kept out.
+        None where writing failed for another reason (no file descriptors left, for instance): some
+        may be kept out, so try again.
         """
+        filters = {name: self._filters[name] for name in excluded if name in self._filters}
         try:
-            for name, condition in excluded.items():
-                if name in self._filters:
-                    path, ordinary = self._filters[name]
-                    self._ring_of(name).write(path, f"({ordinary}){condition}")
+            for name, (path, ordinary) in filters.items():
+                self._ring_of(name).write(path, f"({ordinary}){excluded[name]}")
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.E2BIG):
+                return None
+        else:
+            return True
+        try:
+            for name, (path, ordinary) in filters.items():  # the kernel took these before
+                self._ring_of(name).write(path, ordinary)
         except OSError:
-            for name in excluded.keys() & self._filters.keys():
-                path, ordinary = self._filters[name]
-                with contextlib.suppress(OSError):  # it took that one before
-                    self._ring_of(name).write(path, ordinary)
-            return False
-        return True
+            return None
+        return False
 
     def totals(self) -> hist.Totals:
         """The kernel's counts, now."""

@@ -93,6 +93,11 @@ class Joiner:
             storm.changed = False
         return exclusions(*(storm.conditions() for storm in storms))
 
+    def mute_again(self) -> None:
+        """What ``muted`` gave could not be written: it gives it once more."""
+        for storm in (self.faults.storms, self.signals.storms):
+            storm.changed = True
+
     def mute_nothing(self) -> None:
         """The kernel did not take what ``muted`` gave."""
         for storm in (self.faults.storms, self.signals.storms):

@@ -212,8 +212,12 @@ class FtraceSource:
         )
         self._doubt, self._deaf = max(0, self._doubt - 1), False
         self._active |= self._doubt > 0 or self._joiner.behind
-        if (muted := self._joiner.muted()) is not None and not self._attacher.mute(muted):
-            self._joiner.mute_nothing()
+        if (muted := self._joiner.muted()) is not None:
+            taken = self._attacher.mute(muted)
+            if taken is None:
+                self._joiner.mute_again()
+            elif not taken:
+                self._joiner.mute_nothing()
         return events
 
     def _drain(self) -> tuple[int, bool]:

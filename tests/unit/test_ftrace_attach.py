@@ -1,0 +1,111 @@
+"""Attaching to what a tracefs has, and filters that it takes or refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from kvmtrace.ftrace import fields
+from kvmtrace.ftrace.attach import Attacher
+from kvmtrace.model import Probe
+from kvmtrace.probes import POISON_EVENTS
+
+FORMAT = """name: {name}
+ID: {id}
+format:
+\tfield:unsigned short common_type;\toffset:0;\tsize:2;\tsigned:0;
+\tfield:int common_pid;\toffset:4;\tsize:4;\tsigned:1;
+
+\tfield:unsigned long pfn;\toffset:8;\tsize:8;\tsigned:0;
+
+print fmt: "pfn %#lx", REC->pfn
+"""
+
+
+class Ring:
+    """An instance of which every filter is refused that has more than ``limit`` characters."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.limit = 4095
+        self.errno = errno.EINVAL
+
+    def read(self, file: str) -> str:
+        path = self.path / file
+        return path.read_text() if path.exists() else ""
+
+    def write(self, file: str, text: str) -> None:
+        if len(text) > self.limit:
+            raise OSError(self.errno, os.strerror(self.errno))
+        with (self.path / file).open("r+") as existing:
+            existing.truncate()
+            existing.write(text)
+
+    append = write
+
+
+def attacher(root: Path, *events: str) -> tuple[Attacher, Ring]:
+    """One in a tracefs that has these tracepoints."""
+    for number, event in enumerate(events):
+        path = root / "instances" / "one" / "events" / event.replace(":", "/")
+        path.mkdir(parents=True)
+        (path / "format").write_text(FORMAT.format(name=path.name, id=number + 500))
+        for file in ("enable", "filter", "trigger"):
+            (path / file).write_text("")
+    for file in ("dynamic_events", "kprobe_events"):
+        (root / file).write_text("")
+    ring = Ring(root / "instances" / "one")
+    made = Attacher(str(root), "group", dict.fromkeys(fields.RINGS, ring))  # type: ignore[arg-type]
+    made.attach(False)
+    return made, ring
+
+
+def state(made: Attacher, name: str) -> Probe:
+    return next(probe for probe in made.probes() if probe.name == name)
+
+
+@pytest.mark.parametrize("event", POISON_EVENTS)
+def test_the_poison_event_in_either_system(tmp_path: Path, event: str) -> None:
+    made, ring = attacher(tmp_path, event)
+    assert state(made, "poison") == Probe("poison", True, event, "tracepoint")
+    assert ring.read(f"events/{event.replace(':', '/')}/enable") == "1"
+    assert made.formats[500][0] == "poison"
+
+
+def test_of_two_the_first_is_taken(tmp_path: Path) -> None:
+    made, ring = attacher(tmp_path, *POISON_EVENTS)
+    assert state(made, "poison").target == POISON_EVENTS[0]
+    assert ring.read(f"events/{POISON_EVENTS[1].replace(':', '/')}/enable") == ""
+
+
+def test_of_none_it_is_said_what_was_looked_for(tmp_path: Path) -> None:
+    made, _ = attacher(tmp_path)
+    probe = state(made, "poison")
+    assert (probe.attached, probe.target) == (False, None)
+    assert probe.why == f"this kernel has no {POISON_EVENTS[0]}, nor under another name"
+
+
+def test_a_filter_that_is_refused_mutes_nothing(tmp_path: Path) -> None:
+    made, ring = attacher(tmp_path, "kvm:kvm_userspace_exit")
+    path = "events/kvm/kvm_userspace_exit/filter"
+    ordinary = ring.read(path)
+    assert ordinary
+    assert made.mute({"run_under_way": " && !(errno < 0)", "run": " && !(ret == -14)"})
+    assert ring.read(path) == f"({ordinary}) && !(errno < 0)"
+    # What stands there would go on muting.
+    ring.limit = len(ordinary)
+    assert made.mute({"run_under_way": " && !(errno == -133)"}) is False
+    assert ring.read(path) == ordinary
+
+
+def test_a_filter_that_cannot_be_written_now_is_written_again(tmp_path: Path) -> None:
+    """No file descriptors left: that says nothing of the filter."""
+    made, ring = attacher(tmp_path, "kvm:kvm_userspace_exit")
+    ring.errno = errno.EMFILE
+    ring.limit = 0
+    assert made.mute({"run_under_way": " && !(errno < 0)"}) is None
+    ring.limit = 4095
+    assert made.mute({"run_under_way": " && !(errno < 0)"}) is True
