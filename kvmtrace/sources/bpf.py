@@ -127,9 +127,9 @@ class BpfSource:
         self._programs = _Programs(self._bcc)
         self._next_watch = 0.0
         self._closed = False
-        self._backlog: list[Event] = self._translator.start()
+        self._backlog: list[Event] = []
         self.memory = BpfMemory(self._translator, self._backlog.append)
-        self.memory.use(self._programs.walk, self._programs.generation)
+        self._meet()
 
     def poll(self, timeout: float) -> list[Event]:
         """Events since the last call; ``timeout`` 0 reads all that the kernel has counted."""
@@ -157,6 +157,15 @@ class BpfSource:
             self._closed = True
             self._programs.close()
 
+    def _meet(self) -> None:
+        """The VMs that are there, to ``_backlog``.
+
+        The kernel's list first: it tells their generations too. What /proc tells of without one
+        is a VM from before the first event, and some began since these programs were attached.
+        """
+        self.memory.use(self._programs.walk, self._programs.generation)
+        self._backlog += self._translator.start()
+
     def _drain(self, *, last: bool = False) -> list[Event]:
         events = self._translator.translate(self._programs.take(), self._programs)
         events += self._translator.counters(self._programs, at_once=last)
@@ -171,9 +180,8 @@ class BpfSource:
         self._programs.close()
         _settled_modules()
         self._programs = _Programs(self._bcc)
-        events += self._translator.start()
-        self.memory.use(self._programs.walk, self._programs.generation)
-        # The VMs that it met, before what they did meanwhile.
+        self._meet()
+        # Before what these VMs did meanwhile.
         events += self._backlog
         self._backlog.clear()
         return events

@@ -1,0 +1,86 @@
+"""The eBPF source, its programs replaced: which VMs it meets, and how often each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmtrace import host
+from kvmtrace.events import Event, VmSeen
+from kvmtrace.sources import bpf
+from kvmtrace.sources import bpf_records as records
+from kvmtrace.sources.bpf_events import Translator
+from tests.unit.test_bpf_events import Kernel
+
+AT, PID = 0xFFFF800000000000, 4194300
+
+
+class Programs(Kernel):
+    """Attached when a VM began, of which /proc and the kernel's list tell before its record."""
+
+    def __init__(self, proc: Path) -> None:
+        super().__init__()
+        directory = proc / str(PID) / "fd"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "3").symlink_to("anon_inode:kvm-vm")
+        header = records.Header(9, AT, 1, records.VM_NEW, PID, PID, 0)
+        self.raw = [bytes(records.VmRecord(header, b"vmm"))]
+        self.walk: Any = self
+
+    def vms(self) -> list[tuple[int, int]]:
+        return [(AT, PID)]
+
+    def generation(self, struct: int) -> int:
+        return int(struct == AT)
+
+    def outdated(self) -> bool:
+        return False
+
+    def take(self) -> list[bytes]:
+        raw, self.raw = self.raw, []
+        return raw
+
+    def missed(self, ts: int) -> list[Event]:
+        return []
+
+    def wait(self, timeout: float) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Before(Programs):
+    """Those for no module of kvm's: there is no VM yet, and now kvm comes."""
+
+    def __init__(self) -> None:
+        Kernel.__init__(self)
+        self.raw, self.walk = [], None
+
+    def outdated(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_vm_that_begins_while_programs_are_attached_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool
+) -> None:
+    """It has a generation, of which /proc does not tell: that scan must find it known.
+
+    Else it were two, and a process that runs two VMs is asked in vain which one a page is of.
+    ``later``: kvm was loaded after the start.
+    """
+    turns: list[Any] = [lambda: Programs(tmp_path)]
+    if later:
+        turns.insert(0, Before)
+    monkeypatch.setattr(bpf, "import_bcc", lambda: None)
+    monkeypatch.setattr(bpf, "_settled_modules", lambda: None)
+    monkeypatch.setattr(bpf, "_Programs", lambda _bcc: turns.pop(0)())
+    monkeypatch.setattr(bpf, "Translator", lambda *_: Translator(0, ({}, {}), str(tmp_path)))
+    monkeypatch.setattr(host, "lockdown", lambda: None)
+    source = bpf.BpfSource()
+    told = source.poll(0) + source.poll(0)
+    assert [(event.vm, event.pid) for event in told if isinstance(event, VmSeen)] == [(1, PID)]
+    assert source.memory._struct(1) == AT
