@@ -53,9 +53,7 @@ print(json.dumps(pages))
 """
 
 
-@pytest.mark.parametrize(
-    ("kernel", "source"), [("trixie-newest", "bpf"), ("trixie", "ftrace"), ("bookworm", "bpf")]
-)
+@pytest.mark.parametrize(("kernel", "source"), [("trixie-newest", "bpf"), ("bookworm", "bpf")])
 def test_the_kernels_own_pages(boot: Callable[..., Machine], kernel: str, source: str) -> None:
     machine = boot(kernel)
     vmms = [Vmm(machine, name) for name in ("left", "right")]
