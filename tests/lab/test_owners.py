@@ -4,6 +4,7 @@ third; and poison that was there before kvmtrace.
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import time
@@ -160,5 +161,7 @@ def test_a_large_sparse_vm_holds_nobody_up(machine: Machine) -> None:
         poison = vmm.step("poison v +3 how=inject")
         lines = watch.until(poison_of(poison["pfn"]), "the poison")
         assert time.monotonic() - begin < 10
-        assert owners_of(poison_of(poison["pfn"])(lines)[0]) == {(vmm.pid, poison["gfn"])}
+        (told,) = poison_of(poison["pfn"])(lines)
+        watch.until(functools.partial(owners_of, told["incident"]), "its owner")
+        assert set(owners_of(told["incident"], watch.lines())) == {(vmm.pid, poison["gfn"])}
     vmm.end()

@@ -23,7 +23,7 @@ ORDINARY = [scenario for scenario in SCENARIOS if not scenario.boot]
 
 # Kernels on which the sources work in another way than on the newest.
 OTHER_KERNELS = {
-    "bookworm": "6.1: no memory-fault exit, no BTF arguments, no fprobe; bcc without kfuncs on modules",
+    "bookworm": "6.1: no memory-fault exit, BTF arguments, fprobe; bcc without kfuncs on modules",
     "trixie": "kvm_gmem_get_pfn with five arguments",
 }
 
