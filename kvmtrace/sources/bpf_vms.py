@@ -159,7 +159,7 @@ class Walk:
             missing = [member for member in members if offsets.get(member) is None]
             missing += [variable for variable in variables if not symbols.get(variable)]
             if missing:
-                self.why[name] = f"this kernel does not tell where {missing[0]} is"
+                self.why[name] = f"this kernel's BTF does not say where {missing[0]} is"
                 self._programs[name] = None
 
     def vms(self) -> list[tuple[int, int]] | None:

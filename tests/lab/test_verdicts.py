@@ -45,10 +45,10 @@ def explain(machine: Machine, target: str) -> Line:
 
 
 EVIDENCE = {
-    "exited": r"the VM was gone [\d.]+ s after it was first told",
-    "stopped": r"vCPU 0 \(thread \d+\) sleeps outside KVM_RUN, [\d.]+ s after it was told",
-    "handled": r"vCPU 0 .* CPU time since not told of this page again since",
-    "looping": r"vCPU 0 was told \d+ times in [\d.]+ s, [\d.]+ a second",
+    "exited": r"the VM was gone [\d.]+ s after it was first notified",
+    "stopped": r"vCPU 0 \(thread \d+\) sleeps outside KVM_RUN, [\d.]+ s after it was notified",
+    "handled": r"vCPU 0 .* CPU time since not notified of this page again since",
+    "looping": r"vCPU 0 was notified \d+ times in [\d.]+ s, [\d.]+ a second",
 }
 
 
@@ -156,7 +156,7 @@ def test_what_is_never_delivered(machine: Machine) -> None:
             "every page, the lost one too",
         ]
         text = machine.run(asked, timeout=PATIENCE, check=True).stdout
-        assert "2 refusals by guest_memfd, of which KVM_RUN said nothing" in text
+        assert "2 refusals by guest_memfd of which KVM_RUN did not notify the VMM" in text
         assert all(len(line) <= 80 for line in text.splitlines())
         vmm.end()
     finally:

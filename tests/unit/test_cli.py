@@ -134,7 +134,7 @@ def test_wrong_usage_is_a_line_and_a_hint(
     line, hint = result.stderr.splitlines()
     assert line.startswith("kvmtrace: ")
     assert said in line
-    assert hint == f"hint: `{command} --help` tells what there is"
+    assert hint == f"hint: `{command} --help` lists what there is"
     assert (result.exit_code, result.stdout) == (2, "")
 
 
@@ -155,7 +155,7 @@ def test_every_option_complains_in_one_line(source: FakeSource) -> None:
                     line, hint = result.stderr.splitlines()
                     assert line.startswith("kvmtrace: "), (name, arguments, line)
                     assert option in line, (name, arguments, line)
-                    assert hint == f"hint: `kvmtrace {name} --help` tells what there is"
+                    assert hint == f"hint: `kvmtrace {name} --help` lists what there is"
                     assert (result.exit_code, result.stdout) == (2, "")
     assert not source.closed  # nor opened
 

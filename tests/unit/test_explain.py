@@ -77,7 +77,7 @@ def test_the_whole_story_in_eighty_columns(recording: str) -> None:
         "pfn 0x103275 poisoned: Failed",
         "web-1: owned: gfn 0x8",
         "same thread as the poison, guest_memfd inode 383, index 0x8",
-        "+50 ms  web-1: KVM_RUN told vCPU 0: EHWPOISON, gpa 0x8000",
+        "+50 ms  web-1: KVM_RUN on vCPU 0: EHWPOISON, gpa 0x8000",
         "by: same VM and gfn",
         "sleeps outside KVM_RUN",
         "web-1: stopped",
@@ -247,7 +247,7 @@ def test_a_vm_that_is_gone_keeps_its_name(tmp_path: Path) -> None:
     text = invoke("explain", "web-1", "--from", str(path)).output
     assert "Incident 103275-1: closed, exited" in text
     assert "web-1 (pid 4001, qemu" in text
-    assert "the VM was gone 2.95 s after it was first told" in text
+    assert "the VM was gone 2.95 s after it was first notified" in text
 
 
 def test_bundle(recording: str, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_many_entries_of_one_sort_leave_room_for_what_matters() -> None:
     assert len(incident.timeline) == 64
     whats = [moment.what for moment in incident.timeline]
     assert "the VM is gone" in whats
-    assert any(what.startswith("KVM_RUN told vCPU 0") for what in whats)
+    assert any(what.startswith("KVM_RUN on vCPU 0: EHWPOISON") for what in whats)
     assert incident.omitted == 139
 
 
