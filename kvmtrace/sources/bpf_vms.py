@@ -282,7 +282,7 @@ def poisoned_arm64(entry: int) -> int | None:
     return None
 
 
-# Program, the variables that it is told of, and how to read an entry.
+# Program, the variables that it is given, and how to read an entry.
 _PAGE_TABLES: dict[str, tuple[str, tuple[str, ...], Callable[[int], int | None]]] = {
     "x86_64": ("huge_entry", ("page_offset_base", "pgdir_shift", "sme_me_mask"), poisoned_x86),
     "aarch64": ("huge_entry_arm64", ("memstart_addr",), poisoned_arm64),

@@ -97,7 +97,7 @@ class JoinedSource:
         return self._decoder.probes
 
     def probe_runs(self) -> Mapping[str, ProbeRuns]:
-        """Not told; the serve's own metrics have them."""
+        """Not sent; the serve's own metrics have them."""
         return {}
 
     def close(self) -> None:

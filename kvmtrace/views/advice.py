@@ -259,8 +259,8 @@ def _for_hardware(incident: Incident) -> list[str]:
         case "candidates":
             among = listed(dimms.candidates(origin.label))
             return [
-                f"find out which DIMM fails, one of {among}: {errors}, and EDAC cannot tell them"
-                " apart; change their places, one at a time, and see where errors follow"
+                f"find out which DIMM fails, one of {among}: {errors}, and EDAC does not"
+                " distinguish them; change their places, one at a time, and see where errors follow"
             ]
         case "rank":
             return [

@@ -25,7 +25,7 @@ FOREVER = 1_000_000_000
 
 INTRODUCTION = """\
 lab: three VMs run in the machine, whose hardware reports errors as you watch:
-lab:   web-1 (dressed as QEMU)        is told of a poisoned page, does not cope
+lab:   web-1 (dressed as QEMU)        is notified of a poisoned page, does not cope
 lab:   db-1 (dressed as Firecracker)  holds a poisoned page, loses other memory
 lab:   cache-1 (anonymous memory)     loses a mapping, and gets a SIGBUS
 lab: in `kvmtrace top`: tab and enter to look closer, ? for help, q to end"""

@@ -1,4 +1,4 @@
-"""One incident's story as `explain` and `bundle` tell it, from a recording."""
+"""One incident's story as `explain` and `bundle` show it, from a recording."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_bundle(recording: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("redact", [(), ("--redact",)])
 def test_a_bundle_is_of_whoever_recorded(tmp_path: Path, redact: tuple[str, ...]) -> None:
-    """Not of whoever bundles, nor of a file whose name may be a tenant's."""
+    """Not of the user who bundles, nor of a file whose name may be a tenant's."""
     path, out = tmp_path / "acme-corp.jsonl", tmp_path / "out.tar.gz"
     host = Host("sick", "6.18.15", "ftrace", "asked for", 4096)
     with path.open("w") as file:
@@ -355,7 +355,7 @@ def unpacked(path: Path) -> dict[str, str]:
 
 
 def test_a_huge_page_takes_its_neighbours(tmp_path: Path) -> None:
-    """Whoever asks for one of them finds the incident, and the story says how far it goes."""
+    """Each of them leads to the incident, and the story says how far it goes."""
     path = tmp_path / "huge.jsonl"
     events: list[Event] = [
         VmSeen(T0, 1, 4001, "web-1"),

@@ -302,7 +302,7 @@ def test_conversions_neither_open_nor_hide() -> None:
     assert snapshot.lost == {}
 
 
-# -- poison from before the start, told of while it is not found yet
+# -- poison from before the start, delivered while it is not found yet
 
 
 def test_signals_that_came_before_the_page_was_found() -> None:
@@ -413,7 +413,7 @@ def test_a_process_runs_vms_until_they_end(signal_ts: int) -> None:
     snapshot, told = tell(*vms, poison(T0, tid=OTHER), *ends, signal)
     who = told[-1].vm
     if signal_ts > T0 + 2 * MS:
-        assert who is None  # whoever has that pid now
+        assert who is None  # another process may have that pid now
         assert (only(snapshot).sigbus, only(snapshot).sigbus_to_others) == (0, 1)
     else:
         assert who is not None
