@@ -37,7 +37,7 @@ _served: weakref.WeakKeyDictionary[Machine, _Served] = weakref.WeakKeyDictionary
 
 @contextlib.contextmanager
 def served(machine: Machine, source: str) -> Iterator[Watch]:
-    """What a serve that sees by ``source`` tells from here on; it stays for the next scenario."""
+    """What a serve that sees by ``source`` reports from here on; it stays for the next scenario."""
     now = _served.get(machine)
     if now is None or now.source != source:
         end_serving(machine)
@@ -124,7 +124,7 @@ def machine_check(machine: Machine, source: str, backing: str = "anon") -> None:
     assert latent is not None
     assert (latent["id"], latent["state"]) == (poison["incident"], "latent")
     assert latent["deliveries"] == {"exits": 0, "sigbus": 0}
-    # The delivery: what the VMM says that it was told, and nothing else.
+    # The delivery: what the VMM prints that it was notified of, and nothing else.
     assert seen_by(lines, vmm.pid) == told_by(report)
     (delivery,) = [
         line

@@ -51,7 +51,7 @@ def test_every_probe_attaches(machine: Machine, source: str) -> None:
 
 
 def test_functions_are_probed_by_trampolines(machine: Machine) -> None:
-    """A program that fentry refuses goes on by kprobe, which costs more and tells nobody."""
+    """A program that fentry refuses goes on by kprobe, which costs more and is not reported."""
     ways = ways_of_bpf(machine)
     assert ways["run"] == "fexit+raw_tracepoint"
     assert {name: via for name, via in ways.items() if "probe" in via} == {}
