@@ -223,9 +223,10 @@ def _huge_pages(machine: Machine) -> Iterator[None]:
     """Huge pages for one QEMU and one more; all are as before afterwards."""
     setting = "/proc/sys/vm/nr_hugepages"
     before = machine.run(f"cat {setting}", check=True).stdout.strip()
-    machine.run(f"echo {int(before) + HUGE_PAGES + 1} > {setting}", check=True)
+    wanted = int(before) - _free_huge_pages(machine) + HUGE_PAGES + 1
+    machine.run(f"echo {wanted} > {setting}", check=True)
     try:
-        if _free_huge_pages(machine) < HUGE_PAGES + 1:
+        if _free_huge_pages(machine) != HUGE_PAGES + 1:
             raise Unstageable("too few huge pages")
         yield
     finally:
