@@ -114,14 +114,16 @@ def replaying(path: str) -> Iterator[RecordingSource]:
         try:
             yield source
         except KvmtraceError:
-            if source.damage:
-                tell(f"kvmtrace: {source.damage.message}")
+            for fault in filter(None, (source.damage, source.doubt)):
+                tell(f"kvmtrace: {fault.message}")
             raise
         finally:
             if source.truncated:
                 tell(f"kvmtrace: {path}: the last line is cut off; left out")
-        if source.damage:
-            raise source.damage
+        if source.damage and source.doubt:
+            tell(f"kvmtrace: {source.doubt.message}")
+        if fault := source.damage or source.doubt:
+            raise fault
     finally:
         source.close()
 

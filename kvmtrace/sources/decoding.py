@@ -38,11 +38,14 @@ class Malformed(ValueError):
 
 
 class Decoder:
-    """Lines in, events out. ``probes``: as they were when the last event was recorded."""
+    """Lines in, events out.
+
+    ``probes``, ``ts``: of when the last event was recorded (0: there was none).
+    """
 
     def __init__(self) -> None:
         self.probes: tuple[Probe, ...] = ()
-        self._ts = 0
+        self.ts = 0
 
     def event(self, record: Mapping[str, Any]) -> Event | None:
         """The event of a line, None if it is of the probes. Raises Malformed.
@@ -59,12 +62,12 @@ class Decoder:
             if kind in KINDS:
                 event = checked(from_record(record))
             else:
-                event = build(Lost, {"ts": record.get("ts", self._ts), **_UNKNOWN})
+                event = build(Lost, {"ts": record.get("ts", self.ts), **_UNKNOWN})
         except Malformed:
             raise
         except WRONG as error:
             raise Malformed(f"not a whole {kind!r}") from error
-        self._ts = event.ts
+        self.ts = event.ts
         return event
 
 

@@ -3,7 +3,8 @@
 A header line says what host it is; event lines follow as ``events.to_record`` writes them, with a
 ``probes`` line wherever a probe came or went. Events are logged, not conclusions: a better
 correlator improves old recordings. A recording comes from outside, so it is checked like any
-input, and its strings are cleaned like names from /proc.
+input, and its strings are cleaned like names from /proc. Each line has a checksum (``checksums``),
+and a recording that was not cut off has a last line that says so.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
@@ -19,6 +21,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost, to_record
 from kvmtrace.identity import clean
 from kvmtrace.model import Host, Probe, ProbeRuns
+from kvmtrace.sources.checksums import Broken, Checker, Places, Sealer
 from kvmtrace.sources.decoding import (
     TIMES,
     UNWRITABLE,
@@ -32,6 +35,8 @@ from kvmtrace.sources.decoding import (
 
 FORMAT = 1
 MARK = "from_here_on"
+MISSING = "missing_lines"
+"""Where lines of a recording are lost that are not there, or not as they were written."""
 
 # A poison with hundreds of owners is below 100 kB; anything longer is no recording.
 MAX_LINE = 1 << 20
@@ -42,19 +47,24 @@ _PAGE_SHIFTS = range(12, 21)
 class Writer:
     """Writes events to an open file; the caller flushes and closes it."""
 
-    def __init__(self, file: IO[str], host: Host, version: str | None = __version__) -> None:
-        """``version``: of the kvmtrace that saw the events, where that is another one."""
+    def __init__(
+        self, file: IO[str], host: Host, version: str | None = __version__, *, ends: bool = False
+    ) -> None:
+        """``version``: of the kvmtrace that saw the events, where that is another one.
+
+        ``ends``: ``end`` will be called, so that a reader can tell if the end is missing.
+        """
         self._file = file
+        self._sealer = Sealer()
         self._probes: tuple[Probe, ...] = ()
-        header = {"kvmtrace_recording": FORMAT, "version": version}
+        header = {"kvmtrace_recording": FORMAT, "version": version, "ends": ends or None}
         self._line(_known(header | dataclasses.asdict(host)))
 
     def write(self, events: Iterable[Event], probes: tuple[Probe, ...]) -> None:
         """Append events, and the state of the probes where it changed."""
         if probes != self._probes:
             self._probes = probes
-            states = [_known(dataclasses.asdict(probe)) for probe in probes]
-            self._line({"kind": "probes", "probes": states})
+            self._line({"kind": "probes", "probes": self._states()})
         for event in events:
             self._line(to_record(_readable(event)))
 
@@ -62,8 +72,18 @@ class Writer:
         """What was written so far happened before somebody came to listen: see ``door``."""
         self._line({"kind": MARK})
 
+    def end(self) -> None:
+        """That was all. As the state of the probes, which older readers do not take for an event."""
+        self._line({"kind": "probes", "end": True, "probes": self._states()})
+
+    def _states(self) -> list[dict[str, Any]]:
+        return [_known(dataclasses.asdict(probe)) for probe in self._probes]
+
     def _line(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        self._file.write(self._sealer.seal(record))
+
+
+_END = b'{"kind":"probes","end":true,'
 
 
 class RecordingSource:
@@ -71,49 +91,84 @@ class RecordingSource:
 
     ``recorded``: the host as it was recorded, by a kvmtrace of ``version`` (None: not said), and
     ``host`` as a replay shows it. ``truncated``: the last line was cut off (whoever wrote it was
-    killed) and is left out. ``damage``: what ended it before its end; events before that are told.
+    killed) and is left out.
+
+    A line that does not match its checksum is left out, and reading goes on. Without checksums,
+    nothing after a damaged line can be trusted, and reading ends there.
     """
 
     name = "recording"
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, twice: bool = False) -> None:
+        """``twice``: ``rewind`` will be called; what comes from a pipe is kept for it."""
         self.path = path
-        self.done = False
-        self.truncated = False
-        self._number = 0
-        self.damage: KvmtraceError | None = None
-        self._decoder = Decoder()
+        self._copy: IO[bytes] | None = None
+        self._left: int | None = None
         try:
-            self.file = open(path, "rb")  # noqa: SIM115 (lives as long as the source)
+            self.file: IO[bytes] = open(path, "rb")  # noqa: SIM115 (lives as long as the source)
         except OSError as error:
             raise KvmtraceError(
                 f"{path}: {error.strerror}", "name a file that `kvmtrace record` made"
             ) from error
         try:
-            self.recorded, self.version = self._header()
-        except OSError as error:
-            self.file.close()
-            raise KvmtraceError(f"{path}: {error.strerror}") from error
+            if twice and not self.file.seekable():
+                self._copy = _spool()
+            self._begin()
         except BaseException:
-            self.file.close()
+            self.close()
             raise
         name = clean(os.path.basename(path))
         self.why: str | None = f"replay of {name}, from {self.recorded.source}"
         self.host = dataclasses.replace(self.recorded, source=self.name, source_why=self.why)
 
+    def _begin(self) -> None:
+        self.done = self.truncated = False
+        self._number = 0
+        self._decoder = Decoder()
+        self._checker = Checker()
+        self._faults = _Faults()
+        self._ended = False
+        try:
+            self.recorded, self.version = self._header()
+        except OSError as error:
+            raise KvmtraceError(f"{self.path}: {error.strerror}") from error
+
+    def rewind(self) -> None:
+        """Read the same lines once more, and no others: the file may have grown."""
+        self._left = self.file.tell() if self._copy is None else None
+        if self._copy is not None:
+            self.file.close()
+            self.file, self._copy = self._copy, None
+        self.file.seek(0)
+        self._begin()
+
+    @property
+    def damage(self) -> KvmtraceError | None:
+        """How it is not as it was written, and what was read all the same; so far, until ``done``."""
+        return self._faults.error(self.path)
+
+    @property
+    def doubt(self) -> KvmtraceError | None:
+        """That lines have no checksum while others have; they were read."""
+        return self._faults.doubt(self.path) if self._checker.sealed else None
+
     def poll(self, timeout: float) -> list[Event]:
         """The next events of the file; ``timeout`` is not needed."""
         events: list[Event] = []
-        while not self.done and len(events) < BATCH:
-            try:
-                record = self._record()
-                event = self._decoder.event(record) if record is not None else None
-            except (Malformed, OSError) as error:
-                what = str(error) if isinstance(error, Malformed) else error.strerror
-                self.done, self.damage = True, self._bad(what or "unreadable")
+        for _ in range(BATCH):
+            if self.done:
                 break
-            if event is not None:
-                events.append(event)
+            try:
+                self._take(events)
+            except (Malformed, Broken) as error:
+                self._faults.leave_out(self._number, str(error))
+                self.done |= not self._checker.sealed
+            except OSError as error:
+                self._faults.leave_out(self._number, error.strerror or "unreadable")
+                self.done = True
+        self._faults.kept += len(events)
+        at_end = self.done and (self.truncated or not self._line)
+        self._faults.no_end = at_end and self._promised and not self._ended
         return events
 
     def probes(self) -> tuple[Probe, ...]:
@@ -127,12 +182,34 @@ class RecordingSource:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+        if self._copy is not None:
+            self._copy.close()
+
+    def _take(self, events: list[Event]) -> None:
+        """The next line, if any. Raises Malformed, Broken, OSError."""
+        record = self._record()
+        if record is None:
+            return
+        if "kvmtrace_recording" in record:
+            self.done = True  # a VM's key means another VM in there
+            raise Malformed("another recording begins here")
+        missing = self._check(record)
+        if missing:
+            events.append(Lost(record.get("ts", self._decoder.ts), MISSING, missing))
+        event = self._decoder.event(record)
+        self._ended = record.get("end") is True
+        if event is not None:
+            events.append(event)
 
     def _header(self) -> tuple[Host, str | None]:
         record = self._record()
         if record is None or "kvmtrace_recording" not in record:
+            packed = self._line.startswith(b"\x1f\x8b")
             raise KvmtraceError(
-                f"{self.path} is not a recording", "`kvmtrace record FILE` makes one"
+                f"{self.path} is not a recording",
+                "it is compressed: unpack it first"
+                if packed
+                else "`kvmtrace record FILE` makes one",
             )
         number = record["kvmtrace_recording"]
         if not isinstance(number, int) or number > FORMAT:
@@ -145,11 +222,27 @@ class RecordingSource:
             raise self._bad("incomplete header") from error
         if host.page_shift not in _PAGE_SHIFTS:
             raise self._bad(f"pages of 2**{host.page_shift} bytes")
+        self._promised = record.get("ends") is True
+        try:
+            self._check(record)
+        except Broken as error:
+            # All that follows can be read without the names in it.
+            self._faults.first = 1, str(error)
+            self._checker.last = 1
         return host, version_of(record)
+
+    def _check(self, record: dict[str, Any]) -> int:
+        """How many lines are missing before this one. Raises Broken."""
+        missing = self._checker.missing_before(self._line, record)
+        if missing is None:
+            self._faults.unchecked.add(self._number)
+            return 0
+        self._faults.miss(self._number, missing)
+        return missing
 
     def _record(self) -> dict[str, Any] | None:
         """The next line; None (and ``done``) at the end of the file, None for an empty line."""
-        line = self.file.readline(MAX_LINE)
+        line = self._line = self._read()
         self._number += 1
         if not line.strip():
             self.done = not line
@@ -157,11 +250,14 @@ class RecordingSource:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if not line.endswith(b"\n") and len(line) < MAX_LINE and self._number > 1:
+            whole = line.endswith(b"\n") or len(line) >= MAX_LINE
+            if not whole and self._number > 1:
                 self.done = self.truncated = True
+                self._ended = line.startswith(_END)
                 return None
             if self._number == 1:
                 return None
+            self.done = len(line) >= MAX_LINE
             raise Malformed("not JSON") from error
         if not isinstance(record, dict):
             if self._number == 1:
@@ -169,10 +265,85 @@ class RecordingSource:
             raise Malformed("not an object")
         return record
 
+    def _read(self) -> bytes:
+        line = self.file.readline(MAX_LINE if self._left is None else min(MAX_LINE, self._left))
+        if self._left is not None:
+            self._left -= len(line)
+        if self._copy is not None:
+            try:
+                self._copy.write(line)
+            except OSError as error:
+                raise _no_room(error) from error
+        return line
+
     def _bad(self, what: str) -> KvmtraceError:
+        return KvmtraceError(f"{self.path}, line {self._number}: {what}", _DAMAGED)
+
+
+_DAMAGED = "the file was damaged or edited"
+
+
+class _Faults:
+    """What is wrong with a recording, by the lines of its file."""
+
+    def __init__(self) -> None:
+        self.first: tuple[int, str] | None = None
+        self.unchecked = Places()
+        self.kept = 0
+        self.no_end = False
+        self._left_out = Places()
+        self._missing = 0
+        self._gaps = Places()
+        self._passed = 0  # lines left out since the last good one: those are not missing
+
+    def leave_out(self, number: int, what: str) -> None:
+        self.first = self.first or (number, what)
+        self._left_out.add(number)
+        self._passed += 1
+
+    def miss(self, number: int, missing: int) -> None:
+        """So many lines have to be before this one that are not, or were left out."""
+        missing, self._passed = missing - self._passed, 0
+        if missing > 0:
+            self._missing += missing
+            self._gaps.add(number)
+
+    def error(self, path: str) -> KvmtraceError | None:
+        gaps = f"{_counted(self._missing, 'line')} missing before {self._gaps}"
+        no_end = "the end is missing: it was cut off, or is still being written"
+        facts = [gaps] * bool(self._missing) + [no_end] * self.no_end
+        if self.first is not None:
+            message = f"{path}, line {self.first[0]}: {self.first[1]}"
+            facts.insert(0, f"left out: {self._left_out}")
+        elif facts:
+            message = f"{path}: {facts.pop(0)}"
+        else:
+            return None
+        return KvmtraceError(message, "; ".join([*facts, f"{_counted(self.kept, 'event')} read"]))
+
+    def doubt(self, path: str) -> KvmtraceError | None:
+        if not self.unchecked.count:
+            return None
         return KvmtraceError(
-            f"{self.path}, line {self._number}: {what}", "the file was damaged or edited"
+            f"{path}: no checksum, unlike others: {self.unchecked}",
+            "added or changed after they were recorded; they were read",
         )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
+
+
+def _spool() -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        raise _no_room(error) from error
+
+
+def _no_room(error: OSError) -> KvmtraceError:
+    where = tempfile.gettempdir()
+    return KvmtraceError(f"{where}: {error.strerror}", "TMPDIR names another directory")
 
 
 def _readable(event: Event) -> Event:
