@@ -383,7 +383,7 @@ def from_record(record: Mapping[str, Any]) -> Event:
 
 
 @functools.cache
-def _fields(cls: type[Event]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _fields(cls: type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of all fields, and of those that may be None."""
     fields = dataclasses.fields(cls)
     optional = (field.name for field in fields if str(field.type).endswith("| None"))

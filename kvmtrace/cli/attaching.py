@@ -114,8 +114,8 @@ def replaying(path: str) -> Iterator[RecordingSource]:
         try:
             yield source
         except KvmtraceError:
-            for fault in filter(None, (source.damage, source.doubt)):
-                tell(f"kvmtrace: {fault.message}")
+            for one in filter(None, (source.damage, source.doubt)):
+                tell(f"kvmtrace: {one.message}")
             raise
         finally:
             if source.truncated:

@@ -23,12 +23,16 @@ from kvmtrace.cli.options import (
 )
 from kvmtrace.cli.output import Output
 from kvmtrace.cli.printing import show_snapshot
+from kvmtrace.events import GmemPoison, Mce, Poison
 from kvmtrace.live import Session, host_of
 from kvmtrace.sources.recording import Writer
 from kvmtrace.views import bundle as bundle_view
 from kvmtrace.views import doctor as doctor_view
 from kvmtrace.views import explain as explain_view
 from kvmtrace.views import lines, targets
+
+# The host may go down with what these tell of.
+_LAST_WORDS = (GmemPoison, Mce, Poison)
 
 
 @click.command()
@@ -41,24 +45,31 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
     with Output(file, force) as output, contextlib.closing(here(source)) as attached:
         number = 0
         deadline = time.monotonic() + duration if duration else None
-        output.place()
         with output.writing():
-            writer = Writer(output.file, host_of(attached))
+            writer = Writer(output.file, host_of(attached), ends=True)
+        output.place()
         by = f"{attached.name} ({attached.why})" if attached.why else attached.name
         tell(f"recording to {file} by {by}; Ctrl-C ends it")
-        while True:
-            wait = POLL_SECONDS
-            if deadline is not None:
-                wait = min(wait, deadline - time.monotonic())
-            over = stop.asked or wait <= 0
-            # What the kernel counted meanwhile and has not told yet belongs to it, too.
-            batch = attached.poll(0 if over else wait)
+        try:
+            while True:
+                wait = POLL_SECONDS
+                if deadline is not None:
+                    wait = min(wait, deadline - time.monotonic())
+                over = stop.asked or wait <= 0
+                # What the kernel counted meanwhile and has not told yet belongs to it, too.
+                batch = attached.poll(0 if over else wait)
+                with output.writing():
+                    writer.write(batch, attached.probes())
+                    output.file.flush()
+                if any(isinstance(event, _LAST_WORDS) for event in batch):
+                    output.sync_soon()
+                number += len(batch)
+                if over:
+                    break
+        finally:
+            # Also if a source fails: what it told until then is whole.
             with output.writing():
-                writer.write(batch, attached.probes())
-                output.file.flush()
-            number += len(batch)
-            if over:
-                break
+                writer.end()
     tell(f"{number} events")
 
 

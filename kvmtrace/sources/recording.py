@@ -73,7 +73,7 @@ class Writer:
         self._line({"kind": MARK})
 
     def end(self) -> None:
-        """That was all. As the state of the probes, which older readers do not take for an event."""
+        """That was all. Older readers take the line for the state of the probes only."""
         self._line({"kind": "probes", "end": True, "probes": self._states()})
 
     def _states(self) -> list[dict[str, Any]]:
@@ -144,7 +144,7 @@ class RecordingSource:
 
     @property
     def damage(self) -> KvmtraceError | None:
-        """How it is not as it was written, and what was read all the same; so far, until ``done``."""
+        """How it is not as it was written, as far as that is known before ``done``."""
         return self._faults.error(self.path)
 
     @property
