@@ -351,7 +351,7 @@ KINDS: dict[str, type[Event]] = {
 def to_record(event: Event) -> dict[str, Any]:
     """A JSON-ready dict; fields that are None are absent. The inverse of ``from_record``."""
     record: dict[str, Any] = {"kind": event.kind}
-    for name in _fields(type(event))[0]:
+    for name in _fields(event.kind)[0]:
         value = getattr(event, name)
         if value is None:
             continue
@@ -369,7 +369,7 @@ def from_record(record: Mapping[str, Any]) -> Event:
     Raises KeyError for an unknown kind, TypeError where a required field is missing.
     """
     cls = KINDS[record["kind"]]
-    names, optional = _fields(cls)
+    names, optional = _fields(cls.kind)
     # to_record leaves out what is None, also where the class wants it said ("int | None").
     values: dict[str, Any] = dict.fromkeys(optional)
     values |= {name: record[name] for name in names if name in record}
@@ -383,9 +383,9 @@ def from_record(record: Mapping[str, Any]) -> Event:
 
 
 @functools.cache
-def _fields(cls: type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _fields(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of all fields, and of those that may be None."""
-    fields = dataclasses.fields(cls)
+    fields = dataclasses.fields(KINDS[kind])
     optional = (field.name for field in fields if str(field.type).endswith("| None"))
     return tuple(field.name for field in fields), tuple(optional)
 

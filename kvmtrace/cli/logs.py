@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import time
-from dataclasses import replace
 
 import click
 
 from kvmtrace import host, wire
-from kvmtrace.cli.attaching import POLL_SECONDS, Log, here, log_of, reading, replaying
+from kvmtrace.cli.attaching import (
+    POLL_SECONDS,
+    Batch,
+    Story,
+    here,
+    log_of,
+    reading,
+    replaying,
+)
 from kvmtrace.cli.doctor import examined
-from kvmtrace.cli.ending import json_is_utf8, say, stop, tell
+from kvmtrace.cli.ending import Interrupted, json_is_utf8, say, stop, tell
 from kvmtrace.cli.options import (
     duration_option,
     from_option,
@@ -23,9 +29,10 @@ from kvmtrace.cli.options import (
 )
 from kvmtrace.cli.output import Output
 from kvmtrace.cli.printing import show_snapshot
-from kvmtrace.events import GmemPoison, Mce, Poison
+from kvmtrace.events import Event, GmemPoison, Mce, Poison
 from kvmtrace.live import Session, host_of
 from kvmtrace.sources.recording import Writer
+from kvmtrace.spool import LongText, spooling
 from kvmtrace.views import bundle as bundle_view
 from kvmtrace.views import doctor as doctor_view
 from kvmtrace.views import explain as explain_view
@@ -150,20 +157,42 @@ def bundle(
     """
     with (
         Output(output, force, binary=True) as archive,
-        log_of(recording, source, duration) as log,
+        log_of(recording, source, duration, twice=redact) as log,
+        contextlib.closing(LongText()) as events,
     ):
-        names = bundle_view.Redaction(log.events)
-        files = _files(replace(log, events=names.events(log.events)) if redact else log)
+        names = None
+        if redact:
+            names = bundle_view.Redaction(one for batch, _ in log.batches() for one in batch)
+        files = _files(log, names, events)
+        if recording is not None and stop.asked:
+            raise Interrupted  # before all of it was read
         if recording is None:
             found = doctor_view.render(examined(source), verbose=True)
-            files["doctor.txt"] = names.text(found) if redact else found
+            files["doctor.txt"] = names.text(found) if names else found
         with archive.writing():
             bundle_view.write(archive.file, files, int(time.time()))
+        archive.sync()
         archive.place()
         tell(f"{output}: {', '.join(sorted(files))}")
 
 
-def _files(log: Log) -> dict[str, str]:
-    text = io.StringIO()
-    Writer(text, log.host, log.version).write(log.events, log.probes)
-    return bundle_view.contents(text.getvalue(), log.model(), log.version, host.bcc().version)
+def _files(
+    log: Story, names: bundle_view.Redaction | None, events: LongText
+) -> dict[str, str | LongText]:
+    """What is in a bundle; ``names``: what to replace. The recording goes to ``events``."""
+    with spooling():
+        writer = Writer(events.file, log.host, log.version, ends=True)
+
+    def look(batch: Batch) -> list[Event]:
+        told, probes = batch
+        if names is not None:
+            told = names.events(told)
+        with spooling():
+            writer.write(told, probes)
+        return told
+
+    model = log.model(look)
+    if log.whole():
+        with spooling():
+            writer.end()
+    return bundle_view.contents(events, model, log.version, host.bcc().version)

@@ -32,6 +32,7 @@ from kvmtrace.sources.decoding import (
     checked,
     version_of,
 )
+from kvmtrace.spool import spooling
 
 FORMAT = 1
 MARK = "from_here_on"
@@ -91,7 +92,7 @@ class RecordingSource:
 
     ``recorded``: the host as it was recorded, by a kvmtrace of ``version`` (None: not said), and
     ``host`` as a replay shows it. ``truncated``: the last line was cut off (whoever wrote it was
-    killed) and is left out.
+    killed) and is left out. ``whole``: it was read to its end, and that is there.
 
     A line that does not match its checksum is left out, and reading goes on. Without checksums,
     nothing after a damaged line can be trusted, and reading ends there.
@@ -112,7 +113,8 @@ class RecordingSource:
             ) from error
         try:
             if twice and not self.file.seekable():
-                self._copy = _spool()
+                with spooling():
+                    self._copy = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the source)
             self._begin()
         except BaseException:
             self.close()
@@ -127,7 +129,7 @@ class RecordingSource:
         self._decoder = Decoder()
         self._checker = Checker()
         self._faults = _Faults()
-        self._ended = False
+        self._ended = self.whole = False
         try:
             self.recorded, self.version = self._header()
         except OSError as error:
@@ -139,7 +141,8 @@ class RecordingSource:
         if self._copy is not None:
             self.file.close()
             self.file, self._copy = self._copy, None
-        self.file.seek(0)
+        with spooling():
+            self.file.seek(0)
         self._begin()
 
     @property
@@ -166,9 +169,9 @@ class RecordingSource:
             except OSError as error:
                 self._faults.leave_out(self._number, error.strerror or "unreadable")
                 self.done = True
-        self._faults.kept += len(events)
         at_end = self.done and (self.truncated or not self._line)
         self._faults.no_end = at_end and self._promised and not self._ended
+        self.whole = at_end and (self._ended or not (self._promised or self.truncated))
         return events
 
     def probes(self) -> tuple[Probe, ...]:
@@ -200,6 +203,7 @@ class RecordingSource:
         self._ended = record.get("end") is True
         if event is not None:
             events.append(event)
+            self._faults.kept += 1
 
     def _header(self) -> tuple[Host, str | None]:
         record = self._record()
@@ -270,10 +274,8 @@ class RecordingSource:
         if self._left is not None:
             self._left -= len(line)
         if self._copy is not None:
-            try:
+            with spooling():
                 self._copy.write(line)
-            except OSError as error:
-                raise _no_room(error) from error
         return line
 
     def _bad(self, what: str) -> KvmtraceError:
@@ -332,18 +334,6 @@ class _Faults:
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + "s" * (number != 1)
-
-
-def _spool() -> IO[bytes]:
-    try:
-        return tempfile.TemporaryFile()
-    except OSError as error:
-        raise _no_room(error) from error
-
-
-def _no_room(error: OSError) -> KvmtraceError:
-    where = tempfile.gettempdir()
-    return KvmtraceError(f"{where}: {error.strerror}", "TMPDIR names another directory")
 
 
 def _readable(event: Event) -> Event:
