@@ -29,8 +29,8 @@ class LongText:
     def __init__(self) -> None:
         with spooling():
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
-        # Events repeat: a tenth of their size, and /tmp may be memory.
-        self._packed = gzip.GzipFile(fileobj=self._file, mode="wb", compresslevel=1)
+            # Events repeat: a tenth of their size, and /tmp may be memory.
+            self._packed = gzip.GzipFile(fileobj=self._file, mode="wb", compresslevel=1)
         self.file: IO[str] = io.TextIOWrapper(cast(IO[bytes], self._packed), encoding="utf-8")
 
     def reading(self) -> tuple[IO[bytes], int]:
@@ -44,4 +44,5 @@ class LongText:
 
     def close(self) -> None:
         """Give its room back."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written before
+            self._file.close()

@@ -180,7 +180,8 @@ class Output:
         )
 
     def _failed(self, error: OSError) -> KvmtraceError:
-        return KvmtraceError(f"{self._path}: {error.strerror}", "what was written before is there")
+        hint = "nothing was put there" if self._is_new else "what was written before is there"
+        return KvmtraceError(f"{self._path}: {error.strerror}", hint)
 
 
 _ANOTHER = "name another file, or remove what is there"

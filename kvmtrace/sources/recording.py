@@ -21,7 +21,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost, to_record
 from kvmtrace.identity import clean
 from kvmtrace.model import Host, Probe, ProbeRuns
-from kvmtrace.sources.checksums import Broken, Checker, Places, Sealer
+from kvmtrace.sources.checksums import EXACT, ODD, Broken, Checker, Places, Sealer
 from kvmtrace.sources.decoding import (
     TIMES,
     UNWRITABLE,
@@ -58,7 +58,12 @@ class Writer:
         self._file = file
         self._sealer = Sealer()
         self._probes: tuple[Probe, ...] = ()
-        header = {"kvmtrace_recording": FORMAT, "version": version, "ends": ends or None}
+        header = {
+            "kvmtrace_recording": FORMAT,
+            "version": version,
+            "ends": ends or None,
+            EXACT: ODD,
+        }
         self._line(_known(header | dataclasses.asdict(host)))
 
     def write(self, events: Iterable[Event], probes: tuple[Probe, ...]) -> None:
@@ -152,8 +157,10 @@ class RecordingSource:
 
     @property
     def doubt(self) -> KvmtraceError | None:
-        """That lines have no checksum while others have; they were read."""
-        return self._faults.doubt(self.path) if self._checker.sealed else None
+        """That lines cannot be checked, unlike others, or were rounded; they were read."""
+        if not self._checker.sealed:
+            return None
+        return self._faults.doubt(self.path, self._checker.is_rounded)
 
     def poll(self, timeout: float) -> list[Event]:
         """The next events of the file; ``timeout`` is not needed."""
@@ -164,14 +171,15 @@ class RecordingSource:
             try:
                 self._take(events)
             except (Malformed, Broken) as error:
-                self._faults.leave_out(self._number, str(error))
                 self.done |= not self._checker.sealed
+                self._faults.leave_out(self._number, str(error), self.done)
             except OSError as error:
-                self._faults.leave_out(self._number, error.strerror or "unreadable")
                 self.done = True
+                self._faults.leave_out(self._number, error.strerror or "unreadable", True)
         at_end = self.done and (self.truncated or not self._line)
-        self._faults.no_end = at_end and self._promised and not self._ended
-        self.whole = at_end and (self._ended or not (self._promised or self.truncated))
+        promised = self._promised and self._checker.sealed
+        self._faults.no_end = at_end and promised and not self._ended
+        self.whole = at_end and (self._ended or not (promised or self.truncated))
         return events
 
     def probes(self) -> tuple[Probe, ...]:
@@ -194,6 +202,8 @@ class RecordingSource:
         if record is None:
             return
         if "kvmtrace_recording" in record:
+            if self._checker.sealed and record == self._head:
+                raise Broken("the header, repeated")
             self.done = True  # a VM's key means another VM in there
             raise Malformed("another recording begins here")
         missing = self._check(record)
@@ -207,6 +217,7 @@ class RecordingSource:
 
     def _header(self) -> tuple[Host, str | None]:
         record = self._record()
+        self._head = dict(record or {})
         if record is None or "kvmtrace_recording" not in record:
             packed = self._line.startswith(b"\x1f\x8b")
             raise KvmtraceError(
@@ -238,10 +249,10 @@ class RecordingSource:
     def _check(self, record: dict[str, Any]) -> int:
         """How many lines are missing before this one. Raises Broken."""
         missing = self._checker.missing_before(self._line, record)
-        if missing is None:
+        if missing or self._checker.is_checked:
+            self._faults.miss(self._number, missing)
+        if not self._checker.is_checked:
             self._faults.unchecked.add(self._number)
-            return 0
-        self._faults.miss(self._number, missing)
         return missing
 
     def _record(self) -> dict[str, Any] | None:
@@ -283,6 +294,7 @@ class RecordingSource:
 
 
 _DAMAGED = "the file was damaged or edited"
+_ROUNDED = "a program rounded the numbers (jq before 1.7 does); times are exact to 256 ns"
 
 
 class _Faults:
@@ -294,11 +306,14 @@ class _Faults:
         self.kept = 0
         self.no_end = False
         self._left_out = Places()
+        self._rest = ""
         self._missing = 0
         self._gaps = Places()
         self._passed = 0  # lines left out since the last good one: those are not missing
 
-    def leave_out(self, number: int, what: str) -> None:
+    def leave_out(self, number: int, what: str, is_last: bool) -> None:
+        """``is_last``: nothing that follows is read."""
+        self._rest = " and what follows" * is_last
         self.first = self.first or (number, what)
         self._left_out.add(number)
         self._passed += 1
@@ -316,19 +331,20 @@ class _Faults:
         facts = [gaps] * bool(self._missing) + [no_end] * self.no_end
         if self.first is not None:
             message = f"{path}, line {self.first[0]}: {self.first[1]}"
-            facts.insert(0, f"left out: {self._left_out}")
+            if self._left_out.count:
+                facts.insert(0, f"left out: {self._left_out}{self._rest}")
         elif facts:
             message = f"{path}: {facts.pop(0)}"
         else:
             return None
         return KvmtraceError(message, "; ".join([*facts, f"{_counted(self.kept, 'event')} read"]))
 
-    def doubt(self, path: str) -> KvmtraceError | None:
+    def doubt(self, path: str, is_rounded: bool) -> KvmtraceError | None:
         if not self.unchecked.count:
             return None
         return KvmtraceError(
-            f"{path}: no checksum, unlike others: {self.unchecked}",
-            "added or changed after they were recorded; they were read",
+            f"{path}: changed or added after it was recorded: {self.unchecked}",
+            _ROUNDED if is_rounded else "without checksums, and read like the others",
         )
 
 
