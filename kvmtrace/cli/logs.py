@@ -40,6 +40,8 @@ from kvmtrace.views import lines, targets
 
 # The host may go down with what these tell of.
 _LAST_WORDS = (GmemPoison, Mce, Poison)
+# So that little is left for the end of a recording, where the disk is waited for.
+_SYNC_SECONDS = 5.0
 
 
 @click.command()
@@ -50,7 +52,7 @@ _LAST_WORDS = (GmemPoison, Mce, Poison)
 def record(file: str, force: bool, duration: float | None, source: str) -> None:
     """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
     with Output(file, force) as output, contextlib.closing(here(source)) as attached:
-        number = 0
+        number, sync_at = 0, 0.0
         deadline = time.monotonic() + duration if duration else None
         with output.writing():
             writer = Writer(output.file, host_of(attached), ends=True)
@@ -68,8 +70,10 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
                 with output.writing():
                     writer.write(batch, attached.probes())
                     output.file.flush()
-                if any(isinstance(event, _LAST_WORDS) for event in batch):
+                is_urgent = any(isinstance(event, _LAST_WORDS) for event in batch)
+                if is_urgent or (batch and time.monotonic() >= sync_at):
                     output.sync_soon()
+                    sync_at = time.monotonic() + _SYNC_SECONDS
                 number += len(batch)
                 if over:
                     break

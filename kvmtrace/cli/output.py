@@ -144,7 +144,7 @@ class Output:
     ) -> None:
         with contextlib.ExitStack() as steps:
             steps.callback(self._remove)
-            steps.callback(self._close, bool(error))
+            steps.callback(self._close, error is not None)
             if isinstance(error, Interrupted):
                 discard(self.file)
             elif not self._is_new:
