@@ -288,7 +288,11 @@ def _named(descriptor: int, directory: str) -> str:
 def _rename_to_free(path: str, new: str) -> None:
     """Raises FileExistsError rather than replace anything."""
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    os.replace(path, new)
+    try:
+        os.replace(path, new)
+    except OSError:
+        os.unlink(new)
+        raise
 
 
 def _is_open_elsewhere(path: str) -> bool:

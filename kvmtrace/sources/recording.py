@@ -257,8 +257,8 @@ class RecordingSource:
 
     def _record(self) -> dict[str, Any] | None:
         """The next line; None (and ``done``) at the end of the file, None for an empty line."""
-        line = self._line = self._read()
         self._number += 1
+        line = self._line = self._read()
         if not line.strip():
             self.done = not line
             return None
