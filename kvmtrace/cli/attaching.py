@@ -107,16 +107,14 @@ class Story(ABC):
         """Whether nothing is missing at the end, once all batches were read."""
         return True
 
-    def model(self, look: Callable[[Batch], list[Event]] | None = None) -> Snapshot:
-        """What it says when it is read from its beginning.
-
-        ``look``: sees each batch, and says what events to make of it.
-        """
+    def model(self, look: Callable[[Batch], None] | None = None) -> Snapshot:
+        """What it says when it is read from its beginning; ``look`` sees each batch, too."""
         correlator = Correlator(page_shift=self.host.page_shift)
         probes: tuple[Probe, ...] = ()
-        for batch in self.batches():
-            probes = batch[1]
-            for event in look(batch) if look else batch[0]:
+        for events, probes in self.batches():
+            if look is not None:
+                look((events, probes))
+            for event in events:
                 correlator.feed(event)
         return correlator.snapshot().of_log(self.host, probes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 
 import click
 
@@ -29,7 +30,7 @@ from kvmtrace.cli.options import (
 )
 from kvmtrace.cli.output import Output
 from kvmtrace.cli.printing import show_snapshot
-from kvmtrace.events import Event, GmemPoison, Mce, Poison
+from kvmtrace.events import GmemPoison, Mce, Poison
 from kvmtrace.live import Session, host_of
 from kvmtrace.sources.recording import Writer
 from kvmtrace.spool import LongText, spooling
@@ -164,15 +165,15 @@ def bundle(
         log_of(recording, source, duration, twice=redact) as log,
         contextlib.closing(LongText()) as events,
     ):
-        names = None
         if redact:
             names = bundle_view.Redaction(one for batch, _ in log.batches() for one in batch)
-        files = _files(log, names, events)
+            log = _Redacted(log, names)  # noqa: PLW2901 (what else there is must not be used)
+        files = _files(log, events)
         if recording is not None and stop.asked:
             raise Interrupted  # before all of it was read
         if recording is None:
             found = doctor_view.render(examined(source), verbose=True)
-            files["doctor.txt"] = names.text(found) if names else found
+            files["doctor.txt"] = names.text(found) if redact else found
         with archive.writing():
             bundle_view.write(archive.file, files, int(time.time()))
         archive.sync()
@@ -180,20 +181,31 @@ def bundle(
         tell(f"{output}: {', '.join(sorted(files))}")
 
 
-def _files(
-    log: Story, names: bundle_view.Redaction | None, events: LongText
-) -> dict[str, str | LongText]:
-    """What is in a bundle; ``names``: what to replace. The recording goes to ``events``."""
+class _Redacted(Story):
+    """A story without names."""
+
+    def __init__(self, story: Story, names: bundle_view.Redaction) -> None:
+        self.host, self.version = story.host, story.version
+        self._story, self._names = story, names
+
+    def batches(self) -> Iterator[Batch]:
+        """Those of the story."""
+        for events, probes in self._story.batches():
+            yield self._names.events(events), probes
+
+    def whole(self) -> bool:
+        """Whether the story is."""
+        return self._story.whole()
+
+
+def _files(log: Story, events: LongText) -> dict[str, str | LongText]:
+    """What is in a bundle; the recording goes to ``events``."""
     with spooling():
         writer = Writer(events.file, log.host, log.version, ends=True)
 
-    def look(batch: Batch) -> list[Event]:
-        told, probes = batch
-        if names is not None:
-            told = names.events(told)
+    def look(batch: Batch) -> None:
         with spooling():
-            writer.write(told, probes)
-        return told
+            writer.write(*batch)
 
     model = log.model(look)
     if log.whole():
