@@ -207,9 +207,11 @@ class RecordingSource:
             self.done = True  # a VM's key means another VM in there
             raise Malformed("another recording begins here")
         missing = self._check(record)
-        if missing:
-            events.append(Lost(record.get("ts", self._decoder.ts), MISSING, missing))
-        event = self._decoder.event(record)
+        try:
+            event = self._decoder.event(record)
+        finally:
+            if missing:
+                events.append(Lost(self._decoder.ts, MISSING, missing))
         self._ended = record.get("end") is True
         if event is not None:
             events.append(event)

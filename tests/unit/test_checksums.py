@@ -262,3 +262,36 @@ def test_a_serve_that_garbles_is_not_believed(broken: int) -> None:
     assert joined("".join(lines[:broken] + lines[broken + 1 :])) is None
     lines[broken] = lines[broken].replace('"ts":179', '"ts":178')
     assert joined("".join(lines)) is None
+
+
+HUGE = "9" * 400
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"kind":"quiet","ts":"now","line":9',
+        '{"kind":"quiet","ts":1,"line":true',
+        '{"kind":"quiet","ts":1,"line":"9"',
+        f'{{"kind":"quiet","ts":1,"line":{HUGE}',
+        f'{{"kind":"quiet","ts":{HUGE},"line":9',
+        '{"kind":"quiet","ts":1e400,"line":9',
+        '{"kind":"quiet","ts":NaN,"line":9',
+        '{"kind":"quiet","ts":1,"line":9,"a":' + "[" * 900 + "]" * 900,
+    ],
+)
+@pytest.mark.parametrize("matches", [True, False])
+@pytest.mark.parametrize("exact", [str((1 << 53) + 1), str(1 << 53), '"x"', "null"])
+def test_whoever_makes_the_checksums(tmp_path: Path, body: str, matches: bool, exact: str) -> None:
+    """A recording comes from outside: a checksum that matches makes nothing true."""
+    path = tmp_path / "r"
+    first, *rest = recorded(ends=False)
+    lines = [first.replace(str((1 << 53) + 1), exact), *rest]
+    path.write_text(
+        "".join(lines) + f'{body},"crc":{zlib.crc32(body.encode()) + (not matches)}}}\n'
+    )
+    result = invoke("replay", "--events", "--json", str(path))
+    assert "internal error" not in result.stderr
+    assert [json.loads(line)["kind"] for line in result.stdout.splitlines()][:5] == [
+        *("vm", "vm", "poison", "exit", "exit")
+    ]
