@@ -94,7 +94,7 @@ Batch = tuple[list[Event], tuple[Probe, ...]]
 
 
 class Story(ABC):
-    """What a host told, by what it was watched, and by which kvmtrace (None: not said)."""
+    """What a host reported, by which source and by which kvmtrace (None: not known)."""
 
     host: Host
     version: str | None
@@ -158,7 +158,7 @@ class RecordedLog(Story):
 
 @contextlib.contextmanager
 def replaying(path: str, *, twice: bool = False) -> Iterator[RecordingSource]:
-    """A recording; that it was cut off or damaged is told when all that it has is."""
+    """A recording; that it was cut off or damaged is printed after all that it has."""
     with stop.waiting(always):
         source = RecordingSource(path, twice=twice)
     try:

@@ -39,7 +39,7 @@ from kvmtrace.views import doctor as doctor_view
 from kvmtrace.views import explain as explain_view
 from kvmtrace.views import lines, targets
 
-# The host may go down with what these tell of.
+# The host may go down with what these report.
 _LAST_WORDS = (GmemPoison, Mce, Poison)
 # So that little is left for the end of a recording, where the disk is waited for.
 _SYNC_SECONDS = 5.0
@@ -66,7 +66,7 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
                 if deadline is not None:
                     wait = min(wait, deadline - time.monotonic())
                 over = stop.asked or wait <= 0
-                # What the kernel counted meanwhile and has not told yet belongs to it, too.
+                # What the kernel counted meanwhile and has not reported yet belongs to it, too.
                 batch = attached.poll(0 if over else wait)
                 with output.writing():
                     writer.write(batch, attached.probes())
@@ -79,7 +79,7 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
                 if over:
                     break
         finally:
-            # Also if a source fails: what it told until then is whole.
+            # Also if a source fails: what it reported until then is whole.
             with output.writing():
                 writer.end()
     tell(f"{number} events")

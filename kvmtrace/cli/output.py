@@ -191,7 +191,7 @@ _PREFIX = ".kvmtrace-"
 class _Disk:
     """Brings a file and the directory that it is in to the disk, in a thread of its own.
 
-    A disk can take seconds, or hang: whoever reads events cannot wait for it.
+    A disk can take seconds, or hang: the thread that reads events cannot wait for it.
     """
 
     def __init__(self, directory: str) -> None:

@@ -1,7 +1,7 @@
 """Checksums of a recording: a changed, missing, added or moved line is noticed, and which it is.
 
 Each line ends with its number and a CRC-32 of what stands before the CRC, ``,"line":7,"crc":N}``.
-A block is one line, so that every line can be trusted or not by itself: a filter such as grep
+A block is one line, so that each line can be checked alone: a filter such as grep
 leaves lines that still match, and one bad sector costs no more than the lines in it. A reader that
 does not know these fields ignores them.
 """

@@ -96,7 +96,7 @@ class RecordingSource:
     """A recording as a source: ``poll`` gives the next events at once, until ``done``.
 
     ``recorded``: the host as it was recorded, by a kvmtrace of ``version`` (None: not said), and
-    ``host`` as a replay shows it. ``truncated``: the last line was cut off (whoever wrote it was
+    ``host`` as a replay shows it. ``truncated``: the last line was cut off (its writer was
     killed) and is left out. ``whole``: it was read to its end, and that is there.
 
     A line that does not match its checksum is left out, and reading goes on. Without checksums,

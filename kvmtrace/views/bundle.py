@@ -23,7 +23,7 @@ Text = TypeVar("Text", str, LongText)
 def contents(
     recording: Text, snapshot: Snapshot, version: str | None, bcc: str | None
 ) -> dict[str, str | Text]:
-    """{file name: text} of what the events tell.
+    """{file name: text} of what the events say.
 
     ``version``: of the kvmtrace that recorded them. ``bcc``: its version, None if it is not here.
     """

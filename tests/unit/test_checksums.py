@@ -1,4 +1,4 @@
-"""Recordings that are not as they were written: what is said, and what is told all the same."""
+"""Recordings that are not as they were written: what is reported, and what is read all the same."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_a_recording_without_its_end(path: Path) -> None:
         f"kvmtrace: {path}: the end is missing: it was cut off, or is still being written\n"
         "hint: 4 events read\n"
     )
-    # What is cut off tells no event: all of them are there.
+    # What is cut off is no event: all of them are there.
     path.write_text("".join(lines)[:-30])
     result = invoke("replay", str(path))
     assert result.exit_code == 0
@@ -220,7 +220,7 @@ def test_a_compressed_one_is_told_apart(tmp_path: Path) -> None:
 def test_record_ends_what_it_writes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: FakeSource
 ) -> None:
-    """Also if its source fails: what it told until then is whole."""
+    """Also if its source fails: what it reported until then is whole."""
     monkeypatch.setattr(sources, "open_source", lambda kind: source)
     monkeypatch.setattr(identity, "vm_processes", lambda: {})
     path = tmp_path / "r"
