@@ -255,6 +255,8 @@ def _for_hardware(incident: Incident) -> list[str]:
     )
     if origin.severity == "corrected":
         return [f"watch {dimm_of(origin.label)}: {errors}, those of this page were corrected"]
+    if origin.severity is None:  # firmware's and EDAC's "informational"
+        return [f"watch {dimm_of(origin.label)}: {errors}, none that says it was not corrected"]
     match dimms.names(origin.label):
         case "candidates":
             among = listed(dimms.candidates(origin.label))

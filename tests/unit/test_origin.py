@@ -148,6 +148,32 @@ def test_another_address_is_another_dimm_s(tmp_path: Path) -> None:
     assert set(told(tmp_path, reports).dimms) == {EDAC_DIMM, BOARD_DIMM}
 
 
+@pytest.mark.parametrize("better", [True, False])
+def test_a_corrected_error_of_another_line_names_no_uncorrected_one(
+    tmp_path: Path, *, better: bool
+) -> None:
+    """Lines of a page are of several DIMMs: whatever its name is worth, and whoever speaks last."""
+    of_other = edac(T, EDAC_DIMM, address=ADDR + 0x100)
+    lost = ghes(T + 60 * S, 0x42, RECOVERABLE) if better else check(T + 60 * S, 1, SRAR)
+    later = edac(T + 120 * S, EDAC_DIMM, address=ADDR + 0x140)
+    label = BOARD_DIMM if better else None
+    for events in ([of_other, lost], [lost, later], [of_other, lost, later]):
+        snapshot = told(tmp_path, [*events, poison(T + 121 * S)])
+        assert origin_of(snapshot).label == label
+        assert (f"replace {BOARD_DIMM}" in next_of(snapshot)) == better
+        assert EDAC_DIMM not in next_of(snapshot)
+    same_line = edac(T, EDAC_DIMM)
+    snapshot = told(tmp_path, [same_line, of_other, lost, poison(T + 121 * S)])
+    assert origin_of(snapshot).label == EDAC_DIMM
+
+
+def test_what_says_nothing_of_its_severity_is_no_reason_to_replace_a_dimm(tmp_path: Path) -> None:
+    informational = (edac(T, EDAC_DIMM, 4), ghes(T, 0x42, 0))
+    for report in informational:
+        snapshot = told(tmp_path, [report, poison(T + S)])
+        assert next_of(snapshot).startswith("watch ")
+
+
 def test_firmware_that_knows_the_page_only_means_the_same_error(tmp_path: Path) -> None:
     reports = [edac(T, EDAC_DIMM), ghes(T + 5 * MS, 0x42, addr=ADDR & ~0xFFF)]
     assert set(told(tmp_path, reports).dimms) == {EDAC_DIMM}
