@@ -63,9 +63,12 @@ def kernel_difference(snapshot: Snapshot) -> str:
     return f"the kernel handled {kernel.handled}, kvmtrace saw {kernel.seen}"
 
 
-def next_steps(incident: Incident) -> list[str]:
-    """What to do now, most urgent first."""
-    steps = [*_for_host(incident), *_for_vms(incident), *_for_hardware(incident)]
+def next_steps(incident: Incident, snapshot: Snapshot | None = None) -> list[str]:
+    """What to do now, most urgent first. ``snapshot``: of the whole host."""
+    host = _for_host(incident)
+    if incident.host_at_risk and snapshot is not None:
+        host += _not_moved(incident, snapshot)
+    steps = [*host, *_for_vms(incident), *_for_hardware(incident)]
     if not steps:
         steps.append(f"nothing: {_why_nothing(incident)}")
     return steps
@@ -98,6 +101,20 @@ def _for_host(incident: Incident) -> list[str]:
             " verdict was not seen, and if the kernel uses the page the host is at risk"
         ]
     return []
+
+
+def _not_moved(incident: Incident, snapshot: Snapshot) -> Iterator[str]:
+    """VMs that have lost pages of their own do not survive being moved."""
+    names = []
+    for other in snapshot.incidents:
+        if other.id != incident.id and other.state != "closed" and not other.host_at_risk:
+            vms = [*(v.vm for v in other.verdicts), *(o.vm for o in other.owners)]
+            vms = [vm for vm in dict.fromkeys(vms) if _has_page(other, vm)]
+            names += [_names(other, [vm]) for vm in vms]
+    if some := list(dict.fromkeys(names)):
+        who = listed(some[:_NAMES]) + (f" and {len(some) - _NAMES} more" if some[_NAMES:] else "")
+        it = "it" if len(some) == 1 else "each of them"
+        yield f"do not migrate {who}: shut {it} down, other pages of its memory are lost"
 
 
 def _notified(incident: Incident) -> str:
