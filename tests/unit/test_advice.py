@@ -32,9 +32,19 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.model import STATES, VERDICTS, ErrorHistory, Incident, Origin, Party, Telling, Verdict
+from kvmtrace.model import (
+    STATES,
+    VERDICTS,
+    ErrorHistory,
+    Incident,
+    Origin,
+    Party,
+    Snapshot,
+    Telling,
+    Verdict,
+)
 from kvmtrace.views import advice, vmm_advice
-from kvmtrace.views.explain import as_object
+from kvmtrace.views.explain import as_object, explain_text
 from tests.unit.fake import SECOND, T0
 
 PFN, GFN, HVA = 0x2F00F, 0x105, 0x7F0000105000
@@ -44,6 +54,7 @@ OTHER = VmSeen(T0, 1, 900, "web-1", UUID, "cloud-hypervisor")
 OWNED = Owned(T0, PFN, Owner(1, GFN, HVA), "pagemap", 4096)
 POISON = Poison(T0, PFN, "dirty LRU page", "Recovered", None, None, 31)
 GMEM = GmemPoison(T0, 31, 383, 8, (Owner(1, GFN, HVA),))
+SHARED = replace(OWNED, owner=Owner(2, GFN, HVA))
 AO = Sigbus(T0 + 1, 900, 900, 5, HVA, 12, vm=1, pfn=PFN)
 AR = Sigbus(T0 + 1, 900, 70, 4, HVA, 12, vm=1, vcpu=0, gfn=GFN, pfn=PFN)
 EXIT = Exit(T0 + 1, 1, 0, 133, 39, True, 70, 0, GFN << 12, 4096, GFN, False, gmem=133)
@@ -228,6 +239,13 @@ def test_vms_that_lost_pages_of_their_own_are_not_moved_off_a_host_at_risk() -> 
         f"move the VMs away {AWAY}",
         "do not migrate web-1: shut it down, other pages of its memory are lost",
     ]
+
+
+def test_programs_learn_which_owners_are_gone() -> None:
+    incident = told(QEMU, VmSeen(T0, 2, 901, "web-2"), OWNED, SHARED, POISON, VmGone(T0 + 2, 1))
+    owners = as_object(incident, Snapshot())["owners"]
+    assert [owner.get("gone") for owner in owners] == [True, None]
+    assert "web-1 (pid 900, qemu" in explain_text(incident, Snapshot(), 100)
 
 
 def test_proxmox_has_commands_of_its_own() -> None:
