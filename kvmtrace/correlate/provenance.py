@@ -228,8 +228,19 @@ class Provenance:
         if place is None:
             return None
         pfn, order = place
+        key = order, pfn >> order
+        if key not in self._places and len(self._places) >= self._limit:
+            self._spare_uncorrected()
         new = Errors(pfn, order, self._page_shift, Tally(exact=not order))
-        return self._of(self._places, (order, pfn >> order), new)
+        return self._of(self._places, key, new)
+
+    def _spare_uncorrected(self) -> None:
+        """A flood of corrected errors pushes out no other one, whose poison may still come."""
+        for _ in range(self._limit // 2):
+            key, oldest = next(iter(self._places.items()))
+            if oldest.uncorrected is None:
+                return
+            self._places.move_to_end(key)
 
     def _one_name(self, name: Name, errors: Errors | None) -> str:
         """The best name of the DIMM: two reporters of one error mean the same one."""

@@ -272,6 +272,14 @@ def test_errors_without_an_address_are_the_dimm_s_as_well(tmp_path: Path) -> Non
     assert told(tmp_path, [*known, *vague]).dimms[EDAC_DIMM].count == 5
 
 
+def test_a_flood_of_corrected_errors_pushes_out_no_other(tmp_path: Path) -> None:
+    flood = [edac(T + n, EDAC_DIMM, address=n << 12) for n in range(1, 3000)]
+    events = [edac(T, "DIMM_A1", EDAC_FATAL), *flood, poison(T + 4000)]
+    assert origin_of(told(tmp_path, events)).label == "DIMM_A1"
+    fatal = [edac(T + n, EDAC_DIMM, EDAC_FATAL, address=n << 12) for n in range(1, 3000)]
+    assert only(told(tmp_path, [*fatal, poison(T + 4000, 2999 << 12)])).origin is not None
+
+
 # -- extlog, by both sources
 
 
