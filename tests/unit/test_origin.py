@@ -408,6 +408,14 @@ def test_another_cpu_that_runs_into_it_is_no_other_error(tmp_path: Path) -> None
     assert origin.history.count == 1
 
 
+def test_edac_that_speaks_after_all_banks_repeats_itself(tmp_path: Path) -> None:
+    banks = [check(T + n, n, SRAR, cpu=3) for n in range(3)]
+    events = [*banks, *(edac(T + 3 + n, EDAC_DIMM, EDAC_FATAL) for n in range(3))]
+    snapshot = told(tmp_path, [*events, poison(T + S)])
+    assert origin_of(snapshot).history.count == 1
+    assert snapshot.dimms[EDAC_DIMM].count == 1
+
+
 def test_edac_alone_repeats_itself(tmp_path: Path) -> None:
     """Where the machine checks behind its reports name no page, as a UMC's."""
     reports = [edac(T + n * MS, EDAC_DIMM, EDAC_FATAL) for n in range(3)]
