@@ -136,10 +136,11 @@ def edac(said: Edac, alike: Collection[str] = ()) -> dict[str, Any]:
 
     ``alike``: names that firmware gave to several DIMMs, as far as EDAC keeps them. EDAC has no
     word for an address that is not known but 0; a driver's grain of -1 comes to 2**64 bytes
-    (edac_mc.c).
+    (edac_mc.c), and a count of 0 is that of a register that counts none (skx_common.c).
     """
     addr = said.addr & _ALL
-    facts: dict[str, Any] = {"severity": EDAC.get(said.severity), "count": said.errors}
+    count = max(1, said.errors)
+    facts: dict[str, Any] = {"severity": EDAC.get(said.severity), "count": count}
     if addr:
         facts["addr"] = addr
         if said.grain_bits < _ADDRESS_BITS:

@@ -245,7 +245,7 @@ def _steps(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterato
             yield f"{when}shut {who} down from inside the guest and {start}: {need.why}"
     party = incident.parties.get(vms[0]) if len(vms) == 1 else None
     if need.how in ("stop", "check") and (command := vmm_advice.stop_and_start(party)):
-        yield command
+        yield f"if it does not, {command}" if need.how == "check" else command
     if vmm_advice.is_of_a_device(incident.page_type):
         yield f"before that, clear or replace {vmm_advice.DEVICE}: started anew, it maps that again"
     if need.how in ("shut down", "later") and vmm.replaces:

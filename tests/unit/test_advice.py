@@ -147,7 +147,7 @@ CASES: dict[str, tuple[list[Event], list[str]]] = {
             f"see whether web-1 still works: its VMM was notified of {WHERE}, and what it did is "
             "not known",
             "if it does, shut it down from inside the guest, if not, stop it; then start it again",
-            DESTROY,
+            f"if it does not, {DESTROY}",
             NOT_QEMU,
         ],
     ),

@@ -458,6 +458,7 @@ def test_registers_that_count(tmp_path: Path, vendor: str, status: int, count: i
 
 
 def test_a_driver_that_counts_none_reports_one(tmp_path: Path) -> None:
+    assert edac(T, EDAC_DIMM, error_count=0).count == 1
     origin = origin_of(told(tmp_path, [edac(T, EDAC_DIMM, error_count=0), poison(T)]))
     assert (origin.history.count, origin.history.corrected) == (1, 1)
     many = told(tmp_path, [edac(T, EDAC_DIMM, error_count=7), poison(T)])
