@@ -41,6 +41,7 @@ SRAR, UCNA, FAKED, CONTROLLER = (
     0xB40000000000009F,
     0x9C00004001010090,
 )
+TWICE = ((0x10, "A1"), (0x11, "B1"), (0x10, "C1"))
 MISC = 0x86  # physical, exact to 64 bytes
 
 
@@ -177,6 +178,13 @@ def test_what_says_nothing_of_its_severity_is_no_reason_to_replace_a_dimm(tmp_pa
 def test_firmware_that_knows_the_page_only_means_the_same_error(tmp_path: Path) -> None:
     reports = [edac(T, EDAC_DIMM), ghes(T + 5 * MS, 0x42, addr=ADDR & ~0xFFF)]
     assert set(told(tmp_path, reports).dimms) == {EDAC_DIMM}
+
+
+def test_a_handle_of_two_dimms_names_neither(tmp_path: Path) -> None:
+    devices = [(17, handle, bytes(12) + b"\x01" + bytes(5), [name]) for handle, name in TWICE]
+    path = tmp_path / "DMI"
+    path.write_bytes(table(*devices))
+    assert firmware.dimm_labels(str(path)) == {0x11: "B1"}
 
 
 def test_two_dimms_of_one_name_stay_two(tmp_path: Path) -> None:
