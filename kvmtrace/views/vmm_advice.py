@@ -4,7 +4,9 @@ Tried with QEMU 10.0 for anonymous, memfd and hugetlb memory, at every run of th
 (tests/lab/qemu_guest.py); once by hand with QEMU 7.2 and 11.1, and with virsh of libvirt 11.3.
 Proxmox VE's commands are those of qm(1).
 For every other VMM only what holds for all: a process that starts anew has other pages (but of a
-DAX file or a device), and migration, snapshots and dumps read every page.
+DAX file or a device, or of a file in tmpfs or hugetlbfs that was not removed: these keep lost
+pages, shmem_error_remove_folio and hugetlbfs_error_remove_folio), and migration, snapshots and
+dumps read every page.
 """
 
 from __future__ import annotations
