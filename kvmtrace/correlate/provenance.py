@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
@@ -299,20 +299,25 @@ class Provenance:
         found = (self._places.get((order, pfn >> order)) for order in range(orders))
         return [errors for errors in found if errors is not None]
 
-    def origin(self, places: Iterable[Errors]) -> Origin | None:
-        """All that is known of a page from these places, the most exact one first."""
-        places = list(places)
+    def origin(self, places: Collection[Errors]) -> Origin | None:
+        """All that is known of a page from these places.
+
+        Errors that were not corrected speak first, and of these what was said of the page alone: a
+        report of a whole range has the address of another page.
+        """
+        vias = tuple(dict.fromkeys(via for errors in places for via in errors.vias))
+        places = sorted(places, key=lambda errors: (errors.uncorrected is None, errors.order))
         if not places:
             return None
         facts: dict[str, int | str] = {}
-        for errors in sorted(places, key=lambda e: -_rank(e.facts.get("severity"))):
+        for errors in places:
             facts = {**errors.facts, **facts}
         histories = [errors.history() for errors in places]
         best = _best_name(places)
         label = self._best(best.label) if best else None
         dimm = self._dimms.get(label) if label else None
         return Origin(
-            via=tuple(dict.fromkeys(via for errors in places for via in errors.vias)),
+            via=vias,
             history=ErrorHistory(
                 max(h.count for h in histories),
                 max(h.corrected for h in histories),

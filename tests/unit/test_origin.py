@@ -168,6 +168,21 @@ def test_a_corrected_error_of_another_line_names_no_uncorrected_one(
     assert origin_of(snapshot).label == EDAC_DIMM
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (2, 0, 1)])
+def test_a_report_of_a_range_is_not_of_this_page(tmp_path: Path, order: tuple[int, ...]) -> None:
+    """Firmware that knows no more than a GiB names an address, and a DIMM, of another page."""
+    wide = {"mask": ~((1 << 30) - 1) & (1 << 64) - 1, "addr": ADDR ^ 1 << 20}
+    valid = {"valid": 1 << 1 | 1 << 2 | 1 << 17, "kind": 0x42 << 48}
+    fields = {"common_pid": 1, "sev": CORRECTED + RECOVERABLE} | wide | valid
+    reports = (
+        hardware.error(Record(T, "apei", fields), FIRMWARE),
+        edac(T + 60 * S, "DIMM_A1", 2),
+        poison(T + 60 * S),
+    )
+    origin = origin_of(told(tmp_path, [reports[n] for n in order]))
+    assert (origin.addr, origin.label, origin.severity) == (ADDR, "DIMM_A1", "deferred")
+
+
 def test_what_says_nothing_of_its_severity_is_no_reason_to_replace_a_dimm(tmp_path: Path) -> None:
     informational = (edac(T, EDAC_DIMM, 4), ghes(T, 0x42, 0))
     for report in informational:
