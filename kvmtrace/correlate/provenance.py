@@ -25,6 +25,7 @@ _SEVERITIES = ("corrected", "deferred", "recoverable", "fatal")
 _MAX_SHIFT = 30
 _MAX_REPORTERS = 8
 _LINE = 64  # bytes: what a controller corrects, and an address without a grain is exact to
+_PAGE = 4096  # bytes, of the smallest one
 _LINES = (64 << 10) // _LINE  # in the largest page
 
 # How recordings of kvmtrace 0.1 name the DIMM of a handle that SMBIOS does not list.
@@ -47,7 +48,6 @@ class Name(NamedTuple):
     worth: tuple[bool, int]
     ts: int
     addr: int | None = None
-    grain: int = _LINE
     corrected: bool = True
     lines: int = 0
 
@@ -59,9 +59,9 @@ class Name(NamedTuple):
         """
         if self.addr is None or other.addr is None or self.worth[1] == other.worth[1]:
             return False
-        grain = max(self.grain, other.grain)
-        same = self.addr // grain == other.addr // grain or bool(self.lines & other.lines)
-        return same or together(self.ts, other.ts)
+        if self.lines and other.lines:
+            return bool(self.lines & other.lines)
+        return together(self.ts, other.ts)
 
     def is_for(self, ts: int, line: int | None) -> bool | None:
         """Whether it is the name for an uncorrected error then, in that line; None: not known."""
@@ -403,7 +403,7 @@ def _name(event: Mce | HwError) -> Name | None:
     if isinstance(event, Mce):
         return Name(label, worth, event.ts, corrected=corrected)
     line = _line(event) or 0
-    return Name(label, worth, event.ts, event.addr, event.grain or _LINE, corrected, line)
+    return Name(label, worth, event.ts, event.addr, corrected, line)
 
 
 def _is_uncorrected(severity: str | None) -> bool:
@@ -415,7 +415,8 @@ def _line(event: Mce | HwError) -> int | None:
     if event.addr is None:
         return None
     if isinstance(event, HwError):
-        exact = (event.grain or _LINE) <= _LINE
+        # Without a grain: firmware that knows the page only names its start.
+        exact = event.grain <= _LINE if event.grain else event.addr % _PAGE != 0
     else:
         exact = 1 << (mce.address_shift(event.status, event.misc) or 0) <= _LINE
     return 1 << event.addr // _LINE % _LINES if exact else None

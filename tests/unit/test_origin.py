@@ -190,6 +190,18 @@ def test_what_says_nothing_of_its_severity_is_no_reason_to_replace_a_dimm(tmp_pa
         assert next_of(snapshot).startswith("watch ")
 
 
+def test_errors_of_two_lines_at_once_are_not_of_one_dimm(tmp_path: Path) -> None:
+    """Or each later error of the one would have the name of the other."""
+    storm = [edac(T, EDAC_DIMM), ghes(T + 300 * MS, 0x42, addr=ADDR + 0x100)]
+    elsewhere = ghes(T + 60 * S, 0x42, RECOVERABLE, ADDR + 0x5000)
+    snapshot = told(tmp_path, [*storm, elsewhere, poison(T + 61 * S, ADDR + 0x5000)])
+    assert origin_of(snapshot).label == BOARD_DIMM
+    page_only = ghes(T + 60 * S, 0x42, RECOVERABLE, ADDR & ~0xFFF)
+    snapshot = told(tmp_path, [storm[0], page_only, poison(T + 61 * S)])
+    assert origin_of(snapshot).label == BOARD_DIMM
+    assert set(snapshot.dimms) == {EDAC_DIMM, BOARD_DIMM}
+
+
 def test_firmware_that_knows_the_page_only_means_the_same_error(tmp_path: Path) -> None:
     reports = [edac(T, EDAC_DIMM), ghes(T + 5 * MS, 0x42, addr=ADDR & ~0xFFF)]
     assert set(told(tmp_path, reports).dimms) == {EDAC_DIMM}
