@@ -283,7 +283,8 @@ class Provenance:
         tally.add(event, severity, errors.tally)
         if len(dimm.vias) < _MAX_REPORTERS:
             dimm.vias.add(_via(event))
-        dimm.corrected += tally.errors[0] - before[0]
+        # What turns out not to have been corrected may be of a DIMM that was forgotten since.
+        dimm.corrected = max(0, dimm.corrected + tally.errors[0] - before[0])
         dimm.others += tally.errors[1] - before[1]
 
     def _of(self, known: OrderedDict[_K, _V], key: _K, new: _V) -> _V:

@@ -11,6 +11,7 @@ import pytest
 
 from kvmtrace import cper, firmware, mce
 from kvmtrace.correlate import Correlator
+from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import Event, HwError, Mce, Poison
 from kvmtrace.firmware import Firmware
 from kvmtrace.ftrace import hardware
@@ -305,6 +306,15 @@ def test_errors_without_an_address_are_the_dimm_s_as_well(tmp_path: Path) -> Non
     known = [edac(T + n * 60 * S, EDAC_DIMM, address=ADDR + n * 4096) for n in range(3)]
     vague = [edac(T + n * 60 * S, EDAC_DIMM, address=0) for n in range(4, 6)]
     assert told(tmp_path, [*known, *vague]).dimms[EDAC_DIMM].count == 5
+
+
+def test_a_dimm_that_was_forgotten_has_no_negative_count() -> None:
+    correlator = Correlator(Limits(places=1))
+    events = [edac(T, EDAC_DIMM), edac(T + 1, "DIMM_B1", address=0), poison(T + 1)]
+    for event in [*events, ghes(T + 2, None, RECOVERABLE), ghes(T + 3, 0x42, RECOVERABLE)]:
+        correlator.feed(event)
+    correlator.feed(edac(T + 4, EDAC_DIMM, EDAC_FATAL))
+    assert all(0 <= dimm.corrected <= dimm.count for dimm in correlator.snapshot().dimms.values())
 
 
 def test_a_flood_of_corrected_errors_pushes_out_no_other(tmp_path: Path) -> None:
