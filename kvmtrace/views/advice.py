@@ -67,7 +67,7 @@ def next_steps(incident: Incident, snapshot: Snapshot | None = None) -> list[str
     """What to do now, most urgent first. ``snapshot``: of the whole host."""
     host = _for_host(incident)
     if incident.host_at_risk and snapshot is not None:
-        host += _not_moved(incident, snapshot)
+        host += _not_moved(snapshot)
     steps = [*host, *_for_vms(incident), *_for_hardware(incident)]
     if not steps:
         steps.append(f"nothing: {_why_nothing(incident)}")
@@ -103,15 +103,10 @@ def _for_host(incident: Incident) -> list[str]:
     return []
 
 
-def _not_moved(incident: Incident, snapshot: Snapshot) -> Iterator[str]:
+def _not_moved(snapshot: Snapshot) -> Iterator[str]:
     """VMs that have lost pages of their own do not survive being moved."""
-    names = []
-    for other in snapshot.incidents:
-        if other.id != incident.id and other.state != "closed" and not other.host_at_risk:
-            vms = [*(v.vm for v in other.verdicts), *(o.vm for o in other.owners)]
-            vms = [vm for vm in dict.fromkeys(vms) if _has_page(other, vm)]
-            names += [_names(other, [vm]) for vm in vms]
-    if some := list(dict.fromkeys(names)):
+    some = [vm.label for vm in snapshot.vms.values() if vm.poisoned_pages and not vm.gone]
+    if some:
         who = listed(some[:_NAMES]) + (f" and {len(some) - _NAMES} more" if some[_NAMES:] else "")
         it = "it" if len(some) == 1 else "each of them"
         yield f"do not migrate {who}: shut {it} down, other pages of its memory are lost"
