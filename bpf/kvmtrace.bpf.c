@@ -738,14 +738,16 @@ static __always_inline int on_mc_event(int severity, u64 message, u64 label, u32
 }
 
 /* ras:arm_event(proc, ...): behind the section's head, its error informations; the first of them that
- * knows a physical address tells it (struct cper_arm_err_info, UEFI's layout). */
+ * knows a physical address tells it, a cache error's before others (struct cper_arm_err_info, UEFI's
+ * layout; see cper.arm_address). */
 #define ARM_INFOS 4
 #define ARM_INFO_PHYSICAL 4 /* bit of its validation word */
+#define ARM_INFO_CACHE 1    /* bit of its type */
 
 static __always_inline int on_arm_event(u64 proc, int severity)
 {
 	struct hw_record record = {};
-	u64 info = proc + SIZE_cper_sec_proc_arm, valid = 0, addr = 0;
+	u64 info = proc + SIZE_cper_sec_proc_arm, valid = 0, cache = 0, addr = 0;
 	u32 number, i;
 
 	if (SIZE_cper_sec_proc_arm <= 0 || OFF_cper_arm_err_info_num < 0)
@@ -758,11 +760,13 @@ static __always_inline int on_arm_event(u64 proc, int severity)
 	/* Without branches: verifying each way through them took a minute of some kernels' time. */
 #pragma unroll
 	for (i = 0; i < ARM_INFOS; i++) {
-		u64 wanted = -(u64)(i < number) & (valid - 1);
-		u64 knows = half(info + 2) >> ARM_INFO_PHYSICAL & 1 & wanted;
+		u64 knows = half(info + 2) >> ARM_INFO_PHYSICAL & 1 & -(u64)(i < number);
+		u64 is_cache = byte(info + 4) >> ARM_INFO_CACHE & 1 & knows;
+		u64 better = (knows & (valid ^ 1)) | (is_cache & (cache ^ 1));
 
-		addr |= word(info + 24) & -knows;
+		addr = (addr & (better - 1)) | (word(info + 24) & -better);
 		valid |= knows;
+		cache |= is_cache;
 		info += byte(info + 1);
 	}
 	record.valid = valid;

@@ -92,7 +92,8 @@ def _now() -> list[stat.Panel]:
         stat_panel(
             "Poisoned pages of the kernel",
             "Poisoned pages that the kernel uses itself, or could not get hold of. It can run into "
-            "them at any time: move the VMs away and reboot the host.",
+            "them at any time: move the VMs away and reboot the host. Do not migrate VMs that hold "
+            "poisoned pages themselves: shut them down.",
             f"sum(kvmtrace_kernel_poisoned_pages{{{HOST}}})",
             ANY_IS_BAD,
         ),

@@ -136,10 +136,11 @@ def edac(said: Edac, alike: Collection[str] = ()) -> dict[str, Any]:
 
     ``alike``: names that firmware gave to several DIMMs, as far as EDAC keeps them. EDAC has no
     word for an address that is not known but 0; a driver's grain of -1 comes to 2**64 bytes
-    (edac_mc.c).
+    (edac_mc.c), and a count of 0 is that of a register that counts none (skx_common.c).
     """
     addr = said.addr & _ALL
-    facts: dict[str, Any] = {"severity": EDAC.get(said.severity), "count": said.errors}
+    count = max(1, said.errors)
+    facts: dict[str, Any] = {"severity": EDAC.get(said.severity), "count": count}
     if addr:
         facts["addr"] = addr
         if said.grain_bits < _ADDRESS_BITS:
@@ -159,14 +160,20 @@ def edac(said: Edac, alike: Collection[str] = ()) -> dict[str, Any]:
 # error_info, virt_fault_addr, physical_fault_addr
 _ARM_INFO = struct.Struct("<BBHBHBQQQ")
 _ARM_PHYSICAL = 1 << 4
+_ARM_CACHE = 1 << 1
 
 
 def arm_address(infos: bytes) -> int | None:
-    """The first physical address among an Arm processor error's information structures."""
-    at = 0
+    """The first physical address among an Arm processor error's information structures.
+
+    A cache error's goes first: the kernel takes the page of no other one out of use (apei/ghes.c).
+    """
+    first, at = None, 0
     while at + _ARM_INFO.size <= len(infos):
-        _, length, valid, *_, addr = _ARM_INFO.unpack_from(infos, at)
+        _, length, valid, kind, *_, addr = _ARM_INFO.unpack_from(infos, at)
         if valid & _ARM_PHYSICAL:
-            return int(addr)
+            if kind & _ARM_CACHE:
+                return int(addr)
+            first = int(addr) if first is None else first
         at += max(length, _ARM_INFO.size)
-    return None
+    return first

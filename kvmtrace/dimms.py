@@ -34,8 +34,13 @@ _SOLDERED = re.compile(r"\b(?:system ?board|on[- ]?board) memory$|^on[- ]?board$
 
 _OR = " or "  # OTHER_LABEL, include/linux/edac.h
 
-# Slots as boards call them ("A1", "P1-DIMMA2", "Card01, ChnG, DIMM0").
-_A_SLOT = re.compile(r"dimm.*\d|dimm[-_ #]*[a-p]\b|^[a-p]\d{1,2}$", re.IGNORECASE)
+# Slots as boards call them ("A1", "P1-DIMMA2", "Card01, ChnG, DIMM0"); "P1" is a processor, and
+# "DIMM error 1" is none of them.
+_A_SLOT = re.compile(
+    r"dimm[\W_]*(?:(?:slot|socket|location|cpu|proc|node|ch\w{0,5})[\W_]*)?(?:[a-p]?\d|[a-p]\b)"
+    r"|^[a-o]\d{1,2}$",
+    re.IGNORECASE,
+)
 
 
 def label(text: str | None) -> str | None:

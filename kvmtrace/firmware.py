@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from kvmtrace import cper, dimms
 
@@ -16,6 +17,8 @@ TABLE = "/firmware/dmi/tables/DMI"
 _MEMORY_DEVICE = 17
 _DEVICE_LOCATOR, _BANK_LOCATOR = 0x10, 0x11
 _HEADER = 4
+
+_T = TypeVar("_T", str, int)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +53,24 @@ def dimm_labels(path: str) -> dict[int, str]:
     }
 
 
-def _several(names: Iterable[str]) -> set[str]:
+def _several(names: Iterable[_T]) -> set[_T]:
     return {name for name, count in Counter(names).items() if count > 1}
 
 
 def _names(path: str) -> dict[int, str]:
-    """{handle: "BANK DEVICE"} as firmware calls them, put as EDAC does; {} where none is listed."""
+    """{handle: "BANK DEVICE"} as firmware calls them, put as EDAC does; {} where none is listed.
+
+    A handle that two of them have tells of neither.
+    """
     try:
         table = Path(path).read_bytes()
     except OSError:
         return {}
     labels: dict[int, str] = {}
-    for handle, fields, strings in _structures(table):
-        if fields[0] != _MEMORY_DEVICE:
+    devices = [one for one in _structures(table) if one[1][0] == _MEMORY_DEVICE]
+    several = _several(handle for handle, _, _ in devices)
+    for handle, fields, strings in devices:
+        if handle in several:
             continue
         numbers = [fields[at] for at in (_BANK_LOCATOR, _DEVICE_LOCATOR) if at < len(fields)]
         names = [strings[n - 1] for n in numbers if 0 < n <= len(strings)]

@@ -152,7 +152,8 @@ def event_line(told: Told) -> dict[str, Any] | None:
         case Unpoison() | Found():
             return head | known(kind=event.kind, pfn=event.pfn, incident=told.incident)
         case VmSeen():
-            return head | known(kind="vm", vm=vm_name(event), state="seen", unread=event.unread)
+            seen_as = known(vmm=event.vmm, unread=event.unread)
+            return head | known(kind="vm", vm=vm_name(event), state="seen") | seen_as
         case VmGone():
             return head | known(kind="vm", vm=vm_name(told.vm), state="gone")
         case Lost():
@@ -330,7 +331,9 @@ def _vm(vm: Vm) -> dict[str, Any]:
 def _owner(owner: Owner, state: Incident, snapshot: Snapshot) -> dict[str, Any]:
     vm = vm_name(snapshot.vms.get(owner.vm)) or party_name(state.parties.get(owner.vm))
     left = True if owner in state.released else None
-    return known(vm=vm, gfn=owner.gfn, hva=owner.hva, released=left)
+    party = state.parties.get(owner.vm)
+    gone = True if party is not None and party.gone_ts is not None else None
+    return known(vm=vm, gfn=owner.gfn, hva=owner.hva, released=left, gone=gone)
 
 
 def _when(ts: int | None) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
@@ -25,6 +25,8 @@ _SEVERITIES = ("corrected", "deferred", "recoverable", "fatal")
 _MAX_SHIFT = 30
 _MAX_REPORTERS = 8
 _LINE = 64  # bytes: what a controller corrects, and an address without a grain is exact to
+_PAGE = 4096  # bytes, of the smallest one
+_LINES = (64 << 10) // _LINE  # in the largest page
 
 # How recordings of kvmtrace 0.1 name the DIMM of a handle that SMBIOS does not list.
 _NO_HANDLE = re.compile("SMBIOS handle 0x[0-9a-f]+")
@@ -38,14 +40,16 @@ _V = TypeVar("_V")
 
 class Name(NamedTuple):
     """What a reporter calls the memory, when, and the address it said so of. A lower ``worth`` is
-    better: names of one DIMM come before others, then by ``_SOURCES``.
+    better: names of one DIMM come before others, then by ``_SOURCES``. ``corrected``: the error
+    was, or may have been. ``lines``: a bit for each cache line of the page that it was said of.
     """
 
     label: str
     worth: tuple[bool, int]
     ts: int
     addr: int | None = None
-    grain: int = _LINE
+    corrected: bool = True
+    lines: int = 0
 
     def same_error(self, other: Name) -> bool:
         """Whether another reporter means the same error; both are of one place.
@@ -55,8 +59,17 @@ class Name(NamedTuple):
         """
         if self.addr is None or other.addr is None or self.worth[1] == other.worth[1]:
             return False
-        grain = max(self.grain, other.grain)
-        return self.addr // grain == other.addr // grain or together(self.ts, other.ts)
+        if self.lines and other.lines:
+            return bool(self.lines & other.lines)
+        return together(self.ts, other.ts)
+
+    def is_for(self, ts: int, line: int | None) -> bool | None:
+        """Whether it is the name for an uncorrected error then, in that line; None: not known."""
+        if not self.corrected:
+            return True
+        if line is None or not self.lines:
+            return together(self.ts, ts) or None
+        return bool(self.lines & line)
 
 
 @dataclass(slots=True)
@@ -74,6 +87,7 @@ class Errors:
     last_ts: int = 0
     facts: dict[str, int | str] = field(default_factory=dict)
     moments: dict[str, Moment] = field(default_factory=dict)
+    uncorrected: tuple[int, int | None] | None = None  # the last one: time, line's bit
 
     def add(self, event: Mce | HwError) -> None:
         """One more report."""
@@ -87,6 +101,11 @@ class Errors:
         self.first_ts = min(self.first_ts, event.ts)
         self.last_ts = max(self.last_ts, event.ts)
         self.tally.add(event, severity)
+        if _is_uncorrected(severity):
+            line, last = _line(event), self.uncorrected
+            if line is None and last and together(event.ts, last[0]):
+                line = last[1]  # another reporter of the same error
+            self.uncorrected = event.ts, line
         # The last report of the worst kind speaks; what it leaves out, others may have said.
         worse = _rank(severity) >= _rank(self.facts.get("severity"))
         self.facts = {**self.facts, **facts} if worse else {**facts, **self.facts}
@@ -116,14 +135,14 @@ class Errors:
         known = self.names.get(name.label)
         if known is None and len(self.names) >= _MAX_REPORTERS:
             return
-        if known is None or name.worth <= known.worth:
-            self.names.pop(name.label, None)
-            self.names[name.label] = name
-
-    @property
-    def best(self) -> Name | None:
-        """The best name; of equals the last one."""
-        return min(reversed(self.names.values()), key=lambda name: name.worth, default=None)
+        if known is not None:
+            lines = known.lines | name.lines
+            if (known.corrected, known.worth) < (name.corrected, name.worth):
+                self.names[name.label] = known._replace(lines=lines)
+                return
+            del self.names[name.label]
+            name = name._replace(lines=lines)
+        self.names[name.label] = name
 
     def covers(self, pfn: int) -> bool:
         """Whether the page is within what was reported."""
@@ -201,7 +220,7 @@ class Provenance:
         elif event.via == EDAC and (check := self._check) and together(check.ts, event.ts):
             of_check = _name(check)
             if of_check is not None:
-                names.append(of_check._replace(addr=event.addr))
+                names.append(of_check._replace(addr=event.addr, lines=_line(event) or 0))
         return [name for name in names if name is not None]
 
     def _place(self, event: Mce | HwError) -> Errors | None:
@@ -209,8 +228,19 @@ class Provenance:
         if place is None:
             return None
         pfn, order = place
+        key = order, pfn >> order
+        if key not in self._places and len(self._places) >= self._limit:
+            self._spare_uncorrected()
         new = Errors(pfn, order, self._page_shift, Tally(exact=not order))
-        return self._of(self._places, (order, pfn >> order), new)
+        return self._of(self._places, key, new)
+
+    def _spare_uncorrected(self) -> None:
+        """A flood of corrected errors pushes out no other one, whose poison may still come."""
+        for _ in range(self._limit // 2):
+            key, oldest = next(iter(self._places.items()))
+            if oldest.uncorrected is None:
+                return
+            self._places.move_to_end(key)
 
     def _one_name(self, name: Name, errors: Errors | None) -> str:
         """The best name of the DIMM: two reporters of one error mean the same one."""
@@ -253,7 +283,8 @@ class Provenance:
         tally.add(event, severity, errors.tally)
         if len(dimm.vias) < _MAX_REPORTERS:
             dimm.vias.add(_via(event))
-        dimm.corrected += tally.errors[0] - before[0]
+        # What turns out not to have been corrected may be of a DIMM that was forgotten since.
+        dimm.corrected = max(0, dimm.corrected + tally.errors[0] - before[0])
         dimm.others += tally.errors[1] - before[1]
 
     def _of(self, known: OrderedDict[_K, _V], key: _K, new: _V) -> _V:
@@ -269,21 +300,25 @@ class Provenance:
         found = (self._places.get((order, pfn >> order)) for order in range(orders))
         return [errors for errors in found if errors is not None]
 
-    def origin(self, places: Iterable[Errors]) -> Origin | None:
-        """All that is known of a page from these places, the most exact one first."""
-        places = list(places)
+    def origin(self, places: Collection[Errors]) -> Origin | None:
+        """All that is known of a page from these places.
+
+        Errors that were not corrected speak first, and of these what was said of the page alone: a
+        report of a whole range has the address of another page.
+        """
+        vias = tuple(dict.fromkeys(via for errors in places for via in errors.vias))
+        places = sorted(places, key=lambda errors: (errors.uncorrected is None, errors.order))
         if not places:
             return None
         facts: dict[str, int | str] = {}
-        for errors in sorted(places, key=lambda e: -_rank(e.facts.get("severity"))):
+        for errors in places:
             facts = {**errors.facts, **facts}
         histories = [errors.history() for errors in places]
-        names = [name for errors in places if (name := errors.best) is not None]
-        best = min(names, key=lambda name: name.worth, default=None)
+        best = _best_name(places)
         label = self._best(best.label) if best else None
         dimm = self._dimms.get(label) if label else None
         return Origin(
-            via=tuple(dict.fromkeys(via for errors in places for via in errors.vias)),
+            via=vias,
             history=ErrorHistory(
                 max(h.count for h in histories),
                 max(h.corrected for h in histories),
@@ -298,6 +333,24 @@ class Provenance:
     def dimms(self) -> dict[str, ErrorHistory]:
         """{label: what was reported of that DIMM}."""
         return {label: dimm.history() for label, dimm in self._dimms.items()}
+
+
+def _best_name(places: list[Errors]) -> Name | None:
+    """Of the most exact place, the last of equals.
+
+    The lines of a page are of several DIMMs: where an error was not corrected, its name goes before
+    those of corrected ones, and what is known to be the name of another line is none for it.
+    """
+    names = [name for errors in places for name in reversed(errors.names.values())]
+    bad = [errors.uncorrected for errors in places if errors.uncorrected]
+    if not bad:
+        return min(names, key=lambda name: name.worth, default=None)
+    found: list[tuple[bool, tuple[bool, int], Name]] = []
+    for name in names:
+        fits = {name.is_for(*error) for error in bad}
+        if fits != {False}:
+            found.append((True not in fits, name.worth, name))
+    return min(found, key=lambda one: one[:2])[2] if found else None
 
 
 def place_of(event: Mce | HwError, page_shift: int = kvm.PAGE_SHIFT) -> tuple[int, int] | None:
@@ -347,9 +400,27 @@ def _name(event: Mce | HwError) -> Name | None:
         return None
     order = _SOURCES.index(source) if source in _SOURCES else len(_SOURCES)
     worth = (dimms.names(label) != "dimm", order)
+    corrected = not _is_uncorrected(severity_of(event))
     if isinstance(event, Mce):
-        return Name(label, worth, event.ts)
-    return Name(label, worth, event.ts, event.addr, event.grain or _LINE)
+        return Name(label, worth, event.ts, corrected=corrected)
+    line = _line(event) or 0
+    return Name(label, worth, event.ts, event.addr, corrected, line)
+
+
+def _is_uncorrected(severity: str | None) -> bool:
+    return severity not in (None, "corrected")
+
+
+def _line(event: Mce | HwError) -> int | None:
+    """The bit of the cache line in its page; None where the report is less exact than that."""
+    if event.addr is None:
+        return None
+    if isinstance(event, HwError):
+        # Without a grain: firmware that knows the page only names its start.
+        exact = event.grain <= _LINE if event.grain else event.addr % _PAGE != 0
+    else:
+        exact = 1 << (mce.address_shift(event.status, event.misc) or 0) <= _LINE
+    return 1 << event.addr // _LINE % _LINES if exact else None
 
 
 def _via(event: Mce | HwError) -> str:

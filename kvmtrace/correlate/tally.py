@@ -35,6 +35,7 @@ class Tally:
 
     _units: dict[Unit, list[int]] = field(default_factory=dict)  # corrected, others
     _checked: tuple[Bank, int] | None = None  # the last machine check: bank, time
+    _spoken: tuple[Bank, int] | None = None  # the one that EDAC spoke for last
     _corrected: dict[Unit, tuple[int, int]] = field(default_factory=dict)  # the last: time, count
     _others: dict[Unit, int] = field(default_factory=dict)  # the last: time
 
@@ -67,13 +68,21 @@ class Tally:
             return
         last = self._others.get(unit)
         self._others[unit] = ts
-        if unit[1] is None and last is not None and together(ts, last):
+        if self._speaks_again(unit, at or self) and last is not None and together(ts, last):
             return  # each bank that has it makes such a reporter speak
         counts[1] += count
         for of, (seen, some) in list(self._corrected.items()):
             if _apart(unit, of) and together(ts, seen):
                 self._units[of][0] -= some
                 del self._corrected[of]
+
+    def _speaks_again(self, unit: Unit, at: Tally) -> bool:
+        """Whether a report is by nobody who has a bank of its own, or for the same check again."""
+        again = unit[1] is None
+        if unit[0] == EDAC:
+            again = again or self._spoken == at._checked
+            self._spoken = at._checked
+        return again
 
     def absorb(self, other: Tally) -> None:
         """What another one counted is of the same."""

@@ -63,9 +63,12 @@ def kernel_difference(snapshot: Snapshot) -> str:
     return f"the kernel handled {kernel.handled}, kvmtrace saw {kernel.seen}"
 
 
-def next_steps(incident: Incident) -> list[str]:
-    """What to do now, most urgent first."""
-    steps = [*_for_host(incident), *_for_vms(incident), *_for_hardware(incident)]
+def next_steps(incident: Incident, snapshot: Snapshot | None = None) -> list[str]:
+    """What to do now, most urgent first. ``snapshot``: of the whole host."""
+    host = _for_host(incident)
+    if incident.host_at_risk and snapshot is not None:
+        host += _not_moved(snapshot)
+    steps = [*host, *_for_vms(incident), *_for_hardware(incident)]
     if not steps:
         steps.append(f"nothing: {_why_nothing(incident)}")
     return steps
@@ -98,6 +101,15 @@ def _for_host(incident: Incident) -> list[str]:
             " verdict was not seen, and if the kernel uses the page the host is at risk"
         ]
     return []
+
+
+def _not_moved(snapshot: Snapshot) -> Iterator[str]:
+    """VMs that have lost pages of their own do not survive being moved."""
+    some = [vm.label for vm in snapshot.vms.values() if vm.poisoned_pages and not vm.gone]
+    if some:
+        who = listed(some[:_NAMES]) + (f" and {len(some) - _NAMES} more" if some[_NAMES:] else "")
+        it = "it" if len(some) == 1 else "each of them"
+        yield f"do not migrate {who}: shut {it} down, other pages of its memory are lost"
 
 
 def _notified(incident: Incident) -> str:
@@ -228,7 +240,7 @@ def _steps(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterato
             yield f"{when}shut {who} down from inside the guest and {start}: {need.why}"
     party = incident.parties.get(vms[0]) if len(vms) == 1 else None
     if need.how in ("stop", "check") and (command := vmm_advice.stop_and_start(party)):
-        yield command
+        yield f"if it does not, {command}" if need.how == "check" else command
     if vmm_advice.is_of_a_device(incident.page_type):
         yield f"before that, clear or replace {vmm_advice.DEVICE}: started anew, it maps that again"
     if need.how in ("shut down", "later") and vmm.replaces:
@@ -255,6 +267,8 @@ def _for_hardware(incident: Incident) -> list[str]:
     )
     if origin.severity == "corrected":
         return [f"watch {dimm_of(origin.label)}: {errors}, those of this page were corrected"]
+    if origin.severity is None:  # firmware's and EDAC's "informational"
+        return [f"watch {dimm_of(origin.label)}: {errors}, none that says it was not corrected"]
     match dimms.names(origin.label):
         case "candidates":
             among = listed(dimms.candidates(origin.label))

@@ -60,7 +60,7 @@ def as_object(incident: Incident, snapshot: Snapshot) -> dict[str, Any]:
             for moment in incident.timeline
         ],
         "not_known": advice.not_known(incident, snapshot),
-        "next": advice.next_steps(incident),
+        "next": advice.next_steps(incident, snapshot),
     }
 
 
@@ -88,7 +88,7 @@ def _parts(incident: Incident, snapshot: Snapshot) -> Iterator[_Part]:
                 yield "    - ", fact
     for title, entries in (
         ("Not known", advice.not_known(incident, snapshot)),
-        ("Next", advice.next_steps(incident)),
+        ("Next", advice.next_steps(incident, snapshot)),
     ):
         if entries:
             yield "", ""

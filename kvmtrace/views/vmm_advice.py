@@ -2,8 +2,11 @@
 
 Tried with QEMU 10.0 for anonymous, memfd and hugetlb memory, at every run of the tests
 (tests/lab/qemu_guest.py); once by hand with QEMU 7.2 and 11.1, and with virsh of libvirt 11.3.
+Proxmox VE's commands are those of qm(1).
 For every other VMM only what holds for all: a process that starts anew has other pages (but of a
-DAX file or a device), and migration, snapshots and dumps read every page.
+DAX file or a device, or of a file in tmpfs or hugetlbfs that was not removed: these keep lost
+pages, shmem_error_remove_folio and hugetlbfs_error_remove_folio), and migration, snapshots and
+dumps read every page.
 """
 
 from __future__ import annotations
@@ -72,16 +75,26 @@ def is_of_a_device(page_type: str | None) -> bool:
 
 def reset(party: Party | None) -> str:
     """How people reset a VM of QEMU's."""
+    if vmid := _of_proxmox(party):
+        return f"Proxmox VE: qm reset {vmid}"
     virsh = _for_virsh(party)
     return "monitor: system_reset" + (f"; libvirt: virsh reset {virsh}" if virsh else "")
 
 
 def stop_and_start(party: Party | None) -> str | None:
     """What people type to stop a VM and start it; None if that is not known."""
+    if vmid := _of_proxmox(party):
+        return f"with Proxmox VE: qm stop {vmid} && qm start {vmid}"
     virsh = _for_virsh(party)
     # A transient domain is gone once it is destroyed: there is nothing to start.
     command = f"virsh destroy {virsh} && virsh start {virsh}"
     return f"with libvirt, if persistent: {command}" if virsh else None
+
+
+def _of_proxmox(party: Party | None) -> str | None:
+    """The number of a VM that Proxmox VE started, which libvirt does not know."""
+    vmid = party.vmid if party is not None and party.vmm == "qemu" else None
+    return vmid if vmid and re.fullmatch("[0-9]{1,12}", vmid) else None
 
 
 def _for_virsh(party: Party | None) -> str | None:

@@ -63,11 +63,17 @@ def memory(address: int, *, dimm: Dimm | None = None) -> bytes:
 
 
 def arm_processor(address: int) -> bytes:
-    """An Arm processor error section: a cache error at a physical address."""
-    cache = 1 << 1
-    info = struct.pack("<BBHBHBQQQ", 0, 32, 1 << 4, cache, 0, 0, 0, 0, address)
-    head = struct.pack("<IHHIB3xQQII", 0, 1, 0, 40 + len(info), 0, 0, 0, 0, 0)
-    return head + info
+    """An Arm processor error section: a cache error at a physical address, behind a TLB's.
+
+    The kernel takes only the cache's page out of use.
+    """
+    tlb, cache = 1 << 2, 1 << 1
+    infos = b"".join(
+        struct.pack("<BBHBHBQQQ", 0, 32, 1 << 4, kind, 0, 0, 0, 0, at)
+        for kind, at in ((tlb, address ^ 1 << 20), (cache, address))
+    )
+    head = struct.pack("<IHHIB3xQQII", 0, 2, 0, 40 + len(infos), 0, 0, 0, 0, 0)
+    return head + infos
 
 
 def record(kind: uuid.UUID, section: bytes, severity: Severity, flags: int = 0) -> bytes:

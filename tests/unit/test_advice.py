@@ -32,8 +32,19 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.model import STATES, VERDICTS, ErrorHistory, Incident, Origin, Party, Telling, Verdict
+from kvmtrace.model import (
+    STATES,
+    VERDICTS,
+    ErrorHistory,
+    Incident,
+    Origin,
+    Party,
+    Snapshot,
+    Telling,
+    Verdict,
+)
 from kvmtrace.views import advice, vmm_advice
+from kvmtrace.views.explain import as_object, explain_text
 from tests.unit.fake import SECOND, T0
 
 PFN, GFN, HVA = 0x2F00F, 0x105, 0x7F0000105000
@@ -43,6 +54,7 @@ OTHER = VmSeen(T0, 1, 900, "web-1", UUID, "cloud-hypervisor")
 OWNED = Owned(T0, PFN, Owner(1, GFN, HVA), "pagemap", 4096)
 POISON = Poison(T0, PFN, "dirty LRU page", "Recovered", None, None, 31)
 GMEM = GmemPoison(T0, 31, 383, 8, (Owner(1, GFN, HVA),))
+SHARED = replace(OWNED, owner=Owner(2, GFN, HVA))
 AO = Sigbus(T0 + 1, 900, 900, 5, HVA, 12, vm=1, pfn=PFN)
 AR = Sigbus(T0 + 1, 900, 70, 4, HVA, 12, vm=1, vcpu=0, gfn=GFN, pfn=PFN)
 EXIT = Exit(T0 + 1, 1, 0, 133, 39, True, 70, 0, GFN << 12, 4096, GFN, False, gmem=133)
@@ -135,7 +147,7 @@ CASES: dict[str, tuple[list[Event], list[str]]] = {
             f"see whether web-1 still works: its VMM was notified of {WHERE}, and what it did is "
             "not known",
             "if it does, shut it down from inside the guest, if not, stop it; then start it again",
-            DESTROY,
+            f"if it does not, {DESTROY}",
             NOT_QEMU,
         ],
     ),
@@ -211,6 +223,37 @@ def test_a_page_of_the_kernel_has_one_step(events: list[Event], step: str) -> No
     """Not both to move VMs and not to: the kernel's verdict is that no VM has the page."""
     incident = told(QEMU, KERNEL_PAGE, *events[1:], LATER)
     assert advice.next_steps(incident) == [step]
+
+
+def test_vms_that_lost_pages_of_their_own_are_not_moved_off_a_host_at_risk() -> None:
+    other = replace(OWNED, owner=Owner(2, GFN, HVA), pfn=PFN + 2)
+    events = [QEMU, VmSeen(T0, 2, 901, "web-2"), VmSeen(T0, 3, 902, "web-3"), KERNEL_PAGE]
+    events += [replace(OWNED, pfn=PFN + 1), replace(POISON, pfn=PFN + 1)]
+    events += [other, replace(POISON, pfn=PFN + 2), Released(T0 + 2, 2, PFN + 2, HVA)]
+    correlator = Correlator()
+    for event in events:
+        correlator.feed(event)
+    snapshot = correlator.snapshot()
+    risk = next(incident for incident in snapshot.incidents if incident.host_at_risk)
+    assert as_object(risk, snapshot)["next"] == [
+        f"move the VMs away {AWAY}",
+        "do not migrate web-1: shut it down, other pages of its memory are lost",
+    ]
+
+
+def test_programs_learn_which_owners_are_gone() -> None:
+    incident = told(QEMU, VmSeen(T0, 2, 901, "web-2"), OWNED, SHARED, POISON, VmGone(T0 + 2, 1))
+    owners = as_object(incident, Snapshot())["owners"]
+    assert [owner.get("gone") for owner in owners] == [True, None]
+    assert "web-1 (pid 900, qemu" in explain_text(incident, Snapshot(), 100)
+
+
+def test_proxmox_has_commands_of_its_own() -> None:
+    party = Party(1, 900, "web-1", UUID, "qemu", vmid="8006")
+    assert vmm_advice.stop_and_start(party) == "with Proxmox VE: qm stop 8006 && qm start 8006"
+    assert vmm_advice.reset(party) == "Proxmox VE: qm reset 8006"
+    other = replace(party, vmid="8006; reboot")  # a recording's
+    assert "reboot" not in f"{vmm_advice.stop_and_start(other)} {vmm_advice.reset(other)}"
 
 
 def test_the_hardware_that_failed_is_no_place_to_start_it_again() -> None:

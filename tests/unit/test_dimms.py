@@ -66,6 +66,12 @@ def test_placeholders_are_no_labels(text: str | None, label: str | None) -> None
         ("DIMM ????", None),
         ("Unknown", None),
         ("CPU1", None),
+        ("P0", None),
+        ("PROC 1 DIMM 3", "PROC 1 DIMM 3"),
+        ("DIMM Slot 12", "DIMM Slot 12"),
+        ("DIMM_P0_A0", "DIMM_P0_A0"),
+        ("DIMM ECC error 64", None),
+        ("DIMM Unknown 0", None),
         (None, None),
     ],
 )

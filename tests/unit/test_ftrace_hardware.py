@@ -73,15 +73,18 @@ def test_firmware_says_what_is_valid() -> None:
     )
 
 
-def info(valid: int, addr: int) -> bytes:
+def info(valid: int, addr: int, kind: int = 1 << 1) -> bytes:
     """struct cper_arm_err_info: a cache error."""
-    return struct.pack("<BBHBHBQQQ", 0, 32, valid, 2, 0, 0, 0, 0, addr)
+    return struct.pack("<BBHBHBQQQ", 0, 32, valid, kind, 0, 0, 0, 0, addr)
 
 
 def test_arm_processors_tell_the_first_physical_address() -> None:
     told = error("arm_event", sev=2, pei_buf=info(0, 0x1000) + info(1 << 4, 0x5040))
     assert (told.severity, told.addr, told.pfn) == ("recoverable", 0x5040, 5)
     assert error("arm_event", mpidr=1) == HwError(7, "ras:arm_event")  # before 7.0: no more fields
+    tlb, bus = info(1 << 4, 0x1000, 1 << 2), info(1 << 4, 0x2000, 1 << 3)
+    assert error("arm_event", sev=2, pei_buf=tlb + bus + info(1 << 4, 0x5040)).addr == 0x5040
+    assert error("arm_event", sev=2, pei_buf=tlb + bus).addr == 0x1000
     cut = error("arm_event", sev=3, pei_buf=info(1 << 4, 0x5040)[:-1])
     assert (cut.severity, cut.addr) == ("fatal", None)
 

@@ -249,6 +249,11 @@ def test_a_vm_that_was_not_looked_up_says_why_as_json() -> None:
     assert "unread" not in json.loads(json_text(Told(VmSeen(TS, 1, 7))) or "")
 
 
+def test_programs_learn_the_vmm_that_people_are_shown() -> None:
+    assert " qemu" in text(Told(WEB))
+    assert json.loads(json_text(Told(WEB)) or "")["vmm"] == "qemu"
+
+
 @pytest.mark.parametrize(
     ("name", "vm"),
     [

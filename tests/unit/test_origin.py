@@ -11,6 +11,7 @@ import pytest
 
 from kvmtrace import cper, firmware, mce
 from kvmtrace.correlate import Correlator
+from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import Event, HwError, Mce, Poison
 from kvmtrace.firmware import Firmware
 from kvmtrace.ftrace import hardware
@@ -41,6 +42,7 @@ SRAR, UCNA, FAKED, CONTROLLER = (
     0xB40000000000009F,
     0x9C00004001010090,
 )
+TWICE = ((0x10, "A1"), (0x11, "B1"), (0x10, "C1"))
 MISC = 0x86  # physical, exact to 64 bytes
 
 
@@ -148,9 +150,69 @@ def test_another_address_is_another_dimm_s(tmp_path: Path) -> None:
     assert set(told(tmp_path, reports).dimms) == {EDAC_DIMM, BOARD_DIMM}
 
 
+@pytest.mark.parametrize("better", [True, False])
+def test_a_corrected_error_of_another_line_names_no_uncorrected_one(
+    tmp_path: Path, *, better: bool
+) -> None:
+    """Lines of a page are of several DIMMs: whatever its name is worth, and whoever speaks last."""
+    of_other = edac(T, EDAC_DIMM, address=ADDR + 0x100)
+    lost = ghes(T + 60 * S, 0x42, RECOVERABLE) if better else check(T + 60 * S, 1, SRAR)
+    later = edac(T + 120 * S, EDAC_DIMM, address=ADDR + 0x140)
+    label = BOARD_DIMM if better else None
+    for events in ([of_other, lost], [lost, later], [of_other, lost, later]):
+        snapshot = told(tmp_path, [*events, poison(T + 121 * S)])
+        assert origin_of(snapshot).label == label
+        assert (f"replace {BOARD_DIMM}" in next_of(snapshot)) == better
+        assert EDAC_DIMM not in next_of(snapshot)
+    same_line = edac(T, EDAC_DIMM)
+    snapshot = told(tmp_path, [same_line, of_other, lost, poison(T + 121 * S)])
+    assert origin_of(snapshot).label == EDAC_DIMM
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (2, 0, 1)])
+def test_a_report_of_a_range_is_not_of_this_page(tmp_path: Path, order: tuple[int, ...]) -> None:
+    """Firmware that knows no more than a GiB names an address, and a DIMM, of another page."""
+    wide = {"mask": ~((1 << 30) - 1) & (1 << 64) - 1, "addr": ADDR ^ 1 << 20}
+    valid = {"valid": 1 << 1 | 1 << 2 | 1 << 17, "kind": 0x42 << 48}
+    fields = {"common_pid": 1, "sev": CORRECTED + RECOVERABLE} | wide | valid
+    reports = (
+        hardware.error(Record(T, "apei", fields), FIRMWARE),
+        edac(T + 60 * S, "DIMM_A1", 2),
+        poison(T + 60 * S),
+    )
+    origin = origin_of(told(tmp_path, [reports[n] for n in order]))
+    assert (origin.addr, origin.label, origin.severity) == (ADDR, "DIMM_A1", "deferred")
+
+
+def test_what_says_nothing_of_its_severity_is_no_reason_to_replace_a_dimm(tmp_path: Path) -> None:
+    informational = (edac(T, EDAC_DIMM, 4), ghes(T, 0x42, 0))
+    for report in informational:
+        snapshot = told(tmp_path, [report, poison(T + S)])
+        assert next_of(snapshot).startswith("watch ")
+
+
+def test_errors_of_two_lines_at_once_are_not_of_one_dimm(tmp_path: Path) -> None:
+    """Or each later error of the one would have the name of the other."""
+    storm = [edac(T, EDAC_DIMM), ghes(T + 300 * MS, 0x42, addr=ADDR + 0x100)]
+    elsewhere = ghes(T + 60 * S, 0x42, RECOVERABLE, ADDR + 0x5000)
+    snapshot = told(tmp_path, [*storm, elsewhere, poison(T + 61 * S, ADDR + 0x5000)])
+    assert origin_of(snapshot).label == BOARD_DIMM
+    page_only = ghes(T + 60 * S, 0x42, RECOVERABLE, ADDR & ~0xFFF)
+    snapshot = told(tmp_path, [storm[0], page_only, poison(T + 61 * S)])
+    assert origin_of(snapshot).label == BOARD_DIMM
+    assert set(snapshot.dimms) == {EDAC_DIMM, BOARD_DIMM}
+
+
 def test_firmware_that_knows_the_page_only_means_the_same_error(tmp_path: Path) -> None:
     reports = [edac(T, EDAC_DIMM), ghes(T + 5 * MS, 0x42, addr=ADDR & ~0xFFF)]
     assert set(told(tmp_path, reports).dimms) == {EDAC_DIMM}
+
+
+def test_a_handle_of_two_dimms_names_neither(tmp_path: Path) -> None:
+    devices = [(17, handle, bytes(12) + b"\x01" + bytes(5), [name]) for handle, name in TWICE]
+    path = tmp_path / "DMI"
+    path.write_bytes(table(*devices))
+    assert firmware.dimm_labels(str(path)) == {0x11: "B1"}
 
 
 def test_two_dimms_of_one_name_stay_two(tmp_path: Path) -> None:
@@ -244,6 +306,23 @@ def test_errors_without_an_address_are_the_dimm_s_as_well(tmp_path: Path) -> Non
     known = [edac(T + n * 60 * S, EDAC_DIMM, address=ADDR + n * 4096) for n in range(3)]
     vague = [edac(T + n * 60 * S, EDAC_DIMM, address=0) for n in range(4, 6)]
     assert told(tmp_path, [*known, *vague]).dimms[EDAC_DIMM].count == 5
+
+
+def test_a_dimm_that_was_forgotten_has_no_negative_count() -> None:
+    correlator = Correlator(Limits(places=1))
+    events = [edac(T, EDAC_DIMM), edac(T + 1, "DIMM_B1", address=0), poison(T + 1)]
+    for event in [*events, ghes(T + 2, None, RECOVERABLE), ghes(T + 3, 0x42, RECOVERABLE)]:
+        correlator.feed(event)
+    correlator.feed(edac(T + 4, EDAC_DIMM, EDAC_FATAL))
+    assert all(0 <= dimm.corrected <= dimm.count for dimm in correlator.snapshot().dimms.values())
+
+
+def test_a_flood_of_corrected_errors_pushes_out_no_other(tmp_path: Path) -> None:
+    flood = [edac(T + n, EDAC_DIMM, address=n << 12) for n in range(1, 3000)]
+    events = [edac(T, "DIMM_A1", EDAC_FATAL), *flood, poison(T + 4000)]
+    assert origin_of(told(tmp_path, events)).label == "DIMM_A1"
+    fatal = [edac(T + n, EDAC_DIMM, EDAC_FATAL, address=n << 12) for n in range(1, 3000)]
+    assert only(told(tmp_path, [*fatal, poison(T + 4000, 2999 << 12)])).origin is not None
 
 
 # -- extlog, by both sources
@@ -374,6 +453,14 @@ def test_another_cpu_that_runs_into_it_is_no_other_error(tmp_path: Path) -> None
     assert origin.history.count == 1
 
 
+def test_edac_that_speaks_after_all_banks_repeats_itself(tmp_path: Path) -> None:
+    banks = [check(T + n, n, SRAR, cpu=3) for n in range(3)]
+    events = [*banks, *(edac(T + 3 + n, EDAC_DIMM, EDAC_FATAL) for n in range(3))]
+    snapshot = told(tmp_path, [*events, poison(T + S)])
+    assert origin_of(snapshot).history.count == 1
+    assert snapshot.dimms[EDAC_DIMM].count == 1
+
+
 def test_edac_alone_repeats_itself(tmp_path: Path) -> None:
     """Where the machine checks behind its reports name no page, as a UMC's."""
     reports = [edac(T + n * MS, EDAC_DIMM, EDAC_FATAL) for n in range(3)]
@@ -416,6 +503,7 @@ def test_registers_that_count(tmp_path: Path, vendor: str, status: int, count: i
 
 
 def test_a_driver_that_counts_none_reports_one(tmp_path: Path) -> None:
+    assert edac(T, EDAC_DIMM, error_count=0).count == 1
     origin = origin_of(told(tmp_path, [edac(T, EDAC_DIMM, error_count=0), poison(T)]))
     assert (origin.history.count, origin.history.corrected) == (1, 1)
     many = told(tmp_path, [edac(T, EDAC_DIMM, error_count=7), poison(T)])
