@@ -177,6 +177,11 @@ def watching(
 _followed: weakref.WeakKeyDictionary[Machine, dict[str, Watch]] = weakref.WeakKeyDictionary()
 
 
+def injects(machine: Machine) -> bool:
+    """Whether any page can be poisoned by its pfn (hwpoison-inject)."""
+    return machine.run("test -e /sys/kernel/debug/hwpoison/corrupt-pfn").status == 0
+
+
 @contextlib.contextmanager
 def following(machine: Machine, *sources: str) -> Iterator[list[Watch]]:
     """What kvmtrace reports by each of these sources from here on.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.lab.drive import PATIENCE, Line, Vmm, recorded, replayed
+from tests.lab.drive import PATIENCE, Line, Unstageable, Vmm, injects, recorded, replayed
 from tests.lab.machine import Machine
 from tests.lab.scenarios import Scenario
 
@@ -47,6 +47,8 @@ print(json.dumps(pages))
 
 def kernel_pages(machine: Machine, source: str) -> None:
     """One of each kind is poisoned: the host is at risk, and no VM is said to have lost a page."""
+    if not injects(machine):
+        raise Unstageable("no hwpoison-inject")
     vmms = [Vmm(machine, name) for name in ("left", "right")]
     for vmm in vmms:
         vmm.step("create v backing=anon pages=64")

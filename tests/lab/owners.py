@@ -7,7 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from tests.lab.drive import Line, Unstageable, Vmm, Watch, end_following, top, watching
+from tests.lab.drive import (
+    Line,
+    Unstageable,
+    Vmm,
+    Watch,
+    end_following,
+    injects,
+    top,
+    watching,
+)
 from tests.lab.machine import Machine
 
 # (backing, pages)
@@ -57,7 +66,7 @@ def owners_before_any_touch(machine: Machine, source: str) -> None:
         for backing, pages in BACKINGS:
             if backing == "hugetlb2m" and not scans:
                 continue  # a lost one looks like one that was never touched (README, Limits)
-            for how in ("inject", "madvise"):
+            for how in ("inject", "madvise") if injects(machine) else ("madvise",):
                 vmm = Vmm(machine, f"{backing}-{how}")
                 try:
                     vmm.step(f"create v backing={backing} pages={pages}")
