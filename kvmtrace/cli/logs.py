@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import time
-from dataclasses import replace
 
 import click
 
@@ -119,7 +118,7 @@ def explain(
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False), required=True, metavar="FILE.tar.gz"
 )
-@click.option("--redact", is_flag=True, help="Replace names and uuids of VMs, the same everywhere.")
+@click.option("--redact", is_flag=True, help="Replace names of VMs, processes and the host.")
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
 @from_option
 @look_option
@@ -141,15 +140,27 @@ def bundle(
         Output(output, force, binary=True) as archive,
         log_of(recording, source, duration) as log,
     ):
-        names = bundle_view.Redaction(log.events)
-        files = _files(replace(log, events=names.events(log.events)) if redact else log)
-        if recording is None:
-            found = doctor_view.render(examined(source), verbose=True)
-            files["doctor.txt"] = names.text(found) if redact else found
+        report = examined(source) if recording is None else None
+        if redact:
+            names = bundle_view.Redaction(log.events, log.host)
+            log = _redacted(log, names)  # noqa: PLW2901 (what else there is must not be used)
+            report = report and doctor_view.with_texts(report, names.text)
+        files = _files(log)
+        if report is not None:
+            files["doctor.txt"] = doctor_view.render(report, verbose=True)
         with archive.writing():
             bundle_view.write(archive.file, files, int(time.time()))
         archive.place()
         tell(f"{output}: {', '.join(sorted(files))}")
+
+
+def _redacted(log: Log, names: bundle_view.Redaction) -> Log:
+    return Log(
+        names.events(log.events),
+        names.host(log.host),
+        names.probes(log.probes),
+        log.version and names.text(log.version),
+    )
 
 
 def _files(log: Log) -> dict[str, str]:
