@@ -115,7 +115,7 @@ class Redaction:
         return item
 
     def _text(self, text: str) -> str:
-        if not text or _is_vocabulary(text):
+        if not text or is_fixed(text):
             return text
         folded, spans = _fold(text)
         pieces, done, at = [], 0, 0
@@ -173,7 +173,7 @@ def _parts_of_host(name: str) -> Iterator[str]:
     *labels, _ = name.split(".")
     yield name
     if not name.replace(".", "").isdigit():
-        yield from (label for label in labels if not _is_vocabulary(label))
+        yield from (label for label in labels if not is_fixed(label))
 
 
 # -- needles
@@ -184,23 +184,25 @@ class _Needles:
 
     def __init__(self, stand_ins: dict[str, str]) -> None:
         self._names: dict[str, str] = {}  # by what they are folded to
-        self._words: dict[str, str] = {}  # as they are, where nothing touches them
+        self._words: dict[str, dict[str, str]] = {}  # the same, by name: whole words only
         uuids: dict[str, str] = {}
         for name, stand_in in stand_ins.items():
-            folded = _fold(name.removesuffix(_CUT_OFF))[0].strip()
-            if folded in commandline.VMMS:
-                continue
-            if folded.isdecimal() or len(folded.encode()) < _SHORT:
-                # A number of few digits is everywhere.
-                if not folded.isdecimal() or len(folded) >= _SHORT:
-                    self._words.setdefault(name, stand_in)
-                continue
-            self._names.setdefault(folded, stand_in)
-            for uuid in _UUID.findall(folded):
-                uuids.setdefault(re.sub("[-_]", "", uuid), stand_in)
+            whole = name.removesuffix(_CUT_OFF)
+            # What looks like an escape in a name may be written as such, or be escaped.
+            for folded in (_fold(whole)[0].strip(), _fold(whole, escaped=False)[0].strip()):
+                if folded in commandline.VMMS:
+                    continue
+                if folded.isdecimal() or len(folded.encode()) < _SHORT:
+                    # A number of few digits is everywhere.
+                    if folded and (not folded.isdecimal() or len(folded) >= _SHORT):
+                        self._words.setdefault(folded, {}).setdefault(whole, stand_in)
+                    continue
+                self._names.setdefault(folded, stand_in)
+                for uuid in _UUID.findall(folded):
+                    uuids.setdefault(re.sub("[-_]", "", uuid), stand_in)
         self._sorted = _Sorted(self._names)
         self._uuids = _Sorted(uuids)
-        self._begin = {name[:2] for name in self._names}
+        self._begin = {name[:1] for name in self._names}
         self._begin_uuid = {uuid[:4] for uuid in uuids}
         self._lengths = sorted({len(name) for name in self._names}, reverse=True)
         self._word_lengths = sorted({len(word) for word in self._words}, reverse=True)
@@ -208,12 +210,12 @@ class _Needles:
     def at(self, folded: str, at: int, text: str, spans: list[tuple[int, int]]) -> tuple[int, str]:
         """How much of ``folded`` is a name from there on (0: nothing), and its stand-in."""
         found = [(0, "")]
-        if folded[at : at + 2] in self._begin or folded.endswith(_CUT_OFF):
+        if folded[at] in self._begin or folded.endswith(_CUT_OFF):
             found += self._name(folded, at)
         if folded[at : at + 4] in self._begin_uuid:
             found += self._uuid(folded, at)
-        if self._words and not _touches(text[spans[at][0] - 1 : spans[at][0]]):
-            found += self._word(text, at, spans)
+        if self._words and not folded[max(0, at - 1) : at].isalnum():
+            found += self._word(folded, at, text, spans)
         return max(found, key=lambda one: one[0])
 
     def _name(self, folded: str, at: int) -> Iterator[tuple[int, str]]:
@@ -237,14 +239,17 @@ class _Needles:
             marks = itertools.accumulate(character not in "-_" for character in written[0])
             yield next(n for n, count in enumerate(marks, 1) if count == length), stand_in
 
-    def _word(self, text: str, at: int, spans: list[tuple[int, int]]) -> Iterator[tuple[int, str]]:
-        start = spans[at][0]
+    def _word(
+        self, folded: str, at: int, text: str, spans: list[tuple[int, int]]
+    ) -> Iterator[tuple[int, str]]:
         for length in self._word_lengths:
-            word = text[start : start + length]
-            end = start + len(word)
-            if word in self._words and not _touches(text[end : end + 1]):
-                # In folded characters, of which one may have become none or several.
-                yield sum(span[0] < end for span in spans[at:]), self._words[word]
+            word = folded[at : at + length]
+            if word in self._words and not folded[at + len(word) : at + len(word) + 1].isalnum():
+                written = text[spans[at][0] : spans[at + len(word) - 1][1]]
+                for name, stand_in in self._words[word].items():
+                    # "a" is not "A".
+                    if written == name or written.lower() != name.lower():
+                        yield len(word), stand_in
 
 
 class _Sorted:
@@ -274,33 +279,27 @@ def _common(one: str, other: str) -> int:
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _touches(character: str) -> bool:
-    """Whether that goes on with a word."""
-    return character.isalnum() or character in ("_", "-")
-
-
 # -- how names are written
 
-# By JSON, systemd, /proc, URLs and HTML; a backslash before what stands for itself.
+# By JSON, systemd, /proc, URLs and HTML. Other backslashes mean what follows them.
 _ESCAPES = re.compile(
     r"(?P<units>(?:\\+u[0-9a-fA-F]{4})+)"
     r"|(?P<bytes>(?:\\+x[0-9a-fA-F]{2}|\\+[0-3][0-7]{2}|%[0-9a-fA-F]{2})+)"
     r"|&\#(?P<html>x[0-9a-fA-F]{1,6}|[0-9]{1,7});"
-    r"|\\+(?P<itself>.?)",
-    re.DOTALL,
 )
 _UNIT = re.compile(r"\\+u([0-9a-fA-F]{4})")
 _BYTE = re.compile(r"(?:\\+x|%)([0-9a-fA-F]{2})|\\+([0-7]{3})")
 
 
-def _fold(text: str) -> tuple[str, list[tuple[int, int]]]:
+def _fold(text: str, *, escaped: bool = True) -> tuple[str, list[tuple[int, int]]]:
     """``text`` for comparison: without escapes, case, accents, and what ``identity.clean`` drops.
 
-    → (folded text, where in ``text`` each of its characters is from)
+    → (folded text, where in ``text`` each of its characters is from). ``escaped``: it may have
+    escapes.
     """
     folded: list[str] = []
     spans: list[tuple[int, int]] = []
-    for character, span in _characters(text):
+    for character, span in _unescaped(text) if escaped else _as_written(text, 0, len(text)):
         for one in _folded(character):
             if one != " " or folded[-1:] != [" "]:
                 folded.append(one)
@@ -310,21 +309,27 @@ def _fold(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 @functools.lru_cache(maxsize=4096)
 def _folded(character: str) -> str:
+    if character == "\\":
+        return ""
     cleaned = " " if unicodedata.category(character) == "Zs" else identity.clean(character)
-    parts = unicodedata.normalize("NFKD", cleaned) if cleaned != _CUT_OFF else cleaned
+    parts = unicodedata.normalize("NFD", cleaned) if cleaned != _CUT_OFF else cleaned
     return "".join(c for c in parts.casefold() if unicodedata.category(c) not in ("Mn", "Me"))
 
 
-def _characters(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
+def _as_written(text: str, start: int, end: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    yield from ((text[n], (n, n + 1)) for n in range(start, end))
+
+
+def _unescaped(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
     done = 0
     for match in _ESCAPES.finditer(text):
-        yield from ((text[n], (n, n + 1)) for n in range(done, match.start()))
-        yield from _unescaped(match)
+        yield from _as_written(text, done, match.start())
+        yield from _meant(match)
         done = match.end()
-    yield from ((text[n], (n, n + 1)) for n in range(done, len(text)))
+    yield from _as_written(text, done, len(text))
 
 
-def _unescaped(match: re.Match[str]) -> Iterator[tuple[str, tuple[int, int]]]:
+def _meant(match: re.Match[str]) -> Iterator[tuple[str, tuple[int, int]]]:
     text, kind = match.string, match.lastgroup
     if kind in ("units", "bytes"):
         pattern, encoding = (_UNIT, "utf-16-be") if kind == "units" else (_BYTE, "utf-8")
@@ -341,11 +346,9 @@ def _unescaped(match: re.Match[str]) -> Iterator[tuple[str, tuple[int, int]]]:
             yield character[0], (codes[0].start(), codes[size - 1].end())
             del raw[:size], codes[:size]
         return
-    character = match["itself"] or "\\"
-    if (number := match["html"]) is not None:
-        code = int(number[1:], 16) if number[0] == "x" else int(number)
-        character = chr(code) if code < 0x110000 else "�"
-    yield character, match.span()
+    number = match["html"]
+    code = int(number[1:], 16) if number[0] == "x" else int(number)
+    yield chr(code) if code < 0x110000 else "�", match.span()
 
 
 # -- what is no name
@@ -374,7 +377,7 @@ _WORDS = frozenset(
 }
 
 
-def _is_vocabulary(text: str) -> bool:
+def is_fixed(text: str) -> bool:
     """Whether it is made of words that are no names, and of small numbers."""
     words = [word for word in re.split(r"[^\w]|_", text.lower()) if word]
     return bool(words) and all(

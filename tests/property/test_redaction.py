@@ -11,6 +11,7 @@ import functools
 import gzip
 import io
 import json
+import re
 import typing
 from pathlib import Path
 from urllib.parse import quote
@@ -54,8 +55,8 @@ WRITINGS: tuple[typing.Callable[[str], str], ...] = (
     str.lower,
     _systemd,
     _octal,
-    lambda name: json.dumps(name)[1:-1],
-    lambda name: "".join(f"\\u{ord(c):04x}" for c in name if ord(c) < 0x10000),
+    lambda name: json.dumps(clean(name))[1:-1],
+    lambda name: "".join(f"\\u{c}" for c in re.findall("....", name.encode("utf-16-be").hex())),
     lambda name: quote(name, safe=""),
     lambda name: "".join(f"&#{ord(c)};" for c in name),
 )
@@ -103,7 +104,7 @@ def log(names: Names, writing: typing.Callable[[str], str], text: str) -> str:
         quoting = HwError(T0 + SECOND, next(said), next(said), pfn=1, label=next(said))
         events += [
             dataclasses.replace(quoting, message=next(said), label_from=next(said)),
-            Poison(T0 + SECOND, 77, next(said), next(said)),
+            Poison(T0 + SECOND, 77, f"of {next(said)}", f"by {next(said)}"),
             Lost(T0 + SECOND, next(said), 1),
         ]
     probe = Probe("run", False, next(said), next(said), next(said), next(said))
@@ -142,7 +143,7 @@ NAME = (
     | st.from_regex(r"[A-Za-z][a-z]{0,9}[-_.@ %\\]?[a-z0-9]{0,12}", fullmatch=True)
     | st.sampled_from(
         [
-            *"a vm vm-1 1 4711 host anon-1 qemu page ring \\x41cme münchen-db ß-straße a…".split(),
+            *"a vm vm-1 1 4711 host anon-1 qemu \\x41cme münchen-db ß-straße a…".split(),
             *("银行数据库-生产环境-一号", f"pod-{OTHERS.uuid}", "x" * 128),
         ]
     )
@@ -177,9 +178,13 @@ def test_no_byte_of_a_name_comes_out(
     there = redacted(log(names, writing, text), place).lower()
     control = _control(writing, text, place)
     for name in names.all():
+        if len(clean(name).rstrip("…").encode()) < 4 and writing in (str.upper, str.lower):
+            continue  # "a" is not "A"
         for needle in {clean(name), clean(writing(name)), json.dumps(clean(name))[1:-1]}:
-            if needle.lower() in VMMS or len(needle) < 2 or needle.isdecimal():
-                continue  # a VMM that kvmtrace knows; letters and numbers are everywhere
+            if clean(name).lower() in VMMS or redaction.is_fixed(needle):
+                continue  # what kvmtrace and the kernel say anyhow
+            if len(needle) < 3 or name.isdecimal():
+                continue  # letters and numbers are everywhere
             assert there.count(needle.lower()) <= control.count(needle.lower()), needle
 
 
