@@ -4,7 +4,8 @@ Names of VMs, VMMs and processes, uuids and the host's name are replaced where t
 looked for in every other text: what drivers, firmware and the kernel wrote may quote them. The log
 is redacted before anything is made of it, so whatever is made of it has no names either.
 
-The same name has the same stand-in everywhere. What else a log says does not depend on names.
+The same name has the same stand-in everywhere. A VMM that kvmtrace knows keeps the name that it has
+here (``commandline.VMMS``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 import typing
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvmtrace import commandline, identity, probes
@@ -51,7 +52,7 @@ class Redaction:
                 case VmSeen():
                     uuid = event.uuid and event.uuid.lower()
                     for role, word in (("vm", event.name), ("vmm", event.vmm), ("uuid", uuid)):
-                        if word:
+                        if word and not (role == "vmm" and word in commandline.VMMS):
                             seen[role][word] = None
                     if event.vmid:
                         numbers[event.vmid] = None
@@ -118,14 +119,14 @@ class Redaction:
         if not text or is_fixed(text):
             return text
         folded, spans = _fold(text)
-        pieces, done, at = [], 0, 0
-        while at < len(folded):
-            length, stand_in = self._needles.at(folded, at, text, spans)
-            if length:
-                pieces += [text[done : spans[at][0]], stand_in]
-                done = spans[at + length - 1][1]
-            at += length or 1
-        return "".join([*pieces, text[done:]])
+        pieces, done = [], 0
+        for at in self._needles.places(folded):
+            if spans[at][0] >= done:
+                length, stand_in = self._needles.at(folded, at, text, spans)
+                if length:
+                    pieces += [text[done : spans[at][0]], stand_in]
+                    done = spans[at + length - 1][1]
+        return "".join([*pieces, text[done:]]) if pieces else text
 
 
 @functools.cache
@@ -202,17 +203,28 @@ class _Needles:
                     uuids.setdefault(re.sub("[-_]", "", uuid), stand_in)
         self._sorted = _Sorted(self._names)
         self._uuids = _Sorted(uuids)
-        self._begin = {name[:1] for name in self._names}
-        self._begin_uuid = {uuid[:4] for uuid in uuids}
+        begin = {name[:3] for name in (*self._names, *self._words, *uuids)}
+        self._begin = {one for one in begin if len(one) == 3}
+        self._begin_short = {one[0] for one in begin if len(one) < 3}
+        self._begin_uuid = {uuid[:_UUID_CUT] for uuid in uuids}
         self._lengths = sorted({len(name) for name in self._names}, reverse=True)
         self._word_lengths = sorted({len(word) for word in self._words}, reverse=True)
 
-    def at(self, folded: str, at: int, text: str, spans: list[tuple[int, int]]) -> tuple[int, str]:
+    def places(self, folded: str) -> list[int]:
+        """Where in a text a name may begin."""
+        if folded.endswith(_CUT_OFF):
+            return list(range(len(folded)))
+        begin, short = self._begin, self._begin_short
+        return [
+            at for at, first in enumerate(folded) if folded[at : at + 3] in begin or first in short
+        ]
+
+    def at(
+        self, folded: str, at: int, text: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[int, str]:
         """How much of ``folded`` is a name from there on (0: nothing), and its stand-in."""
-        found = [(0, "")]
-        if folded[at] in self._begin or folded.endswith(_CUT_OFF):
-            found += self._name(folded, at)
-        if folded[at : at + 4] in self._begin_uuid:
+        found = [(0, ""), *self._name(folded, at)]
+        if folded[at : at + _UUID_CUT] in self._begin_uuid:
             found += self._uuid(folded, at)
         if self._words and not folded[max(0, at - 1) : at].isalnum():
             found += self._word(folded, at, text, spans)
@@ -240,7 +252,7 @@ class _Needles:
             yield next(n for n, count in enumerate(marks, 1) if count == length), stand_in
 
     def _word(
-        self, folded: str, at: int, text: str, spans: list[tuple[int, int]]
+        self, folded: str, at: int, text: str, spans: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, str]]:
         for length in self._word_lengths:
             word = folded[at : at + length]
@@ -287,6 +299,7 @@ _ESCAPES = re.compile(
     r"|(?P<bytes>(?:\\+x[0-9a-fA-F]{2}|\\+[0-3][0-7]{2}|%[0-9a-fA-F]{2})+)"
     r"|&\#(?P<html>x[0-9a-fA-F]{1,6}|[0-9]{1,7});"
 )
+_PLAIN = re.compile(r"(?:[!-$'-[\]-~]| (?! ))*")  # printable ASCII without \\ % &
 _UNIT = re.compile(r"\\+u([0-9a-fA-F]{4})")
 _BYTE = re.compile(r"(?:\\+x|%)([0-9a-fA-F]{2})|\\+([0-7]{3})")
 
@@ -297,6 +310,8 @@ def _fold(text: str, *, escaped: bool = True) -> tuple[str, list[tuple[int, int]
     → (folded text, where in ``text`` each of its characters is from). ``escaped``: it may have
     escapes.
     """
+    if _PLAIN.fullmatch(text):
+        return text.lower(), [(n, n + 1) for n in range(len(text))]
     folded: list[str] = []
     spans: list[tuple[int, int]] = []
     for character, span in _unescaped(text) if escaped else _as_written(text, 0, len(text)):
