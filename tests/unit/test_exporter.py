@@ -265,6 +265,21 @@ def test_a_forgotten_vm_leaves_its_label() -> None:
     assert labels_of(scrape(collector), INFO) == {"a"}
 
 
+def test_a_forgotten_vm_takes_its_label_along_if_it_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or the counter would go down within one scrape interval."""
+    monkeypatch.setattr("kvmtrace.views.vmseries.MAX_RETIRED", 2)
+    conversion = {("EFAULT", "conversion"): 2}
+    now = Changing(vms(vm(1, "a", 10, exits=conversion)))
+    collector = exporter.Exporter(now)
+    scrape(collector)
+    for key, pid, label in ((2, 11, "a-11"), (3, 11, "a-11-2"), (4, 12, "a")):
+        now.now = vms(vm(key, "a", pid, exits=conversion))
+        assert labels_of(scrape(collector), INFO) == {label}
+    # The first had been remembered until two others were.
+
+
 def test_vms_beyond_the_limit_are_summed_and_it_says_so() -> None:
     hit = {("EFAULT", "conversion"): 5}
     now = Changing(vms(*(vm(key, f"v{key}", exits=hit) for key in range(5))))
