@@ -394,7 +394,7 @@ _WORDS = frozenset(
 
 def is_fixed(text: str) -> bool:
     """Whether it is made of words that are no names, and of small numbers."""
-    words = [word for word in re.split(r"[^\w]|_", text.lower()) if word]
-    return bool(words) and all(
+    words = re.split("[ _:-]", text.lower())
+    return all(
         word in _WORDS or (word.isdecimal() and len(word) < _SHORT) for word in words
     )

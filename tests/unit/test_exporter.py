@@ -506,6 +506,56 @@ def test_an_address_that_is_not_ours() -> None:
         exporter.serve("192.0.2.1:0", Scenario())
 
 
+OTHERS = ("evil.example", "evil.example:9750", "localhost.evil.example", "127.0.0.1.evil.example")
+OURS = ("localhost", "LOCALHOST:9750", "localhost.", "a.localhost:1", "127.0.0.1:80", "[::1]:9750")
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/-/healthy", "/", "/nothing"])
+@pytest.mark.parametrize("host", OTHERS)
+def test_on_loopback_it_is_not_asked_for_by_other_names(
+    server: Server, host: str, path: str
+) -> None:
+    """A page whose own name resolves to 127.0.0.1 may read what it asks for (DNS rebinding)."""
+    response, body = ask(server, path, Host=host)
+    assert response.status == 421
+    assert b"--allow-host" in body
+
+
+@pytest.mark.parametrize("host", [*OURS, socket.gethostname()])
+def test_on_loopback_it_is_asked_for_by_its_own_names(server: Server, host: str) -> None:
+    assert ask(server, "/metrics", Host=host)[0].status == 200
+
+
+def test_of_two_hosts_both_must_be_ours(server: Server) -> None:
+    with socket.create_connection(server.address, timeout=20) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: evil.example\r\nHost: localhost\r\n\r\n")
+        assert client.makefile("rb").readline().split()[1] == b"421"
+
+
+def test_names_given_are_its_own() -> None:
+    server = exporter.serve("localhost:0", Scenario(), names=("Metrics.example",))
+    try:
+        for host, status in (("metrics.example:443", 200), ("other.example", 421)):
+            assert ask(server, "/-/healthy", Host=host)[0].status == status
+    finally:
+        server.close()
+
+
+def test_who_listens_for_others_is_asked_for_by_any_name() -> None:
+    server = exporter.serve(":0", Scenario())
+    try:
+        with socket.create_connection(("127.0.0.1", server.address[1]), timeout=20) as client:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: kvm-host.example\r\n\r\n")
+            assert client.makefile("rb").readline().split()[1] == b"200"
+    finally:
+        server.close()
+
+
+def test_no_answer_says_what_serves_it(server: Server) -> None:
+    for path in ("/metrics", "/", "/nothing"):
+        assert ask(server, path)[0].getheader("Server") is None
+
+
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
 @pytest.mark.parametrize(("listen", "host"), [("[::1]:0", "::1"), (":0", "127.0.0.1")])
 def test_ipv6_and_every_address(listen: str, host: str) -> None:
