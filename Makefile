@@ -18,7 +18,7 @@ setup: ## system packages and .venv, nothing else
 demo: setup ## memory fails under running VMs, by machine check; watch it live (SOURCE=auto|bpf|ftrace)
 	@$(PY) -m tests.lab.demo --source $(SOURCE) $(ARGS)
 
-demo-hw: setup ## memory errors told by firmware on an arm64 host, from the error to the verdict
+demo-hw: setup ## memory errors reported by firmware on an arm64 host, from the error to the verdict
 	@$(PY) -m tests.lab.demo_hw --source $(SOURCE) $(ARGS)
 
 # Two at once, a file's tests by the same one: machines of the lab are mostly busy with one CPU. The

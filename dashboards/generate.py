@@ -1,6 +1,6 @@
 """Generates the Grafana dashboards next to this file: ``python -m dashboards.generate``.
 
-The same code gives the same bytes, so that a test can tell whether the JSON was regenerated.
+The same code gives the same bytes, so that a test can check whether the JSON was regenerated.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def render(builder: dashboard.Dashboard) -> str:
 
 
 def host_dashboard() -> dashboard.Dashboard:
-    """One host: what is poisoned, who was told, who is not coping, and whether we see it all."""
+    """One host: what is poisoned, which VMM was notified, whether it copes, what is not seen."""
     board = (
         dashboard.Dashboard("kvmtrace: host")
         .uid("kvmtrace-host")
@@ -113,8 +113,9 @@ def _now() -> list[stat.Panel]:
         ),
         stat_panel(
             "Poison to delivery, median",
-            "How long half of the pages poisoned in the time shown took until their VMM was told "
-            "for the first time. A page that no guest touches is told late or never: normal.",
+            "How long half of the pages poisoned in the time shown took until their VMM was "
+            "notified for the first time. If no guest touches a page, its VMM is notified late or "
+            "never: normal.",
             f"histogram_quantile(0.5, {_latency_buckets()})",
             NEUTRAL,
             unit="s",
@@ -223,7 +224,8 @@ def _over_time() -> list[timeseries.Panel]:
         series_panel(
             "Incidents by state",
             "Poisoned pages with their owners and deliveries. latent: no guest has touched it yet. "
-            "delivered: the VMM was told. looping: told again and again. unowned: no VM's. "
+            "delivered: the VMM was notified. looping: it is notified again and again. unowned: no "
+            "VM is known to own the page. "
             "closed: the VM is gone or the page was mended.",
             f"sum by (state) (kvmtrace_incidents{{{HOST}}})",
             "{{state}}",
@@ -238,16 +240,16 @@ def _over_time() -> list[timeseries.Panel]:
         ),
         series_panel(
             "SIGBUS to VMMs",
-            "Signals for poisoned memory. AR: a vCPU stepped on it, the VMM must act now. AO: the "
-            "VMM is told early and may act.",
+            "Signals for poisoned memory. AR: a vCPU touched it, the VMM must act now. AO: the "
+            "VMM is notified early and may act.",
             f"sum by (vm, code) (increase(kvmtrace_sigbus_total{{{HOST}}}[$__rate_interval]))",
             "{{vm}} {{code}}",
             bars=True,
         ),
         series_panel(
             "Poison to delivery",
-            "Pages whose VMM was told for the first time, cumulative by the time that took since "
-            "the poisoning.",
+            "Pages whose VMM was notified for the first time, cumulative by the time that took "
+            "since the poisoning.",
             "sum by (le) (increase(kvmtrace_poison_to_delivery_seconds_bucket"
             f"{{{HOST}}}[$__rate_interval]))",
             "within {{le}} s",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvmtrace.model import Probe
 from kvmtrace.probes import NO_KVM, context_specs
 
-# What a watch is for comes first: exits, then poison, then what else the VMM is told.
+# What a watch is for comes first: exits, then poison, then what else notifies the VMM.
 _WEIGHT = ("run", "poison", "sigbus_forced", "sigbus", "gmem_error", "gmem", "faultin")
 _INDISPENSABLE = _WEIGHT[:2]
 _NAMED = 3

@@ -1,4 +1,4 @@
-"""Command lines of VMMs: which VMM a process is, and what it was told to call its VM.
+"""Command lines of VMMs: which VMM a process is, and the name they give its VM.
 
 Pure; nothing here is cleaned yet (``identity.clean``).
 """
@@ -24,7 +24,7 @@ class Options:
     paths: tuple[str, ...] = ()
 
 
-# VMMs whose command lines are understood here, by program. Builds are told apart by what follows
+# VMMs whose command lines are understood here, by program. Builds differ in what follows
 # the name ("firecracker-v1.7.0-x86_64", "qemu-virtiofs-system-x86_64").
 _KINDS = tuple(
     (kind, re.compile(rf"(?:{pattern})(?:[-_.].*)?", re.IGNORECASE | re.DOTALL))

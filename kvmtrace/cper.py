@@ -74,7 +74,7 @@ MEMORY_WORDS = {"valid": 0, "addr": 16, "mask": 24, "place": 32, "kind": 72}
 
 
 def memory(said: Memory, labels: Mapping[int, str], fru: str | None = None) -> dict[str, Any]:
-    """What a section tells, under the names of ``events.HwError``.
+    """What a section reports, under the names of ``events.HwError``.
 
     ``labels``: by SMBIOS handle (``firmware.dimm_labels``). ``fru``: the record's FRU text.
     """
@@ -132,7 +132,7 @@ class Edac(NamedTuple):
 
 
 def edac(said: Edac, alike: Collection[str] = ()) -> dict[str, Any]:
-    """What EDAC tells, under the names of ``events.HwError``.
+    """What EDAC reports, under the names of ``events.HwError``.
 
     ``alike``: names that firmware gave to several DIMMs, as far as EDAC keeps them. EDAC has no
     word for an address that is not known but 0; a driver's grain of -1 comes to 2**64 bytes

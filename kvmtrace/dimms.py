@@ -63,7 +63,7 @@ def of_fru(text: str | None) -> str | None:
 
 
 def candidates(label: str) -> list[str]:
-    """All that a label names: EDAC lists what it cannot tell apart."""
+    """All that a label names: EDAC lists those it cannot distinguish."""
     return label.split(_OR)
 
 

@@ -313,7 +313,7 @@ def _same_namespaces(pid: int) -> bool:
 
 
 def _credentials(peer: socket.socket) -> tuple[int, int]:
-    """Process and user id of who is at the other end, as the kernel says."""
+    """Process and user id of the peer, from the kernel."""
     pid, uid, _ = _ucred(peer)
     return pid, uid
 
@@ -327,7 +327,7 @@ def _ucred(peer: socket.socket) -> tuple[int, int, int]:
 
 
 def _groups(peer: socket.socket) -> set[int]:
-    """Every group of who is at the other end; of more than 256 supplementary ones, none."""
+    """Every group of the peer; of more than 256 supplementary ones, none."""
     groups = {_ucred(peer)[2]}
     with contextlib.suppress(OSError):
         packed = peer.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)

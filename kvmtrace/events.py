@@ -72,7 +72,7 @@ class Exit(Event):
     ``errno`` 0: KVM_RUN returned 0 all the same. With reason 41 that is a synchronous external
     abort, with reason 39 a memory fault of arm64's nested virtualization (kvm_handle_vncr_abort).
     ``annotated``: reason 39 with EFAULT, EHWPOISON or 0, so flags, gpa and size are the kernel's
-    (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT), or None if only a count tells of it.
+    (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT), or None if only a count has it.
     ``vcpu``, ``reason``, ``annotated`` are None where the kernel had no counter left for each.
     ``gmem``: the errno with which kvm_gmem_get_pfn failed for this very fault, 0 if it was not
     asked, None if nobody watched. ``gfn`` may come from the fault handler where the exit is not
@@ -119,7 +119,7 @@ class Poison(Event):
 
 @dataclass(frozen=True, slots=True)
 class GmemPoison(Event):
-    """kvm_gmem_error_folio: memory_failure tells guest_memfd, just before its Poison, same thread.
+    """kvm_gmem_error_folio: memory_failure calls guest_memfd, just before its Poison, same thread.
 
     ``index``: page offset in the guest_memfd; ``owners`` in the order found, ``complete`` False
     where the walk could not see all bindings (or the source cannot walk at all).
@@ -137,7 +137,7 @@ class GmemPoison(Event):
 class Owned(Event):
     """A VM's page table holds the poisoned pfn; ``via``: how that was found ("pagemap", …).
 
-    ``size``: bytes lost with it, where the mapping tells (a hugetlb page is lost as a whole).
+    ``size``: bytes lost with it, where the mapping shows it (a hugetlb page is lost as a whole).
     """
 
     kind: ClassVar[str] = "owned"
@@ -155,7 +155,7 @@ class Sigbus(Event):
     consumed it, and ends that by force (arch/x86/kernel/cpu/mce/core.c, kill_me_now); no ``hva``.
     ``sender``: the thread in which the kernel sent it. ``vcpu`` and ``gfn``: sent from within
     KVM_RUN, for that vCPU's access. ``vm`` is None where the process runs no VM (or several and
-    the thread does not tell which). ``pfn``: read from the process's page table at ``hva``.
+    the thread does not show which). ``pfn``: read from the process's page table at ``hva``.
     ``count``: so many signals, the same but for their time; the last of them at ``ts``.
     ``comm``: the name of the process, where ``vm`` is None.
     """
@@ -204,7 +204,7 @@ class Mce(Event):
 class Refused(Event):
     """kvm_gmem_get_pfn answered EHWPOISON ``count`` times for a gfn, the last time at ``ts``.
 
-    Whether KVM_RUN then told the VMM is another matter: some callers swallow it.
+    Whether KVM_RUN then notified the VMM is another matter: some callers swallow it.
     """
 
     kind: ClassVar[str] = "refused"
@@ -215,7 +215,7 @@ class Refused(Event):
 
 @dataclass(frozen=True, slots=True)
 class HwError(Event):
-    """A memory error as the hardware or the firmware reported it; what is not told is None.
+    """A memory error as the hardware or the firmware reported it; what is not reported is None.
 
     ``via``: the tracepoint or function that said so ("ras:mc_event", …). ``severity``: "corrected",
     "deferred", "recoverable" or "fatal". ``addr``: physical; ``grain``: bytes that the address is
@@ -279,7 +279,7 @@ class KernelCounts(Event):
 
 @dataclass(frozen=True, slots=True)
 class VcpuState(Event):
-    """How a vCPU's thread was found some time after it was told of poison (/proc/PID/task/TID).
+    """How a vCPU's thread was found some time after it was notified of poison (/proc/PID/task/TID).
 
     ``state``: "running", "waiting" (asleep in KVM_RUN), "outside" (asleep elsewhere) or "gone";
     ``ran_ns``: CPU time since the previous look, None at the first.

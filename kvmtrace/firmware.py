@@ -21,7 +21,7 @@ _HEADER = 4
 @dataclass(frozen=True, slots=True)
 class Firmware:
     """``dimms``: {SMBIOS handle: label}, no label twice. ``non_standard``: what
-    ras:non_standard_event's severities mean; {} where that cannot be told. ``alike``: names that
+    ras:non_standard_event's severities mean; {} where that is not known. ``alike``: names that
     several DIMMs have, as far as EDAC keeps them.
     """
 

@@ -1,4 +1,4 @@
-"""Whoever follows a session from elsewhere: what happened before, and then what happens.
+"""Readers that follow a session from elsewhere: what happened before, and then what happens.
 
 However slow a follower is, the session does not wait for it and keeps little for it: what it has
 not taken is added up as ``history`` does it, so that its counts stay exact.

@@ -1,7 +1,7 @@
 """Guest memory as the kernel keeps it: memslots, and what a source may know of pages.
 
 A source that can look into the kernel offers a ``Memory`` as its attribute ``memory``; the others
-leave it out, and what only it could tell stays unknown.
+leave it out, and what only it could know stays unknown.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Slot:
     """A memslot (struct kvm_memory_slot): ``pages`` host pages at ``hva``, from ``gfn`` on.
 
     ``space``: the address space (x86: 1 is SMM's). A slot on guest_memfd alone has ``hva`` 0; an
-    ``id`` that the source was not told is None.
+    ``id`` that the source did not see is None.
     """
 
     id: int | None
@@ -51,7 +51,7 @@ class Page:
 
 
 class Memory(Protocol):
-    """What a source can tell of VMs' memory at any time; None where it cannot tell."""
+    """What a source can look up of VMs' memory at any time; None where it cannot."""
 
     def slots(self, vm: int) -> tuple[Slot, ...] | None:
         """The memslots of a VM as they are now; only some where the source has not seen all."""

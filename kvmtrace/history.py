@@ -136,7 +136,7 @@ class EventLog:
         if self._dropped:
             kept.append(Lost(max(0, self._last_ts), self._where, self._dropped))
         elif kept and told_until < self._last_ts:
-            # VMs that left nothing came and went meanwhile: it is later than the log tells.
+            # VMs that left nothing came and went meanwhile: it is later than the log shows.
             kept.append(StillQuiet(self._last_ts))
         return kept
 
@@ -258,7 +258,7 @@ class EventLog:
         notified |= {vm for vms in owners.values() for vm in vms}
 
         def worth_of(vms: set[int]) -> _Worth:
-            # A follower's log holds no VmSeen of the VMs that it has already told of.
+            # A follower's log holds no VmSeen of the VMs that it has already sent.
             lives = bool(vms - gone)
             if vms & notified:
                 return _Worth.OPEN if lives else _Worth.SETTLED
@@ -319,7 +319,7 @@ def _kind(event: Event) -> object:
     """What an event repeats; None where every one is kept."""
     match event:
         case Exit() if event.tells_of_poison or event.errno == 0:
-            # The correlator counts these of each gfn: what it was told of, or may have been.
+            # The correlator counts these of each gfn: deliveries, or what may be one.
             return event.kind, event.vm, event.vcpu, event.gfn, event.errno, event.reason
         case Exit():
             of = (event.vm, event.vcpu, event.errno, event.reason, event.annotated, event.gmem)

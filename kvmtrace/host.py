@@ -87,7 +87,7 @@ def kvm(sys_module: str = "/sys/module", device: str = "/dev/kvm") -> Kvm:
 class Cpu:
     """``vendor``: by its own name ("AuthenticAMD"). ``physical_bits``: of a physical address, less
     those that hold the key of encrypted memory (arch/x86/kernel/cpu/intel.c, amd.c). None where
-    /proc/cpuinfo does not tell. ``smca``: it has AMD's Scalable MCA.
+    /proc/cpuinfo does not say. ``smca``: it has AMD's Scalable MCA.
     """
 
     vendor: str | None
@@ -124,7 +124,7 @@ def _check_extension(device: str, capability: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Types:
-    """BTF files there are; ``memory_fault_exit``: kvm_run can tell KVM_EXIT_MEMORY_FAULT.
+    """BTF files there are; ``memory_fault_exit``: kvm_run can report KVM_EXIT_MEMORY_FAULT.
 
     That is None while kvm's own types cannot be seen (not loaded, no BTF).
     """
@@ -135,7 +135,7 @@ class Types:
 
 
 def types(root: str = "/sys/kernel/btf") -> Types:
-    """What the kernel tells of its types."""
+    """The types that the kernel has BTF of."""
     vmlinux, module = (os.path.exists(f"{root}/{name}") for name in ("vmlinux", "kvm"))
     return Types(vmlinux, module, _memory_fault_exit(root) if vmlinux else None)
 
@@ -398,9 +398,9 @@ def kernel_option(
 
 
 def corrected_errors_collector(debug: str = "/sys/kernel/debug") -> bool | None:
-    """Whether the kernel collects corrected errors without telling of each (RAS_CEC).
+    """Whether the kernel collects corrected errors without reporting each (RAS_CEC).
 
-    Asked of the collector itself: a kernel that has it may be told to leave it (ras=cec_disable).
+    Asked of the collector itself: a kernel that has it may be booted without it (ras=cec_disable).
     None where neither debugfs nor the kernel's configuration can be read.
     """
     try:

@@ -1,4 +1,4 @@
-"""Which VM is process N? Names, UUIDs and VMMs as /proc tells them.
+"""Which VM is process N? Names, UUIDs and VMMs from /proc.
 
 Everything read here was chosen by someone else (a tenant may name their VM), and it ends up on
 terminals: ``clean`` is applied here, once, and nowhere downstream.
@@ -21,7 +21,7 @@ NAME_LIMIT = 128
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a VMM process is called; None where nothing tells.
+    """What a VMM process is called; None where nothing names it.
 
     ``vmid``: the number by which Proxmox VE knows a VM; names need not differ there.
     """
@@ -75,7 +75,7 @@ def begun(pid: int, proc: str = "/proc") -> str | None:
 
 
 def vm_processes(proc: str = "/proc") -> dict[int, int]:
-    """{pid: VMs} of processes that hold a VM or a vCPU, as far as descriptors tell.
+    """{pid: VMs} of processes that hold a VM or a vCPU, as far as descriptors show.
 
     A process that holds vCPUs only (the VM's descriptor is closed) counts 0, though it holds a VM
     at least; several if it holds vCPUs of one number. Processes whose descriptors may not be read

@@ -1,6 +1,6 @@
 """The vocabulary of KVM and of memory failure: numbers from the uapi headers and their names.
 
-Everything here accepts values it has never heard of and prints them as numbers: a kernel newer
+Everything here accepts values it does not know and prints them as numbers: a kernel newer
 than this file must still be readable.
 """
 
@@ -55,7 +55,7 @@ def errno_name(number: int) -> str:
 
 
 def outcome_name(errno: int, reason: int | None) -> str:
-    """How KVM_RUN ended: by errno, or by the exit's reason where that alone tells of a failure."""
+    """How KVM_RUN ended: by errno, or by the exit's reason where only that shows a failure."""
     return errno_name(errno) if errno or reason is None else exit_reason_name(reason)
 
 

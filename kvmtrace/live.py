@@ -118,7 +118,7 @@ class Session:
         try:
             while not self._stop.is_set():
                 self.pump(POLL_SECONDS)
-        except BaseException as failure:  # handed to whoever waits for snapshots
+        except BaseException as failure:  # handed to callers that wait for snapshots
             self.failure = failure
 
     def snapshot(self) -> Snapshot:

@@ -20,11 +20,11 @@ INTEL = "GenuineIntel"
 LIKE_INTEL = (INTEL, "Shanghai")
 
 FIRMWARE_BANK = 0xFF
-"""Bank -1: the kernel's own record of what firmware told it (apei_mce_report_mem_error)."""
+"""Bank -1: the kernel's own record of what firmware reported (apei_mce_report_mem_error)."""
 
 _PADDRV = 1 << 54  # AMD, newer: the address is a system physical one
 _SYNDV = 1 << 53
-_AR = 1 << 55  # Intel: action is required of who runs here
+_AR = 1 << 55  # Intel: action is required of the thread here
 
 _ADDR_LSB = 0x3F
 _ADDR_MODE, _ADDR_PHYSICAL = 7 << 6, 2 << 6
@@ -43,7 +43,7 @@ _NORTHBRIDGE, _XEC_SHIFT, _XEC_MASK, _DRAM_ECC = 4, 16, 0x1F, 8
 
 
 def address_shift(status: int, misc: int | None) -> int | None:
-    """log2 of the bytes that the address is exact to; None where MCi_MISC does not tell."""
+    """log2 of the bytes that the address is exact to; None where MCi_MISC does not say."""
     return misc & _ADDR_LSB if misc is not None and status & MISCV else None
 
 
@@ -78,7 +78,7 @@ def _is_physical(
     smca: bool,
 ) -> bool:
     if bank == FIRMWARE_BANK:
-        return True  # whoever made the CPU: it is made up only where firmware knows the address
+        return True  # for any vendor: it is made up only where firmware knows the address
     if vendor in LIKE_INTEL:
         shift = address_shift(status, misc)
         if misc is None or shift is None or misc & _ADDR_MODE != _ADDR_PHYSICAL:
@@ -102,7 +102,7 @@ def is_umc(ipid: int | None) -> bool:
 def at_memory(status: int, vendor: str | None, bank: int, ipid: int | None = None) -> bool:
     """Whether a memory controller reports: its socket is then the memory's.
 
-    Any other bank is of whoever stumbled over the error, or happened to read the record.
+    Any other bank is of the CPU that ran into the error, or happened to read the record.
     """
     if bank == FIRMWARE_BANK:
         return False
@@ -126,7 +126,7 @@ def consumed(status: int, vendor: str | None, bank: int) -> bool:
 def at(status: int, vendor: str | None, bank: int, ipid: int | None = None) -> str | None:
     """What the CPU and the socket of a record are: of the "memory" or of its "consumer".
 
-    None: of who read the record, or nobody knows.
+    None: that of the CPU that read the record, or not known.
     """
     if at_memory(status, vendor, bank, ipid):
         return "memory"
@@ -148,7 +148,7 @@ def errors(status: int, vendor: str | None, bank: int) -> int:
 def fru_text(status: int, vendor_data: bytes) -> str | None:
     """AMD's name of a unit, in SYND1 and SYND2 if the bank is set up so (MCI_CONFIG_FRUTEXT).
 
-    The record does not tell whether it is: then they hold numbers, which are no text.
+    The record does not say whether it is: then they hold numbers, which are no text.
     """
     text = vendor_data[:16].rstrip(b"\0 ")
     if not status & _SYNDV or len(text) < 2 or not all(0x20 <= byte < 0x7F for byte in text):

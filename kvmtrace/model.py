@@ -67,9 +67,9 @@ class Host:
 class Vm:
     """One VM and its exact counts. Times are nanoseconds since the epoch.
 
-    ``exits``: {(errno name, cause or None): exits}; the cause is None where no probe could tell.
+    ``exits``: {(errno name, cause or None): exits}; the cause is None where no probe shows it.
     ``sigbus``: {"AR" | "AO": signals}. ``poisoned_pages``: pages it holds in incidents not closed.
-    ``undelivered``: times that guest_memfd refused a poisoned page and no exit told the VMM.
+    ``undelivered``: times that guest_memfd refused a poisoned page and no exit notified the VMM.
     ``forgotten_pages``: of ``poisoned_pages``, those whose incidents had no room. They may have
     been replaced since.
     """
@@ -168,9 +168,9 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Telling:
-    """How often one vCPU of a VM was told; ``vcpu`` None: a thread that is no vCPU, or unknown.
+    """How often one vCPU of a VM was notified; ``vcpu`` None: a thread that is no vCPU, or unknown.
 
-    ``most``: of the 4 KiB (host page) of a huge page that it was told of most often.
+    ``most``: of the 4 KiB (host page) of a huge page that it was notified of most often.
     """
 
     vm: int
@@ -194,9 +194,9 @@ class Telling:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a VM's VMM did after it was told: one of ``VERDICTS``, and what that rests on.
+    """What a VM's VMM did after it was notified: one of ``VERDICTS``, and what that rests on.
 
-    ``early``: it is unknown because it was told only just now.
+    ``early``: it is unknown because the VMM was notified only just now.
     """
 
     vm: int
@@ -227,8 +227,8 @@ class Incident:
     ``exits``, ``sigbus``: deliveries. ``sigbus_at_poison``: signals that the poisoning thread got
     for itself, outside KVM_RUN (madvise on its own mapping): no guest has touched anything.
     ``sigbus_to_others``: signals to processes that had the page mapped and run no VM.
-    ``undelivered``: refusals of guest_memfd that no exit told. ``before_start``: it was there when
-    kvmtrace came. ``size``: bytes lost, where known. ``omitted``: moments that had no room.
+    ``undelivered``: refusals of guest_memfd that no exit delivered. ``before_start``: it was there
+    when kvmtrace came. ``size``: bytes lost, where known. ``omitted``: moments that had no room.
     ``released``: those of the owners whose memory was seen without the page since. ``page_class``:
     one of ``PAGE_CLASSES``, None where the kernel's verdict is not known. ``guest_memfd``: it is
     known to be one of guest_memfd.
@@ -269,7 +269,7 @@ class Incident:
 
     @property
     def verdict(self) -> str | None:
-        """The verdict that matters most; None where no VM was told."""
+        """The verdict that matters most; None where no VM was notified."""
         words = {verdict.word for verdict in self.verdicts}
         return next((word for word in VERDICTS if word in words), None)
 
@@ -358,7 +358,7 @@ class Snapshot:
     kernel_pages: int = 0
 
     def of_log(self, host: Host, probes: tuple[Probe, ...]) -> Snapshot:
-        """With the host that a log is of, whose memory is as the log last tells of it."""
+        """With the host that a log is of, whose memory is as the log last reported it."""
         corrupted = self.kernel.hardware_corrupted_bytes if self.kernel else None
         if corrupted is not None:
             host = replace(host, hardware_corrupted_bytes=corrupted)

@@ -1,6 +1,6 @@
 """Reads of other processes that may be given up on: nothing a VMM does can stop the reader.
 
-A process can make whoever reads its /proc/PID/cmdline, maps or pagemap wait for ever: it lets a
+A process can make readers of its /proc/PID/cmdline, maps or pagemap wait for ever: it lets a
 page fault on its own FUSE file go unanswered while another of its threads waits for mmap_lock.
 Such reads are done by worker processes (``proc_worker``). One that does not answer in time is
 killed and replaced; where even that does not end it (the kernel waits for a FUSE server), it is

@@ -35,7 +35,7 @@ _BUILD = re.compile(r"(firecracker|cloud-hypervisor|crosvm|qemu|stratovirt)[-_]v
 
 
 def name_of_path(path: str) -> str | None:
-    """What tells a VM's own file from those of other VMs: its name or the nearest directory's.
+    """What is particular to a VM's own file: its name or the nearest directory's.
 
     None where it is found at a place that is the same for any VM.
     """

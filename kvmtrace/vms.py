@@ -29,7 +29,7 @@ class _Known:
     named: bool
     since: int
     begun: str | None = None
-    """When its process began, by which another of the same pid is told from it."""
+    """When its process began, by which it differs from another of the same pid."""
     gone_since: int | None = None
     descriptor: str | None = None
     """By which its process was last seen to hold a VM."""
@@ -53,7 +53,7 @@ class VmTable:
     def scan(self, ts: int) -> list[Event]:
         """VMs that are there already, as many as their processes have descriptors of.
 
-        Those of one process cannot be told apart until the kernel tells the address of one.
+        Those of one process are alike until the kernel reports the address of one.
         """
         events: list[Event] = []
         for pid, count in processes.vm_processes(self._proc).items():
@@ -92,7 +92,7 @@ class VmTable:
         missed = [before for before in self.generations(struct) if before != (generation or None)]
         events: list[Event] = [self._forget(self._by_struct[struct, old], ts) for old in missed]
         if (struct, generation) in self._by_struct:
-            return events  # something else told of it first
+            return events  # another event reported it first
         # It may have been found by its process before its beginning was read.
         found = next(
             (k for k in self._by_pid.get(pid, ()) if k.struct is None and k.since >= ts), None
@@ -104,7 +104,7 @@ class VmTable:
         return [*events, self._add(pid, (struct, generation), ts, comm)]
 
     def generations(self, struct: int) -> list[int]:
-        """Of the VMs at this address whose end was not told."""
+        """Of the VMs at this address whose end was not reported."""
         return [generation for at, generation in self._by_struct if at == struct]
 
     def gone(
@@ -137,7 +137,7 @@ class VmTable:
         return [known.key for known in self._by_pid.get(pid, ())]
 
     def struct_of(self, key: int) -> tuple[int, int] | None:
-        """Address of the struct kvm, and its generation; None if that was never told."""
+        """Address of the struct kvm, and its generation; None if that was never reported."""
         return next((at for at, known in self._by_struct.items() if known.key == key), None)
 
     def pids(self) -> dict[int, list[int]]:
@@ -145,7 +145,7 @@ class VmTable:
         return {pid: [known.key for known in all_] for pid, all_ in self._by_pid.items()}
 
     def missed(self, ts: int) -> list[Event]:
-        """VMs whose end no probe told: their process is no more, or holds no VM any longer.
+        """VMs whose end no probe reported: their process is no more, or holds no VM any longer.
 
         Another process may have its pid by then.
         """

@@ -1,6 +1,6 @@
 """A story to show to every view: three VMs, four poisons, a conversion storm, some events lost.
 
-Told in events through the real correlator, so it can only hold what a host could say.
+Made of events through the real correlator, so it can only hold what a host could say.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PROBES = (
 
 
 class Scenario:
-    """A session for views: ``snapshot()`` shows what ``begin`` and then ``happen`` told."""
+    """A session for views: ``snapshot()`` shows what ``begin`` and then ``happen`` fed."""
 
     def __init__(self) -> None:
         self._correlator = Correlator()
@@ -53,8 +53,8 @@ class Scenario:
     def happen(self) -> Scenario:
         """Four pages are poisoned, one VM loops on its own, another converts memory.
 
-        Then: web holds 1 page and has LOOPS exits EHWPOISON (looping, told after 0.25 s); db holds
-        2, one latent, for the other it got a SIGBUS AO at once (delivered); the third VM has
+        Then: web holds 1 page and has LOOPS exits EHWPOISON (looping, notified after 0.25 s); db
+        holds 2, one latent, for the other it got a SIGBUS AO at once (delivered); the third VM has
         CONVERSIONS conversions; the kernel goes on using a page of its own; 7 events were lost.
         """
         ts = START + 10 * SECOND

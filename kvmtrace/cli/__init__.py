@@ -29,7 +29,7 @@ def main() -> None:
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kvmtrace")
 def cli() -> None:
-    """Which VMs hold poisoned memory, was the VMM told, and is it over?
+    """Which VMs hold poisoned memory, was the VMM notified, and is it over?
 
     Shell completion: eval "$(_KVMTRACE_COMPLETE=bash_source kvmtrace)" (or zsh_source).
     """

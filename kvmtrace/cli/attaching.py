@@ -25,7 +25,7 @@ LISTEN_SECONDS = 1.0
 
 
 def attach(kind: str) -> sources.Source:
-    """This host's kernel, with what only looking tells added to what it says by itself."""
+    """This host's kernel: what its probes report, and what only /proc and page tables show."""
     READER.prepare()
     source = sources.open_source(kind)
     stop.clean_up.append(source.close)
@@ -33,7 +33,7 @@ def attach(kind: str) -> sources.Source:
 
 
 def here(kind: str) -> sources.Source:
-    """What this host's kernel tells: through the serve that runs here, unless a way is asked for.
+    """What this host's kernel reports: through the serve that runs here, unless a way is asked for.
 
     A second set of probes would cost every VM exit once more, and know nothing of what was before.
     """
@@ -52,7 +52,7 @@ def session_on(source: sources.Source) -> Iterator[Session]:
             stop.hung = True
             raise KvmtraceError(
                 "the reader hangs in the kernel, and was left there",
-                "`cat /proc/PID/task/*/stack` says where, while it runs",
+                "`cat /proc/PID/task/*/stack` shows where, while it runs",
             )
 
 
@@ -90,7 +90,7 @@ def open_door(session: Session) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Log:
-    """What a host told, by what it was watched, and by which kvmtrace (None: not said)."""
+    """What a host reported, by which source and by which kvmtrace (None: not known)."""
 
     events: list[Event]
     host: Host
@@ -107,7 +107,7 @@ class Log:
 
 @contextlib.contextmanager
 def replaying(path: str) -> Iterator[RecordingSource]:
-    """A recording; that it was cut off or damaged is told when all that it has is."""
+    """A recording; that it was cut off or damaged is printed after all that it has."""
     with stop.waiting(always):
         source = RecordingSource(path)
     try:

@@ -19,7 +19,7 @@ WIDTH_WITHOUT_TERMINAL = 80
 
 @click.command()
 @json_option
-@click.option("--verbose", is_flag=True, help="With what the kernel and libraries said.")
+@click.option("--verbose", is_flag=True, help="With the kernel's and libraries' own messages.")
 @source_option
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool, verbose: bool, source: str) -> None:

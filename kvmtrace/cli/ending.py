@@ -87,7 +87,7 @@ def _click_as_failure(group: click.Context | None = None) -> Iterator[None]:
             path = error.ctx.command_path
         else:
             path = f"kvmtrace {group.invoked_subcommand}" if group else "kvmtrace"
-        hint = f"`{path} --help` tells what there is"
+        hint = f"`{path} --help` lists what there is"
         raise Failure(UsageError(what[:1].lower() + what[1:], hint)) from error
 
 

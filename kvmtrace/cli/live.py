@@ -125,7 +125,7 @@ def events(
             if stop.asked or wait <= 0 or reader_gone():
                 if last_look:
                     return
-                # What the kernel counted meanwhile and has not told yet belongs to this run.
+                # What the kernel counted meanwhile and has not reported yet belongs to this run.
                 last_look, wait = True, 0
             told = session.pump(wait)
 

@@ -50,7 +50,7 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
             if deadline is not None:
                 wait = min(wait, deadline - time.monotonic())
             over = stop.asked or wait <= 0
-            # What the kernel counted meanwhile and has not told yet belongs to it, too.
+            # What the kernel counted meanwhile and has not reported yet belongs to it, too.
             batch = attached.poll(0 if over else wait)
             with output.writing():
                 writer.write(batch, attached.probes())
@@ -95,7 +95,7 @@ def replay(file: str, as_events: bool, as_json: bool) -> None:
 def explain(
     target: str, recording: str | None, as_json: bool, duration: float, source: str
 ) -> None:
-    """The whole story of a page or a VM: what failed, who was told, what they did, what to do.
+    """The whole story of a page or a VM: what failed, which VMM was notified, what to do.
 
     Numbers are PFNs (0x103275) or, with @VM, guest physical addresses (0x8000@web-1).
     """

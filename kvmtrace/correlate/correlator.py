@@ -85,7 +85,7 @@ class Told:
 
 
 def cause_of(exit_: Exit) -> str | None:
-    """The cause of a fault, one of ``model.CAUSES``; None where no probe could tell.
+    """The cause of a fault, one of ``model.CAUSES``; None where no probe shows it.
 
     An annotated EFAULT is demand paging if the flags say so, else a conversion if kvm_gmem_get_pfn
     was never asked, and a failure of the backing if it was and failed. Flags that are not known
@@ -219,7 +219,7 @@ class Correlator:
                     ("vcpu", event.vm, event.tid, event.state),
                     event.ts,
                     f"{who} {_FOUND.get(event.state, event.state)}",
-                    f"/proc, thread {event.tid} that was told",
+                    f"/proc, the notified thread {event.tid}",
                     vm=event.vm,
                 )
         return Told(event, vm=self.identity(event.vm), incident=ids[-1] if ids else None)
@@ -255,7 +255,7 @@ class Correlator:
                 incident.note(
                     ("exit", event.vm, event.vcpu),
                     event.ts,
-                    f"KVM_RUN told {vcpu}: {how}{gpa}",
+                    f"KVM_RUN on {vcpu}: {how}{gpa}",
                     _by_place(event.gfn, gfn),
                     vm=event.vm,
                     count=event.count,
@@ -355,7 +355,7 @@ class Correlator:
             incident = incident or self._incidents.open(f"{event.pfn:x}")
             self._incidents.name_page(incident, event.pfn)
             incident.before_start = True
-            how = "its page flags said so (/proc/kpageflags)"
+            how = "its page flags (/proc/kpageflags)"
             what = f"pfn {event.pfn:#x} was poisoned before kvmtrace started"
             incident.note(("found",), event.ts, what, how)
             self._join_hardware(incident)
@@ -462,7 +462,7 @@ class Correlator:
     def _take_signal(
         self, incident: State, event: Sigbus, how: str, *, by_poison: bool
     ) -> int | None:
-        """Returns the VM that was told, if it is known."""
+        """Returns the VM that was notified, if it is known."""
         if event.vm is None and (vm := self._holder(incident, event)) is not None:
             event = replace(event, vm=vm, gfn=None)  # of whose memory it is the gfn was not said
             self._vms.sigbus(event)
@@ -499,7 +499,7 @@ class Correlator:
             page = None if event.hva is None else -1 - event.hva // self._page
             self._deliver(incident, event.ts, event.vm, event.vcpu, signals=signals, page=page)
         else:
-            incident.heard(event.ts)  # a VMM was told; of which of its VMs is not known
+            incident.heard(event.ts)  # a VMM was notified; for which of its VMs is not known
         return event.vm
 
     def _holder(self, incident: State, event: Sigbus) -> int | None:
@@ -550,7 +550,8 @@ class Correlator:
         if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
             self._account.delivered(ts - incident.poisoned_ts)
         if was_over and not incident.over:
-            incident.note(("again", vm), ts, "told again although the page is unpoisoned", vm=vm)
+            what = "notified again although the page is unpoisoned"
+            incident.note(("again", vm), ts, what, vm=vm)
 
     # -- hardware
 

@@ -44,7 +44,7 @@ class Halves:
                 self._keep_signal(sender, event)
 
     def gmem(self, poison: Poison) -> GmemPoison | None:
-        """What guest_memfd was told in the same thread, just before: the last of it."""
+        """The thread's last ``GmemPoison`` just before this poison."""
         if poison.tid is None:
             return None
         told = self._gmem.pop(poison.tid, [])

@@ -32,10 +32,10 @@ class _Told:
     sigbus: dict[str, int] = field(default_factory=dict)
     first_ts: int = 0
     last_ts: int = 0
-    pages: dict[int | None, int] = field(default_factory=dict)  # of a huge one: tellings
+    pages: dict[int | None, int] = field(default_factory=dict)  # of a huge one: deliveries
 
     def of(self, page: int | None, count: int) -> None:
-        """Told of one of the pages; of very many, those that were told of last are remembered."""
+        """Count deliveries for one of the pages; of very many, the last notified are kept."""
         self.pages[page] = self.pages.pop(page, 0) + count
         if len(self.pages) > _PAGES_KEPT:
             del self.pages[next(iter(self.pages))]
@@ -43,7 +43,7 @@ class _Told:
 
 @dataclass(slots=True)
 class State:
-    """``closed``: its VMs are gone, for good. An unpoisoned page may be told of again: ``over``.
+    """``closed``: its VMs are gone, for good. An unpoisoned page may be delivered again: ``over``.
 
     ``shared_out``: found in several places, as only a page of the kernel's is that memory_failure
     could not get hold of. ``guest_memfd``: it is guest memory, of whichever VM.
@@ -137,19 +137,19 @@ class State:
 
     @property
     def vms(self) -> set[int]:
-        """Keys of all VMs that own the page or were told of it."""
+        """Keys of all VMs that own the page or were notified of it."""
         return {vm for vm, _ in self.owners} | {vm for vm, _ in self.told}
 
     @property
     def over(self) -> bool:
-        """Closed, or unpoisoned and not told of since."""
+        """Closed, or unpoisoned and not delivered since."""
         if self.closed or self.unpoisoned_ts is None:
             return self.closed
         return self.last_delivery_ts is None or self.last_delivery_ts <= self.unpoisoned_ts
 
     @property
     def holders(self) -> set[int]:
-        """Keys of the VMs that have the page, or had when last heard of."""
+        """Keys of the VMs that have the page, or had when last seen."""
         if not self.released:
             return {vm for vm, _ in self.owners}
         return {owner.vm for owner in self.owners.values() if not self.is_released(owner)}
@@ -170,7 +170,7 @@ class State:
         return True
 
     def poisoned_after_all(self, ts: int) -> None:
-        """It was found marked while memory_failure, which tells last, was still at work on it."""
+        """It was found marked while memory_failure, which reports last, was still at work on it."""
         self.before_start, self.poisoned_ts = False, ts
         self.moments.pop(("found",), None)
 
@@ -293,7 +293,7 @@ class State:
         signals: Mapping[str, int] | None = None,
         page: int | None = None,
     ) -> bool:
-        """A VMM was told; True if it is the first time. ``page``: of a huge one, by gfn or hva."""
+        """A VMM was notified; True if for the first time. ``page``: of a huge one (gfn or hva)."""
         first = self.heard(ts)
         told = self.told.get((vm, vcpu))
         if told is None:
@@ -316,14 +316,14 @@ class State:
         return first
 
     def heard(self, ts: int) -> bool:
-        """Somebody was told; True if it is the first time."""
+        """A VMM was notified; True if for the first time."""
         first = self.first_delivery_ts is None
         self.first_delivery_ts = ts if first else min(self.first_delivery_ts or ts, ts)
         self.last_delivery_ts = max(self.last_delivery_ts or ts, ts)
         return first
 
     def look(self, event: VcpuState) -> bool:
-        """How a vCPU was found; True if it is one that was told."""
+        """How a vCPU was found; True if it is one that was notified."""
         told = self.told.get((event.vm, event.vcpu))
         if told is None or event.ts <= told.last_ts:
             return False
@@ -350,7 +350,7 @@ class State:
 
     @property
     def failed_in_use(self) -> bool:
-        """Hardware reported an error that somebody ran into: whoever was told used the page.
+        """Hardware reported an error in use: the thread that was notified had used the page.
 
         A thread that poisons a page of its own (madvise) gets the very same signal.
         """
@@ -359,7 +359,7 @@ class State:
     # -- out
 
     def tellings(self, vm: int | None = None) -> tuple[Telling, ...]:
-        """Who was told how often; of one VM or of all."""
+        """How often each vCPU was notified; of one VM or of all."""
         return tuple(
             Telling(
                 of,
@@ -386,12 +386,12 @@ class State:
         return "latent" if self.holders else "unowned"
 
     def settled(self, now: int, parties: dict[int, Party]) -> bool:
-        """Every VM that owns the page was told of it and came to terms with it."""
+        """Every VM that owns the page was notified of it and handled it."""
         words = {verdict.vm: verdict.word for verdict in self.verdicts(now, parties)}
         return all(words.get(vm) in ("handled", "exited") for vm in self.holders | words.keys())
 
     def verdicts(self, now: int, parties: dict[int, Party]) -> tuple[Verdict, ...]:
-        """One for each VM that was told."""
+        """One for each VM that was notified."""
         found = []
         for vm in dict.fromkeys(vm for vm, _ in self.told):
             party = parties.get(vm)

@@ -2,7 +2,7 @@
 
 The words are those of ``action_page_types`` and ``action_name`` (mm/memory-failure.c; read in 6.1,
 6.12 and 7.3), as memory_failure_event prints them. Recovered and Delayed: nobody gets at the page
-any more. Ignored and Failed: whoever used it goes on using it.
+any more. Ignored and Failed: its users go on using it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def is_verdict(page_type: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def verdict_on(page_type: str | None, result: str | None) -> Verdict | None:
-    """What became of a page; None where the kernel's words do not tell."""
+    """What became of a page; None where the kernel's words do not say."""
     kind, outcome = (page_type or "").lower(), (result or "").lower()
     if not kind or not is_verdict(kind):
         return None

@@ -1,4 +1,4 @@
-"""The VMs that the correlator knows: who they are, what they were told, what was kept from them."""
+"""The VMs that the correlator knows: identity, deliveries, and refusals that were not delivered."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kvmtrace.model import Party, Vm
 
 Lose = Callable[[str, int], None]
 
-# Refusals and the exits that tell them are counted in different places and read one after the
-# other: only when neither has moved for so long is the difference what was never told.
+# Refusals and the exits that deliver them are counted in different places and read one after the
+# other: only when neither has moved for so long is the difference what was never delivered.
 QUIET_NS = 5_000_000_000
 
 
 @dataclass(slots=True)
 class Refusals:
-    """guest_memfd's answers EHWPOISON for one gfn, and the exits that told them."""
+    """guest_memfd's answers EHWPOISON for one gfn, and the exits that delivered them."""
 
     refused: int = 0
     told: int = 0
@@ -35,7 +35,7 @@ class Refusals:
         self.last_ts = max(self.last_ts, ts)
 
     def undelivered(self, now: int) -> int:
-        """Refusals that no exit told, as far as it is settled; never less than it was."""
+        """Refusals that no exit delivered, as far as settled; never less than it was."""
         if now - self.last_ts <= QUIET_NS:
             return self.settled
         return max(self.settled, self.refused - self.told)
@@ -164,7 +164,7 @@ class Population:
         return Party(key, seen.pid, seen.name, seen.uuid, seen.vmm, vm.gone_ts, seen.vmid)
 
     def identity(self, key: int | None) -> VmSeen | None:
-        """As its source told it, also a while after its end: the last counts are read then."""
+        """As its source reported it, also a while after its end: the last counts are read then."""
         vm = self.get(key)
         if vm is not None:
             return vm.seen
@@ -175,14 +175,14 @@ class Population:
         return VmSeen(party.gone_ts or 0, party.key, *who)
 
     def is_gone(self, key: int) -> bool:
-        """Known to be gone; of a VM never heard of nobody knows."""
+        """Known to be gone; False for a VM that was never seen."""
         party = self.party(key)
         return party is not None and party.gone_ts is not None
 
     # -- what happened to them
 
     def _concerned(self, key: int, count: int) -> VmState | None:
-        """The VM that something is told of; None, and lost, if nobody knows it.
+        """The VM that an event is of; None, and counted as lost, if it is not known.
 
         The last counts are read after the end of a VM, which may have been quiet until then.
         """
@@ -205,7 +205,7 @@ class Population:
             key = ("other", cause)
         vm.exits[key] = vm.exits.get(key, 0) + event.count
         vm.touch(event.ts)
-        # KVM_RUN = 0 with a memory fault tells its VMM as well, whatever for.
+        # KVM_RUN = 0 with a memory fault notifies its VMM as well, whatever for.
         if (cause == "hwpoison" or event.errno == 0) and gfn is not None:
             refusals = self._refusals(vm, gfn)
             if refusals is not None:
@@ -238,7 +238,7 @@ class Population:
         return known
 
     def undelivered(self, places: Mapping[tuple[int, int | None], object], now: int) -> int:
-        """Refusals never told at these places (VM, gfn)."""
+        """Refusals never delivered at these places (VM, gfn)."""
         total = 0
         for key, gfn in places:
             vm = self._vms.get(key)

@@ -366,7 +366,7 @@ def _text(event: Mce | HwError) -> str:
 
 def _who(check: Mce) -> str:
     if check.bank == mce.FIRMWARE_BANK:
-        return "the kernel's record of what firmware told it"
+        return "the kernel's record of what firmware reported"
     match _at(check):
         case "memory":
             at_memory = f"memory controller of socket {check.socket}"

@@ -127,7 +127,7 @@ class Register:
         if over:
             return over
         most = max(self._of_vm.values(), key=len, default=self._all)
-        # That a VM has a page outlives its incident, what it was told of the page does not.
+        # That a VM has a page outlives its incident, its deliveries do not.
         ordered = sorted(most.values(), key=lambda state: bool(state.told))
         return [(RANK_OF_A_VM, state.id, False) for state in ordered]
 
@@ -204,12 +204,12 @@ class Register:
             self._of_vm.pop(vm, None)
 
     def told(self, state: State, vm: int) -> None:
-        """A VM that was told of the page, whether it owns it or not."""
+        """A VM that was notified of the page, whether it owns it or not."""
         if vm in state.vms:
             self._of_vm.setdefault(vm, {})[state.id] = state
 
     def unpoison(self, state: State) -> None:
-        """The page may be poisoned anew; its VMs may still be told of the old poison."""
+        """The page may be poisoned anew; its VMs may still be notified of the old poison."""
         self._leave_pages(state)
         self._next.clear()
 

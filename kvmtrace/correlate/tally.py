@@ -12,7 +12,7 @@ MCE = "mce:mce_record"
 EDAC = "ras:mc_event"
 
 # Reports of one error by several reporters come within this time of each other: registers are read
-# at once, firmware tells when it has written its record.
+# at once, firmware reports when it has written its record.
 TOGETHER_NS = 1_000_000_000
 
 _MAX_UNITS = 16

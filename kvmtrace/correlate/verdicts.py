@@ -1,8 +1,8 @@
-"""What a VMM did after it was told of poison: a pure function from evidence to verdict.
+"""What a VMM did after it was notified of poison: a pure function from evidence to verdict.
 
-``looping``: the same vCPU is told of the same page again and again, now. ``exited``: the VM is
-gone. ``stopped``: the vCPU that was told no longer enters KVM_RUN. ``handled``: it ran on and was
-not told of that page again. ``unknown``: the evidence does not say which.
+``looping``: the same vCPU is notified of the same page again and again, now. ``exited``: the VM is
+gone. ``stopped``: the notified vCPU no longer enters KVM_RUN. ``handled``: it ran on and was not
+notified of that page again. ``unknown``: the evidence does not say which.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from kvmtrace.model import Telling, Verdict
 
 _SECOND = 1_000_000_000
 
-# A vCPU told this often of one gfn has been re-entered on it without anything being mended: one
-# telling per vCPU is the rule, a signal that raced with the exit or a retry makes it two or three.
+# A vCPU notified this often of one gfn has been re-entered on it without anything being mended: one
+# delivery per vCPU is the rule, a signal that raced with the exit or a retry makes it two or three.
 LOOPING_AFTER = 4
 
-# A loop is over when nothing was told for so long, or for three times its own pace if it is slower.
+# A loop is over after so long without a delivery, or after three times its own pace if slower.
 LOOP_OVER_NS = 10 * _SECOND
 _PACES = 3
 
@@ -34,7 +34,7 @@ IDLE_NS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A vCPU's thread, looked at after its last telling; see ``events.VcpuState``."""
+    """A vCPU's thread, looked at after its last delivery; see ``events.VcpuState``."""
 
     ts: int
     tid: int
@@ -45,7 +45,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that is known of one VM that was told of one page; ``now``: the model's time.
+    """All that is known of one VM that was notified of one page; ``now``: the model's time.
 
     ``released``: addresses where it had the page and has it no longer.
     """
@@ -59,7 +59,7 @@ class Evidence:
 
 
 def looped(telling: Telling) -> bool:
-    """Whether this vCPU was told so often that nothing can have been mended in between."""
+    """Whether this vCPU was notified so often that nothing can have been mended in between."""
     return telling.repeats >= LOOPING_AFTER
 
 
@@ -86,7 +86,7 @@ def judge(evidence: Evidence) -> Verdict:
         since = (
             "" if first == last else f", {_seconds(evidence.gone_ts - last)} after the last time"
         )
-        return verdict("exited", f"the VM was gone {after} after it was first told{since}")
+        return verdict("exited", f"the VM was gone {after} after it was first notified{since}")
     if now:
         return verdict("looping", *(_loop(telling, rate=True) for telling in now))
     word, *facts = _by_looks(evidence)
@@ -104,11 +104,11 @@ def _by_looks(evidence: Evidence) -> tuple[str, ...]:
         after = last.ts - _told_ts(evidence, last)
         who = f"{_vcpu(last.vcpu)} (thread {last.tid})"
         if last.state == "gone":
-            stopped.append(f"{who} has ended, {_seconds(after)} after it was told")
+            stopped.append(f"{who} has ended, {_seconds(after)} after it was notified")
         elif len(looks) >= _LOOKS and all(look.state == "outside" for look in looks[-_LOOKS:]):
             where = f"{who} sleeps outside KVM_RUN"
             if (last.ran_ns or 0) < IDLE_NS:
-                stopped.append(f"{where}, {_seconds(after)} after it was told")
+                stopped.append(f"{where}, {_seconds(after)} after it was notified")
             elif evidence.released:
                 ran_on.append(f"{where} at every look, and ran in between{_cpu(looks)}")
             else:
@@ -117,17 +117,17 @@ def _by_looks(evidence: Evidence) -> tuple[str, ...]:
             where = "in KVM_RUN" if last.state == "waiting" else "running"
             ran_on.append(f"{who} is {where} {_seconds(after)} later{_cpu(looks)}")
         else:
-            unclear.append(f"{who} was {last.state} {_seconds(after)} later: too early to tell")
+            unclear.append(f"{who} was {last.state} {_seconds(after)} later: too early to judge")
     if stopped:
         return ("stopped", *stopped, *ran_on, *unclear)
     if ran_on and not unclear:
         mended = [f"hva {hva:#x} has no longer that page" for hva in evidence.released]
-        return ("handled", *ran_on, "not told of this page again since", *mended)
+        return ("handled", *ran_on, "not notified of this page again since", *mended)
     if unclear:
         return ("unknown", *unclear, *ran_on)
     if all(telling.vcpu is None for telling in evidence.told):
-        return ("unknown", "no vCPU was told, only another thread of the VMM")
-    return ("unknown", "nobody looked at the vCPU after it was told")
+        return ("unknown", "no vCPU was notified, only another thread of the VMM")
+    return ("unknown", "the vCPU was not looked at after it was notified")
 
 
 def _told_ts(evidence: Evidence, look: Look) -> int:
@@ -136,7 +136,7 @@ def _told_ts(evidence: Evidence, look: Look) -> int:
 
 
 def _loop(telling: Telling, *, rate: bool = False) -> str:
-    text = f"{_vcpu(telling.vcpu)} was told {telling.count} times"
+    text = f"{_vcpu(telling.vcpu)} was notified {telling.count} times"
     elapsed = telling.last_ts - telling.first_ts
     if elapsed > 0:
         text += f" in {_seconds(elapsed)}"

@@ -33,7 +33,7 @@ def tracefs() -> str:
 
 
 def explained(error: OSError) -> KvmtraceError:
-    """What to tell when a control file was refused."""
+    """The error, with its hint, for a control file that was refused."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return KvmtraceError(
             "no file descriptors are left for the rings of all CPUs", "raise `ulimit -n`"

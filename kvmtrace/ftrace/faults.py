@@ -28,7 +28,7 @@ _MAX_DETAILS = 16384
 
 
 class _Detail(NamedTuple):
-    """What an exit's key does not tell."""
+    """What an exit's key does not have."""
 
     gfn: int | None = None
     private: bool | None = None
@@ -48,9 +48,9 @@ class Faults:
 
     def __init__(self, people: People) -> None:
         self.watches_gmem = False
-        """The ``gmem`` probe is attached: that it said nothing means something."""
+        """The ``gmem`` probe is attached: that it has no record means something."""
         self.behind = False
-        """Events were dropped since the counts were settled: these may know more than was told."""
+        """Events were dropped since the counts were settled: the counts may have more."""
         self.tally: Tally[ExitKey] = Tally(rest_of)
         self.storms = ExitStorms()
         self._people = people
@@ -83,7 +83,7 @@ class Faults:
         ]
 
     def vm(self, record: Record) -> None:
-        """What a record tells of its VM."""
+        """Note whether the record's VM may have private memory."""
         if record.fields.get("has_private") == 0:
             self._ordinary.add(record.fields["kvm"])
 
@@ -94,7 +94,7 @@ class Faults:
         _bound(self._gmem, _MAX_THREADS)
 
     def faultin(self, record: Record) -> None:
-        """The fault handler failed; KVM_RUN will tell, unless it was but a prefault."""
+        """The fault handler failed; so will KVM_RUN, unless it was but a prefault."""
         fields = record.fields
         tid = fields["common_pid"]
         asked = self._gmem.pop(tid, None)
@@ -104,7 +104,7 @@ class Faults:
         if asked is not None and records.asked_by(asked, fields):
             gmem = -asked["ret"]
         elif self.watches_gmem and not self._doubtful:
-            # It was not asked, for it would have been heard; unless it is muted.
+            # It was not asked: there would be a record, unless that is muted.
             gmem = None if self.storms.mutes(fields["kvm"], fields["gfn"]) else 0
         self._faults[tid] = _Fault(fields, gmem)
         _bound(self._faults, _MAX_THREADS)
@@ -127,7 +127,7 @@ class Faults:
         return self._told(record, key, detail)
 
     def _told(self, record: Record, key: ExitKey, detail: _Detail) -> list[Event]:
-        """An exit by its event, unless the counts told it or it is like another of this batch."""
+        """An exit by its event, unless it was counted already or is like another of this batch."""
         fields = record.fields
         if detail != self._details.get(key):
             self._details[key] = detail
@@ -148,8 +148,8 @@ class Faults:
     def run_under_way(self, record: Record) -> list[Event]:
         """KVM_RUN failed, by the tracepoint behind it.
 
-        A call that was under way when the probes were attached returns past ``run``; whose it is,
-        the fault tells that has just failed in it. The kernel's counts do not have it.
+        A call that was under way when the probes were attached returns past ``run``. Its
+        vCPU is that of the fault that has just failed in it. The kernel's counts do not have it.
         """
         tid, errno = record.fields["common_pid"], record.fields["errno"]
         fault = self._faults.pop(tid, None)
@@ -162,7 +162,7 @@ class Faults:
         return [_exit(record.ts, (vm, fault.fields["vid"]), key, detail, 1)]
 
     def arm_sea(self, record: Record) -> Event:
-        """KVM_RUN tells of a synchronous external abort: no errno, and no other probe sees it."""
+        """KVM_RUN reports a synchronous external abort: no errno, and no other probe sees it."""
         fields = record.fields
         gfn = kvm.gfn_of(fields["gpa"]) if fields["flags"] & _GPA_VALID else None
         vm, tid = self._people.key(record), fields["common_pid"]
@@ -182,7 +182,7 @@ class Faults:
         return self._told(record, key, detail)
 
     def settle(self, totals: Totals, now: int) -> list[Event]:
-        """Exits that the kernel counted and no event told."""
+        """Exits that the kernel counted and no event reported."""
         self._learn(totals)
         events: list[Event] = []
         for key, count in self.tally.total(totals.exits) + self.tally.rests(totals.rests):
@@ -200,7 +200,7 @@ class Faults:
         return events
 
     def unsettled(self, struct: int) -> bool:
-        """Whether the counts may know more of a VM than the events told."""
+        """Whether the counts may have more of a VM than the events."""
         return self.behind or self.storms.in_vm(struct)
 
     def settle_vm(self, struct: int, totals: Totals, now: int) -> list[Event]:
@@ -221,7 +221,7 @@ class Faults:
                 del self._details[key]
 
     def _asked(self, detail: _Detail, key: ExitKey, struct: int) -> _Detail:
-        """No conversion where nothing is private: then guest_memfd failed, though nobody heard."""
+        """No conversion where nothing is private: guest_memfd failed, though no probe saw it."""
         if not detail.gmem and struct in self._ordinary and self._is_mainlines(key, struct):
             return detail._replace(gmem=kvm.EFAULT)
         return detail

@@ -20,8 +20,8 @@ KVM_PFN_ERR_HWPOISON = 0x7FF0000000000001  # include/linux/kvm_host.h: KVM_PFN_E
 class Field:
     """``name=form`` in a dynamic event.
 
-    ``needed``: the probe is useless without. ``helper``: what it tells is known otherwise, too, so
-    that nobody has to hear that it was refused.
+    ``needed``: the probe is useless without. ``helper``: its value is known otherwise, too, so
+    that a refusal need not be reported.
     """
 
     name: str
@@ -212,12 +212,12 @@ FIELDS: dict[str, tuple[Field, ...]] = {
     ),
 }
 
-# Not in probes.specs: it only serves others, by telling where guest memory is.
+# Not in probes.specs: it only serves others, by reporting where guest memory is.
 SLOT_TARGET = "kvm_arch_commit_memory_region"
 
 # What goes into the ring, by the field that it takes to ask; the first that can be had. The most
 # frequent events are judged in the kernel: EINTR and EAGAIN are how KVM_RUN ordinarily ends for a
-# signal or an uninitialised vCPU. With a SIGBUS pending, EINTR tells which vCPU it was sent to.
+# signal or an uninitialised vCPU. With a SIGBUS pending, EINTR shows which vCPU it was sent to.
 FAILED = "ret < 0 && ret != -4 && ret != -11"
 _SIGBUS_PENDING = f"pending & {1 << signal.SIGBUS - 1:#x}"
 FILTERS: dict[str, tuple[tuple[str, str], ...]] = {

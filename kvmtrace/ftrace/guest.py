@@ -1,7 +1,7 @@
-"""Where guest memory is: memslots as probes tell of them, and from there a page's owners.
+"""Where guest memory is: memslots as probes report them, and from there a page's owners.
 
-Pure. Slots are told when they are made or changed, and by faults on them; those of VMs that were
-there before are not known until a fault fails, and nothing here pretends otherwise.
+Pure. Slots are reported when they are made or changed, and by faults on them; those of VMs from
+before are not known until a fault fails, and nothing here pretends otherwise.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Memory errors as the hardware or the firmware reported them: ``mc_event`` … → ``HwError``.
 
-Fields are named as in include/ras/ras_event.h; what is not told, or declared not valid, is None.
+Fields are named as in include/ras/ras_event.h; what is missing, or declared not valid, is None.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A trigger sees every event, whether or not the ring had room for it (kernel/trace/trace.h,
 __event_trigger_test_discard: triggers come before the filter, and with a filter the entry is built
 outside of the ring). Three keys are all that a trigger takes, so failed exits have several: one
-for all of them by vCPU and kind, one for each annotated kind by address, and one that tells which
+for all of them by vCPU and kind, one for each annotated kind by address, and one that names which
 VM and vCPU a ``struct kvm_vcpu`` is. Entries are never taken back (clearing would lose what is
 counted meanwhile): when one by address has none left, the first still counts the rest.
 """
@@ -40,7 +40,7 @@ def rest_of(key: ExitKey) -> ExitKey | None:
 
 
 class Whose(NamedTuple):
-    """``struct kvm`` and number of a vCPU, and its process (None: not told)."""
+    """``struct kvm`` and number of a vCPU, and its process (None: not known)."""
 
     kvm: int
     vid: int
@@ -64,7 +64,7 @@ class SignalKey(NamedTuple):
 
 
 class SignalFacts(NamedTuple):
-    """What the counts tell beside; None where they do not."""
+    """What the counts hold beside; None where they do not."""
 
     lsb: int | None = None
     tgid: int | None = None
@@ -238,9 +238,9 @@ class Totals:
 class Reader:
     """Reads ``hist`` files, again where a row may have been caught in the middle of a hit.
 
-    A value is the sum over all hits, so that of equal numbers it tells the number. But the kernel
-    prints it after the hits, and a hit that came between counts in one of them only: a mean is
-    believed when two readings have the same.
+    A value is the sum over all hits: divided by them it is the number, if all were equal. But the
+    kernel prints hits and sum separately, and a hit in between counts in one of them only: a mean
+    is accepted when two readings have the same.
     """
 
     def __init__(self) -> None:

@@ -182,7 +182,7 @@ def own_name() -> str:
     """The name of this process's group and, with a suffix, instances.
 
     Process, its start in ticks since boot, and its PID namespace: a name that no other process
-    ever has, and from which another kvmtrace can tell whether we still live.
+    ever has, and from which another kvmtrace can see whether we still live.
     """
     pid = os.getpid()
     return f"kvmtrace_{pid}_{_started(pid)}_{_namespace():x}"

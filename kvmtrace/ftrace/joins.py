@@ -80,7 +80,7 @@ class Joiner:
 
     @property
     def behind(self) -> bool:
-        """The counts will have more to tell."""
+        """The counts have, or will have, more than the events."""
         muted = bool(self.faults.storms) or bool(self.signals.storms)
         return muted or self.faults.behind or self.signals.behind
 

@@ -1,7 +1,7 @@
-"""What can be told of VMs' memory at any time: slots that were seen, holders of guest_memfds.
+"""What can be looked up of VMs' memory at any time: slots that were seen, holders of guest_memfds.
 
 On kernels without typecasts in probe arguments (before 7.3) the probe on a poisoned guest_memfd
-page tells its inode and nothing of its VM; but /proc tells who holds that inode.
+page has its inode and nothing of its VM; but /proc shows which processes hold that inode.
 """
 
 from __future__ import annotations

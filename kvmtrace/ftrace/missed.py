@@ -26,7 +26,7 @@ class Missed:
     def _now(self) -> dict[str, int]:
         events = _EVENT.findall(_read(f"{self._root}/kprobe_events"))
         profile = _PROFILE.findall(_read(f"{self._root}/kprobe_profile"))
-        # The profile does not tell the groups; both files list the same events in the same order
+        # The profile does not have the groups; both files list the same events in the same order
         # (kernel/trace/trace_dynevent.c), unless one came or went in between.
         if [event.rpartition("/")[2] for event in events] != [name for name, _ in profile]:
             return self._last

@@ -25,7 +25,7 @@ def tgid_of(tid: int) -> int | None:
 class People:
     """The VM table, asked with records. Events that this leads to go to ``out``.
 
-    ``tgid_of``: thread → process, for records that do not tell.
+    ``tgid_of``: thread → process, for records without it.
     """
 
     def __init__(self, vms: VmTable, tgid_of: Callable[[int], int | None]) -> None:
@@ -40,7 +40,7 @@ class People:
         return self._key(struct, self._maker_of(record), ts or record.ts, record.fields.get("comm"))
 
     def key_of(self, struct: int, pid: int | None, ts: int) -> int:
-        """Likewise for an address of which only the counts tell; its last key, if it is gone."""
+        """Likewise for an address that only the counts have; its last key, if it is gone."""
         known = self._keys.get(struct)
         return self._key(struct, pid or 0, ts, None) if known is None else known
 
@@ -64,7 +64,7 @@ class People:
         self.out += self.vms.gone(struct, self._maker_of(record), record.ts, comm=comm)
 
     def process_of(self, tid: int, tgid: int | None) -> int:
-        """The process of a thread; the thread itself where it has ended and nobody told."""
+        """The process of a thread; the thread itself where it has ended and no record has it."""
         return tgid or self._tgid_of(tid) or tid
 
     def only_vm_of(self, pid: int) -> int | None:
@@ -73,7 +73,7 @@ class People:
         return keys[0] if len(keys) == 1 else None
 
     def struct_of(self, vm: int) -> int | None:
-        """Address of a VM's struct kvm, if it was told."""
+        """Address of a VM's struct kvm, if it was reported."""
         at = self.vms.struct_of(vm)
         return None if at is None else at[0]
 

@@ -1,7 +1,7 @@
 """Poison, and the pages of guest memory that it hits.
 
 A page of a guest_memfd is joined with its pfn as the correlator does it, by the thread, so that a
-fault on it can tell its owner (``Owned``) where the slot was not known at the time of the poison.
+fault on it can name its owner (``Owned``) where the slot was not known at the time of the poison.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Poisons:
         self._people = people
         self._types, self._results = names
         self.memory = GuestMemory()
-        """Where guest memory is, as far as probes told."""
+        """Where guest memory is, as far as probes reported it."""
         self._pages: OrderedDict[int, tuple[int, int]] = OrderedDict()  # thread → (ino, index)
         self._owned: OrderedDict[tuple[int, int, int], None] = OrderedDict()
 
@@ -42,7 +42,7 @@ class Poisons:
         self.memory.forget(struct)
 
     def gmem_error(self, record: Record) -> Event:
-        """memory_failure tells guest_memfd."""
+        """memory_failure calls guest_memfd."""
         fields = record.fields
         tid, index, ino = fields["common_pid"], fields["index"], fields.get("ino")
         owners: list[Owner] = []

@@ -1,4 +1,4 @@
-"""guest_memfd's answers EHWPOISON, counted: each is told once, by its event or by the counts."""
+"""guest_memfd's refusals (EHWPOISON): each is reported once, by its event or by the counts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Refusals:
             self._add(vm, key.gfn, count, now)
 
     def take(self) -> list[Event]:
-        """What is to be told, one event for each page."""
+        """What is to be reported, one event for each page."""
         batch, self._batch = self._batch, {}
         return [Refused(ts, vm, gfn, count) for (vm, gfn), (count, ts) in batch.items()]
 

@@ -66,11 +66,11 @@ class PageLayout:
 
     @classmethod
     def parse(cls, header_page: str) -> PageLayout:
-        """From the text of ``events/header_page``; raises ValueError where it tells none."""
+        """From the text of ``events/header_page``; raises ValueError where it has none."""
         fields = {field.name: field for field in _fields(header_page)}
         data, commit = fields.get("data"), fields.get("commit")
         if data is None or commit is None:
-            raise ValueError("events/header_page tells no layout")
+            raise ValueError("events/header_page has no layout")
         return cls(commit.size, data.offset, data.offset + data.size)
 
 

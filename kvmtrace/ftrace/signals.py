@@ -1,8 +1,8 @@
-"""Signals that tell of poison: one by one as they come, and by the kernel's counts in a storm.
+"""SIGBUS for poisoned memory: one by one as they come, and by the kernel's counts in a storm.
 
 A signal that KVM sends is sent from within the fault handler to the thread itself: the fault that
 returns next on this thread with the "poisoned" pfn is the one it was sent for. Where the handler
-does not tell that pfn (arm64), KVM_RUN's EINTR that follows at least tells the vCPU.
+does not return that pfn (arm64), KVM_RUN's EINTR that follows at least names the vCPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Signals:
 
     def __init__(self, people: People) -> None:
         self.behind = False
-        """Events were dropped since the counts were settled: these may know more than was told."""
+        """Events were dropped since the counts were settled: the counts may have more."""
         self.tally: Tally[SignalKey] = Tally()
         self.storms = SignalStorms()
         self._people = people
@@ -40,7 +40,7 @@ class Signals:
         return bool(self._waiting)
 
     def sigbus(self, record: Record) -> list[Event]:
-        """A signal is sent; told now, or when the fault that it was sent from is known."""
+        """A signal is sent; reported now, or when the fault that it was sent from is known."""
         fields = record.fields
         sender = fields["common_pid"]
         tid = fields.get("tid", sender)
@@ -75,7 +75,7 @@ class Signals:
         return told
 
     def bare(self, record: Record) -> Event:
-        """A SIGBUS that tells neither why nor where."""
+        """A SIGBUS without an address or a reason."""
         tid = record.fields["common_pid"]
         pid = self._people.process_of(tid, record.fields.get("tgid"))
         vm = self._people.only_vm_of(pid)
@@ -95,7 +95,7 @@ class Signals:
         return [event]
 
     def returned(self, record: Record) -> list[Event]:
-        """KVM_RUN ended with a SIGBUS pending: if no fault told it, that is the vCPU it is for."""
+        """KVM_RUN ended with a SIGBUS pending: if no fault named one, it is for that vCPU."""
         key, event = self._waiting.pop(record.fields["common_pid"], (None, None))
         if key is None or event is None:
             return []
@@ -111,7 +111,7 @@ class Signals:
         return [self._waiting.pop(tid)[1] for tid in late]
 
     def settle(self, totals: Totals, now: int, vm: int | None = None) -> list[Event]:
-        """Signals that the kernel counted and no event told; of one VM, or all."""
+        """Signals that the kernel counted and no event reported; of one VM, or all."""
         of = {key: self._of(key, totals, now) for key in totals.signals}
         wanted = {
             key: count for key, count in totals.signals.items() if vm is None or of[key].vm == vm
@@ -119,7 +119,7 @@ class Signals:
         return [replace(of[key], ts=now, count=count) for key, count in self.tally.total(wanted)]
 
     def unsettled(self, struct: int) -> bool:
-        """Whether the counts may know more of a VM than the events told."""
+        """Whether the counts may have more of a VM than the events."""
         return self.behind or self.storms.in_vm(struct)
 
     def _of(self, key: SignalKey, totals: Totals, now: int) -> Sigbus:

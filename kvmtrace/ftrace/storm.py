@@ -1,4 +1,4 @@
-"""Storms: what comes too often to be told one by one is muted in the ring, not in the count.
+"""Storms: what comes too often to be reported one by one is muted in the ring, not in the count.
 
 A key that storms is excluded by the events' own filters, so that it costs neither room in the ring
 nor our time; the hist triggers, which do not look at the events' filter, go on counting it. When
@@ -63,7 +63,7 @@ class Storms(Generic[K]):
             self.changed = True
 
     def reading(self, totals: Mapping[K, int]) -> None:
-        """The counts were read: keys that have been quiet are heard again.
+        """The counts were read: keys that have been quiet are let through again.
 
         So are those that the kernel has no entry for, since nothing but their events counts them.
         """
@@ -77,7 +77,7 @@ class Storms(Generic[K]):
                 self.changed = True
 
     def refuse(self) -> None:
-        """The kernel refused the filters that were to mute these: all are heard."""
+        """The kernel refused the filters that were to mute these: all come through."""
         self._muted.clear()
         self.refused = True
 
@@ -96,7 +96,7 @@ class ExitStorms(Storms[ExitKey]):
     """Of failed exits."""
 
     def mutes(self, struct: int, gfn: int) -> bool:
-        """Whether faults of this page are not heard of."""
+        """Whether faults of this page are muted."""
         return any(
             muted.struct == struct and key.gpa is not None and kvm.gfn_of(key.gpa) == gfn
             for key, muted in self._muted.items()
@@ -105,7 +105,7 @@ class ExitStorms(Storms[ExitKey]):
     def conditions(self) -> dict[str, list[str]]:
         """{event: what to leave out of it}."""
         found: dict[str, list[str]] = {"run": [], "gmem": [], "faultin": []}
-        # It cannot tell a call that ``run`` was not there for from one that is muted.
+        # For it a call that ``run`` was not there for looks like one that is muted.
         found["run_under_way"] = ["errno < 0"] if self._muted else []
         for key, muted in self._muted.items():
             ret = f"vcpu == {key.vcpu:#x} && ret == {key.ret}"

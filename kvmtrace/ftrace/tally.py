@@ -1,4 +1,4 @@
-"""What was told, reconciled with what the kernel counted."""
+"""What was reported, reconciled with what the kernel counted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Tally(Generic[K]):
-    """Reconciles events with totals, so that what is told adds up to what happened.
+    """Reconciles events with totals, so that what is reported adds up to what happened.
 
     A thing is known by its event (``event``), by the kernel's total (``total``), or both. What was
-    told of a key is never more than there was so far, and after ``total`` never less than the
-    total: the larger of "events seen" and "kernel's total" is told, each thing once.
+    reported of a key is never more than there was so far, and after ``total`` never less than the
+    total: the larger of "events seen" and "kernel's total" is reported, each thing once.
 
     The kernel has room for so many keys. ``rest_of`` gives for each further key the one under which
     it counts all those together (``rests``); without one, what came without an event is ``lost``.
@@ -30,7 +30,7 @@ class Tally(Generic[K]):
         self._lost = 0
 
     def event(self, key: K) -> bool:
-        """An event of this key was read: whether it has to be told now."""
+        """An event of this key was read: whether it has to be reported now."""
         seen = self._seen[key] = self._seen.get(key, 0) + 1
         if seen <= self._told.get(key, 0):
             return False
@@ -38,7 +38,7 @@ class Tally(Generic[K]):
         return True
 
     def total(self, counts: Mapping[K, int]) -> list[tuple[K, int]]:
-        """Things of which no event came: [(key, how many)], told by this."""
+        """Things of which no event came: [(key, how many)], reported by this."""
         owed = []
         self._in_kernel.update(counts)
         for key, total in counts.items():
@@ -70,7 +70,7 @@ class Tally(Generic[K]):
         """The kernel's entries are used up, and these are all of them: remember no further keys.
 
         What was seen before the previous reading and is not in this one never gets an entry; its
-        events are told one by one, and only their number is needed.
+        events are reported one by one, and only their number is needed.
         """
         for key in self._doubtful:
             if key not in counts and key in self._seen:

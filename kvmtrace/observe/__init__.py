@@ -1,4 +1,4 @@
-"""Sources around a source: what the kernel does not say by itself, looked up while it can be."""
+"""Sources around a source: what the kernel does not report, looked up while it can be."""
 
 from kvmtrace.observe.observed import Observed, Observer
 from kvmtrace.observe.quiet import Quiet

@@ -10,7 +10,7 @@ from kvmtrace.sources import Source
 
 
 class Around:
-    """Passes on what ``inner`` says of itself; ``poll`` is for whoever adds to its events."""
+    """Pass on what ``inner`` reports of itself; ``poll`` is left to what adds to its events."""
 
     def __init__(self, inner: Source) -> None:
         self.inner = inner

@@ -19,7 +19,7 @@ from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import Event, Found, KernelCounts, Lost
 
 COUNTS_SECONDS = 5.0
-SETTLE_SECONDS = 1.0  # memory_failure marks a page first and tells of it last
+SETTLE_SECONDS = 1.0  # memory_failure marks a page first and reports it last
 READ_PAGES = 1 << 15  # a few milliseconds
 MAX_FOUND = Limits().incidents  # each is an incident
 
@@ -94,15 +94,15 @@ class Inventory:
         self._next_counts = 0.0
         self._pages: Iterator[list[int]] | None = None
         self._settling: list[tuple[float, list[int]]] = []
-        self._beyond = 0  # found, and not to be told
+        self._beyond = 0  # found, and not to be reported
 
     def look(
         self, ts: int, deadline: float, seen: frozenset[int], *, last: bool = False
     ) -> list[Event]:
-        """Pages until ``deadline`` (monotonic seconds). ``seen``: pfns that events told of.
+        """Pages until ``deadline`` (monotonic seconds). ``seen``: pfns that events have.
 
-        A page is told a while after it was found marked, as it may be one that is just being
-        poisoned: its event comes meanwhile. ``last``: tell all.
+        A page is reported a while after it was found marked, as it may be one that is just being
+        poisoned: its event comes meanwhile. ``last``: report all.
         """
         while self._pages is not None:
             pfns = next(self._pages, None)
@@ -121,14 +121,14 @@ class Inventory:
         return events
 
     def settle(self, pfns: list[int]) -> None:
-        """Poisoned pages that somebody ran into: told like those that ``look`` finds."""
+        """Poisoned pages that a thread ran into: reported like those that ``look`` finds."""
         if pfns:
             self._settling.append((time.monotonic() + SETTLE_SECONDS, pfns))
 
     def counts(self, ts: int) -> list[Event]:
         """The kernel's account, if it was due and has changed.
 
-        To be read before events are: the kernel tells of a page before it counts it
+        To be read before events are: the kernel reports a page before it counts it
         (action_result), so what is counted here and is not among them was missed.
         """
         if time.monotonic() < self._next_counts:

@@ -1,4 +1,4 @@
-"""What the kernel does not say by itself, looked up while it can be: who owns a poisoned page.
+"""What the kernel does not report, looked up while it can be: which VM owns a poisoned page.
 
 ``Observed`` is a source around a source: it adds owners found in page tables just before the
 poison they belong to, the pfn of signals, who made the CPU of a machine check, pages that were
@@ -96,7 +96,7 @@ def in_order(events: list[Event]) -> list[Event]:
 
 
 class Observer:
-    """Adds to batches of events what page tables tell. ``memory``: what the source can look up."""
+    """Adds to batches of events what page tables show. ``memory``: what the source can look up."""
 
     def __init__(self, memory: Memory | None = None, proc: str = "/proc") -> None:
         self._memory = memory
@@ -132,7 +132,7 @@ class Observer:
         return frozenset(self._seen)
 
     def suspects(self) -> list[int]:
-        """Poisoned pages that somebody was told of and whose poison was not; each is given once."""
+        """Poisoned pages with a delivery but no poison event; each is given once."""
         fresh, self._fresh = self._fresh, []
         return fresh
 
@@ -423,12 +423,12 @@ class Observer:
         alone = sum(pid == place.pid for pid in self._pid_of.values()) == 1
         return [Owner(vm, None, place.hva)] if alone else []
 
-    # -- huge pages, of which pagemap does not tell the pfn
+    # -- huge pages, of which pagemap does not have the pfn
 
     def _named(self, places: list[Place], huge: frozenset[int]) -> list[Place]:
         """The places with their pfn; without those of huge pages that remain unknown.
 
-        The page table itself tells, where the source can read it. Where not: if one lost huge page
+        The page table itself has it, where the source can read it. Where not: if one lost huge page
         is new and one poisoned page is a huge one without a place, they belong together.
         """
         named = [place for place in places if place.pfn is not None]

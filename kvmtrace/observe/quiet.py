@@ -1,6 +1,6 @@
-"""That nothing happened is told too: the model has no clock but the events'.
+"""That nothing happened is an event, too: the model has no clock but the events'.
 
-A refusal that KVM_RUN has not told within seconds was swallowed; a loop of which nothing was heard
+A refusal that KVM_RUN has not delivered within seconds was swallowed; a loop without a delivery
 for a while has ended. ``Quiet`` is a source around a source: after its last event it adds one that
 says how late it is, at intervals that double, so that a quiet host stays quiet.
 """

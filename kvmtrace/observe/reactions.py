@@ -1,7 +1,7 @@
-"""What becomes of vCPUs that were told of poison, looked up in /proc some times afterwards.
+"""What becomes of vCPUs that were notified of poison, looked up in /proc some times afterwards.
 
-``Reactions`` is a source around a source: it adds ``VcpuState`` events for the threads that its
-events told. They are events like any others, so recordings hold them.
+``Reactions`` is a source around a source: it adds ``VcpuState`` events for the threads that were
+notified. They are events like any others, so recordings hold them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvmtrace.sources import Source
 
 _SECOND = 1_000_000_000
 
-# After the last telling. A VMM that copes does so within milliseconds; a person takes minutes.
+# After the last delivery. A VMM that copes does so within milliseconds; a person takes minutes.
 LOOKS_NS = tuple(int(s * _SECOND) for s in (0.5, 2, 5, 12, 30, 120, 600))
 MAX_THREADS = 256
 
@@ -31,7 +31,7 @@ _KVM_RUN = (0xAE80, 0x2000AE80)
 
 
 def _by_its_own_access(event: Sigbus) -> bool:
-    """Sent by the thread itself: in KVM_RUN it is a vCPU's, though nothing may tell which one's."""
+    """Sent by the thread itself: in KVM_RUN it is a vCPU's, though which one's may not be known."""
     return event.code == kvm.BUS_MCEERR_AR and event.sender == event.tid
 
 
@@ -41,13 +41,13 @@ class _Thread:
     tid: int
     vcpu: int | None
     told_ns: int
-    begun: str | None  # its start time, by which a tid that is used again is told
+    begun: str | None  # its start time: a tid that is used again has another
     next: int = 0
     cpu_ns: int | None = None
 
 
 class Reactions(Around):
-    """A source whose told vCPUs are followed up. ``now``: ns since the epoch."""
+    """A source whose notified vCPUs are followed up. ``now``: ns since the epoch."""
 
     def __init__(
         self, inner: Source, proc: str = "/proc", now: Callable[[], int] = clock.now_ns
@@ -117,7 +117,7 @@ class Reactions(Around):
         return VcpuState(now, one.vm, one.tid, state, one.vcpu, ran)
 
     def _state(self, one: _Thread) -> str | None:
-        """One of VcpuState's; None where /proc does not tell."""
+        """One of VcpuState's; None where /proc does not show it."""
         stat = self._stat(one.tid)
         if stat is None or stat[0] in "ZXx" or (one.begun is not None and stat[1] != one.begun):
             return "gone"

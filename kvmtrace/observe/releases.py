@@ -1,4 +1,4 @@
-"""Whether a poisoned page is still where it was in a VMM's memory: its page table tells.
+"""Whether a poisoned page is still where it was in a VMM's memory, by its page table.
 
 The entry of a lost page names the pfn until something else is put there, which is what a VMM that
 copes does. ``Releases`` is a source around a source. Hugetlb pages have no such entry, and
@@ -23,7 +23,7 @@ MAX_PLACES = 1024
 
 
 class Releases(Around):
-    """A source that also tells when a poisoned page left a VM. ``now``: ns since the epoch."""
+    """A source that also reports when a poisoned page left a VM. ``now``: ns since the epoch."""
 
     def __init__(
         self, inner: Source, proc: str = "/proc", now: Callable[[], int] = clock.now_ns
@@ -58,7 +58,7 @@ class Releases(Around):
 
     def _watch(self, vm: int, pfn: int, hva: int) -> None:
         place = (vm, pfn, hva // PAGE * PAGE)
-        # A page that is not mapped there, or of which the entry does not tell, cannot be followed.
+        # A page that is not mapped there, or whose entry does not name it, cannot be followed.
         if place in self._places or not self._is_there(*place):
             return
         if not self._is_of_guest_memfd(vm, hva):
@@ -81,9 +81,9 @@ class Releases(Around):
         return [Released(now, vm, pfn, hva) for vm, pfn, hva in left]
 
     def _is_there(self, vm: int, pfn: int, hva: int) -> bool | None:
-        """None where that cannot be told: nothing can be read, or the process is on its way out.
+        """None where that is not known: nothing can be read, or the process is on its way out.
 
-        Its end is another story, which VmGone tells, and takes its memory down well before that.
+        Its end is reported by VmGone, and takes its memory down well before that.
         """
         pid = self._pid_of.get(vm)
         entry = None if pid is None else entry_at(pid, hva, self._proc)

@@ -41,7 +41,7 @@ class Source(Protocol):
 
 CHOICES = ("auto", "bpf", "ftrace")
 
-# Named rather than imported: whoever uses one source must not need what the other one needs.
+# Named rather than imported: users of one source must not need what the other one needs.
 _CLASSES = {
     "bpf": ("kvmtrace.sources.bpf", "BpfSource"),
     "ftrace": ("kvmtrace.sources.ftrace", "FtraceSource"),

@@ -1,4 +1,4 @@
-"""The eBPF source: compiles bpf/kvmtrace.bpf.c with bcc, attaches what it can, tells events.
+"""The eBPF source: compiles bpf/kvmtrace.bpf.c with bcc, attaches what it can, emits events.
 
 The only module that knows bcc. Kernel structs are reached by offsets from BTF that are passed to
 the compiler; see bpf/kvmtrace.bpf.c for what is passed.
@@ -160,7 +160,7 @@ class BpfSource:
     def _meet(self) -> None:
         """The VMs that are there, to ``_backlog``.
 
-        The kernel's list first: it tells their generations too. What /proc tells of without one
+        The kernel's list first: it has their generations too. What /proc shows without one
         is a VM from before the first event, and some began since these programs were attached.
         """
         self.memory.use(self._programs.walk, self._programs.generation)

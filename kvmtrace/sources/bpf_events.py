@@ -66,7 +66,7 @@ class Counters(Protocol):
 
 
 class Translator:
-    """Holds what must outlive one record: VM keys, totals already told, signals held back.
+    """Holds what must outlive one record: VM keys, totals already reported, signals held back.
 
     ``offset_ns``: epoch minus CLOCK_MONOTONIC. ``names``: page types and results as the kernel
     prints them, by number.
@@ -98,7 +98,7 @@ class Translator:
         return self._vms.scan(self._now())
 
     def met(self, struct: int, generation: int, pid: int) -> tuple[int, list[Event]]:
-        """The key of a VM that was found rather than heard of, and its VmSeen if it is new."""
+        """The key of a VM that was found rather than reported, and its VmSeen if it is new."""
         return self._vms.key(struct, pid, self._now(), generation=generation)
 
     def struct_of(self, vm: int) -> tuple[int, int] | None:
@@ -122,7 +122,7 @@ class Translator:
             if header.type == records.SIGBUS:
                 count = self._counts.record(record)
                 if not count:
-                    continue  # the counters told it
+                    continue  # the counters had it
                 signal = replace(self._sigbus(record, events), count=count)
                 self._counts.learn(signal)
                 self._signals[tid] = signal
@@ -149,7 +149,7 @@ class Translator:
         return events
 
     def counters(self, kernel: Counters, *, at_once: bool = False) -> list[Event]:
-        """What was counted and not told; what was lost.
+        """What was counted and not reported; what was lost.
 
         Once a second at most, or ``at_once``: for what ends with this.
         """

@@ -71,7 +71,7 @@ TRACEPOINT_ARGUMENTS = (("arm_event", "sev"),)
 
 SIZES = ("cper_sec_proc_arm", "page")
 
-# Without these, nothing of a probe's story can be told.
+# Without these, a probe has nothing to report.
 NEEDS: dict[str, tuple[str, ...]] = {
     "run": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run", "kvm_run_exit_reason"),
     "faultin": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_page_fault_gfn"),

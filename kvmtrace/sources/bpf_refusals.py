@@ -27,7 +27,7 @@ _REASONS = {
 class Refusal:
     """``why``: for people. ``detail``: what bcc said; None where it was not asked.
 
-    ``number``: the errno behind it; None where bcc does not tell.
+    ``number``: the errno behind it; None where bcc does not say.
     """
 
     why: str

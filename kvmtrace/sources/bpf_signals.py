@@ -1,4 +1,4 @@
-"""Signals by the eBPF programs' counters: what no record told is told by how many there were."""
+"""Signals by the eBPF programs' counters: what no record reported is reported by its number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Same = tuple[int, int, int, int | None]  # sender, target thread, code, address
 
 
 class SignalCounts:
-    """Each signal is told once: by its record, or by the counters."""
+    """Each signal is reported once: by its record, or by the counters."""
 
     def __init__(self) -> None:
         self._told: dict[bytes, int] = {}
@@ -23,7 +23,7 @@ class SignalCounts:
         self._known: OrderedDict[_Same, Sigbus] = OrderedDict()
 
     def record(self, record: Any) -> int:
-        """How many signals a record stands for; 0 if it was told by the counters."""
+        """How many signals a record stands for; 0 if the counters reported it."""
         if not record.total:
             return 1  # the map is full
         key = records.SigbusKey(
@@ -35,7 +35,7 @@ class SignalCounts:
     def owed(
         self, counted: Iterable[tuple[records.SigbusKey, records.SigbusCount]]
     ) -> Iterator[tuple[Any, int, int]]:
-        """(something like a record, how many, when) of what no record will tell."""
+        """(something like a record, how many, when) of what no record will report."""
         for key, count in counted:
             # Up to ``sent`` records are on their way.
             fresh = self._tell(key, count.total) if count.total > count.sent else 0

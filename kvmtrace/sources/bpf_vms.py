@@ -159,7 +159,7 @@ class Walk:
             missing = [member for member in members if offsets.get(member) is None]
             missing += [variable for variable in variables if not symbols.get(variable)]
             if missing:
-                self.why[name] = f"this kernel does not tell where {missing[0]} is"
+                self.why[name] = f"this kernel's BTF does not say where {missing[0]} is"
                 self._programs[name] = None
 
     def vms(self) -> list[tuple[int, int]] | None:
@@ -282,7 +282,7 @@ def poisoned_arm64(entry: int) -> int | None:
     return None
 
 
-# Program, the variables that it is told of, and how to read an entry.
+# Program, the variables that it is given, and how to read an entry.
 _PAGE_TABLES: dict[str, tuple[str, tuple[str, ...], Callable[[int], int | None]]] = {
     "x86_64": ("huge_entry", ("page_offset_base", "pgdir_shift", "sme_me_mask"), poisoned_x86),
     "aarch64": ("huge_entry_arm64", ("memstart_addr",), poisoned_arm64),

@@ -47,7 +47,7 @@ class Decoder:
     def event(self, record: Mapping[str, Any]) -> Event | None:
         """The event of a line, None if it is of the probes. Raises Malformed.
 
-        What only a newer kvmtrace knows of is told as lost: the rest can still be read.
+        What only a newer kvmtrace knows of is counted as lost: the rest can still be read.
         """
         kind = record.get("kind")
         if not isinstance(kind, str):
@@ -92,7 +92,7 @@ def build(cls: type[_T], record: Mapping[str, Any]) -> _T:
 def checked(value: _T) -> _T:
     """The dataclass with every field of its declared type, in range, and its strings cleaned.
 
-    Raises Malformed, or another of ``WRONG``. Whoever writes lines uses it as well: one number that
+    Raises Malformed, or another of ``WRONG``. Writers of lines use it as well: one number that
     no reader takes must not cost all that comes after it.
     """
     changes: dict[str, Any] = {}

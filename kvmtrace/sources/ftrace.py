@@ -29,7 +29,7 @@ from kvmtrace.vms import VmTable
 
 COUNT_SECONDS = 1.0  # how often the kernel's counts are read while something is going on
 UPKEEP_SECONDS = 1.0  # how often kvm's coming and going, CPUs and missed VMs are looked at
-SCAN_SECONDS = 5.0  # how often /proc is searched for VMs where no probe tells of new ones
+SCAN_SECONDS = 5.0  # how often /proc is searched for VMs where no probe reports new ones
 BATCH_SECONDS = 0.05  # how long faults may gather after some were read
 SIGNAL_SECONDS = 0.02  # how soon to look for the fault that a signal was sent from
 
@@ -53,7 +53,7 @@ class FtraceSource:
         self._active = False  # something may have been counted since the counts were read
         self._doubt = 0  # batches in which a join may lack a record that was dropped
         self._deaf = False  # signals were dropped in this batch
-        self._damaged = 0  # entries that are not as their format says, since that was told
+        self._damaged = 0  # entries that are not as their format says, since that was reported
         self._offset_ns = clock.epoch_offset_ns()
         root = access.tracefs()
         attach.remove_dead(root)
@@ -253,7 +253,7 @@ class FtraceSource:
                 # Joins are in doubt, in this batch and for what was under way while it was read.
                 self._doubt = 2
             self._deaf |= dropped > 0 and name == "signals"
-            # Exits and signals are told all the same, where they are counted.
+            # Exits and signals are reported all the same, where they are counted.
             counted = fields.COUNTED.get(name)
             if dropped and not (counted and self._attacher.counted(*counted)):
                 events.append(Lost(ts, f"ftrace_{name}", dropped))

@@ -76,7 +76,7 @@ class JoinedSource:
                     self._take(record, events)
             except WRONG as error:
                 raise KvmtraceError(
-                    f"kvmtrace serve (pid {self.pid}) said what is no event",
+                    f"kvmtrace serve (pid {self.pid}) sent what is no event",
                     "is it another version? --source bpf or ftrace attaches without it",
                 ) from error
             if len(events) >= (1 if timeout > 0 else _MANY):
@@ -98,7 +98,7 @@ class JoinedSource:
         return self._decoder.probes
 
     def probe_runs(self) -> Mapping[str, ProbeRuns]:
-        """Not told; the serve's own metrics have them."""
+        """Not sent; the serve's own metrics have them."""
         return {}
 
     def close(self) -> None:

@@ -70,8 +70,8 @@ class RecordingSource:
     """A recording as a source: ``poll`` gives the next events at once, until ``done``.
 
     ``recorded``: the host as it was recorded, by a kvmtrace of ``version`` (None: not said), and
-    ``host`` as a replay shows it. ``truncated``: the last line was cut off (whoever wrote it was
-    killed) and is left out. ``damage``: what ended it before its end; events before that are told.
+    ``host`` as a replay shows it. ``truncated``: the last line was cut off (its writer was
+    killed) and is left out. ``damage``: what ended it before its end; events before that are read.
     """
 
     name = "recording"

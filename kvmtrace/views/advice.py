@@ -32,18 +32,18 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
         missing.append("whose page it is: no VM with it was found")
     vague = sorted({owner.vm for owner in incident.owners if owner.gfn is None})
     if vague:
-        missing.append(f"the gfn in {_names(incident, vague)}: no slot or access told it")
+        missing.append(f"the gfn in {_names(incident, vague)}: no memslot and no access shows it")
     if incident.size is None:
-        missing.append("how much is lost: no mapping or signal told the size")
+        missing.append("how much is lost: no mapping and no signal shows the size")
     if incident.first_delivery_ts is None and incident.owners:
         if incident.before_start:
-            missing.append("who was told of it, and touched it, before kvmtrace started")
+            missing.append("who was notified of it, and touched it, before kvmtrace started")
         elif off := _without(snapshot, "run", "sigbus", "sigbus_forced"):
-            missing.append(f"whether the VMM was told by what is not watched{off}")
+            missing.append(f"whether the VMM was notified by what is not watched{off}")
     for verdict in incident.verdicts:
         if verdict.word == "unknown":
             who = _names(incident, [verdict.vm])
-            why = "it was told only just now" if verdict.early else verdict.evidence[0]
+            why = "it was notified only just now" if verdict.early else verdict.evidence[0]
             missing.append(f"what {who} did about it: {why}")
     if incident.omitted:
         missing.append(f"{incident.omitted} entries of the timeline: there was no room for them")
@@ -259,8 +259,8 @@ def _for_hardware(incident: Incident) -> list[str]:
         case "candidates":
             among = listed(dimms.candidates(origin.label))
             return [
-                f"find out which DIMM fails, one of {among}: {errors}, and EDAC cannot tell them"
-                " apart; change their places, one at a time, and see where errors follow"
+                f"find out which DIMM fails, one of {among}: {errors}, and EDAC does not"
+                " distinguish them; change their places, one at a time, and see where errors follow"
             ]
         case "rank":
             return [

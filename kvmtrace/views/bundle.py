@@ -20,7 +20,7 @@ __all__ = ["Redaction", "contents", "write"]
 def contents(
     recording: str, snapshot: Snapshot, version: str | None, bcc: str | None
 ) -> dict[str, str]:
-    """{file name: text} of what the events tell.
+    """{file name: text} of what the events show.
 
     ``version``: of the kvmtrace that recorded them. ``bcc``: its version, None if it is not here.
     """

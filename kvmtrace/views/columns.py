@@ -46,7 +46,7 @@ def _name(row: VmRow, width: int | None) -> str:
 
 
 def _causes(row: VmRow, width: int | None) -> str:
-    # EHWPOISON has a column, and one cause. Exits that no probe could tell the cause of are said.
+    # EHWPOISON has a column, and one cause. Exits without a known cause are shown.
     counts = row.vm.exits_by_cause()
     unknown = sum(count for (_, cause), count in row.vm.exits.items() if cause is None)
     named = [(c, counts[c]) for c in CAUSES if c != "hwpoison" and counts.get(c)]

@@ -26,9 +26,9 @@ from kvmtrace.views.rows import IncidentRow, incident_rows, state_word
 _LABEL = 18
 
 _STATES = (
-    ("looping", "the same VM is told of the same page again and again: its VMM is not coping"),
+    ("looping", "the VMM is notified of the same page again and again: it does not cope"),
     ("kernel", "the kernel itself uses the page, or may: the host is at risk"),
-    ("delivered", "the VM was told, by an EHWPOISON exit or by SIGBUS"),
+    ("delivered", "the VMM was notified, by an EHWPOISON exit or by SIGBUS"),
     ("undeliv.", "guest_memfd refused the page to a guest, and no VMM was notified"),
     ("latent", "a VM owns the page, its guest has not touched it yet"),
     ("unowned", "no VM is known to own the page"),
@@ -145,7 +145,8 @@ def _fact(label: str, value: str, style: str = "") -> Line:
 
 
 def _refusals(vm: Vm) -> str:
-    return f"{counted(vm.undelivered, 'refusal')} by guest_memfd that no exit of KVM_RUN told"
+    refusals = counted(vm.undelivered, "refusal")
+    return f"{refusals} by guest_memfd of which KVM_RUN did not notify the VMM"
 
 
 def _exits(vm: Vm) -> list[Line]:

@@ -61,7 +61,7 @@ def judge(facts: Facts, attempts: Sequence[Attempt]) -> Report:
     elif seen and facts.types.memory_fault_exit is False:
         verdict = "this kernel has no memory-fault exit; poison and SIGBUS can be seen"
     elif seen:
-        verdict = "KVM_RUN can be watched, but whether it tells memory faults is not known"
+        verdict = "KVM_RUN can be watched, but whether it reports memory faults is not known"
     else:
         verdict = "memory-fault exits cannot be seen here"
     checks = (*_host_checks(facts), *_source_checks(attempts), *_probe_checks(facts, chosen))

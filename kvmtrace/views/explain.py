@@ -125,26 +125,22 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
     for told in incident.told:
         for code, count in told.sigbus.items():
             signals[code] = signals.get(code, 0) + count
-    told_by = [f"{counted(incident.exits, 'exit')} of KVM_RUN"] if incident.exits else []
-    told_by += [f"{count} SIGBUS {code}" for code, count in sorted(signals.items())]
+    by = [f"{counted(incident.exits, 'exit')} of KVM_RUN"] if incident.exits else []
+    by += [f"{count} SIGBUS {code}" for code, count in sorted(signals.items())]
     if others := incident.sigbus - sum(signals.values()):
-        told_by.append(f"{others} SIGBUS to a process of which no VM, or several, are known")
-    yield (
-        "told by",
-        listed(
-            told_by, "nothing since kvmtrace started" if incident.before_start else "nothing yet"
-        ),
-    )
+        by.append(f"{others} SIGBUS to a process of which no VM, or several, are known")
+    not_yet = "not since kvmtrace started" if incident.before_start else "not yet"
+    yield "notified", f"by {listed(by)}" if by else not_yet
     if incident.sigbus_to_others:
         to = "a process" if incident.sigbus_to_others == 1 else "processes"
         yield "others", f"{counted(incident.sigbus_to_others, 'signal')} to {to} without a VM"
     if incident.undelivered:
         refusals = counted(incident.undelivered, "refusal")
-        yield "not told", f"{refusals} by guest_memfd, of which KVM_RUN said nothing"
+        yield "undeliv.", f"{refusals} by guest_memfd of which KVM_RUN did not notify the VMM"
 
 
 def origin_parts(origin: Origin) -> Iterator[str]:
-    """What hardware said of a page, most telling first."""
+    """What hardware reported of a page, what names a part first."""
     if origin.label:
         yield dimm_of(origin.label)
     if origin.socket is not None:

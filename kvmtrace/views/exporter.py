@@ -133,7 +133,7 @@ class Exporter(Collector):
     def _families(self, success: GaugeMetricFamily) -> Iterator[Metric]:
         try:
             snapshot = self._snapshot()
-        except BaseException:  # whatever ended the source, an exit() too: /-/healthy tells it
+        except BaseException:  # whatever ended the source, an exit() too: /-/healthy says why
             success.add_metric(["snapshot"], 0)
             return
         success.add_metric(["snapshot"], 1)
@@ -197,7 +197,7 @@ class Exporter(Collector):
         )
         verdicts = GaugeMetricFamily(
             "kvmtrace_incident_verdicts",
-            "Incidents that a VMM was told of, by what it did then.",
+            "Incidents of which a VMM was notified, by what it did then.",
             labels=["verdict"],
         )
         words = dict.fromkeys(VERDICTS, 0)
@@ -210,7 +210,7 @@ class Exporter(Collector):
         bounds = [*(repr(float(bound)) for bound in LATENCY_BUCKETS), "+Inf"]
         yield HistogramMetricFamily(
             "kvmtrace_poison_to_delivery_seconds",
-            "Time from a page's poisoning until userspace was first told of it.",
+            "Time from a page's poisoning to its first delivery to userspace.",
             buckets=list(zip(bounds, accumulate(snapshot.latency.counts), strict=True)),
             sum_value=snapshot.latency.sum_seconds,
         )
@@ -255,7 +255,7 @@ def _probes(snapshot: Snapshot) -> Iterator[Metric]:
 
 
 def _vm_families(series: list[VmSeries]) -> Iterator[Metric]:
-    info = InfoMetricFamily("kvmtrace_vm", "Who is behind a vm label.", labels=["vm"])
+    info = InfoMetricFamily("kvmtrace_vm", "Which VM a vm label stands for.", labels=["vm"])
     exits = CounterMetricFamily(
         "kvmtrace_memory_fault_exits",
         "KVM_RUN calls that came back to the VMM with a memory fault.",
@@ -271,7 +271,7 @@ def _vm_families(series: list[VmSeries]) -> Iterator[Metric]:
     )
     undelivered = CounterMetricFamily(
         "kvmtrace_undelivered",
-        "Times guest_memfd refused a poisoned page and KVM_RUN did not tell the VMM.",
+        "Times guest_memfd refused a poisoned page and KVM_RUN did not notify the VMM.",
         labels=["vm"],
     )
     for one in series:

@@ -1,4 +1,4 @@
-"""The landing page: one snapshot as plain HTML, for whoever opens the exporter's port.
+"""The landing page: one snapshot as plain HTML, for people who open the exporter's port.
 
 Self-contained (no scripts, no other files), readable on a phone, and everything that comes from
 the outside is escaped.
@@ -103,7 +103,7 @@ def _incidents(snapshot: Snapshot, now: int) -> _Table:
         ("Exits", "n"),
         ("SIGBUS", "n"),
         "Poisoned",
-        "Last told",
+        "Last notified",
     )
     rows: list[list[_Cell]] = []
     for one in sorted(snapshot.incidents, key=_by_urgency):

@@ -118,7 +118,7 @@ class Redaction:
     def _text(self, text: str) -> str:
         if not text or is_fixed(text):
             return text
-        folded, spans = _fold(text)
+        folded, spans = fold(text)
         pieces, done = [], 0
         for at in self._needles.places(folded):
             if spans[at][0] >= done:
@@ -158,7 +158,7 @@ def _stand_ins(seen: dict[str, dict[str, None]], host: str) -> dict[str, str]:
 
 def _series(role: str, names: Iterable[str]) -> str:
     """What stand-ins are called, so that none of them has a name in it that somebody has."""
-    stems = {re.sub(r"\d+$", "", _fold(name)[0]) for name in names if len(name) > 1}
+    stems = {re.sub(r"\d+$", "", fold(name)[0]) for name in names if len(name) > 1}
     stems.discard("")
     others = map("".join, itertools.product("xqzjk", repeat=3))
     free = (
@@ -190,7 +190,7 @@ class _Needles:
         for name, stand_in in stand_ins.items():
             whole = name.removesuffix(_CUT_OFF)
             # What looks like an escape in a name may be written as such, or be escaped.
-            for folded in (_fold(whole)[0].strip(), _fold(whole, escaped=False)[0].strip()):
+            for folded in (fold(whole)[0].strip(), fold(whole, escaped=False)[0].strip()):
                 if folded in commandline.VMMS:
                     continue
                 if folded.isdecimal() or len(folded.encode()) < _SHORT:
@@ -304,7 +304,7 @@ _UNIT = re.compile(r"\\+u([0-9a-fA-F]{4})")
 _BYTE = re.compile(r"(?:\\+x|%)([0-9a-fA-F]{2})|\\+([0-7]{3})")
 
 
-def _fold(text: str, *, escaped: bool = True) -> tuple[str, list[tuple[int, int]]]:
+def fold(text: str, *, escaped: bool = True) -> tuple[str, list[tuple[int, int]]]:
     """``text`` for comparison: without escapes, case, accents, and what ``identity.clean`` drops.
 
     → (folded text, where in ``text`` each of its characters is from). ``escaped``: it may have
@@ -395,6 +395,4 @@ _WORDS = frozenset(
 def is_fixed(text: str) -> bool:
     """Whether it is made of words that are no names, and of small numbers."""
     words = re.split("[ _:-]", text.lower())
-    return all(
-        word in _WORDS or (word.isdecimal() and len(word) < _SHORT) for word in words
-    )
+    return all(word in _WORDS or (word.isdecimal() and len(word) < _SHORT) for word in words)

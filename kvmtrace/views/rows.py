@@ -17,7 +17,7 @@ KERNEL_ITSELF = "the kernel itself"
 
 @dataclass(frozen=True, slots=True)
 class VmRow:
-    """A VM as the tables show it. ``rate``: exits per second, where two snapshots told."""
+    """A VM as the tables show it. ``rate``: exits per second; None without two snapshots."""
 
     vm: Vm
     rate: float | None

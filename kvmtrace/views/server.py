@@ -1,4 +1,4 @@
-"""A small HTTP server: loopback by default, and bounded by itself, whoever asks.
+"""A small HTTP server: loopback by default, and bounded for any client.
 
 One thread with asyncio, so that a connection costs a descriptor and some kilobytes, not a thread. A
 request has a deadline and a head of some kilobytes. Where there is no room for a connection, the

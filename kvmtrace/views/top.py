@@ -136,7 +136,7 @@ class TopApp(App[None]):
             asyncio.get_running_loop().remove_signal_handler(number)
 
     def tick(self) -> None:
-        """Take a snapshot and draw it. Also while paused: a reader that failed is told at once."""
+        """Take a snapshot and draw it. Also while paused: a reader that failed is shown at once."""
         with self._failing():
             snapshot = self._first or self._snapshot()
             self._first = None
@@ -185,7 +185,7 @@ class TopApp(App[None]):
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        # Textual would print a traceback with all locals; whoever called run() decides instead.
+        # Textual would print a traceback with all locals; the caller of run() decides instead.
         try:
             yield
         except Exception as failure:

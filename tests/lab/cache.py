@@ -40,7 +40,7 @@ def digest(*inputs: object) -> str:
 
 @contextmanager
 def lock(name: str) -> Iterator[None]:
-    """Hold the lock called `name`; waits for whoever holds it, in any process."""
+    """Hold the lock called `name`; waits for its holder, in any process."""
     locks = directory() / "locks"
     locks.mkdir(exist_ok=True)
     with (locks / name).open("w") as handle:

@@ -19,7 +19,7 @@ POLL = 0.2
 
 
 class Channel:
-    """A connection to the agent; a thread reads, `changed` wakes whoever waits."""
+    """A connection to the agent; a thread reads, `changed` wakes those who wait."""
 
     def __init__(self, connection: socket.socket, alive: Callable[[], None]) -> None:
         self.connection = connection

@@ -40,7 +40,7 @@ NOBODY = "setpriv --reuid=65534 --regid=65534 --clear-groups"
 
 
 def both_ways(machine: Machine, watch: Watch, *, exits: bool | None = None) -> None:
-    """A VMM is told by a SIGBUS and by an exit, and kvmtrace tells both.
+    """A VMM is notified by a SIGBUS and by an exit, and kvmtrace reports both.
 
     Every kernel can do that. ``exits``: whether this source sees exits here.
     """
@@ -245,7 +245,7 @@ def _awake(machine: Machine, watch: Watch, kind: str) -> None:
         time.sleep(2)
         seen = [x for x in watch.lines(kind) if x["vm"]["pid"] == vmm.pid]
     if kind == "vm":
-        # The last of its probes, so all are attached once it has told one.
+        # The last of its probes, so all are attached once it has reported one.
         watch.until(gone(vmm.pid), "the canary's end")
 
 

@@ -1,4 +1,4 @@
-"""Hardware errors as firmware tells the kernel of them: CPER records for QEMU's injection.
+"""Hardware errors as firmware reports them to the kernel: CPER records for QEMU's injection.
 
 A record is a Generic Error Status Block with one section (ACPI 6.5, 18.3.2.7.1; the sections: UEFI
 2.10, appendix N.2). QEMU puts it where firmware would and raises the interrupt that a GHES has;
@@ -83,7 +83,7 @@ def record(kind: uuid.UUID, section: bytes, severity: Severity, flags: int = 0) 
 def inject(
     machine: Machine, kind: uuid.UUID, section: bytes, severity: Severity, flags: int = 0
 ) -> None:
-    """Have firmware tell the machine's kernel, and leave it the time to take it up."""
+    """Have firmware notify the machine's kernel, and leave it the time to take it up."""
     cper = base64.b64encode(record(kind, section, severity, flags)).decode()
     machine.qmp("inject-ghes-v2-error", cper=cper)
     time.sleep(PACE)

@@ -20,12 +20,12 @@ from tests.lab.errors import LabError, status_of
 from tests.lab.machine import DEFAULT, Machine, prepare
 from tests.lab.progress import say
 
-PACE = 2.5  # seconds between two things that happen, for whoever watches
+PACE = 2.5  # seconds between two things that happen, for people who watch
 FOREVER = 1_000_000_000
 
 INTRODUCTION = """\
 lab: three VMs run in the machine, whose hardware reports errors as you watch:
-lab:   web-1 (dressed as QEMU)        is told of a poisoned page, does not cope
+lab:   web-1 (dressed as QEMU)        is notified of a poisoned page, does not cope
 lab:   db-1 (dressed as Firecracker)  holds a poisoned page, loses other memory
 lab:   cache-1 (anonymous memory)     loses a mapping, and gets a SIGBUS
 lab: in `kvmtrace top`: tab and enter to look closer, ? for help, q to end"""
@@ -102,7 +102,7 @@ def steps(vmm: Vmm, *texts: str) -> Callable[[], object]:
 
 
 class PoisonStory(Story):
-    """Memory fails, the kernel poisons the pages, and VMMs are told of it."""
+    """Memory fails, the kernel poisons the pages, and VMMs are notified of it."""
 
     def _steps(self) -> Iterator[Step]:
         web, db, cache = (self._vms[name] for name in DRESSED)
@@ -120,9 +120,9 @@ class PoisonStory(Story):
             "machine check: a page of db-1 is poisoned, and nobody touches it",
             self._loses(db, 7),
         )
-        yield "web-1: its guest touches the page; the VMM is told", steps(web, "touch v +5")
+        yield "web-1: its guest touches the page; the VMM is notified", steps(web, "touch v +5")
         yield (
-            "web-1: the VMM enters the guest again and again, and is told each time",
+            "web-1: the VMM enters the guest again and again, and is notified each time",
             steps(web, f"loop v +5 {FOREVER} gap_us=2000 bg=1"),
         )
         yield (
@@ -193,7 +193,7 @@ def printed(machine: Machine, source: str) -> int:
     with story.told():
         machine.channel.wait(lambda: story.ended or top.poll() is not None, PATIENCE * 5, "end")
         if story.ended:
-            machine.run("sleep 2")  # what was told last has to be read
+            machine.run("sleep 2")  # the last events have to be read
             top.signal(signal.SIGINT)
         status = top.wait(PATIENCE)
     sys.stdout.write(top.stdout)

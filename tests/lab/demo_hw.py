@@ -1,4 +1,4 @@
-"""`make demo-hw`: memory fails in (virtual) hardware, and `top` and `explain` tell what came of it.
+"""`make demo-hw`: memory fails in (virtual) hardware, and `top` and `explain` show what came of it.
 
 An arm64 host with firmware that reports errors. `kvmtrace serve` watches from the start, as it does
 on a real host; `top` and then `explain` read what it saw.
@@ -56,7 +56,7 @@ class HardwareStory(Story):
             "db-1: too many corrected errors in a page; the kernel moves it away",
             self._fails("db-1", 6, corrected, cper.THRESHOLD_EXCEEDED),
         )
-        yield "web-1: its guest touches the lost page; the VMM is told", steps(web, "touch v +5")
+        yield "web-1: its guest touches the page; the VMM is notified", steps(web, "touch v +5")
         yield "db-1: a page is lost", self._fails("db-1", 7, lost)
         yield (
             "db-1: its guest touches it; the VMM gets a SIGBUS, maps new memory and goes on",

@@ -21,7 +21,7 @@ PATIENCE = 300.0  # seconds; emulation on a shared machine is slow, and a test t
 
 
 class Vmm:
-    """One VMM process, told one step after the other."""
+    """One VMM process, given one step after the other."""
 
     def __init__(self, machine: Machine, name: str = "vm", *, program: str = "vmm") -> None:
         self.name = name
@@ -152,7 +152,7 @@ class Watch:
             time.sleep(0.1)
 
     def end(self) -> list[Line]:
-        """Stop kvmtrace as Ctrl-C does; everything it told."""
+        """Stop kvmtrace as Ctrl-C does; everything it reported."""
         self.job.signal(signal.SIGINT)
         status = self.job.wait(PATIENCE)
         assert status == 0, (status, self.job.stderr)
@@ -179,7 +179,7 @@ _followed: weakref.WeakKeyDictionary[Machine, dict[str, Watch]] = weakref.WeakKe
 
 @contextlib.contextmanager
 def following(machine: Machine, *sources: str) -> Iterator[list[Watch]]:
-    """What kvmtrace tells by each of these sources from here on.
+    """What kvmtrace reports by each of these sources from here on.
 
     It goes on running from one scenario to the next, as it does on a host: starting it takes longer
     than most of them. kvmtraces by other sources are ended, so that nobody measures two at once.
@@ -239,7 +239,7 @@ Told = Counter[tuple[Any, ...]]
 
 
 def told_by(report: Line) -> Told:
-    """What KVM_RUN told the VMM: the truth."""
+    """What KVM_RUN returned to the VMM: the truth."""
     told: Told = Counter()
     for row in report["failed"]:
         told[
@@ -258,7 +258,7 @@ def told_by(report: Line) -> Told:
 
 
 def seen_by(lines: list[Line], *pids: int) -> Told:
-    """What kvmtrace says those processes were told."""
+    """What those processes were notified of, by kvmtrace."""
     seen: Told = Counter()
     for line in lines:
         if line["kind"] == "exit" and line["vm"]["pid"] in pids:

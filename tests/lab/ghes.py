@@ -1,4 +1,4 @@
-"""Errors that begin in hardware: firmware tells an arm64 host, and the kernel does the rest.
+"""Errors that begin in hardware: firmware notifies an arm64 host, and the kernel does the rest.
 
 One machine and one recording by each source at once: the story happens once and has to be the same
 in both, and what the VMMs say. As scenarios.py: for the test and for the matrix.
@@ -35,7 +35,7 @@ def _recorded(machine: Machine) -> Iterator[None]:
     for job in jobs:
         job.wait_for("recording to", timeout=PATIENCE, stream="stderr")
     yield
-    time.sleep(3)  # the vCPUs that were told are looked at
+    time.sleep(3)  # the vCPUs that were notified are looked at
     for job in jobs:
         job.signal(signal.SIGINT)
         assert job.wait(PATIENCE) == 0, job.stderr
@@ -43,7 +43,7 @@ def _recorded(machine: Machine) -> Iterator[None]:
 
 @dataclass
 class Page:
-    """A page of a VM, where it was and what the VMM was told of it."""
+    """A page of a VM, where it was and how the VMM was notified of it."""
 
     vmm: Vmm
     gfn: int
@@ -94,7 +94,7 @@ def _explained(machine: Machine, source: str, target: str) -> str:
 
 
 def ghes(machine: Machine, _source: str = "both", *, may_know_less: bool = True) -> None:
-    """Every kind of error once; ``may_know_less``: what some kernels' tracepoints do not tell."""
+    """Every kind of error once; ``may_know_less``: what some kernels' tracepoints do not have."""
     if machine.run("ls -d /sys/devices/platform/GHES.*").status:
         raise Unstageable("this machine has no firmware that reports errors (ACPI's GHES)")
     if "error" in Vmm(machine, "probe").step("create v backing=gmem pages=4", may_fail=True):
@@ -139,7 +139,7 @@ def ghes(machine: Machine, _source: str = "both", *, may_know_less: bool = True)
         cper.memory_error(machine, host.address(nobodys))
     host.vmms["gmem"].end()
 
-    # What the VMMs were told is as it should be; kvmtrace is held against it.
+    # The VMMs were notified as they should be; kvmtrace is held against it.
     assert (lost.touch["errno"], lost.touch["reason"]) == ("EHWPOISON", 39)
     assert [x["code"] for x in plain.touch["sigbus"]] == ["AR"]
     assert [x["code"] for x in cached.touch["sigbus"]] == ["AR"]

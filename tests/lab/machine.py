@@ -1,4 +1,4 @@
-"""A machine: boot it, run things in it, get told when it dies.
+"""A machine: boot it, run things in it, notice when it dies.
 
 Why not virtme-ng, which was tried first and boots these kernels as fast: a machine here serves many
 tests, so it needs a channel that carries many programs, their input, signals and exit status at
@@ -134,7 +134,7 @@ class Machine:
         `modules` are loaded at boot (default: KVM and the error injectors, those that the kernel
         has); `mounts` are names of MOUNTS; `lacking`: what is taken out of the root, names of
         without.py ("bcc", "textual"). A boot that dies of the int3 oops that old QEMUs
-        cause is tried a second time. `ras`: the machine has firmware that tells the kernel of
+        cause is tried a second time. `ras`: the machine has firmware that reports to the kernel
         hardware errors (ACPI's GHES; arm64 only): see cper.py. `nested`: guests of its guests can
         be hypervisors (arm64 only). `cpu`: one of another maker ("intel"; amd64 only), which has no
         KVM.
@@ -222,7 +222,7 @@ class Machine:
         return self.channel.start(command, pty=pty, env=env, on_output=on_output)
 
     def attach(self, command: str | list[str]) -> int:
-        """Run a program on the terminal of whoever runs this, to its end; its status."""
+        """Run a program on this process's terminal, to its end; its status."""
         return terminal.attach(self.channel, command)
 
     def run(

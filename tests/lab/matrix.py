@@ -20,6 +20,7 @@ from tests.lab.conditions import CONDITIONS
 from tests.lab.drive import Unstageable, end_following
 from tests.lab.errors import LabError, LabUnable, status_of
 from tests.lab.ghes import ghes
+from tests.lab.kernel_pages import KERNEL_PAGES
 from tests.lab.machine import Machine
 from tests.lab.machine_check import SCENARIOS as MACHINE_CHECKS
 from tests.lab.nested import NESTED
@@ -38,7 +39,16 @@ QEMU = (
     Scenario(qemu_with_a_page_gone, sources=(BOTH,)),
     Scenario(qemu_advice),
 )
-EVERYTHING = (*SCENARIOS, OWNERS, *QEMU, *MACHINE_CHECKS, HARDWARE, NESTED, *CONDITIONS)
+EVERYTHING = (
+    *SCENARIOS,
+    OWNERS,
+    *QEMU,
+    *MACHINE_CHECKS,
+    KERNEL_PAGES,
+    HARDWARE,
+    NESTED,
+    *CONDITIONS,
+)
 
 # The same stories at a size that a whole matrix can afford under emulation; test_sources.py runs
 # them at full size on the newest kernel.

@@ -68,7 +68,7 @@ INTEL_LOST = Record(
 
 
 def poll_often(machine: Machine) -> None:
-    """Have the kernel look into the banks every second; by itself it does every five minutes."""
+    """Have the kernel look into the banks every second; its default is every five minutes."""
     if machine.run(f"ls {_CHECK_INTERVAL}").status:
         raise Unstageable("this machine has no machine check banks: they are x86's")
     machine.run(f"echo 1 | tee {_CHECK_INTERVAL}", check=True)

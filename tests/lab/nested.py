@@ -17,7 +17,7 @@ EHWPOISON = 133
 
 
 def nested(machine: Machine, source: str) -> None:
-    """The page that VNCR_EL2 names is poisoned: KVM_RUN tells it without an errno."""
+    """The page that VNCR_EL2 names is poisoned: KVM_RUN reports it without an errno."""
     with recorded(machine, source) as log:
         vmm = Vmm(machine, "hypervisor")
         vmm.step("create w backing=gmem pages=32 nested=1 base=0x400")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 def say(text: str) -> None:
-    """Print one line for whoever is waiting."""
+    """Print one line for people who are waiting."""
     print(f"lab: {text}", file=sys.stderr, flush=True)
 
 

@@ -223,9 +223,10 @@ def _huge_pages(machine: Machine) -> Iterator[None]:
     """Huge pages for one QEMU and one more; all are as before afterwards."""
     setting = "/proc/sys/vm/nr_hugepages"
     before = machine.run(f"cat {setting}", check=True).stdout.strip()
-    machine.run(f"echo {int(before) + HUGE_PAGES + 1} > {setting}", check=True)
+    wanted = int(before) - _free_huge_pages(machine) + HUGE_PAGES + 1
+    machine.run(f"echo {wanted} > {setting}", check=True)
     try:
-        if _free_huge_pages(machine) < HUGE_PAGES + 1:
+        if _free_huge_pages(machine) != HUGE_PAGES + 1:
             raise Unstageable("too few huge pages")
         yield
     finally:
@@ -333,7 +334,7 @@ def qemu_loses_a_page(machine: Machine, source: str) -> None:
             ]
             return [x for x in signals if x["code"] == "AR"]
 
-        watch.until(told, "QEMU's vCPU thread is told", patience=PATIENCE)
+        watch.until(told, "QEMU's vCPU thread is notified", patience=PATIENCE)
         status = qemu.job.wait(PATIENCE)  # its guest handles no machine check: reset, -no-reboot
 
         def gone(lines: list[Line]) -> bool:
@@ -380,13 +381,13 @@ def _follow_advice(machine: Machine, memory: str) -> None:
         assert ("free huge page" in steps[2]) == (memory == "hugetlb"), steps
         qemu.monitor("system_reset")
         qemu.boots(2)
-        if memory != "hugetlb":  # whose page table does not tell
+        if memory != "hugetlb":  # whose page table does not show it
             _advice(machine, pfn, "nothing: another page was put in place of the lost one")
         assert qemu.migrates() is None
 
 
 def _advice(machine: Machine, pfn: int, words: str) -> list[str]:
-    """The steps that `explain` tells for a page, when they say this."""
+    """The steps that `explain` prints for a page, once they have these words."""
     deadline = time.monotonic() + PATIENCE
     while True:
         said = machine.run(["kvmtrace", "explain", f"{pfn:#x}", "--json"], timeout=PATIENCE)

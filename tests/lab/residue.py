@@ -8,7 +8,7 @@ import time
 from tests.lab.drive import PATIENCE
 from tests.lab.machine import Machine
 
-# As bpftool would ask: every BPF object has an id that BPF_*_GET_NEXT_ID walks, whoever holds it.
+# As bpftool would ask: every BPF object has an id that BPF_*_GET_NEXT_ID walks, for any holder.
 _ASK = """
 import ctypes, glob, json, os, platform, struct
 libc = ctypes.CDLL(None, use_errno=True)

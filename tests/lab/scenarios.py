@@ -1,4 +1,4 @@
-"""What happens to VMs when memory goes bad, each told by a VMM that knows the truth.
+"""What happens to VMs when memory goes bad, each checked against the VMM's own account.
 
 One function per scenario; the same ones run on every kernel and with every source (test_sources.py,
 matrix.py). Each raises AssertionError where kvmtrace is wrong, Unstageable where the kernel cannot
@@ -42,7 +42,7 @@ def _exit_of(lines: list[Line], pid: int, errno: str) -> list[Line]:
 
 
 def gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
-    """For Watch.until: the end of so many VMs of a process was told."""
+    """For Watch.until: the end of so many VMs of a process was reported."""
 
     def over(lines: list[Line]) -> bool:
         ends = [x for x in lines if x["kind"] == "vm" and x["state"] == "gone"]
@@ -52,7 +52,7 @@ def gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
 
 
 def _same(lines: list[Line], pid: int, report: Line) -> None:
-    """What kvmtrace says that a process was told is what it was told."""
+    """What a process was notified of by kvmtrace's account and by its own must be the same."""
     seen, told = seen_by(lines, pid), told_by(report)
     assert seen == told, f"only kvmtrace: {seen - told}; only the VMM: {told - seen}"
 
@@ -121,7 +121,7 @@ def under_way(machine: Machine, source: str) -> None:
         (exit_,) = _exit_of(lines, vmm.pid, "EHWPOISON")
         assert (exit_["count"], exit_["vcpu"], exit_["gfn"]) == (1, 0, poison["gfn"]), exit_
         assert (exit_["annotated"], exit_["cause"]) == (True, "hwpoison")
-        assert ("gpa" in exit_) == (source == "bpf")  # the tracepoint does not tell it
+        assert ("gpa" in exit_) == (source == "bpf")  # the tracepoint does not have it
         # From here on it is like any other.
         vmm.step("touch v +3")
         report = vmm.end()
@@ -379,7 +379,7 @@ def hva_early_kill(machine: Machine, source: str) -> None:
             vmm.step("earlykill on")
             vmm.step(f"create v backing={backing} pages={4 << 20 >> machine.page_shift}")
             place = vmm.step("pfn v +3")
-            # Not by the VMM itself: what a thread brings about by its own poisoning tells nobody.
+            # Not by the VMM itself: a signal by a thread's own poisoning is no delivery.
             hammer = Vmm(machine, "hammer")
             hammer.step(f"poison pfn={place['pfn']}")
             hammer.end()
@@ -481,7 +481,7 @@ def looping_in_top(machine: Machine, source: str) -> None:
 
 
 def parity(machine: Machine, _source: str = "both") -> None:
-    """Both sources side by side over one workload tell one story, and it is the VMM's."""
+    """Both sources side by side over one workload report the same, and it is the VMM's account."""
     with following(machine, "bpf", "ftrace") as watches:
         _needs_exits(*watches)
         vmm = Vmm(machine, "parity")
@@ -512,7 +512,7 @@ def parity(machine: Machine, _source: str = "both") -> None:
 
 
 def _story(lines: list[Line], pid: int) -> dict[str, list[tuple[object, ...]]]:
-    """What a source told, without times, and how often it chose to say so."""
+    """What a source reported, without times, and in how many events."""
     story: dict[str, list[tuple[object, ...]]] = {}
     for line in lines:
         if (line.get("vm") or line.get("process") or {}).get("pid", pid) != pid:

@@ -11,7 +11,6 @@ from tests.lab.conditions import doctor
 from tests.lab.conftest import Boot
 from tests.lab.drive import end_following
 from tests.lab.ghes import ghes
-from tests.lab.nested import NESTED, nested
 from tests.lab.scenarios import gmem_poison, hva_anon
 
 pytestmark = pytest.mark.lab
@@ -27,10 +26,6 @@ def test_pages_of_another_size(boot: Boot) -> None:
     gmem_poison(machine, "ftrace")
     hva_anon(machine, "ftrace")
     end_following(machine)
-
-
-def test_a_guest_that_is_a_hypervisor(boot: Boot) -> None:
-    nested(boot("arm64-newest", **NESTED.boot), "ftrace")
 
 
 def test_the_poison_event_in_a_system_of_its_own(boot: Boot) -> None:

@@ -36,7 +36,7 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 
 
 def bare_efault(machine: Machine, watch: Watch) -> None:
-    """One unannotated EFAULT, told and seen."""
+    """One unannotated EFAULT, delivered and seen."""
     vmm = Vmm(machine, "probe")
     vmm.step("create v backing=anon")
     vmm.step("unmap v +5")

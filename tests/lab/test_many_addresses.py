@@ -71,6 +71,6 @@ def test_exits_beyond_the_last_counter(machine: Machine) -> None:
     seen = seen_by([x for x in lines if x["kind"] != "exit" or "vcpu" in x], vmm.pid)
     assert len(seen) == FEW
     assert seen == Counter({key: truth[key] for key in seen})
-    # What was counted without its address is told as that.
+    # What was counted without its address is reported as that.
     lost = {x["where"]: 0 for x in lines if x["kind"] == "lost"}
     assert lost.keys() == {"exit_keys"}

@@ -4,6 +4,7 @@ third; and poison that was there before kvmtrace.
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import time
@@ -30,7 +31,7 @@ def test_owners_before_any_touch(machine: Machine) -> None:
 
 
 def test_an_older_guest_memfd_by_ftrace(boot: Callable[..., Machine]) -> None:
-    """Where probes cannot follow the page to its VM, /proc tells who holds its guest_memfd.
+    """Where probes cannot follow the page to its VM, /proc shows who holds its guest_memfd.
 
     Not only by page tables: one page is mapped, of the other nothing is.
     """
@@ -96,8 +97,8 @@ def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
         vmm.end()
 
 
-# Maps a file and reads a page of it: path, offset. It is told of the loss early, or killed by the
-# next read.
+# Maps a file and reads a page of it: path, offset. It is notified of the loss early, or killed by
+# the next read.
 _READER = """
 import ctypes, mmap, os, signal, sys
 early = len(sys.argv) > 3
@@ -116,7 +117,7 @@ if not early:
 
 @pytest.mark.parametrize("source", ["bpf", "ftrace"])
 def test_a_program_that_has_a_vms_page_mapped_is_no_vm(machine: Machine, source: str) -> None:
-    """One is told of the poison, one dies of its read; the VM's guest has not touched the page."""
+    """One gets a SIGBUS early, one dies of its read; the VM's guest has not touched the page."""
     machine.run("cat > /tmp/reader.py", stdin=_READER, check=True)
     vmm = Vmm(machine, "shares")
     vmm.step("create v backing=memfd pages=64")
@@ -160,5 +161,7 @@ def test_a_large_sparse_vm_holds_nobody_up(machine: Machine) -> None:
         poison = vmm.step("poison v +3 how=inject")
         lines = watch.until(poison_of(poison["pfn"]), "the poison")
         assert time.monotonic() - begin < 10
-        assert owners_of(poison_of(poison["pfn"])(lines)[0]) == {(vmm.pid, poison["gfn"])}
+        (told,) = poison_of(poison["pfn"])(lines)
+        watch.until(functools.partial(owners_of, told["incident"]), "its owner")
+        assert set(owners_of(told["incident"], watch.lines())) == {(vmm.pid, poison["gfn"])}
     vmm.end()

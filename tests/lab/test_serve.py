@@ -35,7 +35,7 @@ VMS = ("web", "loop", "closed", "bare", "anon")
 
 
 class GuestPrometheus(prometheus.Queries):
-    """A Prometheus in the machine, told through guest_prometheus.py what to answer."""
+    """A Prometheus in the machine, driven through guest_prometheus.py."""
 
     def __init__(self, machine: Machine, directory: str, target: str) -> None:
         here = machine.share / directory
@@ -85,7 +85,7 @@ class Story:
 
     @property
     def exits(self) -> Exits:
-        """What KVM_RUN told, with the zeros that every VM is born with."""
+        """What KVM_RUN returned, with the zeros that every VM is born with."""
         told = {(vm, *kind): 0.0 for vm in VMS for kind in BORN}
         for vm, report in self.reports.items():
             for row in report["failed"]:
@@ -189,7 +189,7 @@ def happen(vmms: Mapping[str, Vmm]) -> set[int]:
     """Of everything one; the pfns that were poisoned.
 
     web holds two poisoned pages and has touched one of them, loop does not cope with its own, anon
-    was told by SIGBUS, closed has lost its guest_memfd and bare a mapping.
+    was notified by SIGBUS, closed has lost its guest_memfd and bare a mapping.
     """
     poisons = [vmms["web"].step("poison v +3"), vmms["web"].step("poison v +7")]
     vmms["web"].step("touch v +3")

@@ -23,8 +23,7 @@ ORDINARY = [scenario for scenario in SCENARIOS if not scenario.boot]
 
 # Kernels on which the sources work in another way than on the newest.
 OTHER_KERNELS = {
-    "bookworm": "6.1: no memory-fault exit, no BTF arguments, no fprobe",
-    "bookworm-backports": "bcc without kfuncs on modules",
+    "bookworm": "6.1: no memory-fault exit, BTF arguments, fprobe; bcc without kfuncs on modules",
     "trixie": "kvm_gmem_get_pfn with five arguments",
 }
 
@@ -52,7 +51,7 @@ def test_every_probe_attaches(machine: Machine, source: str) -> None:
 
 
 def test_functions_are_probed_by_trampolines(machine: Machine) -> None:
-    """A program that fentry refuses goes on by kprobe, which costs more and tells nobody."""
+    """A program that fentry refuses goes on by kprobe, which costs more and is not reported."""
     ways = ways_of_bpf(machine)
     assert ways["run"] == "fexit+raw_tracepoint"
     assert {name: via for name, via in ways.items() if "probe" in via} == {}
@@ -88,7 +87,7 @@ def test_other_kernel(boot: Boot, kernel: str) -> None:
         with pytest.raises(Unstageable) if source in blind else contextlib.nullcontext():
             unannotated(machine, source)
     end_following(machine)
-    if kernel == "bookworm-backports":
+    if kernel == "bookworm":
         # This bcc names no modules: only functions of the kernel itself have trampolines.
         ways = ways_of_bpf(machine)
         assert ways["run"].startswith("kprobe")

@@ -36,7 +36,7 @@ def recorded(machine: Machine, source: str = "bpf") -> Iterator[None]:
 
 
 def explain(machine: Machine, target: str) -> Line:
-    """The one incident of a VM or page, as the recording tells it."""
+    """The one incident of a VM or page, from the recording."""
     result = machine.run(
         ["kvmtrace", "explain", target, "--json", "--from", LOG], timeout=PATIENCE, check=True
     )
@@ -45,10 +45,10 @@ def explain(machine: Machine, target: str) -> Line:
 
 
 EVIDENCE = {
-    "exited": r"the VM was gone [\d.]+ s after it was first told",
-    "stopped": r"vCPU 0 \(thread \d+\) sleeps outside KVM_RUN, [\d.]+ s after it was told",
-    "handled": r"vCPU 0 .* CPU time since not told of this page again since",
-    "looping": r"vCPU 0 was told \d+ times in [\d.]+ s, [\d.]+ a second",
+    "exited": r"the VM was gone [\d.]+ s after it was first notified",
+    "stopped": r"vCPU 0 \(thread \d+\) sleeps outside KVM_RUN, [\d.]+ s after it was notified",
+    "handled": r"vCPU 0 .* CPU time since not notified of this page again since",
+    "looping": r"vCPU 0 was notified \d+ times in [\d.]+ s, [\d.]+ a second",
 }
 
 
@@ -140,7 +140,7 @@ def test_what_is_never_delivered(machine: Machine) -> None:
         for number in (1, 2):
             assert vmm.step("prefault v +3", may_fail=True)["errno"] == "EHWPOISON"
             deadline = time.monotonic() + PATIENCE
-            # Nothing else happens on this host: time alone tells.
+            # Nothing else happens on this host: only time passes.
             while f"{series}{number}.0" not in metrics():
                 assert time.monotonic() < deadline
                 time.sleep(0.5)
@@ -156,7 +156,7 @@ def test_what_is_never_delivered(machine: Machine) -> None:
             "every page, the lost one too",
         ]
         text = machine.run(asked, timeout=PATIENCE, check=True).stdout
-        assert "2 refusals by guest_memfd, of which KVM_RUN said nothing" in text
+        assert "2 refusals by guest_memfd of which KVM_RUN did not notify the VMM" in text
         assert all(len(line) <= 80 for line in text.splitlines())
         vmm.end()
     finally:
@@ -165,7 +165,7 @@ def test_what_is_never_delivered(machine: Machine) -> None:
 
 
 def test_pages_that_are_moved_or_mended(machine: Machine) -> None:
-    """Soft-offlined, and unpoisoned: told apart from poison, and no incident that goes on."""
+    """Soft-offlined, and unpoisoned: not counted as poison, and no incident that goes on."""
     with recorded(machine):
         moved, mended = Vmm(machine, "moved"), Vmm(machine, "mended")
         for vmm in (moved, mended):
@@ -225,7 +225,7 @@ def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
 
 
 def _exits(machine: Machine, name: str) -> list[Line]:
-    """The exits of a VM, as the recording tells them."""
+    """The exits of a VM, from the recording."""
     command = f"kvmtrace replay {LOG} --events --json"
     lines = machine.run(command, timeout=PATIENCE, check=True).stdout.splitlines()
     events = [json.loads(line) for line in lines]

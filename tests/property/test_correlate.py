@@ -310,7 +310,7 @@ def test_a_signal_without_more_is_joined_by_an_address_of_its_own_vm(events: lis
 @given(LOGS)
 @examples(400)
 def test_vms_do_not_leak_into_each_other(events: list[Event]) -> None:
-    """What is told of VM 1 alone is the same when the others' faults are left out."""
+    """What is reported of VM 1 alone is the same when the others' faults are left out."""
     others = [
         event
         for event in events
@@ -336,7 +336,7 @@ def test_counts_are_exact(events: list[Event]) -> None:
             exits[(event.vm, event.tells_of_poison)] += event.count
     for key, vm in shown.vms.items():
         assert sum(vm.exits.values()) == sum(n for (of, _), n in exits.items() if of == key)
-        # Of signals whose VM the source did not tell, those are known that are about its page.
+        # Of signals whose VM the source does not know, those are known that are about its page.
         signals = [event for event in log if isinstance(event, Sigbus)]
         told = sum(event.count for event in signals if event.vm == key)
         vague = sum(event.count for event in signals if event.vm is None and event.pid == vm.pid)
@@ -531,7 +531,7 @@ def test_memory_does_not_grow_with_time(events: list[Event]) -> None:
 @given(LOGS)
 @examples(400)
 def test_vms_never_meet_in_an_incident_that_no_event_shares(events: list[Event]) -> None:
-    """Whoever was told in an incident has a claim of its own to it: an owner, or the pfn itself."""
+    """A notified VM of an incident has a claim of its own to it: an owner, or the pfn itself."""
     named = {event.vm for event in events if isinstance(event, Sigbus) and event.pfn is not None}
     named |= {e.vm for e in events if isinstance(e, Sigbus) and e.sender is not None}
     for incident in snapshot(events).incidents:

@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from kvmtrace import cli
 
-# Before 8.2, click's runner puts stderr into stdout unless told not to, and has no other `output`.
+# Before 8.2, click's runner puts stderr into stdout by default, and has no other `output`.
 _APART: dict[str, Any] = (
     {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
 )

@@ -1,4 +1,4 @@
-"""A source without a kernel: what it is told to say, in order."""
+"""A source without a kernel: the events it was given, in order."""
 
 from __future__ import annotations
 

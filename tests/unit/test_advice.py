@@ -235,7 +235,7 @@ def test_vms_that_share_a_page_share_the_advice() -> None:
     ]
     many = advice.next_steps(told(*vms, *owned, POISON))
     assert "vm-8 and 4 more down" in many[0]
-    # Not those that are gone, and each as it is: one has been told.
+    # Not those that are gone, and each as it is: one was notified.
     signal = replace(AR, pid=902, hva=HVA, vm=2, gfn=GFN + 2)
     mixed = advice.next_steps(told(*vms[:3], *owned[:3], POISON, VmGone(T0, 1), signal))
     assert mixed[0].startswith("look at vm-2 again")

@@ -1,4 +1,4 @@
-"""What bcc and its libraries say of a program that is refused, as people are told."""
+"""What bcc and its libraries print of a program that is refused, in words for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals told once: by their records, or by the counters."""
+"""Signals reported once: by their records, or by the counters."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ AT, PID = 0xFFFF800000000000, 4194300
 
 
 class Programs(Kernel):
-    """Attached when a VM began, of which /proc and the kernel's list tell before its record."""
+    """Attached when a VM began, which /proc and the kernel's list have before its record."""
 
     def __init__(self, proc: Path) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Before(Programs):
 def test_a_vm_that_begins_while_programs_are_attached_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool
 ) -> None:
-    """It has a generation, of which /proc does not tell: that scan must find it known.
+    """It has a generation, which /proc does not show: that scan must find it known.
 
     Else it were two, and a process that runs two VMs is asked in vain which one a page is of.
     ``later``: kvm was loaded after the start.

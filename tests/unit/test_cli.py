@@ -134,7 +134,7 @@ def test_wrong_usage_is_a_line_and_a_hint(
     line, hint = result.stderr.splitlines()
     assert line.startswith("kvmtrace: ")
     assert said in line
-    assert hint == f"hint: `{command} --help` tells what there is"
+    assert hint == f"hint: `{command} --help` lists what there is"
     assert (result.exit_code, result.stdout) == (2, "")
 
 
@@ -155,7 +155,7 @@ def test_every_option_complains_in_one_line(source: FakeSource) -> None:
                     line, hint = result.stderr.splitlines()
                     assert line.startswith("kvmtrace: "), (name, arguments, line)
                     assert option in line, (name, arguments, line)
-                    assert hint == f"hint: `kvmtrace {name} --help` tells what there is"
+                    assert hint == f"hint: `kvmtrace {name} --help` lists what there is"
                     assert (result.exit_code, result.stdout) == (2, "")
     assert not source.closed  # nor opened
 
@@ -420,7 +420,7 @@ def test_record_then_replay(source: FakeSource, tmp_path: Path) -> None:
 
 
 def test_record_takes_a_last_look(source: FakeSource, tmp_path: Path) -> None:
-    """What the kernel only counted is told by a poll that does not wait."""
+    """What the kernel only counted is reported by a poll that does not wait."""
     asked: list[float] = []
     given = source.poll
 
@@ -688,7 +688,7 @@ cli.main()
 def child(
     *arguments: str,
     chatty: bool = False,
-    hangup: str = "SIG_DFL",  # whoever runs the tests under nohup has it ignored
+    hangup: str = "SIG_DFL",  # under nohup the tests have it ignored
     stdout: int = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
     """A command of its own that has taken in all that its source has to give, and goes on."""

@@ -1,4 +1,4 @@
-"""Stories as kernels told them (kernel 7.3.4 and 6.18, guest_memfd and HVA-backed), and their ends.
+"""Stories as kernels reported them (7.3.4 and 6.18, guest_memfd and HVA-backed), and their ends.
 
 Properties over arbitrary orders are in tests/property/test_correlate.py.
 """
@@ -83,7 +83,7 @@ def fault(errno: int = 14, flags: int | None = 0, **fields: object) -> Exit:
         (fault(flags=1 << 5, gmem=0), "other"),
         (fault(flags=1 << 40, gmem=14), "other"),
         (fault(flags=1 << 3, gmem=0), "conversion"),
-        (fault(flags=None, gmem=0), "conversion"),  # only a count tells of it
+        (fault(flags=None, gmem=0), "conversion"),  # only a count has it
         (fault(flags=None, gmem=12), "backing"),
         (fault(133, flags=1 << 4), "hwpoison"),
         (fault(133, flags=1 << 40), "hwpoison"),

@@ -1,4 +1,4 @@
-"""One incident's story as `explain` and `bundle` tell it, from a recording."""
+"""One incident's story as `explain` and `bundle` show it, from a recording."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_whole_story_in_eighty_columns(recording: str) -> None:
         "pfn 0x103275 poisoned: Failed",
         "web-1: owned: gfn 0x8",
         "same thread as the poison, guest_memfd inode 383, index 0x8",
-        "+50 ms  web-1: KVM_RUN told vCPU 0: EHWPOISON, gpa 0x8000",
+        "+50 ms  web-1: KVM_RUN on vCPU 0: EHWPOISON, gpa 0x8000",
         "by: same VM and gfn",
         "sleeps outside KVM_RUN",
         "web-1: stopped",
@@ -247,7 +247,7 @@ def test_a_vm_that_is_gone_keeps_its_name(tmp_path: Path) -> None:
     text = invoke("explain", "web-1", "--from", str(path)).output
     assert "Incident 103275-1: closed, exited" in text
     assert "web-1 (pid 4001, qemu" in text
-    assert "the VM was gone 2.95 s after it was first told" in text
+    assert "the VM was gone 2.95 s after it was first notified" in text
 
 
 def test_bundle(recording: str, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_bundle(recording: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("redact", [(), ("--redact",)])
 def test_a_bundle_is_of_whoever_recorded(tmp_path: Path, redact: tuple[str, ...]) -> None:
-    """Not of whoever bundles, nor of a file whose name may be a tenant's."""
+    """Not of the user who bundles, nor of a file whose name may be a tenant's."""
     path, out = tmp_path / "acme-corp.jsonl", tmp_path / "out.tar.gz"
     host = Host("sick", "6.18.15", "ftrace", "asked for", 4096)
     with path.open("w") as file:
@@ -355,7 +355,7 @@ def unpacked(path: Path) -> dict[str, str]:
 
 
 def test_a_huge_page_takes_its_neighbours(tmp_path: Path) -> None:
-    """Whoever asks for one of them finds the incident, and the story says how far it goes."""
+    """Each of them leads to the incident, and the story says how far it goes."""
     path = tmp_path / "huge.jsonl"
     events: list[Event] = [
         VmSeen(T0, 1, 4001, "web-1"),

@@ -596,7 +596,7 @@ def test_listen_on_nonsense(listen: str) -> None:
     assert "127.0.0.1:9750" in error.value.hint
 
 
-# -- bounded, whoever asks
+# -- bounded, for any client
 
 
 def connect(server: Server, peer: str = "127.0.0.1") -> socket.socket:

@@ -45,7 +45,7 @@ def closed(pfn: int) -> list[Event]:
 
 
 def settled(pfn: int, vm: int) -> list[Event]:
-    """Its vCPU was told once and ran on."""
+    """Its vCPU was notified once and ran on."""
     told = hwpoison(T0 + 1, vm, pfn)
     return [*poisoned(pfn, vm), told, Look(T0 + 9 * S, vm, 4002, "running", 0)]
 
@@ -125,7 +125,7 @@ def test_an_all_clear_is_never_made_by_forgetting() -> None:
     snapshot, correlator = fed(FOUR, seen(1), *pages)
     vm = snapshot.vms[1]
     assert (vm.poisoned_pages, vm.forgotten_pages, len(snapshot.incidents)) == (10, 6, 4)
-    # Heard of again, it is counted once.
+    # Reported again, it is counted once.
     correlator.feed(hwpoison(T0 + S, 1, 1))
     assert correlator.snapshot().vms[1].poisoned_pages == 10
     correlator.feed(Unpoison(T0 + S, 3))
@@ -169,11 +169,11 @@ def test_many_entries_of_one_sort_leave_room_for_what_matters() -> None:
     assert len(incident.timeline) == 64
     whats = [moment.what for moment in incident.timeline]
     assert "the VM is gone" in whats
-    assert any(what.startswith("KVM_RUN told vCPU 0") for what in whats)
+    assert any(what.startswith("KVM_RUN on vCPU 0: EHWPOISON") for what in whats)
     assert incident.omitted == 139
 
 
-# -- what nobody knows is lost, and what is told late is counted
+# -- what is of no known VM is lost, and what is reported late is counted
 
 
 def test_what_is_read_after_the_end_of_a_quiet_vm_is_counted() -> None:

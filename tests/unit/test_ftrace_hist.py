@@ -102,7 +102,7 @@ def test_the_hist_file_is_understood() -> None:
         POISON.vcpu: {Whose(0xFFFF8C0801814000, 1, 146): 21},
     }
     assert (totals.rests, totals.full, totals.dropped) == ({REST: 0}, False, 0)
-    # A sum that no one number explains tells none.
+    # A sum that no one number explains gives none.
     odd = counted(TEXT.replace("3066", "3067").replace("86016", "86017"))
     assert list(odd.whose[POISON.vcpu]) == [Whose(0xFFFF8C0801814000, 1, None)]
     assert odd.sizes == {}
@@ -156,7 +156,7 @@ def test_what_had_no_entry_is_counted_by_the_first_trigger() -> None:
     totals = counted(with_dropped(3, 7, 9).replace(f"{more}21", f"{more}30"))
     assert totals.exits == {BARE: 2, POISON: 21}
     assert (totals.rests, totals.full) == ({REST: 9}, True)
-    # That no entry was left to tell whose a vCPU is loses no exit.
+    # That no entry was left to name a vCPU's VM loses no exit.
     assert totals.dropped == 3
     # Exits between the blocks' readings are not taken for such without an entry.
     assert counted(TEXT.replace(f"{more}21", f"{more}30")).rests == {REST: 0}
@@ -238,7 +238,7 @@ def test_events_are_told_as_they_come_and_totals_tell_the_rest() -> None:
     assert [tally.event(BARE) for _ in range(3)] == [True] * 3
     assert tally.total({BARE: 3}) == []
     assert tally.total({BARE: 10}) == [(BARE, 7)]
-    # These were told by the total already.
+    # The total had these already.
     assert [tally.event(BARE) for _ in range(7)] == [False] * 7
     assert tally.event(BARE) is True
 
@@ -260,7 +260,7 @@ def test_what_the_kernel_had_no_entry_for_is_lost_unless_its_event_came() -> Non
     )
 )
 def test_the_sum_of_what_is_told_is_what_happened(steps: list[tuple[str, int]]) -> None:
-    """However events are dropped and whenever totals are read, no exit is told twice or not."""
+    """However events are dropped and whenever totals are read, no exit is reported twice or not."""
     tally = Tally[ExitKey]()
     happened = told = 0
     in_ring = 0
@@ -305,7 +305,7 @@ class FullKernel:
         return Totals(dict(self.entries), rests=rests, full=self.dropped > 0)
 
     def settle(self, totals: Totals) -> None:
-        """As Joiner.batch does: what the ring has is told before the counts."""
+        """As Joiner.batch does: what the ring has is reported before the counts."""
         for key in self.ring:
             self.told[key] += self.tally.event(key)
         self.ring.clear()

@@ -108,7 +108,7 @@ def test_a_call_that_began_before_the_start_is_told_by_its_tracepoint() -> None:
     (told,) = world.exits_of(world.gmem(-133), world.faultin(-133), behind)
     assert (told.errno, told.reason, told.annotated, told.vcpu) == (133, 39, True, 0)
     assert (told.gfn, told.gmem, told.access, told.gpa, told.tid) == (GFN, 133, "w", None, TID)
-    # What `run` saw is not told again, nor is what another call failed with.
+    # What `run` saw is not reported again, nor is what another call failed with.
     for known in ((world.faultin(-133), world.run(-133)), (world.faultin(-14),)):
         behind = world.record("run_under_way", errno=-133, reason=39)
         assert len(world.exits_of(*known, behind)) == len(known) - 1
@@ -252,7 +252,7 @@ def test_what_the_kernel_does_not_mute_is_heard() -> None:
     storms = world.joiner.faults.storms
     assert not storms
     assert not storms.mutes(VM, GFN)
-    # Another fault of the page: guest_memfd would have been heard.
+    # Another fault of the page: guest_memfd would have a record.
     (told,) = world.exits_of(world.faultin(-14), world.run(-14))
     assert told.gmem == 0
     for _ in range(2 * RATE):
@@ -407,7 +407,7 @@ def test_where_the_fault_tells_no_pfn_the_way_out_of_kvm_run_tells_the_vcpu() ->
     world = World()
     told = world.tell(sigbus(world), world.run(-4, reason=10))
     assert [(e.vm, e.vcpu, e.gfn) for e in told if isinstance(e, Sigbus)] == [(1, 0, None)]
-    # After a fault that told more, there is nothing left to say; nor without a signal.
+    # After a fault that reported more, nothing is left to report; nor without a signal.
     told = world.tell(sigbus(world), world.faultin(1, pfn=KVM_PFN_ERR_HWPOISON), world.run(-4))
     assert [(e.vcpu, e.gfn) for e in told if isinstance(e, Sigbus)] == [(0, GFN)]
     assert not [e for e in told if isinstance(e, Exit)]
@@ -433,7 +433,7 @@ def test_a_signal_whose_fault_never_comes_is_told_all_the_same() -> None:
 
 
 def test_what_cannot_be_private_is_no_conversion() -> None:
-    """Whatever of guest_memfd's answers was heard."""
+    """Whichever of guest_memfd's answers were recorded."""
     cases: tuple[tuple[dict[str, Any], int | None], ...]
     cases = (({}, None), ({"has_private": 1}, None), ({"has_private": 0}, 14))
     for fields, expected in cases:
@@ -454,7 +454,7 @@ def test_what_cannot_be_private_is_no_conversion() -> None:
 
 
 def test_a_vm_whose_end_was_missed_ends_where_the_next_one_begins() -> None:
-    """With the counts that no event told yet, which are not the next one's."""
+    """With the counts that no event reported yet, which are not the next one's."""
     world = World()
     first = [*world.tell(world.record("vm_new", ret=0)), *poisoned(world)]
     key = next(e for e in first if isinstance(e, Exit)).vm
@@ -627,7 +627,7 @@ def test_a_storm_of_signals_is_muted_counted_and_told() -> None:
         "faultin": f" && !(vcpu == {VCPU:#x} && ret >= 0 && gfn == 0x108)",
     }
     assert world.joiner.muted() is None
-    # Still in the ring from before it was muted: the counts tell.
+    # Still in the ring from before it was muted: the counts have it.
     assert world.tell(sigbus(world), world.faultin(1, pfn=KVM_PFN_ERR_HWPOISON)) == []
     (rest,) = world.tell(totals=Totals(signals={signal_key(): 5000}))
     assert isinstance(rest, Sigbus)

@@ -67,7 +67,7 @@ def test_slots_are_those_that_were_seen(tmp_path: Path) -> None:
     process(tmp_path, 7)
     known, vms, guest = memory(tmp_path, 1)
     (vm,) = vms.of_pid(7)
-    assert not known.slots(vm)  # which struct kvm it is was not told yet
+    assert not known.slots(vm)  # which struct kvm it is was not reported yet
     vms.key(STRUCT, 7, 2)
     guest.learn({"kvm": STRUCT, "base": 0x100, "npages": 16, "hva": 0x10000})
     guest.learn({"kvm": STRUCT, "base": 0x200, "npages": 16, "as_id": 1})

@@ -17,7 +17,7 @@ def test_misses_of_our_own_events_are_told_once(tmp_path: Path) -> None:
     assert missed.fresh() == 0
     profile.write_text(row("run", 9, 50) + row("run", 12, 4) + row("sigbus", 9, 1))
     assert missed.fresh() == 2
-    # An event went between the readings: the next reading tells.
+    # An event went between the readings: the next reading shows it.
     profile.write_text(row("run", 12, 6) + row("sigbus", 9, 1))
     assert missed.fresh() == 0
     events.write_text("r4096:ours/run f vid=vcpu->vcpu_id\np:ours/sigbus g\n")

@@ -1,4 +1,4 @@
-"""Why a probe is not attached, as the ftrace source tells it."""
+"""Why a probe is not attached, as the ftrace source reports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ring pages, formats and counts of real kernels, told as events and held against the VMM's words.
+"""Ring pages, formats and counts of real kernels, read as events and held against the VMM's words.
 
 Recorded in the lab while its VMM ("recorded") had pages poisoned and taken away; ``vmm`` has its
 answers, which are the truth.

@@ -165,7 +165,7 @@ def test_what_is_told_of_another_page_at_the_same_place_is_not_added_up() -> Non
 
 
 def test_refusals_that_were_told_later_are_not_undelivered() -> None:
-    """Sums stand where the last came: between them and the exits that told is not a storm."""
+    """Sums stand where the last came: between them and the exits that delivered is not a storm."""
     story: list[Event] = [VmSeen(T0, 1, 4001, "web-1"), VmSeen(T0, 2, 4002, "db-1")]
     for n in range(100):
         at = T0 + n * 60 * SECOND
@@ -264,7 +264,7 @@ def test_a_lost_does_not_tell_how_late_it_is() -> None:
 
 
 def test_a_signal_to_the_process_of_a_vm_that_ended_is_of_that_vm() -> None:
-    """Which of its VMs a signal is for may not be told, and it may be told late."""
+    """Which of its VMs a signal is for may not be known, or be known late."""
     late = Sigbus(T0 + 2, 4001, 7, 4, 0x1000)
     story: list[Event] = [VmSeen(T0, 1, 4001), VmGone(T0 + 1, 1), late]
     assert log_of(story) == story
@@ -382,7 +382,7 @@ def test_a_late_joiner_knows_what_the_serve_knows(events: list[Event]) -> None:
     assert later.incidents == now.incidents
     assert (later.poisons, later.lost, later.latency) == (now.poisons, now.lost, now.latency)
     assert later.last_ts == now.last_ts or not log_of(events)
-    # Of VMs that ended and to which nothing happened the log need not tell.
+    # Of VMs that ended and to which nothing happened the log need hold nothing.
     for key in now.vms.keys() | later.vms.keys():
         one, other = now.vms.get(key), later.vms.get(key)
         counts = [

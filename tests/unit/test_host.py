@@ -230,7 +230,7 @@ def test_bcc_out_of_sight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_collector_of_corrected_errors_is_asked_itself(tmp_path: Path) -> None:
-    """Not the configuration: it may be compiled in and told to leave it."""
+    """Not the configuration: it may be compiled in and switched off."""
     (tmp_path / "ras").mkdir()
     assert host.corrected_errors_collector(str(tmp_path)) is False
     (tmp_path / "ras/cec").mkdir()

@@ -371,7 +371,7 @@ PROXMOX = (
 
 
 def test_proxmox(proc: Proc) -> None:
-    """Two VMs may have one name there; the number tells them apart."""
+    """Two VMs may have one name there; the number distinguishes them."""
     proc.add(1, "/usr/bin/kvm", *PROXMOX.split(), exe=QEMU, comm="kvm")
     proc.add(2, "kvm", "-name", "simple", cgroup="0::/qemu.slice/8007.scope")
     proc.add(3, "kvm", "-id", "8008", exe=QEMU, comm="kvm", cgroup="0::/qemu.slice/8008.scope")

@@ -302,7 +302,7 @@ def test_conversions_neither_open_nor_hide() -> None:
     assert snapshot.lost == {}
 
 
-# -- poison from before the start, told of while it is not found yet
+# -- poison from before the start, delivered while it is not found yet
 
 
 def test_signals_that_came_before_the_page_was_found() -> None:
@@ -413,7 +413,7 @@ def test_a_process_runs_vms_until_they_end(signal_ts: int) -> None:
     snapshot, told = tell(*vms, poison(T0, tid=OTHER), *ends, signal)
     who = told[-1].vm
     if signal_ts > T0 + 2 * MS:
-        assert who is None  # whoever has that pid now
+        assert who is None  # another process may have that pid now
         assert (only(snapshot).sigbus, only(snapshot).sigbus_to_others) == (0, 1)
     else:
         assert who is not None
@@ -455,8 +455,8 @@ def test_whether_a_page_from_before_was_touched_is_not_known() -> None:
     own = Owned(T0, PFN, Owner(1, 8, HVA), "pagemap")
     snapshot, _ = tell(seen(1), own, Found(T0, PFN))
     text = explain_text(only(snapshot), snapshot, 200)
-    assert "who was told of it, and touched it, before kvmtrace started" in text
-    assert "nothing since kvmtrace started" in text
+    assert "who was notified of it, and touched it, before kvmtrace started" in text
+    assert "not since kvmtrace started" in text
     assert "before its guest touches" not in text
 
 
@@ -464,9 +464,8 @@ def test_what_is_not_watched_may_have_told() -> None:
     own = Owned(T0, PFN, Owner(1, 8, HVA), "pagemap")
     snapshot, _ = tell(seen(1), own, poison(T0, tid=OTHER))
     off = replace(snapshot, probes=(Probe("run", False, why="no"), Probe("sigbus", True)))
-    assert "whether the VMM was told by what is not watched (not attached: run)" in explain_text(
-        only(off), off, 200
-    )
+    text = explain_text(only(off), off, 200)
+    assert "whether the VMM was notified by what is not watched (not attached: run)" in text
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -31,7 +31,7 @@ LATER = T0 + 100 * SECOND
 
 
 class Kernel(FakeSource):
-    """A source that says what it is told to say, when it is told."""
+    """A source that gives the events it was given, when the test wants them."""
 
     def __init__(self, *past: Event) -> None:
         super().__init__(past)
@@ -224,7 +224,7 @@ def test_what_is_no_event_later_on_is_one_error(said: str) -> None:
     try:
         source = joined()
         assert source.poll(0) == []
-        with pytest.raises(KvmtraceError, match="said what is no event"):
+        with pytest.raises(KvmtraceError, match="sent what is no event"):
             source.poll(10)
         source.close()
     finally:
@@ -303,7 +303,7 @@ def test_a_serve_that_ends_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) 
     with open_door(serve.session):
         watching = threading.Thread(target=lambda: results.append(run("events")))
         watching.start()
-        # One that has not heard all of the past yet would attach for itself instead.
+        # One that has not read all of the past yet would attach for itself instead.
         assert listening.wait(20)
     watching.join()
     (result,) = results

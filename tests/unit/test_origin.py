@@ -129,7 +129,7 @@ def test_placeholders_name_no_dimm(tmp_path: Path, label: str) -> None:
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_best_name_stays(tmp_path: Path, order: tuple[int, ...]) -> None:
-    """EDAC's before SMBIOS's before FRU text, and they are one DIMM, whoever speaks first."""
+    """EDAC's before SMBIOS's before FRU text, and they are one DIMM, in any order."""
     extlog = hardware.error(
         Record(T, "extlog", {"sev": 0, "pa": ADDR, "pa_mask_lsb": 6, "fru_text": "DIMM G1"}),
         FIRMWARE,
@@ -168,7 +168,7 @@ def test_two_dimms_of_one_name_stay_two(tmp_path: Path) -> None:
         0x11: "BANK 0 Channel-0-DIMM-0 (SMBIOS handle 0x11)",
         0x12: "A1",
     }
-    # EDAC takes its names from there, too (ghes_edac), and tells them apart by their places.
+    # EDAC takes its names from there, too (ghes_edac), and distinguishes them by their places.
     reports = [
         hardware.error(
             Record(

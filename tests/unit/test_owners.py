@@ -201,7 +201,7 @@ def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) 
 
 
 class _Poisoned:
-    """A source in whose poll a page is poisoned: told of first, counted then."""
+    """A source in whose poll a page is poisoned: reported first, counted then."""
 
     name = "bpf"
     why: str | None = None
@@ -229,7 +229,7 @@ class _Poisoned:
 
 
 def test_found_pages_without_room_are_lost(tmp_path: Path) -> None:
-    """As many are told as there may be incidents."""
+    """As many are reported as there may be incidents."""
     pages = [0x80000 if number % 2 else 0 for number in range(8192)]
     (tmp_path / "meminfo").write_text("HardwareCorrupted:     16384 kB\n")
     last = (len(pages) << kvm.PAGE_SHIFT) - 1

@@ -88,7 +88,7 @@ def test_memory_of_a_process_is_not_the_kernels_and_not_harmless(
     ("page_type", "result", "verdict"),
     [
         (None, None, None),
-        ("unknown page", "told by a newer kernel", None),
+        ("unknown page", "named by a newer kernel", None),
         ("already poisoned", "Failed", None),
         ("already poisoned page", "Failed", None),
         ("0", "0", None),  # a kernel whose names could not be read
@@ -112,7 +112,7 @@ def test_a_page_of_a_vm_is_the_vms_whatever_the_kernel_could_not_do(page_type: s
 
 
 def test_what_a_guest_ran_into_is_guest_memory() -> None:
-    """Found by `make fuzz`: it was told, and then two owners made it the kernel's."""
+    """Found by `make fuzz`: it was delivered, and then two owners made it the kernel's."""
     failed = dataclasses.replace(verdict("unknown page"), tid=VMM)
     shared = gmem(T0, Owner(1, 8), Owner(2, 8))
     for story in ((hwpoison(T0), shared, failed), (hwpoison(T0), failed, owned(1, 8, HVA))):

@@ -1,4 +1,4 @@
-"""Time goes on where nothing happens, and what only time tells is told."""
+"""Time goes on where nothing happens, and what only time decides is reported."""
 
 from __future__ import annotations
 

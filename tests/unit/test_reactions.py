@@ -1,4 +1,4 @@
-"""What /proc says of vCPUs that were told, with made-up threads and a clock that is turned."""
+"""What /proc shows of vCPUs that were notified, with made-up threads and a clock that is turned."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ async def test_incident_details() -> None:
         text = "\n".join(screen(app))
         for part in (
             "Incident 200-1: delivered",
-            "state             delivered  the VM was told",
+            "state             delivered  the VMM was notified",
             "page       pfn 0x200, dirty unevictable LRU page, Recovered",
             "latency           90 s from poison to first delivery",
             "owner      database-with-a-long-name (pid 4002, qemu): gfn 0x1234",

@@ -59,7 +59,7 @@ def test_exited_says_how_long_after() -> None:
     verdict = judge(Evidence(1, 9 * S, (told(2, 0, S),), (look(2, "outside"),), gone_ts=3 * S))
     assert verdict.word == "exited"
     assert verdict.evidence == (
-        "the VM was gone 3 s after it was first told, 2 s after the last time",
+        "the VM was gone 3 s after it was first notified, 2 s after the last time",
     )
 
 
@@ -67,10 +67,10 @@ def test_looping_has_a_rate_and_an_end() -> None:
     loop = told(LOOPING_AFTER * 100, 0, 4 * S)
     verdict = judge(Evidence(1, 5 * S, (loop,)))
     assert verdict.word == "looping"
-    assert verdict.evidence == ("vCPU 0 was told 400 times in 4 s, 99.8 a second",)
+    assert verdict.evidence == ("vCPU 0 was notified 400 times in 4 s, 99.8 a second",)
     over = judge(Evidence(1, 4 * S + LOOP_OVER_NS + 1, (loop,), (look(6, "waiting"),)))
     assert over.word == "handled"
-    assert over.evidence[-1] == "vCPU 0 was told 400 times in 4 s, then no more"
+    assert over.evidence[-1] == "vCPU 0 was notified 400 times in 4 s, then no more"
 
 
 def test_a_slow_loop_is_not_over_between_two_rounds() -> None:
@@ -81,4 +81,4 @@ def test_a_slow_loop_is_not_over_between_two_rounds() -> None:
 
 def test_only_a_warning() -> None:
     verdict = judge(Evidence(1, S, (told(vcpu=None),)))
-    assert verdict.evidence == ("no vCPU was told, only another thread of the VMM",)
+    assert verdict.evidence == ("no vCPU was notified, only another thread of the VMM",)

@@ -100,7 +100,7 @@ def test_data_files_are_in_it_and_found(installed: Path, what: str) -> None:
 
 
 def tracked(what: str) -> list[Path]:
-    """Files of the tree that belong to it, as far as git can tell; all of them otherwise."""
+    """Files of the tree that belong to it, as far as git knows; all of them otherwise."""
     done = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "-z", what], capture_output=True, text=True, check=False
     )

@@ -2,7 +2,7 @@
 
 In a user and a mount namespace of its own it mounts a FUSE file system that it serves itself, lets
 a page fault on a file there go unanswered (the lock is held for reading) and maps something in
-another thread (which waits for writing). Whoever reads its /proc/PID/cmdline or pagemap waits from
+another thread (which waits for writing). A reader of its /proc/PID/cmdline or pagemap waits from
 then on, pgrep and ps too. Usage: wedge.py DIRECTORY; prints "wedged PID" just before that.
 """
 
