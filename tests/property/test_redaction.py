@@ -13,6 +13,7 @@ import io
 import json
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,6 +21,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from kvmtrace import host
 from kvmtrace.commandline import VMMS
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import KINDS, Event, Exit, HwError, Lost, Owned, Owner, Poison, Sigbus, VmSeen
@@ -108,15 +110,17 @@ def log(names: Names, writing: typing.Callable[[str], str], text: str) -> str:
             Lost(T0 + SECOND, next(said), 1),
         ]
     probe = Probe("run", False, next(said), next(said), next(said), next(said))
-    host = Host(names.host, f"6.1 {next(said)}", "bpf", next(said))
+    of = Host(names.host, f"6.1 {next(said)}", "bpf", next(said))
     file = io.StringIO()
-    Writer(file, host).write(events, (probe,))
+    Writer(file, of).write(events, (probe,))
     return file.getvalue()
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bundles")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "bcc", lambda: host.Bcc(None))  # a process each
+        yield tmp_path_factory.mktemp("bundles")
 
 
 def redacted(recording: str, place: Path) -> str:
