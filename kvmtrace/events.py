@@ -9,6 +9,7 @@ uses twice; what is known of that VM comes in ``VmSeen``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -350,15 +351,15 @@ KINDS: dict[str, type[Event]] = {
 def to_record(event: Event) -> dict[str, Any]:
     """A JSON-ready dict; fields that are None are absent. The inverse of ``from_record``."""
     record: dict[str, Any] = {"kind": event.kind}
-    for field in dataclasses.fields(event):
-        value = getattr(event, field.name)
+    for name in _fields(event.kind)[0]:
+        value = getattr(event, name)
         if value is None:
             continue
         if isinstance(value, Owner):
             value = _owner_record(value)
         elif isinstance(value, tuple):
             value = [_owner_record(x) if isinstance(x, Owner) else list(x) for x in value]
-        record[field.name] = value
+        record[name] = value
     return record
 
 
@@ -368,12 +369,10 @@ def from_record(record: Mapping[str, Any]) -> Event:
     Raises KeyError for an unknown kind, TypeError where a required field is missing.
     """
     cls = KINDS[record["kind"]]
-    fields = dataclasses.fields(cls)
+    names, optional = _fields(cls.kind)
     # to_record leaves out what is None, also where the class wants it said ("int | None").
-    values: dict[str, Any] = {
-        field.name: None for field in fields if str(field.type).endswith("| None")
-    }
-    values |= {field.name: record[field.name] for field in fields if field.name in record}
+    values: dict[str, Any] = dict.fromkeys(optional)
+    values |= {name: record[name] for name in names if name in record}
     if "owner" in values:
         values["owner"] = _owner_from(values["owner"])
     if "owners" in values:
@@ -381,6 +380,14 @@ def from_record(record: Mapping[str, Any]) -> Event:
     if "failures" in values:
         values["failures"] = tuple((name, count) for name, count in values["failures"])
     return cls(**values)
+
+
+@functools.cache
+def _fields(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of all fields, and of those that may be None."""
+    fields = dataclasses.fields(KINDS[kind])
+    optional = (field.name for field in fields if str(field.type).endswith("| None"))
+    return tuple(field.name for field in fields), tuple(optional)
 
 
 def _owner_record(owner: Owner) -> dict[str, int]:

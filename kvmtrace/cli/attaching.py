@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kvmtrace import __version__, door, sources
@@ -88,40 +89,92 @@ def open_door(session: Session) -> Iterator[None]:
         answering.close()
 
 
-@dataclass(frozen=True)
-class Log:
+Batch = tuple[list[Event], tuple[Probe, ...]]
+"""Events, and the state of the probes after them."""
+
+
+class Story(ABC):
     """What a host reported, by which source and by which kvmtrace (None: not known)."""
+
+    host: Host
+    version: str | None
+
+    @abstractmethod
+    def batches(self) -> Iterator[Batch]:
+        """All of it; each time from the beginning."""
+
+    def whole(self) -> bool:
+        """Whether nothing is missing at the end, once all batches were read."""
+        return True
+
+    def model(self, look: Callable[[Batch], None] | None = None) -> Snapshot:
+        """What it says when it is read from its beginning; ``look`` sees each batch, too."""
+        correlator = Correlator(page_shift=self.host.page_shift)
+        probes: tuple[Probe, ...] = ()
+        for events, probes in self.batches():
+            if look is not None:
+                look((events, probes))
+            for event in events:
+                correlator.feed(event)
+        return correlator.snapshot().of_log(self.host, probes)
+
+
+@dataclass(frozen=True)
+class Log(Story):
+    """What was seen in a while, in memory."""
 
     events: list[Event]
     host: Host
     probes: tuple[Probe, ...]
     version: str | None = __version__
 
-    def model(self) -> Snapshot:
-        """What it says when it is read from its beginning."""
-        correlator = Correlator(page_shift=self.host.page_shift)
-        for event in self.events:
-            correlator.feed(event)
-        return correlator.snapshot().of_log(self.host, self.probes)
+    def batches(self) -> Iterator[Batch]:
+        """One."""
+        yield self.events, self.probes
+
+
+class RecordedLog(Story):
+    """A recording, which is read when it is asked for: it may be longer than memory."""
+
+    def __init__(self, source: RecordingSource) -> None:
+        self.host, self.version = source.recorded, source.version
+        self._source = source
+        self._is_read = False
+
+    def batches(self) -> Iterator[Batch]:
+        """As the file is read; a signal ends it early."""
+        if self._is_read:
+            self._source.rewind()
+        self._is_read = True
+        while not self._source.done and not stop.asked:
+            with reading(self._source):
+                events = self._source.poll(0)
+            yield events, self._source.probes()
+
+    def whole(self) -> bool:
+        """Whether the end of the file was read, and is the recording's."""
+        return self._source.whole
 
 
 @contextlib.contextmanager
-def replaying(path: str) -> Iterator[RecordingSource]:
+def replaying(path: str, *, twice: bool = False) -> Iterator[RecordingSource]:
     """A recording; that it was cut off or damaged is printed after all that it has."""
     with stop.waiting(always):
-        source = RecordingSource(path)
+        source = RecordingSource(path, twice=twice)
     try:
         try:
             yield source
         except KvmtraceError:
-            if source.damage:
-                tell(f"kvmtrace: {source.damage.message}")
+            for one in filter(None, (source.damage, source.doubt)):
+                tell(f"kvmtrace: {one.message}")
             raise
         finally:
             if source.truncated:
                 tell(f"kvmtrace: {path}: the last line is cut off; left out")
-        if source.damage:
-            raise source.damage
+        if source.damage and source.doubt:
+            tell(f"kvmtrace: {source.doubt.message}")
+        if fault := source.damage or source.doubt:
+            raise fault
     finally:
         source.close()
 
@@ -132,17 +185,18 @@ def reading(source: RecordingSource) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def log_of(recording: str | None, kind: str, duration: float) -> Iterator[Log]:
-    """All events of a recording, of a running serve, or else what this host says in a while."""
+def log_of(
+    recording: str | None, kind: str, duration: float, *, twice: bool = False
+) -> Iterator[Story]:
+    """All events of a recording, of a running serve, or else what this host says in a while.
+
+    ``twice``: the batches will be asked for a second time.
+    """
     if recording is None:
         yield _log_here(kind, duration)
         return
-    with replaying(recording) as source:
-        batch: list[Event] = []
-        while not source.done and not stop.asked:
-            with reading(source):
-                batch += source.poll(0)
-        yield Log(batch, source.recorded, source.probes(), source.version)
+    with replaying(recording, twice=twice) as source:
+        yield RecordedLog(source)
 
 
 def _log_here(kind: str, duration: float) -> Log:

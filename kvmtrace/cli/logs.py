@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import time
+from collections.abc import Iterator
 
 import click
 
 from kvmtrace import host, wire
-from kvmtrace.cli.attaching import POLL_SECONDS, Log, here, log_of, reading, replaying
+from kvmtrace.cli.attaching import (
+    POLL_SECONDS,
+    Batch,
+    Story,
+    here,
+    log_of,
+    reading,
+    replaying,
+)
 from kvmtrace.cli.doctor import examined
-from kvmtrace.cli.ending import json_is_utf8, say, stop, tell
+from kvmtrace.cli.ending import Interrupted, json_is_utf8, say, stop, tell
 from kvmtrace.cli.options import (
     duration_option,
     from_option,
@@ -22,12 +30,19 @@ from kvmtrace.cli.options import (
 )
 from kvmtrace.cli.output import Output
 from kvmtrace.cli.printing import show_snapshot
+from kvmtrace.events import GmemPoison, Mce, Poison
 from kvmtrace.live import Session, host_of
 from kvmtrace.sources.recording import Writer
+from kvmtrace.spool import LongText, spooling
 from kvmtrace.views import bundle as bundle_view
 from kvmtrace.views import doctor as doctor_view
 from kvmtrace.views import explain as explain_view
 from kvmtrace.views import lines, targets
+
+# The host may go down with what these report.
+_LAST_WORDS = (GmemPoison, Mce, Poison)
+# So that little is left for the end of a recording, where the disk is waited for.
+_SYNC_SECONDS = 5.0
 
 
 @click.command()
@@ -38,26 +53,35 @@ from kvmtrace.views import lines, targets
 def record(file: str, force: bool, duration: float | None, source: str) -> None:
     """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
     with Output(file, force) as output, contextlib.closing(here(source)) as attached:
-        number = 0
+        number, sync_at = 0, 0.0
         deadline = time.monotonic() + duration if duration else None
-        output.place()
         with output.writing():
-            writer = Writer(output.file, host_of(attached))
+            writer = Writer(output.file, host_of(attached), ends=True)
+        output.place()
         by = f"{attached.name} ({attached.why})" if attached.why else attached.name
         tell(f"recording to {file} by {by}; Ctrl-C ends it")
-        while True:
-            wait = POLL_SECONDS
-            if deadline is not None:
-                wait = min(wait, deadline - time.monotonic())
-            over = stop.asked or wait <= 0
-            # What the kernel counted meanwhile and has not reported yet belongs to it, too.
-            batch = attached.poll(0 if over else wait)
+        try:
+            while True:
+                wait = POLL_SECONDS
+                if deadline is not None:
+                    wait = min(wait, deadline - time.monotonic())
+                over = stop.asked or wait <= 0
+                # What the kernel counted meanwhile and has not reported yet belongs to it, too.
+                batch = attached.poll(0 if over else wait)
+                with output.writing():
+                    writer.write(batch, attached.probes())
+                    output.file.flush()
+                is_urgent = any(isinstance(event, _LAST_WORDS) for event in batch)
+                if is_urgent or (batch and time.monotonic() >= sync_at):
+                    output.sync_soon()
+                    sync_at = time.monotonic() + _SYNC_SECONDS
+                number += len(batch)
+                if over:
+                    break
+        finally:
+            # Also if a source fails: what it reported until then is whole.
             with output.writing():
-                writer.write(batch, attached.probes())
-                output.file.flush()
-            number += len(batch)
-            if over:
-                break
+                writer.end()
     tell(f"{number} events")
 
 
@@ -138,32 +162,57 @@ def bundle(
     """
     with (
         Output(output, force, binary=True) as archive,
-        log_of(recording, source, duration) as log,
+        log_of(recording, source, duration, twice=redact) as log,
+        contextlib.closing(LongText()) as events,
     ):
-        report = examined(source) if recording is None else None
         if redact:
-            names = bundle_view.Redaction(log.events, log.host)
-            log = _redacted(log, names)  # noqa: PLW2901 (what else there is must not be used)
-            report = report and doctor_view.with_texts(report, names.text)
-        files = _files(log)
-        if report is not None:
+            every = (one for batch, _ in log.batches() for one in batch)
+            names = bundle_view.Redaction(every, log.host)
+            log = _Redacted(log, names)  # noqa: PLW2901 (what else there is must not be used)
+        files = _files(log, events)
+        if recording is not None and stop.asked:
+            raise Interrupted  # before all of it was read
+        if recording is None:
+            report = examined(source)
+            if redact:
+                report = doctor_view.with_texts(report, names.text)
             files["doctor.txt"] = doctor_view.render(report, verbose=True)
         with archive.writing():
             bundle_view.write(archive.file, files, int(time.time()))
+        archive.sync()
         archive.place()
         tell(f"{output}: {', '.join(sorted(files))}")
 
 
-def _redacted(log: Log, names: bundle_view.Redaction) -> Log:
-    return Log(
-        names.events(log.events),
-        names.host(log.host),
-        names.probes(log.probes),
-        log.version and names.text(log.version),
-    )
+class _Redacted(Story):
+    """A story without names."""
+
+    def __init__(self, story: Story, names: bundle_view.Redaction) -> None:
+        self.host = names.host(story.host)
+        self.version = story.version and names.text(story.version)
+        self._story, self._names = story, names
+
+    def batches(self) -> Iterator[Batch]:
+        """Those of the story."""
+        for events, probes in self._story.batches():
+            yield self._names.events(events), self._names.probes(probes)
+
+    def whole(self) -> bool:
+        """Whether the story is."""
+        return self._story.whole()
 
 
-def _files(log: Log) -> dict[str, str]:
-    text = io.StringIO()
-    Writer(text, log.host, log.version).write(log.events, log.probes)
-    return bundle_view.contents(text.getvalue(), log.model(), log.version, host.bcc().version)
+def _files(log: Story, events: LongText) -> dict[str, str | LongText]:
+    """What is in a bundle; the recording goes to ``events``."""
+    with spooling():
+        writer = Writer(events.file, log.host, log.version, ends=True)
+
+    def look(batch: Batch) -> None:
+        with spooling():
+            writer.write(*batch)
+
+    model = log.model(look)
+    if log.whole():
+        with spooling():
+            writer.end()
+    return bundle_view.contents(events, model, log.version, host.bcc().version)

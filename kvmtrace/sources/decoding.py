@@ -38,11 +38,14 @@ class Malformed(ValueError):
 
 
 class Decoder:
-    """Lines in, events out. ``probes``: as they were when the last event was recorded."""
+    """Lines in, events out.
+
+    ``probes``, ``ts``: of when the last event was recorded (0: there was none).
+    """
 
     def __init__(self) -> None:
         self.probes: tuple[Probe, ...] = ()
-        self._ts = 0
+        self.ts = 0
 
     def event(self, record: Mapping[str, Any]) -> Event | None:
         """The event of a line, None if it is of the probes. Raises Malformed.
@@ -59,12 +62,12 @@ class Decoder:
             if kind in KINDS:
                 event = checked(from_record(record))
             else:
-                event = build(Lost, {"ts": record.get("ts", self._ts), **_UNKNOWN})
+                event = build(Lost, {"ts": record.get("ts", self.ts), **_UNKNOWN})
         except Malformed:
             raise
         except WRONG as error:
             raise Malformed(f"not a whole {kind!r}") from error
-        self._ts = event.ts
+        self.ts = event.ts
         return event
 
 
@@ -78,9 +81,18 @@ _T = TypeVar("_T", bound="DataclassInstance")
 
 
 @functools.cache
-def _hints(cls: type[DataclassInstance]) -> dict[str, Any]:
+def _hints(cls: type[DataclassInstance]) -> dict[str, tuple[Any, range, bool, bool]]:
+    """{field: its declared type, its range, whether that may be None, an integer}."""
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    found = {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        within = _RANGES.get(field.name, _ANY)
+        if field.name == "count" and issubclass(cls, HwError):
+            within = _ANY  # drivers pass on what a register says, 0 included
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        found[field.name] = hint, within, types.NoneType in kinds, int in kinds
+    return found
 
 
 def build(cls: type[_T], record: Mapping[str, Any]) -> _T:
@@ -96,12 +108,15 @@ def checked(value: _T) -> _T:
     no reader takes must not cost all that comes after it.
     """
     changes: dict[str, Any] = {}
-    for name, hint in _hints(type(value)).items():
-        within = _RANGES.get(name, _ANY)
-        if name == "count" and isinstance(value, HwError):
-            within = _ANY  # drivers pass on what a register says, 0 included
-        changes[name] = _checked_item(name, getattr(value, name), hint, within)
-    return dataclasses.replace(value, **changes)
+    for name, (hint, within, may_be_none, may_be_int) in _hints(type(value)).items():
+        item = getattr(value, name)
+        # Most fields: a recording may have millions of events.
+        if (item is None and may_be_none) or (type(item) is int and may_be_int and item in within):
+            continue
+        checked_item = _checked_item(name, item, hint, within)
+        if checked_item is not item:
+            changes[name] = checked_item
+    return dataclasses.replace(value, **changes) if changes else value
 
 
 def _checked_item(name: str, item: Any, hint: Any, within: range = _ANY) -> Any:

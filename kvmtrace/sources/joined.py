@@ -18,6 +18,7 @@ from kvmtrace import door
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.model import Host, Probe, ProbeRuns
+from kvmtrace.sources.checksums import Checker
 from kvmtrace.sources.decoding import WRONG, Decoder, build, version_of
 from kvmtrace.sources.recording import FORMAT, MARK, MAX_LINE
 
@@ -34,6 +35,7 @@ class JoinedSource:
         self._client.settimeout(door.TIMEOUT)
         self._buffer = bytearray()
         self._decoder = Decoder()
+        self._checker = Checker()
         self.pid = pid
         header = self._next()
         number = header["kvmtrace_recording"]
@@ -132,6 +134,8 @@ class JoinedSource:
         record = json.loads(line)
         if not isinstance(record, dict):
             raise ValueError("not an object")
+        if self._checker.missing_before(bytes(line), record):
+            raise ValueError("lines are missing")
         return record
 
     def _receive(self) -> None:

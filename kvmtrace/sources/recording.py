@@ -3,7 +3,8 @@
 A header line says what host it is; event lines follow as ``events.to_record`` writes them, with a
 ``probes`` line wherever a probe came or went. Events are logged, not conclusions: a better
 correlator improves old recordings. A recording comes from outside, so it is checked like any
-input, and its strings are cleaned like names from /proc.
+input, and its strings are cleaned like names from /proc. Each line has a checksum (``checksums``),
+and a recording that was not cut off has a last line that says so.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
@@ -19,6 +21,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost, to_record
 from kvmtrace.identity import clean
 from kvmtrace.model import Host, Probe, ProbeRuns
+from kvmtrace.sources.checksums import EXACT, ODD, Broken, Checker, Places, Sealer
 from kvmtrace.sources.decoding import (
     TIMES,
     UNWRITABLE,
@@ -29,9 +32,12 @@ from kvmtrace.sources.decoding import (
     checked,
     version_of,
 )
+from kvmtrace.spool import spooling
 
 FORMAT = 1
 MARK = "from_here_on"
+MISSING = "missing_lines"
+"""Where lines of a recording are lost that are not there, or not as they were written."""
 
 # A poison with hundreds of owners is below 100 kB; anything longer is no recording.
 MAX_LINE = 1 << 20
@@ -42,19 +48,29 @@ _PAGE_SHIFTS = range(12, 21)
 class Writer:
     """Writes events to an open file; the caller flushes and closes it."""
 
-    def __init__(self, file: IO[str], host: Host, version: str | None = __version__) -> None:
-        """``version``: of the kvmtrace that saw the events, where that is another one."""
+    def __init__(
+        self, file: IO[str], host: Host, version: str | None = __version__, *, ends: bool = False
+    ) -> None:
+        """``version``: of the kvmtrace that saw the events, where that is another one.
+
+        ``ends``: ``end`` will be called, so that a reader can tell if the end is missing.
+        """
         self._file = file
+        self._sealer = Sealer()
         self._probes: tuple[Probe, ...] = ()
-        header = {"kvmtrace_recording": FORMAT, "version": version}
+        header = {
+            "kvmtrace_recording": FORMAT,
+            "version": version,
+            "ends": ends or None,
+            EXACT: ODD,
+        }
         self._line(_known(header | dataclasses.asdict(host)))
 
     def write(self, events: Iterable[Event], probes: tuple[Probe, ...]) -> None:
         """Append events, and the state of the probes where it changed."""
         if probes != self._probes:
             self._probes = probes
-            states = [_known(dataclasses.asdict(probe)) for probe in probes]
-            self._line({"kind": "probes", "probes": states})
+            self._line({"kind": "probes", "probes": self._states()})
         for event in events:
             self._line(to_record(_readable(event)))
 
@@ -62,8 +78,18 @@ class Writer:
         """What was written so far happened before somebody came to listen: see ``door``."""
         self._line({"kind": MARK})
 
+    def end(self) -> None:
+        """That was all. Older readers take the line for the state of the probes only."""
+        self._line({"kind": "probes", "end": True, "probes": self._states()})
+
+    def _states(self) -> list[dict[str, Any]]:
+        return [_known(dataclasses.asdict(probe)) for probe in self._probes]
+
     def _line(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        self._file.write(self._sealer.seal(record))
+
+
+_END = b'{"kind":"probes","end":true,'
 
 
 class RecordingSource:
@@ -71,49 +97,89 @@ class RecordingSource:
 
     ``recorded``: the host as it was recorded, by a kvmtrace of ``version`` (None: not said), and
     ``host`` as a replay shows it. ``truncated``: the last line was cut off (its writer was
-    killed) and is left out. ``damage``: what ended it before its end; events before that are read.
+    killed) and is left out. ``whole``: it was read to its end, and that is there.
+
+    A line that does not match its checksum is left out, and reading goes on. Without checksums,
+    nothing after a damaged line can be trusted, and reading ends there.
     """
 
     name = "recording"
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, twice: bool = False) -> None:
+        """``twice``: ``rewind`` will be called; what comes from a pipe is kept for it."""
         self.path = path
-        self.done = False
-        self.truncated = False
-        self._number = 0
-        self.damage: KvmtraceError | None = None
-        self._decoder = Decoder()
+        self._copy: IO[bytes] | None = None
+        self._left: int | None = None
         try:
-            self.file = open(path, "rb")  # noqa: SIM115 (lives as long as the source)
+            self.file: IO[bytes] = open(path, "rb")  # noqa: SIM115 (lives as long as the source)
         except OSError as error:
             raise KvmtraceError(
                 f"{path}: {error.strerror}", "name a file that `kvmtrace record` made"
             ) from error
         try:
-            self.recorded, self.version = self._header()
-        except OSError as error:
-            self.file.close()
-            raise KvmtraceError(f"{path}: {error.strerror}") from error
+            if twice and not self.file.seekable():
+                with spooling():
+                    self._copy = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the source)
+            self._begin()
         except BaseException:
-            self.file.close()
+            self.close()
             raise
         name = clean(os.path.basename(path))
         self.why: str | None = f"replay of {name}, from {self.recorded.source}"
         self.host = dataclasses.replace(self.recorded, source=self.name, source_why=self.why)
 
+    def _begin(self) -> None:
+        self.done = self.truncated = False
+        self._number = 0
+        self._decoder = Decoder()
+        self._checker = Checker()
+        self._faults = _Faults()
+        self._ended = self.whole = False
+        try:
+            self.recorded, self.version = self._header()
+        except OSError as error:
+            raise KvmtraceError(f"{self.path}: {error.strerror}") from error
+
+    def rewind(self) -> None:
+        """Read the same lines once more, and no others: the file may have grown."""
+        self._left = self.file.tell() if self._copy is None else None
+        if self._copy is not None:
+            self.file.close()
+            self.file, self._copy = self._copy, None
+        with spooling():
+            self.file.seek(0)
+        self._begin()
+
+    @property
+    def damage(self) -> KvmtraceError | None:
+        """How it is not as it was written, as far as that is known before ``done``."""
+        return self._faults.error(self.path)
+
+    @property
+    def doubt(self) -> KvmtraceError | None:
+        """That lines cannot be checked, unlike others, or were rounded; they were read."""
+        if not self._checker.sealed:
+            return None
+        return self._faults.doubt(self.path, self._checker.is_rounded)
+
     def poll(self, timeout: float) -> list[Event]:
         """The next events of the file; ``timeout`` is not needed."""
         events: list[Event] = []
-        while not self.done and len(events) < BATCH:
-            try:
-                record = self._record()
-                event = self._decoder.event(record) if record is not None else None
-            except (Malformed, OSError) as error:
-                what = str(error) if isinstance(error, Malformed) else error.strerror
-                self.done, self.damage = True, self._bad(what or "unreadable")
+        for _ in range(BATCH):
+            if self.done:
                 break
-            if event is not None:
-                events.append(event)
+            try:
+                self._take(events)
+            except (Malformed, Broken) as error:
+                self.done |= not self._checker.sealed
+                self._faults.leave_out(self._number, str(error), self.done)
+            except OSError as error:
+                self.done = True
+                self._faults.leave_out(self._number, error.strerror or "unreadable", True)
+        at_end = self.done and (self.truncated or not self._line)
+        promised = self._promised and self._checker.sealed
+        self._faults.no_end = at_end and promised and not self._ended
+        self.whole = at_end and (self._ended or not (promised or self.truncated))
         return events
 
     def probes(self) -> tuple[Probe, ...]:
@@ -127,12 +193,40 @@ class RecordingSource:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+        if self._copy is not None:
+            self._copy.close()
+
+    def _take(self, events: list[Event]) -> None:
+        """The next line, if any. Raises Malformed, Broken, OSError."""
+        record = self._record()
+        if record is None:
+            return
+        if "kvmtrace_recording" in record:
+            if self._checker.sealed and record == self._head:
+                raise Broken("the header, repeated")
+            self.done = True  # a VM's key means another VM in there
+            raise Malformed("another recording begins here")
+        missing = self._check(record)
+        try:
+            event = self._decoder.event(record)
+        finally:
+            if missing:
+                events.append(Lost(self._decoder.ts, MISSING, missing))
+        self._ended = record.get("end") is True
+        if event is not None:
+            events.append(event)
+            self._faults.kept += 1
 
     def _header(self) -> tuple[Host, str | None]:
         record = self._record()
+        self._head = dict(record or {})
         if record is None or "kvmtrace_recording" not in record:
+            packed = self._line.startswith(b"\x1f\x8b")
             raise KvmtraceError(
-                f"{self.path} is not a recording", "`kvmtrace record FILE` makes one"
+                f"{self.path} is not a recording",
+                "it is compressed: unpack it first"
+                if packed
+                else "`kvmtrace record FILE` makes one",
             )
         number = record["kvmtrace_recording"]
         if type(number) is not int or number > FORMAT:
@@ -145,23 +239,42 @@ class RecordingSource:
             raise self._bad("incomplete header") from error
         if host.page_shift not in _PAGE_SHIFTS:
             raise self._bad(f"pages of 2**{host.page_shift} bytes")
+        self._promised = record.get("ends") is True
+        try:
+            self._check(record)
+        except Broken as error:
+            # All that follows can be read without the names in it.
+            self._faults.first = 1, str(error)
+            self._checker.last = 1
         return host, version_of(record)
+
+    def _check(self, record: dict[str, Any]) -> int:
+        """How many lines are missing before this one. Raises Broken."""
+        missing = self._checker.missing_before(self._line, record)
+        if missing or self._checker.is_checked:
+            self._faults.miss(self._number, missing)
+        if not self._checker.is_checked:
+            self._faults.unchecked.add(self._number)
+        return missing
 
     def _record(self) -> dict[str, Any] | None:
         """The next line; None (and ``done``) at the end of the file, None for an empty line."""
-        line = self.file.readline(MAX_LINE)
         self._number += 1
+        line = self._line = self._read()
         if not line.strip():
             self.done = not line
             return None
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if not line.endswith(b"\n") and len(line) < MAX_LINE and self._number > 1:
+            whole = line.endswith(b"\n") or len(line) >= MAX_LINE
+            if not whole and self._number > 1:
                 self.done = self.truncated = True
+                self._ended = line.startswith(_END)
                 return None
             if self._number == 1:
                 return None
+            self.done = len(line) >= MAX_LINE
             raise Malformed("not JSON") from error
         if not isinstance(record, dict):
             if self._number == 1:
@@ -169,10 +282,76 @@ class RecordingSource:
             raise Malformed("not an object")
         return record
 
+    def _read(self) -> bytes:
+        line = self.file.readline(MAX_LINE if self._left is None else min(MAX_LINE, self._left))
+        if self._left is not None:
+            self._left -= len(line)
+        if self._copy is not None:
+            with spooling():
+                self._copy.write(line)
+        return line
+
     def _bad(self, what: str) -> KvmtraceError:
+        return KvmtraceError(f"{self.path}, line {self._number}: {what}", _DAMAGED)
+
+
+_DAMAGED = "the file was damaged or edited"
+_ROUNDED = "a program rounded the numbers (jq before 1.7 does); times are exact to 256 ns"
+
+
+class _Faults:
+    """What is wrong with a recording, by the lines of its file."""
+
+    def __init__(self) -> None:
+        self.first: tuple[int, str] | None = None
+        self.unchecked = Places()
+        self.kept = 0
+        self.no_end = False
+        self._left_out = Places()
+        self._rest = ""
+        self._missing = 0
+        self._gaps = Places()
+        self._passed = 0  # lines left out since the last good one: those are not missing
+
+    def leave_out(self, number: int, what: str, is_last: bool) -> None:
+        """``is_last``: nothing that follows is read."""
+        self._rest = " and what follows" * is_last
+        self.first = self.first or (number, what)
+        self._left_out.add(number)
+        self._passed += 1
+
+    def miss(self, number: int, missing: int) -> None:
+        """So many lines have to be before this one that are not, or were left out."""
+        missing, self._passed = missing - self._passed, 0
+        if missing > 0:
+            self._missing += missing
+            self._gaps.add(number)
+
+    def error(self, path: str) -> KvmtraceError | None:
+        gaps = f"{_counted(self._missing, 'line')} missing before {self._gaps}"
+        no_end = "the end is missing: it was cut off, or is still being written"
+        facts = [gaps] * bool(self._missing) + [no_end] * self.no_end
+        if self.first is not None:
+            message = f"{path}, line {self.first[0]}: {self.first[1]}"
+            if self._left_out.count:
+                facts.insert(0, f"left out: {self._left_out}{self._rest}")
+        elif facts:
+            message = f"{path}: {facts.pop(0)}"
+        else:
+            return None
+        return KvmtraceError(message, "; ".join([*facts, f"{_counted(self.kept, 'event')} read"]))
+
+    def doubt(self, path: str, is_rounded: bool) -> KvmtraceError | None:
+        if not self.unchecked.count:
+            return None
         return KvmtraceError(
-            f"{self.path}, line {self._number}: {what}", "the file was damaged or edited"
+            f"{path}: changed or added after it was recorded: {self.unchecked}",
+            _ROUNDED if is_rounded else "without checksums, and read like the others",
         )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 def _readable(event: Event) -> Event:

@@ -7,20 +7,23 @@ import json
 import platform
 import tarfile
 from collections.abc import Mapping
-from typing import IO
+from typing import IO, TypeVar
 
 from kvmtrace import __version__, wire
 from kvmtrace.model import Snapshot
+from kvmtrace.spool import LongText
 from kvmtrace.views.explain import explain_text
 from kvmtrace.views.redaction import Redaction
 
-__all__ = ["Redaction", "contents", "write"]
+__all__ = ["Redaction", "Text", "contents", "write"]
+
+Text = TypeVar("Text", str, LongText)
 
 
 def contents(
-    recording: str, snapshot: Snapshot, version: str | None, bcc: str | None
-) -> dict[str, str]:
-    """{file name: text} of what the events show.
+    recording: Text, snapshot: Snapshot, version: str | None, bcc: str | None
+) -> dict[str, str | Text]:
+    """{file name: text} of what the events say.
 
     ``version``: of the kvmtrace that recorded them. ``bcc``: its version, None if it is not here.
     """
@@ -43,11 +46,15 @@ def contents(
     }
 
 
-def write(file: IO[bytes], files: Mapping[str, str], mtime: int) -> None:
+def write(file: IO[bytes], files: Mapping[str, str | LongText], mtime: int) -> None:
     """A tar.gz with one directory."""
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+    with tarfile.open(fileobj=file, mode="w:gz", compresslevel=6) as archive:
         for name, text in sorted(files.items()):
-            data = text.encode("utf-8", "replace")
+            if isinstance(text, LongText):
+                content, size = text.reading()
+            else:
+                data = text.encode("utf-8", "replace")
+                content, size = io.BytesIO(data), len(data)
             entry = tarfile.TarInfo(f"kvmtrace-bundle/{name}")
-            entry.size, entry.mode, entry.mtime = len(data), 0o600, mtime
-            archive.addfile(entry, io.BytesIO(data))
+            entry.size, entry.mode, entry.mtime = size, 0o600, mtime
+            archive.addfile(entry, content)

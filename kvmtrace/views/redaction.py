@@ -101,7 +101,8 @@ class Redaction:
         return tuple(self._texts(probe) for probe in probes)
 
     def _name(self, name: str | None) -> str | None:
-        return self._stand_ins[name] if name else None
+        # A recording that grows may bring another one meanwhile.
+        return self._stand_ins.get(name, _ANY) if name else None
 
     def _texts(self, value: _T) -> _T:
         """The dataclass with every text in it searched: a new field needs no word here."""

@@ -1,0 +1,130 @@
+"""Checksums of a recording: a changed, missing, added or moved line is noticed, and which it is.
+
+Each line ends with its number and a CRC-32 of what stands before the CRC, ``,"line":7,"crc":N}``.
+A block is one line, so that each line can be checked alone: a filter such as grep
+leaves lines that still match, and one bad sector costs no more than the lines in it. A reader that
+does not know these fields ignores them.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+LINE, CRC = "line", "crc"
+EXACT, ODD = "exact", (1 << 53) + 1
+"""In the header: the smallest integer that a double cannot hold, so that rounding shows."""
+
+_BEFORE_CRC = f',"{CRC}":'.encode()
+
+_NUMBERS = range(1 << 64)
+
+# Places that are named; further ones are counted.
+_NAMED = 8
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Sealer:
+    """Numbers the lines of one recording and adds their checksums."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def seal(self, record: Mapping[str, Any]) -> str:
+        """The line, with its end."""
+        self._number += 1
+        body = _encode({**record, LINE: self._number})[:-1]
+        return f'{body},"{CRC}":{zlib.crc32(body.encode())}}}\n'
+
+
+class Broken(ValueError):
+    """Says in words how a line is not as it was written, or not where."""
+
+
+@dataclass
+class Places:
+    """Where in a file something was found: line numbers."""
+
+    count: int = 0
+    _ranges: list[list[int]] = field(default_factory=list)
+
+    def add(self, first: int, last: int | None = None) -> None:
+        """One line, or several."""
+        last = first if last is None else last
+        self.count += last - first + 1
+        if self._ranges and self._ranges[-1][1] == first - 1:
+            self._ranges[-1][1] = last
+        elif len(self._ranges) < _NAMED:
+            self._ranges.append([first, last])
+
+    def __str__(self) -> str:
+        """``line 7``, or ``lines 7, 9-12 and 30 more``."""
+        named = sum(last - first + 1 for first, last in self._ranges)
+        more = [f"{self.count - named} more"] if self.count > named else []
+        parts = [f"{first}" if first == last else f"{first}-{last}" for first, last in self._ranges]
+        words = ", ".join(parts) + "".join(f" and {one}" for one in more)
+        return f"{'line' if self.count == 1 else 'lines'} {words}"
+
+
+class Checker:
+    """Looks at the lines of one recording, in the order in which they are there."""
+
+    def __init__(self) -> None:
+        self.sealed = False
+        """Whether any line had a checksum: recordings of older versions have none."""
+        self.is_rounded = False
+        """Whether they went through a program whose numbers are doubles (jq before 1.7)."""
+        self.is_checked = False
+        """Whether the line that was looked at last is known to be as it was written."""
+        self.last = 0
+        """The number of the last line that was in its place."""
+
+    def missing_before(self, line: bytes, record: dict[str, Any]) -> int:
+        """How many lines are missing before this one.
+
+        Takes the checksum out of ``record``. Raises Broken.
+        """
+        crc, number = record.pop(CRC, None), record.get(LINE)
+        self.is_checked = False
+        if crc is None:
+            self.last += number == self.last + 1
+            return 0
+        self.sealed = True
+        self.is_rounded |= record.get(EXACT, ODD) != ODD
+        self.is_checked = _matches(line, record, crc)
+        if type(number) is not int or number not in _NUMBERS:
+            raise Broken("has no number")
+        if not (self.is_checked or self._is_rounded(record)):
+            raise Broken("does not match its checksum")
+        if number <= self.last:
+            raise Broken(f"line {number} of the recording, repeated or moved")
+        missing, self.last = number - self.last - 1, number
+        return missing
+
+    def _is_rounded(self, record: dict[str, Any]) -> bool:
+        """Whether nothing but such a program need have changed it: times are exact to 256 ns."""
+        if not self.is_rounded:
+            return False
+        for name, one in record.items():
+            if type(one) is float and one.is_integer():
+                record[name] = int(one)
+        large = [one for one in record.values() if type(one) is int and one >= ODD - 1]
+        if not large or max(large) not in _NUMBERS:
+            return False
+        return all(int(Decimal(f"{one:.17g}")) == one for one in large)
+
+
+def _matches(line: bytes, record: Mapping[str, Any], crc: object) -> bool:
+    """Whether the line is as it was written, or says the same in other bytes (jq writes UTF-8)."""
+    body, _, _ = line.rpartition(_BEFORE_CRC)
+    if crc == zlib.crc32(body):
+        return True
+    try:
+        return crc == zlib.crc32(_encode(record)[:-1].encode())
+    except RecursionError:
+        return False
