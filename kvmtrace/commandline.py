@@ -46,6 +46,10 @@ _KINDS = tuple(
 )
 
 
+VMMS = frozenset(kind for kind, _ in _KINDS)
+"""What they are called here, whatever a process is called."""
+
+
 def program(exe: str, argv: Sequence[str]) -> tuple[str, str | None, Sequence[str]]:
     """The program's name, the VMM that it is (None: another), and its arguments."""
     exe = _plain(exe)

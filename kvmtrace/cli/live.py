@@ -195,8 +195,16 @@ def reader_gone() -> bool:
     metavar="N",
     help='VMs with series of their own; the rest share vm="other".  [default: 500]',
 )
+@click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="On loopback: answer those who ask for this name, too (behind a proxy that passes it on).",
+)
 @with_source
-def serve(listen: str | None, max_vms: int | None, source: str) -> None:
+def serve(
+    listen: str | None, max_vms: int | None, allow_host: tuple[str, ...], source: str
+) -> None:
     """Serve /metrics for Prometheus, /-/healthy and a landing page."""
     from kvmtrace.views import exporter  # noqa: PLC0415 (prometheus_client)
 
@@ -213,6 +221,7 @@ def serve(listen: str | None, max_vms: int | None, source: str) -> None:
             kinds=kinds,
             max_vms=max_vms or exporter.DEFAULT_MAX_VMS,
             now=session.now,
+            names=allow_host,
         )
         try:
             session.start()

@@ -142,7 +142,7 @@ def explain(
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False), required=True, metavar="FILE.tar.gz"
 )
-@click.option("--redact", is_flag=True, help="Replace names and uuids of VMs, the same everywhere.")
+@click.option("--redact", is_flag=True, help="Replace names of VMs, processes and the host.")
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
 @from_option
 @look_option
@@ -166,14 +166,17 @@ def bundle(
         contextlib.closing(LongText()) as events,
     ):
         if redact:
-            names = bundle_view.Redaction(one for batch, _ in log.batches() for one in batch)
+            every = (one for batch, _ in log.batches() for one in batch)
+            names = bundle_view.Redaction(every, log.host)
             log = _Redacted(log, names)  # noqa: PLW2901 (what else there is must not be used)
         files = _files(log, events)
         if recording is not None and stop.asked:
             raise Interrupted  # before all of it was read
         if recording is None:
-            found = doctor_view.render(examined(source), verbose=True)
-            files["doctor.txt"] = names.text(found) if redact else found
+            report = examined(source)
+            if redact:
+                report = doctor_view.with_texts(report, names.text)
+            files["doctor.txt"] = doctor_view.render(report, verbose=True)
         with archive.writing():
             bundle_view.write(archive.file, files, int(time.time()))
         archive.sync()
@@ -185,13 +188,14 @@ class _Redacted(Story):
     """A story without names."""
 
     def __init__(self, story: Story, names: bundle_view.Redaction) -> None:
-        self.host, self.version = story.host, story.version
+        self.host = names.host(story.host)
+        self.version = story.version and names.text(story.version)
         self._story, self._names = story, names
 
     def batches(self) -> Iterator[Batch]:
         """Those of the story."""
         for events, probes in self._story.batches():
-            yield self._names.events(events), probes
+            yield self._names.events(events), self._names.probes(probes)
 
     def whole(self) -> bool:
         """Whether the story is."""

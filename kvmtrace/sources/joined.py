@@ -38,7 +38,8 @@ class JoinedSource:
         self._checker = Checker()
         self.pid = pid
         header = self._next()
-        if not 0 < header["kvmtrace_recording"] <= FORMAT:
+        number = header["kvmtrace_recording"]
+        if type(number) is not int or not 0 < number <= FORMAT:
             raise ValueError("a newer kvmtrace")
         host = build(Host, header)
         self.name, self.epoch_offset_ns = host.source, host.epoch_offset_ns

@@ -229,7 +229,7 @@ class RecordingSource:
                 else "`kvmtrace record FILE` makes one",
             )
         number = record["kvmtrace_recording"]
-        if not isinstance(number, int) or number > FORMAT:
+        if type(number) is not int or number > FORMAT:
             raise KvmtraceError(
                 f"{self.path} was recorded by a newer kvmtrace", "replay it with that version"
             )

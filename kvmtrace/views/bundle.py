@@ -1,21 +1,21 @@
-"""A bundle: all that is known in one archive, with VMs' names replaced if they must not leave."""
+"""A bundle: all that is known in one archive, without names if they must not leave."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import platform
-import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import IO, TypeVar
 
 from kvmtrace import __version__, wire
-from kvmtrace.events import Event, Sigbus, VmSeen
 from kvmtrace.model import Snapshot
 from kvmtrace.spool import LongText
 from kvmtrace.views.explain import explain_text
+from kvmtrace.views.redaction import Redaction
+
+__all__ = ["Redaction", "Text", "contents", "write"]
 
 Text = TypeVar("Text", str, LongText)
 
@@ -58,42 +58,3 @@ def write(file: IO[bytes], files: Mapping[str, str | LongText], mtime: int) -> N
             entry = tarfile.TarInfo(f"kvmtrace-bundle/{name}")
             entry.size, entry.mode, entry.mtime = size, 0o600, mtime
             archive.addfile(entry, content)
-
-
-class Redaction:
-    """Stand-ins for VMs' names and uuids: the same one for the same name, wherever it stands."""
-
-    def __init__(self, events: Iterable[Event]) -> None:
-        self._names: dict[str, str] = {}
-        for event in events:
-            if isinstance(event, VmSeen):
-                if event.name:
-                    self._names.setdefault(event.name, f"vm-{len(self._names) + 1}")
-                if event.uuid:
-                    number = len(self._names) + 1
-                    stand_in = f"00000000-0000-0000-0000-{number:012d}"
-                    self._names.setdefault(event.uuid, stand_in)
-        # Whole words only, the longest first: a VM may be called "vm" or "db", another "db-1".
-        longest = sorted(self._names, key=len, reverse=True)
-        self._pattern = re.compile(
-            r"(?<![\w-])(" + "|".join(map(re.escape, longest)) + r")(?![\w-])"
-            if longest
-            else r"(?!)"
-        )
-
-    def events(self, events: Iterable[Event]) -> list[Event]:
-        """The events with their names replaced: what is made of them has none."""
-        return [self._event(event) for event in events]
-
-    def _event(self, event: Event) -> Event:
-        match event:
-            case VmSeen():
-                name, uuid = (self._names.get(word or "") for word in (event.name, event.uuid))
-                return dataclasses.replace(event, name=name, uuid=uuid, vmid=None)
-            case Sigbus():
-                return dataclasses.replace(event, comm=None)
-        return event
-
-    def text(self, text: str) -> str:
-        """A text that was made without regard to names."""
-        return self._pattern.sub(lambda match: self._names[match[1]], text)

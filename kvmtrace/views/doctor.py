@@ -7,8 +7,8 @@ tried), so that every verdict can be tested without the host that deserves it.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvmtrace import wire
@@ -203,6 +203,20 @@ def _untried(spec: ProbeSpec, facts: Facts) -> str:
         return "not tried"
     here = next((target for target in spec.targets if target in facts.symbols.modules), None)
     return f"not tried ({here} is there)" if here else "no function to attach to"
+
+
+def with_texts(report: Report, change: Callable[[str], str]) -> Report:
+    """The report with what was found on the host changed; what doctor says of it is left."""
+    checks = (
+        replace(
+            check,
+            found=change(check.found),
+            fix=change(check.fix),
+            detail=check.detail and change(check.detail),
+        )
+        for check in report.checks
+    )
+    return replace(report, checks=tuple(checks))
 
 
 def as_object(report: Report) -> dict[str, Any]:

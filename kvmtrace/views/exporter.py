@@ -295,10 +295,12 @@ def serve(
     kinds: Kinds = lambda: FALLBACK_KINDS,
     max_vms: int = DEFAULT_MAX_VMS,
     now: Callable[[], int] = clock.now_ns,
+    names: Iterable[str] = (),
 ) -> Server:
     """Serve ``/metrics``, ``/-/healthy`` and a landing page until ``close()`` of what it returns.
 
-    ``now``: ns since the epoch, by the clock that stamps the session's events.
+    ``now``: ns since the epoch, by the clock that stamps the session's events. ``names``: further
+    names by which it may be asked on loopback.
 
     Raises UsageError if ``listen`` makes no sense, KvmtraceError if it cannot be listened on.
     """
@@ -342,6 +344,7 @@ def serve(
             "/-/healthy": healthy,
             "/": Shared(landing),
         },
+        names,
     )
     registry.register(_Service(session, server.dropped, now))
     return server

@@ -15,12 +15,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
+import re
 import resource
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -182,11 +184,18 @@ class Server:
     ``descriptors`` (there was none left to accept one with).
     """
 
-    def __init__(self, listening: socket.socket, routes: Mapping[str, Route]) -> None:
+    def __init__(
+        self, listening: socket.socket, routes: Mapping[str, Route], names: Iterable[str] = ()
+    ) -> None:
+        """``names``: of this host, by which it may be asked on loopback, besides its own."""
         self.address: tuple[str, int] = listening.getsockname()[:2]
         self.dropped = Counter(crowded=0, deadline=0, descriptors=0)
         self._listening = listening
         self._routes = routes
+        self._names: frozenset[str] | None = None
+        if _is_loopback(self.address[0]):
+            own = ("localhost", socket.gethostname(), *names)
+            self._names = frozenset(name.lower().rstrip(".") for name in own)
         self._clients: set[_Client] = set()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft == resource.RLIM_INFINITY:
@@ -313,19 +322,55 @@ class Server:
             return text(HTTPStatus.BAD_REQUEST, "not HTTP\n"), True
         if method not in ("GET", "HEAD"):
             return text(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD\n"), True
+        split = (line.partition(":") for line in lines)
+        pairs = [(name.strip().lower(), value.strip()) for name, _, value in split]
+        if not all(self._is_asked_for(value) for name, value in pairs if name == "host"):
+            return text(HTTPStatus.MISDIRECTED_REQUEST, _OTHER_NAME), method == "GET"
         route = self._routes.get(target.partition("?")[0])
         if route is None:
             return text(HTTPStatus.NOT_FOUND, "not here\n"), method == "GET"
-        split = (line.partition(":") for line in lines)
-        headers = {name.strip().lower(): value.strip() for name, _, value in split}
+        headers = dict(pairs)
         if isinstance(route, Shared):
             return await route.answer(headers), method == "GET"
         return route(headers), method == "GET"
 
+    def _is_asked_for(self, host: str) -> bool:
+        """Whether a Host header may lead here.
 
-def start(listen: str, routes: Mapping[str, Route]) -> Server:
-    """Serve ``routes`` (by path, asked with GET and HEAD only) on ``listen``."""
-    return Server(_listening(listen), routes)
+        A page in a browser on this host can have its own name resolve to 127.0.0.1, and read what
+        is answered (DNS rebinding). Addresses cannot be made to, nor the names that are known here.
+        """
+        if self._names is None or not host:
+            return True  # for others to reach, by whatever name
+        name = re.sub(r":[0-9]*$", "", host).lower().rstrip(".")
+        return name in self._names or name.endswith(".localhost") or _is_address(name)
+
+
+_OTHER_NAME = (
+    "this is not that host: ask for an address or localhost, or see serve's --allow-host\n"
+)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(address: str) -> bool:
+    found = ipaddress.ip_address(address.partition("%")[0])
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return (mapped or found).is_loopback
+
+
+def start(listen: str, routes: Mapping[str, Route], names: Iterable[str] = ()) -> Server:
+    """Serve ``routes`` (by path, asked with GET and HEAD only) on ``listen``.
+
+    ``names``: see ``Server``; the one in ``listen`` need not be among them.
+    """
+    return Server(_listening(listen), routes, (parse_listen(listen)[0], *names))
 
 
 def check_listen(listen: str) -> None:

@@ -5,9 +5,10 @@ A label is chosen when a VM is first exported and kept for as long as the model 
 - its name, where no other VM has that name and no series already goes by it;
 - else ``NAME-PID``, and ``vm-PID`` where it has no name (one process with several VMs: ``-2`` …).
 
-A VM that dies and is started again under its name is therefore ``NAME-PID`` while the dead one's
-counts are still exported: two VMs never share a series, and no counter goes down while its label
-lives. A VM whose name becomes known later changes its label only if nothing was counted for it.
+A VM that dies and is started again under its name is therefore ``NAME-PID`` if anything was counted
+for the dead one, also when the model has forgotten that one: two VMs never share a series, and no
+counter goes down. Labels of forgotten VMs are remembered for this, the last ``MAX_RETIRED``.
+A VM whose name becomes known later changes its label only if nothing was counted for it.
 
 At most ``max_vms`` VMs have series of their own; the others are added up in ``vm="other"``.
 """
@@ -36,6 +37,9 @@ EXITS_FROM_BIRTH = (
     *(_ARM64 if os.uname().machine == "aarch64" else ()),
 )
 SIGBUS_FROM_BIRTH = ("AR", "AO", "KERNEL")
+
+# Some megabytes. A label may be given again after so many others that something was counted for.
+MAX_RETIRED = 1 << 16
 
 # Longer than any name that libvirt or an orchestrator gives, shorter than a scrape can be hurt by.
 MAX_LABEL = 128
@@ -82,6 +86,8 @@ class VmLabels:
     def __init__(self, max_vms: int) -> None:
         self._max_vms = max_vms
         self._given: dict[int, _Given] = {}
+        self._counted: set[int] = set()  # those of the given that a counter above 0 was exported of
+        self._retired: dict[str, None] = {}
         self._folded: dict[int, Vm] = {}
         # What VMs counted that were folded and are forgotten: "other" must not go down either.
         self._past_exits: Counter[tuple[str, str]] = Counter()
@@ -95,6 +101,7 @@ class VmLabels:
         self._give(vms)
         self._folded = {key: vm for key, vm in vms.items() if key not in self._given}
         self._ever_folded |= bool(self._folded)
+        self._counted |= {key for key in self._given if _counted(vms[key])}
         series = [
             VmSeries(
                 self._given[key].label,
@@ -112,8 +119,13 @@ class VmLabels:
         return series, len(self._folded)
 
     def _forget(self, vms: Mapping[int, Vm]) -> None:
-        for key in self._given.keys() - vms.keys():
-            del self._given[key]
+        for key in sorted(self._given.keys() - vms.keys()):
+            label = self._given.pop(key).label
+            if key in self._counted:
+                self._counted.discard(key)
+                self._retired[label] = None
+        while len(self._retired) > MAX_RETIRED:
+            del self._retired[next(iter(self._retired))]
         for key in self._folded.keys() - vms.keys():
             self._past_exits.update(_exits(self._folded[key]))
             self._past_sigbus.update(_sigbus(self._folded[key]))
@@ -136,11 +148,11 @@ class VmLabels:
     def _free_label(self, vm: Vm, names: Counter[str]) -> str:
         taken = {given.label for given in self._given.values()} | {OTHER}
         name = clean(vm.name)
-        if name and names[name] == 1 and name not in taken:
+        if name and names[name] == 1 and name not in taken and name not in self._retired:
             return name
         stem = label = f"{name or 'vm'}-{clean(vm.vmid) or vm.pid}"
         number = 1
-        while label in taken:
+        while label in taken or label in self._retired:
             number += 1
             label = f"{stem}-{number}"
         return label

@@ -60,7 +60,11 @@ def fetch(row: Row) -> Path:
 
 
 def pip_install(arguments: list[str], target: Path) -> None:
-    """Install from PyPI into a directory, wheels only."""
+    """Install from PyPI into a directory, wheels only.
+
+    Without hashes, as they would pin what is meant to be the newest. None of it is run on the host:
+    what a wheel brings is run in the lab's machines.
+    """
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     programs.output([*pip, "--no-compile", "--only-binary=:all:", f"--target={target}", *arguments])
 

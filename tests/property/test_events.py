@@ -7,6 +7,7 @@ import io
 import tempfile
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvmtrace.events import KINDS, Event, Lost, Owner, from_record, to_record
 from kvmtrace.model import Host
-from kvmtrace.sources.decoding import UNWRITABLE, checked
+from kvmtrace.sources.decoding import UNWRITABLE, Decoder, Malformed, checked
 from kvmtrace.sources.recording import RecordingSource, Writer
 
 HOST = Host("sick-host", "6.18.15", "bpf")
@@ -93,3 +94,25 @@ def test_an_owner_is_checked_as_well() -> None:
     assert replayed(KINDS["owned"](1, 5, Owner(1 << 64, 2), "pagemap")) == [  # type: ignore[call-arg]
         Lost(1, UNWRITABLE, 1)
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_true_is_no_number(kind: str, data: st.DataObject) -> None:
+    """Also not within an owner or a count of the kernel's."""
+    record = to_record(data.draw(whole(KINDS[kind], SANE)))
+    for place, key in _numbers(record):
+        number, place[key] = place[key], True
+        with pytest.raises(Malformed):
+            Decoder().event(record)
+        place[key] = number
+    assert isinstance(Decoder().event(record), KINDS[kind])
+
+
+def _numbers(place: Any) -> Iterator[tuple[Any, Any]]:
+    """Where a record has integers: in which dict or list, and its key there."""
+    for key, item in place.items() if isinstance(place, dict) else enumerate(place):
+        if isinstance(item, dict | list):
+            yield from _numbers(item)
+        elif type(item) is int:
+            yield place, key

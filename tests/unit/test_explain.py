@@ -283,7 +283,7 @@ def test_a_bundle_is_of_whoever_recorded(tmp_path: Path, redact: tuple[str, ...]
         >= {
             "kvmtrace_recording": 1,
             "version": "0.0.7",
-            "name": "sick",
+            "name": "host-1" if redact else "sick",
             "kernel": "6.18.15",
             "source": "ftrace",
             "source_why": "asked for",

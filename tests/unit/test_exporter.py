@@ -265,6 +265,21 @@ def test_a_forgotten_vm_leaves_its_label() -> None:
     assert labels_of(scrape(collector), INFO) == {"a"}
 
 
+def test_a_forgotten_vm_takes_its_label_along_if_it_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or the counter would go down within one scrape interval."""
+    monkeypatch.setattr("kvmtrace.views.vmseries.MAX_RETIRED", 2)
+    conversion = {("EFAULT", "conversion"): 2}
+    now = Changing(vms(vm(1, "a", 10, exits=conversion)))
+    collector = exporter.Exporter(now)
+    scrape(collector)
+    for key, pid, label in ((2, 11, "a-11"), (3, 11, "a-11-2"), (4, 12, "a")):
+        now.now = vms(vm(key, "a", pid, exits=conversion))
+        assert labels_of(scrape(collector), INFO) == {label}
+    # The first had been remembered until two others were.
+
+
 def test_vms_beyond_the_limit_are_summed_and_it_says_so() -> None:
     hit = {("EFAULT", "conversion"): 5}
     now = Changing(vms(*(vm(key, f"v{key}", exits=hit) for key in range(5))))
@@ -489,6 +504,56 @@ def test_close_frees_the_port_and_may_be_called_twice() -> None:
 def test_an_address_that_is_not_ours() -> None:
     with pytest.raises(KvmtraceError, match="not an address of this host"):
         exporter.serve("192.0.2.1:0", Scenario())
+
+
+OTHERS = ("evil.example", "evil.example:9750", "localhost.evil.example", "127.0.0.1.evil.example")
+OURS = ("localhost", "LOCALHOST:9750", "localhost.", "a.localhost:1", "127.0.0.1:80", "[::1]:9750")
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/-/healthy", "/", "/nothing"])
+@pytest.mark.parametrize("host", OTHERS)
+def test_on_loopback_it_is_not_asked_for_by_other_names(
+    server: Server, host: str, path: str
+) -> None:
+    """A page whose own name resolves to 127.0.0.1 may read what it asks for (DNS rebinding)."""
+    response, body = ask(server, path, Host=host)
+    assert response.status == 421
+    assert b"--allow-host" in body
+
+
+@pytest.mark.parametrize("host", [*OURS, socket.gethostname()])
+def test_on_loopback_it_is_asked_for_by_its_own_names(server: Server, host: str) -> None:
+    assert ask(server, "/metrics", Host=host)[0].status == 200
+
+
+def test_of_two_hosts_both_must_be_ours(server: Server) -> None:
+    with socket.create_connection(server.address, timeout=20) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: evil.example\r\nHost: localhost\r\n\r\n")
+        assert client.makefile("rb").readline().split()[1] == b"421"
+
+
+def test_names_given_are_its_own() -> None:
+    server = exporter.serve("localhost:0", Scenario(), names=("Metrics.example",))
+    try:
+        for host, status in (("metrics.example:443", 200), ("other.example", 421)):
+            assert ask(server, "/-/healthy", Host=host)[0].status == status
+    finally:
+        server.close()
+
+
+def test_who_listens_for_others_is_asked_for_by_any_name() -> None:
+    server = exporter.serve(":0", Scenario())
+    try:
+        with socket.create_connection(("127.0.0.1", server.address[1]), timeout=20) as client:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: kvm-host.example\r\n\r\n")
+            assert client.makefile("rb").readline().split()[1] == b"200"
+    finally:
+        server.close()
+
+
+def test_no_answer_says_what_serves_it(server: Server) -> None:
+    for path in ("/metrics", "/", "/nothing"):
+        assert ask(server, path)[0].getheader("Server") is None
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")

@@ -200,7 +200,9 @@ def test_strangers_are_not_believed(serve: Serve, monkeypatch: pytest.MonkeyPatc
         "hello\n",
         "[]\n",
         "{}\n",
+        "[" * 100_000 + "\n",
         '{"kvmtrace_recording":99,"name":"a","kernel":"b","source":"bpf"}\n',
+        '{"kvmtrace_recording":true,"name":"a","kernel":"b","source":"bpf"}\n',
         '{"kvmtrace_recording":1,"name":"a","kernel":"b","source":"bpf"}\n{"kind":"poison"}\n',
         '{"kvmtrace_recording":1,"name":"a","kernel":"b","source":"bpf"}\n',
     ],
@@ -209,6 +211,22 @@ def test_what_cannot_be_understood_is_as_if_nobody_were_there(said: str) -> None
     answering = door.Door(lambda client: client.sendall(said.encode()))
     try:
         assert JoinedSource.join() is None
+    finally:
+        answering.close()
+
+
+@pytest.mark.parametrize("said", ["hello", "[" * 100_000, '{"kind":"poison"}', '{"a":' * 100_000])
+def test_what_is_no_event_later_on_is_one_error(said: str) -> None:
+    header = (
+        '{"kvmtrace_recording":1,"name":"a","kernel":"b","source":"bpf"}\n{"kind":"from_here_on"}\n'
+    )
+    answering = door.Door(lambda client: client.sendall(f"{header}{said}\n".encode()))
+    try:
+        source = joined()
+        assert source.poll(0) == []
+        with pytest.raises(KvmtraceError, match="sent what is no event"):
+            source.poll(10)
+        source.close()
     finally:
         answering.close()
 

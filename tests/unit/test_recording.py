@@ -160,6 +160,8 @@ def test_from_the_future(tmp_path: Path) -> None:
         '{"kind": "kernel_counts", "ts": 1, "failures": [["total", "many"]]}',
         '{"kind": "kernel_counts", "ts": 1, "failures": [["total"]]}',
         '{"kind": "kernel_counts", "ts": 1, "failures": [["total", 1, 2]]}',
+        "[" * 100_000,
+        '{"kind": "lost", "ts": 1, "where": "x", "count": true}',
         '{"kind": "probes"}',
         '{"kind": "probes", "probes": [{"name": "run"}]}',
         '{"kind": ["unhashable"]}',
