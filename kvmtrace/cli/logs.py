@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import time
@@ -11,7 +10,15 @@ from dataclasses import replace
 import click
 
 from kvmtrace import host, wire
-from kvmtrace.cli.attaching import POLL_SECONDS, Log, here, log_of, reading, replaying
+from kvmtrace.cli.attaching import (
+    POLL_SECONDS,
+    Log,
+    here,
+    log_of,
+    reading,
+    replaying,
+    session_on,
+)
 from kvmtrace.cli.doctor import examined
 from kvmtrace.cli.ending import json_is_utf8, say, stop, tell
 from kvmtrace.cli.options import (
@@ -23,7 +30,7 @@ from kvmtrace.cli.options import (
 )
 from kvmtrace.cli.output import Output
 from kvmtrace.cli.printing import show_snapshot
-from kvmtrace.live import Session, host_of
+from kvmtrace.live import Session
 from kvmtrace.sources.recording import Writer
 from kvmtrace.views import bundle as bundle_view
 from kvmtrace.views import doctor as doctor_view
@@ -38,13 +45,15 @@ from kvmtrace.views import lines, targets
 @with_source
 def record(file: str, force: bool, duration: float | None, source: str) -> None:
     """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
-    with Output(file, force) as output, contextlib.closing(here(source)) as attached:
+    with Output(file, force) as output, session_on(here(source)) as session:
         number = 0
         deadline = time.monotonic() + duration if duration else None
         output.place()
         with output.writing():
-            writer = Writer(output.file, host_of(attached))
-        by = f"{attached.name} ({attached.why})" if attached.why else attached.name
+            host_here = session.host()
+            writer = Writer(output.file, host_here)
+        why = host_here.source_why
+        by = f"{host_here.source} ({why})" if why else host_here.source
         tell(f"recording to {file} by {by}; Ctrl-C ends it")
         while True:
             wait = POLL_SECONDS
@@ -52,9 +61,9 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
                 wait = min(wait, deadline - time.monotonic())
             over = stop.asked or wait <= 0
             # What the kernel counted meanwhile and has not told yet belongs to it, too.
-            batch = attached.poll(0 if over else wait)
+            batch = session.poll(0 if over else wait)
             with output.writing():
-                writer.write(batch, attached.probes())
+                writer.write(batch, session.probes())
                 output.file.flush()
             number += len(batch)
             if over:
@@ -108,7 +117,7 @@ def explain(
             objects = [explain_view.as_object(incident, snapshot) for incident in found]
             if not found:
                 pages = targets.soft_offlined(snapshot, target)
-                objects = [wire.soft_offlined(page) for page in pages]
+                objects = [wire.soft_offlined(page, snapshot) for page in pages]
             say(json.dumps(objects, ensure_ascii=False))
             return
         texts = [explain_view.explain_text(incident, snapshot) for incident in found]
