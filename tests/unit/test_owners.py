@@ -28,7 +28,7 @@ from kvmtrace.events import (
 )
 from kvmtrace.guestmem import Page, Slot, gfns_at
 from kvmtrace.model import Probe, ProbeRuns
-from kvmtrace.observe import Observed, Observer, inventory
+from kvmtrace.observe import Observed, Observer, inventory, observed
 from kvmtrace.observe.observed import in_order
 from kvmtrace.observe.owners import Place, find, poisoned_pfn
 from kvmtrace.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
@@ -347,6 +347,17 @@ def test_owners_come_before_their_poison(tmp_path: Path) -> None:
     poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered", tid=70)
     owned = Owned(3, 0x104CAA, Owner(5, None, 0x13000), "pagemap", PAGE)
     assert story(tmp_path, [seen, poison]) == [seen, owned, poison]
+
+
+def test_what_there_is_no_time_for_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of signals must not hold up their source."""
+    proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
+    signals = [Sigbus(3, 7, tid, 4, 0x13000, vm=5) for tid in range(3)]
+    assert [e.pfn for e in story(tmp_path, signals) if isinstance(e, Sigbus)] == [0x104CAA] * 3
+    monkeypatch.setattr(observed, "FIRST_SECONDS", -1.0)
+    assert story(tmp_path, signals) == [*signals, Lost(99, "owner_searches", 3)]
 
 
 @pytest.mark.parametrize("together", [False, True])
