@@ -354,7 +354,7 @@ def test_what_there_is_no_time_for_is_counted(
 ) -> None:
     """Thousands of signals must not hold up their source."""
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
-    signals = [Sigbus(3, 7, tid, 4, 0x13000, vm=5) for tid in range(3)]
+    signals: list[Event] = [Sigbus(3, 7, tid, 4, 0x13000, vm=5) for tid in range(3)]
     assert [e.pfn for e in story(tmp_path, signals) if isinstance(e, Sigbus)] == [0x104CAA] * 3
     monkeypatch.setattr(observed, "FIRST_SECONDS", -1.0)
     assert story(tmp_path, signals) == [*signals, Lost(99, "owner_searches", 3)]
