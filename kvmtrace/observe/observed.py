@@ -5,9 +5,8 @@ poison they belong to, the pfn of signals, who made the CPU of a machine check, 
 poisoned before the start, and the kernel's own counts. What it adds are events like any others, so
 recordings hold them and replays do not look anything up.
 
-It never holds up its source for long: a poll spends at most ``FIRST_SECONDS`` on new poison, as
-long on single entries, and a few ``SLICE_SECONDS`` on what was begun; owners found later come as
-``Owned`` after their poison.
+It never holds up its source for long: a poll spends at most ``FIRST_SECONDS`` on new poison and a
+few ``SLICE_SECONDS`` on what was begun; owners found later come as ``Owned`` after their poison.
 """
 
 from __future__ import annotations
@@ -124,7 +123,7 @@ class Observer:
         self._suspected: OrderedDict[int, None] = OrderedDict()
         self._fresh: list[int] = []
         self._deadline = 0.0
-        self._unasked = 0
+        self._read: dict[tuple[int, int], int | None] = {}  # pfns by process and page, in a batch
 
     @property
     def busy(self) -> bool:
@@ -155,6 +154,7 @@ class Observer:
         ``deadline``: until when (monotonic seconds) owners of new poison may be searched for.
         """
         self._deadline = time.monotonic() + FIRST_SECONDS if deadline is None else deadline
+        self._read.clear()
         out = self._slice(now)
         wanted = self._unowned(events)
         found: dict[int | None, list[Event]] = {}
@@ -189,21 +189,7 @@ class Observer:
                     out.append(self._by_cpu(event))
                 case _:
                     out.append(event)
-        out += [event for pfn, rest in found.items() if pfn not in told for event in rest]
-        if unasked := self._unasked:
-            self._unasked = 0
-            out.append(Lost(now, "owner_searches", unasked))
-        return out
-
-    def _may_ask(self) -> bool:
-        """Whether there is time to read one more page table entry; if not, it is counted.
-
-        All of them have as long as the search for owners, which comes first.
-        """
-        if time.monotonic() < self._deadline + FIRST_SECONDS:
-            return True
-        self._unasked += 1
-        return False
+        return out + [event for pfn, rest in found.items() if pfn not in told for event in rest]
 
     def _by_cpu(self, check: Mce) -> Mce:
         """What the bits of a machine check mean depends on who made the CPU."""
@@ -400,7 +386,7 @@ class Observer:
         hva = next((hva for slot in slots if (hva := slot.hva_of(gfn)) is not None), None)
         if hva is None:
             return []
-        entry = entry_at(pid, hva, self._proc) if self._may_ask() else None
+        entry = entry_at(pid, hva, self._proc)
         if entry is None:
             return []  # it may be read at the next exit
         self._asked[told.vm, gfn] = None
@@ -499,7 +485,10 @@ class Observer:
     def _pfn_at(self, signal: Sigbus) -> int | None:
         if signal.hva is None:
             return None
-        pfn = poisoned_pfn(signal.pid, signal.hva, self._proc) if self._may_ask() else None
+        place = (signal.pid, signal.hva // PAGE)
+        if place not in self._read:
+            self._read[place] = poisoned_pfn(signal.pid, signal.hva, self._proc)
+        pfn = self._read[place]
         if pfn is not None:
             return pfn
         for (pid, start), (size, huge) in self._huge.items():
