@@ -58,22 +58,21 @@ class Steps:
     def look(self) -> ClockStep | None:
         """The step since the last look; events since then count as later than it.
 
-        None without one. Costs about 2 µs.
+        None without one. Exact to 0.1 ms. Costs about 2 µs.
         """
         now = now_ns()
         offset, doubt = _offset()
         if doubt >= MIN_STEP_NS:
             return None
         since, self._looked = self._looked, now
-        step = offset - self._offset
+        step = round(offset - self._offset, -5)  # two clocks are not read at one moment
         if abs(step) < MIN_STEP_NS:
             return None
         suspended = _suspended_ns() - self._suspended
-        self._offset = offset
+        self._offset += step
         self._suspended += suspended
-        if suspended < MIN_STEP_NS:
-            return ClockStep(since, step, offset - epoch_offset_ns())
-        return ClockStep(since, step, offset - epoch_offset_ns(), suspended)
+        in_all = self._offset - epoch_offset_ns()
+        return ClockStep(since, step, in_all, suspended if suspended >= MIN_STEP_NS else None)
 
 
 def _suspended_ns() -> int:

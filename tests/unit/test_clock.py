@@ -167,6 +167,14 @@ def test_a_step_is_noticed_once(clocks: Clocks, step: int) -> None:
     assert steps.look() == ClockStep(T0 + 4 * SECOND, -step, 0)
 
 
+def test_that_clocks_are_read_one_after_the_other_is_no_part_of_a_step(clocks: Clocks) -> None:
+    """A day less 300 ns would be shown as 23 hours."""
+    steps = clock.Steps()
+    clocks.realtime += DAY - 300
+    assert steps.look() == ClockStep(T0, DAY, DAY)
+    assert steps.look() is None
+
+
 def test_a_step_before_the_first_look_is_noticed(clocks: Clocks) -> None:
     """Programs are compiled and attached between the two."""
     clock.epoch_offset_ns()
