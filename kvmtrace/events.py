@@ -2,15 +2,17 @@
 
 A field that the source cannot know is ``None``; no field is ever 0 for want of a value. Times are
 nanoseconds since the epoch (UTC); sources convert from CLOCK_MONOTONIC, which both BPF and tracefs
-stamp with. ``vm`` is a key that the source gives to one ``struct kvm`` for its lifetime and never
-uses twice; what is known of that VM comes in ``VmSeen``.
+stamp with, by one offset that is measured at the start. So differences of times are durations
+whatever becomes of the wall clock; ``wall_time`` gives the time of day. ``vm`` is a key that the
+source gives to one ``struct kvm`` for its lifetime and never uses twice; what is known of that VM
+comes in ``VmSeen``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -315,6 +317,41 @@ class StillQuiet(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class ClockStep(Event):
+    """The wall clock was stepped by ``step_ns``: set, or the host was suspended meanwhile.
+
+    From ``ts`` on it is ``offset_ns`` ahead of the clock of all events, which is never stepped.
+    ``ts``: when the wall clock was last seen as it was before. ``suspended_ns``: how long the host
+    was suspended, where it was.
+    """
+
+    kind: ClassVar[str] = "clock"
+    step_ns: int
+    offset_ns: int
+    suspended_ns: int | None = None
+
+
+LAST_NS = (1 << 63) - 1
+"""The last time that there is: in the year 2262."""
+
+
+def wall_time(ts: int, steps: Sequence[ClockStep]) -> int:
+    """What the wall clock said at ``ts``. ``steps``: all that there were, or the last of them."""
+    for step in reversed(steps):
+        if step.ts <= ts:
+            return min(max(0, ts + step.offset_ns), LAST_NS)
+    if steps:
+        return min(max(0, ts + steps[0].offset_ns - steps[0].step_ns), LAST_NS)
+    return ts
+
+
+def elapsed(ts: int, now: int, steps: Sequence[ClockStep]) -> int:
+    """Nanoseconds from ``ts`` to ``now``, those included in which the host was suspended."""
+    suspended = sum(step.suspended_ns or 0 for step in steps if ts < step.ts <= now)
+    return now - ts + suspended
+
+
+@dataclass(frozen=True, slots=True)
 class Lost(Event):
     """``count`` things were lost at ``where`` since the last Lost of that place."""
 
@@ -343,6 +380,7 @@ KINDS: dict[str, type[Event]] = {
         VcpuState,
         Released,
         StillQuiet,
+        ClockStep,
         Lost,
     )
 }

@@ -21,6 +21,7 @@ from typing import Any
 from kvmtrace import kvm, mce
 from kvmtrace.correlate import cause_of
 from kvmtrace.events import (
+    ClockStep,
     Event,
     Exit,
     Found,
@@ -277,7 +278,7 @@ class EventLog:
                 worth = _Worth.UNOWNED_PAGE if pfn in poisoned else _Worth.TRAFFIC
                 key = Poison.kind, pfn
             else:
-                is_rare = isinstance(event, (Lost, KernelCounts, StillQuiet))
+                is_rare = isinstance(event, (Lost, KernelCounts, StillQuiet, ClockStep))
                 key, worth = (event.kind, serial), _Worth.OPEN if is_rare else _Worth.TRAFFIC
             group = groups.setdefault(key, _Group(worth))
             group.worth = max(group.worth, worth)

@@ -70,7 +70,7 @@ def process_name(pid: int, proc: str = "/proc") -> str | None:
 def begun(pid: int, proc: str = "/proc") -> str | None:
     """When a process began (clock ticks since boot): another of the same pid began later."""
     # Of the first thread: for a whole process the kernel adds up the times of all of them.
-    fields = _read(f"{proc}/{pid}/task/{pid}/stat").rpartition(")")[2].split()
+    fields = _read(f"{proc}/{pid}/task/{pid}/stat", 4096).rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 else None
 
 
@@ -98,13 +98,21 @@ def holds_vm(pid: int, proc: str = "/proc") -> bool:
     return vm_descriptor(pid, proc) is not None
 
 
-def vm_descriptor(pid: int, proc: str = "/proc") -> str | None:
-    """The first descriptor by which a process holds a VM or a vCPU; None without any."""
+def vm_descriptor(pid: int, proc: str = "/proc", limit: int | None = None) -> str | None:
+    """The first descriptor by which a process holds a VM or a vCPU; None without any.
+
+    Raises ValueError if there is none among the first ``limit`` descriptors, and there are more.
+    """
     try:
-        descriptors = os.listdir(f"{proc}/{pid}/fd")
+        with os.scandir(f"{proc}/{pid}/fd") as descriptors:
+            for number, entry in enumerate(descriptors):
+                if number == limit:
+                    raise ValueError(f"more than {limit} descriptors")
+                if is_vm_descriptor(pid, entry.name, proc):
+                    return entry.name
     except OSError:
-        return None
-    return next((name for name in descriptors if is_vm_descriptor(pid, name, proc)), None)
+        pass  # gone, or not ours to see
+    return None
 
 
 def is_vm_descriptor(pid: int, descriptor: str, proc: str = "/proc") -> bool:
@@ -276,9 +284,9 @@ def _link(path: str) -> str:
         return ""  # gone, a kernel thread, or not ours to see
 
 
-def _read(path: str) -> str:
+def _read(path: str, limit: int = 1 << 20) -> str:
     try:
         with open(path, "rb") as file:
-            return file.read(1 << 20).decode("utf-8", "replace")
+            return file.read(limit).decode("utf-8", "replace")
     except OSError:
         return ""

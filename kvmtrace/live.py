@@ -37,6 +37,8 @@ class Session:
 
     def __init__(self, source: Source, page_shift: int = kvm.PAGE_SHIFT) -> None:
         self._source = source
+        # What comes from elsewhere has a clock of its own, and brings that clock's steps along.
+        self._steps = None if hasattr(source, "epoch_offset_ns") else clock.Steps()
         self._correlator = Correlator(page_shift=page_shift)
         self._log = EventLog()
         self._followers: list[Follower] = []
@@ -51,7 +53,7 @@ class Session:
 
     def pump(self, timeout: float) -> list[Told]:
         """Wait up to ``timeout`` seconds for events and take in all there are."""
-        events = self._poll(timeout)
+        events = self.poll(timeout)
         with self._lock:
             for event in events:
                 self._log.add(event)
@@ -59,8 +61,11 @@ class Session:
                 follower.put(events)
             return [self._correlator.feed(event) for event in events]
 
-    def _poll(self, timeout: float) -> list[Event]:
-        """As ``Source.poll``; a shortage of file descriptors is waited out, and counted as lost."""
+    def poll(self, timeout: float) -> list[Event]:
+        """As ``Source.poll``, with steps of the wall clock; nothing is taken in.
+
+        A shortage of file descriptors is waited out, and counted as lost.
+        """
         try:
             events = self._source.poll(timeout)
         except OSError as error:
@@ -70,7 +75,8 @@ class Session:
             self._stop.wait(max(0.0, timeout))
             return [Lost(clock.now_ns(), "descriptors", 1)]
         self._polled = time.monotonic()
-        return events
+        step = self._steps.look() if self._steps else None
+        return events if step is None else [step, *events]
 
     def age(self) -> float:
         """Seconds since the source was read last; raises what ended the reader, if it ended.
@@ -95,7 +101,8 @@ class Session:
     def now(self) -> int:
         """Now, by the clock that stamps the source's events: ns since the epoch.
 
-        A running serve has a clock of its own, measured when it started.
+        A running serve has a clock of its own, measured when it started. No step of the wall clock
+        is in it (``Snapshot.wall``).
         """
         offset = getattr(self._source, "epoch_offset_ns", None)
         return clock.now_ns() if offset is None else time.monotonic_ns() + offset
@@ -162,11 +169,12 @@ class Session:
 def host_of(source: Source) -> Host:
     """This host as views name it."""
     uname = os.uname()
+    offset = getattr(source, "epoch_offset_ns", None)
     return Host(
         uname.nodename,
         uname.release,
         source.name,
         source.why,
         hardware_corrupted_bytes(),
-        epoch_offset_ns=clock.epoch_offset_ns(),
+        epoch_offset_ns=clock.epoch_offset_ns() if offset is None else offset,
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from kvmtrace import kvm
-from kvmtrace.events import Owner
+from kvmtrace.events import ClockStep, Owner, wall_time
 
 CAUSES = ("hwpoison", "conversion", "userfault", "backing", "unannotated", "other")
 STATES = ("latent", "delivered", "looping", "unowned", "closed")
@@ -51,7 +51,8 @@ class ProbeRuns:
 class Host:
     """The machine being watched. ``source_why``: why this source was chosen.
 
-    ``epoch_offset_ns``: what its events' times are ahead of its CLOCK_MONOTONIC.
+    ``epoch_offset_ns``: what its events' times are ahead of its CLOCK_MONOTONIC; no step of the
+    wall clock changes it.
     """
 
     name: str
@@ -339,7 +340,8 @@ class Snapshot:
 
     ``poisons``: {(page type, result): events}. ``lost``: {where: count}.
     ``dimms``: hardware errors by DIMM label. ``kernel_pages``: poisoned pages of the class
-    "kernel", also those whose incidents had to be forgotten.
+    "kernel", also those whose incidents had to be forgotten. ``steps``: of the wall clock, in
+    order. All times are by a clock that is not stepped; ``wall`` gives the time of day.
     """
 
     vms: Mapping[int, Vm] = field(default_factory=dict)
@@ -356,6 +358,11 @@ class Snapshot:
     probes: tuple[Probe, ...] = ()
     probe_runs: Mapping[str, ProbeRuns] = field(default_factory=dict)
     kernel_pages: int = 0
+    steps: tuple[ClockStep, ...] = ()
+
+    def wall(self, ts: int) -> int:
+        """What the wall clock said at ``ts``, in nanoseconds since the epoch."""
+        return wall_time(ts, self.steps)
 
     def of_log(self, host: Host, probes: tuple[Probe, ...]) -> Snapshot:
         """With the host that a log is of, whose memory is as the log last reported it."""

@@ -16,6 +16,7 @@ from kvmtrace.proc_reader import READER, ProcReader, Unreadable
 
 SCAN_SECONDS = 30.0
 LOOK_SECONDS = 0.5
+MAX_DESCRIPTORS = 4096
 
 _POLL_SECONDS = 0.1
 _T = TypeVar("_T")
@@ -54,8 +55,11 @@ def guest_memfds(
 
 
 def vm_descriptor(pid: int, proc: str = "/proc", reader: ProcReader = READER) -> str | None:
-    """A descriptor by which a process holds a VM; None if it holds none. Raises Unreadable."""
-    found: str | None = reader.call(pid, identity.vm_descriptor, pid, proc)
+    """A descriptor by which a process holds a VM; None if it holds none.
+
+    Raises Unreadable, also where it has too many to look through.
+    """
+    found: str | None = reader.call(pid, identity.vm_descriptor, pid, proc, MAX_DESCRIPTORS)
     return found
 
 

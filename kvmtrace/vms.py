@@ -19,6 +19,9 @@ from kvmtrace.proc_reader import Unreadable
 # this long without it was missed.
 _MISSED_NS = 3_000_000_000
 _LOOKS = 8  # in one of so many looks a process is asked when it began
+# So many processes are searched for a descriptor in one look, whatever the number of VMs: each
+# costs 4 µs for every descriptor that it holds.
+_SEARCHES = 16
 
 
 @dataclass(slots=True)
@@ -49,6 +52,7 @@ class VmTable:
         self._by_struct: dict[tuple[int, int], _Known] = {}
         self._by_pid: dict[int, list[_Known]] = {}
         self._looks = 0
+        self._searches = 0  # in this look
 
     def scan(self, ts: int) -> list[Event]:
         """VMs that are there already, as many as their processes have descriptors of.
@@ -151,32 +155,50 @@ class VmTable:
         """
         events: list[Event] = []
         self._looks += 1
-        for known in [k for all_ in self._by_pid.values() for k in all_]:
-            if self._is_there(known) and (known.struct is not None or self._holds_vm(known)):
+        self._searches = 0
+        for known in self._in_turn():
+            if known.gone_since is not None and ts - known.gone_since < _MISSED_NS:
+                continue
+            if self._is_there(known):
                 known.gone_since = None
                 if known.unread:
                     events += self._look_again(known, ts)
             elif known.gone_since is None:
                 known.gone_since = ts
-            elif ts - known.gone_since >= _MISSED_NS:
+            else:
                 events.append(self._forget(known, ts))
         return events
 
-    def _holds_vm(self, known: _Known) -> bool:
+    def _in_turn(self) -> list[_Known]:
+        """All VMs; of many, other ones come first each time."""
+        all_ = [known for of_pid in self._by_pid.values() for known in of_pid]
+        first = self._looks * _SEARCHES % len(all_) if len(all_) > _SEARCHES else 0
+        return all_[first:] + all_[:first]
+
+    def _is_there(self, known: _Known) -> bool:
+        """As far as anybody can say."""
+        if known.struct is not None:  # the kernel tells its end
+            return self._is_same_process(known)
         if known.descriptor and identity.is_vm_descriptor(known.pid, known.descriptor, self._proc):
+            return self._is_same_process(known, exists=True)
+        return self._is_same_process(known) and self._holds_vm(known)
+
+    def _holds_vm(self, known: _Known) -> bool:
+        if known.gone_since is None and self._searches >= _SEARCHES:
             return True
+        self._searches += 1
         try:
             known.descriptor = processes.vm_descriptor(known.pid, self._proc)
         except Unreadable:
-            return True  # as far as anybody can say
+            return True
         return known.descriptor is not None
 
     def _look_again(self, known: _Known, ts: int) -> list[Event]:
         found = processes.identify(known.pid, self._proc)
         return [] if found.unread else [self._seen(known, ts, None, found)]
 
-    def _is_there(self, known: _Known) -> bool:
-        if not os.path.exists(f"{self._proc}/{known.pid}"):
+    def _is_same_process(self, known: _Known, *, exists: bool = False) -> bool:
+        if not exists and not os.path.exists(f"{self._proc}/{known.pid}"):
             return False
         if known.gone_since is None and (self._looks + known.key) % _LOOKS:
             return True

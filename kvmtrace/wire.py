@@ -12,6 +12,7 @@ from typing import Any
 from kvmtrace import dimms, kvm, mce, model
 from kvmtrace.correlate import Told
 from kvmtrace.events import (
+    ClockStep,
     Exit,
     Found,
     HwError,
@@ -54,7 +55,7 @@ def known(**fields: Any) -> dict[str, Any]:
 def event_line(told: Told) -> dict[str, Any] | None:
     """One line of ``events --json``; None for events that only serve the correlator."""
     event = told.event
-    head = {"ts": rfc3339(event.ts)}
+    head = {"ts": rfc3339(told.wall)}
     match event:
         case Exit():
             return head | known(
@@ -158,6 +159,8 @@ def event_line(told: Told) -> dict[str, Any] | None:
             return head | known(kind="vm", vm=vm_name(told.vm), state="gone")
         case Lost():
             return head | known(kind="lost", where=event.where, count=event.count)
+        case ClockStep():
+            return head | {"kind": "clock"} | _clock_step(event, told.wall)
     return None
 
 
@@ -189,22 +192,34 @@ def top(snapshot: Snapshot) -> dict[str, Any]:
         if host
         else {},
         "probes": [probe(p) for p in snapshot.probes],
-        "vms": [_vm(vm) for vm in snapshot.vms.values()],
+        "vms": [_vm(vm, snapshot) for vm in snapshot.vms.values()],
         "incidents": [incident(i, snapshot) for i in snapshot.incidents],
         "kernel_poisoned_pages": snapshot.kernel_pages,
         "lost": dict(snapshot.lost),
-        "soft_offlined": [soft_offlined(page) for page in snapshot.soft_offlines],
-        "dimms": [{"label": name, **_history(of)} for name, of in sorted(snapshot.dimms.items())],
-    } | known(kernel=_kernel(snapshot.kernel))
+        "soft_offlined": [soft_offlined(page, snapshot) for page in snapshot.soft_offlines],
+        "dimms": [
+            {"label": name, **_history(of, snapshot)} for name, of in sorted(snapshot.dimms.items())
+        ],
+    } | known(
+        kernel=_kernel(snapshot.kernel),
+        clock_steps=[_clock_step(step, snapshot.wall(step.ts)) for step in snapshot.steps] or None,
+    )
 
 
-def soft_offlined(page: model.SoftOffline) -> dict[str, Any]:
+def _clock_step(step: ClockStep, wall: int) -> dict[str, Any]:
+    return known(ts=rfc3339(wall), step_ns=step.step_ns, suspended_ns=step.suspended_ns)
+
+
+def soft_offlined(
+    page: model.SoftOffline,
+    snapshot: Snapshot = Snapshot(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
     """``{"pfn", "ts", "errno", "origin"}``."""
     return known(
         pfn=page.pfn,
-        ts=rfc3339(page.ts),
+        ts=_when(page.ts, snapshot),
         errno=page.errno or None,
-        origin=_origin(page.origin),
+        origin=_origin(page.origin, snapshot),
     )
 
 
@@ -229,19 +244,19 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
         page_type=state.page_type,
         result=state.result,
         page_class=state.page_class,
-        poisoned_ts=_when(state.poisoned_ts),
+        poisoned_ts=_when(state.poisoned_ts, snapshot),
         owners=[_owner(owner, state, snapshot) for owner in state.owners],
         deliveries={"exits": state.exits, "sigbus": state.sigbus},
         sigbus_at_poison=state.sigbus_at_poison or None,
         sigbus_to_others=state.sigbus_to_others or None,
-        first_delivery_ts=_when(state.first_delivery_ts),
-        last_delivery_ts=_when(state.last_delivery_ts),
+        first_delivery_ts=_when(state.first_delivery_ts, snapshot),
+        last_delivery_ts=_when(state.last_delivery_ts, snapshot),
         bytes=state.size,
         undelivered=state.undelivered or None,
         before_start=state.before_start or None,
-        unpoisoned_ts=_when(state.unpoisoned_ts),
-        origin=_origin(state.origin),
-        told=[_telling(telling, state) for telling in state.told] or None,
+        unpoisoned_ts=_when(state.unpoisoned_ts, snapshot),
+        origin=_origin(state.origin, snapshot),
+        told=[_telling(telling, state, snapshot) for telling in state.told] or None,
         verdict=state.verdict,
         verdicts=[
             known(
@@ -255,7 +270,7 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
     )
 
 
-def _origin(origin: Origin | None) -> dict[str, Any] | None:
+def _origin(origin: Origin | None, snapshot: Snapshot) -> dict[str, Any] | None:
     if origin is None:
         return None
     return known(
@@ -272,28 +287,28 @@ def _origin(origin: Origin | None) -> dict[str, Any] | None:
         label=origin.label,
         label_names=dimms.names(origin.label) if origin.label else None,
         message=origin.message,
-        errors=_history(origin.history),
-        dimm=_history(origin.dimm) if origin.dimm else None,
+        errors=_history(origin.history, snapshot),
+        dimm=_history(origin.dimm, snapshot) if origin.dimm else None,
     )
 
 
-def _history(history: ErrorHistory) -> dict[str, Any]:
+def _history(history: ErrorHistory, snapshot: Snapshot) -> dict[str, Any]:
     return {
         "count": history.count,
         "corrected": history.corrected,
-        "first_ts": rfc3339(history.first_ts),
-        "last_ts": rfc3339(history.last_ts),
+        "first_ts": _when(history.first_ts, snapshot),
+        "last_ts": _when(history.last_ts, snapshot),
     }
 
 
-def _telling(telling: Telling, state: Incident) -> dict[str, Any]:
+def _telling(telling: Telling, state: Incident, snapshot: Snapshot) -> dict[str, Any]:
     return known(
         vm=party_name(state.parties.get(telling.vm)),
         vcpu=telling.vcpu,
         exits=telling.exits,
         sigbus=dict(telling.sigbus),
-        first_ts=rfc3339(telling.first_ts),
-        last_ts=rfc3339(telling.last_ts),
+        first_ts=_when(telling.first_ts, snapshot),
+        last_ts=_when(telling.last_ts, snapshot),
     )
 
 
@@ -309,7 +324,7 @@ def _kernel(account: KernelAccount | None) -> dict[str, Any] | None:
     )
 
 
-def _vm(vm: Vm) -> dict[str, Any]:
+def _vm(vm: Vm, snapshot: Snapshot) -> dict[str, Any]:
     return known(
         pid=vm.pid,
         name=vm.name,
@@ -321,7 +336,7 @@ def _vm(vm: Vm) -> dict[str, Any]:
         causes=vm.exits_by_cause(),
         sigbus=dict(vm.sigbus),
         poisoned_pages=vm.poisoned_pages,
-        last_ts=_when(vm.last_ts),
+        last_ts=_when(vm.last_ts, snapshot),
         gone=vm.gone or None,
         undelivered=vm.undelivered or None,
         forgotten_pages=vm.forgotten_pages or None,
@@ -336,5 +351,5 @@ def _owner(owner: Owner, state: Incident, snapshot: Snapshot) -> dict[str, Any]:
     return known(vm=vm, gfn=owner.gfn, hva=owner.hva, released=left, gone=gone)
 
 
-def _when(ts: int | None) -> str | None:
-    return None if ts is None else rfc3339(ts)
+def _when(ts: int | None, snapshot: Snapshot) -> str | None:
+    return None if ts is None else rfc3339(snapshot.wall(ts))

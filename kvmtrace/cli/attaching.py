@@ -14,7 +14,7 @@ from kvmtrace.cli.ending import always, nobody_writes, stop, tell
 from kvmtrace.correlate import Correlator
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
-from kvmtrace.live import Session, host_of
+from kvmtrace.live import Session
 from kvmtrace.model import Host, Probe, Snapshot
 from kvmtrace.observe import Observed, Quiet, Reactions, Releases
 from kvmtrace.proc_reader import READER
@@ -202,15 +202,13 @@ def log_of(
 def _log_here(kind: str, duration: float) -> Log:
     batch: list[Event] = []
     source = here(kind)
-    try:
+    with session_on(source) as session:
         if isinstance(source, JoinedSource):
             tell(f"kvmtrace: as seen by {source.name} ({source.why})")
         else:
             deadline = time.monotonic() + duration
             while not stop.asked and (left := deadline - time.monotonic()) > 0:
-                batch += source.poll(min(left, POLL_SECONDS))
-        batch += source.poll(0)
-        log = Log(batch, host_of(source), source.probes())
+                batch += session.poll(min(left, POLL_SECONDS))
+        batch += session.poll(0)
+        log = Log(batch, session.host(), session.probes())
         return replace(log, version=source.version) if isinstance(source, JoinedSource) else log
-    finally:
-        source.close()

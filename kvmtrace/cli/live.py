@@ -143,11 +143,11 @@ def _is(seen: VmSeen | None, vm: str) -> bool:
 
 
 def _concerns(told: Told, vm: str) -> bool:
-    """Whether a line is about this VM; what was lost may have been."""
+    """Whether a line is about this VM; what was lost may have been, and times are everybody's."""
     return (
         _is(told.vm, vm)
         or any(_is(seen, vm) for _, seen in told.owners)
-        or told.event.kind == "lost"
+        or told.event.kind in ("lost", "clock")
         or (told.event.kind == "sigbus" and vm == str(getattr(told.event, "pid", None)))
     )
 

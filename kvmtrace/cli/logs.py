@@ -18,6 +18,7 @@ from kvmtrace.cli.attaching import (
     log_of,
     reading,
     replaying,
+    session_on,
 )
 from kvmtrace.cli.doctor import examined
 from kvmtrace.cli.ending import Interrupted, json_is_utf8, say, stop, tell
@@ -31,7 +32,7 @@ from kvmtrace.cli.options import (
 from kvmtrace.cli.output import Output
 from kvmtrace.cli.printing import show_snapshot
 from kvmtrace.events import GmemPoison, Mce, Poison
-from kvmtrace.live import Session, host_of
+from kvmtrace.live import Session
 from kvmtrace.sources.recording import Writer
 from kvmtrace.spool import LongText, spooling
 from kvmtrace.views import bundle as bundle_view
@@ -52,13 +53,15 @@ _SYNC_SECONDS = 5.0
 @with_source
 def record(file: str, force: bool, duration: float | None, source: str) -> None:
     """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
-    with Output(file, force) as output, contextlib.closing(here(source)) as attached:
+    with Output(file, force) as output, session_on(here(source)) as session:
         number, sync_at = 0, 0.0
         deadline = time.monotonic() + duration if duration else None
         with output.writing():
-            writer = Writer(output.file, host_of(attached), ends=True)
+            host_here = session.host()
+            writer = Writer(output.file, host_here, ends=True)
         output.place()
-        by = f"{attached.name} ({attached.why})" if attached.why else attached.name
+        why = host_here.source_why
+        by = f"{host_here.source} ({why})" if why else host_here.source
         tell(f"recording to {file} by {by}; Ctrl-C ends it")
         try:
             while True:
@@ -67,9 +70,9 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
                     wait = min(wait, deadline - time.monotonic())
                 over = stop.asked or wait <= 0
                 # What the kernel counted meanwhile and has not reported yet belongs to it, too.
-                batch = attached.poll(0 if over else wait)
+                batch = session.poll(0 if over else wait)
                 with output.writing():
-                    writer.write(batch, attached.probes())
+                    writer.write(batch, session.probes())
                     output.file.flush()
                 is_urgent = any(isinstance(event, _LAST_WORDS) for event in batch)
                 if is_urgent or (batch and time.monotonic() >= sync_at):
@@ -131,7 +134,7 @@ def explain(
             objects = [explain_view.as_object(incident, snapshot) for incident in found]
             if not found:
                 pages = targets.soft_offlined(snapshot, target)
-                objects = [wire.soft_offlined(page) for page in pages]
+                objects = [wire.soft_offlined(page, snapshot) for page in pages]
             say(json.dumps(objects, ensure_ascii=False))
             return
         texts = [explain_view.explain_text(incident, snapshot) for incident in found]

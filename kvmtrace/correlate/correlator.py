@@ -30,6 +30,7 @@ from kvmtrace.correlate.population import Population
 from kvmtrace.correlate.provenance import Errors, Provenance
 from kvmtrace.correlate.register import Register
 from kvmtrace.events import (
+    ClockStep,
     Event,
     Exit,
     Found,
@@ -49,6 +50,7 @@ from kvmtrace.events import (
     VcpuState,
     VmGone,
     VmSeen,
+    wall_time,
 )
 from kvmtrace.model import Incident, Party, Snapshot
 from kvmtrace.model import SoftOffline as SoftOfflined
@@ -75,6 +77,7 @@ class Told:
     """An event with what the correlator made of it: this is what the line views show.
 
     ``vm``: identity at the time; ``owners``: of a Poison, all; of an Owned after it, what is new.
+    ``wall_ts``: what the wall clock said, where it was stepped since kvmtrace started.
     """
 
     event: Event
@@ -82,6 +85,12 @@ class Told:
     cause: str | None = None
     incident: str | None = None
     owners: tuple[tuple[Owner, VmSeen | None], ...] = ()
+    wall_ts: int | None = None
+
+    @property
+    def wall(self) -> int:
+        """When it happened, by the wall clock."""
+        return self.event.ts if self.wall_ts is None else self.wall_ts
 
 
 def cause_of(exit_: Exit) -> str | None:
@@ -130,12 +139,15 @@ class Correlator:
         self._hardware = Provenance(limits.places, page_shift)
         self._halves = Halves(limits, self._account.lose)
         self._soft: OrderedDict[int, SoftOfflined] = OrderedDict()  # by pfn
+        self._steps: list[ClockStep] = []
         self._last_ts: int | None = None
 
     def feed(self, event: Event) -> Told:
         """Take one event; returns it with its joins. Never raises for any order of events."""
         told = self._take(event)
         self._incidents.trim(self._settled)
+        if self._steps:
+            told = replace(told, wall_ts=wall_time(event.ts, self._steps))
         return told
 
     def _take(self, event: Event) -> Told:
@@ -174,6 +186,11 @@ class Correlator:
                 return self._released(event)
             case KernelCounts():
                 self._account.kernel(event)
+            case ClockStep():
+                self._steps.append(event)
+                if len(self._steps) > self._limits.clock_steps:
+                    del self._steps[0]
+                    self._account.lose("clock_steps", 1)
             case Lost():
                 self._account.lose(event.where, event.count)
         return Told(event)
@@ -612,6 +629,7 @@ class Correlator:
             kernel=self._account.kernel_account(),
             page_shift=self._page_shift,
             kernel_pages=pages[None],
+            steps=tuple(self._steps),
         )
 
     def _parties(self, incident: State) -> dict[int, Party]:

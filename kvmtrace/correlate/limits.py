@@ -21,6 +21,7 @@ class Limits:
     pending_each: int = 64
     kinds: int = 256
     places: int = 1024
+    clock_steps: int = 256
     soft_offlines: int = 256
     owners: int = 64
     told: int = 512

@@ -5,8 +5,8 @@ poison they belong to, the pfn of signals, who made the CPU of a machine check, 
 poisoned before the start, and the kernel's own counts. What it adds are events like any others, so
 recordings hold them and replays do not look anything up.
 
-It never holds up its source for long: a poll spends at most ``FIRST_SECONDS`` on a new poison and
-``SLICE_SECONDS`` on what was begun; owners found later come as ``Owned`` after their poison.
+It never holds up its source for long: a poll spends at most ``FIRST_SECONDS`` on new poison and a
+few ``SLICE_SECONDS`` on what was begun; owners found later come as ``Owned`` after their poison.
 """
 
 from __future__ import annotations
@@ -73,12 +73,14 @@ class Observed(Around):
         if self._observer.busy:
             timeout = min(timeout, SLICE_SECONDS)
         counts = self._inventory.counts(self._now())
-        events = counts + self._observer.events(in_order(self.inner.poll(timeout)), self._now())
+        told = in_order(self.inner.poll(timeout))
+        deadline = time.monotonic() + FIRST_SECONDS
+        events = counts + self._observer.events(told, self._now(), deadline)
         self._inventory.settle(self._observer.suspects())
         found = self._inventory.look(
             self._now(), time.monotonic() + SLICE_SECONDS, self._observer.pfns, last=last
         )
-        events += self._observer.events(found, self._now()) if found else []
+        events += self._observer.events(found, self._now(), deadline) if found else []
         return events + self._given_up()
 
     def _given_up(self) -> list[Event]:
@@ -120,6 +122,8 @@ class Observer:
         self._poisoned_by: OrderedDict[int, Poison] = OrderedDict()  # by thread
         self._suspected: OrderedDict[int, None] = OrderedDict()
         self._fresh: list[int] = []
+        self._deadline = 0.0
+        self._read: dict[tuple[int, int], int | None] = {}  # pfns by process and page, in a batch
 
     @property
     def busy(self) -> bool:
@@ -144,8 +148,13 @@ class Observer:
                 self._suspected.popitem(last=False)
         return pfn
 
-    def events(self, events: list[Event], now: int) -> list[Event]:
-        """``events`` with what was found about them, in order. ``now``: ns since the epoch."""
+    def events(self, events: list[Event], now: int, deadline: float | None = None) -> list[Event]:
+        """``events`` with what was found about them, in order. ``now``: ns since the epoch.
+
+        ``deadline``: until when (monotonic seconds) owners of new poison may be searched for.
+        """
+        self._deadline = time.monotonic() + FIRST_SECONDS if deadline is None else deadline
+        self._read.clear()
         out = self._slice(now)
         wanted = self._unowned(events)
         found: dict[int | None, list[Event]] = {}
@@ -275,12 +284,11 @@ class Observer:
 
     def _begin(self, wanted: dict[int, bool], now: int) -> list[Event]:
         """Owners that are found at once; the rest of the search goes on in later slices."""
-        deadline = time.monotonic() + FIRST_SECONDS
         self._waiting |= wanted
-        events = self._start_waiting(deadline, now)
+        events = self._start_waiting(self._deadline, now)
         owned = {event.pfn for event in events if isinstance(event, Owned)}
         self._to_ask.update((pfn, None) for pfn in wanted if pfn not in owned)
-        return events + self._ask_pages(deadline, now) + self._bounded(now)
+        return events + self._ask_pages(self._deadline, now) + self._bounded(now)
 
     def _start_waiting(self, deadline: float, now: int) -> list[Event]:
         if not self._waiting or len(self._searches) >= MAX_SEARCHES:
@@ -477,7 +485,10 @@ class Observer:
     def _pfn_at(self, signal: Sigbus) -> int | None:
         if signal.hva is None:
             return None
-        pfn = poisoned_pfn(signal.pid, signal.hva, self._proc)
+        place = (signal.pid, signal.hva // PAGE)
+        if place not in self._read:
+            self._read[place] = poisoned_pfn(signal.pid, signal.hva, self._proc)
+        pfn = self._read[place]
         if pfn is not None:
             return pfn
         for (pid, start), (size, huge) in self._huge.items():

@@ -70,9 +70,16 @@ def entry_at(pid: int, hva: int, proc: str = "/proc") -> int | None:
     return _guarded(pid, read_entry, pid, hva, proc)
 
 
-def is_guest_memfd_at(pid: int, hva: int, proc: str = "/proc") -> bool | None:
-    """Whether guest_memfd is mapped at ``hva``; None if the process has no memory any more."""
-    return _guarded(pid, read_is_guest_memfd, pid, hva, proc)
+def hold(
+    pid: int, pages: tuple[tuple[int, int], ...], proc: str = "/proc", *, new: bool
+) -> list[bool | None]:
+    """Whether each (pfn, hva) is poisoned there, by the page table of process ``pid``.
+
+    None where nobody can say: nothing can be read, or the process is on its way out. Its end is
+    another story, which VmGone tells, and takes its memory down well before that. ``new``: False
+    for what guest_memfd is mapped at.
+    """
+    return _guarded(pid, read_pages, pid, pages, proc, new) or [None] * len(pages)
 
 
 def _guarded(pid: int, function: Callable[..., _T], *arguments: object) -> _T | None:
@@ -92,16 +99,31 @@ def read_entry(pid: int, hva: int, proc: str) -> int | None:
     return entries[0] if entries else None
 
 
-def read_is_guest_memfd(pid: int, hva: int, proc: str) -> bool | None:
-    """``is_guest_memfd_at``, in the process that may hang."""
+def read_pages(
+    pid: int, pages: tuple[tuple[int, int], ...], proc: str, new: bool
+) -> list[bool | None]:
+    """``hold``, in the process that may hang. Maps are read once, and only where they matter."""
     pagemap = Pagemap(pid, proc)
     try:
-        areas = pagemap.areas()
+        there: list[bool | None] = []
+        for pfn, hva in pages:
+            entries = pagemap.entries(hva, 1)
+            there.append(poisoned(entries[0]) == pfn if entries else None)
+        if not new and False not in there:
+            return there
+        try:
+            areas = pagemap.areas()
+        except OSError:
+            areas = []
     finally:
         pagemap.close()
-    if not areas:
-        return None
-    return any(area.is_guest_memfd for area in areas if area.start <= hva < area.end)
+    if not new:
+        return there if areas else [is_there or None for is_there in there]
+    lent = [area for area in areas if area.is_guest_memfd]
+    return [
+        is_there and not any(area.start <= hva < area.end for area in lent)
+        for is_there, (_, hva) in zip(there, pages, strict=True)
+    ]
 
 
 def find(pfns: Collection[int], pids: Iterable[int], proc: str = "/proc") -> list[Place]:

@@ -8,18 +8,20 @@ guest_memfd has one only where it is mapped.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from kvmtrace import clock
 from kvmtrace.events import Event, Owned, Released, Sigbus, Unpoison, VmGone, VmSeen
 from kvmtrace.observe.around import Around
-from kvmtrace.observe.owners import entry_at, is_guest_memfd_at
-from kvmtrace.pagemap import PAGE, poisoned
+from kvmtrace.observe.owners import hold
+from kvmtrace.pagemap import PAGE
 from kvmtrace.sources import Source
 
 _SECOND = 1_000_000_000
-LOOK_NS = _SECOND  # some microseconds for each place
+LOOK_NS = _SECOND  # some microseconds for each place, a read for each process
 MAX_PLACES = 1024
+
+_Place = tuple[int, int, int]  # VM, pfn, hva
 
 
 class Releases(Around):
@@ -32,7 +34,8 @@ class Releases(Around):
         self._proc = proc
         self._now = now
         self._pid_of: dict[int, int] = {}  # by VM
-        self._places: OrderedDict[tuple[int, int, int], None] = OrderedDict()  # VM, pfn, hva
+        self._places: OrderedDict[_Place, None] = OrderedDict()
+        self._new: dict[_Place, None] = {}
         self._next = 0
 
     def poll(self, timeout: float) -> list[Event]:
@@ -40,6 +43,7 @@ class Releases(Around):
         events = self.inner.poll(timeout)
         for event in events:
             self._follow(event)
+        self._begin()
         return events + self._look()
 
     def _follow(self, event: Event) -> None:
@@ -58,42 +62,47 @@ class Releases(Around):
 
     def _watch(self, vm: int, pfn: int, hva: int) -> None:
         place = (vm, pfn, hva // PAGE * PAGE)
-        # A page that is not mapped there, or whose entry does not name it, cannot be followed.
-        if place in self._places or not self._is_there(*place):
+        if place not in self._places:
+            self._new[place] = None
+
+    def _begin(self) -> None:
+        """Follow what is new.
+
+        A page that is not mapped there, or whose entry does not name it, cannot be followed.
+        Guest_memfd stays the VM's, whatever the VMM does with its own mapping of it.
+        """
+        if not self._new:
             return
-        if not self._is_of_guest_memfd(vm, hva):
-            self._places[place] = None
-            while len(self._places) > MAX_PLACES:
-                self._places.popitem(last=False)
+        new, self._new = list(self._new)[-MAX_PLACES:], {}
+        for place, is_there in self._asked(new, new=True):
+            if is_there:
+                self._places[place] = None
+        while len(self._places) > MAX_PLACES:
+            self._places.popitem(last=False)
 
     def _drop(self, concerned: Callable[[int, int], bool]) -> None:
-        for place in [place for place in self._places if concerned(place[0], place[1])]:
-            del self._places[place]
+        for places in (self._places, self._new):
+            for place in [place for place in places if concerned(place[0], place[1])]:
+                del places[place]
 
     def _look(self) -> list[Event]:
         now = self._now()
         if not self._places or now < self._next:
             return []
         self._next = now + LOOK_NS
-        left = [place for place in self._places if self._is_there(*place) is False]
+        asked = self._asked(list(self._places), new=False)
+        left = [place for place, is_there in asked if is_there is False]
         for place in left:
             del self._places[place]
         return [Released(now, vm, pfn, hva) for vm, pfn, hva in left]
 
-    def _is_there(self, vm: int, pfn: int, hva: int) -> bool | None:
-        """None where that is not known: nothing can be read, or the process is on its way out.
-
-        Its end is reported by VmGone, and takes its memory down well before that.
-        """
-        pid = self._pid_of.get(vm)
-        entry = None if pid is None else entry_at(pid, hva, self._proc)
-        if pid is None or entry is None:
-            return None
-        if poisoned(entry) == pfn:
-            return True
-        return None if is_guest_memfd_at(pid, hva, self._proc) is None else False
-
-    def _is_of_guest_memfd(self, vm: int, hva: int) -> bool:
-        """Such memory stays the VM's, whatever the VMM does with its own mapping of it."""
-        pid = self._pid_of.get(vm)
-        return pid is not None and bool(is_guest_memfd_at(pid, hva, self._proc))
+    def _asked(self, places: list[_Place], *, new: bool) -> Iterator[tuple[_Place, bool | None]]:
+        """Whether they are there, asked of all that are in one process at once."""
+        by_pid: dict[int, list[_Place]] = {}
+        for place in places:
+            pid = self._pid_of.get(place[0])
+            if pid is not None:
+                by_pid.setdefault(pid, []).append(place)
+        for pid, of_it in by_pid.items():
+            pages = tuple((pfn, hva) for _, pfn, hva in of_it)
+            yield from zip(of_it, hold(pid, pages, self._proc, new=new), strict=True)

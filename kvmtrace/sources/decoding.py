@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvmtrace.events import KINDS, Event, HwError, Lost, Owner, from_record
+from kvmtrace.events import KINDS, LAST_NS, Event, HwError, Lost, Owner, from_record
 from kvmtrace.identity import clean
 from kvmtrace.model import Probe
 
@@ -29,8 +29,18 @@ UNWRITABLE = "unwritable_events"
 """Where an event is lost that no reader would take."""
 
 # A time has to fit into a calendar, and 2**lsb is a size.
-TIMES = range(1 << 63)
-_RANGES = {"ts": TIMES, "lsb": range(64), "count": range(1, 1 << 64)}
+TIMES = range(LAST_NS + 1)
+_DIFFERENCES = range(-LAST_NS, LAST_NS + 1)
+_RANGES = {
+    "ts": TIMES,
+    "lsb": range(64),
+    "count": range(1, 1 << 64),
+    "step_ns": _DIFFERENCES,
+    "offset_ns": _DIFFERENCES,
+}
+
+UNSTEPPED = "unstepped_ts"
+"""In a line after a step of the wall clock: ``ts`` by the clock as it stood before all steps."""
 
 
 class Malformed(ValueError):
@@ -55,6 +65,8 @@ class Decoder:
         kind = record.get("kind")
         if not isinstance(kind, str):
             raise Malformed("not an event")
+        if UNSTEPPED in record:
+            record = {**record, "ts": record[UNSTEPPED]}
         try:
             if kind == "probes":
                 self.probes = tuple(build(Probe, probe) for probe in record["probes"])

@@ -18,12 +18,13 @@ from typing import IO, Any
 
 from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Event, Lost, to_record
+from kvmtrace.events import ClockStep, Event, Lost, to_record, wall_time
 from kvmtrace.identity import clean
 from kvmtrace.model import Host, Probe, ProbeRuns
 from kvmtrace.sources.checksums import EXACT, ODD, Broken, Checker, Places, Sealer
 from kvmtrace.sources.decoding import (
     TIMES,
+    UNSTEPPED,
     UNWRITABLE,
     WRONG,
     Decoder,
@@ -42,6 +43,7 @@ MISSING = "missing_lines"
 # A poison with hundreds of owners is below 100 kB; anything longer is no recording.
 MAX_LINE = 1 << 20
 BATCH = 4096
+MAX_STEPS = 256
 _PAGE_SHIFTS = range(12, 21)
 
 
@@ -58,6 +60,7 @@ class Writer:
         self._file = file
         self._sealer = Sealer()
         self._probes: tuple[Probe, ...] = ()
+        self._steps: list[ClockStep] = []
         header = {
             "kvmtrace_recording": FORMAT,
             "version": version,
@@ -72,7 +75,7 @@ class Writer:
             self._probes = probes
             self._line({"kind": "probes", "probes": self._states()})
         for event in events:
-            self._line(to_record(_readable(event)))
+            self._line(self._record(_readable(event)))
 
     def mark(self) -> None:
         """What was written so far happened before somebody came to listen: see ``door``."""
@@ -84,6 +87,15 @@ class Writer:
 
     def _states(self) -> list[dict[str, Any]]:
         return [_known(dataclasses.asdict(probe)) for probe in self._probes]
+
+    def _record(self, event: Event) -> dict[str, Any]:
+        """``ts`` by the wall clock; after a step of that, the time that takes no part in it too."""
+        record = to_record(event)
+        if isinstance(event, ClockStep):
+            self._steps = [*self._steps[-MAX_STEPS:], event]
+        if self._steps and (wall := wall_time(event.ts, self._steps)) != event.ts:
+            record |= {"ts": wall, UNSTEPPED: event.ts}
+        return record
 
     def _line(self, record: Mapping[str, Any]) -> None:
         self._file.write(self._sealer.seal(record))
@@ -104,6 +116,7 @@ class RecordingSource:
     """
 
     name = "recording"
+    epoch_offset_ns: int | None = None  # its events were stamped elsewhere
 
     def __init__(self, path: str, *, twice: bool = False) -> None:
         """``twice``: ``rewind`` will be called; what comes from a pipe is kept for it."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from kvmtrace import dimms
+from kvmtrace.events import ClockStep, elapsed
 
 Span = tuple[str, str]
 """Text, and the name of its style ("" plain, "title", "head", "bad", "warn", "note", "dim")."""
@@ -109,14 +110,20 @@ def span_of(nanoseconds: int | None) -> str:
     return age_of(0, nanoseconds)
 
 
-def age_of(ts: int | None, now: int) -> str:
+def shift_of(nanoseconds: int) -> str:
+    """How far, and in which direction: ``+1.2 s``, ``-5 min``."""
+    return ("+" if nanoseconds >= 0 else "-") + span_of(abs(nanoseconds))
+
+
+def age_of(ts: int | None, now: int, steps: Sequence[ClockStep] = ()) -> str:
     """How long ago: ``12 s``, ``5 min``, ``3 h``, ``4 d``; "-" if unknown.
 
-    A time ahead of ``now`` (clocks of two machines) is 0 s ago.
+    A time ahead of ``now`` (clocks of two machines) is 0 s ago. ``steps``: of the wall clock; the
+    host may have been suspended meanwhile.
     """
     if ts is None:
         return UNKNOWN
-    seconds = max(0, (now - ts) // _SECOND)
+    seconds = max(0, elapsed(ts, now, steps) // _SECOND)
     for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172800, 3600, "h")):
         if seconds < limit:
             return f"{seconds // unit} {name}"

@@ -58,9 +58,9 @@ def _causes(row: VmRow, width: int | None) -> str:
     return clip(" ".join(f"{_BRIEF.get(name, name)} {count}" for name, count in named), width)
 
 
-def _ago(ts: int | None, now: int, width: int | None) -> str:
+def _ago(row: VmRow | IncidentRow, ts: int | None, width: int | None) -> str:
     # By the width of the column, not of this cell: all rows read alike.
-    age = age_of(ts, now)
+    age = age_of(ts, row.now, row.steps)
     return age if ts is None or (width is not None and width < _AGO) else f"{age} ago"
 
 
@@ -167,7 +167,7 @@ VM_COLUMNS: tuple[Column[VmRow], ...] = (
     ),
     Column(
         "LAST",
-        lambda row, width: _ago(row.vm.last_ts, row.now, width),
+        lambda row, width: _ago(row, row.vm.last_ts, width),
         lambda row: row.vm.last_ts or 0,
         _vm_style,
         least=6,
@@ -240,7 +240,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
     ),
     Column(
         "LAST",
-        lambda row, width: _ago(row.last_ts, row.now, width),
+        lambda row, width: _ago(row, row.last_ts, width),
         lambda row: row.last_ts or 0,
         _closed,
         least=6,

@@ -77,7 +77,7 @@ def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) 
         _fact("SIGBUS", signals),
         *([_fact("not notified", _refusals(vm), "warn")] if vm.undelivered else []),
         _fact("exits/s", rate_of(rates.get(key))),
-        _fact("last exit, signal", _when(vm.last_ts, now)),
+        _fact("last exit, signal", _when(vm.last_ts, now, snapshot)),
         (),
         (("  exits by errno and cause", "head"),),
         *_exits(vm),
@@ -87,7 +87,7 @@ def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) 
     ]
     if not mine:
         lines.append((("  none", "dim"),))
-    return [*lines, (), *_timeline(mine, now)]
+    return [*lines, (), *_timeline(mine, now, snapshot)]
 
 
 def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
@@ -171,7 +171,7 @@ def _brief(incident: Incident, vm: int) -> Line:
     )
 
 
-def _timeline(incidents: list[Incident], now: int) -> list[Line]:
+def _timeline(incidents: list[Incident], now: int, snapshot: Snapshot) -> list[Line]:
     moments: list[tuple[int, str]] = []
     for i in incidents:
         pfn = f"pfn {hex_of(i.pfn)} poisoned"
@@ -186,9 +186,11 @@ def _timeline(incidents: list[Incident], now: int) -> list[Line]:
         return []
     return [
         (("  timeline, local time", "head"),),
-        *(((f"  {_when(ts, now)}  ", "dim"), (what, "")) for ts, what in sorted(moments)),
+        *(((f"  {_when(ts, now, snapshot)}  ", "dim"), (what, "")) for ts, what in sorted(moments)),
     ]
 
 
-def _when(ts: int | None, now: int) -> str:
-    return UNKNOWN if ts is None else f"{date_of(ts)}  {age_of(ts, now)} ago"
+def _when(ts: int | None, now: int, snapshot: Snapshot) -> str:
+    if ts is None:
+        return UNKNOWN
+    return f"{date_of(snapshot.wall(ts))}  {age_of(ts, now, snapshot.steps)} ago"

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvmtrace import dimms, wire
+from kvmtrace.events import ClockStep
 from kvmtrace.model import ErrorHistory, Incident, Moment, Origin, Party, Snapshot
 from kvmtrace.views import advice
-from kvmtrace.views.cells import counted, dimm_of, hex_of, listed, size_of, span_of
+from kvmtrace.views.cells import counted, dimm_of, hex_of, listed, shift_of, size_of, span_of
 from kvmtrace.views.rows import KERNEL_ITSELF, state_word
 
 WIDTH = 80
@@ -50,14 +51,16 @@ def as_object(incident: Incident, snapshot: Snapshot) -> dict[str, Any]:
     return wire.incident(incident, snapshot) | {
         "timeline": [
             wire.known(
-                ts=wire.rfc3339(moment.ts),
+                ts=wire.rfc3339(snapshot.wall(moment.ts)),
                 what=moment.what,
                 how=moment.how,
                 vm=None if moment.vm is None else wire.party_name(incident.parties.get(moment.vm)),
                 count=moment.count,
-                last_ts=wire.rfc3339(moment.last_ts) if moment.last_ts is not None else None,
+                last_ts=None
+                if moment.last_ts is None
+                else wire.rfc3339(snapshot.wall(moment.last_ts)),
             )
-            for moment in incident.timeline
+            for moment in _timeline(incident, snapshot)
         ],
         "not_known": advice.not_known(incident, snapshot),
         "next": advice.next_steps(incident, snapshot),
@@ -73,9 +76,9 @@ def _parts(incident: Incident, snapshot: Snapshot) -> Iterator[_Part]:
     for label, value in _facts(incident):
         yield f"  {label:<{_LABEL}}", value
     yield "", ""
-    yield "", f"Timeline, from {_timeline_from(incident)}"
+    yield "", f"Timeline, from {_timeline_from(incident, snapshot)}"
     begin = _begin(incident)
-    for moment in incident.timeline:
+    for moment in _timeline(incident, snapshot):
         yield f"  {_relative(moment.ts, begin):>{_TIME}}  ", _moment(moment, incident, begin)
         if moment.how:
             yield " " * (_TIME + 4), f"by: {moment.how}"
@@ -191,17 +194,36 @@ def _begin(incident: Incident) -> int:
     return incident.timeline[0].ts if incident.timeline else 0
 
 
-def _timeline_from(incident: Incident) -> str:
+def _timeline(incident: Incident, snapshot: Snapshot) -> list[Moment]:
+    """With the steps of the wall clock meanwhile: times before and after do not differ by spans."""
+    moments = incident.timeline
+    ends = [moment.last_ts or moment.ts for moment in moments]
+    steps = [
+        Moment(step.ts, _step(step), "the wall clock beside CLOCK_MONOTONIC")
+        for step in snapshot.steps
+        if moments and moments[0].ts < step.ts < max(ends)
+    ]
+    return sorted([*moments, *steps], key=lambda moment: moment.ts) if steps else list(moments)
+
+
+def _step(step: ClockStep) -> str:
+    what = f"the wall clock was stepped by {shift_of(step.step_ns)}"
+    if step.suspended_ns is not None:
+        what += f"; the host was suspended for {span_of(step.suspended_ns)}"
+    return what
+
+
+def _timeline_from(incident: Incident, snapshot: Snapshot) -> str:
     if not incident.timeline:
         return "nothing"
     what = "the poison" if incident.poisoned_ts is not None else "what was seen first"
-    when = datetime.datetime.fromtimestamp(_begin(incident) // _SECOND, datetime.UTC)
+    begin = snapshot.wall(_begin(incident))
+    when = datetime.datetime.fromtimestamp(begin // _SECOND, datetime.UTC)
     return f"{what} at {when:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _relative(ts: int, begin: int) -> str:
-    span = ts - begin
-    return ("+" if span >= 0 else "-") + span_of(abs(span))
+    return shift_of(ts - begin)
 
 
 def _name(party: Party | None, *, full: bool = False) -> str:

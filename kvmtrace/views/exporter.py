@@ -60,6 +60,7 @@ LOST_FROM_BIRTH = (
     *("ftrace_poison", "ftrace_signals", "ftrace_faults", "ftrace_missed", "ftrace_damaged"),
     *("owner_searches", "found_pages", "unknown_vms", "halves", "descriptors"),
     *("incidents", "vms", "owners", "told", "looks", "refusals", "soft_offlines"),
+    "clock_steps",
 )
 
 Kinds = Callable[[], Iterable[tuple[str, str]]]
@@ -226,6 +227,11 @@ def _host(snapshot: Snapshot) -> Iterator[Metric]:
     for where, count in places.items():
         lost.add_metric([where], count)
     yield lost
+    yield CounterMetricFamily(
+        "kvmtrace_clock_steps",
+        "Steps of the wall clock since kvmtrace started, resumes of a suspended host among them.",
+        len(snapshot.steps) + snapshot.lost.get("clock_steps", 0),
+    )
     if snapshot.host is None:
         return
     source = {"source": clean(snapshot.host.source), "why": clean(snapshot.host.source_why)}
@@ -346,19 +352,16 @@ def serve(
         },
         names,
     )
-    registry.register(_Service(session, server.dropped, now))
+    registry.register(_Service(session, server.dropped))
     return server
 
 
 class _Service(Collector):
     """How kvmtrace itself fares, whatever becomes of its snapshots."""
 
-    def __init__(
-        self, session: Snapshots, dropped: Mapping[str, int], now: Callable[[], int]
-    ) -> None:
+    def __init__(self, session: Snapshots, dropped: Mapping[str, int]) -> None:
         self._session = session
         self._dropped = dropped
-        self._now = now
 
     def collect(self) -> Iterator[Metric]:
         dropped = CounterMetricFamily(
@@ -377,7 +380,7 @@ class _Service(Collector):
             yield GaugeMetricFamily(
                 "kvmtrace_last_poll_timestamp_seconds",
                 "When the source was last read, in seconds since the epoch.",
-                self._now() / 1e9 - age,
+                clock.wall_ns() / 1e9 - age,
             )
 
 

@@ -32,9 +32,8 @@ def frame(state: State, width: int, height: int) -> list[Drawn]:
         header.probe_spans(state.snapshot),
         header.memory_spans(state.snapshot),
     ]
-    missed = header.kernel_spans(state.snapshot)
-    if missed is not None:
-        head.append(missed)
+    rare = (header.kernel_spans(state.snapshot), header.clock_spans(state.snapshot))
+    head += [line for line in rare if line is not None]
     room = max(0, height - len(head) - 1)
     if state.page == "main":
         body = _tables(state, width, room)
@@ -50,7 +49,7 @@ def frame(state: State, width: int, height: int) -> list[Drawn]:
 
 def _clock_line(state: State) -> Line:
     # The clock comes first: a change at the end of a line would redraw all of it.
-    clock: Span = (clock_of(state.now) + "  ", "dim")
+    clock: Span = (clock_of(state.snapshot.wall(state.now)) + "  ", "dim")
     pause: Line = (("PAUSED  ", "warn"),) if state.paused else ()
     return (clock, *pause, *header.host_spans(state.snapshot))
 

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from kvmtrace.model import Probe, Snapshot
 from kvmtrace.probes import specs
-from kvmtrace.views.cells import UNKNOWN, Line, Span, counted, listed, plain, size_of
+from kvmtrace.views.cells import (
+    UNKNOWN,
+    Line,
+    Span,
+    counted,
+    date_of,
+    listed,
+    plain,
+    shift_of,
+    size_of,
+    span_of,
+)
 
 
 def host_spans(snapshot: Snapshot) -> Line:
@@ -70,6 +81,24 @@ def kernel_spans(snapshot: Snapshot) -> Line | None:
     handled, seen = snapshot.kernel.handled, snapshot.kernel.seen
     said = f"the kernel handled {handled}, kvmtrace saw {seen}"
     return ((f"memory failures: {said}", "bad"), ("; incidents are missing", "warn"))
+
+
+def clock_spans(snapshot: Snapshot) -> Line | None:
+    """The last step of the wall clock; None if it was not stepped."""
+    text = clock_text(snapshot)
+    return None if text is None else (("wall clock ", "dim"), (text, "note"))
+
+
+def clock_text(snapshot: Snapshot) -> str | None:
+    """The same in words."""
+    if not snapshot.steps:
+        return None
+    last = snapshot.steps[-1]
+    text = f"stepped by {shift_of(last.step_ns)}, to {date_of(snapshot.wall(last.ts))}"
+    if last.suspended_ns is not None:
+        text += f", after {span_of(last.suspended_ns)} of suspension"
+    before = len(snapshot.steps) + snapshot.lost.get("clock_steps", 0) - 1
+    return text + (f"; {counted(before, 'step')} before" if before else "")
 
 
 def probe_lines(snapshot: Snapshot, *, only_missing: bool = False) -> list[Line]:

@@ -7,6 +7,7 @@ import json
 from kvmtrace import dimms, kvm, mce
 from kvmtrace.correlate import Told
 from kvmtrace.events import (
+    ClockStep,
     Exit,
     Found,
     HwError,
@@ -20,7 +21,19 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.views.cells import UNKNOWN, clip, dimm_of, hex_of, listed, pad, size_of, stamp_of
+from kvmtrace.views.cells import (
+    UNKNOWN,
+    clip,
+    date_of,
+    dimm_of,
+    hex_of,
+    listed,
+    pad,
+    shift_of,
+    size_of,
+    span_of,
+    stamp_of,
+)
 from kvmtrace.wire import event_line
 
 _KIND = 6
@@ -117,11 +130,16 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
         case Lost():
             what = f"{event.count} lost"
             facts = [f"at {event.where}"]
+        case ClockStep():
+            what = f"stepped by {shift_of(event.step_ns)}"
+            facts = [f"to {date_of(told.wall)}"]
+            if event.suspended_ns is not None:
+                facts.append(f"host suspended for {span_of(event.suspended_ns)}")
         case _:
             return None
     if told.incident:
         facts.append(f"incident {told.incident}")
-    head = f"{stamp_of(event.ts)} {_kind(told):<{_KIND}} {pad(vm, _VM)} {what:<{_WHAT}}"
+    head = f"{stamp_of(told.wall)} {_kind(told):<{_KIND}} {pad(vm, _VM)} {what:<{_WHAT}}"
     text = "  ".join([head, *filter(None, facts)]).rstrip()
     return text if width is None else clip(text, width)
 

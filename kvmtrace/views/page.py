@@ -10,8 +10,9 @@ import html
 from collections.abc import Iterable, Sequence
 
 from kvmtrace import __version__
-from kvmtrace.events import Owner
+from kvmtrace.events import Owner, elapsed
 from kvmtrace.model import Incident, Probe, Snapshot, Vm
+from kvmtrace.views.header import clock_text
 from kvmtrace.views.rows import KERNEL_ITSELF, severity, state_word
 
 MAX_ROWS = 200
@@ -38,7 +39,7 @@ _Table = tuple[Sequence[_Cell], list[list[_Cell]]]  # heads, rows
 
 
 def render(snapshot: Snapshot, now: int) -> str:
-    """The page for ``snapshot`` at ``now`` (nanoseconds since the epoch)."""
+    """The page for ``snapshot`` at ``now`` (nanoseconds, by the clock of the events)."""
     return _document(
         _summary(snapshot)
         + _section("Incidents", "No poisoned page seen.", _incidents(snapshot, now))
@@ -79,6 +80,8 @@ def _summary(snapshot: Snapshot) -> str:
     if snapshot.kernel_pages:
         at_risk = f"poisoned pages of the kernel's: {snapshot.kernel_pages:,}"
         rows.append(("Host at risk", at_risk, "bad"))
+    if (clock := clock_text(snapshot)) is not None:
+        rows.append(("Wall clock", clock, ""))
     missing = [probe.name for probe in snapshot.probes if not probe.attached]
     if missing:
         rows.append(("Not attached", ", ".join(missing), "bad"))
@@ -119,8 +122,8 @@ def _incidents(snapshot: Snapshot, now: int) -> _Table:
                 owners,
                 (f"{one.exits:,}", "n"),
                 (f"{one.sigbus:,}", "n"),
-                _ago(one.poisoned_ts, now),
-                _ago(one.last_delivery_ts, now),
+                _ago(one.poisoned_ts, now, snapshot),
+                _ago(one.last_delivery_ts, now, snapshot),
             ]
         )
     return heads, rows
@@ -154,7 +157,7 @@ def _vms(snapshot: Snapshot, now: int) -> _Table:
                 exits or "none",
                 sigbus or "none",
                 (f"{vm.poisoned_pages:,}", "n bad" if vm.poisoned_pages else "n"),
-                _ago(vm.last_ts, now),
+                _ago(vm.last_ts, now, snapshot),
             ]
         )
     return heads, rows
@@ -199,10 +202,10 @@ def _class(css: str) -> str:
     return f' class="{css}"' if css else ""
 
 
-def _ago(ts: int | None, now: int) -> str:
+def _ago(ts: int | None, now: int, snapshot: Snapshot) -> str:
     if ts is None:
         return "—"
-    seconds = max(0, now - ts) // 1_000_000_000
+    seconds = max(0, elapsed(ts, now, snapshot.steps)) // 1_000_000_000
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds // size} {unit} ago"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvmtrace.events import ClockStep
 from kvmtrace.model import Incident, Snapshot, Vm
 from kvmtrace.views.cells import UNKNOWN
 
@@ -22,6 +23,7 @@ class VmRow:
     vm: Vm
     rate: float | None
     now: int
+    steps: tuple[ClockStep, ...] = ()
 
     @property
     def id(self) -> int:
@@ -35,6 +37,7 @@ class IncidentRow:
     incident: Incident
     vms: Mapping[int, Vm]
     now: int
+    steps: tuple[ClockStep, ...] = ()
 
     @property
     def id(self) -> str:
@@ -54,7 +57,8 @@ class IncidentRow:
 
 def vm_rows(snapshot: Snapshot, now: int, rates: Mapping[int, float] | None = None) -> list[VmRow]:
     """The VMs, those in most trouble first, those that are gone last."""
-    rows = [VmRow(vm, (rates or {}).get(vm.key), now) for vm in snapshot.vms.values()]
+    rates = rates or {}
+    rows = [VmRow(vm, rates.get(vm.key), now, snapshot.steps) for vm in snapshot.vms.values()]
 
     def trouble(row: VmRow) -> Any:
         vm = row.vm
@@ -67,7 +71,7 @@ def vm_rows(snapshot: Snapshot, now: int, rates: Mapping[int, float] | None = No
 
 def incident_rows(snapshot: Snapshot, now: int) -> list[IncidentRow]:
     """The incidents by state, newest first within one."""
-    rows = [IncidentRow(incident, snapshot.vms, now) for incident in snapshot.incidents]
+    rows = [IncidentRow(one, snapshot.vms, now, snapshot.steps) for one in snapshot.incidents]
 
     def urgency(row: IncidentRow) -> Any:
         i = row.incident

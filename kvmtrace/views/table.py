@@ -38,6 +38,7 @@ def table_text(
     lines += [
         *_wrapped(plain(header.memory_spans(snapshot)), width),
         *_wrapped(plain(header.kernel_spans(snapshot) or ()), width),
+        *_wrapped(plain(header.clock_spans(snapshot) or ()), width),
         "",
         *_table(vm_columns, vms, width, "no VMs seen"),
         "",

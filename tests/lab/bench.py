@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from tests.lab import asked
+from tests.lab import asked, idle
 from tests.lab.drive import PATIENCE, Vmm
 from tests.lab.errors import status_of
 from tests.lab.machine import DEFAULT, Job, Machine
@@ -163,7 +163,7 @@ def main() -> int:
             storm_cost(machine, options.storm),
             footprint(machine, 3),
         ]
-    parts.append(asked.measure(8))
+    parts += [asked.measure(8), idle.measure()]
     text = "\n\n".join("\n".join(part) for part in parts)
     print(text)
     if options.readme:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvmtrace.door import DIRECTORY
+from kvmtrace.wire import rfc3339
 from tests.lab import residue
 from tests.lab.drive import PATIENCE, Line, Vmm, Watch, end_following
 from tests.lab.machine import Job, Machine
@@ -109,6 +110,8 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
     assert _metric(machine, serve, exits, 'vm="sick"', 'errno="EHWPOISON"') == 5000
     watch.end()
 
+    _step_of_the_clock(machine, sick)
+
     # An explicit way attaches
     shown = json.loads(
         machine.run(
@@ -118,6 +121,37 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
     assert shown["host"]["source_why"] == "asked for"
     for vmm in (sick, shaken):
         vmm.end()
+
+
+def _step_of_the_clock(machine: Machine, vmm: Vmm) -> None:
+    """A page fails before, while and after the clock is a day ahead: each has its time of day."""
+    file = "/tmp/clock.jsonl"
+    recording = machine.start(f"exec kvmtrace record {file}")
+    recording.wait_for("recording to", timeout=PATIENCE, stream="stderr")
+    pfns = []
+    try:
+        for page, step in (("+4", "+1 day"), ("+5", "-1 day"), ("+6", "")):
+            vmm.step(f"touch v {page}")
+            pfns.append(vmm.step(f"poison v {page}")["pfn"])
+            seen = f"""grep -q '"kind":"poison".*"pfn":{pfns[-1]},' {file}"""
+            machine.run(f"until {seen}; do sleep 0.1; done", timeout=PATIENCE, check=True)
+            machine.run(f"date -s 'now {step}'", check=True)
+    finally:
+        machine.run(f"date -s @{time.time()}", check=True)
+    shown = _top(machine)
+    recording.signal(signal.SIGINT)
+    assert recording.wait(PATIENCE) == 0
+    lines = machine.run(f"cat {file}", check=True).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    second = 1_000_000_000
+    ts = {one["pfn"]: one["ts"] for one in records if one.get("kind") == "poison"}
+    first, ahead, back = (ts[pfn] for pfn in pfns)
+    assert first < ahead - 86400 * second < back < first + PATIENCE * second
+    of_top = {one.get("pfn"): one.get("poisoned_ts") for one in shown["incidents"]}
+    assert [of_top[pfn] for pfn in pfns] == [rfc3339(ts[pfn]) for pfn in pfns]
+    steps = [one["step_ns"] for one in records if one.get("kind") == "clock"][:2]
+    assert steps == pytest.approx([86400 * second, -86400 * second], abs=second)
+    assert [one["step_ns"] for one in shown["clock_steps"]][:2] == steps
 
 
 @pytest.mark.parametrize("serve", ["ftrace"], indirect=True)

@@ -17,6 +17,8 @@ from kvmtrace.correlate.halves import JOIN_NS
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
     KINDS,
+    LAST_NS,
+    ClockStep,
     Event,
     Exit,
     Found,
@@ -51,6 +53,7 @@ PFNS = st.integers(0x100, 0x104)
 TIDS = st.integers(1, 4)
 HVAS = st.sampled_from([0x7F0000000000, 0x7F0000001000, 0x7F0000200000])
 TS = st.one_of(st.integers(0, 20_000_000_000), st.just(1_790_000_000_000_000_000))
+STEPS = st.sampled_from([86400 * 10**9, -3600 * 10**9, LAST_NS, -LAST_NS])
 OWNERS = st.builds(Owner, VMS, st.none() | GFNS, st.none() | HVAS)
 PAGE_TYPES = st.sampled_from(
     ["dirty LRU page", "huge page", "reserved kernel page", "unknown page", "already poisoned", "a"]
@@ -152,6 +155,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(VcpuState, TS, VMS, TIDS, st.sampled_from(["running", "outside", "gone"])),
     st.builds(KernelCounts, TS, st.just((("total", 1),)), st.integers(0, 4) | st.none()),
     st.builds(Lost, TS, st.sampled_from(["ringbuf", "maps"]), st.integers(1, 9)),
+    st.builds(ClockStep, TS, STEPS, STEPS, st.none() | st.integers(0, 10**12)),
 )
 
 # Where anything may happen, what would go wrong hardly ever meets: so also two VMs, two pages and
@@ -455,6 +459,7 @@ FLOODS: dict[str, Callable[[int], list[Event]]] = {
     "losses": lambda n: [Lost(n, f"place{n}", 1)],
     "counts": lambda n: [KernelCounts(n, (("total", n),))],
     "silence": lambda n: [StillQuiet(n)],
+    "steps of the clock": lambda n: [ClockStep(n, 1, n)],
     "VMs": lambda n: [VmSeen(n, n, n), VmGone(n, n)],
     "eventful VMs": lambda n: [
         VmSeen(n, n, n),

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import ast
+import io
+import json
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import kvmtrace
-from kvmtrace import clock, live
-from kvmtrace.correlate import Correlator
-from kvmtrace.events import Event, Exit, Lost, Owned, Owner, Poison, VmSeen
+from kvmtrace import clock, live, wire
+from kvmtrace.cli.attaching import open_door
+from kvmtrace.correlate import Correlator, Told
+from kvmtrace.correlate.limits import Limits
+from kvmtrace.events import (
+    LAST_NS,
+    ClockStep,
+    Event,
+    Exit,
+    Lost,
+    Owned,
+    Owner,
+    Poison,
+    Refused,
+    VmSeen,
+    elapsed,
+    wall_time,
+)
 from kvmtrace.live import Session
-from kvmtrace.views import exporter
+from kvmtrace.model import Snapshot
+from kvmtrace.sources.joined import JoinedSource
+from kvmtrace.sources.recording import RecordingSource, Writer
+from kvmtrace.views import exporter, lines, page
+from kvmtrace.views.explain import as_object, explain_text
+from kvmtrace.views.table import table_text
 from tests.unit.fake import SECOND, T0, FakeSource
+
+DAY = 86400 * SECOND
 
 
 def test_nothing_but_the_clock_reads_the_wall_clock() -> None:
@@ -77,3 +102,312 @@ def test_a_loss_by_another_clock_does_not_end_a_loop() -> None:
         correlator.feed(event)
     (incident,) = correlator.snapshot().incidents
     assert (incident.state, incident.verdict) == ("looping", "looping")
+
+
+# -- steps, by a made-up clock
+
+
+class Clocks:
+    """The kernel's clocks, in nanoseconds. ``torn``: a read of one takes that long, once."""
+
+    def __init__(self) -> None:
+        self.monotonic = 1000 * SECOND
+        self.realtime = T0
+        self.suspended = 50 * SECOND
+        self.torn = 0
+
+    def tick(self, ns: int) -> None:
+        self.monotonic += ns
+        self.realtime += ns
+
+    def suspend(self, ns: int) -> None:
+        self.realtime += ns
+        self.suspended += ns
+
+    def time_ns(self) -> int:
+        read = self.realtime
+        torn, self.torn = self.torn, 0
+        self.tick(torn)
+        return read
+
+    def monotonic_ns(self) -> int:
+        return self.monotonic
+
+    def clock_gettime_ns(self, which: int) -> int:
+        assert which == time.CLOCK_BOOTTIME
+        return self.monotonic + self.suspended
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clocks]:
+    caches = (clock.epoch_offset_ns, clock._start)
+    made_up = Clocks()
+    for name in ("time_ns", "monotonic_ns", "clock_gettime_ns"):
+        monkeypatch.setattr(time, name, getattr(made_up, name))
+    for cache in caches:
+        cache.cache_clear()
+    yield made_up
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("step", [DAY, -3600 * SECOND, SECOND // 50])
+def test_a_step_is_noticed_once(clocks: Clocks, step: int) -> None:
+    steps = clock.Steps()
+    clocks.tick(SECOND)
+    assert steps.look() is None
+    clocks.tick(SECOND)
+    clocks.realtime += step
+    clocks.tick(SECOND)
+    assert steps.look() == ClockStep(T0 + SECOND, step, step)
+    clocks.tick(SECOND)
+    assert steps.look() is None
+    clocks.realtime -= step
+    assert steps.look() == ClockStep(T0 + 4 * SECOND, -step, 0)
+
+
+def test_that_clocks_are_read_one_after_the_other_is_no_part_of_a_step(clocks: Clocks) -> None:
+    """A day less 300 ns would be shown as 23 hours."""
+    steps = clock.Steps()
+    clocks.realtime += DAY - 300
+    assert steps.look() == ClockStep(T0, DAY, DAY)
+    assert steps.look() is None
+
+
+def test_a_step_before_the_first_look_is_noticed(clocks: Clocks) -> None:
+    """Programs are compiled and attached between the two."""
+    clock.epoch_offset_ns()
+    clocks.tick(SECOND)
+    clocks.realtime += DAY
+    assert clock.Steps().look() == ClockStep(T0, DAY, DAY)
+
+
+def test_a_thread_that_waits_for_a_cpu_is_no_step(clocks: Clocks) -> None:
+    steps = clock.Steps()
+    clocks.torn = 5 * SECOND
+    assert steps.look() is None
+    clocks.torn, clocks.realtime = 5 * SECOND, clocks.realtime + DAY
+    assert steps.look() is None
+    assert steps.look() == ClockStep(T0, DAY, DAY)
+
+
+def test_the_offset_is_exact_although_the_thread_waited(clocks: Clocks) -> None:
+    clocks.torn = SECOND
+    clock.epoch_offset_ns()
+    assert clock.now_ns() == clocks.realtime
+
+
+def test_a_suspended_host_is_a_step_that_says_so(clocks: Clocks) -> None:
+    steps = clock.Steps()
+    clocks.suspend(8 * 3600 * SECOND)
+    (step,) = filter(None, [steps.look()])
+    assert step == ClockStep(T0, 8 * 3600 * SECOND, 8 * 3600 * SECOND, 8 * 3600 * SECOND)
+    assert elapsed(T0 - SECOND, T0 + SECOND, [step]) == 8 * 3600 * SECOND + 2 * SECOND
+    assert elapsed(T0, T0 + SECOND, [step]) == SECOND
+
+
+def test_the_time_of_day_is_that_of_the_steps_until_then() -> None:
+    steps = [ClockStep(100, 50, 50), ClockStep(200, -80, -30), ClockStep(300, -1000, -1030)]
+    assert [wall_time(ts, steps) for ts in (99, 100, 199, 200, 300)] == [99, 150, 249, 170, 0]
+    # Of those that were forgotten the next one knows.
+    assert [wall_time(ts, steps[1:]) for ts in (199, 200)] == [249, 170]
+    assert wall_time(100, [ClockStep(0, LAST_NS, LAST_NS)]) == LAST_NS
+
+
+class Machine(FakeSource):
+    """A source of one VM: ``poisons`` and what else is said comes with the next poll."""
+
+    def __init__(self, clocks: Clocks) -> None:
+        super().__init__([VmSeen(clock.now_ns(), 1, 4001, "web-1", None, "qemu")])
+        self.clocks = clocks
+        self.said: list[Event] = []
+
+    def poll(self, timeout: float) -> list[Event]:
+        said, self.said = self.said, []
+        return super().poll(0) + said
+
+    def poison(self, pfn: int) -> None:
+        """A page fails, and its VMM is notified 0.1 s later."""
+        at = clock.now_ns()
+        self.said += [
+            Poison(at, pfn, "dirty LRU page", "Failed", tid=7),
+            Owned(at, pfn, Owner(1, pfn), "pagemap"),
+            Exit(at + SECOND // 10, 1, 0, 133, 39, True, 9, flags=0, gfn=pfn, gmem=0),
+        ]
+        self.clocks.tick(SECOND // 5)
+
+
+@pytest.fixture(params=[DAY, -3600 * SECOND], ids=["a day on", "an hour back"])
+def stepped_session(
+    clocks: Clocks, request: pytest.FixtureRequest
+) -> tuple[Session, list[Told], int]:
+    """A page fails, the clock is stepped, another page fails, all seconds apart."""
+    machine = Machine(clocks)
+    session = Session(machine)
+    told = session.pump(0)
+    for pfn in (0x10, 0x20):
+        clocks.tick(3 * SECOND)
+        machine.poison(pfn)
+        told += session.pump(0)
+        if pfn == 0x10:
+            clocks.tick(SECOND)
+            clocks.realtime += request.param
+    return session, told, request.param
+
+
+def times(snapshot: Snapshot) -> dict[str, object]:
+    """All times in a snapshot as JSON has them."""
+    shown = wire.top(snapshot)
+    return {key: shown[key] for key in ("vms", "incidents", "clock_steps")}
+
+
+def test_new_events_have_the_new_time_and_old_ones_theirs(
+    stepped_session: tuple[Session, list[Told], int],
+) -> None:
+    session, told, step = stepped_session
+    ts = {one["pfn"]: one["poisoned_ts"] for one in wire.top(session.snapshot())["incidents"]}
+    # 3 s, 0.2 s until the reader sees it, 1 s, 3 s
+    assert ts == {
+        0x10: wire.rfc3339(T0 + 3 * SECOND),
+        0x20: wire.rfc3339(T0 + 7 * SECOND + SECOND // 5 + step),
+    }
+    of_lines = [json.loads(line) for one in told if (line := lines.json_text(one))]
+    assert {one["pfn"]: one["ts"] for one in of_lines if one["kind"] == "poison"} == ts
+    (line,) = (one for one in of_lines if one["kind"] == "clock")
+    assert line == {
+        "ts": wire.rfc3339(T0 + 3 * SECOND + SECOND // 5 + step),
+        "kind": "clock",
+        "step_ns": step,
+    }
+    assert wire.top(session.snapshot())["clock_steps"] == [
+        {key: value for key, value in line.items() if key != "kind"}
+    ]
+
+
+def test_ages_and_joins_do_not_see_the_step(
+    stepped_session: tuple[Session, list[Told], int], clocks: Clocks
+) -> None:
+    session, _, _ = stepped_session
+    clocks.tick(2 * SECOND)
+    snapshot, now = session.snapshot(), session.now()
+    html = page.render(snapshot, now)
+    assert "6 s ago" in html
+    assert "2 s ago" in html
+    assert " d ago" not in html
+    assert " h ago" not in html
+    for incident in snapshot.incidents:
+        assert incident.first_delivery_ts is not None
+        assert incident.poisoned_ts is not None
+        assert incident.first_delivery_ts - incident.poisoned_ts == SECOND // 10
+    assert snapshot.latency.sum_seconds == pytest.approx(0.2)
+
+
+def test_the_step_is_shown(stepped_session: tuple[Session, list[Told], int]) -> None:
+    session, told, step = stepped_session
+    snapshot = session.snapshot()
+    words = "stepped by " + ("+24 h" if step > 0 else "-60 min")
+    assert words in page.render(snapshot, session.now())
+    assert words in table_text(snapshot, now=session.now(), width=120)
+    assert sum(words in (lines.event_text(one) or "") for one in told) == 1
+    series = list(exporter.Exporter(lambda: snapshot).collect())
+    (count,) = (one.samples[0].value for one in series if one.name == "kvmtrace_clock_steps")
+    assert count == 1
+
+
+@pytest.mark.parametrize("step", [DAY, -3600 * SECOND])
+def test_a_step_within_a_story_is_part_of_it(clocks: Clocks, step: int) -> None:
+    machine = Machine(clocks)
+    session = Session(machine)
+    machine.poison(0x10)
+    session.pump(0)
+    clocks.realtime += step
+    clocks.tick(SECOND)
+    machine.poison(0x10)
+    session.pump(0)
+    snapshot = session.snapshot()
+    text = explain_text(snapshot.incidents[0], snapshot)
+    assert f"+200 ms  the wall clock was stepped by {'+' if step > 0 else '-'}" in text
+    moments = as_object(snapshot.incidents[0], snapshot)["timeline"]
+    (at,) = (moment["ts"] for moment in moments if "stepped" in moment["what"])
+    assert at == wire.rfc3339(T0 + SECOND // 5 + step)
+
+
+@pytest.mark.usefixtures("clocks")
+def test_recordings_and_joiners_have_the_same_times(
+    stepped_session: tuple[Session, list[Told], int], tmp_path: Path
+) -> None:
+    session, told, step = stepped_session
+    serve = session.snapshot()
+    file = io.StringIO()
+    Writer(file, session.host()).write([one.event for one in told], ())
+    path = tmp_path / "recording"
+    path.write_text(file.getvalue())
+    source = RecordingSource(str(path))
+    replay = Session(source)
+    replay.pump(0)
+    assert times(replay.snapshot()) == times(serve)
+    assert replay.snapshot().steps == serve.steps
+    # Who reads the lines themselves finds the time of day in them.
+    records = [json.loads(line) for line in file.getvalue().splitlines()]
+    ts = {one["pfn"]: one["ts"] for one in records if one.get("kind") == "poison"}
+    assert ts == {0x10: T0 + 3 * SECOND, 0x20: T0 + 7 * SECOND + SECOND // 5 + step}
+    with open_door(session):
+        joined = JoinedSource.join()
+        assert joined is not None
+        joiner = Session(joined)
+        joiner.pump(0)
+        assert times(joiner.snapshot()) == times(serve)
+        assert joiner.now() == session.now()
+        assert joiner.host().epoch_offset_ns == session.host().epoch_offset_ns
+        joiner.close()
+    source.close()
+
+
+def test_only_who_watches_this_host_watches_its_clock(clocks: Clocks, tmp_path: Path) -> None:
+    class Joined(FakeSource):
+        epoch_offset_ns = clock.epoch_offset_ns()
+
+    file = io.StringIO()
+    Writer(file, live.host_of(FakeSource())).write([Poison(T0, 5, "a", "x")], ())
+    (tmp_path / "r").write_text(file.getvalue())
+    sources: list[Callable[[], Session]] = [
+        lambda: Session(Joined()),
+        lambda: Session(RecordingSource(str(tmp_path / "r"))),
+    ]
+    for make in sources:
+        session = make()
+        clocks.realtime += DAY
+        assert not [one for one in session.pump(0) if isinstance(one.event, ClockStep)]
+        session.close()
+
+
+@pytest.mark.parametrize("step", [DAY, -3600 * SECOND])
+def test_a_step_is_no_silence(clocks: Clocks, step: int) -> None:
+    """A refusal that no exit tells within 5 s was not delivered: a day's step is not 5 s."""
+    machine = Machine(clocks)
+    session = Session(machine)
+    machine.said = [Refused(clock.now_ns(), 1, 8)]
+    session.pump(0)
+    clocks.realtime += step
+    clocks.tick(SECOND)
+    machine.said = [Lost(clock.now_ns(), "ring", 1)]
+    session.pump(0)
+    machine.said = [VmSeen(clock.now_ns(), 2, 4002)]
+    session.pump(0)
+    assert session.snapshot().vms[1].undelivered == 0
+    clocks.tick(6 * SECOND)
+    machine.said = [VmSeen(clock.now_ns(), 3, 4003)]
+    session.pump(0)
+    assert session.snapshot().vms[1].undelivered == 1
+
+
+def test_steps_that_have_no_room_are_counted() -> None:
+    correlator = Correlator(Limits(clock_steps=2))
+    for n in range(1, 6):
+        correlator.feed(ClockStep(T0 + n * SECOND, SECOND, n * SECOND))
+    snapshot = correlator.snapshot()
+    assert snapshot.lost == {"clock_steps": 3}
+    assert snapshot.wall(T0 + 4 * SECOND) == T0 + 8 * SECOND
+    assert "5 steps" not in table_text(snapshot, now=T0, width=120)
+    assert "4 steps before" in table_text(snapshot, now=T0, width=120)

@@ -49,6 +49,7 @@ CONTRACT = {
     "kvmtrace_poison_to_delivery_seconds_sum": set(),
     "kvmtrace_poison_to_delivery_seconds_count": set(),
     "kvmtrace_events_lost_total": {"where"},
+    "kvmtrace_clock_steps_total": set(),
     "kvmtrace_probe_attached": {"probe"},
     "kvmtrace_probe_runs_total": {"probe"},
     "kvmtrace_probe_run_seconds_total": {"probe"},

@@ -13,6 +13,7 @@ from kvmtrace import kvm
 from kvmtrace.correlate import Told
 from kvmtrace.events import (
     KINDS,
+    ClockStep,
     Event,
     Exit,
     Found,
@@ -37,6 +38,7 @@ from kvmtrace.events import (
 from kvmtrace.views.cells import cells
 from kvmtrace.views.lines import event_text, json_text
 
+SECOND = 1_000_000_000
 TS = 1_790_000_000_123_456_789  # 2026-09-21T14:13:20.123Z
 WEB = VmSeen(TS, 1, 4242, "web-1", "11111111-2222-3333-4444-555555555555", "qemu")
 
@@ -227,6 +229,7 @@ EVERY_KIND: tuple[Told, ...] = (
     Told(VcpuState(TS, 1, 77, "running"), WEB),
     Told(Released(TS, 1, 5, 0x7000), WEB),
     Told(StillQuiet(TS)),
+    Told(ClockStep(TS, -SECOND, -SECOND)),
     Told(Lost(TS, "ring", 7)),
 )
 
@@ -237,6 +240,7 @@ EVERY_KIND: tuple[Told, ...] = (
         (SoftOffline(TS, 9, 0), "soft-offlined           pfn 0x9"),
         (SoftOffline(TS, 9, 16), "soft offline refused: EBUSY  pfn 0x9"),
         (VmSeen(TS, 1, 7, "web", unread="its memory map hangs"), "  its memory map hangs"),
+        (ClockStep(TS, -SECOND // 2, 0, 90 * SECOND), "  host suspended for 90 s"),
     ],
 )
 def test_what_a_line_ends_in(event: Event, end: str) -> None:

@@ -28,7 +28,7 @@ from kvmtrace.events import (
 )
 from kvmtrace.guestmem import Page, Slot, gfns_at
 from kvmtrace.model import Probe, ProbeRuns
-from kvmtrace.observe import Observed, Observer, inventory
+from kvmtrace.observe import Observed, Observer, inventory, observed
 from kvmtrace.observe.observed import in_order
 from kvmtrace.observe.owners import Place, find, poisoned_pfn
 from kvmtrace.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
@@ -347,6 +347,24 @@ def test_owners_come_before_their_poison(tmp_path: Path) -> None:
     poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered", tid=70)
     owned = Owned(3, 0x104CAA, Owner(5, None, 0x13000), "pagemap", PAGE)
     assert story(tmp_path, [seen, poison]) == [seen, owned, poison]
+
+
+def test_a_page_is_read_once_however_many_signals_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def entry(pid: int, hva: int, proc: str) -> int | None:
+        read.append(hva)
+        return 5 if hva < 0x20000 else None
+
+    monkeypatch.setattr(observed, "poisoned_pfn", entry)
+    hvas = [0x13000, 0x13040, 0x20000, 0x13FFF, 0x20008]
+    observer = Observer(None, str(tmp_path))
+    for _ in range(2):  # it may be another page in the next batch
+        told = observer.events([Sigbus(3, 7, 1, 4, hva) for hva in hvas], 99)
+        assert [getattr(one, "pfn", 0) for one in told] == [5, 5, None, 5, None]
+    assert read == [0x13000, 0x20000] * 2
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -16,6 +16,7 @@ from kvmtrace.cli.attaching import Log
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import (
     KINDS,
+    ClockStep,
     Event,
     Exit,
     Found,
@@ -58,6 +59,7 @@ EVERY_KIND: tuple[Event, ...] = (
     VcpuState(T0, 1, 4003, "running", 0, 1_000_000),
     Released(T0, 1, 0x103275, 0x7F0000000000),
     StillQuiet(T0),
+    ClockStep(T0, -3_600_000_000_000, -3_600_000_000_000, 5),
     Lost(T0, "ringbuf", 7),
     VmGone(T0, 1),
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import (
@@ -19,6 +22,7 @@ from kvmtrace.events import (
 )
 from kvmtrace.model import Snapshot
 from kvmtrace.observe.releases import LOOK_NS, Releases
+from kvmtrace.proc_reader import ProcReader
 from kvmtrace.views import advice
 from tests.unit.fake import SECOND, T0, FakeSource
 from tests.unit.test_owners import ANON, PRESENT, proc_with
@@ -60,6 +64,33 @@ def test_a_signal_names_the_place_too(tmp_path: Path) -> None:
     world.source.poll(0)
     world.entry(0)
     assert world.later() == [Released(world.now, 1, PFN, HVA)]
+
+
+def test_a_process_is_read_once_however_many_pages_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = 50
+    places = [(PFN + n, HVA + n * 0x1000) for n in range(many)]
+    entries = {hva: pfn << 5 | 24 | 1 << 62 for pfn, hva in places}
+    maps = f"{HVA:08x}-{HVA + many * 0x1000:08x} rw-p 00000000 00:00 0\n"
+    proc_with(tmp_path, PID, entries, maps)
+    events = [BEGIN[0], *(Owned(T0, pfn, Owner(1, 8, hva), "pagemap") for pfn, hva in places)]
+    now = [T0]
+    source = Releases(FakeSource(events), str(tmp_path), lambda: now[0])
+    calls: list[int] = []
+    call = ProcReader.call
+
+    def counted(reader: ProcReader, pid: int, *arguments: Any) -> Any:
+        calls.append(pid)
+        return call(reader, pid, *arguments)
+
+    monkeypatch.setattr(ProcReader, "call", counted)
+    source.poll(0)
+    assert len(calls) == 1 + 1  # to begin with, and at once
+    proc_with(tmp_path, PID, entries | {HVA: PRESENT}, maps)
+    now[0] += LOOK_NS
+    assert source.poll(0) == [Released(now[0], 1, PFN, HVA)]
+    assert len(calls) == 3
 
 
 def test_what_never_was_there_does_not_leave(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kvmtrace import identity, proc_reader, processes
 from kvmtrace.events import Event, VmGone, VmSeen
 from kvmtrace.ftrace.people import People, tgid_of
-from kvmtrace.proc_reader import READER, ProcReader
+from kvmtrace.proc_reader import READER, ProcReader, Unreadable
 from kvmtrace.vms import VmTable
 
 AT, PID = 0xFFFF800000000000, 4194300
@@ -110,6 +110,48 @@ def test_a_pid_that_is_used_again_is_another_process(tmp_path: Path) -> None:
     stat.write_text(f"{PID} (vmm) S {' '.join(str(field) for field in range(5, 31))}\n")
     ended = [event for n in range(20) for event in vms.missed(7 + n * 1_000_000_000)]
     assert told(ended) == [("VmGone", 1)]
+
+
+def test_a_look_searches_few_processes_and_all_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids = range(PID, PID + 40)
+    for pid in pids:
+        (tmp_path / str(pid) / "fd").mkdir(parents=True)
+        (tmp_path / str(pid) / "fd" / "3").symlink_to("anon_inode:kvm-vm")
+    vms = VmTable(str(tmp_path))
+    vms.scan(5)
+    searched: list[int] = []
+
+    def search(pid: int, proc: str) -> str | None:
+        searched.append(pid)
+        return None
+
+    monkeypatch.setattr(processes, "vm_descriptor", search)
+    looks = []
+    for n in range(3):
+        before = len(searched)
+        assert vms.missed(10 + n) == []
+        looks.append(len(searched) - before)
+    assert looks == [16, 16, 8]
+    assert sorted(searched) == list(pids)
+    # A suspect is asked again when the answer counts.
+    assert vms.missed(2_000_000_000) == []
+    assert len(searched) == 40
+    assert len(vms.missed(4_000_000_000)) == 40
+
+
+def test_a_process_that_has_too_many_descriptors_is_not_searched_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a tenant could have the reader count hundreds of thousands of them each second."""
+    holding(tmp_path, *["[eventfd]"] * 51)
+    with pytest.raises(ValueError, match="more than 50"):
+        identity.vm_descriptor(PID, str(tmp_path), 50)
+    assert identity.vm_descriptor(PID, str(tmp_path), 51) is None
+    monkeypatch.setattr(processes, "MAX_DESCRIPTORS", 50)
+    with pytest.raises(Unreadable, match="more than 50"):
+        processes.vm_descriptor(PID, str(tmp_path))
 
 
 def test_a_thread_may_call_itself_anything() -> None:
