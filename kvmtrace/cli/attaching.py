@@ -27,6 +27,7 @@ LISTEN_SECONDS = 1.0
 def attach(kind: str) -> sources.Source:
     """This host's kernel: what its probes report, and what only /proc and page tables show."""
     READER.prepare()
+    stop.clean_up.append(sources.close_opening)
     source = sources.open_source(kind)
     stop.clean_up.append(source.close)
     return Quiet(Reactions(Releases(Observed(source))))
@@ -43,7 +44,7 @@ def here(kind: str) -> sources.Source:
 
 @contextlib.contextmanager
 def session_on(source: sources.Source) -> Iterator[Session]:
-    """A session, detached on every way out. Raises KvmtraceError if its reader hangs then."""
+    """A session, detached on every way out. Raises KvmtraceError if its reader goes on then."""
     session = Session(source)
     try:
         yield session
@@ -51,7 +52,7 @@ def session_on(source: sources.Source) -> Iterator[Session]:
         if not session.close():
             stop.hung = True
             raise KvmtraceError(
-                "the reader hangs in the kernel, and was left there",
+                f"the reader {session.left}, and was left there",
                 "`cat /proc/PID/task/*/stack` shows where, while it runs",
             )
 

@@ -1,4 +1,4 @@
-"""That a signal ends a command even if its main thread hangs in the kernel.
+"""That a signal ends a command even if its main thread hangs in the kernel, or computes.
 
 A read of another process can hang for as long as that process likes, and a signal handler of Python
 runs only in the main thread, once it is back from the kernel. So a second thread looks whether a
@@ -17,15 +17,19 @@ from collections.abc import Callable, Iterable
 
 from kvmtrace.standstill import Standstill
 
-# Seconds; together less than 5. An orderly end of a main thread that moves may take longer.
+# Seconds; LOOK, one of the next two and CLEAN_UP are less than 5 together. Only an orderly end that
+# goes on in short waits for the kernel (which detaches many probes) may take longer.
 LOOK = 0.25
 STUCK = 2.5
+AWAKE = 2.75
 CLEAN_UP = 1.25
 MOVING = 30.0
 
 
 class Watchdog:
-    """Ends the process if the main thread hangs after one of ``signals``, until ``stop`` is called.
+    """Ends the process if its main thread does not end after one of ``signals``.
+
+    Until ``stop`` is called.
 
     ``asked``: whether the main thread has taken a signal. ``clean_up``: what to call then, the last
     one first (detach probes, remove files), as far as that does not hang, too.
@@ -55,15 +59,18 @@ class Watchdog:
         while not (self._asked() or signal.sigpending() & self._signals):
             if self._stopped.wait(LOOK):
                 return
-        standstill = Standstill(threading.main_thread())
+        main = Standstill(threading.main_thread())
         end = time.monotonic() + MOVING
-        while standstill.seconds() < STUCK and time.monotonic() < end:
+        while not (hangs := main.seconds() >= STUCK) and main.awake < AWAKE:
             if self._stopped.wait(LOOK):
                 return
-        end_by_force(self._clean_up)
+            if time.monotonic() >= end:
+                break
+        why = "something hangs in the kernel" if hangs else "it was still at work"
+        end_by_force(self._clean_up, why)
 
 
-def end_by_force(clean_up: Iterable[Callable[[], object]]) -> None:
+def end_by_force(clean_up: Iterable[Callable[[], object]], why: str) -> None:
     """Clean up for a while, then end the process without regard to its threads: status 1."""
 
     def work() -> None:
@@ -79,5 +86,5 @@ def end_by_force(clean_up: Iterable[Callable[[], object]]) -> None:
         poller = select.poll()
         poller.register(2, select.POLLOUT)
         if poller.poll(0):
-            os.write(2, b"kvmtrace: ended by force: something hangs in the kernel\n")
+            os.write(2, f"kvmtrace: ended by force: {why}\n".encode())
     os._exit(1)
