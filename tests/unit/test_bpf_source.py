@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_while_kvm_comes_and_goes_no_poll_takes_longer_than_it_may(
     monkeypatch.setattr(bpf, "_kvm_modules", lambda: modules.pop(0))
     monkeypatch.setattr(bpf, "_Programs", lambda _bcc: made.pop(0)())
     monkeypatch.setattr(bpf, "Translator", lambda *_: Translator(0, ({}, {}), str(tmp_path)))
-    monkeypatch.setattr(bpf.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(host, "lockdown", lambda: None)
     source = bpf.BpfSource()
     told = [[event.kind for event in source.poll(0.01)] for _ in range(3)]
