@@ -17,7 +17,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kvmtrace.commandline import options, program, says_nothing
-from kvmtrace.vmpaths import instance_of_cgroup, machine_of_cgroup, name_of_path, vmid_of_cgroup
+from kvmtrace.vmpaths import (
+    instance_of_cgroup,
+    machine_of_cgroup,
+    name_of_disk,
+    name_of_path,
+    vmid_of_cgroup,
+)
 
 NAME_LIMIT = 128
 
@@ -39,7 +45,8 @@ def identify(pid: int, proc: str = "/proc", *, command_line: bool = True) -> Ide
     """Name, UUID and VMM of a process; all None once it is gone. Never raises.
 
     A name that was given to the VM goes first, then one that only this VM can have (the directory
-    of its socket, its container), then the process's own, which others may have too.
+    of its socket, its container), then its disk's, then the process's own, which others may have
+    too.
 
     ``command_line``: read it, which may hang (``proc_reader``); nothing else here does.
     """
@@ -54,6 +61,7 @@ def identify(pid: int, proc: str = "/proc", *, command_line: bool = True) -> Ide
         machine_of_cgroup(cgroup),
         *(name_of_path(path) for path in _absolute(said.paths, f"{proc}/{pid}")),
         instance_of_cgroup(cgroup),
+        *(name_of_disk(path) for path in _absolute(said.disks, f"{proc}/{pid}")),
         name if says_nothing(comm) else None,
         comm,
     )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvmtrace import identity
 from kvmtrace.commandline import Options, options, program
 from kvmtrace.identity import NAME_LIMIT, Identity, clean, holds_vm, identify, vm_processes
-from kvmtrace.vmpaths import name_of_path
+from kvmtrace.vmpaths import name_of_disk, name_of_path
 
 LIBVIRT = r"0::/machine.slice/machine-qemu\x2d1\x2dfoo.scope/libvirt/emulator"
 
@@ -196,6 +196,117 @@ FIELD: dict[str, tuple[str, str, tuple[str | None, str | None, str]]] = {
         "/sdk/emulator/qemu/linux-x86_64/qemu-system-x86_64-headless",
         "-avd Pixel_5 -no-window",
         ("Pixel_5", None, "qemu"),
+    ),
+    "emulator, by @": (
+        "/sdk/emulator/qemu/linux-x86_64/qemu-system-x86_64",
+        "@Pixel_3a_API_30 -netdelay none -netspeed full -no-audio",
+        ("Pixel_3a_API_30", None, "qemu"),
+    ),
+    "Multipass": (
+        "/snap/multipass/14000/usr/bin/qemu-system-x86_64",
+        "-bios OVMF.fd --enable-kvm -cpu host -nic tap,ifname=tap-0,script=no -device"
+        " virtio-scsi-pci,id=scsi0 -drive file=/var/snap/multipass/common/data/multipassd/vault/"
+        "instances/magical-sablefish/ubuntu-22.04-server-cloudimg-amd64.img,if=none,format=qcow2,"
+        "discard=unmap,id=hda -device scsi-hd,drive=hda,bus=scsi0.0 -smp 1 -m 1024M -qmp stdio"
+        " -chardev null,id=char0 -serial chardev:char0 -nographic -cdrom /var/snap/multipass/"
+        "common/data/multipassd/vault/instances/magical-sablefish/cloud-init-config.iso",
+        ("magical-sablefish", None, "qemu"),
+    ),
+    "Multipass, as it was": (
+        QEMU,
+        "-hda /var/snap/multipass/common/data/multipassd/vault/instances/primary/"
+        "ubuntu-18.04-server-cloudimg-amd64.img -nographic",
+        ("primary", None, "qemu"),
+    ),
+    "Podman's machine": (
+        QEMU,
+        "-m 2048 -fw_cfg name=opt/com.coreos/config,file=/home/u/.config/containers/podman/machine/"
+        "qemu/dev.ign -qmp unix:/run/user/1000/podman/qmp_dev.sock,server=on,wait=off",
+        ("dev", None, "qemu"),
+    ),
+    "Lima": (
+        QEMU,
+        "-m 4096 -name lima-build -pidfile /home/u/.lima/build/qemu.pid",
+        ("lima-build", None, "qemu"),
+    ),
+    "QEMU, by its disk": (
+        QEMU,
+        "-enable-kvm -drive if=pflash,format=raw,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd"
+        " -drive if=pflash,format=raw,file=/srv/OVMF_VARS_4M.fd -drive file=/srv/seed.img,"
+        "media=cdrom -drive file=/srv/isos/tools.iso -drive file=/srv/images/web-9.qcow2,if=virtio",
+        ("web-9", None, "qemu"),
+    ),
+    "QEMU, by which of its disks": (
+        QEMU,
+        "-blockdev driver=raw,node-name=a,file.driver=host_device,file.filename=/dev/pve/vm-100-"
+        "disk-0",
+        ("vm-100", None, "qemu"),
+    ),
+    "QEMU, by JSON": (
+        QEMU,
+        '-blockdev {"driver":"qcow2","read-only":true,"file":{"driver":"file",'
+        '"filename":"/srv/base.qcow2"}} -blockdev {"driver":"qcow2","file":'
+        '{"driver":"file","filename":"/srv/web-10/disk.qcow2"}}',
+        ("web-10", None, "qemu"),
+    ),
+    "QEMU, its disk elsewhere": (
+        QEMU,
+        "-drive file=rbd:pool/web -drive file=nbd://h/web -drive file=/dev/sdb"
+        " -drive file=/dev/fdset/2 -drive file=/srv/vms/rootfs.ext4,snapshot=on",
+        ("comm", None, "qemu"),
+    ),
+    "QEMU, its disk called by its system": (
+        QEMU,
+        "-drive file=/var/lib/images/debian-12-genericcloud-amd64.qcow2",
+        ("debian-12-genericcloud-amd64", None, "qemu"),
+    ),
+    "QEMU's log": (QEMU, "-d guest_errors -D /var/log/vm-3.log -b x", ("comm", None, "qemu")),
+    "another VMM's configuration": (
+        "/opt/acme/hv",
+        "--config-file /etc/acme/acme.json",
+        ("comm", None, "hv"),
+    ),
+    "QEMU's other names": (
+        QEMU,
+        "-name debug-threads=on -drive file=/srv/vms/web-11.img",
+        ("web-11", None, "qemu"),
+    ),
+    "cloud-hypervisor, by its disk": (
+        "/usr/bin/cloud-hypervisor",
+        "--api-socket /tmp/cloud-hypervisor.sock --disk path=/srv/web-12/focal-server-cloudimg-"
+        "amd64.raw path=/tmp/cloudinit.img,readonly=on",
+        ("web-12", None, "cloud-hypervisor"),
+    ),
+    "firecracker, by its configuration": (
+        "/usr/bin/firecracker",
+        "--no-api --config-file /etc/firecracker/web-13.json",
+        ("web-13", None, "firecracker"),
+    ),
+    "firecracker, by where its configuration is": (
+        "/usr/bin/firecracker",
+        "--api-sock /tmp/firecracker.socket --config-file /srv/web-14/vm_config.json",
+        ("web-14", None, "firecracker"),
+    ),
+    "firecracker, by its id": (
+        "/usr/bin/firecracker",
+        "--id web-15 --config-file /srv/other/vm_config.json",
+        ("web-15", None, "firecracker"),
+    ),
+    "crosvm, by its disk": (
+        "/usr/bin/crosvm",
+        "run --disable-sandbox --block /srv/base/root.img,ro --rwdisk /srv/web-16.qcow2 bzImage",
+        ("web-16", None, "crosvm"),
+    ),
+    "kvmtool, by its disk": (
+        "/usr/bin/lkvm",
+        "run -k bzImage -d /srv/base.img,ro --disk /srv/web-17/rootfs.ext4 -m 256",
+        ("web-17", None, "kvmtool"),
+    ),
+    "stratovirt, by its disk": (
+        "/usr/bin/stratovirt",
+        "-machine microvm -drive file=/srv/web-18/rootfs.img,id=rootfs,readonly=off"
+        " -qmp unix:/tmp/stratovirt.socket,server,nowait",
+        ("web-18", None, "stratovirt"),
     ),
     "kata, qemu": (
         "/usr/bin/qemu-lite-system-x86_64",
@@ -445,6 +556,19 @@ def test_no_layout_gives_two_vms_one_name(
     names = {name_of_path("/".join(["", *above, one, *below, socket])) for one in ids}
     assert names == ids
     assert name_of_path("/".join(["", *above, *below, socket])) is None
+
+
+@given(
+    st.lists(WORDS, max_size=4),
+    st.lists(WORDS, max_size=4),
+    st.sampled_from(["disk.qcow2", "rootfs.ext4", "noble-server-cloudimg-amd64.img", "hda"]),
+    st.sets(IDS, min_size=2, max_size=2),
+)
+def test_no_layout_gives_two_disks_one_name(
+    above: list[str], below: list[str], image: str, ids: set[str]
+) -> None:
+    names = {name_of_disk("/".join(["", *above, one, *below, image])) for one in ids}
+    assert names == ids
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0"), max_size=40), max_size=12))
