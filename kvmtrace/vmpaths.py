@@ -43,8 +43,9 @@ _SYSTEM_WORDS = frozenset(
     "cloudimg server cloud generic genericcloud nocloud minimal live desktop mini daily release "
     "ubuntu debian fedora centos rhel rocky alma almalinux oracle opensuse suse leap tumbleweed "
     "alpine arch archlinux gentoo nixos void kali freebsd openbsd netbsd windows win linux "
-    "coreos flatcar fcos bionic focal jammy noble plucky questing resolute buster bullseye bookworm trixie "
-    "forky sid stable testing lts amd64 x86 x64 arm64 aarch64 riscv64 i386 i686".split()
+    "coreos flatcar fcos bionic focal jammy noble plucky questing resolute buster bullseye "
+    "bookworm trixie forky sid stable testing lts "
+    "amd64 x86 x64 arm64 aarch64 riscv64 i386 i686".split()
 )
 _EXTENSION = re.compile(
     r"(?:\.(?:qcow2?|qed|raw|img|vmdk|vdi|vhdx?|ext[234]|xfs|squashfs|erofs|fd|bin|json|cfg|toml"
