@@ -4,7 +4,8 @@ Up to a quarter of the limit every event is kept. Beyond that, events that repea
 kind, signals, refusals of one gfn, errors of one address) are added up: of each run the first
 stays, and one that stands for the rest where the last of them was. A run ends with a pause, as
 pauses mean something to the correlator: runs with pauses of a second stay apart, or of six if that
-is too much, or none. So what is counted from this log is what is counted from all events.
+is too much, or none. So what is counted from this log is what is counted from all events; only with
+none, of refusals that nothing told fewer may be known as such.
 
 What has no room even then is dropped whole, page by page and VM by VM, settled ones first, and
 counted. VMs that live do not count against the limit, and are never dropped.
