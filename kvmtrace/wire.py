@@ -197,6 +197,13 @@ def top(snapshot: Snapshot) -> dict[str, Any]:
     } | known(kernel=_kernel(snapshot.kernel))
 
 
+def reported(pfn: int, page: model.Reported) -> dict[str, Any]:
+    """A page with errors that is in no incident."""
+    label = page.label
+    names = dimms.names(label) if label else None
+    return known(pfn=pfn, errors=_history(page.history), label=label, label_names=names)
+
+
 def soft_offlined(page: model.SoftOffline) -> dict[str, Any]:
     """``{"pfn", "ts", "errno", "origin"}``."""
     return known(

@@ -609,6 +609,7 @@ class Correlator:
                 for page in self._soft.values()
             ),
             dimms=self._hardware.dimms(),
+            reported=self._hardware.reported(),
             kernel=self._account.kernel_account(),
             page_shift=self._page_shift,
             kernel_pages=pages[None],

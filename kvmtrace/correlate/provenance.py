@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 from kvmtrace import dimms, kvm, mce
 from kvmtrace.correlate.tally import EDAC, MCE, Tally, together
 from kvmtrace.events import HwError, Mce
-from kvmtrace.model import ErrorHistory, Moment, Origin
+from kvmtrace.model import ErrorHistory, Moment, Origin, Reported
 
 _SEVERITIES = ("corrected", "deferred", "recoverable", "fatal")
 
@@ -294,6 +294,16 @@ class Provenance:
             dimm=dimm.history() if dimm else None,
             **facts,  # type: ignore[arg-type]  # names and types are _facts'
         )
+
+    def reported(self) -> dict[int, Reported]:
+        """{pfn: what was reported of that one page}."""
+        return {
+            errors.pfn: Reported(errors.history(), self._best(errors.best.label))
+            if errors.best
+            else Reported(errors.history())
+            for errors in self._places.values()
+            if not errors.order
+        }
 
     def dimms(self) -> dict[str, ErrorHistory]:
         """{label: what was reported of that DIMM}."""
