@@ -74,9 +74,11 @@ class Errors:
     last_ts: int = 0
     facts: dict[str, int | str] = field(default_factory=dict)
     moments: dict[str, Moment] = field(default_factory=dict)
+    _reported: Reported | None = None  # as it was frozen last, if nothing came since
 
     def add(self, event: Mce | HwError) -> None:
         """One more report."""
+        self._reported = None
         facts = _facts(event)
         via, severity = _via(event), severity_of(event)
         if not self.vias:
@@ -128,6 +130,12 @@ class Errors:
     def covers(self, pfn: int) -> bool:
         """Whether the page is within what was reported."""
         return pfn >> self.order == self.pfn >> self.order
+
+    def reported(self) -> Reported:
+        """The counts and the best name, frozen."""
+        if self._reported is None:
+            self._reported = Reported(self.history(), self.best.label if self.best else None)
+        return self._reported
 
     def history(self) -> ErrorHistory:
         """The counts, frozen."""
@@ -297,13 +305,12 @@ class Provenance:
 
     def reported(self) -> dict[int, Reported]:
         """{pfn: what was reported of that one page}."""
-        return {
-            errors.pfn: Reported(errors.history(), self._best(errors.best.label))
-            if errors.best
-            else Reported(errors.history())
-            for errors in self._places.values()
-            if not errors.order
-        }
+        found = {e.pfn: e.reported() for e in self._places.values() if not e.order}
+        better = [pfn for pfn, one in found.items() if one.label in self._better]
+        return found | {pfn: self._named_better(found[pfn]) for pfn in better}
+
+    def _named_better(self, page: Reported) -> Reported:
+        return replace(page, label=self._best(page.label or ""))
 
     def dimms(self) -> dict[str, ErrorHistory]:
         """{label: what was reported of that DIMM}."""
