@@ -132,7 +132,7 @@ def options(kind: str | None, words: Sequence[str]) -> Options:
     given = _Arguments(words)
     paths = (_path_in(given.last(key)) for key in _PATHS)
     keys = (*_DISKS, *_DISKS_OF.get(kind, ()))
-    disks = (_disk_in(value) for key in keys for value in given.all(key))
+    disks = (_disk_in(key, value) for key in keys for value in given.all(key))
     common = Options(
         _name_in(given.last(*_NAMES)),
         given.last(*_UUIDS),
@@ -237,7 +237,7 @@ def _suboptions(value: str | None, implied: str | None = None) -> dict[str, str]
     return options
 
 
-def _disk_in(value: str) -> str | None:
+def _disk_in(option: str, value: str) -> str | None:
     """``PATH,…``, ``path=PATH``, QEMU's ``file=PATH`` or JSON; None where it is not written to."""
     words = value.split(",")
     given = _suboptions(value, implied="path")
@@ -245,7 +245,8 @@ def _disk_in(value: str) -> str | None:
         return None
     if given.get("media") == "cdrom":
         return None
-    keys = ("path", "file", "filename", "file.filename")
+    # By "file", -blockdev refers to another one.
+    keys = ("filename", "file.filename") if option == "blockdev" else ("path", "file")
     path = next((given[key] for key in keys if key in given), None)
     # Another scheme's ("rbd:…", "nbd://…") is no file.
     return None if path is None or re.match(r"(?!file:)[\w+.-]+:", path) else path

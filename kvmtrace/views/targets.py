@@ -147,7 +147,7 @@ def _unknown(snapshot: Snapshot, target: str, *, is_vm: bool = False) -> UsageEr
         if pages:
             hints.append(f"soft-offlined: {_some(list(pages))}")
         if snapshot.dimms:
-            hints.append("corrected errors are kept by DIMM, and of the pages that had them last")
+            hints.append("corrected errors are kept by DIMM, and for the pages that had the latest")
     hints.append(f"there are: {_some(there)}" if there else FORMS)
     return UsageError(f"nothing here goes by {clean(target)!r}", "; ".join(hints))
 

@@ -136,7 +136,7 @@ def test_unknown_is_a_line_and_a_hint(recording: str, target: str) -> None:
 def test_what_a_number_is(recording: str, target: str) -> None:
     hint = invoke("explain", target, "--from", recording).stderr.splitlines()[1]
     assert "a number is a pfn (physical address >> 12)" in hint
-    assert "soft-offlined: 0x55, 0x57, 0x56; corrected errors are kept by DIMM, and of" in hint
+    assert "soft-offlined: 0x55, 0x57, 0x56; corrected errors are kept by DIMM, and for" in hint
     for other in ("nix", "8@12"):
         assert "pfn" not in invoke("explain", other, "--from", recording).stderr
 

@@ -249,6 +249,12 @@ FIELD: dict[str, tuple[str, str, tuple[str | None, str | None, str]]] = {
         '{"driver":"file","filename":"/srv/web-10/disk.qcow2"}}',
         ("web-10", None, "qemu"),
     ),
+    "QEMU, by a node of another name": (
+        QEMU,
+        "-blockdev driver=qcow2,node-name=disk0,file=proto0"
+        " -blockdev driver=file,node-name=proto0,filename=/srv/web-19.qcow2",
+        ("web-19", None, "qemu"),
+    ),
     "QEMU, its disk elsewhere": (
         QEMU,
         "-drive file=rbd:pool/web -drive file=nbd://h/web -drive file=/dev/sdb"
