@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable
 
 from kvmtrace.standstill import Standstill
 
-# Seconds; LOOK, one of the next two and CLEAN_UP are less than 5 together. Only an orderly end that
-# goes on in short waits for the kernel (which detaches many probes) may take longer.
+# Seconds; LOOK, one of the next two and CLEAN_UP are less than 5 together. Only detaching may take
+# longer, as long as it moves.
 LOOK = 0.25
 STUCK = 2.5
-AWAKE = 2.75
+AWAKE = 3.0
 CLEAN_UP = 1.25
 MOVING = 30.0
 
@@ -31,8 +31,9 @@ class Watchdog:
 
     Until ``stop`` is called.
 
-    ``asked``: whether the main thread has taken a signal. ``clean_up``: what to call then, the last
-    one first (detach probes, remove files), as far as that does not hang, too.
+    ``asked``: whether the main thread has taken a signal; ``detaching``: whether it detaches
+    probes by now. ``clean_up``: what to call then, the last one first (detach probes, remove
+    files), as far as that does not hang, too.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class Watchdog:
         signals: Iterable[int],
         asked: Callable[[], bool],
         clean_up: list[Callable[[], object]],
+        detaching: Callable[[], bool] = lambda: False,
     ) -> None:
         self._signals = set(signals)
         self._asked = asked
         self._clean_up = clean_up
+        self._detaching = detaching
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="kvmtrace-end", daemon=True)
         self._thread.start()
@@ -61,11 +64,11 @@ class Watchdog:
                 return
         main = Standstill(threading.main_thread())
         end = time.monotonic() + MOVING
-        while not (hangs := main.seconds() >= STUCK) and main.awake < AWAKE:
+        while not (hangs := main.seconds() >= STUCK) and time.monotonic() < end:
+            if main.awake >= AWAKE and not self._detaching():
+                break
             if self._stopped.wait(LOOK):
                 return
-            if time.monotonic() >= end:
-                break
         why = "something hangs in the kernel" if hangs else "it was still at work"
         end_by_force(self._clean_up, why)
 

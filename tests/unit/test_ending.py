@@ -71,7 +71,6 @@ cli.main()
         (("events",), "poll", "computing"),
         (("bundle", "-o", "{file}", "--source", "bpf"), "poll", "computing"),
         (("top", "--once", "--interval", "99"), "open", "computing"),
-        (("events",), "close", "computing"),
     ],
 )
 def test_a_signal_ends_what_hangs_or_computes(
