@@ -16,12 +16,16 @@ from itertools import zip_longest
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a command line says. ``paths``: files that only this VM can have (its sockets)."""
+    """What a command line says. ``paths``: files that only this VM can have (its sockets).
+
+    ``disks``: those that it writes to, and its configuration file, the first ones first.
+    """
 
     name: str | None = None
     uuid: str | None = None
     vmid: str | None = None
     paths: tuple[str, ...] = ()
+    disks: tuple[str, ...] = ()
 
 
 # VMMs whose command lines are understood here, by program. Builds differ in what follows
@@ -94,6 +98,16 @@ _PATHS = tuple(
 )
 
 
+_DISKS = tuple("drive hda blockdev disk block rwdisk rwroot root-disk".split())
+_DISKS_OF: dict[str | None, tuple[str, ...]] = {
+    "crosvm": ("b",),
+    "firecracker": ("config-file",),
+    "kvmtool": ("d",),
+}
+_YES = ("on", "true", "yes", "1")
+_IF_NOT_WRITTEN = ("readonly", "read-only", "ro", "snapshot")
+
+
 class _Arguments:
     """A command line as its VMM reads it: words, and options by key."""
 
@@ -121,8 +135,13 @@ class _Arguments:
 def options(kind: str | None, words: Sequence[str]) -> Options:
     given = _Arguments(words)
     paths = (_path_in(given.last(key)) for key in _PATHS)
+    keys = (*_DISKS, *_DISKS_OF.get(kind, ()))
+    disks = (_disk_in(key, value) for key in keys for value in given.all(key))
     common = Options(
-        _name_in(given.last(*_NAMES)), given.last(*_UUIDS), paths=tuple(filter(None, paths))
+        _name_in(given.last(*_NAMES)),
+        given.last(*_UUIDS),
+        paths=tuple(filter(None, paths)),
+        disks=tuple(filter(None, disks)),
     )
     return _SPECIAL[kind](given, common) if kind in _SPECIAL else common
 
@@ -138,9 +157,14 @@ def _qemu(given: _Arguments, common: Options) -> Options:
     vmid = number if _VMID.fullmatch(number) else None
     name = guest.get("guest")
     if not given.all("name") and not vmid:
-        name = common.name
+        name = common.name or _android_device(given.words)
     uuid = common.uuid or next(filter(None, reversed(uuids)), None)
     return replace(common, name=name, uuid=uuid, vmid=vmid)
+
+
+def _android_device(words: Sequence[str]) -> str | None:
+    """``@NAME``, by which the Android emulator is told its virtual device as by ``-avd NAME``."""
+    return next((word[1:] for word in words if re.fullmatch(r"@[\w.-]+", word)), None)
 
 
 def _cloud_hypervisor(given: _Arguments, common: Options) -> Options:
@@ -203,6 +227,9 @@ def _suboptions(value: str | None, implied: str | None = None) -> dict[str, str]
     if value.startswith("{"):
         with contextlib.suppress(ValueError, RecursionError):
             table = json.loads(value)
+            inner = table.get("file")
+            if isinstance(inner, dict):
+                table |= {f"file.{key}": one for key, one in inner.items()}
             return {key: str(one) for key, one in table.items() if isinstance(one, str | int)}
     # \0 cannot be in an argument, so it can stand for an escaped comma meanwhile
     for position, part in enumerate(value.replace(",,", "\0").split(",")):
@@ -212,6 +239,21 @@ def _suboptions(value: str | None, implied: str | None = None) -> dict[str, str]
         elif position == 0 and implied:
             options[implied] = key
     return options
+
+
+def _disk_in(option: str, value: str) -> str | None:
+    """``PATH,…``, ``path=PATH``, QEMU's ``file=PATH`` or JSON; None where it is not written to."""
+    words = value.split(",")
+    given = _suboptions(value, implied="path")
+    if any(given.get(key, "").lower() in _YES or key in words[1:] for key in _IF_NOT_WRITTEN):
+        return None
+    if given.get("media") == "cdrom":
+        return None
+    # By "file", -blockdev refers to another one.
+    keys = ("filename", "file.filename") if option == "blockdev" else ("path", "file")
+    path = next((given[key] for key in keys if key in given), None)
+    # Another scheme's ("rbd:…", "nbd://…") is no file.
+    return None if path is None or re.match(r"(?!file:)[\w+.-]+:", path) else path
 
 
 def _name_in(value: str | None) -> str | None:

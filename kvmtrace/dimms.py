@@ -34,6 +34,11 @@ _SOLDERED = re.compile(r"\b(?:system ?board|on[- ]?board) memory$|^on[- ]?board$
 
 _OR = " or "  # OTHER_LABEL, include/linux/edac.h
 
+# What EDAC calls memory that its driver gives no name: the controller and a number in each of its
+# layers (edac_mc_alloc_dimms and edac_layer_name, edac_mc.c). The last layer says what that is.
+_POSITION = re.compile(r"mc#\d+(?:(branch|channel|slot|csrow|memory)#\d+)*", re.IGNORECASE)
+_CHIP_SELECT = re.compile(r"csrow[\W_]*\d", re.IGNORECASE)
+
 # Slots as boards call them ("A1", "P1-DIMMA2", "Card01, ChnG, DIMM0"); "P1" is a processor, and
 # "DIMM error 1" is none of them.
 _A_SLOT = re.compile(
@@ -46,14 +51,15 @@ _A_SLOT = re.compile(
 def label(text: str | None) -> str | None:
     """The name in ``text``, without placeholders; None where it names nothing.
 
-    One memory that is named twice ("DIMM0 or DIMM0", two ranks of it) is one.
+    One memory that is named twice ("DIMM0 or DIMM0", two ranks of it) is one. All memory of a
+    controller ("mc#0memory#0") is no place in it.
     """
     names = []
     for name in identity.clean(text or "").split(_OR):
         before = None
         while name != before and not _ONLY.fullmatch(name):
             before, name = name, _AT_AN_END.sub("", name).strip()  # noqa: PLW2901
-        if not _ONLY.fullmatch(name):
+        if not _ONLY.fullmatch(name) and _layer(name) not in ("", "memory"):
             names.append(name)
     return _OR.join(dict.fromkeys(names)) or None
 
@@ -73,16 +79,31 @@ def candidates(label: str) -> list[str]:
 
 
 def names(label: str) -> str:
-    """What a label names: a "dimm", a "rank", a "channel" or several "candidates".
+    """What a label names: a "dimm", a "slot", "rank" or "channel" by its position, or several
+    "candidates".
 
-    Drivers that know chip selects call the rank "mc#0csrow#2channel#1" (edac_mc_alloc_dimms);
-    memory in a processor's package ("…_HBMC#0_Chan#1", skx_common.c) or soldered to the board
-    ("Slice#0_Chan#1", pnd2_edac.c; "System Board Memory", SMBIOS) is no DIMM.
+    A position ("mc#0channel#1slot#0") is no name that a board has; drivers that know chip selects
+    call the rank "mc#0csrow#2channel#1". Memory in a processor's package ("…_HBMC#0_Chan#1",
+    skx_common.c) or soldered to the board ("Slice#0_Chan#1", pnd2_edac.c; "System Board Memory",
+    SMBIOS) is no DIMM.
     """
     if _OR in label:
         return "candidates"
-    if "csrow#" in label:
+    if _CHIP_SELECT.search(label):
         return "rank"
+    if (layer := _layer(label)) is not None:
+        return "slot" if layer == "slot" else "channel"
     if "_HBMC#" in label or label.startswith("Slice#") or _SOLDERED.search(label):
         return "channel"
     return "dimm"
+
+
+def is_position(label: str) -> bool:
+    """Whether a label is the place of a DIMM as EDAC counts them."""
+    return _layer(label) is not None or bool(_CHIP_SELECT.search(label))
+
+
+def _layer(label: str) -> str | None:
+    """The last layer of a position, "" for a controller; None of another label."""
+    position = _POSITION.fullmatch(label)
+    return (position[1] or "").lower() if position else None

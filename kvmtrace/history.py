@@ -4,7 +4,8 @@ Up to a quarter of the limit every event is kept. Beyond that, events that repea
 kind, signals, refusals of one gfn, errors of one address) are added up: of each run the first
 stays, and one that stands for the rest where the last of them was. A run ends with a pause, as
 pauses mean something to the correlator: runs with pauses of a second stay apart, or of six if that
-is too much, or none. So what is counted from this log is what is counted from all events.
+is too much, or none. So what is counted from this log is what is counted from all events; only with
+none, of refusals that nothing told fewer may be known as such.
 
 What has no room even then is dropped whole, page by page and VM by VM, settled ones first, and
 counted. VMs that live do not count against the limit, and are never dropped.
@@ -20,6 +21,7 @@ from typing import Any
 
 from kvmtrace import kvm, mce
 from kvmtrace.correlate import cause_of
+from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
     ClockStep,
     Event,
@@ -44,7 +46,8 @@ from kvmtrace.events import (
 
 MAX_EVENTS = 32768
 """A few hundred bytes each, and a dozen of them to a poisoned page that a VM does not cope with."""
-MAX_FORGOTTEN = 256
+MAX_FORGOTTEN = Limits().departed
+"""As many as the correlator knows by name."""
 
 _SECOND = 1_000_000_000
 _PAUSES: tuple[float, ...] = (_SECOND, 6 * _SECOND, float("inf"))
@@ -92,9 +95,10 @@ class EventLog:
         self._log: dict[int, Event] = {}  # by the number under which it came
         self._seen_at: dict[int, int] = {}  # VM: number of its VmSeen in the log
         self._live: set[int] = set()
-        self._of_pid: dict[int, set[int]] = {}  # VMs in the log
+        self._of_pid: dict[int, set[int]] = {}  # VMs in the log, or forgotten
         self._gone: set[int] = set()
         self._concerned: set[int] = set()  # VMs that an event in the log is about
+        self._signalled: set[int] = set()  # processes of signals in the log that name no VM
         self._forgotten: OrderedDict[int, dict[int, Any]] = OrderedDict()
         self._serial = 0
         self._last_ts = -1  # before any
@@ -115,6 +119,8 @@ class EventLog:
                 self._seen_at[vm] = self._serial
                 self._live |= {vm} - self._gone
                 self._of_pid.setdefault(event.pid, set()).add(vm)
+                if event.pid in self._signalled:
+                    self._concern(vm)
             case VmGone(vm=vm) if self._forget and vm not in self._concerned:
                 self._forget_vm(event)
                 return
@@ -124,8 +130,7 @@ class EventLog:
                 self._gone.add(vm)
                 self._live.discard(vm)
             case _:
-                for vm in self._concerned_by(event):
-                    self._concern(vm)
+                self._concern_all(event)
         self._log[self._serial] = event
         if self._size() > self._add_up_at:
             self._make_room()
@@ -147,11 +152,10 @@ class EventLog:
         at = self._seen_at.pop(event.vm, None)
         self._live.discard(event.vm)
         if at is not None:
-            seen = self._log.pop(at)
-            self._forget_process_of(seen)
-            self._forgotten[event.vm] = {at: seen, self._serial: event}
+            self._forgotten[event.vm] = {at: self._log.pop(at), self._serial: event}
             if len(self._forgotten) > MAX_FORGOTTEN:
-                self._forgotten.popitem(last=False)
+                _, oldest = self._forgotten.popitem(last=False)
+                self._forget_process_of(oldest[min(oldest)])
 
     def _forget_process_of(self, seen: Event) -> None:
         assert isinstance(seen, VmSeen)
@@ -160,26 +164,23 @@ class EventLog:
         if not vms:
             self._of_pid.pop(seen.pid, None)
 
-    def _concerned_by(self, event: Event) -> set[int]:
-        """The VMs to which something happened; that they came and went is nothing."""
-        if isinstance(event, (VmSeen, VmGone)):
-            return set()
+    def _concern_all(self, event: Event) -> None:
+        """Something happened to the VMs that it is about; that they came and went is nothing."""
         if isinstance(event, Sigbus) and event.vm is None:
-            forgotten = {
-                vm for vm, one in self._forgotten.items() if one[min(one)].pid == event.pid
-            }
-            return forgotten | self._of_pid.get(event.pid, set())
-        return set(_vms_of(event))
+            self._signalled.add(event.pid)
+            for vm in self._of_pid.get(event.pid, ()):
+                self._concern(vm)
+        elif not isinstance(event, (VmSeen, VmGone)):
+            for vm in _vms_of(event):
+                self._concern(vm)
 
     def _concern(self, vm: int) -> None:
-        """An event is about it, even if that comes after its end."""
+        """An event is about it, even if that comes before its beginning or after its end."""
         self._concerned.add(vm)
         if vm in self._forgotten:
             came_back = self._forgotten.pop(vm)
             self._log |= came_back
-            at = min(came_back)
-            self._seen_at[vm] = at
-            self._of_pid.setdefault(came_back[at].pid, set()).add(vm)
+            self._seen_at[vm] = min(came_back)
             self._gone.add(vm)
 
     def _size(self) -> int:
@@ -194,9 +195,9 @@ class EventLog:
                 break
         if self._size() > self._limit:
             self._drop(self._size() - self._limit * 3 // 4)
-        self._concerned = set()
-        for event in self._log.values():
-            self._concerned |= self._concerned_by(event)
+        self._concerned, self._signalled = set(), set()
+        for event in list(self._log.values()):
+            self._concern_all(event)
         self._add_up_at = min(self._limit, self._size() + max(1, self._limit // 8))
 
     def _add_up(self, pause: float) -> None:

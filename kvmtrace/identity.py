@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import itertools
 import os
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kvmtrace.commandline import options, program, says_nothing
-from kvmtrace.vmpaths import instance_of_cgroup, machine_of_cgroup, name_of_path, vmid_of_cgroup
+from kvmtrace.vmpaths import (
+    instance_of_cgroup,
+    machine_of_cgroup,
+    name_of_disk,
+    name_of_path,
+    vmid_of_cgroup,
+)
 
 NAME_LIMIT = 128
 
@@ -36,7 +45,8 @@ def identify(pid: int, proc: str = "/proc", *, command_line: bool = True) -> Ide
     """Name, UUID and VMM of a process; all None once it is gone. Never raises.
 
     A name that was given to the VM goes first, then one that only this VM can have (the directory
-    of its socket, its container), then the process's own, which others may have too.
+    of its socket, its container), then its disk's, then the process's own, which others may have
+    too.
 
     ``command_line``: read it, which may hang (``proc_reader``); nothing else here does.
     """
@@ -51,6 +61,7 @@ def identify(pid: int, proc: str = "/proc", *, command_line: bool = True) -> Ide
         machine_of_cgroup(cgroup),
         *(name_of_path(path) for path in _absolute(said.paths, f"{proc}/{pid}")),
         instance_of_cgroup(cgroup),
+        *(name_of_disk(path) for path in _absolute(said.disks, f"{proc}/{pid}")),
         name if says_nothing(comm) else None,
         comm,
     )
@@ -143,9 +154,12 @@ def guest_memfds(pid: int, proc: str = "/proc") -> dict[int, int]:
 
 
 def count_vms(pid: int, proc: str = "/proc") -> int | None:
-    """VMs that a process has descriptors of, 0 for vCPUs alone; None without either."""
-    vms: list[str] = []
-    vcpus: dict[str, list[str]] = {}  # by number
+    """VMs that a process has descriptors of, 0 for vCPUs alone; None without either.
+
+    Several descriptors may be of one VM: crosvm duplicates it for each interrupt controller.
+    """
+    vms: list[int] = []
+    vcpus: defaultdict[str, list[int]] = defaultdict(list)  # by number
     directory = f"{proc}/{pid}/fd"
     try:
         descriptors = os.listdir(directory)
@@ -154,35 +168,56 @@ def count_vms(pid: int, proc: str = "/proc") -> int | None:
     for descriptor in descriptors:
         what = _kvm_object(f"{directory}/{descriptor}")
         if what == "kvm-vm":
-            vms.append(descriptor)
+            vms.append(int(descriptor))
         elif what is not None and what.startswith("kvm-vcpu"):
-            vcpus.setdefault(what, []).append(descriptor)
+            vcpus[what].append(int(descriptor))
     if not vms and not vcpus:
         return None
-    # Two vCPUs of one number are of two VMs. But a VMM may have several descriptors of one VM
-    # (crosvm's irqchips).
-    alike = max((_different(pid, same) for same in vcpus.values()), default=0)
-    return max(_different(pid, vms), alike) if vms or alike > 1 else 0
+    # Two vCPUs of one number are of two VMs.
+    alike = max((_files(pid, of, proc) or len(of) for of in vcpus.values()), default=0)
+    if not vms:
+        return alike if alike > 1 else 0
+    # Descriptors that are not compared may all be of one VM; its vCPUs have a number each.
+    known = _files(pid, vms, proc)
+    return max(known or 1, alike) if known or vcpus else min(len(vms), _COMPARED)
 
 
-def _different(pid: int, descriptors: list[str]) -> int:
-    """How many open files descriptors of a process are; all, where the kernel does not say."""
-    files: list[str] = []
-    for one in descriptors:
-        if not any(_is_same_file(pid, int(one), int(known)) for known in files[-_COMPARED:]):
-            files.append(one)
-    return len(files)
+# Where <asm/unistd.h> has kcmp; KCMP_FILE of include/uapi/linux/kcmp.h.
+_KCMP = {"x86_64": 312, "aarch64": 272}.get(os.uname().machine)
+_KCMP_FILE = 0
+_COMPARED = 4096  # of one process, which may hold as many as it likes
 
 
-_COMPARED = 64
-_KCMP = {"x86_64": 312, "aarch64": 272}
-_LIBC = ctypes.CDLL(None)
+def _files(pid: int, descriptors: list[int], proc: str) -> int | None:
+    """How many open files these descriptors are of; None where the kernel does not tell.
+
+    ``kcmp`` takes a pid of our own namespace: another ``proc`` may mean another process by it.
+    """
+    if len(descriptors) < 2:
+        return len(descriptors)
+    try:
+        if _KCMP is None or os.readlink(f"{proc}/self") != str(os.getpid()):
+            return None
+        compare = functools.partial(_compare, pid)
+        ordered = sorted(descriptors[:_COMPARED], key=functools.cmp_to_key(compare))
+        return 1 + sum(compare(*pair) != 0 for pair in itertools.pairwise(ordered))
+    except OSError:
+        return None
 
 
-def _is_same_file(pid: int, one: int, other: int) -> bool:
-    """kcmp(2), KCMP_FILE; False where it is not to be had."""
-    number = _KCMP.get(os.uname().machine)
-    return number is not None and _LIBC.syscall(number, pid, pid, 0, one, other) == 0
+def _compare(pid: int, one: int, other: int) -> int:
+    """kcmp(2): 0 for one open file, else its order: -1 or 1. Raises OSError, EPERM for instance."""
+    arguments = map(ctypes.c_ulong, (pid, pid, _KCMP_FILE, one, other))
+    answer = _libc().syscall(ctypes.c_long(_KCMP or -1), *arguments)
+    if answer < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return (0, -1, 1, 1)[answer]
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _kvm_object(link: str) -> str | None:

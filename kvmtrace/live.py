@@ -20,9 +20,11 @@ from kvmtrace.standstill import Standstill
 
 POLL_SECONDS = 0.25
 
-# How long ``close`` waits for a reader that does not move, and then for the source; seconds.
+# How long ``close`` waits for a reader that does not move, for any reader, and then for the source;
+# seconds. The first two are less than the watchdog's patience with the thread that waits.
 READER_SECONDS = 1.25
-DETACH_SECONDS = 1.0
+BUSY_SECONDS = 2.25
+DETACH_SECONDS = 1.25
 
 # How long the reader may find no file descriptor before that ends it; seconds.
 SHORTAGE_SECONDS = 30.0
@@ -50,6 +52,8 @@ class Session:
         """How often the source found no file descriptor."""
         self.failure: BaseException | None = None
         """What ended the reader thread, if it was not ``close``."""
+        self.left = ""
+        """What the reader was left at, as a person would say it; empty if it came to an end."""
 
     def pump(self, timeout: float) -> list[Told]:
         """Wait up to ``timeout`` seconds for events and take in all there are."""
@@ -149,15 +153,19 @@ class Session:
     def close(self) -> bool:
         """Stop the thread and detach the source; whether both came to an end.
 
-        If the reader hangs, the source is closed without it, as far as that goes in a second.
+        If the reader hangs, or computes for long, the source is closed without it, as far as that
+        goes in a second.
         """
         self._stop.set()
         reader, self._thread = self._thread, None
         if reader is not None:
-            standstill = Standstill(reader)
-            while reader.is_alive() and standstill.seconds() < READER_SECONDS:
+            standstill, end = Standstill(reader), time.monotonic() + BUSY_SECONDS
+            while not (hangs := standstill.seconds() >= READER_SECONDS):
                 reader.join(0.1)
+                if not reader.is_alive() or time.monotonic() >= end:
+                    break
             if reader.is_alive():
+                self.left = "hangs in the kernel" if hangs else "is still at work"
                 detach = threading.Thread(target=self._source.close, daemon=True)
                 detach.start()
                 detach.join(DETACH_SECONDS)

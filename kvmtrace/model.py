@@ -294,6 +294,14 @@ def lost_gfns(owner: Owner, size: int | None, page_shift: int) -> tuple[int, int
 
 
 @dataclass(frozen=True, slots=True)
+class Reported:
+    """What hardware reported of a page, and the DIMM's label (or what ``dimms.names`` says)."""
+
+    history: ErrorHistory
+    label: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SoftOffline:
     """A page that was moved away before it failed: no data is lost, no guest is harmed.
 
@@ -339,7 +347,8 @@ class Snapshot:
     """Everything a view may show. ``vms`` by key, gone ones too while they are remembered.
 
     ``poisons``: {(page type, result): events}. ``lost``: {where: count}.
-    ``dimms``: hardware errors by DIMM label. ``kernel_pages``: poisoned pages of the class
+    ``dimms``: hardware errors by DIMM label. ``reported``: those by pfn, where a report named one
+    page, poisoned or not. ``kernel_pages``: poisoned pages of the class
     "kernel", also those whose incidents had to be forgotten. ``steps``: of the wall clock, in
     order. All times are by a clock that is not stepped; ``wall`` gives the time of day.
     """
@@ -358,6 +367,7 @@ class Snapshot:
     probes: tuple[Probe, ...] = ()
     probe_runs: Mapping[str, ProbeRuns] = field(default_factory=dict)
     kernel_pages: int = 0
+    reported: Mapping[int, Reported] = field(default_factory=dict)
     steps: tuple[ClockStep, ...] = ()
 
     def wall(self, ts: int) -> int:

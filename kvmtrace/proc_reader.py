@@ -146,6 +146,7 @@ class ProcReader:
         self._idle: list[_Worker] = []
         self._killed: list[_Worker] = []
         self._busy = 0
+        self._started = False  # a worker ever was ready
         # By pid: not to be read before (monotonic seconds), and the pause after that.
         self._hung: OrderedDict[int, tuple[float, float]] = OrderedDict()
         self._waits: list[tuple[float, float]] = []  # when, and for how long in vain
@@ -223,9 +224,9 @@ class ProcReader:
         """What a generator yields there.
 
         Raises Starting if no worker is ready until ``deadline`` (monotonic seconds), Unreadable
-        where none is to be had.
+        where none is to be had. The first one of all is waited for.
         """
-        worker = self._take(deadline - time.monotonic())
+        worker = self._take(deadline - time.monotonic() if self._started else START_SECONDS)
         try:
             worker.send(function, arguments)
         except OSError as error:
@@ -273,6 +274,7 @@ class ProcReader:
         if not ready:
             self._give_back(worker)
             raise Starting("the process that reads /proc is starting")
+        self._started = True
         return worker
 
     def _give_back(self, worker: _Worker) -> None:

@@ -1,7 +1,8 @@
-"""Whether a thread hangs, or is only slow.
+"""Whether a thread hangs, computes without an end, or is only slow.
 
-On a busy or emulated machine an orderly end takes seconds; a thread that hangs in the kernel
-sleeps, uses no CPU time and executes no instruction of Python.
+On a busy or emulated machine an orderly end takes seconds, most of them in short waits for the
+kernel. A thread that hangs in the kernel sleeps, uses no CPU time and executes no instruction of
+Python. One that computes does not sleep.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ class Standstill:
     def __init__(self, thread: threading.Thread) -> None:
         self._thread = thread
         self._at: tuple[object, ...] | None = None
-        self._since = time.monotonic()
+        self._since = self._looked = time.monotonic()
+        self.awake = 0.0
+        """Seconds in which it computed or waited for a CPU, as of the last look."""
 
     def seconds(self) -> float:
         """How long it has been seen asleep at one instruction, without CPU time in between."""
         frame = sys._current_frames().get(self._thread.ident or 0)
         state, *cpu_time = _state(self._thread.native_id)
         at = (id(frame), frame.f_lasti if frame is not None else None, *cpu_time)
+        before, self._looked = self._looked, time.monotonic()
+        if state not in "SD":
+            self.awake += self._looked - before
         if at != self._at or state not in "SD":
-            self._at, self._since = at, time.monotonic()
-        return time.monotonic() - self._since
+            self._at, self._since = at, self._looked
+        return self._looked - self._since
 
 
 def _state(native_id: int | None) -> tuple[str, ...]:

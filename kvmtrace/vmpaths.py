@@ -30,6 +30,38 @@ _LAYOUT = _SOCKET_WORDS | frozenset(
     "snap incus lxd lxc openstack nova proxmox cuttlefish assembly runner runners daemon agent "
     "backend channel channels out output exec dir tree ns namespace namespaces".split()
 )
+# What disks and their directories are called whatever VM they are of.
+_DISK_WORDS = frozenset(
+    "disk disks drive hda hdb sda sdb vda vdb root rootfs rootdisk os boot system data userdata "
+    "image img overlay cow base base0 snapshot snapshots delta active linked box template clone "
+    "ovmf edk2 uefi efi bios nvram code vars 2m 4m secboot ms snakeoil "
+    "seed cidata init meta user config conf cfg vmconfig fcconfig json toml yaml "
+    "qcow2 qcow raw vmdk vdi vhd vhdx ext4 ext3 xfs btrfs squashfs erofs".split()
+)
+# Which system was put on them.
+_SYSTEM_WORDS = frozenset(
+    "cloudimg server cloud generic genericcloud nocloud minimal live desktop mini daily release "
+    "ubuntu debian fedora centos rhel rocky alma almalinux oracle opensuse suse leap tumbleweed "
+    "alpine arch archlinux gentoo nixos void kali freebsd openbsd netbsd windows win linux "
+    "coreos flatcar fcos bionic focal jammy noble plucky questing resolute buster bullseye "
+    "bookworm trixie forky sid stable testing lts "
+    "amd64 x86 x64 arm64 aarch64 riscv64 i386 i686".split()
+)
+_EXTENSION = re.compile(
+    r"(?:\.(?:qcow2?|qed|raw|img|vmdk|vdi|vhdx?|ext[234]|xfs|squashfs|erofs|fd|bin|json|cfg|toml"
+    r"|ya?ml|image|disk|part))+$",
+    re.IGNORECASE,
+)
+# "web-1-disk0", "vm-100-disk-0": which of its disks.
+_PART = re.compile(
+    r"(?<=.)(?:[-_.](?:disk|root|rootfs|rootdisk|os|boot|data|system|[hsv]da|overlay)[-_.]?[0-9]*)+$",
+    re.IGNORECASE,
+)
+_A_DEVICE = re.compile(
+    r"proc/.*|dev/(?:fd(?:set)?/.*|(?:sd|vd|hd|xvd)[a-z]+\d*|(?:dm-|loop|nbd|rbd|md|sr|ram)\d+.*"
+    r"|nvme\d+n\d+(?:p\d+)?|mmcblk\d+.*|stdin|zero|null)",
+    re.DOTALL,
+)
 _VERSION = re.compile(r"v[0-9]+")
 _BUILD = re.compile(r"(firecracker|cloud-hypervisor|crosvm|qemu|stratovirt)[-_]v?[0-9]+\.[0-9]")
 
@@ -41,14 +73,40 @@ def name_of_path(path: str) -> str | None:
     """
     *directories, base = [part for part in path.split("/") if part not in ("", ".", "..")] or [""]
     stem = re.sub(r"\.(sock|socket|pid|qmp|mon)$|-socket$", "", base)
+    stem = re.sub(r"^qmp[-_]|[-_]qmp$", "", stem) or stem
     if stem and not _is_of(stem, _SOCKET_WORDS):
         return stem
-    while directories:
-        part = directories.pop()
-        above = directories[-1] if directories else ""
+    return _name_of_directory(directories)
+
+
+def name_of_disk(path: str) -> str | None:
+    """As ``name_of_path``, of a disk's image: its name, unless that says what is on any disk."""
+    *directories, base = [part for part in path.split("/") if part not in ("", ".", "..")] or [""]
+    if base.lower().endswith(".iso") or _A_DEVICE.fullmatch("/".join((*directories, base))):
+        return None
+    stem = _PART.sub("", _EXTENSION.sub("", base))
+    parts = [part for part in re.split(r"[-_.]", stem.lower()) if part]
+    words = {part for part in parts if not part.isdecimal()}
+    if words - _SOCKET_WORDS - _DISK_WORDS - _SYSTEM_WORDS:
+        return stem
+    numbered = len(words) < len(parts) and not words & (_DISK_WORDS | _SYSTEM_WORDS)
+    if numbered:
+        return stem  # "vm-100", where "disk-0" and "debian-12" say nothing of a VM
+    # Beside other images, it is called by its system.
+    return (
+        _name_of_directory(directories, _DISK_WORDS | _SYSTEM_WORDS)
+        or (stem if words & _SYSTEM_WORDS else None)
+        or _name_of_directory(directories, _DISK_WORDS)
+    )
+
+
+def _name_of_directory(directories: list[str], words: frozenset[str] = frozenset()) -> str | None:
+    """The nearest one that is not called so wherever such files are."""
+    for at in reversed(range(len(directories))):
+        part, above = directories[at], directories[at - 1] if at else ""
         if above == "home" or (above == "user" and part.isdecimal()):
             return None  # whose it is, which other VMs may be too
-        if not _is_of(part, _LAYOUT):
+        if not _is_of(part, _LAYOUT | words):
             return part
     return None
 

@@ -210,6 +210,13 @@ def _clock_step(step: ClockStep, wall: int) -> dict[str, Any]:
     return known(ts=rfc3339(wall), step_ns=step.step_ns, suspended_ns=step.suspended_ns)
 
 
+def reported(pfn: int, page: model.Reported, snapshot: Snapshot) -> dict[str, Any]:
+    """A page with errors that is in no incident."""
+    label = page.label
+    names = dimms.names(label) if label else None
+    return known(pfn=pfn, errors=_history(page.history, snapshot), label=label, label_names=names)
+
+
 def soft_offlined(
     page: model.SoftOffline,
     snapshot: Snapshot = Snapshot(),  # noqa: B008 (frozen)

@@ -17,6 +17,7 @@ from kvmtrace.events import Event
 from kvmtrace.live import Session
 from kvmtrace.model import Host, Probe, Snapshot
 from kvmtrace.observe import Observed, Quiet, Reactions, Releases
+from kvmtrace.observe.around import Around
 from kvmtrace.proc_reader import READER
 from kvmtrace.sources.joined import JoinedSource
 from kvmtrace.sources.recording import RecordingSource, Writer
@@ -25,12 +26,22 @@ POLL_SECONDS = 0.25
 LISTEN_SECONDS = 1.0
 
 
+class _Attached(Around):
+    """Says when it begins to detach, which may take long."""
+
+    def close(self) -> None:
+        """Detach."""
+        stop.detaching = True
+        super().close()
+
+
 def attach(kind: str) -> sources.Source:
     """This host's kernel: what its probes report, and what only /proc and page tables show."""
     READER.prepare()
+    stop.clean_up.append(sources.close_opening)
     source = sources.open_source(kind)
     stop.clean_up.append(source.close)
-    return Quiet(Reactions(Releases(Observed(source))))
+    return _Attached(Quiet(Reactions(Releases(Observed(source)))))
 
 
 def here(kind: str) -> sources.Source:
@@ -44,7 +55,7 @@ def here(kind: str) -> sources.Source:
 
 @contextlib.contextmanager
 def session_on(source: sources.Source) -> Iterator[Session]:
-    """A session, detached on every way out. Raises KvmtraceError if its reader hangs then."""
+    """A session, detached on every way out. Raises KvmtraceError if its reader goes on then."""
     session = Session(source)
     try:
         yield session
@@ -52,7 +63,7 @@ def session_on(source: sources.Source) -> Iterator[Session]:
         if not session.close():
             stop.hung = True
             raise KvmtraceError(
-                "the reader hangs in the kernel, and was left there",
+                f"the reader {session.left}, and was left there",
                 "`cat /proc/PID/task/*/stack` shows where, while it runs",
             )
 

@@ -115,11 +115,12 @@ class _Stop:
     writing files is different (``waiting``): who is at the other end could keep us for ever.
 
     ``clean_up``: what to call if the command has to be ended by force. ``hung``: a thread was left
-    in the kernel; Python's own way out could wait for it.
+    in the kernel; Python's own way out could wait for it. ``detaching``: probes are being detached.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.detaching = self._was_taken = False
+        self._taken = -1
         self.hung = False
         self.clean_up: list[Callable[[], object]] = []
         self._watchdog: Watchdog | None = None
@@ -127,7 +128,7 @@ class _Stop:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        self.asked = False
+        self.asked = self.detaching = self._was_taken = False
         self.clean_up.clear()
         with contextlib.suppress(ValueError):  # not the main thread (tests)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -135,15 +136,28 @@ class _Stop:
                     continue  # nohup
                 self._previous[number] = signal.signal(number, self._handle)
         if self._previous:
-            self._watchdog = Watchdog(self._previous, lambda: self.asked, self.clean_up)
+            # While the main thread computes no handler runs; a byte is written all the same.
+            self._taken, written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+            self._watchdog = Watchdog(
+                self._previous, self._is_asked, self.clean_up, lambda: self.detaching
+            )
 
     def __exit__(self, *_: object) -> None:
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watchdog = None
+            for descriptor in (self._taken, signal.set_wakeup_fd(-1)):
+                with contextlib.suppress(OSError):  # none any more: asyncio has taken its place
+                    os.close(descriptor)
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous.clear()
+
+    def _is_asked(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            self._was_taken |= any(number in self._previous for number in os.read(self._taken, 512))
+        return self.asked or self._was_taken
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True

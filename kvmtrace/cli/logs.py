@@ -135,6 +135,8 @@ def explain(
             if not found:
                 pages = targets.soft_offlined(snapshot, target)
                 objects = [wire.soft_offlined(page, snapshot) for page in pages]
+                errors = targets.reported(snapshot, target)
+                objects = objects or [wire.reported(*one, snapshot) for one in errors]
             say(json.dumps(objects, ensure_ascii=False))
             return
         texts = [explain_view.explain_text(incident, snapshot) for incident in found]

@@ -1,4 +1,4 @@
-"""That a signal ends a command even if its main thread hangs in the kernel.
+"""That a signal ends a command even if its main thread hangs in the kernel, or computes.
 
 A read of another process can hang for as long as that process likes, and a signal handler of Python
 runs only in the main thread, once it is back from the kernel. So a second thread looks whether a
@@ -17,18 +17,23 @@ from collections.abc import Callable, Iterable
 
 from kvmtrace.standstill import Standstill
 
-# Seconds; together less than 5. An orderly end of a main thread that moves may take longer.
+# Seconds; LOOK, one of the next two and CLEAN_UP are less than 5 together. Only detaching may take
+# longer, as long as it moves.
 LOOK = 0.25
 STUCK = 2.5
+AWAKE = 3.0
 CLEAN_UP = 1.25
 MOVING = 30.0
 
 
 class Watchdog:
-    """Ends the process if the main thread hangs after one of ``signals``, until ``stop`` is called.
+    """Ends the process if its main thread does not end after one of ``signals``.
 
-    ``asked``: whether the main thread has taken a signal. ``clean_up``: what to call then, the last
-    one first (detach probes, remove files), as far as that does not hang, too.
+    Until ``stop`` is called.
+
+    ``asked``: whether the main thread has taken a signal; ``detaching``: whether it detaches
+    probes by now. ``clean_up``: what to call then, the last one first (detach probes, remove
+    files), as far as that does not hang, too.
     """
 
     def __init__(
@@ -36,10 +41,12 @@ class Watchdog:
         signals: Iterable[int],
         asked: Callable[[], bool],
         clean_up: list[Callable[[], object]],
+        detaching: Callable[[], bool] = lambda: False,
     ) -> None:
         self._signals = set(signals)
         self._asked = asked
         self._clean_up = clean_up
+        self._detaching = detaching
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="kvmtrace-end", daemon=True)
         self._thread.start()
@@ -55,15 +62,18 @@ class Watchdog:
         while not (self._asked() or signal.sigpending() & self._signals):
             if self._stopped.wait(LOOK):
                 return
-        standstill = Standstill(threading.main_thread())
+        main = Standstill(threading.main_thread())
         end = time.monotonic() + MOVING
-        while standstill.seconds() < STUCK and time.monotonic() < end:
+        while not (hangs := main.seconds() >= STUCK) and time.monotonic() < end:
+            if main.awake >= AWAKE and not self._detaching():
+                break
             if self._stopped.wait(LOOK):
                 return
-        end_by_force(self._clean_up)
+        why = "something hangs in the kernel" if hangs else "it was still at work"
+        end_by_force(self._clean_up, why)
 
 
-def end_by_force(clean_up: Iterable[Callable[[], object]]) -> None:
+def end_by_force(clean_up: Iterable[Callable[[], object]], why: str) -> None:
     """Clean up for a while, then end the process without regard to its threads: status 1."""
 
     def work() -> None:
@@ -79,5 +89,5 @@ def end_by_force(clean_up: Iterable[Callable[[], object]]) -> None:
         poller = select.poll()
         poller.register(2, select.POLLOUT)
         if poller.poll(0):
-            os.write(2, b"kvmtrace: ended by force: something hangs in the kernel\n")
+            os.write(2, f"kvmtrace: ended by force: {why}\n".encode())
     os._exit(1)

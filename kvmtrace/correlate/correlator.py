@@ -319,7 +319,7 @@ class Correlator:
 
     def _poison(self, event: Poison) -> Told:
         self._account.poison(event)
-        owned = self._halves.owned(event.pfn)
+        owned = self._halves.owned(event.pfn, event.ts)
         gmem = self._halves.gmem(event)
         owners = [one.owner for one in owned] + list(gmem.owners if gmem else ())
         if gmem is None and verdict_on(event.page_type, event.result) == "kernel":
@@ -367,7 +367,7 @@ class Correlator:
     def _found(self, event: Found) -> Told:
         incident = self._incidents.at_pfn(event.pfn)
         if incident is None and event.pfn not in self._soft:
-            owned = self._halves.owned(event.pfn)
+            owned = self._halves.owned(event.pfn, event.ts)
             incident = self._adoptable([one.owner for one in owned])
             incident = incident or self._incidents.open(f"{event.pfn:x}")
             self._incidents.name_page(incident, event.pfn)
@@ -424,7 +424,7 @@ class Correlator:
     def _unpoison(self, event: Unpoison) -> Told:
         incident = self._incidents.at_pfn(event.pfn)
         self._incidents.forgotten.mended(event.pfn)
-        self._halves.mended(event.pfn)
+        self._halves.unpoisoned(event.pfn)
         if incident is not None:
             incident.unpoisoned_ts = event.ts
             incident.note(("unpoison",), event.ts, f"pfn {event.pfn:#x} unpoisoned", "same pfn")
@@ -626,6 +626,7 @@ class Correlator:
                 for page in self._soft.values()
             ),
             dimms=self._hardware.dimms(),
+            reported=self._hardware.reported(),
             kernel=self._account.kernel_account(),
             page_shift=self._page_shift,
             kernel_pages=pages[None],

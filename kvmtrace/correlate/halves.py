@@ -80,13 +80,17 @@ class Halves:
                 self._signals[sender] = others
         return found
 
-    def owned(self, pfn: int) -> list[Owned]:
-        """Page table entries with the pfn."""
-        return self._owned.pop(pfn, [])
+    def owned(self, pfn: int, ts: int) -> list[Owned]:
+        """Page table entries with the pfn, found just before ``ts`` or later.
 
-    def mended(self, pfn: int) -> None:
-        """The page is poisoned no more: what waits is of its old poison."""
+        Whoever had the page long ago need not have it now.
+        """
+        return [one for one in self._owned.pop(pfn, []) if ts - one.ts <= JOIN_NS]
+
+    def unpoisoned(self, pfn: int) -> None:
+        """Nothing that waits for this page's poison is about its next one."""
         self._owned.pop(pfn, None)
+        self.signals_of(pfn)
 
     def _keep_signal(self, sender: int, event: Sigbus) -> None:
         kept = self._signals.get(sender, [])

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 from kvmtrace import dimms, kvm, mce
 from kvmtrace.correlate.tally import EDAC, MCE, Tally, together
 from kvmtrace.events import HwError, Mce
-from kvmtrace.model import ErrorHistory, Moment, Origin
+from kvmtrace.model import ErrorHistory, Moment, Origin, Reported
 
 _SEVERITIES = ("corrected", "deferred", "recoverable", "fatal")
 
@@ -88,9 +88,11 @@ class Errors:
     facts: dict[str, int | str] = field(default_factory=dict)
     moments: dict[str, Moment] = field(default_factory=dict)
     uncorrected: tuple[int, int | None] | None = None  # the last one: time, line's bit
+    _reported: Reported | None = None  # as it was frozen last, if nothing came since
 
     def add(self, event: Mce | HwError) -> None:
         """One more report."""
+        self._reported = None
         facts = _facts(event)
         via, severity = _via(event), severity_of(event)
         if not self.vias:
@@ -132,6 +134,7 @@ class Errors:
 
     def called(self, name: Name) -> None:
         """A report names the memory."""
+        self._reported = None
         known = self.names.get(name.label)
         if known is None and len(self.names) >= _MAX_REPORTERS:
             return
@@ -147,6 +150,13 @@ class Errors:
     def covers(self, pfn: int) -> bool:
         """Whether the page is within what was reported."""
         return pfn >> self.order == self.pfn >> self.order
+
+    def reported(self) -> Reported:
+        """The counts and the best name, frozen."""
+        if self._reported is None:
+            best = _best_name([self])
+            self._reported = Reported(self.history(), best.label if best else None)
+        return self._reported
 
     def history(self) -> ErrorHistory:
         """The counts, frozen."""
@@ -329,6 +339,15 @@ class Provenance:
             dimm=dimm.history() if dimm else None,
             **facts,  # type: ignore[arg-type]  # names and types are _facts'
         )
+
+    def reported(self) -> dict[int, Reported]:
+        """{pfn: what was reported of that one page}."""
+        found = {e.pfn: e.reported() for e in self._places.values() if not e.order}
+        better = [pfn for pfn, one in found.items() if one.label in self._better]
+        return found | {pfn: self._named_better(found[pfn]) for pfn in better}
+
+    def _named_better(self, page: Reported) -> Reported:
+        return replace(page, label=self._best(page.label or ""))
 
     def dimms(self) -> dict[str, ErrorHistory]:
         """{label: what was reported of that DIMM}."""

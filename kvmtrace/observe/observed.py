@@ -114,6 +114,7 @@ class Observer:
         ] = {}  # pfns to be searched for: may they be of a hugetlb page
         self._to_ask: OrderedDict[int, None] = OrderedDict()  # pfns no page table refers to
         self._seen: OrderedDict[int, None] = OrderedDict()  # poisoned pfns
+        self._mended: OrderedDict[int, None] = OrderedDict()  # no more: searches may still run
         # Pages that memory_failure could not get hold of, and at how many places they were found.
         self._unheld: OrderedDict[int, int] = OrderedDict()
         self._owned: OrderedDict[tuple[int, Owner], None] = OrderedDict()
@@ -249,7 +250,7 @@ class Observer:
                     told[event.tid] = event
                 case Poison():
                     gmem = told.pop(event.tid, None) if event.tid is not None else None
-                    self._seen[event.pfn] = None
+                    self._is_poisoned(event.pfn)
                     verdict = verdict_on(event.page_type, event.result)
                     if verdict == "unheld":
                         self._unheld.setdefault(event.pfn, 0)
@@ -259,18 +260,23 @@ class Observer:
                     if not owned and verdict != "kernel":
                         wanted[event.pfn] = "huge" in event.page_type
                 case Found():
-                    self._seen[event.pfn] = None
+                    self._is_poisoned(event.pfn)
                     wanted[event.pfn] = True
                 case Unpoison():
                     wanted.pop(event.pfn, None)
-                    self._mended(event.pfn)
-        for pages in (self._seen, self._unheld):
+                    self._is_mended(event.pfn)
+        for pages in (self._seen, self._mended, self._unheld):
             while len(pages) > MAX_PFNS:
                 pages.popitem(last=False)
         return wanted
 
-    def _mended(self, pfn: int) -> None:
+    def _is_poisoned(self, pfn: int) -> None:
+        self._seen[pfn] = None
+        self._mended.pop(pfn, None)
+
+    def _is_mended(self, pfn: int) -> None:
         """What is known of the page is of its old poison; the next one is looked up anew."""
+        self._mended[pfn] = None
         for pages in (self._seen, self._suspected, self._unheld, self._waiting, self._to_ask):
             pages.pop(pfn, None)
         for of, owner in [key for key in self._owned if key[0] == pfn]:
@@ -399,8 +405,8 @@ class Observer:
 
     def _owners(self, places: list[Place], huge: frozenset[int], now: int) -> list[Event]:
         events: list[Event] = []
-        for place in self._named(places, huge):
-            if place.pfn not in self._seen:
+        for place in self._named(places, huge - self._mended.keys()):
+            if place.pfn in self._mended:
                 continue  # unpoisoned since the search began
             for vm in [vm for vm, pid in self._pid_of.items() if pid == place.pid]:
                 for owner in self._owners_at(vm, place):
@@ -450,7 +456,7 @@ class Observer:
                     vague.append(place)
                 continue
             pages = range(head, head + place.size // PAGE)
-            pfn = next((pfn for pfn in self._seen if pfn in pages), None)
+            pfn = next((pfn for pfn in (*huge, *self._seen) if pfn in pages), None)
             if pfn is not None:
                 named.append(self._settled(place, pfn))
         placed = {place.pfn for place in named} | {pfn for _, pfn in self._huge.values()}

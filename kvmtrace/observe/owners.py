@@ -204,7 +204,11 @@ class Search:
         found: list[Place] = []
         while not self.done:
             try:
-                stream = self._stream = self._stream or self._begin(deadline)
+                if self._stream is None:
+                    begun = time.monotonic()
+                    self._stream = self._begin(deadline)
+                    deadline += time.monotonic() - begun  # no time of the search's
+                stream = self._stream
                 some, item = stream.next(deadline)
             except Starting:
                 break

@@ -98,6 +98,22 @@ def _attempt(kind: str, opened: dict[str, Source]) -> Attempt:
     return Attempt(kind, opened[kind].probes())
 
 
+_opening: list[Source] = []
+
+
 def _open(kind: str) -> Source:
     module, name = _CLASSES[kind]
-    return cast(Source, getattr(importlib.import_module(module), name)())
+    class_ = getattr(importlib.import_module(module), name)
+    source = cast(Source, class_.__new__(class_))
+    _opening.append(source)
+    try:
+        class_.__init__(source)
+    finally:
+        _opening.remove(source)
+    return source
+
+
+def close_opening() -> None:
+    """Detach what is being attached, for whoever ends the process meanwhile."""
+    for source in _opening[:]:
+        source.close()

@@ -126,6 +126,7 @@ class BpfSource:
         self._translator = Translator(epoch_offset_ns(), host.memory_failure_names())
         self._programs = _Programs(self._bcc)
         self._next_watch = 0.0
+        self._settling: _Settling | None = None  # without programs meanwhile
         self._closed = False
         self._backlog: list[Event] = []
         self.memory = BpfMemory(self._translator, self._backlog.append)
@@ -140,8 +141,11 @@ class BpfSource:
             events += self._watch_kvm()
             events += self._translator.housekeeping()
             events += self._programs.missed(now_ns())
-        self._programs.wait(0 if events else timeout)
-        events += self._drain(last=timeout == 0)
+        if self._settling is None:
+            self._programs.wait(0 if events else timeout)
+            events += self._drain(last=timeout == 0)
+        elif not events:
+            time.sleep(max(0.0, min(timeout, self._next_watch - time.monotonic())))
         if timeout == 0:
             events += self._translator.release()
         return events
@@ -172,18 +176,23 @@ class BpfSource:
         return events
 
     def _watch_kvm(self) -> list[Event]:
-        """Attach anew when kvm comes; let go when it wants to be unloaded."""
-        if not self._programs.outdated():
-            return []
-        events = self._drain()
-        events += self._translator.flush(self._programs)
-        self._programs.close()
-        _settled_modules()
-        self._programs = _Programs(self._bcc)
-        self._meet()
-        # Before what these VMs did meanwhile.
-        events += self._backlog
-        self._backlog.clear()
+        """Let go when kvm wants to be unloaded; attach anew when it has come or gone."""
+        events: list[Event] = []
+        if self._settling is None:
+            if not self._programs.outdated():
+                return []
+            events += self._drain()
+            events += self._translator.flush(self._programs)
+            self.memory.use(None, lambda _struct: 0)
+            self._programs.close()
+            self._settling = _Settling()
+        elif self._settling.is_over():
+            self._programs = _Programs(self._bcc)
+            self._settling = None
+            self._meet()
+            # Before what these VMs did meanwhile.
+            events += self._backlog
+            self._backlog.clear()
         return events
 
 
@@ -521,6 +530,7 @@ class _Programs:
         return now != self._kvm
 
     def close(self) -> None:
+        self._attached = {}  # their file descriptors may soon be others' files
         self.states = tuple(
             Probe(state.name, False, state.target, why="closed")
             for state in getattr(self, "states", ())
@@ -553,16 +563,21 @@ def _kvm_modules() -> tuple[str, ...]:
     return tuple(found)
 
 
-def _settled_modules() -> None:
-    """Wait until kvm's modules have come or gone.
+class _Settling:
+    """Whether kvm's modules have come or gone; to be asked now and then.
 
     One goes after the other; what is there in between may be replaced before programs are compiled
     for it, which then seem to fit and are made anew, blind meanwhile.
     """
-    seen, end = None, time.monotonic() + _SETTLE_LIMIT
-    while (now := _kvm_modules()) != seen and time.monotonic() < end:
-        seen = now
-        time.sleep(_WATCH_SECONDS)
+
+    def __init__(self) -> None:
+        self._seen = _kvm_modules()
+        self._end = time.monotonic() + _SETTLE_LIMIT
+
+    def is_over(self) -> bool:
+        """They are as they were when this was asked last, or it takes too long."""
+        before, self._seen = self._seen, _kvm_modules()
+        return before == self._seen or time.monotonic() >= self._end
 
 
 def _is_live(module: str) -> bool:

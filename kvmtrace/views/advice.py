@@ -12,6 +12,7 @@ from kvmtrace.views.cells import counted, dimm_of, hex_of, listed
 from kvmtrace.views.vmm_advice import Vmm
 
 _NAMES = 8
+_POSITIONS = {"rank": "that holds rank", "slot": "in slot", "channel": "on channel"}
 
 
 def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
@@ -276,10 +277,10 @@ def _for_hardware(incident: Incident) -> list[str]:
                 f"find out which DIMM fails, one of {among}: {errors}, and EDAC does not"
                 " distinguish them; change their places, one at a time, and see where errors follow"
             ]
-        case "rank":
+        case kind if dimms.is_position(origin.label):
             return [
-                f"find the DIMM that holds rank {origin.label}: {errors}; the board's manual says"
-                " which slot this controller, chip select (csrow) and channel are"
+                f"find the DIMM {_POSITIONS[kind]} {origin.label}: {errors}; the board's manual"
+                " says where controllers, channels, slots and chip selects (csrow) are"
             ]
         case "channel":
             return [

@@ -160,9 +160,9 @@ def origin_parts(origin: Origin) -> Iterator[str]:
         yield origin.severity
     if origin.message:
         yield origin.message
-    yield _counted(origin.history, "at this page")
+    yield counted_errors(origin.history, "at this page")
     if origin.dimm is not None:
-        yield _counted(origin.dimm, f"of {_this(origin.label)}")
+        yield counted_errors(origin.dimm, f"of {_this(origin.label)}")
 
 
 def _this(label: str | None) -> str:
@@ -170,7 +170,8 @@ def _this(label: str | None) -> str:
     return {"dimm": "this DIMM", "candidates": "these DIMMs"}.get(kind, f"this {kind}")
 
 
-def _counted(history: ErrorHistory, where: str) -> str:
+def counted_errors(history: ErrorHistory, where: str) -> str:
+    """``3 errors at this page within 2 s (2 corrected)``."""
     span = history.last_ts - history.first_ts
     within = f" within {span_of(span)}" if history.count > 1 and span > 0 else ""
     corrected = f" ({history.corrected} corrected)" if history.corrected else ""

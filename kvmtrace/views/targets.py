@@ -5,9 +5,9 @@ from __future__ import annotations
 from kvmtrace import kvm
 from kvmtrace.errors import UsageError
 from kvmtrace.identity import clean
-from kvmtrace.model import Incident, Party, Snapshot, SoftOffline, Vm
-from kvmtrace.views.cells import listed
-from kvmtrace.views.explain import origin_parts
+from kvmtrace.model import Incident, Party, Reported, Snapshot, SoftOffline, Vm
+from kvmtrace.views.cells import dimm_of, listed
+from kvmtrace.views.explain import counted_errors, origin_parts
 
 FORMS = "PFN (0x103275), GPA@VM (0x8000@web-1), a VM's name, pid or uuid, or an incident's id"
 
@@ -41,7 +41,7 @@ def find(snapshot: Snapshot, target: str) -> list[Incident]:
         )
     if of_page or keys:
         return of_page or of_vm
-    if soft_offlined(snapshot, target):
+    if soft_offlined(snapshot, target) or reported(snapshot, target):
         return []
     raise _unknown(snapshot, target)
 
@@ -49,6 +49,7 @@ def find(snapshot: Snapshot, target: str) -> list[Incident]:
 def about_nothing(snapshot: Snapshot, target: str) -> str:
     """A VM or a page that is in no incident."""
     pages = [_soft_offlined(page) for page in soft_offlined(snapshot, target)]
+    pages = pages or [_reported(*one) for one in reported(snapshot, target)]
     return "\n".join(pages) or f"{clean(target)}: no poisoned page is known there"
 
 
@@ -56,6 +57,18 @@ def soft_offlined(snapshot: Snapshot, target: str) -> list[SoftOffline]:
     """What is known of the page with this PFN, if the kernel was to move it away."""
     pfn = _number(target)
     return [page for page in snapshot.soft_offlines if page.pfn == pfn]
+
+
+def reported(snapshot: Snapshot, target: str) -> list[tuple[int, Reported]]:
+    """What hardware reported of the page with this PFN."""
+    pfn = _number(target)
+    return [(pfn, one) for one in [snapshot.reported.get(pfn)] if one] if pfn is not None else []
+
+
+def _reported(pfn: int, page: Reported) -> str:
+    dimm = f", {dimm_of(page.label)}" if page.label else ""
+    errors = counted_errors(page.history, "at this page")
+    return f"pfn {pfn:#x}: not known to be poisoned, so in no incident; {errors}{dimm}"
 
 
 def _soft_offlined(page: SoftOffline) -> str:
@@ -134,7 +147,7 @@ def _unknown(snapshot: Snapshot, target: str, *, is_vm: bool = False) -> UsageEr
         if pages:
             hints.append(f"soft-offlined: {_some(list(pages))}")
         if snapshot.dimms:
-            hints.append("corrected errors are kept by DIMM")
+            hints.append("corrected errors are kept by DIMM, and for the pages that had the latest")
     hints.append(f"there are: {_some(there)}" if there else FORMS)
     return UsageError(f"nothing here goes by {clean(target)!r}", "; ".join(hints))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,33 @@ def test_a_vm_that_begins_while_programs_are_attached_is_one(
     if later:
         turns.insert(0, Before)
     monkeypatch.setattr(bpf, "import_bcc", lambda: None)
-    monkeypatch.setattr(bpf, "_settled_modules", lambda: None)
+    monkeypatch.setattr(bpf, "_WATCH_SECONDS", 0.0)
     monkeypatch.setattr(bpf, "_Programs", lambda _bcc: turns.pop(0)())
     monkeypatch.setattr(bpf, "Translator", lambda *_: Translator(0, ({}, {}), str(tmp_path)))
     monkeypatch.setattr(host, "lockdown", lambda: None)
     source = bpf.BpfSource()
-    told = source.poll(0) + source.poll(0)
+    told = [event for _ in range(3) for event in source.poll(0)]
     assert [(event.vm, event.pid) for event in told if isinstance(event, VmSeen)] == [(1, PID)]
     assert source.memory._struct(1) == AT
+
+
+def test_while_kvm_comes_and_goes_no_poll_takes_longer_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal waits for the poll that is going on. Programs are compiled for what stays."""
+    modules = [("kvm",), ("kvm", "kvm_amd"), ("kvm", "kvm_amd")]
+    made: list[Any] = [Before, lambda: Programs(tmp_path)]
+    slept: list[float] = []
+    monkeypatch.setattr(bpf, "import_bcc", lambda: None)
+    monkeypatch.setattr(bpf, "_WATCH_SECONDS", 0.0)
+    monkeypatch.setattr(bpf, "_kvm_modules", lambda: modules.pop(0))
+    monkeypatch.setattr(bpf, "_Programs", lambda _bcc: made.pop(0)())
+    monkeypatch.setattr(bpf, "Translator", lambda *_: Translator(0, ({}, {}), str(tmp_path)))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(host, "lockdown", lambda: None)
+    source = bpf.BpfSource()
+    told = [[event.kind for event in source.poll(0.01)] for _ in range(3)]
+    assert told == [[], [], ["vm_seen"]]
+    assert (modules, made) == ([], [])
+    assert len(slept) == 2
+    assert max(slept) <= 0.01

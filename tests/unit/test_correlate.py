@@ -5,7 +5,7 @@ Properties over arbitrary orders are in tests/property/test_correlate.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 
@@ -16,6 +16,7 @@ from kvmtrace.correlate.verdicts import LOOPING_AFTER
 from kvmtrace.events import (
     Event,
     Exit,
+    Found,
     GmemPoison,
     Lost,
     Owned,
@@ -24,6 +25,7 @@ from kvmtrace.events import (
     Refused,
     Sigbus,
     StillQuiet,
+    Unpoison,
     VmGone,
     VmSeen,
 )
@@ -237,6 +239,27 @@ def test_hva_of_the_same_page_in_another_process_is_not_it() -> None:
 def test_owner_found_before_its_poison() -> None:
     snapshot, _ = tell(seen(1), Owned(T0, PFN, Owner(1, 8, HVA), "pagemap"), poison(T0 + MS))
     assert only(snapshot).owners == (Owner(1, 8, HVA),)
+
+
+@pytest.mark.parametrize("lost", [poison, lambda ts: Found(ts, PFN)])
+def test_an_owner_of_long_ago_is_none(lost: Callable[[int], Event]) -> None:
+    """Its poison was missed, or there was none; somebody else may have the page by now."""
+    owned = Owned(T0, PFN, Owner(1, 8, HVA), "pagemap")
+    assert only(tell(seen(1), owned, lost(T0 + JOIN_NS))[0]).owners == (Owner(1, 8, HVA),)
+    assert only(tell(seen(1), owned, lost(T0 + JOIN_NS + 1))[0]).owners == ()
+
+
+def test_an_owner_found_a_moment_after_its_page_is_its_owner() -> None:
+    """Though it is told before it: pages are looked up when they were found."""
+    owned = Owned(T0 + MS, PFN, Owner(1, 8, HVA), "pagemap")
+    assert only(tell(seen(1), owned, Found(T0, PFN))[0]).owners == (Owner(1, 8, HVA),)
+
+
+def test_what_waits_for_a_page_is_not_about_it_once_it_is_unpoisoned() -> None:
+    owned = Owned(T0, PFN, Owner(1, 8, HVA), "pagemap")
+    signal = Sigbus(T0, 4001, VCPU, 5, HVA, 12, OTHER, vm=1, pfn=PFN)
+    snapshot, _ = tell(seen(1), owned, signal, Unpoison(T0 + MS, PFN), poison(T0 + 2 * MS))
+    assert (only(snapshot).owners, only(snapshot).sigbus) == ((), 0)
 
 
 def test_an_owner_found_late_is_told_once() -> None:

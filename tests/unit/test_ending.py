@@ -12,19 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace import live
+from kvmtrace import live, sources
 from kvmtrace.events import Event, Lost
 from kvmtrace.live import Session
 from tests.unit.fake import STORY, FakeSource
 
 HANGING = """
-import os, signal, sys, threading, time
+import hashlib, os, signal, sys, threading, time
 from kvmtrace import cli, sources
 from tests.unit.fake import STORY, FakeSource
 
 def ignoring():
     while True:
         time.sleep(600)  # goes on after each signal, as a read of a pipe does
+
+def computing():
+    hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)
 
 def deaf():
     # In this thread no handler runs: as if it hung in the kernel.
@@ -64,9 +67,13 @@ cli.main()
         (("top", "--once", "--interval", "99"), "open", "ignoring"),
         (("bundle", "-o", "{file}", "--source", "bpf"), "poll", "deaf"),
         (("events",), "close", "ignoring"),
+        (("serve", "--listen", "127.0.0.1:0"), "poll", "computing"),
+        (("events",), "poll", "computing"),
+        (("bundle", "-o", "{file}", "--source", "bpf"), "poll", "computing"),
+        (("top", "--once", "--interval", "99"), "open", "computing"),
     ],
 )
-def test_a_signal_ends_what_hangs(
+def test_a_signal_ends_what_hangs_or_computes(
     command: tuple[str, ...], where: str, how: str, tmp_path: Path, own_directory: Path
 ) -> None:
     file = tmp_path / "file"
@@ -93,9 +100,11 @@ def test_a_signal_ends_what_hangs(
     assert process.returncode == 1
     said = stderr.splitlines()
     if command[0] == "serve":  # its main thread is free
-        assert said[-2] == "kvmtrace: the reader hangs in the kernel, and was left there"
+        what = "is still at work" if how == "computing" else "hangs in the kernel"
+        assert said[-2] == f"kvmtrace: the reader {what}, and was left there"
     else:
-        assert said[-1] == "kvmtrace: ended by force: something hangs in the kernel"
+        what = "it was still at work" if how == "computing" else "something hangs in the kernel"
+        assert said[-1] == f"kvmtrace: ended by force: {what}"
     assert ("closed" in said) == (where != "open")
     assert not list(own_directory.iterdir())
     if command[0] == "bundle":
@@ -125,12 +134,34 @@ class Computing(FakeSource):
 
 def test_a_reader_that_computes_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "READER_SECONDS", 0.3)
+    monkeypatch.setattr(live, "BUSY_SECONDS", 600.0)
     source = Computing()
     session = Session(source)
     session.start()
     source.begun.wait()
     assert session.close()
     assert source.closed_by == threading.get_ident()
+
+
+def test_a_source_that_is_being_attached_is_detached_by_force(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed: list[bool] = []
+
+    class Attaching(FakeSource):
+        def __init__(self) -> None:
+            self.half = True
+            sources.close_opening()
+            super().__init__(STORY)
+
+        def close(self) -> None:
+            closed.append(self.half)
+
+    monkeypatch.setitem(sources._CLASSES, "bpf", (__name__, "Attaching"))
+    monkeypatch.setattr(sys.modules[__name__], "Attaching", Attaching, raising=False)
+    assert isinstance(sources._open("bpf"), Attaching)
+    sources.close_opening()
+    assert closed == [True]
 
 
 # -- file descriptors that run out

@@ -136,7 +136,7 @@ def test_unknown_is_a_line_and_a_hint(recording: str, target: str) -> None:
 def test_what_a_number_is(recording: str, target: str) -> None:
     hint = invoke("explain", target, "--from", recording).stderr.splitlines()[1]
     assert "a number is a pfn (physical address >> 12)" in hint
-    assert "soft-offlined: 0x55, 0x57, 0x56; corrected errors are kept by DIMM; " in hint
+    assert "soft-offlined: 0x55, 0x57, 0x56; corrected errors are kept by DIMM, and for" in hint
     for other in ("nix", "8@12"):
         assert "pfn" not in invoke("explain", other, "--from", recording).stderr
 
@@ -147,6 +147,27 @@ def test_a_soft_offlined_page_as_json(recording: str, target: str, errno: int | 
     assert (page["pfn"], page.get("errno")) == (int(target, 16), errno)
     assert ("origin" in page) == (target == "0x57")
     assert json.loads(invoke("explain", "db-1", "--json", "--from", recording).output) == []
+
+
+def test_a_page_with_corrected_errors_only(tmp_path: Path) -> None:
+    path = tmp_path / "story.jsonl"
+    with path.open("w") as file:
+        errors = [HwError(T0, "GHES", "corrected", 0x59040, 0x59, 64, 3, "A1")]
+        errors.append(HwError(T0, "GHES", "corrected", 0x5A000, 0x5A, 64, 1, "unknown memory"))
+        errors.append(HwError(T0, "GHES", "corrected", 0x200000, 0x200, 2 << 20, 1, "A1"))
+        errors_and_poison = (*errors, Poison(T0, 7, "a", "b"))
+        Writer(file, Host("sick", "6.18.15", "bpf")).write(errors_and_poison, PROBES)
+    no_incident = "not known to be poisoned, so in no incident"
+    told = [invoke("explain", page, "--from", str(path)) for page in ("0x59", "0x5a", "0x200")]
+    assert [one.stdout for one in told] == [
+        f"pfn 0x59: {no_incident}; 3 errors at this page (3 corrected), DIMM A1\n",
+        f"pfn 0x5a: {no_incident}; 1 error at this page (1 corrected)\n",
+        "",
+    ]
+    assert [one.exit_code for one in told] == [0, 0, 2]
+    (page,) = json.loads(invoke("explain", "0x59", "--json", "--from", str(path)).stdout)
+    assert (page["pfn"], page["label"], page["label_names"]) == (0x59, "A1", "dimm")
+    assert (page["errors"]["count"], page["errors"]["corrected"]) == (3, 3)
 
 
 def test_a_number_that_is_both(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from kvmtrace.correlate import Correlator
 from kvmtrace.events import (
     Event,
     Exit,
+    Found,
     GmemPoison,
     HwError,
     Lost,
@@ -88,8 +89,8 @@ def test_what_is_told_of_a_vm_after_its_end_is_told_with_its_vm() -> None:
     story: list[Event] = [VmSeen(T0, 1, 4001, "mad"), VmGone(T0 + 1, 1), late]
     assert log_of(story) == story
     assert model(log_of(story)) == model(story)
-    many: list[Event] = [VmSeen(T0, n, n) for n in range(1, 1000)]
-    many += [VmGone(T0 + 1, n) for n in range(1, 1000)]
+    many: list[Event] = [VmSeen(T0, n, n) for n in range(1, 2000)]
+    many += [VmGone(T0 + 1, n) for n in range(1, 2000)]
     assert log_of([*many, late]) == [late]  # of so many, the first is forgotten for good
 
 
@@ -268,6 +269,29 @@ def test_a_signal_to_the_process_of_a_vm_that_ended_is_of_that_vm() -> None:
     late = Sigbus(T0 + 2, 4001, 7, 4, 0x1000)
     story: list[Event] = [VmSeen(T0, 1, 4001), VmGone(T0 + 1, 1), late]
     assert log_of(story) == story
+
+
+@pytest.mark.parametrize("poisoned", [Found(T0 + 4, 16), Poison(T0 + 4, 16, "", "Failed", tid=8)])
+def test_a_signal_that_was_told_before_its_vm_is_of_that_vm(poisoned: Event) -> None:
+    """A VM is met when somebody looks, and may have come to its end by the time of the poison."""
+    story: list[Event] = [
+        Sigbus(T0, 4001, 7, 5, None, sender=7, pfn=16),
+        VmSeen(T0 + 1, 1, 4001, "web-1"),
+        VmGone(T0 + 2, 1),
+        poisoned,
+    ]
+    assert model(log_of(story)).incidents == model(story).incidents
+    assert model(story).incidents[0].sigbus == 1
+
+
+@pytest.mark.parametrize("later", [1000, 1100])
+def test_as_many_vms_that_ended_are_known_as_the_correlator_knows(later: int) -> None:
+    story: list[Event] = [VmSeen(T0, 1, 4001, "web-1"), VmGone(T0 + 1, 1)]
+    for n in range(2, later):
+        story += [VmSeen(T0 + n, n, n), VmGone(T0 + n, n)]
+    story.append(Exit(T0 + 1, 1, 0, 133, 39, True, 7, gfn=8))
+    assert model(log_of(story, limit=10_000)).incidents == model(story).incidents
+    assert model(log_of(story, limit=10_000)).lost == model(story).lost
 
 
 def test_a_vm_that_starts_later_is_no_evidence_against_others() -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmtrace import identity
 from kvmtrace.commandline import Options, options, program
 from kvmtrace.identity import NAME_LIMIT, Identity, clean, holds_vm, identify, vm_processes
-from kvmtrace.vmpaths import name_of_path
+from kvmtrace.vmpaths import name_of_disk, name_of_path
 
 LIBVIRT = r"0::/machine.slice/machine-qemu\x2d1\x2dfoo.scope/libvirt/emulator"
 
@@ -193,6 +196,123 @@ FIELD: dict[str, tuple[str, str, tuple[str | None, str | None, str]]] = {
         "/sdk/emulator/qemu/linux-x86_64/qemu-system-x86_64-headless",
         "-avd Pixel_5 -no-window",
         ("Pixel_5", None, "qemu"),
+    ),
+    "emulator, by @": (
+        "/sdk/emulator/qemu/linux-x86_64/qemu-system-x86_64",
+        "@Pixel_3a_API_30 -netdelay none -netspeed full -no-audio",
+        ("Pixel_3a_API_30", None, "qemu"),
+    ),
+    "Multipass": (
+        "/snap/multipass/14000/usr/bin/qemu-system-x86_64",
+        "-bios OVMF.fd --enable-kvm -cpu host -nic tap,ifname=tap-0,script=no -device"
+        " virtio-scsi-pci,id=scsi0 -drive file=/var/snap/multipass/common/data/multipassd/vault/"
+        "instances/magical-sablefish/ubuntu-22.04-server-cloudimg-amd64.img,if=none,format=qcow2,"
+        "discard=unmap,id=hda -device scsi-hd,drive=hda,bus=scsi0.0 -smp 1 -m 1024M -qmp stdio"
+        " -chardev null,id=char0 -serial chardev:char0 -nographic -cdrom /var/snap/multipass/"
+        "common/data/multipassd/vault/instances/magical-sablefish/cloud-init-config.iso",
+        ("magical-sablefish", None, "qemu"),
+    ),
+    "Multipass, as it was": (
+        QEMU,
+        "-hda /var/snap/multipass/common/data/multipassd/vault/instances/primary/"
+        "ubuntu-18.04-server-cloudimg-amd64.img -nographic",
+        ("primary", None, "qemu"),
+    ),
+    "Podman's machine": (
+        QEMU,
+        "-m 2048 -fw_cfg name=opt/com.coreos/config,file=/home/u/.config/containers/podman/machine/"
+        "qemu/dev.ign -qmp unix:/run/user/1000/podman/qmp_dev.sock,server=on,wait=off",
+        ("dev", None, "qemu"),
+    ),
+    "Lima": (
+        QEMU,
+        "-m 4096 -name lima-build -pidfile /home/u/.lima/build/qemu.pid",
+        ("lima-build", None, "qemu"),
+    ),
+    "QEMU, by its disk": (
+        QEMU,
+        "-enable-kvm -drive if=pflash,format=raw,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd"
+        " -drive if=pflash,format=raw,file=/srv/OVMF_VARS_4M.fd -drive file=/srv/seed.img,"
+        "media=cdrom -drive file=/srv/isos/tools.iso -drive file=/srv/images/web-9.qcow2,if=virtio",
+        ("web-9", None, "qemu"),
+    ),
+    "QEMU, by which of its disks": (
+        QEMU,
+        "-blockdev driver=raw,node-name=a,file.driver=host_device,file.filename=/dev/pve/vm-100-"
+        "disk-0",
+        ("vm-100", None, "qemu"),
+    ),
+    "QEMU, by JSON": (
+        QEMU,
+        '-blockdev {"driver":"qcow2","read-only":true,"file":{"driver":"file",'
+        '"filename":"/srv/base.qcow2"}} -blockdev {"driver":"qcow2","file":'
+        '{"driver":"file","filename":"/srv/web-10/disk.qcow2"}}',
+        ("web-10", None, "qemu"),
+    ),
+    "QEMU, by a node of another name": (
+        QEMU,
+        "-blockdev driver=qcow2,node-name=disk0,file=proto0"
+        " -blockdev driver=file,node-name=proto0,filename=/srv/web-19.qcow2",
+        ("web-19", None, "qemu"),
+    ),
+    "QEMU, its disk elsewhere": (
+        QEMU,
+        "-drive file=rbd:pool/web -drive file=nbd://h/web -drive file=/dev/sdb"
+        " -drive file=/dev/fdset/2 -drive file=/srv/vms/rootfs.ext4,snapshot=on",
+        ("comm", None, "qemu"),
+    ),
+    "QEMU, its disk called by its system": (
+        QEMU,
+        "-drive file=/var/lib/images/debian-12-genericcloud-amd64.qcow2",
+        ("debian-12-genericcloud-amd64", None, "qemu"),
+    ),
+    "QEMU's log": (QEMU, "-d guest_errors -D /var/log/vm-3.log -b x", ("comm", None, "qemu")),
+    "another VMM's configuration": (
+        "/opt/acme/hv",
+        "--config-file /etc/acme/acme.json",
+        ("comm", None, "hv"),
+    ),
+    "QEMU's other names": (
+        QEMU,
+        "-name debug-threads=on -drive file=/srv/vms/web-11.img",
+        ("web-11", None, "qemu"),
+    ),
+    "cloud-hypervisor, by its disk": (
+        "/usr/bin/cloud-hypervisor",
+        "--api-socket /tmp/cloud-hypervisor.sock --disk path=/srv/web-12/focal-server-cloudimg-"
+        "amd64.raw path=/tmp/cloudinit.img,readonly=on",
+        ("web-12", None, "cloud-hypervisor"),
+    ),
+    "firecracker, by its configuration": (
+        "/usr/bin/firecracker",
+        "--no-api --config-file /etc/firecracker/web-13.json",
+        ("web-13", None, "firecracker"),
+    ),
+    "firecracker, by where its configuration is": (
+        "/usr/bin/firecracker",
+        "--api-sock /tmp/firecracker.socket --config-file /srv/web-14/vm_config.json",
+        ("web-14", None, "firecracker"),
+    ),
+    "firecracker, by its id": (
+        "/usr/bin/firecracker",
+        "--id web-15 --config-file /srv/other/vm_config.json",
+        ("web-15", None, "firecracker"),
+    ),
+    "crosvm, by its disk": (
+        "/usr/bin/crosvm",
+        "run --disable-sandbox --block /srv/base/root.img,ro --rwdisk /srv/web-16.qcow2 bzImage",
+        ("web-16", None, "crosvm"),
+    ),
+    "kvmtool, by its disk": (
+        "/usr/bin/lkvm",
+        "run -k bzImage -d /srv/base.img,ro --disk /srv/web-17/rootfs.ext4 -m 256",
+        ("web-17", None, "kvmtool"),
+    ),
+    "stratovirt, by its disk": (
+        "/usr/bin/stratovirt",
+        "-machine microvm -drive file=/srv/web-18/rootfs.img,id=rootfs,readonly=off"
+        " -qmp unix:/tmp/stratovirt.socket,server,nowait",
+        ("web-18", None, "stratovirt"),
     ),
     "kata, qemu": (
         "/usr/bin/qemu-lite-system-x86_64",
@@ -444,6 +564,19 @@ def test_no_layout_gives_two_vms_one_name(
     assert name_of_path("/".join(["", *above, *below, socket])) is None
 
 
+@given(
+    st.lists(WORDS, max_size=4),
+    st.lists(WORDS, max_size=4),
+    st.sampled_from(["disk.qcow2", "rootfs.ext4", "noble-server-cloudimg-amd64.img", "hda"]),
+    st.sets(IDS, min_size=2, max_size=2),
+)
+def test_no_layout_gives_two_disks_one_name(
+    above: list[str], below: list[str], image: str, ids: set[str]
+) -> None:
+    names = {name_of_disk("/".join(["", *above, one, *below, image])) for one in ids}
+    assert names == ids
+
+
 @given(st.lists(st.text(st.characters(exclude_characters="\0"), max_size=40), max_size=12))
 def test_any_command_line_can_be_read(argv: list[str]) -> None:
     exe, kind, words = program(argv[0] if argv else "", argv)
@@ -495,7 +628,7 @@ def test_bytes_that_are_no_text(proc: Proc, tmp_path: Path) -> None:
 def test_vm_processes(proc: Proc, tmp_path: Path) -> None:
     vm, vcpu = "anon_inode:kvm-vm", "anon_inode:kvm-vcpu:0"
     proc.add(1, fds=("/dev/null", "socket:[1]", "anon_inode:[eventfd]"))
-    proc.add(2, fds=(vm, vcpu, vm, "/dev/kvm"))
+    proc.add(2, fds=(vm, vm, "/dev/kvm"))
     proc.add(3, fds=(vcpu,))
     proc.add(4, fds=("anon_inode:[kvm-vm]",))
     (tmp_path / "5").mkdir()  # going: no fd directory any more
@@ -508,6 +641,81 @@ def test_vm_processes(proc: Proc, tmp_path: Path) -> None:
         False,
         False,
     ]
+
+
+def descriptors(tmp_path: Path, held: dict[int, str]) -> None:
+    """A /proc of our namespace in which we hold these descriptors of KVM's."""
+    (tmp_path / "self").symlink_to(str(os.getpid()))
+    directory = tmp_path / str(os.getpid()) / "fd"
+    directory.mkdir(parents=True)
+    for number, what in held.items():
+        (directory / str(number)).symlink_to(f"anon_inode:{what}")
+
+
+@pytest.fixture
+def pipes() -> Iterator[list[int]]:
+    """Two open files, of three and two descriptors; skips where they may not be compared."""
+    one, other = os.pipe()
+    held = [one, os.dup(one), other, os.dup(one), os.dup(other)]
+    try:
+        identity._compare(os.getpid(), one, other)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS):
+            raise
+        pytest.skip("kcmp is not allowed here")
+    else:
+        yield held
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def test_descriptors_of_one_vm_are_one(pipes: list[int], tmp_path: Path) -> None:
+    """crosvm duplicates the VM's descriptor for each interrupt controller."""
+    one, again, other, third, more = pipes
+    descriptors(tmp_path, dict.fromkeys((one, again, third), "kvm-vm"))
+    assert vm_processes(str(tmp_path)) == {os.getpid(): 1}
+    (tmp_path / str(os.getpid()) / "fd" / str(other)).symlink_to("anon_inode:kvm-vm")
+    (tmp_path / str(os.getpid()) / "fd" / str(more)).symlink_to("anon_inode:kvm-vm")
+    assert vm_processes(str(tmp_path)) == {os.getpid(): 2}
+
+
+def test_descriptors_of_one_vcpu_are_one(pipes: list[int], tmp_path: Path) -> None:
+    one, again, other, _, _ = pipes
+    descriptors(tmp_path, {one: "kvm-vcpu:0", again: "kvm-vcpu:0"})
+    assert vm_processes(str(tmp_path)) == {os.getpid(): 0}
+    (tmp_path / str(os.getpid()) / "fd" / str(other)).symlink_to("anon_inode:kvm-vcpu:0")
+    assert vm_processes(str(tmp_path)) == {os.getpid(): 2}
+
+
+def test_two_vms_without_a_second_vcpu_of_a_number_are_two(
+    pipes: list[int], tmp_path: Path
+) -> None:
+    """The kernel compares them, so nothing is concluded from their vCPUs."""
+    one, again, other, _, _ = pipes
+    descriptors(tmp_path, {one: "kvm-vm", again: "kvm-vm", other: "kvm-vm", 4000: "kvm-vcpu:0"})
+    assert vm_processes(str(tmp_path)) == {os.getpid(): 2}
+
+
+def test_descriptors_that_are_not_compared(proc: Proc, tmp_path: Path) -> None:
+    """Another namespace's: a process of ours may have the same pid, and descriptors of its own."""
+    vm = "anon_inode:kvm-vm"
+    proc.add(1, fds=(vm, vm, vm, "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vcpu:1"))
+    proc.add(2, fds=(vm, vm, vm, "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vcpu:0"))
+    proc.add(os.getpid(), fds=(vm, vm, vm))
+    (tmp_path / "self").symlink_to("1")
+    assert vm_processes(str(tmp_path)) == {1: 1, 2: 2, os.getpid(): 3}
+
+
+def test_descriptors_without_number_make_no_vms_without_number(
+    pipes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, again, other, third, more = pipes
+    monkeypatch.setattr(identity, "_COMPARED", 3)
+    descriptors(tmp_path, dict.fromkeys((one, again, other, third, more), "kvm-vm"))
+    assert vm_processes(str(tmp_path))[os.getpid()] <= 2
+    (tmp_path / "self").unlink()
+    assert vm_processes(str(tmp_path)) == {os.getpid(): 3}
 
 
 def test_no_proc_at_all(tmp_path: Path) -> None:

@@ -262,6 +262,9 @@ def test_two_dimms_of_one_name_stay_two(tmp_path: Path) -> None:
     ("label", "says"),
     [
         ("mc#0csrow#2channel#1", "find the DIMM that holds rank mc#0csrow#2channel#1"),
+        ("csrow2channel1", "find the DIMM that holds rank csrow2channel1"),
+        ("mc#0channel#1", "find the DIMM on channel mc#0channel#1"),
+        ("mc#0branch#0channel#1slot#2", "find the DIMM in slot mc#0branch#0channel#1slot#2"),
         ("DIMM_A1 or DIMM_A2", "find out which DIMM fails, one of DIMM_A1, DIMM_A2"),
         ("CPU_SrcID#0_HBMC#1_Chan#0", "memory without a slot, CPU_SrcID#0_HBMC#1_Chan#0"),
     ],
@@ -275,6 +278,14 @@ def test_what_is_no_dimm_is_not_replaced(tmp_path: Path, label: str, says: str) 
     assert "which DIMM: no report with this address named one" in missing
     better = told(tmp_path, [edac(T, label, EDAC_FATAL), ghes(T, 0x42), poison(T)])
     assert origin_of(better).label == BOARD_DIMM
+
+
+@pytest.mark.parametrize("label", ["any memory", "unknown memory", "mc#0memory#0", ""])
+def test_what_names_no_place_is_not_told(tmp_path: Path, label: str) -> None:
+    snapshot = told(tmp_path, [edac(T, label, EDAC_FATAL), poison(T)])
+    assert origin_of(snapshot).label is None
+    assert snapshot.dimms == {}
+    assert "find the DIMM that holds address" in next_of(snapshot)
 
 
 def test_amd_s_umc_names_its_dimm(tmp_path: Path) -> None:

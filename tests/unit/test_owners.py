@@ -30,7 +30,7 @@ from kvmtrace.guestmem import Page, Slot, gfns_at
 from kvmtrace.model import Probe, ProbeRuns
 from kvmtrace.observe import Observed, Observer, inventory, observed
 from kvmtrace.observe.observed import in_order
-from kvmtrace.observe.owners import Place, find, poisoned_pfn
+from kvmtrace.observe.owners import Place, Search, find, poisoned_pfn
 from kvmtrace.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
 from kvmtrace.sources import bpf_vms
 
@@ -380,6 +380,56 @@ def test_a_page_that_is_poisoned_again_is_looked_for_again(tmp_path: Path, toget
         owned = told[told.index(poison) - 1]
         assert owned == Owned(poison.ts, 0x104CAA, Owner(5, None, 0x13000), "pagemap", PAGE)
     assert observer.pfns == {0x104CAA}
+
+
+def test_a_page_that_is_unpoisoned_is_looked_for_no_more(tmp_path: Path) -> None:
+    """Its next poison may be of another VM."""
+    proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
+    observer = Observer(None, str(tmp_path))
+    poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered", tid=70)
+    batch = [VmSeen(1, 5, 7), poison, Unpoison(6, 0x104CAA)]
+    assert observer.events(batch, 99) == batch
+    assert not observer.busy
+
+
+def test_a_page_that_waits_to_be_looked_for_waits_until_it_is_unpoisoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observed, "MAX_SEARCHES", 0)  # others are going on
+    monkeypatch.setattr(observed, "FIRST_SECONDS", -1.0)
+    monkeypatch.setattr(observed, "SLICE_SECONDS", -1.0)
+    observer = Observer(Slots(Page()), str(tmp_path))
+    observer.events([VmSeen(1, 5, 7), Poison(3, 0x104CAA, "dirty LRU page", "Recovered")], 99)
+    assert observer.busy
+    observer.events([Unpoison(6, 0x104CAA)], 99)
+    assert not observer.busy
+
+
+@pytest.mark.parametrize("pfn", [0x104CAA, None])
+@pytest.mark.parametrize("unpoisoned", [False, True])
+def test_what_a_search_finds_of_a_page_that_was_unpoisoned_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pfn: int | None, unpoisoned: bool
+) -> None:
+    """Nor is a lost huge page (of which nothing tells the pfn) taken for it."""
+    ready: list[Place] = []
+
+    class Slow(Search):
+        def step(self, deadline: float) -> list[Place]:
+            if self.done or not ready:
+                return []
+            self.done = True
+            return ready
+
+    monkeypatch.setattr(observed, "Search", Slow)
+    observer = Observer(None, str(tmp_path))
+    poison = Poison(3, 0x104CAA, "huge page", "Recovered", tid=70)
+    observer.events([VmSeen(1, 5, 7), poison], 99)
+    if unpoisoned:
+        observer.events([Unpoison(6, 0x104CAA)], 99)
+    ready.append(Place(7, 0x200000, pfn, 2 << 20))
+    found = [event.pfn for event in observer.events([], 99) if isinstance(event, Owned)]
+    assert found == ([] if unpoisoned else [0x104CAA])
+    assert not observer.busy
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,15 @@ def test_a_read_happens_in_another_process(reader: ProcReader) -> None:
     assert reader.call(1, os.getpid) == reader.call(1, os.getpid)  # and the same one again
 
 
+def test_the_first_worker_of_all_is_waited_for() -> None:
+    """Else the first search of a poison that comes early finds nothing."""
+    reader = ProcReader()
+    stream = reader.stream(time.monotonic() - 1, iter, (1, 2))
+    assert stream.next(time.monotonic() + 60)[0] or stream.done
+    stream.close()
+    reader.close()
+
+
 def test_a_read_that_hangs_is_given_up_and_others_go_on(reader: ProcReader) -> None:
     with pytest.raises(Unreadable, match="/proc/7 did not answer in time"):
         reader.call(7, time.sleep, 3600)
