@@ -115,12 +115,14 @@ class _Stop:
     writing files is different (``waiting``): who is at the other end could keep us for ever.
 
     ``clean_up``: what to call if the command has to be ended by force. ``hung``: a thread was left
-    in the kernel; Python's own way out could wait for it.
+    in the kernel; Python's own way out could wait for it. ``owns_process``: nothing but this
+    command runs in it (tests run several), so it may give up for good what it needs no more.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.hung = False
+        self.owns_process = False
         self.clean_up: list[Callable[[], object]] = []
         self._watchdog: Watchdog | None = None
         self._blocked: Callable[[], bool] | None = None
@@ -134,8 +136,17 @@ class _Stop:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # nohup
                 self._previous[number] = signal.signal(number, self._handle)
+        self._watch()
+
+    def _watch(self) -> None:
         if self._previous:
             self._watchdog = Watchdog(self._previous, lambda: self.asked, self.clean_up)
+
+    def watch_anew(self) -> None:
+        """By another thread, which has the privileges that the calling one has now."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        self._watch()
 
     def __exit__(self, *_: object) -> None:
         if self._watchdog is not None:

@@ -11,7 +11,15 @@ from dataclasses import replace
 import click
 
 from kvmtrace import host, wire
-from kvmtrace.cli.attaching import POLL_SECONDS, Log, here, log_of, reading, replaying
+from kvmtrace.cli.attaching import (
+    POLL_SECONDS,
+    Log,
+    give_up_privileges,
+    here,
+    log_of,
+    reading,
+    replaying,
+)
 from kvmtrace.cli.doctor import examined
 from kvmtrace.cli.ending import json_is_utf8, say, stop, tell
 from kvmtrace.cli.options import (
@@ -42,6 +50,7 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
         number = 0
         deadline = time.monotonic() + duration if duration else None
         output.place()
+        give_up_privileges()
         with output.writing():
             writer = Writer(output.file, host_of(attached))
         by = f"{attached.name} ({attached.why})" if attached.why else attached.name

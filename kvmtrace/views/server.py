@@ -179,10 +179,13 @@ class Server:
     """A running server; ``address`` is (host, port) as bound. End it with ``close``.
 
     ``dropped``: connections given up, by why: ``crowded`` (for a newer one), ``deadline``, and
-    ``descriptors`` (there was none left to accept one with).
+    ``descriptors`` (there was none left to accept one with). Not ``started``: connections wait
+    until ``start``.
     """
 
-    def __init__(self, listening: socket.socket, routes: Mapping[str, Route]) -> None:
+    def __init__(
+        self, listening: socket.socket, routes: Mapping[str, Route], *, started: bool = True
+    ) -> None:
         self.address: tuple[str, int] = listening.getsockname()[:2]
         self.dropped = Counter(crowded=0, deadline=0, descriptors=0)
         self._listening = listening
@@ -197,6 +200,11 @@ class Server:
         # Its default logs a traceback.
         self._loop.set_exception_handler(lambda loop, context: None)
         self._thread = threading.Thread(target=self._run, name="kvmtrace-http", daemon=True)
+        if started:
+            self.start()
+
+    def start(self) -> None:
+        """Begin to answer, with the privileges of the calling thread."""
         self._thread.start()
 
     @property
@@ -211,6 +219,8 @@ class Server:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(_LINGER)
+        elif self._thread.ident is None:
+            self._loop.close()
         self._listening.close()
 
     def _run(self) -> None:
@@ -323,9 +333,9 @@ class Server:
         return route(headers), method == "GET"
 
 
-def start(listen: str, routes: Mapping[str, Route]) -> Server:
+def start(listen: str, routes: Mapping[str, Route], *, started: bool = True) -> Server:
     """Serve ``routes`` (by path, asked with GET and HEAD only) on ``listen``."""
-    return Server(_listening(listen), routes)
+    return Server(_listening(listen), routes, started=started)
 
 
 def check_listen(listen: str) -> None:
