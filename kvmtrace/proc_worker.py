@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1
 
 def main(descriptor: int) -> None:
     """Serve the other end of a ``multiprocessing.Pipe`` until it is closed."""
-    # Before the next call: who has fewer capabilities than the parent keeps the death signal.
+    # First, since a change of credentials can undo the next one (kernel/cred.c).
     privileges.give_up(privileges.READING)
     # A read that hangs never sees that end closed.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
