@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,7 @@ def test_no_thread_of_serve_keeps_more_than_it_needs(own_directory: Path) -> Non
     )
     try:
         assert process.stderr is not None
-        assert process.stderr.readline().startswith("serving ")
+        url = process.stderr.readline().removeprefix("serving ").strip()
         threads = [
             status((task / "status").read_text())
             for task in Path(f"/proc/{process.pid}/task").iterdir()
@@ -130,6 +131,10 @@ def test_no_thread_of_serve_keeps_more_than_it_needs(own_directory: Path) -> Non
         assert {thread["CapEff"] for thread in threads} == {mask(privileges.WATCHING)}
         assert {thread["NoNewPrivs"] for thread in threads} == {1}
         assert list(own_directory.iterdir())
+        with urllib.request.urlopen(url) as answer:
+            metrics = answer.read().decode()
+        (told,) = re.findall(r'^kvmtrace_privileges_info\{capabilities="(.*?)"', metrics, re.M)
+        assert mask(set(told.split(","))) == mask(privileges.WATCHING)
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=30)[1] == ""
         assert process.returncode == 0
