@@ -43,7 +43,7 @@ def here(kind: str) -> sources.Source:
 
 
 def give_up_privileges() -> None:
-    """Keep what watching takes (``privileges.WATCHING``); what cannot be given up is told.
+    """Keep what watching takes (``privileges.WATCHING``); print what cannot be given up.
 
     For commands that run long, when they have attached, listen and have opened their files, and
     before they start threads: a thread keeps what it was started with.

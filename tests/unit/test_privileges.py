@@ -144,7 +144,7 @@ def test_no_thread_of_serve_keeps_more_than_it_needs(own_directory: Path) -> Non
         process.wait()
 
 
-def test_a_kernel_that_refuses_is_told_and_the_command_goes_on(
+def test_a_refusal_is_printed_and_the_command_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Refusing:
