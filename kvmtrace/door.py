@@ -42,10 +42,17 @@ _SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h; not in the socket modu
 class Door:
     """Lets ``answer(client)`` talk to each client that may ask, until ``close``.
 
-    ``name``: as ``NAME``. Raises OSError if the directory is not safe, or another serve is there.
+    ``name``: as ``NAME``. Not ``started``: clients wait until ``start``. Raises OSError if the
+    directory is not safe, or another serve is there.
     """
 
-    def __init__(self, answer: Callable[[socket.socket], None], name: str | None = None) -> None:
+    def __init__(
+        self,
+        answer: Callable[[socket.socket], None],
+        name: str | None = None,
+        *,
+        started: bool = True,
+    ) -> None:
         self._answer = answer
         self._lock = threading.Lock()
         self._clients: dict[socket.socket, threading.Thread] = {}
@@ -62,6 +69,11 @@ class Door:
             self._socket.close()
             raise
         self._thread = threading.Thread(target=self._serve, name="kvmtrace-door", daemon=True)
+        if started:
+            self.start()
+
+    def start(self) -> None:
+        """Begin to answer, with the privileges of the calling thread."""
         self._thread.start()
 
     def _serve(self) -> None:
@@ -119,7 +131,8 @@ class Door:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         with self._lock:
             clients = dict(self._clients)
             for client in clients:

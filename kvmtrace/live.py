@@ -15,6 +15,7 @@ from kvmtrace.followers import Follower
 from kvmtrace.history import EventLog
 from kvmtrace.model import Host, Probe, Snapshot
 from kvmtrace.observe.inventory import hardware_corrupted_bytes
+from kvmtrace.proc_reader import READER
 from kvmtrace.sources import Source
 from kvmtrace.standstill import Standstill
 
@@ -160,10 +161,11 @@ class Session:
         reader, self._thread = self._thread, None
         if reader is not None:
             standstill, end = Standstill(reader), time.monotonic() + BUSY_SECONDS
-            while not (hangs := standstill.seconds() >= READER_SECONDS):
-                reader.join(0.1)
-                if not reader.is_alive() or time.monotonic() >= end:
-                    break
+            with READER.ending():
+                while not (hangs := standstill.seconds() >= READER_SECONDS):
+                    reader.join(0.1)
+                    if not reader.is_alive() or time.monotonic() >= end:
+                        break
             if reader.is_alive():
                 self.left = "hangs in the kernel" if hangs else "is still at work"
                 detach = threading.Thread(target=self._source.close, daemon=True)

@@ -10,6 +10,7 @@ longer each time, and what is waited for hanging reads is bounded for all proces
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -145,7 +146,8 @@ class ProcReader:
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
         self._killed: list[_Worker] = []
-        self._busy = 0
+        self._busy: set[_Worker] = set()
+        self._ending = 0
         self._started = False  # a worker ever was ready
         # By pid: not to be read before (monotonic seconds), and the pause after that.
         self._hung: OrderedDict[int, tuple[float, float]] = OrderedDict()
@@ -243,13 +245,13 @@ class ProcReader:
 
     def _keep_spare(self) -> None:
         """With the lock held."""
-        while len(self._idle) + self._busy < SPARE and (worker := self._spawn()) is not None:
+        while len(self._idle) + len(self._busy) < SPARE and (worker := self._spawn()) is not None:
             self._idle.append(worker)
 
     def _spawn(self) -> _Worker | None:
         """A new worker, if there may be another one; with the lock held."""
         self._killed = [one for one in self._killed if one.process.poll() is None]
-        if len(self._idle) + self._busy + len(self._killed) >= MAX_WORKERS:
+        if len(self._idle) + len(self._busy) + len(self._killed) >= MAX_WORKERS:
             return None
         try:
             return _Worker()
@@ -258,11 +260,13 @@ class ProcReader:
 
     def _take(self, timeout: float) -> _Worker:
         with self._lock:
+            if self._ending:
+                raise Unreadable("kvmtrace is ending")
             # The one that was started first is ready first.
             worker = self._idle.pop(0) if self._idle else self._spawn()
             if worker is None:
                 raise Unreadable(f"{len(self._killed)} reads of other processes hang for good")
-            self._busy += 1
+            self._busy.add(worker)
         try:
             ready = worker.is_ready(timeout)
         except (EOFError, OSError) as error:
@@ -279,7 +283,7 @@ class ProcReader:
 
     def _give_back(self, worker: _Worker) -> None:
         with self._lock:
-            self._busy -= 1
+            self._busy.discard(worker)
             # In front of those that are still starting.
             self._idle.insert(0 if worker.is_known_ready else len(self._idle), worker)
 
@@ -287,9 +291,23 @@ class ProcReader:
         """This one hangs or has ended; the next is made ready meanwhile."""
         worker.end()
         with self._lock:
-            self._busy -= 1
+            self._busy.discard(worker)
             self._killed.append(worker)
-            self._keep_spare()
+            if not self._ending:
+                self._keep_spare()
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """In here nothing is read; another thread that waits for a worker comes back at once."""
+        with self._lock:
+            self._ending += 1
+            for worker in self._busy:
+                worker.process.kill()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._ending -= 1
 
     def close(self) -> None:
         """End the workers that do nothing; those that hang end with this process."""

@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
+from kvmtrace import privileges
+
 READY, VALUE, ITEM, ERROR = "ready", "value", "item", "error"
 ALIVE_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
@@ -25,6 +27,8 @@ _PR_SET_PDEATHSIG = 1
 
 def main(descriptor: int) -> None:
     """Serve the other end of a ``multiprocessing.Pipe`` until it is closed."""
+    # First, since a change of credentials can undo the next one (kernel/cred.c).
+    privileges.give_up(privileges.READING)
     # A read that hangs never sees that end closed.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with Connection(descriptor) as parent, contextlib.suppress(EOFError, OSError):

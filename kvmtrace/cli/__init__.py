@@ -19,6 +19,7 @@ from kvmtrace.cli.logs import bundle, explain, record, replay
 
 def main() -> None:
     """The console script."""
+    stop.owns_process = True
     try:
         cli(prog_name="kvmtrace")
     finally:

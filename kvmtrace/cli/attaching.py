@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from kvmtrace import __version__, door, sources
+from kvmtrace import __version__, door, host, privileges, sources
 from kvmtrace.cli.ending import always, nobody_writes, stop, tell
 from kvmtrace.correlate import Correlator
 from kvmtrace.errors import KvmtraceError
@@ -53,6 +54,27 @@ def here(kind: str) -> sources.Source:
     return joined or attach(kind)
 
 
+def give_up_privileges() -> None:
+    """Keep what watching takes (``privileges.WATCHING``); print what cannot be given up.
+
+    For commands that run long, when they have attached, listen and have opened their files, and
+    before they start threads: a thread keeps what it was started with.
+    """
+    if not stop.owns_process:
+        return
+    for refused in privileges.give_up(privileges.WATCHING | _to_detach()):
+        tell(f"kvmtrace: privileges that are not needed any more stay: {refused}")
+    stop.watch_anew()
+
+
+def _to_detach() -> set[str]:
+    tracefs = host.tracefs()
+    with contextlib.suppress(OSError):
+        if tracefs is None or os.stat(tracefs).st_uid == os.geteuid():
+            return set()
+    return {privileges.WRITING_ELSEWHERE}
+
+
 @contextlib.contextmanager
 def session_on(source: sources.Source) -> Iterator[Session]:
     """A session, detached on every way out. Raises KvmtraceError if its reader goes on then."""
@@ -69,8 +91,11 @@ def session_on(source: sources.Source) -> Iterator[Session]:
 
 
 @contextlib.contextmanager
-def open_door(session: Session) -> Iterator[None]:
-    """Let other commands know what this session sees; without it where another serve answers."""
+def open_door(session: Session, *, started: bool = True) -> Iterator[door.Door | None]:
+    """Let other commands know what this session sees; None where another serve answers.
+
+    Not ``started``: from its ``start()`` on.
+    """
 
     def answer(client: socket.socket) -> None:
         follower = session.follow()
@@ -87,15 +112,15 @@ def open_door(session: Session) -> Iterator[None]:
             session.unfollow(follower)
 
     try:
-        answering = door.Door(answer)
+        answering = door.Door(answer, started=started)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         tell(f"kvmtrace: other commands will not find this one: {where}{error.strerror or error}")
-        yield
+        yield None
         return
     stop.clean_up.append(answering.close)
     try:
-        yield
+        yield answering
     finally:
         answering.close()
 

@@ -116,12 +116,15 @@ class _Stop:
 
     ``clean_up``: what to call if the command has to be ended by force. ``hung``: a thread was left
     in the kernel; Python's own way out could wait for it. ``detaching``: probes are being detached.
+    ``owns_process``: nothing but this command runs in it (tests run several), so it may give up
+    for good what it needs no more.
     """
 
     def __init__(self) -> None:
         self.asked = self.detaching = self._was_taken = False
         self._taken = -1
         self.hung = False
+        self.owns_process = False
         self.clean_up: list[Callable[[], object]] = []
         self._watchdog: Watchdog | None = None
         self._blocked: Callable[[], bool] | None = None
@@ -139,9 +142,18 @@ class _Stop:
             # While the main thread computes no handler runs; a byte is written all the same.
             self._taken, written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-            self._watchdog = Watchdog(
-                self._previous, self._is_asked, self.clean_up, lambda: self.detaching
-            )
+            self._watch()
+
+    def _watch(self) -> None:
+        self._watchdog = Watchdog(
+            self._previous, self._is_asked, self.clean_up, lambda: self.detaching
+        )
+
+    def watch_anew(self) -> None:
+        """By another thread, which has the privileges that the calling one has now."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watch()
 
     def __exit__(self, *_: object) -> None:
         if self._watchdog is not None:

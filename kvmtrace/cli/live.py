@@ -11,7 +11,14 @@ import time
 import click
 
 from kvmtrace import host, identity, processes
-from kvmtrace.cli.attaching import POLL_SECONDS, attach, here, open_door, session_on
+from kvmtrace.cli.attaching import (
+    POLL_SECONDS,
+    attach,
+    give_up_privileges,
+    here,
+    open_door,
+    session_on,
+)
 from kvmtrace.cli.ending import json_is_utf8, say, stop, tell
 from kvmtrace.cli.options import (
     duration_option,
@@ -52,6 +59,7 @@ def top(once: bool, as_json: bool, interval: float, source: str) -> None:
     from kvmtrace.views import top as view  # noqa: PLC0415 (a TUI library)
 
     with session_on(here(source)) as session:
+        give_up_privileges()
         session.start()
         view.run(session.snapshot, interval, now=session.now)
 
@@ -97,6 +105,7 @@ def events(
         json_is_utf8()
     attached = here(source)
     with session_on(attached) as session:
+        give_up_privileges()
         deadline = time.monotonic() + duration if duration else None
         told = session.pump(0)
         start = session.snapshot()
@@ -214,7 +223,7 @@ def serve(
 
     listen = listen or exporter.DEFAULT_LISTEN
     check_listen(listen)
-    with session_on(attach(source)) as session, open_door(session):
+    with session_on(attach(source)) as session, open_door(session, started=False) as answering:
         server = exporter.serve(
             listen,
             session,
@@ -222,8 +231,13 @@ def serve(
             max_vms=max_vms or exporter.DEFAULT_MAX_VMS,
             now=session.now,
             names=allow_host,
+            started=False,
         )
         try:
+            give_up_privileges()
+            server.start()
+            if answering is not None:
+                answering.start()
             session.start()
             tell(f"serving {server.url}/metrics")
             told = False

@@ -14,6 +14,7 @@ from kvmtrace.cli.attaching import (
     POLL_SECONDS,
     Batch,
     Story,
+    give_up_privileges,
     here,
     log_of,
     reading,
@@ -60,6 +61,7 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
             host_here = session.host()
             writer = Writer(output.file, host_here, ends=True)
         output.place()
+        give_up_privileges()
         why = host_here.source_why
         by = f"{host_here.source} ({why})" if why else host_here.source
         tell(f"recording to {file} by {by}; Ctrl-C ends it")

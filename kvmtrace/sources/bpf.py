@@ -10,13 +10,14 @@ import atexit
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import IO, Any
 
 from kvmtrace import files, host, probes
 from kvmtrace.clock import epoch_offset_ns, now_ns
@@ -89,16 +90,24 @@ def quiet_stderr() -> Iterator[list[str]]:
     """Keep what libbcc, libbpf and clang write to file descriptor 2; the list gets the lines."""
     lines: list[str] = []
     sys.stderr.flush()
+    caught = _scratch()
     saved = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield lines
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            caught.seek(0)
-            lines += caught.read().decode(errors="replace").splitlines()
+    os.dup2(caught.fileno(), 2)
+    try:
+        yield lines
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        caught.seek(0)
+        lines += caught.read().decode(errors="replace").splitlines()
+        caught.seek(0)
+        caught.truncate()
+
+
+@functools.cache
+def _scratch() -> IO[bytes]:
+    """One file for all: $TMPDIR may be a user's, where root cannot write any more later."""
+    return tempfile.TemporaryFile()
 
 
 def _fdinfo(descriptor: int) -> dict[str, int]:

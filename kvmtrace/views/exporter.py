@@ -10,6 +10,7 @@ does not know what to do with them. Counters are born at 0 instead.
 from __future__ import annotations
 
 import gzip
+import os
 import threading
 import time
 from collections import Counter
@@ -29,7 +30,7 @@ from prometheus_client.core import (
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from kvmtrace import __version__, clock
+from kvmtrace import __version__, clock, privileges
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.model import LATENCY_BUCKETS, STATES, VERDICTS, Snapshot
 from kvmtrace.views import page
@@ -302,11 +303,13 @@ def serve(
     max_vms: int = DEFAULT_MAX_VMS,
     now: Callable[[], int] = clock.now_ns,
     names: Iterable[str] = (),
+    started: bool = True,
 ) -> Server:
     """Serve ``/metrics``, ``/-/healthy`` and a landing page until ``close()`` of what it returns.
 
     ``now``: ns since the epoch, by the clock that stamps the session's events. ``names``: further
-    names by which it may be asked on loopback.
+    names by which it may be asked on loopback. Not ``started``: it listens, and answers from its
+    ``start()`` on.
 
     Raises UsageError if ``listen`` makes no sense, KvmtraceError if it cannot be listened on.
     """
@@ -351,6 +354,7 @@ def serve(
             "/": Shared(landing),
         },
         names,
+        started=started,
     )
     registry.register(_Service(session, server.dropped))
     return server
@@ -372,6 +376,7 @@ class _Service(Collector):
         for why, count in self._dropped.items():
             dropped.add_metric([why], count)
         yield dropped
+        yield _privileges()
         if isinstance(self._session, Reader):
             try:
                 age = self._session.age()
@@ -382,6 +387,20 @@ class _Service(Collector):
                 "When the source was last read, in seconds since the epoch.",
                 clock.wall_ns() / 1e9 - age,
             )
+
+
+def _privileges() -> Metric:
+    """Those of the thread that answers, which are those of all."""
+    now = privileges.held()
+    return InfoMetricFamily(
+        "kvmtrace_privileges",
+        "What kvmtrace may do: its user, its capabilities, and whether it can get more.",
+        {
+            "uid": str(os.geteuid()),
+            "capabilities": ",".join(now.capabilities),
+            "no_new_privs": str(int(now.no_new_privileges)),
+        },
+    )
 
 
 class _Format(NamedTuple):

@@ -181,13 +181,22 @@ class Server:
     """A running server; ``address`` is (host, port) as bound. End it with ``close``.
 
     ``dropped``: connections given up, by why: ``crowded`` (for a newer one), ``deadline``, and
-    ``descriptors`` (there was none left to accept one with).
+    ``descriptors`` (there was none left to accept one with). Not ``started``: connections wait
+    until ``start``.
     """
 
     def __init__(
-        self, listening: socket.socket, routes: Mapping[str, Route], names: Iterable[str] = ()
+        self,
+        listening: socket.socket,
+        routes: Mapping[str, Route],
+        names: Iterable[str] = (),
+        *,
+        started: bool = True,
     ) -> None:
-        """``names``: of this host, by which it may be asked on loopback, besides its own."""
+        """``names``: of this host, by which it may be asked on loopback, besides its own.
+
+        Not ``started``: it listens, and answers from its ``start()`` on.
+        """
         self.address: tuple[str, int] = listening.getsockname()[:2]
         self.dropped = Counter(crowded=0, deadline=0, descriptors=0)
         self._listening = listening
@@ -206,6 +215,11 @@ class Server:
         # Its default logs a traceback.
         self._loop.set_exception_handler(lambda loop, context: None)
         self._thread = threading.Thread(target=self._run, name="kvmtrace-http", daemon=True)
+        if started:
+            self.start()
+
+    def start(self) -> None:
+        """Begin to answer, with the privileges of the calling thread."""
         self._thread.start()
 
     @property
@@ -220,6 +234,8 @@ class Server:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(_LINGER)
+        elif self._thread.ident is None:
+            self._loop.close()
         self._listening.close()
 
     def _run(self) -> None:
@@ -365,12 +381,14 @@ def _is_loopback(address: str) -> bool:
     return (mapped or found).is_loopback
 
 
-def start(listen: str, routes: Mapping[str, Route], names: Iterable[str] = ()) -> Server:
+def start(
+    listen: str, routes: Mapping[str, Route], names: Iterable[str] = (), *, started: bool = True
+) -> Server:
     """Serve ``routes`` (by path, asked with GET and HEAD only) on ``listen``.
 
-    ``names``: see ``Server``; the one in ``listen`` need not be among them.
+    ``names``, ``started``: see ``Server``; the name in ``listen`` need not be among them.
     """
-    return Server(_listening(listen), routes, (parse_listen(listen)[0], *names))
+    return Server(_listening(listen), routes, (parse_listen(listen)[0], *names), started=started)
 
 
 def check_listen(listen: str) -> None:

@@ -10,7 +10,7 @@ import json
 import re
 import time
 
-from tests.lab import residue
+from tests.lab import privileges, residue
 from tests.lab.drive import (
     PATIENCE,
     Line,
@@ -202,7 +202,10 @@ def doctor_knows(machine: Machine, source: str) -> None:
 
 
 def kvm_comes_and_goes(machine: Machine, source: str) -> None:
-    """kvm is loaded after kvmtrace's start, unloaded and loaded again, and kvmtrace goes along."""
+    """kvm is loaded after kvmtrace's start, unloaded and loaded again, and kvmtrace goes along.
+
+    It has given up by then what watching does not take.
+    """
     away = f"modprobe -r {_vendor(machine)} kvm && ! test -e /sys/module/kvm"
     if machine.run("test -e /sys/module/kvm && ! test -e /sys/module/kvm/initstate").status == 0:
         raise Unstageable("kvm is built in: it does not come and go")
@@ -215,6 +218,7 @@ def kvm_comes_and_goes(machine: Machine, source: str) -> None:
                 sees_exits = "run" in _attached(doctor(machine, source))
             _awake(machine, watch, "exit" if sees_exits else "vm")
             both_ways(machine, watch, exits=sees_exits)
+            privileges.only_what_watching_takes(machine)
             # kvmtrace must not keep an admin from unloading kvm.
             _until(machine, away)
 

@@ -14,7 +14,7 @@ import pytest
 
 from kvmtrace.door import DIRECTORY
 from kvmtrace.wire import rfc3339
-from tests.lab import residue
+from tests.lab import privileges, residue
 from tests.lab.drive import PATIENCE, Line, Vmm, Watch, end_following
 from tests.lab.machine import Job, Machine
 
@@ -27,6 +27,7 @@ def serve(request: pytest.FixtureRequest, machine: Machine) -> Iterator[Job]:
     before = residue.attached(machine)
     serve = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 --source {request.param}")
     serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+    privileges.only_what_watching_takes(machine)
     yield serve
     if serve.poll() is None:
         serve.signal(signal.SIGINT)
@@ -58,6 +59,7 @@ def _exits(shown: Line, name: str) -> int:
 
 
 def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve: Job) -> None:
+    """With the privileges that a serve keeps, it also finds owners, and detaches at its end."""
     sick, shaken = Vmm(machine, "sick"), Vmm(machine, "shaken")
     sick.step("create v backing=gmem pages=32")
     shaken.step("create v backing=anon pages=32")

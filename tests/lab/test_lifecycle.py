@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.lab import residue
+from tests.lab import privileges, residue
 from tests.lab.conftest import Boot
 from tests.lab.drive import PATIENCE, Line, Vmm, Watch, kvmtrace, refused, seen_by, told_by
 from tests.lab.machine import Machine
@@ -35,6 +35,7 @@ def test_started_before_kvm_it_waits_and_attaches(boot: Boot) -> None:
     assert re.search(r"not attached:.*\brun\b", first), first
     attached = residue.attached(machine)
     assert len(attached["programs"]) > len(before["programs"])  # poison is watched meanwhile
+    privileges.only_what_watching_takes(machine)
 
     machine.run("modprobe kvm-amd && test -c /dev/kvm", check=True)
     run_probe = re.compile(r"kvm_arch_vcpu_ioctl_run\b")

@@ -1,0 +1,185 @@
+"""What a command that runs long may still do, in all its threads and processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from kvmtrace import host, privileges, sources
+from kvmtrace.cli import attaching
+from kvmtrace.cli.ending import stop
+from kvmtrace.proc_reader import ProcReader
+from tests.unit.command_line import invoke
+from tests.unit.fake import STORY, FakeSource
+
+ROOT = Path(__file__).parents[2]
+SETPCAP = "SETPCAP" in privileges.held().capabilities
+
+as_root = pytest.mark.skipif(
+    os.geteuid() != 0 or not SETPCAP, reason="needs privileges that can be given up"
+)
+
+
+def mask(names: frozenset[str] | set[str]) -> int:
+    """As in /proc/PID/status, of those that this process has."""
+    held = set(privileges.held().capabilities)
+    return sum(1 << privileges._NAMES.index(name) for name in names & held)
+
+
+def status(text: str) -> dict[str, int]:
+    """Capabilities and no_new_privs of /proc/PID/status, as numbers."""
+    found = dict(re.findall(r"^(Cap\w+|NoNewPrivs):\s*(\w+)$", text, re.MULTILINE))
+    return {name: int(value, 16) for name, value in found.items()}
+
+
+def run(code: str, *before: str) -> str:
+    """Of a process of its own: there is no way back."""
+    command = [*before, sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+GIVEN_UP = """
+import subprocess
+from kvmtrace import privileges
+print(open("/proc/self/status").read())
+assert privileges.give_up(privileges.WATCHING) == []
+print("=====")
+print(open("/proc/self/status").read())
+print("=====")
+print(subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True).stdout)
+"""
+
+
+@as_root
+def test_what_is_given_up_is_gone_for_children_too() -> None:
+    _, here, child = map(status, run(GIVEN_UP).split("====="))
+    kept = mask(privileges.WATCHING)
+    for now in (here, child):
+        assert now["CapEff"] == now["CapPrm"] == kept
+        assert now["NoNewPrivs"] == 1
+        assert now["CapBnd"] & ~mask(privileges.WATCHING) == 0
+
+
+@as_root
+def test_a_user_with_ambient_capabilities_keeps_them_for_its_workers() -> None:
+    granted = "+sys_ptrace,+net_raw,+dac_read_search"
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    user += ["--inh-caps", granted, "--ambient-caps", granted]
+    before, here, child = map(status, run(GIVEN_UP, *user).split("====="))
+    assert before["CapEff"] == mask({"SYS_PTRACE", "NET_RAW", "DAC_READ_SEARCH"})
+    for now in (here, child):
+        assert now["CapEff"] == now["CapAmb"] == mask({"SYS_PTRACE", "DAC_READ_SEARCH"})
+
+
+def test_who_has_no_capabilities_gives_up_nothing() -> None:
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if SETPCAP else []
+    before, here, child = map(status, run(GIVEN_UP, *user).split("====="))
+    assert before["CapEff"] == here["CapEff"] == child["CapEff"] == 0
+    assert here["CapBnd"] == before["CapBnd"]  # which it may not change
+    assert (before["NoNewPrivs"], here["NoNewPrivs"], child["NoNewPrivs"]) == (0, 1, 1)
+
+
+def read_own_status() -> str:
+    return Path("/proc/self/status").read_text()
+
+
+@as_root
+def test_a_worker_may_read_processes_and_no_more() -> None:
+    reader = ProcReader()
+    try:
+        worker = status(reader.call(1, read_own_status))
+    finally:
+        reader.close()
+    assert worker["CapEff"] == worker["CapPrm"] == mask(privileges.READING)
+    assert worker["NoNewPrivs"] == 1
+
+
+SERVE = """
+from kvmtrace import cli, sources
+from tests.unit.fake import STORY, FakeSource
+sources.open_source = lambda kind: FakeSource(STORY)
+cli.main()
+"""
+
+
+@as_root
+def test_no_thread_of_serve_keeps_more_than_it_needs(own_directory: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, "serve", "--listen", "127.0.0.1:0"],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        assert process.stderr is not None
+        url = process.stderr.readline().removeprefix("serving ").strip()
+        threads = [
+            status((task / "status").read_text())
+            for task in Path(f"/proc/{process.pid}/task").iterdir()
+        ]
+        assert len(threads) >= 5  # main, end, door, http, reader
+        assert {thread["CapEff"] for thread in threads} == {mask(privileges.WATCHING)}
+        assert {thread["NoNewPrivs"] for thread in threads} == {1}
+        assert list(own_directory.iterdir())
+        with urllib.request.urlopen(url) as answer:
+            metrics = answer.read().decode()
+        (told,) = re.findall(r'^kvmtrace_privileges_info\{capabilities="(.*?)"', metrics, re.M)
+        assert mask(set(told.split(","))) == mask(privileges.WATCHING)
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=30)[1] == ""
+        assert process.returncode == 0
+        assert not list(own_directory.iterdir())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_refusal_is_printed_and_the_command_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Refusing:
+        def prctl(self, what: int, *_: object) -> int:
+            return 1 if what == privileges._PR_CAPBSET_READ else -1
+
+        def capget(self, *_: object) -> int:
+            return 0
+
+        def capset(self, *_: object) -> int:
+            return -1
+
+    monkeypatch.setattr(privileges, "_LIBC", Refusing())
+    monkeypatch.setattr(stop, "owns_process", True)
+    monkeypatch.setattr(sources, "open_source", lambda kind: FakeSource(STORY))
+    result = invoke("events", "--count", "1", "--source", "bpf")
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 1
+    said = [line for line in result.stderr.splitlines() if "privileges" in line]
+    assert [line.split(": ")[2] for line in said] == ["no_new_privs", "capset"]
+
+
+def test_a_tracefs_of_another_user_can_still_be_cleaned_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept: list[frozenset[str]] = []
+
+    def give_up(keep: frozenset[str]) -> list[str]:
+        kept.append(keep)
+        return []
+
+    monkeypatch.setattr(stop, "owns_process", True)
+    monkeypatch.setattr(privileges, "give_up", give_up)
+    monkeypatch.setattr(host, "tracefs", lambda: str(tmp_path))
+    attaching.give_up_privileges()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    attaching.give_up_privileges()
+    assert kept == [privileges.WATCHING, privileges.WATCHING | {"DAC_OVERRIDE"}]
