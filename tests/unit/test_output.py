@@ -454,7 +454,8 @@ def test_a_bundle_of_what_comes_by_a_pipe(
     writer.join()
     assert (result.exit_code, result.stderr.count("kvmtrace:")) == (0, 0)
     events = bundled(tmp_path / "new")
-    assert ("web-1" in events, "vm-1" in events) == (not redact, bool(redact))
+    assert ("web-1" in events) == (not redact)
+    assert len(events.splitlines()) > 5
     assert events.splitlines()[-1].startswith('{"kind":"probes","end":true')
 
 
