@@ -12,11 +12,11 @@ from kvmtrace.vms import VmTable
 _MAX_VMS = 4096
 
 
-def tgid_of(tid: int) -> int | None:
+def tgid_of(tid: int, proc: str = "/proc") -> int | None:
     """The process of a thread that still runs."""
     try:
         # Bytes: a thread may call itself anything.
-        with open(f"/proc/{tid}/status", "rb") as lines:
+        with open(f"{proc}/{tid}/status", "rb") as lines:
             return next((int(line.split()[1]) for line in lines if line.startswith(b"Tgid:")), None)
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""Laws that hold for any order of events. ``make fuzz`` tries more of them than a test run does."""
+"""Laws that hold for any input and any order of events. ``make fuzz`` tries them for minutes."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ _FACTOR = int(os.environ.get("KVMTRACE_FUZZ", "1"))
 
 
 def examples(count: int) -> settings:
-    """So many examples for a test; with KVMTRACE_FUZZ=n, n times as many."""
+    """So many examples for a test; with KVMTRACE_FUZZ=n, at most n times as many."""
     return settings(max_examples=count * _FACTOR)

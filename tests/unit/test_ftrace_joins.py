@@ -11,6 +11,7 @@ from kvmtrace.events import (
     Event,
     Exit,
     GmemPoison,
+    Lost,
     Mce,
     Owned,
     Owner,
@@ -691,3 +692,13 @@ def test_pages_moved_away_and_pages_taken_back() -> None:
         SoftOffline(told[1].ts, 0x1235, 16),
         Unpoison(told[2].ts, 0x1236),
     ]
+
+
+def test_a_record_without_a_field_that_is_needed_costs_that_record() -> None:
+    """A kernel may give a field of its tracepoint another name."""
+    world = World()
+    lacking = world.record("mce", status=0, addr=0, bank=1, cpu=0)  # no socketid
+    whole = world.record("poison", pfn=5, type=1, result=2)
+    events = world.joiner.batch([lacking, whole], 2_000_000_000)
+    assert [type(event) for event in events] == [Poison, Lost]
+    assert events[1] == Lost(2_000_000_000, "ftrace_damaged", 1)

@@ -1,0 +1,119 @@
+"""What ``make fuzz`` asks of each property test: how long it may try, and how often it did.
+
+In any run, one example that takes ``CPU_SECONDS`` of CPU time is a failure: a parser whose work grows
+with the square of its input, or one that does not end. Time of the CPU, so that a busy machine
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Generator, Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+
+CPU_SECONDS = 10.0
+MEMORY = 4 << 30
+
+# Set by tests/fuzz.py: until when to try (monotonic seconds), and where to note how often.
+_UNTIL = float(os.environ.get("KVMTRACE_FUZZ_UNTIL", "0"))
+_REPORT = os.environ.get("KVMTRACE_FUZZ_REPORT")
+
+if _UNTIL:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+class TooSlow(pytest.fail.Exception):
+    """No Exception, which the command line would turn into a message."""
+
+
+class TimeIsOver(pytest.skip.Exception):
+    """Hypothesis passes it on at once, and looks for no smaller example that raises it."""
+
+
+class _Tries:
+    """Counts and bounds the examples of one test."""
+
+    def __init__(self, test: Any, until: float) -> None:
+        self.count = 0
+        self.over = False
+        self._test = test
+        self._until = until
+        self._failed = False
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if self._until and not self._failed and time.monotonic() >= self._until:
+            self.over = True
+            raise TimeIsOver
+        self.count += 1
+        try:
+            with _bounded():
+                return self._test(*arguments, **named)
+        except (Exception, pytest.fail.Exception):
+            self._failed = True  # from here on a smaller example is looked for
+            raise
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise TooSlow(f"one example took {CPU_SECONDS} s of CPU time")
+
+    previous = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """``make fuzz`` runs what takes examples, and nothing else."""
+    if _UNTIL or "KVMTRACE_FUZZ" in os.environ:
+        others = [item for item in items if not _takes_examples(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if _takes_examples(item)]
+    for left, item in enumerate(reversed(items), 1):
+        item.stash[_LEFT] = left
+
+
+_LEFT = pytest.StashKey[int]()
+
+
+def _takes_examples(item: pytest.Item) -> bool:
+    return hasattr(getattr(item, "obj", None), "hypothesis")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Run a property test within its share of the time that is left."""
+    if not _takes_examples(pyfuncitem):
+        return (yield)
+    now = time.monotonic()
+    share = (_UNTIL - now) / pyfuncitem.stash[_LEFT]
+    handle: Any = pyfuncitem.obj.hypothesis
+    original = handle.inner_test
+    tries = _Tries(original, now + share if _UNTIL else 0.0)
+    # As hypothesis offers it to those who run tests.
+    handle.inner_test = functools.wraps(original)(lambda *a, **k: tries(*a, **k))
+    try:
+        return (yield)
+    except BaseException:
+        # A test that draws for itself has drawn less than in other runs, which is an error too.
+        if not tries.over:
+            raise
+        return True
+    finally:
+        handle.inner_test = original
+        if _REPORT:
+            with open(_REPORT, "a", encoding="utf-8") as report:
+                print(json.dumps([pyfuncitem.name, tries.count]), file=report)
