@@ -1,8 +1,7 @@
 """What ``make fuzz`` asks of each property test: how long it may try, and how often it did.
 
-In any run, one example that takes ``CPU_SECONDS`` of CPU time is a failure: a parser whose work grows
-with the square of its input, or one that does not end. Time of the CPU, so that a busy machine
-changes nothing.
+In any run, an example that takes ``CPU_SECONDS`` of CPU time is a failure: work that grows with the
+square of its input, or does not end. CPU time, so that a busy machine changes nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ import os
 import resource
 import signal
 import time
+import unittest
 from collections.abc import Generator, Iterator
 from types import FrameType
 from typing import Any
 
 import pytest
+from _pytest.outcomes import Failed
 
 CPU_SECONDS = 10.0
 MEMORY = 4 << 30
@@ -31,11 +32,11 @@ if _UNTIL:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-class TooSlow(pytest.fail.Exception):
+class TooSlow(Failed):
     """No Exception, which the command line would turn into a message."""
 
 
-class TimeIsOver(pytest.skip.Exception):
+class TimeIsOver(unittest.SkipTest):
     """Hypothesis passes it on at once, and looks for no smaller example that raises it."""
 
 
@@ -52,12 +53,12 @@ class _Tries:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         if self._until and not self._failed and time.monotonic() >= self._until:
             self.over = True
-            raise TimeIsOver
+            raise TimeIsOver("others want their share")
         self.count += 1
         try:
             with _bounded():
                 return self._test(*arguments, **named)
-        except (Exception, pytest.fail.Exception):
+        except (Exception, Failed):
             self._failed = True  # from here on a smaller example is looked for
             raise
 
@@ -103,8 +104,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     handle: Any = pyfuncitem.obj.hypothesis
     original = handle.inner_test
     tries = _Tries(original, now + share if _UNTIL else 0.0)
-    # As hypothesis offers it to those who run tests.
-    handle.inner_test = functools.wraps(original)(lambda *a, **k: tries(*a, **k))
+
+    @functools.wraps(original)
+    def bounded(*arguments: Any, **named: Any) -> Any:
+        return tries(*arguments, **named)
+
+    handle.inner_test = bounded  # as hypothesis offers it to those who run tests
     try:
         return (yield)
     except BaseException:

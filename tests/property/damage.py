@@ -63,7 +63,7 @@ def damaged(draw: st.DrawFn, seeds: Sequence[bytes], tokens: Sequence[bytes] = T
 
 @st.composite
 def long(draw: st.DrawFn, seeds: Sequence[bytes], tokens: Sequence[bytes] = TOKENS) -> bytes:
-    """A piece of a seed again and again, ``LONG`` bytes of it: where work grows faster, it shows."""
+    """A piece of a seed again and again, ``LONG`` bytes of it: work that grows faster shows."""
     seed = draw(damaged(seeds, tokens))
     start = draw(st.integers(0, len(seed)))
     unit = seed[start : start + draw(st.integers(1, 60))]

@@ -53,7 +53,7 @@ ODD_LINES = [
     b'{"kind":"lost","ts":1,"where":"\\u001b]0;x\\u0007\\u202e\\ud800","count":1}\n',
 ]
 
-EVIL = st.sampled_from(
+EVIL: st.SearchStrategy[Any] = st.sampled_from(
     [
         *(None, True, False, 0, -1, 1, 63, 64, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64),
         *(1 << 200, 0.5, 1e308, float("inf"), float("nan"), "", "1", "\x1b[2J", "a\u202eb"),
@@ -63,7 +63,8 @@ EVIL = st.sampled_from(
 )
 
 EVENTS: st.SearchStrategy[Event] = st.one_of(
-    st.sampled_from(STORY), *(whole(cls, numbers) for cls in KINDS.values() for numbers in (SANE, ANY))
+    st.sampled_from(STORY),
+    *(whole(cls, numbers) for cls in KINDS.values() for numbers in (SANE, ANY)),
 )
 
 

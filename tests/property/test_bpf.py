@@ -15,7 +15,7 @@ from kvmtrace.sources import bpf_records as records
 from kvmtrace.sources.bpf_events import Translator
 from kvmtrace.sources.decoding import WRONG, checked
 from tests.property import examples
-from tests.property.damage import damaged, placed
+from tests.property.damage import placed
 from tests.property.parsers import Parser, laws
 from tests.unit.test_bpf_events import Kernel
 from tests.unit.test_btfblob import BEFORE, INT, STRINGS, TASK, blob

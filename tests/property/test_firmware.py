@@ -1,4 +1,4 @@
-"""What firmware and hardware report, damaged: SMBIOS, CPER sections, machine checks, EDAC's words."""
+"""What firmware and hardware report, damaged: SMBIOS, CPER, machine checks, EDAC's words."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_memory_error_section_is_told(words: tuple[int, ...], severity: int) -
 )
 @examples(300)
 def test_an_extended_log_is_told(
-    pa: int, lsb: int, etype: int, sev: int, data: bytes, fru: str
+    *, pa: int, lsb: int, etype: int, sev: int, data: bytes, fru: str
 ) -> None:
     fields = {"pa": pa, "pa_mask_lsb": lsb, "etype": etype, "sev": sev, "data": data}
     _fit(hardware.error(Record(1, "extlog", fields | {"fru_text": fru}), firmware.Firmware()))
@@ -122,6 +122,7 @@ def test_an_extended_log_is_told(
 )
 @examples(300)
 def test_what_edac_says_is_told(
+    *,
     address: int,
     grain_bits: int,
     kind: int,
@@ -159,6 +160,7 @@ def test_what_arm_and_other_sections_say_is_told(sev: int, buffer: bytes, fru: s
 )
 @examples(300)
 def test_a_machine_check_is_judged(
+    *,
     status: int,
     addr: int,
     misc: int | None,
@@ -174,7 +176,7 @@ def test_a_machine_check_is_judged(
     assert mce.errors(status, vendor, bank) >= 1
     assert mce.at(status, vendor, bank, ipid) in ("memory", "consumer", None)
     assert mce.address_shift(status, misc) in (None, *range(64))
-    fields = {"status": status, "addr": addr, "bank": bank, "cpu": 1, "socketid": 0}
+    fields: dict[str, Any] = {"status": status, "addr": addr, "bank": bank, "cpu": 1, "socketid": 0}
     fields |= {"ipid": ipid, "v_data": data} | ({} if misc is None else {"misc": misc})
     poisons = Poisons(People(VmTable("/nonexistent"), lambda tid: None), ({}, {}))
     event = poisons.mce(Record(1, "mce", fields))

@@ -1,4 +1,4 @@
-"""Requests to the exporter's server, damaged: each is answered or dropped, and the next one is met."""
+"""Requests to the exporter, damaged: each is answered or dropped, and the next is answered."""
 
 from __future__ import annotations
 
@@ -43,7 +43,16 @@ REQUESTS = [
     b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
 ]
 WORDS = (
-    *(b"\r\n", b"\n\n", b"\r\n\r\n", b"\r\n ", b"GET ", b"HTTP/9.9", b"%0d%0aX-Evil:%201", b"http://x/"),
+    *(
+        b"\r\n",
+        b"\n\n",
+        b"\r\n\r\n",
+        b"\r\n ",
+        b"GET ",
+        b"HTTP/9.9",
+        b"%0d%0aX-Evil:%201",
+        b"http://x/",
+    ),
     *(b"X-Evil: 1\r\n", b"Accept: application/openmetrics-text; version=x\r\n", b"Host: \x00\r\n"),
     *(b"Transfer-Encoding: chunked\r\n", b"a" * 9000, b"Accept: " + b",;" * 2000 + b"\r\n"),
 )

@@ -139,7 +139,9 @@ test_any_input, test_long_input, test_what_was_found = laws(
         "cgroup": Parser(lambda cgroup: _identify(b"", b"\n", cgroup), CGROUPS),
         "cgroup's names": Parser(text(_cgroup), CGROUPS),
         "path": Parser(text(vmpaths.name_of_path), [b"/run/vm/web-1/qmp.sock", b"../home/x/a-b"]),
-        "status": Parser(lambda said: tgid_of(PID, _proc(said)), [STATUS], found=[b"Tgid:\n", b"Tgid:\t\x007\n"]),
+        "status": Parser(
+            lambda said: tgid_of(PID, _proc(said)), [STATUS], found=[b"Tgid:\n", b"Tgid:\t\x007\n"]
+        ),
         "stat": Parser(_stat, [STAT, b"123 45 6\n"]),
         "iomem": Parser(lambda said: inventory.ram_ranges(placed(said, "iomem")), [IOMEM]),
         "meminfo": Parser(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +195,10 @@ def test_damaged_rings_are_told_or_lost(
     found = []
     for page in [*(base64.b64decode(page) for _, page in recorded["pages"]), *cuts]:
         for ts, entry in ringpage.entries(page, layout):
-            name, known = formats.get(ringpage.event_id(entry), ("", None))
-            if known is not None:
-                try:
+            if (number := ringpage.event_id(entry)) in formats:
+                name, known = formats[number]
+                with suppress(ValueError):
                     found.append(Record(ts, name, known.decode(entry)))
-                except ValueError:
-                    continue
     joiner = Joiner(People(VmTable("/nonexistent"), lambda tid: None))
     joiner.faults.watches_gmem = True
     totals = hist.Totals()
