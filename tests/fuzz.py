@@ -15,10 +15,10 @@ import secrets
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +38,14 @@ GRACE_SECONDS = 400.0
 
 @dataclass(frozen=True)
 class Round:
-    """One run of pytest: ``output`` only where something was found."""
+    """One run of pytest: ``output`` only where something was found, ``failed``: by which tests."""
 
     target: str
     seed: int
     seconds: float
     executions: Counter[str]
     output: str | None
+    failed: tuple[str, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{count:10}  {test}")
     found = [one for one in rounds if one.output is not None]
     for one in found:
-        print(f"\n{one.output}\nfound; once more: make fuzz SEED={one.seed} ARGS={one.target}")
+        print(f"\n{one.output}")
+        for test in one.failed:
+            print(f"found; once more: make fuzz SEED={one.seed} ARGS={test}")
     total = sum(executions.values())
     print(f"{len(found) or 'nothing'} found in {len(rounds)} rounds, {total} executions")
     return 1 if found else 0
@@ -88,11 +91,9 @@ def _rounds(targets: Sequence[str], seconds: float) -> list[Round]:
             if share > 0:
                 done.append(one_round(target, secrets.randbelow(1 << 32), share))
 
-    workers = [threading.Thread(target=work) for _ in range(WORKERS)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(WORKERS) as workers:
+        for worker in [workers.submit(work) for _ in range(WORKERS)]:
+            worker.result()
     return done
 
 
@@ -128,12 +129,14 @@ def one_round(target: str, seed: int, seconds: float | None) -> Round:
             output += f"\n{target} did not end"
         lines = [json.loads(line) for line in report]
     executions: Counter[str] = Counter()
-    for name, count in lines:
-        executions[f"{target.partition('::')[0]}::{name}"] += count
+    file = target.partition("::")[0]
+    for name, count, _ in lines:
+        executions[f"{file}::{name}"] += count
+    failed = tuple(f"{file}::{name}" for name, _, has_failed in lines if has_failed) or (target,)
     took = time.monotonic() - began
     what = "something found" if output is not None else "nothing found"
     print(f"seed {seed}: {target}, {took:.0f} s, {what}", flush=True)
-    return Round(target, seed, took, executions, output)
+    return Round(target, seed, took, executions, output, failed)
 
 
 if __name__ == "__main__":

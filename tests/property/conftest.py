@@ -46,12 +46,12 @@ class _Tries:
     def __init__(self, test: Any, until: float) -> None:
         self.count = 0
         self.over = False
+        self.failed = False
         self._test = test
         self._until = until
-        self._failed = False
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        if self._until and not self._failed and time.monotonic() >= self._until:
+        if self._until and not self.failed and time.monotonic() >= self._until:
             self.over = True
             raise TimeIsOver("others want their share")
         self.count += 1
@@ -59,7 +59,7 @@ class _Tries:
             with _bounded():
                 return self._test(*arguments, **named)
         except (Exception, Failed):
-            self._failed = True  # from here on a smaller example is looked for
+            self.failed = True  # from here on a smaller example is looked for
             raise
 
 
@@ -121,4 +121,4 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         handle.inner_test = original
         if _REPORT:
             with open(_REPORT, "a", encoding="utf-8") as report:
-                print(json.dumps([pyfuncitem.name, tries.count]), file=report)
+                print(json.dumps([pyfuncitem.name, tries.count, tries.failed]), file=report)

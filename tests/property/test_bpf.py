@@ -12,11 +12,13 @@ from kvmtrace import btfblob, host, wire
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Lost
 from kvmtrace.sources import bpf_records as records
+from kvmtrace.sources import bpf_refusals
 from kvmtrace.sources.bpf_events import Translator
+from kvmtrace.sources.bpf_layout import read_symbols
 from kvmtrace.sources.decoding import WRONG, checked
 from tests.property import examples
 from tests.property.damage import placed
-from tests.property.parsers import Parser, laws
+from tests.property.parsers import Parser, laws, text
 from tests.unit.test_bpf_events import Kernel
 from tests.unit.test_btfblob import BEFORE, INT, STRINGS, TASK, blob
 
@@ -38,7 +40,19 @@ test_any_input, test_long_input, test_what_was_found = laws(
                 blob(INT, TASK),
                 struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, 0, 0, len(STRINGS)) + STRINGS,
             ],
-        )
+        ),
+        "kallsyms": Parser(
+            lambda data: read_symbols(
+                {"memory_failure", "kvm_gmem_get_pfn"}, placed(data, "kallsyms")
+            ),
+            [
+                b"ffffffff8126d1c0 t memory_failure\n0000000000000000 T kvm_gmem_get_pfn\t[kvm]\n",
+            ],
+        ),
+        "libbpf": Parser(
+            text(lambda said: bpf_refusals.explain("fexit", said, said.split("\n"))),
+            [b"Failed to attach BPF program b'x' to kprobe b'y'\nInvalid argument"],
+        ),
     }
 )
 

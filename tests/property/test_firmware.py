@@ -68,7 +68,7 @@ test_any_input, test_long_input, test_what_was_found = laws(
     {
         "SMBIOS": Parser(_dmi, DMI),
         "DIMM": Parser(text(_name), NAMES),
-        "Arm processor error": Parser(cper.arm_address, [ARM_INFO, ARM_INFO * 3]),
+        "Arm": Parser(cper.arm_address, [ARM_INFO, ARM_INFO * 3]),
         "extlog": Parser(
             lambda data: cper.memory(cper.extlog(0x1000, 12, 3, data), {5: "A"}),
             [bytes([255] * 64), bytes(48)],

@@ -137,7 +137,7 @@ test_any_input, test_long_input, test_what_was_found = laws(
         "argv": Parser(_words, CMDLINES),
         "comm": Parser(lambda comm: _identify(comm=comm), [b"CPU 0/KVM\n", b"exe\n"]),
         "cgroup": Parser(lambda cgroup: _identify(b"", b"\n", cgroup), CGROUPS),
-        "cgroup's names": Parser(text(_cgroup), CGROUPS),
+        "cgroup_names": Parser(text(_cgroup), CGROUPS),
         "path": Parser(text(vmpaths.name_of_path), [b"/run/vm/web-1/qmp.sock", b"../home/x/a-b"]),
         "status": Parser(
             lambda said: tgid_of(PID, _proc(said)), [STATUS], found=[b"Tgid:\n", b"Tgid:\t\x007\n"]

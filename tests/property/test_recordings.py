@@ -46,6 +46,14 @@ COMMANDS = (
     ("bundle", "-o", BUNDLE, "--force", "--redact", "--from", FILE),
 )
 
+JOINING = (
+    ("top", "--once", "--interval", "0.001"),
+    ("top", "--once", "--interval", "0.001", "--json"),
+    ("events", "--duration", "0.001"),
+    ("events", "--duration", "0.001", "--json"),
+    ("explain", "0x103275", "--json"),
+)
+
 # Of the JSON contract, what is no number although Python takes it for one.
 FLAGS = {"annotated", "private", "attached", "gone", "before_start", "released"}
 
@@ -159,19 +167,20 @@ def _said(draw: st.DrawFn) -> bytes:
     return draw(st.sampled_from([text, before + draw(RECORDINGS), draw(RECORDINGS)]))
 
 
-@given(said=_said() | damaged(SEEDS), as_json=st.booleans())
+@given(command=st.sampled_from(JOINING), said=_said() | damaged(SEEDS))
 @examples(150)
-def test_a_serve_is_understood_or_refused(said: bytes, as_json: bool) -> None:
+def test_a_serve_is_understood_or_refused(command: tuple[str, ...], said: bytes) -> None:
     ours, theirs = socket.socketpair()
     speaker = threading.Thread(target=_say, args=(theirs, said))
     speaker.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(door, "knock", lambda: (ours, 77))
-        result = run("top", "--once", "--interval", "0.001", *(["--json"] if as_json else []))
+        result = run(*command)
     ours.close()
     speaker.join()
-    if as_json and result.stdout:
-        check_json(result.stdout)
+    if "--json" in command:
+        for line in result.stdout.splitlines():
+            check_json(line)
 
 
 def _say(client: socket.socket, said: bytes) -> None:

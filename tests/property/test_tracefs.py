@@ -108,7 +108,7 @@ def _tracing(readme: bytes) -> None:
 test_any_input, test_long_input, test_what_was_found = laws(
     {
         "format": Parser(text(EventFormat), FORMATS, (ValueError,)),
-        "print fmt": Parser(
+        "print_fmt": Parser(
             text(host.symbolic_tables),
             FORMATS,
             found=[b'print fmt: "%s", __print_symbolic(REC->type, { 07, "x" }, { 1, "y" })'],
