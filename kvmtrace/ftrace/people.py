@@ -11,7 +11,7 @@ from kvmtrace.ftrace.records import Record
 from kvmtrace.vms import VmTable
 
 _MAX_VMS = 4096
-_TGID = re.compile(rb"^Tgid:\t([0-9]{1,10})$", re.MULTILINE)
+_TGID = re.compile(rb"^Tgid:[ \t]+([0-9]{1,10})$", re.MULTILINE)
 
 
 def tgid_of(tid: int, proc: str = "/proc") -> int | None:

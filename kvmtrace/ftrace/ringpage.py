@@ -128,6 +128,17 @@ def event_id(entry: memoryview) -> int:
     return int.from_bytes(entry[:2], sys.byteorder)
 
 
+def missed(page: bytes, layout: PageLayout) -> int:
+    """How many events were overwritten before this page; -1 where the kernel only knows "some"."""
+    commit = _commit(page, layout)
+    if not commit & _MISSED:
+        return 0
+    end = layout.data + (commit & ~(_MISSED | _STORED))
+    if not commit & _STORED or end + _U64.size > len(page):
+        return -1
+    return int(_U64.unpack_from(page, end)[0])
+
+
 def entries(page: bytes, layout: PageLayout) -> Iterator[tuple[int, memoryview]]:
     """(time stamp, entry) of each event in a page, in order; stops at a damaged header."""
     if len(page) < _U64.size:

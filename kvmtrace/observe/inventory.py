@@ -32,7 +32,7 @@ def hardware_corrupted_bytes(meminfo: str = "/proc/meminfo") -> int | None:
     """HardwareCorrupted of /proc/meminfo in bytes; None where the kernel does not count it."""
     try:
         with open(meminfo, encoding="ascii", errors="replace") as lines:
-            found = re.search(r"^HardwareCorrupted: *([0-9]{1,15}) kB", lines.read(), re.MULTILINE)
+            found = re.search(r"^HardwareCorrupted: *([0-9]{1,15})\b", lines.read(), re.MULTILINE)
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None

@@ -146,6 +146,7 @@ def test_entries_lie_within_their_page(page: bytes, header: bytes) -> None:
         return
     size = sum(len(entry) for _, entry in ringpage.entries(page, layout))
     assert size <= len(page)
+    assert ringpage.missed(page, layout) >= -1
 
 
 @given(entry=st.binary(max_size=300), said=damaged(FORMATS))

@@ -126,10 +126,15 @@ def test_padding_ends_a_page() -> None:
     assert stamps(page(event(1, b"abcd"), struct.pack("=I", 29), event(2, b"abcd"))) == [1001]
 
 
-def test_a_page_behind_lost_events_is_read() -> None:
+def test_missed_events() -> None:
     some = event(1, b"abcd")
-    assert stamps(page(some, flags=1 << 31)) == [1001]
-    assert stamps(page(some, flags=3 << 30)) == [1001]
+    assert ringpage.missed(page(some), LAYOUT) == 0
+    assert ringpage.missed(page(some, flags=1 << 31), LAYOUT) == -1
+    told = bytearray(page(some, flags=3 << 30))
+    struct.pack_into("=Q", told, 16 + len(some), 4711)
+    assert ringpage.missed(bytes(told), LAYOUT) == 4711
+    assert ringpage.missed(bytes(told)[: 16 + len(some)], LAYOUT) == -1
+    assert stamps(bytes(told)) == [1001]
 
 
 @pytest.mark.parametrize("size", range(16))
