@@ -26,38 +26,48 @@ TOKENS = (
     *(b":", b";", b",", b"=", b"{", b"}", b'"', b"\\", b"/", b"[", b"]", b"(", b")"),
 )
 _EDGES = (0, 1, 0x7F, 0x80, 0xFF)
+_STEP = 6
+_NUMBER = re.compile(rb"(?:0x)?[0-9a-f]+")
 
 
 @st.composite
 def damaged(draw: st.DrawFn, seeds: Sequence[bytes], tokens: Sequence[bytes] = TOKENS) -> bytes:
     """One of ``seeds``, changed at a few places, cut, or spliced with another one."""
-    data = bytearray(draw(st.sampled_from(seeds)))
-    for _ in range(draw(st.integers(0, 5))):
-        start = draw(st.integers(0, len(data)))
-        end = min(len(data), start + draw(st.integers(0, 16)))
-        match draw(st.integers(0, 8)):
-            case 0 if start < len(data):
-                data[start] ^= 1 << draw(st.integers(0, 7))
+    seed = draw(st.sampled_from(seeds))
+    # One draw: each takes longer than most parsers do.
+    return _changed(seed, draw(st.binary(max_size=5 * _STEP)), seeds, tokens)
+
+
+def _changed(seed: bytes, changes: bytes, seeds: Sequence[bytes], tokens: Sequence[bytes]) -> bytes:
+    """``changes``: six bytes each: kind, place (two), length, and what to put there."""
+    data = bytearray(seed)
+    for kind, high, low, length, which, value in zip(
+        *(changes[at::_STEP] for at in range(_STEP)), strict=False
+    ):
+        start = (high << 8 | low) % (len(data) + 1)
+        end = min(len(data), start + length % 17)
+        match kind % 9:
+            case 0:
+                data[start:end] = tokens[which % len(tokens)]
             case 1 if start < len(data):
-                data[start] = draw(st.sampled_from(_EDGES))
-            case 2:
-                data[start:end] = draw(st.sampled_from(tokens))
+                data[start] ^= 1 << value % 8
+            case 2 if start < len(data):
+                data[start] = _EDGES[which % len(_EDGES)]
             case 3:
-                data[start:end] = draw(st.binary(max_size=12))
+                data[start:end] = bytes((value, which, length))
             case 4:
                 del data[start:end]
             case 5:
                 del data[start:]
             case 6:
-                data[start:] = draw(st.sampled_from(seeds))[start:]
+                data[start:] = seeds[which % len(seeds)][start:]
             case 7:
-                data[end:end] = data[start:end] * draw(st.integers(1, 20))
+                data[end:end] = data[start:end] * (value % 20)
             case 8:
                 # A number that the parser reads.
-                numbers = list(re.finditer(rb"(?:0x)?[0-9a-f]+", data[start : start + 200]))
-                if numbers:
-                    at = draw(st.sampled_from(numbers))
-                    data[start + at.start() : start + at.end()] = draw(st.sampled_from(tokens))
+                number = _NUMBER.search(data, start)
+                if number is not None:
+                    data[number.start() : number.end()] = tokens[which % len(tokens)]
     return bytes(data)
 
 
@@ -66,9 +76,7 @@ def long(draw: st.DrawFn, seeds: Sequence[bytes], tokens: Sequence[bytes] = TOKE
     """A piece of a seed again and again, ``LONG`` bytes of it: work that grows faster shows."""
     seed = draw(damaged(seeds, tokens))
     start = draw(st.integers(0, len(seed)))
-    unit = seed[start : start + draw(st.integers(1, 60))]
-    unit += draw(st.sampled_from(tokens))
-    unit = unit or b" "
+    unit = seed[start : start + draw(st.integers(1, 60))] + draw(st.sampled_from(tokens)) or b" "
     head, tail = (seed[:start], seed[start:]) if draw(st.booleans()) else (b"", b"")
     return head + unit * (LONG // len(unit)) + tail
 
