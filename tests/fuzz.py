@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     executions: Counter[str] = Counter()
     for one in rounds:
         executions += one.executions
-    for test, count in sorted(executions.items()):
-        print(f"{count:10}  {test}")
+    for target, count in sorted(executions.items()):
+        print(f"{count:10}  {target}")
     found = [one for one in rounds if one.output is not None]
     for one in found:
         print(f"\n{one.output}")
@@ -130,8 +130,7 @@ def one_round(target: str, seed: int, seconds: float | None) -> Round:
         lines = [json.loads(line) for line in report]
     executions: Counter[str] = Counter()
     file = target.partition("::")[0]
-    for name, count, _ in lines:
-        executions[f"{file}::{name}"] += count
+    executions[file] = sum(count for _, count, _ in lines)
     failed = tuple(f"{file}::{name}" for name, _, has_failed in lines if has_failed) or (target,)
     took = time.monotonic() - began
     what = "something found" if output is not None else "nothing found"

@@ -415,6 +415,15 @@ def test_where_the_fault_tells_no_pfn_the_way_out_of_kvm_run_tells_the_vcpu() ->
     assert world.tell(world.run(-4, reason=10)) == []
 
 
+@pytest.mark.parametrize("lsb", [-1, 64, 1 << 15])
+def test_what_is_no_size_is_not_known(lsb: int) -> None:
+    world = World()
+    (told,) = [e for e in world.tell(sigbus(world, lsb=lsb)) if isinstance(e, Sigbus)] or [
+        e for e in world.joiner.batch([], 1 << 62, last=True) if isinstance(e, Sigbus)
+    ]
+    assert told.lsb is None
+
+
 def test_its_fault_may_come_in_the_next_batch() -> None:
     world = World()
     assert world.tell(sigbus(world)) == []
