@@ -24,12 +24,20 @@ from _pytest.outcomes import Failed
 CPU_SECONDS = 10.0
 MEMORY = 4 << 30
 
+LEAST = 3
+"""Examples that a test has, however late it is."""
+
+# Of CPU time: hypothesis looks for a smaller example for up to five minutes.
+GRACE_SECONDS = 400
+
 # Set by tests/fuzz.py: until when to try (monotonic seconds), and where to note how often.
 _UNTIL = float(os.environ.get("KVMTRACE_FUZZ_UNTIL", "0"))
 _REPORT = os.environ.get("KVMTRACE_FUZZ_REPORT")
 
 if _UNTIL:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    cpu = max(0, int(_UNTIL - time.monotonic())) + GRACE_SECONDS
+    for limit, value in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, cpu)):
+        resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
 
 
 class TooSlow(Failed):
@@ -51,7 +59,8 @@ class _Tries:
         self._until = until
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        if self._until and not self.failed and time.monotonic() >= self._until:
+        late = self._until and self.count >= LEAST and time.monotonic() >= self._until
+        if late and not self.failed:
             self.over = True
             raise TimeIsOver("others want their share")
         self.count += 1
