@@ -279,7 +279,7 @@ _BLOCK = re.compile(r"^# trigger info: hist:(?P<spec>.*)$", re.MULTILINE)
 _ROW = re.compile(
     r"^\{ (?P<key>[^}\n]*) \} hitcount: +(?P<count>\d{1,20})(?P<values>.*)$", re.MULTILINE
 )
-_VALUE = re.compile(r"(\w+): +(\d{1,20})\b")
+_VALUE = re.compile(r"\b(\w+): +(\d{1,20})\b")
 
 
 class Block(NamedTuple):

@@ -121,6 +121,7 @@ test_any_input, test_long_input, test_what_was_found = laws(
                 _HIST + b"{ vcpu: 1, ret: -14, reason: 39 } hitcount: " + b"9" * 5000,
                 _HIST + b"{ vcpu: 1 } hitcount: 1 size: " + b"9" * 5000,
                 _HIST + b"{ \n" * (LONG // 3),
+                _HIST + b"{ vcpu: 1 } hitcount: 1 " + b"9" * LONG,
             ],
         ),
         "kprobe_profile": Parser(_missed, [PROFILE]),
