@@ -1,27 +1,24 @@
 """What ``make fuzz`` asks of each property test: how long it may try, and how often it did.
 
-In any run, an example that takes ``CPU_SECONDS`` of CPU time is a failure: work that grows with the
-square of its input, or does not end. CPU time, so that a busy machine changes nothing.
+In any run, an example that takes long is a failure: see ``bounded``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
 import resource
-import signal
 import time
 import unittest
-from collections.abc import Generator, Iterator
-from types import FrameType
+from collections.abc import Generator
 from typing import Any
 
 import pytest
 from _pytest.outcomes import Failed
 
-CPU_SECONDS = 10.0
+from tests.property import bounded
+
 MEMORY = 4 << 30
 
 LEAST = 3
@@ -38,10 +35,6 @@ if _UNTIL:
     cpu = max(0, int(_UNTIL - time.monotonic())) + GRACE_SECONDS
     for limit, value in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, cpu)):
         resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
-
-
-class TooSlow(Failed):
-    """No Exception, which the command line would turn into a message."""
 
 
 class TimeIsOver(unittest.SkipTest):
@@ -65,25 +58,11 @@ class _Tries:
             raise TimeIsOver("others want their share")
         self.count += 1
         try:
-            with _bounded():
+            with bounded():
                 return self._test(*arguments, **named)
         except (Exception, Failed):
             self.failed = True  # from here on a smaller example is looked for
             raise
-
-
-@contextlib.contextmanager
-def _bounded() -> Iterator[None]:
-    def end(_number: int, _frame: FrameType | None) -> None:
-        raise TooSlow(f"one example took {CPU_SECONDS} s of CPU time")
-
-    previous = signal.signal(signal.SIGVTALRM, end)
-    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, previous)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

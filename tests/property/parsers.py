@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.property import examples
+from tests.property import bounded, examples
 from tests.property.damage import damaged, long
 
 
@@ -61,7 +61,8 @@ def laws(parsers: Mapping[str, Parser]) -> tuple[Callable[..., Any], ...]:
         ],
     )
     def test_what_was_found(parser: Parser, found: int) -> None:
-        _read(parser, parser.found[found])
+        with bounded():
+            _read(parser, parser.found[found])
 
     return test_any_input_is_read_or_refused, test_long_input_takes_no_time, test_what_was_found
 
