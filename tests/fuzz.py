@@ -91,6 +91,8 @@ def _rounds(targets: Sequence[str], seconds: float) -> list[Round]:
                 return
             if share > 0:
                 done.append(one_round(target, secrets.randbelow(1 << 32), share))
+            else:
+                print(f"no time left: {target}", flush=True)
 
     with ThreadPoolExecutor(WORKERS) as workers:
         for worker in [workers.submit(work) for _ in range(WORKERS)]:

@@ -27,8 +27,10 @@ class TooSlow(Failed):
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """What takes ``CPU_SECONDS`` of CPU time fails: work that grows with the square of its input, or
-    does not end. CPU time, so that a busy machine changes nothing."""
+    """Fail what takes ``CPU_SECONDS``: its work grows with the square of its input, or has no end.
+
+    CPU time, so that a busy machine changes nothing.
+    """
 
     def end(_number: int, _frame: FrameType | None) -> None:
         raise TooSlow(f"one example took {CPU_SECONDS} s of CPU time")
