@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 # What decoding a line that is no such thing may raise.
-WRONG = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
+WRONG = (KeyError, TypeError, ValueError, AttributeError)
 
 _UNKNOWN = {"where": "unknown_events", "count": 1}
 
@@ -112,7 +112,7 @@ def _checked_item(name: str, item: Any, hint: Any, within: range = _ANY) -> Any:
         pairs = zip(item, inner, strict=True)
         return tuple(_checked_item(name, one, its_hint) for one, its_hint in pairs)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if not isinstance(item, allowed) or (isinstance(item, bool) and bool not in allowed):
+    if not isinstance(item, allowed):
         raise Malformed(f"{name} is of the wrong type")
     if isinstance(item, str):
         cleaned = clean(item)
