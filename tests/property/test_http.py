@@ -37,7 +37,7 @@ REQUESTS = [
     b"version=0.0.4;q=0.3,*/*;q=0.2\r\nAccept-Encoding: gzip\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: localhost:9750\r\nAccept: text/html\r\n\r\n",
     b"HEAD /-/healthy HTTP/1.0\r\n\r\n",
-    b"GET /-/healthy?x=1 HTTP/1.1\nHost: x\n\n",
+    b"GET /-/healthy?x=1 HTTP/1.1\nHost: localhost\n\n",
     b"GET /metrics HTTP/1.0\r\nAccept-Encoding: gzip;q=0, identity\r\n\r\n",
     b"POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc",
     b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -65,7 +65,7 @@ FIELDS = {
     *("Content-Type", "Content-Length", "Connection", "X-Content-Type-Options"),
     *("Content-Security-Policy", "Content-Encoding", "Allow"),
 }
-STATUS = {200, 400, 404, 405, 431}
+STATUS = {200, 400, 404, 405, 421, 431}
 
 
 @pytest.fixture(scope="module")
