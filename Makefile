@@ -27,7 +27,7 @@ demo-hw: setup ## memory errors reported by firmware on an arm64 host, from the 
 test: setup ## every test, those in the lab too (ARGS="-k name"; KVMTRACE_LAB=0: without the lab)
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 1 --only-rerun LabPanic -r fER $(ARGS)
 
-fuzz: ## the property tests with fresh seeds (MINUTES=5; SEED=n: once more what was found)
+fuzz: ## the laws of tests/property with fresh seeds (MINUTES=5; SEED=n: what was found once more)
 	@sh tests/setup.sh --no-system
 	@$(PY) -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 

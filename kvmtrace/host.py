@@ -207,7 +207,9 @@ def tracefs(candidates: tuple[str, ...] = TRACEFS) -> str | None:
 
 
 _SYMBOLIC = re.compile(r"__print_symbolic\(\s*REC->(\w+)\s*,")
-_PAIR = re.compile(r'\{\s*(-?(?:0[xX][0-9a-fA-F]+|\d+))U?L*\s*,\s*"((?:[^"\\]|\\.)*)"\s*\}')
+_PAIR = re.compile(
+    r'\{\s*(-?(?:0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}))U?L*\s*,\s*"((?:[^"\\]|\\.)*)"\s*\}'
+)
 
 
 def symbolic_tables(event_format: str) -> dict[str, dict[int, str]]:
@@ -222,8 +224,12 @@ def symbolic_tables(event_format: str) -> dict[str, dict[int, str]]:
     for index, start in enumerate(starts):
         end = starts[index + 1].start() if index + 1 < len(starts) else len(print_format)
         pairs = _PAIR.findall(print_format, start.end(), end)
-        tables[start[1]] = {int(number, 0): text for number, text in pairs}
+        tables[start[1]] = {_number(number): text for number, text in pairs}
     return tables
+
+
+def _number(text: str) -> int:
+    return int(text, 16 if "x" in text.lower() else 10)
 
 
 def memory_failure_names(root: str | None = None) -> tuple[dict[int, str], dict[int, str]]:

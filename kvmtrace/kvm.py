@@ -85,6 +85,11 @@ def sigbus_code_name(code: int) -> str:
     return SIGBUS_CODES.get(code, str(code))
 
 
+def lsb_of(said: int | None) -> int | None:
+    """``si_addr_lsb`` of a signal; None where it is no size of memory."""
+    return said if said is not None and 0 <= said < 64 else None
+
+
 def gfn_of(gpa: int, page_shift: int = PAGE_SHIFT) -> int:
     """Guest frame number of a guest physical address, in pages of the host's size."""
     return gpa >> page_shift

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "kvmtrace",
+    max_examples=100 * int(os.environ.get("KVMTRACE_FUZZ", "1")),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=bool(os.environ.get("CI")) and "KVMTRACE_FUZZ" not in os.environ,

@@ -29,7 +29,7 @@ def error(record: Record, firmware: Firmware) -> HwError:
                 said["error_count"],
                 said.get("label", ""),
                 said.get("msg", ""),
-                tuple(said[layer] for layer in _LAYERS) if _LAYERS[0] in said else (),
+                tuple(said.get(layer, -1) for layer in _LAYERS) if _LAYERS[0] in said else (),
             )
             return _at(record, "ras:mc_event", **cper.edac(told, firmware.alike))
         case "extlog":

@@ -276,8 +276,10 @@ _Row = tuple[str, str, tuple[str, ...]]  # the trigger's keys and condition, and
 
 
 _BLOCK = re.compile(r"^# trigger info: hist:(?P<spec>.*)$", re.MULTILINE)
-_ROW = re.compile(r"^\{ (?P<key>[^}]*) \} hitcount: +(?P<count>\d+)(?P<values>.*)$", re.MULTILINE)
-_VALUE = re.compile(r"(\w+): +(\d+)")
+_ROW = re.compile(
+    r"^\{ (?P<key>[^}\n]*) \} hitcount: +(?P<count>\d{1,20})(?P<values>.*)$", re.MULTILINE
+)
+_VALUE = re.compile(r"\b(\w+): +(\d{1,20})\b")
 
 
 class Block(NamedTuple):
@@ -322,7 +324,7 @@ def _blocks(text: str) -> Iterator[Block]:
                 if count and total and not total % count
             }
             rows.append((parts, count, means))
-        dropped = re.search(r"^ +Dropped: (\d+)", body, re.MULTILINE)
+        dropped = re.search(r"^ +Dropped: (\d{1,20})", body, re.MULTILINE)
         keys, _, values = block["spec"].partition(":vals=")
         condition = block["spec"].partition(" if ")[2]
         valued = values.startswith("hitcount,")

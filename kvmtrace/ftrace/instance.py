@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from kvmtrace.ftrace.ringpage import PageLayout
 
+_CPUS = re.compile(r"(?<!\d)(\d{1,4})(?:-(\d{1,4}))?(?!\d)", re.ASCII)
 _NAME = re.compile(r"kvmtrace_(\d+)_(\d+)_([0-9a-f]+)(?:_[a-z]+)?")
 
 
@@ -87,7 +88,7 @@ class Instance:
             total = sum(
                 int(number)
                 for number in re.findall(
-                    r"^(?:overrun|commit overrun|dropped events): (\d+)",
+                    r"^(?:overrun|commit overrun|dropped events): (\d{1,20})",
                     self.read(f"per_cpu/cpu{cpu}/stats"),
                     re.MULTILINE,
                 )
@@ -162,17 +163,15 @@ def remove(path: str, seconds: float = 1.0) -> bool:
 
 
 def online_cpus(path: str = "/sys/devices/system/cpu/online") -> list[int]:
-    """``0-3,8`` → [0, 1, 2, 3, 8]."""
+    """``0-3,8`` → [0, 1, 2, 3, 8]; NR_CPUS is 8192 at most."""
     try:
-        with open(path) as file:
-            text = file.read().strip()
+        with open(path, encoding="ascii", errors="replace") as file:
+            found = _CPUS.findall(file.read(4096))
     except OSError:
+        found = []
+    if not found:
         return list(range(os.cpu_count() or 1))
-    cpus: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        cpus += range(int(first), int(last or first) + 1)
-    return cpus
+    return sorted({n for first, last in found for n in range(int(first), int(last or first) + 1)})
 
 
 # -- whose is it

@@ -54,8 +54,14 @@ class Joiner:
         out = self.people.out = []
         self.faults.begin(doubtful)
         self.signals.behind |= deaf
+        damaged = 0
         for record in batch:
-            out += self._one(record, read_totals)
+            try:
+                out += self._one(record, read_totals)
+            except KeyError:  # this kernel's event lacks a field that nothing can be told without
+                damaged += 1
+        if damaged:
+            out.append(Lost(now, "ftrace_damaged", damaged))
         if totals is not None:
             out += self._settle(totals, now)
             # What was dropped after the counts were read is in the next ones.

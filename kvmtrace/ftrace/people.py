@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -10,16 +11,18 @@ from kvmtrace.ftrace.records import Record
 from kvmtrace.vms import VmTable
 
 _MAX_VMS = 4096
+_TGID = re.compile(rb"^Tgid:[ \t]+([0-9]{1,10})$", re.MULTILINE)
 
 
-def tgid_of(tid: int) -> int | None:
+def tgid_of(tid: int, proc: str = "/proc") -> int | None:
     """The process of a thread that still runs."""
     try:
         # Bytes: a thread may call itself anything.
-        with open(f"/proc/{tid}/status", "rb") as lines:
-            return next((int(line.split()[1]) for line in lines if line.startswith(b"Tgid:")), None)
+        with open(f"{proc}/{tid}/status", "rb") as status:
+            found = _TGID.search(status.read())
     except OSError:
         return None
+    return int(found[1]) if found else None
 
 
 class People:

@@ -133,14 +133,16 @@ def missed(page: bytes, layout: PageLayout) -> int:
     commit = _commit(page, layout)
     if not commit & _MISSED:
         return 0
-    if not commit & _STORED:
-        return -1
     end = layout.data + (commit & ~(_MISSED | _STORED))
+    if not commit & _STORED or end + _U64.size > len(page):
+        return -1
     return int(_U64.unpack_from(page, end)[0])
 
 
 def entries(page: bytes, layout: PageLayout) -> Iterator[tuple[int, memoryview]]:
     """(time stamp, entry) of each event in a page, in order; stops at a damaged header."""
+    if len(page) < _U64.size:
+        return
     (stamp,) = _U64.unpack_from(page, 0)
     view = memoryview(page)
     at = layout.data

@@ -54,7 +54,7 @@ class Signals:
             tid,
             key.code,
             key.addr,
-            fields.get("lsb"),
+            kvm.lsb_of(fields.get("lsb")),
             sender=sender,
             vm=vm,
             comm=_comm(record),
@@ -129,7 +129,7 @@ class Signals:
         facts = totals.facts.get(key, SignalFacts())
         pid = self._people.process_of(key.tid, facts.tgid)
         vm = self._people.only_vm_of(pid)
-        return Sigbus(now, pid, key.tid, key.code, key.addr, facts.lsb, vm=vm)
+        return Sigbus(now, pid, key.tid, key.code, key.addr, kvm.lsb_of(facts.lsb), vm=vm)
 
     def _learn(self, key: SignalKey, event: Sigbus) -> None:
         self._known[key] = event

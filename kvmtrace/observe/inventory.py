@@ -31,13 +31,11 @@ _MARK = bytes(1 if value & _KPF_HWPOISON else 0 for value in range(256))
 def hardware_corrupted_bytes(meminfo: str = "/proc/meminfo") -> int | None:
     """HardwareCorrupted of /proc/meminfo in bytes; None where the kernel does not count it."""
     try:
-        with open(meminfo) as lines:
-            for line in lines:
-                if line.startswith("HardwareCorrupted:"):
-                    return int(line.split()[1]) * 1024
+        with open(meminfo, encoding="ascii", errors="replace") as lines:
+            found = re.search(r"^HardwareCorrupted: *([0-9]{1,15})\b", lines.read(), re.MULTILINE)
     except OSError:
-        pass
-    return None
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 def failure_counts(sys: str = "/sys") -> tuple[tuple[str, int], ...]:
@@ -64,7 +62,7 @@ def ram_ranges(iomem: str = "/proc/iomem") -> list[tuple[int, int]]:
     What a driver brought (kmem, virtio_mem) is listed below that driver's device.
     """
     ranges = []
-    pattern = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : System RAM", re.MULTILINE)
+    pattern = re.compile(r"^ *([0-9a-f]{1,16})-([0-9a-f]{1,16}) : System RAM", re.MULTILINE)
     try:
         text = Path(iomem).read_text(encoding="utf-8", errors="replace")
     except OSError:

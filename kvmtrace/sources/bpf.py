@@ -12,6 +12,7 @@ import ctypes
 import errno
 import functools
 import os
+import re
 import sys
 import tempfile
 import time
@@ -113,9 +114,16 @@ def _scratch() -> IO[bytes]:
 def _fdinfo(descriptor: int) -> dict[str, int]:
     """What the kernel counts of a program of ours (kernel/bpf/syscall.c, bpf_prog_show_fdinfo)."""
     with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{descriptor}") as info:
-        fields = (line.split(":", 1) for line in info if ":" in line)
-        return {name: int(value) for name, value in fields if value.strip().isdecimal()}
+        return counts_in(info.read())
     return {}
+
+
+def counts_in(fdinfo: str) -> dict[str, int]:
+    """The fields that are numbers."""
+    return {name: int(value) for name, value in _FIELD.findall(fdinfo)}
+
+
+_FIELD = re.compile(r"^(\w+):[ \t]*([0-9]{1,20})[ \t]*$", re.MULTILINE)
 
 
 class BpfSource:

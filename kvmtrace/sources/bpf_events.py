@@ -314,7 +314,7 @@ class Translator:
             record.target_tid,
             record.code,
             None if record.code == kvm.SI_KERNEL else record.hva,
-            lsb=record.lsb or None,
+            lsb=kvm.lsb_of(record.lsb) or None,
             sender=record.h.tid,
             vm=vm,
             vcpu=record.vcpu if record.vcpu >= 0 else None,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from kvmtrace.events import Sigbus
 from kvmtrace.sources import bpf_records as records
+from kvmtrace.sources.bpf_events import Translator
 from kvmtrace.sources.bpf_signals import SignalCounts
+from tests.unit.test_bpf_events import Kernel
 
 KEY = records.SigbusKey(0xFFFF1000, 3, 0x7F00, 4, 12, 186, 185, 0, 186)
 VM = (0xFFFF1000, 3)
@@ -64,3 +66,18 @@ def test_the_end_of_a_vm() -> None:
     assert counts.forget((VM[0], 2)) == []
     assert [bytes(key) for key in counts.forget(VM)] == [bytes(KEY)]
     assert counts.forget(VM) == []
+
+
+def test_what_is_no_size_is_not_known() -> None:
+    """Found by `make fuzz`: a shift by it raised ValueError."""
+    signal = record(1)
+    signal.lsb = -1
+    fault = records.FaultRecord(signal.h, 8, KEY.hva, 0, 0)
+    fault.h.type = records.FAULT
+    translator = Translator(0, ({}, {}), "/nonexistent")
+    (told,) = [
+        event
+        for event in translator.translate([bytes(signal), bytes(fault)], Kernel())
+        if isinstance(event, Sigbus)
+    ]
+    assert (told.lsb, told.gfn) == (None, 8)

@@ -11,6 +11,7 @@ from kvmtrace.events import (
     Event,
     Exit,
     GmemPoison,
+    Lost,
     Mce,
     Owned,
     Owner,
@@ -414,6 +415,15 @@ def test_where_the_fault_tells_no_pfn_the_way_out_of_kvm_run_tells_the_vcpu() ->
     assert world.tell(world.run(-4, reason=10)) == []
 
 
+@pytest.mark.parametrize("lsb", [-1, 64, 1 << 15])
+def test_what_is_no_size_is_not_known(lsb: int) -> None:
+    world = World()
+    (told,) = [e for e in world.tell(sigbus(world, lsb=lsb)) if isinstance(e, Sigbus)] or [
+        e for e in world.joiner.batch([], 1 << 62, last=True) if isinstance(e, Sigbus)
+    ]
+    assert told.lsb is None
+
+
 def test_its_fault_may_come_in_the_next_batch() -> None:
     world = World()
     assert world.tell(sigbus(world)) == []
@@ -691,3 +701,13 @@ def test_pages_moved_away_and_pages_taken_back() -> None:
         SoftOffline(told[1].ts, 0x1235, 16),
         Unpoison(told[2].ts, 0x1236),
     ]
+
+
+def test_a_record_without_a_field_that_is_needed_costs_that_record() -> None:
+    """A kernel may give a field of its tracepoint another name."""
+    world = World()
+    lacking = world.record("mce", status=0, addr=0, bank=1, cpu=0)  # no socketid
+    whole = world.record("poison", pfn=5, type=1, result=2)
+    events = world.joiner.batch([lacking, whole], 2_000_000_000)
+    assert [type(event) for event in events] == [Poison, Lost]
+    assert events[1] == Lost(2_000_000_000, "ftrace_damaged", 1)

@@ -133,7 +133,13 @@ def test_missed_events() -> None:
     told = bytearray(page(some, flags=3 << 30))
     struct.pack_into("=Q", told, 16 + len(some), 4711)
     assert ringpage.missed(bytes(told), LAYOUT) == 4711
+    assert ringpage.missed(bytes(told)[: 16 + len(some)], LAYOUT) == -1
     assert stamps(bytes(told)) == [1001]
+
+
+@pytest.mark.parametrize("size", range(16))
+def test_less_than_a_header_is_no_page(size: int) -> None:
+    assert stamps(bytes(size)) == []
 
 
 @pytest.mark.parametrize("cut", range(16, 60))
