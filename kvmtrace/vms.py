@@ -177,8 +177,9 @@ class VmTable:
 
     def _is_there(self, known: _Known) -> bool:
         """As far as anybody can say."""
-        if known.struct is not None:  # the kernel tells its end
-            return self._is_same_process(known)
+        if known.struct is not None:  # the kernel reports its end
+            told_apart = known.begun is not None
+            return self._is_same_process(known) and (told_apart or self._holds_vm(known))
         if known.descriptor and identity.is_vm_descriptor(known.pid, known.descriptor, self._proc):
             return self._is_same_process(known, exists=True)
         return self._is_same_process(known) and self._holds_vm(known)

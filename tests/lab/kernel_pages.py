@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Collection, Mapping
 
 from tests.lab.drive import PATIENCE, Line, Unstageable, Vmm, injects, recorded, replayed
 from tests.lab.machine import Machine
@@ -10,6 +12,7 @@ from tests.lab.scenarios import Scenario
 
 # Poisons one page of each kind, and prints {kind: pfn}. Bits of /proc/kpageflags
 # (include/uapi/linux/kernel-page-flags.h): 7 slab, 10 free (buddy), 26 a page table.
+# The zero page can be poisoned once: whoever watches does so at the same time.
 _POISON = """
 import json, mmap, os, struct
 
@@ -54,26 +57,31 @@ def kernel_pages(machine: Machine, source: str) -> None:
         vmm.step("create v backing=anon pages=64")
         for page in (3, 4):
             vmm.step(f"touch v +{page}")  # read only: the zero page
-    with recorded(machine, source) as log:
+    with contextlib.ExitStack() as stack:
+        sources = ("bpf", "ftrace") if source == "both" else (source,)
+        logs = [stack.enter_context(recorded(machine, one)) for one in sources]
         pages = json.loads(machine.run(["python3", "-c", _POISON], check=True).stdout)
-    told = {kind: _explain(machine, log, pfn) for kind, pfn in pages.items()}
+    for log in logs:
+        _judge(machine, log, pages, {vmm.pid for vmm in vmms})
+    for vmm in vmms:
+        vmm.end()
+
+
+def _judge(machine: Machine, log: str, pages: Mapping[str, int], pids: Collection[int]) -> None:
+    judged = {kind: _explain(machine, log, pfn) for kind, pfn in pages.items()}
     for kind in ("zero", "slab", "table"):
-        one = told[kind]
+        one = judged[kind]
         assert one["result"] == "Ignored", one
         assert (one["page_class"], one["state"], one["owners"]) == ("kernel", "unowned", []), one
         assert "reboot this host" in one["next"][0]
-    assert (told["free"]["page_type"], told["free"]["result"]) == ("free buddy page", "Recovered")
-    assert told["free"]["page_class"] == "handled"
-    assert told["free"]["next"][0].startswith("nothing: ")
+    free = judged["free"]
+    assert (free["page_type"], free["result"]) == ("free buddy page", "Recovered")
+    assert free["page_class"] == "handled"
+    assert free["next"][0].startswith("nothing: ")
     model = replayed(machine, log)
     assert model["kernel_poisoned_pages"] == 3
-    assert [vm["poisoned_pages"] for vm in model["vms"] if vm["pid"] in {v.pid for v in vmms}] == [
-        0,
-        0,
-    ]
+    assert [vm["poisoned_pages"] for vm in model["vms"] if vm["pid"] in pids] == [0, 0]
     assert model["lost"] == {}
-    for vmm in vmms:
-        vmm.end()
 
 
 def _explain(machine: Machine, log: str, pfn: int) -> Line:
@@ -83,4 +91,4 @@ def _explain(machine: Machine, log: str, pfn: int) -> Line:
 
 
 # A machine of its own: the pages stay lost.
-KERNEL_PAGES = Scenario(kernel_pages, boot={"memory": "2G"})
+KERNEL_PAGES = Scenario(kernel_pages, boot={"memory": "2G"}, sources=("both",))

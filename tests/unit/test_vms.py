@@ -119,6 +119,15 @@ def test_a_pid_that_is_used_again_is_another_process(tmp_path: Path) -> None:
     assert told(ended) == [("VmGone", 1)]
 
 
+def test_without_start_times_a_process_without_a_vm_is_another_one(tmp_path: Path) -> None:
+    vms = found(tmp_path, 5)
+    assert vms.key(AT, PID, 5)[0] == 1
+    assert vms.missed(6) == vms.missed(6 + 9_000_000_000) == []
+    (tmp_path / str(PID) / "fd" / "3").unlink()
+    ended = [event for n in range(20) for event in vms.missed(7 + n * 1_000_000_000)]
+    assert told(ended) == [("VmGone", 1)]
+
+
 def test_a_look_searches_few_processes_and_all_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
