@@ -69,7 +69,7 @@ class PageLayout:
         """From the text of ``events/header_page``; raises ValueError where it has none."""
         fields = {field.name: field for field in _fields(header_page)}
         data, commit = fields.get("data"), fields.get("commit")
-        if data is None or commit is None:
+        if data is None or commit is None or not commit.size or not data.size:
             raise ValueError("events/header_page has no layout")
         return cls(commit.size, data.offset, data.offset + data.size)
 

@@ -189,3 +189,13 @@ def test_a_line_that_makes_no_sense_costs_that_field(line: str) -> None:
 def test_a_page_without_a_layout_is_said() -> None:
     with pytest.raises(ValueError, match="header_page"):
         PageLayout.parse("\tfield: u64 timestamp;\toffset:0;\tsize:8;\tsigned:0;\n")
+
+
+@pytest.mark.parametrize("sizes", [(8, 0), (0, 16)])
+def test_a_page_without_room_is_no_layout(sizes: tuple[int, int]) -> None:
+    commit, data = sizes
+    with pytest.raises(ValueError, match="header_page"):
+        PageLayout.parse(
+            f"\tfield: local_t commit;\toffset:8;\tsize:{commit};\tsigned:1;\n"
+            f"\tfield: char data;\toffset:0;\tsize:{data};\tsigned:1;\n"
+        )
