@@ -128,7 +128,7 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
 def _step_of_the_clock(machine: Machine, vmm: Vmm) -> None:
     """A page fails before, while and after the clock is a day ahead: each has its time of day."""
     file = "/tmp/clock.jsonl"
-    recording = machine.start(f"exec kvmtrace record {file}")
+    recording = machine.start(f"exec kvmtrace record {file} --force")
     recording.wait_for("recording to", timeout=PATIENCE, stream="stderr")
     pfns = []
     try:
