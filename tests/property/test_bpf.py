@@ -33,7 +33,7 @@ def _offset(data: bytes) -> None:
     host._memory_fault_exit_by_name(path.rpartition("/")[0])
 
 
-test_any_input, test_long_input, test_what_was_found = laws(
+test_any_input, test_long_input, test_what_is_known = laws(
     {
         "BTF": Parser(
             _offset,

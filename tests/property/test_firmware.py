@@ -64,7 +64,7 @@ def _name(name: str) -> None:
             assert dimms.names(found) in ("dimm", "rank", "channel", "candidates")
 
 
-test_any_input, test_long_input, test_what_was_found = laws(
+test_any_input, test_long_input, test_what_is_known = laws(
     {
         "SMBIOS": Parser(_dmi, DMI),
         "DIMM": Parser(text(_name), NAMES),

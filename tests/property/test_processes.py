@@ -130,7 +130,7 @@ def _host(said: bytes) -> None:
     host.symbols(("memory_failure", "kvm_arch_vcpu_ioctl_run"), path)
 
 
-test_any_input, test_long_input, test_what_was_found = laws(
+test_any_input, test_long_input, test_what_is_known = laws(
     {
         "maps": Parser(parse_maps, MAPS),
         "cmdline": Parser(_identify, CMDLINES),

@@ -105,7 +105,7 @@ def _tracing(readme: bytes) -> None:
     host.tracing((placed(readme, "tracefs/README").rpartition("/")[0],))
 
 
-test_any_input, test_long_input, test_what_was_found = laws(
+test_any_input, test_long_input, test_what_is_known = laws(
     {
         "format": Parser(text(EventFormat), FORMATS, (ValueError,)),
         "print_fmt": Parser(
