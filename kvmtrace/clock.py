@@ -17,7 +17,7 @@ def epoch_offset_ns() -> int:
     """What to add to CLOCK_MONOTONIC nanoseconds to get nanoseconds since the epoch.
 
     Measured once per process: a wall clock that is stepped must not reorder events, nor set what is
-    looked up apart from what the kernel says. ``Steps`` tells what became of it since.
+    looked up apart from what the kernel says. ``Steps`` follows what became of it since.
     """
     return _start()[0]
 

@@ -163,7 +163,7 @@ def _qemu(given: _Arguments, common: Options) -> Options:
 
 
 def _android_device(words: Sequence[str]) -> str | None:
-    """``@NAME``, by which the Android emulator is told its virtual device as by ``-avd NAME``."""
+    """``@NAME``, which names the Android emulator's virtual device as ``-avd NAME`` does."""
     return next((word[1:] for word in words if re.fullmatch(r"@[\w.-]+", word)), None)
 
 

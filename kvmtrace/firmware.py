@@ -60,7 +60,7 @@ def _several(names: Iterable[_T]) -> set[_T]:
 def _names(path: str) -> dict[int, str]:
     """{handle: "BANK DEVICE"} as firmware calls them, put as EDAC does; {} where none is listed.
 
-    A handle that two of them have tells of neither.
+    A handle that two of them have names neither.
     """
     try:
         table = Path(path).read_bytes()

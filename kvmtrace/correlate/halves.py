@@ -83,7 +83,7 @@ class Halves:
     def owned(self, pfn: int, ts: int) -> list[Owned]:
         """Page table entries with the pfn, found just before ``ts`` or later.
 
-        Whoever had the page long ago need not have it now.
+        The VM that had the page long ago need not have it now.
         """
         return [one for one in self._owned.pop(pfn, []) if ts - one.ts <= JOIN_NS]
 

@@ -58,7 +58,7 @@ class Joiner:
         for record in batch:
             try:
                 out += self._one(record, read_totals)
-            except KeyError:  # this kernel's event lacks a field that nothing can be told without
+            except KeyError:  # this kernel's event lacks a field that is needed
                 damaged += 1
         if damaged:
             out.append(Lost(now, "ftrace_damaged", damaged))

@@ -114,6 +114,6 @@ def _open(kind: str) -> Source:
 
 
 def close_opening() -> None:
-    """Detach what is being attached, for whoever ends the process meanwhile."""
+    """Detach what is being attached, before the process is ended meanwhile."""
     for source in _opening[:]:
         source.close()

@@ -12,7 +12,7 @@ from tests.lab.scenarios import Scenario
 
 # Poisons one page of each kind, and prints {kind: pfn}. Bits of /proc/kpageflags
 # (include/uapi/linux/kernel-page-flags.h): 7 slab, 10 free (buddy), 26 a page table.
-# The zero page can be poisoned once: whoever watches does so at the same time.
+# The zero page can be poisoned once, so all sources watch at the same time.
 _POISON = """
 import json, mmap, os, struct
 

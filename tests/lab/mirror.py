@@ -20,7 +20,7 @@ from tests.lab.resolve import Package, parse
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 FRESH = 24 * 3600
-# A mirror that stands still. "Not valid yet" is a clock that is wrong, here or there: that is told.
+# A mirror that stands still. "Not valid yet" means that a clock is wrong: that is an error.
 EXPIRED = re.compile(r"\bis expired \(invalid since ")
 UNKNOWN_KEY = re.compile(r"NO_PUBKEY|is not signed|Missing key|couldn't be verified")
 

@@ -1,5 +1,5 @@
 """One story, known in four ways: by the serve that saw it, by a command that joined the serve, by a
-replay of its recording, and by whoever reads what they print."""
+replay of its recording, and by readers of what they print."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def replayed(events: Sequence[Event]) -> list[Event]:
 
 
 def same(one: Snapshot, other: Snapshot) -> None:
-    """Incidents and counts; of VMs that ended and to which nothing happened none need be told."""
+    """Incidents and counts; of VMs that ended and to which nothing happened none need be there."""
     assert other.incidents == one.incidents
     assert (other.poisons, other.latency) == (one.poisons, one.latency)
     counted(one, other)

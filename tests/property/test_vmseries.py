@@ -77,7 +77,7 @@ def test_series_mean_one_vm_and_never_go_down(
             if was is not None and was[0] == key:
                 assert count >= was[1], label
         for label, (_, count) in now.items():
-            # Whoever went by it before.
+            # The VM that went by it before.
             assert count >= highest.get(label, 0), label
             highest[label] = count
         for label, (key, count) in before.items():

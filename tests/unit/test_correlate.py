@@ -250,7 +250,7 @@ def test_an_owner_of_long_ago_is_none(lost: Callable[[int], Event]) -> None:
 
 
 def test_an_owner_found_a_moment_after_its_page_is_its_owner() -> None:
-    """Though it is told before it: pages are looked up when they were found."""
+    """Though it comes before it: pages are looked up when they were found."""
     owned = Owned(T0 + MS, PFN, Owner(1, 8, HVA), "pagemap")
     assert only(tell(seen(1), owned, Found(T0, PFN))[0]).owners == (Owner(1, 8, HVA),)
 

@@ -154,7 +154,7 @@ def test_another_address_is_another_dimm_s(tmp_path: Path) -> None:
 def test_a_corrected_error_of_another_line_names_no_uncorrected_one(
     tmp_path: Path, *, better: bool
 ) -> None:
-    """Lines of a page are of several DIMMs: whatever its name is worth, and whoever speaks last."""
+    """Lines of a page are of several DIMMs: neither worth nor order decides."""
     of_other = edac(T, EDAC_DIMM, address=ADDR + 0x100)
     lost = ghes(T + 60 * S, 0x42, RECOVERABLE) if better else check(T + 60 * S, 1, SRAR)
     later = edac(T + 120 * S, EDAC_DIMM, address=ADDR + 0x140)
