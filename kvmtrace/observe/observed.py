@@ -62,10 +62,9 @@ class Observed(Around):
         inventory: Inventory | None = None,
         now: Callable[[], int] = clock.now_ns,
     ) -> None:
-        super().__init__(inner)
+        super().__init__(inner, now)
         self._inventory = inventory or Inventory(proc)
         self._observer = Observer(inner.memory if isinstance(inner, HasMemory) else None, proc)
-        self._now = now
         self._hangs = READER.hangs
 
     def poll(self, timeout: float) -> list[Event]:
@@ -73,20 +72,21 @@ class Observed(Around):
         if self._observer.busy:
             timeout = min(timeout, SLICE_SECONDS)
         counts = self._inventory.counts(self._now())
-        told = in_order(self.inner.poll(timeout))
+        told = in_order(self.read(timeout))
+        now = self._read_ns
         deadline = time.monotonic() + FIRST_SECONDS
-        events = counts + self._observer.events(told, self._now(), deadline)
+        events = counts + self._observer.events(told, now, deadline)
         self._inventory.settle(self._observer.suspects())
         found = self._inventory.look(
-            self._now(), time.monotonic() + SLICE_SECONDS, self._observer.pfns, last=last
+            now, time.monotonic() + SLICE_SECONDS, self._observer.pfns, last=last
         )
-        events += self._observer.events(found, self._now(), deadline) if found else []
+        events += self._observer.events(found, now, deadline) if found else []
         return events + self._given_up()
 
     def _given_up(self) -> list[Event]:
         hangs = READER.hangs - self._hangs
         self._hangs += hangs
-        return [Lost(self._now(), "hung_reads", hangs)] if hangs else []
+        return [Lost(self._read_ns, "hung_reads", hangs)] if hangs else []
 
 
 def in_order(events: list[Event]) -> list[Event]:

@@ -24,14 +24,13 @@ class Quiet(Around):
     """A source that also says when nothing happened. ``now``: ns since the epoch."""
 
     def __init__(self, inner: Source, now: Callable[[], int] = clock.now_ns) -> None:
-        super().__init__(inner)
-        self._now = now
+        super().__init__(inner, now)
         self._since: int | None = None
         self._wait = FIRST_NS
 
     def poll(self, timeout: float) -> list[Event]:
-        events = self.inner.poll(timeout)
-        now = self._now()
+        events = self.read(timeout)
+        now = self._read_ns
         if events:
             self._since, self._wait = now, FIRST_NS
         elif self._since is not None and now - self._since >= self._wait:

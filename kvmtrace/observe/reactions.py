@@ -52,16 +52,15 @@ class Reactions(Around):
     def __init__(
         self, inner: Source, proc: str = "/proc", now: Callable[[], int] = clock.now_ns
     ) -> None:
-        super().__init__(inner)
+        super().__init__(inner, now)
         self._proc = proc
-        self._now = now
         self._threads: OrderedDict[int, _Thread] = OrderedDict()
 
     def poll(self, timeout: float) -> list[Event]:
         """The inner source's events and what was due to be looked at."""
         if self._threads:
             timeout = min(timeout, _POLL_NS / _SECOND)
-        events = self.inner.poll(timeout)
+        events = self.read(timeout)
         for event in events:
             self._follow(event)
         return events + self._look()
@@ -80,7 +79,7 @@ class Reactions(Around):
                     del self._threads[tid]
 
     def _told(self, vm: int, tid: int, vcpu: int | None) -> None:
-        now = self._now()
+        now = self._read_ns
         known = self._threads.get(tid)
         if known is not None and (known.vm, known.vcpu) == (vm, vcpu):
             if known.next or now - known.told_ns > LOOKS_NS[0]:
@@ -96,7 +95,7 @@ class Reactions(Around):
     # -- looking
 
     def _look(self) -> list[Event]:
-        now = self._now()
+        now = self._read_ns
         found: list[Event] = []
         for one in list(self._threads.values()):
             if now - one.told_ns < LOOKS_NS[one.next]:

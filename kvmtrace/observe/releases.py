@@ -30,9 +30,8 @@ class Releases(Around):
     def __init__(
         self, inner: Source, proc: str = "/proc", now: Callable[[], int] = clock.now_ns
     ) -> None:
-        super().__init__(inner)
+        super().__init__(inner, now)
         self._proc = proc
-        self._now = now
         self._pid_of: dict[int, int] = {}  # by VM
         self._places: OrderedDict[_Place, None] = OrderedDict()
         self._new: dict[_Place, None] = {}
@@ -40,7 +39,7 @@ class Releases(Around):
 
     def poll(self, timeout: float) -> list[Event]:
         """The inner source's events, and what was seen to be no longer there."""
-        events = self.inner.poll(timeout)
+        events = self.read(timeout)
         for event in events:
             self._follow(event)
         self._begin()
@@ -86,7 +85,7 @@ class Releases(Around):
                 del places[place]
 
     def _look(self) -> list[Event]:
-        now = self._now()
+        now = self._read_ns
         if not self._places or now < self._next:
             return []
         self._next = now + LOOK_NS

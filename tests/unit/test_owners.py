@@ -28,11 +28,20 @@ from kvmtrace.events import (
 )
 from kvmtrace.guestmem import Page, Slot, gfns_at
 from kvmtrace.model import Probe, ProbeRuns
-from kvmtrace.observe import Observed, Observer, inventory, observed
+from kvmtrace.observe import (
+    Observed,
+    Observer,
+    Quiet,
+    Reactions,
+    Releases,
+    inventory,
+    observed,
+)
 from kvmtrace.observe.observed import in_order
 from kvmtrace.observe.owners import Place, Search, find, poisoned_pfn
 from kvmtrace.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
 from kvmtrace.sources import bpf_vms
+from tests.unit.fake import SECOND, T0, FakeSource
 
 # /proc/PID/pagemap after memory_failure on Linux 7.3.4, x86-64
 ANON = 0x4080000002099558  # pfn 0x104caa
@@ -347,6 +356,36 @@ def test_owners_come_before_their_poison(tmp_path: Path) -> None:
     poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered", tid=70)
     owned = Owned(3, 0x104CAA, Owner(5, None, 0x13000), "pagemap", PAGE)
     assert story(tmp_path, [seen, poison]) == [seen, owned, poison]
+
+
+def test_while_pages_are_looked_up_no_loop_ends(tmp_path: Path) -> None:
+    """The kernel has not been read meanwhile: what it says is late, not over."""
+    now = T0
+    proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
+
+    class Slow(inventory.Inventory):
+        def counts(self, ts: int) -> list[Event]:
+            return []
+
+        def look(self, ts: int, *_: object, **__: object) -> list[Event]:
+            nonlocal now
+            now += 60 * SECOND
+            return [Found(ts, 0x104CAA)]
+
+    def clock() -> int:
+        return now
+
+    loop = Exit(T0, 5, 0, kvm.EHWPOISON, 39, True, 70, gpa=0x8000, gfn=8, count=2000)
+    proc = str(tmp_path)
+    inner = Observed(FakeSource([VmSeen(T0, 5, 7), loop]), proc, Slow(proc), clock)
+    source = Quiet(Reactions(Releases(inner, proc, clock), proc, clock), clock)
+    correlator = Correlator()
+    events = source.poll(0)
+    for event in events:
+        correlator.feed(event)
+    assert [event.pfn for event in events if isinstance(event, Owned)] == [0x104CAA]
+    assert now > T0
+    assert "looping" in {incident.state for incident in correlator.snapshot().incidents}
 
 
 def test_a_page_is_read_once_however_many_signals_name_it(
