@@ -1,7 +1,8 @@
-"""``make fuzz [MINUTES=n] [SEED=n]``: the laws of tests/property with fresh seeds, for minutes.
+"""``make fuzz [MINUTES=n] [SEED=n] [FROM=text]``: the laws of tests/property, for minutes.
 
 Each file of tests/property is a target; all have the same time, two at once. A target is run by
-pytest in rounds, each with a seed of its own, in which its tests share the time. What is found is
+pytest in rounds, each with a seed of its own, in which its tests share the time. Seeds are fresh;
+with FROM they follow from that text, so that who runs it again finds the same. What is found is
 printed with the smallest input that shows it, and with the seed that finds it again; the exit
 status is then 1. Findings are kept as tests.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import secrets
+import random
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make fuzz")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, help="one round of each target with this seed")
+    parser.add_argument(
+        "--from", dest="origin", help="what the seeds follow from, instead of chance"
+    )
     parser.add_argument("targets", nargs="*", default=TARGETS, help="files, or tests in them")
     options = parser.parse_args(arguments)
     if "CI" not in os.environ:
@@ -62,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.seed is not None:
         rounds = [one_round(target, options.seed, None) for target in options.targets]
     else:
-        rounds = _rounds(options.targets, options.minutes * 60)
+        rounds = _rounds(options.targets, options.minutes * 60, options.origin)
     executions: Counter[str] = Counter()
     for one in rounds:
         executions += one.executions
@@ -78,23 +82,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if found else 0
 
 
-def _rounds(targets: Sequence[str], seconds: float) -> list[Round]:
+def _rounds(targets: Sequence[str], seconds: float, origin: str | None) -> list[Round]:
+    chance = random.Random(origin)
     deadline = time.monotonic() + seconds
     each = max(1, round(seconds * WORKERS / len(targets) / ROUND_SECONDS))
-    left = deque([*targets] * each)
-    # Who comes last has what the others leave.
-    secrets.SystemRandom().shuffle(left)
+    rounds = [(target, chance.randrange(1 << 32)) for target in [*targets] * each]
+    # The last rounds have the time that the others leave.
+    chance.shuffle(rounds)
+    left = deque(rounds)
     done: list[Round] = []
 
     def work() -> None:
         while left:
             share = (deadline - time.monotonic()) * min(1.0, WORKERS / len(left)) * AT_WORK
             try:
-                target = left.popleft()
+                target, seed = left.popleft()
             except IndexError:
                 return
             if share > 0:
-                done.append(one_round(target, secrets.randbelow(1 << 32), share))
+                done.append(one_round(target, seed, share))
             else:
                 print(f"no time left: {target}", flush=True)
 

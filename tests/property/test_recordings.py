@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvmtrace import door, host, sources
@@ -138,6 +138,7 @@ def test_a_recording_is_read_or_refused(command: tuple[str, ...], recording: byt
 
 
 @given(recording=RECORDINGS)
+@example(recording=lines([HEADER]) + b'{"kind":"probes","probes":')
 @examples(60)
 def test_what_was_bundled_is_a_recording_of_the_same(recording: bytes) -> None:
     """A bundle's events lead to the incidents that it shows."""
@@ -149,7 +150,8 @@ def test_what_was_bundled_is_a_recording_of_the_same(recording: bytes) -> None:
         assert events is not None
         again = placed(events.read(), "bundled")
     first, second = run("replay", path, "--json"), run("replay", again, "--json")
-    assert second.exit_code == 0
+    # What was cut off stays so; a bundle says that its end is missing.
+    assert second.exit_code == 0 or "is cut off" in first.stderr
     told, retold = json.loads(first.stdout), json.loads(second.stdout)
     for part in ("vms", "incidents", "lost", "dimms"):
         assert told[part] == retold[part]
