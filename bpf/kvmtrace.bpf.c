@@ -1,6 +1,6 @@
 /* The eBPF side of kvmtrace, as bcc compiles it (no kernel headers: see stubs/).
  *
- * sources/bpf.py passes, as -D macros read from BTF:
+ * sources/bpf/source.py passes, as -D macros read from BTF:
  *   OFF_struct_member  byte offset, or -1 where this kernel has no such member
  *   SIZE_struct        bytes
  *   ARG_event_name     which argument of a tracepoint is called so, or -1
@@ -96,7 +96,7 @@ static __always_inline void lose(u32 place)
 		__sync_fetch_and_add(count, 1);
 }
 
-/* Which copy this is: bcc knows it as a helper, sources/bpf_copies.py puts the number in its place. */
+/* Which copy this is: bcc knows it as a helper, sources/bpf/copies.py puts the number in its place. */
 static u64 (*this_copy)(void) = (void *)THIS_COPY;
 #define COPY_UNDER_WAY 31
 
@@ -705,7 +705,7 @@ static __always_inline int on_cper(u32 via, int severity, u64 mem, u64 fru_text)
 	record.severity = severity;
 	record.count = 1;
 	if (mem) {
-		/* As firmware wrote it: UEFI's layout (kvmtrace/cper.py, MEMORY_WORDS). */
+		/* As firmware wrote it: UEFI's layout (kvmtrace/linux/cper.py, MEMORY_WORDS). */
 		record.valid = word(mem);
 		record.addr = word(mem + 16);
 		record.mask = word(mem + 24);

@@ -1,5 +1,5 @@
-/* What crosses from the kernel to sources/bpf.py: one header, one body per type.
- * Laid out without holes; sources/bpf_records.py mirrors it field by field. */
+/* What crosses from the kernel to sources/bpf/source.py: one header, one body per type.
+ * Laid out without holes; sources/bpf/records.py mirrors it field by field. */
 #ifndef KVMTRACE_RECORD_H
 #define KVMTRACE_RECORD_H
 
@@ -168,7 +168,7 @@ enum hw_via { HW_MC_EVENT, HW_EXTLOG, HW_APEI, HW_ARM, HW_NON_STANDARD };
 #define HW_TEXT 96
 struct hw_record {
 	struct header h;
-	/* CPER: words of struct cper_sec_mem_err, see kvmtrace/cper.py; others: addr, where valid.
+	/* CPER: words of struct cper_sec_mem_err, see kvmtrace/linux/cper.py; others: addr, where valid.
 	 * mc_event: place is the memory controller and three layers, a byte each. */
 	u64 valid;
 	u64 addr;

@@ -12,7 +12,7 @@ import click
 
 from kvmtrace import __version__
 from kvmtrace.cli.doctor import doctor
-from kvmtrace.cli.ending import Group, stop
+from kvmtrace.cli.errors import Group, stop
 from kvmtrace.cli.live import events, serve, top
 from kvmtrace.cli.logs import bundle, explain, record, replay
 

@@ -8,10 +8,11 @@ import sys
 
 import click
 
-from kvmtrace import host, sources
+from kvmtrace import sources
 from kvmtrace.choice import Attempt
-from kvmtrace.cli.ending import as_kvmtrace_error, json_is_utf8, say
+from kvmtrace.cli.errors import as_kvmtrace_error, json_is_utf8, say
 from kvmtrace.cli.options import json_option, source_option
+from kvmtrace.linux import host
 from kvmtrace.views import doctor as doctor_view
 
 WIDTH_WITHOUT_TERMINAL = 80

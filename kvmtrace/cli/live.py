@@ -10,8 +10,8 @@ import time
 
 import click
 
-from kvmtrace import host, identity, processes
-from kvmtrace.cli.attaching import (
+from kvmtrace.cli.errors import json_is_utf8, say, stop, tell
+from kvmtrace.cli.inputs import (
     POLL_SECONDS,
     attach,
     give_up_privileges,
@@ -19,7 +19,6 @@ from kvmtrace.cli.attaching import (
     open_door,
     session_on,
 )
-from kvmtrace.cli.ending import json_is_utf8, say, stop, tell
 from kvmtrace.cli.options import (
     duration_option,
     interval_option,
@@ -30,11 +29,13 @@ from kvmtrace.cli.printing import show_snapshot
 from kvmtrace.correlate import Told
 from kvmtrace.errors import UsageError
 from kvmtrace.events import Event, VmSeen
+from kvmtrace.linux import host
 from kvmtrace.model import Snapshot
-from kvmtrace.sources.joined import JoinedSource
-from kvmtrace.views import lines
-from kvmtrace.views.header import watching_text
-from kvmtrace.views.server import check_listen
+from kvmtrace.sources.remote import JoinedSource
+from kvmtrace.views import event_lines
+from kvmtrace.views.tables.header import watching_text
+from kvmtrace.views.web.server import check_listen
+from kvmtrace.vmm import identity, processes
 
 
 @click.command()
@@ -56,7 +57,7 @@ def top(once: bool, as_json: bool, interval: float, source: str) -> None:
         raise UsageError(
             "top needs a terminal", "`kvmtrace top --once` prints the table, `events` follows"
         )
-    from kvmtrace.views import top as view  # noqa: PLC0415 (a TUI library)
+    from kvmtrace.views.terminal import app as view  # noqa: PLC0415 (a TUI library)
 
     with session_on(here(source)) as session:
         give_up_privileges()
@@ -100,7 +101,7 @@ def events(
 
     --json prints one JSON object per line: integers as integers, what is unknown is absent.
     """
-    text = lines.json_text if as_json else lines.event_text
+    text = event_lines.json_text if as_json else event_lines.event_text
     if as_json:
         json_is_utf8()
     attached = here(source)
@@ -215,20 +216,20 @@ def serve(
     listen: str | None, max_vms: int | None, allow_host: tuple[str, ...], source: str
 ) -> None:
     """Serve /metrics for Prometheus, /-/healthy and a landing page."""
-    from kvmtrace.views import exporter  # noqa: PLC0415 (prometheus_client)
+    from kvmtrace.views.web import metrics  # noqa: PLC0415 (prometheus_client)
 
     def kinds() -> list[tuple[str, str]]:
         types, results = host.memory_failure_names()
         return [(kind, result) for kind in types.values() for result in results.values()]
 
-    listen = listen or exporter.DEFAULT_LISTEN
+    listen = listen or metrics.DEFAULT_LISTEN
     check_listen(listen)
     with session_on(attach(source)) as session, open_door(session, started=False) as answering:
-        server = exporter.serve(
+        server = metrics.serve(
             listen,
             session,
             kinds=kinds,
-            max_vms=max_vms or exporter.DEFAULT_MAX_VMS,
+            max_vms=max_vms or metrics.DEFAULT_MAX_VMS,
             now=session.now,
             names=allow_host,
             started=False,

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import click
 
-from kvmtrace import host, wire
-from kvmtrace.cli.attaching import (
+from kvmtrace.cli.doctor import examined
+from kvmtrace.cli.errors import Interrupted, json_is_utf8, say, stop, tell
+from kvmtrace.cli.inputs import (
     POLL_SECONDS,
     Batch,
     Story,
@@ -21,8 +22,6 @@ from kvmtrace.cli.attaching import (
     replaying,
     session_on,
 )
-from kvmtrace.cli.doctor import examined
-from kvmtrace.cli.ending import Interrupted, json_is_utf8, say, stop, tell
 from kvmtrace.cli.options import (
     duration_option,
     from_option,
@@ -30,16 +29,17 @@ from kvmtrace.cli.options import (
     look_option,
     with_source,
 )
-from kvmtrace.cli.output import Output
+from kvmtrace.cli.output_file import Output
 from kvmtrace.cli.printing import show_snapshot
 from kvmtrace.events import GmemPoison, Mce, Poison
-from kvmtrace.live import Session
+from kvmtrace.linux import host
+from kvmtrace.session.session import Session
 from kvmtrace.sources.recording import Writer
 from kvmtrace.spool import LongText, spooling
 from kvmtrace.views import bundle as bundle_view
 from kvmtrace.views import doctor as doctor_view
+from kvmtrace.views import event_lines, json_output, lookup
 from kvmtrace.views import explain as explain_view
-from kvmtrace.views import lines, targets
 
 # The host may go down with what these report.
 _LAST_WORDS = (GmemPoison, Mce, Poison)
@@ -101,7 +101,7 @@ def replay(file: str, as_events: bool, as_json: bool) -> None:
     """
     if as_json:
         json_is_utf8()
-    text = lines.json_text if as_json else lines.event_text
+    text = event_lines.json_text if as_json else event_lines.event_text
     with replaying(file) as source:
         session = Session(source, source.host.page_shift)
         while not source.done and not stop.asked:
@@ -130,19 +130,19 @@ def explain(
     """
     with log_of(recording, source, duration) as log:
         snapshot = log.model()
-        found = targets.find(snapshot, target)
+        found = lookup.find(snapshot, target)
         if as_json:
             json_is_utf8()
             objects = [explain_view.as_object(incident, snapshot) for incident in found]
             if not found:
-                pages = targets.soft_offlined(snapshot, target)
-                objects = [wire.soft_offlined(page, snapshot) for page in pages]
-                errors = targets.reported(snapshot, target)
-                objects = objects or [wire.reported(*one, snapshot) for one in errors]
+                pages = lookup.soft_offlined(snapshot, target)
+                objects = [json_output.soft_offlined(page, snapshot) for page in pages]
+                errors = lookup.reported(snapshot, target)
+                objects = objects or [json_output.reported(*one, snapshot) for one in errors]
             say(json.dumps(objects, ensure_ascii=False))
             return
         texts = [explain_view.explain_text(incident, snapshot) for incident in found]
-        say("\n\n".join(texts) or targets.about_nothing(snapshot, target))
+        say("\n\n".join(texts) or lookup.about_nothing(snapshot, target))
 
 
 @click.command()

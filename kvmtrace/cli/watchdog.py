@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from kvmtrace.standstill import Standstill
+from kvmtrace.linux.thread_progress import Standstill
 
 # Seconds; LOOK, one of the next two and CLEAN_UP are less than 5 together. Only detaching may take
 # longer, as long as it moves.

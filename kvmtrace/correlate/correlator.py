@@ -21,14 +21,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from kvmtrace import kvm
-from kvmtrace.correlate.account import Account, newly_lost
-from kvmtrace.correlate.halves import Halves
-from kvmtrace.correlate.incidents import State
+from kvmtrace.correlate.hardware_errors import Errors, Provenance
+from kvmtrace.correlate.incident import State
+from kvmtrace.correlate.incident_store import Register
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.pages import verdict_on
-from kvmtrace.correlate.population import Population
-from kvmtrace.correlate.provenance import Errors, Provenance
-from kvmtrace.correlate.register import Register
+from kvmtrace.correlate.pending import Halves
+from kvmtrace.correlate.totals import Account, newly_lost
+from kvmtrace.correlate.vms import Population
 from kvmtrace.events import (
     ClockStep,
     Event,

@@ -10,10 +10,10 @@ import importlib
 from collections.abc import Mapping
 from typing import Protocol, cast
 
-from kvmtrace import host
 from kvmtrace.choice import Attempt, choose
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
+from kvmtrace.linux import host
 from kvmtrace.model import Probe, ProbeRuns
 
 
@@ -43,8 +43,8 @@ CHOICES = ("auto", "bpf", "ftrace")
 
 # Named rather than imported: users of one source must not need what the other one needs.
 _CLASSES = {
-    "bpf": ("kvmtrace.sources.bpf", "BpfSource"),
-    "ftrace": ("kvmtrace.sources.ftrace", "FtraceSource"),
+    "bpf": ("kvmtrace.sources.bpf.source", "BpfSource"),
+    "ftrace": ("kvmtrace.sources.ftrace.source", "FtraceSource"),
 }
 
 

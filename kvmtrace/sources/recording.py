@@ -19,10 +19,9 @@ from typing import IO, Any
 from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import ClockStep, Event, Lost, to_record, wall_time
-from kvmtrace.identity import clean
 from kvmtrace.model import Host, Probe, ProbeRuns
 from kvmtrace.sources.checksums import EXACT, ODD, Broken, Checker, Places, Sealer
-from kvmtrace.sources.decoding import (
+from kvmtrace.sources.codec import (
     TIMES,
     UNSTEPPED,
     UNWRITABLE,
@@ -34,6 +33,7 @@ from kvmtrace.sources.decoding import (
     version_of,
 )
 from kvmtrace.spool import spooling
+from kvmtrace.vmm.identity import clean
 
 FORMAT = 1
 MARK = "from_here_on"

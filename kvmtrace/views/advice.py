@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvmtrace import dimms
+from kvmtrace import dimm_names
 from kvmtrace.model import Incident, Snapshot, Verdict
 from kvmtrace.views import vmm_advice
-from kvmtrace.views.cells import counted, dimm_of, hex_of, listed
+from kvmtrace.views.format import counted, dimm_of, hex_of, listed
 from kvmtrace.views.vmm_advice import Vmm
 
 _NAMES = 8
@@ -270,14 +270,14 @@ def _for_hardware(incident: Incident) -> list[str]:
         return [f"watch {dimm_of(origin.label)}: {errors}, those of this page were corrected"]
     if origin.severity is None:  # firmware's and EDAC's "informational"
         return [f"watch {dimm_of(origin.label)}: {errors}, none that says it was not corrected"]
-    match dimms.names(origin.label):
+    match dimm_names.names(origin.label):
         case "candidates":
-            among = listed(dimms.candidates(origin.label))
+            among = listed(dimm_names.candidates(origin.label))
             return [
                 f"find out which DIMM fails, one of {among}: {errors}, and EDAC does not"
                 " distinguish them; change their places, one at a time, and see where errors follow"
             ]
-        case kind if dimms.is_position(origin.label):
+        case kind if dimm_names.is_position(origin.label):
             return [
                 f"find the DIMM {_POSITIONS[kind]} {origin.label}: {errors}; the board's manual"
                 " says where controllers, channels, slots and chip selects (csrow) are"
@@ -291,7 +291,7 @@ def _for_hardware(incident: Incident) -> list[str]:
 
 
 def _names_dimm(label: str | None) -> bool:
-    return label is not None and dimms.names(label) == "dimm"
+    return label is not None and dimm_names.names(label) == "dimm"
 
 
 def _why_nothing(incident: Incident) -> str:

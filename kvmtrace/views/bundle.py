@@ -9,9 +9,10 @@ import tarfile
 from collections.abc import Mapping
 from typing import IO, TypeVar
 
-from kvmtrace import __version__, wire
+from kvmtrace import __version__
 from kvmtrace.model import Snapshot
 from kvmtrace.spool import LongText
+from kvmtrace.views import json_output
 from kvmtrace.views.explain import explain_text
 from kvmtrace.views.redaction import Redaction
 
@@ -28,9 +29,9 @@ def contents(
     ``version``: of the kvmtrace that recorded them. ``bcc``: its version, None if it is not here.
     """
     host = snapshot.host
-    here = wire.known(kvmtrace=__version__, python=platform.python_version(), bcc=bcc)
-    versions = wire.known(
-        recorded_by=wire.known(kvmtrace=version),
+    here = json_output.known(kvmtrace=__version__, python=platform.python_version(), bcc=bcc)
+    versions = json_output.known(
+        recorded_by=json_output.known(kvmtrace=version),
         bundled_by=here,
         kernel=host.kernel if host else None,
         host=host.name if host else None,
@@ -41,7 +42,7 @@ def contents(
     return {
         "events.jsonl": recording,
         "explain.txt": "\n\n\n".join(told) + "\n" if told else "no incidents\n",
-        "top.json": json.dumps(wire.top(snapshot), ensure_ascii=False, indent=1) + "\n",
+        "top.json": json.dumps(json_output.top(snapshot), ensure_ascii=False, indent=1) + "\n",
         "versions.json": json.dumps(versions, indent=1) + "\n",
     }
 

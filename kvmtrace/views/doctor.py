@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvmtrace import wire
 from kvmtrace.choice import Attempt, choose
-from kvmtrace.host import CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Facts
+from kvmtrace.linux.host import CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Facts
 from kvmtrace.probes import ProbeSpec, specs
+from kvmtrace.views import json_output
 
 _LEAST_WIDTH = 20  # for a text beside its name
 
@@ -225,16 +225,16 @@ def as_object(report: Report) -> dict[str, Any]:
         "ok": report.ok,
         "verdict": report.verdict,
         "checks": [
-            wire.known(name=c.name, ok=c.ok, found=c.found, fix=_fix_of(c), detail=c.detail)
+            json_output.known(name=c.name, ok=c.ok, found=c.found, fix=_fix_of(c), detail=c.detail)
             for c in report.checks
         ],
         "sources": [
-            wire.known(
+            json_output.known(
                 name=attempt.kind,
                 works=attempt.refused is None,
                 why=attempt.refused,
                 detail=attempt.detail,
-                probes=[wire.probe(probe) for probe in attempt.probes],
+                probes=[json_output.probe(probe) for probe in attempt.probes],
             )
             for attempt in report.attempts
         ],

@@ -8,12 +8,12 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from kvmtrace import dimms, wire
+from kvmtrace import dimm_names
 from kvmtrace.events import ClockStep
 from kvmtrace.model import ErrorHistory, Incident, Moment, Origin, Party, Snapshot
-from kvmtrace.views import advice
-from kvmtrace.views.cells import counted, dimm_of, hex_of, listed, shift_of, size_of, span_of
-from kvmtrace.views.rows import KERNEL_ITSELF, state_word
+from kvmtrace.views import advice, json_output
+from kvmtrace.views.format import counted, dimm_of, hex_of, listed, shift_of, size_of, span_of
+from kvmtrace.views.tables.rows import KERNEL_ITSELF, state_word
 
 WIDTH = 80
 _LABEL = 11
@@ -48,17 +48,19 @@ def _named(incident: Incident, snapshot: Snapshot) -> Incident:
 def as_object(incident: Incident, snapshot: Snapshot) -> dict[str, Any]:
     """The same for programs: the incident of the contract and what explains it."""
     incident = _named(incident, snapshot)
-    return wire.incident(incident, snapshot) | {
+    return json_output.incident(incident, snapshot) | {
         "timeline": [
-            wire.known(
-                ts=wire.rfc3339(snapshot.wall(moment.ts)),
+            json_output.known(
+                ts=json_output.rfc3339(snapshot.wall(moment.ts)),
                 what=moment.what,
                 how=moment.how,
-                vm=None if moment.vm is None else wire.party_name(incident.parties.get(moment.vm)),
+                vm=None
+                if moment.vm is None
+                else json_output.party_name(incident.parties.get(moment.vm)),
                 count=moment.count,
                 last_ts=None
                 if moment.last_ts is None
-                else wire.rfc3339(snapshot.wall(moment.last_ts)),
+                else json_output.rfc3339(snapshot.wall(moment.last_ts)),
             )
             for moment in _timeline(incident, snapshot)
         ],
@@ -166,7 +168,7 @@ def origin_parts(origin: Origin) -> Iterator[str]:
 
 
 def _this(label: str | None) -> str:
-    kind = dimms.names(label or "")
+    kind = dimm_names.names(label or "")
     return {"dimm": "this DIMM", "candidates": "these DIMMs"}.get(kind, f"this {kind}")
 
 

@@ -20,9 +20,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvmtrace import commandline, identity, probes
+from kvmtrace import probes
 from kvmtrace.events import Event, Sigbus, VmSeen
 from kvmtrace.model import Host, Probe
+from kvmtrace.vmm import command_line, identity
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -52,7 +53,7 @@ class Redaction:
                 case VmSeen():
                     uuid = event.uuid and event.uuid.lower()
                     for role, word in (("vm", event.name), ("vmm", event.vmm), ("uuid", uuid)):
-                        if word and not (role == "vmm" and word in commandline.VMMS):
+                        if word and not (role == "vmm" and word in command_line.VMMS):
                             seen[role][word] = None
                     if event.vmid:
                         numbers[event.vmid] = None
@@ -80,7 +81,7 @@ class Redaction:
         """An event with its names replaced."""
         match event:
             case VmSeen():
-                vmm = event.vmm if event.vmm in commandline.VMMS else self._name(event.vmm)
+                vmm = event.vmm if event.vmm in command_line.VMMS else self._name(event.vmm)
                 return dataclasses.replace(
                     self._texts(event),
                     name=self._name(event.name),
@@ -192,7 +193,7 @@ class _Needles:
             whole = name.removesuffix(_CUT_OFF)
             # What looks like an escape in a name may be written as such, or be escaped.
             for folded in (fold(whole)[0].strip(), fold(whole, escaped=False)[0].strip()):
-                if folded in commandline.VMMS:
+                if folded in command_line.VMMS:
                     continue
                 if folded.isdecimal() or len(folded.encode()) < _SHORT:
                     # A number of few digits is everywhere.

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from tests.lab import asked, idle
-from tests.lab.drive import PATIENCE, Vmm
 from tests.lab.errors import status_of
+from tests.lab.harness import PATIENCE, Vmm
 from tests.lab.machine import DEFAULT, Job, Machine
 from tests.lab.progress import say
 from tests.lab.readme import keep

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.lab.drive import PATIENCE, followers
 from tests.lab.errors import LabError
+from tests.lab.harness import PATIENCE, followers
 from tests.lab.machine import DEFAULT, Machine, prepare
 
 SWITCH = os.environ.get("KVMTRACE_LAB", "")

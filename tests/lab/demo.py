@@ -13,10 +13,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tests.lab import mca, residue
+from tests.lab import leftovers, mca
 from tests.lab.config import row
-from tests.lab.drive import PATIENCE, Vmm
 from tests.lab.errors import LabError, status_of
+from tests.lab.harness import PATIENCE, Vmm
 from tests.lab.machine import DEFAULT, Machine, prepare
 from tests.lab.progress import say
 
@@ -160,9 +160,9 @@ class PoisonStory(Story):
 
         What comes first is seen by other probes than what comes later.
         """
-        before: residue.Attached = {}
+        before: leftovers.Attached = {}
         while not self.over.wait(PACE):
-            now = residue.probing(self._machine)
+            now = leftovers.probing(self._machine)
             functions = map(str, now["functions"])
             watched = any(one.startswith("kvm_arch_vcpu_ioctl_run") for one in functions)
             if watched and now == before:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 
 from tests.lab import cper
 from tests.lab.demo import DRESSING_ROOM, FOREVER, Step, Story, steps
-from tests.lab.drive import PATIENCE
 from tests.lab.errors import status_of
+from tests.lab.harness import PATIENCE
 from tests.lab.machine import Machine, prepare
 from tests.lab.progress import say
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tests.lab import cper
-from tests.lab.drive import PATIENCE, Line, Unstageable, Vmm
+from tests.lab.harness import PATIENCE, Line, Unstageable, Vmm
 from tests.lab.machine import Machine
 
 SOURCES = ("bpf", "ftrace")

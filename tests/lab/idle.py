@@ -39,8 +39,9 @@ os.killpg(0, signal.SIGKILL)
 
 _SERVE = """
 import sys, time
-from kvmtrace import cli, clock, sources
-from kvmtrace.vms import VmTable
+from kvmtrace import cli, sources
+from kvmtrace.linux import clock
+from kvmtrace.sources.vm_table import VmTable
 from tests.unit.fake import FakeSource
 pids = [int(pid) for pid in sys.argv.pop(1).split(",")]
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Collection, Mapping
 
-from tests.lab.drive import PATIENCE, Line, Unstageable, Vmm, injects, recorded, replayed
+from tests.lab.harness import PATIENCE, Line, Unstageable, Vmm, injects, recorded, replayed
 from tests.lab.machine import Machine
 from tests.lab.scenarios import Scenario
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tests.lab import mca
-from tests.lab.drive import PATIENCE, Line, Unstageable, Vmm, Watch, seen_by, told_by
+from tests.lab.harness import PATIENCE, Line, Unstageable, Vmm, Watch, seen_by, told_by
 from tests.lab.machine import Job, Machine
 from tests.lab.owners import owners_of, poison_of
 from tests.lab.scenarios import Scenario, gone

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab import config
-from tests.lab.conditions import CONDITIONS
-from tests.lab.drive import Unstageable, end_following
 from tests.lab.errors import LabError, LabUnable, status_of
 from tests.lab.ghes import ghes
+from tests.lab.harness import Unstageable, end_following
+from tests.lab.hosts import CONDITIONS
 from tests.lab.kernel_pages import KERNEL_PAGES
 from tests.lab.machine import Machine
 from tests.lab.machine_check import SCENARIOS as MACHINE_CHECKS

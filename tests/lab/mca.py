@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tests.lab.drive import PATIENCE, Unstageable
 from tests.lab.errors import LabTimeout
+from tests.lab.harness import PATIENCE, Unstageable
 from tests.lab.machine import Machine
 
 CPU = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.lab.drive import Vmm, recorded
+from tests.lab.harness import Vmm, recorded
 from tests.lab.machine import Machine
 from tests.lab.scenarios import Scenario
 

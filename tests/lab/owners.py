@@ -7,16 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from tests.lab.drive import (
-    Line,
-    Unstageable,
-    Vmm,
-    Watch,
-    end_following,
-    injects,
-    top,
-    watching,
-)
+from tests.lab.harness import Line, Unstageable, Vmm, Watch, end_following, injects, top, watching
 from tests.lab.machine import Machine
 
 # (backing, pages)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import time
 
-from kvmtrace import privileges
-from tests.lab.drive import PATIENCE, Line
+from kvmtrace.linux import privileges
+from tests.lab.harness import PATIENCE, Line
 from tests.lab.machine import Machine
 
 # Of each process of kvmtrace, and of each of its threads.
@@ -22,7 +22,7 @@ for pid in filter(str.isdecimal, os.listdir("/proc")):
             status = open(f"/proc/{pid}/task/{tid}/status").read()
             sets = dict(re.findall(r"^(Cap\w+|NoNewPrivs):\s*(\w+)$", status, re.M))
             sets = {name: int(value, 16) for name, value in sets.items()}
-            found.append({"worker": b"kvmtrace.proc_worker" in cmdline, **sets})
+            found.append({"worker": b"kvmtrace.linux.proc_worker" in cmdline, **sets})
     except OSError:
         continue
 print(json.dumps(found))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tests.lab.drive import PATIENCE, Line, Unstageable, end_following, following
+from tests.lab.harness import PATIENCE, Line, Unstageable, end_following, following
 from tests.lab.machine import Machine
 
 NAME, UUID = "tenant-7", "6f2c1f0e-93a5-4b0e-9d53-2d0f4c1f5a77"

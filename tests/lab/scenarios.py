@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.lab.drive import (
+from tests.lab.harness import (
     PATIENCE,
     Line,
     Unstageable,

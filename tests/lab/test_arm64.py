@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lab.conditions import doctor
 from tests.lab.conftest import Boot
-from tests.lab.drive import end_following
 from tests.lab.ghes import ghes
+from tests.lab.harness import end_following
+from tests.lab.hosts import doctor
 from tests.lab.scenarios import gmem_poison, hva_anon
 
 pytestmark = pytest.mark.lab

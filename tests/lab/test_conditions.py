@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.lab.conditions import (
+from tests.lab.conftest import Boot
+from tests.lab.harness import end_following, kvmtrace
+from tests.lab.hosts import (
     CONDITIONS,
     HIDDEN_TYPES,
     kvm_comes_and_goes,
@@ -19,8 +21,6 @@ from tests.lab.conditions import (
     no_tracefs,
     unprivileged,
 )
-from tests.lab.conftest import Boot
-from tests.lab.drive import end_following, kvmtrace
 from tests.lab.machine import Machine
 
 pytestmark = pytest.mark.lab

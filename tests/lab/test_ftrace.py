@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.lab.drive import PATIENCE, Vmm, Watch, seen_by, told_by, watching
+from tests.lab.harness import PATIENCE, Vmm, Watch, seen_by, told_by, watching
 from tests.lab.machine import Machine
 from tests.lab.scenarios import gone
 
@@ -128,9 +128,9 @@ def test_more_places_than_the_kernel_has_entries_for(machine: Machine) -> None:
 def test_the_kernel_takes_all_that_can_be_muted(machine: Machine) -> None:
     """As many keys as are muted at once, and their numbers as long as can be; beyond, none is."""
     code = """
-from kvmtrace.ftrace.hist import ExitKey, SignalKey
-from kvmtrace.ftrace.storm import MAX_MUTED, RATE, ExitStorms, SignalStorms, exclusions
-from kvmtrace.sources.ftrace import FtraceSource
+from kvmtrace.sources.ftrace.totals import ExitKey, SignalKey
+from kvmtrace.sources.ftrace.muting import MAX_MUTED, RATE, ExitStorms, SignalStorms, exclusions
+from kvmtrace.sources.ftrace.source import FtraceSource
 
 exits, signals, top = ExitStorms(), SignalStorms(), (1 << 64) - 1
 for n in range(MAX_MUTED):
@@ -162,8 +162,8 @@ finally:
 
 def test_types_are_read_the_same_without_libbpf(machine: Machine) -> None:
     code = """
-from kvmtrace import btfblob
-from kvmtrace.btf import Btf
+from kvmtrace.linux import btfblob
+from kvmtrace.linux.btf import Btf
 btf = Btf()
 for member in ("pid", "tgid", "comm", "mm", "no_such_member"):
     print(member, btf.offset("task_struct", member), btfblob.offset("task_struct", member))

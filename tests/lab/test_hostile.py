@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.drive import PATIENCE, Line, Vmm, Watch
+from tests.lab.harness import PATIENCE, Line, Vmm, Watch
 from tests.lab.machine import Job, Machine
 
 pytestmark = pytest.mark.lab

@@ -21,7 +21,7 @@ import pytest
 
 from tests.lab import layer, programs, root, userland
 from tests.lab.conftest import needed
-from tests.lab.drive import PATIENCE
+from tests.lab.harness import PATIENCE
 from tests.lab.userland import Userland, alone
 
 pytestmark = pytest.mark.lab

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmtrace.door import DIRECTORY
-from kvmtrace.wire import rfc3339
-from tests.lab import privileges, residue
-from tests.lab.drive import PATIENCE, Line, Vmm, Watch, end_following
+from kvmtrace.session.feed import DIRECTORY
+from kvmtrace.views.json_output import rfc3339
+from tests.lab import leftovers, privileges
+from tests.lab.harness import PATIENCE, Line, Vmm, Watch, end_following
 from tests.lab.machine import Job, Machine
 
 pytestmark = pytest.mark.lab
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.lab
 @pytest.fixture(params=["bpf", "ftrace"])
 def serve(request: pytest.FixtureRequest, machine: Machine) -> Iterator[Job]:
     end_following(machine)  # what other tests left running is attached too
-    before = residue.attached(machine)
+    before = leftovers.attached(machine)
     serve = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 --source {request.param}")
     serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
     privileges.only_what_watching_takes(machine)
@@ -32,7 +32,7 @@ def serve(request: pytest.FixtureRequest, machine: Machine) -> Iterator[Job]:
     if serve.poll() is None:
         serve.signal(signal.SIGINT)
         assert serve.wait(PATIENCE) == 0, serve.stderr
-    residue.nothing_but(machine, before)
+    leftovers.nothing_but(machine, before)
 
 
 def _metric(machine: Machine, serve: Job, name: str, *labels: str) -> float:
@@ -71,7 +71,7 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
     report = {vmm.name: vmm.step("report") for vmm in (sick, shaken)}
     told = {name: sum(row["count"] for row in one["failed"]) for name, one in report.items()}
     assert told["sick"] == 3000
-    probing = residue.probing(machine)
+    probing = leftovers.probing(machine)
     modes = machine.run(f"stat -c '%a %U %F' {DIRECTORY} {DIRECTORY}/*", check=True).stdout
     assert modes == "750 root directory\n600 root socket\n"
 
@@ -96,7 +96,7 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
     watch = Watch(machine, "auto", "--vm sick")
     recording = machine.start("exec kvmtrace record /tmp/joined.jsonl --force")
     recording.wait_for("recording to", timeout=PATIENCE, stream="stderr")
-    assert residue.probing(machine) == probing
+    assert leftovers.probing(machine) == probing
     sick.step("loop v +3 2000")
     watch.until(
         lambda lines: sum(x["count"] for x in lines if x["kind"] == "exit") >= 2000, "2000 exits"

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.lab import privileges, residue
+from tests.lab import leftovers, privileges
 from tests.lab.conftest import Boot
-from tests.lab.drive import PATIENCE, Line, Vmm, Watch, kvmtrace, refused, seen_by, told_by
+from tests.lab.harness import PATIENCE, Line, Vmm, Watch, kvmtrace, refused, seen_by, told_by
 from tests.lab.machine import Machine
 
 pytestmark = pytest.mark.lab
@@ -28,19 +28,19 @@ pytestmark = pytest.mark.lab
 def test_started_before_kvm_it_waits_and_attaches(boot: Boot) -> None:
     machine = boot(modules=("hwpoison-inject",))
     assert machine.run("test -e /sys/module/kvm").status == 1
-    before = residue.attached(machine)
+    before = leftovers.attached(machine)
     watch = Watch(machine, "bpf")
     first = watch.job.stderr
     assert "not attached: " in first
     assert re.search(r"not attached:.*\brun\b", first), first
-    attached = residue.attached(machine)
+    attached = leftovers.attached(machine)
     assert len(attached["programs"]) > len(before["programs"])  # poison is watched meanwhile
     privileges.only_what_watching_takes(machine)
 
     machine.run("modprobe kvm-amd && test -c /dev/kvm", check=True)
     run_probe = re.compile(r"kvm_arch_vcpu_ioctl_run\b")
     _until(
-        lambda: any(run_probe.match(str(one)) for one in residue.attached(machine)["functions"]),
+        lambda: any(run_probe.match(str(one)) for one in leftovers.attached(machine)["functions"]),
         "kvm's functions probed",
     )
     vmm = Vmm(machine, "early")
@@ -58,7 +58,7 @@ def test_started_before_kvm_it_waits_and_attaches(boot: Boot) -> None:
     report = vmm.end()
     lines = watch.end()  # SIGINT
     assert seen_by(lines, vmm.pid) == told_by(report)
-    residue.nothing_but(machine, before)
+    leftovers.nothing_but(machine, before)
 
     # kvm goes only if nobody holds it: neither a probe nor a program
     machine.run("modprobe -r kvm-amd kvm && ! test -e /sys/module/kvm", check=True)
@@ -76,20 +76,20 @@ def _until(condition: Callable[[], object], what: str) -> None:
 
 def test_no_signal_leaves_anything_attached(machine: Machine) -> None:
     """Two at once; SIGINT is in the test before this one, and `serve` in test_serve.py."""
-    before = residue.attached(machine)
+    before = leftovers.attached(machine)
     terminal = {"TERM": "xterm-256color"}
     top = machine.start("exec kvmtrace top --source bpf", pty=(24, 80), env=terminal)
     killed = Watch(machine, "bpf")
     top.wait_for("attached", timeout=PATIENCE)
-    assert len(residue.attached(machine)["links"]) > len(before["links"])
+    assert len(leftovers.attached(machine)["links"]) > len(before["links"])
     # Nothing is detached by another one's end.
     killed.job.signal(signal.SIGKILL)
     assert killed.job.wait(PATIENCE) == -signal.SIGKILL
-    assert len(residue.attached(machine)["links"]) > len(before["links"])
+    assert len(leftovers.attached(machine)["links"]) > len(before["links"])
     top.signal(signal.SIGTERM)
     assert top.wait(PATIENCE) == 0, top.tail()
     assert "Traceback" not in top.stdout
-    residue.nothing_but(machine, before)
+    leftovers.nothing_but(machine, before)
 
 
 def test_a_reader_that_leaves_is_no_error(machine: Machine) -> None:

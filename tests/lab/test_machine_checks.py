@@ -9,7 +9,7 @@ import functools
 
 import pytest
 
-from tests.lab.drive import Line, following
+from tests.lab.harness import Line, following
 from tests.lab.machine import Machine
 
 pytestmark = pytest.mark.lab

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from tests.lab.drive import Line, Vmm, Watch, seen_by, told_by
+from tests.lab.harness import Line, Vmm, Watch, seen_by, told_by
 from tests.lab.machine import Machine
 from tests.lab.scenarios import gone
 

@@ -12,14 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.lab.drive import (
-    PATIENCE,
-    Vmm,
-    recorded,
-    replayed,
-    replayed_lines,
-    watching,
-)
+from tests.lab.harness import PATIENCE, Vmm, recorded, replayed, replayed_lines, watching
 from tests.lab.machine import Machine
 from tests.lab.owners import deliveries, owners_before_any_touch, owners_of, poison_of
 

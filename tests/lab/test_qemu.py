@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lab.drive import end_following
+from tests.lab.harness import end_following
 from tests.lab.machine import Machine
 from tests.lab.qemu_guest import MEMORY, page_gone, qemu_advice, qemu_loses_a_page
 from tests.lab.scenarios import SOURCES

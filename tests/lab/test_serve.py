@@ -18,9 +18,9 @@ import pytest
 
 from kvmtrace import probes
 from tests import dashboards, prometheus
-from tests.lab import residue
+from tests.lab import leftovers
 from tests.lab.conftest import Shared
-from tests.lab.drive import PATIENCE, Line, Vmm, end_following
+from tests.lab.harness import PATIENCE, Line, Vmm, end_following
 from tests.lab.machine import Job, Machine
 
 pytestmark = pytest.mark.lab
@@ -73,8 +73,8 @@ class Story:
     machine: Machine
     serve: Job
     prometheus: GuestPrometheus
-    before: residue.Attached
-    attached: residue.Attached
+    before: leftovers.Attached
+    attached: leftovers.Attached
     vmms: dict[str, Vmm]
     born: Exits
     old: float
@@ -131,7 +131,7 @@ def exits_in(samples: list[prometheus.Sample]) -> Exits:
 def story(shared_machine: Shared) -> Iterator[Story]:
     machine = shared_machine.get()
     end_following(machine)  # what other tests left running would be counted as ours
-    before = residue.attached(machine)
+    before = leftovers.attached(machine)
     machine.run("sysctl -q kernel.bpf_stats_enabled=1", check=True)
     serve = machine.start(f"exec kvmtrace serve --listen {INSTANCE}")
     vmms: dict[str, Vmm] = {}
@@ -161,7 +161,7 @@ def story(shared_machine: Shared) -> Iterator[Story]:
             serve,
             scraper,
             before,
-            residue.attached(machine),
+            leftovers.attached(machine),
             vmms,
             born,
             old,
@@ -404,4 +404,4 @@ def test_sigterm_ends_it_and_nothing_stays_attached(story: Story) -> None:
     story.serve.signal(signal.SIGTERM)
     assert story.serve.wait(PATIENCE) == 0
     assert story.serve.stderr == f"serving http://{INSTANCE}/metrics\n"
-    residue.nothing_but(story.machine, story.before)
+    leftovers.nothing_but(story.machine, story.before)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.lab.conditions import doctor
 from tests.lab.conftest import Boot, Shared
-from tests.lab.drive import Unstageable, end_following, following
+from tests.lab.harness import Unstageable, end_following, following
+from tests.lab.hosts import doctor
 from tests.lab.machine import Machine
 from tests.lab.scenarios import SCENARIOS, SOURCES, Scenario, hva_anon, parity, unannotated
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.lab.drive import PATIENCE, Line, Vmm
+from tests.lab.harness import PATIENCE, Line, Vmm
 from tests.lab.machine import Job, Machine
 
 pytestmark = pytest.mark.lab

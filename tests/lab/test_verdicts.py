@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvmtrace.model import VERDICTS
-from kvmtrace.sources import bpf
-from tests.lab.drive import PATIENCE, Line, Vmm, told_by
+from kvmtrace.sources.bpf import source as bpf
+from tests.lab.harness import PATIENCE, Line, Vmm, told_by
 from tests.lab.machine import Machine
 from tests.lab.vmm import private_vms
 

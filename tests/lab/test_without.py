@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab import demo, without
-from tests.lab.conditions import both_ways, doctor
 from tests.lab.conftest import prepared
-from tests.lab.drive import PATIENCE, end_following, kvmtrace, watching
+from tests.lab.harness import PATIENCE, end_following, kvmtrace, watching
+from tests.lab.hosts import both_ways, doctor
 from tests.lab.machine import DEFAULT, Machine
 from tests.lab.scenarios import SCENARIOS, Scenario
 

@@ -10,18 +10,18 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace import btfblob, host, wire
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Lost
-from kvmtrace.sources import bpf_records as records
-from kvmtrace.sources import bpf_refusals
-from kvmtrace.sources.bpf_events import Translator
-from kvmtrace.sources.bpf_layout import read_symbols
-from kvmtrace.sources.decoding import WRONG, checked
+from kvmtrace.linux import btfblob, host
+from kvmtrace.sources.bpf import attach_errors, records
+from kvmtrace.sources.bpf.layout import read_symbols
+from kvmtrace.sources.bpf.translator import Translator
+from kvmtrace.sources.codec import WRONG, checked
+from kvmtrace.views import json_output
 from tests.property import examples
 from tests.property.damage import placed
 from tests.property.parsers import Parser, laws, text
-from tests.unit.test_bpf_events import Kernel
+from tests.unit.test_bpf_translator import Kernel
 from tests.unit.test_btfblob import BEFORE, INT, STRINGS, TASK, blob
 
 
@@ -52,7 +52,7 @@ test_any_input, test_long_input, test_what_is_known = laws(
             ],
         ),
         "libbpf": Parser(
-            text(lambda said: bpf_refusals.explain("fexit", said, said.split("\n"))),
+            text(lambda said: attach_errors.explain("fexit", said, said.split("\n"))),
             [b"Failed to attach BPF program b'x' to kprobe b'y'\nInvalid argument"],
         ),
     }
@@ -120,5 +120,5 @@ def test_records_are_told_or_lost(
             event = checked(event)  # noqa: PLW2901
         except WRONG:
             event = Lost(0, "unwritable_events", 1)  # noqa: PLW2901
-        wire.event_line(correlator.feed(event))
-    wire.top(correlator.snapshot())
+        json_output.event_line(correlator.feed(event))
+    json_output.top(correlator.snapshot())

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace import wire
 from kvmtrace.correlate import Correlator, Told
-from kvmtrace.correlate.halves import JOIN_NS
 from kvmtrace.correlate.limits import Limits
+from kvmtrace.correlate.pending import JOIN_NS
 from kvmtrace.events import (
     KINDS,
     LAST_NS,
@@ -43,7 +42,7 @@ from kvmtrace.events import (
     to_record,
 )
 from kvmtrace.model import CAUSES, PAGE_CLASSES, STATES, VERDICTS, Snapshot
-from kvmtrace.views import lines
+from kvmtrace.views import event_lines, json_output
 from tests.property import examples
 
 # Few of each, so that things meet: the same page twice, two VMs on one thread, a key that is gone.
@@ -220,8 +219,8 @@ def snapshot(events: Iterable[Event]) -> Snapshot:
 def test_any_log_can_be_fed_and_shown(events: list[Event]) -> None:
     correlator, all_told = fed(events)
     for told in all_told:
-        assert (wire.event_line(told) is None) == (lines.event_text(told) is None)
-    wire.top(correlator.snapshot())
+        assert (json_output.event_line(told) is None) == (event_lines.event_text(told) is None)
+    json_output.top(correlator.snapshot())
 
 
 @given(LOGS)

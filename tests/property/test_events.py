@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvmtrace.events import KINDS, Event, Lost, Owner, from_record, to_record
 from kvmtrace.model import Host
-from kvmtrace.sources.decoding import UNWRITABLE, Decoder, Malformed, checked
+from kvmtrace.sources.codec import UNWRITABLE, Decoder, Malformed, checked
 from kvmtrace.sources.recording import RecordingSource, Writer
 
 HOST = Host("sick-host", "6.18.15", "bpf")

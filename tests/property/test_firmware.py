@@ -8,15 +8,16 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace import cper, dimms, firmware, mce
+from kvmtrace import dimm_names
 from kvmtrace.events import HwError, Mce
-from kvmtrace.ftrace import hardware
-from kvmtrace.ftrace.people import People
-from kvmtrace.ftrace.poison import Poisons
-from kvmtrace.ftrace.records import Record
-from kvmtrace.identity import clean
-from kvmtrace.sources.decoding import checked
-from kvmtrace.vms import VmTable
+from kvmtrace.linux import cper, mce, smbios
+from kvmtrace.sources.codec import checked
+from kvmtrace.sources.ftrace import hardware
+from kvmtrace.sources.ftrace.poison import Poisons
+from kvmtrace.sources.ftrace.records import Record
+from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.vm_table import VmTable
+from kvmtrace.vmm.identity import clean
 from tests.property import examples
 from tests.property.damage import damaged, directory, placed
 from tests.property.parsers import Parser, laws, text
@@ -50,18 +51,18 @@ TEXT = damaged(NAMES).map(lambda data: data.decode("utf-8", "replace"))
 
 def _dmi(table: bytes) -> None:
     path = placed(table, "sys/firmware/dmi/tables/DMI")
-    labels = firmware.dimm_labels(path)
+    labels = smbios.dimm_labels(path)
     assert len(set(labels.values())) == len(labels)
     assert all(0 <= handle < 1 << 16 for handle in labels)
-    firmware.read(f"{directory()}/sys")
+    smbios.read(f"{directory()}/sys")
 
 
 def _name(name: str) -> None:
-    for found in (dimms.label(name), dimms.of_fru(name)):
+    for found in (dimm_names.label(name), dimm_names.of_fru(name)):
         if found is not None:
             assert found == clean(found, len(found))
-            dimms.candidates(found)
-            assert dimms.names(found) in ("dimm", "rank", "channel", "candidates")
+            dimm_names.candidates(found)
+            assert dimm_names.names(found) in ("dimm", "rank", "channel", "candidates")
 
 
 test_any_input, test_long_input, test_what_is_known = laws(
@@ -91,7 +92,7 @@ def _fit(error: HwError) -> None:
 @examples(300)
 def test_a_memory_error_section_is_told(words: tuple[int, ...], severity: int) -> None:
     fields: dict[str, Any] = dict(zip(cper.Memory._fields, words, strict=True))
-    labels = firmware.Firmware({0x1100: "DIMM_A1"}, cper.GHES)
+    labels = smbios.Firmware({0x1100: "DIMM_A1"}, cper.GHES)
     _fit(hardware.error(Record(1, "apei", fields | {"sev": severity}), labels))
 
 
@@ -108,7 +109,7 @@ def test_an_extended_log_is_told(
     *, pa: int, lsb: int, etype: int, sev: int, data: bytes, fru: str
 ) -> None:
     fields = {"pa": pa, "pa_mask_lsb": lsb, "etype": etype, "sev": sev, "data": data}
-    _fit(hardware.error(Record(1, "extlog", fields | {"fru_text": fru}), firmware.Firmware()))
+    _fit(hardware.error(Record(1, "extlog", fields | {"fru_text": fru}), smbios.Firmware()))
 
 
 @given(
@@ -135,7 +136,7 @@ def test_what_edac_says_is_told(
     fields |= {"error_count": count, "label": label, "msg": message}
     names = ("mc_index", "top_layer", "middle_layer", "lower_layer")
     fields |= dict(zip(names, layers, strict=True))
-    alike = firmware.Firmware(alike=frozenset({"DIMM_A1"}))
+    alike = smbios.Firmware(alike=frozenset({"DIMM_A1"}))
     _fit(hardware.error(Record(1, "mc_event", fields), alike))
 
 
@@ -144,7 +145,7 @@ def test_what_edac_says_is_told(
 def test_what_arm_and_other_sections_say_is_told(sev: int, buffer: bytes, fru: str) -> None:
     fields = {"sev": sev, "pei_buf": buffer, "fru_text": fru}
     for probe in ("arm_event", "non_standard"):
-        _fit(hardware.error(Record(1, probe, fields), firmware.Firmware({}, cper.GHES)))
+        _fit(hardware.error(Record(1, probe, fields), smbios.Firmware({}, cper.GHES)))
 
 
 @given(

@@ -19,10 +19,10 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvmtrace.errors import UsageError
-from kvmtrace.live import Session
-from kvmtrace.views import exporter
-from kvmtrace.views import server as server_module
-from kvmtrace.views.server import Server, parse_listen
+from kvmtrace.session.session import Session
+from kvmtrace.views.web import metrics
+from kvmtrace.views.web import server as server_module
+from kvmtrace.views.web.server import Server, parse_listen
 from tests.property import examples
 from tests.property.damage import TOKENS, damaged
 from tests.property.test_recordings import unfit
@@ -75,8 +75,8 @@ def server() -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server_module, "HEAD_SECONDS", SECONDS)
         patch.setattr(server_module, "ANSWER_SECONDS", SECONDS)
-        patch.setattr(exporter, "STALE_SECONDS", 1e9)  # nobody reads it any more
-        running = exporter.serve("127.0.0.1:0", session)
+        patch.setattr(metrics, "STALE_SECONDS", 1e9)  # nobody reads it any more
+        running = metrics.serve("127.0.0.1:0", session)
         yield running
         running.close()
     session.close()

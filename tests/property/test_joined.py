@@ -15,16 +15,18 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvmtrace import wire
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event, Lost, StillQuiet, VmGone, VmSeen
-from kvmtrace.followers import Follower
-from kvmtrace.history import EventLog
 from kvmtrace.model import Host, Snapshot
-from kvmtrace.sources.decoding import WRONG, checked
-from kvmtrace.sources.joined import JoinedSource
+from kvmtrace.session.history import EventLog
+from kvmtrace.session.subscriber import Follower
+from kvmtrace.sources.codec import WRONG, checked
 from kvmtrace.sources.recording import RecordingSource, Writer
-from kvmtrace.views import explain, exporter, lines, page, table
+from kvmtrace.sources.remote import JoinedSource
+from kvmtrace.views import event_lines, explain, json_output
+from kvmtrace.views.tables import table
+from kvmtrace.views.web import landing
+from kvmtrace.views.web import metrics as exporter
 from tests.property import examples
 from tests.property.damage import placed
 from tests.property.stories import EVENTS as ANYTHING
@@ -194,9 +196,9 @@ def test_no_counter_goes_down(events: list[Event], at: int, max_vms: int) -> Non
 
 def _texts(correlator: Correlator, told: Sequence[Any]) -> Iterator[str]:
     shown = correlator.snapshot()
-    yield from filter(None, map(lines.event_text, told))
+    yield from filter(None, map(event_lines.event_text, told))
     yield table.table_text(shown, now=shown.last_ts or 0, width=100)
-    yield page.render(shown, shown.last_ts or 0)
+    yield landing.render(shown, shown.last_ts or 0)
     for incident in shown.incidents:
         yield explain.explain_text(incident, shown)
 
@@ -212,8 +214,8 @@ def test_what_is_shown_is_fit_and_what_is_json_comes_back(events: list[Event]) -
         assert not unfit(text)
     shown = correlator.snapshot()
     for made in (
-        *filter(None, map(wire.event_line, told)),
-        wire.top(shown),
+        *filter(None, map(json_output.event_line, told)),
+        json_output.top(shown),
         *(explain.as_object(incident, shown) for incident in shown.incidents),
     ):
         text = json.dumps(made, ensure_ascii=False)

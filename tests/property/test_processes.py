@@ -12,11 +12,12 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace import commandline, host, identity, vmpaths
-from kvmtrace.ftrace.people import tgid_of
-from kvmtrace.observe import inventory, owners, reactions
-from kvmtrace.pagemap import SPECIAL_TYPES, parse_maps, referenced_pfn
-from kvmtrace.sources import bpf
+from kvmtrace.enrich import existing_poison, page_tables, vcpu_state
+from kvmtrace.linux import host
+from kvmtrace.linux.pagemap import SPECIAL_TYPES, parse_maps, referenced_pfn
+from kvmtrace.sources.bpf import source
+from kvmtrace.sources.ftrace.vms import tgid_of
+from kvmtrace.vmm import command_line, identity, paths
 from tests.property import examples
 from tests.property.damage import damaged, directory, placed
 from tests.property.parsers import Parser, laws, text
@@ -95,16 +96,16 @@ def fit(name: str) -> bool:
 
 def _words(cmdline: bytes) -> None:
     argv = cmdline.decode("utf-8", "replace").split("\0")
-    _, kind, arguments = commandline.program("exe", argv)
+    _, kind, arguments = command_line.program("exe", argv)
     for one in {kind, "qemu", "cloud-hypervisor", "crosvm", "runsc", "virtualbox", "vmware", None}:
-        for path in commandline.options(one, arguments).paths:
-            vmpaths.name_of_path(path)
+        for path in command_line.options(one, arguments).paths:
+            paths.name_of_path(path)
 
 
 def _cgroup(cgroup: str) -> None:
-    vmpaths.machine_of_cgroup(cgroup)
-    vmpaths.instance_of_cgroup(cgroup)
-    vmpaths.vmid_of_cgroup(cgroup)
+    paths.machine_of_cgroup(cgroup)
+    paths.instance_of_cgroup(cgroup)
+    paths.vmid_of_cgroup(cgroup)
 
 
 def _stat(stat: bytes) -> None:
@@ -112,14 +113,14 @@ def _stat(stat: bytes) -> None:
     placed(stat, f"proc/{PID}/task/{PID}/schedstat")
     proc = path[: path.index(f"/{PID}/")]
     identity.begun(PID, proc)
-    known = reactions.Reactions(FakeSource(), proc)
+    known = vcpu_state.Reactions(FakeSource(), proc)
     known._stat(PID)
     known._cpu_ns(PID)
 
 
 def _counts(total: bytes) -> None:
     path = placed(total, "sys/devices/system/node/node0/memory_failure/total")
-    inventory.failure_counts(path[: path.index("/devices")])
+    existing_poison.failure_counts(path[: path.index("/devices")])
 
 
 def _host(said: bytes) -> None:
@@ -138,14 +139,14 @@ test_any_input, test_long_input, test_what_is_known = laws(
         "comm": Parser(lambda comm: _identify(comm=comm), [b"CPU 0/KVM\n", b"exe\n"]),
         "cgroup": Parser(lambda cgroup: _identify(b"", b"\n", cgroup), CGROUPS),
         "cgroup_names": Parser(text(_cgroup), CGROUPS),
-        "path": Parser(text(vmpaths.name_of_path), [b"/run/vm/web-1/qmp.sock", b"../home/x/a-b"]),
+        "path": Parser(text(paths.name_of_path), [b"/run/vm/web-1/qmp.sock", b"../home/x/a-b"]),
         "status": Parser(
             lambda said: tgid_of(PID, _proc(said)), [STATUS], found=[b"Tgid:\n", b"Tgid:\t\x007\n"]
         ),
         "stat": Parser(_stat, [STAT, b"123 45 6\n"]),
-        "iomem": Parser(lambda said: inventory.ram_ranges(placed(said, "iomem")), [IOMEM]),
+        "iomem": Parser(lambda said: existing_poison.ram_ranges(placed(said, "iomem")), [IOMEM]),
         "meminfo": Parser(
-            lambda said: inventory.hardware_corrupted_bytes(placed(said, "meminfo")),
+            lambda said: existing_poison.hardware_corrupted_bytes(placed(said, "meminfo")),
             [b"MemTotal:       16384 kB\nHardwareCorrupted:     8 kB\n"],
             found=[b"HardwareCorrupted: !   8 kB\n", b"HardwareCorrupted:"],
         ),
@@ -156,7 +157,7 @@ test_any_input, test_long_input, test_what_is_known = laws(
         "cpuinfo": Parser(
             lambda said: host.cpu(placed(said, "proc/cpuinfo").rpartition("/")[0]), [CPUINFO]
         ),
-        "fdinfo": Parser(text(bpf.counts_in), [FDINFO]),
+        "fdinfo": Parser(text(source.counts_in), [FDINFO]),
     }
 )
 
@@ -185,7 +186,7 @@ _FLAGS = st.sampled_from([1 << 63, 1 << 62, 1 << 63 | 1 << 62, 1 << 61, 3 << 55,
 
 @given(
     entries=st.lists(st.tuples(_PFN, _FLAGS, st.none() | st.integers(0, 31)), max_size=200),
-    wanted=st.sets(_PFN, max_size=owners.MAX_NEEDLES + 1),
+    wanted=st.sets(_PFN, max_size=page_tables.MAX_NEEDLES + 1),
     present=st.lists(st.integers(0, 199), max_size=4),
     padding=st.sampled_from([0, 64]),
 )
@@ -197,7 +198,7 @@ def test_pages_are_found_as_by_looking_at_each_entry(
     values = [flags | (pfn if kind is None else pfn << 5 | kind) for pfn, flags, kind in entries]
     wanted |= {entries[at][0] for at in present if at < len(entries)}
     raw = b"".join(value.to_bytes(8, "little") for value in values) + bytes(8 * padding)
-    found = set(owners._matches(raw, frozenset(wanted)))
+    found = set(page_tables._matches(raw, frozenset(wanted)))
     assert found == {
         (at, pfn)
         for at, value in enumerate(values)
@@ -213,14 +214,16 @@ def test_special_types_are_within_five_bits() -> None:
 @examples(150)
 def test_poisoned_pages_are_those_with_the_flag(flags: list[int]) -> None:
     raw = b"".join(one.to_bytes(8, "little") for one in flags)
-    assert list(inventory.poisoned_in(raw)) == [n for n, one in enumerate(flags) if one >> 19 & 1]
+    assert list(existing_poison.poisoned_in(raw)) == [
+        n for n, one in enumerate(flags) if one >> 19 & 1
+    ]
 
 
 @given(iomem=damaged([IOMEM]))
 @examples(150)
 def test_all_of_memory_can_be_looked_at(iomem: bytes) -> None:
     """Offsets into /proc/kpageflags, 8 bytes a page, are ones that the kernel takes."""
-    for first, end in inventory.ram_ranges(placed(iomem, "iomem")):
+    for first, end in existing_poison.ram_ranges(placed(iomem, "iomem")):
         assert 0 <= 8 * first <= 8 * end < 1 << 63
 
 

@@ -11,17 +11,19 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace import host, wire
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Lost
-from kvmtrace.ftrace import dynevents, hist, instance, ringpage
-from kvmtrace.ftrace.joins import Joiner
-from kvmtrace.ftrace.missed import Missed
-from kvmtrace.ftrace.people import People
-from kvmtrace.ftrace.records import Record
-from kvmtrace.ftrace.ringpage import EventFormat, PageLayout
-from kvmtrace.sources.decoding import WRONG, checked
-from kvmtrace.vms import VmTable
+from kvmtrace.linux import host
+from kvmtrace.linux.tracefs import dynamic_events, instance, ring_page
+from kvmtrace.linux.tracefs.missed import Missed
+from kvmtrace.linux.tracefs.ring_page import EventFormat, PageLayout
+from kvmtrace.sources.codec import WRONG, checked
+from kvmtrace.sources.ftrace import totals as hist
+from kvmtrace.sources.ftrace.records import Record
+from kvmtrace.sources.ftrace.translator import Joiner
+from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.vm_table import VmTable
+from kvmtrace.views import json_output
 from tests.property import examples
 from tests.property.damage import LONG, damaged, directory, placed
 from tests.property.parsers import Parser, laws, text
@@ -84,14 +86,14 @@ def _probes(listed: bytes) -> None:
     placed(listed, "tracefs/kprobe_events")
     placed(PROFILE, "tracefs/kprobe_profile")
     Missed(root, GROUP).fresh()
-    dynevents.DynamicEvents(root, GROUP).names()
-    for group in dynevents.groups(root):
+    dynamic_events.DynamicEvents(root, GROUP).names()
+    for group in dynamic_events.groups(root):
         instance.is_dead(group)
 
 
 def _refusal(log: bytes) -> None:
     root = placed(log, "tracefs/error_log").rpartition("/")[0]
-    dynevents.DynamicEvents(root, GROUP)._refusal(COMMAND)
+    dynamic_events.DynamicEvents(root, GROUP)._refusal(COMMAND)
 
 
 def _dropped(stats: bytes) -> None:
@@ -145,9 +147,9 @@ def test_entries_lie_within_their_page(page: bytes, header: bytes) -> None:
         layout = PageLayout.parse(header.decode("utf-8", "replace"))
     except ValueError:
         return
-    size = sum(len(entry) for _, entry in ringpage.entries(page, layout))
+    size = sum(len(entry) for _, entry in ring_page.entries(page, layout))
     assert size <= len(page)
-    assert ringpage.missed(page, layout) >= -1
+    assert ring_page.missed(page, layout) >= -1
 
 
 @given(entry=st.binary(max_size=300), said=damaged(FORMATS))
@@ -196,8 +198,8 @@ def test_damaged_rings_are_told_or_lost(
         formats[known.id] = (probe, known)
     found = []
     for page in [*(base64.b64decode(page) for _, page in recorded["pages"]), *cuts]:
-        for ts, entry in ringpage.entries(page, layout):
-            if (number := ringpage.event_id(entry)) in formats:
+        for ts, entry in ring_page.entries(page, layout):
+            if (number := ring_page.event_id(entry)) in formats:
                 name, known = formats[number]
                 with suppress(ValueError):
                     found.append(Record(ts, name, known.decode(entry)))
@@ -212,6 +214,6 @@ def test_damaged_rings_are_told_or_lost(
                 event = checked(event)  # noqa: PLW2901
             except WRONG:
                 event = Lost(0, "unwritable_events", 1)  # noqa: PLW2901
-            wire.event_line(correlator.feed(event))
+            json_output.event_line(correlator.feed(event))
         joiner.muted()
-    wire.top(correlator.snapshot())
+    json_output.top(correlator.snapshot())

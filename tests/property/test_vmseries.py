@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtrace.model import Vm
-from kvmtrace.views.vmseries import OTHER, VmLabels
+from kvmtrace.views.web.vm_labels import OTHER, VmLabels
 
 POISON = ("EHWPOISON", "hwpoison")
 

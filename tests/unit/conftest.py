@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace import door
+from kvmtrace.session import feed
 
 
 @pytest.fixture(autouse=True)
@@ -15,5 +15,5 @@ def own_directory(
 ) -> Path:
     """Where a serve that this test starts, also in a process of its own, has its socket."""
     path = tmp_path_factory.mktemp("run")
-    monkeypatch.setenv(door.VARIABLE, str(path))
+    monkeypatch.setenv(feed.VARIABLE, str(path))
     return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from kvmtrace.sources.bpf_copies import COPIES, OTHERS, THIS_COPY, Code
+from kvmtrace.sources.bpf.copies import COPIES, OTHERS, THIS_COPY, Code
 
 # include/uapi/linux/bpf.h: opcode, src_reg and dst_reg, offset, immediate
 GET_TID = struct.pack("<BBhi", 0x85, 0, 0, 14)

@@ -7,7 +7,7 @@ import errno
 from collections.abc import Iterator
 from typing import Any
 
-from kvmtrace.sources.bpf_maps import Rows
+from kvmtrace.sources.bpf.maps import Rows
 
 KEYS = [b"key%d" % n for n in range(3)]
 VALUES = [b"value%d  " % n for n in range(3)]

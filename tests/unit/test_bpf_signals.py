@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from kvmtrace.events import Sigbus
-from kvmtrace.sources import bpf_records as records
-from kvmtrace.sources.bpf_events import Translator
-from kvmtrace.sources.bpf_signals import SignalCounts
-from tests.unit.test_bpf_events import Kernel
+from kvmtrace.sources.bpf import records
+from kvmtrace.sources.bpf.signals import SignalCounts
+from kvmtrace.sources.bpf.translator import Translator
+from tests.unit.test_bpf_translator import Kernel
 
 KEY = records.SigbusKey(0xFFFF1000, 3, 0x7F00, 4, 12, 186, 185, 0, 186)
 VM = (0xFFFF1000, 3)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from kvmtrace import host
 from kvmtrace.events import Event, VmSeen
-from kvmtrace.sources import bpf
-from kvmtrace.sources import bpf_records as records
-from kvmtrace.sources.bpf_events import Translator
-from tests.unit.test_bpf_events import Kernel
+from kvmtrace.linux import host
+from kvmtrace.sources.bpf import records
+from kvmtrace.sources.bpf import source as bpf
+from kvmtrace.sources.bpf.translator import Translator
+from tests.unit.test_bpf_translator import Kernel
 
 AT, PID = 0xFFFF800000000000, 4194300
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace import btfblob
+from kvmtrace.linux import btfblob
 
 NAMES = ["", "int", "task_struct", "state", "pid", "flags", "tgid", "task", "pid_t"]
 STRINGS = b"\0".join(name.encode() for name in NAMES) + b"\0"

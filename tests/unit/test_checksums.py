@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from kvmtrace import door, identity, sources
+from kvmtrace import sources
 from kvmtrace.events import Event, Lost, Mce, Poison, VmSeen
 from kvmtrace.model import Host
+from kvmtrace.session import feed
 from kvmtrace.sources.checksums import Places
-from kvmtrace.sources.decoding import Decoder
-from kvmtrace.sources.joined import JoinedSource
+from kvmtrace.sources.codec import Decoder
 from kvmtrace.sources.recording import RecordingSource, Writer
+from kvmtrace.sources.remote import JoinedSource
+from kvmtrace.vmm import identity
 from tests.unit.command_line import invoke
 from tests.unit.fake import PROBES, STORY, T0, FakeSource
 
@@ -249,7 +251,7 @@ def test_a_serve_that_garbles_is_not_believed(broken: int) -> None:
     lines = file.getvalue().splitlines(keepends=True)
 
     def joined(said: str) -> JoinedSource | None:
-        answering = door.Door(lambda client: client.sendall(said.encode()))
+        answering = feed.Door(lambda client: client.sendall(said.encode()))
         try:
             return JoinedSource.join()
         finally:

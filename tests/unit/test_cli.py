@@ -21,13 +21,15 @@ import click
 import pytest
 from click.testing import Result
 
-from kvmtrace import cli, host, identity, processes, sources
+from kvmtrace import cli, sources
 from kvmtrace.cli.options import seconds
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost, VmSeen
+from kvmtrace.linux import host
 from kvmtrace.model import Probe, Snapshot
 from kvmtrace.probes import NO_KVM, specs
-from kvmtrace.views import exporter
+from kvmtrace.views.web import metrics as exporter
+from kvmtrace.vmm import identity, processes
 from tests.unit.command_line import invoke
 from tests.unit.fake import SECOND, STORY, T0, FakeSource
 

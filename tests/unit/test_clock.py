@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 import kvmtrace
-from kvmtrace import clock, live, wire
-from kvmtrace.cli.attaching import open_door
+from kvmtrace.cli.inputs import open_door
 from kvmtrace.correlate import Correlator, Told
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
@@ -31,13 +30,16 @@ from kvmtrace.events import (
     elapsed,
     wall_time,
 )
-from kvmtrace.live import Session
+from kvmtrace.linux import clock
 from kvmtrace.model import Snapshot
-from kvmtrace.sources.joined import JoinedSource
+from kvmtrace.session import session as live
+from kvmtrace.session.session import Session
 from kvmtrace.sources.recording import RecordingSource, Writer
-from kvmtrace.views import exporter, lines, page
+from kvmtrace.sources.remote import JoinedSource
+from kvmtrace.views import event_lines, json_output
 from kvmtrace.views.explain import as_object, explain_text
-from kvmtrace.views.table import table_text
+from kvmtrace.views.tables.table import table_text
+from kvmtrace.views.web import landing, metrics
 from tests.unit.fake import SECOND, T0, FakeSource
 
 DAY = 86400 * SECOND
@@ -53,7 +55,7 @@ def test_nothing_but_the_clock_reads_the_wall_clock() -> None:
         if isinstance(node, ast.Attribute)
         and ast.unparse(node) in ("time.time", "time.time_ns", "datetime.now")
     }
-    assert users <= {"clock.py", "cli/logs.py"}
+    assert users <= {"linux/clock.py", "cli/logs.py"}
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def stepped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ages_go_by_the_clock_of_the_events() -> None:
     session = Session(FakeSource([Poison(clock.now_ns(), 0x55, "dirty LRU page", "Failed")]))
     session.pump(0)
-    server = exporter.serve("127.0.0.1:0", session)
+    server = metrics.serve("127.0.0.1:0", session)
     try:
         with urllib.request.urlopen(server.url) as answer:
             html = answer.read().decode()
@@ -258,7 +260,7 @@ def stepped_session(
 
 def times(snapshot: Snapshot) -> dict[str, object]:
     """All times in a snapshot as JSON has them."""
-    shown = wire.top(snapshot)
+    shown = json_output.top(snapshot)
     return {key: shown[key] for key in ("vms", "incidents", "clock_steps")}
 
 
@@ -266,21 +268,23 @@ def test_new_events_have_the_new_time_and_old_ones_theirs(
     stepped_session: tuple[Session, list[Told], int],
 ) -> None:
     session, told, step = stepped_session
-    ts = {one["pfn"]: one["poisoned_ts"] for one in wire.top(session.snapshot())["incidents"]}
+    ts = {
+        one["pfn"]: one["poisoned_ts"] for one in json_output.top(session.snapshot())["incidents"]
+    }
     # 3 s, 0.2 s until the reader sees it, 1 s, 3 s
     assert ts == {
-        0x10: wire.rfc3339(T0 + 3 * SECOND),
-        0x20: wire.rfc3339(T0 + 7 * SECOND + SECOND // 5 + step),
+        0x10: json_output.rfc3339(T0 + 3 * SECOND),
+        0x20: json_output.rfc3339(T0 + 7 * SECOND + SECOND // 5 + step),
     }
-    of_lines = [json.loads(line) for one in told if (line := lines.json_text(one))]
+    of_lines = [json.loads(line) for one in told if (line := event_lines.json_text(one))]
     assert {one["pfn"]: one["ts"] for one in of_lines if one["kind"] == "poison"} == ts
     (line,) = (one for one in of_lines if one["kind"] == "clock")
     assert line == {
-        "ts": wire.rfc3339(T0 + 3 * SECOND + SECOND // 5 + step),
+        "ts": json_output.rfc3339(T0 + 3 * SECOND + SECOND // 5 + step),
         "kind": "clock",
         "step_ns": step,
     }
-    assert wire.top(session.snapshot())["clock_steps"] == [
+    assert json_output.top(session.snapshot())["clock_steps"] == [
         {key: value for key, value in line.items() if key != "kind"}
     ]
 
@@ -291,7 +295,7 @@ def test_ages_and_joins_do_not_see_the_step(
     session, _, _ = stepped_session
     clocks.tick(2 * SECOND)
     snapshot, now = session.snapshot(), session.now()
-    html = page.render(snapshot, now)
+    html = landing.render(snapshot, now)
     assert "6 s ago" in html
     assert "2 s ago" in html
     assert " d ago" not in html
@@ -307,10 +311,10 @@ def test_the_step_is_shown(stepped_session: tuple[Session, list[Told], int]) -> 
     session, told, step = stepped_session
     snapshot = session.snapshot()
     words = "stepped by " + ("+24 h" if step > 0 else "-60 min")
-    assert words in page.render(snapshot, session.now())
+    assert words in landing.render(snapshot, session.now())
     assert words in table_text(snapshot, now=session.now(), width=120)
-    assert sum(words in (lines.event_text(one) or "") for one in told) == 1
-    series = list(exporter.Exporter(lambda: snapshot).collect())
+    assert sum(words in (event_lines.event_text(one) or "") for one in told) == 1
+    series = list(metrics.Exporter(lambda: snapshot).collect())
     (count,) = (one.samples[0].value for one in series if one.name == "kvmtrace_clock_steps")
     assert count == 1
 
@@ -330,7 +334,7 @@ def test_a_step_within_a_story_is_part_of_it(clocks: Clocks, step: int) -> None:
     assert f"+200 ms  the wall clock was stepped by {'+' if step > 0 else '-'}" in text
     moments = as_object(snapshot.incidents[0], snapshot)["timeline"]
     (at,) = (moment["ts"] for moment in moments if "stepped" in moment["what"])
-    assert at == wire.rfc3339(T0 + SECOND // 5 + step)
+    assert at == json_output.rfc3339(T0 + SECOND // 5 + step)
 
 
 @pytest.mark.usefixtures("clocks")

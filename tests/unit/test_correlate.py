@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from kvmtrace.correlate import Correlator, Told, cause_of
-from kvmtrace.correlate.halves import JOIN_NS
 from kvmtrace.correlate.limits import Limits
+from kvmtrace.correlate.pending import JOIN_NS
 from kvmtrace.correlate.verdicts import LOOPING_AFTER
 from kvmtrace.events import (
     Event,

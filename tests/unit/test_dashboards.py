@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from dashboards import generate
-from kvmtrace.views import exporter
+from kvmtrace.views.web import metrics
 from tests import dashboards
+from tests.exporter_scenario import CONVERSIONS, LOOPS, Scenario
 from tests.prometheus import Prometheus, missing, required
-from tests.scenario import CONVERSIONS, LOOPS, Scenario
 
 needs_prometheus = pytest.mark.skipif(
     missing("prometheus", "promtool") is not None and not required(),
@@ -80,7 +80,7 @@ EXPECTED: dict[tuple[str, str], _V] = {
     ("Probes attached", "A"): {("run",): 1, ("gmem",): 1, ("mce",): 0},
     ("Lost", "A"): {
         ("ring",): None,
-        **{(where,): 0 for where in exporter.LOST_FROM_BIRTH if where != "ring"},
+        **{(where,): 0 for where in metrics.LOST_FROM_BIRTH if where != "ring"},
     },
     ("Probe overhead", "A"): {("run",): None, ("gmem",): None},
     ("Probe time per run", "A"): {("run",): 200e-9, ("gmem",): 500e-9},
@@ -155,7 +155,7 @@ def test_alert_rules(command: tuple[str, ...]) -> None:
 def scraped() -> Iterator[tuple[Prometheus, str]]:
     """A Prometheus that saw the scenario happen, and the instance it scraped."""
     scenario = Scenario().begin()
-    server = exporter.serve("127.0.0.1:0", scenario, kinds=lambda: KINDS)
+    server = metrics.serve("127.0.0.1:0", scenario, kinds=lambda: KINDS)
     instance = f"127.0.0.1:{server.address[1]}"
     try:
         with Prometheus(instance, dashboards.ALERTS) as prometheus:

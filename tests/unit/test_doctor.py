@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from kvmtrace import host, sources
+from kvmtrace import sources
 from kvmtrace.choice import Attempt
 from kvmtrace.errors import KvmtraceError
+from kvmtrace.linux import host
 from kvmtrace.model import Probe
 from kvmtrace.probes import specs
 from kvmtrace.views import doctor

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace import live, sources
+from kvmtrace import sources
 from kvmtrace.events import Event, Lost
-from kvmtrace.live import Session
+from kvmtrace.session import session as live
+from kvmtrace.session.session import Session
 from tests.unit.fake import STORY, FakeSource
 
 HANGING = """

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace.ftrace import fields
-from kvmtrace.ftrace.attach import Attacher
 from kvmtrace.model import Probe
 from kvmtrace.probes import POISON_EVENTS
+from kvmtrace.sources.ftrace import fields
+from kvmtrace.sources.ftrace.attach import Attacher
 
 FORMAT = """name: {name}
 ID: {id}

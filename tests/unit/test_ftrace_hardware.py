@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from kvmtrace import cper, firmware
 from kvmtrace.events import HwError
-from kvmtrace.firmware import Firmware
-from kvmtrace.ftrace import hardware
-from kvmtrace.ftrace.records import Record
+from kvmtrace.linux import cper, smbios
+from kvmtrace.linux.smbios import Firmware
+from kvmtrace.sources.ftrace import hardware
+from kvmtrace.sources.ftrace.records import Record
 
 NONE = (1 << 64) - 1
 FIRMWARE = Firmware({0x1100: "BANK 0 DIMM 3"}, cper.GHES)
@@ -116,16 +116,16 @@ def test_dimms_have_the_names_that_firmware_gives_them(tmp_path: Path) -> None:
     where = tmp_path / "firmware/dmi/tables"
     where.mkdir(parents=True)
     (where / "DMI").write_bytes(content)
-    labels = firmware.read(str(tmp_path)).dimms
+    labels = smbios.read(str(tmp_path)).dimms
     assert labels[0x1100] == "BANK 0 DIMM 3"
     assert labels[0x1101].startswith("A1")
     assert "\x1b" not in labels[0x1101]
     assert set(labels) == {0x1100, 0x1101}
     (where / "DMI").write_bytes(content[:60])  # cut off: what is whole counts
-    assert set(firmware.read(str(tmp_path)).dimms) <= {0x1100}
+    assert set(smbios.read(str(tmp_path)).dimms) <= {0x1100}
 
 
 def test_severities_mean_something_only_if_it_is_known_who_reports(tmp_path: Path) -> None:
-    assert firmware.read(str(tmp_path)).non_standard[2] == "recoverable"
+    assert smbios.read(str(tmp_path)).non_standard[2] == "recoverable"
     (tmp_path / "module/acpi_extlog").mkdir(parents=True)
-    assert firmware.read(str(tmp_path)).non_standard == {}
+    assert smbios.read(str(tmp_path)).non_standard == {}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from kvmtrace import host
-from kvmtrace.ftrace.attach import Attacher
+from kvmtrace.linux import host
 from kvmtrace.model import Probe
 from kvmtrace.probes import ProbeSpec
+from kvmtrace.sources.ftrace.attach import Attacher
 
 SPEC = ProbeSpec("faultin", ("new_name", "old_name"), "return", "access")
 

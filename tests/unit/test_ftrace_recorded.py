@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from kvmtrace import host
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event, Exit, Mce, Poison, Sigbus, VmGone, VmSeen
-from kvmtrace.ftrace import hist, ringpage
-from kvmtrace.ftrace.joins import Joiner
-from kvmtrace.ftrace.people import People
-from kvmtrace.ftrace.records import Record
-from kvmtrace.vms import VmTable
+from kvmtrace.linux import host
+from kvmtrace.linux.tracefs import ring_page
+from kvmtrace.sources.ftrace import totals
+from kvmtrace.sources.ftrace.records import Record
+from kvmtrace.sources.ftrace.translator import Joiner
+from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.vm_table import VmTable
 
 RECORDINGS = sorted((Path(__file__).parent.parent / "recordings" / "ftrace").glob("*.json"))
 
@@ -30,15 +31,15 @@ pytestmark = pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.s
 
 def recorded(path: Path) -> tuple[dict[str, Any], list[Event]]:
     recording: dict[str, Any] = json.loads(path.read_text())
-    layout = ringpage.PageLayout.parse(recording["header_page"])
+    layout = ring_page.PageLayout.parse(recording["header_page"])
     formats = {}
     for probe, text in recording["formats"].items():
-        known = ringpage.EventFormat(text)
+        known = ring_page.EventFormat(text)
         formats[known.id] = (probe, known)
     found = []
     for _, page in recording["pages"]:
-        for ts, entry in ringpage.entries(base64.b64decode(page), layout):
-            probe, known = formats[ringpage.event_id(entry)]
+        for ts, entry in ring_page.entries(base64.b64decode(page), layout):
+            probe, known = formats[ring_page.event_id(entry)]
             found.append(Record(ts + recording["offset_ns"], probe, known.decode(entry)))
     found.sort(key=lambda record: record.ts)
     tables = host.symbolic_tables(recording["formats"]["poison"])
@@ -63,8 +64,8 @@ def test_exits_are_those_that_the_vmm_was_told(path: Path) -> None:
         if isinstance(e, Exit):
             seen[(e.tid, e.vcpu, e.errno, e.reason, e.gpa, e.flags, e.size)] += e.count
     assert seen == told
-    counted = hist.Totals()
-    hist.Reader().read("run", lambda: recording["hist"], counted)
+    counted = totals.Totals()
+    totals.Reader().read("run", lambda: recording["hist"], counted)
     assert sum(counted.exits.values()) == sum(told.values())
     assert counted.dropped == 0
 

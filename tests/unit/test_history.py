@@ -26,8 +26,8 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.history import EventLog
 from kvmtrace.model import Snapshot
+from kvmtrace.session.history import EventLog
 from tests.property.test_correlate import LOGS
 from tests.unit.fake import SECOND, T0
 from tests.unit.test_explain import STORY

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace import host
+from kvmtrace.linux import host
 
 # As the kernels print it (Debian 6.18), shortened to three types.
 FORMAT = """\

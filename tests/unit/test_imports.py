@@ -16,14 +16,14 @@ PACKAGE = Path(kvmtrace.__file__).parent
 
 # library: the modules that may know it, and nothing else
 HOMES = {
-    "bcc": ("sources/bpf.py",),
+    "bcc": ("sources/bpf/source.py",),
     "click": ("cli/",),
-    "prometheus_client": ("views/exporter.py",),
-    "textual": ("views/top.py",),
-    "rich": ("views/top.py",),
+    "prometheus_client": ("views/web/metrics.py",),
+    "textual": ("views/terminal/app.py",),
+    "rich": ("views/terminal/app.py",),
 }
 # The tracing file system has two: the source, and what looks whether it is there.
-TRACEFS_HOMES = ("host.py", "sources/ftrace.py", "ftrace/")
+TRACEFS_HOMES = ("linux/host.py", "linux/tracefs/", "sources/ftrace/")
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
@@ -78,7 +78,7 @@ def test_tracefs_has_its_homes() -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("sources", "views"), ("ftrace", "views"), ("views", "sources"), ("views", "ftrace")],
+    [("sources", "views"), ("linux", "views"), ("views", "sources")],
 )
 def test_sources_and_views_never_meet(one: str, other: str) -> None:
     for module, tree in modules():
@@ -88,14 +88,22 @@ def test_sources_and_views_never_meet(one: str, other: str) -> None:
             )
 
 
-CORE = [f"{name}.py" for name in "events kvm model history wire".split()]
+CORE = [f"{name}.py" for name in "events kvm model session/history views/json_output".split()]
 CORE += [f"correlate/{path.name}" for path in (PACKAGE / "correlate").glob("*.py")]
 
 
 @pytest.mark.parametrize("module", CORE)
 def test_the_core_is_pure(module: str) -> None:
     tree = ast.parse((PACKAGE / module).read_text())
-    impure = {"time", "threading", "socket", "subprocess", "random", "pathlib", "kvmtrace.host"}
+    impure = {
+        "time",
+        "threading",
+        "socket",
+        "subprocess",
+        "random",
+        "pathlib",
+        "kvmtrace.linux.host",
+    }
     assert not impure & set(imports(tree))
 
 
@@ -106,7 +114,8 @@ def test_only_the_command_line_is_above_both() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["kvmtrace.cli", "kvmtrace.sources", "kvmtrace.live", "kvmtrace.views.lines"]
+    "module",
+    ["kvmtrace.cli", "kvmtrace.sources", "kvmtrace.session.session", "kvmtrace.views.event_lines"],
 )
 def test_what_a_small_host_need_not_have(module: str) -> None:
     """`events` and `top --once` need click only: no TUI library, no exporter, no bcc."""
@@ -116,6 +125,6 @@ def test_what_a_small_host_need_not_have(module: str) -> None:
 
 
 def test_importing_a_source_needs_no_bcc() -> None:
-    code = "import sys, kvmtrace.sources.bpf; print('bcc' in sys.modules)"
+    code = "import sys, kvmtrace.sources.bpf.source; print('bcc' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "False\n", done.stderr

@@ -10,7 +10,7 @@ import pytest
 
 from kvmtrace import kvm
 from kvmtrace.correlate.limits import Limits
-from kvmtrace.correlate.population import QUIET_NS
+from kvmtrace.correlate.vms import QUIET_NS
 from kvmtrace.events import (
     Event,
     Exit,

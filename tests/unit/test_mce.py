@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmtrace import mce
+from kvmtrace.linux import mce
 
 AMD, HYGON = mce.AMD
 INTEL, ZHAOXIN = mce.LIKE_INTEL

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace import kvm, mce
+from kvmtrace import kvm
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
+from kvmtrace.enrich import Observed, Observer, Quiet, Reactions, Releases, existing_poison, owners
+from kvmtrace.enrich.owners import in_order
+from kvmtrace.enrich.page_tables import Place, Search, find, poisoned_pfn
 from kvmtrace.events import (
     Event,
     Exit,
@@ -26,21 +29,11 @@ from kvmtrace.events import (
     Unpoison,
     VmSeen,
 )
-from kvmtrace.guestmem import Page, Slot, gfns_at
+from kvmtrace.linux import mce
+from kvmtrace.linux.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
 from kvmtrace.model import Probe, ProbeRuns
-from kvmtrace.observe import (
-    Observed,
-    Observer,
-    Quiet,
-    Reactions,
-    Releases,
-    inventory,
-    observed,
-)
-from kvmtrace.observe.observed import in_order
-from kvmtrace.observe.owners import Place, Search, find, poisoned_pfn
-from kvmtrace.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
-from kvmtrace.sources import bpf_vms
+from kvmtrace.sources.bpf import lookup
+from kvmtrace.sources.guest_memory import Page, Slot, gfns_at
 from tests.unit.fake import SECOND, T0, FakeSource
 
 # /proc/PID/pagemap after memory_failure on Linux 7.3.4, x86-64
@@ -80,24 +73,24 @@ def test_a_mapped_page_is_referred_to_but_not_poisoned() -> None:
 def test_an_entry_of_the_hardware_tells_its_pfn() -> None:
     # arch/x86/include/asm/pgtable_64.h: type in bits 59-63, the offset inverted from bit 9 on.
     entry = 24 << 59 | (~0x106000 & (1 << 50) - 1) << 9
-    assert bpf_vms.poisoned_x86(entry) == 0x106000
-    assert bpf_vms.poisoned_x86(0) is None
-    assert bpf_vms.poisoned_x86(0x8000000105C008E7) is None  # mapped
-    assert bpf_vms.poisoned_x86(3 << 59 | 0x1FE00) is None  # swapped out
+    assert lookup.poisoned_x86(entry) == 0x106000
+    assert lookup.poisoned_x86(0) is None
+    assert lookup.poisoned_x86(0x8000000105C008E7) is None  # mapped
+    assert lookup.poisoned_x86(3 << 59 | 0x1FE00) is None  # swapped out
 
 
 @pytest.mark.parametrize("kind", [23, 24, 27])
 @pytest.mark.parametrize("pfn", [0x106000, 0x43F00, 0x40F0])
 def test_an_entry_of_arm64_tells_its_pfn(kind: int, pfn: int) -> None:
-    assert bpf_vms.poisoned_arm64(kind << 6 | pfn << 12) == pfn
-    assert bpf_vms.poisoned_arm64(kind << 3 | pfn << 8) == pfn  # before 6.13
-    assert bpf_vms.poisoned_arm64(pfn << 12 | 0x741) is None  # mapped
-    assert bpf_vms.poisoned_arm64(0) is None
+    assert lookup.poisoned_arm64(kind << 6 | pfn << 12) == pfn
+    assert lookup.poisoned_arm64(kind << 3 | pfn << 8) == pfn  # before 6.13
+    assert lookup.poisoned_arm64(pfn << 12 | 0x741) is None  # mapped
+    assert lookup.poisoned_arm64(0) is None
 
 
 def test_a_device_inside_the_kernel_is_not_stat_s() -> None:
-    assert bpf_vms.device_of(37) == os.makedev(0, 37)
-    assert bpf_vms.device_of(8 << 20 | 0x101) == os.makedev(8, 0x101)
+    assert lookup.device_of(37) == os.makedev(0, 37)
+    assert lookup.device_of(8 << 20 | 0x101) == os.makedev(8, 0x101)
 
 
 MAPS = """\
@@ -162,7 +155,7 @@ def test_gfns() -> None:
 
 def test_kpageflags() -> None:
     flags = struct.pack("=5Q", 0x40008501C, 0x8401C, 0, 0x80000, 0x60000)
-    assert list(inventory.poisoned_in(flags)) == [0, 1, 3]
+    assert list(existing_poison.poisoned_in(flags)) == [0, 1, 3]
 
 
 def test_ram_that_a_driver_brought_is_ram(tmp_path: Path) -> None:
@@ -171,7 +164,7 @@ def test_ram_that_a_driver_brought_is_ram(tmp_path: Path) -> None:
         "1050000000-304fffffff : CXL Window 0\n  1050000000-304fffffff : dax0.0\n"
         "    1050000000-304fffffff : System RAM (kmem)\n"
     )
-    found = inventory.ram_ranges(str(tmp_path / "iomem"))
+    found = existing_poison.ram_ranges(str(tmp_path / "iomem"))
     shift = kvm.PAGE_SHIFT
     assert found == [
         (0x100000 >> shift, 0x80000000 >> shift),
@@ -185,12 +178,12 @@ def test_failure_counts_are_summed_over_nodes(tmp_path: Path) -> None:
         directory.mkdir(parents=True)
         (directory / "total").write_text(f"{total}\n")
         (directory / "recovered").write_text("1\n")
-    assert inventory.failure_counts(str(tmp_path)) == (("recovered", 2), ("total", 10))
+    assert existing_poison.failure_counts(str(tmp_path)) == (("recovered", 2), ("total", 10))
 
 
 def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("HardwareCorrupted:     0 kB\n")
-    first = inventory.Inventory(str(tmp_path), str(tmp_path / "sys"))
+    first = existing_poison.Inventory(str(tmp_path), str(tmp_path / "sys"))
     (count,) = first.counts(1)
     assert getattr(count, "at_start", None) is True
     assert first.look(1, 0, frozenset(), last=True) == []
@@ -201,7 +194,7 @@ def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) 
     pages = [0] * 16
     pages[3], pages[4], pages[12] = 0x80000, 0x40008501C, 0x80000
     (tmp_path / "kpageflags").write_bytes(struct.pack("=16Q", *pages))
-    second = inventory.Inventory(str(tmp_path), str(tmp_path / "sys"))
+    second = existing_poison.Inventory(str(tmp_path), str(tmp_path / "sys"))
     second.counts(1)
     assert second.look(1, float("inf"), frozenset()) == []  # they may be just being poisoned
     events = second.look(2, float("inf"), frozenset({4}), last=True)
@@ -244,11 +237,11 @@ def test_found_pages_without_room_are_lost(tmp_path: Path) -> None:
     last = (len(pages) << kvm.PAGE_SHIFT) - 1
     (tmp_path / "iomem").write_text(f"00000000-{last:08x} : System RAM\n")
     (tmp_path / "kpageflags").write_bytes(struct.pack(f"={len(pages)}Q", *pages))
-    looked = inventory.Inventory(str(tmp_path), str(tmp_path))
+    looked = existing_poison.Inventory(str(tmp_path), str(tmp_path))
     looked.counts(1)
     told = looked.look(1, float("inf"), frozenset(), last=True)
     found = [event for event in told if isinstance(event, Found)]
-    assert len(found) == inventory.MAX_FOUND == Limits().incidents
+    assert len(found) == existing_poison.MAX_FOUND == Limits().incidents
     lost = [event for event in told if isinstance(event, Lost)]
     assert sum(event.count for event in lost) == 4096 - len(found)
     correlator = Correlator()
@@ -260,7 +253,7 @@ def test_found_pages_without_room_are_lost(tmp_path: Path) -> None:
 def test_a_poison_that_is_just_coming_is_not_missed(tmp_path: Path) -> None:
     source = _Poisoned(tmp_path)
     source.poll(0)
-    looked = inventory.Inventory(str(tmp_path), str(tmp_path / "sys"))
+    looked = existing_poison.Inventory(str(tmp_path), str(tmp_path / "sys"))
     events = Observed(source, str(tmp_path), looked).poll(0)
     assert [event.kind for event in events] == ["kernel_counts", "poison"]
 
@@ -270,9 +263,11 @@ def test_a_page_marked_before_its_poison_is_told_is_not_from_before(tmp_path: Pa
     (tmp_path / "iomem").write_text(f"00000000-{(8 << kvm.PAGE_SHIFT) - 1:08x} : System RAM\n")
     (tmp_path / "kpageflags").write_bytes(struct.pack("=8Q", 0, 0, 0x80000, 0, 0, 0x80000, 0, 0))
     source = _Poisoned(tmp_path, [[], [Poison(1, 5, "dirty LRU page", "Recovered")]])
-    observed = Observed(source, str(tmp_path), inventory.Inventory(str(tmp_path), str(tmp_path)))
-    assert [event.kind for event in observed.poll(0.001)] == ["kernel_counts"]
-    told = observed.poll(0)
+    owners = Observed(
+        source, str(tmp_path), existing_poison.Inventory(str(tmp_path), str(tmp_path))
+    )
+    assert [event.kind for event in owners.poll(0.001)] == ["kernel_counts"]
+    told = owners.poll(0)
     assert [(e.kind, getattr(e, "pfn", 0)) for e in told] == [("poison", 5), ("found", 2)]
 
 
@@ -282,10 +277,12 @@ def test_a_page_that_somebody_was_told_of_is_found_without_a_search(tmp_path: Pa
     proc_with(tmp_path, 7, {0x13000: ANON}, LOW_MAPS)
     signal = Sigbus(1, 7, 70, 4, 0x13000, sender=70)
     source = _Poisoned(tmp_path, [[signal, signal], [signal]])
-    observed = Observed(source, str(tmp_path), inventory.Inventory(str(tmp_path), str(tmp_path)))
-    kinds = [event.kind for event in observed.poll(0.001)]
+    owners = Observed(
+        source, str(tmp_path), existing_poison.Inventory(str(tmp_path), str(tmp_path))
+    )
+    kinds = [event.kind for event in owners.poll(0.001)]
     assert kinds == ["kernel_counts", "sigbus", "sigbus"]
-    assert [event.kind for event in observed.poll(0)] == ["sigbus", "found"]
+    assert [event.kind for event in owners.poll(0)] == ["sigbus", "found"]
 
 
 def test_a_machine_check_gets_its_vendor(tmp_path: Path) -> None:
@@ -363,7 +360,7 @@ def test_while_pages_are_looked_up_no_loop_ends(tmp_path: Path) -> None:
     now = T0
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
 
-    class Slow(inventory.Inventory):
+    class Slow(existing_poison.Inventory):
         def counts(self, ts: int) -> list[Event]:
             return []
 
@@ -397,7 +394,7 @@ def test_a_page_is_read_once_however_many_signals_name_it(
         read.append(hva)
         return 5 if hva < 0x20000 else None
 
-    monkeypatch.setattr(observed, "poisoned_pfn", entry)
+    monkeypatch.setattr(owners, "poisoned_pfn", entry)
     hvas = [0x13000, 0x13040, 0x20000, 0x13FFF, 0x20008]
     observer = Observer(None, str(tmp_path))
     for _ in range(2):  # it may be another page in the next batch
@@ -434,9 +431,9 @@ def test_a_page_that_is_unpoisoned_is_looked_for_no_more(tmp_path: Path) -> None
 def test_a_page_that_waits_to_be_looked_for_waits_until_it_is_unpoisoned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(observed, "MAX_SEARCHES", 0)  # others are going on
-    monkeypatch.setattr(observed, "FIRST_SECONDS", -1.0)
-    monkeypatch.setattr(observed, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(owners, "MAX_SEARCHES", 0)  # others are going on
+    monkeypatch.setattr(owners, "FIRST_SECONDS", -1.0)
+    monkeypatch.setattr(owners, "SLICE_SECONDS", -1.0)
     observer = Observer(Slots(Page()), str(tmp_path))
     observer.events([VmSeen(1, 5, 7), Poison(3, 0x104CAA, "dirty LRU page", "Recovered")], 99)
     assert observer.busy
@@ -459,7 +456,7 @@ def test_what_a_search_finds_of_a_page_that_was_unpoisoned_is_not_told(
             self.done = True
             return ready
 
-    monkeypatch.setattr(observed, "Search", Slow)
+    monkeypatch.setattr(owners, "Search", Slow)
     observer = Observer(None, str(tmp_path))
     poison = Poison(3, 0x104CAA, "huge page", "Recovered", tid=70)
     observer.events([VmSeen(1, 5, 7), poison], 99)

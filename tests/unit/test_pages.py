@@ -7,14 +7,14 @@ import json
 
 import pytest
 
-from kvmtrace import wire
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.pages import verdict_on
 from kvmtrace.events import Event, Exit, Owned, Owner, Poison, Sigbus, Unpoison
 from kvmtrace.model import PAGE_CLASSES, Incident, Snapshot
-from kvmtrace.views import page
+from kvmtrace.views import json_output
 from kvmtrace.views.explain import as_object, explain_text
-from kvmtrace.views.table import table_text
+from kvmtrace.views.tables.table import table_text
+from kvmtrace.views.web import landing
 from tests.unit.test_correlate import HVA, MS, PFN, T0, VMM, gmem, hwpoison, only, seen, tell
 
 KERNEL = ("reserved kernel page", "high-order kernel page", "kernel slab page")
@@ -228,11 +228,11 @@ def test_every_view_shows_it_first_and_by_name() -> None:
     text = explain_text(incident, snapshot)
     assert text.startswith(f"Incident {incident.id}: kernel\n")
     assert "the kernel itself" in text
-    html = page.render(snapshot, T0)
+    html = landing.render(snapshot, T0)
     assert '<td class="bad">kernel</td>' in html
     assert "<td>the kernel itself</td>" in html
     assert "Host at risk" in html
-    top = json.loads(json.dumps(wire.top(snapshot)))
+    top = json.loads(json.dumps(json_output.top(snapshot)))
     assert top["kernel_poisoned_pages"] == 1
     (told,) = [one for one in top["incidents"] if one["pfn"] == PFN]
     assert (told["state"], told["page_class"]) == ("unowned", "kernel")
@@ -259,7 +259,7 @@ def test_exits_of_an_unknown_vcpu() -> None:
     snapshot, told = tell(seen(1), exit_)
     assert told[-1].cause == "hwpoison"
     assert snapshot.vms[1].exits == {("EHWPOISON", "hwpoison"): 7}
-    line = wire.event_line(told[-1])
+    line = json_output.event_line(told[-1])
     assert line is not None
     assert "vcpu" not in line
     assert "reason" not in line

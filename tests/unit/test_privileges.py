@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace import host, privileges, sources
-from kvmtrace.cli import attaching
-from kvmtrace.cli.ending import stop
-from kvmtrace.proc_reader import ProcReader
+from kvmtrace import sources
+from kvmtrace.cli import inputs
+from kvmtrace.cli.errors import stop
+from kvmtrace.linux import host, privileges
+from kvmtrace.linux.proc_reader import ProcReader
 from tests.unit.command_line import invoke
 from tests.unit.fake import STORY, FakeSource
 
@@ -49,7 +50,7 @@ def run(code: str, *before: str) -> str:
 
 GIVEN_UP = """
 import subprocess
-from kvmtrace import privileges
+from kvmtrace.linux import privileges
 print(open("/proc/self/status").read())
 assert privileges.give_up(privileges.WATCHING) == []
 print("=====")
@@ -179,7 +180,7 @@ def test_a_tracefs_of_another_user_can_still_be_cleaned_up(
     monkeypatch.setattr(stop, "owns_process", True)
     monkeypatch.setattr(privileges, "give_up", give_up)
     monkeypatch.setattr(host, "tracefs", lambda: str(tmp_path))
-    attaching.give_up_privileges()
+    inputs.give_up_privileges()
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    attaching.give_up_privileges()
+    inputs.give_up_privileges()
     assert kept == [privileges.WATCHING, privileges.WATCHING | {"DAC_OVERRIDE"}]

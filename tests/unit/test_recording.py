@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace.cli.attaching import Log
+from kvmtrace.cli.inputs import Log
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import (
     KINDS,
@@ -40,7 +40,7 @@ from kvmtrace.events import (
 )
 from kvmtrace.model import Host
 from kvmtrace.sources.recording import RecordingSource, Writer
-from kvmtrace.views import targets
+from kvmtrace.views import lookup
 from tests.unit.fake import PROBES, STORY, T0
 
 HOST = Host("sick-host", "6.18.15", "bpf", "bpf works here", 4096)
@@ -234,8 +234,8 @@ def test_a_host_with_other_pages_is_replayed_with_its_own(tmp_path: Path) -> Non
     snapshot = Log(events, source.host, ()).model()
     (incident,) = snapshot.incidents
     assert incident.size == 1 << 14
-    assert targets.find(snapshot, "0x14000@web") == [incident]
-    assert targets.find(snapshot, "0x5000@web") == []
+    assert lookup.find(snapshot, "0x14000@web") == [incident]
+    assert lookup.find(snapshot, "0x5000@web") == []
     path.write_text(path.read_text().replace('"page_shift":14', '"page_shift":400'))
     with pytest.raises(KvmtraceError, match=r"2\*\*400 bytes"):
         RecordingSource(str(path))

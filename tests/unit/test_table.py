@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from kvmtrace.model import KernelAccount, Probe, Snapshot
-from kvmtrace.views import columns, details
-from kvmtrace.views.cells import (
+from kvmtrace.views.explain import explain_lines
+from kvmtrace.views.format import (
     age_of,
     cells,
     clip,
@@ -19,16 +19,17 @@ from kvmtrace.views.cells import (
     size_of,
     span_of,
 )
-from kvmtrace.views.explain import explain_lines
-from kvmtrace.views.rows import rates
-from kvmtrace.views.table import table_text
-from tests.unit import worlds
+from kvmtrace.views.tables import columns
+from kvmtrace.views.tables.rows import rates
+from kvmtrace.views.tables.table import table_text
+from kvmtrace.views.terminal import pages
+from tests.unit import snapshots
 
-SECOND = worlds.SECOND
+SECOND = snapshots.SECOND
 
 
 def lines(snapshot: Snapshot, width: int, rates: dict[int, float] | None = None) -> list[str]:
-    return table_text(snapshot, now=worlds.NOW, width=width, rates=rates).split("\n")
+    return table_text(snapshot, now=snapshots.NOW, width=width, rates=rates).split("\n")
 
 
 def line_of(found: list[str], start: str) -> list[str]:
@@ -36,7 +37,7 @@ def line_of(found: list[str], start: str) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [20, 40, 79, 80, 81, 100, 120, 200])
-@pytest.mark.parametrize("world", [worlds.empty, worlds.small, worlds.odd, worlds.many])
+@pytest.mark.parametrize("world", [snapshots.empty, snapshots.small, snapshots.odd, snapshots.many])
 def test_no_line_is_wider_than_the_terminal(world: object, width: int) -> None:
     assert callable(world)
     for line in lines(world(), width, {1: 12345.6}):
@@ -45,7 +46,7 @@ def test_no_line_is_wider_than_the_terminal(world: object, width: int) -> None:
 
 
 def test_eighty_columns() -> None:
-    found = lines(worlds.small(), 80, {1: 1234.0})
+    found = lines(snapshots.small(), 80, {1: 1234.0})
     assert line_of(found, "VM ") == (
         ["VM", "PID", "EHWPOISON", "EFAULT", "EXITS/S", "AR", "AO", "PAGES", "LAST", "CAUSES"]
     )
@@ -61,7 +62,7 @@ def test_eighty_columns() -> None:
 
 
 def test_wide_terminals_show_everything() -> None:
-    found = lines(worlds.small(), 200, {2: 0.25})
+    found = lines(snapshots.small(), 200, {2: 0.25})
     row = line_of(found, "database-with-a-long-name")
     assert row[1:8] == ["4002", "qemu", "1", "7", "5", "0.2", "0"]
     assert " ".join(row[-8:]) == "min ago backing 3, other 5, unknown 4"
@@ -72,7 +73,7 @@ def test_wide_terminals_show_everything() -> None:
 
 
 def test_order_is_urgency_and_gone_vms_come_last() -> None:
-    found = lines(worlds.small(), 120)
+    found = lines(snapshots.small(), 120)
     states = [line.split()[1] for line in found[-5:]]
     assert states == ["looping", "delivered", "latent", "unowned", "closed"]
     names = [line.split()[0] for line in found if " 400" in line]
@@ -80,35 +81,35 @@ def test_order_is_urgency_and_gone_vms_come_last() -> None:
 
 
 def test_a_vm_is_called_what_it_is_called_elsewhere() -> None:
-    vms = {1: worlds.vm(1, "shop", vmid="8006"), 3: worlds.vm(3)}
-    found = lines(dataclasses.replace(worlds.empty(), vms=vms), 120)
+    vms = {1: snapshots.vm(1, "shop", vmid="8006"), 3: snapshots.vm(3)}
+    found = lines(dataclasses.replace(snapshots.empty(), vms=vms), 120)
     assert any(line.startswith("8006 (shop) ") for line in found)
     assert any(line.startswith("pid 4003 ") for line in found)
 
 
 def test_what_guest_memfd_refused_and_nobody_was_notified_of() -> None:
-    small = worlds.small()
+    small = snapshots.small()
     refused = dataclasses.replace(small.incidents[0], id="9-1", undelivered=3)
     world = dataclasses.replace(small, incidents=(*small.incidents, refused))
     rows = [line.split()[:2] for line in lines(world, 80)[-6:]]
     assert rows[1:4] == [["200-1", "delivered"], ["9-1", "undeliv."], ["1032a0-1", "latent"]]
     assert columns.STATE_STYLES["undeliv."] == "warn"
     assert next(explain_lines(refused, world)) == "Incident 9-1: latent, undelivered"
-    page = map(plain, details.incident_page(world, "9-1", worlds.NOW))
+    page = map(plain, pages.incident_page(world, "9-1", snapshots.NOW))
     assert any(line.split()[:2] == ["state", "undeliv."] for line in page)
     vm = dataclasses.replace(small.vms[1], undelivered=3)
-    page = map(plain, details.vm_page(dataclasses.replace(world, vms={1: vm}), 1, worlds.NOW, {}))
+    page = map(plain, pages.vm_page(dataclasses.replace(world, vms={1: vm}), 1, snapshots.NOW, {}))
     text = "3 refusals by guest_memfd of which KVM_RUN did not notify the VMM"
     assert any(text in line for line in page)
 
 
 def test_gone_outlives_the_end_of_a_long_name() -> None:
-    gone = Snapshot(vms={1: worlds.vm(1, "a-name-that-is-too-long" * 4, gone=True)})
+    gone = Snapshot(vms={1: snapshots.vm(1, "a-name-that-is-too-long" * 4, gone=True)})
     assert any("… (gone) " in line for line in lines(gone, 80))
 
 
 def test_numbers_are_aligned_right() -> None:
-    found = lines(worlds.small(), 120)
+    found = lines(snapshots.small(), 120)
     head = next(line for line in found if line.startswith("VM "))
     end = head.index("EHWPOISON") + len("EHWPOISON")
     rows = [line for line in found if " 400" in line]
@@ -116,7 +117,7 @@ def test_numbers_are_aligned_right() -> None:
 
 
 def test_header() -> None:
-    found = lines(worlds.small(), 120)
+    found = lines(snapshots.small(), 120)
     assert found[0] == "db-host-17  Linux 6.18.12+deb14-amd64  source bpf (BTF and ring buffer)"
     assert found[1] == "probes 2 of 3 attached, not attached: mce"
     assert found[2] == "  mce   missing   no such tracepoint; not seen: machine checks"
@@ -127,36 +128,38 @@ def test_header() -> None:
 
 def test_what_the_kernel_counted_and_nobody_saw_is_said() -> None:
     account = KernelAccount({"total": 1}, {"total": 4}, 3, 2)
-    found = lines(dataclasses.replace(worlds.small(), kernel=account), 120)
+    found = lines(dataclasses.replace(snapshots.small(), kernel=account), 120)
     assert found[4] == (
         "memory failures: the kernel handled 3, kvmtrace saw 2; incidents are missing"
     )
     seen = dataclasses.replace(account, seen=3)
-    assert lines(dataclasses.replace(worlds.small(), kernel=seen), 120)[4] == ""
+    assert lines(dataclasses.replace(snapshots.small(), kernel=seen), 120)[4] == ""
 
 
 def test_poison_from_before_the_start_is_kept_apart() -> None:
-    incidents = tuple(dataclasses.replace(i, before_start=True) for i in worlds.small().incidents)
-    found = lines(dataclasses.replace(worlds.small(), incidents=incidents[:2]), 120)
+    incidents = tuple(
+        dataclasses.replace(i, before_start=True) for i in snapshots.small().incidents
+    )
+    found = lines(dataclasses.replace(snapshots.small(), incidents=incidents[:2]), 120)
     assert "poisons 2 Failed, 2 Recovered, 2 before  Hardware" in found[3]
 
 
 def test_reasons_are_folded_not_cut() -> None:
     why = "the function exists but " * 8 + "END"
-    snapshot = dataclasses.replace(worlds.empty(), probes=(Probe("run", False, why=why),))
+    snapshot = dataclasses.replace(snapshots.empty(), probes=(Probe("run", False, why=why),))
     text = " ".join(" ".join(lines(snapshot, 60)).split())
     assert why in text
 
 
 def test_empty_says_so() -> None:
-    found = lines(worlds.empty(), 80)
+    found = lines(snapshots.empty(), 80)
     assert "no VMs seen" in found
     assert "no incidents" in found
     assert found[3] == "lost nothing  poisons none  HardwareCorrupted 20 KiB"
 
 
 def test_unknown_is_a_dash() -> None:
-    found = lines(worlds.odd(), 120)
+    found = lines(snapshots.odd(), 120)
     assert found[0] == "host -"
     state, pfn, _, gfn, *counts = line_of(found, "vm1-1")[1:]
     assert (state, pfn, gfn, counts) == ("delivered", "-", "-", ["+1", "0", "0", *"-----"])
@@ -165,17 +168,17 @@ def test_unknown_is_a_dash() -> None:
 
 def test_width_comes_from_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "70")
-    assert table_text(worlds.small(), now=worlds.NOW) == table_text(
-        worlds.small(), now=worlds.NOW, width=70
+    assert table_text(snapshots.small(), now=snapshots.NOW) == table_text(
+        snapshots.small(), now=snapshots.NOW, width=70
     )
 
 
 def test_rates_are_of_what_both_snapshots_have() -> None:
-    old = Snapshot(vms={1: worlds.vm(1, exits={("EFAULT", None): 10})})
+    old = Snapshot(vms={1: snapshots.vm(1, exits={("EFAULT", None): 10})})
     new = Snapshot(
         vms={
-            1: worlds.vm(1, exits={("EFAULT", None): 25, ("EHWPOISON", "hwpoison"): 5}),
-            2: worlds.vm(2, exits={("EFAULT", None): 7}),
+            1: snapshots.vm(1, exits={("EFAULT", None): 25, ("EHWPOISON", "hwpoison"): 5}),
+            2: snapshots.vm(2, exits={("EFAULT", None): 7}),
         }
     )
     assert rates(old, new, 2 * SECOND) == {1: 10.0}
@@ -221,8 +224,8 @@ def test_span(nanoseconds: int | None, text: str) -> None:
 
 
 def test_age_of_what_comes_from_a_faster_clock() -> None:
-    assert age_of(worlds.NOW + SECOND, worlds.NOW) == "0 s"
-    assert age_of(None, worlds.NOW) == "-"
+    assert age_of(snapshots.NOW + SECOND, snapshots.NOW) == "0 s"
+    assert age_of(None, snapshots.NOW) == "-"
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,18 @@ import pytest
 
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.model import Snapshot
-from kvmtrace.views import top
-from kvmtrace.views.cells import cells
-from kvmtrace.views.frame import frame
-from kvmtrace.views.state import State
-from tests.unit import worlds
+from kvmtrace.views.format import cells
+from kvmtrace.views.terminal import app as top
+from kvmtrace.views.terminal.screen import frame
+from kvmtrace.views.terminal.ui_state import State
+from tests.unit import snapshots
 
 NEVER = 3600.0  # tests tick by hand
 
 
 class Clock:
     def __init__(self) -> None:
-        self.ns = worlds.NOW
+        self.ns = snapshots.NOW
 
     def __call__(self) -> int:
         return self.ns
@@ -44,7 +44,7 @@ def row(lines: list[str], start: str) -> str:
 
 
 async def test_first_screen() -> None:
-    app = app_of(worlds.small())
+    app = app_of(snapshots.small())
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.pause()
         lines = screen(app)
@@ -58,7 +58,7 @@ async def test_first_screen() -> None:
 
 
 async def test_nothing_yet() -> None:
-    app = app_of(worlds.empty())
+    app = app_of(snapshots.empty())
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("enter", "down", "tab", "enter")
         assert "  no VMs seen" in screen(app)
@@ -66,7 +66,7 @@ async def test_nothing_yet() -> None:
 
 
 async def test_markup_in_names_is_text() -> None:
-    app = app_of(worlds.odd())
+    app = app_of(snapshots.odd())
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.pause()
         assert row(screen(app), "[red]x[/red]").split()[1] == "4002"
@@ -74,24 +74,24 @@ async def test_markup_in_names_is_text() -> None:
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 50), (30, 8), (10, 3), (1, 1)])
 @pytest.mark.parametrize("page", ["main", "vm", "incident", "probes", "help"])
-@pytest.mark.parametrize("world", [worlds.small, worlds.odd, worlds.empty, worlds.many])
+@pytest.mark.parametrize("world", [snapshots.small, snapshots.odd, snapshots.empty, snapshots.many])
 def test_every_frame_fits(size: tuple[int, int], page: str, world: Callable[[], Snapshot]) -> None:
     state = State(page=page, shown=1 if page == "vm" else "103275-1")
-    state.take(world(), worlds.NOW, {})
+    state.take(world(), snapshots.NOW, {})
     lines = frame(state, *size)
     assert len(lines) == size[1]
     assert max(cells("".join(text for text, _ in drawn.line)) for drawn in lines) <= size[0]
 
 
 async def test_counts_and_rates_follow_the_snapshots() -> None:
-    clock, world = Clock(), worlds.small()
+    clock, world = Clock(), snapshots.small()
     app = app_of(lambda: world, clock)
     async with app.run_test(size=(120, 30)) as pilot:
         await pilot.pause()
         assert row(screen(app), "web-1").split()[6] == "-"
         busy = dataclasses.replace(world.vms[1], exits={("EHWPOISON", "hwpoison"): 200512})
         world = dataclasses.replace(world, vms={**world.vms, 1: busy})
-        clock.ns += 2 * worlds.SECOND
+        clock.ns += 2 * snapshots.SECOND
         app.tick()
         shown = row(screen(app), "web-1").split()
         assert shown[3] == "200512"
@@ -99,7 +99,7 @@ async def test_counts_and_rates_follow_the_snapshots() -> None:
 
 
 async def test_only_changed_lines_are_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = worlds.small()
+    world = snapshots.small()
     app = app_of(lambda: world)
     async with app.run_test(size=(120, 30)) as pilot:
         await pilot.pause()
@@ -118,7 +118,7 @@ async def test_only_changed_lines_are_redrawn(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_sorting_and_reverse() -> None:
-    app = app_of(worlds.small())
+    app = app_of(snapshots.small())
     async with app.run_test(size=(120, 30)) as pilot:
         await pilot.press("s")
         assert "by VM ↑" in screen(app)[3]
@@ -133,7 +133,7 @@ async def test_sorting_and_reverse() -> None:
 
 
 async def test_selection_stays_with_its_row_when_rows_move() -> None:
-    world = worlds.small()
+    world = snapshots.small()
     app = app_of(lambda: world)
     async with app.run_test(size=(120, 30)) as pilot:
         await pilot.press("down")
@@ -146,7 +146,7 @@ async def test_selection_stays_with_its_row_when_rows_move() -> None:
 
 
 async def test_filter() -> None:
-    app = app_of(worlds.small())
+    app = app_of(snapshots.small())
     async with app.run_test(size=(120, 30)) as pilot:
         await pilot.press("slash", "W", "E", "q", "backspace", "b")
         assert screen(app)[-1].startswith("filter by VM: WEb")
@@ -162,7 +162,7 @@ async def test_filter() -> None:
 
 
 async def test_vm_details() -> None:
-    app = app_of(worlds.small())
+    app = app_of(snapshots.small())
     async with app.run_test(size=(100, 40)) as pilot:
         await pilot.press("enter")
         text = "\n".join(screen(app))
@@ -181,7 +181,7 @@ async def test_vm_details() -> None:
 
 
 async def test_exits_of_a_vm_most_frequent_first() -> None:
-    app = app_of(worlds.small())
+    app = app_of(snapshots.small())
     async with app.run_test(size=(100, 40)) as pilot:
         await pilot.press("down", "enter")
         lines = screen(app)
@@ -195,7 +195,7 @@ async def test_exits_of_a_vm_most_frequent_first() -> None:
 
 
 async def test_incident_details() -> None:
-    app = app_of(worlds.small())
+    app = app_of(snapshots.small())
     async with app.run_test(size=(100, 40)) as pilot:
         await pilot.press("tab", "down", "enter")
         text = "\n".join(screen(app))
@@ -211,17 +211,17 @@ async def test_incident_details() -> None:
 
 
 async def test_details_of_what_was_forgotten() -> None:
-    world = worlds.small()
+    world = snapshots.small()
     app = app_of(lambda: world)
     async with app.run_test(size=(100, 40)) as pilot:
         await pilot.press("enter")
-        world = worlds.empty()
+        world = snapshots.empty()
         app.tick()
         assert "  this VM is no longer remembered" in screen(app)
 
 
 async def test_help_and_probes() -> None:
-    app = app_of(worlds.small())
+    app = app_of(snapshots.small())
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("question_mark")
         assert screen(app)[3].strip() == "keys"
@@ -234,7 +234,7 @@ async def test_help_and_probes() -> None:
 
 
 async def test_pause_keeps_the_screen_and_still_notices_a_failure() -> None:
-    clock, world = Clock(), worlds.small()
+    clock, world = Clock(), snapshots.small()
     failure: Exception | None = None
 
     def snapshot() -> Snapshot:
@@ -247,7 +247,7 @@ async def test_pause_keeps_the_screen_and_still_notices_a_failure() -> None:
         await pilot.press("p")
         before = screen(app)
         assert "PAUSED" in before[0]
-        world, clock.ns = worlds.empty(), clock.ns + worlds.SECOND
+        world, clock.ns = snapshots.empty(), clock.ns + snapshots.SECOND
         app.tick()
         assert screen(app) == before
         await pilot.press("p")
@@ -262,7 +262,7 @@ async def test_pause_keeps_the_screen_and_still_notices_a_failure() -> None:
 
 
 async def test_many_vms_scroll() -> None:
-    app = app_of(worlds.many())
+    app = app_of(snapshots.many())
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("end")
         assert any(line.startswith("vm-001 ") for line in screen(app))
@@ -272,7 +272,7 @@ async def test_many_vms_scroll() -> None:
 
 
 async def test_resize() -> None:
-    app = app_of(worlds.small())
+    app = app_of(snapshots.small())
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.resize_terminal(140, 30)
         await pilot.pause()
@@ -286,7 +286,7 @@ async def test_resize() -> None:
 
 @pytest.mark.parametrize("key", ["q", "ctrl+c"])
 async def test_quit(key: str) -> None:
-    app = app_of(worlds.small())
+    app = app_of(snapshots.small())
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press(key)
         await pilot.pause()
@@ -299,7 +299,7 @@ async def test_no_color(monkeypatch: pytest.MonkeyPatch, set_: bool) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     if set_:
         monkeypatch.setenv("NO_COLOR", "1")
-    app = app_of(worlds.small())
+    app = app_of(snapshots.small())
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.pause()
         canvas = app.query_one(top.Canvas)
@@ -310,5 +310,5 @@ async def test_no_color(monkeypatch: pytest.MonkeyPatch, set_: bool) -> None:
 
 def test_refuses_without_a_terminal() -> None:
     with pytest.raises(KvmtraceError) as refused:
-        top.run(worlds.small, 1.0)  # pytest's stdin is no terminal
+        top.run(snapshots.small, 1.0)  # pytest's stdin is no terminal
     assert "--once" in refused.value.hint

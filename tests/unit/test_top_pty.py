@@ -22,17 +22,17 @@ _NOT_PASSED_ON = ("COLUMNS", "LINES", "NO_COLOR")
 
 PROGRAM = """
 import sys
-from kvmtrace.views import top
-from tests.unit import worlds
+from kvmtrace.views.terminal import app
+from tests.unit import snapshots
 calls = 0
 def snapshot():
     global calls
     calls += 1
     if calls > 3 and "fail" in sys.argv:
         raise RuntimeError("the reader failed")
-    return worlds.small()
+    return snapshots.small()
 try:
-    top.run(snapshot, 0.1)
+    app.run(snapshot, 0.1)
 except RuntimeError as failure:
     print(f"raised: {failure}")
 print("back in the shell")

@@ -1,0 +1,320 @@
+"""Files that commands write: recordings and bundles."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import IO, Any, Self
+
+from kvmtrace.cli.errors import Interrupted, always, discard, nobody_reads, stop
+from kvmtrace.errors import KvmtraceError
+
+# How long a disk may take after a signal, in seconds; together with the rest less than 5.
+SYNC_SECONDS = 2.0
+
+
+class Output:
+    """A file for its owner's eyes only: it holds addresses of other people's guests.
+
+    Its directory is written to immediately so that errors show early. It gets its name, and with
+    ``force`` replaces what is there, only by ``place()``: until then it has no name where the file
+    system can do that (O_TMPFILE), so that even a killed command leaves nothing behind. What is
+    there must be ours: in a directory like /tmp, others may have put something at the path. What
+    is open already (/dev/stdout) and a pipe of our own are written to, not replaced.
+    """
+
+    def __init__(self, path: str, force: bool, *, binary: bool = False) -> None:
+        self._path = path
+        self._force = force
+        self._is_new = False
+        self._made: str | None = None
+        self._disk = _Disk(self._directory)
+        try:
+            descriptor = self._open()
+        except FileExistsError:
+            raise self._is_there() from None
+        except OSError as error:
+            raise self._refused(error) from error
+        stop.clean_up.append(self._remove)
+        mode, encoding = ("wb", None) if binary else ("w", "utf-8")
+        self.file: IO[Any] = open(descriptor, mode, encoding=encoding)  # noqa: SIM115 (a context)
+
+    def _open(self) -> int:
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        if self._force:
+            if _is_open_elsewhere(self._path):
+                with stop.waiting(always):
+                    return os.open(self._path, flags | os.O_TRUNC)
+            if not _is_ours(self._path):
+                raise KvmtraceError(f"{self._path} is not a file of this user", _ANOTHER)
+            if _is_pipe(self._path):
+                with stop.waiting(always):
+                    descriptor = os.open(self._path, flags | os.O_NOFOLLOW)
+                found = os.fstat(descriptor)
+                if found.st_uid != os.geteuid() or not stat.S_ISFIFO(found.st_mode):
+                    os.close(descriptor)
+                    raise KvmtraceError(f"{self._path} has just been replaced", _ANOTHER)
+                return descriptor
+        else:
+            _must_be_free(self._path)
+        # A new one: the old one may be open to everybody, or a link to somebody else's.
+        self._is_new = True
+        with contextlib.suppress(OSError):  # not on every file system
+            return os.open(self._directory, flags | os.O_TMPFILE, 0o600)
+        descriptor, self._made = tempfile.mkstemp(prefix=_PREFIX, dir=self._directory)
+        return descriptor
+
+    @property
+    def _directory(self) -> str:
+        return os.path.dirname(self._path) or "."
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around writes to ``file``: a signal ends them if nobody reads; errors name the path."""
+        try:
+            with stop.waiting(lambda: nobody_reads(self.file)):
+                yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def place(self) -> None:
+        """From here on it is at its path, whatever happens."""
+        with self.writing():
+            self.file.flush()
+        if not self._is_new:
+            return
+        try:
+            if self._force:
+                if not _is_ours(self._path):
+                    raise KvmtraceError(f"{self._path} has just been replaced", _ANOTHER)
+                self._made = self._made or _named(self.file.fileno(), self._directory)
+                os.replace(self._made, self._path)
+            elif self._made is None:
+                _link(self.file.fileno(), self._path)
+            else:
+                _rename_to_free(self._made, self._path)
+        except FileExistsError:
+            raise self._is_there() from None
+        except OSError as error:
+            raise self._refused(error) from error
+        self._is_new, self._made = False, None
+
+    def sync_soon(self) -> None:
+        """Have what is flushed brought to the disk meanwhile; the caller does not wait."""
+        self._disk.ask(self.file.fileno())
+
+    def sync(self) -> None:
+        """Bring it to the disk, so that it outlives the host.
+
+        A signal ends the wait in a moment: most disks need no longer.
+        """
+        with self.writing():
+            self.file.flush()
+        self._disk.ask(self.file.fileno())
+        given_up = None
+        while not self._disk.wait(0.05):
+            if stop.asked:
+                given_up = given_up or time.monotonic() + SYNC_SECONDS
+                if time.monotonic() >= given_up:
+                    raise KvmtraceError(
+                        f"{self._path}: the disk does not answer",
+                        "what it has not confirmed is lost if the host goes down now",
+                    )
+        if self._disk.error is not None:
+            raise self._failed(self._disk.error) from self._disk.error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with contextlib.ExitStack() as steps:
+            steps.callback(self._remove)
+            steps.callback(self._close, error is not None)
+            if isinstance(error, Interrupted):
+                discard(self.file)
+            elif not self._is_new:
+                try:
+                    self.sync()
+                except Interrupted:
+                    discard(self.file)
+                    raise
+                except (KvmtraceError, OSError):
+                    if error is None:
+                        raise
+
+    def _close(self, failed: bool) -> None:
+        try:
+            self.file.close()
+        except OSError as failure:
+            if not failed:
+                raise self._failed(failure) from failure
+
+    def _remove(self) -> None:
+        """Unless it was put in place."""
+        if self._made is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._made)
+
+    def _is_there(self) -> KvmtraceError:
+        hint = "--force replaces it" if _is_ours(self._path) else _ANOTHER
+        return KvmtraceError(f"{self._path} is already there", hint)
+
+    def _refused(self, error: OSError) -> KvmtraceError:
+        return KvmtraceError(
+            f"{self._path}: {error.strerror}", "name a file in a directory that can be written to"
+        )
+
+    def _failed(self, error: OSError) -> KvmtraceError:
+        hint = "nothing was put there" if self._is_new else "what was written before is there"
+        return KvmtraceError(f"{self._path}: {error.strerror}", hint)
+
+
+_ANOTHER = "name another file, or remove what is there"
+_PREFIX = ".kvmtrace-"
+
+
+class _Disk:
+    """Brings a file and the directory that it is in to the disk, in a thread of its own.
+
+    A disk can take seconds, or hang: the thread that reads events cannot wait for it.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.error: OSError | None = None
+        self._directory = directory
+        self._asked = False
+        self._busy = False
+        self._changed = threading.Condition()
+
+    def ask(self, descriptor: int) -> None:
+        """Begin, or do it once more after what is under way."""
+        with self._changed:
+            self._asked = True
+            if self._busy:
+                return
+            own = os.dup(descriptor)
+            thread = threading.Thread(
+                target=self._work, args=(own,), name="kvmtrace-disk", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # no thread is to be had: the kernel does it within a minute
+                self._asked = False
+                os.close(own)
+            else:
+                self._busy = True
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all that was asked for is done within so long."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._busy, seconds)
+
+    def _work(self, descriptor: int) -> None:
+        try:
+            while self._is_asked():
+                _fsync(descriptor)
+                with contextlib.suppress(PermissionError):  # may be written to, but not read
+                    _fsync_directory(self._directory)
+        except OSError as error:
+            self.error = self.error or error
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+        finally:
+            os.close(descriptor)
+
+    def _is_asked(self) -> bool:
+        with self._changed:
+            self._busy, self._asked = self._asked, False
+            self._changed.notify_all()
+            return self._busy
+
+
+def _fsync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Pipes, and file systems that cannot.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS):
+            raise
+
+
+def _fsync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _must_be_free(path: str) -> None:
+    """Raises OSError unless there is nothing at the path, and may be something."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        if os.path.basename(path):
+            return
+        raise
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+
+
+def _link(descriptor: int, path: str) -> None:
+    """Name a file that has no name. Raises FileExistsError rather than replace anything."""
+    # A directory's descriptor has Python call linkat(), which can follow the link in /proc.
+    os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
+
+
+def _named(descriptor: int, directory: str) -> str:
+    path = os.path.join(directory, _PREFIX + secrets.token_hex(8))
+    _link(descriptor, path)
+    return path
+
+
+def _rename_to_free(path: str, new: str) -> None:
+    """Raises FileExistsError rather than replace anything."""
+    os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    try:
+        os.replace(path, new)
+    except OSError:
+        os.unlink(new)
+        raise
+
+
+def _is_open_elsewhere(path: str) -> bool:
+    """Whether it is something like /dev/stdout, also where that is a file: its opener reads it."""
+    directory = os.path.realpath(os.path.dirname(path))
+    return directory == "/dev" or directory.startswith("/proc/")
+
+
+def _is_ours(path: str) -> bool:
+    """Whether nothing is there, or a file, a link or a pipe of this user."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    kinds = (stat.S_IFREG, stat.S_IFLNK, stat.S_IFIFO)
+    return found.st_uid == os.geteuid() and stat.S_IFMT(found.st_mode) in kinds
+
+
+def _is_pipe(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.lstat(path).st_mode)
+    except OSError:
+        return False

@@ -1,0 +1,60 @@
+"""The process that reads other processes: it calls what it is sent and returns the result.
+
+Reads of /proc/PID can take another process's locks (mmap_lock for cmdline, maps and pagemap,
+exec_update_lock for syscall) or ask a file system that an unprivileged process answers for, so
+they may never return. They happen here, where ``proc_reader`` can give up on them. The messages:
+``READY`` once; then for each request ``(VALUE, result)`` or ``(ERROR, text)``. A generator sends
+``(ITEM, what)`` for each thing that it yields before ``(VALUE, None)``; of ``None``, which says
+that it is alive, a few a second are enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+
+from kvmtrace.linux import privileges
+
+READY, VALUE, ITEM, ERROR = "ready", "value", "item", "error"
+ALIVE_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1
+
+
+def main(descriptor: int) -> None:
+    """Serve the other end of a ``multiprocessing.Pipe`` until it is closed."""
+    # First, since a change of credentials can undo the next one (kernel/cred.c).
+    privileges.give_up(privileges.READING)
+    # A read that hangs never sees that end closed.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with Connection(descriptor) as parent, contextlib.suppress(EOFError, OSError):
+        parent.send((READY, None))
+        while True:
+            function, arguments = parent.recv()
+            try:
+                result = function(*arguments)
+                if isinstance(result, Iterator):
+                    _send_all(parent, result)
+                    result = None
+            except Exception as error:
+                parent.send((ERROR, f"{type(error).__name__}: {error}"))
+            else:
+                parent.send((VALUE, result))
+
+
+def _send_all(parent: Connection, items: Iterator[object]) -> None:
+    sent = 0.0
+    for item in items:
+        now = time.monotonic()
+        if item is None and now - sent < ALIVE_SECONDS:
+            continue
+        sent = now
+        parent.send((ITEM, item))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,77 @@
+"""The eBPF source's ``Memory``: what VMs' memory is, by VM key rather than by kernel address."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from kvmtrace.events import Event, Owner
+from kvmtrace.sources.bpf.lookup import Walk, device_of
+from kvmtrace.sources.bpf.translator import Translator
+from kvmtrace.sources.guest_memory import Page, Slot
+
+# Slots read this recently need not be read again: poison comes in bursts, slots change seldom.
+FRESH_SECONDS = 0.25
+
+
+class BpfMemory:
+    """``tell``: takes the VmSeen of VMs that turn up while something else was asked."""
+
+    def __init__(self, translator: Translator, tell: Callable[[Event], None]) -> None:
+        self._translator = translator
+        self._tell = tell
+        self._walk: Walk | None = None
+        self._generation: Callable[[int], int] = lambda _struct: 0
+        self._slots: dict[int, tuple[float, tuple[Slot, ...] | None]] = {}
+
+    def use(self, walk: Walk | None, generation: Callable[[int], int]) -> None:
+        """Ask these programs from now on; VMs that are there already are met."""
+        self._walk, self._generation = walk, generation
+        self._slots.clear()
+        self._meet()
+
+    def slots(self, vm: int) -> tuple[Slot, ...] | None:
+        now = time.monotonic()
+        self._slots = {k: v for k, v in self._slots.items() if now - v[0] < FRESH_SECONDS}
+        if vm not in self._slots:
+            struct = self._struct(vm)
+            known = self._walk.slots(struct) if self._walk and struct else None
+            self._slots[vm] = now, known
+        return self._slots[vm][1]
+
+    def huge_entry(self, vm: int, hva: int) -> int | None:
+        struct = self._struct(vm)
+        return self._walk.huge_entry(struct, hva) if self._walk and struct else None
+
+    def page(self, pfn: int) -> tuple[Page, list[Event]] | None:
+        answer = self._walk.page(pfn) if self._walk else None
+        if answer is None:
+            return None
+        if not answer.file:
+            return Page(), []
+        events: list[Event] = []
+        owners: list[Owner] | None = None
+        if answer.gmem.seen:
+            owners = []
+            for place in answer.gmem.owners[: answer.gmem.nr_owners]:
+                vm, seen = self._key(place.kvm, place.pid)
+                events += seen
+                owners.append(Owner(vm, place.gfn, place.hva or None))
+        file = (answer.gmem.inode or None, device_of(answer.device), answer.gmem.index)
+        return Page(*file, None if owners is None else tuple(owners)), events
+
+    def _key(self, struct: int, pid: int) -> tuple[int, list[Event]]:
+        return self._translator.met(struct, self._generation(struct), pid)
+
+    def _struct(self, vm: int) -> int | None:
+        known = self._translator.struct_of(vm)
+        if known is None:
+            self._meet()
+            known = self._translator.struct_of(vm)
+        return known[0] if known else None
+
+    def _meet(self) -> None:
+        for struct, pid in (self._walk.vms() if self._walk else None) or ():
+            if pid:
+                for event in self._key(struct, pid)[1]:
+                    self._tell(event)

@@ -1,0 +1,283 @@
+"""Attaching the probes: each to its target, in its ring, by what this kernel accepts."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import time
+from collections.abc import Collection, Mapping, Sequence
+
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.linux import btfblob, host
+from kvmtrace.linux.btf import Btf
+from kvmtrace.linux.tracefs import dynamic_events, instance
+from kvmtrace.linux.tracefs.dynamic_events import Defined, DynamicEvents
+from kvmtrace.linux.tracefs.instance import Instance
+from kvmtrace.linux.tracefs.ring_page import EventFormat
+from kvmtrace.model import Probe
+from kvmtrace.probes import NO_KVM, RUN_UNDER_WAY, ProbeSpec, context_specs, specs
+from kvmtrace.sources.ftrace import fields
+from kvmtrace.sources.ftrace import totals as hist
+
+_KVM = "/sys/module/kvm"
+
+# What the kernel says of a probe that it refuses (kernel/trace/trace_probe.h), for people.
+_MEANING = (
+    ("No BTF entry", "the kernel's BTF does not have this function"),
+    ("BTF is not available", "this kernel's probes take no arguments by name (6.6 does)"),
+    ("Invalid fetch argument", "this kernel's probes take no arguments by name (6.6 does)"),
+    ("No BTF argument", "this kernel's function lacks an argument that is needed"),
+    ("Invalid argument number", "this kernel's function lacks an argument that is needed"),
+    ("field is not found", "this kernel's types lack a member that is needed"),
+    ("no form of it fits", "this kernel's types lack a member that is needed"),
+    ("Failed to register", "the kernel does not let this function be traced"),
+    ("Invalid probed address", "the kernel does not let this function be traced"),
+    ("Invalid argument", "this kernel has no probes of this kind"),
+)
+
+
+class Attacher:
+    """The probes in tracefs ``root``, in rings by name (fields.RINGS), all of one ``group``."""
+
+    def __init__(self, root: str, group: str, rings: Mapping[str, Instance]) -> None:
+        self.formats: dict[int, tuple[str, EventFormat]] = {}
+        """{event ID: (probe, format)}"""
+        self._group = group
+        self._rings = rings
+        self._events = DynamicEvents(root, group, _offset)
+        self._specs = {spec.name: spec for spec in specs() + context_specs()}
+        self._specs["slot"] = ProbeSpec("slot", (fields.SLOT_TARGET,), "entry", "")
+        self._specs[RUN_UNDER_WAY.name] = RUN_UNDER_WAY
+        self._helpers = {"slot", RUN_UNDER_WAY.name}
+        self._optional = {*self._helpers, *(spec.name for spec in context_specs())}
+        self._probes: dict[str, Probe] = {}
+        self._filters: dict[str, tuple[str, str]] = {}  # path and condition
+        self._counted: set[str] = set()
+        # Those of all targets that this kernel has; read where a probe is refused.
+        self._functions: set[str] | None = None
+        self._counts = hist.Reader()
+
+    def probes(self) -> tuple[Probe, ...]:
+        """The state of every probe, in the order of probes.specs.
+
+        Of the optional those that are attached, or that the kernel has and refuses.
+        """
+        found = (self._probes[name] for name in self._specs if name in self._probes)
+        return tuple(
+            probe
+            for probe in found
+            if probe.name not in self._optional
+            or (probe.target is not None and probe.name not in self._helpers)
+        )
+
+    def attached(self, name: str) -> bool:
+        """Whether one probe is attached."""
+        return name in self._probes and self._probes[name].attached
+
+    def counted(self, *names: str) -> bool:
+        """Whether the kernel counts what these probes see, as far as they are attached."""
+        return all(name in self._counted for name in names if self.attached(name))
+
+    def attach(self, has_kvm: bool) -> None:
+        """Attach what is not attached."""
+        self._functions = None
+        for ring, names in fields.RINGS.items():
+            for name in names:
+                if name in self._specs and not self.attached(name):
+                    self._probes[name] = self._one(self._rings[ring], self._specs[name], has_kvm)
+
+    def detach(self) -> None:
+        """Remove all events on functions (tracepoints stay)."""
+        for name in self._events.names():
+            path = f"events/{self._group}/{name}"
+            for ring in self._rings.values():
+                with contextlib.suppress(OSError):
+                    ring.write(f"{path}/enable", "0")
+                    for trigger in ring.read(f"{path}/trigger").splitlines():
+                        if trigger.startswith("hist:"):
+                            ring.append(f"{path}/trigger", f"!{trigger.partition(' [')[0]}")
+        remove_events(self._events)
+        self._filters.clear()
+        self._counted.clear()
+        for name, probe in list(self._probes.items()):
+            # A module's tracepoints go with it.
+            if probe.via != "tracepoint" or (probe.target or "").startswith("kvm:"):
+                del self._probes[name]
+
+    def mute(self, excluded: Mapping[str, str]) -> bool | None:
+        """Keep some events out of the ring: {event: what to add to its filter}.
+
+        False where the kernel refuses one of the filters: then none of these events is kept out.
+        None where writing failed for another reason (no file descriptors left, for instance): some
+        may be kept out, so try again.
+        """
+        filters = {name: self._filters[name] for name in excluded if name in self._filters}
+        try:
+            for name, (path, ordinary) in filters.items():
+                self._ring_of(name).write(path, f"({ordinary}){excluded[name]}")
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.E2BIG):
+                return None
+        else:
+            return True
+        try:
+            for name, (path, ordinary) in filters.items():  # the kernel took these before
+                self._ring_of(name).write(path, ordinary)
+        except OSError:
+            return None
+        return False
+
+    def totals(self) -> hist.Totals:
+        """The kernel's counts, now."""
+        totals = hist.Totals()
+        # guest_memfd's failures after the exits that they lead to: see Totals.converts_only.
+        for name in sorted(self._counted, key=lambda name: name == "gmem"):
+            ring, path = self._ring_of(name), f"events/{self._group}/{name}/hist"
+            self._counts.read(name, functools.partial(ring.read, path), totals)
+        return totals
+
+    def _ring_of(self, name: str) -> Instance:
+        return next(self._rings[ring] for ring, names in fields.RINGS.items() if name in names)
+
+    def close(self) -> None:
+        """Remove all events; the instances that use them must be gone."""
+        remove_events(self._events)
+
+    # -- one probe
+
+    def _one(self, ring: Instance, spec: ProbeSpec, has_kvm: bool) -> Probe:
+        if spec.is_tracepoint:
+            return self._tracepoint(ring, spec)
+        if not has_kvm and any("kvm" in target for target in spec.targets):
+            return Probe(spec.name, False, why=NO_KVM)
+        wanted = fields.FIELDS.get(f"{spec.name}/{os.uname().machine}", fields.FIELDS[spec.name])
+        ways = [(target, spec.at, wanted) for target in spec.targets]
+        at_entry = fields.FIELDS.get(f"{spec.name}/entry")
+        if at_entry is not None:
+            ways += [(target, "entry", at_entry) for target in spec.targets]
+        refused: list[tuple[str, str]] = []
+        for target, at, asked in ways:
+            outcome = self._events.define(spec.name, target, at, asked)
+            if not isinstance(outcome, Defined):
+                refused.append((target, outcome.why))
+                continue
+            try:
+                self._enable(ring, outcome)
+            except (OSError, ValueError) as error:
+                refused.append((target, f"{target}: {error}"))
+                self._events.remove(spec.name)
+                continue
+            without = ", ".join(name for name, _ in outcome.missing)
+            return Probe(
+                spec.name,
+                True,
+                target,
+                outcome.way,
+                f"without {without}" if without else None,
+                "; ".join(f"{name}: {said}" for name, said in outcome.missing) or None,
+            )
+        return self._not_attached(spec, refused)
+
+    def _not_attached(self, spec: ProbeSpec, refused: Sequence[tuple[str, str]]) -> Probe:
+        """``refused``: (target, what the kernel said of it) in order; of absent ones, too."""
+        detail = "; ".join(said for _, said in refused)
+        if self._functions is None:
+            functions = (x for one in self._specs.values() for x in one.targets if ":" not in x)
+            symbols = host.symbols(functions)
+            self._functions = set(spec.targets) if symbols is None else set(symbols.modules)
+        here = [one for one in refused if one[0] in self._functions]
+        if not here:
+            return Probe(spec.name, False, why=spec.absent, detail=detail)
+        target, said = here[0]
+        meanings = (why for words, why in _MEANING if words in said)
+        why = next(meanings, "the kernel refuses the probe")
+        return Probe(spec.name, False, target, why=why, detail=detail)
+
+    def _enable(self, ring: Instance, event: Defined) -> None:
+        path = f"events/{self._group}/{event.name}"
+        self._filter(ring, event.name, path, event.fields)
+        triggers = hist.triggers(event.name, event.fields)
+        with contextlib.suppress(OSError):  # no CONFIG_HIST_TRIGGERS: events must do
+            for trigger in triggers:
+                ring.append(f"{path}/trigger", trigger)
+            if triggers:
+                self._counted.add(event.name)
+        self._learn(event.name, ring.read(f"{path}/format"))
+        ring.write(f"{path}/enable", "1")
+
+    def _tracepoint(self, ring: Instance, spec: ProbeSpec) -> Probe:
+        formats = (
+            (target, path, ring.read(f"{path}/format"))
+            for target in spec.targets
+            for path in [f"events/{target.replace(':', '/')}"]
+        )
+        target, path, text = next((one for one in formats if one[2]), ("", "", ""))
+        if not text:
+            return Probe(spec.name, False, why=spec.absent)
+        try:
+            self._learn(spec.name, text)
+            self._filter(ring, spec.name, path, ("errno",))
+            ring.write(f"{path}/enable", "1")
+        except (OSError, ValueError) as error:
+            why = "the kernel does not let this tracepoint be used"
+            return Probe(spec.name, False, target, why=why, detail=str(error))
+        return Probe(spec.name, True, target, "tracepoint")
+
+    def _filter(self, ring: Instance, name: str, path: str, known: Collection[str]) -> None:
+        conditions = fields.FILTERS.get(name, ())
+        condition = next((text for field, text in conditions if field in known), None)
+        if condition:
+            ring.write(f"{path}/filter", condition)
+            self._filters[name] = f"{path}/filter", condition
+
+    def _learn(self, probe: str, text: str) -> None:
+        known = EventFormat(text)
+        self.formats[known.id] = (probe, known)
+
+
+def remove_dead(root: str) -> None:
+    """Remove what kvmtrace processes that are no more (kill -9) left in tracefs, nothing else."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"{root}/instances"):
+            if instance.is_dead(name):
+                instance.remove(f"{root}/instances/{name}")
+    for group in dynamic_events.groups(root):
+        if instance.is_dead(group):
+            remove_events(DynamicEvents(root, group))
+
+
+def remove_events(events: DynamicEvents, seconds: float = 1.0) -> None:
+    """Remove all events of a group; tries again for a while, since instances take their time."""
+    end = time.monotonic() + seconds
+    while True:
+        removed = [events.remove(name) for name in events.names()]
+        if all(removed) or time.monotonic() >= end:
+            return
+        time.sleep(0.02)
+
+
+def kvm_now() -> int | None:
+    """A number that changes when kvm is loaded anew; None while it is not loaded."""
+    try:
+        number = os.stat(_KVM).st_ino
+    except OSError:
+        return 0 if os.path.exists("/dev/kvm") else None
+    try:
+        with open(f"{_KVM}/initstate") as file:
+            return number if file.read().strip() == "live" else None
+    except OSError:
+        # Built in: a directory (of parameters) without a state. Just unloaded: no directory.
+        return number if os.path.isdir(_KVM) else None
+
+
+def _offset(struct: str, member: str) -> int | None:
+    try:
+        btf = Btf()
+    except KvmtraceError:
+        return btfblob.offset(struct, member)
+    try:
+        return btf.offset(struct, member)
+    finally:
+        btf.close()

@@ -1,0 +1,129 @@
+"""Poison, and the pages of guest memory that it hits.
+
+A page of a guest_memfd is joined with its pfn as the correlator does it, by the thread, so that a
+fault on it can name its owner (``Owned``) where the slot was not known at the time of the poison.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from kvmtrace import kvm
+from kvmtrace.events import Event, GmemPoison, Mce, Owned, Owner, Poison, SoftOffline, Unpoison
+from kvmtrace.linux import mce
+from kvmtrace.sources.ftrace import records
+from kvmtrace.sources.ftrace.memslots import GuestMemory
+from kvmtrace.sources.ftrace.records import Record
+from kvmtrace.sources.ftrace.vms import People
+
+_MAX_PENDING = 4096
+
+
+class Poisons:
+    """``gmem_error``, ``poison``, ``mce`` and ``slot`` records.
+
+    ``names``: of memory_failure_event's ``type`` and ``result``.
+    """
+
+    def __init__(self, people: People, names: tuple[dict[int, str], dict[int, str]]) -> None:
+        self._people = people
+        self._types, self._results = names
+        self.memory = GuestMemory()
+        """Where guest memory is, as far as probes reported it."""
+        self._pages: OrderedDict[int, tuple[int, int]] = OrderedDict()  # thread → (ino, index)
+        self._owned: OrderedDict[tuple[int, int, int], None] = OrderedDict()
+
+    def slot(self, record: Record) -> None:
+        """A memslot was made, changed or removed."""
+        self.memory.changed(record.fields)
+
+    def forget(self, struct: int) -> None:
+        """The VM is gone."""
+        self.memory.forget(struct)
+
+    def gmem_error(self, record: Record) -> Event:
+        """memory_failure calls guest_memfd."""
+        fields = record.fields
+        tid, index, ino = fields["common_pid"], fields["index"], fields.get("ino")
+        owners: list[Owner] = []
+        held: set[int] = set()
+        if ino is not None:
+            self._pages[tid] = (ino, index)
+            _bound(self._pages)
+            for struct, gfn, hva in self.memory.bindings(ino, index):
+                vm = self._people.known(struct)
+                if vm is not None:
+                    owners.append(Owner(vm, gfn, hva))
+                    held.add(struct)
+        listed = records.first_listed(fields)
+        if listed is not None and listed not in held:
+            vm = self._people.known(listed)
+            if vm is None and fields.get("tgid"):
+                vm = self._people.key(record)
+            if vm is not None:
+                owners.append(Owner(vm, None))
+        complete = listed is not None and held == {listed} and records.only_one_listed(fields)
+        return GmemPoison(record.ts, tid, ino, index, tuple(owners), complete)
+
+    def poison(self, record: Record) -> Event:
+        """memory_failure's verdict."""
+        fields = record.fields
+        kind, result, tid = fields["type"], fields["result"], fields["common_pid"]
+        page = self._pages.pop(tid, None)
+        if page is not None:
+            self.memory.poisoned(*page, fields["pfn"])
+        return Poison(
+            record.ts,
+            fields["pfn"],
+            self._types.get(kind, str(kind)),
+            self._results.get(result, str(result)),
+            kind,
+            result,
+            tid,
+        )
+
+    def gmem(self, record: Record) -> list[Event]:
+        """kvm_gmem_get_pfn failed: if for poison, the slot it was asked for owns the page."""
+        fields = record.fields
+        self.memory.learn(fields)
+        vm = self._people.known(fields["kvm"])
+        found = self.memory.poisoned_pfn(fields["kvm"], fields["gfn"])
+        if fields["ret"] != -kvm.EHWPOISON or found is None or vm is None:
+            return []
+        pfn, hva = found
+        if (pfn, vm, fields["gfn"]) in self._owned:
+            return []
+        self._owned[pfn, vm, fields["gfn"]] = None
+        _bound(self._owned)
+        return [Owned(record.ts, pfn, Owner(vm, fields["gfn"], hva), "fault")]
+
+    def mce(self, record: Record) -> Event:
+        """A machine check; ``observe`` knows the CPU, and judges if the address is physical."""
+        fields = record.fields
+        status = fields["status"]
+        addr = fields["addr"] if status & mce.ADDRV else None
+        return Mce(
+            record.ts,
+            addr,
+            None if addr is None else addr >> kvm.PAGE_SHIFT,
+            fields["bank"],
+            fields["cpu"],
+            fields["socketid"],
+            status,
+            fields.get("misc"),
+            ipid=fields.get("ipid") or None,
+            fru=mce.fru_text(status, fields.get("v_data", b"")),
+        )
+
+    def page(self, record: Record) -> list[Event]:
+        """A page was moved off bad memory (or could not be), or taken off the poison list."""
+        fields = record.fields
+        if record.probe == "soft_offline":
+            return [SoftOffline(record.ts, fields["pfn"], -fields["ret"])]
+        return [Unpoison(record.ts, fields["pfn"])] if fields["ret"] == 0 else []
+
+
+def _bound(pending: OrderedDict[Any, Any]) -> None:
+    while len(pending) > _MAX_PENDING:
+        pending.popitem(last=False)

@@ -1,0 +1,42 @@
+"""guest_memfd's refusals (EHWPOISON): each is reported once, by its event or by the counts."""
+
+from __future__ import annotations
+
+from kvmtrace import kvm
+from kvmtrace.events import Event, Refused
+from kvmtrace.sources.ftrace.records import Record
+from kvmtrace.sources.ftrace.totals import RefusedKey, Totals
+from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.tally import Tally
+
+
+class Refusals:
+    """``gmem`` records and the kernel's counts → ``Refused``."""
+
+    def __init__(self, people: People) -> None:
+        self.tally: Tally[RefusedKey] = Tally()
+        self._people = people
+        self._batch: dict[tuple[int, int], tuple[int, int]] = {}  # (VM, gfn) → (how many, when)
+
+    def gmem(self, record: Record) -> None:
+        """kvm_gmem_get_pfn failed."""
+        fields = record.fields
+        key = RefusedKey(fields["kvm"], fields["gfn"])
+        if fields["ret"] == -kvm.EHWPOISON and self.tally.event(key):
+            self._add(self._people.key(record), key.gfn, 1, record.ts)
+
+    def settle(self, totals: Totals, now: int, struct: int | None = None) -> None:
+        """The kernel's counts; of one VM, or all."""
+        wanted = {k: n for k, n in totals.refused.items() if struct in (None, k.kvm)}
+        for key, count in self.tally.total(wanted):
+            vm = self._people.key_of(key.kvm, totals.refusers.get(key.kvm), now)
+            self._add(vm, key.gfn, count, now)
+
+    def take(self) -> list[Event]:
+        """What is to be reported, one event for each page."""
+        batch, self._batch = self._batch, {}
+        return [Refused(ts, vm, gfn, count) for (vm, gfn), (count, ts) in batch.items()]
+
+    def _add(self, vm: int, gfn: int, count: int, ts: int) -> None:
+        before, _ = self._batch.get((vm, gfn), (0, ts))
+        self._batch[vm, gfn] = (before + count, ts)

@@ -1,0 +1,142 @@
+"""SIGBUS for poisoned memory: one by one as they come, and by the kernel's counts in a storm.
+
+A signal that KVM sends is sent from within the fault handler to the thread itself: the fault that
+returns next on this thread with the "poisoned" pfn is the one it was sent for. Where the handler
+does not return that pfn (arm64), KVM_RUN's EINTR that follows at least names the vCPU.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+from kvmtrace import kvm
+from kvmtrace.events import Event, Sigbus
+from kvmtrace.sources.ftrace.muting import SignalStorms
+from kvmtrace.sources.ftrace.records import Record
+from kvmtrace.sources.ftrace.totals import SignalFacts, SignalKey, Totals
+from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.tally import Tally
+from kvmtrace.vmm.identity import clean
+
+# A signal waits this long for the fault it was sent from, which returns right after.
+SIGNAL_WAIT_NS = 50_000_000
+_MAX_PENDING = 4096
+
+
+class Signals:
+    """``sigbus`` and ``sigbus_forced`` records, and the kernel's counts → ``Sigbus``."""
+
+    def __init__(self, people: People) -> None:
+        self.behind = False
+        """Events were dropped since the counts were settled: the counts may have more."""
+        self.tally: Tally[SignalKey] = Tally()
+        self.storms = SignalStorms()
+        self._people = people
+        self._waiting: OrderedDict[int, tuple[SignalKey, Sigbus]] = OrderedDict()  # by thread
+        self._known: OrderedDict[SignalKey, Sigbus] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def sigbus(self, record: Record) -> list[Event]:
+        """A signal is sent; reported now, or when the fault that it was sent from is known."""
+        fields = record.fields
+        sender = fields["common_pid"]
+        tid = fields.get("tid", sender)
+        key = SignalKey(record.probe, tid, fields["code"], fields["addr"])
+        pid = self._people.process_of(tid, fields.get("tgid"))
+        # Asked now: it may be gone when the waiting is over.
+        vm = self._people.only_vm_of(pid)
+        event = Sigbus(
+            record.ts,
+            pid,
+            tid,
+            key.code,
+            key.addr,
+            kvm.lsb_of(fields.get("lsb")),
+            sender=sender,
+            vm=vm,
+            comm=_comm(record),
+        )
+        if key in self.storms:
+            return []  # from before it was muted; counted all the same
+        self.storms.event(key, None if vm is None else self._people.struct_of(vm))
+        if not self.tally.event(key):
+            return []
+        earlier = self._waiting.pop(tid, None)
+        told: list[Event] = [] if earlier is None else [earlier[1]]
+        if record.probe != "sigbus" or tid != sender or event.code != kvm.BUS_MCEERR_AR:
+            self._learn(key, event)
+            return [*told, event]
+        if key not in self._known:
+            self._learn(key, event)
+        self._waiting[tid] = (key, event)
+        return told
+
+    def bare(self, record: Record) -> Event:
+        """A SIGBUS without an address or a reason."""
+        tid = record.fields["common_pid"]
+        pid = self._people.process_of(tid, record.fields.get("tgid"))
+        vm = self._people.only_vm_of(pid)
+        comm = _comm(record)
+        return Sigbus(record.ts, pid, tid, kvm.SI_KERNEL, None, sender=tid, vm=vm, comm=comm)
+
+    def fault(self, record: Record) -> list[Event]:
+        """A fault on poisoned memory returned: its thread's signal was for this."""
+        key, event = self._waiting.pop(record.fields["common_pid"], (None, None))
+        if key is None or event is None:
+            return []
+        fields = record.fields
+        vm = self._people.key(record, event.ts)
+        event = replace(event, vm=vm, vcpu=fields["vid"], gfn=fields["gfn"])
+        self._learn(key, event)
+        self.storms.fault(key, fields["vcpu"], fields["gfn"])
+        return [event]
+
+    def returned(self, record: Record) -> list[Event]:
+        """KVM_RUN ended with a SIGBUS pending: if no fault named one, it is for that vCPU."""
+        key, event = self._waiting.pop(record.fields["common_pid"], (None, None))
+        if key is None or event is None:
+            return []
+        vm = self._people.key(record, event.ts)
+        event = replace(event, vm=vm, vcpu=record.fields["vid"])
+        self._learn(key, event)
+        self.storms.returned(key, record.fields["vcpu"])
+        return [event]
+
+    def overdue(self, now: float) -> list[Event]:
+        """Signals whose fault did not come."""
+        late = [tid for tid, (_, event) in self._waiting.items() if now - event.ts > SIGNAL_WAIT_NS]
+        return [self._waiting.pop(tid)[1] for tid in late]
+
+    def settle(self, totals: Totals, now: int, vm: int | None = None) -> list[Event]:
+        """Signals that the kernel counted and no event reported; of one VM, or all."""
+        of = {key: self._of(key, totals, now) for key in totals.signals}
+        wanted = {
+            key: count for key, count in totals.signals.items() if vm is None or of[key].vm == vm
+        }
+        return [replace(of[key], ts=now, count=count) for key, count in self.tally.total(wanted)]
+
+    def unsettled(self, struct: int) -> bool:
+        """Whether the counts may have more of a VM than the events."""
+        return self.behind or self.storms.in_vm(struct)
+
+    def _of(self, key: SignalKey, totals: Totals, now: int) -> Sigbus:
+        known = self._known.get(key)
+        if known is not None:
+            return known
+        facts = totals.facts.get(key, SignalFacts())
+        pid = self._people.process_of(key.tid, facts.tgid)
+        vm = self._people.only_vm_of(pid)
+        return Sigbus(now, pid, key.tid, key.code, key.addr, kvm.lsb_of(facts.lsb), vm=vm)
+
+    def _learn(self, key: SignalKey, event: Sigbus) -> None:
+        self._known[key] = event
+        self._known.move_to_end(key)
+        while len(self._known) > _MAX_PENDING:
+            self._known.popitem(last=False)
+
+
+def _comm(record: Record) -> str | None:
+    return clean(record.fields.get("comm") or "") or None

@@ -1,0 +1,147 @@
+"""A running ``kvmtrace serve`` as a source: what it saw so far, and what it goes on to see.
+
+No probe is attached a second time, and what happened before one logged in is there. What arrives is
+a recording that does not end (see ``door``), checked like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.events import Event
+from kvmtrace.model import Host, Probe, ProbeRuns
+from kvmtrace.session import feed
+from kvmtrace.sources.checksums import Checker
+from kvmtrace.sources.codec import WRONG, Decoder, build, version_of
+from kvmtrace.sources.recording import FORMAT, MARK, MAX_LINE
+
+_READ = 1 << 16
+_MANY = 1 << 16
+
+
+class JoinedSource:
+    """Made by ``join``. The first ``poll`` gives all that happened before, and only that."""
+
+    def __init__(self, client: socket.socket, pid: int) -> None:
+        """Raises OSError or one of ``WRONG`` if what is at the other end does not talk like it."""
+        self._client = client
+        self._client.settimeout(feed.TIMEOUT)
+        self._buffer = bytearray()
+        self._decoder = Decoder()
+        self._checker = Checker()
+        self.pid = pid
+        header = self._next()
+        number = header["kvmtrace_recording"]
+        if type(number) is not int or not 0 < number <= FORMAT:
+            raise ValueError("a newer kvmtrace")
+        host = build(Host, header)
+        self.name, self.epoch_offset_ns = host.source, host.epoch_offset_ns
+        self.version = version_of(header)
+        self.why: str | None = f"of kvmtrace serve, pid {pid}"
+        self._past: list[Event] | None = []
+        while (record := self._next()).get("kind") != MARK:
+            self._take(record, self._past)
+
+    @classmethod
+    def join(cls) -> Self | None:
+        """The serve of this host; None where there is none, or none that can be understood."""
+        found = feed.knock()
+        if found is None:
+            return None
+        try:
+            return cls(*found)
+        except (OSError, EOFError, *WRONG):
+            found[0].close()
+            return None
+
+    def poll(self, timeout: float) -> list[Event]:
+        """What happened since; raises KvmtraceError when the serve has ended.
+
+        ``timeout`` 0: all that the serve has sent by now.
+        """
+        if self._past is not None:
+            past, self._past = self._past, None
+            return past
+        events: list[Event] = []
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                # What came with the last read is there before anything new is.
+                for record in self._records():
+                    self._take(record, events)
+            except WRONG as error:
+                raise KvmtraceError(
+                    f"kvmtrace serve (pid {self.pid}) sent what is no event",
+                    "is it another version? --source bpf or ftrace attaches without it",
+                ) from error
+            if len(events) >= (1 if timeout > 0 else _MANY):
+                break
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([self._client], [], [], left)[0]:
+                break
+            try:
+                self._receive()
+            except (EOFError, OSError) as error:
+                raise KvmtraceError(
+                    f"kvmtrace serve (pid {self.pid}) has ended",
+                    "start it again, or run this again to attach without it",
+                ) from error
+        return events
+
+    def probes(self) -> tuple[Probe, ...]:
+        """The probes of the serve."""
+        return self._decoder.probes
+
+    def probe_runs(self) -> Mapping[str, ProbeRuns]:
+        """Not sent; the serve's own metrics have them."""
+        return {}
+
+    def close(self) -> None:
+        """Listen no more."""
+        with contextlib.suppress(OSError):
+            self._client.close()
+
+    def _take(self, record: dict[str, Any], events: list[Event]) -> None:
+        event = self._decoder.event(record)
+        if event is not None:
+            events.append(event)
+
+    def _next(self) -> dict[str, Any]:
+        """The next line, waited for."""
+        while (record := self._record()) is None:
+            self._receive()
+        return record
+
+    def _records(self) -> list[dict[str, Any]]:
+        """All lines that are complete."""
+        records = []
+        while (record := self._record()) is not None:
+            records.append(record)
+        return records
+
+    def _record(self) -> dict[str, Any] | None:
+        line, end, rest = self._buffer.partition(b"\n")
+        if not end:
+            return None
+        self._buffer = rest
+        record = json.loads(line)
+        if not isinstance(record, dict):
+            raise ValueError("not an object")
+        if self._checker.missing_before(bytes(line), record):
+            raise ValueError("lines are missing")
+        return record
+
+    def _receive(self) -> None:
+        data = self._client.recv(_READ)
+        if not data:
+            raise EOFError
+        self._buffer += data
+        if len(self._buffer) > MAX_LINE + _READ and b"\n" not in self._buffer:
+            raise ValueError("a line without an end")

@@ -1,0 +1,192 @@
+"""One line per event: for people, and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+
+from kvmtrace import dimm_names, kvm
+from kvmtrace.correlate import Told
+from kvmtrace.events import (
+    ClockStep,
+    Exit,
+    Found,
+    HwError,
+    Lost,
+    Mce,
+    Owned,
+    Poison,
+    Sigbus,
+    SoftOffline,
+    Unpoison,
+    VmGone,
+    VmSeen,
+)
+from kvmtrace.linux import mce
+from kvmtrace.views.format import (
+    UNKNOWN,
+    clip,
+    date_of,
+    dimm_of,
+    hex_of,
+    listed,
+    pad,
+    shift_of,
+    size_of,
+    span_of,
+    stamp_of,
+)
+from kvmtrace.views.json_output import event_line
+
+_KIND = 6
+_VM = 22
+_WHAT = 22  # "EHWPOISON hwpoison", "EFAULT unannotated"
+
+_ACCESS = {"r": "read", "w": "write", "x": "exec"}
+
+
+def json_text(told: Told) -> str | None:
+    """The line of ``events --json``; None for an event that only serves the correlator."""
+    line = event_line(told)
+    return None if line is None else json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+
+
+def event_text(told: Told, *, width: int | None = None) -> str | None:
+    """One aligned line for people; None for an event that only serves the correlator.
+
+    Time, kind, VM and what happened have columns; the rest follows as "name value", as far as it
+    is known. ``width``: cut there (a terminal), else as long as it needs to be.
+    """
+    event = told.event
+    vm = _vm(told.vm)
+    match event:
+        case Exit():
+            outcome = kvm.outcome_name(event.errno, event.reason)
+            what = f"{outcome} {told.cause or '(cause unknown)'}"
+            facts = _exit_facts(event)
+        case Poison():
+            owners = [f"{_vm(seen)} gfn {hex_of(owner.gfn)}" for owner, seen in told.owners]
+            vm = _vm(told.owners[0][1]) if len(told.owners) == 1 else UNKNOWN
+            what = event.result
+            facts = [f"pfn {hex(event.pfn)}", event.page_type, f"owners {listed(owners, 'none')}"]
+        case Sigbus():
+            vm = vm if told.vm else _called(event.comm, event.pid)
+            what = "SI_KERNEL"
+            if event.code != kvm.SI_KERNEL:
+                what = f"BUS_MCEERR_{kvm.sigbus_code_name(event.code)}"
+            facts = [f"tid {event.tid}", *([] if event.hva is None else [f"hva {event.hva:#x}"])]
+            if event.lsb is not None:
+                facts.append(size_of(1 << event.lsb))
+            if event.vcpu is not None:
+                facts.insert(0, f"vcpu {event.vcpu}")
+            if event.gfn is not None:
+                facts.append(f"gfn {hex(event.gfn)}")
+            if event.count > 1:
+                facts.append(f"x{event.count}")
+        case Mce():
+            what = f"bank {event.bank} cpu {event.cpu}"
+            at = mce.at(event.status, event.vendor, event.bank, event.ipid)
+            whose = {"memory": "memory of ", "consumer": "consumed on "}.get(at or "", "")
+            facts = [
+                f"{whose}socket {event.socket}",
+                f"addr {hex_of(event.addr)}",
+                f"pfn {hex_of(event.pfn)}",
+                f"status {hex(event.status)}",
+                event.fru or "",
+                f"x{event.count}" if event.count > 1 else "",
+            ]
+        case HwError():
+            what = f"{event.severity or 'memory'} error"
+            label = dimm_names.label(event.label)
+            facts = [
+                dimm_of(label) if label else "",
+                f"addr {hex_of(event.addr)}",
+                f"pfn {hex_of(event.pfn)}",
+                f"x{event.count}" if event.count != 1 else "",
+                event.message or "",
+                f"by {event.via}",
+            ]
+        case SoftOffline():
+            refused = kvm.errno_name(event.errno)
+            what = f"soft offline refused: {refused}" if event.errno else "soft-offlined"
+            facts = [f"pfn {hex(event.pfn)}"]
+        case Unpoison():
+            what, facts = "unpoisoned", [f"pfn {hex(event.pfn)}"]
+        case Found():
+            what, facts = "poisoned before start", [f"pfn {hex(event.pfn)}"]
+        case Owned() if told.owners:
+            owner = told.owners[0][0]
+            what, facts = "owner found", [f"pfn {hex(event.pfn)}", f"gfn {hex_of(owner.gfn)}"]
+            if owner.hva is not None:
+                facts.append(f"hva {owner.hva:#x}")
+        case VmSeen():
+            what = "seen"
+            vm = _vm(event)
+            facts = [
+                event.vmm or "",
+                f"uuid {event.uuid}" if event.uuid else "",
+                event.unread or "",
+            ]
+        case VmGone():
+            what, facts = "gone", []
+        case Lost():
+            what = f"{event.count} lost"
+            facts = [f"at {event.where}"]
+        case ClockStep():
+            what = f"stepped by {shift_of(event.step_ns)}"
+            facts = [f"to {date_of(told.wall)}"]
+            if event.suspended_ns is not None:
+                facts.append(f"host suspended for {span_of(event.suspended_ns)}")
+        case _:
+            return None
+    if told.incident:
+        facts.append(f"incident {told.incident}")
+    head = f"{stamp_of(told.wall)} {_kind(told):<{_KIND}} {pad(vm, _VM)} {what:<{_WHAT}}"
+    text = "  ".join([head, *filter(None, facts)]).rstrip()
+    return text if width is None else clip(text, width)
+
+
+def _kind(told: Told) -> str:
+    # The contract's names: both ends of a VM are of kind "vm", hardware errors all "mce".
+    if isinstance(told.event, (VmSeen, VmGone)):
+        return "vm"
+    if isinstance(told.event, HwError):
+        return "mce"
+    if isinstance(told.event, (SoftOffline, Unpoison, Found, Owned)):
+        return "page"
+    return told.event.kind
+
+
+def _vm(seen: VmSeen | None) -> str:
+    """``name (pid)``; of a name that is too long the end goes, never the pid."""
+    if seen is None:
+        return UNKNOWN
+    # Without a name the label has the pid already.
+    return _called(seen.label, seen.pid) if seen.name else seen.label
+
+
+def _called(name: str | None, pid: int) -> str:
+    if not name:
+        return f"pid {pid}"
+    end = f" ({pid})"
+    return clip(name, _VM - len(end)) + end
+
+
+def _exit_facts(event: Exit) -> list[str]:
+    facts = [f"vcpu {UNKNOWN if event.vcpu is None else event.vcpu}"]
+    if event.reason is not None and event.reason != kvm.EXIT_MEMORY_FAULT:
+        facts.append(f"reason {kvm.exit_reason_name(event.reason)}")
+    if event.gpa is not None:
+        facts.append(f"gpa {hex(event.gpa)}")
+    if event.gfn is not None:
+        facts.append(f"gfn {hex(event.gfn)}")
+    if event.size is not None:
+        facts.append(size_of(event.size))
+    if event.flags is not None:
+        facts.append(f"flags {kvm.flag_names(event.flags, event.errno)}")
+    elif event.private is not None:
+        facts.append("private" if event.private else "shared")
+    if event.access:
+        facts.append("+".join(_ACCESS.get(letter, letter) for letter in event.access))
+    if event.count != 1:
+        facts.append(f"x{event.count}")
+    return facts

@@ -1,0 +1,184 @@
+"""Text in terminal cells, and numbers, sizes and times as people read them."""
+
+from __future__ import annotations
+
+import datetime
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from kvmtrace import dimm_names
+from kvmtrace.events import ClockStep, elapsed
+
+Span = tuple[str, str]
+"""Text, and the name of its style ("" plain, "title", "head", "bad", "warn", "note", "dim")."""
+
+Line = tuple[Span, ...]
+
+UNKNOWN = "-"
+ELLIPSIS = "…"
+
+_SECOND = 1_000_000_000
+
+
+@lru_cache(maxsize=4096)
+def cells(text: str) -> int:
+    """The width of ``text`` on a terminal: East Asian wide is two cells, combining marks none."""
+    if text.isascii():
+        return len(text)
+    return sum(map(_char_cells, text))
+
+
+def _char_cells(char: str) -> int:
+    if unicodedata.category(char) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def clip(text: str, width: int) -> str:
+    """``text`` in at most ``width`` cells; where something had to go, it ends in "…"."""
+    if cells(text) <= width:
+        return text
+    if width <= 0:
+        return ""
+    kept, used = [], 0
+    for char in text:
+        used += _char_cells(char)
+        if used > width - 1:
+            break
+        kept.append(char)
+    return "".join(kept) + ELLIPSIS
+
+
+def pad(text: str, width: int, *, right: bool = False) -> str:
+    """``text`` in exactly ``width`` cells, clipped or filled up; ``right``: aligned right."""
+    text = clip(text, width)
+    fill = " " * (width - cells(text))
+    return fill + text if right else text + fill
+
+
+def plain(line: Line) -> str:
+    """The text of a line."""
+    return "".join(text for text, _ in line)
+
+
+def clip_line(line: Line, width: int) -> Line:
+    """A line in at most ``width`` cells."""
+    if sum(cells(text) for text, _ in line) <= width:
+        return line
+    kept: list[Span] = []
+    for text, style in line:
+        room = width - sum(cells(t) for t, _ in kept)
+        # One cell is kept for the "…" of what follows.
+        if cells(text) < room:
+            kept.append((text, style))
+            continue
+        kept.append((clip(text + ELLIPSIS, room), style))
+        break
+    return tuple(kept)
+
+
+def hex_of(number: int | None) -> str:
+    """``0x1f000``; "-" if unknown."""
+    return UNKNOWN if number is None else hex(number)
+
+
+def size_of(size: int | None) -> str:
+    """``4 KiB``, ``1.5 GiB``; "-" if unknown. Exact up to a MiB: pages are counted in KiB."""
+    if size is None:
+        return UNKNOWN
+    if size < 1024 or (size % 1024 and size < 1 << 20):
+        return f"{size} B"
+    number, unit = size / 1024, "KiB"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):  # noqa: B007 (its last value is used)
+        if number < 1024:
+            break
+        number /= 1024
+    return f"{number:.0f} {unit}" if number == int(number) else f"{number:.1f} {unit}"
+
+
+def span_of(nanoseconds: int | None) -> str:
+    """A length of time: ``340 µs``, ``12 ms``, ``1.2 s``, ``5 min``; "-" if unknown."""
+    if nanoseconds is None or nanoseconds < 0:
+        return UNKNOWN
+    if nanoseconds < 1_000_000:
+        return f"{nanoseconds / 1e3:.0f} µs"
+    if nanoseconds < _SECOND:
+        return f"{nanoseconds / 1e6:.0f} ms"
+    if nanoseconds < 10 * _SECOND:
+        return f"{nanoseconds / 1e9:.1f} s"
+    return age_of(0, nanoseconds)
+
+
+def shift_of(nanoseconds: int) -> str:
+    """How far, and in which direction: ``+1.2 s``, ``-5 min``."""
+    return ("+" if nanoseconds >= 0 else "-") + span_of(abs(nanoseconds))
+
+
+def age_of(ts: int | None, now: int, steps: Sequence[ClockStep] = ()) -> str:
+    """How long ago: ``12 s``, ``5 min``, ``3 h``, ``4 d``; "-" if unknown.
+
+    A time ahead of ``now`` (clocks of two machines) is 0 s ago. ``steps``: of the wall clock; the
+    host may have been suspended meanwhile.
+    """
+    if ts is None:
+        return UNKNOWN
+    seconds = max(0, elapsed(ts, now, steps) // _SECOND)
+    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds // unit} {name}"
+    return f"{seconds // 86400} d"
+
+
+def rate_of(rate: float | None) -> str:
+    """Events per second in at most five characters; "-" if unknown."""
+    if rate is None:
+        return UNKNOWN
+    for limit, unit in ((9999.5, ""), (999.5e3, "k"), (999.5e6, "M")):
+        if rate < limit:
+            number = rate / {"": 1, "k": 1e3, "M": 1e6}[unit]
+            # 0.04 is not nothing: never round what happened down to 0.
+            whole = number == int(number) or number >= 9.95
+            return f"{number:.0f}{unit}" if whole else f"{max(number, 0.1):.1f}{unit}"
+    return f"{rate / 1e9:.1f}G"
+
+
+def clock_of(ts: int) -> str:
+    """Local wall time, ``HH:MM:SS``."""
+    return f"{_local(ts):%H:%M:%S}"
+
+
+def stamp_of(ts: int) -> str:
+    """Local wall time with milliseconds, ``HH:MM:SS.mmm``."""
+    return f"{_local(ts):%H:%M:%S}.{ts % _SECOND // 1_000_000:03d}"
+
+
+def date_of(ts: int) -> str:
+    """Local date and wall time with milliseconds."""
+    return f"{_local(ts):%Y-%m-%d} {stamp_of(ts)}"
+
+
+def _local(ts: int) -> datetime.datetime:
+    # Whole seconds: a float of nanoseconds since 1970 rounds, and could show the next second.
+    return datetime.datetime.fromtimestamp(ts // _SECOND, datetime.UTC).astimezone()
+
+
+def listed(parts: Iterable[str], none: str = UNKNOWN) -> str:
+    """``a, b, c``."""
+    return ", ".join(parts) or none
+
+
+def counted(number: int, what: str) -> str:
+    """``1 exit``, ``2 exits``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def dimm_of(label: str) -> str:
+    """``"A1"`` → ``"DIMM A1"``; most labels say themselves what they name."""
+    match dimm_names.names(label):
+        case "candidates":
+            return f"one of {listed(map(dimm_of, dimm_names.candidates(label)))}"
+        case "dimm":
+            return label if "dimm" in label.lower() else f"DIMM {label}"
+        case kind:
+            return f"{kind} {label}"

@@ -1,0 +1,84 @@
+"""Tables of any rows: which columns a terminal has room for, and their lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from kvmtrace.views.format import Line, Span, cells, pad
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Column(Generic[Row]):
+    """``text(row, width)``: the cell, for ``width`` None as it would like to be.
+
+    ``floor``: never narrower by nature. ``least``: it may shrink, and how far; with ``brief`` it
+    shrinks first, because that loses nothing. ``drop``: where the terminal is too narrow, the
+    highest goes first; 0 stays. ``falling``: sorts from high to low at first.
+    """
+
+    name: str
+    text: Callable[[Row, int | None], str]
+    sort: Callable[[Row], Any]
+    style: Callable[[Row], str] = lambda row: ""
+    right: bool = True
+    falling: bool = True
+    least: int | None = None
+    brief: bool = False
+    drop: int = 0
+    floor: int = 0
+
+
+@dataclass(frozen=True)
+class Fitted(Generic[Row]):
+    """Columns with their widths, for one terminal width."""
+
+    columns: tuple[tuple[Column[Row], int], ...]
+    gap: int
+
+    def head(self, sorted_by: str | None = None) -> Line:
+        """The names of the columns."""
+        cells_ = [
+            (column.name, "sorted" if column.name == sorted_by else "head")
+            for column, _ in self.columns
+        ]
+        return self._line(cells_)
+
+    def row(self, row: Row) -> Line:
+        """One row."""
+        return self._line([(c.text(row, width), c.style(row)) for c, width in self.columns])
+
+    def _line(self, texts: Sequence[Span]) -> Line:
+        # The gap belongs to the cell before it: fewer changes of style, fewer bytes over ssh.
+        gaps = [" " * self.gap] * (len(texts) - 1) + [""]
+        return tuple(
+            (pad(text, width, right=column.right) + gap, style)
+            for (column, width), (text, style), gap in zip(self.columns, texts, gaps, strict=True)
+        )
+
+
+def fit(columns: Iterable[Column[Row]], rows: Sequence[Row], width: int) -> Fitted[Row]:
+    """The columns that have room, and their widths. Numbers are never cut: columns go instead."""
+    chosen = list(columns)
+    natural = {
+        c.name: max([cells(c.name), c.floor, *(cells(c.text(row, None)) for row in rows)])
+        for c in chosen
+    }
+    gap = 2 if sum(natural.values()) + 2 * (len(chosen) - 1) <= width else 1
+    while True:
+        room = width - gap * (len(chosen) - 1)
+        least = sum(min(natural[c.name], c.least or natural[c.name]) for c in chosen)
+        if least <= room or not any(c.drop for c in chosen):
+            break
+        chosen.remove(max(chosen, key=lambda c: c.drop))
+    widths = {c.name: natural[c.name] for c in chosen}
+    # The widest of those that may shrink gives first: short ones stay whole.
+    while sum(widths.values()) > room:
+        flexible = [c for c in chosen if c.least is not None and widths[c.name] > c.least]
+        if not flexible:
+            break
+        widths[max(flexible, key=lambda c: (c.brief, widths[c.name])).name] -= 1
+    return Fitted(tuple((column, widths[column.name]) for column in chosen), gap)

@@ -1,0 +1,67 @@
+"""A snapshot as plain text: ``top --once``."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from kvmtrace.model import Snapshot
+from kvmtrace.views.format import clip, plain
+from kvmtrace.views.tables import grid, header
+from kvmtrace.views.tables.columns import INCIDENT_COLUMNS, VM_COLUMNS
+from kvmtrace.views.tables.grid import Column, Row
+from kvmtrace.views.tables.rows import incident_rows, vm_rows
+
+
+def table_text(
+    snapshot: Snapshot,
+    *,
+    now: int,
+    width: int | None = None,
+    rates: Mapping[int, float] | None = None,
+) -> str:
+    """The whole picture, no line longer than ``width`` cells (None: COLUMNS or the terminal's).
+
+    ``now``: nanoseconds since the epoch, for "12 s ago". ``rates``: of ``rows.rates``.
+    """
+    width = width or shutil.get_terminal_size().columns
+    vms = vm_rows(snapshot, now, rates)
+    incidents = incident_rows(snapshot, now)
+    vm_columns = [c for c in VM_COLUMNS if rates is not None or c.name != "EXITS/S"]
+    lines = [
+        *_wrapped(plain(header.host_spans(snapshot)), width),
+        *_wrapped(plain(header.probe_spans(snapshot)), width),
+    ]
+    for line in header.probe_lines(snapshot, only_missing=True):
+        lines += _wrapped(plain(line), width)
+    lines += [
+        *_wrapped(plain(header.memory_spans(snapshot)), width),
+        *_wrapped(plain(header.kernel_spans(snapshot) or ()), width),
+        *_wrapped(plain(header.clock_spans(snapshot) or ()), width),
+        "",
+        *_table(vm_columns, vms, width, "no VMs seen"),
+        "",
+        *_table(INCIDENT_COLUMNS, incidents, width, "no incidents"),
+    ]
+    return "\n".join(lines)
+
+
+def _table(
+    choice: Sequence[Column[Row]], rows: Sequence[Row], width: int, nothing: str
+) -> list[str]:
+    if not rows:
+        return [clip(nothing, width)]
+    fitted = grid.fit(choice, rows, width)
+    lines = [fitted.head(), *map(fitted.row, rows)]
+    return [clip(plain(line).rstrip(), width) for line in lines]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    # Wrapped here, with an indent: a reason must not be cut, nor broken by the terminal.
+    indent = " " * min(4, max(width - 1, 0))
+    lead = text[: len(text) - len(text.lstrip())]
+    wrapped = textwrap.wrap(
+        text.strip(), width, initial_indent=lead, subsequent_indent=indent, drop_whitespace=True
+    )
+    return [clip(line, width) for line in wrapped]

@@ -1,0 +1,259 @@
+"""The live table on a terminal: Textual draws what ``frame`` says and hands keys to ``state``.
+
+One widget draws its own lines and has only those redrawn that changed: over ssh that costs a
+hundredth of what a table widget sends. The mouse stays with the terminal, so that an address can
+be selected and copied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+from rich.segment import Segment
+from rich.style import Style
+from textual import events
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.geometry import Region
+from textual.strip import Strip
+from textual.widget import Widget
+
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.linux import clock
+from kvmtrace.model import Snapshot
+from kvmtrace.views.format import cells
+from kvmtrace.views.tables.rows import rates
+from kvmtrace.views.terminal.screen import Drawn, frame
+from kvmtrace.views.terminal.ui_state import State
+
+# The terminal's own sixteen colours: legible on dark and on light. Words say the same.
+_STYLES = {
+    "": Style.null(),
+    "title": Style(bold=True),
+    "head": Style(underline=True),
+    "sorted": Style(underline=True, bold=True),
+    "bad": Style(color="red", bold=True),
+    "warn": Style(color="yellow"),
+    "note": Style(color="cyan"),
+    "dim": Style(dim=True),
+}
+_SELECTED = Style(reverse=True)
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+# Textual's driver sets these and leaves them set.
+_BORROWED = (*_SIGNALS, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
+
+
+class Canvas(Widget):
+    """The whole screen, line by line."""
+
+    DEFAULT_CSS = "Canvas { width: 100%; height: 100%; background: ansi_default; }"
+
+    def __init__(self, coloured: bool) -> None:
+        super().__init__()
+        self._lines: list[Drawn] = []
+        self._styles_by_name = {
+            name: style if coloured else style.without_color for name, style in _STYLES.items()
+        }
+
+    def draw(self, lines: list[Drawn]) -> None:
+        """Show these lines; only those that differ from what is shown are sent."""
+        old, self._lines = self._lines, lines
+        if len(old) != len(lines):
+            self.refresh()
+            return
+        changed = [
+            Region(0, y, _changed_until(before, after, self.size.width), 1)
+            for y, (before, after) in enumerate(zip(old, lines, strict=True))
+            if before != after
+        ]
+        if changed:
+            self.refresh(*changed)
+
+    def render_line(self, y: int) -> Strip:
+        drawn = self._lines[y] if y < len(self._lines) else Drawn()
+        over = _SELECTED if drawn.selected else Style.null()
+        # Segments, not markup: a VM may be called "[red]".
+        segments = [
+            Segment(text, self._styles_by_name[style] + over) for text, style in drawn.line if text
+        ]
+        return Strip(segments).adjust_cell_length(self.size.width, over).simplify()
+
+
+class TopApp(App[None]):
+    """``run`` below is how to use it; tests drive it with Textual's pilot.
+
+    ``failure``: what ended it, if it was not the person.
+    """
+
+    ENABLE_COMMAND_PALETTE = False
+    CSS = "Screen { background: ansi_default; overflow: hidden; }"
+    # Over Textual's own ctrl+c, which only explains how to quit.
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+c", "leave", show=False, priority=True),
+        # A kernel's message on the console, a torn line over ssh.
+        Binding("ctrl+l", "redraw", show=False, priority=True),
+        Binding("ctrl+z", "suspend_process", show=False, priority=True),
+    ]
+
+    def __init__(
+        self,
+        snapshot: Callable[[], Snapshot],
+        interval: float,
+        now: Callable[[], int] = clock.now_ns,
+        first: Snapshot | None = None,
+    ) -> None:
+        super().__init__(ansi_color=True)
+        self.failure: BaseException | None = None
+        self.state = State()
+        self._snapshot = snapshot
+        self._first = first
+        self._interval = interval
+        self._now = now
+        self._taken: tuple[Snapshot, int] | None = None
+        self._canvas = Canvas(coloured=not os.environ.get("NO_COLOR"))
+
+    def compose(self) -> ComposeResult:
+        yield self._canvas
+
+    def on_mount(self) -> None:
+        for number in _SIGNALS:
+            # The loop's handler, not signal.signal: it wakes a loop that waits.
+            asyncio.get_running_loop().add_signal_handler(number, self.exit)
+        # Back from ctrl+z: the terminal has forgotten what was on it.
+        self.app_resume_signal.subscribe(self, lambda _: self.action_redraw())
+        self.tick()
+        self.set_interval(self._interval, self.tick)
+
+    def on_unmount(self) -> None:
+        for number in _SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+    def tick(self) -> None:
+        """Take a snapshot and draw it. Also while paused: a reader that failed is shown at once."""
+        with self._failing():
+            snapshot = self._first or self._snapshot()
+            self._first = None
+            if self.state.paused:
+                return
+            now = self._now()
+            if self._taken is None:
+                self.state.take(snapshot, now, {})
+            else:
+                old, then = self._taken
+                self.state.take(snapshot, now, rates(old, snapshot, now - then))
+            self._taken = snapshot, now
+            self._draw()
+
+    def on_key(self, event: events.Key) -> None:
+        event.stop()
+        event.prevent_default()  # no moving of the focus: there is nothing to focus
+        with self._failing():
+            if not self.state.press(event.key, event.character):
+                self.exit()
+            self._draw()
+
+    def on_paste(self, event: events.Paste) -> None:
+        event.stop()
+        with self._failing():
+            if self.state.typing:
+                for character in event.text:
+                    self.state.press(character, character)
+            self._draw()
+
+    def on_resize(self, event: events.Resize) -> None:
+        with self._failing():
+            self._draw(event.size.width, event.size.height)
+
+    def action_leave(self) -> None:
+        """Quit."""
+        self.exit()
+
+    def action_redraw(self) -> None:
+        """Draw every line again."""
+        self._canvas.refresh()
+
+    def _draw(self, width: int | None = None, height: int | None = None) -> None:
+        lines = frame(self.state, width or self.size.width, height or self.size.height)
+        self._canvas.draw(lines)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        # Textual would print a traceback with all locals; the caller of run() decides instead.
+        try:
+            yield
+        except Exception as failure:
+            self.failure = self.failure or failure
+            self.exit()
+
+
+def run(
+    snapshot: Callable[[], Snapshot],
+    interval: float = 1.0,
+    *,
+    now: Callable[[], int] = clock.now_ns,
+) -> None:
+    """Show ``snapshot()`` every ``interval`` seconds until the person quits or a signal comes.
+
+    ``snapshot`` must return at once. What it raises ends the display and is raised here, with the
+    terminal as it was. SIGTERM, SIGHUP and SIGINT end it as "q" does.
+    """
+    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
+        raise KvmtraceError("top needs a terminal", "kvmtrace top --once prints the table once")
+    first = snapshot()
+    before = {number: signal.getsignal(number) for number in _BORROWED}
+    try:
+        with _own_way_to_the_terminal():
+            app = TopApp(snapshot, interval, now, first)
+            app.run(mouse=False)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+    if app.failure is not None:
+        raise app.failure
+    if app.return_code:
+        raise KvmtraceError("the display failed", "kvmtrace top --once prints the table once")
+
+
+@contextlib.contextmanager
+def _own_way_to_the_terminal() -> Iterator[None]:
+    """Let Textual draw through a descriptor of its own.
+
+    It draws on ``sys.__stderr__``, descriptor 2, which a source in another thread may send
+    elsewhere for a moment, to catch what a C library prints: a repaint would be lost with it.
+    """
+    original = sys.__stderr__
+    terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
+    sys.__stderr__ = terminal  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        sys.__stderr__ = original  # type: ignore[misc]
+        terminal.close()
+
+
+def _changed_until(before: Drawn, after: Drawn, width: int) -> int:
+    """The column after the last change. Textual redraws a line from its start up to there."""
+    old, new = _cells(before), _cells(after)
+    if old is None or new is None or before.selected != after.selected:
+        return width
+    blank = (" ", "")
+    old += [blank] * (width - len(old))
+    new += [blank] * (width - len(new))
+    return max((x + 1 for x in range(width) if old[x] != new[x]), default=0)
+
+
+def _cells(drawn: Drawn) -> list[tuple[str, str]] | None:
+    """(character, style) per cell; None where a character is not one cell wide."""
+    found = []
+    for text, style in drawn.line:
+        if cells(text) != len(text) or not text.isprintable():
+            return None
+        found += [(char, style) for char in text]
+    return found

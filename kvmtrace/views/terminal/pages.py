@@ -1,0 +1,196 @@
+"""The pages behind the tables: all that is known of one VM or one incident, and the help."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+
+from kvmtrace.model import Incident, Snapshot, Vm
+from kvmtrace.views.explain import TITLES, WIDTH, explain_lines
+from kvmtrace.views.format import (
+    UNKNOWN,
+    Line,
+    age_of,
+    cells,
+    counted,
+    date_of,
+    hex_of,
+    listed,
+    plain,
+    rate_of,
+    span_of,
+)
+from kvmtrace.views.tables.columns import STATE_STYLES
+from kvmtrace.views.tables.rows import IncidentRow, incident_rows, state_word
+
+_LABEL = 18
+
+_STATES = (
+    ("looping", "the VMM is notified of the same page again and again: it does not cope"),
+    ("kernel", "the kernel itself uses the page, or may: the host is at risk"),
+    ("delivered", "the VMM was notified, by an EHWPOISON exit or by SIGBUS"),
+    ("undeliv.", "guest_memfd refused the page to a guest, and no VMM was notified"),
+    ("latent", "a VM owns the page, its guest has not touched it yet"),
+    ("unowned", "no VM is known to own the page"),
+    ("closed", "the VM is gone, or the page is no longer poisoned"),
+)
+_CAUSES = (
+    ("hwpoison", "EHWPOISON: the page is poisoned"),
+    ("conversion", "private where it is shared, or the reverse: normal in confidential VMs"),
+    ("userfault", "EFAULT for a page that the VMM is to bring: demand paging, normal"),
+    ("backing", "guest_memfd was asked and failed: gone, unbound, out of memory"),
+    ("unannotated", "EFAULT without a memory fault's address"),
+    ("other", "any other errno, or flags whose meaning is not known"),
+)
+_HELP = (
+    ("↑ ↓ j k, PgUp PgDn", "select a row"),
+    ("tab ← →", "switch between VMs and incidents"),
+    ("enter", "all that is known of the selected row"),
+    ("s, S", "sort by the next column, reverse; after the last column: by urgency"),
+    ("/", "show only VMs whose name or pid contains a text; esc shows all"),
+    ("p", "pause and go on"),
+    ("i", "probes: where attached, what is not seen"),
+    ("ctrl+l", "draw the screen again"),
+    ("q, ctrl+c", "quit (q: from here, back)"),
+)
+
+
+def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) -> list[Line]:
+    """One VM."""
+    vm = snapshot.vms.get(key)
+    if vm is None:
+        return [(("  this VM is no longer remembered", "warn"),)]
+    mine = [
+        row.incident
+        for row in incident_rows(snapshot, now)
+        if any(owner.vm == key for owner in row.incident.owners)
+    ]
+    signals = listed(f"{code} {count}" for code, count in sorted(vm.sigbus.items()))
+    lines = [
+        ((f"  {vm.label}", "title"), ("  gone" if vm.gone else "", "warn")),
+        _fact("pid", str(vm.pid)),
+        *([_fact("VMID", vm.vmid)] if vm.vmid else []),
+        _fact("VMM", vm.vmm or UNKNOWN),
+        _fact("uuid", vm.uuid or UNKNOWN),
+        *([_fact("not looked up", vm.unread, "warn")] if vm.unread else []),
+        _fact("poisoned pages", str(vm.poisoned_pages), "warn" if vm.poisoned_pages else ""),
+        _fact("SIGBUS", signals),
+        *([_fact("not notified", _refusals(vm), "warn")] if vm.undelivered else []),
+        _fact("exits/s", rate_of(rates.get(key))),
+        _fact("last exit, signal", _when(vm.last_ts, now, snapshot)),
+        (),
+        (("  exits by errno and cause", "head"),),
+        *_exits(vm),
+        (),
+        (("  incidents", "head"),),
+        *(_brief(incident, key) for incident in mine),
+    ]
+    if not mine:
+        lines.append((("  none", "dim"),))
+    return [*lines, (), *_timeline(mine, now, snapshot)]
+
+
+def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
+    """One incident."""
+    incident = next((i for i in snapshot.incidents if i.id == key), None)
+    if incident is None:
+        return [(("  this incident is no longer remembered", "warn"),)]
+    state = state_word(incident)
+    meaning = dict(_STATES).get(state, "")
+    row = IncidentRow(incident, snapshot.vms, now)
+    told = explain_lines(incident, snapshot, WIDTH - 2)
+    return [
+        ((f"  {next(told)}", "title"),),
+        (
+            (f"  {'state':<{_LABEL}}", "dim"),
+            (state, STATE_STYLES.get(state, "")),
+            (f"  {meaning}", "dim"),
+        ),
+        _fact("latency", f"{span_of(row.latency)} from poison to first delivery"),
+        *(((f"  {line}" if line else "", "head" if line in TITLES else ""),) for line in told),
+    ]
+
+
+def help_page() -> list[Line]:
+    """Keys, and what the words mean."""
+    lines: list[Line] = []
+    for title, entries in (
+        ("keys", _HELP),
+        ("states of an incident", _STATES),
+        ("causes", _CAUSES),
+    ):
+        lines.append(((f"  {title}", "title"),))
+        lines += [((f"  {word:<20}", ""), (meaning, "dim")) for word, meaning in entries]
+    return lines
+
+
+def folded(line: Line, width: int) -> list[Line]:
+    """A line in as many as it needs, under its second span; one that is folded loses its styles."""
+    text = plain(line)
+    if cells(text) <= width:
+        return [line]
+    lead = text[: len(text) - len(text.lstrip())]
+    under = cells(line[0][0]) if len(line) > 1 else len(lead) + 2
+    parts = textwrap.wrap(
+        text.strip(),
+        max(width, 1),
+        initial_indent=lead,
+        subsequent_indent=" " * (under if under < width // 2 else 2),
+    )
+    return [((part, ""),) for part in parts]
+
+
+def _fact(label: str, value: str, style: str = "") -> Line:
+    return ((f"  {label:<{_LABEL}}", "dim"), (value, style))
+
+
+def _refusals(vm: Vm) -> str:
+    refusals = counted(vm.undelivered, "refusal")
+    return f"{refusals} by guest_memfd of which KVM_RUN did not notify the VMM"
+
+
+def _exits(vm: Vm) -> list[Line]:
+    if not vm.exits:
+        return [(("  none", "dim"),)]
+    wide = max(len(str(count)) for count in vm.exits.values())
+    ordered = sorted(vm.exits.items(), key=lambda entry: -entry[1])
+    return [
+        ((f"  {errno:<12}{cause or 'cause unknown':<14}{count:>{wide}}", ""),)
+        for (errno, cause), count in ordered
+    ]
+
+
+def _brief(incident: Incident, vm: int) -> Line:
+    places = listed(f"gfn {hex_of(owner.gfn)}" for owner in incident.owners if owner.vm == vm)
+    told = f"  exits {incident.exits}  SIGBUS {incident.sigbus}"
+    state = state_word(incident)
+    return (
+        (f"  {incident.id:<12}", ""),
+        (f"{state:<10}", STATE_STYLES.get(state, "")),
+        (f"{places}{told}", ""),
+    )
+
+
+def _timeline(incidents: list[Incident], now: int, snapshot: Snapshot) -> list[Line]:
+    moments: list[tuple[int, str]] = []
+    for i in incidents:
+        pfn = f"pfn {hex_of(i.pfn)} poisoned"
+        for ts, what in (
+            (i.poisoned_ts, f"{pfn}: {i.result}" if i.result else pfn),
+            (i.first_delivery_ts, "first delivery"),
+            (i.last_delivery_ts if i.exits + i.sigbus > 1 else None, "last delivery so far"),
+        ):
+            if ts is not None:
+                moments.append((ts, f"{what}  ({i.id})" if len(incidents) > 1 else what))
+    if not moments:
+        return []
+    return [
+        (("  timeline, local time", "head"),),
+        *(((f"  {_when(ts, now, snapshot)}  ", "dim"), (what, "")) for ts, what in sorted(moments)),
+    ]
+
+
+def _when(ts: int | None, now: int, snapshot: Snapshot) -> str:
+    if ts is None:
+        return UNKNOWN
+    return f"{date_of(snapshot.wall(ts))}  {age_of(ts, now, snapshot.steps)} ago"

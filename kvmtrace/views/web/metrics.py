@@ -1,0 +1,452 @@
+"""The exporter: the model as Prometheus metrics, and the HTTP server around it.
+
+Names and labels are the contract in design.md. Nothing here is global: a collector draws from the
+snapshots it is given, so tests and several exporters in one process do not meet.
+
+Metrics carry no ``_created`` series: they would double the per-VM series on every Prometheus that
+does not know what to do with them. Counters are born at 0 instead.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from http import HTTPStatus
+from itertools import accumulate
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
+
+from kvmtrace import __version__
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.linux import clock, privileges
+from kvmtrace.model import LATENCY_BUCKETS, STATES, VERDICTS, Snapshot
+from kvmtrace.views.web import landing as page
+from kvmtrace.views.web.server import DEFAULT_LISTEN, Answer, Headers, Server, Shared, start, text
+from kvmtrace.views.web.vm_labels import VmLabels, VmSeries, clean
+
+__all__ = ["DEFAULT_LISTEN", "DEFAULT_MAX_VMS", "Exporter", "Server", "serve"]
+
+DEFAULT_MAX_VMS = 500
+
+# A reader that has not come round for so long is not watching; seconds. It should in a quarter.
+STALE_SECONDS = 5.0
+
+# One snapshot serves all who ask within this time; seconds.
+SNAPSHOT_SECONDS = 1.0
+
+# Page types and results that are exported as 0 where the kernel's own list is not given. Alerts
+# add up all kinds, so one of them at 0 is enough for the first poison of any kind to be seen.
+FALLBACK_KINDS = tuple(
+    ("unknown page", result) for result in ("Ignored", "Failed", "Delayed", "Recovered")
+)
+
+# Where things are known to get lost, exported as 0 from the start: the BPF source's ring buffer and
+# maps, the ftrace source's rings, kprobes and counts, searches for owners that had no room, and
+# what the correlator has to forget. A test holds it against what they say.
+LOST_FROM_BIRTH = (
+    *("ring", "exit_keys", "exit_counts", "refused_counts", "signal_counts"),
+    *("ftrace_poison", "ftrace_signals", "ftrace_faults", "ftrace_missed", "ftrace_damaged"),
+    *("owner_searches", "found_pages", "unknown_vms", "halves", "descriptors"),
+    *("incidents", "vms", "owners", "told", "looks", "refusals", "soft_offlines"),
+    "clock_steps",
+)
+
+Kinds = Callable[[], Iterable[tuple[str, str]]]
+
+
+class Snapshots(Protocol):
+    """What the exporter needs of a ``live.Session``; ``snapshot`` raises if the source ended."""
+
+    def snapshot(self) -> Snapshot: ...
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """What a ``live.Session`` has besides: a heartbeat."""
+
+    def age(self) -> float: ...
+
+
+class _Recent:
+    """The last snapshot, taken anew if it is older than ``SNAPSHOT_SECONDS``."""
+
+    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+        self._take = snapshot
+        self._lock = threading.Lock()
+        self._taken: tuple[Snapshot, float] | None = None
+
+    def snapshot(self) -> Snapshot:
+        with self._lock:
+            now = time.monotonic()
+            if self._taken is None or now - self._taken[1] >= SNAPSHOT_SECONDS:
+                self._taken = None
+                self._taken = self._take(), now
+            return self._taken[0]
+
+
+class Exporter(Collector):
+    """A collector over ``snapshot``. ``kinds``: the kernel's (page type, result) pairs, asked once.
+
+    One part that fails does not take the others with it: it is left out, and its
+    ``kvmtrace_scrape_collector_success`` is 0. All but build info needs "snapshot".
+    """
+
+    def __init__(
+        self,
+        snapshot: Callable[[], Snapshot],
+        *,
+        kinds: Kinds = lambda: FALLBACK_KINDS,
+        max_vms: int = DEFAULT_MAX_VMS,
+    ) -> None:
+        self._snapshot = snapshot
+        self._ask_kinds = kinds
+        self._kinds: tuple[tuple[str, str], ...] | None = None
+        self._labels = VmLabels(max_vms)
+        self._lock = threading.Lock()
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family of the contract, from one snapshot."""
+        success = GaugeMetricFamily(
+            "kvmtrace_scrape_collector_success",
+            "1 if this part of kvmtrace could be read for this scrape.",
+            labels=["collector"],
+        )
+        yield InfoMetricFamily("kvmtrace_build", "Version of kvmtrace.", {"version": __version__})
+        # Snapshots are taken and labelled in one order: an older one after a newer one would
+        # show counters going down.
+        with self._lock:
+            families = list(self._families(success))
+        yield from families
+        yield success
+
+    def _families(self, success: GaugeMetricFamily) -> Iterator[Metric]:
+        try:
+            snapshot = self._snapshot()
+        except BaseException:  # whatever ended the source, an exit() too: /-/healthy says why
+            success.add_metric(["snapshot"], 0)
+            return
+        success.add_metric(["snapshot"], 1)
+        for name, part in (
+            ("kinds", self._learn_kinds),
+            ("host", _host),
+            ("probes", _probes),
+            ("vms", self._vms),
+            ("incidents", self._incidents),
+        ):
+            try:
+                families = list(part(snapshot))
+            except Exception:  # half a family would be worse than none
+                success.add_metric([name], 0)
+            else:
+                success.add_metric([name], 1)
+                yield from families
+
+    def _learn_kinds(self, _: Snapshot) -> Iterator[Metric]:
+        """No metrics, but no part either whose failure may take incidents with it."""
+        if self._kinds is None:
+            self._kinds = tuple(self._ask_kinds())
+        return iter(())
+
+    def _vms(self, snapshot: Snapshot) -> Iterator[Metric]:
+        series, folded = self._labels.series(snapshot.vms)
+        yield GaugeMetricFamily(
+            "kvmtrace_vms_folded", 'VMs without series of their own, summed in vm="other".', folded
+        )
+        yield from _vm_families(series)
+
+    def _incidents(self, snapshot: Snapshot) -> Iterator[Metric]:
+        poisons = CounterMetricFamily(
+            "kvmtrace_poison_events",
+            "Pages the kernel declared poisoned, with type and result as it names them.",
+            labels=["page_type", "result"],
+        )
+        kinds: Counter[tuple[str, str]] = Counter()
+        for page_type, result in self._kinds or FALLBACK_KINDS:
+            kinds[clean(page_type), clean(result)] = 0
+        for (page_type, result), count in snapshot.poisons.items():
+            kinds[clean(page_type), clean(result)] += count
+        for labels, count in kinds.items():
+            poisons.add_metric(labels, count)
+        yield poisons
+        incidents = GaugeMetricFamily(
+            "kvmtrace_incidents",
+            "Incidents remembered, by state: a poisoned page with its owners and deliveries.",
+            labels=["state"],
+        )
+        states = dict.fromkeys(STATES, 0)
+        for incident in snapshot.incidents:
+            states[incident.state] = states.get(incident.state, 0) + 1
+        for state, count in states.items():
+            incidents.add_metric([state], count)
+        yield incidents
+        yield GaugeMetricFamily(
+            "kvmtrace_kernel_poisoned_pages",
+            "Poisoned pages that the kernel uses itself or could not get hold of: host at risk.",
+            snapshot.kernel_pages,
+        )
+        verdicts = GaugeMetricFamily(
+            "kvmtrace_incident_verdicts",
+            "Incidents of which a VMM was notified, by what it did then.",
+            labels=["verdict"],
+        )
+        words = dict.fromkeys(VERDICTS, 0)
+        for incident in snapshot.incidents:
+            if incident.verdict is not None:
+                words[incident.verdict] = words.get(incident.verdict, 0) + 1
+        for word, count in words.items():
+            verdicts.add_metric([word], count)
+        yield verdicts
+        bounds = [*(repr(float(bound)) for bound in LATENCY_BUCKETS), "+Inf"]
+        yield HistogramMetricFamily(
+            "kvmtrace_poison_to_delivery_seconds",
+            "Time from a page's poisoning to its first delivery to userspace.",
+            buckets=list(zip(bounds, accumulate(snapshot.latency.counts), strict=True)),
+            sum_value=snapshot.latency.sum_seconds,
+        )
+
+
+def _host(snapshot: Snapshot) -> Iterator[Metric]:
+    lost = CounterMetricFamily(
+        "kvmtrace_events_lost", "What kvmtrace could not record, by place.", labels=["where"]
+    )
+    places = Counter(dict.fromkeys(LOST_FROM_BIRTH, 0))
+    for where, count in snapshot.lost.items():
+        places[clean(where)] += count
+    for where, count in places.items():
+        lost.add_metric([where], count)
+    yield lost
+    yield CounterMetricFamily(
+        "kvmtrace_clock_steps",
+        "Steps of the wall clock since kvmtrace started, resumes of a suspended host among them.",
+        len(snapshot.steps) + snapshot.lost.get("clock_steps", 0),
+    )
+    if snapshot.host is None:
+        return
+    source = {"source": clean(snapshot.host.source), "why": clean(snapshot.host.source_why)}
+    yield InfoMetricFamily("kvmtrace_source", "Where events come from, and why there.", source)
+    if snapshot.host.hardware_corrupted_bytes is not None:
+        yield GaugeMetricFamily(
+            "kvmtrace_hardware_corrupted_bytes",
+            "Memory that the kernel has taken out of use (HardwareCorrupted in /proc/meminfo).",
+            snapshot.host.hardware_corrupted_bytes,
+        )
+
+
+def _probes(snapshot: Snapshot) -> Iterator[Metric]:
+    attached = GaugeMetricFamily(
+        "kvmtrace_probe_attached", "1 if the probe is attached.", labels=["probe"]
+    )
+    runs = CounterMetricFamily("kvmtrace_probe_runs", "Times the probe ran.", labels=["probe"])
+    seconds = CounterMetricFamily(
+        "kvmtrace_probe_run_seconds", "Time spent in the probe.", labels=["probe"]
+    )
+    for probe in snapshot.probes:
+        attached.add_metric([clean(probe.name)], float(probe.attached))
+    for name, account in snapshot.probe_runs.items():
+        runs.add_metric([clean(name)], account.runs)
+        seconds.add_metric([clean(name)], account.run_ns / 1e9)
+    return iter((attached, runs, seconds))
+
+
+def _vm_families(series: list[VmSeries]) -> Iterator[Metric]:
+    info = InfoMetricFamily("kvmtrace_vm", "Which VM a vm label stands for.", labels=["vm"])
+    exits = CounterMetricFamily(
+        "kvmtrace_memory_fault_exits",
+        "KVM_RUN calls that came back to the VMM with a memory fault.",
+        labels=["vm", "errno", "cause"],
+    )
+    sigbus = CounterMetricFamily(
+        "kvmtrace_sigbus",
+        "SIGBUS to the VMM for poisoned memory: AR (action required) or AO (action optional).",
+        labels=["vm", "code"],
+    )
+    pages = GaugeMetricFamily(
+        "kvmtrace_vm_poisoned_pages", "Poisoned pages that the VM holds now.", labels=["vm"]
+    )
+    undelivered = CounterMetricFamily(
+        "kvmtrace_undelivered",
+        "Times guest_memfd refused a poisoned page and KVM_RUN did not notify the VMM.",
+        labels=["vm"],
+    )
+    for one in series:
+        vm = one.vm
+        if vm is not None:
+            who = {"name": clean(vm.name), "uuid": clean(vm.uuid), "vmm": clean(vm.vmm)}
+            info.add_metric([one.label], {**who, "pid": str(vm.pid)})
+        for (errno, cause), count in one.exits.items():
+            exits.add_metric([one.label, errno, cause], count)
+        for code, count in one.sigbus.items():
+            sigbus.add_metric([one.label, code], count)
+        pages.add_metric([one.label], one.poisoned_pages)
+        undelivered.add_metric([one.label], one.undelivered)
+    return iter((info, exits, sigbus, pages, undelivered))
+
+
+def serve(
+    listen: str,
+    session: Snapshots,
+    *,
+    kinds: Kinds = lambda: FALLBACK_KINDS,
+    max_vms: int = DEFAULT_MAX_VMS,
+    now: Callable[[], int] = clock.now_ns,
+    names: Iterable[str] = (),
+    started: bool = True,
+) -> Server:
+    """Serve ``/metrics``, ``/-/healthy`` and a landing page until ``close()`` of what it returns.
+
+    ``now``: ns since the epoch, by the clock that stamps the session's events. ``names``: further
+    names by which it may be asked on loopback. Not ``started``: it listens, and answers from its
+    ``start()`` on.
+
+    Raises UsageError if ``listen`` makes no sense, KvmtraceError if it cannot be listened on.
+    """
+    recent = _Recent(session.snapshot)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Exporter(recent.snapshot, kinds=kinds, max_vms=max_vms))
+    ProcessCollector(registry=registry)  # what kvmtrace itself costs: process_cpu_seconds_total …
+
+    def metrics(variant: Hashable) -> Answer:
+        assert isinstance(variant, _Format)
+        return variant.answer(registry)
+
+    def ill() -> str | None:
+        """Why nobody is watching; None if the reader comes round."""
+        try:
+            if isinstance(session, Reader):
+                age = session.age()
+            else:
+                recent.snapshot()
+                age = 0.0
+        except BaseException as failure:
+            return _reason(failure)
+        if age > STALE_SECONDS:
+            return f"the source was last read {age:.0f} s ago"
+        return None
+
+    def healthy(_: Headers) -> Answer:
+        if (why := ill()) is not None:
+            return text(HTTPStatus.SERVICE_UNAVAILABLE, f"not healthy: {why}\n")
+        return text(HTTPStatus.OK, "kvmtrace is healthy\n")
+
+    def landing(_: Hashable) -> Answer:
+        if (why := ill()) is not None:
+            return text(HTTPStatus.SERVICE_UNAVAILABLE, page.render_failure(why), "text/html")
+        return text(HTTPStatus.OK, page.render(recent.snapshot(), now()), "text/html")
+
+    server = start(
+        listen,
+        {
+            "/metrics": Shared(metrics, _Format.asked_for),
+            "/-/healthy": healthy,
+            "/": Shared(landing),
+        },
+        names,
+        started=started,
+    )
+    registry.register(_Service(session, server.dropped))
+    return server
+
+
+class _Service(Collector):
+    """How kvmtrace itself fares, whatever becomes of its snapshots."""
+
+    def __init__(self, session: Snapshots, dropped: Mapping[str, int]) -> None:
+        self._session = session
+        self._dropped = dropped
+
+    def collect(self) -> Iterator[Metric]:
+        dropped = CounterMetricFamily(
+            "kvmtrace_http_connections_dropped",
+            "Connections given up: for newer ones, past their deadline, or without a descriptor.",
+            labels=["why"],
+        )
+        for why, count in self._dropped.items():
+            dropped.add_metric([why], count)
+        yield dropped
+        yield _privileges()
+        if isinstance(self._session, Reader):
+            try:
+                age = self._session.age()
+            except BaseException:  # /-/healthy says what
+                return
+            yield GaugeMetricFamily(
+                "kvmtrace_last_poll_timestamp_seconds",
+                "When the source was last read, in seconds since the epoch.",
+                clock.wall_ns() / 1e9 - age,
+            )
+
+
+def _privileges() -> Metric:
+    """Those of the thread that answers, which are those of all."""
+    now = privileges.held()
+    return InfoMetricFamily(
+        "kvmtrace_privileges",
+        "What kvmtrace may do: its user, its capabilities, and whether it can get more.",
+        {
+            "uid": str(os.geteuid()),
+            "capabilities": ",".join(now.capabilities),
+            "no_new_privs": str(int(now.no_new_privileges)),
+        },
+    )
+
+
+class _Format(NamedTuple):
+    """How metrics are written."""
+
+    openmetrics: bool
+    gzip: bool
+
+    @classmethod
+    def asked_for(cls, headers: Headers) -> _Format:
+        """OpenMetrics only for who asks for a version of it that we write."""
+        kinds = _parts(headers.get("accept", ""))
+        encodings = _parts(headers.get("accept-encoding", ""))
+        return cls(
+            any(
+                kind == "application/openmetrics-text"
+                and given.get("version", "1.0.0") in ("0.0.1", "1.0.0")
+                for kind, given in kinds
+            ),
+            any(name == "gzip" and given.get("q") not in ("0", "0.0") for name, given in encodings),
+        )
+
+    def answer(self, registry: CollectorRegistry) -> Answer:
+        """All metrics of ``registry``."""
+        if self.openmetrics:
+            body = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]
+            kind = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+        else:
+            body = generate_latest(registry)
+            kind = "text/plain; version=0.0.4; charset=utf-8"
+        if self.gzip:
+            return Answer(HTTPStatus.OK, gzip.compress(body, 1), kind, "gzip")
+        return Answer(HTTPStatus.OK, body, kind)
+
+
+def _parts(header: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """``a;x=1, b`` → ("a", {"x": "1"}), ("b", {})."""
+    for part in header.split(","):
+        name, *given = (word.strip() for word in part.split(";"))
+        pairs = (word.partition("=") for word in given)
+        yield name.lower(), {key.strip().lower(): value.strip(' "') for key, _, value in pairs}
+
+
+def _reason(failure: BaseException) -> str:
+    """One line on what ended the source."""
+    if isinstance(failure, KvmtraceError):
+        return failure.message
+    return f"{type(failure).__name__}: {failure}".splitlines()[0]

@@ -1,0 +1,266 @@
+"""Hosts that are not as one would like, without another kernel: what kvmtrace makes of each.
+
+As scenarios.py: the same functions for the tests and the matrix, AssertionError where kvmtrace is
+wrong, Unstageable where a host cannot be like that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+from tests.lab import leftovers, privileges
+from tests.lab.harness import (
+    PATIENCE,
+    Line,
+    Unstageable,
+    Vmm,
+    Watch,
+    end_following,
+    kvmtrace,
+    refused,
+    seen_by,
+    told_by,
+    watching,
+)
+from tests.lab.machine import Machine
+from tests.lab.scenarios import Scenario, gone, storm
+
+# Where a kernel is linked to run (x86: PHYSICAL_START of arch/x86/Kconfig; arm64: KIMAGE_VADDR of
+# arch/arm64/include/asm/memory.h with addresses of 48 or 47 bits): KASLR moves it from there.
+LINKED_AT = {
+    "x86_64": (0xFFFFFFFF81000000,),
+    "aarch64": (0xFFFF800080000000, 0xFFFFC00080000000),
+}
+
+HIDDEN_TYPES = "mount --bind /dev/null /sys/kernel/btf/kvm"
+NO_TRACEFS = "umount -R /sys/kernel/tracing /sys/kernel/debug"  # debugfs would bring it back
+NOBODY = "setpriv --reuid=65534 --regid=65534 --clear-groups"
+
+
+def both_ways(machine: Machine, watch: Watch, *, exits: bool | None = None) -> None:
+    """A VMM is notified by a SIGBUS and by an exit, and kvmtrace reports both.
+
+    Every kernel can do that. ``exits``: whether this source sees exits here.
+    """
+    if exits is None:
+        exits = "run" not in watch.not_attached()
+    vmm = Vmm(machine, "bothways")
+    vmm.step("create v backing=anon")
+    vmm.step("touch v +3")
+    poison = vmm.step("poison v +3")
+    watch.until(
+        lambda ls: [x for x in ls if x["kind"] == "poison" and x["pfn"] == poison["pfn"]],
+        "the poison",
+    )
+    touch = vmm.step("touch v +3")
+    # Whose memory it was is looked up while the VMM lives.
+    watch.until(
+        lambda ls: [x for x in ls if x["kind"] == "sigbus" and x["tid"] == touch["tid"]],
+        "the SIGBUS",
+    )
+    vmm.step("unmap v +5")
+    vmm.step("touch v +5")
+    report = vmm.end()
+    lines = watch.until(gone(vmm.pid), "the VM's end")
+    (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
+    (signal,) = [x for x in lines if x["kind"] == "sigbus" and x["tid"] == touch["tid"]]
+    assert signal["vm"]["name"] == "bothways"
+    assert (signal["code"], signal["hva"]) == ("AR", touch["sigbus"][0]["hva"])
+    assert signal["incident"] == told["incident"]
+    assert seen_by(lines, vmm.pid) == (told_by(report) if exits else {})
+    assert [line for line in lines if line["kind"] == "lost"] == []
+
+
+def _text_address(machine: Machine) -> int:
+    symbols = machine.run(["grep", " _text$", "/proc/kallsyms"], check=True).stdout
+    return int(symbols.split()[0], 16)
+
+
+def _linked_at(machine: Machine) -> tuple[int, ...]:
+    arch = machine.run(["uname", "-m"], check=True).stdout.strip()
+    if arch not in LINKED_AT:
+        raise Unstageable(f"where a kernel of {arch} is linked to run is not known here")
+    return LINKED_AT[arch]
+
+
+def kaslr(machine: Machine, source: str) -> None:
+    """The kernel moved itself at boot, as they do by default."""
+    if _text_address(machine) in _linked_at(machine):
+        raise Unstageable("this kernel did not move itself")
+    with watching(machine, source) as watch:
+        both_ways(machine, watch)
+
+
+def nokaslr(machine: Machine, source: str) -> None:
+    """The kernel stayed where it was linked to run."""
+    assert _text_address(machine) in _linked_at(machine), hex(_text_address(machine))
+    with watching(machine, source) as watch:
+        both_ways(machine, watch)
+
+
+def no_kvm_types(machine: Machine, source: str) -> None:
+    """kvm's BTF is not there (vmlinux's is): what does not need it goes on."""
+    if machine.run("test -s /sys/kernel/btf/kvm").status:
+        raise Unstageable("kvm has no types of its own here: it is built in, or a module without")
+    with watching(machine, source, within=HIDDEN_TYPES) as watch:
+        both_ways(machine, watch)
+
+
+def no_tracefs(machine: Machine, source: str) -> None:
+    """tracefs is not mounted: ftrace says how to mount it, bpf does not need it."""
+    if source == "bpf":
+        with watching(machine, source, within=NO_TRACEFS) as watch:
+            both_ways(machine, watch)
+    else:
+        result = kvmtrace(machine, "events --source ftrace", within=NO_TRACEFS)
+        refused(result, "tracefs", "mount -t tracefs")
+    judged = kvmtrace(machine, f"doctor --source {source}", within=NO_TRACEFS)
+    assert re.search(r"✗ NO +tracefs", judged.stdout), judged.stdout
+    assert "mount -t tracefs" in judged.stdout
+    assert judged.stderr == "", judged.stderr
+    if source == "ftrace":
+        assert judged.status == 1
+
+
+def unprivileged(machine: Machine, source: str) -> None:
+    """Somebody without any capability: one line that says so, and doctor works."""
+    for command in ("events", "top --once", "serve"):
+        result = machine.run(f"{NOBODY} kvmtrace {command} --source {source}", timeout=PATIENCE)
+        refused(result, "needs root", "sudo")
+    judged = machine.run(f"{NOBODY} kvmtrace doctor --source {source}", timeout=PATIENCE)
+    assert judged.status == 1
+    assert re.search(r"✗ NO +privilege", judged.stdout), judged
+    assert judged.stderr == "", judged.stderr
+
+
+def lockdown(machine: Machine, source: str) -> None:
+    """lockdown=confidentiality: the kernel refuses all tracing, and kvmtrace says why."""
+    state = machine.run(["cat", "/sys/kernel/security/lockdown"]).stdout
+    if "[confidentiality]" not in state:
+        raise Unstageable(f"this kernel has no such lockdown: {state.strip() or 'no lockdown'}")
+    before = leftovers.attached(machine)
+    for kind in (source, "auto"):
+        refused(kvmtrace(machine, f"events --source {kind}"), "lockdown")
+    judged = kvmtrace(machine, f"doctor --source {source}")
+    assert judged.status == 1
+    assert re.search(r"✗ NO +lockdown +confidentiality", judged.stdout), judged.stdout
+    assert judged.stderr == "", judged.stderr
+    leftovers.nothing_but(machine, before)
+
+
+def without_bcc(machine: Machine, source: str, rounds: int = 200_000) -> None:
+    """bcc is not installed, nor libbpf: bpf names the package, auto takes ftrace and says why."""
+    if source == "bpf":
+        refused(kvmtrace(machine, "events --source bpf"), "bcc is not installed", "python3-bpfcc")
+        return
+    with watching(machine, "auto") as watch:
+        said = watch.job.stderr.splitlines()[0]
+        assert said.startswith("kvmtrace: watching by ftrace (bpf does not work here: bcc is"), said
+        both_ways(machine, watch)
+    if "run" not in watch.not_attached():
+        storm(machine, "ftrace", rounds)
+        end_following(machine)
+
+
+def doctor(machine: Machine, source: str) -> Line:
+    """``kvmtrace doctor --json``; its exit status is its verdict."""
+    result = kvmtrace(machine, f"doctor --source {source} --json")
+    report: Line = json.loads(result.stdout)
+    assert result.status == (0 if report["ok"] else 1)
+    return report
+
+
+def _attached(report: Line) -> set[str]:
+    (tried,) = report["sources"]
+    return {probe["name"] for probe in tried["probes"] if probe["attached"]}
+
+
+def doctor_knows(machine: Machine, source: str) -> None:
+    """doctor's verdict is the kernel's own: whether it has the exit, as KVM's capability says.
+
+    Whatever the kernel lacks, the SIGBUS path works.
+    """
+    if machine.row.arch.name != "amd64":
+        raise Unstageable("KVM's capability says nothing of it on this architecture")
+    vmm = Vmm(machine, "asked")
+    has_exit = vmm.step("caps")["memory_fault_info"] > 0
+    vmm.end()
+    report = doctor(machine, source)
+    (check,) = [x for x in report["checks"] if x["name"] == "memory-fault exit"]
+    sees_exits = "run" in _attached(report)
+    assert check["ok"] is has_exit, check
+    assert report["ok"] is (has_exit and sees_exits), report["verdict"]
+    if not has_exit:
+        assert "6.8" in check["fix"], check
+        wanted = "no memory-fault exit" if sees_exits else "cannot be seen here"
+        assert wanted in report["verdict"]
+    assert {"poison", "sigbus", "vm_gone"} <= _attached(report)
+    with watching(machine, source) as watch:
+        both_ways(machine, watch, exits=sees_exits)
+
+
+def kvm_comes_and_goes(machine: Machine, source: str) -> None:
+    """kvm is loaded after kvmtrace's start, unloaded and loaded again, and kvmtrace goes along.
+
+    It has given up by then what watching does not take.
+    """
+    away = f"modprobe -r {_vendor(machine)} kvm && ! test -e /sys/module/kvm"
+    if machine.run("test -e /sys/module/kvm && ! test -e /sys/module/kvm/initstate").status == 0:
+        raise Unstageable("kvm is built in: it does not come and go")
+    _until(machine, away)  # what was attached to it before may hold it a moment longer
+    sees_exits: bool | None = None
+    with watching(machine, source) as watch:
+        for _ in range(2):
+            machine.run(f"modprobe {_vendor(machine)} && test -c /dev/kvm", check=True)
+            if sees_exits is None:
+                sees_exits = "run" in _attached(doctor(machine, source))
+            _awake(machine, watch, "exit" if sees_exits else "vm")
+            both_ways(machine, watch, exits=sees_exits)
+            privileges.only_what_watching_takes(machine)
+            # kvmtrace must not keep an admin from unloading kvm.
+            _until(machine, away)
+
+
+def _vendor(machine: Machine) -> str:
+    return " ".join(machine.row.arch.kvm_modules)
+
+
+def _until(machine: Machine, command: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while (result := machine.run(command, timeout=PATIENCE)).status:
+        assert time.monotonic() < deadline, f"never: {command}: {result.stderr}"
+        time.sleep(0.5)
+
+
+def _awake(machine: Machine, watch: Watch, kind: str) -> None:
+    """Wait until the probes on kvm are there, which takes bpf a while: until a VM's line comes."""
+    deadline = time.monotonic() + PATIENCE
+    seen: list[Line] = []
+    while not seen:
+        assert watch.job.poll() is None, watch.job.stderr
+        assert time.monotonic() < deadline, f"kvm is there, and no {kind} is seen"
+        vmm = Vmm(machine, "canary")
+        vmm.step("create v backing=anon")
+        vmm.step("unmap v +5")
+        vmm.step("touch v +5")
+        vmm.end()
+        time.sleep(2)
+        seen = [x for x in watch.lines(kind) if x["vm"]["pid"] == vmm.pid]
+    if kind == "vm":
+        # The last of its probes, so all are attached once it has reported one.
+        watch.until(gone(vmm.pid), "the canary's end")
+
+
+CONDITIONS = (
+    Scenario(doctor_knows),
+    Scenario(kaslr),
+    Scenario(no_kvm_types),
+    Scenario(no_tracefs),
+    Scenario(unprivileged),
+    Scenario(nokaslr, {"cmdline_extra": "nokaslr"}),
+    Scenario(lockdown, {"cmdline_extra": "lockdown=confidentiality"}),
+    Scenario(without_bcc, {"lacking": ("bcc",)}),
+    Scenario(kvm_comes_and_goes, {"modules": ("hwpoison-inject",)}),
+)

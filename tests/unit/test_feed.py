@@ -1,0 +1,359 @@
+"""The socket of a serve: where it is, who may ask, and what stands in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmtrace.session import feed
+from kvmtrace.sources.remote import JoinedSource
+
+NOBODY = 65534
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user")
+
+
+def greet(client: socket.socket) -> None:
+    client.sendall(b"hello")
+
+
+@pytest.fixture
+def opened() -> Iterator[feed.Door]:
+    answering = feed.Door(greet)
+    yield answering
+    answering.close()
+
+
+def heard() -> bytes | None:
+    """What a client is sent; None where nobody is there."""
+    found = feed.knock()
+    if found is None:
+        return None
+    client, pid = found
+    with client:
+        assert pid == os.getpid()
+        return client.recv(16)
+
+
+def as_nobody(act: Callable[[], bool], *groups: int) -> bool:
+    """What ``act`` returns in a process of another user, who is in ``groups`` only."""
+    child = os.fork()
+    if not child:
+        code = 2
+        try:
+            os.setgroups(groups)
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            code = 0 if act() else 1
+        finally:
+            os._exit(code)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 1)
+    return status == 0
+
+
+def connects(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        try:
+            client.connect(path)
+        except PermissionError:
+            return False
+        return True
+
+
+def is_answered(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(path)
+        return client.recv(16) == b"hello"
+
+
+# -- where
+
+
+def test_the_directory_is_made_for_its_owner_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(feed.VARIABLE, str(tmp_path / "new"))
+    monkeypatch.setattr(feed, "GROUP", "no such group")
+    answering = feed.Door(greet)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
+    assert answering.path == str(tmp_path / "new" / "serve.sock")
+    assert stat.S_IMODE(os.stat(answering.path).st_mode) == 0o600
+    assert heard() == b"hello"
+    answering.close()
+    assert not list((tmp_path / "new").iterdir())
+    assert heard() is None
+
+
+@needs_root
+def test_root_and_others_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(feed.VARIABLE)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/65534")
+    assert feed.directory() == "/run/kvmtrace"
+    assert as_nobody(lambda: feed.directory() == "/run/user/65534/kvmtrace")
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+
+    def refused() -> bool:
+        with pytest.raises(OSError, match="XDG_RUNTIME_DIR"):
+            feed.Door(greet)
+        return True
+
+    assert as_nobody(refused)
+
+
+def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
+    answering = feed.Door(greet, str(tmp_path / "own"))
+    found = feed.knock(str(tmp_path / "own"))
+    assert found
+    found[0].close()
+    assert heard() is None
+    answering.close()
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o757])
+def test_a_directory_that_others_may_write_to_is_refused(own_directory: Path, mode: int) -> None:
+    own_directory.chmod(mode)
+    with pytest.raises(OSError, match="others may write"):
+        feed.Door(greet)
+
+
+@needs_root
+def test_a_directory_of_another_user_is_refused(own_directory: Path) -> None:
+    os.chown(own_directory, NOBODY, -1)
+    with pytest.raises(OSError, match="another user"):
+        feed.Door(greet)
+
+
+def test_a_directory_behind_a_link_is_refused(
+    own_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own_directory / "link").symlink_to(own_directory)
+    monkeypatch.setenv(feed.VARIABLE, str(own_directory / "link"))
+    with pytest.raises(OSError, match="Not a directory"):
+        feed.Door(greet)
+
+
+# -- what stands in its place
+
+
+LEAVE = """
+import sys, time
+from kvmtrace.session import feed
+answering = feed.Door(lambda client: None)
+print("open", flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_serve_left_is_replaced(own_directory: Path) -> None:
+    left = subprocess.Popen(
+        [sys.executable, "-c", LEAVE], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert left.stdout is not None
+    assert left.stdout.readline() == b"open\n"
+    with pytest.raises(OSError, match="another kvmtrace serve"):
+        feed.Door(greet)
+    left.send_signal(signal.SIGKILL)
+    left.wait(20)
+    left.stdout.close()
+    assert (own_directory / "serve.sock").is_socket()
+    assert heard() is None
+    answering = feed.Door(greet)
+    assert heard() == b"hello"
+    answering.close()
+
+
+def test_a_second_one_does_not_take_the_place_of_the_first(opened: feed.Door) -> None:
+    with pytest.raises(OSError, match="another kvmtrace serve"):
+        feed.Door(greet)
+    assert heard() == b"hello"
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "directory"])
+def test_what_is_no_socket_is_left_alone(own_directory: Path, kind: str) -> None:
+    there = own_directory / "serve.sock"
+    if kind == "file":
+        there.write_text("precious")
+    elif kind == "link":
+        there.symlink_to(own_directory / "nowhere")
+    else:
+        there.mkdir()
+    before = there.lstat()
+    with pytest.raises(OSError, match="is not a socket"):
+        feed.Door(greet)
+    assert there.lstat() == before
+
+
+def test_the_end_of_one_does_not_remove_what_replaced_it(opened: feed.Door) -> None:
+    os.unlink(opened.path)
+    other = feed.Door(greet)
+    opened.close()
+    assert heard() == b"hello"
+    other.close()
+
+
+def test_of_many_that_start_at_once_one_is_there(own_directory: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(own_directory / "serve.sock"))  # all of them find one that was left
+    answering: list[feed.Door] = []
+    start = threading.Barrier(8)
+
+    def open_one() -> None:
+        start.wait()
+        with contextlib.suppress(OSError):
+            answering.append(feed.Door(greet))
+
+    threads = [threading.Thread(target=open_one) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answering) == 1
+    assert heard() == b"hello"
+    answering[0].close()
+
+
+# -- who
+
+
+@needs_root
+def test_another_user_does_not_get_in(opened: feed.Door, own_directory: Path) -> None:
+    """Neither by the directory nor, where that lets everybody through, by the socket."""
+    for path in (own_directory, *own_directory.parents):
+        if path.stat().st_mode & 0o001:
+            break
+        path.chmod(path.stat().st_mode | 0o011)
+    assert not as_nobody(lambda: connects(opened.path))
+    os.chmod(opened.path, 0o666)
+    assert as_nobody(lambda: connects(opened.path))
+    assert not as_nobody(lambda: is_answered(opened.path))
+
+
+@needs_root
+def test_the_group_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = next(one for one in grp.getgrall() if one.gr_gid not in (0, NOBODY))
+    monkeypatch.setattr(feed, "GROUP", group.gr_name)
+    monkeypatch.setenv(feed.VARIABLE, str(tmp_path / "new"))
+    for path in (tmp_path, *tmp_path.parents):
+        if path.stat().st_mode & 0o001:
+            break
+        path.chmod(path.stat().st_mode | 0o011)
+    answering = feed.Door(greet)
+    try:
+        for there, mode in ((str(tmp_path / "new"), 0o750), (answering.path, 0o660)):
+            found = os.stat(there)
+            assert (found.st_uid, found.st_gid) == (0, group.gr_gid)
+            assert stat.S_IMODE(found.st_mode) == mode
+        assert as_nobody(lambda: is_answered(answering.path), group.gr_gid)
+        assert as_nobody(lambda: feed.knock() is not None, group.gr_gid)
+        assert not as_nobody(lambda: connects(answering.path))
+    finally:
+        answering.close()
+
+
+@needs_root
+def test_a_serve_of_another_user_is_not_believed(own_directory: Path) -> None:
+    there = own_directory / "serve.sock"
+    ready, done = socket.socketpair()
+    child = os.fork()
+    if not child:
+        try:
+            squatting = socket.socket(socket.AF_UNIX)
+            squatting.bind(str(there))
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            squatting.listen()
+            done.sendall(b"x")
+            signal.pause()
+        finally:
+            os._exit(0)
+    with ready, done:
+        assert ready.recv(1) == b"x"
+    assert connects(str(there))
+    assert feed.knock() is None
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_who_is_there_says_the_kernel() -> None:
+    one, other = socket.socketpair(socket.AF_UNIX)
+    with one, other:
+        assert feed._credentials(one) == (os.getpid(), os.geteuid())
+        assert os.getegid() in feed._groups(one)
+
+
+# -- crowds
+
+
+def test_a_full_queue_is_somebody(own_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as first:
+        listening.bind(str(own_directory / "serve.sock"))
+        listening.listen(0)
+        first.connect(str(own_directory / "serve.sock"))
+        tries = 0
+        connect = socket.socket.connect
+
+        class Counting(socket.socket):
+            def connect(self, address: object) -> None:
+                nonlocal tries
+                tries += 1
+                if tries == 3:
+                    listening.accept()[0].close()  # room for one
+                connect(self, address)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(socket, "socket", Counting)
+        found = feed.knock()
+        assert found is not None
+        assert tries == 3
+        found[0].close()
+
+
+def test_all_of_many_at_once_are_answered() -> None:
+    together = threading.Barrier(feed.MAX_CLIENTS)
+
+    def wait_for_all(client: socket.socket) -> None:
+        together.wait(20)
+        client.sendall(b"hello")
+
+    answering = feed.Door(wait_for_all)
+    answers: list[bytes | None] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(heard())) for _ in range(feed.MAX_CLIENTS)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    answering.close()
+    assert answers == [b"hello"] * feed.MAX_CLIENTS
+
+
+def test_who_has_left_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "MAX_CLIENTS", 1)
+    go = threading.Event()
+
+    def greet_and_stay(client: socket.socket) -> None:
+        client.sendall(b"hello")
+        go.wait(20)
+
+    answering = feed.Door(greet_and_stay)
+    assert [heard(), heard()] == [b"hello", b"hello"]
+    stays = feed.knock()
+    assert stays is not None
+    assert stays[0].recv(16) == b"hello"
+    assert JoinedSource.join() is None
+    go.set()
+    stays[0].close()
+    answering.close()

@@ -1,0 +1,315 @@
+"""Commands beside a running `kvmtrace serve`: they see what it saw, by its probes alone."""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import json
+import os
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from kvmtrace import sources
+from kvmtrace.cli.inputs import open_door
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.events import Event, Exit, Sigbus, VmGone, VmSeen, to_record
+from kvmtrace.session import feed
+from kvmtrace.session.session import Session
+from kvmtrace.session.subscriber import Follower
+from kvmtrace.sources import remote as joined_module
+from kvmtrace.sources.remote import JoinedSource
+from tests.unit.command_line import invoke
+from tests.unit.fake import PROBES, SECOND, T0, FakeSource
+from tests.unit.test_explain import STORY
+
+LATER = T0 + 100 * SECOND
+
+
+class Kernel(FakeSource):
+    """A source that gives the events it was given, when the test wants them."""
+
+    def __init__(self, *past: Event) -> None:
+        super().__init__(past)
+        self._said: list[Event] = []
+
+    def say(self, *events: Event) -> None:
+        self._said += events
+
+    def poll(self, timeout: float) -> list[Event]:
+        events = super().poll(timeout)
+        said, self._said = self._said, []
+        return events + said
+
+
+class Serve:
+    """A session with its door open."""
+
+    def __init__(self) -> None:
+        self.kernel = Kernel(*STORY)
+        self.session = Session(self.kernel)
+        self.session.pump(0)
+
+    def say(self, *events: Event) -> None:
+        self.kernel.say(*events)
+        self.session.pump(0)
+
+    @property
+    def followers(self) -> int:
+        return len(self.session._followers)
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    monkeypatch.setattr(sources, "open_source", lambda kind: pytest.fail("attached"))
+    serve = Serve()
+    with open_door(serve.session):
+        yield serve
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def run(*arguments: str) -> Result:
+    return invoke(*arguments)
+
+
+def joined() -> JoinedSource:
+    source = JoinedSource.join()
+    assert source is not None
+    return source
+
+
+def test_nobody_is_there() -> None:
+    assert JoinedSource.join() is None
+
+
+def test_what_came_with_the_mark_is_told_though_nothing_follows(serve: Serve) -> None:
+    source = joined()
+    source.poll(0)
+    news = Exit(LATER, 1, 0, 133, 39, True, 77, gfn=8)
+    source._buffer += json.dumps(to_record(news)).encode() + b"\n"
+    assert source.poll(0) == [news]
+    source.close()
+
+
+def test_first_what_was_then_what_is(serve: Serve) -> None:
+    source = joined()
+    assert (source.name, source.why) == ("bpf", f"of kvmtrace serve, pid {os.getpid()}")
+    past = source.poll(0)
+    assert [event for event in STORY if not isinstance(event, VmSeen)] == [
+        event for event in past if not isinstance(event, VmSeen)
+    ]
+    assert source.probes() == PROBES
+    assert source.poll(0) == []
+    news = Exit(LATER, 1, 0, 133, 39, True, 77, gfn=8, count=5)
+    serve.say(news)
+    assert source.poll(20) == [news]
+    source.close()
+    until(lambda: serve.followers == 0)
+
+
+def test_a_last_look_takes_all_that_was_sent(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = joined()
+    source.poll(0)
+    monkeypatch.setattr(joined_module, "_READ", 512)
+    serve.say(*(Exit(LATER + n, 1, n, 133, 39, True, n, gfn=n) for n in range(100)))
+    waiting = array.array("i", [0])
+
+    def sent() -> bool:
+        fcntl.ioctl(source._client, termios.FIONREAD, waiting)
+        return waiting[0] > 4096
+
+    until(sent)
+    assert len(source.poll(0)) > waiting[0] // 512
+    source.close()
+
+
+def test_an_end_of_the_serve_is_one_error() -> None:
+    serve = Serve()
+    with open_door(serve.session):
+        source = joined()
+        source.poll(0)
+    with pytest.raises(KvmtraceError, match=rf"serve \(pid {os.getpid()}\) has ended"):
+        source.poll(20)
+    source.close()
+
+
+def test_a_client_that_does_not_read_holds_nobody_up_and_gets_exact_counts(serve: Serve) -> None:
+    stuck, other = joined(), joined()
+    stuck.poll(0)
+    other.poll(0)
+    for n in range(20_000):
+        serve.say(Exit(LATER + n, 1, n % 3, 133, 39, True, 77, gfn=8, count=7))
+        other.poll(0)
+    seen: list[Event] = []
+    while sum(event.count for event in seen if isinstance(event, Exit)) < 140_000:
+        batch = stuck.poll(20)
+        assert batch
+        seen += batch
+    assert sum(event.count for event in seen if isinstance(event, Exit)) == 140_000
+    assert len(seen) < 20_000
+    for source in (stuck, other):
+        source.close()
+
+
+def test_what_a_follower_has_no_room_for_is_told() -> None:
+    follower = Follower([], limit=100)
+    follower.put([VmSeen(T0, 1, 4001, "web-1"), VmGone(T0, 1)])
+    follower.put(Sigbus(T0 + n, 4001, n, 4, 0x7F0000000000) for n in range(1000))
+    taken = follower.take(0)
+    kept = sum(isinstance(event, Sigbus) for event in taken)
+    assert 50 <= kept <= 100
+    assert [vars_of(event) for event in taken[-1:]] == [("lost", "follower", 1000 - kept)]
+    assert VmGone(T0, 1) in taken
+    assert follower.take(0) == []
+
+
+def vars_of(event: Event) -> tuple[object, ...]:
+    return event.kind, getattr(event, "where", None), getattr(event, "count", None)
+
+
+def test_there_is_an_end_to_clients(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "MAX_CLIENTS", 2)
+    first, second = joined(), joined()
+    assert JoinedSource.join() is None
+    first.close()
+    until(lambda: serve.followers == 1)
+    joined().close()
+    second.close()
+
+
+def test_strangers_are_not_believed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "_trusted", lambda peer: False)
+    assert JoinedSource.join() is None
+    assert serve.followers == 0
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "hello\n",
+        "[]\n",
+        "{}\n",
+        "[" * 100_000 + "\n",
+        '{"kvmtrace_recording":99,"name":"a","kernel":"b","source":"bpf"}\n',
+        '{"kvmtrace_recording":true,"name":"a","kernel":"b","source":"bpf"}\n',
+        '{"kvmtrace_recording":1,"name":"a","kernel":"b","source":"bpf"}\n{"kind":"poison"}\n',
+        '{"kvmtrace_recording":1,"name":"a","kernel":"b","source":"bpf"}\n',
+    ],
+)
+def test_what_cannot_be_understood_is_as_if_nobody_were_there(said: str) -> None:
+    answering = feed.Door(lambda client: client.sendall(said.encode()))
+    try:
+        assert JoinedSource.join() is None
+    finally:
+        answering.close()
+
+
+@pytest.mark.parametrize("said", ["hello", "[" * 100_000, '{"kind":"poison"}', '{"a":' * 100_000])
+def test_what_is_no_event_later_on_is_one_error(said: str) -> None:
+    header = (
+        '{"kvmtrace_recording":1,"name":"a","kernel":"b","source":"bpf"}\n{"kind":"from_here_on"}\n'
+    )
+    answering = feed.Door(lambda client: client.sendall(f"{header}{said}\n".encode()))
+    try:
+        source = joined()
+        assert source.poll(0) == []
+        with pytest.raises(KvmtraceError, match="sent what is no event"):
+            source.poll(10)
+        source.close()
+    finally:
+        answering.close()
+
+
+def test_one_name_one_door(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_door(serve.session):
+        assert "will not find this one" in capsys.readouterr().err
+    assert JoinedSource.join() is not None
+
+
+# -- commands
+
+
+def test_explain(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = run("explain", "web-1")
+    assert asked.stdout.splitlines()[0] == "Incident 103275-1: delivered, stopped"
+    assert f"bpf (of kvmtrace serve, pid {os.getpid()})" in asked.stderr
+    monkeypatch.setattr(sources, "open_source", lambda kind: FakeSource(STORY))
+    alone = run("explain", "web-1", "--source", "bpf", "--duration", "0.1")
+    assert alone.stdout == asked.stdout
+    assert alone.stderr == ""
+
+
+def test_top_once(serve: Serve) -> None:
+    shown = json.loads(run("top", "--once", "--json", "--interval", "0.1").stdout)
+    assert shown["host"]["source"] == "bpf"
+    assert shown["host"]["source_why"] == f"of kvmtrace serve, pid {os.getpid()}"
+    (vm,) = [vm for vm in shown["vms"] if vm["name"] == "web-1"]
+    exact = serve.session.snapshot().vms[1]
+    assert vm["exits"] == exact.exits_by_errno()
+    assert vm["exits"]["EHWPOISON"] > 0
+    assert [one["id"] for one in shown["incidents"]] == ["103275-1"]
+
+
+def test_events_are_those_from_now_on(serve: Serve) -> None:
+    def happen() -> None:
+        until(lambda: serve.followers)
+        serve.say(Exit(LATER, 1, 0, 133, 39, True, 77, gfn=8, count=5))
+
+    happening = threading.Thread(target=happen)
+    happening.start()
+    result = run("events", "--json", "--count", "3")
+    happening.join()
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["kind"] for line in lines] == ["vm", "vm", "exit"]
+    assert (lines[2]["count"], lines[2]["incident"]) == (5, "103275-1")
+    assert f"watching by bpf (of kvmtrace serve, pid {os.getpid()})" in result.stderr
+
+
+def test_a_vm_that_ended_is_no_news(serve: Serve) -> None:
+    serve.say(VmGone(LATER, 1))
+    result = run("events", "--json", "--duration", "0.3")
+    assert [json.loads(line)["vm"]["name"] for line in result.stdout.splitlines()] == ["db-1"]
+
+
+def test_record_has_what_was_before(serve: Serve, tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    assert run("record", str(file), "--duration", "0.3").exit_code == 0
+    told = run("explain", "web-1", "--from", str(file)).stdout
+    assert told == run("explain", "web-1").stdout
+
+
+def test_a_serve_that_ends_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = Serve()
+    results: list[Result] = []
+    listening = threading.Event()
+    poll = JoinedSource.poll
+
+    def polled(source: JoinedSource, timeout: float) -> list[Event]:
+        listening.set()
+        return poll(source, timeout)
+
+    monkeypatch.setattr(JoinedSource, "poll", polled)
+    with open_door(serve.session):
+        watching = threading.Thread(target=lambda: results.append(run("events")))
+        watching.start()
+        # One that has not read all of the past yet would attach for itself instead.
+        assert listening.wait(20)
+    watching.join()
+    (result,) = results
+    assert result.exit_code == 1
+    said = [line for line in result.stderr.splitlines() if "watching" not in line]
+    assert said[0] == f"kvmtrace: kvmtrace serve (pid {os.getpid()}) has ended"
+    assert said[1].startswith("hint: ")
+    assert len(said) == 2
