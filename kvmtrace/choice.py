@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from kvmtrace.model import Probe
-from kvmtrace.probes import NO_KVM, context_specs
+from kvmtrace.probes import NO_KVM, Probe, context_specs
 
 # What a watch is for comes first: exits, then poison, then what else notifies the VMM.
 _WEIGHT = ("run", "poison", "sigbus_forced", "sigbus", "gmem_error", "gmem", "faultin")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kvmtrace.vmm import identity
+from kvmtrace import sanitize
 
 # What firmware has in place of a name (SMBIOS), and what EDAC says where it knows none:
 # edac_mc_handle_error (drivers/edac/edac_mc.c), ghes_edac.c.
@@ -55,7 +55,7 @@ def label(text: str | None) -> str | None:
     controller ("mc#0memory#0") is no place in it.
     """
     names = []
-    for name in identity.clean(text or "").split(_OR):
+    for name in sanitize.clean(text or "").split(_OR):
         before = None
         while name != before and not _ONLY.fullmatch(name):
             before, name = name, _AT_AN_END.sub("", name).strip()  # noqa: PLW2901

@@ -204,7 +204,7 @@ class Mce(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Refused(Event):
+class GmemRefusal(Event):
     """kvm_gmem_get_pfn answered EHWPOISON ``count`` times for a gfn, the last time at ``ts``.
 
     Whether KVM_RUN then notified the VMM is another matter: some callers swallow it.
@@ -297,7 +297,7 @@ class VcpuState(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Released(Event):
+class PageReplaced(Event):
     """The poisoned page ``pfn`` is no longer at ``hva`` of a VM's process: something else may be.
 
     ``hva``: of the page's start.
@@ -310,7 +310,7 @@ class Released(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class StillQuiet(Event):
+class Tick(Event):
     """Nothing else happened until ``ts``."""
 
     kind: ClassVar[str] = "quiet"
@@ -360,6 +360,23 @@ class Lost(Event):
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The machine being watched. ``source_why``: why this source was chosen.
+
+    ``epoch_offset_ns``: what its events' times are ahead of its CLOCK_MONOTONIC; no step of the
+    wall clock changes it.
+    """
+
+    name: str
+    kernel: str
+    source: str
+    source_why: str | None = None
+    hardware_corrupted_bytes: int | None = None
+    page_shift: int = kvm.PAGE_SHIFT
+    epoch_offset_ns: int | None = None
+
+
 KINDS: dict[str, type[Event]] = {
     cls.kind: cls
     for cls in (
@@ -371,15 +388,15 @@ KINDS: dict[str, type[Event]] = {
         Owned,
         Sigbus,
         Mce,
-        Refused,
+        GmemRefusal,
         HwError,
         SoftOffline,
         Unpoison,
         Found,
         KernelCounts,
         VcpuState,
-        Released,
-        StillQuiet,
+        PageReplaced,
+        Tick,
         ClockStep,
         Lost,
     )

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from kvmtrace import kvm
-from kvmtrace.events import ClockStep, Owner, wall_time
+from kvmtrace.events import ClockStep, Event, Host, Owner, VmSeen, wall_time
+from kvmtrace.probes import Probe, ProbeRuns
 
 CAUSES = ("hwpoison", "conversion", "userfault", "backing", "unannotated", "other")
 STATES = ("latent", "delivered", "looping", "unowned", "closed")
@@ -22,46 +23,6 @@ VERDICTS = ("looping", "stopped", "unknown", "exited", "handled")
 
 # Seconds from poison to first delivery: a guest may touch the page at once, or next week.
 LATENCY_BUCKETS = (0.001, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 86400.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What became of one probe. ``why``: the reason where it is not attached, in one sentence.
-
-    ``detail``: what the kernel or a library said about it, word for word.
-    """
-
-    name: str
-    attached: bool
-    target: str | None = None
-    via: str | None = None
-    why: str | None = None
-    detail: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeRuns:
-    """The kernel's own account of a probe (kernel.bpf_stats_enabled): runs and nanoseconds."""
-
-    runs: int
-    run_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """The machine being watched. ``source_why``: why this source was chosen.
-
-    ``epoch_offset_ns``: what its events' times are ahead of its CLOCK_MONOTONIC; no step of the
-    wall clock changes it.
-    """
-
-    name: str
-    kernel: str
-    source: str
-    source_why: str | None = None
-    hardware_corrupted_bytes: int | None = None
-    page_shift: int = kvm.PAGE_SHIFT
-    epoch_offset_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +74,7 @@ class Vm:
 
 
 @dataclass(frozen=True, slots=True)
-class Party:
+class VmIdentity:
     """A VM as an incident remembers it, also when the model no longer does."""
 
     key: int
@@ -168,7 +129,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Telling:
+class Notification:
     """How often one vCPU of a VM was notified; ``vcpu`` None: a thread that is no vCPU, or unknown.
 
     ``most``: of the 4 KiB (host page) of a huge page that it was notified of most often.
@@ -207,7 +168,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class TimelineEntry:
     """An entry of an incident's timeline: from ``ts`` to ``last_ts``, ``count`` times.
 
     ``how``: by what it was joined to the incident. ``vm``: whom it concerns, by key.
@@ -252,10 +213,10 @@ class Incident:
     unpoisoned_ts: int | None = None
     size: int | None = None
     origin: Origin | None = None
-    parties: Mapping[int, Party] = field(default_factory=dict)
-    told: tuple[Telling, ...] = ()
+    parties: Mapping[int, VmIdentity] = field(default_factory=dict)
+    told: tuple[Notification, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
-    timeline: tuple[Moment, ...] = ()
+    timeline: tuple[TimelineEntry, ...] = ()
     omitted: int = 0
     released: tuple[Owner, ...] = ()
     sigbus_to_others: int = 0
@@ -302,7 +263,7 @@ class Reported:
 
 
 @dataclass(frozen=True, slots=True)
-class SoftOffline:
+class SoftOfflinedPage:
     """A page that was moved away before it failed: no data is lost, no guest is harmed.
 
     ``errno``: why it could not be moved, 0 if it was. ``origin``: what hardware said of it before.
@@ -359,7 +320,7 @@ class Snapshot:
     latency: Latency = Latency()
     lost: Mapping[str, int] = field(default_factory=dict)
     last_ts: int | None = None
-    soft_offlines: tuple[SoftOffline, ...] = ()
+    soft_offlines: tuple[SoftOfflinedPage, ...] = ()
     dimms: Mapping[str, ErrorHistory] = field(default_factory=dict)
     kernel: KernelAccount | None = None
     page_shift: int = kvm.PAGE_SHIFT
@@ -380,3 +341,24 @@ class Snapshot:
         if corrupted is not None:
             host = replace(host, hardware_corrupted_bytes=corrupted)
         return replace(self, host=host, probes=probes)
+
+
+@dataclass(frozen=True, slots=True)
+class CorrelatedEvent:
+    """An event with what the correlator made of it: this is what the line views show.
+
+    ``vm``: identity at the time; ``owners``: of a Poison, all; of an Owned after it, what is new.
+    ``wall_ts``: what the wall clock said, where it was stepped since kvmtrace started.
+    """
+
+    event: Event
+    vm: VmSeen | None = None
+    cause: str | None = None
+    incident: str | None = None
+    owners: tuple[tuple[Owner, VmSeen | None], ...] = ()
+    wall_ts: int | None = None
+
+    @property
+    def wall(self) -> int:
+        """When it happened, by the wall clock."""
+        return self.event.ts if self.wall_ts is None else self.wall_ts

@@ -123,3 +123,26 @@ def context_specs() -> tuple[ProbeSpec, ...]:
 RUN_UNDER_WAY = ProbeSpec(
     "run_under_way", ("kvm:kvm_userspace_exit",), "entry", "exits that began before the start"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What became of one probe. ``why``: the reason where it is not attached, in one sentence.
+
+    ``detail``: what the kernel or a library said about it, word for word.
+    """
+
+    name: str
+    attached: bool
+    target: str | None = None
+    via: str | None = None
+    why: str | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRuns:
+    """The kernel's own account of a probe (kernel.bpf_stats_enabled): runs and nanoseconds."""
+
+    runs: int
+    run_ns: int

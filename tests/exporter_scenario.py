@@ -9,8 +9,9 @@ import dataclasses
 
 from kvmtrace import kvm
 from kvmtrace.correlate import Correlator
-from kvmtrace.events import Exit, GmemPoison, Lost, Owner, Poison, Sigbus, VmSeen
-from kvmtrace.model import Host, Probe, ProbeRuns, Snapshot
+from kvmtrace.events import Exit, GmemPoison, Host, Lost, Owner, Poison, Sigbus, VmSeen
+from kvmtrace.model import Snapshot
+from kvmtrace.probes import Probe, ProbeRuns
 
 START = 1_795_000_000_000_000_000  # ns since the epoch
 SECOND = 1_000_000_000

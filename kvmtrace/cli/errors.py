@@ -17,7 +17,7 @@ import click
 
 from kvmtrace.cli.watchdog import Watchdog
 from kvmtrace.errors import KvmtraceError, UsageError
-from kvmtrace.vmm.identity import clean
+from kvmtrace.sanitize import clean
 
 # Room for the longest path beside what is said of it.
 _LINE = 8192

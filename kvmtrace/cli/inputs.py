@@ -13,23 +13,24 @@ from dataclasses import dataclass, replace
 from kvmtrace import __version__, sources
 from kvmtrace.cli.errors import always, nobody_writes, stop, tell
 from kvmtrace.correlate import Correlator
-from kvmtrace.enrich import Observed, Quiet, Reactions, Releases
-from kvmtrace.enrich.pipeline import Around
+from kvmtrace.enrich import Heartbeat, OwnerLookup, PageReleaseWatch, VcpuFollowUp
+from kvmtrace.enrich.pipeline import EnrichedSource
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Event
+from kvmtrace.events import Event, Host
 from kvmtrace.linux import host, privileges
 from kvmtrace.linux.proc_reader import READER
-from kvmtrace.model import Host, Probe, Snapshot
+from kvmtrace.model import Snapshot
+from kvmtrace.probes import Probe
 from kvmtrace.session import feed
 from kvmtrace.session.session import Session
 from kvmtrace.sources.recording import RecordingSource, Writer
-from kvmtrace.sources.remote import JoinedSource
+from kvmtrace.sources.remote import RemoteSource
 
 POLL_SECONDS = 0.25
 LISTEN_SECONDS = 1.0
 
 
-class _Attached(Around):
+class _Attached(EnrichedSource):
     """Says when it begins to detach, which may take long."""
 
     def close(self) -> None:
@@ -44,7 +45,7 @@ def attach(kind: str) -> sources.Source:
     stop.clean_up.append(sources.close_opening)
     source = sources.open_source(kind)
     stop.clean_up.append(source.close)
-    return _Attached(Quiet(Reactions(Releases(Observed(source)))))
+    return _Attached(Heartbeat(VcpuFollowUp(PageReleaseWatch(OwnerLookup(source)))))
 
 
 def here(kind: str) -> sources.Source:
@@ -52,7 +53,7 @@ def here(kind: str) -> sources.Source:
 
     A second set of probes would cost every VM exit once more, and know nothing of what was before.
     """
-    joined = JoinedSource.join() if kind == "auto" else None
+    joined = RemoteSource.join() if kind == "auto" else None
     return joined or attach(kind)
 
 
@@ -93,7 +94,7 @@ def session_on(source: sources.Source) -> Iterator[Session]:
 
 
 @contextlib.contextmanager
-def open_door(session: Session, *, started: bool = True) -> Iterator[feed.Door | None]:
+def open_door(session: Session, *, started: bool = True) -> Iterator[feed.FeedServer | None]:
     """Let other commands know what this session sees; None where another serve answers.
 
     Not ``started``: from its ``start()`` on.
@@ -114,7 +115,7 @@ def open_door(session: Session, *, started: bool = True) -> Iterator[feed.Door |
             session.unfollow(follower)
 
     try:
-        answering = feed.Door(answer, started=started)
+        answering = feed.FeedServer(answer, started=started)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         tell(f"kvmtrace: other commands will not find this one: {where}{error.strerror or error}")
@@ -241,7 +242,7 @@ def _log_here(kind: str, duration: float) -> Log:
     batch: list[Event] = []
     source = here(kind)
     with session_on(source) as session:
-        if isinstance(source, JoinedSource):
+        if isinstance(source, RemoteSource):
             tell(f"kvmtrace: as seen by {source.name} ({source.why})")
         else:
             deadline = time.monotonic() + duration
@@ -249,4 +250,4 @@ def _log_here(kind: str, duration: float) -> Log:
                 batch += session.poll(min(left, POLL_SECONDS))
         batch += session.poll(0)
         log = Log(batch, session.host(), session.probes())
-        return replace(log, version=source.version) if isinstance(source, JoinedSource) else log
+        return replace(log, version=source.version) if isinstance(source, RemoteSource) else log

@@ -10,6 +10,7 @@ import time
 
 import click
 
+from kvmtrace import sanitize
 from kvmtrace.cli.errors import json_is_utf8, say, stop, tell
 from kvmtrace.cli.inputs import (
     POLL_SECONDS,
@@ -26,16 +27,15 @@ from kvmtrace.cli.options import (
     with_source,
 )
 from kvmtrace.cli.printing import show_snapshot
-from kvmtrace.correlate import Told
 from kvmtrace.errors import UsageError
 from kvmtrace.events import Event, VmSeen
 from kvmtrace.linux import host
-from kvmtrace.model import Snapshot
-from kvmtrace.sources.remote import JoinedSource
+from kvmtrace.model import CorrelatedEvent, Snapshot
+from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines
 from kvmtrace.views.tables.header import watching_text
 from kvmtrace.views.web.server import check_listen
-from kvmtrace.vmm import identity, processes
+from kvmtrace.vmm import processes
 
 
 @click.command()
@@ -110,7 +110,7 @@ def events(
         deadline = time.monotonic() + duration if duration else None
         told = session.pump(0)
         start = session.snapshot()
-        if isinstance(attached, JoinedSource):
+        if isinstance(attached, RemoteSource):
             # All that happened before is known, but is no news: what is, as if just attached, is.
             told = [one for one in told if _lives(one.event, start)]
         if vm is not None:
@@ -152,7 +152,7 @@ def _is(seen: VmSeen | None, vm: str) -> bool:
     return vm in names or (seen.uuid is not None and vm.lower() == seen.uuid.lower())
 
 
-def _concerns(told: Told, vm: str) -> bool:
+def _concerns(told: CorrelatedEvent, vm: str) -> bool:
     """Whether a line is about this VM; what was lost may have been, and times are everybody's."""
     return (
         _is(told.vm, vm)
@@ -162,7 +162,7 @@ def _concerns(told: Told, vm: str) -> bool:
     )
 
 
-def _require_vm(vm: str, told: list[Told]) -> None:
+def _require_vm(vm: str, told: list[CorrelatedEvent]) -> None:
     # No pid is longer, and int() refuses thousands of digits.
     if vm.isascii() and vm.isdecimal() and len(vm) <= 10 and os.path.exists(f"/proc/{int(vm)}"):
         return
@@ -178,7 +178,7 @@ def _require_vm(vm: str, told: list[Told]) -> None:
         names.add(seen.label)
     listed = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
     raise UsageError(
-        f"no VM {identity.clean(vm)!r} here", f"there are: {listed}" if names else "none is running"
+        f"no VM {sanitize.clean(vm)!r} here", f"there are: {listed}" if names else "none is running"
     )
 
 

@@ -18,32 +18,32 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kvmtrace import kvm
-from kvmtrace.correlate.hardware_errors import Errors, Provenance
-from kvmtrace.correlate.incident import State
-from kvmtrace.correlate.incident_store import Register
+from kvmtrace.correlate.hardware_errors import ErrorSite, HardwareErrors
+from kvmtrace.correlate.incident import IncidentState
+from kvmtrace.correlate.incident_store import IncidentStore
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.pages import verdict_on
-from kvmtrace.correlate.pending import Halves
-from kvmtrace.correlate.totals import Account, newly_lost
-from kvmtrace.correlate.vms import Population
+from kvmtrace.correlate.pending import PendingEvents
+from kvmtrace.correlate.totals import Totals, newly_lost
+from kvmtrace.correlate.vms import VmRegistry
 from kvmtrace.events import (
     ClockStep,
     Event,
     Exit,
     Found,
     GmemPoison,
+    GmemRefusal,
     HwError,
     KernelCounts,
     Lost,
     Mce,
     Owned,
     Owner,
+    PageReplaced,
     Poison,
-    Refused,
-    Released,
     Sigbus,
     SoftOffline,
     Unpoison,
@@ -52,8 +52,7 @@ from kvmtrace.events import (
     VmSeen,
     wall_time,
 )
-from kvmtrace.model import Incident, Party, Snapshot
-from kvmtrace.model import SoftOffline as SoftOfflined
+from kvmtrace.model import CorrelatedEvent, Incident, Snapshot, SoftOfflinedPage, VmIdentity
 
 _FOUND_BY = {
     "pagemap": "page table entry with the pfn (pagemap)",
@@ -70,27 +69,6 @@ _FOUND = {
     "outside": "sleeps outside KVM_RUN",
     "gone": "has ended",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """An event with what the correlator made of it: this is what the line views show.
-
-    ``vm``: identity at the time; ``owners``: of a Poison, all; of an Owned after it, what is new.
-    ``wall_ts``: what the wall clock said, where it was stepped since kvmtrace started.
-    """
-
-    event: Event
-    vm: VmSeen | None = None
-    cause: str | None = None
-    incident: str | None = None
-    owners: tuple[tuple[Owner, VmSeen | None], ...] = ()
-    wall_ts: int | None = None
-
-    @property
-    def wall(self) -> int:
-        """When it happened, by the wall clock."""
-        return self.event.ts if self.wall_ts is None else self.wall_ts
 
 
 def cause_of(exit_: Exit) -> str | None:
@@ -133,16 +111,16 @@ class Correlator:
     ) -> None:
         self._limits = limits
         self._page_shift, self._page = page_shift, 1 << page_shift
-        self._account = Account(limits)
-        self._vms = Population(limits, self._account.lose)
-        self._incidents = Register(limits, self._account.lose, self._page)
-        self._hardware = Provenance(limits.places, page_shift)
-        self._halves = Halves(limits, self._account.lose)
-        self._soft: OrderedDict[int, SoftOfflined] = OrderedDict()  # by pfn
+        self._account = Totals(limits)
+        self._vms = VmRegistry(limits, self._account.lose)
+        self._incidents = IncidentStore(limits, self._account.lose, self._page)
+        self._hardware = HardwareErrors(limits.places, page_shift)
+        self._halves = PendingEvents(limits, self._account.lose)
+        self._soft: OrderedDict[int, SoftOfflinedPage] = OrderedDict()  # by pfn
         self._steps: list[ClockStep] = []
         self._last_ts: int | None = None
 
-    def feed(self, event: Event) -> Told:
+    def feed(self, event: Event) -> CorrelatedEvent:
         """Take one event; returns it with its joins. Never raises for any order of events."""
         told = self._take(event)
         self._incidents.trim(self._settled)
@@ -150,7 +128,7 @@ class Correlator:
             told = replace(told, wall_ts=wall_time(event.ts, self._steps))
         return told
 
-    def _take(self, event: Event) -> Told:
+    def _take(self, event: Event) -> CorrelatedEvent:
         # A loss has no time of the kernel's: where it is noticed says when.
         if not isinstance(event, Lost) and (self._last_ts is None or event.ts > self._last_ts):
             self._last_ts = event.ts
@@ -161,11 +139,11 @@ class Correlator:
                 return self._sigbus(event)
             case Mce() | HwError():
                 return self._hardware_error(event)
-            case Refused():
+            case GmemRefusal():
                 return self._refused(event)
             case VmSeen():
                 self._vms.seen(event)
-                return Told(event, vm=event)
+                return CorrelatedEvent(event, vm=event)
             case VmGone():
                 return self._vm_gone(event)
             case Poison():
@@ -182,7 +160,7 @@ class Correlator:
                 return self._unpoison(event)
             case VcpuState():
                 return self._vcpu(event)
-            case Released():
+            case PageReplaced():
                 return self._released(event)
             case KernelCounts():
                 self._account.kernel(event)
@@ -193,7 +171,7 @@ class Correlator:
                     self._account.lose("clock_steps", 1)
             case Lost():
                 self._account.lose(event.where, event.count)
-        return Told(event)
+        return CorrelatedEvent(event)
 
     def identity(self, vm: int | None) -> VmSeen | None:
         """Who a VM is or was, or None."""
@@ -201,12 +179,12 @@ class Correlator:
 
     # -- VMs
 
-    def _vm_gone(self, event: VmGone) -> Told:
+    def _vm_gone(self, event: VmGone) -> CorrelatedEvent:
         vm = self._vms.get(event.vm)
         if vm is None:
-            return Told(event, vm=self.identity(event.vm))
+            return CorrelatedEvent(event, vm=self.identity(event.vm))
         if vm.gone_ts is not None:
-            return Told(event, vm=vm.seen)
+            return CorrelatedEvent(event, vm=vm.seen)
         self._vms.gone(event.vm, event.ts)
         self._incidents.forgotten.leave(event.vm)
         mentions = self._incidents.of(event.vm)
@@ -218,15 +196,15 @@ class Correlator:
                 incident.note(("gone", event.vm), event.ts, "the VM is gone", vm=event.vm)
                 self._close_if_deserted(incident)
         self._vms.settle(event.vm, keep=bool(mentions))
-        return Told(event, vm=vm.seen)
+        return CorrelatedEvent(event, vm=vm.seen)
 
-    def _close_if_deserted(self, incident: State) -> None:
+    def _close_if_deserted(self, incident: IncidentState) -> None:
         owners = {owner.vm for owner in incident.owners.values()}
         known = [self._vms.party(vm) or incident.parties.get(vm) for vm in owners]
         if owners and all(party and party.gone_ts is not None for party in known):
             self._incidents.close(incident)
 
-    def _vcpu(self, event: VcpuState) -> Told:
+    def _vcpu(self, event: VcpuState) -> CorrelatedEvent:
         ids = []
         for incident in self._incidents.of(event.vm):
             if not incident.closed and incident.look(event):
@@ -239,9 +217,9 @@ class Correlator:
                     f"/proc, the notified thread {event.tid}",
                     vm=event.vm,
                 )
-        return Told(event, vm=self.identity(event.vm), incident=ids[-1] if ids else None)
+        return CorrelatedEvent(event, vm=self.identity(event.vm), incident=ids[-1] if ids else None)
 
-    def _released(self, event: Released) -> Told:
+    def _released(self, event: PageReplaced) -> CorrelatedEvent:
         incident = self._incidents.at_pfn(event.pfn)
         self._incidents.forgotten.mended(event.pfn, event.vm)
         if incident is not None and incident.release(event.vm, event.hva):
@@ -252,11 +230,13 @@ class Correlator:
                 "page table entry (pagemap)",
                 vm=event.vm,
             )
-        return Told(event, self.identity(event.vm), incident=incident.id if incident else None)
+        return CorrelatedEvent(
+            event, self.identity(event.vm), incident=incident.id if incident else None
+        )
 
     # -- faults
 
-    def _exit(self, event: Exit) -> Told:
+    def _exit(self, event: Exit) -> CorrelatedEvent:
         cause = cause_of(event)
         gfn = self._incidents.known_by(event.vm, event.gfn)
         self._vms.exit(event, cause, gfn)
@@ -280,14 +260,14 @@ class Correlator:
                 self._deliver(
                     incident, event.ts, event.vm, event.vcpu, exits=event.count, page=event.gfn
                 )
-        return Told(
+        return CorrelatedEvent(
             event,
             vm=self.identity(event.vm),
             cause=cause,
             incident=incident.id if incident else None,
         )
 
-    def _refused(self, event: Refused) -> Told:
+    def _refused(self, event: GmemRefusal) -> CorrelatedEvent:
         gfn = self._incidents.known_by(event.vm, event.gfn)
         self._vms.refused(event, event.gfn if gfn is None else gfn)
         incident = self._incident_at(event.vm, event.gfn)
@@ -301,9 +281,11 @@ class Correlator:
                 vm=event.vm,
                 count=event.count,
             )
-        return Told(event, vm=self.identity(event.vm), incident=incident.id if incident else None)
+        return CorrelatedEvent(
+            event, vm=self.identity(event.vm), incident=incident.id if incident else None
+        )
 
-    def _incident_at(self, vm: int, gfn: int | None) -> State | None:
+    def _incident_at(self, vm: int, gfn: int | None) -> IncidentState | None:
         """The incident of a place that KVM itself calls poisoned, whether we saw that or not."""
         incident = self._incidents.at_place(vm, gfn)
         if incident is None and self._vms.is_gone(vm):
@@ -317,7 +299,7 @@ class Correlator:
 
     # -- poison
 
-    def _poison(self, event: Poison) -> Told:
+    def _poison(self, event: Poison) -> CorrelatedEvent:
         self._account.poison(event)
         owned = self._halves.owned(event.pfn, event.ts)
         gmem = self._halves.gmem(event)
@@ -354,9 +336,9 @@ class Correlator:
         # A guest may touch the page while memory_failure is still at work on it.
         for signal in self._halves.signals_of(event.pfn):
             self._take_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
-        return Told(event, incident=incident.id, owners=self._named_owners(incident))
+        return CorrelatedEvent(event, incident=incident.id, owners=self._named_owners(incident))
 
-    def _adoptable(self, owners: list[Owner]) -> State | None:
+    def _adoptable(self, owners: list[Owner]) -> IncidentState | None:
         """An incident opened by an exit that overtook its poison."""
         for owner in owners:
             incident = self._incidents.at_place(owner.vm, owner.gfn)
@@ -364,7 +346,7 @@ class Correlator:
                 return incident
         return None
 
-    def _found(self, event: Found) -> Told:
+    def _found(self, event: Found) -> CorrelatedEvent:
         incident = self._incidents.at_pfn(event.pfn)
         if incident is None and event.pfn not in self._soft:
             owned = self._halves.owned(event.pfn, event.ts)
@@ -380,27 +362,27 @@ class Correlator:
                 self._owned_by(incident, one)
             for signal in self._halves.signals_of(event.pfn):
                 self._take_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
-        return Told(event, incident=incident.id if incident else None)
+        return CorrelatedEvent(event, incident=incident.id if incident else None)
 
-    def _late_owner(self, event: Owned) -> Told:
+    def _late_owner(self, event: Owned) -> CorrelatedEvent:
         incident = self._incidents.at_pfn(event.pfn)
         vm = self.identity(event.owner.vm)
         if incident is None:
             self._halves.add(event)
-            return Told(event, vm=vm)
+            return CorrelatedEvent(event, vm=vm)
         known = set(incident.owners.values())
         self._owned_by(incident, event)
         new = tuple((one, vm) for one in incident.owners.values() if one not in known)
-        return Told(event, vm=vm, incident=incident.id, owners=new)
+        return CorrelatedEvent(event, vm=vm, incident=incident.id, owners=new)
 
-    def _owned_by(self, incident: State, event: Owned) -> None:
+    def _owned_by(self, incident: IncidentState, event: Owned) -> None:
         self._incidents.grow(incident, event.size)
         incident.guest_memfd |= event.via in ("guest_memfd", "fault")
         how = _FOUND_BY.get(event.via, event.via)
         self._own(incident, event.owner, event.ts, how)
 
     def _own(
-        self, incident: State, owner: Owner, ts: int | None = None, how: str | None = None
+        self, incident: IncidentState, owner: Owner, ts: int | None = None, how: str | None = None
     ) -> None:
         gone = self._vms.is_gone(owner.vm)
         self._incidents.own(incident, owner, live=not gone)
@@ -421,7 +403,7 @@ class Correlator:
             if not incident.closed:
                 self._close_if_deserted(incident)
 
-    def _unpoison(self, event: Unpoison) -> Told:
+    def _unpoison(self, event: Unpoison) -> CorrelatedEvent:
         incident = self._incidents.at_pfn(event.pfn)
         self._incidents.forgotten.mended(event.pfn)
         self._halves.unpoisoned(event.pfn)
@@ -430,10 +412,10 @@ class Correlator:
             incident.note(("unpoison",), event.ts, f"pfn {event.pfn:#x} unpoisoned", "same pfn")
             self._incidents.unpoison(incident)
         self._soft.pop(event.pfn, None)
-        return Told(event, incident=incident.id if incident else None)
+        return CorrelatedEvent(event, incident=incident.id if incident else None)
 
-    def _soft_offline(self, event: SoftOffline) -> Told:
-        self._soft[event.pfn] = SoftOfflined(event.pfn, event.ts, event.errno)
+    def _soft_offline(self, event: SoftOffline) -> CorrelatedEvent:
+        self._soft[event.pfn] = SoftOfflinedPage(event.pfn, event.ts, event.errno)
         self._soft.move_to_end(event.pfn)
         while len(self._soft) > self._limits.soft_offlines:
             self._soft.popitem(last=False)
@@ -442,11 +424,11 @@ class Correlator:
         if incident is not None:
             failed = f", refused with {kvm.errno_name(event.errno)}" if event.errno else ""
             incident.note(("soft",), event.ts, f"soft offline{failed}", "same pfn")
-        return Told(event, incident=incident.id if incident else None)
+        return CorrelatedEvent(event, incident=incident.id if incident else None)
 
     # -- signals
 
-    def _sigbus(self, event: Sigbus) -> Told:
+    def _sigbus(self, event: Sigbus) -> CorrelatedEvent:
         self._vms.sigbus(event)
         incident, how = self._incident_of_signal(event)
         vm = event.vm
@@ -455,9 +437,9 @@ class Correlator:
         else:
             self._halves.add(event)
         who = self.identity(vm) if vm is not None else self._vms.vmm(event.pid, event.ts)
-        return Told(event, vm=who, incident=incident.id if incident else None)
+        return CorrelatedEvent(event, vm=who, incident=incident.id if incident else None)
 
-    def _incident_of_signal(self, event: Sigbus) -> tuple[State | None, str]:
+    def _incident_of_signal(self, event: Sigbus) -> tuple[IncidentState | None, str]:
         if event.pfn is not None:
             incident = self._incidents.at_pfn(event.pfn)
             if incident is not None:
@@ -477,7 +459,7 @@ class Correlator:
         return None, ""
 
     def _take_signal(
-        self, incident: State, event: Sigbus, how: str, *, by_poison: bool
+        self, incident: IncidentState, event: Sigbus, how: str, *, by_poison: bool
     ) -> int | None:
         """Returns the VM that was notified, if it is known."""
         if event.vm is None and (vm := self._holder(incident, event)) is not None:
@@ -519,7 +501,7 @@ class Correlator:
             incident.heard(event.ts)  # a VMM was notified; for which of its VMs is not known
         return event.vm
 
-    def _holder(self, incident: State, event: Sigbus) -> int | None:
+    def _holder(self, incident: IncidentState, event: Sigbus) -> int | None:
         """Which VM of a process with several a signal is about: the one that has that page."""
         mine = self._vms.of_process(event.pid)
         vms = {
@@ -535,7 +517,7 @@ class Correlator:
         }
         return vms.pop() if len(vms) == 1 else None
 
-    def _own_by_signal(self, incident: State, event: Sigbus, vm: int, how: str) -> None:
+    def _own_by_signal(self, incident: IncidentState, event: Sigbus, vm: int, how: str) -> None:
         hva = event.hva
         if hva is None:
             return
@@ -550,7 +532,7 @@ class Correlator:
 
     def _deliver(
         self,
-        incident: State,
+        incident: IncidentState,
         ts: int,
         vm: int,
         vcpu: int | None,
@@ -572,9 +554,9 @@ class Correlator:
 
     # -- hardware
 
-    def _hardware_error(self, event: Mce | HwError) -> Told:
+    def _hardware_error(self, event: Mce | HwError) -> CorrelatedEvent:
         errors = self._hardware.report(event)
-        affected: list[State] = []
+        affected: list[IncidentState] = []
         if errors is not None and errors.pfn is not None:
             if errors.order:
                 affected = self._incidents.within(errors.covers)
@@ -582,14 +564,14 @@ class Correlator:
                 affected = [exact]
             for incident in affected:
                 self._came_from(incident, errors)
-        return Told(event, incident=affected[0].id if len(affected) == 1 else None)
+        return CorrelatedEvent(event, incident=affected[0].id if len(affected) == 1 else None)
 
-    def _join_hardware(self, incident: State) -> None:
+    def _join_hardware(self, incident: IncidentState) -> None:
         """What was reported of this page before it was poisoned."""
         for errors in self._hardware.at(incident.pfn or 0):
             self._came_from(incident, errors)
 
-    def _came_from(self, incident: State, errors: Errors) -> None:
+    def _came_from(self, incident: IncidentState, errors: ErrorSite) -> None:
         incident.came_from(errors)
         if incident.failed_in_use:
             # Reported after its poison: the thread did not poison the page, it consumed it.
@@ -602,7 +584,7 @@ class Correlator:
 
     # -- out
 
-    def _named_owners(self, incident: State) -> tuple[tuple[Owner, VmSeen | None], ...]:
+    def _named_owners(self, incident: IncidentState) -> tuple[tuple[Owner, VmSeen | None], ...]:
         return tuple((owner, self.identity(owner.vm)) for owner in incident.owners.values())
 
     def snapshot(self) -> Snapshot:
@@ -633,14 +615,14 @@ class Correlator:
             steps=tuple(self._steps),
         )
 
-    def _parties(self, incident: State) -> dict[int, Party]:
+    def _parties(self, incident: IncidentState) -> dict[int, VmIdentity]:
         known = {key: self._vms.party(key) or incident.parties.get(key) for key in incident.vms}
         return {key: party for key, party in sorted(known.items()) if party is not None}
 
-    def _settled(self, incident: State) -> bool:
+    def _settled(self, incident: IncidentState) -> bool:
         return incident.settled(self._last_ts or 0, self._parties(incident))
 
-    def _frozen(self, incident: State, now: int) -> Incident:
+    def _frozen(self, incident: IncidentState, now: int) -> Incident:
         return incident.frozen(
             now,
             self._parties(incident),

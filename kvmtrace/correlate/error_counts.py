@@ -22,7 +22,7 @@ Unit = tuple[str, Bank | None]  # who reports, and the bank that it had it from
 
 
 @dataclass(slots=True)
-class Tally:
+class ErrorCount:
     """Errors at one place.
 
     Every unit (a bank, or a reporter without one) sees an error once at most: their counts are not
@@ -50,7 +50,7 @@ class Tally:
         for (via, _), (corrected, others) in self._units.items():
             yield via, (corrected, others)
 
-    def add(self, event: Mce | HwError, severity: str | None, at: Tally | None = None) -> None:
+    def add(self, event: Mce | HwError, severity: str | None, at: ErrorCount | None = None) -> None:
         """One more report. ``at``: knows of the machine checks at this place, if not this one."""
         unit = (at or self)._unit(event)
         if unit not in self._units and len(self._units) >= _MAX_UNITS:
@@ -76,7 +76,7 @@ class Tally:
                 self._units[of][0] -= some
                 del self._corrected[of]
 
-    def _speaks_again(self, unit: Unit, at: Tally) -> bool:
+    def _speaks_again(self, unit: Unit, at: ErrorCount) -> bool:
         """Whether a report is by nobody who has a bank of its own, or for the same check again."""
         again = unit[1] is None
         if unit[0] == EDAC:
@@ -84,7 +84,7 @@ class Tally:
             self._spoken = at._checked
         return again
 
-    def absorb(self, other: Tally) -> None:
+    def absorb(self, other: ErrorCount) -> None:
         """What another one counted is of the same."""
         for unit, counts in other._units.items():
             mine = self._units.setdefault(unit, [0, 0])

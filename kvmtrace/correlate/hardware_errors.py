@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 from kvmtrace import dimm_names, kvm
-from kvmtrace.correlate.error_counts import EDAC, MCE, Tally, together
+from kvmtrace.correlate.error_counts import EDAC, MCE, ErrorCount, together
 from kvmtrace.events import HwError, Mce
 from kvmtrace.linux import mce
-from kvmtrace.model import ErrorHistory, Moment, Origin, Reported
+from kvmtrace.model import ErrorHistory, Origin, Reported, TimelineEntry
 
 _SEVERITIES = ("corrected", "deferred", "recoverable", "fatal")
 
@@ -74,20 +74,20 @@ class Name(NamedTuple):
 
 
 @dataclass(slots=True)
-class Errors:
+class ErrorSite:
     """What was reported of one place: 2**``order`` pages from ``pfn`` on."""
 
     pfn: int
     order: int = 0
     page_shift: int = kvm.PAGE_SHIFT
-    tally: Tally = field(default_factory=Tally)
-    named: dict[str, Tally] = field(default_factory=dict)  # by label: reports that have it
+    tally: ErrorCount = field(default_factory=ErrorCount)
+    named: dict[str, ErrorCount] = field(default_factory=dict)  # by label: reports that have it
     names: dict[str, Name] = field(default_factory=dict)
     vias: dict[str, None] = field(default_factory=dict)
     first_ts: int = 0
     last_ts: int = 0
     facts: dict[str, int | str] = field(default_factory=dict)
-    moments: dict[str, Moment] = field(default_factory=dict)
+    moments: dict[str, TimelineEntry] = field(default_factory=dict)
     uncorrected: tuple[int, int | None] | None = None  # the last one: time, line's bit
     _reported: Reported | None = None  # as it was frozen last, if nothing came since
 
@@ -122,7 +122,7 @@ class Errors:
         if known is None:
             exact = f"address, exact to {1 << self.page_shift << self.order} bytes"
             how = "address in the same page" if not self.order else exact
-            self.moments[what] = Moment(
+            self.moments[what] = TimelineEntry(
                 event.ts, what, how, count=max(1, event.count), last_ts=event.ts
             )
         else:
@@ -178,7 +178,7 @@ class Dimm:
     last_ts: int
     corrected: int = 0
     others: int = 0
-    elsewhere: Tally = field(default_factory=lambda: Tally(exact=False))
+    elsewhere: ErrorCount = field(default_factory=lambda: ErrorCount(exact=False))
     vias: set[str] = field(default_factory=set)
 
     def absorb(self, other: Dimm) -> None:
@@ -200,18 +200,18 @@ class Dimm:
         return ErrorHistory(corrected + others, corrected, self.first_ts, self.last_ts)
 
 
-class Provenance:
+class HardwareErrors:
     """Remembers at most ``limit`` places and as many DIMMs, those that reported last."""
 
     def __init__(self, limit: int, page_shift: int = kvm.PAGE_SHIFT) -> None:
         self._limit = limit
         self._page_shift = page_shift
-        self._places: OrderedDict[tuple[int, int], Errors] = OrderedDict()
+        self._places: OrderedDict[tuple[int, int], ErrorSite] = OrderedDict()
         self._dimms: OrderedDict[str, Dimm] = OrderedDict()
         self._better: OrderedDict[str, str] = OrderedDict()  # {name: a better one of the same DIMM}
         self._check: Mce | None = None  # the last one
 
-    def report(self, event: Mce | HwError) -> Errors | None:
+    def report(self, event: Mce | HwError) -> ErrorSite | None:
         """Take a report; returns the place it names, None if it names none."""
         errors = self._place(event)
         if errors is not None:
@@ -234,7 +234,7 @@ class Provenance:
                 names.append(of_check._replace(addr=event.addr, lines=_line(event) or 0))
         return [name for name in names if name is not None]
 
-    def _place(self, event: Mce | HwError) -> Errors | None:
+    def _place(self, event: Mce | HwError) -> ErrorSite | None:
         place = place_of(event, self._page_shift)
         if place is None:
             return None
@@ -242,7 +242,7 @@ class Provenance:
         key = order, pfn >> order
         if key not in self._places and len(self._places) >= self._limit:
             self._spare_uncorrected()
-        new = Errors(pfn, order, self._page_shift, Tally(exact=not order))
+        new = ErrorSite(pfn, order, self._page_shift, ErrorCount(exact=not order))
         return self._of(self._places, key, new)
 
     def _spare_uncorrected(self) -> None:
@@ -253,7 +253,7 @@ class Provenance:
                 return
             self._places.move_to_end(key)
 
-    def _one_name(self, name: Name, errors: Errors | None) -> str:
+    def _one_name(self, name: Name, errors: ErrorSite | None) -> str:
         """The best name of the DIMM: two reporters of one error mean the same one."""
         if errors is not None:
             errors.called(name)
@@ -277,7 +277,7 @@ class Provenance:
             new = Dimm(known.first_ts, known.last_ts)
             self._of(self._dimms, better, new).absorb(known)
 
-    def _count(self, event: Mce | HwError, label: str, errors: Errors | None) -> None:
+    def _count(self, event: Mce | HwError, label: str, errors: ErrorSite | None) -> None:
         dimm = self._of(self._dimms, label, Dimm(event.ts, event.ts))
         dimm.first_ts, dimm.last_ts = min(dimm.first_ts, event.ts), max(dimm.last_ts, event.ts)
         severity = severity_of(event)
@@ -289,7 +289,7 @@ class Provenance:
             if len(errors.named) >= _MAX_REPORTERS:
                 dimm.elsewhere.add(event, severity)
                 return
-            tally = errors.named[label] = Tally(exact=not errors.order)
+            tally = errors.named[label] = ErrorCount(exact=not errors.order)
         before = tally.errors
         tally.add(event, severity, errors.tally)
         if len(dimm.vias) < _MAX_REPORTERS:
@@ -305,13 +305,13 @@ class Provenance:
             known.popitem(last=False)
         return errors
 
-    def at(self, pfn: int) -> list[Errors]:
+    def at(self, pfn: int) -> list[ErrorSite]:
         """What was reported of places that hold this page, the most exact first."""
         orders = _MAX_SHIFT - self._page_shift + 1
         found = (self._places.get((order, pfn >> order)) for order in range(orders))
         return [errors for errors in found if errors is not None]
 
-    def origin(self, places: Collection[Errors]) -> Origin | None:
+    def origin(self, places: Collection[ErrorSite]) -> Origin | None:
         """All that is known of a page from these places.
 
         Errors that were not corrected speak first, and of these what was said of the page alone: a
@@ -355,7 +355,7 @@ class Provenance:
         return {label: dimm.history() for label, dimm in self._dimms.items()}
 
 
-def _best_name(places: list[Errors]) -> Name | None:
+def _best_name(places: list[ErrorSite]) -> Name | None:
     """Of the most exact place, the last of equals.
 
     The lines of a page are of several DIMMs: where an error was not corrected, its name goes before

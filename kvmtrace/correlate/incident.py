@@ -6,14 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from kvmtrace import kvm
-from kvmtrace.correlate.hardware_errors import Errors
+from kvmtrace.correlate.hardware_errors import ErrorSite
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.pages import is_verdict, verdict_on
-from kvmtrace.correlate.verdicts import Evidence, Look, judge, loops_now
+from kvmtrace.correlate.verdicts import Evidence, VcpuSample, judge, loops_now
 from kvmtrace.events import Owner, Poison, Sigbus, VcpuState
-from kvmtrace.model import Incident, Moment, Origin, Party, Telling, Verdict, lost_gfns
+from kvmtrace.model import (
+    Incident,
+    Notification,
+    Origin,
+    TimelineEntry,
+    Verdict,
+    VmIdentity,
+    lost_gfns,
+)
 
-Place = tuple[int, int | None]  # VM key, gfn
+GuestPlace = tuple[int, int | None]  # VM key, gfn
 
 # 16 GiB hugetlb pages exist; a number beyond is damage.
 MAX_SIZE = 1 << 34
@@ -27,7 +35,7 @@ _PAGES_KEPT = 64
 
 
 @dataclass(slots=True)
-class _Told:
+class _Delivery:
     exits: int = 0
     sigbus: dict[str, int] = field(default_factory=dict)
     first_ts: int = 0
@@ -42,7 +50,7 @@ class _Told:
 
 
 @dataclass(slots=True)
-class State:
+class IncidentState:
     """``closed``: its VMs are gone, for good. An unpoisoned page may be delivered again: ``over``.
 
     ``shared_out``: found in several places, as only a page of the kernel's is that memory_failure
@@ -64,20 +72,20 @@ class State:
     unpoisoned_ts: int | None = None
     size: int | None = None
     closed: bool = False
-    owners: dict[Place, Owner] = field(default_factory=dict)
-    parties: dict[int, Party] = field(default_factory=dict)
+    owners: dict[GuestPlace, Owner] = field(default_factory=dict)
+    parties: dict[int, VmIdentity] = field(default_factory=dict)
     exits: int = 0
     sigbus: int = 0
     sigbus_at_poison: int = 0
     sigbus_to_others: int = 0
     first_delivery_ts: int | None = None
     last_delivery_ts: int | None = None
-    told: dict[tuple[int, int | None], _Told] = field(default_factory=dict)
+    told: dict[tuple[int, int | None], _Delivery] = field(default_factory=dict)
     released: set[tuple[int, int]] = field(default_factory=set)  # VM, hva
-    looks: dict[tuple[int, int], list[Look]] = field(default_factory=dict)  # by VM and thread
-    places: list[Errors] = field(default_factory=list)
+    looks: dict[tuple[int, int], list[VcpuSample]] = field(default_factory=dict)  # by VM and thread
+    places: list[ErrorSite] = field(default_factory=list)
     own_signals: list[Sigbus] = field(default_factory=list)
-    moments: dict[object, Moment] = field(default_factory=dict)
+    moments: dict[object, TimelineEntry] = field(default_factory=dict)
     omitted: int = 0
 
     # -- whose it is
@@ -236,7 +244,7 @@ class State:
                 count=known.count + count,
             )
         elif len(self.moments) < self.limits.moments or self._drop_minor(key):
-            self.moments[key] = Moment(ts, what, how, vm, count)
+            self.moments[key] = TimelineEntry(ts, what, how, vm, count)
         else:
             self.omitted += 1
 
@@ -300,7 +308,7 @@ class State:
             if len(self.told) >= self.limits.told:
                 self.lose("told", 1)
                 return first
-            told = self.told[vm, vcpu] = _Told(first_ts=ts, last_ts=ts)
+            told = self.told[vm, vcpu] = _Delivery(first_ts=ts, last_ts=ts)
         told.first_ts, told.last_ts = min(told.first_ts, ts), max(told.last_ts, ts)
         told.exits += exits
         told.of(page if self.huge else None, exits + sum((signals or {}).values()))
@@ -333,7 +341,7 @@ class State:
                 self.lose("looks", 1)
                 return False
             seen = self.looks[event.vm, event.tid] = []
-        seen.append(Look(event.ts, event.tid, event.vcpu, event.state, event.ran_ns))
+        seen.append(VcpuSample(event.ts, event.tid, event.vcpu, event.state, event.ran_ns))
         if len(seen) > _LOOKS_KEPT:
             # The time it ran is the sum over all of them.
             oldest, second = seen[0], seen[1]
@@ -341,7 +349,7 @@ class State:
             seen[:2] = [replace(second, ran_ns=sum(ran) if ran else None)]
         return True
 
-    def came_from(self, errors: Errors) -> bool:
+    def came_from(self, errors: ErrorSite) -> bool:
         """A place that hardware reported holds the page; True if that is new."""
         if any(errors is known for known in self.places) or len(self.places) >= _PLACES_KEPT:
             return False
@@ -358,10 +366,10 @@ class State:
 
     # -- out
 
-    def tellings(self, vm: int | None = None) -> tuple[Telling, ...]:
+    def tellings(self, vm: int | None = None) -> tuple[Notification, ...]:
         """How often each vCPU was notified; of one VM or of all."""
         return tuple(
-            Telling(
+            Notification(
                 of,
                 vcpu,
                 told.exits,
@@ -374,7 +382,7 @@ class State:
             if vm in (None, of)
         )
 
-    def state(self, now: int, parties: Mapping[int, Party]) -> str:
+    def state(self, now: int, parties: Mapping[int, VmIdentity]) -> str:
         """One of model.STATES. A loop that has ended is ``delivered``; its verdict remembers it."""
         if self.over:
             return "closed"
@@ -385,12 +393,12 @@ class State:
             return "delivered"
         return "latent" if self.holders else "unowned"
 
-    def settled(self, now: int, parties: dict[int, Party]) -> bool:
+    def settled(self, now: int, parties: dict[int, VmIdentity]) -> bool:
         """Every VM that owns the page was notified of it and handled it."""
         words = {verdict.vm: verdict.word for verdict in self.verdicts(now, parties)}
         return all(words.get(vm) in ("handled", "exited") for vm in self.holders | words.keys())
 
-    def verdicts(self, now: int, parties: dict[int, Party]) -> tuple[Verdict, ...]:
+    def verdicts(self, now: int, parties: dict[int, VmIdentity]) -> tuple[Verdict, ...]:
         """One for each VM that was notified."""
         found = []
         for vm in dict.fromkeys(vm for vm, _ in self.told):
@@ -411,7 +419,7 @@ class State:
         return tuple(found)
 
     def frozen(
-        self, now: int, parties: dict[int, Party], origin: Origin | None, undelivered: int
+        self, now: int, parties: dict[int, VmIdentity], origin: Origin | None, undelivered: int
     ) -> Incident:
         """As views see it."""
         return Incident(
@@ -444,7 +452,7 @@ class State:
             guest_memfd=self.guest_memfd,
         )
 
-    def _timeline(self) -> tuple[Moment, ...]:
+    def _timeline(self) -> tuple[TimelineEntry, ...]:
         reported = [moment for errors in self.places for moment in errors.moments.values()]
         return tuple(sorted([*self.moments.values(), *reported], key=lambda moment: moment.ts))
 

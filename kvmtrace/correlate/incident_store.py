@@ -7,12 +7,18 @@ from collections.abc import Callable, Iterator
 
 from kvmtrace import kvm
 from kvmtrace.correlate.forgotten import Forgotten
-from kvmtrace.correlate.incident import RANK_KERNEL, RANK_OF_A_VM, RANK_OVER, Place, State
+from kvmtrace.correlate.incident import (
+    RANK_KERNEL,
+    RANK_OF_A_VM,
+    RANK_OVER,
+    GuestPlace,
+    IncidentState,
+)
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import Owner
 
 
-class Register:
+class IncidentStore:
     """All incidents that are remembered; every index points at one of those, never elsewhere."""
 
     def __init__(
@@ -21,33 +27,33 @@ class Register:
         self._limits = limits
         self._page = page
         self._lose = lose
-        self._all: OrderedDict[str, State] = OrderedDict()
-        self._by_pfn: dict[int, State] = {}
-        self._huge: dict[str, State] = {}
-        self._by_place: dict[Place, State] = {}
-        self._of_vm: dict[int, dict[str, State]] = {}
+        self._all: OrderedDict[str, IncidentState] = OrderedDict()
+        self._by_pfn: dict[int, IncidentState] = {}
+        self._huge: dict[str, IncidentState] = {}
+        self._by_place: dict[GuestPlace, IncidentState] = {}
+        self._of_vm: dict[int, dict[str, IncidentState]] = {}
         self._serial: dict[str, int] = {}
         # To be forgotten, the next one last: rank, id, and whether it was settled.
         self._next: list[tuple[int, str, bool]] = []
         self.forgotten = Forgotten(4 * limits.incidents)
 
-    def __iter__(self) -> Iterator[State]:
+    def __iter__(self) -> Iterator[IncidentState]:
         return iter(self._all.values())
 
     # -- finding
 
-    def at_pfn(self, pfn: int) -> State | None:
+    def at_pfn(self, pfn: int) -> IncidentState | None:
         """The incident that this page is lost in now."""
         exact = self._by_pfn.get(pfn)
         if exact is not None:
             return exact
         return next((state for state in self._huge.values() if state.covers_pfn(pfn)), None)
 
-    def within(self, covers: Callable[[int], bool]) -> list[State]:
+    def within(self, covers: Callable[[int], bool]) -> list[IncidentState]:
         """Incidents whose page fulfils a condition."""
         return [state for pfn, state in self._by_pfn.items() if covers(pfn)]
 
-    def at_place(self, vm: int, gfn: int | None) -> State | None:
+    def at_place(self, vm: int, gfn: int | None) -> IncidentState | None:
         """The incident that this place of a live VM is in: at it, or within a huge page's loss."""
         exact = self._by_place.get((vm, gfn))
         if exact is not None or gfn is None or not self._huge:
@@ -61,25 +67,25 @@ class Register:
         owner = state.place_of_gfn(vm, gfn) if state is not None and gfn is not None else None
         return gfn if owner is None else owner.gfn
 
-    def of(self, vm: int) -> list[State]:
+    def of(self, vm: int) -> list[IncidentState]:
         """Incidents with this VM among their owners, in the order in which it came to be."""
         return list(self._of_vm.get(vm, {}).values())
 
     # -- changing
 
-    def open(self, stem: str) -> State:
+    def open(self, stem: str) -> IncidentState:
         """A new incident; its id is the stem and a number. ``trim`` once it has its owners."""
         number = self._serial.get(stem, 0) + 1
         while f"{stem}-{number}" in self._all:  # the number was forgotten, the incident not
             number += 1
         self._serial[stem] = number
-        state = State(f"{stem}-{number}", self._limits, self._lose, self._page)
+        state = IncidentState(f"{stem}-{number}", self._limits, self._lose, self._page)
         self._all[state.id] = state
         while len(self._serial) > 4 * self._limits.incidents:
             del self._serial[next(iter(self._serial))]
         return state
 
-    def trim(self, settled: Callable[[State], bool]) -> None:
+    def trim(self, settled: Callable[[IncidentState], bool]) -> None:
         """Forget what there is no room for: what is over, then what belongs to nobody.
 
         Then what is ``settled``, and of the rest what is oldest, of the VM that has most. To forget
@@ -97,7 +103,7 @@ class Register:
                 self._lose("incidents", 1)
             self._drop(state)
 
-    def _victim(self, settled: Callable[[State], bool]) -> State:
+    def _victim(self, settled: Callable[[IncidentState], bool]) -> IncidentState:
         newest = next(reversed(self._all.values()))
         while self._next:
             rank, key, was_settled = self._next[-1]
@@ -115,7 +121,7 @@ class Register:
         self._next = chosen[::-1]
         return self._all[chosen[0][1]]
 
-    def _of_vms(self, settled: Callable[[State], bool]) -> list[tuple[int, str, bool]]:
+    def _of_vms(self, settled: Callable[[IncidentState], bool]) -> list[tuple[int, str, bool]]:
         """Where all belong to VMs: what they came to terms with, else what has most of them."""
         over = [(RANK_OF_A_VM, key, True) for key, state in self._all.items() if settled(state)]
         if over:
@@ -125,25 +131,25 @@ class Register:
         ordered = sorted(most.values(), key=lambda state: bool(state.told))
         return [(RANK_OF_A_VM, state.id, False) for state in ordered]
 
-    def _drop(self, state: State) -> None:
+    def _drop(self, state: IncidentState) -> None:
         self._leave(state)
         del self._all[state.id]
         for vm in state.vms:
             self._forget_mention(state, vm)
 
-    def name_page(self, state: State, pfn: int) -> None:
+    def name_page(self, state: IncidentState, pfn: int) -> None:
         """The page of an incident is known."""
         state.pfn = pfn
         self._by_pfn[pfn] = state
         self.forgotten.remember(None, pfn)
 
-    def grow(self, state: State, size: int | None) -> None:
+    def grow(self, state: IncidentState, size: int | None) -> None:
         """So many bytes are lost in it at least."""
         state.grow(size)
         if state.huge and state.pfn is not None and self._by_pfn.get(state.pfn) is state:
             self._huge[state.id] = state
 
-    def own(self, state: State, owner: Owner, *, live: bool) -> None:
+    def own(self, state: IncidentState, owner: Owner, *, live: bool) -> None:
         """An owner of the page; exits of a VM that is gone are not looked for by place."""
         if state.disowned or state.is_elsewhere(owner):
             self.disown(state)
@@ -165,7 +171,7 @@ class Register:
         if live and not state.closed and (holder is None or holder.over):
             self._by_place[place] = state
 
-    def _drop_gone_owner(self, state: State) -> None:
+    def _drop_gone_owner(self, state: IncidentState) -> None:
         """VMs that are gone make room for those that live."""
         place = next((place for place in state.owners if place[0] in state.parties), None)
         if place is None:
@@ -177,7 +183,7 @@ class Register:
             self._forget_mention(state, place[0])
             del state.parties[place[0]]
 
-    def disown(self, state: State) -> None:
+    def disown(self, state: IncidentState) -> None:
         """It turned out to be the kernel's: VMs only have it mapped."""
         state.shared_out = True
         self._leave_places(state)
@@ -186,38 +192,38 @@ class Register:
             if vm not in state.vms:
                 self._forget_mention(state, vm)
 
-    def _leave_places(self, state: State) -> None:
+    def _leave_places(self, state: IncidentState) -> None:
         for place in state.owners:
             if self._by_place.get(place) is state:
                 del self._by_place[place]
 
-    def _forget_mention(self, state: State, vm: int) -> None:
+    def _forget_mention(self, state: IncidentState, vm: int) -> None:
         mentions = self._of_vm.get(vm, {})
         mentions.pop(state.id, None)
         if not mentions:
             self._of_vm.pop(vm, None)
 
-    def told(self, state: State, vm: int) -> None:
+    def told(self, state: IncidentState, vm: int) -> None:
         """A VM that was notified of the page, whether it owns it or not."""
         if vm in state.vms:
             self._of_vm.setdefault(vm, {})[state.id] = state
 
-    def unpoison(self, state: State) -> None:
+    def unpoison(self, state: IncidentState) -> None:
         """The page may be poisoned anew; its VMs may still be notified of the old poison."""
         self._leave_pages(state)
         self._next.clear()
 
-    def close(self, state: State) -> None:
+    def close(self, state: IncidentState) -> None:
         """Nothing joins it any more."""
         self._leave(state)
         self._next.clear()
 
-    def _leave(self, state: State) -> None:
+    def _leave(self, state: IncidentState) -> None:
         state.closed = True
         self._leave_pages(state)
         self._leave_places(state)
 
-    def _leave_pages(self, state: State) -> None:
+    def _leave_pages(self, state: IncidentState) -> None:
         if state.pfn is not None and self._by_pfn.get(state.pfn) is state:
             del self._by_pfn[state.pfn]
         self._huge.pop(state.id, None)

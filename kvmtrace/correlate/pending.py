@@ -17,7 +17,7 @@ JOIN_NS = 5_000_000_000
 _T = TypeVar("_T", GmemPoison, Owned, Sigbus)
 
 
-class Halves:
+class PendingEvents:
     """Everything is taken once; what waits longest gives way to what is new.
 
     It is lost if its other half might still have come.

@@ -17,7 +17,7 @@ def newly_lost(event: Poison) -> bool:
     return not event.page_type.startswith(_UNCOUNTED)
 
 
-class Account:
+class Totals:
     """Totals that only grow."""
 
     def __init__(self, limits: Limits) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvmtrace.model import Telling, Verdict
+from kvmtrace.model import Notification, Verdict
 
 _SECOND = 1_000_000_000
 
@@ -33,7 +33,7 @@ IDLE_NS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class VcpuSample:
     """A vCPU's thread, looked at after its last delivery; see ``events.VcpuState``."""
 
     ts: int
@@ -52,18 +52,18 @@ class Evidence:
 
     vm: int
     now: int
-    told: tuple[Telling, ...]
-    looks: tuple[Look, ...] = ()
+    told: tuple[Notification, ...]
+    looks: tuple[VcpuSample, ...] = ()
     gone_ts: int | None = None
     released: tuple[int, ...] = ()
 
 
-def looped(telling: Telling) -> bool:
+def looped(telling: Notification) -> bool:
     """Whether this vCPU was notified so often that nothing can have been mended in between."""
     return telling.repeats >= LOOPING_AFTER
 
 
-def loops_now(telling: Telling, now: int) -> bool:
+def loops_now(telling: Notification, now: int) -> bool:
     """Whether it still is."""
     pace = (telling.last_ts - telling.first_ts) // max(1, telling.count - 1)
     return looped(telling) and now - telling.last_ts <= max(LOOP_OVER_NS, _PACES * pace)
@@ -95,7 +95,7 @@ def judge(evidence: Evidence) -> Verdict:
 
 
 def _by_looks(evidence: Evidence) -> tuple[str, ...]:
-    threads: dict[int, list[Look]] = {}
+    threads: dict[int, list[VcpuSample]] = {}
     for look in evidence.looks:
         threads.setdefault(look.tid, []).append(look)
     stopped, ran_on, unclear = [], [], []
@@ -130,12 +130,12 @@ def _by_looks(evidence: Evidence) -> tuple[str, ...]:
     return ("unknown", "the vCPU was not looked at after it was notified")
 
 
-def _told_ts(evidence: Evidence, look: Look) -> int:
+def _told_ts(evidence: Evidence, look: VcpuSample) -> int:
     told = [t.last_ts for t in evidence.told if t.vcpu == look.vcpu]
     return max(told or [telling.last_ts for telling in evidence.told])
 
 
-def _loop(telling: Telling, *, rate: bool = False) -> str:
+def _loop(telling: Notification, *, rate: bool = False) -> str:
     text = f"{_vcpu(telling.vcpu)} was notified {telling.count} times"
     elapsed = telling.last_ts - telling.first_ts
     if elapsed > 0:
@@ -145,7 +145,7 @@ def _loop(telling: Telling, *, rate: bool = False) -> str:
     return text
 
 
-def _cpu(looks: list[Look]) -> str:
+def _cpu(looks: list[VcpuSample]) -> str:
     ran = [look.ran_ns for look in looks if look.ran_ns is not None]
     return f", {_seconds(sum(ran))} of CPU time since" if ran else ""
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from kvmtrace import kvm
 from kvmtrace.correlate.limits import Limits
-from kvmtrace.events import Exit, Refused, Sigbus, VmSeen
-from kvmtrace.model import Party, Vm
+from kvmtrace.events import Exit, GmemRefusal, Sigbus, VmSeen
+from kvmtrace.model import Vm, VmIdentity
 
 Lose = Callable[[str, int], None]
 
@@ -19,7 +19,7 @@ QUIET_NS = 5_000_000_000
 
 
 @dataclass(slots=True)
-class Refusals:
+class UndeliveredRefusals:
     """guest_memfd's answers EHWPOISON for one gfn, and the exits that delivered them."""
 
     refused: int = 0
@@ -35,7 +35,7 @@ class Refusals:
         self.last_ts = max(self.last_ts, ts)
 
     def undelivered(self, now: int) -> int:
-        """Refusals that no exit delivered, as far as settled; never less than it was."""
+        """UndeliveredRefusals that no exit delivered, as far as settled; never less than it was."""
         if now - self.last_ts <= QUIET_NS:
             return self.settled
         return max(self.settled, self.refused - self.told)
@@ -48,7 +48,7 @@ class VmState:
     seen: VmSeen
     exits: dict[tuple[str, str | None], int] = field(default_factory=dict)
     sigbus: dict[str, int] = field(default_factory=dict)
-    refusals: dict[int, Refusals] = field(default_factory=dict)
+    refusals: dict[int, UndeliveredRefusals] = field(default_factory=dict)
     last_ts: int | None = None
     gone_ts: int | None = None
 
@@ -79,7 +79,7 @@ class VmState:
         )
 
 
-class Population:
+class VmRegistry:
     """Live VMs, and of those that are gone the eventful ones in full and the others by name."""
 
     def __init__(self, limits: Limits, lose: Lose) -> None:
@@ -87,7 +87,7 @@ class Population:
         self._lose = lose
         self._vms: dict[int, VmState] = {}
         self._gone: OrderedDict[int, None] = OrderedDict()
-        self._departed: OrderedDict[int, Party] = OrderedDict()
+        self._departed: OrderedDict[int, VmIdentity] = OrderedDict()
 
     def get(self, key: int | None) -> VmState | None:
         """A VM that is known in full."""
@@ -103,7 +103,7 @@ class Population:
 
     def vmm(self, pid: int, ts: int) -> VmSeen | None:
         """Who a process is that ran VMs at ``ts``; of several, what they have in common."""
-        found: dict[int, VmSeen | Party] = {
+        found: dict[int, VmSeen | VmIdentity] = {
             key: vm.seen
             for key, vm in self._vms.items()
             if vm.seen.pid == pid and (vm.gone_ts is None or ts <= vm.gone_ts)
@@ -155,13 +155,13 @@ class Population:
         while len(self._departed) > self._limits.departed:
             self._departed.popitem(last=False)
 
-    def party(self, key: int) -> Party | None:
+    def party(self, key: int) -> VmIdentity | None:
         """Who that is or was, as far as it is remembered."""
         vm = self._vms.get(key)
         if vm is None:
             return self._departed.get(key)
         seen = vm.seen
-        return Party(key, seen.pid, seen.name, seen.uuid, seen.vmm, vm.gone_ts, seen.vmid)
+        return VmIdentity(key, seen.pid, seen.name, seen.uuid, seen.vmm, vm.gone_ts, seen.vmid)
 
     def identity(self, key: int | None) -> VmSeen | None:
         """As its source reported it, also a while after its end: the last counts are read then."""
@@ -221,24 +221,24 @@ class Population:
             vm.sigbus[code] = vm.sigbus.get(code, 0) + event.count
             vm.touch(event.ts)
 
-    def refused(self, event: Refused, gfn: int) -> None:
+    def refused(self, event: GmemRefusal, gfn: int) -> None:
         """Count refusals. ``gfn``: by which the page that they are about is known."""
         vm = self._concerned(event.vm, event.count)
         refusals = self._refusals(vm, gfn) if vm is not None else None
         if refusals is not None:
             refusals.add(event.ts, refused=event.count)
 
-    def _refusals(self, vm: VmState, gfn: int) -> Refusals | None:
+    def _refusals(self, vm: VmState, gfn: int) -> UndeliveredRefusals | None:
         known = vm.refusals.get(gfn)
         if known is None:
             if len(vm.refusals) >= self._limits.kinds:
                 self._lose("refusals", 1)
                 return None
-            known = vm.refusals[gfn] = Refusals()
+            known = vm.refusals[gfn] = UndeliveredRefusals()
         return known
 
     def undelivered(self, places: Mapping[tuple[int, int | None], object], now: int) -> int:
-        """Refusals never delivered at these places (VM, gfn)."""
+        """UndeliveredRefusals never delivered at these places (VM, gfn)."""
         total = 0
         for key, gfn in places:
             vm = self._vms.get(key)

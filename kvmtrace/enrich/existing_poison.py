@@ -83,7 +83,7 @@ def poisoned_in(flags: bytes) -> Iterator[int]:
         at = marks.find(1, at + 1)
 
 
-class Inventory:
+class ExistingPoison:
     """``counts`` when they changed; ``look`` at pages, a slice of memory at a time."""
 
     def __init__(self, proc: str = "/proc", sys: str = "/sys") -> None:

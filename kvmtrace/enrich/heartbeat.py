@@ -1,16 +1,16 @@
 """That nothing happened is an event, too: the model has no clock but the events'.
 
 A refusal that KVM_RUN has not delivered within seconds was swallowed; a loop without a delivery
-for a while has ended. ``Quiet`` is a source around a source: after its last event it adds one that
-says how late it is, at intervals that double, so that a quiet host stays quiet.
+for a while has ended. ``Heartbeat`` is a source around a source: after its last event it adds one
+that says how late it is, at intervals that double, so that a quiet host stays quiet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvmtrace.enrich.pipeline import Around
-from kvmtrace.events import Event, StillQuiet
+from kvmtrace.enrich.pipeline import EnrichedSource
+from kvmtrace.events import Event, Tick
 from kvmtrace.linux import clock
 from kvmtrace.sources import Source
 
@@ -20,7 +20,7 @@ _SECOND = 1_000_000_000
 FIRST_NS = 6 * _SECOND
 
 
-class Quiet(Around):
+class Heartbeat(EnrichedSource):
     """A source that also says when nothing happened. ``now``: ns since the epoch."""
 
     def __init__(self, inner: Source, now: Callable[[], int] = clock.now_ns) -> None:
@@ -35,5 +35,5 @@ class Quiet(Around):
             self._since, self._wait = now, FIRST_NS
         elif self._since is not None and now - self._since >= self._wait:
             self._wait *= 2
-            return [StillQuiet(now)]
+            return [Tick(now)]
         return events

@@ -1,6 +1,6 @@
 """What the kernel does not report, looked up while it can be: which VM owns a poisoned page.
 
-``Observed`` is a source around a source: it adds owners found in page tables just before the
+``OwnerLookup`` is a source around a source: it adds owners found in page tables just before the
 poison they belong to, the pfn of signals, who made the CPU of a machine check, pages that were
 poisoned before the start, and the kernel's own counts. What it adds are events like any others, so
 recordings hold them and replays do not look anything up.
@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from kvmtrace.correlate.pages import verdict_on
-from kvmtrace.enrich.existing_poison import Inventory
-from kvmtrace.enrich.page_tables import Place, Search, entry_at, poisoned_pfn
-from kvmtrace.enrich.pipeline import Around
+from kvmtrace.enrich.existing_poison import ExistingPoison
+from kvmtrace.enrich.page_tables import MappedPage, PageTableSearch, entry_at, poisoned_pfn
+from kvmtrace.enrich.pipeline import EnrichedSource
 from kvmtrace.events import (
     Event,
     Exit,
@@ -53,18 +53,18 @@ MAX_HUGE = 4096
 JOIN_NS = 5_000_000_000
 
 
-class Observed(Around):
+class OwnerLookup(EnrichedSource):
     """A source whose poisons come with their owners. ``inner``: the source that it reads."""
 
     def __init__(
         self,
         inner: Source,
         proc: str = "/proc",
-        inventory: Inventory | None = None,
+        inventory: ExistingPoison | None = None,
         now: Callable[[], int] = clock.now_ns,
     ) -> None:
         super().__init__(inner, now)
-        self._inventory = inventory or Inventory(proc)
+        self._inventory = inventory or ExistingPoison(proc)
         self._observer = Observer(inner.memory if isinstance(inner, HasMemory) else None, proc)
         self._hangs = READER.hangs
 
@@ -106,10 +106,10 @@ class Observer:
         self._proc = proc
         self._cpu = host.cpu(proc)
         self._pid_of: dict[int, int] = {}  # by VM
-        self._searches: list[Search] = []
+        self._searches: list[PageTableSearch] = []
         # For processes that hung: tried once more (monotonic seconds), and those that are.
-        self._later: list[tuple[float, Search]] = []
-        self._again: list[Search] = []
+        self._later: list[tuple[float, PageTableSearch]] = []
+        self._again: list[PageTableSearch] = []
         self._waiting: dict[
             int, bool
         ] = {}  # pfns to be searched for: may they be of a hugetlb page
@@ -302,14 +302,16 @@ class Observer:
             return []
         wanted, self._waiting = self._waiting, {}
         huge = frozenset(pfn for pfn, is_huge in wanted.items() if is_huge)
-        return self._run(Search(wanted, self._pids(), self._proc, huge), deadline, now)
+        return self._run(PageTableSearch(wanted, self._pids(), self._proc, huge), deadline, now)
 
-    def _run(self, search: Search, deadline: float, now: int) -> list[Event]:
+    def _run(self, search: PageTableSearch, deadline: float, now: int) -> list[Event]:
         """What a search finds until ``deadline``."""
         places, events = self._step(search, deadline, now)
         return self._owners(places, search.huge, now) + events
 
-    def _step(self, search: Search, deadline: float, now: int) -> tuple[list[Place], list[Event]]:
+    def _step(
+        self, search: PageTableSearch, deadline: float, now: int
+    ) -> tuple[list[MappedPage], list[Event]]:
         """Go on with a search, which is kept until it is done; what it found, what it missed."""
         places = search.step(deadline)
         if not search.done:
@@ -321,7 +323,7 @@ class Observer:
         if not search.skipped:
             return places, []
         if search.pfns and search not in self._again and len(self._later) < MAX_LATER:
-            again = Search(search.pfns, sorted(search.skipped), self._proc, search.huge)
+            again = PageTableSearch(search.pfns, sorted(search.skipped), self._proc, search.huge)
             self._later.append((time.monotonic() + RETRY_SECONDS, again))
         return places, [Lost(now, "unreadable_processes", len(search.skipped))]
 
@@ -361,7 +363,7 @@ class Observer:
             if page.inode is not None and page.device is not None and page.index is not None:
                 files[page.device, page.inode, page.index] = pfn
             of_guest_memfd += [(pfn, owner) for owner in page.owners or ()]
-        mapped = Search((), self._pids(), self._proc, files=files)
+        mapped = PageTableSearch((), self._pids(), self._proc, files=files)
         places, missed = self._step(mapped, deadline, now)
         events += missed
         for pfn, owner in of_guest_memfd:
@@ -404,7 +406,7 @@ class Observer:
             return []
         return [Owned(told.ts, pfn, Owner(told.vm, gfn, hva), "pagemap")]
 
-    def _owners(self, places: list[Place], huge: frozenset[int], now: int) -> list[Event]:
+    def _owners(self, places: list[MappedPage], huge: frozenset[int], now: int) -> list[Event]:
         events: list[Event] = []
         for place in self._named(places, huge - self._mended.keys()):
             if place.pfn in self._mended:
@@ -429,7 +431,7 @@ class Observer:
             self._unheld[pfn] = places + 1
         return places is None or places < 2
 
-    def _owners_at(self, vm: int, place: Place) -> list[Owner]:
+    def _owners_at(self, vm: int, place: MappedPage) -> list[Owner]:
         slots = self._memory.slots(vm) if self._memory else None
         gfns = gfns_at(slots, place.hva) if slots else []
         if gfns:
@@ -440,14 +442,14 @@ class Observer:
 
     # -- huge pages, of which pagemap does not have the pfn
 
-    def _named(self, places: list[Place], huge: frozenset[int]) -> list[Place]:
+    def _named(self, places: list[MappedPage], huge: frozenset[int]) -> list[MappedPage]:
         """The places with their pfn; without those of huge pages that remain unknown.
 
         The page table itself has it, where the source can read it. Where not: if one lost huge page
         is new and one poisoned page is a huge one without a place, they belong together.
         """
         named = [place for place in places if place.pfn is not None]
-        vague: list[Place] = []
+        vague: list[MappedPage] = []
         for place in places:
             if place.pfn is not None:
                 continue
@@ -471,17 +473,17 @@ class Observer:
                 self._note_huge(place, None)
         return named
 
-    def _settled(self, place: Place, pfn: int) -> Place:
+    def _settled(self, place: MappedPage, pfn: int) -> MappedPage:
         self._note_huge(place, pfn)
         offset = pfn % (place.size // PAGE) * PAGE
         return replace(place, hva=place.hva + offset, pfn=pfn)
 
-    def _note_huge(self, place: Place, pfn: int | None) -> None:
+    def _note_huge(self, place: MappedPage, pfn: int | None) -> None:
         self._huge[place.pid, place.hva] = (place.size, pfn)
         while len(self._huge) > MAX_HUGE:
             self._huge.popitem(last=False)
 
-    def _huge_entry(self, place: Place) -> int | None:
+    def _huge_entry(self, place: MappedPage) -> int | None:
         if self._memory is None:
             return None
         # All VMs of a process have its page table; of some the source may not know where it is.

@@ -1,7 +1,7 @@
 """Whether a poisoned page is still where it was in a VMM's memory, by its page table.
 
 The entry of a lost page names the pfn until something else is put there, which is what a VMM that
-copes does. ``Releases`` is a source around a source. Hugetlb pages have no such entry, and
+copes does. ``PageReleaseWatch`` is a source around a source. Hugetlb pages have no such entry, and
 guest_memfd has one only where it is mapped.
 """
 
@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from kvmtrace.enrich.page_tables import hold
-from kvmtrace.enrich.pipeline import Around
-from kvmtrace.events import Event, Owned, Released, Sigbus, Unpoison, VmGone, VmSeen
+from kvmtrace.enrich.pipeline import EnrichedSource
+from kvmtrace.events import Event, Owned, PageReplaced, Sigbus, Unpoison, VmGone, VmSeen
 from kvmtrace.linux import clock
 from kvmtrace.linux.pagemap import PAGE
 from kvmtrace.sources import Source
@@ -24,7 +24,7 @@ MAX_PLACES = 1024
 _Place = tuple[int, int, int]  # VM, pfn, hva
 
 
-class Releases(Around):
+class PageReleaseWatch(EnrichedSource):
     """A source that also reports when a poisoned page left a VM. ``now``: ns since the epoch."""
 
     def __init__(
@@ -93,7 +93,7 @@ class Releases(Around):
         left = [place for place, is_there in asked if is_there is False]
         for place in left:
             del self._places[place]
-        return [Released(now, vm, pfn, hva) for vm, pfn, hva in left]
+        return [PageReplaced(now, vm, pfn, hva) for vm, pfn, hva in left]
 
     def _asked(self, places: list[_Place], *, new: bool) -> Iterator[tuple[_Place, bool | None]]:
         """Whether they are there, asked of all that are in one process at once."""

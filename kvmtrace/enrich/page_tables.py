@@ -2,8 +2,8 @@
 
 Exact or nothing: a place is named only where a page table refers to that very pfn, or where the
 same page of the same file is mapped and not faulted in. A search over many or large VMs takes
-time (PAGEMAP_SCAN looks at every page table entry) and may hang, so a ``Search`` runs in a worker
-process (``proc_reader``) while its caller goes on.
+time (PAGEMAP_SCAN looks at every page table entry) and may hang, so a ``PageTableSearch`` runs in a
+worker process (``proc_reader``) while its caller goes on.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MappedPage:
     """``size`` bytes at ``hva`` in process ``pid`` are lost to ``pfn``.
 
     ``pfn`` is None for a lost hugetlb page: pagemap shows where, but not which page it was;
@@ -126,9 +126,11 @@ def read_pages(
     ]
 
 
-def find(pfns: Collection[int], pids: Iterable[int], proc: str = "/proc") -> list[Place]:
+def find(pfns: Collection[int], pids: Iterable[int], proc: str = "/proc") -> list[MappedPage]:
     """All places at once, however long it takes."""
-    return [place for place in walk(tuple(pfns), tuple(pids), proc) if isinstance(place, Place)]
+    return [
+        place for place in walk(tuple(pfns), tuple(pids), proc) if isinstance(place, MappedPage)
+    ]
 
 
 _Inode = tuple[int, int]  # device, inode
@@ -141,7 +143,7 @@ def walk(
     proc: str = "/proc",
     files: Mapping[_File, int] | None = None,
     scanned: tuple[int, ...] = (),
-) -> Iterator[Place | int | None]:
+) -> Iterator[MappedPage | int | None]:
     """The places of ``pfns`` in ``pids``, and where the pages ``files`` (to pfn) are mapped.
 
     Yields a pid when it begins with that process, and None every few milliseconds in between.
@@ -170,7 +172,7 @@ def walk(
                     yield place
 
 
-class Search:
+class PageTableSearch:
     """A search for ``pfns`` in ``pids``, in a process of its own; ``step`` until ``done``.
 
     ``huge``: those of huge pages. ``files``: {(device, inode, page offset): pfn}, pages whose
@@ -199,9 +201,9 @@ class Search:
         self._stream: Stream | None = None
         self._at: int | None = None  # the process that is being looked at
 
-    def step(self, deadline: float) -> list[Place]:
+    def step(self, deadline: float) -> list[MappedPage]:
         """Take what is found until ``deadline`` (monotonic seconds), or the end."""
-        found: list[Place] = []
+        found: list[MappedPage] = []
         while not self.done:
             try:
                 if self._stream is None:
@@ -216,7 +218,7 @@ class Search:
                 self.skipped.update(self._to_scan)
                 self.close()
                 break
-            if isinstance(item, Place):
+            if isinstance(item, MappedPage):
                 found.append(item)
                 if item.file is not None and item.pfn is not None:
                     self._files[item.file] = item.pfn
@@ -270,7 +272,7 @@ class Search:
 
 def _process(
     pid: int, proc: str, pfns: frozenset[int], mappings: dict[int, list[Area]]
-) -> Iterator[Place | None]:
+) -> Iterator[MappedPage | None]:
     """Places of ``pfns``; what it maps of files is noted in ``mappings``."""
     with suppress(OSError):  # it may end at any time
         pagemap = Pagemap(pid, proc)
@@ -284,7 +286,9 @@ def _process(
             pagemap.close()
 
 
-def _area(pid: int, pagemap: Pagemap, area: Area, pfns: frozenset[int]) -> Iterator[Place | None]:
+def _area(
+    pid: int, pagemap: Pagemap, area: Area, pfns: frozenset[int]
+) -> Iterator[MappedPage | None]:
     for start in range(area.start, area.end, SCAN_BYTES):
         end = min(start + SCAN_BYTES, area.end)
         regions = pagemap.scan(start, end, PAGE_IS_SWAPPED)
@@ -299,40 +303,40 @@ def _area(pid: int, pagemap: Pagemap, area: Area, pfns: frozenset[int]) -> Itera
         yield None
 
 
-def _huge(pid: int, pagemap: Pagemap, area: Area, first: int, last: int) -> Iterator[Place]:
+def _huge(pid: int, pagemap: Pagemap, area: Area, first: int, last: int) -> Iterator[MappedPage]:
     size = pagemap.page_size(area)
     for hva in range(first, last, size):
         entries = pagemap.entries(hva, 1)
         # A page on its way (migration) is back in a moment; a uffd marker is no loss.
         if not entries or entries[0] & (PM_PRESENT | PM_SWAP | PM_UFFD_WP):
             continue
-        yield Place(pid, hva, None, size, file=_file(area, hva))
+        yield MappedPage(pid, hva, None, size, file=_file(area, hva))
 
 
 def _read(
     pid: int, pagemap: Pagemap, area: Area, span: tuple[int, int], pfns: frozenset[int]
-) -> Iterator[Place | None]:
+) -> Iterator[MappedPage | None]:
     first, last = span
     for start in range(first, last, READ_ENTRIES * PAGE):
         count = min(READ_ENTRIES, (last - start) >> kvm.PAGE_SHIFT)
         for index, pfn in _matches(pagemap.raw(start, count), pfns):
             hva = start + index * PAGE
-            yield Place(pid, hva, pfn, PAGE, file=_file(area, hva))
+            yield MappedPage(pid, hva, pfn, PAGE, file=_file(area, hva))
         yield None
 
 
-def mapped(file: _File, pfn: int, pids: Iterable[int], proc: str = "/proc") -> Iterator[Place]:
+def mapped(file: _File, pfn: int, pids: Iterable[int], proc: str = "/proc") -> Iterator[MappedPage]:
     """Where processes map page ``file`` (device, inode, page offset) without having touched it.
 
     A process that has a page of its own there (copied on write, or put there since) is safe.
     """
     found = walk((), tuple(pids), proc, {file: pfn})
-    return (place for place in found if isinstance(place, Place))
+    return (place for place in found if isinstance(place, MappedPage))
 
 
 def _mapped(
     pid: int, proc: str, areas: Iterable[Area], pages: Mapping[_Inode, Mapping[int, int]]
-) -> Iterator[Place]:
+) -> Iterator[MappedPage]:
     """``pages``: {(device, inode): {page offset: pfn}}."""
     with suppress(OSError):
         pagemap = Pagemap(pid, proc)
@@ -346,7 +350,7 @@ def _mapped(
                     if entries[0] & (PM_PRESENT | PM_SWAP) and referenced_pfn(entries[0]) != pfn:
                         continue
                     file = (area.device, area.inode, index)
-                    yield Place(pid, hva, pfn, pagemap.page_size(area), "mapping", file)
+                    yield MappedPage(pid, hva, pfn, pagemap.page_size(area), "mapping", file)
         finally:
             pagemap.close()
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 
 from kvmtrace.events import Event
 from kvmtrace.linux import clock
-from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources import Source
 
 
-class Around:
+class EnrichedSource:
     """Pass on what ``inner`` reports of itself; ``poll`` is left to what adds to its events."""
 
     def __init__(self, inner: Source, now: Callable[[], int] = clock.now_ns) -> None:
@@ -32,7 +32,9 @@ class Around:
         must not go on for the model by looking up alone, or a loop would seem to be over.
         """
         events = self.inner.poll(timeout)
-        self._read_ns = self.inner._read_ns if isinstance(self.inner, Around) else self._now()
+        self._read_ns = (
+            self.inner._read_ns if isinstance(self.inner, EnrichedSource) else self._now()
+        )
         return events
 
     def probes(self) -> tuple[Probe, ...]:

@@ -1,6 +1,6 @@
 """What becomes of vCPUs that were notified of poison, looked up in /proc some times afterwards.
 
-``Reactions`` is a source around a source: it adds ``VcpuState`` events for the threads that were
+``VcpuFollowUp`` is a source around a source: it adds ``VcpuState`` events for the threads that were
 notified. They are events like any others, so recordings hold them.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvmtrace import kvm
-from kvmtrace.enrich.pipeline import Around
+from kvmtrace.enrich.pipeline import EnrichedSource
 from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone
 from kvmtrace.linux import clock
 from kvmtrace.linux.proc_reader import READER, Unreadable
@@ -47,7 +47,7 @@ class _Thread:
     cpu_ns: int | None = None
 
 
-class Reactions(Around):
+class VcpuFollowUp(EnrichedSource):
     """A source whose notified vCPUs are followed up. ``now``: ns since the epoch."""
 
     def __init__(

@@ -11,8 +11,7 @@ import struct
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from kvmtrace import dimm_names
-from kvmtrace.vmm import identity
+from kvmtrace import dimm_names, sanitize
 
 # enum hw_event_mc_err_type (linux/edac.h), GHES_SEV_* (acpi/ghes.h), CPER_SEV_* (linux/cper.h)
 EDAC = {0: "corrected", 1: "recoverable", 2: "deferred", 3: "fatal"}
@@ -38,7 +37,7 @@ _ERROR_TYPES = (
 ).split(",")
 
 
-class Memory(NamedTuple):
+class MemoryErrorSection(NamedTuple):
     """A memory error section (struct cper_sec_mem_err), as far as anything here reads it.
 
     ``place``: the 64-bit word of node, card, module and bank; ``kind``: that of the error's type,
@@ -57,7 +56,7 @@ class Memory(NamedTuple):
 _COMPACT = struct.Struct("<QHHHH8x24xHHH")
 
 
-def extlog(pa: int, lsb: int, kind: int, compact: bytes) -> Memory:
+def extlog(pa: int, lsb: int, kind: int, compact: bytes) -> MemoryErrorSection:
     """The section behind an extlog_mem_event; what it had not is all ones there."""
     valid = place = rank = handle = 0
     if len(compact) >= _COMPACT.size:
@@ -68,13 +67,15 @@ def extlog(pa: int, lsb: int, kind: int, compact: bytes) -> Memory:
     valid |= _MASK if lsb < _ADDRESS_BITS else 0
     valid |= _ERROR_TYPE if kind != _NO_TYPE else 0
     mask = 1 << lsb if valid & _MASK else 0
-    return Memory(valid, pa, mask, place, kind | rank << 16 | handle << 48)
+    return MemoryErrorSection(valid, pa, mask, place, kind | rank << 16 | handle << 48)
 
 
 MEMORY_WORDS = {"valid": 0, "addr": 16, "mask": 24, "place": 32, "kind": 72}
 
 
-def memory(said: Memory, labels: Mapping[int, str], fru: str | None = None) -> dict[str, Any]:
+def memory(
+    said: MemoryErrorSection, labels: Mapping[int, str], fru: str | None = None
+) -> dict[str, Any]:
     """What a section reports, under the names of ``events.HwError``.
 
     ``labels``: by SMBIOS handle (``firmware.dimm_labels``). ``fru``: the record's FRU text.
@@ -102,7 +103,7 @@ def memory(said: Memory, labels: Mapping[int, str], fru: str | None = None) -> d
             facts |= {"label": labels[handle], "label_from": "smbios"}
         else:
             notes.append(f"SMBIOS handle {handle:#x}, which names no DIMM")
-    if fru := identity.clean((fru or "")[:_FRU_TEXT]):
+    if fru := sanitize.clean((fru or "")[:_FRU_TEXT]):
         name = dimm_names.of_fru(fru)
         if name is not None and "label" not in facts:
             facts |= {"label": name, "label_from": "fru"}
@@ -152,7 +153,7 @@ def edac(said: Edac, alike: Collection[str] = ()) -> dict[str, Any]:
             where = ":".join(str(layer) for layer in layers if layer >= 0)
             name = f"{name} (mc {controller}, {where})"
         facts |= {"label": name, "label_from": "edac"}
-    if message := identity.clean(said.message):
+    if message := sanitize.clean(said.message):
         facts["message"] = message
     return facts
 

@@ -43,7 +43,7 @@ _BITS = 64
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-class _Header(ctypes.Structure):
+class _CapHeader(ctypes.Structure):
     _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
 
 
@@ -90,7 +90,7 @@ def give_up(keep: Collection[str]) -> list[str]:
         mask = kept >> 32 * half & 0xFFFFFFFF
         for name in _SETS:
             setattr(data[half], name, getattr(data[half], name) & mask)
-    if _LIBC.capset(ctypes.byref(_Header(_VERSION_3, 0)), data) != 0:
+    if _LIBC.capset(ctypes.byref(_CapHeader(_VERSION_3, 0)), data) != 0:
         refused.append(f"capset: {_reason()}")
     return refused
 
@@ -98,7 +98,7 @@ def give_up(keep: Collection[str]) -> list[str]:
 def _sets() -> ctypes.Array[_Data]:
     """All zeros where they cannot be read."""
     data = (_Data * 2)()
-    _LIBC.capget(ctypes.byref(_Header(_VERSION_3, 0)), data)
+    _LIBC.capget(ctypes.byref(_CapHeader(_VERSION_3, 0)), data)
     return data
 
 

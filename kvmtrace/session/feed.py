@@ -39,7 +39,7 @@ _LOCK_SECONDS = 5.0
 _SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h; not in the socket module
 
 
-class Door:
+class FeedServer:
     """Lets ``answer(client)`` talk to each client that may ask, until ``close``.
 
     ``name``: as ``NAME``. Not ``started``: clients wait until ``start``. Raises OSError if the

@@ -28,16 +28,16 @@ from kvmtrace.events import (
     Exit,
     Found,
     GmemPoison,
+    GmemRefusal,
     HwError,
     KernelCounts,
     Lost,
     Mce,
     Owned,
+    PageReplaced,
     Poison,
-    Refused,
-    Released,
     Sigbus,
-    StillQuiet,
+    Tick,
     Unpoison,
     VcpuState,
     VmGone,
@@ -54,7 +54,7 @@ _SECOND = 1_000_000_000
 _PAUSES: tuple[float, ...] = (_SECOND, 6 * _SECOND, float("inf"))
 
 # Of those that have no count, so many of each kind are kept beside the first.
-_KEPT: dict[type[Event], int] = {VcpuState: 4, KernelCounts: 1, StillQuiet: 1}
+_KEPT: dict[type[Event], int] = {VcpuState: 4, KernelCounts: 1, Tick: 1}
 
 # MCi_STATUS: the bits that say what sort of error it is; those below may be counters and codes.
 _STATUS_FLAGS = 0xFFE0_1800_0000_0000
@@ -80,7 +80,7 @@ class _Group:
     serials: list[int] = field(default_factory=list)
 
 
-class EventLog:
+class CompactLog:
     """Feed it all events; ``events()`` gives a log that leads to the same incidents and counts.
 
     ``forget``: drop a VM to which nothing happened when it ends; it is kept briefly, as its last
@@ -144,7 +144,7 @@ class EventLog:
             kept.append(Lost(max(0, self._last_ts), self._where, self._dropped))
         elif kept and told_until < self._last_ts:
             # VMs that left nothing came and went meanwhile: it is later than the log shows.
-            kept.append(StillQuiet(self._last_ts))
+            kept.append(Tick(self._last_ts))
         return kept
 
     # -- VMs
@@ -280,7 +280,7 @@ class EventLog:
                 worth = _Worth.UNOWNED_PAGE if pfn in poisoned else _Worth.TRAFFIC
                 key = Poison.kind, pfn
             else:
-                is_rare = isinstance(event, (Lost, KernelCounts, StillQuiet, ClockStep))
+                is_rare = isinstance(event, (Lost, KernelCounts, Tick, ClockStep))
                 key, worth = (event.kind, serial), _Worth.OPEN if is_rare else _Worth.TRAFFIC
             group = groups.setdefault(key, _Group(worth))
             group.worth = max(group.worth, worth)
@@ -288,7 +288,7 @@ class EventLog:
         return list(groups.values())
 
 
-_OF_POISON = (GmemPoison, Owned, Refused, Released, Sigbus, VcpuState)
+_OF_POISON = (GmemPoison, Owned, GmemRefusal, PageReplaced, Sigbus, VcpuState)
 
 
 def _is_of_poison(event: Event) -> bool:
@@ -327,7 +327,7 @@ def _kind(event: Event) -> object:
         case Exit():
             of = (event.vm, event.vcpu, event.errno, event.reason, event.annotated, event.gmem)
             return event.kind, *of, cause_of(event)
-        case Refused():
+        case GmemRefusal():
             return event.kind, event.vm, event.gfn
         case HwError():
             return event.kind, event.via, event.severity, event.pfn, event.label
@@ -347,7 +347,7 @@ def _kind(event: Event) -> object:
             return event.kind, event.socket, cpu, event.bank, event.pfn, *sort
         case Lost():
             return event.kind, event.where
-        case KernelCounts() | StillQuiet():
+        case KernelCounts() | Tick():
             return (event.kind,)
     return None
 

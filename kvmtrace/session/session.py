@@ -9,15 +9,16 @@ import threading
 import time
 
 from kvmtrace import kvm
-from kvmtrace.correlate import Correlator, Told
+from kvmtrace.correlate import Correlator
 from kvmtrace.enrich.existing_poison import hardware_corrupted_bytes
-from kvmtrace.events import Event, Lost
+from kvmtrace.events import Event, Host, Lost
 from kvmtrace.linux import clock
 from kvmtrace.linux.proc_reader import READER
 from kvmtrace.linux.thread_progress import Standstill
-from kvmtrace.model import Host, Probe, Snapshot
-from kvmtrace.session.history import EventLog
-from kvmtrace.session.subscriber import Follower
+from kvmtrace.model import CorrelatedEvent, Snapshot
+from kvmtrace.probes import Probe
+from kvmtrace.session.history import CompactLog
+from kvmtrace.session.subscriber import Subscriber
 from kvmtrace.sources import Source
 
 POLL_SECONDS = 0.25
@@ -44,8 +45,8 @@ class Session:
         # What comes from elsewhere has a clock of its own, and brings that clock's steps along.
         self._steps = None if hasattr(source, "epoch_offset_ns") else clock.Steps()
         self._correlator = Correlator(page_shift=page_shift)
-        self._log = EventLog()
-        self._followers: list[Follower] = []
+        self._log = CompactLog()
+        self._followers: list[Subscriber] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -57,7 +58,7 @@ class Session:
         self.left = ""
         """What the reader was left at, as a person would say it; empty if it came to an end."""
 
-    def pump(self, timeout: float) -> list[Told]:
+    def pump(self, timeout: float) -> list[CorrelatedEvent]:
         """Wait up to ``timeout`` seconds for events and take in all there are."""
         events = self.poll(timeout)
         with self._lock:
@@ -92,14 +93,14 @@ class Session:
         self._check()
         return time.monotonic() - self._polled
 
-    def follow(self) -> Follower:
+    def follow(self) -> Subscriber:
         """For somebody who comes later: what happened so far, and from here on what comes."""
         with self._lock:
-            follower = Follower(self._log.events())
+            follower = Subscriber(self._log.events())
             self._followers.append(follower)
             return follower
 
-    def unfollow(self, follower: Follower) -> None:
+    def unfollow(self, follower: Subscriber) -> None:
         """It is not listened to any more."""
         with self._lock:
             self._followers.remove(follower)

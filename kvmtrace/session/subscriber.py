@@ -10,19 +10,19 @@ import threading
 from collections.abc import Iterable
 
 from kvmtrace.events import Event
-from kvmtrace.session.history import EventLog
+from kvmtrace.session.history import CompactLog
 
 MAX_PENDING = 4096
 
 
-class Follower:
+class Subscriber:
     """``past``: what happened before it came. ``put`` never waits; ``take`` may, in its thread."""
 
     def __init__(self, past: list[Event], limit: int = MAX_PENDING) -> None:
         self.past = past
         self._limit = limit
         self._pending: list[Event] = []
-        self._sums: EventLog | None = None
+        self._sums: CompactLog | None = None
         self._changed = threading.Condition()
 
     def put(self, events: Iterable[Event]) -> None:
@@ -31,7 +31,7 @@ class Follower:
             for event in events:
                 if self._sums is None and len(self._pending) == self._limit:
                     # It knows of the VMs that end meanwhile: nothing about them may be forgotten.
-                    self._sums = EventLog(self._limit, forget=False, where="follower")
+                    self._sums = CompactLog(self._limit, forget=False, where="follower")
                     for waiting in self._pending:
                         self._sums.add(waiting)
                     self._pending.clear()

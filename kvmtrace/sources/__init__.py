@@ -14,7 +14,7 @@ from kvmtrace.choice import Attempt, choose
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.linux import host
-from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.probes import Probe, ProbeRuns
 
 
 class Source(Protocol):

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvmtrace.events import KINDS, LAST_NS, Event, HwError, Lost, Owner, from_record
-from kvmtrace.model import Probe
-from kvmtrace.vmm.identity import clean
+from kvmtrace.probes import Probe
+from kvmtrace.sanitize import clean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -43,7 +43,7 @@ UNSTEPPED = "unstepped_ts"
 """In a line after a step of the wall clock: ``ts`` by the clock as it stood before all steps."""
 
 
-class Malformed(ValueError):
+class MalformedLine(ValueError):
     """Says in words what is wrong with a line."""
 
 
@@ -64,7 +64,7 @@ class Decoder:
         """
         kind = record.get("kind")
         if not isinstance(kind, str):
-            raise Malformed("not an event")
+            raise MalformedLine("not an event")
         if UNSTEPPED in record:
             record = {**record, "ts": record[UNSTEPPED]}
         try:
@@ -75,10 +75,10 @@ class Decoder:
                 event = checked(from_record(record))
             else:
                 event = build(Lost, {"ts": record.get("ts", self.ts), **_UNKNOWN})
-        except Malformed:
+        except MalformedLine:
             raise
         except WRONG as error:
-            raise Malformed(f"not a whole {kind!r}") from error
+            raise MalformedLine(f"not a whole {kind!r}") from error
         self.ts = event.ts
         return event
 
@@ -116,7 +116,7 @@ def build(cls: type[_T], record: Mapping[str, Any]) -> _T:
 def checked(value: _T) -> _T:
     """The dataclass with every field of its declared type, in range, and its strings cleaned.
 
-    Raises Malformed, or another of ``WRONG``. Writers of lines use it as well: one number that
+    Raises MalformedLine, or another of ``WRONG``. Writers of lines use it as well: one number that
     no reader takes must not cost all that comes after it.
     """
     changes: dict[str, Any] = {}
@@ -141,12 +141,12 @@ def _checked_item(name: str, item: Any, hint: Any, within: range = _ANY) -> Any:
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     # To Python, true is the integer 1.
     if not isinstance(item, allowed) or (isinstance(item, bool) and bool not in allowed):
-        raise Malformed(f"{name} is of the wrong type")
+        raise MalformedLine(f"{name} is of the wrong type")
     if isinstance(item, str):
         cleaned = clean(item)
         return None if not cleaned and type(None) in allowed else cleaned
     if isinstance(item, Owner):
         return checked(item)
     if isinstance(item, int) and item not in within:
-        raise Malformed(f"{name} is out of range")
+        raise MalformedLine(f"{name} is out of range")
     return item

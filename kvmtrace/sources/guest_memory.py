@@ -15,7 +15,7 @@ from kvmtrace.events import Event, Owner
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class Memslot:
     """A memslot (struct kvm_memory_slot): ``pages`` host pages at ``hva``, from ``gfn`` on.
 
     ``space``: the address space (x86: 1 is SMM's). A slot on guest_memfd alone has ``hva`` 0; an
@@ -53,7 +53,7 @@ class Page:
 class Memory(Protocol):
     """What a source can look up of VMs' memory at any time; None where it cannot."""
 
-    def slots(self, vm: int) -> tuple[Slot, ...] | None:
+    def slots(self, vm: int) -> tuple[Memslot, ...] | None:
         """The memslots of a VM as they are now; only some where the source has not seen all."""
 
     def huge_entry(self, vm: int, hva: int) -> int | None:
@@ -70,7 +70,7 @@ class HasMemory(Protocol):
     memory: Memory
 
 
-def gfns_at(slots: Iterable[Slot], hva: int, page_shift: int = kvm.PAGE_SHIFT) -> list[int]:
+def gfns_at(slots: Iterable[Memslot], hva: int, page_shift: int = kvm.PAGE_SHIFT) -> list[int]:
     """The guest frames that live at ``hva``; several where slots alias, in order."""
     return sorted(
         {

@@ -18,8 +18,9 @@ from typing import IO, Any
 
 from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import ClockStep, Event, Lost, to_record, wall_time
-from kvmtrace.model import Host, Probe, ProbeRuns
+from kvmtrace.events import ClockStep, Event, Host, Lost, to_record, wall_time
+from kvmtrace.probes import Probe, ProbeRuns
+from kvmtrace.sanitize import clean
 from kvmtrace.sources.checksums import EXACT, ODD, Broken, Checker, Places, Sealer
 from kvmtrace.sources.codec import (
     TIMES,
@@ -27,13 +28,12 @@ from kvmtrace.sources.codec import (
     UNWRITABLE,
     WRONG,
     Decoder,
-    Malformed,
+    MalformedLine,
     build,
     checked,
     version_of,
 )
 from kvmtrace.spool import spooling
-from kvmtrace.vmm.identity import clean
 
 FORMAT = 1
 MARK = "from_here_on"
@@ -183,7 +183,7 @@ class RecordingSource:
                 break
             try:
                 self._take(events)
-            except (Malformed, Broken) as error:
+            except (MalformedLine, Broken) as error:
                 self.done |= not self._checker.sealed
                 self._faults.leave_out(self._number, str(error), self.done)
             except OSError as error:
@@ -218,7 +218,7 @@ class RecordingSource:
             if self._checker.sealed and record == self._head:
                 raise Broken("the header, repeated")
             self.done = True  # a VM's key means another VM in there
-            raise Malformed("another recording begins here")
+            raise MalformedLine("another recording begins here")
         missing = self._check(record)
         try:
             event = self._decoder.event(record)
@@ -288,11 +288,11 @@ class RecordingSource:
             if self._number == 1:
                 return None
             self.done = len(line) >= MAX_LINE
-            raise Malformed("not JSON") from error
+            raise MalformedLine("not JSON") from error
         if not isinstance(record, dict):
             if self._number == 1:
                 return None
-            raise Malformed("not an object")
+            raise MalformedLine("not an object")
         return record
 
     def _read(self) -> bytes:

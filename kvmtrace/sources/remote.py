@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Event
-from kvmtrace.model import Host, Probe, ProbeRuns
+from kvmtrace.events import Event, Host
+from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.session import feed
 from kvmtrace.sources.checksums import Checker
 from kvmtrace.sources.codec import WRONG, Decoder, build, version_of
@@ -26,7 +26,7 @@ _READ = 1 << 16
 _MANY = 1 << 16
 
 
-class JoinedSource:
+class RemoteSource:
     """Made by ``join``. The first ``poll`` gives all that happened before, and only that."""
 
     def __init__(self, client: socket.socket, pid: int) -> None:

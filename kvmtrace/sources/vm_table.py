@@ -11,6 +11,7 @@ import itertools
 import os
 from dataclasses import dataclass
 
+from kvmtrace import sanitize
 from kvmtrace.events import Event, VmGone, VmSeen
 from kvmtrace.linux.proc_reader import Unreadable
 from kvmtrace.vmm import identity, processes
@@ -212,7 +213,7 @@ class VmTable:
         struct: tuple[int, int] | None,
         ts: int,
         comm: str | None = None,
-        found: processes.Found | None = None,
+        found: processes.VmProcess | None = None,
     ) -> VmSeen:
         begun = identity.begun(pid, self._proc)
         known = _Known(next(self._keys), pid, struct, named=False, since=ts, begun=begun)
@@ -222,12 +223,12 @@ class VmTable:
         return self._seen(known, ts, comm, found)
 
     def _seen(
-        self, known: _Known, ts: int, comm: str | None, found: processes.Found | None = None
+        self, known: _Known, ts: int, comm: str | None, found: processes.VmProcess | None = None
     ) -> VmSeen:
         found = found or processes.identify(known.pid, self._proc)
         who = found.identity
         known.named, known.unread = who.name is not None, found.unread is not None
-        name = who.name or (identity.clean(comm) if comm else None)
+        name = who.name or (sanitize.clean(comm) if comm else None)
         return VmSeen(
             ts, known.key, known.pid, name, who.uuid, who.vmm, who.vmid, unread=found.unread
         )

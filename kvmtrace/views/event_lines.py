@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 from kvmtrace import dimm_names, kvm
-from kvmtrace.correlate import Told
 from kvmtrace.events import (
     ClockStep,
     Exit,
@@ -22,6 +21,7 @@ from kvmtrace.events import (
     VmSeen,
 )
 from kvmtrace.linux import mce
+from kvmtrace.model import CorrelatedEvent
 from kvmtrace.views.format import (
     UNKNOWN,
     clip,
@@ -44,13 +44,13 @@ _WHAT = 22  # "EHWPOISON hwpoison", "EFAULT unannotated"
 _ACCESS = {"r": "read", "w": "write", "x": "exec"}
 
 
-def json_text(told: Told) -> str | None:
+def json_text(told: CorrelatedEvent) -> str | None:
     """The line of ``events --json``; None for an event that only serves the correlator."""
     line = event_line(told)
     return None if line is None else json.dumps(line, ensure_ascii=False, separators=(",", ":"))
 
 
-def event_text(told: Told, *, width: int | None = None) -> str | None:
+def event_text(told: CorrelatedEvent, *, width: int | None = None) -> str | None:
     """One aligned line for people; None for an event that only serves the correlator.
 
     Time, kind, VM and what happened have columns; the rest follows as "name value", as far as it
@@ -145,7 +145,7 @@ def event_text(told: Told, *, width: int | None = None) -> str | None:
     return text if width is None else clip(text, width)
 
 
-def _kind(told: Told) -> str:
+def _kind(told: CorrelatedEvent) -> str:
     # The contract's names: both ends of a VM are of kind "vm", hardware errors all "mce".
     if isinstance(told.event, (VmSeen, VmGone)):
         return "vm"

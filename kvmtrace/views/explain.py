@@ -10,7 +10,7 @@ from typing import Any
 
 from kvmtrace import dimm_names
 from kvmtrace.events import ClockStep
-from kvmtrace.model import ErrorHistory, Incident, Moment, Origin, Party, Snapshot
+from kvmtrace.model import ErrorHistory, Incident, Origin, Snapshot, TimelineEntry, VmIdentity
 from kvmtrace.views import advice, json_output
 from kvmtrace.views.format import counted, dimm_of, hex_of, listed, shift_of, size_of, span_of
 from kvmtrace.views.tables.rows import KERNEL_ITSELF, state_word
@@ -38,7 +38,7 @@ def explain_lines(incident: Incident, snapshot: Snapshot, width: int = WIDTH) ->
 def _named(incident: Incident, snapshot: Snapshot) -> Incident:
     """With the names of all VMs that anybody knows."""
     known = {
-        key: Party(key, vm.pid, vm.name, vm.uuid, vm.vmm, vmid=vm.vmid)
+        key: VmIdentity(key, vm.pid, vm.name, vm.uuid, vm.vmm, vmid=vm.vmid)
         for owner in incident.owners
         if (vm := snapshot.vms.get(key := owner.vm)) is not None
     }
@@ -180,7 +180,7 @@ def counted_errors(history: ErrorHistory, where: str) -> str:
     return f"{counted(history.count, 'error')} {where}{within}{corrected}"
 
 
-def _moment(moment: Moment, incident: Incident, begin: int) -> str:
+def _moment(moment: TimelineEntry, incident: Incident, begin: int) -> str:
     who = f"{_name(incident.parties.get(moment.vm))}: " if moment.vm is not None else ""
     again = ""
     if moment.count > 1:
@@ -197,12 +197,12 @@ def _begin(incident: Incident) -> int:
     return incident.timeline[0].ts if incident.timeline else 0
 
 
-def _timeline(incident: Incident, snapshot: Snapshot) -> list[Moment]:
+def _timeline(incident: Incident, snapshot: Snapshot) -> list[TimelineEntry]:
     """With the steps of the wall clock meanwhile: times before and after do not differ by spans."""
     moments = incident.timeline
     ends = [moment.last_ts or moment.ts for moment in moments]
     steps = [
-        Moment(step.ts, _step(step), "the wall clock beside CLOCK_MONOTONIC")
+        TimelineEntry(step.ts, _step(step), "the wall clock beside CLOCK_MONOTONIC")
         for step in snapshot.steps
         if moments and moments[0].ts < step.ts < max(ends)
     ]
@@ -229,7 +229,7 @@ def _relative(ts: int, begin: int) -> str:
     return shift_of(ts - begin)
 
 
-def _name(party: Party | None, *, full: bool = False) -> str:
+def _name(party: VmIdentity | None, *, full: bool = False) -> str:
     if party is None:
         return "a VM not known by name"
     if not full:

@@ -10,7 +10,6 @@ import datetime
 from typing import Any
 
 from kvmtrace import dimm_names, kvm, model
-from kvmtrace.correlate import Told
 from kvmtrace.events import (
     ClockStep,
     Exit,
@@ -29,16 +28,17 @@ from kvmtrace.events import (
 )
 from kvmtrace.linux import mce
 from kvmtrace.model import (
+    CorrelatedEvent,
     ErrorHistory,
     Incident,
     KernelAccount,
+    Notification,
     Origin,
-    Party,
-    Probe,
     Snapshot,
-    Telling,
     Vm,
+    VmIdentity,
 )
+from kvmtrace.probes import Probe
 
 
 def rfc3339(ts: int) -> str:
@@ -53,7 +53,7 @@ def known(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def event_line(told: Told) -> dict[str, Any] | None:
+def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
     """One line of ``events --json``; None for events that only serve the correlator."""
     event = told.event
     head = {"ts": rfc3339(told.wall)}
@@ -165,7 +165,7 @@ def event_line(told: Told) -> dict[str, Any] | None:
     return None
 
 
-def party_name(party: Party | None) -> dict[str, Any] | None:
+def party_name(party: VmIdentity | None) -> dict[str, Any] | None:
     """``vm_name`` of a VM that may be gone."""
     return _vm_name(party) if party else None
 
@@ -175,7 +175,7 @@ def vm_name(seen: VmSeen | Vm | None) -> dict[str, Any] | None:
     return _vm_name(seen) if seen else None
 
 
-def _vm_name(one: VmSeen | Vm | Party) -> dict[str, Any]:
+def _vm_name(one: VmSeen | Vm | VmIdentity) -> dict[str, Any]:
     return known(pid=one.pid, name=one.name, uuid=one.uuid, vmid=one.vmid)
 
 
@@ -219,7 +219,7 @@ def reported(pfn: int, page: model.Reported, snapshot: Snapshot) -> dict[str, An
 
 
 def soft_offlined(
-    page: model.SoftOffline,
+    page: model.SoftOfflinedPage,
     snapshot: Snapshot = Snapshot(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """``{"pfn", "ts", "errno", "origin"}``."""
@@ -309,7 +309,7 @@ def _history(history: ErrorHistory, snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def _telling(telling: Telling, state: Incident, snapshot: Snapshot) -> dict[str, Any]:
+def _telling(telling: Notification, state: Incident, snapshot: Snapshot) -> dict[str, Any]:
     return known(
         vm=party_name(state.parties.get(telling.vm)),
         vcpu=telling.vcpu,

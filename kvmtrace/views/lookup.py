@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from kvmtrace import kvm
 from kvmtrace.errors import UsageError
-from kvmtrace.model import Incident, Party, Reported, Snapshot, SoftOffline, Vm
+from kvmtrace.model import Incident, Reported, Snapshot, SoftOfflinedPage, Vm, VmIdentity
+from kvmtrace.sanitize import clean
 from kvmtrace.views.explain import counted_errors, origin_parts
 from kvmtrace.views.format import dimm_of, listed
-from kvmtrace.vmm.identity import clean
 
 FORMS = "PFN (0x103275), GPA@VM (0x8000@web-1), a VM's name, pid or uuid, or an incident's id"
 
@@ -53,7 +53,7 @@ def about_nothing(snapshot: Snapshot, target: str) -> str:
     return "\n".join(pages) or f"{clean(target)}: no poisoned page is known there"
 
 
-def soft_offlined(snapshot: Snapshot, target: str) -> list[SoftOffline]:
+def soft_offlined(snapshot: Snapshot, target: str) -> list[SoftOfflinedPage]:
     """What is known of the page with this PFN, if the kernel was to move it away."""
     pfn = _number(target)
     return [page for page in snapshot.soft_offlines if page.pfn == pfn]
@@ -71,7 +71,7 @@ def _reported(pfn: int, page: Reported) -> str:
     return f"pfn {pfn:#x}: not known to be poisoned, so in no incident; {errors}{dimm}"
 
 
-def _soft_offlined(page: SoftOffline) -> str:
+def _soft_offlined(page: SoftOfflinedPage) -> str:
     if page.errno:
         what = f"soft offline was tried and refused with {kvm.errno_name(page.errno)}; still in use"
     else:
@@ -95,9 +95,9 @@ def _at_place(snapshot: Snapshot, gfn: int, vm: str) -> list[Incident]:
     return found
 
 
-def _known(snapshot: Snapshot) -> dict[int, Party | Vm]:
+def _known(snapshot: Snapshot) -> dict[int, VmIdentity | Vm]:
     """The VMs by key, those that only an incident remembers too."""
-    known: dict[int, Party | Vm] = {}
+    known: dict[int, VmIdentity | Vm] = {}
     for incident in snapshot.incidents:
         known |= incident.parties
     return known | dict(snapshot.vms)
@@ -114,7 +114,7 @@ def _called(snapshot: Snapshot, name: str) -> set[int]:
     return by[min(by)] if by else set()
 
 
-def _names(vm: Party | Vm) -> tuple[tuple[str | None, ...], ...]:
+def _names(vm: VmIdentity | Vm) -> tuple[tuple[str | None, ...], ...]:
     """What a VM may be called by, what people gave it first."""
     return (vm.name, vm.label), (vm.uuid,), (vm.vmid,), (str(vm.pid), f"pid {vm.pid}")
 

@@ -20,10 +20,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvmtrace import probes
-from kvmtrace.events import Event, Sigbus, VmSeen
-from kvmtrace.model import Host, Probe
-from kvmtrace.vmm import command_line, identity
+from kvmtrace import probes, sanitize
+from kvmtrace.events import Event, Host, Sigbus, VmSeen
+from kvmtrace.probes import Probe
+from kvmtrace.vmm import command_line
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -35,7 +35,7 @@ _SHORT = 4
 # Names are cut, too: to 15 bytes by the kernel (comm), to 20 by libvirt. What is shorter than this
 # is rather a word that a name begins with.
 _CUT = 12
-_CUT_OFF = "…"  # by identity.clean
+_CUT_OFF = "…"  # by sanitize.clean
 _ANY = "…"  # in place of what no stand-in is for
 _UUID_CUT = 8  # the first group
 _UUID = re.compile(r"[0-9a-f]{8}(?:[-_]?[0-9a-f]{4}){3}[-_]?[0-9a-f]{12}", re.IGNORECASE)
@@ -307,7 +307,7 @@ _BYTE = re.compile(r"(?:\\+x|%)([0-9a-fA-F]{2})|\\+([0-7]{3})")
 
 
 def fold(text: str, *, escaped: bool = True) -> tuple[str, list[tuple[int, int]]]:
-    """``text`` for comparison: without escapes, case, accents, and what ``identity.clean`` drops.
+    """``text`` for comparison: without escapes, case, accents, and what ``sanitize.clean`` drops.
 
     → (folded text, where in ``text`` each of its characters is from). ``escaped``: it may have
     escapes.
@@ -328,7 +328,7 @@ def fold(text: str, *, escaped: bool = True) -> tuple[str, list[tuple[int, int]]
 def _folded(character: str) -> str:
     if character == "\\":
         return ""
-    cleaned = " " if unicodedata.category(character) == "Zs" else identity.clean(character)
+    cleaned = " " if unicodedata.category(character) == "Zs" else sanitize.clean(character)
     parts = unicodedata.normalize("NFD", cleaned) if cleaned != _CUT_OFF else cleaned
     return "".join(c for c in parts.casefold() if unicodedata.category(c) not in ("Mn", "Me"))
 

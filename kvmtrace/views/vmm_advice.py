@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from kvmtrace.model import Party
+from kvmtrace.model import VmIdentity
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # virsh takes digits for the number of a running domain, and a dash for an option.
@@ -55,7 +55,7 @@ _TRIED = {
 
 
 def known(vmm: str | None, *, guest_memfd: bool, page_type: str | None = None) -> Vmm:
-    """What is known of a VMM (``Party.vmm``), for a lost page of guest_memfd or other memory."""
+    """What is known of a VMM, for a lost page of guest_memfd or of other memory."""
     # QEMU 10 has guest_memfd for confidential VMs only, which the lab cannot run.
     if guest_memfd or is_of_a_device(page_type):
         return _UNTRIED
@@ -73,7 +73,7 @@ def is_of_a_device(page_type: str | None) -> bool:
     return (page_type or "").startswith(("dax", "non struct page"))
 
 
-def reset(party: Party | None) -> str:
+def reset(party: VmIdentity | None) -> str:
     """How people reset a VM of QEMU's."""
     if vmid := _of_proxmox(party):
         return f"Proxmox VE: qm reset {vmid}"
@@ -81,7 +81,7 @@ def reset(party: Party | None) -> str:
     return "monitor: system_reset" + (f"; libvirt: virsh reset {virsh}" if virsh else "")
 
 
-def stop_and_start(party: Party | None) -> str | None:
+def stop_and_start(party: VmIdentity | None) -> str | None:
     """What people type to stop a VM and start it; None if that is not known."""
     if vmid := _of_proxmox(party):
         return f"with Proxmox VE: qm stop {vmid} && qm start {vmid}"
@@ -91,13 +91,13 @@ def stop_and_start(party: Party | None) -> str | None:
     return f"with libvirt, if persistent: {command}" if virsh else None
 
 
-def _of_proxmox(party: Party | None) -> str | None:
+def _of_proxmox(party: VmIdentity | None) -> str | None:
     """The number of a VM that Proxmox VE started, which libvirt does not know."""
     vmid = party.vmid if party is not None and party.vmm == "qemu" else None
     return vmid if vmid and re.fullmatch("[0-9]{1,12}", vmid) else None
 
 
-def _for_virsh(party: Party | None) -> str | None:
+def _for_virsh(party: VmIdentity | None) -> str | None:
     """The VM as virsh takes it, safe to paste into a shell; None if libvirt did not start it."""
     # libvirt's VMs of QEMU's all have a UUID. Names are what tenants chose.
     if party is None or party.vmm != "qemu" or not _UUID.fullmatch(party.uuid or ""):

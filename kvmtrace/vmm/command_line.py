@@ -1,6 +1,6 @@
 """Command lines of VMMs: which VMM a process is, and the name they give its VM.
 
-Pure; nothing here is cleaned yet (``identity.clean``).
+Pure; nothing here is cleaned yet (``sanitize.clean``).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Names of VMs by where they are: paths of their sockets, and their cgroups.
 
-Pure; nothing here is cleaned yet (``identity.clean``).
+Pure; nothing here is cleaned yet (``sanitize.clean``).
 """
 
 from __future__ import annotations

@@ -23,19 +23,19 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class VmProcess:
     """Who a process is. ``unread``: why only what cannot hang was read; None if all was."""
 
     identity: Identity
     unread: str | None = None
 
 
-def identify(pid: int, proc: str = "/proc", reader: ProcReader = READER) -> Found:
+def identify(pid: int, proc: str = "/proc", reader: ProcReader = READER) -> VmProcess:
     """Name, UUID and VMM of a process. A command line that cannot be read is done without."""
     try:
-        return Found(reader.call(pid, identity.identify, pid, proc))
+        return VmProcess(reader.call(pid, identity.identify, pid, proc))
     except Unreadable as error:
-        return Found(identity.identify(pid, proc, command_line=False), str(error))
+        return VmProcess(identity.identify(pid, proc, command_line=False), str(error))
 
 
 def vm_processes(proc: str = "/proc", reader: ProcReader = READER) -> dict[int, int]:

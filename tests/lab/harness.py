@@ -239,13 +239,13 @@ def replayed_lines(machine: Machine, log: str) -> list[Line]:
     return [json.loads(line) for line in shown.stdout.splitlines()]
 
 
-Told = Counter[tuple[Any, ...]]
+CorrelatedEvent = Counter[tuple[Any, ...]]
 """{(pid, vcpu, errno, reason, annotated, gpa, flags, size): exits}"""
 
 
-def told_by(report: Line) -> Told:
+def told_by(report: Line) -> CorrelatedEvent:
     """What KVM_RUN returned to the VMM: the truth."""
-    told: Told = Counter()
+    told: CorrelatedEvent = Counter()
     for row in report["failed"]:
         told[
             (
@@ -262,9 +262,9 @@ def told_by(report: Line) -> Told:
     return told
 
 
-def seen_by(lines: list[Line], *pids: int) -> Told:
+def seen_by(lines: list[Line], *pids: int) -> CorrelatedEvent:
     """What those processes were notified of, by kvmtrace."""
-    seen: Told = Counter()
+    seen: CorrelatedEvent = Counter()
     for line in lines:
         if line["kind"] == "exit" and line["vm"]["pid"] in pids:
             seen[

@@ -129,10 +129,10 @@ def test_the_kernel_takes_all_that_can_be_muted(machine: Machine) -> None:
     """As many keys as are muted at once, and their numbers as long as can be; beyond, none is."""
     code = """
 from kvmtrace.sources.ftrace.totals import ExitKey, SignalKey
-from kvmtrace.sources.ftrace.muting import MAX_MUTED, RATE, ExitStorms, SignalStorms, exclusions
+from kvmtrace.sources.ftrace.muting import MAX_MUTED, RATE, ExitMuting, SignalMuting, exclusions
 from kvmtrace.sources.ftrace.source import FtraceSource
 
-exits, signals, top = ExitStorms(), SignalStorms(), (1 << 64) - 1
+exits, signals, top = ExitMuting(), SignalMuting(), (1 << 64) - 1
 for n in range(MAX_MUTED):
     fault = ExitKey(top - n, -4095, 39, top - (n << 12), top)
     signal = SignalKey("sigbus", (1 << 22) - n, 4, top - n)

@@ -9,8 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from kvmtrace.events import KINDS, Event, to_record
-from kvmtrace.model import Host
+from kvmtrace.events import KINDS, Event, Host, to_record
 from kvmtrace.sources.recording import Writer
 from tests.property.damage import damaged
 from tests.property.test_events import ANY, SANE, whole

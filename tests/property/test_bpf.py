@@ -15,7 +15,7 @@ from kvmtrace.events import Lost
 from kvmtrace.linux import btfblob, host
 from kvmtrace.sources.bpf import attach_errors, records
 from kvmtrace.sources.bpf.layout import read_symbols
-from kvmtrace.sources.bpf.translator import Translator
+from kvmtrace.sources.bpf.translator import BpfTranslator
 from kvmtrace.sources.codec import WRONG, checked
 from kvmtrace.views import json_output
 from tests.property import examples
@@ -108,9 +108,9 @@ def test_records_are_told_or_lost(
     told: list[list[bytes]], counted: list[tuple[int, int, int]]
 ) -> None:
     """``counted``: (VM, ret, how often)."""
-    kernel = Kernel(*((records.ExitKey(kvm=kvm, ret=ret), n) for kvm, ret, n in counted))
+    kernel = Kernel(*((records.ExitKeyRecord(kvm=kvm, ret=ret), n) for kvm, ret, n in counted))
     kernel.active = 1
-    translator = Translator(0, ({}, {}), "/nonexistent")
+    translator = BpfTranslator(0, ({}, {}), "/nonexistent")
     correlator = Correlator()
     for event in [
         *translator.translate([one for some in told for one in some], kernel),

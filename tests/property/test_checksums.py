@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Event, Lost
-from kvmtrace.model import Host, Probe
+from kvmtrace.events import Event, Host, Lost
+from kvmtrace.probes import Probe
 from kvmtrace.sources.recording import MISSING, RecordingSource, Writer
 from tests.unit.fake import PROBES
 from tests.unit.test_explain import STORY

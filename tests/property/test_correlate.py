@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace.correlate import Correlator, Told
+from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.pending import JOIN_NS
 from kvmtrace.events import (
@@ -22,18 +22,18 @@ from kvmtrace.events import (
     Exit,
     Found,
     GmemPoison,
+    GmemRefusal,
     HwError,
     KernelCounts,
     Lost,
     Mce,
     Owned,
     Owner,
+    PageReplaced,
     Poison,
-    Refused,
-    Released,
     Sigbus,
     SoftOffline,
-    StillQuiet,
+    Tick,
     Unpoison,
     VcpuState,
     VmGone,
@@ -41,7 +41,7 @@ from kvmtrace.events import (
     from_record,
     to_record,
 )
-from kvmtrace.model import CAUSES, PAGE_CLASSES, STATES, VERDICTS, Snapshot
+from kvmtrace.model import CAUSES, PAGE_CLASSES, STATES, VERDICTS, CorrelatedEvent, Snapshot
 from kvmtrace.views import event_lines, json_output
 from tests.property import examples
 
@@ -100,8 +100,8 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         count=st.integers(1, 5),
         comm=NAMES,
     ),
-    st.builds(StillQuiet, TS),
-    st.builds(Released, TS, VMS, PFNS, HVAS),
+    st.builds(Tick, TS),
+    st.builds(PageReplaced, TS, VMS, PFNS, HVAS),
     st.builds(
         Mce,
         TS,
@@ -126,7 +126,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         st.integers(1, 3),
         st.sampled_from([None, "", "DIMM_A1", "DIMM_B2"]),
     ),
-    st.builds(Refused, TS, VMS, GFNS, st.integers(1, 5)),
+    st.builds(GmemRefusal, TS, VMS, GFNS, st.integers(1, 5)),
     st.builds(SoftOffline, TS, PFNS, st.sampled_from([0, 16])),
     st.builds(Unpoison, TS, PFNS),
     st.builds(Found, TS, PFNS),
@@ -146,7 +146,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         st.none() | st.integers(0, 2),
         st.none() | st.integers(0, 10**9),
     ),
-    st.builds(Refused, TS, VMS, GFNS, st.integers(1, 5)),
+    st.builds(GmemRefusal, TS, VMS, GFNS, st.integers(1, 5)),
     st.builds(Unpoison, TS, PFNS),
     st.builds(Found, TS, PFNS),
     st.builds(SoftOffline, TS, PFNS, st.sampled_from([0, 16])),
@@ -187,9 +187,9 @@ JOINED: st.SearchStrategy[Event] = st.one_of(
         pfn=st.none() | _PAGES,
         count=FEW,
     ),
-    st.builds(Refused, SOON, FEW, FEW, FEW),
+    st.builds(GmemRefusal, SOON, FEW, FEW, FEW),
     st.builds(VcpuState, SOON, FEW, FEW, st.sampled_from(["running", "outside"]), FEW),
-    st.builds(Released, SOON, FEW, _PAGES, _NEAR),
+    st.builds(PageReplaced, SOON, FEW, _PAGES, _NEAR),
     st.builds(Unpoison, SOON, _PAGES),
     st.builds(VmGone, SOON, FEW),
 )
@@ -205,7 +205,7 @@ LONG_LOGS = st.lists(EVENTS, min_size=100, max_size=250)
 def fed(
     events: Iterable[Event],
     limits: Limits = Limits(),  # noqa: B008 (frozen)
-) -> tuple[Correlator, list[Told]]:
+) -> tuple[Correlator, list[CorrelatedEvent]]:
     correlator = Correlator(limits)
     return correlator, [correlator.feed(event) for event in events]
 
@@ -236,7 +236,7 @@ def test_an_owner_is_somebody_whom_an_event_named(events: list[Event]) -> None:
                 new = [event.owner]
             case Sigbus(vm=int(vm)):
                 new = [Owner(vm, event.gfn, event.hva)]
-            case Exit() | Refused():
+            case Exit() | GmemRefusal():
                 new = [Owner(event.vm, event.gfn)]
             case _:
                 new = []
@@ -317,7 +317,7 @@ def test_vms_do_not_leak_into_each_other(events: list[Event]) -> None:
     others = [
         event
         for event in events
-        if not (isinstance(event, Exit | Sigbus | Refused | VmSeen | VmGone) and event.vm == 1)
+        if not (isinstance(event, Exit | Sigbus | GmemRefusal | VmSeen | VmGone) and event.vm == 1)
     ]
     with_, without = snapshot(events), snapshot(others)
     for key, vm in without.vms.items():
@@ -444,7 +444,7 @@ FLOODS: dict[str, Callable[[int], list[Event]]] = {
     "vCPUs": lambda n: [Exit(n, 1, n, 133, 39, True, 7, gfn=1)],
     "errnos": lambda n: [Exit(n, 1, 0, n, 39, False)],
     "codes": lambda n: [Sigbus(n, 4001, 7, n, HVA, vm=1, vcpu=0)],
-    "refusals": lambda n: [Refused(n, 1, n)],
+    "refusals": lambda n: [GmemRefusal(n, 1, n)],
     "machine checks": lambda n: [Mce(n, n << 12, n, 1, 0, 0, 0)],
     "DIMMs": lambda n: [HwError(n, "x", "corrected", label=f"DIMM{n}")],
     "reporters": lambda n: [HwError(n, f"x{n}", "corrected", pfn=0x100)],
@@ -454,10 +454,10 @@ FLOODS: dict[str, Callable[[int], list[Event]]] = {
     "one page, again and again": lambda n: [Poison(n, 9, "a", "x"), Unpoison(n, 9)],
     "looks": lambda n: [VcpuState(n, 1, 7, "running", 0, 1)],
     "threads": lambda n: [VcpuState(n, 1, n, "running", 0, 1)],
-    "releases": lambda n: [Released(n, 1, 0x100, HVA + (n << 12))],
+    "releases": lambda n: [PageReplaced(n, 1, 0x100, HVA + (n << 12))],
     "losses": lambda n: [Lost(n, f"place{n}", 1)],
     "counts": lambda n: [KernelCounts(n, (("total", n),))],
-    "silence": lambda n: [StillQuiet(n)],
+    "silence": lambda n: [Tick(n)],
     "steps of the clock": lambda n: [ClockStep(n, 1, n)],
     "VMs": lambda n: [VmSeen(n, n, n), VmGone(n, n)],
     "eventful VMs": lambda n: [

@@ -15,9 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace.events import KINDS, Event, Lost, Owner, from_record, to_record
-from kvmtrace.model import Host
-from kvmtrace.sources.codec import UNWRITABLE, Decoder, Malformed, checked
+from kvmtrace.events import KINDS, Event, Host, Lost, Owner, from_record, to_record
+from kvmtrace.sources.codec import UNWRITABLE, Decoder, MalformedLine, checked
 from kvmtrace.sources.recording import RecordingSource, Writer
 
 HOST = Host("sick-host", "6.18.15", "bpf")
@@ -103,7 +102,7 @@ def test_true_is_no_number(kind: str, data: st.DataObject) -> None:
     record = to_record(data.draw(whole(KINDS[kind], SANE)))
     for place, key in _numbers(record):
         number, place[key] = place[key], True
-        with pytest.raises(Malformed):
+        with pytest.raises(MalformedLine):
             Decoder().event(record)
         place[key] = number
     assert isinstance(Decoder().event(record), KINDS[kind])

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from kvmtrace import dimm_names
 from kvmtrace.events import HwError, Mce
 from kvmtrace.linux import cper, mce, smbios
+from kvmtrace.sanitize import clean
 from kvmtrace.sources.codec import checked
 from kvmtrace.sources.ftrace import hardware
 from kvmtrace.sources.ftrace.poison import Poisons
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.ftrace.vms import VmResolver
 from kvmtrace.sources.vm_table import VmTable
-from kvmtrace.vmm.identity import clean
 from tests.property import examples
 from tests.property.damage import damaged, directory, placed
 from tests.property.parsers import Parser, laws, text
@@ -91,7 +91,7 @@ def _fit(error: HwError) -> None:
 )
 @examples(300)
 def test_a_memory_error_section_is_told(words: tuple[int, ...], severity: int) -> None:
-    fields: dict[str, Any] = dict(zip(cper.Memory._fields, words, strict=True))
+    fields: dict[str, Any] = dict(zip(cper.MemoryErrorSection._fields, words, strict=True))
     labels = smbios.Firmware({0x1100: "DIMM_A1"}, cper.GHES)
     _fit(hardware.error(Record(1, "apei", fields | {"sev": severity}), labels))
 
@@ -179,6 +179,6 @@ def test_a_machine_check_is_judged(
     assert mce.address_shift(status, misc) in (None, *range(64))
     fields: dict[str, Any] = {"status": status, "addr": addr, "bank": bank, "cpu": 1, "socketid": 0}
     fields |= {"ipid": ipid, "v_data": data} | ({} if misc is None else {"misc": misc})
-    poisons = Poisons(People(VmTable("/nonexistent"), lambda tid: None), ({}, {}))
+    poisons = Poisons(VmResolver(VmTable("/nonexistent"), lambda tid: None), ({}, {}))
     event = poisons.mce(Record(1, "mce", fields))
     assert isinstance(checked(event), Mce)

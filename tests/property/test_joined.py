@@ -16,13 +16,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvmtrace.correlate import Correlator
-from kvmtrace.events import Event, Lost, StillQuiet, VmGone, VmSeen
-from kvmtrace.model import Host, Snapshot
-from kvmtrace.session.history import EventLog
-from kvmtrace.session.subscriber import Follower
+from kvmtrace.events import Event, Host, Lost, Tick, VmGone, VmSeen
+from kvmtrace.model import Snapshot
+from kvmtrace.session.history import CompactLog
+from kvmtrace.session.subscriber import Subscriber
 from kvmtrace.sources.codec import WRONG, checked
 from kvmtrace.sources.recording import RecordingSource, Writer
-from kvmtrace.sources.remote import JoinedSource
+from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines, explain, json_output
 from kvmtrace.views.tables import table
 from kvmtrace.views.web import landing
@@ -80,7 +80,7 @@ def joined(past: list[Event], batches: list[list[Event]]) -> list[Event]:
 
     speaker = threading.Thread(target=speak)
     speaker.start()
-    source = JoinedSource(ours, 1)
+    source = RemoteSource(ours, 1)
     heard = source.poll(0)
     wanted = sum(map(len, batches))
     while wanted > 0:
@@ -125,7 +125,7 @@ def counted(one: Snapshot, other: Snapshot) -> None:
 @examples(150)
 def test_serve_joiner_and_replay_know_the_same(events: list[Event], cut: int) -> None:
     events = [event for event in map(_readable, events) if event is not None]
-    log = EventLog()
+    log = CompactLog()
     for event in events[:cut]:
         log.add(event)
     serve = model(events)
@@ -153,10 +153,10 @@ def _readable(event: Event) -> Event | None:
 def test_who_has_no_room_counts_the_same_or_says_what_is_lost(
     events: list[Event], limit: int, lag: int, cut: int
 ) -> None:
-    log = EventLog(limit)
+    log = CompactLog(limit)
     for event in events[:cut]:
         log.add(event)
-    follower = Follower(log.events(), lag)
+    follower = Subscriber(log.events(), lag)
     for event in events[cut:]:
         follower.put([event])
     heard = follower.past + follower.take(0)
@@ -229,4 +229,4 @@ def test_what_is_shown_is_fit_and_what_is_json_comes_back(events: list[Event]) -
 
 
 def test_quiet_is_no_news() -> None:
-    assert joined([], [[StillQuiet(5)]]) == [StillQuiet(5)]
+    assert joined([], [[Tick(5)]]) == [Tick(5)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmtrace import sanitize
 from kvmtrace.enrich import existing_poison, page_tables, vcpu_state
 from kvmtrace.linux import host
 from kvmtrace.linux.pagemap import SPECIAL_TYPES, parse_maps, referenced_pfn
@@ -91,7 +92,7 @@ def _identify(cmdline: bytes = CMDLINES[0], comm: bytes = b"qemu\n", cgroup: byt
 def fit(name: str) -> bool:
     """For a terminal and for a label of a metric."""
     categories = {unicodedata.category(character) for character in name}
-    return 0 < len(name) <= identity.NAME_LIMIT and not categories & {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    return 0 < len(name) <= sanitize.NAME_LIMIT and not categories & {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def _words(cmdline: bytes) -> None:
@@ -113,7 +114,7 @@ def _stat(stat: bytes) -> None:
     placed(stat, f"proc/{PID}/task/{PID}/schedstat")
     proc = path[: path.index(f"/{PID}/")]
     identity.begun(PID, proc)
-    known = vcpu_state.Reactions(FakeSource(), proc)
+    known = vcpu_state.VcpuFollowUp(FakeSource(), proc)
     known._stat(PID)
     known._cpu_ns(PID)
 
@@ -175,9 +176,9 @@ def test_a_line_of_maps_costs_that_line(maps: bytes) -> None:
 @given(name=st.text(max_size=60) | damaged([b"web-1", b"\x1b[2J\xe2\x80\xae"]).map(os.fsdecode))
 @examples(300)
 def test_a_clean_name_is_fit_to_be_shown(name: str) -> None:
-    cleaned = identity.clean(name)
+    cleaned = sanitize.clean(name)
     assert not cleaned or fit(cleaned)
-    assert identity.clean(cleaned) == cleaned
+    assert sanitize.clean(cleaned) == cleaned
 
 
 _PFN = st.integers(1, 1 << 20) | st.integers(1, (1 << 40) - 1)

@@ -22,15 +22,28 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from kvmtrace.correlate import Correlator
-from kvmtrace.events import KINDS, Event, Exit, HwError, Lost, Owned, Owner, Poison, Sigbus, VmSeen
+from kvmtrace.events import (
+    KINDS,
+    Event,
+    Exit,
+    Host,
+    HwError,
+    Lost,
+    Owned,
+    Owner,
+    Poison,
+    Sigbus,
+    VmSeen,
+)
 from kvmtrace.linux import host
-from kvmtrace.model import Host, Probe, Snapshot
+from kvmtrace.model import Snapshot
+from kvmtrace.probes import Probe
+from kvmtrace.sanitize import clean
 from kvmtrace.sources.codec import Decoder
 from kvmtrace.sources.recording import Writer
 from kvmtrace.views import redaction
 from kvmtrace.views.redaction import Redaction
 from kvmtrace.vmm.command_line import VMMS
-from kvmtrace.vmm.identity import clean
 from tests.unit.command_line import invoke
 from tests.unit.fake import SECOND, T0
 

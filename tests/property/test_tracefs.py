@@ -20,8 +20,8 @@ from kvmtrace.linux.tracefs.ring_page import EventFormat, PageLayout
 from kvmtrace.sources.codec import WRONG, checked
 from kvmtrace.sources.ftrace import totals as hist
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.translator import Joiner
-from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.ftrace.translator import FtraceTranslator
+from kvmtrace.sources.ftrace.vms import VmResolver
 from kvmtrace.sources.vm_table import VmTable
 from kvmtrace.views import json_output
 from tests.property import examples
@@ -65,8 +65,8 @@ README = (
 
 def _counts(said: str) -> None:
     for event in ("run", "vncr", "gmem", "sigbus"):
-        totals = hist.Totals()
-        hist.Reader().read(event, lambda: said, totals)
+        totals = hist.KernelTotals()
+        hist.HistogramReader().read(event, lambda: said, totals)
         for counts in (totals.exits, totals.refused, totals.signals, totals.rests):
             assert all(count >= 0 for count in counts.values())
         for key in totals.whose:
@@ -203,10 +203,10 @@ def test_damaged_rings_are_told_or_lost(
                 name, known = formats[number]
                 with suppress(ValueError):
                     found.append(Record(ts, name, known.decode(entry)))
-    joiner = Joiner(People(VmTable("/nonexistent"), lambda tid: None))
+    joiner = FtraceTranslator(VmResolver(VmTable("/nonexistent"), lambda tid: None))
     joiner.faults.watches_gmem = True
-    totals = hist.Totals()
-    hist.Reader().read("run", lambda: counts.decode("utf-8", "replace"), totals)
+    totals = hist.KernelTotals()
+    hist.HistogramReader().read("run", lambda: counts.decode("utf-8", "replace"), totals)
     correlator = Correlator()
     for batch in (found[::2], found[1::2]):
         for event in joiner.batch(batch, 1 << 40, totals=totals, last=batch is not found):

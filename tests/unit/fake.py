@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from kvmtrace.events import Event, Exit, Poison, VmSeen
-from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.probes import Probe, ProbeRuns
 
 SECOND = 1_000_000_000
 T0 = 1_790_000_000 * SECOND

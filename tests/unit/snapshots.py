@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvmtrace.events import Owner
-from kvmtrace.model import Host, Incident, Probe, Snapshot, Vm
+from kvmtrace.events import Host, Owner
+from kvmtrace.model import Incident, Snapshot, Vm
+from kvmtrace.probes import Probe
 
 SECOND = 1_000_000_000
 NOW = 1_790_000_000 * SECOND

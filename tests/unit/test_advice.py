@@ -21,12 +21,12 @@ from kvmtrace.events import (
     Exit,
     Found,
     GmemPoison,
+    GmemRefusal,
     HwError,
     Owned,
     Owner,
+    PageReplaced,
     Poison,
-    Refused,
-    Released,
     Sigbus,
     VcpuState,
     VmGone,
@@ -37,11 +37,11 @@ from kvmtrace.model import (
     VERDICTS,
     ErrorHistory,
     Incident,
+    Notification,
     Origin,
-    Party,
     Snapshot,
-    Telling,
     Verdict,
+    VmIdentity,
 )
 from kvmtrace.views import advice, vmm_advice
 from kvmtrace.views.explain import as_object, explain_text
@@ -118,7 +118,7 @@ CASES: dict[str, tuple[list[Event], list[str]]] = {
         [f"{SHUT_DOWN}its guest may touch {WHERE} at any time", *RESETTABLE],
     ),
     "undelivered": (
-        [QEMU, GMEM, POISON, Refused(T0 + 1, 1, GFN, 2), LATER],
+        [QEMU, GMEM, POISON, GmemRefusal(T0 + 1, 1, GFN, 2), LATER],
         [f"{SHUT_DOWN}guest_memfd refused {WHERE} 2 times, and no VMM was notified", NOT_ANY],
     ),
     "looping": (
@@ -159,11 +159,11 @@ CASES: dict[str, tuple[list[Event], list[str]]] = {
         ],
     ),
     "handled and replaced": (
-        [QEMU, OWNED, POISON, AR, Released(T0 + 2, 1, PFN, HVA), *looks("running", SECOND)],
+        [QEMU, OWNED, POISON, AR, PageReplaced(T0 + 2, 1, PFN, HVA), *looks("running", SECOND)],
         ["nothing: another page was put in place of the lost one"],
     ),
     "replaced before anybody touched it": (
-        [QEMU, OWNED, POISON, AO, Released(T0 + 2, 1, PFN, HVA), LATER],
+        [QEMU, OWNED, POISON, AO, PageReplaced(T0 + 2, 1, PFN, HVA), LATER],
         ["nothing: another page was put in place of the lost one"],
     ),
     "gone": (
@@ -229,7 +229,7 @@ def test_vms_that_lost_pages_of_their_own_are_not_moved_off_a_host_at_risk() -> 
     other = replace(OWNED, owner=Owner(2, GFN, HVA), pfn=PFN + 2)
     events = [QEMU, VmSeen(T0, 2, 901, "web-2"), VmSeen(T0, 3, 902, "web-3"), KERNEL_PAGE]
     events += [replace(OWNED, pfn=PFN + 1), replace(POISON, pfn=PFN + 1)]
-    events += [other, replace(POISON, pfn=PFN + 2), Released(T0 + 2, 2, PFN + 2, HVA)]
+    events += [other, replace(POISON, pfn=PFN + 2), PageReplaced(T0 + 2, 2, PFN + 2, HVA)]
     correlator = Correlator()
     for event in events:
         correlator.feed(event)
@@ -249,7 +249,7 @@ def test_programs_learn_which_owners_are_gone() -> None:
 
 
 def test_proxmox_has_commands_of_its_own() -> None:
-    party = Party(1, 900, "web-1", UUID, "qemu", vmid="8006")
+    party = VmIdentity(1, 900, "web-1", UUID, "qemu", vmid="8006")
     assert vmm_advice.stop_and_start(party) == "with Proxmox VE: qm stop 8006 && qm start 8006"
     assert vmm_advice.reset(party) == "Proxmox VE: qm reset 8006"
     other = replace(party, vmid="8006; reboot")  # a recording's
@@ -304,7 +304,7 @@ def test_vms_that_share_a_page_share_the_advice() -> None:
 def test_what_is_pasted_into_a_shell(
     name: str | None, uuid: str | None, expected: str | None
 ) -> None:
-    party = Party(1, 900, name, uuid, "qemu")
+    party = VmIdentity(1, 900, name, uuid, "qemu")
     command = (
         expected
         and f"with libvirt, if persistent: virsh destroy {expected} && virsh start {expected}"
@@ -328,7 +328,7 @@ def every_incident() -> Iterator[Incident]:
         (None, 4096, 2 << 20),
         origins,
     ):
-        party = Party(1, 900, "web-1", UUID, vmm)
+        party = VmIdentity(1, 900, "web-1", UUID, vmm)
         for owned, undelivered, before in itertools.product((False, True), (0, 2), (False, True)):
             found = replace(
                 plain,
@@ -345,7 +345,7 @@ def every_incident() -> Iterator[Incident]:
             yield replace(found, first_delivery_ts=T0, sigbus=1)
             yield replace(found, first_delivery_ts=T0, sigbus=1, page_class="kernel")
             for word, early, sent in itertools.product(VERDICTS, (False, True), signals):
-                telling = Telling(1, None, int(not sent), sent, T0, T0)
+                telling = Notification(1, None, int(not sent), sent, T0, T0)
                 verdict = Verdict(1, word, ("evidence",), early)
                 notified = replace(
                     found, first_delivery_ts=T0, told=(telling,), verdicts=(verdict,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvmtrace.events import Sigbus
 from kvmtrace.sources.bpf import records
 from kvmtrace.sources.bpf.signals import SignalCounts
-from kvmtrace.sources.bpf.translator import Translator
+from kvmtrace.sources.bpf.translator import BpfTranslator
 from tests.unit.test_bpf_translator import Kernel
 
 KEY = records.SigbusKey(0xFFFF1000, 3, 0x7F00, 4, 12, 186, 185, 0, 186)
@@ -74,7 +74,7 @@ def test_what_is_no_size_is_not_known() -> None:
     signal.lsb = -1
     fault = records.FaultRecord(signal.h, 8, KEY.hva, 0, 0)
     fault.h.type = records.FAULT
-    translator = Translator(0, ({}, {}), "/nonexistent")
+    translator = BpfTranslator(0, ({}, {}), "/nonexistent")
     (told,) = [
         event
         for event in translator.translate([bytes(signal), bytes(fault)], Kernel())

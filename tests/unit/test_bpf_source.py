@@ -12,7 +12,7 @@ from kvmtrace.events import Event, VmSeen
 from kvmtrace.linux import host
 from kvmtrace.sources.bpf import records
 from kvmtrace.sources.bpf import source as bpf
-from kvmtrace.sources.bpf.translator import Translator
+from kvmtrace.sources.bpf.translator import BpfTranslator
 from tests.unit.test_bpf_translator import Kernel
 
 AT, PID = 0xFFFF800000000000, 4194300
@@ -79,7 +79,7 @@ def test_a_vm_that_begins_while_programs_are_attached_is_one(
     monkeypatch.setattr(bpf, "import_bcc", lambda: None)
     monkeypatch.setattr(bpf, "_WATCH_SECONDS", 0.0)
     monkeypatch.setattr(bpf, "_Programs", lambda _bcc: turns.pop(0)())
-    monkeypatch.setattr(bpf, "Translator", lambda *_: Translator(0, ({}, {}), str(tmp_path)))
+    monkeypatch.setattr(bpf, "BpfTranslator", lambda *_: BpfTranslator(0, ({}, {}), str(tmp_path)))
     monkeypatch.setattr(host, "lockdown", lambda: None)
     source = bpf.BpfSource()
     told = [event for _ in range(3) for event in source.poll(0)]
@@ -98,7 +98,7 @@ def test_while_kvm_comes_and_goes_no_poll_takes_longer_than_it_may(
     monkeypatch.setattr(bpf, "_WATCH_SECONDS", 0.0)
     monkeypatch.setattr(bpf, "_kvm_modules", lambda: modules.pop(0))
     monkeypatch.setattr(bpf, "_Programs", lambda _bcc: made.pop(0)())
-    monkeypatch.setattr(bpf, "Translator", lambda *_: Translator(0, ({}, {}), str(tmp_path)))
+    monkeypatch.setattr(bpf, "BpfTranslator", lambda *_: BpfTranslator(0, ({}, {}), str(tmp_path)))
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(host, "lockdown", lambda: None)
     source = bpf.BpfSource()

@@ -10,25 +10,25 @@ import pytest
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event, Exit, Lost, VmGone
 from kvmtrace.sources.bpf import records
-from kvmtrace.sources.bpf.translator import Translator
+from kvmtrace.sources.bpf.translator import BpfTranslator
 
 VM, GEN, PID = 0xFFFF8000, 3, 4194300
 PRIVATE = 1 << 3
 
 
-def key(**other: Any) -> records.ExitKey:
+def key(**other: Any) -> records.ExitKeyRecord:
     """An annotated EFAULT of guest_memfd's."""
     fields: dict[str, Any] = {"kvm": VM, "gen": GEN, "gpa": 0x5000, "size": 4096, "flags": 0}
     fields |= {"gfn": 5, "ret": -14, "reason": 39, "gmem": -2, "vcpu": 1, "annotated": 1}
-    return records.ExitKey(**(fields | other))
+    return records.ExitKeyRecord(**(fields | other))
 
 
-def conversion(**other: Any) -> records.ExitKey:
+def conversion(**other: Any) -> records.ExitKeyRecord:
     wanted = {"gpa": records.NO_GPA, "gfn": records.NO_GFN, "flags": PRIVATE, "gmem": 0}
     return key(**(wanted | other))
 
 
-def overflow(**other: Any) -> records.ExitKey:
+def overflow(**other: Any) -> records.ExitKeyRecord:
     """As kvmtrace.bpf.c counts what the map of exits has no room for."""
     wanted = {"gpa": records.NO_GPA, "gfn": records.NO_GFN, "size": 0, "vcpu": records.NO_VCPU}
     return key(**(wanted | other))
@@ -37,7 +37,7 @@ def overflow(**other: Any) -> records.ExitKey:
 class Kernel:
     """The maps."""
 
-    def __init__(self, *rows: tuple[records.ExitKey, int]) -> None:
+    def __init__(self, *rows: tuple[records.ExitKeyRecord, int]) -> None:
         self.rows = list(rows)
         self.readings = self.active = 0
         self.places: dict[bytes, tuple[int, int]] = {}
@@ -45,14 +45,14 @@ class Kernel:
     def activity(self) -> int:
         return self.active
 
-    def counters(self) -> list[tuple[records.ExitKey, records.ExitCount]]:
+    def counters(self) -> list[tuple[records.ExitKeyRecord, records.ExitCount]]:
         self.readings += 1
         return [
             (one, records.ExitCount(total, 9, 0, 77, PID, *self.places.get(bytes(one), (0, 0))))
             for one, total in self.rows
         ]
 
-    def refused(self) -> list[tuple[records.RefusedKey, records.RefusedCount]]:
+    def refused(self) -> list[tuple[records.RefusalKeyRecord, records.RefusedCount]]:
         return []
 
     def signals(self) -> list[tuple[records.SigbusKey, records.SigbusCount]]:
@@ -61,17 +61,17 @@ class Kernel:
     def lost(self) -> list[int]:
         return [0] * len(records.LOST_PLACES)
 
-    def forget(self, keys: list[records.ExitKey]) -> None:
+    def forget(self, keys: list[records.ExitKeyRecord]) -> None:
         gone = {bytes(one) for one in keys}
         self.rows = [row for row in self.rows if bytes(row[0]) not in gone]
 
-    def forget_refused(self, keys: list[records.RefusedKey]) -> None:
+    def forget_refused(self, keys: list[records.RefusalKeyRecord]) -> None:
         pass
 
     def forget_signals(self, keys: list[records.SigbusKey]) -> None:
         pass
 
-    def count(self, one: records.ExitKey, total: int, gpa: int = 0, since: int = 0) -> None:
+    def count(self, one: records.ExitKeyRecord, total: int, gpa: int = 0, since: int = 0) -> None:
         """``total`` exits by now, those from number ``since`` on at ``gpa``."""
         self.rows = [row for row in self.rows if bytes(row[0]) != bytes(one)] + [(one, total)]
         self.places[bytes(one)] = gpa, since
@@ -79,8 +79,8 @@ class Kernel:
 
 
 @pytest.fixture
-def translator() -> Translator:
-    return Translator(0, ({}, {}), "/nonexistent")
+def translator() -> BpfTranslator:
+    return BpfTranslator(0, ({}, {}), "/nonexistent")
 
 
 @pytest.fixture
@@ -99,11 +99,11 @@ def exits(events: list[Event]) -> list[Exit]:
     return [event for event in events if isinstance(event, Exit)]
 
 
-def told(translator: Translator, kernel: Kernel) -> list[Exit]:
+def told(translator: BpfTranslator, kernel: Kernel) -> list[Exit]:
     return exits(translator.counters(kernel, at_once=True))
 
 
-def exit_record(one: records.ExitKey, total: int, gpa: int, since: int) -> bytes:
+def exit_record(one: records.ExitKeyRecord, total: int, gpa: int, since: int) -> bytes:
     header = records.Header(9, VM, GEN, records.EXIT, 77, PID, 0)
     return bytes(records.ExitRecord(header, one, total, gpa, since))
 
@@ -113,7 +113,7 @@ def vm_gone(number: int) -> bytes:
     return bytes(records.VmRecord(header, b"vmm"))
 
 
-def test_an_exit_with_a_counter_of_its_own(translator: Translator) -> None:
+def test_an_exit_with_a_counter_of_its_own(translator: BpfTranslator) -> None:
     kernel = Kernel()
     kernel.count(key(), 4)
     (one,) = told(translator, kernel)
@@ -122,7 +122,7 @@ def test_an_exit_with_a_counter_of_its_own(translator: Translator) -> None:
 
 
 def test_conversions_have_an_address_where_all_of_them_have_the_same(
-    translator: Translator,
+    translator: BpfTranslator,
 ) -> None:
     kernel, one = Kernel(), conversion()
     (first,) = exits(translator.translate([exit_record(one, 1, 0x1000, 1)], kernel))
@@ -153,7 +153,7 @@ def test_conversions_have_an_address_where_all_of_them_have_the_same(
     ],
 )
 def test_a_full_map_keeps_errno_and_cause(
-    translator: Translator, fields: dict[str, Any], cause: str | None
+    translator: BpfTranslator, fields: dict[str, Any], cause: str | None
 ) -> None:
     kernel, correlator = Kernel(), Correlator()
     kernel.count(overflow(**fields), 5000)
@@ -168,7 +168,7 @@ def test_a_full_map_keeps_errno_and_cause(
     assert sum(vm.exits.values()) == 5000
 
 
-def test_what_is_known_of_the_errno_only(translator: Translator) -> None:
+def test_what_is_known_of_the_errno_only(translator: BpfTranslator) -> None:
     kernel, correlator = Kernel(), Correlator()
     nothing = {"flags": 0, "reason": records.NO_REASON, "annotated": 0, "gmem": 0}
     kernel.count(overflow(**nothing), 5)
@@ -177,7 +177,7 @@ def test_what_is_known_of_the_errno_only(translator: Translator) -> None:
     assert correlator.feed(one).cause is None
 
 
-def test_a_memory_fault_without_an_errno(translator: Translator) -> None:
+def test_a_memory_fault_without_an_errno(translator: BpfTranslator) -> None:
     """arm64's nested virtualization: KVM_RUN returns 0."""
     kernel = Kernel()
     kernel.count(key(ret=0, gmem=-133), 1)
@@ -187,7 +187,7 @@ def test_a_memory_fault_without_an_errno(translator: Translator) -> None:
 
 
 def test_counters_are_read_once_a_second(
-    translator: Translator, clock: Callable[[float], None]
+    translator: BpfTranslator, clock: Callable[[float], None]
 ) -> None:
     kernel = Kernel()
     counted = 0
@@ -205,7 +205,7 @@ def test_counters_are_read_once_a_second(
 
 
 def test_what_is_due_is_read_though_nothing_more_is_counted(
-    translator: Translator, clock: Callable[[float], None]
+    translator: BpfTranslator, clock: Callable[[float], None]
 ) -> None:
     kernel = Kernel()
     kernel.count(key(), 1)
@@ -217,7 +217,7 @@ def test_what_is_due_is_read_though_nothing_more_is_counted(
 
 
 def test_a_vms_last_exits_are_told_before_its_end_and_many_ends_take_one_reading(
-    translator: Translator, clock: Callable[[float], None]
+    translator: BpfTranslator, clock: Callable[[float], None]
 ) -> None:
     kernel = Kernel()
     for number in range(50):

@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 
 from kvmtrace import sources
-from kvmtrace.events import Event, Lost, Mce, Poison, VmSeen
-from kvmtrace.model import Host
+from kvmtrace.events import Event, Host, Lost, Mce, Poison, VmSeen
 from kvmtrace.session import feed
 from kvmtrace.sources.checksums import Places
 from kvmtrace.sources.codec import Decoder
 from kvmtrace.sources.recording import RecordingSource, Writer
-from kvmtrace.sources.remote import JoinedSource
+from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.vmm import identity
 from tests.unit.command_line import invoke
 from tests.unit.fake import PROBES, STORY, T0, FakeSource
@@ -250,10 +249,10 @@ def test_a_serve_that_garbles_is_not_believed(broken: int) -> None:
     writer.mark()
     lines = file.getvalue().splitlines(keepends=True)
 
-    def joined(said: str) -> JoinedSource | None:
-        answering = feed.Door(lambda client: client.sendall(said.encode()))
+    def joined(said: str) -> RemoteSource | None:
+        answering = feed.FeedServer(lambda client: client.sendall(said.encode()))
         try:
-            return JoinedSource.join()
+            return RemoteSource.join()
         finally:
             answering.close()
 

@@ -26,8 +26,8 @@ from kvmtrace.cli.options import seconds
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost, VmSeen
 from kvmtrace.linux import host
-from kvmtrace.model import Probe, Snapshot
-from kvmtrace.probes import NO_KVM, specs
+from kvmtrace.model import Snapshot
+from kvmtrace.probes import NO_KVM, Probe, specs
 from kvmtrace.views.web import metrics as exporter
 from kvmtrace.vmm import identity, processes
 from tests.unit.command_line import invoke
@@ -340,7 +340,7 @@ def test_live_process_may_become_a_vm(source: FakeSource) -> None:
 
 def test_vm_known_from_proc_only(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, FakeSource())
-    me = processes.Found(identity.Identity("me"))
+    me = processes.VmProcess(identity.Identity("me"))
     monkeypatch.setattr(processes, "vm_processes", lambda: {os.getpid(): 1})
     monkeypatch.setattr(processes, "identify", lambda pid: me)
     assert invoke("events", "--vm", "me", "--duration", "0.1").exit_code == 0

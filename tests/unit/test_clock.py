@@ -14,28 +14,28 @@ import pytest
 
 import kvmtrace
 from kvmtrace.cli.inputs import open_door
-from kvmtrace.correlate import Correlator, Told
+from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
     LAST_NS,
     ClockStep,
     Event,
     Exit,
+    GmemRefusal,
     Lost,
     Owned,
     Owner,
     Poison,
-    Refused,
     VmSeen,
     elapsed,
     wall_time,
 )
 from kvmtrace.linux import clock
-from kvmtrace.model import Snapshot
+from kvmtrace.model import CorrelatedEvent, Snapshot
 from kvmtrace.session import session as live
 from kvmtrace.session.session import Session
 from kvmtrace.sources.recording import RecordingSource, Writer
-from kvmtrace.sources.remote import JoinedSource
+from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines, json_output
 from kvmtrace.views.explain import as_object, explain_text
 from kvmtrace.views.tables.table import table_text
@@ -243,7 +243,7 @@ class Machine(FakeSource):
 @pytest.fixture(params=[DAY, -3600 * SECOND], ids=["a day on", "an hour back"])
 def stepped_session(
     clocks: Clocks, request: pytest.FixtureRequest
-) -> tuple[Session, list[Told], int]:
+) -> tuple[Session, list[CorrelatedEvent], int]:
     """A page fails, the clock is stepped, another page fails, all seconds apart."""
     machine = Machine(clocks)
     session = Session(machine)
@@ -265,7 +265,7 @@ def times(snapshot: Snapshot) -> dict[str, object]:
 
 
 def test_new_events_have_the_new_time_and_old_ones_theirs(
-    stepped_session: tuple[Session, list[Told], int],
+    stepped_session: tuple[Session, list[CorrelatedEvent], int],
 ) -> None:
     session, told, step = stepped_session
     ts = {
@@ -290,7 +290,7 @@ def test_new_events_have_the_new_time_and_old_ones_theirs(
 
 
 def test_ages_and_joins_do_not_see_the_step(
-    stepped_session: tuple[Session, list[Told], int], clocks: Clocks
+    stepped_session: tuple[Session, list[CorrelatedEvent], int], clocks: Clocks
 ) -> None:
     session, _, _ = stepped_session
     clocks.tick(2 * SECOND)
@@ -307,7 +307,7 @@ def test_ages_and_joins_do_not_see_the_step(
     assert snapshot.latency.sum_seconds == pytest.approx(0.2)
 
 
-def test_the_step_is_shown(stepped_session: tuple[Session, list[Told], int]) -> None:
+def test_the_step_is_shown(stepped_session: tuple[Session, list[CorrelatedEvent], int]) -> None:
     session, told, step = stepped_session
     snapshot = session.snapshot()
     words = "stepped by " + ("+24 h" if step > 0 else "-60 min")
@@ -339,7 +339,7 @@ def test_a_step_within_a_story_is_part_of_it(clocks: Clocks, step: int) -> None:
 
 @pytest.mark.usefixtures("clocks")
 def test_recordings_and_joiners_have_the_same_times(
-    stepped_session: tuple[Session, list[Told], int], tmp_path: Path
+    stepped_session: tuple[Session, list[CorrelatedEvent], int], tmp_path: Path
 ) -> None:
     session, told, step = stepped_session
     serve = session.snapshot()
@@ -357,7 +357,7 @@ def test_recordings_and_joiners_have_the_same_times(
     ts = {one["pfn"]: one["ts"] for one in records if one.get("kind") == "poison"}
     assert ts == {0x10: T0 + 3 * SECOND, 0x20: T0 + 7 * SECOND + SECOND // 5 + step}
     with open_door(session):
-        joined = JoinedSource.join()
+        joined = RemoteSource.join()
         assert joined is not None
         joiner = Session(joined)
         joiner.pump(0)
@@ -391,7 +391,7 @@ def test_a_step_is_no_silence(clocks: Clocks, step: int) -> None:
     """A refusal that no exit tells within 5 s was not delivered: a day's step is not 5 s."""
     machine = Machine(clocks)
     session = Session(machine)
-    machine.said = [Refused(clock.now_ns(), 1, 8)]
+    machine.said = [GmemRefusal(clock.now_ns(), 1, 8)]
     session.pump(0)
     clocks.realtime += step
     clocks.tick(SECOND)

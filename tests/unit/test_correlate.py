@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from kvmtrace.correlate import Correlator, Told, cause_of
+from kvmtrace.correlate import Correlator, cause_of
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.pending import JOIN_NS
 from kvmtrace.correlate.verdicts import LOOPING_AFTER
@@ -18,18 +18,18 @@ from kvmtrace.events import (
     Exit,
     Found,
     GmemPoison,
+    GmemRefusal,
     Lost,
     Owned,
     Owner,
     Poison,
-    Refused,
     Sigbus,
-    StillQuiet,
+    Tick,
     Unpoison,
     VmGone,
     VmSeen,
 )
-from kvmtrace.model import Incident, Snapshot
+from kvmtrace.model import CorrelatedEvent, Incident, Snapshot
 
 T0 = 1_790_000_000_000_000_000
 MS = 1_000_000
@@ -56,7 +56,7 @@ def gmem(ts: int, *owners: Owner, tid: int = VMM) -> GmemPoison:
     return GmemPoison(ts, tid, 383, 8, owners)
 
 
-def tell(*events: Event, limits: Limits = Limits()) -> tuple[Snapshot, list[Told]]:  # noqa: B008
+def tell(*events: Event, limits: Limits = Limits()) -> tuple[Snapshot, list[CorrelatedEvent]]:  # noqa: B008
     correlator = Correlator(limits)
     told = [correlator.feed(event) for event in events]
     return correlator.snapshot(), told
@@ -104,9 +104,7 @@ def test_causes_by_errno_and_flags(exit_: Exit, cause: str) -> None:
 @pytest.mark.parametrize("gmem", [133, None])
 def test_what_a_nested_fault_told_is_not_undelivered(gmem: int | None) -> None:
     """arm64 returns 0 for EHWPOISON of a guest_memfd slot (kvm_handle_vncr_abort)."""
-    snapshot, _ = tell(
-        seen(1), Refused(T0, 1, 8), fault(0, gmem=gmem), StillQuiet(T0 + 60_000 * MS)
-    )
+    snapshot, _ = tell(seen(1), GmemRefusal(T0, 1, 8), fault(0, gmem=gmem), Tick(T0 + 60_000 * MS))
     assert snapshot.vms[1].undelivered == 0
     assert snapshot.vms[1].exits_by_errno() == {"MEMORY_FAULT": 1}
 

@@ -12,8 +12,7 @@ from kvmtrace import sources
 from kvmtrace.choice import Attempt
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host
-from kvmtrace.model import Probe
-from kvmtrace.probes import specs
+from kvmtrace.probes import Probe, specs
 from kvmtrace.views import doctor
 from tests.unit.command_line import invoke
 from tests.unit.fake import FakeSource

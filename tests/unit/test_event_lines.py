@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 
 from kvmtrace import kvm
-from kvmtrace.correlate import Told
 from kvmtrace.events import (
     KINDS,
     ClockStep,
@@ -18,23 +17,24 @@ from kvmtrace.events import (
     Exit,
     Found,
     GmemPoison,
+    GmemRefusal,
     HwError,
     KernelCounts,
     Lost,
     Mce,
     Owned,
     Owner,
+    PageReplaced,
     Poison,
-    Refused,
-    Released,
     Sigbus,
     SoftOffline,
-    StillQuiet,
+    Tick,
     Unpoison,
     VcpuState,
     VmGone,
     VmSeen,
 )
+from kvmtrace.model import CorrelatedEvent
 from kvmtrace.views.event_lines import event_text, json_text
 from kvmtrace.views.format import cells
 
@@ -52,7 +52,7 @@ def _zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     time.tzset()
 
 
-def text(told: Told, **options: int) -> str:
+def text(told: CorrelatedEvent, **options: int) -> str:
     line = event_text(told, **options)
     assert line is not None
     return line
@@ -75,7 +75,7 @@ def fault(**fields: object) -> Exit:
 
 
 def test_fault() -> None:
-    line = text(Told(fault(), WEB, "hwpoison", "103275-1"))
+    line = text(CorrelatedEvent(fault(), WEB, "hwpoison", "103275-1"))
     assert line == (
         "16:13:20.123 exit   web-1 (4242)           EHWPOISON hwpoison      vcpu 0"
         "  gpa 0x1f000000  gfn 0x1f000  4 KiB  flags PRIVATE  read  x3  incident 103275-1"
@@ -91,7 +91,7 @@ def test_fault() -> None:
     ],
 )
 def test_bit_4_of_the_flags(errno: int, flags: int, text_of_flags: str) -> None:
-    assert f"flags {text_of_flags}  " in text(Told(fault(errno=errno, flags=flags), WEB))
+    assert f"flags {text_of_flags}  " in text(CorrelatedEvent(fault(errno=errno, flags=flags), WEB))
 
 
 def test_unannotated_fault_says_only_what_is_known() -> None:
@@ -107,7 +107,7 @@ def test_unannotated_fault_says_only_what_is_known() -> None:
         access=None,
         count=1,
     )
-    assert text(Told(bare, None, "unannotated")) == (
+    assert text(CorrelatedEvent(bare, None, "unannotated")) == (
         "16:13:20.123 exit   -                      EFAULT unannotated      vcpu 0  reason MMIO"
     )
 
@@ -115,7 +115,7 @@ def test_unannotated_fault_says_only_what_is_known() -> None:
 def test_an_exit_counted_without_its_vcpu_and_address() -> None:
     unknown = {"gpa": None, "size": None, "gfn": None, "access": None}
     exit_ = replace(fault(**unknown, count=5000), vcpu=None)
-    told = Told(exit_, WEB, "hwpoison")
+    told = CorrelatedEvent(exit_, WEB, "hwpoison")
     assert text(told) == (
         "16:13:20.123 exit   web-1 (4242)           EHWPOISON hwpoison      vcpu -"
         "  flags PRIVATE  x5000"
@@ -124,27 +124,27 @@ def test_an_exit_counted_without_its_vcpu_and_address() -> None:
     assert not {"vcpu", "gpa", "gfn", "size"} & line.keys()
     assert (line["reason"], line["annotated"], line["cause"]) == (39, True, "hwpoison")
     bare = replace(exit_, reason=None, annotated=None, flags=None, private=None)
-    assert text(Told(bare, WEB)) == (
+    assert text(CorrelatedEvent(bare, WEB)) == (
         "16:13:20.123 exit   web-1 (4242)           EHWPOISON (cause unknown)  vcpu -  x5000"
     )
-    line = json.loads(json_text(Told(bare, WEB)) or "")
+    line = json.loads(json_text(CorrelatedEvent(bare, WEB)) or "")
     assert not {"vcpu", "reason", "annotated"} & line.keys()
 
 
 def test_unknown_flags_errno_and_cause_still_print() -> None:
-    line = text(Told(fault(errno=4095, flags=1 << 5), WEB))
+    line = text(CorrelatedEvent(fault(errno=4095, flags=1 << 5), WEB))
     assert "4095 (cause unknown)" in line
     assert "flags 0x20" in line
 
 
 def test_poison_names_its_owners() -> None:
     poison = Poison(TS, 0x103275, "dirty unevictable LRU page", "Failed")
-    one = text(Told(poison, incident="103275-1", owners=((Owner(1, 0x1F000), WEB),)))
+    one = text(CorrelatedEvent(poison, incident="103275-1", owners=((Owner(1, 0x1F000), WEB),)))
     assert one.startswith("16:13:20.123 poison web-1 (4242)           Failed ")
     assert "pfn 0x103275  dirty unevictable LRU page  owners web-1 (4242) gfn 0x1f000" in one
-    assert text(Told(poison)).endswith("owners none")
+    assert text(CorrelatedEvent(poison)).endswith("owners none")
     assert "owners web-1 (4242) gfn -, - gfn 0x5" in text(
-        Told(poison, owners=((Owner(1, None), WEB), (Owner(9, 5), None)))
+        CorrelatedEvent(poison, owners=((Owner(1, None), WEB), (Owner(9, 5), None)))
     )
 
 
@@ -152,28 +152,28 @@ def test_poison_names_its_owners() -> None:
     ("told", "expected"),
     [
         (
-            Told(Sigbus(TS, 7, 8, 4, 0x7F00, lsb=21, vcpu=2, gfn=0x1F), WEB),
+            CorrelatedEvent(Sigbus(TS, 7, 8, 4, 0x7F00, lsb=21, vcpu=2, gfn=0x1F), WEB),
             "sigbus web-1 (4242)           BUS_MCEERR_AR           "
             "vcpu 2  tid 8  hva 0x7f00  2 MiB  gfn 0x1f",
         ),
         (
-            Told(Sigbus(TS, 7, 8, 5, 0x7F00)),
+            CorrelatedEvent(Sigbus(TS, 7, 8, 5, 0x7F00)),
             "sigbus pid 7                  BUS_MCEERR_AO           tid 8  hva 0x7f00",
         ),
         (
-            Told(Sigbus(TS, 7, 8, kvm.SI_KERNEL, None)),
+            CorrelatedEvent(Sigbus(TS, 7, 8, kvm.SI_KERNEL, None)),
             "sigbus pid 7                  SI_KERNEL               tid 8",
         ),
         (
-            Told(Sigbus(TS, 168, 168, 4, 0x7F00, comm="reader")),
+            CorrelatedEvent(Sigbus(TS, 168, 168, 4, 0x7F00, comm="reader")),
             "sigbus reader (168)           BUS_MCEERR_AR           tid 168  hva 0x7f00",
         ),
         (
-            Told(Sigbus(TS, 7, 8, 5, 0x7F00), VmSeen(TS, 1, 7, "web", vmid="8006")),
+            CorrelatedEvent(Sigbus(TS, 7, 8, 5, 0x7F00), VmSeen(TS, 1, 7, "web", vmid="8006")),
             "sigbus 8006 (web) (7)         BUS_MCEERR_AO           tid 8  hva 0x7f00",
         ),
         (
-            Told(
+            CorrelatedEvent(
                 Owned(TS, 0x104CAA, Owner(1, None, 0x13000), "pagemap"),
                 WEB,
                 incident="104caa-1",
@@ -183,54 +183,54 @@ def test_poison_names_its_owners() -> None:
             "pfn 0x104caa  gfn 0x5  hva 0x13000  incident 104caa-1",
         ),
         (
-            Told(Mce(TS, None, None, 5, 3, 1, 0xBD)),
+            CorrelatedEvent(Mce(TS, None, None, 5, 3, 1, 0xBD)),
             "mce    -                      bank 5 cpu 3            "
             "socket 1  addr -  pfn -  status 0xbd",
         ),
         (
-            Told(WEB, WEB),
+            CorrelatedEvent(WEB, WEB),
             "vm     web-1 (4242)           seen                    "
             "qemu  uuid 11111111-2222-3333-4444-555555555555",
         ),
-        (Told(VmGone(TS, 1), WEB), "vm     web-1 (4242)           gone"),
+        (CorrelatedEvent(VmGone(TS, 1), WEB), "vm     web-1 (4242)           gone"),
         (
-            Told(Lost(TS, "ring", 9)),
+            CorrelatedEvent(Lost(TS, "ring", 9)),
             "lost   -                      9 lost                  at ring",
         ),
     ],
 )
-def test_other_kinds(told: Told, expected: str) -> None:
+def test_other_kinds(told: CorrelatedEvent, expected: str) -> None:
     assert text(told) == f"16:13:20.123 {expected}"
 
 
-EVERY_KIND: tuple[Told, ...] = (
-    Told(WEB, WEB),
-    Told(VmGone(TS, 1), WEB),
-    Told(fault(), WEB, "hwpoison", "103275-1"),
-    Told(Poison(TS, 5, "dirty LRU page", "Failed"), incident="5-1"),
-    Told(GmemPoison(TS, 1, 2, 3)),
-    Told(Owned(TS, 5, Owner(1, 8), "pagemap"), WEB, incident="5-1"),
-    Told(
+EVERY_KIND: tuple[CorrelatedEvent, ...] = (
+    CorrelatedEvent(WEB, WEB),
+    CorrelatedEvent(VmGone(TS, 1), WEB),
+    CorrelatedEvent(fault(), WEB, "hwpoison", "103275-1"),
+    CorrelatedEvent(Poison(TS, 5, "dirty LRU page", "Failed"), incident="5-1"),
+    CorrelatedEvent(GmemPoison(TS, 1, 2, 3)),
+    CorrelatedEvent(Owned(TS, 5, Owner(1, 8), "pagemap"), WEB, incident="5-1"),
+    CorrelatedEvent(
         Owned(TS, 5, Owner(1, 8, 0x7000), "pagemap"),
         WEB,
         None,
         "5-1",
         ((Owner(1, 8, 0x7000), WEB),),
     ),
-    Told(Sigbus(TS, 4242, 77, 4, 0x7000, 12, vm=1), WEB),
-    Told(Mce(TS, 0x5000, 5, 7, 3, 0, 0)),
-    Told(Refused(TS, 1, 8), WEB),
-    Told(HwError(TS, "extlog", "corrected")),
-    Told(SoftOffline(TS, 9, 0)),
-    Told(SoftOffline(TS, 9, 16), incident="9-1"),
-    Told(Unpoison(TS, 5), incident="5-1"),
-    Told(Found(TS, 77), incident="4d-1"),
-    Told(KernelCounts(TS, ())),
-    Told(VcpuState(TS, 1, 77, "running"), WEB),
-    Told(Released(TS, 1, 5, 0x7000), WEB),
-    Told(StillQuiet(TS)),
-    Told(ClockStep(TS, -SECOND, -SECOND)),
-    Told(Lost(TS, "ring", 7)),
+    CorrelatedEvent(Sigbus(TS, 4242, 77, 4, 0x7000, 12, vm=1), WEB),
+    CorrelatedEvent(Mce(TS, 0x5000, 5, 7, 3, 0, 0)),
+    CorrelatedEvent(GmemRefusal(TS, 1, 8), WEB),
+    CorrelatedEvent(HwError(TS, "extlog", "corrected")),
+    CorrelatedEvent(SoftOffline(TS, 9, 0)),
+    CorrelatedEvent(SoftOffline(TS, 9, 16), incident="9-1"),
+    CorrelatedEvent(Unpoison(TS, 5), incident="5-1"),
+    CorrelatedEvent(Found(TS, 77), incident="4d-1"),
+    CorrelatedEvent(KernelCounts(TS, ())),
+    CorrelatedEvent(VcpuState(TS, 1, 77, "running"), WEB),
+    CorrelatedEvent(PageReplaced(TS, 1, 5, 0x7000), WEB),
+    CorrelatedEvent(Tick(TS)),
+    CorrelatedEvent(ClockStep(TS, -SECOND, -SECOND)),
+    CorrelatedEvent(Lost(TS, "ring", 7)),
 )
 
 
@@ -244,18 +244,18 @@ EVERY_KIND: tuple[Told, ...] = (
     ],
 )
 def test_what_a_line_ends_in(event: Event, end: str) -> None:
-    assert text(Told(event)).endswith(end)
+    assert text(CorrelatedEvent(event)).endswith(end)
 
 
 def test_a_vm_that_was_not_looked_up_says_why_as_json() -> None:
-    line = json_text(Told(VmSeen(TS, 1, 7, unread="its memory map hangs")))
+    line = json_text(CorrelatedEvent(VmSeen(TS, 1, 7, unread="its memory map hangs")))
     assert json.loads(line or "")["unread"] == "its memory map hangs"
-    assert "unread" not in json.loads(json_text(Told(VmSeen(TS, 1, 7))) or "")
+    assert "unread" not in json.loads(json_text(CorrelatedEvent(VmSeen(TS, 1, 7))) or "")
 
 
 def test_programs_learn_the_vmm_that_people_are_shown() -> None:
-    assert " qemu" in text(Told(WEB))
-    assert json.loads(json_text(Told(WEB)) or "")["vmm"] == "qemu"
+    assert " qemu" in text(CorrelatedEvent(WEB))
+    assert json.loads(json_text(CorrelatedEvent(WEB)) or "")["vmm"] == "qemu"
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_programs_learn_the_vmm_that_people_are_shown() -> None:
     ],
 )
 def test_proxmox_s_number_is_written_as_everywhere(name: str | None, vm: str) -> None:
-    assert f" {vm} " in text(Told(VmSeen(TS, 1, 4003, name, vmid="8006")))
+    assert f" {vm} " in text(CorrelatedEvent(VmSeen(TS, 1, 4003, name, vmid="8006")))
 
 
 def test_people_and_programs_are_told_the_same() -> None:
@@ -297,26 +297,29 @@ def test_people_and_programs_are_told_the_same() -> None:
                 "incident": "5-1",
             },
         ),
-        (Told(SoftOffline(TS, 9, 0)), {"kind": "soft_offline", "pfn": 9}),
-        (Told(SoftOffline(TS, 9, 16)), {"kind": "soft_offline", "pfn": 9, "errno": "EBUSY"}),
-        (Told(Unpoison(TS, 5)), {"kind": "unpoison", "pfn": 5}),
-        (Told(Found(TS, 77)), {"kind": "found", "pfn": 77}),
+        (CorrelatedEvent(SoftOffline(TS, 9, 0)), {"kind": "soft_offline", "pfn": 9}),
+        (
+            CorrelatedEvent(SoftOffline(TS, 9, 16)),
+            {"kind": "soft_offline", "pfn": 9, "errno": "EBUSY"},
+        ),
+        (CorrelatedEvent(Unpoison(TS, 5)), {"kind": "unpoison", "pfn": 5}),
+        (CorrelatedEvent(Found(TS, 77)), {"kind": "found", "pfn": 77}),
     ],
 )
-def test_what_happens_to_a_page_as_json(told: Told, record: dict[str, object]) -> None:
+def test_what_happens_to_a_page_as_json(told: CorrelatedEvent, record: dict[str, object]) -> None:
     line = json.loads(json_text(told) or "null")
     assert line == {"ts": "2026-09-21T14:13:20.123456789Z"} | record
 
 
 @pytest.mark.parametrize("event", [GmemPoison(TS, 1, 2, 3), Owned(TS, 1, Owner(1, 2), "pagemap")])
 def test_internal_events_have_no_line(event: Event) -> None:
-    assert event_text(Told(event)) is None
-    assert json_text(Told(event)) is None
+    assert event_text(CorrelatedEvent(event)) is None
+    assert json_text(CorrelatedEvent(event)) is None
 
 
 def test_long_and_wide_names_keep_the_columns() -> None:
     for name in ("x" * 100, "数据库" * 20):
-        line = text(Told(VmGone(TS, 1), VmSeen(TS, 1, 4242, name)))
+        line = text(CorrelatedEvent(VmGone(TS, 1), VmSeen(TS, 1, 4242, name)))
         before = line[: line.index(" gone")]
         assert before.rstrip().endswith("… (4242)")
         assert cells(before) == 12 + 1 + 6 + 1 + 22
@@ -324,13 +327,15 @@ def test_long_and_wide_names_keep_the_columns() -> None:
 
 def test_width_cuts_in_cells() -> None:
     wide = VmSeen(TS, 1, 4242, "数据库")
-    line = text(Told(fault(), wide, "hwpoison"), width=60)
+    line = text(CorrelatedEvent(fault(), wide, "hwpoison"), width=60)
     assert cells(line) == 60
     assert line.endswith("…")
 
 
 def test_json_is_the_contract_in_one_compact_line() -> None:
-    line = json_text(Told(fault(), VmSeen(TS, 1, 4242, "数据库"), "hwpoison", "103275-1"))
+    line = json_text(
+        CorrelatedEvent(fault(), VmSeen(TS, 1, 4242, "数据库"), "hwpoison", "103275-1")
+    )
     assert line is not None
     assert "\n" not in line
     assert '"name":"数据库"' in line
@@ -364,5 +369,5 @@ def test_json_is_the_contract_in_one_compact_line() -> None:
 def test_a_signal_is_to_a_vm_or_to_a_process(
     signal: Sigbus, vm: VmSeen | None, who: tuple[str, dict[str, object]]
 ) -> None:
-    line = json.loads(json_text(Told(signal, vm)) or "")
+    line = json.loads(json_text(CorrelatedEvent(signal, vm)) or "")
     assert {key: line[key] for key in ("vm", "process") if key in line} == dict([who])

@@ -13,6 +13,7 @@ from kvmtrace.events import (
     Event,
     Exit,
     GmemPoison,
+    Host,
     HwError,
     KernelCounts,
     Mce,
@@ -25,7 +26,6 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.model import Host
 from kvmtrace.sources.recording import Writer
 from tests.unit.command_line import invoke
 from tests.unit.fake import PROBES, SECOND, T0

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from kvmtrace.session import feed
-from kvmtrace.sources.remote import JoinedSource
+from kvmtrace.sources.remote import RemoteSource
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user")
@@ -28,8 +28,8 @@ def greet(client: socket.socket) -> None:
 
 
 @pytest.fixture
-def opened() -> Iterator[feed.Door]:
-    answering = feed.Door(greet)
+def opened() -> Iterator[feed.FeedServer]:
+    answering = feed.FeedServer(greet)
     yield answering
     answering.close()
 
@@ -87,7 +87,7 @@ def test_the_directory_is_made_for_its_owner_alone(
 ) -> None:
     monkeypatch.setenv(feed.VARIABLE, str(tmp_path / "new"))
     monkeypatch.setattr(feed, "GROUP", "no such group")
-    answering = feed.Door(greet)
+    answering = feed.FeedServer(greet)
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
     assert answering.path == str(tmp_path / "new" / "serve.sock")
     assert stat.S_IMODE(os.stat(answering.path).st_mode) == 0o600
@@ -107,14 +107,14 @@ def test_root_and_others_have_directories_of_their_own(monkeypatch: pytest.Monke
 
     def refused() -> bool:
         with pytest.raises(OSError, match="XDG_RUNTIME_DIR"):
-            feed.Door(greet)
+            feed.FeedServer(greet)
         return True
 
     assert as_nobody(refused)
 
 
 def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
-    answering = feed.Door(greet, str(tmp_path / "own"))
+    answering = feed.FeedServer(greet, str(tmp_path / "own"))
     found = feed.knock(str(tmp_path / "own"))
     assert found
     found[0].close()
@@ -126,14 +126,14 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_a_directory_that_others_may_write_to_is_refused(own_directory: Path, mode: int) -> None:
     own_directory.chmod(mode)
     with pytest.raises(OSError, match="others may write"):
-        feed.Door(greet)
+        feed.FeedServer(greet)
 
 
 @needs_root
 def test_a_directory_of_another_user_is_refused(own_directory: Path) -> None:
     os.chown(own_directory, NOBODY, -1)
     with pytest.raises(OSError, match="another user"):
-        feed.Door(greet)
+        feed.FeedServer(greet)
 
 
 def test_a_directory_behind_a_link_is_refused(
@@ -142,7 +142,7 @@ def test_a_directory_behind_a_link_is_refused(
     (own_directory / "link").symlink_to(own_directory)
     monkeypatch.setenv(feed.VARIABLE, str(own_directory / "link"))
     with pytest.raises(OSError, match="Not a directory"):
-        feed.Door(greet)
+        feed.FeedServer(greet)
 
 
 # -- what stands in its place
@@ -151,7 +151,7 @@ def test_a_directory_behind_a_link_is_refused(
 LEAVE = """
 import sys, time
 from kvmtrace.session import feed
-answering = feed.Door(lambda client: None)
+answering = feed.FeedServer(lambda client: None)
 print("open", flush=True)
 time.sleep(600)
 """
@@ -164,20 +164,20 @@ def test_what_a_killed_serve_left_is_replaced(own_directory: Path) -> None:
     assert left.stdout is not None
     assert left.stdout.readline() == b"open\n"
     with pytest.raises(OSError, match="another kvmtrace serve"):
-        feed.Door(greet)
+        feed.FeedServer(greet)
     left.send_signal(signal.SIGKILL)
     left.wait(20)
     left.stdout.close()
     assert (own_directory / "serve.sock").is_socket()
     assert heard() is None
-    answering = feed.Door(greet)
+    answering = feed.FeedServer(greet)
     assert heard() == b"hello"
     answering.close()
 
 
-def test_a_second_one_does_not_take_the_place_of_the_first(opened: feed.Door) -> None:
+def test_a_second_one_does_not_take_the_place_of_the_first(opened: feed.FeedServer) -> None:
     with pytest.raises(OSError, match="another kvmtrace serve"):
-        feed.Door(greet)
+        feed.FeedServer(greet)
     assert heard() == b"hello"
 
 
@@ -192,13 +192,13 @@ def test_what_is_no_socket_is_left_alone(own_directory: Path, kind: str) -> None
         there.mkdir()
     before = there.lstat()
     with pytest.raises(OSError, match="is not a socket"):
-        feed.Door(greet)
+        feed.FeedServer(greet)
     assert there.lstat() == before
 
 
-def test_the_end_of_one_does_not_remove_what_replaced_it(opened: feed.Door) -> None:
+def test_the_end_of_one_does_not_remove_what_replaced_it(opened: feed.FeedServer) -> None:
     os.unlink(opened.path)
-    other = feed.Door(greet)
+    other = feed.FeedServer(greet)
     opened.close()
     assert heard() == b"hello"
     other.close()
@@ -207,13 +207,13 @@ def test_the_end_of_one_does_not_remove_what_replaced_it(opened: feed.Door) -> N
 def test_of_many_that_start_at_once_one_is_there(own_directory: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(own_directory / "serve.sock"))  # all of them find one that was left
-    answering: list[feed.Door] = []
+    answering: list[feed.FeedServer] = []
     start = threading.Barrier(8)
 
     def open_one() -> None:
         start.wait()
         with contextlib.suppress(OSError):
-            answering.append(feed.Door(greet))
+            answering.append(feed.FeedServer(greet))
 
     threads = [threading.Thread(target=open_one) for _ in range(8)]
     for thread in threads:
@@ -229,7 +229,7 @@ def test_of_many_that_start_at_once_one_is_there(own_directory: Path) -> None:
 
 
 @needs_root
-def test_another_user_does_not_get_in(opened: feed.Door, own_directory: Path) -> None:
+def test_another_user_does_not_get_in(opened: feed.FeedServer, own_directory: Path) -> None:
     """Neither by the directory nor, where that lets everybody through, by the socket."""
     for path in (own_directory, *own_directory.parents):
         if path.stat().st_mode & 0o001:
@@ -250,7 +250,7 @@ def test_the_group_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         if path.stat().st_mode & 0o001:
             break
         path.chmod(path.stat().st_mode | 0o011)
-    answering = feed.Door(greet)
+    answering = feed.FeedServer(greet)
     try:
         for there, mode in ((str(tmp_path / "new"), 0o750), (answering.path, 0o660)):
             found = os.stat(there)
@@ -327,7 +327,7 @@ def test_all_of_many_at_once_are_answered() -> None:
         together.wait(20)
         client.sendall(b"hello")
 
-    answering = feed.Door(wait_for_all)
+    answering = feed.FeedServer(wait_for_all)
     answers: list[bytes | None] = []
     threads = [
         threading.Thread(target=lambda: answers.append(heard())) for _ in range(feed.MAX_CLIENTS)
@@ -348,12 +348,12 @@ def test_who_has_left_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
         client.sendall(b"hello")
         go.wait(20)
 
-    answering = feed.Door(greet_and_stay)
+    answering = feed.FeedServer(greet_and_stay)
     assert [heard(), heard()] == [b"hello", b"hello"]
     stays = feed.knock()
     assert stays is not None
     assert stays[0].recv(16) == b"hello"
-    assert JoinedSource.join() is None
+    assert RemoteSource.join() is None
     go.set()
     stays[0].close()
     answering.close()

@@ -13,13 +13,13 @@ from kvmtrace.events import (
     Exit,
     Found,
     GmemPoison,
+    GmemRefusal,
     Owned,
     Owner,
+    PageReplaced,
     Poison,
-    Refused,
-    Released,
     Sigbus,
-    StillQuiet,
+    Tick,
     Unpoison,
     VmGone,
 )
@@ -129,10 +129,10 @@ def test_an_all_clear_is_never_made_by_forgetting() -> None:
     correlator.feed(hwpoison(T0 + S, 1, 1))
     assert correlator.snapshot().vms[1].poisoned_pages == 10
     correlator.feed(Unpoison(T0 + S, 3))
-    correlator.feed(Released(T0 + S, 1, 4, HVA + (4 << 12)))
+    correlator.feed(PageReplaced(T0 + S, 1, 4, HVA + (4 << 12)))
     assert correlator.snapshot().vms[1].poisoned_pages == 8
     correlator.feed(VmGone(T0 + 2 * S, 1))
-    correlator.feed(StillQuiet(T0 + 3 * S))
+    correlator.feed(Tick(T0 + 3 * S))
     assert correlator.snapshot().vms[1].poisoned_pages == 0
 
 
@@ -179,7 +179,7 @@ def test_many_entries_of_one_sort_leave_room_for_what_matters() -> None:
 def test_what_is_read_after_the_end_of_a_quiet_vm_is_counted() -> None:
     signal = Sigbus(T0 + 2 * S, 4001, 4002, 4, HVA, 12, sender=4002, vm=1, count=50)
     exits = Exit(T0 + 2 * S, 1, 0, 14, 39, True, gfn=5, gmem=0, count=1000)
-    snapshot, _ = fed(Limits(), seen(1), VmGone(T0 + S, 1), exits, signal, Refused(T0, 1, 5, 7))
+    snapshot, _ = fed(Limits(), seen(1), VmGone(T0 + S, 1), exits, signal, GmemRefusal(T0, 1, 5, 7))
     vm = snapshot.vms[1]
     assert (vm.gone, vm.name, vm.exits_by_cause()) == (True, "vm-1", {"conversion": 1000})
     assert vm.sigbus == {"AR": 50}
@@ -189,7 +189,7 @@ def test_what_is_read_after_the_end_of_a_quiet_vm_is_counted() -> None:
 def test_what_is_told_of_a_vm_that_nobody_introduced_is_lost() -> None:
     signal = Sigbus(T0, 4001, 4002, 4, HVA, 12, sender=4002, vm=9, count=50)
     exits = Exit(T0, 9, 0, 14, 39, True, gfn=5, count=1000)
-    snapshot, _ = fed(Limits(), exits, signal, Refused(T0, 9, 5, 7))
+    snapshot, _ = fed(Limits(), exits, signal, GmemRefusal(T0, 9, 5, 7))
     assert snapshot.lost == {"unknown_vms": 1057}
     plain = Sigbus(T0, 168, 168, 4, HVA, 12, sender=168)  # a process without VMs
     assert fed(Limits(), plain)[0].lost == {}
@@ -221,7 +221,7 @@ def huge(vm: int = 1, gfn: int = 0x1010, size: int = HUGE) -> list[Event]:
 def test_all_gfns_of_one_loss_are_one_incident(pages: int) -> None:
     other = poisoned(0x55, 2)
     touches = [hwpoison(T0 + n, 1, 0x1000 + n, vcpu=n % 4) for n in range(0, pages, pages // 512)]
-    refusals = [Refused(T0 + n, 1, 0x1000 + n) for n in range(0, pages, pages // 512)]
+    refusals = [GmemRefusal(T0 + n, 1, 0x1000 + n) for n in range(0, pages, pages // 512)]
     story = [seen(2), *other, *huge(size=pages << 12), *refusals, *touches]
     snapshot, correlator = fed(Limits(), *story)
     assert [(i.pfn, i.exits) for i in snapshot.incidents] == [(0x55, 0), (0x80010, 512)]
@@ -232,7 +232,7 @@ def test_all_gfns_of_one_loss_are_one_incident(pages: int) -> None:
     assert sum(t.exits for t in mine.told) == 512
     # Each page once: its guest goes through it, and no VMM goes back to the same page.
     assert (mine.state, mine.verdict) == ("delivered", "unknown")
-    correlator.feed(StillQuiet(T0 + 60 * S))
+    correlator.feed(Tick(T0 + 60 * S))
     assert correlator.snapshot().vms[1].undelivered == 0
 
 

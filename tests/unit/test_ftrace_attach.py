@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace.model import Probe
-from kvmtrace.probes import POISON_EVENTS
+from kvmtrace.probes import POISON_EVENTS, Probe
 from kvmtrace.sources.ftrace import fields
 from kvmtrace.sources.ftrace.attach import Attacher
 

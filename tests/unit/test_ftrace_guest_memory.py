@@ -6,9 +6,9 @@ from pathlib import Path
 
 from kvmtrace.events import Owner
 from kvmtrace.sources.ftrace.guest_memory import FtraceMemory
-from kvmtrace.sources.ftrace.memslots import GuestMemory
-from kvmtrace.sources.ftrace.vms import People
-from kvmtrace.sources.guest_memory import Slot
+from kvmtrace.sources.ftrace.memslots import Memslots
+from kvmtrace.sources.ftrace.vms import VmResolver
+from kvmtrace.sources.guest_memory import Memslot
 from kvmtrace.sources.vm_table import VmTable
 
 PFN, INDEX = 0x104CAA, 7
@@ -31,11 +31,11 @@ def process(proc: Path, pid: int, vms: int = 1, guest_memfd: str = "") -> int:
     return file.stat().st_ino
 
 
-def memory(proc: Path, inode: int) -> tuple[FtraceMemory, VmTable, GuestMemory]:
-    vms, guest = VmTable(str(proc)), GuestMemory()
+def memory(proc: Path, inode: int) -> tuple[FtraceMemory, VmTable, Memslots]:
+    vms, guest = VmTable(str(proc)), Memslots()
     vms.scan(1)
     guest.poisoned(inode, INDEX, PFN)
-    return FtraceMemory(People(vms, lambda tid: None), guest, str(proc)), vms, guest
+    return FtraceMemory(VmResolver(vms, lambda tid: None), guest, str(proc)), vms, guest
 
 
 def test_the_holder_of_the_inode_owns_the_page(tmp_path: Path) -> None:
@@ -71,4 +71,4 @@ def test_slots_are_those_that_were_seen(tmp_path: Path) -> None:
     vms.key(STRUCT, 7, 2)
     guest.learn({"kvm": STRUCT, "base": 0x100, "npages": 16, "hva": 0x10000})
     guest.learn({"kvm": STRUCT, "base": 0x200, "npages": 16, "as_id": 1})
-    assert known.slots(vm) == (Slot(None, 0x100, 16, 0x10000), Slot(None, 0x200, 16, 0, 1))
+    assert known.slots(vm) == (Memslot(None, 0x100, 16, 0x10000), Memslot(None, 0x200, 16, 0, 1))

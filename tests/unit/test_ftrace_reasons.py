@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmtrace.linux import host
-from kvmtrace.model import Probe
-from kvmtrace.probes import ProbeSpec
+from kvmtrace.probes import Probe, ProbeSpec
 from kvmtrace.sources.ftrace.attach import Attacher
 
 SPEC = ProbeSpec("faultin", ("new_name", "old_name"), "return", "access")

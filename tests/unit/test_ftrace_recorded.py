@@ -20,8 +20,8 @@ from kvmtrace.linux import host
 from kvmtrace.linux.tracefs import ring_page
 from kvmtrace.sources.ftrace import totals
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.translator import Joiner
-from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.ftrace.translator import FtraceTranslator
+from kvmtrace.sources.ftrace.vms import VmResolver
 from kvmtrace.sources.vm_table import VmTable
 
 RECORDINGS = sorted((Path(__file__).parent.parent / "recordings" / "ftrace").glob("*.json"))
@@ -43,8 +43,8 @@ def recorded(path: Path) -> tuple[dict[str, Any], list[Event]]:
             found.append(Record(ts + recording["offset_ns"], probe, known.decode(entry)))
     found.sort(key=lambda record: record.ts)
     tables = host.symbolic_tables(recording["formats"]["poison"])
-    people = People(VmTable("/nonexistent"), lambda tid: None)
-    joiner = Joiner(people, (tables["type"], tables["result"]))
+    people = VmResolver(VmTable("/nonexistent"), lambda tid: None)
+    joiner = FtraceTranslator(people, (tables["type"], tables["result"]))
     joiner.faults.watches_gmem = True
     return recording, joiner.batch(found, found[-1].ts, last=True)
 
@@ -64,8 +64,8 @@ def test_exits_are_those_that_the_vmm_was_told(path: Path) -> None:
         if isinstance(e, Exit):
             seen[(e.tid, e.vcpu, e.errno, e.reason, e.gpa, e.flags, e.size)] += e.count
     assert seen == told
-    counted = totals.Totals()
-    totals.Reader().read("run", lambda: recording["hist"], counted)
+    counted = totals.KernelTotals()
+    totals.HistogramReader().read("run", lambda: recording["hist"], counted)
     assert sum(counted.exits.values()) == sum(told.values())
     assert counted.dropped == 0
 

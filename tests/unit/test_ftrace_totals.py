@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from kvmtrace.sources.ftrace import totals as hist
 from kvmtrace.sources.ftrace.totals import (
     ExitKey,
-    RefusedKey,
-    SignalFacts,
+    KernelTotals,
+    RefusalKey,
+    SignalDetails,
     SignalKey,
-    Totals,
-    Whose,
+    VcpuOwner,
 )
 from kvmtrace.sources.tally import Tally
 
@@ -28,7 +28,7 @@ TEXT = """# event histogram
 { vcpu: ffff8c0801610000, ret: 18446744073709551602, reason:          0 } hitcount:          2
 { vcpu: ffff8c0806e156d0, ret: 18446744073709551483, reason:         39 } hitcount:         21
 
-Totals:
+KernelTotals:
     Hits: 23
     Entries: 2
     Dropped: 0
@@ -42,7 +42,7 @@ Totals:
 { vcpu: ffff8c0801610000, kvm: ffff8c080160a000, vid:          0 } hitcount:          2  tgid:        300
 { vcpu: ffff8c0806e156d0, kvm: ffff8c0801814000, vid:          1 } hitcount:         21  tgid:       3066
 
-Totals:
+KernelTotals:
     Hits: 23
     Entries: 2
     Dropped: 0
@@ -55,7 +55,7 @@ Totals:
 
 { vcpu: ffff8c0806e156d0, gpa: 108000, flags: 0 } hitcount:         21  size:      86016
 
-Totals:
+KernelTotals:
     Hits: 21
     Entries: 1
     Dropped: 0
@@ -67,7 +67,7 @@ Totals:
 #
 
 
-Totals:
+KernelTotals:
     Hits: 0
     Entries: 0
     Dropped: 0
@@ -78,11 +78,11 @@ POISON = ExitKey(0xFFFF8C0806E156D0, -133, 39, 0x108000, 0)
 REST = ExitKey(POISON.vcpu, -133, 39)
 
 
-def counted(*texts: str, event: str = "run") -> Totals:
+def counted(*texts: str, event: str = "run") -> KernelTotals:
     """What is made of a file that says these one after the other, and the last for good."""
     left = list(texts)
-    totals = Totals()
-    hist.Reader().read(event, lambda: left.pop(0) if len(left) > 1 else left[0], totals)
+    totals = KernelTotals()
+    hist.HistogramReader().read(event, lambda: left.pop(0) if len(left) > 1 else left[0], totals)
     return totals
 
 
@@ -98,15 +98,15 @@ def test_the_hist_file_is_understood() -> None:
     assert totals.exits == {BARE: 2, POISON: 21}
     assert totals.sizes == {POISON: 4096}
     assert totals.whose == {
-        BARE.vcpu: {Whose(0xFFFF8C080160A000, 0, 150): 2},
-        POISON.vcpu: {Whose(0xFFFF8C0801814000, 1, 146): 21},
+        BARE.vcpu: {VcpuOwner(0xFFFF8C080160A000, 0, 150): 2},
+        POISON.vcpu: {VcpuOwner(0xFFFF8C0801814000, 1, 146): 21},
     }
     assert (totals.rests, totals.full, totals.dropped) == ({REST: 0}, False, 0)
     # A sum that no one number explains gives none.
     odd = counted(TEXT.replace("3066", "3067").replace("86016", "86017"))
-    assert list(odd.whose[POISON.vcpu]) == [Whose(0xFFFF8C0801814000, 1, None)]
+    assert list(odd.whose[POISON.vcpu]) == [VcpuOwner(0xFFFF8C0801814000, 1, None)]
     assert odd.sizes == {}
-    assert counted("") == Totals()
+    assert counted("") == KernelTotals()
 
 
 def test_a_row_caught_in_a_hit_is_read_again() -> None:
@@ -140,14 +140,14 @@ def test_what_begins_between_two_readings_waits_for_the_next() -> None:
 
 
 def test_what_is_known_is_not_read_again() -> None:
-    reader, readings = hist.Reader(), []
+    reader, readings = hist.HistogramReader(), []
 
     def read() -> str:
         readings.append(TEXT)
         return TEXT
 
     for _ in range(3):
-        reader.read("run", read, Totals())
+        reader.read("run", read, KernelTotals())
     assert len(readings) == 2 + 1 + 1
 
 
@@ -187,7 +187,7 @@ def test_memory_faults_without_an_errno_are_counted() -> None:
     totals = counted(text, event="vncr")
     key = ExitKey(POISON.vcpu, 0, 39, 0x108000, 0)
     assert (totals.exits, totals.sizes, totals.dropped) == ({key: 21}, {key: 4096}, 2)
-    assert totals.whose == {POISON.vcpu: {Whose(0xFFFF8C0801814000, 1, 146): 21}}
+    assert totals.whose == {POISON.vcpu: {VcpuOwner(0xFFFF8C0801814000, 1, 146): 21}}
     assert (totals.rests, totals.full) == ({}, False)
 
 
@@ -221,7 +221,7 @@ def test_signals_and_refusals_are_counted_too() -> None:
     )
     key = SignalKey("sigbus", 186, 4, 0x7F0D20003000)
     assert totals.signals == {key: 3000}
-    assert totals.facts == {key: SignalFacts(12, 185)}
+    assert totals.facts == {key: SignalDetails(12, 185)}
     assert totals.signals_dropped == 2
     totals = counted(
         "# trigger info: hist:keys=kvm.hex,gfn.hex:vals=hitcount,tgid:sort=hitcount:size=4096"
@@ -229,7 +229,7 @@ def test_signals_and_refusals_are_counted_too() -> None:
         "{ kvm: ffff8cc583666000, gfn: 103 } hitcount:          7  tgid:       1295\n",
         event="gmem",
     )
-    assert totals.refused == {RefusedKey(0xFFFF8CC583666000, 0x103): 7}
+    assert totals.refused == {RefusalKey(0xFFFF8CC583666000, 0x103): 7}
     assert totals.refusers == {0xFFFF8CC583666000: 185}
 
 
@@ -300,11 +300,11 @@ class FullKernel:
             self.dropped += 1
         self.ring += [key] * kept
 
-    def totals(self) -> Totals:
+    def totals(self) -> KernelTotals:
         rests = {ExitKey(VCPU, -14, 39): self.dropped}
-        return Totals(dict(self.entries), rests=rests, full=self.dropped > 0)
+        return KernelTotals(dict(self.entries), rests=rests, full=self.dropped > 0)
 
-    def settle(self, totals: Totals) -> None:
+    def settle(self, totals: KernelTotals) -> None:
         """As Joiner.batch does: what the ring has is reported before the counts."""
         for key in self.ring:
             self.told[key] += self.tally.event(key)

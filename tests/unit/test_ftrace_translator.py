@@ -11,12 +11,12 @@ from kvmtrace.events import (
     Event,
     Exit,
     GmemPoison,
+    GmemRefusal,
     Lost,
     Mce,
     Owned,
     Owner,
     Poison,
-    Refused,
     Sigbus,
     SoftOffline,
     Unpoison,
@@ -24,18 +24,18 @@ from kvmtrace.events import (
     VmSeen,
 )
 from kvmtrace.sources.ftrace.fields import FILTERS, KVM_PFN_ERR_HWPOISON
-from kvmtrace.sources.ftrace.muting import MAX_MUTED, RATE, ExitStorms, SignalStorms, exclusions
+from kvmtrace.sources.ftrace.muting import MAX_MUTED, RATE, ExitMuting, SignalMuting, exclusions
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.totals import (
     ExitKey,
-    RefusedKey,
-    SignalFacts,
+    KernelTotals,
+    RefusalKey,
+    SignalDetails,
     SignalKey,
-    Totals,
-    Whose,
+    VcpuOwner,
 )
-from kvmtrace.sources.ftrace.translator import Joiner
-from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.ftrace.translator import FtraceTranslator
+from kvmtrace.sources.ftrace.vms import VmResolver
 from kvmtrace.sources.vm_table import VmTable
 
 VM, VCPU, PID, TID = 0xFFFF800000000000, 0xFFFF900000000000, 4194300, 4194301
@@ -47,7 +47,7 @@ class World:
     """A joiner, and records with a clock of their own."""
 
     def __init__(self, watches_gmem: bool = True) -> None:
-        self.joiner = Joiner(People(VmTable("/nonexistent"), lambda tid: None))
+        self.joiner = FtraceTranslator(VmResolver(VmTable("/nonexistent"), lambda tid: None))
         self.joiner.faults.watches_gmem = watches_gmem
         self._ts = itertools.count(1_000_000_000, 1000)
         self.exits = 0
@@ -190,16 +190,16 @@ def test_counts_tell_what_no_event_told_with_what_is_known_of_the_kind() -> None
     world = World()
     first = world.exits_of(world.gmem(-133), world.faultin(-133), world.run(-133))
     key = ExitKey(VCPU, -133, 39, GFN << 12, 0)
-    (rest,) = world.exits_of(totals=Totals({key: 1000}))
+    (rest,) = world.exits_of(totals=KernelTotals({key: 1000}))
     assert rest.count == 999
     assert (rest.gmem, rest.access, rest.gfn, rest.vm) == (133, "w", GFN, first[0].vm)
-    assert world.exits_of(totals=Totals({key: 1000})) == []
+    assert world.exits_of(totals=KernelTotals({key: 1000})) == []
 
 
 def test_counts_of_a_vcpu_never_seen() -> None:
     world = World()
     key = ExitKey(VCPU, -133, 39, GFN << 12, 8)
-    totals = Totals({key: 7}, {key: 4096}, {VCPU: {Whose(VM, 3, PID): 7}})
+    totals = KernelTotals({key: 7}, {key: 4096}, {VCPU: {VcpuOwner(VM, 3, PID): 7}})
     (told,) = world.exits_of(totals=totals)
     assert (told.vcpu, told.count, told.gfn, told.size, told.private) == (3, 7, GFN, 4096, True)
     assert (told.gmem, told.access) == (None, None)
@@ -222,17 +222,17 @@ def test_a_storm_is_muted_and_heard_again_when_it_is_over() -> None:
     (other,) = world.exits_of(world.faultin(-14, vcpu=VCPU + 64), world.run(-14, vcpu=VCPU + 64))
     assert other.gmem is None
     key = ExitKey(VCPU, -133, 39, GFN << 12, 0)
-    assert [e.count for e in world.exits_of(totals=Totals({key: 5000}))] == [4800]
+    assert [e.count for e in world.exits_of(totals=KernelTotals({key: 5000}))] == [4800]
     for _ in range(3):
         assert storms
-        world.tell(totals=Totals({key: 5000}))
+        world.tell(totals=KernelTotals({key: 5000}))
     assert not storms
     assert set(exclusions(storms.conditions()).values()) == {""}
 
 
 def test_all_that_can_be_muted_fits_into_a_filter() -> None:
     """event_filter_write takes less than a page; the numbers are as long as they can be."""
-    exits, signals = ExitStorms(), SignalStorms()
+    exits, signals = ExitMuting(), SignalMuting()
     top = (1 << 64) - 1
     for n in range(2 * MAX_MUTED):
         vcpu, gpa = top - n, top - (n << 12)
@@ -279,7 +279,7 @@ def test_the_last_exits_of_a_storm_are_told_before_the_vm_is_gone() -> None:
         world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
     key = ExitKey(VCPU, -133, 39, GFN << 12, 0)
     other = ExitKey(VCPU + 64, -133, 39, GFN << 12, 0)
-    totals = Totals({key: 1000, other: 5})
+    totals = KernelTotals({key: 1000, other: 5})
     told = world.tell(world.record("vm_gone"), read_totals=lambda: totals)
     assert [type(e) for e in told] == [Exit, VmGone]
     assert isinstance(told[0], Exit)
@@ -363,7 +363,7 @@ def test_the_fault_tells_the_owner_where_the_slot_was_not_known() -> None:
     told = world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
     assert told[0] == Owned(told[0].ts, 0x1234, Owner(1, GFN, 0x7F0000008000), "fault")
     again = world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
-    assert [type(e) for e in again] == [Refused, Exit]
+    assert [type(e) for e in again] == [GmemRefusal, Exit]
 
 
 def test_poison_has_the_kernels_words_or_its_numbers() -> None:
@@ -456,7 +456,7 @@ def test_what_cannot_be_private_is_no_conversion() -> None:
     for fields, expected in cases:
         world = World()
         told = world.exits_of(world.run(-14, **fields), doubtful=True)
-        counts = Totals(exits={ExitKey(VCPU, -14, 39, (GFN + 1) << 12, 0): 5})
+        counts = KernelTotals(exits={ExitKey(VCPU, -14, 39, (GFN + 1) << 12, 0): 5})
         told += world.exits_of(totals=counts)
         assert [(e.gmem, e.count) for e in told] == [(expected, 1), (expected, 5)]
     world = World()
@@ -476,7 +476,7 @@ def test_a_vm_whose_end_was_missed_ends_where_the_next_one_begins() -> None:
     first = [*world.tell(world.record("vm_new", ret=0)), *poisoned(world)]
     key = next(e for e in first if isinstance(e, Exit)).vm
     world.joiner.faults.behind = True
-    counts = Totals(exits={ExitKey(VCPU, -133, 39, GFN << 12, 0): 5})
+    counts = KernelTotals(exits={ExitKey(VCPU, -133, 39, GFN << 12, 0): 5})
     told = world.tell(world.record("vm_new", ret=0, tgid=PID + 1), read_totals=lambda: counts)
     assert [(e.vm, e.count) for e in told if isinstance(e, Exit)] == [(key, 4)]
     assert [e.vm for e in told if isinstance(e, VmGone)] == [key]
@@ -541,7 +541,7 @@ def test_arm64s_nested_virtualization_faults_without_an_errno(errno: int) -> Non
         assert (told.flags, told.size, told.private, told.gmem) == (0, 4096, False, known)
     # What the ring had no room for.
     key = ExitKey(VCPU, 0, 39, GFN << 12 | 0x10, 0)
-    (rest,) = world.exits_of(totals=Totals({key: 1000}))
+    (rest,) = world.exits_of(totals=KernelTotals({key: 1000}))
     assert (rest.errno, rest.reason, rest.annotated, rest.count) == (0, 39, True, 997)
     assert (rest.vcpu, rest.gpa, rest.gfn) == (2, GFN << 12 | 0x10, GFN)
 
@@ -565,15 +565,15 @@ def test_conversions_that_only_the_counts_tell(
     rest, one = ExitKey(VCPU, -14, 39), ExitKey(VCPU, -14, 39, 9 << 12, 8)
     bare, odd = ExitKey(VCPU, -14, 0), ExitKey(VCPU, -14, 39, 7 << 12, 16)
     told = world.exits_of(
-        totals=Totals(
+        totals=KernelTotals(
             exits={one: 5, bare: 2},
             rests={rest: 5000},
-            whose={VCPU: {Whose(VM, 0, PID): 5007}},
+            whose={VCPU: {VcpuOwner(VM, 0, PID): 5007}},
             failing=failing,
         )
     )
     assert [(e.count, e.gmem) for e in told] == [(5, gmem), (2, None), (5000, gmem)]
-    told = world.exits_of(totals=Totals(exits={odd: 5}, rests={rest: 5001}, failing=failing))
+    told = world.exits_of(totals=KernelTotals(exits={odd: 5}, rests={rest: 5001}, failing=failing))
     assert [(e.count, e.gmem) for e in told] == [(5, None), (1, None)]
 
 
@@ -585,7 +585,9 @@ def test_a_flag_that_is_not_mainlines_makes_no_failure_of_guest_memfd(flags: int
     assert (told.flags, told.gmem) == (flags, 0)
     rest = ExitKey(VCPU, -14, 39)
     counts = {ExitKey(VCPU, -14, 39, 9 << 12, flags): 5, ExitKey(VCPU, -14, 39, 8 << 12, 0): 6}
-    told_by_counts = world.exits_of(totals=Totals(exits=counts, rests={rest: 1 + 7}, full=True))
+    told_by_counts = world.exits_of(
+        totals=KernelTotals(exits=counts, rests={rest: 1 + 7}, full=True)
+    )
     assert [(e.count, e.flags, e.gmem) for e in told_by_counts] == [
         (5, flags, None),
         (6, 0, 14),
@@ -603,8 +605,8 @@ def test_exits_dropped_a_while_before_the_end_are_told_before_the_vm_is_gone() -
     world.tell()
     world.tell()
     bare, other = ExitKey(VCPU, -14, 0), ExitKey(VCPU + 64, -14, 0)
-    whose = {VCPU: {Whose(VM, 0, PID): 50}, VCPU + 64: {Whose(VM, 1, PID): 7}}
-    totals = Totals({bare: 50, other: 7}, whose=whose)
+    whose = {VCPU: {VcpuOwner(VM, 0, PID): 50}, VCPU + 64: {VcpuOwner(VM, 1, PID): 7}}
+    totals = KernelTotals({bare: 50, other: 7}, whose=whose)
     told = world.tell(world.record("vm_gone"), read_totals=lambda: totals)
     assert [(type(e), getattr(e, "count", None)) for e in told] == [
         (Exit, 49),
@@ -614,13 +616,13 @@ def test_exits_dropped_a_while_before_the_end_are_told_before_the_vm_is_gone() -
 
 
 def test_counts_that_were_settled_need_not_be_read_again_at_the_end() -> None:
-    def never() -> Totals:
+    def never() -> KernelTotals:
         raise AssertionError("read")
 
     world = World()
     world.tell(world.run(-14, reason=0), doubtful=True)
     assert world.joiner.behind
-    world.tell(totals=Totals({ExitKey(VCPU, -14, 0): 1}))
+    world.tell(totals=KernelTotals({ExitKey(VCPU, -14, 0): 1}))
     assert not world.joiner.behind
     assert [type(e) for e in world.tell(world.record("vm_gone"), read_totals=never)] == [VmGone]
 
@@ -646,10 +648,10 @@ def test_a_storm_of_signals_is_muted_counted_and_told() -> None:
     assert world.joiner.muted() is None
     # Still in the ring from before it was muted: the counts have it.
     assert world.tell(sigbus(world), world.faultin(1, pfn=KVM_PFN_ERR_HWPOISON)) == []
-    (rest,) = world.tell(totals=Totals(signals={signal_key(): 5000}))
+    (rest,) = world.tell(totals=KernelTotals(signals={signal_key(): 5000}))
     assert isinstance(rest, Sigbus)
     assert (rest.count, rest.gfn, rest.vm, rest.vcpu, rest.lsb) == (4800, GFN, 1, 0, 12)
-    last = Totals(signals={signal_key(): 5010, signal_key(addr=0): 3})
+    last = KernelTotals(signals={signal_key(): 5010, signal_key(addr=0): 3})
     told = world.tell(world.record("vm_gone"), read_totals=lambda: last)
     assert [(type(e), getattr(e, "count", None)) for e in told] == [(Sigbus, 10), (VmGone, None)]
 
@@ -662,7 +664,7 @@ def test_in_a_storm_of_signals_the_ways_out_are_muted_too() -> None:
     assert muted is not None
     assert muted["run"] == f" && !(vcpu == {VCPU:#x} && ret == -4)"
     for _ in range(5):
-        world.tell(totals=Totals(signals={signal_key(): 200}))
+        world.tell(totals=KernelTotals(signals={signal_key(): 200}))
     muted = world.joiner.muted()
     assert muted is not None
     assert muted["run"] == ""
@@ -680,7 +682,7 @@ def test_signals_of_which_no_event_came() -> None:
     world = World()
     world.tell(world.record("vm_new", ret=0))
     key = signal_key("sigbus_forced")
-    totals = Totals(signals={key: 7}, facts={key: SignalFacts(21, PID)})
+    totals = KernelTotals(signals={key: 7}, facts={key: SignalDetails(21, PID)})
     (told,) = world.tell(totals=totals, deaf=True)
     assert told == Sigbus(told.ts, PID, TID, 4, 0x7F0000008000, 21, vm=1, count=7)
     assert world.joiner.behind
@@ -689,10 +691,10 @@ def test_signals_of_which_no_event_came() -> None:
 def test_refusals_are_told_once_by_events_and_counts() -> None:
     world = World()
     told = world.tell(world.gmem(-133), world.gmem(-133), world.gmem(-14), world.gmem(-133, 0x109))
-    assert [(e.gfn, e.count) for e in told if isinstance(e, Refused)] == [(GFN, 2), (0x109, 1)]
-    totals = Totals(refused={RefusedKey(VM, GFN): 10, RefusedKey(VM, 0x109): 1})
+    assert [(e.gfn, e.count) for e in told if isinstance(e, GmemRefusal)] == [(GFN, 2), (0x109, 1)]
+    totals = KernelTotals(refused={RefusalKey(VM, GFN): 10, RefusalKey(VM, 0x109): 1})
     told = world.tell(totals=totals)
-    assert [(e.vm, e.gfn, e.count) for e in told if isinstance(e, Refused)] == [(1, GFN, 8)]
+    assert [(e.vm, e.gfn, e.count) for e in told if isinstance(e, GmemRefusal)] == [(1, GFN, 8)]
 
 
 def test_pages_moved_away_and_pages_taken_back() -> None:

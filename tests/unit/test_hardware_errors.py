@@ -17,11 +17,11 @@ from kvmtrace.linux import cper, mce, smbios
 from kvmtrace.linux.smbios import Firmware
 from kvmtrace.model import Incident, Origin, Snapshot
 from kvmtrace.sources.bpf import records
-from kvmtrace.sources.bpf.translator import Translator
+from kvmtrace.sources.bpf.translator import BpfTranslator
 from kvmtrace.sources.ftrace import hardware
 from kvmtrace.sources.ftrace.poison import Poisons
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.ftrace.vms import VmResolver
 from kvmtrace.sources.vm_table import VmTable
 from kvmtrace.views import advice, explain
 from kvmtrace.views.json_output import event_line
@@ -49,7 +49,7 @@ MISC = 0x86  # physical, exact to 64 bytes
 def check(ts: int, bank: int, status: int, addr: int = ADDR, **more: Any) -> Event:
     fields = {"common_pid": 1, "bank": bank, "cpu": 0, "socketid": 0, "status": status}
     fields |= {"addr": addr, "misc": MISC, "ipid": 0} | more
-    people = People(VmTable("/nonexistent"), lambda tid: None)
+    people = VmResolver(VmTable("/nonexistent"), lambda tid: None)
     return Poisons(people, ({}, {})).mce(Record(ts, "mce", fields))
 
 
@@ -340,7 +340,7 @@ def test_a_flood_of_corrected_errors_pushes_out_no_other(tmp_path: Path) -> None
 
 
 def by_bpf(record: records.HwRecord | records.MceRecord) -> Any:
-    translator = Translator(0, ({}, {}), "/nonexistent")
+    translator = BpfTranslator(0, ({}, {}), "/nonexistent")
     translator._firmware = FIRMWARE
     (event,) = translator.translate([bytes(record)], None)  # type: ignore[arg-type]
     return event

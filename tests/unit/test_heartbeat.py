@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.vms import QUIET_NS
-from kvmtrace.enrich import Quiet
+from kvmtrace.enrich import Heartbeat
 from kvmtrace.enrich.heartbeat import FIRST_NS
-from kvmtrace.events import Event, Refused, StillQuiet, VmSeen
+from kvmtrace.events import Event, GmemRefusal, Tick, VmSeen
 from tests.unit.fake import SECOND, T0, FakeSource
 
 
@@ -20,33 +20,33 @@ class Clock:
 
 def test_silence_is_told_ever_more_rarely() -> None:
     clock = Clock()
-    source = Quiet(FakeSource([VmSeen(T0, 1, 4001)]), clock)
+    source = Heartbeat(FakeSource([VmSeen(T0, 1, 4001)]), clock)
     told: list[Event] = []
     for second in range(100):
         clock.now = T0 + second * SECOND
         told += source.poll(0.001)
     assert told[0] == VmSeen(T0, 1, 4001)
     assert [(event.ts - T0) // SECOND for event in told[1:]] == [6, 12, 24, 48, 96]
-    assert all(isinstance(event, StillQuiet) for event in told[1:])
+    assert all(isinstance(event, Tick) for event in told[1:])
 
 
 def test_what_happens_starts_it_anew() -> None:
     clock = Clock()
-    source = Quiet(FakeSource([VmSeen(T0, 1, 4001)], [], [VmSeen(T0, 2, 4002)]), clock)
+    source = Heartbeat(FakeSource([VmSeen(T0, 1, 4001)], [], [VmSeen(T0, 2, 4002)]), clock)
     source.poll(0.001)
     clock.now += FIRST_NS
-    assert source.poll(0.001) == [StillQuiet(clock.now)]
+    assert source.poll(0.001) == [Tick(clock.now)]
     clock.now += SECOND
     source.poll(0.001)
     clock.now += FIRST_NS - 1
     assert source.poll(0.001) == []
     clock.now += 1
-    assert source.poll(0.001) == [StillQuiet(clock.now)]
+    assert source.poll(0.001) == [Tick(clock.now)]
 
 
 def test_a_refusal_that_nobody_tells_of_is_known_without_another_event() -> None:
     clock = Clock()
-    source = Quiet(FakeSource([VmSeen(T0, 1, 4001), Refused(T0, 1, 8)]), clock)
+    source = Heartbeat(FakeSource([VmSeen(T0, 1, 4001), GmemRefusal(T0, 1, 8)]), clock)
     correlator = Correlator()
     undelivered = []
     for _ in range(2):

@@ -11,23 +11,23 @@ from kvmtrace.events import (
     Exit,
     Found,
     GmemPoison,
+    GmemRefusal,
     HwError,
     Lost,
     Mce,
     Owned,
     Owner,
     Poison,
-    Refused,
     Sigbus,
     SoftOffline,
-    StillQuiet,
+    Tick,
     Unpoison,
     VcpuState,
     VmGone,
     VmSeen,
 )
 from kvmtrace.model import Snapshot
-from kvmtrace.session.history import EventLog
+from kvmtrace.session.history import CompactLog
 from tests.property.test_correlate import LOGS
 from tests.unit.fake import SECOND, T0
 from tests.unit.test_explain import STORY
@@ -41,7 +41,7 @@ def model(events: list[Event]) -> Snapshot:
 
 
 def log_of(events: list[Event], limit: int = 1000) -> list[Event]:
-    log = EventLog(limit)
+    log = CompactLog(limit)
     for event in events:
         log.add(event)
     return log.events()
@@ -95,10 +95,10 @@ def test_what_is_told_of_a_vm_after_its_end_is_told_with_its_vm() -> None:
 
 
 def test_of_many_vms_that_were_notified_the_latest_are_remembered() -> None:
-    log = EventLog(1000)
+    log = CompactLog(1000)
     for n in range(10_000):
         log.add(VmSeen(T0, n, n))
-        log.add(Refused(T0, n, 8))
+        log.add(GmemRefusal(T0, n, 8))
         log.add(VmGone(T0 + 1, n))
     kept = log.events()
     seen = [event.vm for event in kept if isinstance(event, VmSeen)]
@@ -170,10 +170,10 @@ def test_refusals_that_were_told_later_are_not_undelivered() -> None:
     story: list[Event] = [VmSeen(T0, 1, 4001, "web-1"), VmSeen(T0, 2, 4002, "db-1")]
     for n in range(100):
         at = T0 + n * 60 * SECOND
-        story.append(Refused(at, 1, 8))
+        story.append(GmemRefusal(at, 1, 8))
         story.append(Exit(at, 2, n, 14, 0, False, 7))
         story.append(Exit(at + 1, 1, 0, 133, 39, True, 7, gfn=8, gmem=133))
-    story.append(Refused(T0 + 6000 * SECOND, 1, 8))
+    story.append(GmemRefusal(T0 + 6000 * SECOND, 1, 8))
     story.append(Exit(T0 + 6060 * SECOND, 2, 0, 14, 0, False, 7))
     assert model(story).vms[1].undelivered == 1
     assert model(log_of(story)).vms[1].undelivered == 1
@@ -252,7 +252,7 @@ def test_time_goes_on_though_vms_that_left_nothing_are_forgotten() -> None:
     """Six seconds after a refusal that no exit followed, it counts as undelivered."""
     story: list[Event] = [
         VmSeen(T0, 1, 4001, "web-1"),
-        Refused(T0, 1, 8),
+        GmemRefusal(T0, 1, 8),
         VmSeen(T0 + 6 * SECOND, 2, 4002, "db-1"),
         VmGone(T0 + 6 * SECOND, 2),
     ]
@@ -298,7 +298,7 @@ def test_a_vm_that_starts_later_is_no_evidence_against_others() -> None:
     """Page refused and notified; 8 s later any other VM starts."""
     story: list[Event] = [
         VmSeen(T0, 1, 4001, "web-1"),
-        Refused(T0 + SECOND, 1, 8),
+        GmemRefusal(T0 + SECOND, 1, 8),
         Exit(T0 + SECOND + 1000, 1, 0, 133, 39, True, 7, gfn=8, gmem=133),
         VmSeen(T0 + 9 * SECOND, 2, 4002, "db-1"),
     ]
@@ -335,11 +335,11 @@ def test_a_page_of_two_vms_is_open_while_one_of_them_lives() -> None:
 
 def test_refusals_are_told_gfn_by_gfn_also_by_exits_without_an_errno() -> None:
     story: list[Event] = [VmSeen(T0, 1, 4001, "web-1")]
-    story += [Refused(T0 + gfn, 1, gfn) for gfn in range(8)]
+    story += [GmemRefusal(T0 + gfn, 1, gfn) for gfn in range(8)]
     for gfn in range(8):
         story.append(Exit(T0 + SECOND + gfn, 1, 0, 0, 39, False, 7, gfn=gfn))
     story += [Sigbus(T0 + SECOND + n, 9, 9, 4, 0x1000, sender=9) for n in range(20)]
-    story.append(StillQuiet(T0 + 20 * SECOND))
+    story.append(Tick(T0 + 20 * SECOND))
     log = log_of(story, limit=64)
     assert model(log).vms[1].undelivered == model(story).vms[1].undelivered == 0
 
@@ -359,7 +359,7 @@ def test_a_vm_that_only_exits_tell_of_is_settled_not_traffic() -> None:
 
 def test_a_vm_that_was_named_before_the_log_began_lives() -> None:
     """The sums of a follower: it knows its VMs already."""
-    log = EventLog(64, forget=False, where="follower")
+    log = CompactLog(64, forget=False, where="follower")
     mine: list[Event] = [
         Owned(T0, 7, Owner(1, 8), "pagemap", 4096),
         Poison(T0, 7, "dirty LRU page", "Recovered", tid=7),
@@ -423,7 +423,7 @@ def test_what_is_counted_from_it_is_what_was_counted(events: list[Event]) -> Non
     VMs are named first and seen off last, as sources do it: of others nothing is counted.
     """
     events = sorted(events, key=lambda e: isinstance(e, VmGone) - isinstance(e, VmSeen))
-    log = EventLog(len(events))
+    log = CompactLog(len(events))
     for event in events:
         log.add(event)
     now, later = model(events), model(log.events())

@@ -15,20 +15,20 @@ from kvmtrace.events import (
     Event,
     Exit,
     Found,
+    GmemRefusal,
     HwError,
     KernelCounts,
     Mce,
     Owned,
     Owner,
     Poison,
-    Refused,
     Sigbus,
     SoftOffline,
     Unpoison,
     VmGone,
     VmSeen,
 )
-from kvmtrace.model import Probe
+from kvmtrace.probes import Probe
 from kvmtrace.sources.recording import RecordingSource
 from kvmtrace.views.explain import explain_text
 from tests.unit.test_correlate import (
@@ -249,14 +249,14 @@ def test_an_ordinary_page_is_one_page() -> None:
 
 def test_refusals_that_no_exit_told() -> None:
     log = [seen(1), gmem(T0, Owner(1, 8)), poison(T0)]
-    log += [Refused(T0 + MS, 1, 8, 5), hwpoison(T0 + 2 * MS, count=3)]
+    log += [GmemRefusal(T0 + MS, 1, 8, 5), hwpoison(T0 + 2 * MS, count=3)]
     assert only(tell(*log)[0]).undelivered == 0  # not quiet yet
     snapshot, _ = tell(*log, seen(2, T0 + 3 * MS + QUIET_NS))
     assert (only(snapshot).undelivered, snapshot.vms[1].undelivered) == (2, 2)
 
 
 def test_refusals_alone_are_an_incident_that_nobody_was_told_of() -> None:
-    snapshot, _ = tell(seen(1), Refused(T0, 1, 8), seen(1, T0 + QUIET_NS + 1))
+    snapshot, _ = tell(seen(1), GmemRefusal(T0, 1, 8), seen(1, T0 + QUIET_NS + 1))
     incident = only(snapshot)
     assert (incident.state, incident.undelivered, incident.verdict) == ("latent", 1, None)
 

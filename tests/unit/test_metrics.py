@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvmtrace.errors import KvmtraceError, UsageError
 from kvmtrace.events import Owner
-from kvmtrace.model import CAUSES, STATES, Incident, Latency, Party, Snapshot, Vm
+from kvmtrace.model import CAUSES, STATES, Incident, Latency, Snapshot, Vm, VmIdentity
 from kvmtrace.session.session import Session
 from kvmtrace.sources.bpf.records import LOST_PLACES
 from kvmtrace.sources.ftrace import fields
@@ -447,7 +447,7 @@ def test_the_page_tells_the_story_and_escapes_it() -> None:
 
 def test_the_page_names_an_owner_that_is_gone() -> None:
     """Also one whose VM the model has forgotten, its incident not."""
-    party = Party(9, 4009, "mail", gone_ts=START)
+    party = VmIdentity(9, 4009, "mail", gone_ts=START)
     story = Scenario().begin().snapshot()
     owners = (Owner(9, 0x77), Owner(10, 0x78))
     lost = Incident("1f-1", "closed", 0x1F, "a", "b", START, owners, parties={9: party})

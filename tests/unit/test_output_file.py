@@ -24,8 +24,7 @@ from kvmtrace import sources
 from kvmtrace.cli import errors
 from kvmtrace.cli import output_file as output_module
 from kvmtrace.cli.output_file import Output
-from kvmtrace.events import Event, Exit
-from kvmtrace.model import Host
+from kvmtrace.events import Event, Exit, Host
 from kvmtrace.sources import recording as recording_module
 from kvmtrace.sources.recording import RecordingSource, Writer
 from kvmtrace.vmm import identity

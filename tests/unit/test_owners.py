@@ -12,9 +12,17 @@ import pytest
 from kvmtrace import kvm
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
-from kvmtrace.enrich import Observed, Observer, Quiet, Reactions, Releases, existing_poison, owners
+from kvmtrace.enrich import (
+    Heartbeat,
+    Observer,
+    OwnerLookup,
+    PageReleaseWatch,
+    VcpuFollowUp,
+    existing_poison,
+    owners,
+)
 from kvmtrace.enrich.owners import in_order
-from kvmtrace.enrich.page_tables import Place, Search, find, poisoned_pfn
+from kvmtrace.enrich.page_tables import MappedPage, PageTableSearch, find, poisoned_pfn
 from kvmtrace.events import (
     Event,
     Exit,
@@ -31,9 +39,9 @@ from kvmtrace.events import (
 )
 from kvmtrace.linux import mce
 from kvmtrace.linux.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
-from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources.bpf import lookup
-from kvmtrace.sources.guest_memory import Page, Slot, gfns_at
+from kvmtrace.sources.guest_memory import Memslot, Page, gfns_at
 from tests.unit.fake import SECOND, T0, FakeSource
 
 # /proc/PID/pagemap after memory_failure on Linux 7.3.4, x86-64
@@ -131,8 +139,8 @@ def test_a_page_table_is_read_where_it_cannot_be_scanned(tmp_path: Path) -> None
     assert poisoned_pfn(7, 0x13000, proc) == 0x104CAA
     assert poisoned_pfn(7, 0x10000, proc) is None
     assert poisoned_pfn(8, 0x13000, proc) is None  # no such process
-    assert find([0x104CAA, 0x999], [7, 8], proc) == [Place(7, 0x13000, 0x104CAA, PAGE)]
-    assert find([0x105C00], [7], proc) == [Place(7, 0x10000, 0x105C00, PAGE)]  # still mapped
+    assert find([0x104CAA, 0x999], [7, 8], proc) == [MappedPage(7, 0x13000, 0x104CAA, PAGE)]
+    assert find([0x105C00], [7], proc) == [MappedPage(7, 0x10000, 0x105C00, PAGE)]  # still mapped
 
 
 def test_who_maps_the_same_file_owns_the_page_too(tmp_path: Path) -> None:
@@ -142,13 +150,17 @@ def test_who_maps_the_same_file_owns_the_page_too(tmp_path: Path) -> None:
     proc_with(tmp_path, 9, {0x101000: PRESENT, 0x11F000: 0}, other)  # put another page in its place
     file = (os.makedev(0, 1), 1029, 5)
     assert find([0x107009], [7, 8, 9], str(tmp_path)) == [
-        Place(7, 0x43000, 0x107009, PAGE, "pagemap", file),
-        Place(8, 0x101000, 0x107009, PAGE, "mapping", file),
+        MappedPage(7, 0x43000, 0x107009, PAGE, "pagemap", file),
+        MappedPage(8, 0x101000, 0x107009, PAGE, "mapping", file),
     ]
 
 
 def test_gfns() -> None:
-    slots = [Slot(1, 0x100, 0x40, HVA - 3 * PAGE), Slot(2, 0x800, 1, HVA), Slot(3, 0, 8, 0)]
+    slots = [
+        Memslot(1, 0x100, 0x40, HVA - 3 * PAGE),
+        Memslot(2, 0x800, 1, HVA),
+        Memslot(3, 0, 8, 0),
+    ]
     assert gfns_at(slots, HVA) == [0x103, 0x800]
     assert gfns_at(slots, HVA - 4 * PAGE) == []
 
@@ -183,7 +195,7 @@ def test_failure_counts_are_summed_over_nodes(tmp_path: Path) -> None:
 
 def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("HardwareCorrupted:     0 kB\n")
-    first = existing_poison.Inventory(str(tmp_path), str(tmp_path / "sys"))
+    first = existing_poison.ExistingPoison(str(tmp_path), str(tmp_path / "sys"))
     (count,) = first.counts(1)
     assert getattr(count, "at_start", None) is True
     assert first.look(1, 0, frozenset(), last=True) == []
@@ -194,7 +206,7 @@ def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) 
     pages = [0] * 16
     pages[3], pages[4], pages[12] = 0x80000, 0x40008501C, 0x80000
     (tmp_path / "kpageflags").write_bytes(struct.pack("=16Q", *pages))
-    second = existing_poison.Inventory(str(tmp_path), str(tmp_path / "sys"))
+    second = existing_poison.ExistingPoison(str(tmp_path), str(tmp_path / "sys"))
     second.counts(1)
     assert second.look(1, float("inf"), frozenset()) == []  # they may be just being poisoned
     events = second.look(2, float("inf"), frozenset({4}), last=True)
@@ -237,7 +249,7 @@ def test_found_pages_without_room_are_lost(tmp_path: Path) -> None:
     last = (len(pages) << kvm.PAGE_SHIFT) - 1
     (tmp_path / "iomem").write_text(f"00000000-{last:08x} : System RAM\n")
     (tmp_path / "kpageflags").write_bytes(struct.pack(f"={len(pages)}Q", *pages))
-    looked = existing_poison.Inventory(str(tmp_path), str(tmp_path))
+    looked = existing_poison.ExistingPoison(str(tmp_path), str(tmp_path))
     looked.counts(1)
     told = looked.look(1, float("inf"), frozenset(), last=True)
     found = [event for event in told if isinstance(event, Found)]
@@ -253,8 +265,8 @@ def test_found_pages_without_room_are_lost(tmp_path: Path) -> None:
 def test_a_poison_that_is_just_coming_is_not_missed(tmp_path: Path) -> None:
     source = _Poisoned(tmp_path)
     source.poll(0)
-    looked = existing_poison.Inventory(str(tmp_path), str(tmp_path / "sys"))
-    events = Observed(source, str(tmp_path), looked).poll(0)
+    looked = existing_poison.ExistingPoison(str(tmp_path), str(tmp_path / "sys"))
+    events = OwnerLookup(source, str(tmp_path), looked).poll(0)
     assert [event.kind for event in events] == ["kernel_counts", "poison"]
 
 
@@ -263,8 +275,8 @@ def test_a_page_marked_before_its_poison_is_told_is_not_from_before(tmp_path: Pa
     (tmp_path / "iomem").write_text(f"00000000-{(8 << kvm.PAGE_SHIFT) - 1:08x} : System RAM\n")
     (tmp_path / "kpageflags").write_bytes(struct.pack("=8Q", 0, 0, 0x80000, 0, 0, 0x80000, 0, 0))
     source = _Poisoned(tmp_path, [[], [Poison(1, 5, "dirty LRU page", "Recovered")]])
-    owners = Observed(
-        source, str(tmp_path), existing_poison.Inventory(str(tmp_path), str(tmp_path))
+    owners = OwnerLookup(
+        source, str(tmp_path), existing_poison.ExistingPoison(str(tmp_path), str(tmp_path))
     )
     assert [event.kind for event in owners.poll(0.001)] == ["kernel_counts"]
     told = owners.poll(0)
@@ -277,8 +289,8 @@ def test_a_page_that_somebody_was_told_of_is_found_without_a_search(tmp_path: Pa
     proc_with(tmp_path, 7, {0x13000: ANON}, LOW_MAPS)
     signal = Sigbus(1, 7, 70, 4, 0x13000, sender=70)
     source = _Poisoned(tmp_path, [[signal, signal], [signal]])
-    owners = Observed(
-        source, str(tmp_path), existing_poison.Inventory(str(tmp_path), str(tmp_path))
+    owners = OwnerLookup(
+        source, str(tmp_path), existing_poison.ExistingPoison(str(tmp_path), str(tmp_path))
     )
     kinds = [event.kind for event in owners.poll(0.001)]
     assert kinds == ["kernel_counts", "sigbus", "sigbus"]
@@ -360,7 +372,7 @@ def test_while_pages_are_looked_up_no_loop_ends(tmp_path: Path) -> None:
     now = T0
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
 
-    class Slow(existing_poison.Inventory):
+    class Slow(existing_poison.ExistingPoison):
         def counts(self, ts: int) -> list[Event]:
             return []
 
@@ -374,8 +386,8 @@ def test_while_pages_are_looked_up_no_loop_ends(tmp_path: Path) -> None:
 
     loop = Exit(T0, 5, 0, kvm.EHWPOISON, 39, True, 70, gpa=0x8000, gfn=8, count=2000)
     proc = str(tmp_path)
-    inner = Observed(FakeSource([VmSeen(T0, 5, 7), loop]), proc, Slow(proc), clock)
-    source = Quiet(Reactions(Releases(inner, proc, clock), proc, clock), clock)
+    inner = OwnerLookup(FakeSource([VmSeen(T0, 5, 7), loop]), proc, Slow(proc), clock)
+    source = Heartbeat(VcpuFollowUp(PageReleaseWatch(inner, proc, clock), proc, clock), clock)
     correlator = Correlator()
     events = source.poll(0)
     for event in events:
@@ -447,22 +459,22 @@ def test_what_a_search_finds_of_a_page_that_was_unpoisoned_is_not_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pfn: int | None, unpoisoned: bool
 ) -> None:
     """Nor is a lost huge page (of which nothing tells the pfn) taken for it."""
-    ready: list[Place] = []
+    ready: list[MappedPage] = []
 
-    class Slow(Search):
-        def step(self, deadline: float) -> list[Place]:
+    class Slow(PageTableSearch):
+        def step(self, deadline: float) -> list[MappedPage]:
             if self.done or not ready:
                 return []
             self.done = True
             return ready
 
-    monkeypatch.setattr(owners, "Search", Slow)
+    monkeypatch.setattr(owners, "PageTableSearch", Slow)
     observer = Observer(None, str(tmp_path))
     poison = Poison(3, 0x104CAA, "huge page", "Recovered", tid=70)
     observer.events([VmSeen(1, 5, 7), poison], 99)
     if unpoisoned:
         observer.events([Unpoison(6, 0x104CAA)], 99)
-    ready.append(Place(7, 0x200000, pfn, 2 << 20))
+    ready.append(MappedPage(7, 0x200000, pfn, 2 << 20))
     found = [event.pfn for event in observer.events([], 99) if isinstance(event, Owned)]
     assert found == ([] if unpoisoned else [0x104CAA])
     assert not observer.busy
@@ -528,8 +540,8 @@ class Slots:
     def __init__(self, page: Page | None = None) -> None:
         self._page = page
 
-    def slots(self, vm: int) -> tuple[Slot, ...] | None:
-        return (Slot(None, 0x100, 16, 0x10000),)
+    def slots(self, vm: int) -> tuple[Memslot, ...] | None:
+        return (Memslot(None, 0x100, 16, 0x10000),)
 
     def huge_entry(self, vm: int, hva: int) -> int | None:
         return None

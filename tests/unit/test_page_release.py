@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from kvmtrace.correlate import Correlator
-from kvmtrace.enrich.page_release import LOOK_NS, Releases
+from kvmtrace.enrich.page_release import LOOK_NS, PageReleaseWatch
 from kvmtrace.events import (
     Event,
     Owned,
     Owner,
+    PageReplaced,
     Poison,
-    Released,
     Sigbus,
     Unpoison,
     VcpuState,
@@ -39,7 +39,7 @@ class World:
         self.path = path
         self.now = T0
         self.entry(entry)
-        self.source = Releases(FakeSource(events), str(path), lambda: self.now)
+        self.source = PageReleaseWatch(FakeSource(events), str(path), lambda: self.now)
 
     def entry(self, value: int) -> None:
         proc_with(self.path, PID, {HVA: value}, MAPS)
@@ -54,7 +54,7 @@ def test_a_page_that_is_replaced(tmp_path: Path) -> None:
     assert world.source.poll(0) == list(BEGIN)
     assert world.later() == []
     world.entry(PRESENT)
-    assert world.later() == [Released(world.now, 1, PFN, HVA)]
+    assert world.later() == [PageReplaced(world.now, 1, PFN, HVA)]
     assert world.later() == []
 
 
@@ -63,7 +63,7 @@ def test_a_signal_names_the_place_too(tmp_path: Path) -> None:
     world = World(tmp_path, BEGIN[0], told)
     world.source.poll(0)
     world.entry(0)
-    assert world.later() == [Released(world.now, 1, PFN, HVA)]
+    assert world.later() == [PageReplaced(world.now, 1, PFN, HVA)]
 
 
 def test_a_process_is_read_once_however_many_pages_it_has(
@@ -76,7 +76,7 @@ def test_a_process_is_read_once_however_many_pages_it_has(
     proc_with(tmp_path, PID, entries, maps)
     events = [BEGIN[0], *(Owned(T0, pfn, Owner(1, 8, hva), "pagemap") for pfn, hva in places)]
     now = [T0]
-    source = Releases(FakeSource(events), str(tmp_path), lambda: now[0])
+    source = PageReleaseWatch(FakeSource(events), str(tmp_path), lambda: now[0])
     calls: list[int] = []
     call = ProcReader.call
 
@@ -89,7 +89,7 @@ def test_a_process_is_read_once_however_many_pages_it_has(
     assert len(calls) == 1 + 1  # to begin with, and at once
     proc_with(tmp_path, PID, entries | {HVA: PRESENT}, maps)
     now[0] += LOOK_NS
-    assert source.poll(0) == [Released(now[0], 1, PFN, HVA)]
+    assert source.poll(0) == [PageReplaced(now[0], 1, PFN, HVA)]
     assert len(calls) == 3
 
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_read_is_no_release(tmp_path: Path) -> None:
     pagemap.write_bytes(kept)
     assert world.later() == []
     world.entry(PRESENT)  # and it is still followed
-    assert world.later() == [Released(world.now, 1, PFN, HVA)]
+    assert world.later() == [PageReplaced(world.now, 1, PFN, HVA)]
 
 
 def test_a_process_on_its_way_out_releases_nothing(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_guest_memfd_is_the_vms_whatever_is_mapped(tmp_path: Path) -> None:
 def test_who_is_told_again_has_the_page_still() -> None:
     correlator = Correlator()
     again = Sigbus(T0 + SECOND, PID, 70, 4, HVA, vm=1, pfn=PFN)
-    for event in (*BEGIN, Poison(T0, PFN, "page", "Recovered"), Released(T0, 1, PFN, HVA)):
+    for event in (*BEGIN, Poison(T0, PFN, "page", "Recovered"), PageReplaced(T0, 1, PFN, HVA)):
         correlator.feed(event)
     assert correlator.snapshot().vms[1].poisoned_pages == 0
     correlator.feed(again)
@@ -161,7 +161,7 @@ def model(*events: Event) -> Snapshot:
 def test_what_becomes_of_the_incident() -> None:
     poison = Poison(T0, PFN, "dirty LRU page", "Recovered")
     told = Sigbus(T0 + SECOND, PID, 70, 4, HVA, 12, vm=1, vcpu=0, gfn=8, pfn=PFN)
-    left = Released(T0 + 2 * SECOND, 1, PFN, HVA)
+    left = PageReplaced(T0 + 2 * SECOND, 1, PFN, HVA)
     ran = [VcpuState(T0 + n * SECOND, 1, 70, "running", 0, 5) for n in (3, 4)]
 
     before = model(*BEGIN, poison, told, *ran)
@@ -178,5 +178,5 @@ def test_what_becomes_of_the_incident() -> None:
     assert advice.next_steps(untold)[0].startswith("nothing")
 
     # Not of another VM, nor of another address
-    for stranger in (Released(T0, 2, PFN, HVA), Released(T0, 1, PFN, HVA + 0x1000)):
+    for stranger in (PageReplaced(T0, 2, PFN, HVA), PageReplaced(T0, 1, PFN, HVA + 0x1000)):
         assert model(*BEGIN, poison, stranger).vms[1].poisoned_pages == 1

@@ -157,7 +157,7 @@ def test_a_process_that_hangs_costs_its_own_owners_only(tmp_path: Path, reader: 
         process(tmp_path, pid)
     (tmp_path / "8").mkdir()
     os.mkfifo(tmp_path / "8/pagemap")  # opening it waits for a writer
-    search = page_tables.Search([0x104CAA], [7, 8, 9], str(tmp_path), reader=reader)
+    search = page_tables.PageTableSearch([0x104CAA], [7, 8, 9], str(tmp_path), reader=reader)
     deadline = time.monotonic() + 60
     found = []
     while not search.done and time.monotonic() < deadline:
@@ -171,7 +171,7 @@ def test_waits_in_vain_for_others_are_no_reason_not_to_search(
 ) -> None:
     process(tmp_path, 7)
     reader._waits.append((time.monotonic(), 2 * proc_reader.WAIT_SECONDS))
-    search = page_tables.Search([0x104CAA], [7], str(tmp_path), reader=reader)
+    search = page_tables.PageTableSearch([0x104CAA], [7], str(tmp_path), reader=reader)
     assert [place.pid for place in search.step(time.monotonic() + 60)] == [7]
     assert search.skipped == set()
 
@@ -189,7 +189,7 @@ def test_a_process_that_hangs_hides_no_mapping_of_those_before_it(
         file.write(bytes(0x20000 // PAGE * 8))
     (tmp_path / "8").mkdir()
     os.mkfifo(tmp_path / "8/pagemap")
-    search = page_tables.Search([0x104CAA], [7, 8, 9], str(tmp_path), reader=reader)
+    search = page_tables.PageTableSearch([0x104CAA], [7, 8, 9], str(tmp_path), reader=reader)
     deadline = time.monotonic() + 60
     found = []
     while not search.done and time.monotonic() < deadline:
@@ -216,5 +216,5 @@ def test_names_of_files_make_no_areas(tmp_path: Path, reader: ProcReader, name: 
     """The kernel escapes the newline in maps and nothing else."""
     evil = b"00030000-00031000 rw-s 00000000 00:01 1029 /memfd:" + name + b" (deleted)\n"
     process(tmp_path, 7, evil + b"no line of maps\n" + LOW_MAPS)
-    search = page_tables.Search([0x104CAA], [7], str(tmp_path), reader=reader)
+    search = page_tables.PageTableSearch([0x104CAA], [7], str(tmp_path), reader=reader)
     assert [place.hva for place in search.step(time.monotonic() + 60)] == [0x13000]

@@ -21,24 +21,24 @@ from kvmtrace.events import (
     Exit,
     Found,
     GmemPoison,
+    GmemRefusal,
+    Host,
     HwError,
     KernelCounts,
     Lost,
     Mce,
     Owned,
     Owner,
+    PageReplaced,
     Poison,
-    Refused,
-    Released,
     Sigbus,
     SoftOffline,
-    StillQuiet,
+    Tick,
     Unpoison,
     VcpuState,
     VmGone,
     VmSeen,
 )
-from kvmtrace.model import Host
 from kvmtrace.sources.recording import RecordingSource, Writer
 from kvmtrace.views import lookup
 from tests.unit.fake import PROBES, STORY, T0
@@ -50,15 +50,15 @@ EVERY_KIND: tuple[Event, ...] = (
     Owned(T0, 0x103275, Owner(2, 9), "pagemap"),
     Sigbus(T0, 1, 2, 4, 0x7F0000000000, 12, sender=3, vm=1, vcpu=0, gfn=8, pfn=9, comm="cat"),
     Mce(T0, 0xFFFFFFFFFFFFFFFF, None, 1, 2, 0, 0xBD80000000100134),
-    Refused(T0, 1, 8, 3),
+    GmemRefusal(T0, 1, 8, 3),
     HwError(T0, "ras:mc_event", "corrected", 0x1000, 1, 4096, 2, "DIMM A1", "read error", 0, 1),
     SoftOffline(T0, 5, 16),
     Unpoison(T0, 5),
     Found(T0, 6),
     KernelCounts(T0, (("total", 3), ("recovered", 2)), 12288, True),
     VcpuState(T0, 1, 4003, "running", 0, 1_000_000),
-    Released(T0, 1, 0x103275, 0x7F0000000000),
-    StillQuiet(T0),
+    PageReplaced(T0, 1, 0x103275, 0x7F0000000000),
+    Tick(T0),
     ClockStep(T0, -3_600_000_000_000, -3_600_000_000_000, 5),
     Lost(T0, "ringbuf", 7),
     VmGone(T0, 1),
@@ -192,7 +192,7 @@ def test_what_only_a_newer_kvmtrace_knows_is_lost(tmp_path: Path) -> None:
     )
     path.write_text(recorded(()) + "\n".join(lines) + "\n")
     lost = Lost(7, "unknown_events", 1)
-    assert replayed(path)[0] == [lost, lost, StillQuiet(9)]
+    assert replayed(path)[0] == [lost, lost, Tick(9)]
 
 
 def test_what_the_hardware_said_is_not_out_of_range(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Exit, Sigbus, VmGone, VmSeen, to_record
 from kvmtrace.session import feed
 from kvmtrace.session.session import Session
-from kvmtrace.session.subscriber import Follower
+from kvmtrace.session.subscriber import Subscriber
 from kvmtrace.sources import remote as joined_module
-from kvmtrace.sources.remote import JoinedSource
+from kvmtrace.sources.remote import RemoteSource
 from tests.unit.command_line import invoke
 from tests.unit.fake import PROBES, SECOND, T0, FakeSource
 from tests.unit.test_explain import STORY
@@ -83,14 +83,14 @@ def run(*arguments: str) -> Result:
     return invoke(*arguments)
 
 
-def joined() -> JoinedSource:
-    source = JoinedSource.join()
+def joined() -> RemoteSource:
+    source = RemoteSource.join()
     assert source is not None
     return source
 
 
 def test_nobody_is_there() -> None:
-    assert JoinedSource.join() is None
+    assert RemoteSource.join() is None
 
 
 def test_what_came_with_the_mark_is_told_though_nothing_follows(serve: Serve) -> None:
@@ -163,7 +163,7 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_gets_exact_counts(serve
 
 
 def test_what_a_follower_has_no_room_for_is_told() -> None:
-    follower = Follower([], limit=100)
+    follower = Subscriber([], limit=100)
     follower.put([VmSeen(T0, 1, 4001, "web-1"), VmGone(T0, 1)])
     follower.put(Sigbus(T0 + n, 4001, n, 4, 0x7F0000000000) for n in range(1000))
     taken = follower.take(0)
@@ -181,7 +181,7 @@ def vars_of(event: Event) -> tuple[object, ...]:
 def test_there_is_an_end_to_clients(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "MAX_CLIENTS", 2)
     first, second = joined(), joined()
-    assert JoinedSource.join() is None
+    assert RemoteSource.join() is None
     first.close()
     until(lambda: serve.followers == 1)
     joined().close()
@@ -190,7 +190,7 @@ def test_there_is_an_end_to_clients(serve: Serve, monkeypatch: pytest.MonkeyPatc
 
 def test_strangers_are_not_believed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "_trusted", lambda peer: False)
-    assert JoinedSource.join() is None
+    assert RemoteSource.join() is None
     assert serve.followers == 0
 
 
@@ -209,9 +209,9 @@ def test_strangers_are_not_believed(serve: Serve, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_what_cannot_be_understood_is_as_if_nobody_were_there(said: str) -> None:
-    answering = feed.Door(lambda client: client.sendall(said.encode()))
+    answering = feed.FeedServer(lambda client: client.sendall(said.encode()))
     try:
-        assert JoinedSource.join() is None
+        assert RemoteSource.join() is None
     finally:
         answering.close()
 
@@ -221,7 +221,7 @@ def test_what_is_no_event_later_on_is_one_error(said: str) -> None:
     header = (
         '{"kvmtrace_recording":1,"name":"a","kernel":"b","source":"bpf"}\n{"kind":"from_here_on"}\n'
     )
-    answering = feed.Door(lambda client: client.sendall(f"{header}{said}\n".encode()))
+    answering = feed.FeedServer(lambda client: client.sendall(f"{header}{said}\n".encode()))
     try:
         source = joined()
         assert source.poll(0) == []
@@ -235,7 +235,7 @@ def test_what_is_no_event_later_on_is_one_error(said: str) -> None:
 def test_one_name_one_door(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     with open_door(serve.session):
         assert "will not find this one" in capsys.readouterr().err
-    assert JoinedSource.join() is not None
+    assert RemoteSource.join() is not None
 
 
 # -- commands
@@ -294,13 +294,13 @@ def test_a_serve_that_ends_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) 
     serve = Serve()
     results: list[Result] = []
     listening = threading.Event()
-    poll = JoinedSource.poll
+    poll = RemoteSource.poll
 
-    def polled(source: JoinedSource, timeout: float) -> list[Event]:
+    def polled(source: RemoteSource, timeout: float) -> list[Event]:
         listening.set()
         return poll(source, timeout)
 
-    monkeypatch.setattr(JoinedSource, "poll", polled)
+    monkeypatch.setattr(RemoteSource, "poll", polled)
     with open_door(serve.session):
         watching = threading.Thread(target=lambda: results.append(run("events")))
         watching.start()

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from kvmtrace.model import KernelAccount, Probe, Snapshot
+from kvmtrace.model import KernelAccount, Snapshot
+from kvmtrace.probes import Probe
 from kvmtrace.views.explain import explain_lines
 from kvmtrace.views.format import (
     age_of,

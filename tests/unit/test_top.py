@@ -12,7 +12,7 @@ from kvmtrace.model import Snapshot
 from kvmtrace.views.format import cells
 from kvmtrace.views.terminal import app as top
 from kvmtrace.views.terminal.screen import frame
-from kvmtrace.views.terminal.ui_state import State
+from kvmtrace.views.terminal.ui_state import UiState
 from tests.unit import snapshots
 
 NEVER = 3600.0  # tests tick by hand
@@ -76,7 +76,7 @@ async def test_markup_in_names_is_text() -> None:
 @pytest.mark.parametrize("page", ["main", "vm", "incident", "probes", "help"])
 @pytest.mark.parametrize("world", [snapshots.small, snapshots.odd, snapshots.empty, snapshots.many])
 def test_every_frame_fits(size: tuple[int, int], page: str, world: Callable[[], Snapshot]) -> None:
-    state = State(page=page, shown=1 if page == "vm" else "103275-1")
+    state = UiState(page=page, shown=1 if page == "vm" else "103275-1")
     state.take(world(), snapshots.NOW, {})
     lines = frame(state, *size)
     assert len(lines) == size[1]

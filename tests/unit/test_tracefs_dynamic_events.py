@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvmtrace.linux.tracefs import dynamic_events
-from kvmtrace.linux.tracefs.dynamic_events import Defined, DynamicEvents, Refused
+from kvmtrace.linux.tracefs.dynamic_events import Defined, DefineError, DynamicEvents
 from kvmtrace.sources.ftrace.fields import FIELDS, Field
 
 
@@ -101,14 +101,14 @@ def test_a_refused_field_costs_that_fact_and_no_more(tmp_path: Path) -> None:
 
 def test_a_needed_field_costs_the_probe(tmp_path: Path) -> None:
     kernel = Kernel(tmp_path, {"vcpu->kvm:x64": "This field is not found."})
-    assert kernel.define("run", "ioctl_run", "return", WANTED) == Refused(
+    assert kernel.define("run", "ioctl_run", "return", WANTED) == DefineError(
         "ioctl_run: kvm: This field is not found."
     )
 
 
 def test_a_function_that_is_not_there(tmp_path: Path) -> None:
     kernel = Kernel(tmp_path, {"vcpu->kvm:x64": "No BTF entry for this probe point"})
-    assert kernel.define("run", "ioctl_run", "return", WANTED) == Refused(
+    assert kernel.define("run", "ioctl_run", "return", WANTED) == DefineError(
         "ioctl_run: No BTF entry for this probe point"
     )
     assert len(kernel.commands) == 1
@@ -128,7 +128,7 @@ def test_registers_where_there_are_no_argument_names(tmp_path: Path) -> None:
     refuses = dict.fromkeys(("=code", "=addr", "=lsb", "=t->"), "Invalid fetch argument")
     kernel = Kernel(tmp_path, refuses, ways="pr")
     lacking = kernel.define("sigbus", "send_sig_mceerr", "entry", FIELDS["sigbus"])
-    assert isinstance(lacking, Refused)
+    assert isinstance(lacking, DefineError)
     assert "tid" in lacking.why
     kernel._offset = lambda _struct, member: {"pid": 1256, "tgid": 1260}[member]
     defined = kernel.define("sigbus", "send_sig_mceerr", "entry", FIELDS["sigbus"])

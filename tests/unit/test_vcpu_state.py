@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace.enrich.vcpu_state import LOOKS_NS, MAX_THREADS, Reactions
+from kvmtrace.enrich.vcpu_state import LOOKS_NS, MAX_THREADS, VcpuFollowUp
 from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone
 from tests.unit.fake import PROBES, SECOND, T0, FakeSource
 
@@ -22,7 +22,7 @@ class World:
     def __init__(self, proc: Path, *batches: Sequence[Event]) -> None:
         self.proc = proc
         self.now = T0
-        self.source = Reactions(FakeSource(*batches), str(proc), lambda: self.now)
+        self.source = VcpuFollowUp(FakeSource(*batches), str(proc), lambda: self.now)
 
     def thread(
         self, state: str, syscall: str, cpu_ns: int = 0, tid: int = 77, start: int = 5
@@ -135,7 +135,7 @@ def test_bounded(tmp_path: Path) -> None:
 
 def test_it_is_the_source_it_is_around(tmp_path: Path) -> None:
     inner = FakeSource()
-    source = Reactions(inner, str(tmp_path))
+    source = VcpuFollowUp(inner, str(tmp_path))
     assert (source.name, source.why, source.probes()) == ("bpf", "a test", PROBES)
     assert source.probe_runs() == inner.probe_runs()
     source.close()

@@ -9,20 +9,20 @@ from kvmtrace.correlate.verdicts import (
     LOOP_OVER_NS,
     LOOPING_AFTER,
     Evidence,
-    Look,
+    VcpuSample,
     judge,
 )
-from kvmtrace.model import Telling
+from kvmtrace.model import Notification
 
 S = 1_000_000_000
 
 
-def told(count: int = 1, first: int = 0, last: int = 0, vcpu: int | None = 0) -> Telling:
-    return Telling(1, vcpu, count, {}, first, last)
+def told(count: int = 1, first: int = 0, last: int = 0, vcpu: int | None = 0) -> Notification:
+    return Notification(1, vcpu, count, {}, first, last)
 
 
-def look(seconds: float, state: str, vcpu: int | None = 0, tid: int = 7) -> Look:
-    return Look(int(seconds * S), tid, vcpu, state, 1000)
+def look(seconds: float, state: str, vcpu: int | None = 0, tid: int = 7) -> VcpuSample:
+    return VcpuSample(int(seconds * S), tid, vcpu, state, 1000)
 
 
 @pytest.mark.parametrize(
@@ -41,13 +41,13 @@ def look(seconds: float, state: str, vcpu: int | None = 0, tid: int = 7) -> Look
         ([look(2, "as never before")], "unknown"),
     ],
 )
-def test_by_what_was_seen_of_the_vcpus(looks: list[Look], word: str) -> None:
+def test_by_what_was_seen_of_the_vcpus(looks: list[VcpuSample], word: str) -> None:
     assert judge(Evidence(1, 5 * S, (told(),), tuple(looks))).word == word
 
 
 def test_asleep_at_every_look_but_not_in_between() -> None:
     """A vCPU with short sleeps in its VMM, halted by userspace for instance, has not stopped."""
-    looks = tuple(Look(n * S, 7, 0, "outside", IDLE_NS) for n in (1, 2, 5))
+    looks = tuple(VcpuSample(n * S, 7, 0, "outside", IDLE_NS) for n in (1, 2, 5))
     verdict = judge(Evidence(1, 6 * S, (told(),), looks))
     assert verdict.word == "unknown"
     assert "ran in between" in verdict.evidence[0]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kvmtrace.events import Event, VmGone, VmSeen
 from kvmtrace.linux import proc_reader
 from kvmtrace.linux.proc_reader import READER, ProcReader, Unreadable
-from kvmtrace.sources.ftrace.vms import People, tgid_of
+from kvmtrace.sources.ftrace.vms import VmResolver, tgid_of
 from kvmtrace.sources.vm_table import VmTable
 from kvmtrace.vmm import identity, processes
 
@@ -65,7 +65,7 @@ def test_several_vms_of_one_process_are_several(tmp_path: Path) -> None:
     vms = holding(tmp_path, "kvm-vm", "[kvm-vm]", "kvm-vm")
     assert told(vms.scan(5)) == [("VmSeen", 1), ("VmSeen", 2), ("VmSeen", 3)]
     assert vms.scan(6) == []
-    people = People(vms, lambda tid: PID)
+    people = VmResolver(vms, lambda tid: PID)
     assert people.only_vm_of(PID) is None
     assert told(vms.gone(AT, PID, 7)) == [("VmGone", 3)]
     assert vms.of_pid(PID) == [1, 2]
@@ -96,7 +96,7 @@ def test_several_descriptors_of_one_vm_are_one(tmp_path: Path) -> None:
     """crosvm has one for each interrupt controller; nothing compares them here."""
     vms = holding(tmp_path, "kvm-vm", "kvm-vm", "kvm-vm", "kvm-vcpu:0", "kvm-vcpu:1")
     assert told(vms.scan(5)) == [("VmSeen", 1)]
-    assert People(vms, lambda tid: PID).only_vm_of(PID) == 1
+    assert VmResolver(vms, lambda tid: PID).only_vm_of(PID) == 1
 
 
 def test_all_of_a_process_end_with_it(tmp_path: Path) -> None:

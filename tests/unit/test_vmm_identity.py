@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmtrace.sanitize import NAME_LIMIT, clean
 from kvmtrace.vmm import identity
 from kvmtrace.vmm.command_line import Options, options, program
-from kvmtrace.vmm.identity import NAME_LIMIT, Identity, clean, holds_vm, identify, vm_processes
+from kvmtrace.vmm.identity import Identity, holds_vm, identify, vm_processes
 from kvmtrace.vmm.paths import name_of_disk, name_of_path
 
 LIBVIRT = r"0::/machine.slice/machine-qemu\x2d1\x2dfoo.scope/libvirt/emulator"

@@ -45,7 +45,7 @@ class Defined:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class DefineError:
     """``why``: the kernel's own words; ``way_unknown``: it does not know this kind of probe."""
 
     why: str
@@ -61,12 +61,14 @@ class DynamicEvents:
         self._offset = offset
         self._file = f"{root}/dynamic_events"
 
-    def define(self, name: str, target: str, at: str, fields: Sequence[Field]) -> Defined | Refused:
+    def define(
+        self, name: str, target: str, at: str, fields: Sequence[Field]
+    ) -> Defined | DefineError:
         """Define ``name`` on a function, with all of ``fields`` that can be had.
 
         Ways are tried in order: fprobe (exact at return), then kprobe or kretprobe.
         """
-        refused = Refused("no kind of probe")
+        refused = DefineError("no kind of probe")
         for way in ("f", "r" if at == "return" else "p"):
             outcome = self._define(name, target, at, way, fields)
             if isinstance(outcome, Defined):
@@ -81,7 +83,7 @@ class DynamicEvents:
 
     def _define(
         self, name: str, target: str, at: str, way: str, fields: Sequence[Field]
-    ) -> Defined | Refused:
+    ) -> Defined | DefineError:
         forms = {field.name: self._forms(field) for field in fields}
         missing: list[tuple[str, str]] = []
         place = f"{target}%return" if way == "f" and at == "return" else target
@@ -91,7 +93,7 @@ class DynamicEvents:
             lacking = next((f for f in fields if f.needed and not forms[f.name]), None)
             if lacking is not None:
                 why = dict(missing).get(lacking.name, "no form of it fits this kernel")
-                return Refused(f"{target}: {lacking.name}: {why}")
+                return DefineError(f"{target}: {lacking.name}: {why}")
             head = f"{way}{instances}:{self._group}/{name} {place}"
             arguments = [f"{field.name}={forms[field.name][0]}" for field in taken]
             command = " ".join([head, *arguments])
@@ -105,7 +107,7 @@ class DynamicEvents:
                 return Defined(name, target, WAYS[way], names, tuple(missing))
             if reason is None:
                 # No word of it: this kernel does not parse this kind of probe at all.
-                return Refused(f"{target}: {refusal}", way_unknown=True)
+                return DefineError(f"{target}: {refusal}", way_unknown=True)
             if instances and way == "f" and column <= len(way + instances):
                 instances = ""  # it needs none, and knows no number of them
                 continue
@@ -113,7 +115,7 @@ class DynamicEvents:
             if culprit is None:
                 lean = [field for field in taken if field.needed]
                 if len(lean) == len(taken):
-                    return Refused(f"{target}: {reason}")
+                    return DefineError(f"{target}: {reason}")
                 for field in taken:
                     if not field.needed:
                         forms[field.name] = ()
@@ -121,7 +123,7 @@ class DynamicEvents:
                 continue
             field = taken[culprit]
             if reason.startswith("No BTF entry") and len(forms[field.name]) == 1:
-                return Refused(f"{target}: {reason}")
+                return DefineError(f"{target}: {reason}")
             forms[field.name] = forms[field.name][1:]
             if not forms[field.name]:
                 _note(missing, field, reason)

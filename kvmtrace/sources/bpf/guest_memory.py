@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 
 from kvmtrace.events import Event, Owner
-from kvmtrace.sources.bpf.lookup import Walk, device_of
-from kvmtrace.sources.bpf.translator import Translator
-from kvmtrace.sources.guest_memory import Page, Slot
+from kvmtrace.sources.bpf.lookup import KernelLookup, device_of
+from kvmtrace.sources.bpf.translator import BpfTranslator
+from kvmtrace.sources.guest_memory import Memslot, Page
 
 # Slots read this recently need not be read again: poison comes in bursts, slots change seldom.
 FRESH_SECONDS = 0.25
@@ -17,20 +17,20 @@ FRESH_SECONDS = 0.25
 class BpfMemory:
     """``tell``: takes the VmSeen of VMs that turn up while something else was asked."""
 
-    def __init__(self, translator: Translator, tell: Callable[[Event], None]) -> None:
+    def __init__(self, translator: BpfTranslator, tell: Callable[[Event], None]) -> None:
         self._translator = translator
         self._tell = tell
-        self._walk: Walk | None = None
+        self._walk: KernelLookup | None = None
         self._generation: Callable[[int], int] = lambda _struct: 0
-        self._slots: dict[int, tuple[float, tuple[Slot, ...] | None]] = {}
+        self._slots: dict[int, tuple[float, tuple[Memslot, ...] | None]] = {}
 
-    def use(self, walk: Walk | None, generation: Callable[[int], int]) -> None:
+    def use(self, walk: KernelLookup | None, generation: Callable[[int], int]) -> None:
         """Ask these programs from now on; VMs that are there already are met."""
         self._walk, self._generation = walk, generation
         self._slots.clear()
         self._meet()
 
-    def slots(self, vm: int) -> tuple[Slot, ...] | None:
+    def slots(self, vm: int) -> tuple[Memslot, ...] | None:
         now = time.monotonic()
         self._slots = {k: v for k, v in self._slots.items() if now - v[0] < FRESH_SECONDS}
         if vm not in self._slots:

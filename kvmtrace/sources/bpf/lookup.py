@@ -16,7 +16,7 @@ from typing import Any
 from kvmtrace.linux.btf import libbpf
 from kvmtrace.linux.pagemap import SPECIAL_TYPES
 from kvmtrace.sources.bpf.records import GmemWalk
-from kvmtrace.sources.guest_memory import Slot
+from kvmtrace.sources.guest_memory import Memslot
 
 OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "kvm_vm_list": (("kvm", "vm_list"),),
@@ -135,7 +135,7 @@ class _TestRun(ctypes.Structure):
     )
 
 
-class Walk:
+class KernelLookup:
     """Questions to the kernel; None for what it cannot answer here.
 
     ``bpf``: vms.bpf.c as bcc compiled it. ``load``: loads a program by name and returns its file
@@ -176,9 +176,9 @@ class Walk:
                 break
         return list(found.items())
 
-    def slots(self, struct: int) -> tuple[Slot, ...] | None:
+    def slots(self, struct: int) -> tuple[Memslot, ...] | None:
         """All memslots of the VM at ``struct``."""
-        found: list[Slot] = []
+        found: list[Memslot] = []
         for space in range(_SPACES):
             for _ in range(_TRIES):
                 slots = self._slots(struct, space)
@@ -189,9 +189,9 @@ class Walk:
             found += slots
         return tuple(found)
 
-    def _slots(self, struct: int, space: int) -> list[Slot] | None:
+    def _slots(self, struct: int, space: int) -> list[Memslot] | None:
         """None if the slots changed while they were read."""
-        found: list[Slot] = []
+        found: list[Memslot] = []
         bucket = node = 0
         version = None
         for _ in range(_MAX_QUESTIONS):
@@ -202,7 +202,7 @@ class Walk:
                 return None
             version = answer.slots, answer.generation
             rows = [row for row in answer.row if row.pages]
-            found += [Slot(row.id, row.gfn, row.pages, row.hva, space) for row in rows]
+            found += [Memslot(row.id, row.gfn, row.pages, row.hva, space) for row in rows]
             bucket, node = answer.bucket, answer.node
             if not node and bucket >= _ID_BUCKETS:
                 return found

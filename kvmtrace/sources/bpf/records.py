@@ -34,7 +34,7 @@ class Header(ctypes.Structure):
     )
 
 
-class ExitKey(ctypes.Structure):
+class ExitKeyRecord(ctypes.Structure):
     _fields_ = (
         ("kvm", c_uint64),
         ("gen", c_uint64),
@@ -66,7 +66,7 @@ class ExitCount(ctypes.Structure):
 class ExitRecord(ctypes.Structure):
     _fields_ = (
         ("h", Header),
-        ("key", ExitKey),
+        ("key", ExitKeyRecord),
         ("total", c_uint64),
         ("gpa", c_uint64),
         ("since", c_uint64),
@@ -195,7 +195,7 @@ class PageRecord(ctypes.Structure):
     _fields_ = (("h", Header), ("pfn", c_uint64), ("ret", c_int32), ("unpoison", c_uint32))
 
 
-class RefusedKey(ctypes.Structure):
+class RefusalKeyRecord(ctypes.Structure):
     _fields_ = (("kvm", c_uint64), ("gen", c_uint64), ("gfn", c_uint64))
 
 

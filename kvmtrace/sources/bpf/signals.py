@@ -41,7 +41,7 @@ class SignalCounts:
             fresh = self._tell(key, count.total) if count.total > count.sent else 0
             if fresh:
                 header = _Header(count.last_ts, key.kvm, key.gen, key.sender, key.target_tgid)
-                yield _Like(header, key), fresh, count.last_ts
+                yield _RecordFromKey(header, key), fresh, count.last_ts
 
     def learn(self, signal: Sigbus) -> None:
         """What is known of the latest signal of its kind."""
@@ -79,7 +79,7 @@ class _Header(NamedTuple):
     tgid: int
 
 
-class _Like:
+class _RecordFromKey:
     """A key, to be read as the record of such a signal."""
 
     def __init__(self, header: _Header, key: records.SigbusKey) -> None:

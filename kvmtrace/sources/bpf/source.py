@@ -25,11 +25,11 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
 from kvmtrace.linux import host
 from kvmtrace.linux.clock import epoch_offset_ns, now_ns
-from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources.bpf import attach_errors, copies, lookup, maps, records
 from kvmtrace.sources.bpf.guest_memory import BpfMemory
 from kvmtrace.sources.bpf.layout import OFFSETS, Layout, Trampoline
-from kvmtrace.sources.bpf.translator import Translator
+from kvmtrace.sources.bpf.translator import BpfTranslator
 
 RING_PAGES = 512
 MAX_KEYS = 16384
@@ -140,7 +140,7 @@ class BpfSource:
                 "boot with lockdown=integrity or without; `kvmtrace doctor` shows it",
             )
         self._bcc = import_bcc()
-        self._translator = Translator(epoch_offset_ns(), host.memory_failure_names())
+        self._translator = BpfTranslator(epoch_offset_ns(), host.memory_failure_names())
         self._programs = _Programs(self._bcc)
         self._next_watch = 0.0
         self._settling: _Settling | None = None  # without programs meanwhile
@@ -255,7 +255,7 @@ class _Programs:
             self._bpf["ring"].open_ring_buffer(self._receive)
         self.walk = self._questions()
 
-    def _questions(self) -> lookup.Walk | None:
+    def _questions(self) -> lookup.KernelLookup | None:
         """The programs that answer questions; None where they do not compile here."""
         try:
             self._asked = asked = self._compile("vms.bpf.c")
@@ -267,7 +267,7 @@ class _Programs:
                 return int(asked.load_func(name.encode(), self._bcc.BPF.RAW_TRACEPOINT).fd)
 
         addresses = {name: symbol.address for name, symbol in self._layout.symbols.items()}
-        return lookup.Walk(asked, load, self._layout.offsets, addresses)
+        return lookup.KernelLookup(asked, load, self._layout.offsets, addresses)
 
     def generation(self, struct: int) -> int:
         """Which of the VMs at this address there is now: see gen_of() in the programs."""
@@ -446,18 +446,21 @@ class _Programs:
         raw, self._raw = self._raw, []
         return raw
 
-    def counters(self) -> list[tuple[records.ExitKey, records.ExitCount]]:
+    def counters(self) -> list[tuple[records.ExitKeyRecord, records.ExitCount]]:
         """The exact counters that moved since the last call, from the map and its overflow."""
         return [
-            (records.ExitKey.from_buffer_copy(key), records.ExitCount.from_buffer_copy(count))
+            (records.ExitKeyRecord.from_buffer_copy(key), records.ExitCount.from_buffer_copy(count))
             for name in ("exits", "overflow")
             for key, count in self._moved(name)
         ]
 
-    def refused(self) -> list[tuple[records.RefusedKey, records.RefusedCount]]:
+    def refused(self) -> list[tuple[records.RefusalKeyRecord, records.RefusedCount]]:
         """How often kvm_gmem_get_pfn answered EHWPOISON, by VM and gfn: what moved."""
         return [
-            (records.RefusedKey.from_buffer_copy(key), records.RefusedCount.from_buffer_copy(count))
+            (
+                records.RefusalKeyRecord.from_buffer_copy(key),
+                records.RefusedCount.from_buffer_copy(count),
+            )
             for key, count in self._moved("refused")
         ]
 
@@ -485,11 +488,11 @@ class _Programs:
         """Drop the counters of signals that a VM was sent."""
         self._delete("signals", keys)
 
-    def forget_refused(self, keys: list[records.RefusedKey]) -> None:
+    def forget_refused(self, keys: list[records.RefusalKeyRecord]) -> None:
         """Drop the counters of what a VM that is gone was refused."""
         self._delete("refused", keys)
 
-    def forget(self, keys: list[records.ExitKey]) -> None:
+    def forget(self, keys: list[records.ExitKeyRecord]) -> None:
         """Drop the counters of a VM that is gone."""
         self._delete("exits", keys)
         self._delete("overflow", keys)

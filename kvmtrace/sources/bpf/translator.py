@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from kvmtrace import kvm
+from kvmtrace import kvm, sanitize
 from kvmtrace.events import (
     Event,
     Exit,
     GmemPoison,
+    GmemRefusal,
     HwError,
     Lost,
     Mce,
     Owner,
     Poison,
-    Refused,
     Sigbus,
     SoftOffline,
     Unpoison,
@@ -27,7 +27,6 @@ from kvmtrace.linux import cper, mce, smbios
 from kvmtrace.sources.bpf import records
 from kvmtrace.sources.bpf.signals import SignalCounts
 from kvmtrace.sources.vm_table import VmTable
-from kvmtrace.vmm import identity
 
 _HW_VIA: dict[int, tuple[str, Mapping[int, str]]] = {
     records.HW_MC_EVENT: ("ras:mc_event", cper.EDAC),
@@ -52,22 +51,22 @@ class Counters(Protocol):
 
     def activity(self) -> int: ...
 
-    def counters(self) -> list[tuple[records.ExitKey, records.ExitCount]]: ...
+    def counters(self) -> list[tuple[records.ExitKeyRecord, records.ExitCount]]: ...
 
-    def refused(self) -> list[tuple[records.RefusedKey, records.RefusedCount]]: ...
+    def refused(self) -> list[tuple[records.RefusalKeyRecord, records.RefusedCount]]: ...
 
     def signals(self) -> list[tuple[records.SigbusKey, records.SigbusCount]]: ...
 
     def forget_signals(self, keys: list[records.SigbusKey]) -> None: ...
 
-    def forget_refused(self, keys: list[records.RefusedKey]) -> None: ...
+    def forget_refused(self, keys: list[records.RefusalKeyRecord]) -> None: ...
 
-    def forget(self, keys: list[records.ExitKey]) -> None: ...
+    def forget(self, keys: list[records.ExitKeyRecord]) -> None: ...
 
     def lost(self) -> list[int]: ...
 
 
-class Translator:
+class BpfTranslator:
     """Holds what must outlive one record: VM keys, totals already reported, signals held back.
 
     ``offset_ns``: epoch minus CLOCK_MONOTONIC. ``names``: page types and results as the kernel
@@ -80,8 +79,8 @@ class Translator:
         self._vms = VmTable(proc)
         self._firmware = smbios.read()
         self._told: dict[bytes, int] = {}  # by exit key: exits already in events
-        self._keys: dict[tuple[int, int], dict[bytes, records.ExitKey]] = {}  # by VM
-        self._refusals: dict[tuple[int, int], dict[bytes, records.RefusedKey]] = {}  # by VM
+        self._keys: dict[tuple[int, int], dict[bytes, records.ExitKeyRecord]] = {}  # by VM
+        self._refusals: dict[tuple[int, int], dict[bytes, records.RefusalKeyRecord]] = {}  # by VM
         self._activity = 0
         self._next_read = 0.0
         self._settled = False
@@ -189,7 +188,7 @@ class Translator:
     # -- one kind each
 
     def _exit(
-        self, key: records.ExitKey, counted: Any, at: int, tid: int, tgid: int
+        self, key: records.ExitKeyRecord, counted: Any, at: int, tid: int, tgid: int
     ) -> list[Event]:
         """``counted``: an ExitCount or ExitRecord, with how many there were so far."""
         raw = bytes(key)
@@ -229,7 +228,7 @@ class Translator:
         )
         return events
 
-    def _refused(self, key: records.RefusedKey, answers: records.RefusedCount) -> list[Event]:
+    def _refused(self, key: records.RefusalKeyRecord, answers: records.RefusedCount) -> list[Event]:
         raw = bytes(key)
         count = answers.total - self._told.get(raw, 0)
         if count <= 0:
@@ -238,7 +237,7 @@ class Translator:
         self._refusals.setdefault((key.kvm, key.gen), {})[raw] = key
         ts = answers.last_ts + self._offset
         vm, events = self._vms.key(key.kvm, answers.tgid, ts, generation=key.gen)
-        return [*events, Refused(ts, vm, key.gfn, count)]
+        return [*events, GmemRefusal(ts, vm, key.gfn, count)]
 
     def _hw_error(self, record: Any) -> HwError:
         via, severities = _HW_VIA[record.via]
@@ -253,7 +252,9 @@ class Translator:
             told = cper.Edac(*said, (record.place & 0xFF, *place))
             facts = cper.edac(told, self._firmware.alike)
         elif record.via in (records.HW_EXTLOG, records.HW_APEI):
-            section = cper.Memory(record.valid, record.addr, record.mask, record.place, record.kind)
+            section = cper.MemoryErrorSection(
+                record.valid, record.addr, record.mask, record.place, record.kind
+            )
             facts |= cper.memory(section, self._firmware.dimms, label)
         else:
             if record.valid:
@@ -400,7 +401,7 @@ class Translator:
         return time.monotonic_ns() + self._offset
 
 
-def _gpa(key: records.ExitKey, counted: Any, told: int) -> int | None:
+def _gpa(key: records.ExitKeyRecord, counted: Any, told: int) -> int | None:
     """The address of all exits after the first ``told``; None where they differ in it."""
     if not key.annotated:
         return None
@@ -412,4 +413,4 @@ def _gpa(key: records.ExitKey, counted: Any, told: int) -> int | None:
 def _text(raw: bytes) -> str:
     """Cleaned; it ends in "…" where the record had no room for the rest."""
     text = raw.decode(errors="replace")
-    return identity.clean(text + "…" if len(raw) >= records.HW_TEXT - 1 else text)
+    return sanitize.clean(text + "…" if len(raw) >= records.HW_TEXT - 1 else text)

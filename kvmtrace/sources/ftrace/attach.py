@@ -16,8 +16,7 @@ from kvmtrace.linux.tracefs import dynamic_events, instance
 from kvmtrace.linux.tracefs.dynamic_events import Defined, DynamicEvents
 from kvmtrace.linux.tracefs.instance import Instance
 from kvmtrace.linux.tracefs.ring_page import EventFormat
-from kvmtrace.model import Probe
-from kvmtrace.probes import NO_KVM, RUN_UNDER_WAY, ProbeSpec, context_specs, specs
+from kvmtrace.probes import NO_KVM, RUN_UNDER_WAY, Probe, ProbeSpec, context_specs, specs
 from kvmtrace.sources.ftrace import fields
 from kvmtrace.sources.ftrace import totals as hist
 
@@ -57,7 +56,7 @@ class Attacher:
         self._counted: set[str] = set()
         # Those of all targets that this kernel has; read where a probe is refused.
         self._functions: set[str] | None = None
-        self._counts = hist.Reader()
+        self._counts = hist.HistogramReader()
 
     def probes(self) -> tuple[Probe, ...]:
         """The state of every probe, in the order of probes.specs.
@@ -129,9 +128,9 @@ class Attacher:
             return None
         return False
 
-    def totals(self) -> hist.Totals:
+    def totals(self) -> hist.KernelTotals:
         """The kernel's counts, now."""
-        totals = hist.Totals()
+        totals = hist.KernelTotals()
         # guest_memfd's failures after the exits that they lead to: see Totals.converts_only.
         for name in sorted(self._counted, key=lambda name: name == "gmem"):
             ring, path = self._ring_of(name), f"events/{self._group}/{name}/hist"

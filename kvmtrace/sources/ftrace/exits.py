@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from kvmtrace import kvm
 from kvmtrace.events import Event, Exit
 from kvmtrace.sources.ftrace import records
-from kvmtrace.sources.ftrace.muting import ExitStorms
+from kvmtrace.sources.ftrace.muting import ExitMuting
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.totals import ExitKey, Totals, Whose, rest_of
-from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.ftrace.totals import ExitKey, KernelTotals, VcpuOwner, rest_of
+from kvmtrace.sources.ftrace.vms import VmResolver
 from kvmtrace.sources.tally import Tally
 
 _MAX_THREADS = 4096
@@ -43,20 +43,20 @@ class _Fault(NamedTuple):
     gmem: int | None
 
 
-class Faults:
+class FtraceExits:
     """``run``, ``gmem`` and ``faultin`` records, and the kernel's counts → ``Exit``."""
 
-    def __init__(self, people: People) -> None:
+    def __init__(self, people: VmResolver) -> None:
         self.watches_gmem = False
         """The ``gmem`` probe is attached: that it has no record means something."""
         self.behind = False
         """Events were dropped since the counts were settled: the counts may have more."""
         self.tally: Tally[ExitKey] = Tally(rest_of)
-        self.storms = ExitStorms()
+        self.storms = ExitMuting()
         self._people = people
         self._gmem: OrderedDict[int, dict[str, Any]] = OrderedDict()  # by thread
         self._faults: OrderedDict[int, _Fault] = OrderedDict()  # by thread
-        self._vcpus: dict[int, Whose] = {}
+        self._vcpus: dict[int, VcpuOwner] = {}
         self._details: OrderedDict[ExitKey, _Detail] = OrderedDict()
         self._again: dict[tuple[ExitKey, int, _Detail], tuple[int, int, int]] = {}
         self._doubtful = False
@@ -133,7 +133,7 @@ class Faults:
             self._details[key] = detail
             _bound(self._details, _MAX_DETAILS)
         vid = fields["vid"]
-        self._vcpus[key.vcpu] = Whose(fields["kvm"], vid, fields.get("tgid") or None)
+        self._vcpus[key.vcpu] = VcpuOwner(fields["kvm"], vid, fields.get("tgid") or None)
         vm = self._people.key(record)
         # Where the kernel counts nothing, an event is all there ever is.
         if self.storms.counted and not self.tally.event(key):
@@ -181,7 +181,7 @@ class Faults:
             detail = detail._replace(gmem=-asked["ret"])
         return self._told(record, key, detail)
 
-    def settle(self, totals: Totals, now: int) -> list[Event]:
+    def settle(self, totals: KernelTotals, now: int) -> list[Event]:
         """Exits that the kernel counted and no event reported."""
         self._learn(totals)
         events: list[Event] = []
@@ -203,7 +203,7 @@ class Faults:
         """Whether the counts may have more of a VM than the events."""
         return self.behind or self.storms.in_vm(struct)
 
-    def settle_vm(self, struct: int, totals: Totals, now: int) -> list[Event]:
+    def settle_vm(self, struct: int, totals: KernelTotals, now: int) -> list[Event]:
         """``settle`` for one VM; also if no event of it ever came through."""
         self._learn(totals)
         return self.settle(totals.of(self._vcpus_of(struct)), now)
@@ -235,7 +235,7 @@ class Faults:
         odd = struct in self._odd if key.flags is None else _is_odd(key)
         return key.ret == -kvm.EFAULT and records.annotated(key.ret, key.reason) and not odd
 
-    def _learn(self, totals: Totals) -> None:
+    def _learn(self, totals: KernelTotals) -> None:
         for vcpu in totals.whose:
             whose = totals.owner(vcpu)
             if vcpu not in self._vcpus and whose is not None:

@@ -8,25 +8,25 @@ from __future__ import annotations
 
 from kvmtrace.events import Event, Owner
 from kvmtrace.sources import guest_memory
-from kvmtrace.sources.ftrace.memslots import GuestMemory
-from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.ftrace.memslots import Memslots
+from kvmtrace.sources.ftrace.vms import VmResolver
 from kvmtrace.vmm import processes
 
 
 class FtraceMemory:
     """guestmem.Memory of the ftrace source."""
 
-    def __init__(self, people: People, guest: GuestMemory, proc: str = "/proc") -> None:
+    def __init__(self, people: VmResolver, guest: Memslots, proc: str = "/proc") -> None:
         self._people = people
         self._guest = guest
         self._proc = proc
 
-    def slots(self, vm: int) -> tuple[guest_memory.Slot, ...] | None:
+    def slots(self, vm: int) -> tuple[guest_memory.Memslot, ...] | None:
         """Memslots that were made, or faulted on, since the start; None where there are none."""
         struct = self._people.struct_of(vm)
         known = self._guest.slots(struct) if struct is not None else {}
         return tuple(
-            guest_memory.Slot(None, slot.base, slot.npages, slot.hva or 0, space)
+            guest_memory.Memslot(None, slot.base, slot.npages, slot.hva or 0, space)
             for (space, _), slot in known.items()
         )
 

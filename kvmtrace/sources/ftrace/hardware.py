@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmtrace import kvm
+from kvmtrace import kvm, sanitize
 from kvmtrace.events import HwError
 from kvmtrace.linux import cper
 from kvmtrace.linux.smbios import Firmware
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.vmm import identity
 
 PROBES = ("mc_event", "extlog", "apei", "arm_event", "non_standard")
 
@@ -42,7 +41,9 @@ def error(record: Record, firmware: Firmware) -> HwError:
             severity = cper.CPER.get(said["sev"])
             return _at(record, "ras:extlog_mem_event", severity=severity, **facts)
         case "apei":
-            section = cper.Memory(*(said.get(word, 0) for word in cper.Memory._fields))
+            section = cper.MemoryErrorSection(
+                *(said.get(word, 0) for word in cper.MemoryErrorSection._fields)
+            )
             facts = cper.memory(section, firmware.dimms)
             return _at(record, "GHES", severity=cper.GHES.get(said["sev"]), **facts)
         case "arm_event":
@@ -66,4 +67,4 @@ def _at(record: Record, via: str, *, addr: int | None = None, **known: Any) -> H
 
 
 def _text(raw: str | None) -> str | None:
-    return identity.clean(raw or "") or None
+    return sanitize.clean(raw or "") or None

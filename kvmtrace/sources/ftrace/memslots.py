@@ -22,7 +22,7 @@ MAX_PAGES = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class TracedSlot:
     """A memslot; ``ino`` and ``pgoff`` (in pages) only where guest_memfd backs it."""
 
     base: int
@@ -44,14 +44,14 @@ class Slot:
         return None if not self.hva else self.hva + ((gfn - self.base) << kvm.PAGE_SHIFT)
 
 
-class GuestMemory:
+class Memslots:
     """Slots by VM (address of its ``struct kvm``), and poisoned guest_memfd pages by (ino, index).
 
     Bounded: what came first is forgotten first.
     """
 
     def __init__(self) -> None:
-        self._slots: OrderedDict[int, dict[tuple[int, int], Slot]] = OrderedDict()
+        self._slots: OrderedDict[int, dict[tuple[int, int], TracedSlot]] = OrderedDict()
         self._count = 0
         self._poisoned: OrderedDict[tuple[int, int], int] = OrderedDict()
 
@@ -70,7 +70,7 @@ class GuestMemory:
         if base is None or not npages:
             return
         is_gmem = bool((fields.get("flags") or 0) & _MEM_GUEST_MEMFD)
-        slot = Slot(
+        slot = TracedSlot(
             base,
             npages,
             fields.get("hva") or None,
@@ -93,14 +93,14 @@ class GuestMemory:
         """The VM is gone."""
         self._count -= len(self._slots.pop(vm, ()))
 
-    def slot_of(self, vm: int, gfn: int) -> Slot | None:
+    def slot_of(self, vm: int, gfn: int) -> TracedSlot | None:
         """The memslot that holds a gfn."""
         for slot in self._slots.get(vm, {}).values():
             if slot.base <= gfn < slot.base + slot.npages:
                 return slot
         return None
 
-    def slots(self, vm: int) -> dict[tuple[int, int], Slot]:
+    def slots(self, vm: int) -> dict[tuple[int, int], TracedSlot]:
         """What is known of a VM's memslots: {(address space, first gfn): slot}."""
         return self._slots.get(vm, {})
 

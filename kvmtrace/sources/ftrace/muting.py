@@ -31,7 +31,7 @@ class _Muted:
     quiet: int = 0
 
 
-class Storms(Generic[K]):
+class Muting(Generic[K]):
     """Which keys are muted. ``changed`` says that the filters have to be written again."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Storms(Generic[K]):
         return any(muted.struct == struct for muted in self._muted.values())
 
 
-class ExitStorms(Storms[ExitKey]):
+class ExitMuting(Muting[ExitKey]):
     """Of failed exits."""
 
     def mutes(self, struct: int, gfn: int) -> bool:
@@ -119,7 +119,7 @@ class ExitStorms(Storms[ExitKey]):
         return found
 
 
-class SignalStorms(Storms[SignalKey]):
+class SignalMuting(Muting[SignalKey]):
     """Of signals, and the faults in which KVM sends them."""
 
     def __init__(self) -> None:

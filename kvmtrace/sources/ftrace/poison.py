@@ -13,9 +13,9 @@ from kvmtrace import kvm
 from kvmtrace.events import Event, GmemPoison, Mce, Owned, Owner, Poison, SoftOffline, Unpoison
 from kvmtrace.linux import mce
 from kvmtrace.sources.ftrace import records
-from kvmtrace.sources.ftrace.memslots import GuestMemory
+from kvmtrace.sources.ftrace.memslots import Memslots
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.ftrace.vms import VmResolver
 
 _MAX_PENDING = 4096
 
@@ -26,10 +26,10 @@ class Poisons:
     ``names``: of memory_failure_event's ``type`` and ``result``.
     """
 
-    def __init__(self, people: People, names: tuple[dict[int, str], dict[int, str]]) -> None:
+    def __init__(self, people: VmResolver, names: tuple[dict[int, str], dict[int, str]]) -> None:
         self._people = people
         self._types, self._results = names
-        self.memory = GuestMemory()
+        self.memory = Memslots()
         """Where guest memory is, as far as probes reported it."""
         self._pages: OrderedDict[int, tuple[int, int]] = OrderedDict()  # thread → (ino, index)
         self._owned: OrderedDict[tuple[int, int, int], None] = OrderedDict()

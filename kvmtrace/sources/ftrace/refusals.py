@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from kvmtrace import kvm
-from kvmtrace.events import Event, Refused
+from kvmtrace.events import Event, GmemRefusal
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.totals import RefusedKey, Totals
-from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.ftrace.totals import KernelTotals, RefusalKey
+from kvmtrace.sources.ftrace.vms import VmResolver
 from kvmtrace.sources.tally import Tally
 
 
-class Refusals:
-    """``gmem`` records and the kernel's counts → ``Refused``."""
+class GmemRefusals:
+    """``gmem`` records and the kernel's counts → ``GmemRefusal``."""
 
-    def __init__(self, people: People) -> None:
-        self.tally: Tally[RefusedKey] = Tally()
+    def __init__(self, people: VmResolver) -> None:
+        self.tally: Tally[RefusalKey] = Tally()
         self._people = people
         self._batch: dict[tuple[int, int], tuple[int, int]] = {}  # (VM, gfn) → (how many, when)
 
     def gmem(self, record: Record) -> None:
         """kvm_gmem_get_pfn failed."""
         fields = record.fields
-        key = RefusedKey(fields["kvm"], fields["gfn"])
+        key = RefusalKey(fields["kvm"], fields["gfn"])
         if fields["ret"] == -kvm.EHWPOISON and self.tally.event(key):
             self._add(self._people.key(record), key.gfn, 1, record.ts)
 
-    def settle(self, totals: Totals, now: int, struct: int | None = None) -> None:
+    def settle(self, totals: KernelTotals, now: int, struct: int | None = None) -> None:
         """The kernel's counts; of one VM, or all."""
         wanted = {k: n for k, n in totals.refused.items() if struct in (None, k.kvm)}
         for key, count in self.tally.total(wanted):
@@ -35,7 +35,7 @@ class Refusals:
     def take(self) -> list[Event]:
         """What is to be reported, one event for each page."""
         batch, self._batch = self._batch, {}
-        return [Refused(ts, vm, gfn, count) for (vm, gfn), (count, ts) in batch.items()]
+        return [GmemRefusal(ts, vm, gfn, count) for (vm, gfn), (count, ts) in batch.items()]
 
     def _add(self, vm: int, gfn: int, count: int, ts: int) -> None:
         before, _ = self._batch.get((vm, gfn), (0, ts))

@@ -12,12 +12,12 @@ from dataclasses import replace
 
 from kvmtrace import kvm
 from kvmtrace.events import Event, Sigbus
-from kvmtrace.sources.ftrace.muting import SignalStorms
+from kvmtrace.sanitize import clean
+from kvmtrace.sources.ftrace.muting import SignalMuting
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.totals import SignalFacts, SignalKey, Totals
-from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.ftrace.totals import KernelTotals, SignalDetails, SignalKey
+from kvmtrace.sources.ftrace.vms import VmResolver
 from kvmtrace.sources.tally import Tally
-from kvmtrace.vmm.identity import clean
 
 # A signal waits this long for the fault it was sent from, which returns right after.
 SIGNAL_WAIT_NS = 50_000_000
@@ -27,11 +27,11 @@ _MAX_PENDING = 4096
 class Signals:
     """``sigbus`` and ``sigbus_forced`` records, and the kernel's counts → ``Sigbus``."""
 
-    def __init__(self, people: People) -> None:
+    def __init__(self, people: VmResolver) -> None:
         self.behind = False
         """Events were dropped since the counts were settled: the counts may have more."""
         self.tally: Tally[SignalKey] = Tally()
-        self.storms = SignalStorms()
+        self.storms = SignalMuting()
         self._people = people
         self._waiting: OrderedDict[int, tuple[SignalKey, Sigbus]] = OrderedDict()  # by thread
         self._known: OrderedDict[SignalKey, Sigbus] = OrderedDict()
@@ -110,7 +110,7 @@ class Signals:
         late = [tid for tid, (_, event) in self._waiting.items() if now - event.ts > SIGNAL_WAIT_NS]
         return [self._waiting.pop(tid)[1] for tid in late]
 
-    def settle(self, totals: Totals, now: int, vm: int | None = None) -> list[Event]:
+    def settle(self, totals: KernelTotals, now: int, vm: int | None = None) -> list[Event]:
         """Signals that the kernel counted and no event reported; of one VM, or all."""
         of = {key: self._of(key, totals, now) for key in totals.signals}
         wanted = {
@@ -122,11 +122,11 @@ class Signals:
         """Whether the counts may have more of a VM than the events."""
         return self.behind or self.storms.in_vm(struct)
 
-    def _of(self, key: SignalKey, totals: Totals, now: int) -> Sigbus:
+    def _of(self, key: SignalKey, totals: KernelTotals, now: int) -> Sigbus:
         known = self._known.get(key)
         if known is not None:
             return known
-        facts = totals.facts.get(key, SignalFacts())
+        facts = totals.facts.get(key, SignalDetails())
         pid = self._people.process_of(key.tid, facts.tgid)
         vm = self._people.only_vm_of(pid)
         return Sigbus(now, pid, key.tid, key.code, key.addr, kvm.lsb_of(facts.lsb), vm=vm)

@@ -19,13 +19,13 @@ from kvmtrace.linux import clock, host
 from kvmtrace.linux.tracefs import instance, ring_page
 from kvmtrace.linux.tracefs.instance import Instance
 from kvmtrace.linux.tracefs.missed import Missed
-from kvmtrace.model import Probe, ProbeRuns
+from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources.ftrace import attach, fields, preflight
 from kvmtrace.sources.ftrace.attach import Attacher
 from kvmtrace.sources.ftrace.guest_memory import FtraceMemory
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.translator import Joiner
-from kvmtrace.sources.ftrace.vms import People, tgid_of
+from kvmtrace.sources.ftrace.translator import FtraceTranslator
+from kvmtrace.sources.ftrace.vms import VmResolver, tgid_of
 from kvmtrace.sources.vm_table import VmTable
 
 COUNT_SECONDS = 1.0  # how often the kernel's counts are read while something is going on
@@ -60,7 +60,7 @@ class FtraceSource:
         attach.remove_dead(root)
         group = instance.own_name()
         names = host.memory_failure_names(root)
-        self._joiner = Joiner(People(VmTable(), tgid_of), names)
+        self._joiner = FtraceTranslator(VmResolver(VmTable(), tgid_of), names)
         self.memory = FtraceMemory(self._joiner.people, self._joiner.poisons.memory)
         self._attacher = Attacher(root, group, self._rings)
         self._missed = Missed(root, group)

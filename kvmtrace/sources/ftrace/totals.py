@@ -39,7 +39,7 @@ def rest_of(key: ExitKey) -> ExitKey | None:
     return None if key.gpa is None else ExitKey(key.vcpu, key.ret, key.reason)
 
 
-class Whose(NamedTuple):
+class VcpuOwner(NamedTuple):
     """``struct kvm`` and number of a vCPU, and its process (None: not known)."""
 
     kvm: int
@@ -47,7 +47,7 @@ class Whose(NamedTuple):
     tgid: int | None
 
 
-class RefusedKey(NamedTuple):
+class RefusalKey(NamedTuple):
     """A page that guest_memfd refused: ``struct kvm`` and gfn."""
 
     kvm: int
@@ -63,7 +63,7 @@ class SignalKey(NamedTuple):
     addr: int
 
 
-class SignalFacts(NamedTuple):
+class SignalDetails(NamedTuple):
     """What the counts hold beside; None where they do not."""
 
     lsb: int | None = None
@@ -106,34 +106,34 @@ def triggers(event: str, fields: Iterable[str]) -> tuple[str, ...]:
 
 
 @dataclass(slots=True)
-class Totals:
+class KernelTotals:
     """One reading of all triggers: counts by key, who the vCPUs are, what no entry was left for."""
 
     exits: dict[ExitKey, int] = field(default_factory=dict)
     sizes: dict[ExitKey, int] = field(default_factory=dict)
-    whose: dict[int, dict[Whose, int]] = field(default_factory=dict)
+    whose: dict[int, dict[VcpuOwner, int]] = field(default_factory=dict)
     dropped: int = 0
-    refused: dict[RefusedKey, int] = field(default_factory=dict)
+    refused: dict[RefusalKey, int] = field(default_factory=dict)
     refusers: dict[int, int] = field(default_factory=dict)
     """{struct kvm: process}"""
     refused_dropped: int = 0
     failing: set[int] | None = None
     """``struct kvm`` of VMs of which guest_memfd failed with EFAULT; None: not all were counted."""
     signals: dict[SignalKey, int] = field(default_factory=dict)
-    facts: dict[SignalKey, SignalFacts] = field(default_factory=dict)
+    facts: dict[SignalKey, SignalDetails] = field(default_factory=dict)
     signals_dropped: int = 0
     rests: dict[ExitKey, int] = field(default_factory=dict)
     """Annotated exits that no entry was left for; 0 while there is room. Not in ``exits``."""
     full: bool = False
     """Some were left without an entry: what is not in ``exits`` by now will never be."""
 
-    def of(self, vcpus: Collection[int]) -> Totals:
+    def of(self, vcpus: Collection[int]) -> KernelTotals:
         """Exits of some vCPUs only."""
         exits = {key: count for key, count in self.exits.items() if key.vcpu in vcpus}
         rests = {key: count for key, count in self.rests.items() if key.vcpu in vcpus}
-        return Totals(exits, self.sizes, rests=rests, failing=self.failing)
+        return KernelTotals(exits, self.sizes, rests=rests, failing=self.failing)
 
-    def owner(self, vcpu: int) -> Whose | None:
+    def owner(self, vcpu: int) -> VcpuOwner | None:
         """Whose a vCPU most likely is: its address may have been used before."""
         candidates = self.whose.get(vcpu)
         return max(candidates, key=lambda whose: candidates[whose]) if candidates else None
@@ -165,7 +165,7 @@ class Totals:
             try:
                 vcpu = int(parts[0], 16)
                 if whose:
-                    who = Whose(int(parts[1], 16), int(parts[2]), means.get("tgid") or None)
+                    who = VcpuOwner(int(parts[1], 16), int(parts[2]), means.get("tgid") or None)
                     self.whose.setdefault(vcpu, {})[who] = count
                     continue
                 if ret is not None:
@@ -215,7 +215,7 @@ class Totals:
         self.refused_dropped += block.dropped
         for parts, count, means in block.rows:
             try:
-                key = RefusedKey(int(parts[0], 16), int(parts[1], 16))
+                key = RefusalKey(int(parts[0], 16), int(parts[1], 16))
             except (ValueError, IndexError):
                 self.refused_dropped += count
                 continue
@@ -232,10 +232,10 @@ class Totals:
                 self.signals_dropped += count
                 continue
             self.signals[key] = count
-            self.facts[key] = SignalFacts(means.get("lsb"), means.get("tgid"))
+            self.facts[key] = SignalDetails(means.get("lsb"), means.get("tgid"))
 
 
-class Reader:
+class HistogramReader:
     """Reads ``hist`` files, again where a row may have been caught in the middle of a hit.
 
     A value is the sum over all hits: divided by them it is the number, if all were equal. But the
@@ -246,7 +246,7 @@ class Reader:
     def __init__(self) -> None:
         self._known: dict[str, dict[_Row, dict[str, int]]] = {}
 
-    def read(self, event: str, read: Callable[[], str], totals: Totals) -> None:
+    def read(self, event: str, read: Callable[[], str], totals: KernelTotals) -> None:
         """Add to ``totals`` what the file says; ``read`` gives its text as it is then."""
         blocks = list(_blocks(read()))
         said = dict(_means(blocks))

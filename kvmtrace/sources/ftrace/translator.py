@@ -9,27 +9,27 @@ from kvmtrace import kvm
 from kvmtrace.events import Event, Lost
 from kvmtrace.linux import smbios
 from kvmtrace.sources.ftrace import hardware, records
-from kvmtrace.sources.ftrace.exits import Faults
+from kvmtrace.sources.ftrace.exits import FtraceExits
 from kvmtrace.sources.ftrace.fields import KVM_PFN_ERR_HWPOISON
 from kvmtrace.sources.ftrace.muting import exclusions
 from kvmtrace.sources.ftrace.poison import Poisons
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.refusals import Refusals
+from kvmtrace.sources.ftrace.refusals import GmemRefusals
 from kvmtrace.sources.ftrace.signals import Signals
-from kvmtrace.sources.ftrace.totals import Totals, rest_of
-from kvmtrace.sources.ftrace.vms import People
+from kvmtrace.sources.ftrace.totals import KernelTotals, rest_of
+from kvmtrace.sources.ftrace.vms import VmResolver
 from kvmtrace.sources.tally import Tally
 
 
-class Joiner:
+class FtraceTranslator:
     """Feed it batches of records; see ``batch``. Pure but for what ``people`` looks up."""
 
     def __init__(
-        self, people: People, names: tuple[dict[int, str], dict[int, str]] = ({}, {})
+        self, people: VmResolver, names: tuple[dict[int, str], dict[int, str]] = ({}, {})
     ) -> None:
         self.people = people
-        self.faults = Faults(people)
-        self.refusals = Refusals(people)
+        self.faults = FtraceExits(people)
+        self.refusals = GmemRefusals(people)
         self.poisons = Poisons(people, names)
         self.signals = Signals(people)
         self._firmware = smbios.read()
@@ -39,8 +39,8 @@ class Joiner:
         batch: Iterable[Record],
         now: int,
         *,
-        totals: Totals | None = None,
-        read_totals: Callable[[], Totals] = Totals,
+        totals: KernelTotals | None = None,
+        read_totals: Callable[[], KernelTotals] = KernelTotals,
         doubtful: bool = False,
         deaf: bool = False,
         last: bool = False,
@@ -110,7 +110,7 @@ class Joiner:
         for storm in (self.faults.storms, self.signals.storms):
             storm.refuse()
 
-    def _settle(self, totals: Totals, now: int) -> list[Event]:
+    def _settle(self, totals: KernelTotals, now: int) -> list[Event]:
         events = self.faults.settle(totals, now) + self.signals.settle(totals, now)
         self.refusals.settle(totals, now)
         self.faults.storms.reading(totals.exits)
@@ -130,7 +130,7 @@ class Joiner:
             self.signals.tally.fold(totals.signals)
         return events
 
-    def _one(self, record: Record, read_totals: Callable[[], Totals]) -> list[Event]:
+    def _one(self, record: Record, read_totals: Callable[[], KernelTotals]) -> list[Event]:
         match record.probe:
             case "run":
                 if record.fields["ret"] == -kvm.EINTR:
@@ -181,7 +181,7 @@ class Joiner:
             return self.signals.fault(record)
         return []
 
-    def _vm_gone(self, record: Record, read_totals: Callable[[], Totals]) -> None:
+    def _vm_gone(self, record: Record, read_totals: Callable[[], KernelTotals]) -> None:
         struct = record.fields["kvm"]
         if self.faults.unsettled(struct) or self.signals.unsettled(struct):
             totals = read_totals()

@@ -25,7 +25,7 @@ def tgid_of(tid: int, proc: str = "/proc") -> int | None:
     return int(found[1]) if found else None
 
 
-class People:
+class VmResolver:
     """The VM table, asked with records. Events that this leads to go to ``out``.
 
     ``tgid_of``: thread → process, for records without it.

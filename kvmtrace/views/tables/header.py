@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvmtrace.model import Probe, Snapshot
-from kvmtrace.probes import specs
+from kvmtrace.model import Snapshot
+from kvmtrace.probes import Probe, specs
 from kvmtrace.views.format import (
     UNKNOWN,
     Line,

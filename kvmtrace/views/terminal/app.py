@@ -31,7 +31,7 @@ from kvmtrace.model import Snapshot
 from kvmtrace.views.format import cells
 from kvmtrace.views.tables.rows import rates
 from kvmtrace.views.terminal.screen import Drawn, frame
-from kvmtrace.views.terminal.ui_state import State
+from kvmtrace.views.terminal.ui_state import UiState
 
 # The terminal's own sixteen colours: legible on dark and on light. Words say the same.
 _STYLES = {
@@ -111,7 +111,7 @@ class TopApp(App[None]):
     ) -> None:
         super().__init__(ansi_color=True)
         self.failure: BaseException | None = None
-        self.state = State()
+        self.state = UiState()
         self._snapshot = snapshot
         self._first = first
         self._interval = interval

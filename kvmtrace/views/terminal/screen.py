@@ -10,7 +10,7 @@ from kvmtrace.views.tables import header
 from kvmtrace.views.tables.grid import fit
 from kvmtrace.views.tables.rows import IncidentRow, VmRow
 from kvmtrace.views.terminal import pages
-from kvmtrace.views.terminal.ui_state import State, Table
+from kvmtrace.views.terminal.ui_state import Table, UiState
 
 Row = TypeVar("Row", VmRow, IncidentRow)
 
@@ -26,7 +26,7 @@ class Drawn:
     selected: bool = False
 
 
-def frame(state: State, width: int, height: int) -> list[Drawn]:
+def frame(state: UiState, width: int, height: int) -> list[Drawn]:
     """The whole screen: exactly ``height`` lines of at most ``width`` cells."""
     head = [
         _clock_line(state),
@@ -48,20 +48,20 @@ def frame(state: State, width: int, height: int) -> list[Drawn]:
     return [Drawn(clip_line(d.line, width), d.selected) for d in lines][:height]
 
 
-def _clock_line(state: State) -> Line:
+def _clock_line(state: UiState) -> Line:
     # The clock comes first: a change at the end of a line would redraw all of it.
     clock: Span = (clock_of(state.snapshot.wall(state.now)) + "  ", "dim")
     pause: Line = (("PAUSED  ", "warn"),) if state.paused else ()
     return (clock, *pause, *header.host_spans(state.snapshot))
 
 
-def _main_foot(state: State) -> Line:
+def _main_foot(state: UiState) -> Line:
     if state.typing:
         return (("filter by VM: ", "head"), (state.filter, ""), ("▏", ""), ("  enter, esc", "dim"))
     return ((_KEYS, "dim"),)
 
 
-def _tables(state: State, width: int, room: int) -> list[Drawn]:
+def _tables(state: UiState, width: int, room: int) -> list[Drawn]:
     # Two lines of titles each and one between; either may use what the other leaves.
     rows = room - 5
     if rows < 4:  # no room for two: the one that keys act on
@@ -78,7 +78,7 @@ def _tables(state: State, width: int, room: int) -> list[Drawn]:
     ]
 
 
-def _table(state: State, table: Table[Row], width: int, height: int) -> list[Drawn]:
+def _table(state: UiState, table: Table[Row], width: int, height: int) -> list[Drawn]:
     active = state.table is table
     visible = table.visible(height)
     lines = [Drawn(_title(state, table, active, len(visible)))]
@@ -96,7 +96,7 @@ def _table(state: State, table: Table[Row], width: int, height: int) -> list[Dra
     return lines[: height + 2]
 
 
-def _title(state: State, table: Table[Row], active: bool, shown: int) -> Line:
+def _title(state: UiState, table: Table[Row], active: bool, shown: int) -> Line:
     # What can be acted on has a mark, not only a colour.
     mark = "▶ " if active else "  "
     spans: list[Span] = [(mark, "title"), (table.title, "title" if active else "head")]
@@ -113,7 +113,7 @@ def _title(state: State, table: Table[Row], active: bool, shown: int) -> Line:
     return tuple(spans)
 
 
-def _page(state: State, width: int, room: int) -> list[Drawn]:
+def _page(state: UiState, width: int, room: int) -> list[Drawn]:
     match state.page:
         case "vm":
             lines = pages.vm_page(state.snapshot, state.shown, state.now, state.rates)

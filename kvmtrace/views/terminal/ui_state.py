@@ -80,7 +80,7 @@ class Table(Generic[Row]):
 
 
 @dataclass
-class State:
+class UiState:
     """All of it. ``page``: "main", "vm", "incident", "probes" or "help"."""
 
     snapshot: Snapshot = field(default_factory=Snapshot)

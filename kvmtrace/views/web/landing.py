@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from kvmtrace import __version__
 from kvmtrace.events import Owner, elapsed
-from kvmtrace.model import Incident, Probe, Snapshot, Vm
+from kvmtrace.model import Incident, Snapshot, Vm
+from kvmtrace.probes import Probe
 from kvmtrace.views.tables.header import clock_text
 from kvmtrace.views.tables.rows import KERNEL_ITSELF, severity, state_word
 
