@@ -17,8 +17,9 @@ from kvmtrace.enrich import Heartbeat, OwnerLookup, PageReleaseWatch, VcpuFollow
 from kvmtrace.enrich.pipeline import EnrichedSource
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Host
-from kvmtrace.linux import host, privileges
+from kvmtrace.linux import privileges
 from kvmtrace.linux.proc_reader import READER
+from kvmtrace.linux.tracefs import mount
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import Probe
 from kvmtrace.session import feed
@@ -71,7 +72,7 @@ def give_up_privileges() -> None:
 
 
 def _to_detach() -> set[str]:
-    tracefs = host.tracefs()
+    tracefs = mount.tracefs()
     with contextlib.suppress(OSError):
         if tracefs is None or os.stat(tracefs).st_uid == os.geteuid():
             return set()

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux.btf import Btf
-from kvmtrace.probes import POISON_EVENTS, specs
-
-TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
+from kvmtrace.linux.tracefs import mount
+from kvmtrace.probes import specs
 
 # include/uapi/linux/capability.h
 CAP_SYS_ADMIN = 21
@@ -170,92 +169,12 @@ def _memory_fault_exit_by_name(root: str) -> bool | None:
     return any(b"\0memory_fault\0" in blob for blob in blobs)
 
 
-# -- tracefs
-
-
-@dataclass(frozen=True, slots=True)
-class Tracefs:
-    """``readable``: lockdown lets us read it. ``dynamic_events``, ``fprobes``: what it can do."""
-
-    path: str
-    readable: bool
-    dynamic_events: bool
-    fprobes: bool
-
-
-def tracing(candidates: tuple[str, ...] = TRACEFS) -> Tracefs | None:
-    """The tracefs that is mounted, or None."""
-    path = tracefs(candidates)
-    if path is None:
-        return None
-    readme = _read(f"{path}/README")
-    return Tracefs(
-        path,
-        readable=bool(readme),
-        dynamic_events=os.access(f"{path}/dynamic_events", os.W_OK)
-        or os.access(f"{path}/kprobe_events", os.W_OK),
-        fprobes=re.search(r"^\s*f\[:", readme, re.MULTILINE) is not None,
-    )
-
-
-def tracefs(candidates: tuple[str, ...] = TRACEFS) -> str | None:
-    """Where tracefs is mounted, or None."""
-    for path in candidates:
-        if os.path.exists(f"{path}/README"):
-            return path
-    return None
-
-
-_SYMBOLIC = re.compile(r"__print_symbolic\(\s*REC->(\w+)\s*,")
-_PAIR = re.compile(
-    r'\{\s*(-?(?:0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}))U?L*\s*,\s*"((?:[^"\\]|\\.)*)"\s*\}'
-)
-
-
-def symbolic_tables(event_format: str) -> dict[str, dict[int, str]]:
-    """{field: {number: string}} of a trace event's ``format`` text (its ``__print_symbolic``).
-
-    The kernel puts its enums' numbers there (TRACE_DEFINE_ENUM); a name that it left in place
-    is left out here, and prints as a number.
-    """
-    _, _, print_format = event_format.partition("print fmt:")
-    starts = list(_SYMBOLIC.finditer(print_format))
-    tables: dict[str, dict[int, str]] = {}
-    for index, start in enumerate(starts):
-        end = starts[index + 1].start() if index + 1 < len(starts) else len(print_format)
-        pairs = _PAIR.findall(print_format, start.end(), end)
-        tables[start[1]] = {_number(number): text for number, text in pairs}
-    return tables
-
-
-def _number(text: str) -> int:
-    return int(text, 16 if "x" in text.lower() else 10)
-
-
-def memory_failure_names(root: str | None = None) -> tuple[dict[int, str], dict[int, str]]:
-    """Page types and results of memory_failure_event as this very kernel prints them.
-
-    ``root``: tracefs. Both empty where tracefs is not there.
-    """
-    root = root or tracefs() or TRACEFS[0]
-    event = tracepoint(POISON_EVENTS, root)
-    tables = symbolic_tables(event_format(event, root)) if event else {}
-    return tables.get("type", {}), tables.get("result", {})
-
-
-def tracepoint(targets: Iterable[str], root: str) -> str | None:
-    """The first ``system:event`` of these that the tracefs at ``root`` has."""
-    return next((target for target in targets if event_format(target, root)), None)
-
-
-def event_format(target: str, root: str) -> str:
-    """The ``format`` of ``system:event``; "" where that is not there or cannot be read."""
-    return _read(f"{root}/events/{target.replace(':', '/')}/format")
+# -- tracing
 
 
 def has_kprobes(devices: str = "/sys/bus/event_source/devices") -> bool:
     """Whether the kernel has kprobes at all (CONFIG_KPROBES); both ways to them are looked at."""
-    root = tracefs()
+    root = mount.tracefs()
     return os.path.exists(f"{devices}/kprobe/type") or (
         root is not None and os.path.exists(f"{root}/kprobe_events")
     )
@@ -429,7 +348,7 @@ class Facts:
     lockdown: str | None
     kvm: Kvm
     types: Types
-    tracefs: Tracefs | None
+    tracefs: mount.Tracefs | None
     symbols: Symbols | None
     poison_names: bool
     bcc: Bcc
@@ -446,9 +365,9 @@ def examine() -> Facts:
         lockdown=lockdown(),
         kvm=kvm(),
         types=types(),
-        tracefs=tracing(),
+        tracefs=mount.tracing(),
         symbols=symbols(functions(uname.machine)),
-        poison_names=all(memory_failure_names()),
+        poison_names=all(mount.memory_failure_names()),
         bcc=bcc(),
         ras_cec=corrected_errors_collector(),
     )

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Lost
-from kvmtrace.linux import host
-from kvmtrace.linux.tracefs import dynamic_events, instance, ring_page
+from kvmtrace.linux.tracefs import dynamic_events, instance, mount, ring_page
 from kvmtrace.linux.tracefs.missed import Missed
 from kvmtrace.linux.tracefs.ring_page import EventFormat, PageLayout
 from kvmtrace.sources.codec import WRONG, checked
@@ -104,14 +103,14 @@ def _dropped(stats: bytes) -> None:
 
 
 def _tracing(readme: bytes) -> None:
-    host.tracing((placed(readme, "tracefs/README").rpartition("/")[0],))
+    mount.tracing((placed(readme, "tracefs/README").rpartition("/")[0],))
 
 
 test_any_input, test_long_input, test_what_is_known = laws(
     {
         "format": Parser(text(EventFormat), FORMATS, (ValueError,)),
         "print_fmt": Parser(
-            text(host.symbolic_tables),
+            text(mount.symbolic_tables),
             FORMATS,
             found=[b'print fmt: "%s", __print_symbolic(REC->type, { 07, "x" }, { 1, "y" })'],
         ),

@@ -16,8 +16,7 @@ import pytest
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event, Exit, Mce, Poison, Sigbus, VmGone, VmSeen
-from kvmtrace.linux import host
-from kvmtrace.linux.tracefs import ring_page
+from kvmtrace.linux.tracefs import mount, ring_page
 from kvmtrace.sources.ftrace import totals
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.translator import FtraceTranslator
@@ -42,7 +41,7 @@ def recorded(path: Path) -> tuple[dict[str, Any], list[Event]]:
             probe, known = formats[ring_page.event_id(entry)]
             found.append(Record(ts + recording["offset_ns"], probe, known.decode(entry)))
     found.sort(key=lambda record: record.ts)
-    tables = host.symbolic_tables(recording["formats"]["poison"])
+    tables = mount.symbolic_tables(recording["formats"]["poison"])
     people = VmResolver(VmTable("/nonexistent"), lambda tid: None)
     joiner = FtraceTranslator(people, (tables["type"], tables["result"]))
     joiner.faults.watches_gmem = True

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kvmtrace.linux.tracefs.mount import read_text
 from kvmtrace.sources.ftrace.fields import Field
 
 _ENTRY = re.compile(
@@ -148,7 +149,7 @@ class DynamicEvents:
 
     def _refusal(self, command: str) -> tuple[str | None, int]:
         """(reason, column in the command) of what ``error_log`` says last about this command."""
-        for entry in reversed(list(_ENTRY.finditer(_read(f"{self._root}/error_log")))):
+        for entry in reversed(list(_ENTRY.finditer(read_text(f"{self._root}/error_log")))):
             if entry["command"] == command:
                 return entry["reason"], len(entry["caret"]) - _COMMAND_COLUMN
         return None, 0
@@ -167,12 +168,12 @@ class DynamicEvents:
     def names(self) -> list[str]:
         """The events of this group that exist."""
         pattern = rf"^\w+:{re.escape(self._group)}/(\S+) "
-        return re.findall(pattern, _read(self._file), re.MULTILINE)
+        return re.findall(pattern, read_text(self._file), re.MULTILINE)
 
 
 def groups(root: str) -> set[str]:
     """All groups that have dynamic events."""
-    return set(re.findall(r"^\w+:(\w+)/", _read(f"{root}/dynamic_events"), re.MULTILINE))
+    return set(re.findall(r"^\w+:(\w+)/", read_text(f"{root}/dynamic_events"), re.MULTILINE))
 
 
 def _note(missing: list[tuple[str, str]], field: Field, reason: str) -> None:
@@ -187,11 +188,3 @@ def _at_column(head: str, arguments: list[str], column: int) -> int | None:
             return index
         start += len(argument) + 1
     return None
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from kvmtrace.linux.tracefs.mount import read_text
+
 _EVENT = re.compile(r"^[pr]\d*:(\S+) ", re.MULTILINE)
 _PROFILE = re.compile(r"^ +(\S+) +\d+ +(\d+)$", re.MULTILINE)
 
@@ -24,8 +26,8 @@ class Missed:
         return found
 
     def _now(self) -> dict[str, int]:
-        events = _EVENT.findall(_read(f"{self._root}/kprobe_events"))
-        profile = _PROFILE.findall(_read(f"{self._root}/kprobe_profile"))
+        events = _EVENT.findall(read_text(f"{self._root}/kprobe_events"))
+        profile = _PROFILE.findall(read_text(f"{self._root}/kprobe_profile"))
         # The profile does not have the groups; both files list the same events in the same order
         # (kernel/trace/trace_dynevent.c), unless one came or went in between.
         if [event.rpartition("/")[2] for event in events] != [name for name, _ in profile]:
@@ -35,11 +37,3 @@ class Missed:
             for event, (_, missed) in zip(events, profile, strict=True)
             if event.startswith(self._prefix)
         }
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""

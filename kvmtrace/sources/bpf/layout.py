@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvmtrace import kvm
-from kvmtrace.linux import host
 from kvmtrace.linux.btf import Btf
+from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import ProbeSpec
 from kvmtrace.sources.bpf import copies, lookup
 
@@ -167,8 +167,8 @@ class Layout:
         kernels differ in it.
         """
         if spec.is_tracepoint:
-            root = host.tracefs()
-            found = host.tracepoint(spec.targets, root) if root else None
+            root = mount.tracefs()
+            found = mount.tracepoint(spec.targets, root) if root else None
             event = spec.targets[0].partition(":")[2]
             return found or (spec.targets[0] if len(spec.targets) == 1 else event)
         return next((target for target in spec.targets if target in self.symbols), None)

@@ -25,6 +25,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
 from kvmtrace.linux import host
 from kvmtrace.linux.clock import epoch_offset_ns, now_ns
+from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources.bpf import attach_errors, copies, lookup, maps, records
 from kvmtrace.sources.bpf.guest_memory import BpfMemory
@@ -140,7 +141,7 @@ class BpfSource:
                 "boot with lockdown=integrity or without; `kvmtrace doctor` shows it",
             )
         self._bcc = import_bcc()
-        self._translator = BpfTranslator(epoch_offset_ns(), host.memory_failure_names())
+        self._translator = BpfTranslator(epoch_offset_ns(), mount.memory_failure_names())
         self._programs = _Programs(self._bcc)
         self._next_watch = 0.0
         self._settling: _Settling | None = None  # without programs meanwhile

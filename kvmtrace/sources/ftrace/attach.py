@@ -20,8 +20,6 @@ from kvmtrace.probes import NO_KVM, RUN_UNDER_WAY, Probe, ProbeSpec, context_spe
 from kvmtrace.sources.ftrace import fields
 from kvmtrace.sources.ftrace import totals as hist
 
-_KVM = "/sys/module/kvm"
-
 # What the kernel says of a probe that it refuses (kernel/trace/trace_probe.h), for people.
 _MEANING = (
     ("No BTF entry", "the kernel's BTF does not have this function"),
@@ -255,20 +253,6 @@ def remove_events(events: DynamicEvents, seconds: float = 1.0) -> None:
         if all(removed) or time.monotonic() >= end:
             return
         time.sleep(0.02)
-
-
-def kvm_now() -> int | None:
-    """A number that changes when kvm is loaded anew; None while it is not loaded."""
-    try:
-        number = os.stat(_KVM).st_ino
-    except OSError:
-        return 0 if os.path.exists("/dev/kvm") else None
-    try:
-        with open(f"{_KVM}/initstate") as file:
-            return number if file.read().strip() == "live" else None
-    except OSError:
-        # Built in: a directory (of parameters) without a state. Just unloaded: no directory.
-        return number if os.path.isdir(_KVM) else None
 
 
 def _offset(struct: str, member: str) -> int | None:

@@ -7,13 +7,14 @@ import os
 
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host
+from kvmtrace.linux.tracefs import mount
 
 
 def tracefs() -> str:
     """Where tracefs is; raises KvmtraceError where it cannot be used."""
     if not host.privilege().may_trace:
         raise KvmtraceError("tracing the kernel needs root", "run it with sudo")
-    found = host.tracing()
+    found = mount.tracing()
     if found is None:
         # Where it is locked down it cannot be mounted either.
         locked = _locked_down() if host.lockdown() == "confidentiality" else None

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
-from kvmtrace.linux import clock, host
-from kvmtrace.linux.tracefs import instance, ring_page
+from kvmtrace.linux import clock, kvm_module
+from kvmtrace.linux.tracefs import instance, mount, ring_page
 from kvmtrace.linux.tracefs.instance import Instance
 from kvmtrace.linux.tracefs.missed import Missed
 from kvmtrace.probes import Probe, ProbeRuns
@@ -59,13 +59,13 @@ class FtraceSource:
         root = preflight.tracefs()
         attach.remove_dead(root)
         group = instance.own_name()
-        names = host.memory_failure_names(root)
+        names = mount.memory_failure_names(root)
         self._joiner = FtraceTranslator(VmResolver(VmTable(), tgid_of), names)
         self.memory = FtraceMemory(self._joiner.people, self._joiner.poisons.memory)
         self._attacher = Attacher(root, group, self._rings)
         self._missed = Missed(root, group)
         try:
-            layout = ring_page.PageLayout.parse(_read(f"{root}/events/header_page"))
+            layout = ring_page.PageLayout.parse(mount.read_text(f"{root}/events/header_page"))
             for ring, kib in fields.RING_KIB.items():
                 self._rings[ring] = Instance(root, f"{group}_{ring}", kib, layout)
             self._ready += self._joiner.people.vms.scan(clock.now_ns())
@@ -126,7 +126,7 @@ class FtraceSource:
 
     def _upkeep(self) -> None:
         """Attach what can be had now; notice kvm's coming and going, new CPUs, VMs that ended."""
-        kvm = attach.kvm_now()
+        kvm = kvm_module.load_number()
         if kvm != self._kvm:
             self._kvm = kvm
             # kvm's functions are other ones from now on: their events and their counts end here.
@@ -259,11 +259,3 @@ class FtraceSource:
             if dropped and not (counted and self._attacher.counted(*counted)):
                 events.append(Lost(ts, f"ftrace_{name}", dropped))
         return events
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
