@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Lost
 from kvmtrace.linux.tracefs import dynamic_events, instance, mount, ring_page
+from kvmtrace.linux.tracefs.histogram import HistogramReader
 from kvmtrace.linux.tracefs.missed import Missed
 from kvmtrace.linux.tracefs.ring_page import EventFormat, PageLayout
 from kvmtrace.sources.codec import WRONG, checked
-from kvmtrace.sources.ftrace import totals as hist
 from kvmtrace.sources.ftrace.records import Record
+from kvmtrace.sources.ftrace.totals import KernelTotals
 from kvmtrace.sources.ftrace.translator import FtraceTranslator
 from kvmtrace.sources.ftrace.vms import VmResolver
 from kvmtrace.sources.vm_table import VmTable
@@ -64,8 +65,8 @@ README = (
 
 def _counts(said: str) -> None:
     for event in ("run", "vncr", "gmem", "sigbus"):
-        totals = hist.KernelTotals()
-        hist.HistogramReader().read(event, lambda: said, totals)
+        totals = KernelTotals()
+        totals.add(event, HistogramReader().read(event, lambda: said))
         for counts in (totals.exits, totals.refused, totals.signals, totals.rests):
             assert all(count >= 0 for count in counts.values())
         for key in totals.whose:
@@ -204,8 +205,9 @@ def test_damaged_rings_are_told_or_lost(
                     found.append(Record(ts, name, known.decode(entry)))
     joiner = FtraceTranslator(VmResolver(VmTable("/nonexistent"), lambda tid: None))
     joiner.faults.watches_gmem = True
-    totals = hist.KernelTotals()
-    hist.HistogramReader().read("run", lambda: counts.decode("utf-8", "replace"), totals)
+    totals = KernelTotals()
+    said_now = counts.decode("utf-8", "replace")
+    totals.add("run", HistogramReader().read("run", lambda: said_now))
     correlator = Correlator()
     for batch in (found[::2], found[1::2]):
         for event in joiner.batch(batch, 1 << 40, totals=totals, last=batch is not found):

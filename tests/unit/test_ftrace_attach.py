@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvmtrace.probes import POISON_EVENTS, Probe
-from kvmtrace.sources.ftrace import fields
-from kvmtrace.sources.ftrace.attach import Attacher
+from kvmtrace.sources.ftrace.attach import RINGS, Attacher
 
 FORMAT = """name: {name}
 ID: {id}
@@ -57,7 +56,7 @@ def attacher(root: Path, *events: str) -> tuple[Attacher, Ring]:
     for file in ("dynamic_events", "kprobe_events"):
         (root / file).write_text("")
     ring = Ring(root / "instances" / "one")
-    made = Attacher(str(root), "group", dict.fromkeys(fields.RINGS, ring))  # type: ignore[arg-type]
+    made = Attacher(str(root), "group", dict.fromkeys(RINGS, ring))  # type: ignore[arg-type]
     made.attach(False)
     return made, ring
 

@@ -17,6 +17,7 @@ import pytest
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event, Exit, Mce, Poison, Sigbus, VmGone, VmSeen
 from kvmtrace.linux.tracefs import mount, ring_page
+from kvmtrace.linux.tracefs.histogram import HistogramReader
 from kvmtrace.sources.ftrace import totals
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.translator import FtraceTranslator
@@ -64,7 +65,7 @@ def test_exits_are_those_that_the_vmm_was_told(path: Path) -> None:
             seen[(e.tid, e.vcpu, e.errno, e.reason, e.gpa, e.flags, e.size)] += e.count
     assert seen == told
     counted = totals.KernelTotals()
-    totals.HistogramReader().read("run", lambda: recording["hist"], counted)
+    counted.add("run", HistogramReader().read("run", lambda: recording["hist"]))
     assert sum(counted.exits.values()) == sum(told.values())
     assert counted.dropped == 0
 

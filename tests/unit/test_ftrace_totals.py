@@ -8,7 +8,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace.sources.ftrace import totals as hist
+from kvmtrace.linux.tracefs.histogram import HistogramReader
+from kvmtrace.sources.ftrace.attach import PROBES
 from kvmtrace.sources.ftrace.totals import (
     ExitKey,
     KernelTotals,
@@ -16,6 +17,7 @@ from kvmtrace.sources.ftrace.totals import (
     SignalDetails,
     SignalKey,
     VcpuOwner,
+    rest_of,
 )
 from kvmtrace.sources.tally import Tally
 
@@ -82,8 +84,14 @@ def counted(*texts: str, event: str = "run") -> KernelTotals:
     """What is made of a file that says these one after the other, and the last for good."""
     left = list(texts)
     totals = KernelTotals()
-    hist.HistogramReader().read(event, lambda: left.pop(0) if len(left) > 1 else left[0], totals)
+    blocks = HistogramReader().read(event, lambda: left.pop(0) if len(left) > 1 else left[0])
+    totals.add(event, blocks)
     return totals
+
+
+def triggers(probe: str, fields: list[str]) -> tuple[str, ...]:
+    """How the kernel counts a probe that has these fields."""
+    return PROBES[probe].triggers(fields)
 
 
 def with_dropped(*dropped: int) -> str:
@@ -140,14 +148,14 @@ def test_what_begins_between_two_readings_waits_for_the_next() -> None:
 
 
 def test_what_is_known_is_not_read_again() -> None:
-    reader, readings = hist.HistogramReader(), []
+    reader, readings = HistogramReader(), []
 
     def read() -> str:
         readings.append(TEXT)
         return TEXT
 
     for _ in range(3):
-        reader.read("run", read, KernelTotals())
+        reader.read("run", read)
     assert len(readings) == 2 + 1 + 1
 
 
@@ -164,18 +172,18 @@ def test_what_had_no_entry_is_counted_by_the_first_trigger() -> None:
 
 
 def test_triggers_count_every_failed_exit() -> None:
-    full = hist.triggers("run", ["vcpu", "ret", "reason", "gpa", "flags", "size", "tgid"])
+    full = triggers("run", ["vcpu", "ret", "reason", "gpa", "flags", "size", "tgid"])
     assert len(full) == 4
     assert full[0].endswith("if ret < 0 && ret != -4 && ret != -11")
     assert "vals=hitcount,size" in full[2]
-    lean = hist.triggers("run", ["vcpu", "ret", "reason"])
+    lean = triggers("run", ["vcpu", "ret", "reason"])
     assert lean == (full[0], full[1].replace(",tgid", ""))
-    assert hist.triggers("poison", ["pfn"]) == ()
+    assert triggers("poison", ["pfn"]) == ()
 
 
 def test_memory_faults_without_an_errno_are_counted() -> None:
     """arm64's nested virtualization: a probe of its own."""
-    where, whose = hist.triggers("vncr", ["vcpu", "kvm", "vid", "gpa", "flags", "size", "tgid"])
+    where, whose = triggers("vncr", ["vcpu", "kvm", "vid", "gpa", "flags", "size", "tgid"])
     assert where.endswith("if ret == 0 && reason == 39")
     text = (
         f"# trigger info: {where} [active]\n#\n\n"
@@ -192,7 +200,7 @@ def test_memory_faults_without_an_errno_are_counted() -> None:
 
 
 def test_whose_guest_memfd_never_failed() -> None:
-    _, failing = hist.triggers("gmem", ["kvm", "gfn", "ret"])
+    _, failing = triggers("gmem", ["kvm", "gfn", "ret"])
     text = f"# trigger info: {failing} [active]\n#\n\n"
     row = "{ kvm: ffff8cc583666000, ret: 18446744073709551602 } hitcount:          7\n"
     ends = "\nTotals:\n    Hits: 7\n    Entries: 1\n    Dropped: %d\n"
@@ -208,8 +216,8 @@ def test_whose_guest_memfd_never_failed() -> None:
 
 
 def test_signals_and_refusals_are_counted_too() -> None:
-    (to_other,) = hist.triggers("sigbus", ["code", "addr", "lsb", "tid", "tgid"])
-    (to_self,) = hist.triggers("sigbus_forced", ["code", "addr", "lsb"])
+    (to_other,) = triggers("sigbus", ["code", "addr", "lsb", "tid", "tgid"])
+    (to_self,) = triggers("sigbus_forced", ["code", "addr", "lsb"])
     assert "keys=tid,code,addr.hex:vals=hitcount,lsb,tgid" in to_other
     assert "keys=common_pid,code,addr.hex:vals=hitcount,lsb:" in to_self
     totals = counted(
@@ -284,7 +292,7 @@ class FullKernel:
     """A kernel with room for two addresses, a ring that drops, and who reads both."""
 
     def __init__(self) -> None:
-        self.tally = Tally[ExitKey](hist.rest_of)
+        self.tally = Tally[ExitKey](rest_of)
         self.happened: Counter[ExitKey] = Counter()
         self.told: Counter[ExitKey] = Counter()
         self.entries: dict[ExitKey, int] = {}
@@ -343,7 +351,7 @@ def test_exits_without_an_entry_lose_their_address_only(
 
 
 def test_what_has_no_entry_even_together_is_lost() -> None:
-    tally = Tally[ExitKey](hist.rest_of)
+    tally = Tally[ExitKey](rest_of)
     tally.event(POISON)
     tally.total({BARE: 3})
     assert tally.rests({}) == []

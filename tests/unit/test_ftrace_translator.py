@@ -23,8 +23,9 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.sources.ftrace.fields import FILTERS, KVM_PFN_ERR_HWPOISON
-from kvmtrace.sources.ftrace.muting import MAX_MUTED, RATE, ExitMuting, SignalMuting, exclusions
+from kvmtrace.sources.ftrace.attach import PROBES
+from kvmtrace.sources.ftrace.exits import KVM_PFN_ERR_HWPOISON
+from kvmtrace.sources.ftrace.muting import ExitMuting, SignalMuting, exclusions
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.totals import (
     ExitKey,
@@ -36,6 +37,7 @@ from kvmtrace.sources.ftrace.totals import (
 )
 from kvmtrace.sources.ftrace.translator import FtraceTranslator
 from kvmtrace.sources.ftrace.vms import VmResolver
+from kvmtrace.sources.limits import MAX_MUTED, MUTE_AFTER
 from kvmtrace.sources.vm_table import VmTable
 
 VM, VCPU, PID, TID = 0xFFFF800000000000, 0xFFFF900000000000, 4194300, 4194301
@@ -239,7 +241,7 @@ def test_all_that_can_be_muted_fits_into_a_filter() -> None:
         fault = ExitKey(vcpu, -4095, 39, gpa, top)
         for probe in ("sigbus", "sigbus_forced"):
             signal = SignalKey(probe, (1 << 22) - n, 4, top - n)
-            for _ in range(RATE):
+            for _ in range(MUTE_AFTER):
                 exits.event(fault, top)
                 signals.event(signal, top)
             signals.fault(signal, vcpu, top >> 12)
@@ -247,13 +249,13 @@ def test_all_that_can_be_muted_fits_into_a_filter() -> None:
     conditions = (exits.conditions(), signals.conditions())
     assert len(conditions[0]["run"]) == len(conditions[1]["run"]) == MAX_MUTED
     for event, excluded in exclusions(*conditions).items():
-        for _, ordinary in FILTERS[event]:
+        for _, ordinary in PROBES[event].filters:
             assert len(f"({ordinary}){excluded}") < 4096, event
 
 
 def test_what_the_kernel_does_not_mute_is_heard() -> None:
     world = World()
-    for _ in range(RATE):
+    for _ in range(MUTE_AFTER):
         world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
     assert world.joiner.muted()
     world.joiner.mute_nothing()
@@ -263,12 +265,12 @@ def test_what_the_kernel_does_not_mute_is_heard() -> None:
     # Another fault of the page: guest_memfd would have a record.
     (told,) = world.exits_of(world.faultin(-14), world.run(-14))
     assert told.gmem == 0
-    for _ in range(2 * RATE):
+    for _ in range(2 * MUTE_AFTER):
         world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
     assert not storms  # nor is it tried again
     assert world.joiner.muted() is None
     world.joiner.begin(watches_gmem=True)
-    for _ in range(RATE):
+    for _ in range(MUTE_AFTER):
         world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
     assert storms
 

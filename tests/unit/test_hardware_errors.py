@@ -19,10 +19,7 @@ from kvmtrace.model import Incident, Origin, Snapshot
 from kvmtrace.sources.bpf import records
 from kvmtrace.sources.bpf.translator import BpfTranslator
 from kvmtrace.sources.ftrace import hardware
-from kvmtrace.sources.ftrace.poison import Poisons
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.vms import VmResolver
-from kvmtrace.sources.vm_table import VmTable
 from kvmtrace.views import advice, explain
 from kvmtrace.views.json_output import event_line
 from tests.unit.test_ftrace_hardware import table
@@ -49,8 +46,7 @@ MISC = 0x86  # physical, exact to 64 bytes
 def check(ts: int, bank: int, status: int, addr: int = ADDR, **more: Any) -> Event:
     fields = {"common_pid": 1, "bank": bank, "cpu": 0, "socketid": 0, "status": status}
     fields |= {"addr": addr, "misc": MISC, "ipid": 0} | more
-    people = VmResolver(VmTable("/nonexistent"), lambda tid: None)
-    return Poisons(people, ({}, {})).mce(Record(ts, "mce", fields))
+    return hardware.machine_check(Record(ts, "mce", fields))
 
 
 def edac(ts: int, label: str, severity: int = EDAC_CORRECTED, **more: Any) -> HwError:

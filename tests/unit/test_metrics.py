@@ -24,7 +24,7 @@ from kvmtrace.events import Owner
 from kvmtrace.model import CAUSES, STATES, Incident, Latency, Snapshot, Vm, VmIdentity
 from kvmtrace.session.session import Session
 from kvmtrace.sources.bpf.records import LOST_PLACES
-from kvmtrace.sources.ftrace import fields
+from kvmtrace.sources.limits import RING_KIB
 from kvmtrace.views.web import metrics
 from kvmtrace.views.web import server as server_module
 from kvmtrace.views.web.server import Answer, Server, parse_listen
@@ -176,7 +176,7 @@ def test_counters_of_the_host_are_there_before_anything_happens() -> None:
     series = scrape(metrics.Exporter(Snapshot))
     for state in STATES:
         assert value(series, "kvmtrace_incidents", state=state) == 0
-    rings = [f"ftrace_{ring}" for ring in fields.RINGS]
+    rings = [f"ftrace_{ring}" for ring in RING_KIB]
     for where in (*LOST_PLACES, *rings, "ftrace_missed", "signal_counts", "incidents", "vms"):
         assert value(series, "kvmtrace_events_lost_total", where=where) == 0
     poisons = [v for (name, _), v in series.items() if name == "kvmtrace_poison_events_total"]

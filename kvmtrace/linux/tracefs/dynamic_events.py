@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvmtrace.linux.tracefs.mount import read_text
-from kvmtrace.sources.ftrace.fields import Field
 
 _ENTRY = re.compile(
     r"^\[ *[\d.]+\] \w+: error: (?P<reason>.*)\n +Command: (?P<command>.*)\n(?P<caret> *)\^",
@@ -32,6 +31,20 @@ WAYS = {"f": "fprobe event", "p": "kprobe event", "r": "kretprobe event"}
 
 Offset = Callable[[str, str], int | None]
 """(struct, member) → byte offset, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """``name=form`` in a dynamic event.
+
+    ``needed``: the probe is useless without. ``helper``: its value is known otherwise, too, so
+    that a refusal need not be reported.
+    """
+
+    name: str
+    forms: tuple[str, ...]
+    needed: bool = False
+    helper: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,31 @@ from kvmtrace.linux import btfblob, host
 from kvmtrace.linux.btf import Btf
 from kvmtrace.linux.tracefs import dynamic_events, instance
 from kvmtrace.linux.tracefs.dynamic_events import Defined, DynamicEvents
+from kvmtrace.linux.tracefs.histogram import HistogramReader
 from kvmtrace.linux.tracefs.instance import Instance
 from kvmtrace.linux.tracefs.ring_page import EventFormat
 from kvmtrace.probes import NO_KVM, RUN_UNDER_WAY, Probe, ProbeSpec, context_specs, specs
-from kvmtrace.sources.ftrace import fields
-from kvmtrace.sources.ftrace import totals as hist
+from kvmtrace.sources import limits
+from kvmtrace.sources.ftrace import exits, hardware, memslots, poison, refusals, signals, vms
+from kvmtrace.sources.ftrace.totals import KernelTotals
+
+# In the order in which they are attached.
+PROBES = (
+    poison.PROBES
+    | hardware.PROBES
+    | vms.PROBES
+    | memslots.PROBES
+    | signals.PROBES
+    | refusals.PROBES
+    | exits.PROBES
+)
+# A storm of one kind must not crowd out the rare and precious of another.
+RINGS = {
+    ring: tuple(name for name, request in PROBES.items() if request.ring == ring)
+    for ring in limits.RING_KIB
+}
+# What of a ring has to be counted (by hist triggers), that nothing is lost when the ring is full.
+COUNTED = {"signals": ("sigbus", "sigbus_forced"), "faults": ("run", "vncr")}
 
 # What the kernel says of a probe that it refuses (kernel/trace/trace_probe.h), for people.
 _MEANING = (
@@ -36,7 +56,7 @@ _MEANING = (
 
 
 class Attacher:
-    """The probes in tracefs ``root``, in rings by name (fields.RINGS), all of one ``group``."""
+    """The probes in tracefs ``root``, in rings by name (RINGS), all of one ``group``."""
 
     def __init__(self, root: str, group: str, rings: Mapping[str, Instance]) -> None:
         self.formats: dict[int, tuple[str, EventFormat]] = {}
@@ -45,16 +65,15 @@ class Attacher:
         self._rings = rings
         self._events = DynamicEvents(root, group, _offset)
         self._specs = {spec.name: spec for spec in specs() + context_specs()}
-        self._specs["slot"] = ProbeSpec("slot", (fields.SLOT_TARGET,), "entry", "")
-        self._specs[RUN_UNDER_WAY.name] = RUN_UNDER_WAY
-        self._helpers = {"slot", RUN_UNDER_WAY.name}
+        self._specs |= {spec.name: spec for spec in (memslots.SLOT, RUN_UNDER_WAY)}
+        self._helpers = {memslots.SLOT.name, RUN_UNDER_WAY.name}
         self._optional = {*self._helpers, *(spec.name for spec in context_specs())}
         self._probes: dict[str, Probe] = {}
         self._filters: dict[str, tuple[str, str]] = {}  # path and condition
         self._counted: set[str] = set()
         # Those of all targets that this kernel has; read where a probe is refused.
         self._functions: set[str] | None = None
-        self._counts = hist.HistogramReader()
+        self._counts = HistogramReader()
 
     def probes(self) -> tuple[Probe, ...]:
         """The state of every probe, in the order of probes.specs.
@@ -80,7 +99,7 @@ class Attacher:
     def attach(self, has_kvm: bool) -> None:
         """Attach what is not attached."""
         self._functions = None
-        for ring, names in fields.RINGS.items():
+        for ring, names in RINGS.items():
             for name in names:
                 if name in self._specs and not self.attached(name):
                     self._probes[name] = self._one(self._rings[ring], self._specs[name], has_kvm)
@@ -126,17 +145,17 @@ class Attacher:
             return None
         return False
 
-    def totals(self) -> hist.KernelTotals:
+    def totals(self) -> KernelTotals:
         """The kernel's counts, now."""
-        totals = hist.KernelTotals()
+        totals = KernelTotals()
         # guest_memfd's failures after the exits that they lead to: see Totals.converts_only.
         for name in sorted(self._counted, key=lambda name: name == "gmem"):
             ring, path = self._ring_of(name), f"events/{self._group}/{name}/hist"
-            self._counts.read(name, functools.partial(ring.read, path), totals)
+            totals.add(name, self._counts.read(name, functools.partial(ring.read, path)))
         return totals
 
     def _ring_of(self, name: str) -> Instance:
-        return next(self._rings[ring] for ring, names in fields.RINGS.items() if name in names)
+        return next(self._rings[ring] for ring, names in RINGS.items() if name in names)
 
     def close(self) -> None:
         """Remove all events; the instances that use them must be gone."""
@@ -149,11 +168,11 @@ class Attacher:
             return self._tracepoint(ring, spec)
         if not has_kvm and any("kvm" in target for target in spec.targets):
             return Probe(spec.name, False, why=NO_KVM)
-        wanted = fields.FIELDS.get(f"{spec.name}/{os.uname().machine}", fields.FIELDS[spec.name])
+        request = PROBES[spec.name]
+        wanted = request.fields_on(os.uname().machine)
         ways = [(target, spec.at, wanted) for target in spec.targets]
-        at_entry = fields.FIELDS.get(f"{spec.name}/entry")
-        if at_entry is not None:
-            ways += [(target, "entry", at_entry) for target in spec.targets]
+        if request.at_entry:
+            ways += [(target, "entry", request.at_entry) for target in spec.targets]
         refused: list[tuple[str, str]] = []
         for target, at, asked in ways:
             outcome = self._events.define(spec.name, target, at, asked)
@@ -195,7 +214,7 @@ class Attacher:
     def _enable(self, ring: Instance, event: Defined) -> None:
         path = f"events/{self._group}/{event.name}"
         self._filter(ring, event.name, path, event.fields)
-        triggers = hist.triggers(event.name, event.fields)
+        triggers = PROBES[event.name].triggers(event.fields)
         with contextlib.suppress(OSError):  # no CONFIG_HIST_TRIGGERS: events must do
             for trigger in triggers:
                 ring.append(f"{path}/trigger", trigger)
@@ -223,7 +242,7 @@ class Attacher:
         return Probe(spec.name, True, target, "tracepoint")
 
     def _filter(self, ring: Instance, name: str, path: str, known: Collection[str]) -> None:
-        conditions = fields.FILTERS.get(name, ())
+        conditions = PROBES[name].filters
         condition = next((text for field, text in conditions if field in known), None)
         if condition:
             ring.write(f"{path}/filter", condition)

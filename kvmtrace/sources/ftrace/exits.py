@@ -9,6 +9,7 @@ Two joins on the thread, and why neither can be stale:
 
 from __future__ import annotations
 
+import signal
 from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -16,15 +17,133 @@ from typing import Any, NamedTuple
 from kvmtrace import kvm
 from kvmtrace.events import Event, Exit
 from kvmtrace.sources.ftrace import records
+from kvmtrace.sources.ftrace.fields import (
+    HAS_PRIVATE,
+    RET,
+    VCPU,
+    ProbeRequest,
+    helper,
+    needed,
+    optional,
+    values,
+)
 from kvmtrace.sources.ftrace.muting import ExitMuting
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.totals import ExitKey, KernelTotals, VcpuOwner, rest_of
 from kvmtrace.sources.ftrace.vms import VmResolver
+from kvmtrace.sources.limits import HIST_ENTRIES, MAX_EXIT_DETAILS, MAX_THREADS
 from kvmtrace.sources.tally import Tally
 
-_MAX_THREADS = 4096
+KVM_PFN_ERR_HWPOISON = 0x7FF0000000000001  # include/linux/kvm_host.h: KVM_PFN_ERR_MASK | 1
+
+# The most frequent events are judged in the kernel: EINTR and EAGAIN are how KVM_RUN ordinarily
+# ends for a signal or an uninitialised vCPU. With a SIGBUS pending, EINTR shows which vCPU it was
+# sent to.
+_FAILED = "ret < 0 && ret != -4 && ret != -11"
+_SIGBUS_PENDING = f"pending & {1 << signal.SIGBUS - 1:#x}"
+_WITHOUT_ERRNO = f"ret == 0 && reason == {kvm.EXIT_MEMORY_FAULT}"
+
+_RUN = (
+    *VCPU,
+    needed("reason", "vcpu->run->exit_reason:u32"),
+    optional("gpa", "vcpu->run->memory_fault.gpa:x64"),
+    optional("flags", "vcpu->run->memory_fault.flags:x64"),
+    optional("size", "vcpu->run->memory_fault.size:x64"),
+    optional("exits", "vcpu->stat.exits"),
+    helper("pending", "$current->pending.signal.sig:x64"),
+    RET,
+)
+
+# Three keys are all that a trigger takes, so failed exits have several: one counts all of them by
+# vCPU and kind, one each annotated kind by address, and one names which VM and vCPU a ``struct
+# kvm_vcpu`` is.
+
+
+def _keys_by_address(fields: Collection[str]) -> str:
+    return f"hist:keys=vcpu.hex,gpa.hex,flags.hex:{values(fields, 'size')}:size={HIST_ENTRIES}"
+
+
+def _keys_by_owner(fields: Collection[str]) -> str:
+    return f"hist:keys=vcpu.hex,kvm.hex,vid:{values(fields, 'tgid')}:size={HIST_ENTRIES}"
+
+
+def _run_triggers(fields: Collection[str]) -> tuple[str, ...]:
+    by_kind = f"hist:keys=vcpu.hex,ret,reason:vals=hitcount:size={HIST_ENTRIES}"
+    found: tuple[str, ...] = (f"{by_kind} if {_FAILED}", f"{_keys_by_owner(fields)} if {_FAILED}")
+    if "gpa" in fields and "flags" in fields:
+        by_address = _keys_by_address(fields)
+        found += tuple(f"{by_address} if ret == {ret} && reason == 39" for ret in (-133, -14))
+    return found
+
+
+def _vncr_triggers(fields: Collection[str]) -> tuple[str, ...]:
+    keys = (_keys_by_address(fields), _keys_by_owner(fields))
+    return tuple(f"{one} if {_WITHOUT_ERRNO}" for one in keys)
+
+
+PROBES = {
+    "run": ProbeRequest(
+        "faults",
+        (*_RUN, helper("has_private", f"vcpu->kvm->{HAS_PRIVATE}")),
+        arm64=(*_RUN, helper("has_private", "\\0:u8")),  # no VM has private memory there
+        filters=(("pending", f"({_FAILED}) || (ret == -4 && {_SIGBUS_PENDING})"), ("ret", _FAILED)),
+        triggers=_run_triggers,
+    ),
+    "vncr": ProbeRequest(
+        "faults",
+        (
+            *VCPU,
+            needed("reason", "vcpu->run->exit_reason:u32"),
+            needed("gpa", "vcpu->run->memory_fault.gpa:x64"),
+            needed("flags", "vcpu->run->memory_fault.flags:x64"),
+            optional("size", "vcpu->run->memory_fault.size:x64"),
+            RET,
+        ),
+        filters=(("ret", _WITHOUT_ERRNO),),
+        triggers=_vncr_triggers,
+    ),
+    "faultin": ProbeRequest(
+        "faults",
+        (
+            *VCPU,
+            optional("exits", "vcpu->stat.exits"),
+            needed("gfn", "fault->gfn:x64"),
+            optional("pfn", "fault->pfn:x64"),
+            optional("write", "fault->write"),
+            optional("exec", "fault->exec"),
+            optional("private", "fault->is_private"),
+            optional("prefetch", "fault->prefetch"),
+            RET,
+        ),
+        # kvm_handle_guest_abort(vcpu): HPFAR_EL2 holds the address of the page (bits 39:4 are
+        # 47:12 of it), ESR_EL2 the syndrome (arch/arm64/include/asm/kvm_emulate.h, esr.h).
+        arm64=(
+            *VCPU,
+            optional("exits", "vcpu->stat.exits"),
+            needed("hpfar", "vcpu->arch.fault.hpfar_el2:x64"),
+            optional("esr", "vcpu->arch.fault.esr_el2:x64"),
+            RET,
+        ),
+        filters=(
+            ("pfn", f"(ret < 0 && ret != -4) || pfn == {KVM_PFN_ERR_HWPOISON:#x}"),
+            ("ret", "ret < 0 && ret != -4"),
+        ),
+    ),
+    "run_under_way": ProbeRequest("faults", filters=(("errno", _FAILED.replace("ret", "errno")),)),
+    "arm_sea": ProbeRequest(
+        "poison",
+        (
+            *VCPU,
+            needed("reason", "vcpu->run->exit_reason:u32"),
+            needed("flags", "vcpu->run->arm_sea.flags:x64"),
+            needed("gpa", "vcpu->run->arm_sea.gpa:x64"),
+            RET,
+        ),
+        filters=(("ret", f"ret == 0 && reason == {kvm.EXIT_ARM_SEA}"),),
+    ),
+}
+
 _GPA_VALID = 1 << 0  # KVM_EXIT_ARM_SEA_FLAG_GPA_VALID, include/uapi/linux/kvm.h
-_MAX_DETAILS = 16384
 
 
 class _Detail(NamedTuple):
@@ -91,7 +210,7 @@ class FtraceExits:
         """kvm_gmem_get_pfn failed."""
         tid = record.fields["common_pid"]
         self._gmem[tid] = record.fields
-        _bound(self._gmem, _MAX_THREADS)
+        _bound(self._gmem, MAX_THREADS)
 
     def faultin(self, record: Record) -> None:
         """The fault handler failed; so will KVM_RUN, unless it was but a prefault."""
@@ -107,7 +226,7 @@ class FtraceExits:
             # It was not asked: there would be a record, unless that is muted.
             gmem = None if self.storms.mutes(fields["kvm"], fields["gfn"]) else 0
         self._faults[tid] = _Fault(fields, gmem)
-        _bound(self._faults, _MAX_THREADS)
+        _bound(self._faults, MAX_THREADS)
 
     def run(self, record: Record) -> list[Event]:
         """KVM_RUN failed."""
@@ -131,7 +250,7 @@ class FtraceExits:
         fields = record.fields
         if detail != self._details.get(key):
             self._details[key] = detail
-            _bound(self._details, _MAX_DETAILS)
+            _bound(self._details, MAX_EXIT_DETAILS)
         vid = fields["vid"]
         self._vcpus[key.vcpu] = VcpuOwner(fields["kvm"], vid, fields.get("tgid") or None)
         vm = self._people.key(record)

@@ -8,14 +8,58 @@ from __future__ import annotations
 from typing import Any
 
 from kvmtrace import kvm, sanitize
-from kvmtrace.events import HwError
-from kvmtrace.linux import cper
+from kvmtrace.events import Event, HwError, Mce
+from kvmtrace.linux import cper, mce
 from kvmtrace.linux.smbios import Firmware
+from kvmtrace.sources.ftrace.fields import ProbeRequest, needed, optional
 from kvmtrace.sources.ftrace.records import Record
 
-PROBES = ("mc_event", "extlog", "apei", "arm_event", "non_standard")
-
 _LAYERS = ("mc_index", "top_layer", "middle_layer", "lower_layer")
+
+
+def _section(word: str) -> tuple[str, ...]:
+    """A word of a memory error section, which is as UEFI lays it out on every kernel."""
+    return tuple(f"+{cper.MEMORY_WORDS[word]}({at}):x64" for at in ("mem_err", "$arg2"))
+
+
+PROBES = {
+    "mce": ProbeRequest("poison"),
+    "mc_event": ProbeRequest("poison"),
+    "extlog": ProbeRequest("poison"),
+    # drivers/acpi/apei/ghes.c
+    "apei": ProbeRequest(
+        "poison",
+        (
+            needed("sev", "sev", "$arg1:s32"),
+            needed("valid", *_section("valid")),
+            needed("addr", *_section("addr")),
+            optional("mask", *_section("mask")),
+            optional("place", *_section("place")),
+            optional("kind", *_section("kind")),
+        ),
+    ),
+    "arm_event": ProbeRequest("poison"),
+    "non_standard": ProbeRequest("poison"),
+}
+
+
+def machine_check(record: Record) -> Event:
+    """A machine check; ``observe`` knows the CPU, and judges if the address is physical."""
+    fields = record.fields
+    status = fields["status"]
+    addr = fields["addr"] if status & mce.ADDRV else None
+    return Mce(
+        record.ts,
+        addr,
+        None if addr is None else addr >> kvm.PAGE_SHIFT,
+        fields["bank"],
+        fields["cpu"],
+        fields["socketid"],
+        status,
+        fields.get("misc"),
+        ipid=fields.get("ipid") or None,
+        fru=mce.fru_text(status, fields.get("v_data", b"")),
+    )
 
 
 def error(record: Record, firmware: Firmware) -> HwError:

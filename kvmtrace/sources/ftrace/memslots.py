@@ -12,13 +12,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmtrace import kvm
+from kvmtrace.probes import ProbeSpec
+from kvmtrace.sources.ftrace.fields import ProbeRequest, needed, optional, slot_fields
+from kvmtrace.sources.limits import MAX_POISONED_PAGES, MAX_SLOTS
 
 # include/uapi/linux/kvm.h
 _MEM_GUEST_MEMFD = 1 << 2
 _MR_DELETE = 1  # include/linux/kvm_host.h, enum kvm_mr_change
 
-MAX_SLOTS = 32768
-MAX_PAGES = 4096
+SLOT = ProbeSpec("slot", ("kvm_arch_commit_memory_region",), "entry", "")
+"""Not in probes.specs: it serves others only, by reporting where guest memory is."""
+PROBES = {
+    "slot": ProbeRequest(
+        "poison",
+        (
+            needed("kvm", "kvm:x64"),
+            needed("change", "change"),  # include/linux/kvm_host.h, enum kvm_mr_change
+            needed("old_base", "old->base_gfn"),
+            optional("old_as_id", "old->as_id"),
+            *slot_fields("new"),
+        ),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +136,7 @@ class Memslots:
     def poisoned(self, ino: int, index: int, pfn: int) -> None:
         """A page of a guest_memfd was poisoned."""
         self._poisoned[ino, index] = pfn
-        while len(self._poisoned) > MAX_PAGES:
+        while len(self._poisoned) > MAX_POISONED_PAGES:
             self._poisoned.popitem(last=False)
 
     def poisoned_pfn(self, vm: int, gfn: int) -> tuple[int, int | None] | None:

@@ -14,12 +14,7 @@ from typing import Generic, TypeVar
 
 from kvmtrace import kvm
 from kvmtrace.sources.ftrace.totals import ExitKey, SignalKey
-
-RATE = 200  # events of one key between two readings of the counts (one second)
-QUIET_READINGS = 3
-# Of exits, and as many of signals. What excludes them has to fit into one filter, and that into a
-# page of 4 KiB (kernel/trace/trace_events.c, event_filter_write), however large its numbers are.
-MAX_MUTED = 24
+from kvmtrace.sources.limits import MAX_MUTED, MUTE_AFTER, QUIET_READINGS
 
 K = TypeVar("K", bound=Hashable)
 
@@ -53,7 +48,7 @@ class Muting(Generic[K]):
         """An event of this key came, in the VM at ``struct``."""
         self._window[key] += 1
         if (
-            self._window[key] >= RATE
+            self._window[key] >= MUTE_AFTER
             and key not in self._muted
             and len(self._muted) < MAX_MUTED
             and self.counted

@@ -10,14 +10,39 @@ from collections import OrderedDict
 from typing import Any
 
 from kvmtrace import kvm
-from kvmtrace.events import Event, GmemPoison, Mce, Owned, Owner, Poison, SoftOffline, Unpoison
-from kvmtrace.linux import mce
+from kvmtrace.events import Event, GmemPoison, Owned, Owner, Poison, SoftOffline, Unpoison
 from kvmtrace.sources.ftrace import records
+from kvmtrace.sources.ftrace.fields import RET, TGID, ProbeRequest, helper, needed, optional
 from kvmtrace.sources.ftrace.memslots import Memslots
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.vms import VmResolver
+from kvmtrace.sources.limits import MAX_POISONED_PAGES
 
-_MAX_PENDING = 4096
+# The guest_memfd files on an inode: struct gmem_inode has the list since 7.2 (reached by a cast,
+# 7.3), the address_space had it before; an entry is the last member of {kvm, bindings, entry}
+# (virt/kvm/guest_memfd.c), bindings being an xarray of 16 bytes.
+_HEAD = "(gmem_inode,vfs_inode)(mapping->host)->gmem_file_list.next"
+_OLD_HEAD = "mapping->i_private_list.next"
+
+_PAGE = (needed("pfn", "pfn:u64"), RET)
+
+PROBES = {
+    "poison": ProbeRequest("poison"),
+    "gmem_error": ProbeRequest(
+        "poison",
+        (
+            needed("mapping", "mapping:x64"),
+            needed("index", "folio->index"),
+            optional("ino", "mapping->host->i_ino"),
+            helper("entry", f"{_HEAD}:x64", f"{_OLD_HEAD}:x64"),
+            helper("next", f"{_HEAD}->next:x64", f"{_OLD_HEAD}->next:x64"),
+            helper("kvm", f"(gmem_file,entry)({_HEAD})->kvm:x64", f"-24({_OLD_HEAD}):x64"),
+            helper("tgid", f"(gmem_file,entry)({_HEAD})->{TGID}"),
+        ),
+    ),
+    "soft_offline": ProbeRequest("poison", _PAGE),
+    "unpoison": ProbeRequest("poison", _PAGE),
+}
 
 
 class Poisons:
@@ -98,24 +123,6 @@ class Poisons:
         _bound(self._owned)
         return [Owned(record.ts, pfn, Owner(vm, fields["gfn"], hva), "fault")]
 
-    def mce(self, record: Record) -> Event:
-        """A machine check; ``observe`` knows the CPU, and judges if the address is physical."""
-        fields = record.fields
-        status = fields["status"]
-        addr = fields["addr"] if status & mce.ADDRV else None
-        return Mce(
-            record.ts,
-            addr,
-            None if addr is None else addr >> kvm.PAGE_SHIFT,
-            fields["bank"],
-            fields["cpu"],
-            fields["socketid"],
-            status,
-            fields.get("misc"),
-            ipid=fields.get("ipid") or None,
-            fru=mce.fru_text(status, fields.get("v_data", b"")),
-        )
-
     def page(self, record: Record) -> list[Event]:
         """A page was moved off bad memory (or could not be), or taken off the poison list."""
         fields = record.fields
@@ -125,5 +132,5 @@ class Poisons:
 
 
 def _bound(pending: OrderedDict[Any, Any]) -> None:
-    while len(pending) > _MAX_PENDING:
+    while len(pending) > MAX_POISONED_PAGES:
         pending.popitem(last=False)

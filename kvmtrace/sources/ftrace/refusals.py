@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from kvmtrace import kvm
 from kvmtrace.events import Event, GmemRefusal
+from kvmtrace.sources.ftrace.fields import (
+    RET,
+    TGID,
+    ProbeRequest,
+    helper,
+    needed,
+    slot_fields,
+    values,
+)
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.totals import KernelTotals, RefusalKey
 from kvmtrace.sources.ftrace.vms import VmResolver
+from kvmtrace.sources.limits import HIST_ENTRIES
 from kvmtrace.sources.tally import Tally
+
+
+def _triggers(fields: Collection[str]) -> tuple[str, ...]:
+    size = f"size={HIST_ENTRIES}"
+    return (
+        f"hist:keys=kvm.hex,gfn.hex:{values(fields, 'tgid')}:{size} if ret == -133",
+        f"hist:keys=kvm.hex,ret:vals=hitcount:{size} if ret == -14",
+    )
+
+
+PROBES = {
+    "gmem": ProbeRequest(
+        "faults",
+        (
+            needed("kvm", "kvm:x64"),
+            needed("gfn", "gfn:x64"),
+            helper("tgid", TGID),
+            *slot_fields("slot"),
+            RET,
+        ),
+        filters=(("ret", "ret < 0"),),
+        triggers=_triggers,
+    ),
+}
 
 
 class GmemRefusals:

@@ -7,21 +7,59 @@ does not return that pfn (arm64), KVM_RUN's EINTR that follows at least names th
 
 from __future__ import annotations
 
+import signal
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import replace
 
 from kvmtrace import kvm
 from kvmtrace.events import Event, Sigbus
 from kvmtrace.sanitize import clean
+from kvmtrace.sources.ftrace.fields import COMM, ProbeRequest, helper, needed, optional, values
 from kvmtrace.sources.ftrace.muting import SignalMuting
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.totals import KernelTotals, SignalDetails, SignalKey
 from kvmtrace.sources.ftrace.vms import VmResolver
+from kvmtrace.sources.limits import FTRACE_SIGNAL_WAIT_NS, HIST_ENTRIES, MAX_SIGNAL_KEYS
 from kvmtrace.sources.tally import Tally
 
-# A signal waits this long for the fault it was sent from, which returns right after.
-SIGNAL_WAIT_NS = 50_000_000
-_MAX_PENDING = 4096
+_CODES = f"code == {kvm.BUS_MCEERR_AR} || code == {kvm.BUS_MCEERR_AO}"
+
+
+def _triggers(fields: Collection[str]) -> tuple[str, ...]:
+    tid = "tid" if "tid" in fields else "common_pid"
+    which = values(fields, "lsb", "tgid")
+    return (f"hist:keys={tid},code,addr.hex:{which}:size={HIST_ENTRIES} if {_CODES}",)
+
+
+_SENT = (
+    needed("code", "code", "$arg1:s32"),
+    needed("addr", "addr:x64", "$arg2:x64"),
+    optional("lsb", "lsb", "$arg3:s16"),
+)
+_TO_CURRENT = (helper("tgid", "$current->tgid"), COMM)
+
+PROBES = {
+    "sigbus": ProbeRequest(
+        "signals",
+        (
+            *_SENT,
+            needed("tid", "t->pid", "+{task_struct.pid}($arg4):s32"),
+            needed("tgid", "t->tgid", "+{task_struct.tgid}($arg4):s32"),
+            helper("comm", "t->comm:string"),
+        ),
+        filters=(("code", _CODES),),
+        triggers=_triggers,
+    ),
+    "sigbus_forced": ProbeRequest(
+        "signals", (*_SENT, *_TO_CURRENT), filters=(("code", _CODES),), triggers=_triggers
+    ),
+    "sigbus_bare": ProbeRequest(
+        "poison",
+        (needed("sig", "sig", "$arg1:s32"), *_TO_CURRENT),
+        filters=(("sig", f"sig == {int(signal.SIGBUS)}"),),
+    ),
+}
 
 
 class Signals:
@@ -107,7 +145,8 @@ class Signals:
 
     def overdue(self, now: float) -> list[Event]:
         """Signals whose fault did not come."""
-        late = [tid for tid, (_, event) in self._waiting.items() if now - event.ts > SIGNAL_WAIT_NS]
+        since = now - FTRACE_SIGNAL_WAIT_NS
+        late = [tid for tid, (_, event) in self._waiting.items() if event.ts < since]
         return [self._waiting.pop(tid)[1] for tid in late]
 
     def settle(self, totals: KernelTotals, now: int, vm: int | None = None) -> list[Event]:
@@ -134,7 +173,7 @@ class Signals:
     def _learn(self, key: SignalKey, event: Sigbus) -> None:
         self._known[key] = event
         self._known.move_to_end(key)
-        while len(self._known) > _MAX_PENDING:
+        while len(self._known) > MAX_SIGNAL_KEYS:
             self._known.popitem(last=False)
 
 

@@ -1,6 +1,6 @@
 """The ftrace source: tracefs dynamic events; no compiler, no headers, no BPF.
 
-One group of events and three instances (fields.RINGS), all named after this process. See
+One group of events and three instances (limits.RING_KIB), all named after this process. See
 ``kvmtrace.sources.ftrace`` for its parts.
 """
 
@@ -20,19 +20,14 @@ from kvmtrace.linux.tracefs import instance, mount, ring_page
 from kvmtrace.linux.tracefs.instance import Instance
 from kvmtrace.linux.tracefs.missed import Missed
 from kvmtrace.probes import Probe, ProbeRuns
-from kvmtrace.sources.ftrace import attach, fields, preflight
+from kvmtrace.sources import limits
+from kvmtrace.sources.ftrace import attach, preflight
 from kvmtrace.sources.ftrace.attach import Attacher
 from kvmtrace.sources.ftrace.guest_memory import FtraceMemory
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.translator import FtraceTranslator
 from kvmtrace.sources.ftrace.vms import VmResolver, tgid_of
 from kvmtrace.sources.vm_table import VmTable
-
-COUNT_SECONDS = 1.0  # how often the kernel's counts are read while something is going on
-UPKEEP_SECONDS = 1.0  # how often kvm's coming and going, CPUs and missed VMs are looked at
-SCAN_SECONDS = 5.0  # how often /proc is searched for VMs where no probe reports new ones
-BATCH_SECONDS = 0.05  # how long faults may gather after some were read
-SIGNAL_SECONDS = 0.02  # how soon to look for the fault that a signal was sent from
 
 _NEVER_LOOKED = -1
 
@@ -66,10 +61,10 @@ class FtraceSource:
         self._missed = Missed(root, group)
         try:
             layout = ring_page.PageLayout.parse(mount.read_text(f"{root}/events/header_page"))
-            for ring, kib in fields.RING_KIB.items():
+            for ring, kib in limits.RING_KIB.items():
                 self._rings[ring] = Instance(root, f"{group}_{ring}", kib, layout)
             self._ready += self._joiner.people.vms.scan(clock.now_ns())
-            self._scan_due = time.monotonic() + SCAN_SECONDS
+            self._scan_due = time.monotonic() + limits.SCAN_SECONDS
             self._upkeep()
         except OSError as error:
             self.close()
@@ -135,19 +130,19 @@ class FtraceSource:
             self._attacher.attach(kvm is not None)
             self._joiner.begin(
                 watches_gmem=self._attacher.attached("gmem"),
-                counts_exits=self._attacher.counted(*fields.COUNTED["faults"]),
-                counts_signals=self._attacher.counted(*fields.COUNTED["signals"]),
+                counts_exits=self._attacher.counted(*attach.COUNTED["faults"]),
+                counts_signals=self._attacher.counted(*attach.COUNTED["signals"]),
             )
         for ring in self._rings.values():
             ring.open_cpus()
         vms = self._joiner.people.vms
         if not self._attacher.attached("vm_new") and time.monotonic() >= self._scan_due:
             self._ready += vms.scan(clock.now_ns())
-            self._scan_due = time.monotonic() + SCAN_SECONDS
+            self._scan_due = time.monotonic() + limits.SCAN_SECONDS
         self._ready += vms.missed(clock.now_ns())
         if missed := self._missed.fresh():
             self._ready.append(Lost(clock.now_ns(), "ftrace_missed", missed))
-        self._upkeep_due = time.monotonic() + UPKEEP_SECONDS
+        self._upkeep_due = time.monotonic() + limits.UPKEEP_SECONDS
 
     # -- waiting
 
@@ -160,7 +155,7 @@ class FtraceSource:
         if self._pending:
             return
         if self._joiner.signals:
-            end = min(end, now + SIGNAL_SECONDS)
+            end = min(end, now + limits.SIGNAL_SECONDS)
         if self._batch_until > now:
             # Faults that come thick and fast are read in batches; all else wakes us at once.
             if self._poll(("poison", "signals"), min(end, self._batch_until) - now):
@@ -185,7 +180,7 @@ class FtraceSource:
         totals = None
         if self._active and (last or now >= self._counts_due):
             totals = self._attacher.totals()
-            self._counts_due = now + COUNT_SECONDS
+            self._counts_due = now + limits.COUNT_SECONDS
             self._active = False
         until = time.monotonic_ns()
         faults, nearly_full = self._drain()
@@ -193,7 +188,7 @@ class FtraceSource:
             until = time.monotonic_ns()
         ts = until + self._offset_ns
         if faults:
-            self._batch_until = now + BATCH_SECONDS
+            self._batch_until = now + limits.BATCH_SECONDS
         events = self._dropped(ts) if nearly_full or totals is not None else []
         if self._damaged:
             events.append(Lost(ts, "ftrace_damaged", self._damaged))
@@ -255,7 +250,7 @@ class FtraceSource:
                 self._doubt = 2
             self._deaf |= dropped > 0 and name == "signals"
             # Exits and signals are reported all the same, where they are counted.
-            counted = fields.COUNTED.get(name)
+            counted = attach.COUNTED.get(name)
             if dropped and not (counted and self._attacher.counted(*counted)):
                 events.append(Lost(ts, f"ftrace_{name}", dropped))
         return events

@@ -12,16 +12,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvmtrace.sources.ftrace.fields import FAILED
-
-ENTRIES = 4096  # per trigger; a power of two, allocated at once by the kernel
-READINGS = 4  # at most, of one file, until two agree on its values
-
-_ANNOTATED = (-133, -14)  # with reason 39
+from kvmtrace.linux.tracefs.histogram import Block, signed
 
 
 class ExitKey(NamedTuple):
@@ -68,41 +63,6 @@ class SignalDetails(NamedTuple):
 
     lsb: int | None = None
     tgid: int | None = None
-
-
-def triggers(event: str, fields: Iterable[str]) -> tuple[str, ...]:
-    """The triggers for an event that has these fields; () where nothing counts it."""
-    have = set(fields)
-    size = f":size={ENTRIES}"
-
-    def values(*wanted: str) -> str:
-        return ",".join(["vals=hitcount", *(name for name in wanted if name in have)])
-
-    places = f"keys=vcpu.hex,gpa.hex,flags.hex:{values('size')}{size}"
-    match event:
-        case "gmem":
-            return (
-                f"hist:keys=kvm.hex,gfn.hex:{values('tgid')}{size} if ret == -133",
-                f"hist:keys=kvm.hex,ret:vals=hitcount{size} if ret == -14",
-            )
-        case "sigbus" | "sigbus_forced":
-            tid = "tid" if "tid" in have else "common_pid"
-            codes = "code == 4 || code == 5"
-            return (f"hist:keys={tid},code,addr.hex:{values('lsb', 'tgid')}{size} if {codes}",)
-        case "run":
-            found: tuple[str, ...] = (
-                f"hist:keys=vcpu.hex,ret,reason:vals=hitcount{size} if {FAILED}",
-                f"hist:keys=vcpu.hex,kvm.hex,vid:{values('tgid')}{size} if {FAILED}",
-            )
-            if {"gpa", "flags"} <= have:
-                for ret in _ANNOTATED:
-                    found += (f"hist:{places} if ret == {ret} && reason == 39",)
-            return found
-        case "vncr":
-            which = "if ret == 0 && reason == 39"
-            whose = f"keys=vcpu.hex,kvm.hex,vid:{values('tgid')}{size}"
-            return (f"hist:{places} {which}", f"hist:{whose} {which}")
-    return ()
 
 
 @dataclass(slots=True)
@@ -173,7 +133,7 @@ class KernelTotals:
                     if "size" in means:
                         self.sizes[key] = means["size"]
                 else:
-                    key = ExitKey(vcpu, _signed(int(parts[1])), int(parts[2]))
+                    key = ExitKey(vcpu, signed(int(parts[1])), int(parts[2]))
             except (ValueError, IndexError):
                 self.dropped += 0 if whose else count
                 continue
@@ -227,109 +187,9 @@ class KernelTotals:
         self.signals_dropped += block.dropped
         for parts, count, means in block.rows:
             try:
-                key = SignalKey(event, int(parts[0]), _signed(int(parts[1])), int(parts[2], 16))
+                key = SignalKey(event, int(parts[0]), signed(int(parts[1])), int(parts[2], 16))
             except (ValueError, IndexError):
                 self.signals_dropped += count
                 continue
             self.signals[key] = count
             self.facts[key] = SignalDetails(means.get("lsb"), means.get("tgid"))
-
-
-class HistogramReader:
-    """Reads ``hist`` files, again where a row may have been caught in the middle of a hit.
-
-    A value is the sum over all hits: divided by them it is the number, if all were equal. But the
-    kernel prints hits and sum separately, and a hit in between counts in one of them only: a mean
-    is accepted when two readings have the same.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[str, dict[_Row, dict[str, int]]] = {}
-
-    def read(self, event: str, read: Callable[[], str], totals: KernelTotals) -> None:
-        """Add to ``totals`` what the file says; ``read`` gives its text as it is then."""
-        blocks = list(_blocks(read()))
-        said = dict(_means(blocks))
-        known = self._known.get(event, {})
-        # Of rows that there are now, and not of those that later readings bring.
-        doubtful = {
-            row: [means, *([known[row]] if row in known else [])]
-            for row, means in said.items()
-            if means != known.get(row)
-        }
-        for _ in range(READINGS - 1):
-            if not doubtful:
-                break
-            again = dict(_means(_blocks(read())))
-            for row, before in list(doubtful.items()):
-                means = again.get(row, {})
-                if means in before:
-                    said[row] = means
-                    del doubtful[row]
-                before.append(means)
-        said |= {row: {} for row in doubtful}
-        self._known[event] = said
-        totals.add(event, (block.believing(said) for block in blocks))
-
-
-_Row = tuple[str, str, tuple[str, ...]]  # the trigger's keys and condition, and the row's key
-
-
-_BLOCK = re.compile(r"^# trigger info: hist:(?P<spec>.*)$", re.MULTILINE)
-_ROW = re.compile(
-    r"^\{ (?P<key>[^}\n]*) \} hitcount: +(?P<count>\d{1,20})(?P<values>.*)$", re.MULTILINE
-)
-_VALUE = re.compile(r"\b(\w+): +(\d{1,20})\b")
-
-
-class Block(NamedTuple):
-    """One trigger's part of a ``hist`` file. ``rows``: (key's parts, count, {value: mean})."""
-
-    valued: bool
-    keys: str
-    condition: str
-    dropped: int
-    rows: list[tuple[tuple[str, ...], int, dict[str, int]]]
-
-    def believing(self, said: Mapping[_Row, dict[str, int]]) -> Block:
-        """The same, with the means that are to be believed."""
-        believed = [
-            (parts, count, said.get((self.keys, self.condition, parts), {}))
-            for parts, count, _ in self.rows
-        ]
-        return self._replace(rows=believed)
-
-
-def _means(blocks: Iterable[Block]) -> Iterator[tuple[_Row, dict[str, int]]]:
-    """Of the rows that have values."""
-    for block in blocks:
-        for parts, _count, means in block.rows if block.valued else ():
-            yield (block.keys, block.condition, parts), means
-
-
-def _blocks(text: str) -> Iterator[Block]:
-    blocks = list(_BLOCK.finditer(text))
-    for index, block in enumerate(blocks):
-        end = blocks[index + 1].start() if index + 1 < len(blocks) else len(text)
-        body = text[block.end() : end]
-        rows = []
-        for row in _ROW.finditer(body):
-            parts = tuple(part.partition(":")[2].strip() for part in row["key"].split(","))
-            count = int(row["count"])
-            sums = {name: int(total) for name, total in _VALUE.findall(row["values"])}
-            # None of the values counted is ever 0: that is a first hit which is not over.
-            means = {
-                name: total // count
-                for name, total in sums.items()
-                if count and total and not total % count
-            }
-            rows.append((parts, count, means))
-        dropped = re.search(r"^ +Dropped: (\d{1,20})", body, re.MULTILINE)
-        keys, _, values = block["spec"].partition(":vals=")
-        condition = block["spec"].partition(" if ")[2]
-        valued = values.startswith("hitcount,")
-        yield Block(valued, keys, condition, int(dropped[1]) if dropped else 0, rows)
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 64) if number >> 63 else number

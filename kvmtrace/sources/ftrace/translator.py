@@ -9,8 +9,7 @@ from kvmtrace import kvm
 from kvmtrace.events import Event, Lost
 from kvmtrace.linux import smbios
 from kvmtrace.sources.ftrace import hardware, records
-from kvmtrace.sources.ftrace.exits import FtraceExits
-from kvmtrace.sources.ftrace.fields import KVM_PFN_ERR_HWPOISON
+from kvmtrace.sources.ftrace.exits import KVM_PFN_ERR_HWPOISON, FtraceExits
 from kvmtrace.sources.ftrace.muting import exclusions
 from kvmtrace.sources.ftrace.poison import Poisons
 from kvmtrace.sources.ftrace.records import Record
@@ -157,7 +156,7 @@ class FtraceTranslator:
             case "sigbus_bare":
                 return [self.signals.bare(record)]
             case "mce":
-                return [self.poisons.mce(record)]
+                return [hardware.machine_check(record)]
             case "soft_offline" | "unpoison":
                 return self.poisons.page(record)
             case probe if probe in hardware.PROBES:

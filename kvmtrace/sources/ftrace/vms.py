@@ -7,10 +7,41 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from kvmtrace.events import Event
+from kvmtrace.sources.ftrace.fields import (
+    COMM,
+    HAS_PRIVATE,
+    MAKER,
+    RET,
+    TGID,
+    ProbeRequest,
+    helper,
+    needed,
+)
 from kvmtrace.sources.ftrace.records import Record
+from kvmtrace.sources.limits import MAX_VM_ADDRESSES
 from kvmtrace.sources.vm_table import VmTable
 
-_MAX_VMS = 4096
+PROBES = {
+    "vm_new": ProbeRequest(
+        "poison",
+        (
+            needed("kvm", "kvm:x64"),
+            helper("tgid", TGID),
+            COMM,
+            helper("has_private", f"kvm->{HAS_PRIVATE}"),
+            RET,
+        ),
+        # Where a return probe cannot have arguments (before 6.6). A VM that then fails to be made
+        # is one too many, until its process ends.
+        at_entry=(needed("kvm", "$arg1:x64"), COMM),
+        filters=(("ret", "ret == 0"),),
+    ),
+    "vm_gone": ProbeRequest(
+        "poison",
+        (needed("kvm", "kvm:x64", "$arg1:x64"), helper("tgid", TGID), helper("maker", MAKER), COMM),
+    ),
+}
+
 _TGID = re.compile(rb"^Tgid:[ \t]+([0-9]{1,10})$", re.MULTILINE)
 
 
@@ -89,6 +120,6 @@ class VmResolver:
         key, events = self.vms.key(struct, pid, ts, comm=comm)
         self.out += events
         self._keys[struct] = key
-        while len(self._keys) > _MAX_VMS:
+        while len(self._keys) > MAX_VM_ADDRESSES:
             self._keys.popitem(last=False)
         return key
