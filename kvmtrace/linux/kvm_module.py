@@ -8,7 +8,7 @@ _KVM = "/sys/module/kvm"
 
 
 def load_number() -> int | None:
-    """A number that changes when kvm is loaded anew; None while it is not loaded."""
+    """Return a number that changes when kvm is loaded again; None while it is not loaded."""
     try:
         number = os.stat(_KVM).st_ino
     except OSError:
@@ -17,5 +17,5 @@ def load_number() -> int | None:
         with open(f"{_KVM}/initstate") as file:
             return number if file.read().strip() == "live" else None
     except OSError:
-        # Built in: a directory (of parameters) without a state. Just unloaded: no directory.
+        # Built in: the directory has parameters only. Just unloaded: there is no directory.
         return number if os.path.isdir(_KVM) else None

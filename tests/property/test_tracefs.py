@@ -67,9 +67,9 @@ def _counts(said: str) -> None:
     for event in ("run", "vncr", "gmem", "sigbus"):
         totals = KernelTotals()
         totals.add(event, HistogramReader().read(event, lambda: said))
-        for counts in (totals.exits, totals.refused, totals.signals, totals.rests):
+        for counts in (totals.exits, totals.refusals, totals.signals, totals.unkeyed):
             assert all(count >= 0 for count in counts.values())
-        for key in totals.whose:
+        for key in totals.vcpu_owners:
             totals.owner(key)
 
 
@@ -77,15 +77,15 @@ def _missed(profile: bytes) -> None:
     events = placed(PROBES, "tracefs/kprobe_events")
     placed(profile, "tracefs/kprobe_profile")
     found = Missed(events.rpartition("/")[0], GROUP)
-    assert found.fresh() >= 0
-    assert found.fresh() == 0
+    assert found.newly_missed() >= 0
+    assert found.newly_missed() == 0
 
 
 def _probes(listed: bytes) -> None:
     root = placed(listed, "tracefs/dynamic_events").rpartition("/")[0]
     placed(listed, "tracefs/kprobe_events")
     placed(PROFILE, "tracefs/kprobe_profile")
-    Missed(root, GROUP).fresh()
+    Missed(root, GROUP).newly_missed()
     dynamic_events.DynamicEvents(root, GROUP).names()
     for group in dynamic_events.groups(root):
         instance.is_dead(group)
@@ -203,18 +203,18 @@ def test_damaged_rings_are_told_or_lost(
                 name, known = formats[number]
                 with suppress(ValueError):
                     found.append(Record(ts, name, known.decode(entry)))
-    joiner = FtraceTranslator(VmResolver(VmTable("/nonexistent"), lambda tid: None))
-    joiner.faults.watches_gmem = True
+    translator = FtraceTranslator(VmResolver(VmTable("/nonexistent"), lambda tid: None))
+    translator.exits.watches_gmem = True
     totals = KernelTotals()
     said_now = counts.decode("utf-8", "replace")
     totals.add("run", HistogramReader().read("run", lambda: said_now))
     correlator = Correlator()
     for batch in (found[::2], found[1::2]):
-        for event in joiner.batch(batch, 1 << 40, totals=totals, last=batch is not found):
+        for event in translator.batch(batch, 1 << 40, totals=totals, last=batch is not found):
             try:
                 event = checked(event)  # noqa: PLW2901
             except WRONG:
                 event = Lost(0, "unwritable_events", 1)  # noqa: PLW2901
             json_output.event_line(correlator.feed(event))
-        joiner.muted()
+        translator.filter_exclusions()
     json_output.top(correlator.snapshot())

@@ -43,10 +43,10 @@ def recorded(path: Path) -> tuple[dict[str, Any], list[Event]]:
             found.append(Record(ts + recording["offset_ns"], probe, known.decode(entry)))
     found.sort(key=lambda record: record.ts)
     tables = mount.symbolic_tables(recording["formats"]["poison"])
-    people = VmResolver(VmTable("/nonexistent"), lambda tid: None)
-    joiner = FtraceTranslator(people, (tables["type"], tables["result"]))
-    joiner.faults.watches_gmem = True
-    return recording, joiner.batch(found, found[-1].ts, last=True)
+    vms = VmResolver(VmTable("/nonexistent"), lambda tid: None)
+    translator = FtraceTranslator(vms, (tables["type"], tables["result"]))
+    translator.exits.watches_gmem = True
+    return recording, translator.batch(found, found[-1].ts, last=True)
 
 
 def answers(recording: dict[str, Any], step: str) -> list[dict[str, Any]]:
@@ -67,7 +67,7 @@ def test_exits_are_those_that_the_vmm_was_told(path: Path) -> None:
     counted = totals.KernelTotals()
     counted.add("run", HistogramReader().read("run", lambda: recording["hist"]))
     assert sum(counted.exits.values()) == sum(told.values())
-    assert counted.dropped == 0
+    assert counted.exits_without_entry == 0
 
 
 def test_each_exit_has_its_fault(path: Path) -> None:

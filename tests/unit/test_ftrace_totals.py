@@ -17,7 +17,7 @@ from kvmtrace.sources.ftrace.totals import (
     SignalDetails,
     SignalKey,
     VcpuOwner,
-    rest_of,
+    unkeyed_key_of,
 )
 from kvmtrace.sources.tally import Tally
 
@@ -105,14 +105,14 @@ def test_the_hist_file_is_understood() -> None:
     totals = counted(TEXT)
     assert totals.exits == {BARE: 2, POISON: 21}
     assert totals.sizes == {POISON: 4096}
-    assert totals.whose == {
+    assert totals.vcpu_owners == {
         BARE.vcpu: {VcpuOwner(0xFFFF8C080160A000, 0, 150): 2},
         POISON.vcpu: {VcpuOwner(0xFFFF8C0801814000, 1, 146): 21},
     }
-    assert (totals.rests, totals.full, totals.dropped) == ({REST: 0}, False, 0)
+    assert (totals.unkeyed, totals.full, totals.exits_without_entry) == ({REST: 0}, False, 0)
     # A sum that no one number explains gives none.
     odd = counted(TEXT.replace("3066", "3067").replace("86016", "86017"))
-    assert list(odd.whose[POISON.vcpu]) == [VcpuOwner(0xFFFF8C0801814000, 1, None)]
+    assert list(odd.vcpu_owners[POISON.vcpu]) == [VcpuOwner(0xFFFF8C0801814000, 1, None)]
     assert odd.sizes == {}
     assert counted("") == KernelTotals()
 
@@ -163,12 +163,12 @@ def test_what_had_no_entry_is_counted_by_the_first_trigger() -> None:
     more = "reason:         39 } hitcount:         "
     totals = counted(with_dropped(3, 7, 9).replace(f"{more}21", f"{more}30"))
     assert totals.exits == {BARE: 2, POISON: 21}
-    assert (totals.rests, totals.full) == ({REST: 9}, True)
+    assert (totals.unkeyed, totals.full) == ({REST: 9}, True)
     # That no entry was left to name a vCPU's VM loses no exit.
-    assert totals.dropped == 3
+    assert totals.exits_without_entry == 3
     # Exits between the blocks' readings are not taken for such without an entry.
-    assert counted(TEXT.replace(f"{more}21", f"{more}30")).rests == {REST: 0}
-    assert counted(TEXT.replace(f"{more}21", f"{more}20")).rests == {REST: 0}
+    assert counted(TEXT.replace(f"{more}21", f"{more}30")).unkeyed == {REST: 0}
+    assert counted(TEXT.replace(f"{more}21", f"{more}20")).unkeyed == {REST: 0}
 
 
 def test_triggers_count_every_failed_exit() -> None:
@@ -194,9 +194,9 @@ def test_memory_faults_without_an_errno_are_counted() -> None:
     )
     totals = counted(text, event="vncr")
     key = ExitKey(POISON.vcpu, 0, 39, 0x108000, 0)
-    assert (totals.exits, totals.sizes, totals.dropped) == ({key: 21}, {key: 4096}, 2)
-    assert totals.whose == {POISON.vcpu: {VcpuOwner(0xFFFF8C0801814000, 1, 146): 21}}
-    assert (totals.rests, totals.full) == ({}, False)
+    assert (totals.exits, totals.sizes, totals.exits_without_entry) == ({key: 21}, {key: 4096}, 2)
+    assert totals.vcpu_owners == {POISON.vcpu: {VcpuOwner(0xFFFF8C0801814000, 1, 146): 21}}
+    assert (totals.unkeyed, totals.full) == ({}, False)
 
 
 def test_whose_guest_memfd_never_failed() -> None:
@@ -205,14 +205,14 @@ def test_whose_guest_memfd_never_failed() -> None:
     row = "{ kvm: ffff8cc583666000, ret: 18446744073709551602 } hitcount:          7\n"
     ends = "\nTotals:\n    Hits: 7\n    Entries: 1\n    Dropped: %d\n"
     totals = counted(text + row + ends % 0, event="gmem")
-    assert totals.failing == {0xFFFF8CC583666000}
-    assert not totals.converts_only(0xFFFF8CC583666000)
-    assert totals.converts_only(VCPU)
-    assert totals.of({VCPU}).converts_only(VCPU)
-    assert counted(text + ends % 0, event="gmem").converts_only(VCPU)
+    assert totals.gmem_efault_vms == {0xFFFF8CC583666000}
+    assert not totals.gmem_never_failed(0xFFFF8CC583666000)
+    assert totals.gmem_never_failed(VCPU)
+    assert totals.of({VCPU}).gmem_never_failed(VCPU)
+    assert counted(text + ends % 0, event="gmem").gmem_never_failed(VCPU)
     # Nobody counted, or not all of it.
     for said in ("", text + row + ends % 1, text + row.replace("ffff8cc583666000", "no")):
-        assert not counted(said, event="gmem").converts_only(VCPU)
+        assert not counted(said, event="gmem").gmem_never_failed(VCPU)
 
 
 def test_signals_and_refusals_are_counted_too() -> None:
@@ -229,16 +229,16 @@ def test_signals_and_refusals_are_counted_too() -> None:
     )
     key = SignalKey("sigbus", 186, 4, 0x7F0D20003000)
     assert totals.signals == {key: 3000}
-    assert totals.facts == {key: SignalDetails(12, 185)}
-    assert totals.signals_dropped == 2
+    assert totals.signal_details == {key: SignalDetails(12, 185)}
+    assert totals.signals_without_entry == 2
     totals = counted(
         "# trigger info: hist:keys=kvm.hex,gfn.hex:vals=hitcount,tgid:sort=hitcount:size=4096"
         " if ret == -133 [active]\n#\n\n"
         "{ kvm: ffff8cc583666000, gfn: 103 } hitcount:          7  tgid:       1295\n",
         event="gmem",
     )
-    assert totals.refused == {RefusalKey(0xFFFF8CC583666000, 0x103): 7}
-    assert totals.refusers == {0xFFFF8CC583666000: 185}
+    assert totals.refusals == {RefusalKey(0xFFFF8CC583666000, 0x103): 7}
+    assert totals.refusal_pids == {0xFFFF8CC583666000: 185}
 
 
 def test_events_are_told_as_they_come_and_totals_tell_the_rest() -> None:
@@ -256,10 +256,10 @@ def test_what_the_kernel_had_no_entry_for_is_lost_unless_its_event_came() -> Non
     for _ in range(5):
         tally.event(BARE)
     tally.total({POISON: 3})
-    assert tally.lost(5) == 0
-    assert tally.lost(9) == 4
-    assert tally.lost(9) == 0
-    assert tally.lost(10) == 1
+    assert tally.newly_lost(5) == 0
+    assert tally.newly_lost(9) == 4
+    assert tally.newly_lost(9) == 0
+    assert tally.newly_lost(10) == 1
 
 
 @given(
@@ -292,7 +292,7 @@ class FullKernel:
     """A kernel with room for two addresses, a ring that drops, and who reads both."""
 
     def __init__(self) -> None:
-        self.tally = Tally[ExitKey](rest_of)
+        self.tally = Tally[ExitKey](unkeyed_key_of)
         self.happened: Counter[ExitKey] = Counter()
         self.told: Counter[ExitKey] = Counter()
         self.entries: dict[ExitKey, int] = {}
@@ -309,18 +309,18 @@ class FullKernel:
         self.ring += [key] * kept
 
     def totals(self) -> KernelTotals:
-        rests = {ExitKey(VCPU, -14, 39): self.dropped}
-        return KernelTotals(dict(self.entries), rests=rests, full=self.dropped > 0)
+        unkeyed = {ExitKey(VCPU, -14, 39): self.dropped}
+        return KernelTotals(dict(self.entries), unkeyed=unkeyed, full=self.dropped > 0)
 
     def settle(self, totals: KernelTotals) -> None:
-        """As Joiner.batch does: what the ring has is reported before the counts."""
+        """As FtraceTranslator.batch does: what the ring has is reported before the counts."""
         for key in self.ring:
             self.told[key] += self.tally.event(key)
         self.ring.clear()
-        for key, count in self.tally.total(totals.exits) + self.tally.rests(totals.rests):
+        for key, count in self.tally.total(totals.exits) + self.tally.unkeyed(totals.unkeyed):
             self.told[key] += count
         if totals.full:
-            self.tally.fold(totals.exits)
+            self.tally.forget_unkeyed(totals.exits)
         assert self.told.total() <= self.happened.total()
 
 
@@ -351,24 +351,24 @@ def test_exits_without_an_entry_lose_their_address_only(
 
 
 def test_what_has_no_entry_even_together_is_lost() -> None:
-    tally = Tally[ExitKey](rest_of)
+    tally = Tally[ExitKey](unkeyed_key_of)
     tally.event(POISON)
     tally.total({BARE: 3})
-    assert tally.rests({}) == []
-    assert tally.lost(4) == 3
+    assert tally.unkeyed({}) == []
+    assert tally.newly_lost(4) == 3
     # Those of a vCPU that has such an entry are counted there.
-    tally.rests({ExitKey(POISON.vcpu, -133, 39): 0})
-    assert tally.lost(6) == 3
+    tally.unkeyed({ExitKey(POISON.vcpu, -133, 39): 0})
+    assert tally.newly_lost(6) == 3
 
 
 def test_a_row_that_makes_no_sense_is_counted_as_one_without_an_entry() -> None:
     broken = TEXT.replace("vcpu: ffff8c0801610000, ret", "vcpu: no, ret")
     totals = counted(broken)
-    assert (totals.exits, totals.dropped) == ({POISON: 21}, 2)
+    assert (totals.exits, totals.exits_without_entry) == ({POISON: 21}, 2)
     other = "# trigger info: hist:keys=kvm.hex,gfn.hex:vals=hitcount [active]\n#\n\n"
     totals = counted(f"{other}{{ kvm: ff }} hitcount:          7\n", event="gmem")
-    assert (totals.refused, totals.refused_dropped) == ({}, 7)
+    assert (totals.refusals, totals.refusals_without_entry) == ({}, 7)
     totals = counted(
         f"{other}{{ tid: x, code: 4, addr: 7 }} hitcount:          7\n", event="sigbus"
     )
-    assert (totals.signals, totals.signals_dropped) == ({}, 7)
+    assert (totals.signals, totals.signals_without_entry) == ({}, 7)

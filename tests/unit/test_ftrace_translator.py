@@ -46,11 +46,11 @@ GFN = 0x108
 
 
 class World:
-    """A joiner, and records with a clock of their own."""
+    """A translator, and records with a clock of their own."""
 
     def __init__(self, watches_gmem: bool = True) -> None:
-        self.joiner = FtraceTranslator(VmResolver(VmTable("/nonexistent"), lambda tid: None))
-        self.joiner.faults.watches_gmem = watches_gmem
+        self.translator = FtraceTranslator(VmResolver(VmTable("/nonexistent"), lambda tid: None))
+        self.translator.exits.watches_gmem = watches_gmem
         self._ts = itertools.count(1_000_000_000, 1000)
         self.exits = 0
 
@@ -75,7 +75,7 @@ class World:
         return self.record("run", ret=ret, **known | other)
 
     def tell(self, *records: Record, **options: Any) -> list[Event]:
-        return self.joiner.batch(records, next(self._ts), **options)
+        return self.translator.batch(records, next(self._ts), **options)
 
     def exits_of(self, *records: Record, **options: Any) -> list[Exit]:
         return [e for e in self.tell(*records, **options) if isinstance(e, Exit)]
@@ -122,7 +122,7 @@ def test_a_call_that_began_before_the_start_is_told_by_its_tracepoint() -> None:
     for known in ((world.faultin(-133), world.run(-133)), (world.faultin(-14),)):
         behind = world.record("run_under_way", errno=-133, reason=39)
         assert len(world.exits_of(*known, behind)) == len(known) - 1
-    assert world.exits_of(world.faultin(-133), behind, doubtful=True) == []
+    assert world.exits_of(world.faultin(-133), behind, faults_dropped=True) == []
 
 
 @pytest.mark.parametrize("reason", [0, 2, 17])
@@ -173,7 +173,7 @@ def test_without_a_token_nothing_is_joined() -> None:
 
 def test_dropped_records_make_silence_prove_nothing() -> None:
     world = World()
-    (told,) = world.exits_of(world.faultin(-14), world.run(-14), doubtful=True)
+    (told,) = world.exits_of(world.faultin(-14), world.run(-14), faults_dropped=True)
     assert told.gmem is None
 
 
@@ -211,9 +211,9 @@ def test_a_storm_is_muted_and_heard_again_when_it_is_over() -> None:
     world = World()
     for _ in range(200):
         world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
-    storms = world.joiner.faults.storms
-    assert storms.changed
-    conditions = exclusions(storms.conditions())
+    muting = world.translator.exits.muting
+    assert muting.changed
+    conditions = exclusions(muting.conditions())
     assert conditions == {
         "run": f" && !(vcpu == {VCPU:#x} && ret == -133 && gpa == 0x108000)",
         "gmem": f" && !(kvm == {VM:#x} && gfn == 0x108)",
@@ -226,10 +226,10 @@ def test_a_storm_is_muted_and_heard_again_when_it_is_over() -> None:
     key = ExitKey(VCPU, -133, 39, GFN << 12, 0)
     assert [e.count for e in world.exits_of(totals=KernelTotals({key: 5000}))] == [4800]
     for _ in range(3):
-        assert storms
+        assert muting
         world.tell(totals=KernelTotals({key: 5000}))
-    assert not storms
-    assert set(exclusions(storms.conditions()).values()) == {""}
+    assert not muting
+    assert set(exclusions(muting.conditions()).values()) == {""}
 
 
 def test_all_that_can_be_muted_fits_into_a_filter() -> None:
@@ -257,22 +257,22 @@ def test_what_the_kernel_does_not_mute_is_heard() -> None:
     world = World()
     for _ in range(MUTE_AFTER):
         world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
-    assert world.joiner.muted()
-    world.joiner.mute_nothing()
-    storms = world.joiner.faults.storms
-    assert not storms
-    assert not storms.mutes(VM, GFN)
+    assert world.translator.filter_exclusions()
+    world.translator.exclusions_refused()
+    muting = world.translator.exits.muting
+    assert not muting
+    assert not muting.is_muted(VM, GFN)
     # Another fault of the page: guest_memfd would have a record.
     (told,) = world.exits_of(world.faultin(-14), world.run(-14))
     assert told.gmem == 0
     for _ in range(2 * MUTE_AFTER):
         world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
-    assert not storms  # nor is it tried again
-    assert world.joiner.muted() is None
-    world.joiner.begin(watches_gmem=True)
+    assert not muting  # nor is it tried again
+    assert world.translator.filter_exclusions() is None
+    world.translator.begin(watches_gmem=True)
     for _ in range(MUTE_AFTER):
         world.tell(world.gmem(-133), world.faultin(-133), world.run(-133))
-    assert storms
+    assert muting
 
 
 def test_the_last_exits_of_a_storm_are_told_before_the_vm_is_gone() -> None:
@@ -286,7 +286,7 @@ def test_the_last_exits_of_a_storm_are_told_before_the_vm_is_gone() -> None:
     assert [type(e) for e in told] == [Exit, VmGone]
     assert isinstance(told[0], Exit)
     assert told[0].count == 800
-    assert not world.joiner.faults.storms
+    assert not world.translator.exits.muting
 
 
 def test_an_address_used_again_is_another_vm() -> None:
@@ -370,7 +370,7 @@ def test_the_fault_tells_the_owner_where_the_slot_was_not_known() -> None:
 
 def test_poison_has_the_kernels_words_or_its_numbers() -> None:
     world = World()
-    world.joiner.poisons._types, world.joiner.poisons._results = {11: "dirty page"}, {}
+    world.translator.poisons._types, world.translator.poisons._results = {11: "dirty page"}, {}
     (told,) = world.tell(world.record("poison", pfn=0x1234, type=11, result=9))
     assert isinstance(told, Poison)
     assert (told.page_type, told.result, told.page_type_nr, told.result_nr) == (
@@ -428,7 +428,7 @@ def test_where_the_fault_tells_no_pfn_the_way_out_of_kvm_run_tells_the_vcpu() ->
 def test_what_is_no_size_is_not_known(lsb: int) -> None:
     world = World()
     (told,) = [e for e in world.tell(sigbus(world, lsb=lsb)) if isinstance(e, Sigbus)] or [
-        e for e in world.joiner.batch([], 1 << 62, last=True) if isinstance(e, Sigbus)
+        e for e in world.translator.batch([], 1 << 62, last=True) if isinstance(e, Sigbus)
     ]
     assert told.lsb is None
 
@@ -443,8 +443,8 @@ def test_its_fault_may_come_in_the_next_batch() -> None:
 def test_a_signal_whose_fault_never_comes_is_told_all_the_same() -> None:
     world = World()
     world.tell(sigbus(world))
-    assert world.joiner.signals
-    (told,) = world.joiner.batch([], 2_000_000_000)
+    assert world.translator.signals
+    (told,) = world.translator.batch([], 2_000_000_000)
     assert isinstance(told, Sigbus)
     assert (told.vm, told.gfn) == (None, None)
     world.tell(sigbus(world))
@@ -457,7 +457,7 @@ def test_what_cannot_be_private_is_no_conversion() -> None:
     cases = (({}, None), ({"has_private": 1}, None), ({"has_private": 0}, 14))
     for fields, expected in cases:
         world = World()
-        told = world.exits_of(world.run(-14, **fields), doubtful=True)
+        told = world.exits_of(world.run(-14, **fields), faults_dropped=True)
         counts = KernelTotals(exits={ExitKey(VCPU, -14, 39, (GFN + 1) << 12, 0): 5})
         told += world.exits_of(totals=counts)
         assert [(e.gmem, e.count) for e in told] == [(expected, 1), (expected, 5)]
@@ -477,7 +477,7 @@ def test_a_vm_whose_end_was_missed_ends_where_the_next_one_begins() -> None:
     world = World()
     first = [*world.tell(world.record("vm_new", ret=0)), *poisoned(world)]
     key = next(e for e in first if isinstance(e, Exit)).vm
-    world.joiner.faults.behind = True
+    world.translator.exits.counts_pending = True
     counts = KernelTotals(exits={ExitKey(VCPU, -133, 39, GFN << 12, 0): 5})
     told = world.tell(world.record("vm_new", ret=0, tgid=PID + 1), read_totals=lambda: counts)
     assert [(e.vm, e.count) for e in told if isinstance(e, Exit)] == [(key, 4)]
@@ -569,13 +569,15 @@ def test_conversions_that_only_the_counts_tell(
     told = world.exits_of(
         totals=KernelTotals(
             exits={one: 5, bare: 2},
-            rests={rest: 5000},
-            whose={VCPU: {VcpuOwner(VM, 0, PID): 5007}},
-            failing=failing,
+            unkeyed={rest: 5000},
+            vcpu_owners={VCPU: {VcpuOwner(VM, 0, PID): 5007}},
+            gmem_efault_vms=failing,
         )
     )
     assert [(e.count, e.gmem) for e in told] == [(5, gmem), (2, None), (5000, gmem)]
-    told = world.exits_of(totals=KernelTotals(exits={odd: 5}, rests={rest: 5001}, failing=failing))
+    told = world.exits_of(
+        totals=KernelTotals(exits={odd: 5}, unkeyed={rest: 5001}, gmem_efault_vms=failing)
+    )
     assert [(e.count, e.gmem) for e in told] == [(5, None), (1, None)]
 
 
@@ -588,7 +590,7 @@ def test_a_flag_that_is_not_mainlines_makes_no_failure_of_guest_memfd(flags: int
     rest = ExitKey(VCPU, -14, 39)
     counts = {ExitKey(VCPU, -14, 39, 9 << 12, flags): 5, ExitKey(VCPU, -14, 39, 8 << 12, 0): 6}
     told_by_counts = world.exits_of(
-        totals=KernelTotals(exits=counts, rests={rest: 1 + 7}, full=True)
+        totals=KernelTotals(exits=counts, unkeyed={rest: 1 + 7}, full=True)
     )
     assert [(e.count, e.flags, e.gmem) for e in told_by_counts] == [
         (5, flags, None),
@@ -603,12 +605,12 @@ def test_a_flag_that_is_not_mainlines_makes_no_failure_of_guest_memfd(flags: int
 def test_exits_dropped_a_while_before_the_end_are_told_before_the_vm_is_gone() -> None:
     """Also by keys that were never muted, and of vCPUs of which no event came."""
     world = World()
-    world.tell(world.run(-14, reason=0), doubtful=True)
+    world.tell(world.run(-14, reason=0), faults_dropped=True)
     world.tell()
     world.tell()
     bare, other = ExitKey(VCPU, -14, 0), ExitKey(VCPU + 64, -14, 0)
     whose = {VCPU: {VcpuOwner(VM, 0, PID): 50}, VCPU + 64: {VcpuOwner(VM, 1, PID): 7}}
-    totals = KernelTotals({bare: 50, other: 7}, whose=whose)
+    totals = KernelTotals({bare: 50, other: 7}, vcpu_owners=whose)
     told = world.tell(world.record("vm_gone"), read_totals=lambda: totals)
     assert [(type(e), getattr(e, "count", None)) for e in told] == [
         (Exit, 49),
@@ -622,10 +624,10 @@ def test_counts_that_were_settled_need_not_be_read_again_at_the_end() -> None:
         raise AssertionError("read")
 
     world = World()
-    world.tell(world.run(-14, reason=0), doubtful=True)
-    assert world.joiner.behind
+    world.tell(world.run(-14, reason=0), faults_dropped=True)
+    assert world.translator.counts_pending
     world.tell(totals=KernelTotals({ExitKey(VCPU, -14, 0): 1}))
-    assert not world.joiner.behind
+    assert not world.translator.counts_pending
     assert [type(e) for e in world.tell(world.record("vm_gone"), read_totals=never)] == [VmGone]
 
 
@@ -639,7 +641,7 @@ def test_a_storm_of_signals_is_muted_counted_and_told() -> None:
         fault = world.faultin(1, pfn=KVM_PFN_ERR_HWPOISON)
         told = world.tell(sigbus(world), fault)
         assert [(e.gfn, e.count) for e in told if isinstance(e, Sigbus)] == [(GFN, 1)]
-    assert world.joiner.muted() == {
+    assert world.translator.filter_exclusions() == {
         "run": "",
         "run_under_way": "",
         "gmem": "",
@@ -647,7 +649,7 @@ def test_a_storm_of_signals_is_muted_counted_and_told() -> None:
         "sigbus_forced": "",
         "faultin": f" && !(vcpu == {VCPU:#x} && ret >= 0 && gfn == 0x108)",
     }
-    assert world.joiner.muted() is None
+    assert world.translator.filter_exclusions() is None
     # Still in the ring from before it was muted: the counts have it.
     assert world.tell(sigbus(world), world.faultin(1, pfn=KVM_PFN_ERR_HWPOISON)) == []
     (rest,) = world.tell(totals=KernelTotals(signals={signal_key(): 5000}))
@@ -662,39 +664,39 @@ def test_in_a_storm_of_signals_the_ways_out_are_muted_too() -> None:
     world = World()
     for _ in range(200):
         world.tell(sigbus(world), world.run(-4, reason=10))
-    muted = world.joiner.muted()
+    muted = world.translator.filter_exclusions()
     assert muted is not None
     assert muted["run"] == f" && !(vcpu == {VCPU:#x} && ret == -4)"
     for _ in range(5):
         world.tell(totals=KernelTotals(signals={signal_key(): 200}))
-    muted = world.joiner.muted()
+    muted = world.translator.filter_exclusions()
     assert muted is not None
     assert muted["run"] == ""
 
 
 def test_without_counts_nothing_is_muted() -> None:
     world = World()
-    world.joiner.begin(watches_gmem=True, counts_exits=False, counts_signals=False)
+    world.translator.begin(watches_gmem=True, counts_exits=False, counts_signals=False)
     for _ in range(300):
         world.tell(sigbus(world), world.run(-14, reason=0))
-    assert world.joiner.muted() is None
+    assert world.translator.filter_exclusions() is None
 
 
 def test_signals_of_which_no_event_came() -> None:
     world = World()
     world.tell(world.record("vm_new", ret=0))
     key = signal_key("sigbus_forced")
-    totals = KernelTotals(signals={key: 7}, facts={key: SignalDetails(21, PID)})
-    (told,) = world.tell(totals=totals, deaf=True)
+    totals = KernelTotals(signals={key: 7}, signal_details={key: SignalDetails(21, PID)})
+    (told,) = world.tell(totals=totals, signals_dropped=True)
     assert told == Sigbus(told.ts, PID, TID, 4, 0x7F0000008000, 21, vm=1, count=7)
-    assert world.joiner.behind
+    assert world.translator.counts_pending
 
 
 def test_refusals_are_told_once_by_events_and_counts() -> None:
     world = World()
     told = world.tell(world.gmem(-133), world.gmem(-133), world.gmem(-14), world.gmem(-133, 0x109))
     assert [(e.gfn, e.count) for e in told if isinstance(e, GmemRefusal)] == [(GFN, 2), (0x109, 1)]
-    totals = KernelTotals(refused={RefusalKey(VM, GFN): 10, RefusalKey(VM, 0x109): 1})
+    totals = KernelTotals(refusals={RefusalKey(VM, GFN): 10, RefusalKey(VM, 0x109): 1})
     told = world.tell(totals=totals)
     assert [(e.vm, e.gfn, e.count) for e in told if isinstance(e, GmemRefusal)] == [(1, GFN, 8)]
 
@@ -719,6 +721,6 @@ def test_a_record_without_a_field_that_is_needed_costs_that_record() -> None:
     world = World()
     lacking = world.record("mce", status=0, addr=0, bank=1, cpu=0)  # no socketid
     whole = world.record("poison", pfn=5, type=1, result=2)
-    events = world.joiner.batch([lacking, whole], 2_000_000_000)
+    events = world.translator.batch([lacking, whole], 2_000_000_000)
     assert [type(event) for event in events] == [Poison, Lost]
     assert events[1] == Lost(2_000_000_000, "ftrace_damaged", 1)

@@ -119,7 +119,7 @@ def test_kretprobes_where_there_are_no_fprobes(tmp_path: Path) -> None:
     kernel = Kernel(tmp_path, {}, ways="pr")
     defined = kernel.define("run", "ioctl_run", "return", WANTED)
     assert isinstance(defined, Defined)
-    assert defined.way == "kretprobe event"
+    assert defined.probe_type == "kretprobe event"
     assert kernel.commands[-1].startswith("r4096:kvmtrace_1_2_3/run ioctl_run kvm=")
 
 

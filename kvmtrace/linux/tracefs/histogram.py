@@ -21,7 +21,11 @@ _VALUE = re.compile(r"\b(\w+): +(\d{1,20})\b")
 
 
 class Block(NamedTuple):
-    """One trigger's part of a ``hist`` file. ``rows``: (key's parts, count, {value: mean})."""
+    """One trigger's part of a ``hist`` file.
+
+    ``valued``: it adds up values. ``dropped``: hits that it had no entry for. ``rows``: (parts of
+    the key, hits, {value: mean}).
+    """
 
     valued: bool
     keys: str
@@ -29,21 +33,21 @@ class Block(NamedTuple):
     dropped: int
     rows: list[tuple[tuple[str, ...], int, dict[str, int]]]
 
-    def with_means(self, said: Mapping[_Row, dict[str, int]]) -> Block:
+    def with_means(self, means: Mapping[_Row, dict[str, int]]) -> Block:
         """The same block, with means that were accepted."""
         rows = [
-            (parts, count, said.get((self.keys, self.condition, parts), {}))
+            (parts, count, means.get((self.keys, self.condition, parts), {}))
             for parts, count, _ in self.rows
         ]
         return self._replace(rows=rows)
 
 
 class HistogramReader:
-    """Reads ``hist`` files, again where a row may have been caught in the middle of a hit.
+    """Reads ``hist`` files, more than once if a row may have been printed during a hit.
 
-    A value is the sum over all hits: divided by them it is the number, if all were equal. But the
-    kernel prints hits and sum separately, and a hit in between counts in one of them only: a mean
-    is accepted when two readings have the same.
+    A row has the number of hits, and the sum of each value. sum/hits is the value if it was equal
+    in all hits. The kernel prints the two separately, so a hit in between makes the mean wrong. A
+    mean is accepted when two readings agree.
     """
 
     def __init__(self) -> None:
@@ -52,12 +56,12 @@ class HistogramReader:
     def read(self, event: str, read: Callable[[], str]) -> list[Block]:
         """The event's triggers and their counts; ``read`` returns the file's text as of now."""
         blocks = list(_blocks(read()))
-        said = dict(_means(blocks))
+        accepted = dict(_means(blocks))
         known = self._known.get(event, {})
-        # Of rows that there are now, and not of those that later readings bring.
+        # Rows of this reading only, not those that later readings add.
         doubtful = {
             row: [means, *([known[row]] if row in known else [])]
-            for row, means in said.items()
+            for row, means in accepted.items()
             if means != known.get(row)
         }
         for _ in range(READINGS - 1):
@@ -67,16 +71,16 @@ class HistogramReader:
             for row, before in list(doubtful.items()):
                 means = again.get(row, {})
                 if means in before:
-                    said[row] = means
+                    accepted[row] = means
                     del doubtful[row]
                 before.append(means)
-        said |= {row: {} for row in doubtful}
-        self._known[event] = said
-        return [block.with_means(said) for block in blocks]
+        accepted |= {row: {} for row in doubtful}
+        self._known[event] = accepted
+        return [block.with_means(accepted) for block in blocks]
 
 
 def _means(blocks: Iterable[Block]) -> Iterator[tuple[_Row, dict[str, int]]]:
-    """Of the rows that have values."""
+    """The means of all rows that have values."""
     for block in blocks:
         for parts, _count, means in block.rows if block.valued else ():
             yield (block.keys, block.condition, parts), means
@@ -92,7 +96,7 @@ def _blocks(text: str) -> Iterator[Block]:
             parts = tuple(part.partition(":")[2].strip() for part in row["key"].split(","))
             count = int(row["count"])
             sums = {name: int(total) for name, total in _VALUE.findall(row["values"])}
-            # None of the values counted is ever 0: that is a first hit which is not over.
+            # No value is ever 0: a sum of 0 is a first hit that is not complete.
             means = {
                 name: total // count
                 for name, total in sums.items()

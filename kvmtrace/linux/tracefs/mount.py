@@ -1,4 +1,4 @@
-"""Where tracefs is mounted, what it can do, and what its files of trace events say."""
+"""Where tracefs is mounted, what the kernel offers there, and ``format`` files of trace events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
 @dataclass(frozen=True, slots=True)
 class Tracefs:
-    """``readable``: lockdown lets us read it. ``dynamic_events``, ``fprobes``: what it can do."""
+    """``readable``: lockdown permits it. ``dynamic_events``, ``fprobes``: what the kernel has."""
 
     path: str
     readable: bool
@@ -54,8 +54,8 @@ _PAIR = re.compile(
 def symbolic_tables(event_format: str) -> dict[str, dict[int, str]]:
     """{field: {number: string}} of a trace event's ``format`` text (its ``__print_symbolic``).
 
-    The kernel puts its enums' numbers there (TRACE_DEFINE_ENUM); a name that it left in place
-    is left out here, and prints as a number.
+    The kernel replaces enums by their numbers there (TRACE_DEFINE_ENUM). Where it left a name in
+    place, the pair is left out, and the value prints as a number.
     """
     _, _, print_format = event_format.partition("print fmt:")
     starts = list(_SYMBOLIC.finditer(print_format))
@@ -72,9 +72,9 @@ def _number(text: str) -> int:
 
 
 def memory_failure_names(root: str | None = None) -> tuple[dict[int, str], dict[int, str]]:
-    """Page types and results of memory_failure_event as this very kernel prints them.
+    """Page types and results of memory_failure_event as this kernel prints them.
 
-    ``root``: tracefs. Both empty where tracefs is not there.
+    ``root``: tracefs. Both are empty without tracefs.
     """
     root = root or tracefs() or TRACEFS[0]
     event = tracepoint(POISON_EVENTS, root)
@@ -88,7 +88,7 @@ def tracepoint(targets: Iterable[str], root: str) -> str | None:
 
 
 def event_format(target: str, root: str) -> str:
-    """The ``format`` of ``system:event``; "" where that is not there or cannot be read."""
+    """The ``format`` of ``system:event``; "" where it cannot be read."""
     return read_text(f"{root}/events/{target.replace(':', '/')}/format")
 
 

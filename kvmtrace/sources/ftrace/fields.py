@@ -1,9 +1,9 @@
-"""How a probe says what it asks the kernel for; the topics' PROBES are lists of these.
+"""How a probe is defined: ProbeRequest, and the fields that several topics share.
 
-A field has alternatives, from the one that yields most to the one that older kernels take: BTF
-argument names (``vcpu->kvm``, Linux 6.6) come before registers (``$arg1``). A field that no
-alternative yields is left out, and costs that one fact; the probe is not attached only if a
-``needed`` one cannot be had. ``{struct.member}`` is an offset, taken from BTF if libbpf is there.
+A field has alternatives, from the most complete to those that older kernels take: BTF argument
+names (``vcpu->kvm``, Linux 6.6) come before registers (``$arg1``). A field is left out if no
+alternative fits, which costs one fact. Only a missing ``needed`` field costs the probe.
+``{struct.member}`` is an offset from BTF.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from kvmtrace.linux.tracefs.dynamic_events import Field
 
 @dataclass(frozen=True, slots=True)
 class ProbeRequest:
-    """What one probe asks for, and where its events go.
+    """What one probe records, and where.
 
     ``ring``: a name in limits.RING_KIB. ``fields``: none for a tracepoint, which has its own.
-    ``arm64``: its fields there, if they differ. ``at_entry``: its fields at the function's entry,
-    for kernels that refuse the others. ``filters``: (field that it takes, condition); the first
-    whose field can be had decides in the kernel what goes into the ring. ``triggers``: from the
-    fields that there are to hist triggers (read by totals.KernelTotals).
+    ``arm64``: the fields there, if they differ. ``at_entry``: fields at the function's entry, for
+    kernels that refuse the others. ``filters``: (field that it needs, condition); the first whose
+    field there is limits what goes into the ring. ``triggers``: fields that there are → hist
+    triggers, which totals.KernelTotals reads.
     """
 
     ring: str
@@ -38,7 +38,7 @@ class ProbeRequest:
 
 
 def optional(name: str, *alternatives: str) -> Field:
-    """A field that costs one fact where it cannot be had."""
+    """A field that costs one fact if it is missing."""
     return Field(name, alternatives)
 
 
@@ -53,7 +53,7 @@ def needed(name: str, *alternatives: str) -> Field:
 
 
 def values(fields: Collection[str], *wanted: str) -> str:
-    """A trigger's ``vals=``: hits, and those of ``wanted`` that there are."""
+    """A trigger's ``vals=``: hits, and those of ``wanted`` that the event has."""
     return ",".join(["vals=hitcount", *(name for name in wanted if name in fields)])
 
 
@@ -77,7 +77,7 @@ VCPU = (
 
 
 def slot_fields(at: str) -> tuple[Field, ...]:
-    """The memslot at the argument ``at``; read by memslots.Memslots.learn."""
+    """The memslot at the argument ``at``; read by memslots.Memslots.add."""
     return (
         optional("base", f"{at}->base_gfn"),
         optional("npages", f"{at}->npages"),

@@ -1,7 +1,8 @@
-"""Poison, and the pages of guest memory that it hits.
+"""Poison: ``poison``, ``gmem_error``, ``soft_offline``, ``unpoison``.
 
-A page of a guest_memfd is joined with its pfn as the correlator does it, by the thread, so that a
-fault on it can name its owner (``Owned``) where the slot was not known at the time of the poison.
+A guest_memfd page (``gmem_error``) and its pfn (``poison``) are joined by the thread, as the
+correlator does it. So a later fault on the page can name its owner (``Owned``) if the memslot was
+not known at the time of the poison.
 """
 
 from __future__ import annotations
@@ -46,25 +47,25 @@ PROBES = {
 
 
 class Poisons:
-    """``gmem_error``, ``poison``, ``mce`` and ``slot`` records.
+    """Records → ``Poison``, ``GmemPoison``, ``Owned``, ``SoftOffline``, ``Unpoison``.
 
     ``names``: of memory_failure_event's ``type`` and ``result``.
     """
 
-    def __init__(self, people: VmResolver, names: tuple[dict[int, str], dict[int, str]]) -> None:
-        self._people = people
+    def __init__(self, vms: VmResolver, names: tuple[dict[int, str], dict[int, str]]) -> None:
+        self._vms = vms
         self._types, self._results = names
         self.memory = Memslots()
-        """Where guest memory is, as far as probes reported it."""
+        """The memslots that probes have reported."""
         self._pages: OrderedDict[int, tuple[int, int]] = OrderedDict()  # thread → (ino, index)
         self._owned: OrderedDict[tuple[int, int, int], None] = OrderedDict()
 
     def slot(self, record: Record) -> None:
-        """A memslot was made, changed or removed."""
-        self.memory.changed(record.fields)
+        """A memslot was created, changed or removed."""
+        self.memory.apply_change(record.fields)
 
     def forget(self, struct: int) -> None:
-        """The VM is gone."""
+        """Forget a destroyed VM."""
         self.memory.forget(struct)
 
     def gmem_error(self, record: Record) -> Event:
@@ -77,27 +78,27 @@ class Poisons:
             self._pages[tid] = (ino, index)
             _bound(self._pages)
             for struct, gfn, hva in self.memory.bindings(ino, index):
-                vm = self._people.known(struct)
+                vm = self._vms.known_key(struct)
                 if vm is not None:
                     owners.append(Owner(vm, gfn, hva))
                     held.add(struct)
-        listed = records.first_listed(fields)
+        listed = records.first_gmem_file_vm(fields)
         if listed is not None and listed not in held:
-            vm = self._people.known(listed)
+            vm = self._vms.known_key(listed)
             if vm is None and fields.get("tgid"):
-                vm = self._people.key(record)
+                vm = self._vms.key(record)
             if vm is not None:
                 owners.append(Owner(vm, None))
-        complete = listed is not None and held == {listed} and records.only_one_listed(fields)
+        complete = listed is not None and held == {listed} and records.has_single_gmem_file(fields)
         return GmemPoison(record.ts, tid, ino, index, tuple(owners), complete)
 
     def poison(self, record: Record) -> Event:
-        """memory_failure's verdict."""
+        """memory_failure has handled a page."""
         fields = record.fields
         kind, result, tid = fields["type"], fields["result"], fields["common_pid"]
         page = self._pages.pop(tid, None)
         if page is not None:
-            self.memory.poisoned(*page, fields["pfn"])
+            self.memory.add_poisoned(*page, fields["pfn"])
         return Poison(
             record.ts,
             fields["pfn"],
@@ -109,10 +110,10 @@ class Poisons:
         )
 
     def gmem(self, record: Record) -> list[Event]:
-        """kvm_gmem_get_pfn failed: if for poison, the slot it was asked for owns the page."""
+        """kvm_gmem_get_pfn failed: if for poison, the page belongs to the slot of this fault."""
         fields = record.fields
-        self.memory.learn(fields)
-        vm = self._people.known(fields["kvm"])
+        self.memory.add(fields)
+        vm = self._vms.known_key(fields["kvm"])
         found = self.memory.poisoned_pfn(fields["kvm"], fields["gfn"])
         if fields["ret"] != -kvm.EHWPOISON or found is None or vm is None:
             return []

@@ -1,4 +1,4 @@
-"""guest_memfd's refusals (EHWPOISON): each is reported once, by its event or by the counts."""
+"""guest_memfd's failures (``gmem``), and its refusals of poisoned pages (EHWPOISON)."""
 
 from __future__ import annotations
 
@@ -47,29 +47,29 @@ PROBES = {
 
 
 class GmemRefusals:
-    """``gmem`` records and the kernel's counts → ``GmemRefusal``."""
+    """Records and the kernel's counts → ``GmemRefusal``, each refusal once."""
 
-    def __init__(self, people: VmResolver) -> None:
+    def __init__(self, vms: VmResolver) -> None:
         self.tally: Tally[RefusalKey] = Tally()
-        self._people = people
+        self._vms = vms
         self._batch: dict[tuple[int, int], tuple[int, int]] = {}  # (VM, gfn) → (how many, when)
 
     def gmem(self, record: Record) -> None:
-        """kvm_gmem_get_pfn failed."""
+        """kvm_gmem_get_pfn failed; if for poison, this is a refusal."""
         fields = record.fields
         key = RefusalKey(fields["kvm"], fields["gfn"])
         if fields["ret"] == -kvm.EHWPOISON and self.tally.event(key):
-            self._add(self._people.key(record), key.gfn, 1, record.ts)
+            self._add(self._vms.key(record), key.gfn, 1, record.ts)
 
-    def settle(self, totals: KernelTotals, now: int, struct: int | None = None) -> None:
-        """The kernel's counts; of one VM, or all."""
-        wanted = {k: n for k, n in totals.refused.items() if struct in (None, k.kvm)}
+    def add_unreported(self, totals: KernelTotals, now: int, struct: int | None = None) -> None:
+        """Add refusals that the kernel counted and no event has reported; of one VM, or all."""
+        wanted = {k: n for k, n in totals.refusals.items() if struct in (None, k.kvm)}
         for key, count in self.tally.total(wanted):
-            vm = self._people.key_of(key.kvm, totals.refusers.get(key.kvm), now)
+            vm = self._vms.key_of(key.kvm, totals.refusal_pids.get(key.kvm), now)
             self._add(vm, key.gfn, count, now)
 
     def take(self) -> list[Event]:
-        """What is to be reported, one event for each page."""
+        """Take what was added: one event for each page."""
         batch, self._batch = self._batch, {}
         return [GmemRefusal(ts, vm, gfn, count) for (vm, gfn), (count, ts) in batch.items()]
 

@@ -1,11 +1,10 @@
-"""Exact counts, made in the kernel: hist triggers on the events that come in storms.
+"""Exact counts, made in the kernel by hist triggers (ProbeRequest.triggers) and read here.
 
 A trigger sees every event, whether or not the ring had room for it (kernel/trace/trace.h,
 __event_trigger_test_discard: triggers come before the filter, and with a filter the entry is built
-outside of the ring). Three keys are all that a trigger takes, so failed exits have several: one
-for all of them by vCPU and kind, one for each annotated kind by address, and one that names which
-VM and vCPU a ``struct kvm_vcpu`` is. Entries are never taken back (clearing would lose what is
-counted meanwhile): when one by address has none left, the first still counts the rest.
+outside of the ring). Entries are never removed, as clearing would lose hits of that moment. If a
+trigger by address has no entry left, the trigger by vCPU and kind still counts the exit: it is
+"unkeyed".
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from kvmtrace.linux.tracefs.histogram import Block, signed
 
 
 class ExitKey(NamedTuple):
-    """What makes exits "the same". ``gpa``, ``flags``: only where the exit is annotated."""
+    """What exits are counted by. ``gpa``, ``flags``: of annotated exits only."""
 
     vcpu: int
     ret: int
@@ -29,13 +28,13 @@ class ExitKey(NamedTuple):
     flags: int | None = None
 
 
-def rest_of(key: ExitKey) -> ExitKey | None:
-    """Under which key an annotated exit is counted when there is no entry for its address."""
+def unkeyed_key_of(key: ExitKey) -> ExitKey | None:
+    """The key of an annotated exit that has no entry for its address; None for other exits."""
     return None if key.gpa is None else ExitKey(key.vcpu, key.ret, key.reason)
 
 
 class VcpuOwner(NamedTuple):
-    """``struct kvm`` and number of a vCPU, and its process (None: not known)."""
+    """The VM (address of ``struct kvm``), number and process of a vCPU; None is unknown."""
 
     kvm: int
     vid: int
@@ -43,14 +42,14 @@ class VcpuOwner(NamedTuple):
 
 
 class RefusalKey(NamedTuple):
-    """A page that guest_memfd refused: ``struct kvm`` and gfn."""
+    """A page that guest_memfd refused: address of ``struct kvm``, and gfn."""
 
     kvm: int
     gfn: int
 
 
 class SignalKey(NamedTuple):
-    """What makes signals "the same": by which function, to which thread, and for which address."""
+    """What signals are counted by: the function (probe), the thread, code and address."""
 
     probe: str
     tid: int
@@ -59,7 +58,7 @@ class SignalKey(NamedTuple):
 
 
 class SignalDetails(NamedTuple):
-    """What the counts hold beside; None where they do not."""
+    """What is counted along with signals; None where it is not."""
 
     lsb: int | None = None
     tgid: int | None = None
@@ -67,66 +66,68 @@ class SignalDetails(NamedTuple):
 
 @dataclass(slots=True)
 class KernelTotals:
-    """One reading of all triggers: counts by key, who the vCPUs are, what no entry was left for."""
+    """One reading of all triggers. ``…_without_entry``: hits that the kernel had no entry for."""
 
     exits: dict[ExitKey, int] = field(default_factory=dict)
     sizes: dict[ExitKey, int] = field(default_factory=dict)
-    whose: dict[int, dict[VcpuOwner, int]] = field(default_factory=dict)
-    dropped: int = 0
-    refused: dict[RefusalKey, int] = field(default_factory=dict)
-    refusers: dict[int, int] = field(default_factory=dict)
-    """{struct kvm: process}"""
-    refused_dropped: int = 0
-    failing: set[int] | None = None
-    """``struct kvm`` of VMs of which guest_memfd failed with EFAULT; None: not all were counted."""
+    vcpu_owners: dict[int, dict[VcpuOwner, int]] = field(default_factory=dict)
+    exits_without_entry: int = 0
+    refusals: dict[RefusalKey, int] = field(default_factory=dict)
+    refusal_pids: dict[int, int] = field(default_factory=dict)
+    """{address of struct kvm: process}"""
+    refusals_without_entry: int = 0
+    gmem_efault_vms: set[int] | None = None
+    """Addresses of VMs whose guest_memfd failed with EFAULT; None if not all were counted."""
     signals: dict[SignalKey, int] = field(default_factory=dict)
-    facts: dict[SignalKey, SignalDetails] = field(default_factory=dict)
-    signals_dropped: int = 0
-    rests: dict[ExitKey, int] = field(default_factory=dict)
-    """Annotated exits that no entry was left for; 0 while there is room. Not in ``exits``."""
+    signal_details: dict[SignalKey, SignalDetails] = field(default_factory=dict)
+    signals_without_entry: int = 0
+    unkeyed: dict[ExitKey, int] = field(default_factory=dict)
+    """Annotated exits without an entry for their address; not in ``exits``."""
     full: bool = False
-    """Some were left without an entry: what is not in ``exits`` by now will never be."""
+    """No entries are left: a key that is not in ``exits`` now will never be."""
 
     def of(self, vcpus: Collection[int]) -> KernelTotals:
-        """Exits of some vCPUs only."""
+        """The same reading, with the exits of these vCPUs only."""
         exits = {key: count for key, count in self.exits.items() if key.vcpu in vcpus}
-        rests = {key: count for key, count in self.rests.items() if key.vcpu in vcpus}
-        return KernelTotals(exits, self.sizes, rests=rests, failing=self.failing)
+        unkeyed = {key: count for key, count in self.unkeyed.items() if key.vcpu in vcpus}
+        return KernelTotals(
+            exits, self.sizes, unkeyed=unkeyed, gmem_efault_vms=self.gmem_efault_vms
+        )
 
     def owner(self, vcpu: int) -> VcpuOwner | None:
-        """Whose a vCPU most likely is: its address may have been used before."""
-        candidates = self.whose.get(vcpu)
-        return max(candidates, key=lambda whose: candidates[whose]) if candidates else None
+        """The most frequent owner of a vCPU; its address may have been used before."""
+        candidates = self.vcpu_owners.get(vcpu)
+        return max(candidates, key=lambda owner: candidates[owner]) if candidates else None
 
     def add(self, event: str, blocks: Iterable[Block]) -> None:
-        """Add what the ``hist`` file of an event says."""
+        """Add the ``hist`` file of one event."""
         without_entry: dict[int, int] = {}  # by errno
         for block in blocks:
             match event:
                 case "run" | "vncr":
                     self._run(block, without_entry)
                 case "gmem" if ",ret" in block.keys:
-                    self._failing(block)
+                    self._gmem_failures(block)
                 case "gmem":
-                    self._refused(block)
+                    self._refusals(block)
                 case "sigbus" | "sigbus_forced":
                     self._signals(event, block)
 
-        self._split(without_entry)
+        self._subtract_keyed(without_entry)
 
     def _run(self, block: Block, without_entry: dict[int, int]) -> None:
-        whose = ",kvm" in block.keys
-        ret = None if whose else re.match(r"ret == (-?\d+)", block.condition)
+        names_owner = ",kvm" in block.keys
+        ret = None if names_owner else re.match(r"ret == (-?\d+)", block.condition)
         if ret is not None and int(ret[1]):
             without_entry[int(ret[1])] = block.dropped
-        elif not whose:
-            self.dropped += block.dropped
+        elif not names_owner:
+            self.exits_without_entry += block.dropped
         for parts, count, means in block.rows:
             try:
                 vcpu = int(parts[0], 16)
-                if whose:
-                    who = VcpuOwner(int(parts[1], 16), int(parts[2]), means.get("tgid") or None)
-                    self.whose.setdefault(vcpu, {})[who] = count
+                if names_owner:
+                    owner = VcpuOwner(int(parts[1], 16), int(parts[2]), means.get("tgid") or None)
+                    self.vcpu_owners.setdefault(vcpu, {})[owner] = count
                     continue
                 if ret is not None:
                     key = ExitKey(vcpu, int(ret[1]), 39, int(parts[1], 16), int(parts[2], 16))
@@ -135,61 +136,61 @@ class KernelTotals:
                 else:
                     key = ExitKey(vcpu, signed(int(parts[1])), int(parts[2]))
             except (ValueError, IndexError):
-                self.dropped += 0 if whose else count
+                self.exits_without_entry += 0 if names_owner else count
                 continue
             self.exits[key] = self.exits.get(key, 0) + count
 
-    def _split(self, without_entry: Mapping[int, int]) -> None:
-        """Of the exits by kind, keep what those by address do not count.
+    def _subtract_keyed(self, without_entry: Mapping[int, int]) -> None:
+        """Turn counts by kind into ``unkeyed``: subtract what is counted by address.
 
-        Exits go on while the blocks are read, so that the difference may be one too many; the
-        kernel's own account of what it had no entry for has the last word.
+        Exits go on while the blocks are read, so the difference may be too large. It is limited to
+        the number of hits that the kernel had no entry for.
         """
         left = dict(without_entry)
         self.full |= any(left.values())
-        placed: Counter[ExitKey | None] = Counter()
+        keyed: Counter[ExitKey | None] = Counter()
         for key, count in self.exits.items():
-            placed[rest_of(key)] += count
+            keyed[unkeyed_key_of(key)] += count
         for key in [key for key in self.exits if key.gpa is None and key.reason == 39]:
             if key.ret in left:
-                rest = min(max(0, self.exits.pop(key) - placed[key]), left[key.ret])
-                self.rests[key] = rest
-                left[key.ret] -= rest
+                count = min(max(0, self.exits.pop(key) - keyed[key]), left[key.ret])
+                self.unkeyed[key] = count
+                left[key.ret] -= count
 
-    def converts_only(self, struct: int) -> bool:
-        """Whether all annotated EFAULTs of this VM are conversions: its guest_memfd never failed.
+    def gmem_never_failed(self, struct: int) -> bool:
+        """Whether guest_memfd of this VM never failed: its annotated EFAULTs are conversions.
 
-        To be true of exits counted here, this has to be read after they are.
+        This holds for the exits counted here only if ``gmem`` was read after them.
         """
-        return self.failing is not None and struct not in self.failing
+        return self.gmem_efault_vms is not None and struct not in self.gmem_efault_vms
 
-    def _failing(self, block: Block) -> None:
+    def _gmem_failures(self, block: Block) -> None:
         try:
             found = {int(parts[0], 16) for parts, _, _ in block.rows}
         except (ValueError, IndexError):
             return
         if not block.dropped:
-            self.failing = found
+            self.gmem_efault_vms = found
 
-    def _refused(self, block: Block) -> None:
-        self.refused_dropped += block.dropped
+    def _refusals(self, block: Block) -> None:
+        self.refusals_without_entry += block.dropped
         for parts, count, means in block.rows:
             try:
                 key = RefusalKey(int(parts[0], 16), int(parts[1], 16))
             except (ValueError, IndexError):
-                self.refused_dropped += count
+                self.refusals_without_entry += count
                 continue
-            self.refused[key] = count
+            self.refusals[key] = count
             if means.get("tgid"):
-                self.refusers[key.kvm] = means["tgid"]
+                self.refusal_pids[key.kvm] = means["tgid"]
 
     def _signals(self, event: str, block: Block) -> None:
-        self.signals_dropped += block.dropped
+        self.signals_without_entry += block.dropped
         for parts, count, means in block.rows:
             try:
                 key = SignalKey(event, int(parts[0]), signed(int(parts[1])), int(parts[2], 16))
             except (ValueError, IndexError):
-                self.signals_dropped += count
+                self.signals_without_entry += count
                 continue
             self.signals[key] = count
-            self.facts[key] = SignalDetails(means.get("lsb"), means.get("tgid"))
+            self.signal_details[key] = SignalDetails(means.get("lsb"), means.get("tgid"))
