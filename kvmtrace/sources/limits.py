@@ -32,7 +32,7 @@ MAX_MUTED = 24
 # -- ftrace: what is remembered; the oldest is forgotten first
 
 FTRACE_SIGNAL_WAIT_NS = 50_000_000  # until the fault that a signal was sent from has returned
-MAX_THREADS = 4096  # with a fault, or a failure of guest_memfd, whose KVM_RUN has not returned
+MAX_THREADS = 4096  # with a record that waits for the next one of the same thread
 MAX_EXIT_DETAILS = 16384  # keys of exits
 MAX_SIGNAL_KEYS = 4096
 MAX_VM_ADDRESSES = 4096

@@ -10,11 +10,11 @@ Records of one thread are joined in two ways. Neither join can use a stale recor
 from __future__ import annotations
 
 import signal
-from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from kvmtrace import kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.events import Event, Exit
 from kvmtrace.sources.ftrace import records
 from kvmtrace.sources.ftrace.fields import (
@@ -172,10 +172,10 @@ class FtraceExits:
         self.tally: Tally[ExitKey] = Tally(unkeyed_key_of)
         self.muting = ExitMuting()
         self._vms = vms
-        self._gmem: OrderedDict[int, dict[str, Any]] = OrderedDict()  # by thread
-        self._faults: OrderedDict[int, _Fault] = OrderedDict()  # by thread
+        self._gmem: BoundedDict[int, dict[str, Any]] = BoundedDict(MAX_THREADS)  # by thread
+        self._faults: BoundedDict[int, _Fault] = BoundedDict(MAX_THREADS)  # by thread
         self._vcpus: dict[int, VcpuOwner] = {}
-        self._details: OrderedDict[ExitKey, _Detail] = OrderedDict()
+        self._details: BoundedDict[ExitKey, _Detail] = BoundedDict(MAX_EXIT_DETAILS)
         self._batched: dict[tuple[ExitKey, int, _Detail], tuple[int, int, int]] = {}
         self._faults_dropped = False
         self._vms_without_private_memory: set[int] = set()
@@ -207,9 +207,7 @@ class FtraceExits:
 
     def gmem(self, record: Record) -> None:
         """kvm_gmem_get_pfn failed."""
-        tid = record.fields["common_pid"]
-        self._gmem[tid] = record.fields
-        _bound(self._gmem, MAX_THREADS)
+        self._gmem[record.fields["common_pid"]] = record.fields
 
     def faultin(self, record: Record) -> None:
         """The fault handler failed. KVM_RUN will fail too, unless this was a prefault."""
@@ -225,7 +223,6 @@ class FtraceExits:
             # Not called: there would be a record, unless it is muted.
             gmem = None if self.muting.is_muted(fields["kvm"], fields["gfn"]) else 0
         self._faults[tid] = _Fault(fields, gmem)
-        _bound(self._faults, MAX_THREADS)
 
     def run(self, record: Record) -> list[Event]:
         """KVM_RUN failed."""
@@ -247,9 +244,7 @@ class FtraceExits:
     def _report(self, record: Record, key: ExitKey, detail: _Detail) -> list[Event]:
         """Report an exit now, unless the counts had it or it equals an earlier one of the batch."""
         fields = record.fields
-        if detail != self._details.get(key):
-            self._details[key] = detail
-            _bound(self._details, MAX_EXIT_DETAILS)
+        self._details[key] = detail
         vid = fields["vid"]
         self._vcpus[key.vcpu] = VcpuOwner(fields["kvm"], vid, fields.get("tgid") or None)
         vm = self._vms.key(record)
@@ -413,8 +408,3 @@ def _exit(ts: int, vcpu: tuple[int, int], key: ExitKey, detail: _Detail, count: 
         gmem=detail.gmem,
         count=count,
     )
-
-
-def _bound(pending: OrderedDict[Any, Any], limit: int) -> None:
-    while len(pending) > limit:
-        pending.popitem(last=False)

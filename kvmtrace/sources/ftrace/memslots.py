@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmtrace import kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.probes import ProbeSpec
 from kvmtrace.sources.ftrace.fields import ProbeRequest, needed, optional, slot_fields
 from kvmtrace.sources.limits import MAX_POISONED_PAGES, MAX_SLOTS
@@ -68,7 +69,7 @@ class Memslots:
     def __init__(self) -> None:
         self._slots: OrderedDict[int, dict[tuple[int, int], TracedSlot]] = OrderedDict()
         self._count = 0
-        self._poisoned: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._poisoned: BoundedDict[tuple[int, int], int] = BoundedDict(MAX_POISONED_PAGES)
 
     def apply_change(self, fields: Mapping[str, Any]) -> None:
         """A ``slot`` record: a memslot was created, deleted, moved, or its flags changed."""
@@ -136,8 +137,6 @@ class Memslots:
     def add_poisoned(self, ino: int, index: int, pfn: int) -> None:
         """Remember a poisoned page of a guest_memfd."""
         self._poisoned[ino, index] = pfn
-        while len(self._poisoned) > MAX_POISONED_PAGES:
-            self._poisoned.popitem(last=False)
 
     def poisoned_pfn(self, vm: int, gfn: int) -> tuple[int, int | None] | None:
         """(pfn, hva) of the page at ``gfn`` if it is known to be poisoned."""

@@ -7,17 +7,15 @@ not known at the time of the poison.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Any
-
 from kvmtrace import kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.events import Event, GmemPoison, Owned, Owner, Poison, SoftOffline, Unpoison
 from kvmtrace.sources.ftrace import records
 from kvmtrace.sources.ftrace.fields import RET, TGID, ProbeRequest, helper, needed, optional
 from kvmtrace.sources.ftrace.memslots import Memslots
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.vms import VmResolver
-from kvmtrace.sources.limits import MAX_POISONED_PAGES
+from kvmtrace.sources.limits import MAX_POISONED_PAGES, MAX_THREADS
 
 # The guest_memfd files on an inode: struct gmem_inode has the list since 7.2 (reached by a cast,
 # 7.3), the address_space had it before; an entry is the last member of {kvm, bindings, entry}
@@ -57,8 +55,9 @@ class Poisons:
         self._types, self._results = names
         self.memory = Memslots()
         """The memslots that probes have reported."""
-        self._pages: OrderedDict[int, tuple[int, int]] = OrderedDict()  # thread → (ino, index)
-        self._owned: OrderedDict[tuple[int, int, int], None] = OrderedDict()
+        self._pages: BoundedDict[int, tuple[int, int]] = BoundedDict(MAX_THREADS)
+        """{thread: (ino, index)} between ``gmem_error`` and ``poison``."""
+        self._owned: BoundedDict[tuple[int, int, int], None] = BoundedDict(MAX_POISONED_PAGES)
 
     def slot(self, record: Record) -> None:
         """A memslot was created, changed or removed."""
@@ -76,7 +75,6 @@ class Poisons:
         held: set[int] = set()
         if ino is not None:
             self._pages[tid] = (ino, index)
-            _bound(self._pages)
             for struct, gfn, hva in self.memory.bindings(ino, index):
                 vm = self._vms.known_key(struct)
                 if vm is not None:
@@ -121,7 +119,6 @@ class Poisons:
         if (pfn, vm, fields["gfn"]) in self._owned:
             return []
         self._owned[pfn, vm, fields["gfn"]] = None
-        _bound(self._owned)
         return [Owned(record.ts, pfn, Owner(vm, fields["gfn"], hva), "fault")]
 
     def page(self, record: Record) -> list[Event]:
@@ -130,8 +127,3 @@ class Poisons:
         if record.probe == "soft_offline":
             return [SoftOffline(record.ts, fields["pfn"], -fields["ret"])]
         return [Unpoison(record.ts, fields["pfn"])] if fields["ret"] == 0 else []
-
-
-def _bound(pending: OrderedDict[Any, Any]) -> None:
-    while len(pending) > MAX_POISONED_PAGES:
-        pending.popitem(last=False)

@@ -9,11 +9,11 @@ return that pfn (arm64), the vCPU is known by KVM_RUN's EINTR that follows.
 from __future__ import annotations
 
 import signal
-from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import replace
 
 from kvmtrace import kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.events import Event, Sigbus
 from kvmtrace.sanitize import clean
 from kvmtrace.sources.ftrace.fields import COMM, ProbeRequest, helper, needed, optional, values
@@ -72,10 +72,11 @@ class Signals:
         self.tally: Tally[SignalKey] = Tally()
         self.muting = SignalMuting()
         self._vms = vms
-        self._waiting: OrderedDict[int, tuple[SignalKey, Sigbus]] = OrderedDict()  # by thread
-        self._last_events: OrderedDict[SignalKey, Sigbus] = OrderedDict()
+        self._waiting: dict[int, tuple[SignalKey, Sigbus]] = {}  # by thread
+        self._last_events: BoundedDict[SignalKey, Sigbus] = BoundedDict(MAX_SIGNAL_KEYS)
 
-    def __bool__(self) -> bool:
+    @property
+    def any_waiting(self) -> bool:
         """Whether a signal waits for the fault that it was sent from."""
         return bool(self._waiting)
 
@@ -107,10 +108,10 @@ class Signals:
         earlier = self._waiting.pop(tid, None)
         events: list[Event] = [] if earlier is None else [earlier[1]]
         if record.probe != "sigbus" or tid != sender or event.code != kvm.BUS_MCEERR_AR:
-            self._remember(key, event)
+            self._last_events.renew(key, event)
             return [*events, event]
         if key not in self._last_events:
-            self._remember(key, event)
+            self._last_events.renew(key, event)
         self._waiting[tid] = (key, event)
         return events
 
@@ -130,7 +131,7 @@ class Signals:
         fields = record.fields
         vm = self._vms.key(record, event.ts)
         event = replace(event, vm=vm, vcpu=fields["vid"], gfn=fields["gfn"])
-        self._remember(key, event)
+        self._last_events.renew(key, event)
         self.muting.fault(key, fields["vcpu"], fields["gfn"])
         return [event]
 
@@ -141,7 +142,7 @@ class Signals:
             return []
         vm = self._vms.key(record, event.ts)
         event = replace(event, vm=vm, vcpu=record.fields["vid"])
-        self._remember(key, event)
+        self._last_events.renew(key, event)
         self.muting.returned(key, record.fields["vcpu"])
         return [event]
 
@@ -175,12 +176,6 @@ class Signals:
         pid = self._vms.pid_of(key.tid, details.tgid)
         vm = self._vms.only_vm_of(pid)
         return Sigbus(now, pid, key.tid, key.code, key.addr, kvm.lsb_of(details.lsb), vm=vm)
-
-    def _remember(self, key: SignalKey, event: Sigbus) -> None:
-        self._last_events[key] = event
-        self._last_events.move_to_end(key)
-        while len(self._last_events) > MAX_SIGNAL_KEYS:
-            self._last_events.popitem(last=False)
 
 
 def _comm(record: Record) -> str | None:

@@ -154,7 +154,7 @@ class FtraceSource:
         now = time.monotonic()
         if self._pending:
             return
-        if self._translator.signals:
+        if self._translator.signals.any_waiting:
             end = min(end, now + limits.SIGNAL_SECONDS)
         if self._batch_until > now:
             # Faults in quick succession are read in batches; anything else wakes us at once.
@@ -206,10 +206,8 @@ class FtraceSource:
             signals_dropped=self._signals_dropped,
             last=last,
         )
-        self._doubtful_batches, self._signals_dropped = (
-            max(0, self._doubtful_batches - 1),
-            False,
-        )
+        self._doubtful_batches = max(0, self._doubtful_batches - 1)
+        self._signals_dropped = False
         self._active |= self._doubtful_batches > 0 or self._translator.counts_pending
         if (exclusions := self._translator.filter_exclusions()) is not None:
             taken = self._attacher.mute(exclusions)

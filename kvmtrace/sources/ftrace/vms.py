@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Callable
 
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.events import Event
 from kvmtrace.sources.ftrace.fields import (
     COMM,
@@ -66,7 +66,7 @@ class VmResolver:
         self.table = table
         self.events: list[Event] = []
         self._tgid_of = tgid_of
-        self._keys: OrderedDict[int, int] = OrderedDict()
+        self._keys: BoundedDict[int, int] = BoundedDict(MAX_VM_ADDRESSES)
 
     def key(self, record: Record, ts: int | None = None) -> int:
         """The key of the VM at ``fields["kvm"]``. If it is new, adds a VmSeen at ``ts``."""
@@ -120,6 +120,4 @@ class VmResolver:
         key, events = self.table.key(struct, pid, ts, comm=comm)
         self.events += events
         self._keys[struct] = key
-        while len(self._keys) > MAX_VM_ADDRESSES:
-            self._keys.popitem(last=False)
         return key
