@@ -178,7 +178,7 @@ def _same_kinds(one: EventFormat, other: EventFormat) -> bool:
     counts=damaged(COUNTS),
 )
 @examples(100)
-def test_damaged_rings_are_told_or_lost(
+def test_damaged_rings_are_reported_or_lost(
     kernel: int, cuts: list[bytes], probe: str, said: bytes | None, counts: bytes
 ) -> None:
     """``probe``: whose format is ``said``."""

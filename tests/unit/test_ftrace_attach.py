@@ -79,7 +79,7 @@ def test_of_two_the_first_is_taken(tmp_path: Path) -> None:
     assert ring.read(f"events/{POISON_EVENTS[1].replace(':', '/')}/enable") == ""
 
 
-def test_of_none_it_is_said_what_was_looked_for(tmp_path: Path) -> None:
+def test_without_a_target_the_reason_names_the_first(tmp_path: Path) -> None:
     made, _ = attacher(tmp_path)
     probe = state(made, "poison")
     assert (probe.attached, probe.target) == (False, None)

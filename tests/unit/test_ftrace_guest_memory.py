@@ -50,14 +50,14 @@ def test_the_holder_of_the_inode_owns_the_page(tmp_path: Path) -> None:
     assert known.page(PFN + 1) is None
 
 
-def test_nobody_is_named_where_two_may_own_it(tmp_path: Path) -> None:
+def test_no_owner_is_named_where_two_are_possible(tmp_path: Path) -> None:
     process(tmp_path, 6, guest_memfd="anon_inode:[kvm-gmem]")
     inode = process(tmp_path, 7, guest_memfd="anon_inode:[kvm-gmem]")
     known, _, _ = memory(tmp_path, inode)
     assert known.page(PFN) is None
 
 
-def test_nobody_is_named_where_nobody_holds_it(tmp_path: Path) -> None:
+def test_no_owner_is_named_where_no_process_has_it_open(tmp_path: Path) -> None:
     process(tmp_path, 7, guest_memfd="anon_inode:[kvm-gmem]")
     known, _, _ = memory(tmp_path, 1)
     assert known.page(PFN) is None

@@ -53,7 +53,7 @@ def answers(recording: dict[str, Any], step: str) -> list[dict[str, Any]]:
     return [a for a in recording["vmm"] if a["step"] == step and "error" not in a]
 
 
-def test_exits_are_those_that_the_vmm_was_told(path: Path) -> None:
+def test_exits_are_those_that_the_vmm_was_notified_of(path: Path) -> None:
     recording, events = recorded(path)
     told: Counter[tuple[Any, ...]] = Counter()
     for row in recording["vmm"][-1]["failed"]:

@@ -81,7 +81,7 @@ REST = ExitKey(POISON.vcpu, -133, 39)
 
 
 def counted(*texts: str, event: str = "run") -> KernelTotals:
-    """What is made of a file that says these one after the other, and the last for good."""
+    """The totals of a file that has these texts one after the other, and then the last."""
     left = list(texts)
     totals = KernelTotals()
     blocks = HistogramReader().read(event, lambda: left.pop(0) if len(left) > 1 else left[0])
@@ -101,7 +101,7 @@ def with_dropped(*dropped: int) -> str:
     return "".join(f"{part}Dropped: {n}" for part, n in zip(parts, numbers, strict=False))
 
 
-def test_the_hist_file_is_understood() -> None:
+def test_the_hist_file_is_parsed() -> None:
     totals = counted(TEXT)
     assert totals.exits == {BARE: 2, POISON: 21}
     assert totals.sizes == {POISON: 4096}
@@ -199,7 +199,7 @@ def test_memory_faults_without_an_errno_are_counted() -> None:
     assert (totals.unkeyed, totals.full) == ({}, False)
 
 
-def test_whose_guest_memfd_never_failed() -> None:
+def test_vms_whose_guest_memfd_never_failed() -> None:
     _, failing = triggers("gmem", ["kvm", "gfn", "ret"])
     text = f"# trigger info: {failing} [active]\n#\n\n"
     row = "{ kvm: ffff8cc583666000, ret: 18446744073709551602 } hitcount:          7\n"
@@ -211,8 +211,8 @@ def test_whose_guest_memfd_never_failed() -> None:
     assert totals.of({VCPU}).gmem_never_failed(VCPU)
     assert counted(text + ends % 0, event="gmem").gmem_never_failed(VCPU)
     # Nobody counted, or not all of it.
-    for said in ("", text + row + ends % 1, text + row.replace("ffff8cc583666000", "no")):
-        assert not counted(said, event="gmem").gmem_never_failed(VCPU)
+    for content in ("", text + row + ends % 1, text + row.replace("ffff8cc583666000", "no")):
+        assert not counted(content, event="gmem").gmem_never_failed(VCPU)
 
 
 def test_signals_and_refusals_are_counted_too() -> None:
@@ -241,7 +241,7 @@ def test_signals_and_refusals_are_counted_too() -> None:
     assert totals.refusal_pids == {0xFFFF8CC583666000: 185}
 
 
-def test_events_are_told_as_they_come_and_totals_tell_the_rest() -> None:
+def test_events_are_reported_as_they_come_and_totals_add_the_rest() -> None:
     tally = Tally[ExitKey]()
     assert [tally.event(BARE) for _ in range(3)] == [True] * 3
     assert tally.total({BARE: 3}) == []
@@ -267,25 +267,25 @@ def test_what_the_kernel_had_no_entry_for_is_lost_unless_its_event_came() -> Non
         st.tuples(st.sampled_from(["kept", "dropped", "read"]), st.integers(1, 5)), max_size=60
     )
 )
-def test_the_sum_of_what_is_told_is_what_happened(steps: list[tuple[str, int]]) -> None:
+def test_the_sum_of_what_is_reported_is_what_happened(steps: list[tuple[str, int]]) -> None:
     """However events are dropped and whenever totals are read, no exit is reported twice or not."""
     tally = Tally[ExitKey]()
-    happened = told = 0
+    happened = reported = 0
     in_ring = 0
     for what, count in [*steps, ("read", 1)]:
         if what == "read":
             totals = {BARE: happened}
             # Some of the events may be read before, others after the totals.
             early = in_ring // count
-            told += sum(tally.event(BARE) for _ in range(early))
-            told += sum(n for _, n in tally.total(totals))
-            told += sum(tally.event(BARE) for _ in range(in_ring - early))
+            reported += sum(tally.event(BARE) for _ in range(early))
+            reported += sum(n for _, n in tally.total(totals))
+            reported += sum(tally.event(BARE) for _ in range(in_ring - early))
             in_ring = 0
-            assert told == happened
+            assert reported == happened
         else:
             happened += count
             in_ring += count if what == "kept" else 0
-    assert told == happened
+    assert reported == happened
 
 
 class FullKernel:
@@ -294,7 +294,7 @@ class FullKernel:
     def __init__(self) -> None:
         self.tally = Tally[ExitKey](unkeyed_key_of)
         self.happened: Counter[ExitKey] = Counter()
-        self.told: Counter[ExitKey] = Counter()
+        self.reported: Counter[ExitKey] = Counter()
         self.entries: dict[ExitKey, int] = {}
         self.dropped = 0
         self.ring: list[ExitKey] = []
@@ -315,13 +315,13 @@ class FullKernel:
     def settle(self, totals: KernelTotals) -> None:
         """As FtraceTranslator.batch does: what the ring has is reported before the counts."""
         for key in self.ring:
-            self.told[key] += self.tally.event(key)
+            self.reported[key] += self.tally.event(key)
         self.ring.clear()
         for key, count in self.tally.total(totals.exits) + self.tally.unkeyed(totals.unkeyed):
-            self.told[key] += count
+            self.reported[key] += count
         if totals.full:
             self.tally.forget_unkeyed(totals.exits)
-        assert self.told.total() <= self.happened.total()
+        assert self.reported.total() <= self.happened.total()
 
 
 VCPU = BARE.vcpu
@@ -343,8 +343,8 @@ def test_exits_without_an_entry_lose_their_address_only(
         kernel.settle(totals)
     for _ in range(2):
         kernel.settle(kernel.totals())
-    assert kernel.told.total() == kernel.happened.total()
-    assert not kernel.told - kernel.happened - Counter({ExitKey(VCPU, -14, 39): 1 << 32})
+    assert kernel.reported.total() == kernel.happened.total()
+    assert not kernel.reported - kernel.happened - Counter({ExitKey(VCPU, -14, 39): 1 << 32})
     # Two entries, and the one for all the rest: nothing else is remembered.
     kernel.settle(kernel.totals())
     assert len(kernel.tally) <= 3

@@ -12,7 +12,7 @@ from kvmtrace.sources.ftrace import signals
 
 
 class Kernel(DynamicEvents):
-    """``refuses``: {word in a command: what error_log says}; ``ways``: probes it knows."""
+    """``refuses``: {word in a command: reason in error_log}; ``ways``: letters of known types."""
 
     def __init__(self, root: Path, refuses: dict[str, str], ways: str = "fpr") -> None:
         super().__init__(str(root), "kvmtrace_1_2_3")

@@ -7,7 +7,7 @@ from pathlib import Path
 from kvmtrace.linux.tracefs.missed import Missed
 
 
-def test_misses_of_our_own_events_are_told_once(tmp_path: Path) -> None:
+def test_misses_of_our_own_events_are_counted_once(tmp_path: Path) -> None:
     events, profile = tmp_path / "kprobe_events", tmp_path / "kprobe_profile"
     events.write_text("r:other/run f\nr4096:ours/run f vid=vcpu->vcpu_id\np:ours/sigbus g\n")
     missed = Missed(str(tmp_path), "ours")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvmtrace.linux.tracefs.mount import read_text
+from kvmtrace.linux.read import read_text
 
 _ENTRY = re.compile(
     r"^\[ *[\d.]+\] \w+: error: (?P<reason>.*)\n +Command: (?P<command>.*)\n(?P<caret> *)\^",

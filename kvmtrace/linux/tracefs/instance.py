@@ -14,6 +14,7 @@ import resource
 import time
 from collections.abc import Iterator
 
+from kvmtrace.linux.read import read_text
 from kvmtrace.linux.tracefs.ring_page import PageLayout
 
 _CPUS = re.compile(r"(?<!\d)(\d{1,4})(?:-(\d{1,4}))?(?!\d)", re.ASCII)
@@ -115,11 +116,7 @@ class Instance:
 
     def read(self, file: str) -> str:
         """The text of a file of the instance; "" where it cannot be read."""
-        try:
-            with open(f"{self.path}/{file}", encoding="utf-8", errors="replace") as lines:
-                return lines.read()
-        except OSError:
-            return ""
+        return read_text(f"{self.path}/{file}")
 
     def close(self) -> None:
         """Close the rings and remove the instance with its triggers and filters."""

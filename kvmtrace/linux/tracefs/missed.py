@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kvmtrace.linux.tracefs.mount import read_text
+from kvmtrace.linux.read import read_text
 
 _EVENT = re.compile(r"^[pr]\d*:(\S+) ", re.MULTILINE)
 _PROFILE = re.compile(r"^ +(\S+) +\d+ +(\d+)$", re.MULTILINE)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from kvmtrace.linux.read import read_text
 from kvmtrace.probes import POISON_EVENTS
 
 TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
@@ -90,12 +91,3 @@ def tracepoint(targets: Iterable[str], root: str) -> str | None:
 def event_format(target: str, root: str) -> str:
     """The ``format`` of ``system:event``; "" where it cannot be read."""
     return read_text(f"{root}/events/{target.replace(':', '/')}/format")
-
-
-def read_text(path: str) -> str:
-    """The text of a file; "" where it cannot be read."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""

@@ -7,10 +7,11 @@ not known at the time of the poison.
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvmtrace import kvm
 from kvmtrace.bounded import BoundedDict
 from kvmtrace.events import Event, GmemPoison, Owned, Owner, Poison, SoftOffline, Unpoison
-from kvmtrace.sources.ftrace import records
 from kvmtrace.sources.ftrace.fields import RET, TGID, ProbeRequest, helper, needed, optional
 from kvmtrace.sources.ftrace.memslots import Memslots
 from kvmtrace.sources.ftrace.records import Record
@@ -22,6 +23,9 @@ from kvmtrace.sources.limits import MAX_POISONED_PAGES, MAX_THREADS
 # (virt/kvm/guest_memfd.c), bindings being an xarray of 16 bytes.
 _HEAD = "(gmem_inode,vfs_inode)(mapping->host)->gmem_file_list.next"
 _OLD_HEAD = "mapping->i_private_list.next"
+
+# A list head is in the inode, near the address_space, which is part of the inode.
+_HEAD_NEAR = 0x1000
 
 _PAGE = (needed("pfn", "pfn:u64"), RET)
 
@@ -80,14 +84,14 @@ class Poisons:
                 if vm is not None:
                     owners.append(Owner(vm, gfn, hva))
                     held.add(struct)
-        listed = records.first_gmem_file_vm(fields)
+        listed = _first_gmem_file_vm(fields)
         if listed is not None and listed not in held:
             vm = self._vms.known_key(listed)
             if vm is None and fields.get("tgid"):
                 vm = self._vms.key(record)
             if vm is not None:
                 owners.append(Owner(vm, None))
-        complete = listed is not None and held == {listed} and records.has_single_gmem_file(fields)
+        complete = listed is not None and held == {listed} and _has_single_gmem_file(fields)
         return GmemPoison(record.ts, tid, ino, index, tuple(owners), complete)
 
     def poison(self, record: Record) -> Event:
@@ -127,3 +131,16 @@ class Poisons:
         if record.probe == "soft_offline":
             return [SoftOffline(record.ts, fields["pfn"], -fields["ret"])]
         return [Unpoison(record.ts, fields["pfn"])] if fields["ret"] == 0 else []
+
+
+def _first_gmem_file_vm(fields: dict[str, Any]) -> int | None:
+    """The address of the VM of the first file on a guest_memfd's list; from ``gmem_error``."""
+    entry = fields.get("entry")
+    if not entry or "kvm" not in fields or abs(entry - fields["mapping"]) < _HEAD_NEAR:
+        return None
+    return int(fields["kvm"]) or None
+
+
+def _has_single_gmem_file(fields: dict[str, Any]) -> bool:
+    """Whether the list has one file only: what follows the first entry is the head."""
+    return bool(fields.get("next")) and abs(fields["next"] - fields["mapping"]) < _HEAD_NEAR

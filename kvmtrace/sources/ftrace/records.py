@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 from kvmtrace import kvm
 from kvmtrace.sources.ftrace.totals import ExitKey
 
-# A list head is in the inode, near the address_space, which is part of the inode.
-_HEAD_NEAR = 0x1000
 # A caller of kvm_gmem_get_pfn that is further away from the fault handler's start than this is
 # another function. The handler is large, and its helpers are beside it.
 _CALLER_NEAR = 0x8000
@@ -76,16 +74,3 @@ def add_arm64_fields(fields: dict[str, Any]) -> None:
     if "esr" in fields:
         fields["exec"] = fields["esr"] >> 26 & 0x3F == 0x20  # ESR_ELx_EC_IABT_LOW
         fields["write"] = not fields["exec"] and bool(fields["esr"] & 1 << 6)  # ESR_ELx_WNR
-
-
-def first_gmem_file_vm(fields: dict[str, Any]) -> int | None:
-    """The address of the VM of the first file on a guest_memfd's list; from ``gmem_error``."""
-    entry = fields.get("entry")
-    if not entry or "kvm" not in fields or abs(entry - fields["mapping"]) < _HEAD_NEAR:
-        return None
-    return int(fields["kvm"]) or None
-
-
-def has_single_gmem_file(fields: dict[str, Any]) -> bool:
-    """Whether the list has one file only: what follows the first entry is the head."""
-    return bool(fields.get("next")) and abs(fields["next"] - fields["mapping"]) < _HEAD_NEAR

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
 from kvmtrace.linux import clock, kvm_module
+from kvmtrace.linux.read import read_text
 from kvmtrace.linux.tracefs import instance, mount, ring_page
 from kvmtrace.linux.tracefs.instance import Instance
 from kvmtrace.linux.tracefs.missed import Missed
@@ -60,7 +61,7 @@ class FtraceSource:
         self._attacher = Attacher(root, group, self._rings)
         self._missed = Missed(root, group)
         try:
-            layout = ring_page.PageLayout.parse(mount.read_text(f"{root}/events/header_page"))
+            layout = ring_page.PageLayout.parse(read_text(f"{root}/events/header_page"))
             for ring, kib in limits.RING_KIB.items():
                 self._rings[ring] = Instance(root, f"{group}_{ring}", kib, layout)
             self._ready += self._translator.vms.table.scan(clock.now_ns())
