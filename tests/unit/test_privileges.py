@@ -15,8 +15,9 @@ import pytest
 from kvmtrace import sources
 from kvmtrace.cli import inputs
 from kvmtrace.cli.errors import stop
-from kvmtrace.linux import host, privileges
+from kvmtrace.linux import privileges
 from kvmtrace.linux.proc_reader import ProcReader
+from kvmtrace.linux.tracefs import mount
 from tests.unit.command_line import invoke
 from tests.unit.fake import STORY, FakeSource
 
@@ -179,7 +180,7 @@ def test_a_tracefs_of_another_user_can_still_be_cleaned_up(
 
     monkeypatch.setattr(stop, "owns_process", True)
     monkeypatch.setattr(privileges, "give_up", give_up)
-    monkeypatch.setattr(host, "tracefs", lambda: str(tmp_path))
+    monkeypatch.setattr(mount, "tracefs", lambda: str(tmp_path))
     inputs.give_up_privileges()
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     inputs.give_up_privileges()
