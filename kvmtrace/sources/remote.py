@@ -1,7 +1,7 @@
 """A running ``kvmtrace serve`` as a source: what it saw so far, and what it goes on to see.
 
 No probe is attached a second time, and what happened before one logged in is there. What arrives is
-a recording that does not end (see ``door``), checked like any other.
+a recording that does not end (see ``session.feed``), checked like any other.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import time
 from collections.abc import Mapping
 from typing import Any, Self
 
+from kvmtrace import feed_socket
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Host
 from kvmtrace.probes import Probe, ProbeRuns
-from kvmtrace.session import feed
 from kvmtrace.sources.checksums import Checker
 from kvmtrace.sources.codec import WRONG, Decoder, build, version_of
 from kvmtrace.sources.recording import FORMAT, MARK, MAX_LINE
@@ -27,12 +27,12 @@ _MANY = 1 << 16
 
 
 class RemoteSource:
-    """Made by ``join``. The first ``poll`` gives all that happened before, and only that."""
+    """Made by ``connect``. The first ``poll`` gives all that happened before, and only that."""
 
     def __init__(self, client: socket.socket, pid: int) -> None:
         """Raises OSError or one of ``WRONG`` if what is at the other end does not talk like it."""
         self._client = client
-        self._client.settimeout(feed.TIMEOUT)
+        self._client.settimeout(feed_socket.TIMEOUT)
         self._buffer = bytearray()
         self._decoder = Decoder()
         self._checker = Checker()
@@ -50,9 +50,9 @@ class RemoteSource:
             self._take(record, self._past)
 
     @classmethod
-    def join(cls) -> Self | None:
+    def connect(cls) -> Self | None:
         """The serve of this host; None where there is none, or none that can be understood."""
-        found = feed.knock()
+        found = feed_socket.connect()
         if found is None:
             return None
         try:

@@ -17,10 +17,9 @@ from click.testing import Result
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvmtrace import sources
+from kvmtrace import feed_socket, sources
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host
-from kvmtrace.session import feed
 from kvmtrace.sources.recording import MARK
 from tests.property import examples
 from tests.property.damage import damaged, directory, placed
@@ -178,7 +177,7 @@ def test_a_serve_is_understood_or_refused(command: tuple[str, ...], said: bytes)
     speaker = threading.Thread(target=_say, args=(theirs, said))
     speaker.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed, "knock", lambda: (ours, 77))
+        patch.setattr(feed_socket, "connect", lambda: (ours, 77))
         result = run(*command)
     ours.close()
     speaker.join()

@@ -252,7 +252,7 @@ def test_a_serve_that_garbles_is_not_believed(broken: int) -> None:
     def joined(said: str) -> RemoteSource | None:
         answering = feed.FeedServer(lambda client: client.sendall(said.encode()))
         try:
-            return RemoteSource.join()
+            return RemoteSource.connect()
         finally:
             answering.close()
 

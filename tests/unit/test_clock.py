@@ -357,7 +357,7 @@ def test_recordings_and_joiners_have_the_same_times(
     ts = {one["pfn"]: one["ts"] for one in records if one.get("kind") == "poison"}
     assert ts == {0x10: T0 + 3 * SECOND, 0x20: T0 + 7 * SECOND + SECOND // 5 + step}
     with open_door(session):
-        joined = RemoteSource.join()
+        joined = RemoteSource.connect()
         assert joined is not None
         joiner = Session(joined)
         joiner.pump(0)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmtrace import feed_socket
 from kvmtrace.session import feed
 from kvmtrace.sources.remote import RemoteSource
 
@@ -36,7 +37,7 @@ def opened() -> Iterator[feed.FeedServer]:
 
 def heard() -> bytes | None:
     """What a client is sent; None where nobody is there."""
-    found = feed.knock()
+    found = feed_socket.connect()
     if found is None:
         return None
     client, pid = found
@@ -85,7 +86,7 @@ def is_answered(path: str) -> bool:
 def test_the_directory_is_made_for_its_owner_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(feed.VARIABLE, str(tmp_path / "new"))
+    monkeypatch.setenv(feed_socket.VARIABLE, str(tmp_path / "new"))
     monkeypatch.setattr(feed, "GROUP", "no such group")
     answering = feed.FeedServer(greet)
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
@@ -99,10 +100,10 @@ def test_the_directory_is_made_for_its_owner_alone(
 
 @needs_root
 def test_root_and_others_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(feed.VARIABLE)
+    monkeypatch.delenv(feed_socket.VARIABLE)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/65534")
-    assert feed.directory() == "/run/kvmtrace"
-    assert as_nobody(lambda: feed.directory() == "/run/user/65534/kvmtrace")
+    assert feed_socket.directory() == "/run/kvmtrace"
+    assert as_nobody(lambda: feed_socket.directory() == "/run/user/65534/kvmtrace")
     monkeypatch.delenv("XDG_RUNTIME_DIR")
 
     def refused() -> bool:
@@ -115,7 +116,7 @@ def test_root_and_others_have_directories_of_their_own(monkeypatch: pytest.Monke
 
 def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
     answering = feed.FeedServer(greet, str(tmp_path / "own"))
-    found = feed.knock(str(tmp_path / "own"))
+    found = feed_socket.connect(str(tmp_path / "own"))
     assert found
     found[0].close()
     assert heard() is None
@@ -140,7 +141,7 @@ def test_a_directory_behind_a_link_is_refused(
     own_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (own_directory / "link").symlink_to(own_directory)
-    monkeypatch.setenv(feed.VARIABLE, str(own_directory / "link"))
+    monkeypatch.setenv(feed_socket.VARIABLE, str(own_directory / "link"))
     with pytest.raises(OSError, match="Not a directory"):
         feed.FeedServer(greet)
 
@@ -245,7 +246,7 @@ def test_another_user_does_not_get_in(opened: feed.FeedServer, own_directory: Pa
 def test_the_group_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group = next(one for one in grp.getgrall() if one.gr_gid not in (0, NOBODY))
     monkeypatch.setattr(feed, "GROUP", group.gr_name)
-    monkeypatch.setenv(feed.VARIABLE, str(tmp_path / "new"))
+    monkeypatch.setenv(feed_socket.VARIABLE, str(tmp_path / "new"))
     for path in (tmp_path, *tmp_path.parents):
         if path.stat().st_mode & 0o001:
             break
@@ -257,7 +258,7 @@ def test_the_group_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             assert (found.st_uid, found.st_gid) == (0, group.gr_gid)
             assert stat.S_IMODE(found.st_mode) == mode
         assert as_nobody(lambda: is_answered(answering.path), group.gr_gid)
-        assert as_nobody(lambda: feed.knock() is not None, group.gr_gid)
+        assert as_nobody(lambda: feed_socket.connect() is not None, group.gr_gid)
         assert not as_nobody(lambda: connects(answering.path))
     finally:
         answering.close()
@@ -282,7 +283,7 @@ def test_a_serve_of_another_user_is_not_believed(own_directory: Path) -> None:
     with ready, done:
         assert ready.recv(1) == b"x"
     assert connects(str(there))
-    assert feed.knock() is None
+    assert feed_socket.connect() is None
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 
@@ -290,8 +291,8 @@ def test_a_serve_of_another_user_is_not_believed(own_directory: Path) -> None:
 def test_who_is_there_says_the_kernel() -> None:
     one, other = socket.socketpair(socket.AF_UNIX)
     with one, other:
-        assert feed._credentials(one) == (os.getpid(), os.geteuid())
-        assert os.getegid() in feed._groups(one)
+        assert feed_socket.credentials(one) == (os.getpid(), os.geteuid())
+        assert os.getegid() in feed_socket.groups(one)
 
 
 # -- crowds
@@ -314,7 +315,7 @@ def test_a_full_queue_is_somebody(own_directory: Path, monkeypatch: pytest.Monke
                 connect(self, address)  # type: ignore[arg-type]
 
         monkeypatch.setattr(socket, "socket", Counting)
-        found = feed.knock()
+        found = feed_socket.connect()
         assert found is not None
         assert tries == 3
         found[0].close()
@@ -350,10 +351,10 @@ def test_who_has_left_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
     answering = feed.FeedServer(greet_and_stay)
     assert [heard(), heard()] == [b"hello", b"hello"]
-    stays = feed.knock()
+    stays = feed_socket.connect()
     assert stays is not None
     assert stays[0].recv(16) == b"hello"
-    assert RemoteSource.join() is None
+    assert RemoteSource.connect() is None
     go.set()
     stays[0].close()
     answering.close()

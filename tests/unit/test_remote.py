@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from kvmtrace import sources
+from kvmtrace import feed_socket, sources
 from kvmtrace.cli.inputs import open_door
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Exit, Sigbus, VmGone, VmSeen, to_record
@@ -84,13 +84,13 @@ def run(*arguments: str) -> Result:
 
 
 def joined() -> RemoteSource:
-    source = RemoteSource.join()
+    source = RemoteSource.connect()
     assert source is not None
     return source
 
 
 def test_nobody_is_there() -> None:
-    assert RemoteSource.join() is None
+    assert RemoteSource.connect() is None
 
 
 def test_what_came_with_the_mark_is_told_though_nothing_follows(serve: Serve) -> None:
@@ -181,7 +181,7 @@ def vars_of(event: Event) -> tuple[object, ...]:
 def test_there_is_an_end_to_clients(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "MAX_CLIENTS", 2)
     first, second = joined(), joined()
-    assert RemoteSource.join() is None
+    assert RemoteSource.connect() is None
     first.close()
     until(lambda: serve.followers == 1)
     joined().close()
@@ -189,8 +189,8 @@ def test_there_is_an_end_to_clients(serve: Serve, monkeypatch: pytest.MonkeyPatc
 
 
 def test_strangers_are_not_believed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "_trusted", lambda peer: False)
-    assert RemoteSource.join() is None
+    monkeypatch.setattr(feed_socket, "is_trusted_peer", lambda peer: False)
+    assert RemoteSource.connect() is None
     assert serve.followers == 0
 
 
@@ -211,7 +211,7 @@ def test_strangers_are_not_believed(serve: Serve, monkeypatch: pytest.MonkeyPatc
 def test_what_cannot_be_understood_is_as_if_nobody_were_there(said: str) -> None:
     answering = feed.FeedServer(lambda client: client.sendall(said.encode()))
     try:
-        assert RemoteSource.join() is None
+        assert RemoteSource.connect() is None
     finally:
         answering.close()
 
@@ -235,7 +235,7 @@ def test_what_is_no_event_later_on_is_one_error(said: str) -> None:
 def test_one_name_one_door(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     with open_door(serve.session):
         assert "will not find this one" in capsys.readouterr().err
-    assert RemoteSource.join() is not None
+    assert RemoteSource.connect() is not None
 
 
 # -- commands
