@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from kvmtrace import __version__, sources
 from kvmtrace.cli.errors import always, nobody_writes, stop, tell
 from kvmtrace.correlate import Correlator
-from kvmtrace.enrich import Heartbeat, OwnerLookup, PageReleaseWatch, VcpuFollowUp
 from kvmtrace.enrich.pipeline import EnrichedSource
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Host
@@ -44,7 +43,7 @@ def attach(kind: str) -> sources.Source:
     stop.clean_up.append(sources.close_opening)
     source = sources.open_source(kind)
     stop.clean_up.append(source.close)
-    return _Attached(Heartbeat(VcpuFollowUp(PageReleaseWatch(OwnerLookup(source)))))
+    return _Attached(source)
 
 
 def here(kind: str) -> sources.Source:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux.btf import Btf
+from kvmtrace.linux.read import read_text
 from kvmtrace.probes import POISON_EVENTS, specs
 
 TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
@@ -47,13 +48,13 @@ class Privilege:
 
 def privilege(status: str = "/proc/self/status") -> Privilege:
     """This process's effective user and capabilities."""
-    match = re.search(r"^CapEff:\s*([0-9a-f]+)", _read(status), re.MULTILINE)
+    match = re.search(r"^CapEff:\s*([0-9a-f]+)", read_text(status), re.MULTILINE)
     return Privilege(os.geteuid(), int(match[1], 16) if match else 0)
 
 
 def lockdown(path: str = "/sys/kernel/security/lockdown") -> str | None:
     """``none``, ``integrity`` or ``confidentiality``; None where the kernel has no lockdown."""
-    match = re.search(r"\[(\w+)\]", _read(path))
+    match = re.search(r"\[(\w+)\]", read_text(path))
     return match[1] if match else None
 
 
@@ -97,7 +98,7 @@ class Cpu:
 
 def cpu(proc: str = "/proc") -> Cpu:
     """The first of the host's CPUs."""
-    text = _read(f"{proc}/cpuinfo")
+    text = read_text(f"{proc}/cpuinfo")
     # Zhaoxin's name has blanks around it.
     vendor = re.search(r"^vendor_id\s*: *(\S+) *$", text, re.MULTILINE)
     bits = re.search(r"^address sizes\s*: *(\d+) bits physical", text, re.MULTILINE)
@@ -188,7 +189,7 @@ def tracing(candidates: tuple[str, ...] = TRACEFS) -> Tracefs | None:
     path = tracefs(candidates)
     if path is None:
         return None
-    readme = _read(f"{path}/README")
+    readme = read_text(f"{path}/README")
     return Tracefs(
         path,
         readable=bool(readme),
@@ -250,7 +251,7 @@ def tracepoint(targets: Iterable[str], root: str) -> str | None:
 
 def event_format(target: str, root: str) -> str:
     """The ``format`` of ``system:event``; "" where that is not there or cannot be read."""
-    return _read(f"{root}/events/{target.replace(':', '/')}/format")
+    return read_text(f"{root}/events/{target.replace(':', '/')}/format")
 
 
 def has_kprobes(devices: str = "/sys/bus/event_source/devices") -> bool:
@@ -392,7 +393,7 @@ def kernel_option(
     config_gz: str = "/proc/config.gz",
 ) -> str | None:
     """``y``, ``m`` or ``n`` for a CONFIG_ option; None where no configuration is to be found."""
-    text = _read(f"{boot}/config-{release or os.uname().release}")
+    text = read_text(f"{boot}/config-{release or os.uname().release}")
     if not text:
         try:
             with gzip.open(config_gz, "rt") as file:
@@ -452,11 +453,3 @@ def examine() -> Facts:
         bcc=bcc(),
         ras_cec=corrected_errors_collector(),
     )
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""

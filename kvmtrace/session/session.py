@@ -10,9 +10,9 @@ import time
 
 from kvmtrace import kvm
 from kvmtrace.correlate import Correlator
-from kvmtrace.enrich.existing_poison import hardware_corrupted_bytes
 from kvmtrace.events import Event, Host, Lost
 from kvmtrace.linux import clock
+from kvmtrace.linux.page_flags import hardware_corrupted_bytes
 from kvmtrace.linux.proc_reader import READER
 from kvmtrace.linux.thread_progress import Standstill
 from kvmtrace.model import CorrelatedEvent, Snapshot

@@ -1,6 +1,6 @@
 """Recordings: the event log of a host as JSON lines, to look at again elsewhere.
 
-A header line says what host it is; event lines follow as ``events.to_record`` writes them, with a
+A header line says what host it is; event lines follow as ``codec.to_record`` writes them, with a
 ``probes`` line wherever a probe came or went. Events are logged, not conclusions: a better
 correlator improves old recordings. A recording comes from outside, so it is checked like any
 input, and its strings are cleaned like names from /proc. Each line has a checksum (``checksums``),
@@ -18,25 +18,26 @@ from typing import IO, Any
 
 from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import ClockStep, Event, Host, Lost, to_record, wall_time
+from kvmtrace.events import ClockStep, Event, Host, Lost, wall_time
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sanitize import clean
 from kvmtrace.sources.checksums import EXACT, ODD, Broken, Checker, Places, Sealer
 from kvmtrace.sources.codec import (
+    DECODE_ERRORS,
     TIMES,
     UNSTEPPED,
     UNWRITABLE,
-    WRONG,
     Decoder,
     MalformedLine,
-    build,
     checked,
+    dataclass_from,
+    to_record,
     version_of,
 )
 from kvmtrace.spool import spooling
 
 FORMAT = 1
-MARK = "from_here_on"
+BACKLOG_END = "from_here_on"
 MISSING = "missing_lines"
 """Where lines of a recording are lost that are not there, or not as they were written."""
 
@@ -79,7 +80,7 @@ class Writer:
 
     def mark(self) -> None:
         """What was written so far happened before somebody came to listen: see ``door``."""
-        self._line({"kind": MARK})
+        self._line({"kind": BACKLOG_END})
 
     def end(self) -> None:
         """That was all. Older readers take the line for the state of the probes only."""
@@ -247,8 +248,8 @@ class RecordingSource:
                 f"{self.path} was recorded by a newer kvmtrace", "replay it with that version"
             )
         try:
-            host = build(Host, record)
-        except WRONG as error:
+            host = dataclass_from(Host, record)
+        except DECODE_ERRORS as error:
             raise self._bad("incomplete header") from error
         if host.page_shift not in _PAGE_SHIFTS:
             raise self._bad(f"pages of 2**{host.page_shift} bytes")
@@ -371,7 +372,7 @@ def _readable(event: Event) -> Event:
     """The event as a reader will have it; Lost where no reader takes it."""
     try:
         return checked(event)
-    except WRONG:
+    except DECODE_ERRORS:
         ts = event.ts if event.ts in TIMES else 0
         return Lost(ts, UNWRITABLE, 1)
 

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from kvmtrace.linux.read import read_text
 from kvmtrace.sanitize import clean
 from kvmtrace.vmm.command_line import options, program, says_nothing
 from kvmtrace.vmm.paths import (
@@ -24,6 +25,8 @@ from kvmtrace.vmm.paths import (
     name_of_path,
     vmid_of_cgroup,
 )
+
+MAX_COMMAND_LINE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,9 @@ def identify(pid: int, proc: str = "/proc", *, command_line: bool = True) -> Ide
 
     ``command_line``: read it, which may hang (``proc_reader``); nothing else here does.
     """
-    argv = _argv(_read(f"{proc}/{pid}/cmdline")) if command_line else []
-    comm = _read(f"{proc}/{pid}/comm").rstrip("\n")
-    cgroup = _read(f"{proc}/{pid}/cgroup")
+    argv = _argv(read_text(f"{proc}/{pid}/cmdline", MAX_COMMAND_LINE)) if command_line else []
+    comm = read_text(f"{proc}/{pid}/comm").rstrip("\n")
+    cgroup = read_text(f"{proc}/{pid}/cgroup")
     exe = _exe(f"{proc}/{pid}/exe") or (os.path.basename(argv[0]) if argv else "")
     name, kind, arguments = program(exe, argv)
     said = options(kind, arguments)
@@ -73,13 +76,13 @@ def identify(pid: int, proc: str = "/proc", *, command_line: bool = True) -> Ide
 
 def process_name(pid: int, proc: str = "/proc") -> str | None:
     """What a process calls itself (comm); None once it is gone. Waits for no lock of its memory."""
-    return clean(_read(f"{proc}/{pid}/comm").rstrip("\n")) or None
+    return clean(read_text(f"{proc}/{pid}/comm").rstrip("\n")) or None
 
 
 def begun(pid: int, proc: str = "/proc") -> str | None:
     """When a process began (clock ticks since boot): another of the same pid began later."""
     # Of the first thread: for a whole process the kernel adds up the times of all of them.
-    fields = _read(f"{proc}/{pid}/task/{pid}/stat", 4096).rpartition(")")[2].split()
+    fields = read_text(f"{proc}/{pid}/task/{pid}/stat", 4096).rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 else None
 
 
@@ -255,11 +258,3 @@ def _link(path: str) -> str:
         return os.readlink(path)
     except OSError:
         return ""  # gone, a kernel thread, or not ours to see
-
-
-def _read(path: str, limit: int = 1 << 20) -> str:
-    try:
-        with open(path, "rb") as file:
-            return file.read(limit).decode("utf-8", "replace")
-    except OSError:
-        return ""

@@ -20,7 +20,7 @@ from kvmtrace.events import Event, Host, Lost, Tick, VmGone, VmSeen
 from kvmtrace.model import Snapshot
 from kvmtrace.session.history import CompactLog
 from kvmtrace.session.subscriber import Subscriber
-from kvmtrace.sources.codec import WRONG, checked
+from kvmtrace.sources.codec import DECODE_ERRORS, checked
 from kvmtrace.sources.recording import RecordingSource, Writer
 from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines, explain, json_output
@@ -139,7 +139,7 @@ def test_serve_joiner_and_replay_know_the_same(events: list[Event], cut: int) ->
 def _readable(event: Event) -> Event | None:
     try:
         return checked(event)
-    except WRONG:
+    except DECODE_ERRORS:
         return None
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kvmtrace.correlate import Correlator
-from kvmtrace.enrich.page_release import LOOK_NS, PageReleaseWatch
+from kvmtrace.enrich.page_release import CHECK_NS, PageReleaseWatch
+from kvmtrace.enrich.pipeline import EnrichedSource
 from kvmtrace.events import (
     Event,
     Owned,
@@ -39,13 +40,15 @@ class World:
         self.path = path
         self.now = T0
         self.entry(entry)
-        self.source = PageReleaseWatch(FakeSource(events), str(path), lambda: self.now)
+        self.source = EnrichedSource(
+            FakeSource(events), [PageReleaseWatch(str(path))], lambda: self.now
+        )
 
     def entry(self, value: int) -> None:
         proc_with(self.path, PID, {HVA: value}, MAPS)
 
     def later(self) -> list[Event]:
-        self.now += LOOK_NS
+        self.now += CHECK_NS
         return self.source.poll(0)
 
 
@@ -76,7 +79,7 @@ def test_a_process_is_read_once_however_many_pages_it_has(
     proc_with(tmp_path, PID, entries, maps)
     events = [BEGIN[0], *(Owned(T0, pfn, Owner(1, 8, hva), "pagemap") for pfn, hva in places)]
     now = [T0]
-    source = PageReleaseWatch(FakeSource(events), str(tmp_path), lambda: now[0])
+    source = EnrichedSource(FakeSource(events), [PageReleaseWatch(str(tmp_path))], lambda: now[0])
     calls: list[int] = []
     call = ProcReader.call
 
@@ -88,7 +91,7 @@ def test_a_process_is_read_once_however_many_pages_it_has(
     source.poll(0)
     assert len(calls) == 1 + 1  # to begin with, and at once
     proc_with(tmp_path, PID, entries | {HVA: PRESENT}, maps)
-    now[0] += LOOK_NS
+    now[0] += CHECK_NS
     assert source.poll(0) == [PageReplaced(now[0], 1, PFN, HVA)]
     assert len(calls) == 3
 

@@ -18,11 +18,12 @@ from click.testing import Result
 from kvmtrace import feed_socket, sources
 from kvmtrace.cli.inputs import open_door
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Event, Exit, Sigbus, VmGone, VmSeen, to_record
+from kvmtrace.events import Event, Exit, Sigbus, VmGone, VmSeen
 from kvmtrace.session import feed
 from kvmtrace.session.session import Session
 from kvmtrace.session.subscriber import Subscriber
 from kvmtrace.sources import remote as joined_module
+from kvmtrace.sources.codec import to_record
 from kvmtrace.sources.remote import RemoteSource
 from tests.unit.command_line import invoke
 from tests.unit.fake import PROBES, SECOND, T0, FakeSource

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace.enrich.vcpu_state import LOOKS_NS, MAX_THREADS, VcpuFollowUp
+from kvmtrace.enrich.pipeline import EnrichedSource
+from kvmtrace.enrich.vcpu_state import MAX_THREADS, SAMPLES_NS, VcpuFollowUp
 from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone
 from tests.unit.fake import PROBES, SECOND, T0, FakeSource
 
@@ -22,7 +23,9 @@ class World:
     def __init__(self, proc: Path, *batches: Sequence[Event]) -> None:
         self.proc = proc
         self.now = T0
-        self.source = VcpuFollowUp(FakeSource(*batches), str(proc), lambda: self.now)
+        self.source = EnrichedSource(
+            FakeSource(*batches), [VcpuFollowUp(str(proc))], lambda: self.now
+        )
 
     def thread(
         self, state: str, syscall: str, cpu_ns: int = 0, tid: int = 77, start: int = 5
@@ -94,7 +97,7 @@ def test_looks_end(tmp_path: Path) -> None:
     world = World(tmp_path, [TOLD])
     world.thread("S", FUTEX)
     world.pass_(0)
-    assert sum(len(world.pass_(1)) for _ in range(1000)) == len(LOOKS_NS)
+    assert sum(len(world.pass_(1)) for _ in range(1000)) == len(SAMPLES_NS)
 
 
 def test_told_again_begins_again_but_a_storm_does_not_put_looks_off(tmp_path: Path) -> None:
@@ -135,7 +138,7 @@ def test_bounded(tmp_path: Path) -> None:
 
 def test_it_is_the_source_it_is_around(tmp_path: Path) -> None:
     inner = FakeSource()
-    source = VcpuFollowUp(inner, str(tmp_path))
+    source = EnrichedSource(inner, [VcpuFollowUp(str(tmp_path))])
     assert (source.name, source.why, source.probes()) == ("bpf", "a test", PROBES)
     assert source.probe_runs() == inner.probe_runs()
     source.close()
