@@ -34,18 +34,18 @@ _LOCK_SECONDS = 5.0
 
 def send_log(session: Session, client: socket.socket) -> None:
     """Send a client the session's backlog and then its events, until the client closes."""
-    follower = session.follow()
+    subscriber = session.subscribe()
     try:
         with client.makefile("w", encoding="utf-8") as file:
             writer = Writer(file, session.host())
-            writer.write(follower.past, session.probes())
-            follower.past = []
+            writer.write(subscriber.backlog, session.probes())
+            subscriber.backlog = []
             writer.mark()
             while not feed_socket.is_closed(client):
                 file.flush()
-                writer.write(follower.take(_READ_SECONDS), session.probes())
+                writer.write(subscriber.read(_READ_SECONDS), session.probes())
     finally:
-        session.unfollow(follower)
+        session.unsubscribe(subscriber)
 
 
 class FeedServer:

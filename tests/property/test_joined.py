@@ -156,10 +156,10 @@ def test_who_has_no_room_counts_the_same_or_says_what_is_lost(
     log = CompactLog(limit)
     for event in events[:cut]:
         log.add(event)
-    follower = Subscriber(log.events(), lag)
+    subscriber = Subscriber(log.events(), lag)
     for event in events[cut:]:
-        follower.put([event])
-    heard = follower.past + follower.take(0)
+        subscriber.publish([event])
+    heard = subscriber.backlog + subscriber.read(0)
     lost = {event.where for event in heard if isinstance(event, Lost)} & {"history", "follower"}
     serve, joiner = model(events), model(heard)
     assert set(joiner.lost) - set(serve.lost) <= {"history", "follower", "unknown_vms"}

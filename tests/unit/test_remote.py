@@ -61,8 +61,8 @@ class Serve:
         self.session.pump(0)
 
     @property
-    def followers(self) -> int:
-        return len(self.session._followers)
+    def subscribers(self) -> int:
+        return len(self.session._subscribers)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_first_what_was_then_what_is(serve: Serve) -> None:
     serve.say(news)
     assert source.poll(20) == [news]
     source.close()
-    until(lambda: serve.followers == 0)
+    until(lambda: serve.subscribers == 0)
 
 
 def test_a_last_look_takes_all_that_was_sent(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,15 +164,15 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_gets_exact_counts(serve
 
 
 def test_what_a_follower_has_no_room_for_is_told() -> None:
-    follower = Subscriber([], limit=100)
-    follower.put([VmSeen(T0, 1, 4001, "web-1"), VmGone(T0, 1)])
-    follower.put(Sigbus(T0 + n, 4001, n, 4, 0x7F0000000000) for n in range(1000))
-    taken = follower.take(0)
+    subscriber = Subscriber([], limit=100)
+    subscriber.publish([VmSeen(T0, 1, 4001, "web-1"), VmGone(T0, 1)])
+    subscriber.publish(Sigbus(T0 + n, 4001, n, 4, 0x7F0000000000) for n in range(1000))
+    taken = subscriber.read(0)
     kept = sum(isinstance(event, Sigbus) for event in taken)
     assert 50 <= kept <= 100
     assert [vars_of(event) for event in taken[-1:]] == [("lost", "follower", 1000 - kept)]
     assert VmGone(T0, 1) in taken
-    assert follower.take(0) == []
+    assert subscriber.read(0) == []
 
 
 def vars_of(event: Event) -> tuple[object, ...]:
@@ -184,7 +184,7 @@ def test_there_is_an_end_to_clients(serve: Serve, monkeypatch: pytest.MonkeyPatc
     first, second = joined(), joined()
     assert RemoteSource.connect() is None
     first.close()
-    until(lambda: serve.followers == 1)
+    until(lambda: serve.subscribers == 1)
     joined().close()
     second.close()
 
@@ -192,7 +192,7 @@ def test_there_is_an_end_to_clients(serve: Serve, monkeypatch: pytest.MonkeyPatc
 def test_strangers_are_not_believed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed_socket, "is_trusted_peer", lambda peer: False)
     assert RemoteSource.connect() is None
-    assert serve.followers == 0
+    assert serve.subscribers == 0
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_top_once(serve: Serve) -> None:
 
 def test_events_are_those_from_now_on(serve: Serve) -> None:
     def happen() -> None:
-        until(lambda: serve.followers)
+        until(lambda: serve.subscribers)
         serve.say(Exit(LATER, 1, 0, 133, 39, True, 77, gfn=8, count=5))
 
     happening = threading.Thread(target=happen)

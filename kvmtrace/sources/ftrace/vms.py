@@ -58,13 +58,13 @@ class VmResolver:
     def began(self, record: Record) -> None:
         """kvm_arch_init_vm; see VmTable.began."""
         struct, comm = record.fields["kvm"], record.fields.get("comm")
-        self.out += self.vms.began(struct, self._maker_of(record), record.ts, comm=comm)
+        self.out += self.vms.created(struct, self._maker_of(record), record.ts, comm=comm)
         self.key(record)
 
     def gone(self, record: Record) -> None:
         """kvm_destroy_vm."""
         struct, comm = record.fields["kvm"], record.fields.get("comm")
-        self.out += self.vms.gone(struct, self._maker_of(record), record.ts, comm=comm)
+        self.out += self.vms.destroyed(struct, self._maker_of(record), record.ts, comm=comm)
 
     def process_of(self, tid: int, tgid: int | None) -> int:
         """The process of a thread; the thread itself where it has ended and no record has it."""
