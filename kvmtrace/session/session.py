@@ -34,7 +34,7 @@ SHORTAGE_SECONDS = 30.0
 
 
 class Session:
-    """Feeds a source's events to a correlator: ``pump`` in the caller's thread, ``start`` in its own.
+    """Feeds a source's events to a correlator: ``pump`` here, or ``start`` in a thread of its own.
 
     One thread opens, polls and closes the source. ``snapshot``, ``age``, ``probes``, ``subscribe``
     and ``unsubscribe`` may be called from any thread.

@@ -84,7 +84,7 @@ class Writer:
         self._line({"kind": BACKLOG_END})
 
     def end(self) -> None:
-        """Mark the end of the recording, by a line that older readers take for a ``probes`` line."""
+        """Mark the end of the recording, by a line that to older readers is a ``probes`` line."""
         self._line({"kind": "probes", "end": True, "probes": self._states()})
 
     def _states(self) -> list[dict[str, Any]]:
