@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
 
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.pages import verdict_on
 from kvmtrace.enrich.page_tables import MappedPage, PageTableSearch, entry_at
 from kvmtrace.enrich.stage import Stage
@@ -56,15 +57,21 @@ class OwnerLookup(Stage):
         # pfns to be searched for: whether they may be of a hugetlb page
         self._to_search: dict[int, bool] = {}
         self._to_look_up: OrderedDict[int, None] = OrderedDict()  # pfns without an owner by search
-        self._poisoned: OrderedDict[int, None] = OrderedDict()
-        self._unpoisoned: OrderedDict[int, None] = OrderedDict()  # searches may still find them
+        self._poisoned: BoundedDict[int, None] = BoundedDict(MAX_PFNS)
+        self._unpoisoned: BoundedDict[int, None] = BoundedDict(
+            MAX_PFNS
+        )  # searches may still find them
         # Pages that memory_failure could not get hold of, and at how many places they were found.
-        self._unheld: OrderedDict[int, int] = OrderedDict()
-        self._reported: OrderedDict[tuple[int, Owner], None] = OrderedDict()
-        self._resolved_exits: OrderedDict[tuple[int, int], None] = OrderedDict()  # (VM, gfn)
+        self._unheld: BoundedDict[int, int] = BoundedDict(MAX_PFNS)
+        self._reported: BoundedDict[tuple[int, Owner], None] = BoundedDict(MAX_PFNS)
+        self._resolved_exits: BoundedDict[tuple[int, int], None] = BoundedDict(
+            MAX_PFNS
+        )  # (VM, gfn)
         # Lost huge pages by (pid, hva): size, and pfn if known
-        self._huge: OrderedDict[tuple[int, int], tuple[int, int | None]] = OrderedDict()
-        self._unexplained: OrderedDict[int, None] = OrderedDict()  # poisoned, without an event
+        self._huge: BoundedDict[tuple[int, int], tuple[int, int | None]] = BoundedDict(MAX_HUGE)
+        self._unexplained: BoundedDict[int, None] = BoundedDict(
+            MAX_PFNS
+        )  # poisoned, without an event
         self._new_unexplained: list[int] = []
         self._deadline = 0.0
 
@@ -92,8 +99,6 @@ class OwnerLookup(Stage):
         if pfn is not None and pfn not in self._poisoned and pfn not in self._unexplained:
             self._unexplained[pfn] = None
             self._new_unexplained.append(pfn)
-            while len(self._unexplained) > MAX_PFNS:
-                self._unexplained.popitem(last=False)
 
     def huge_pfn_at(self, pid: int, hva: int) -> int | None:
         """Return the pfn of the lost huge page at ``hva`` of a process; None if not known."""
@@ -181,9 +186,6 @@ class OwnerLookup(Stage):
                 case Unpoison():
                     wanted.pop(event.pfn, None)
                     self._is_unpoisoned(event.pfn)
-        for pages in (self._poisoned, self._unpoisoned, self._unheld):
-            while len(pages) > MAX_PFNS:
-                pages.popitem(last=False)
         return wanted
 
     def _is_poisoned(self, pfn: int) -> None:
@@ -319,8 +321,6 @@ class OwnerLookup(Stage):
         if entry is None:
             return []  # tried again at the next exit
         self._resolved_exits[vm, gfn] = None
-        while len(self._resolved_exits) > MAX_PFNS:
-            self._resolved_exits.popitem(last=False)
         pfn = poisoned(entry)
         if pfn is None:
             return []
@@ -338,8 +338,6 @@ class OwnerLookup(Stage):
                     if key not in self._reported and self._is_no_zero_page(key[0]):
                         self._reported[key] = None
                         events.append(Owned(now, key[0], owner, place.via, place.size))
-        while len(self._reported) > MAX_PFNS:
-            self._reported.popitem(last=False)
         return events
 
     def _is_no_zero_page(self, pfn: int) -> bool:
@@ -402,8 +400,6 @@ class OwnerLookup(Stage):
 
     def _note_huge(self, place: MappedPage, pfn: int | None) -> None:
         self._huge[place.pid, place.hva] = (place.size, pfn)
-        while len(self._huge) > MAX_HUGE:
-            self._huge.popitem(last=False)
 
     def _huge_entry(self, place: MappedPage) -> int | None:
         if self._memory is None:

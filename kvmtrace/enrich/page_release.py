@@ -6,9 +6,9 @@ recovers. Hugetlb pages have no such entry, and guest_memfd has one only where i
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.enrich.page_tables import hold
 from kvmtrace.enrich.stage import Stage
 from kvmtrace.events import Event, Owned, PageReplaced, Sigbus, Unpoison, VmGone, VmSeen
@@ -27,7 +27,7 @@ class PageReleaseWatch(Stage):
     def __init__(self, proc: str = "/proc") -> None:
         self._proc = proc
         self._pid_of: dict[int, int] = {}  # by VM
-        self._places: OrderedDict[_Place, None] = OrderedDict()
+        self._places: BoundedDict[_Place, None] = BoundedDict(MAX_PLACES)
         self._new: dict[_Place, None] = {}
         self._next = 0
 
@@ -69,8 +69,6 @@ class PageReleaseWatch(Stage):
         for place, is_there in self._are_there(new, new=True):
             if is_there:
                 self._places[place] = None
-        while len(self._places) > MAX_PLACES:
-            self._places.popitem(last=False)
 
     def _drop(self, concerned: Callable[[int, int], bool]) -> None:
         for places in (self._places, self._new):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import replace
 
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.enrich.owners import OwnerLookup
 from kvmtrace.enrich.page_tables import poisoned_pfn
 from kvmtrace.enrich.stage import Stage
@@ -27,7 +27,7 @@ class SignalPages(Stage):
     def __init__(self, owners: OwnerLookup, proc: str = "/proc") -> None:
         self._owners = owners
         self._proc = proc
-        self._poisoned_by: OrderedDict[int, Poison] = OrderedDict()  # by thread
+        self._poisoned_by: BoundedDict[int, Poison] = BoundedDict(MAX_THREADS)  # by thread
         self._pfns: dict[tuple[int, int], int | None] = {}  # by process and page, in a batch
 
     def process(self, events: list[Event], now: int, *, last: bool = False) -> list[Event]:
@@ -37,10 +37,7 @@ class SignalPages(Stage):
         for event in events:
             match event:
                 case Poison(tid=int(tid)):
-                    self._poisoned_by[tid] = event
-                    self._poisoned_by.move_to_end(tid)
-                    while len(self._poisoned_by) > MAX_THREADS:
-                        self._poisoned_by.popitem(last=False)
+                    self._poisoned_by.renew(tid, event)
                     out.append(event)
                 case Sigbus(hva=None):
                     poison = self._poisoned_by.get(event.sender or 0)

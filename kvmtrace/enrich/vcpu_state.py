@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 
 from kvmtrace import kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.enrich.stage import Stage
 from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone
 from kvmtrace.linux.proc_reader import READER, Unreadable
@@ -50,7 +50,7 @@ class VcpuFollowUp(Stage):
 
     def __init__(self, proc: str = "/proc") -> None:
         self._proc = proc
-        self._threads: OrderedDict[int, _Thread] = OrderedDict()
+        self._threads: BoundedDict[int, _Thread] = BoundedDict(MAX_THREADS)
 
     def max_wait(self) -> float:
         """Come back in time for the next sample."""
@@ -85,8 +85,6 @@ class VcpuFollowUp(Stage):
         self._threads[tid] = _Thread(
             vm, tid, vcpu, now, begun[1] if begun else None, cpu_ns=self._cpu_ns(tid)
         )
-        while len(self._threads) > MAX_THREADS:
-            self._threads.popitem(last=False)
 
     # -- samples
 

@@ -15,11 +15,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from typing import Any
 
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.linux import proc_worker
 
 TIMEOUT = 1.0
@@ -150,7 +150,7 @@ class ProcReader:
         self._ending = 0
         self._started = False  # whether a worker was ever ready
         # By pid: when it may be read again (monotonic seconds), and the next pause.
-        self._hung: OrderedDict[int, tuple[float, float]] = OrderedDict()
+        self._hung: BoundedDict[int, tuple[float, float]] = BoundedDict(_MAX_HUNG)
         self._waits: list[tuple[float, float]] = []  # hung reads: when, and seconds waited
         self.hangs = 0
         """Reads that were given up so far."""
@@ -205,8 +205,6 @@ class ProcReader:
             self.hangs += 1
             _, pause = self._hung.pop(pid, (0.0, RETRY_SECONDS))
             self._hung[pid] = now + pause, min(2 * pause, MAX_RETRY_SECONDS)
-            while len(self._hung) > _MAX_HUNG:
-                self._hung.popitem(last=False)
             if waited:
                 self._waits.append((now, waited))
         return Unreadable(_timed_out(pid))

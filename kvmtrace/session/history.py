@@ -13,13 +13,13 @@ counted as lost. Live VMs do not count against the limit, and are never dropped.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
 from kvmtrace import kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate import cause_of
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
@@ -100,7 +100,9 @@ class CompactLog:
         self._gone: set[int] = set()
         self._vms_with_events: set[int] = set()  # VMs that events in the log concern
         self._signalled: set[int] = set()  # processes of signals without a VM in the log
-        self._forgotten: OrderedDict[int, dict[int, Any]] = OrderedDict()
+        self._forgotten: BoundedDict[int, dict[int, Any]] = BoundedDict(
+            MAX_FORGOTTEN, lambda vm, events: self._forget_process_of(events[min(events)])
+        )
         self._serial = 0
         self._last_ts = -1  # before any
         self._add_up_at = limit // 4
@@ -154,9 +156,6 @@ class CompactLog:
         self._live.discard(event.vm)
         if at is not None:
             self._forgotten[event.vm] = {at: self._log.pop(at), self._serial: event}
-            if len(self._forgotten) > MAX_FORGOTTEN:
-                _, oldest = self._forgotten.popitem(last=False)
-                self._forget_process_of(oldest[min(oldest)])
 
     def _forget_process_of(self, seen: Event) -> None:
         assert isinstance(seen, VmSeen)
