@@ -51,27 +51,25 @@ class OwnerLookup(Stage):
         self._pid_of: dict[int, int] = {}  # by VM
         self._ended_pids: set[int] = set()  # processes whose last VM ended
         self._searches: list[PageTableSearch] = []
-        # For processes that hung: tried once more (monotonic seconds), and those in progress.
+        # Of processes that hung: when to try once more (monotonic seconds), and those in progress
         self._retries: list[tuple[float, PageTableSearch]] = []
         self._retrying: list[PageTableSearch] = []
-        # pfns to be searched for: whether they may be of a hugetlb page
+        # Pages to be searched for: whether they may be of a hugetlb page
         self._to_search: dict[int, bool] = {}
-        self._to_look_up: OrderedDict[int, None] = OrderedDict()  # pfns without an owner by search
+        # Pages without an owner by search
+        self._to_look_up: OrderedDict[int, None] = OrderedDict()
         self._poisoned: BoundedDict[int, None] = BoundedDict(MAX_PFNS)
-        self._unpoisoned: BoundedDict[int, None] = BoundedDict(
-            MAX_PFNS
-        )  # searches may still find them
-        # Pages that memory_failure could not get hold of, and at how many places they were found.
+        # No longer poisoned, though a search may still find them
+        self._unpoisoned: BoundedDict[int, None] = BoundedDict(MAX_PFNS)
+        # Pages that memory_failure could not get hold of, and at how many places they were found
         self._unheld: BoundedDict[int, int] = BoundedDict(MAX_PFNS)
         self._reported: BoundedDict[tuple[int, Owner], None] = BoundedDict(MAX_PFNS)
-        self._resolved_exits: BoundedDict[tuple[int, int], None] = BoundedDict(
-            MAX_PFNS
-        )  # (VM, gfn)
+        # (VM, gfn) of exits
+        self._resolved_exits: BoundedDict[tuple[int, int], None] = BoundedDict(MAX_PFNS)
         # Lost huge pages by (pid, hva): size, and pfn if known
         self._huge: BoundedDict[tuple[int, int], tuple[int, int | None]] = BoundedDict(MAX_HUGE)
-        self._unexplained: BoundedDict[int, None] = BoundedDict(
-            MAX_PFNS
-        )  # poisoned, without an event
+        # Poisoned pages without a poison event
+        self._unexplained: BoundedDict[int, None] = BoundedDict(MAX_PFNS)
         self._new_unexplained: list[int] = []
         self._deadline = 0.0
 
