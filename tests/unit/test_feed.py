@@ -1,4 +1,4 @@
-"""The socket of a serve: where it is, who may ask, and what stands in its place."""
+"""The socket of a serve: where it is, who may connect, and stale or foreign files there."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def opened() -> Iterator[feed.FeedServer]:
 
 
 def heard() -> bytes | None:
-    """What a client is sent; None where nobody is there."""
+    """What a client is sent; None without a serve."""
     found = feed_socket.connect()
     if found is None:
         return None
@@ -99,7 +99,7 @@ def test_the_directory_is_made_for_its_owner_alone(
 
 
 @needs_root
-def test_root_and_others_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directories_of_root_and_of_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(feed_socket.VARIABLE)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/65534")
     assert feed_socket.directory() == "/run/kvmtrace"
@@ -114,7 +114,7 @@ def test_root_and_others_have_directories_of_their_own(monkeypatch: pytest.Monke
     assert as_nobody(refused)
 
 
-def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_path_as_name(tmp_path: Path) -> None:
     answering = feed.FeedServer(greet, str(tmp_path / "own"))
     found = feed_socket.connect(str(tmp_path / "own"))
     assert found
@@ -146,7 +146,7 @@ def test_a_directory_behind_a_link_is_refused(
         feed.FeedServer(greet)
 
 
-# -- what stands in its place
+# -- other files of that name
 
 
 LEAVE = """
@@ -158,7 +158,7 @@ time.sleep(600)
 """
 
 
-def test_what_a_killed_serve_left_is_replaced(own_directory: Path) -> None:
+def test_the_socket_of_a_killed_serve_is_replaced(own_directory: Path) -> None:
     left = subprocess.Popen(
         [sys.executable, "-c", LEAVE], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
     )
@@ -176,14 +176,14 @@ def test_what_a_killed_serve_left_is_replaced(own_directory: Path) -> None:
     answering.close()
 
 
-def test_a_second_one_does_not_take_the_place_of_the_first(opened: feed.FeedServer) -> None:
+def test_a_second_serve_does_not_replace_the_first(opened: feed.FeedServer) -> None:
     with pytest.raises(OSError, match="another kvmtrace serve"):
         feed.FeedServer(greet)
     assert heard() == b"hello"
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "directory"])
-def test_what_is_no_socket_is_left_alone(own_directory: Path, kind: str) -> None:
+def test_another_kind_of_file_is_not_replaced(own_directory: Path, kind: str) -> None:
     there = own_directory / "serve.sock"
     if kind == "file":
         there.write_text("precious")
@@ -197,7 +197,7 @@ def test_what_is_no_socket_is_left_alone(own_directory: Path, kind: str) -> None
     assert there.lstat() == before
 
 
-def test_the_end_of_one_does_not_remove_what_replaced_it(opened: feed.FeedServer) -> None:
+def test_a_serve_that_ends_does_not_remove_another_ones_socket(opened: feed.FeedServer) -> None:
     os.unlink(opened.path)
     other = feed.FeedServer(greet)
     opened.close()
@@ -205,7 +205,7 @@ def test_the_end_of_one_does_not_remove_what_replaced_it(opened: feed.FeedServer
     other.close()
 
 
-def test_of_many_that_start_at_once_one_is_there(own_directory: Path) -> None:
+def test_of_many_serves_that_start_at_once_one_listens(own_directory: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(own_directory / "serve.sock"))  # all of them find one that was left
     answering: list[feed.FeedServer] = []
@@ -226,12 +226,12 @@ def test_of_many_that_start_at_once_one_is_there(own_directory: Path) -> None:
     answering[0].close()
 
 
-# -- who
+# -- permissions
 
 
 @needs_root
 def test_another_user_does_not_get_in(opened: feed.FeedServer, own_directory: Path) -> None:
-    """Neither by the directory nor, where that lets everybody through, by the socket."""
+    """Neither by the directory nor, if that is open to everybody, by the socket."""
     for path in (own_directory, *own_directory.parents):
         if path.stat().st_mode & 0o001:
             break
@@ -265,7 +265,7 @@ def test_the_group_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs_root
-def test_a_serve_of_another_user_is_not_believed(own_directory: Path) -> None:
+def test_a_serve_of_another_user_is_not_trusted(own_directory: Path) -> None:
     there = own_directory / "serve.sock"
     ready, done = socket.socketpair()
     child = os.fork()
@@ -288,7 +288,7 @@ def test_a_serve_of_another_user_is_not_believed(own_directory: Path) -> None:
     os.waitpid(child, 0)
 
 
-def test_who_is_there_says_the_kernel() -> None:
+def test_credentials_come_from_the_kernel() -> None:
     one, other = socket.socketpair(socket.AF_UNIX)
     with one, other:
         assert feed_socket.credentials(one) == (os.getpid(), os.geteuid())
@@ -298,7 +298,7 @@ def test_who_is_there_says_the_kernel() -> None:
 # -- crowds
 
 
-def test_a_full_queue_is_somebody(own_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_is_waited_for(own_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as first:
         listening.bind(str(own_directory / "serve.sock"))
         listening.listen(0)
@@ -321,7 +321,7 @@ def test_a_full_queue_is_somebody(own_directory: Path, monkeypatch: pytest.Monke
         found[0].close()
 
 
-def test_all_of_many_at_once_are_answered() -> None:
+def test_many_clients_at_once_are_served() -> None:
     together = threading.Barrier(feed.MAX_CLIENTS)
 
     def wait_for_all(client: socket.socket) -> None:
@@ -341,7 +341,7 @@ def test_all_of_many_at_once_are_answered() -> None:
     assert answers == [b"hello"] * feed.MAX_CLIENTS
 
 
-def test_who_has_left_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_closed_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "MAX_CLIENTS", 1)
     go = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Page tables as real kernels showed them (7.3.4), and what is concluded from them."""
+"""Page table entries of a real kernel (7.3.4), and the owners that follow from them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ HVA = 0x7F54D37D5000
         (1 << 62 | 1 << 5 | 30, None),  # 6.1's
     ],
 )
-def test_a_poisoned_entry_tells_its_pfn(entry: int, pfn: int | None) -> None:
+def test_pfn_of_a_poisoned_entry(entry: int, pfn: int | None) -> None:
     assert poisoned(entry) == pfn
 
 
@@ -75,7 +75,7 @@ def test_a_mapped_page_is_referred_to_but_not_poisoned() -> None:
     assert referenced_pfn(NEVER_TOUCHED) is None
 
 
-def test_an_entry_of_the_hardware_tells_its_pfn() -> None:
+def test_pfn_of_a_hardware_entry() -> None:
     # arch/x86/include/asm/pgtable_64.h: type in bits 59-63, the offset inverted from bit 9 on.
     entry = 24 << 59 | (~0x106000 & (1 << 50) - 1) << 9
     assert lookup.poisoned_x86(entry) == 0x106000
@@ -86,14 +86,14 @@ def test_an_entry_of_the_hardware_tells_its_pfn() -> None:
 
 @pytest.mark.parametrize("kind", [23, 24, 27])
 @pytest.mark.parametrize("pfn", [0x106000, 0x43F00, 0x40F0])
-def test_an_entry_of_arm64_tells_its_pfn(kind: int, pfn: int) -> None:
+def test_pfn_of_an_arm64_entry(kind: int, pfn: int) -> None:
     assert lookup.poisoned_arm64(kind << 6 | pfn << 12) == pfn
     assert lookup.poisoned_arm64(kind << 3 | pfn << 8) == pfn  # before 6.13
     assert lookup.poisoned_arm64(pfn << 12 | 0x741) is None  # mapped
     assert lookup.poisoned_arm64(0) is None
 
 
-def test_a_device_inside_the_kernel_is_not_stat_s() -> None:
+def test_device_numbers_are_converted_to_those_of_stat() -> None:
     assert lookup.device_of(37) == os.makedev(0, 37)
     assert lookup.device_of(8 << 20 | 0x101) == os.makedev(8, 0x101)
 
@@ -140,7 +140,7 @@ def test_a_page_table_is_read_where_it_cannot_be_scanned(tmp_path: Path) -> None
     assert find([0x105C00], [7], proc) == [MappedPage(7, 0x10000, 0x105C00, PAGE)]  # still mapped
 
 
-def test_who_maps_the_same_file_owns_the_page_too(tmp_path: Path) -> None:
+def test_a_process_that_maps_the_same_file_owns_the_page_too(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x43000: MEMFD, 0x5F000: 0}, SHARED_MAPS)
     other = "00100000-00120000 rw-s 00004000 00:01 1029 /memfd:guest (deleted)\n"
     proc_with(tmp_path, 8, {0x11F000: 0}, other)
@@ -190,7 +190,7 @@ def test_failure_counts_are_summed_over_nodes(tmp_path: Path) -> None:
     assert page_flags.failure_counts(str(tmp_path)) == (("recovered", 2), ("total", 10))
 
 
-def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) -> None:
+def test_page_flags_are_read_only_if_there_is_poison(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("HardwareCorrupted:     0 kB\n")
     (count,) = counts(tmp_path)
     assert getattr(count, "at_start", None) is True
@@ -224,7 +224,7 @@ def by_pages(source: _Poisoned, root: Path, sys: Path) -> EnrichedSource:
 
 
 class _Poisoned:
-    """A source in whose poll a page is poisoned: reported first, counted then."""
+    """A source in whose poll a page is poisoned: first reported, then counted."""
 
     name = "bpf"
     why: str | None = None
@@ -251,7 +251,7 @@ class _Poisoned:
         pass
 
 
-def test_found_pages_without_room_are_lost(tmp_path: Path) -> None:
+def test_found_pages_beyond_the_limit_are_lost(tmp_path: Path) -> None:
     """As many are reported as there may be incidents."""
     pages = [0x80000 if number % 2 else 0 for number in range(8192)]
     (tmp_path / "meminfo").write_text("HardwareCorrupted:     16384 kB\n")
@@ -270,14 +270,14 @@ def test_found_pages_without_room_are_lost(tmp_path: Path) -> None:
     assert correlator.snapshot().lost == {"found_pages": 4096 - len(found)}
 
 
-def test_a_poison_that_is_just_coming_is_not_missed(tmp_path: Path) -> None:
+def test_counts_come_before_a_poison_of_the_same_poll(tmp_path: Path) -> None:
     source = _Poisoned(tmp_path)
     source.poll(0)
     events = by_pages(source, tmp_path, tmp_path / "sys").poll(0)
     assert [event.kind for event in events] == ["kernel_counts", "poison"]
 
 
-def test_a_page_marked_before_its_poison_is_told_is_not_from_before(tmp_path: Path) -> None:
+def test_a_page_marked_before_its_event_is_no_existing_poison(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("HardwareCorrupted:     4 kB\n")
     (tmp_path / "iomem").write_text(f"00000000-{(8 << kvm.PAGE_SHIFT) - 1:08x} : System RAM\n")
     (tmp_path / "kpageflags").write_bytes(struct.pack("=8Q", 0, 0, 0x80000, 0, 0, 0x80000, 0, 0))
@@ -288,8 +288,8 @@ def test_a_page_marked_before_its_poison_is_told_is_not_from_before(tmp_path: Pa
     assert [(e.kind, getattr(e, "pfn", 0)) for e in told] == [("poison", 5), ("found", 2)]
 
 
-def test_a_page_that_somebody_was_told_of_is_found_without_a_search(tmp_path: Path) -> None:
-    """The search may take long, and a loop is now."""
+def test_a_page_with_a_delivery_is_found_without_reading_page_flags(tmp_path: Path) -> None:
+    """Reading them may take long, and a loop must be shown now."""
     (tmp_path / "meminfo").write_text("HardwareCorrupted:     0 kB\n")
     proc_with(tmp_path, 7, {0x13000: ANON}, LOW_MAPS)
     signal = Sigbus(1, 7, 70, 4, 0x13000, sender=70)
@@ -342,8 +342,8 @@ def test_a_signal_without_an_address_is_about_the_poison_before_it(tmp_path: Pat
     assert told == [poison, replace(bare, pfn=5)]
 
 
-def test_a_process_without_a_vm_is_told_by_its_name(tmp_path: Path) -> None:
-    """As long as it is there to be asked; it may have died of the signal."""
+def test_a_process_without_a_vm_gets_its_name(tmp_path: Path) -> None:
+    """If it still exists: it may have died of the signal."""
     for pid, comm in ((8, b"cat\n"), (9, b"a\xff\x1b[2Jb\n")):
         (tmp_path / str(pid)).mkdir()
         (tmp_path / str(pid) / "comm").write_bytes(comm)
@@ -421,7 +421,9 @@ def test_a_page_is_read_once_however_many_signals_name_it(
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_a_page_that_is_poisoned_again_is_looked_for_again(tmp_path: Path, together: bool) -> None:
+def test_a_page_that_is_poisoned_again_is_searched_for_again(
+    tmp_path: Path, together: bool
+) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     stage = OwnerLookup(None, str(tmp_path))
     poisons = [Poison(ts, 0x104CAA, "dirty LRU page", "Recovered", tid=70) for ts in (3, 9, 20)]
@@ -435,7 +437,7 @@ def test_a_page_that_is_poisoned_again_is_looked_for_again(tmp_path: Path, toget
     assert stage.pfns == {0x104CAA}
 
 
-def test_a_page_that_is_unpoisoned_is_looked_for_no_more(tmp_path: Path) -> None:
+def test_an_unpoisoned_page_is_not_searched_for(tmp_path: Path) -> None:
     """Its next poison may be of another VM."""
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     stage = OwnerLookup(None, str(tmp_path))
@@ -445,7 +447,7 @@ def test_a_page_that_is_unpoisoned_is_looked_for_no_more(tmp_path: Path) -> None
     assert not stage.busy
 
 
-def test_a_page_that_waits_to_be_looked_for_waits_until_it_is_unpoisoned(
+def test_a_waiting_search_ends_when_the_page_is_unpoisoned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owners, "MAX_SEARCHES", 0)  # others are going on
@@ -460,10 +462,10 @@ def test_a_page_that_waits_to_be_looked_for_waits_until_it_is_unpoisoned(
 
 @pytest.mark.parametrize("pfn", [0x104CAA, None])
 @pytest.mark.parametrize("unpoisoned", [False, True])
-def test_what_a_search_finds_of_a_page_that_was_unpoisoned_is_not_told(
+def test_owners_of_an_unpoisoned_page_are_not_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pfn: int | None, unpoisoned: bool
 ) -> None:
-    """Nor is a lost huge page (of which nothing tells the pfn) taken for it."""
+    """A lost huge page without a pfn is not taken for it either."""
     ready: list[MappedPage] = []
 
     class Slow(PageTableSearch):
@@ -489,10 +491,10 @@ def test_what_a_search_finds_of_a_page_that_was_unpoisoned_is_not_told(
     ("page_type", "places"),
     [("reserved kernel page", 0), ("unknown page", 2), ("dirty LRU page", 16)],
 )
-def test_thousands_of_mappings_of_the_zero_page_are_not_told(
+def test_thousands_of_mappings_of_the_zero_page_are_not_reported(
     tmp_path: Path, page_type: str, places: int
 ) -> None:
-    """Before 6.7 a whole page table is read: what is mapped there refers to the page as well."""
+    """Before 6.7 a whole page table is read, in which mapped pages match as well."""
     mapped = {0x10000 + n * PAGE: 1 << 63 | 0x104CAA for n in range(16)}
     proc_with(tmp_path, 7, mapped, LOW_MAPS)
     poison = Poison(3, 0x104CAA, page_type, "Ignored", tid=70)
@@ -504,7 +506,7 @@ def test_thousands_of_mappings_of_the_zero_page_are_not_told(
     assert correlator.snapshot().kernel_pages == (places < 16)
 
 
-def test_of_a_page_that_is_poisoned_already_nothing_new_is_told(tmp_path: Path) -> None:
+def test_owners_of_an_already_poisoned_page_are_reported_once(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     stage = OwnerLookup(None, str(tmp_path))
     poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered", tid=70)
@@ -513,7 +515,7 @@ def test_of_a_page_that_is_poisoned_already_nothing_new_is_told(tmp_path: Path) 
     assert sum(isinstance(event, Owned) for event in told) == 1
 
 
-def test_what_guest_memfd_owns_is_not_looked_for(tmp_path: Path) -> None:
+def test_a_page_with_guest_memfd_owners_is_not_searched_for(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     events: list[Event] = [
         VmSeen(1, 5, 7),
@@ -523,7 +525,7 @@ def test_what_guest_memfd_owns_is_not_looked_for(tmp_path: Path) -> None:
     assert story(tmp_path, events) == events
 
 
-def test_without_slots_two_vms_of_one_process_are_not_told_apart(tmp_path: Path) -> None:
+def test_without_slots_one_of_two_vms_of_a_process_is_not_named(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     events: list[Event] = [
         VmSeen(1, 5, 7),
@@ -540,7 +542,7 @@ def test_a_signal_gets_the_pfn_of_its_address(tmp_path: Path) -> None:
 
 
 class Slots:
-    """A source's memory that knows one slot, and of one page that it is guest_memfd's."""
+    """A source's memory with one slot, and at most one page, of guest_memfd."""
 
     def __init__(self, page: Page | None = None) -> None:
         self._page = page
@@ -589,15 +591,15 @@ def test_where_a_guest_memfd_page_is_mapped(tmp_path: Path) -> None:
     assert told == [seen, owned, poison]
 
 
-def test_what_was_read_later_may_have_happened_before() -> None:
-    """Counters are read after rings, or before; who a VM is may be found out last of all."""
+def test_events_are_sorted_by_time() -> None:
+    """Counters are read after or before rings; a VM may be identified last of all."""
     exit_ = Exit(5, 1, 0, 133, 39, True, gfn=8)
     poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered")
     seen = VmSeen(9, 1, 7)
     assert in_order([exit_, poison, seen]) == [seen, poison, exit_]
 
 
-def test_a_page_that_is_unpoisoned_at_once_has_no_owner(tmp_path: Path) -> None:
+def test_a_page_that_is_unpoisoned_at_once_gets_no_owner(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered", tid=70)
     batch: list[Event] = [VmSeen(1, 5, 7), poison, Unpoison(6, 0x104CAA)]

@@ -1,4 +1,4 @@
-"""Whose a struct kvm is: its address is used again, and any beginning or end may be missed."""
+"""Keys of VMs: addresses are reused, and any creation or end may be missed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table() -> VmTable:
 
 
 def found(proc: Path, ts: int) -> VmTable:
-    """One that finds a process with a VM at ``ts``."""
+    """A table that finds a process with a VM at ``ts``."""
     directory = proc / str(PID) / "fd"
     directory.mkdir(parents=True)
     (directory / "3").symlink_to("anon_inode:kvm-vm")
@@ -42,7 +42,7 @@ def told(events: list[Event]) -> list[tuple[str, int]]:
     return [(type(e).__name__, e.vm) for e in events if isinstance(e, VmSeen | VmGone)]
 
 
-def test_a_beginning_tells_that_the_last_one_here_has_ended() -> None:
+def test_a_creation_ends_the_last_vm_at_the_address() -> None:
     for generations in ((0, 0), (4, 5)):
         vms = table()
         first, second = generations
@@ -53,7 +53,7 @@ def test_a_beginning_tells_that_the_last_one_here_has_ended() -> None:
 
 
 def holding(proc: Path, *fds: str) -> VmTable:
-    """A process that holds these descriptors, before a table has looked."""
+    """A process that holds these descriptors before a table scans."""
     directory = proc / str(PID) / "fd"
     directory.mkdir(parents=True)
     for number, target in enumerate(fds):
@@ -75,7 +75,7 @@ def test_several_vms_of_one_process_are_several(tmp_path: Path) -> None:
 
 
 def test_one_more_vm_of_a_process_is_found(tmp_path: Path) -> None:
-    """What was learnt of the first while it was alone stays the first's."""
+    """What was reported of the first VM while it was the only one remains with it."""
     vms = holding(tmp_path, "kvm-vm")
     assert told(vms.scan(5)) == [("VmSeen", 1)]
     (tmp_path / str(PID) / "fd" / "9").symlink_to("anon_inode:kvm-vm")
@@ -129,7 +129,7 @@ def test_without_start_times_a_process_without_a_vm_is_another_one(tmp_path: Pat
     assert told(ended) == [("VmGone", 1)]
 
 
-def test_a_look_searches_few_processes_and_all_in_turn(
+def test_each_round_searches_few_processes_and_all_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pids = range(PID, PID + 40)
@@ -161,7 +161,7 @@ def test_a_look_searches_few_processes_and_all_in_turn(
 def test_a_process_that_has_too_many_descriptors_is_not_searched_to_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a tenant could have the reader count hundreds of thousands of them each second."""
+    """Else a tenant could make the reader count hundreds of thousands each second."""
     holding(tmp_path, *["[eventfd]"] * 51)
     with pytest.raises(ValueError, match="more than 50"):
         identity.vm_descriptor(PID, str(tmp_path), 50)
@@ -171,8 +171,8 @@ def test_a_process_that_has_too_many_descriptors_is_not_searched_to_the_end(
         processes.vm_descriptor(PID, str(tmp_path))
 
 
-def test_a_thread_may_call_itself_anything() -> None:
-    """Its name stands before its process in what is read."""
+def test_a_thread_may_have_any_name() -> None:
+    """Its name comes before the fields that are read."""
     found: list[int | None] = []
 
     def look() -> None:
@@ -186,14 +186,14 @@ def test_a_thread_may_call_itself_anything() -> None:
     assert tgid_of(0) is None
 
 
-def test_what_told_of_it_first_does_not_matter() -> None:
+def test_the_order_of_first_events_does_not_matter() -> None:
     vms = table()
     assert vms.key(AT, PID, 2, generation=5)[0] == 1
     assert vms.created(AT, PID, 1, generation=5) == []
     assert vms.generations(AT) == [5]
 
 
-def test_an_end_tells_of_a_vm_that_nobody_knew() -> None:
+def test_an_end_of_an_unknown_vm_adds_it_first() -> None:
     vms = table()
     seen, gone = vms.destroyed(AT, PID, 3, comm="vmm")
     assert isinstance(seen, VmSeen)
@@ -202,22 +202,22 @@ def test_an_end_tells_of_a_vm_that_nobody_knew() -> None:
     assert vms.pids() == {}
 
 
-def test_one_found_by_its_process_may_have_begun_before(tmp_path: Path) -> None:
+def test_a_vm_found_by_its_process_may_have_been_created_before(tmp_path: Path) -> None:
     vms = found(tmp_path, 5)
     assert vms.created(AT, PID, 4) == []
     assert told(vms.created(AT + 4096, PID, 6)) == [("VmSeen", 2)]
     assert told(vms.destroyed(AT, PID, 7)) == [("VmGone", 1)]
 
 
-def test_one_that_begins_is_not_one_that_was_found_before(tmp_path: Path) -> None:
+def test_a_new_vm_is_not_one_that_was_found_before(tmp_path: Path) -> None:
     vms = found(tmp_path, 5)
     assert told(vms.created(AT, PID, 6)) == [("VmSeen", 2)]
     assert told(vms.destroyed(AT, PID, 7)) == [("VmGone", 2)]
     assert vms.of_pid(PID) == [1]
 
 
-def test_what_came_after_the_start_is_not_one_that_was_found_before(tmp_path: Path) -> None:
-    """Though its first fault is read before its beginning."""
+def test_a_vm_created_after_the_start_is_not_one_that_was_found_before(tmp_path: Path) -> None:
+    """Though its first fault is read before its creation."""
     vms = found(tmp_path, 5)
     assert vms.key(AT, PID, 8, generation=3)[0] == 2
     assert vms.created(AT, PID, 7, generation=3) == []
@@ -225,7 +225,7 @@ def test_what_came_after_the_start_is_not_one_that_was_found_before(tmp_path: Pa
     assert vms.key(AT + 4096, PID, 9)[0] == 1
 
 
-def test_one_found_in_the_moment_of_its_end_has_ended() -> None:
+def test_a_vm_found_while_it_ends_has_ended() -> None:
     """By its address; the end has changed the generation meanwhile."""
     vms = table()
     assert vms.key(AT, PID, 5, generation=4)[0] == 1
@@ -236,7 +236,7 @@ def test_one_found_in_the_moment_of_its_end_has_ended() -> None:
     st.lists(st.tuples(st.sampled_from((AT, AT + 4096)), st.booleans(), st.booleans())),
     st.booleans(),
 )
-def test_two_vms_are_one_only_if_nothing_was_told_between_them(
+def test_two_vms_are_one_only_without_an_event_between_them(
     lives: list[tuple[int, bool, bool]], counts: bool
 ) -> None:
     """VMs that live one after the other at two addresses, of which ends and beginnings are missed.
@@ -272,9 +272,7 @@ def test_two_vms_are_one_only_if_nothing_was_told_between_them(
     st.lists(st.integers(0, 4), min_size=1, max_size=3),
     st.lists(st.tuples(st.sampled_from(["touch", "end", "begin"]), st.integers(0, 11))),
 )
-def test_there_are_as_many_vms_as_there_are(
-    before: list[int], story: list[tuple[str, int]]
-) -> None:
+def test_no_vm_is_missing_or_counted_twice(before: list[int], story: list[tuple[str, int]]) -> None:
     """Processes with VMs from before the start, of which then some do something, end or begin.
 
     ``before``: VMs of each process; 0 is one of which only a vCPU is held.
@@ -319,8 +317,8 @@ def test_there_are_as_many_vms_as_there_are(
             assert sorted(alive) == sorted(key for of in vms.pids().values() for key in of)
 
 
-def test_a_vm_that_cannot_be_looked_up_is_known_by_what_cannot_hang(tmp_path: Path) -> None:
-    """As where its process holds its memory map; it is looked up again later."""
+def test_a_vm_that_cannot_be_looked_up_is_named_by_reads_that_cannot_hang(tmp_path: Path) -> None:
+    """For instance if its process holds mmap_lock; it is looked up again later."""
     vms = holding(tmp_path, "kvm-vm")
     process = tmp_path / str(PID)
     (process / "comm").write_text("qemu-kvm\n")
