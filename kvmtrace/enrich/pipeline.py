@@ -73,7 +73,7 @@ class EnrichedSource:
         now = self._now()
         for stage in self._stages:
             stage.before_read(now)
-        wait = min(timeout, *(stage.max_wait() for stage in self._stages))
+        wait = min([timeout, *(stage.max_wait() for stage in self._stages)])
         events = in_order(self.inner.poll(wait))
         # Lookups may take long. If they moved the time on, a loop would seem to have ended.
         now = self._now()
