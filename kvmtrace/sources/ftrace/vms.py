@@ -56,7 +56,7 @@ class VmResolver:
         return bool(self.vms.generations(struct))
 
     def began(self, record: Record) -> None:
-        """kvm_arch_init_vm; see VmTable.began."""
+        """kvm_arch_init_vm; see VmTable.created."""
         struct, comm = record.fields["kvm"], record.fields.get("comm")
         self.out += self.vms.created(struct, self._maker_of(record), record.ts, comm=comm)
         self.key(record)
