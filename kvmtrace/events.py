@@ -10,11 +10,9 @@ comes in ``VmSeen``.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kvmtrace import kvm
 
@@ -401,53 +399,3 @@ KINDS: dict[str, type[Event]] = {
         Lost,
     )
 }
-
-
-def to_record(event: Event) -> dict[str, Any]:
-    """A JSON-ready dict; fields that are None are absent. The inverse of ``from_record``."""
-    record: dict[str, Any] = {"kind": event.kind}
-    for name in _fields(event.kind)[0]:
-        value = getattr(event, name)
-        if value is None:
-            continue
-        if isinstance(value, Owner):
-            value = _owner_record(value)
-        elif isinstance(value, tuple):
-            value = [_owner_record(x) if isinstance(x, Owner) else list(x) for x in value]
-        record[name] = value
-    return record
-
-
-def from_record(record: Mapping[str, Any]) -> Event:
-    """Rebuild an event. Unknown fields are ignored (a newer recording must still replay).
-
-    Raises KeyError for an unknown kind, TypeError where a required field is missing.
-    """
-    cls = KINDS[record["kind"]]
-    names, optional = _fields(cls.kind)
-    # to_record leaves out what is None, also where the class wants it said ("int | None").
-    values: dict[str, Any] = dict.fromkeys(optional)
-    values |= {name: record[name] for name in names if name in record}
-    if "owner" in values:
-        values["owner"] = _owner_from(values["owner"])
-    if "owners" in values:
-        values["owners"] = tuple(_owner_from(owner) for owner in values["owners"])
-    if "failures" in values:
-        values["failures"] = tuple((name, count) for name, count in values["failures"])
-    return cls(**values)
-
-
-@functools.cache
-def _fields(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of all fields, and of those that may be None."""
-    fields = dataclasses.fields(KINDS[kind])
-    optional = (field.name for field in fields if str(field.type).endswith("| None"))
-    return tuple(field.name for field in fields), tuple(optional)
-
-
-def _owner_record(owner: Owner) -> dict[str, int]:
-    return {k: v for k, v in dataclasses.asdict(owner).items() if v is not None}
-
-
-def _owner_from(record: Mapping[str, Any]) -> Owner:
-    return Owner(record["vm"], record.get("gfn"), record.get("hva"))

@@ -38,10 +38,9 @@ from kvmtrace.events import (
     VcpuState,
     VmGone,
     VmSeen,
-    from_record,
-    to_record,
 )
 from kvmtrace.model import CAUSES, PAGE_CLASSES, STATES, VERDICTS, CorrelatedEvent, Snapshot
+from kvmtrace.sources.codec import from_record, to_record
 from kvmtrace.views import event_lines, json_output
 from tests.property import examples
 

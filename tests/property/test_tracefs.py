@@ -17,7 +17,7 @@ from kvmtrace.linux.tracefs import dynamic_events, instance, mount, ring_page
 from kvmtrace.linux.tracefs.histogram import HistogramReader
 from kvmtrace.linux.tracefs.missed import Missed
 from kvmtrace.linux.tracefs.ring_page import EventFormat, PageLayout
-from kvmtrace.sources.codec import WRONG, checked
+from kvmtrace.sources.codec import DECODE_ERRORS, checked
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.totals import KernelTotals
 from kvmtrace.sources.ftrace.translator import FtraceTranslator
@@ -213,7 +213,7 @@ def test_damaged_rings_are_reported_or_lost(
         for event in translator.batch(batch, 1 << 40, totals=totals, last=batch is not found):
             try:
                 event = checked(event)  # noqa: PLW2901
-            except WRONG:
+            except DECODE_ERRORS:
                 event = Lost(0, "unwritable_events", 1)  # noqa: PLW2901
             json_output.event_line(correlator.feed(event))
         translator.filter_exclusions()

@@ -11,7 +11,7 @@ import pytest
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
-from kvmtrace.enrich import Observer
+from kvmtrace.enrich.machine_checks import MachineChecks
 from kvmtrace.events import Event, HwError, Mce, Poison
 from kvmtrace.linux import cper, mce, smbios
 from kvmtrace.linux.smbios import Firmware
@@ -72,7 +72,7 @@ def told(tmp_path: Path, events: Sequence[Event], vendor: str = INTEL) -> Snapsh
         f"vendor_id\t: {vendor}\naddress sizes\t: 46 bits physical, 57 bits virtual\n"
     )
     correlator = Correlator()
-    for event in Observer(None, str(tmp_path)).events(list(events), T):
+    for event in MachineChecks(str(tmp_path)).process(list(events), T):
         correlator.feed(event)
     return correlator.snapshot()
 
@@ -424,7 +424,7 @@ def test_who_reads_a_record_is_not_where_it_is(tmp_path: Path) -> None:
 )
 def test_events_say_what_the_socket_is(tmp_path: Path, status: int, at: str | None) -> None:
     (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {INTEL}\n")
-    (event,) = Observer(None, str(tmp_path)).events([check(T, 7, status)], T)
+    (event,) = MachineChecks(str(tmp_path)).process([check(T, 7, status)], T)
     line = event_line(Correlator().feed(event))
     assert line is not None
     assert line.get("at") == at

@@ -230,8 +230,8 @@ def test_bcc_out_of_sight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "--system-site-packages" in ask(tmp_path, monkeypatch, hidden).fix
 
 
-def test_the_collector_of_corrected_errors_is_asked_itself(tmp_path: Path) -> None:
-    """Not the configuration: it may be compiled in and switched off."""
+def test_the_running_collector_of_corrected_errors_counts(tmp_path: Path) -> None:
+    """Not the configuration: it may be compiled in and disabled."""
     (tmp_path / "ras").mkdir()
     assert host.corrected_errors_collector(str(tmp_path)) is False
     (tmp_path / "ras/cec").mkdir()

@@ -183,7 +183,7 @@ class BpfTranslator:
 
     def housekeeping(self) -> list[Event]:
         """VMs whose end was missed."""
-        return self._vms.missed(self._now())
+        return self._vms.reap(self._now())
 
     # -- one kind each
 
@@ -363,7 +363,7 @@ class BpfTranslator:
         for generation in self._vms.generations(header.kvm):
             if generation != header.gen:
                 events += self._settle((header.kvm, generation), kernel)
-        return events + self._vms.began(
+        return events + self._vms.created(
             header.kvm,
             header.tgid,
             header.ts + self._offset,
@@ -373,7 +373,7 @@ class BpfTranslator:
 
     def _gone(self, record: Any, kernel: Counters) -> list[Event]:
         header = record.h
-        return self._settle((header.kvm, header.gen), kernel) + self._vms.gone(
+        return self._settle((header.kvm, header.gen), kernel) + self._vms.destroyed(
             header.kvm,
             header.tgid,
             header.ts + self._offset,

@@ -140,7 +140,7 @@ class FtraceSource:
         if not self._attacher.attached("vm_new") and time.monotonic() >= self._scan_due:
             self._ready += vms.scan(clock.now_ns())
             self._scan_due = time.monotonic() + limits.SCAN_SECONDS
-        self._ready += vms.missed(clock.now_ns())
+        self._ready += vms.reap(clock.now_ns())
         if missed := self._missed.newly_missed():
             self._ready.append(Lost(clock.now_ns(), "ftrace_missed", missed))
         self._upkeep_due = time.monotonic() + limits.UPKEEP_SECONDS

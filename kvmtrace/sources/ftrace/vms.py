@@ -89,13 +89,13 @@ class VmResolver:
     def vm_created(self, record: Record) -> None:
         """kvm_arch_init_vm returned."""
         struct, comm = record.fields["kvm"], record.fields.get("comm")
-        self.events += self.table.began(struct, self._vmm_of(record), record.ts, comm=comm)
+        self.events += self.table.created(struct, self._vmm_of(record), record.ts, comm=comm)
         self.key(record)
 
     def vm_destroyed(self, record: Record) -> None:
         """kvm_destroy_vm was called."""
         struct, comm = record.fields["kvm"], record.fields.get("comm")
-        self.events += self.table.gone(struct, self._vmm_of(record), record.ts, comm=comm)
+        self.events += self.table.destroyed(struct, self._vmm_of(record), record.ts, comm=comm)
 
     def pid_of(self, tid: int, tgid: int | None) -> int:
         """The process of a thread; the thread's own ID if the thread has ended."""
