@@ -29,7 +29,7 @@ def conversion(**other: Any) -> records.ExitKeyRecord:
 
 
 def overflow(**other: Any) -> records.ExitKeyRecord:
-    """As kvmtrace.bpf.c counts what the map of exits has no room for."""
+    """As bpf/exits.c counts what the map of exits has no room for."""
     wanted = {"gpa": records.NO_GPA, "gfn": records.NO_GFN, "size": 0, "vcpu": records.NO_VCPU}
     return key(**(wanted | other))
 

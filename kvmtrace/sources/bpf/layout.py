@@ -1,6 +1,6 @@
 """What this kernel looks like to the eBPF programs: symbols, offsets and prototypes, as macros.
 
-All of it is asked of the running kernel (kallsyms, BTF); see bpf/kvmtrace.bpf.c for the macros.
+All of it is asked of the running kernel (kallsyms, BTF); see bpf/common.c for the macros.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvmtrace.linux.btf import Btf
 from kvmtrace.probes import ProbeSpec
 from kvmtrace.sources.bpf import copies, lookup
 
-# Members by struct, first the names that the macros of kvmtrace.bpf.c carry, then where BTF may
+# Members by struct, first the names that the macros of bpf/*.c carry, then where BTF may
 # have them: names differ between kernels where a struct was renamed.
 OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "kvm_vcpu_kvm": (("kvm_vcpu", "kvm"),),
@@ -190,7 +190,7 @@ class Layout:
         return Trampoline(kind, self.symbols[target].module, target)
 
     def cflags(self) -> list[str]:
-        """The macros that bpf/*.bpf.c are compiled with."""
+        """The macros that bpf/*.c are compiled with."""
         flags = [f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}", f"-DTHIS_COPY={copies.THIS_COPY}"]
         flags += [f"-DOFF_{name}={-1 if at is None else at}" for name, at in self.offsets.items()]
         flags += [f"-DSIZE_{name}={size}" for name, size in self._sizes.items()]

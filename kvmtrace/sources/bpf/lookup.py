@@ -1,7 +1,7 @@
 """What the kernel knows of VMs and pages right now: VMs, memslots, owners of a page.
 
-Asks the programs of bpf/vms.bpf.c, which are loaded and never attached: libbpf runs each on demand
-(BPF_PROG_TEST_RUN, Linux 5.10) with the question in its context. Nothing is locked, so answers
+The programs of bpf/lookup.bpf.c are loaded and never attached: libbpf runs each on demand
+(BPF_PROG_TEST_RUN, Linux 5.10) with the arguments in its context. Nothing is locked, so results
 are checked: a set of slots that changed meanwhile is read again.
 """
 
@@ -35,7 +35,7 @@ OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "inode_i_sb": (("inode", "i_sb"),),
     "super_block_s_dev": (("super_block", "s_dev"),),
 }
-"""Members that bpf/vms.bpf.c reads, as ``_OFFSETS`` in bpf.py."""
+"""Members that bpf/lookup.bpf.c reads, as ``layout.OFFSETS``."""
 
 SYMBOLS = (
     "vm_list",
@@ -138,7 +138,7 @@ class _TestRun(ctypes.Structure):
 class KernelLookup:
     """Questions to the kernel; None for what it cannot answer here.
 
-    ``bpf``: vms.bpf.c as bcc compiled it. ``load``: loads a program by name and returns its file
+    ``bpf``: lookup.bpf.c as bcc compiled it. ``load``: loads a program by name and returns its file
     descriptor, or raises. ``offsets`` by macro name, ``symbols``: addresses of variables.
     """
 

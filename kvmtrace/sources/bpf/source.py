@@ -1,7 +1,7 @@
-"""The eBPF source: compiles bpf/kvmtrace.bpf.c with bcc, attaches what it can, emits events.
+"""The eBPF source: compiles bpf/common.c with bcc, attaches what it can, emits events.
 
 The only module that knows bcc. Kernel structs are reached by offsets from BTF that are passed to
-the compiler; see bpf/kvmtrace.bpf.c for what is passed.
+the compiler; see bpf/common.c for what is passed.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ RING_PAGES = 512
 MAX_KEYS = 16384
 MAX_OVERFLOW = 4096
 
+PARTS = tuple(f"{topic}.c" for topic in "common exits signals poison hardware vms".split())
+"""The program in C, in bpf/: compiled as one text."""
+
 BCC_HINT = "apt install python3-bpfcc (Debian, Ubuntu) or dnf install python3-bcc (Fedora)"
 
 # How often to look whether kvm came or went, in seconds.
 _WATCH_SECONDS = 1.0
 _SETTLE_LIMIT = 10.0
 
-# The programs of each probe by way: bcc method and function name in kvmtrace.bpf.c.
+# The programs of each probe by way: bcc method and function name in bpf/*.c.
 _TRACEPOINTS = {
     "poison": "tp_poison",
     "mce": "tp_mce",
@@ -228,7 +231,7 @@ class _Programs:
         self._seen: dict[str, dict[bytes, bytes]] = {}  # by map: its rows as they were read last
         wanted = probes.specs()
         self._layout = Layout((*wanted, *probes.context_specs()))
-        self._bpf = self._compile("kvmtrace.bpf.c")
+        self._bpf = self._compile(*PARTS)
         states = [self._attach(spec) for spec in self._layout.specs]
         if any(state.attached and state.name == "gmem" for state in states):
             self._bpf["watching_gmem"][ctypes.c_int(0)] = ctypes.c_uint32(1)
@@ -258,7 +261,7 @@ class _Programs:
     def _questions(self) -> lookup.KernelLookup | None:
         """The programs that answer questions; None where they do not compile here."""
         try:
-            self._asked = asked = self._compile("vms.bpf.c")
+            self._asked = asked = self._compile("lookup.bpf.c")
         except KvmtraceError:
             return None
 
@@ -276,8 +279,10 @@ class _Programs:
         except KeyError:
             return 0
 
-    def _compile(self, name: str) -> Any:
+    def _compile(self, *parts: str) -> Any:
         source = files.bpf_dir()
+        # bcc rewrites maps in the main file only: there is but one. Errors name the part.
+        text = "".join(f'#line 1 "{part}"\n{(source / part).read_text()}' for part in parts)
         cflags = [
             f"-I{source}",
             f"-DRING_PAGES={RING_PAGES}",
@@ -291,7 +296,7 @@ class _Programs:
         os.environ["BCC_KERNEL_SOURCE"] = str(source / "stubs")
         with quiet_stderr() as said:
             try:
-                return unattached(src_file=os.fsencode(source / name), cflags=cflags)
+                return unattached(text=text.encode(), cflags=cflags)
             except Exception as error:  # bcc raises bare Exception
                 reason = str(error)
         detail = next((line.strip() for line in said if "error" in line), None) or reason

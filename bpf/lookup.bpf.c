@@ -1,10 +1,10 @@
 /* Questions about VMs and pages that are there already. Nothing is attached: sources/bpf/lookup.py runs
  * these programs one question at a time (BPF_PROG_TEST_RUN of raw tracepoints), the arguments in the
  * context, the answer in a map. Nothing is locked either, so every walk is bounded and says how it
- * ended. Structs of answers are mirrored in bpf_vms.py. */
+ * ended. Structs of answers are mirrored in sources/bpf/lookup.py. */
 #include <asm/ptrace.h>
 #include "record.h"
-#include "walk.h"
+#include "kernel_objects.h"
 
 #define VM_ROWS 64
 #define SLOT_STEPS 128

@@ -1,7 +1,7 @@
 /* From one kernel object to the next by offsets from BTF: no maps in here (bcc rewrites those in the
  * main file only). Every read may meet memory that is gone: it gives 0 then. */
-#ifndef KVMTRACE_WALK_H
-#define KVMTRACE_WALK_H
+#ifndef KVMTRACE_KERNEL_OBJECTS_H
+#define KVMTRACE_KERNEL_OBJECTS_H
 
 #include "record.h"
 
