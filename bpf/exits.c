@@ -10,13 +10,13 @@
 #define KVM_PFN_ERR_HWPOISON_ 0x7ff0000000000001ULL /* include/linux/kvm_host.h */
 
 /* A key's first exit is told at once, later ones at most this often; the counters have them all. */
-#define TELL_EVERY_NS 200000000ULL
+#define EMIT_INTERVAL_NS 200000000ULL
 /* Over all keys together: this many events in a window of 100 ms. */
-#define TELL_BURST 200
+#define EMIT_BURST 200
 
 BPF_TABLE("hash", struct exit_key, struct exit_count, exits, MAX_KEYS);
 BPF_TABLE("hash", struct exit_key, struct exit_count, overflow, MAX_OVERFLOW);
-BPF_TABLE("hash", struct refused_key, struct refused_count, refused, MAX_OVERFLOW);
+BPF_TABLE("hash", struct refusal_key, struct refusal_count, refusals, MAX_OVERFLOW);
 BPF_TABLE("array", u32, u32, watching_gmem, 1); /* 1: kvm_gmem_get_pfn's answers are seen */
 
 /* Per thread: what kvm_gmem_get_pfn answered last when it failed, until a fault takes it up. */
@@ -40,11 +40,11 @@ struct fault {
 };
 BPF_TABLE("lru_hash", u32, struct fault, faults, 8192);
 
-struct tell_budget {
+struct emit_budget {
 	u64 since;
 	u64 left;
 };
-BPF_TABLE("array", u32, struct tell_budget, budget, 1);
+BPF_TABLE("array", u32, struct emit_budget, budget, 1);
 
 /* Whether a VM may have private memory; where the kernel does not tell, on x86 it may. */
 static __always_inline int has_private(u64 kvm)
@@ -52,20 +52,20 @@ static __always_inline int has_private(u64 kvm)
 #if OFF_kvm_has_private_mem < 0 && defined(__aarch64__)
 	return 0;
 #else
-	return OFF_kvm_has_private_mem < 0 || byte(kvm + OFF_kvm_has_private_mem);
+	return OFF_kvm_has_private_mem < 0 || read_u8(kvm + OFF_kvm_has_private_mem);
 #endif
 }
 
-static __always_inline int may_tell(u64 now)
+static __always_inline int within_budget(u64 now)
 {
 	u32 zero = 0;
-	struct tell_budget *b = budget.lookup(&zero);
+	struct emit_budget *b = budget.lookup(&zero);
 
 	if (!b)
 		return 0;
 	if (now - b->since > 100000000ULL) {
 		b->since = now;
-		b->left = TELL_BURST;
+		b->left = EMIT_BURST;
 	}
 	if (!b->left)
 		return 0;
@@ -78,7 +78,7 @@ static __always_inline int may_tell(u64 now)
 /* Exits whose address tells nobody anything: guest_memfd was not asked (a conversion), or a bit that
  * is not mainline's says that the page is to be fetched. They come for one page after the other by
  * the ten thousand, and would leave no counter to others. */
-static __always_inline int is_normal_business(struct exit_key *key)
+static __always_inline int is_routine(struct exit_key *key)
 {
 	return key->annotated && key->ret == -EFAULT_ &&
 	       (!key->gmem || key->flags & ~MEMORY_EXIT_FLAG_PRIVATE_);
@@ -94,24 +94,24 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	struct fault *fault;
 	u64 run, now, gpa = 0;
 
-	key.kvm = word(vcpu + OFF_kvm_vcpu_kvm);
-	key.gen = gen_of(key.kvm);
-	key.vcpu = half(vcpu + OFF_kvm_vcpu_vcpu_id);
+	key.kvm = read_u64(vcpu + OFF_kvm_vcpu_kvm);
+	key.gen = generation_of(key.kvm);
+	key.vcpu = read_u32(vcpu + OFF_kvm_vcpu_vcpu_id);
 	key.ret = ret;
 	key.gfn = NO_GFN;
 	/* Only the fault handler's own return says whether it asked: a fault that nobody saw says
 	 * nothing, and must not pass for one that was a conversion. */
 	key.gmem = GMEM_NOT_WATCHED;
-	run = word(vcpu + OFF_kvm_vcpu_run);
-	key.reason = half(run + OFF_kvm_run_exit_reason);
+	run = read_u64(vcpu + OFF_kvm_vcpu_run);
+	key.reason = read_u32(run + OFF_kvm_run_exit_reason);
 	/* Only then is the union a memory_fault (api.rst); else it is another exit's leftovers. 0: see
 	 * on_vncr. */
 	if (key.reason == KVM_EXIT_MEMORY_FAULT_ &&
 	    (ret == -EFAULT_ || ret == -EHWPOISON_ || !ret) && OFF_kvm_run_memory_fault >= 0) {
 		key.annotated = 1;
-		key.flags = word(run + OFF_kvm_run_memory_fault);
-		key.gpa = word(run + OFF_kvm_run_memory_fault + 8);
-		key.size = word(run + OFF_kvm_run_memory_fault + 16);
+		key.flags = read_u64(run + OFF_kvm_run_memory_fault);
+		key.gpa = read_u64(run + OFF_kvm_run_memory_fault + 8);
+		key.size = read_u64(run + OFF_kvm_run_memory_fault + 16);
 	}
 
 	fault = faults.lookup(&tid);
@@ -145,10 +145,10 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 
 	/* No errno, and told only on arm64: see on_arm_sea. struct { flags, esr, gva, gpa } */
 	if (!ret && key.reason == KVM_EXIT_ARM_SEA_ && OFF_kvm_run_arm_sea >= 0 &&
-	    word(run + OFF_kvm_run_arm_sea) & ARM_SEA_GPA_VALID)
-		key.gfn = word(run + OFF_kvm_run_arm_sea + 24) >> PAGE_SHIFT_;
+	    read_u64(run + OFF_kvm_run_arm_sea) & ARM_SEA_GPA_VALID)
+		key.gfn = read_u64(run + OFF_kvm_run_arm_sea + 24) >> PAGE_SHIFT_;
 
-	if (is_normal_business(&key)) {
+	if (is_routine(&key)) {
 		gpa = key.gpa;
 		key.gpa = NO_GPA;
 		key.gfn = NO_GFN;
@@ -157,7 +157,7 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	count = exits.lookup_or_try_init(&key, &zero);
 	if (!count) {
 		/* The map is full. Stay exact per VM, errno and cause; give up the rest, and say so. */
-		lose(LOST_KEYS);
+		count_lost(LOST_KEYS);
 		key.gpa = NO_GPA;
 		key.gfn = NO_GFN;
 		key.size = 0;
@@ -165,7 +165,7 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 		key.access = 0;
 		count = overflow.lookup_or_try_init(&key, &zero);
 		if (!count) {
-			lose(LOST_COUNTS);
+			count_lost(LOST_COUNTS);
 			return 0;
 		}
 	} else if (key.gpa == NO_GPA && (count->gpa != gpa || !count->since)) {
@@ -179,17 +179,17 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	count->last_ts = now;
 	count->tid = tid;
 	count->tgid = bpf_get_current_pid_tgid() >> 32;
-	if (now - count->told_ts < TELL_EVERY_NS)
+	if (now - count->last_emit_ts < EMIT_INTERVAL_NS)
 		return 0;
-	if (!may_tell(now))
+	if (!within_budget(now))
 		return 0;
-	count->told_ts = now;
-	fill(&record.h, RECORD_EXIT, key.kvm);
+	count->last_emit_ts = now;
+	fill_header(&record.h, RECORD_EXIT, key.kvm);
 	record.key = key;
 	record.total = count->total;
 	record.gpa = count->gpa;
 	record.since = count->since;
-	tell(&record, sizeof(record));
+	emit(&record, sizeof(record));
 	return 0;
 }
 
@@ -200,7 +200,7 @@ static __always_inline int on_run(u64 vcpu, int ret, u32 copy)
 	/* A signal is pending, or the vCPU is not started yet: ordinary life. */
 	if (ret == -EINTR_ || ret == -EAGAIN_)
 		return 0;
-	return is_seen(CALL_RUN, vcpu, exits_of(vcpu), copy) ? 0 : on_run_failed(vcpu, ret);
+	return already_handled(CALL_RUN, vcpu, exits_of(vcpu), copy) ? 0 : on_run_failed(vcpu, ret);
 }
 
 /* A KVM_RUN that was under way when the probes were attached returns past them, but not past
@@ -219,24 +219,24 @@ static __always_inline int on_run_under_way(int ret)
 #ifdef FN_run
 int FN_run(args_t *ctx)
 {
-	return on_run(ctx[0], (int)ctx[NARGS_run], this_copy());
+	return on_run(ctx[0], (int)ctx[NARGS_run], copy_number());
 }
 #endif
 
 int kp_run(struct pt_regs *ctx)
 {
-	return keep(KEPT_RUN, PT_REGS_PARM1(ctx), 0, 0);
+	return save_args(SAVED_RUN, PT_REGS_PARM1(ctx), 0, 0);
 }
 
 /* kvm:kvm_userspace_exit(reason, errno) is traced right behind KVM_RUN's return, in the same thread. A
  * kretprobe in its place would miss returns: its instances run out where many vCPUs sit in KVM_RUN. */
 int tp_run(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct kept *args;
+	struct saved_args *args;
 
 	if ((int)ctx->args[1] >= 0)
 		return 0;
-	args = kept_by(KEPT_RUN);
+	args = saved_args(SAVED_RUN);
 	return args ? on_run(args->a, (int)ctx->args[1], 0) : on_run_under_way((int)ctx->args[1]);
 }
 
@@ -249,7 +249,7 @@ int tp_run_under_way(struct bpf_raw_tracepoint_args *ctx)
 
 static __always_inline int on_arm_sea(u64 vcpu, int ret)
 {
-	if (ret || half(word(vcpu + OFF_kvm_vcpu_run) + OFF_kvm_run_exit_reason) != KVM_EXIT_ARM_SEA_)
+	if (ret || read_u32(read_u64(vcpu + OFF_kvm_vcpu_run) + OFF_kvm_run_exit_reason) != KVM_EXIT_ARM_SEA_)
 		return 0;
 	return on_run_failed(vcpu, 0);
 }
@@ -266,7 +266,7 @@ int FN_arm_sea(args_t *ctx)
 
 static __always_inline int on_vncr(u64 vcpu, int ret)
 {
-	if (ret || half(word(vcpu + OFF_kvm_vcpu_run) + OFF_kvm_run_exit_reason) !=
+	if (ret || read_u32(read_u64(vcpu + OFF_kvm_vcpu_run) + OFF_kvm_run_exit_reason) !=
 			   KVM_EXIT_MEMORY_FAULT_)
 		return 0;
 	return on_run_failed(vcpu, 0);
@@ -281,17 +281,17 @@ int FN_vncr(args_t *ctx)
 
 /* ---- gmem: kvm_gmem_get_pfn(kvm, slot, gfn, pfn, ...) failed ---- */
 
-static __always_inline void on_refused(u64 kvm, u64 gfn)
+static __always_inline void count_refusal(u64 kvm, u64 gfn)
 {
-	struct refused_key key = {};
-	struct refused_count zero = {}, *count;
+	struct refusal_key key = {};
+	struct refusal_count zero = {}, *count;
 
 	key.kvm = kvm;
-	key.gen = gen_of(kvm);
+	key.gen = generation_of(kvm);
 	key.gfn = gfn;
-	count = refused.lookup_or_try_init(&key, &zero);
+	count = refusals.lookup_or_try_init(&key, &zero);
 	if (!count) {
-		lose(LOST_COUNTS);
+		count_lost(LOST_COUNTS);
 		return;
 	}
 	__sync_fetch_and_add(&count->total, 1);
@@ -305,10 +305,10 @@ static __always_inline int on_gmem(u64 kvm, u64 gfn, u64 pfn_at, int ret, u32 co
 	u32 tid;
 	struct gmem_fail fail = {};
 
-	if (ret >= 0 || is_seen(CALL_GMEM, gfn, exits_of(running_vcpu()), copy))
+	if (ret >= 0 || already_handled(CALL_GMEM, gfn, exits_of(running_vcpu()), copy))
 		return 0;
 	if (ret == -EHWPOISON_)
-		on_refused(kvm, gfn);
+		count_refusal(kvm, gfn);
 	tid = (u32)bpf_get_current_pid_tgid();
 	fail.kvm = kvm;
 	fail.gfn = gfn;
@@ -322,18 +322,18 @@ static __always_inline int on_gmem(u64 kvm, u64 gfn, u64 pfn_at, int ret, u32 co
 #ifdef FN_gmem
 int FN_gmem(args_t *ctx)
 {
-	return on_gmem(ctx[0], ctx[2], ctx[3], (int)ctx[NARGS_gmem], this_copy());
+	return on_gmem(ctx[0], ctx[2], ctx[3], (int)ctx[NARGS_gmem], copy_number());
 }
 #endif
 
 int kp_gmem(struct pt_regs *ctx)
 {
-	return keep(KEPT_GMEM, PT_REGS_PARM1(ctx), PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx));
+	return save_args(SAVED_GMEM, PT_REGS_PARM1(ctx), PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx));
 }
 
 int kr_gmem(struct pt_regs *ctx)
 {
-	struct kept *args = kept_by(KEPT_GMEM);
+	struct saved_args *args = saved_args(SAVED_GMEM);
 
 	return args ? on_gmem(args->a, args->b, args->c, (int)PT_REGS_RC(ctx), 0) : 0;
 }
@@ -349,8 +349,8 @@ int kr_gmem(struct pt_regs *ctx)
 static __always_inline u64 gfn_of(u64 vcpu, u64 fault)
 {
 	if (!IN_REGISTERS)
-		return word(fault + OFF_kvm_page_fault_gfn);
-	return ((word(vcpu + OFF_kvm_vcpu_hpfar) & 0xffffffffff0ULL) << 8) >> PAGE_SHIFT_;
+		return read_u64(fault + OFF_kvm_page_fault_gfn);
+	return ((read_u64(vcpu + OFF_kvm_vcpu_hpfar) & 0xffffffffff0ULL) << 8) >> PAGE_SHIFT_;
 }
 
 static __always_inline u32 access_of(u64 vcpu, u64 fault)
@@ -358,7 +358,7 @@ static __always_inline u32 access_of(u64 vcpu, u64 fault)
 	u32 access = ACCESS_KNOWN;
 
 	if (IN_REGISTERS) {
-		u32 esr = half(vcpu + OFF_kvm_vcpu_esr);
+		u32 esr = read_u32(vcpu + OFF_kvm_vcpu_esr);
 
 		if (OFF_kvm_vcpu_esr < 0)
 			return 0;
@@ -368,15 +368,15 @@ static __always_inline u32 access_of(u64 vcpu, u64 fault)
 	}
 	if (OFF_kvm_page_fault_write < 0 || OFF_kvm_page_fault_exec < 0)
 		return 0;
-	if (byte(fault + OFF_kvm_page_fault_write))
+	if (read_u8(fault + OFF_kvm_page_fault_write))
 		access |= ACCESS_WRITE;
-	else if (byte(fault + OFF_kvm_page_fault_exec))
+	else if (read_u8(fault + OFF_kvm_page_fault_exec))
 		access |= ACCESS_EXEC;
 	else
 		access |= ACCESS_READ;
 	if (OFF_kvm_page_fault_is_private >= 0)
 		access |= ACCESS_PRIVATE_KNOWN;
-	if (OFF_kvm_page_fault_is_private >= 0 && byte(fault + OFF_kvm_page_fault_is_private))
+	if (OFF_kvm_page_fault_is_private >= 0 && read_u8(fault + OFF_kvm_page_fault_is_private))
 		access |= ACCESS_PRIVATE;
 	return access;
 }
@@ -388,7 +388,7 @@ static __always_inline int is_poisoned(u64 vcpu, u64 fault, u64 *sent)
 	if (IN_REGISTERS)
 		return *sent && *sent == exits_of(vcpu);
 	return OFF_kvm_page_fault_pfn >= 0 &&
-	       word(fault + OFF_kvm_page_fault_pfn) == KVM_PFN_ERR_HWPOISON_;
+	       read_u64(fault + OFF_kvm_page_fault_pfn) == KVM_PFN_ERR_HWPOISON_;
 }
 
 static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret, u32 copy)
@@ -407,21 +407,21 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret, u32 copy)
 		if (!sent || !is_poisoned(vcpu, fault, sent))
 			return 0;
 		signalled.delete(&tid);
-		fill(&record.h, RECORD_FAULT, word(vcpu + OFF_kvm_vcpu_kvm));
-		record.vcpu = half(vcpu + OFF_kvm_vcpu_vcpu_id);
+		fill_header(&record.h, RECORD_FAULT, read_u64(vcpu + OFF_kvm_vcpu_kvm));
+		record.vcpu = read_u32(vcpu + OFF_kvm_vcpu_vcpu_id);
 		record.gfn = gfn_of(vcpu, fault);
 		record.access = access_of(vcpu, fault);
-		slot = OFF_kvm_page_fault_slot >= 0 ? word(fault + OFF_kvm_page_fault_slot) : 0;
+		slot = OFF_kvm_page_fault_slot >= 0 ? read_u64(fault + OFF_kvm_page_fault_slot) : 0;
 		if (slot)
-			record.hva = word(slot + OFF_kvm_memory_slot_userspace_addr) +
-				     ((record.gfn - word(slot + OFF_kvm_memory_slot_base_gfn))
+			record.hva = read_u64(slot + OFF_kvm_memory_slot_userspace_addr) +
+				     ((record.gfn - read_u64(slot + OFF_kvm_memory_slot_base_gfn))
 				      << PAGE_SHIFT_);
-		tell(&record, sizeof(record));
+		emit(&record, sizeof(record));
 		return 0;
 	}
 	state.vcpu = vcpu;
 	state.exits = exits_of(vcpu);
-	if (is_seen(CALL_FAULTIN, vcpu, state.exits, copy))
+	if (already_handled(CALL_FAULTIN, vcpu, state.exits, copy))
 		return 0;
 	state.gfn = gfn_of(vcpu, fault);
 	state.access = access_of(vcpu, fault);
@@ -447,18 +447,18 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret, u32 copy)
 #ifdef FN_faultin
 int FN_faultin(args_t *ctx)
 {
-	return on_faultin(ctx[0], ctx[1], (int)ctx[NARGS_faultin], this_copy());
+	return on_faultin(ctx[0], ctx[1], (int)ctx[NARGS_faultin], copy_number());
 }
 #endif
 
 int kp_faultin(struct pt_regs *ctx)
 {
-	return keep(KEPT_FAULTIN, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0);
+	return save_args(SAVED_FAULTIN, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0);
 }
 
 int kr_faultin(struct pt_regs *ctx)
 {
-	struct kept *args = kept_by(KEPT_FAULTIN);
+	struct saved_args *args = saved_args(SAVED_FAULTIN);
 
 	return args ? on_faultin(args->a, args->b, (int)PT_REGS_RC(ctx), 0) : 0;
 }

@@ -7,22 +7,22 @@ static __always_inline int on_mce(u64 mce)
 
 	if (OFF_mce_status < 0)
 		return 0;
-	fill(&record.h, RECORD_MCE, 0);
-	record.status = word(mce + OFF_mce_status);
-	record.addr = word(mce + OFF_mce_addr);
-	record.misc = word(mce + OFF_mce_misc);
-	record.bank = byte(mce + OFF_mce_bank);
-	record.mce_cpu = half(mce + OFF_mce_extcpu);
-	record.socket = half(mce + OFF_mce_socketid);
+	fill_header(&record.h, RECORD_MCE, 0);
+	record.status = read_u64(mce + OFF_mce_status);
+	record.addr = read_u64(mce + OFF_mce_addr);
+	record.misc = read_u64(mce + OFF_mce_misc);
+	record.bank = read_u8(mce + OFF_mce_bank);
+	record.mce_cpu = read_u32(mce + OFF_mce_extcpu);
+	record.socket = read_u32(mce + OFF_mce_socketid);
 #if OFF_mce_ipid >= 0
-	record.ipid = word(mce + OFF_mce_ipid);
+	record.ipid = read_u64(mce + OFF_mce_ipid);
 #endif
 #if OFF_mce_vendor >= 0
 	/* struct mce_hw_err begins with struct mce. */
 	bpf_probe_read_kernel(record.vendor_data, sizeof(record.vendor_data),
 			      (void *)(mce + OFF_mce_vendor));
 #endif
-	tell(&record, sizeof(record));
+	emit(&record, sizeof(record));
 	return 0;
 }
 
@@ -39,21 +39,21 @@ static __always_inline int on_cper(u32 via, int severity, u64 mem, u64 fru_text)
 {
 	struct hw_record record = {};
 
-	fill(&record.h, RECORD_HW, 0);
+	fill_header(&record.h, RECORD_HW, 0);
 	record.via = via;
 	record.severity = severity;
 	record.count = 1;
 	if (mem) {
 		/* As firmware wrote it: UEFI's layout (kvmtrace/linux/cper.py, MEMORY_WORDS). */
-		record.valid = word(mem);
-		record.addr = word(mem + 16);
-		record.mask = word(mem + 24);
-		record.place = word(mem + 32);
-		record.kind = word(mem + 72);
+		record.valid = read_u64(mem);
+		record.addr = read_u64(mem + 16);
+		record.mask = read_u64(mem + 24);
+		record.place = read_u64(mem + 32);
+		record.kind = read_u64(mem + 72);
 	}
 	if (fru_text) /* of a fixed size in firmware's record, where it may fill it to the end */
 		bpf_probe_read_kernel_str(record.label, FRU_TEXT + 1, (void *)fru_text);
-	tell(&record, sizeof(record));
+	emit(&record, sizeof(record));
 	return 0;
 }
 
@@ -79,7 +79,7 @@ static __always_inline int on_mc_event(int severity, u64 message, u64 label, u32
 {
 	struct hw_record record = {};
 
-	fill(&record.h, RECORD_HW, 0);
+	fill_header(&record.h, RECORD_HW, 0);
 	record.via = HW_MC_EVENT;
 	record.severity = severity;
 	record.count = count;
@@ -89,7 +89,7 @@ static __always_inline int on_mc_event(int severity, u64 message, u64 label, u32
 	record.place = place;
 	bpf_probe_read_kernel_str(record.message, sizeof(record.message), (void *)message);
 	bpf_probe_read_kernel_str(record.label, sizeof(record.label), (void *)label);
-	tell(&record, sizeof(record));
+	emit(&record, sizeof(record));
 	return 0;
 }
 
@@ -117,26 +117,26 @@ static __always_inline int on_arm_event(u64 proc, int severity)
 
 	if (SIZE_cper_sec_proc_arm <= 0 || OFF_cper_arm_err_info_num < 0)
 		return 0;
-	fill(&record.h, RECORD_HW, 0);
+	fill_header(&record.h, RECORD_HW, 0);
 	record.via = HW_ARM;
 	record.severity = severity;
 	record.count = 1;
-	number = half(proc + OFF_cper_arm_err_info_num) & 0xffff;
+	number = read_u32(proc + OFF_cper_arm_err_info_num) & 0xffff;
 	/* Without branches: verifying each way through them took a minute of some kernels' time. */
 #pragma unroll
 	for (i = 0; i < ARM_INFOS; i++) {
-		u64 knows = half(info + 2) >> ARM_INFO_PHYSICAL & 1 & -(u64)(i < number);
-		u64 is_cache = byte(info + 4) >> ARM_INFO_CACHE & 1 & knows;
+		u64 knows = read_u32(info + 2) >> ARM_INFO_PHYSICAL & 1 & -(u64)(i < number);
+		u64 is_cache = read_u8(info + 4) >> ARM_INFO_CACHE & 1 & knows;
 		u64 better = (knows & (valid ^ 1)) | (is_cache & (cache ^ 1));
 
-		addr = (addr & (better - 1)) | (word(info + 24) & -better);
+		addr = (addr & (better - 1)) | (read_u64(info + 24) & -better);
 		valid |= knows;
 		cache |= is_cache;
-		info += byte(info + 1);
+		info += read_u8(info + 1);
 	}
 	record.valid = valid;
 	record.addr = addr;
-	tell(&record, sizeof(record));
+	emit(&record, sizeof(record));
 	return 0;
 }
 
@@ -153,12 +153,12 @@ static __always_inline int on_non_standard(u64 text, int severity)
 {
 	struct hw_record record = {};
 
-	fill(&record.h, RECORD_HW, 0);
+	fill_header(&record.h, RECORD_HW, 0);
 	record.via = HW_NON_STANDARD;
 	record.severity = severity;
 	record.count = 1;
 	bpf_probe_read_kernel_str(record.message, sizeof(record.message), (void *)text);
-	tell(&record, sizeof(record));
+	emit(&record, sizeof(record));
 	return 0;
 }
 

@@ -14,36 +14,36 @@ struct vm_row {
 	u64 kvm;
 	u64 pid;
 };
-struct vms_answer {
+struct vms_result {
 	u64 rows;
 	u64 next;  /* where to go on; 0: the list ended */
 	u64 ended; /* properly */
 	struct vm_row row[VM_ROWS];
 };
-BPF_TABLE("array", u32, struct vms_answer, vms_answers, 1);
+BPF_TABLE("array", u32, struct vms_result, vms_results, 1);
 
 /* (vm_list, next): virt/kvm/kvm_main.c's list of all VMs. */
 int walk_vms(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 zero = 0;
-	struct vms_answer *answer = vms_answers.lookup(&zero);
+	struct vms_result *result = vms_results.lookup(&zero);
 	u64 head = ctx->args[0], entry = ctx->args[1];
 	int i;
 
-	if (!answer)
+	if (!result)
 		return 0;
 	if (!entry)
-		entry = word(head);
+		entry = read_u64(head);
 	for (i = 0; i < VM_ROWS; i++) {
 		if (!entry || entry == head)
 			break;
-		answer->row[i].kvm = entry - OFF_kvm_vm_list;
-		answer->row[i].pid = pid_of(entry - OFF_kvm_vm_list);
-		entry = word(entry);
+		result->row[i].kvm = entry - OFF_kvm_vm_list;
+		result->row[i].pid = pid_of(entry - OFF_kvm_vm_list);
+		entry = read_u64(entry);
 	}
-	answer->rows = i;
-	answer->ended = entry == head;
-	answer->next = entry == head ? 0 : entry;
+	result->rows = i;
+	result->ended = entry == head;
+	result->next = entry == head ? 0 : entry;
 	return 0;
 }
 
@@ -53,80 +53,80 @@ struct slot_row {
 	u64 hva;
 	u64 id;
 };
-struct slots_answer {
+struct slots_result {
 	u64 slots;      /* the set that was read, and its generation: a change means start again */
 	u64 generation;
 	u64 bucket;     /* where to go on: next bucket, and the node before that, if any */
 	u64 node;
 	struct slot_row row[SLOT_STEPS]; /* without pages: no slot */
 };
-BPF_TABLE("array", u32, struct slots_answer, slots_answers, 1);
+BPF_TABLE("array", u32, struct slots_result, slots_results, 1);
 
 /* (kvm, address space, bucket, node). What changes from step to step is kept in the map: then the
  * verifier finds one step like the other and does not follow each combination. */
 int walk_slots(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 zero = 0;
-	volatile struct slots_answer *answer = slots_answers.lookup(&zero);
+	volatile struct slots_result *result = slots_results.lookup(&zero);
 	u64 slots, id_node;
 	int i;
 
-	if (!answer)
+	if (!result)
 		return 0;
-	slots = word(ctx->args[0] + OFF_kvm_slots + 8 * ctx->args[1]);
-	id_node = OFF_slot_id_node + 16 * (half(slots + OFF_slots_node_idx) & 1);
-	answer->slots = slots;
-	answer->generation = word(slots + OFF_slots_generation);
-	answer->bucket = ctx->args[2];
-	answer->node = ctx->args[3];
+	slots = read_u64(ctx->args[0] + OFF_kvm_slots + 8 * ctx->args[1]);
+	id_node = OFF_slot_id_node + 16 * (read_u32(slots + OFF_slots_node_idx) & 1);
+	result->slots = slots;
+	result->generation = read_u64(slots + OFF_slots_generation);
+	result->bucket = ctx->args[2];
+	result->node = ctx->args[3];
 	for (i = 0; i < SLOT_STEPS; i++) {
-		u64 node = answer->node, bucket = answer->bucket, slot = node - id_node;
+		u64 node = result->node, bucket = result->bucket, slot = node - id_node;
 
-		answer->row[i].pages = 0;
+		result->row[i].pages = 0;
 		if (node) {
-			answer->row[i].gfn = word(slot + OFF_kvm_memory_slot_base_gfn);
-			answer->row[i].pages = word(slot + OFF_slot_npages);
-			answer->row[i].hva = word(slot + OFF_kvm_memory_slot_userspace_addr);
-			answer->row[i].id = half(slot + OFF_slot_id) & 0xffff;
-			answer->node = word(node);
+			result->row[i].gfn = read_u64(slot + OFF_kvm_memory_slot_base_gfn);
+			result->row[i].pages = read_u64(slot + OFF_slot_npages);
+			result->row[i].hva = read_u64(slot + OFF_kvm_memory_slot_userspace_addr);
+			result->row[i].id = read_u32(slot + OFF_slot_id) & 0xffff;
+			result->node = read_u64(node);
 		} else if (bucket < ID_BUCKETS) {
-			answer->node = word(slots + OFF_slots_id_hash + 8 * bucket);
-			answer->bucket = bucket + 1;
+			result->node = read_u64(slots + OFF_slots_id_hash + 8 * bucket);
+			result->bucket = bucket + 1;
 		}
 	}
 	return 0;
 }
 
-struct entry_answer {
+struct entry_result {
 	u64 entry; /* the page table entry that is not present */
 	u64 shift; /* log2 of the bytes it stands for */
 };
-BPF_TABLE("array", u32, struct entry_answer, entry_answers, 1);
+BPF_TABLE("array", u32, struct entry_result, entry_results, 1);
 
 /* (kvm, hva, &page_offset_base, &pgdir_shift, &sme_me_mask): x86-64's page table of the VMM, down to the
  * first entry that is not present. pagemap does not show the one of a lost hugetlb page. */
 int huge_entry(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 zero = 0;
-	struct entry_answer *answer = entry_answers.lookup(&zero);
-	u64 hva = ctx->args[1], base = word(ctx->args[2]), secret, table, entry = 0;
-	u32 shift = ctx->args[3] ? half(ctx->args[3]) : 39;
+	struct entry_result *result = entry_results.lookup(&zero);
+	u64 hva = ctx->args[1], base = read_u64(ctx->args[2]), secret, table, entry = 0;
+	u32 shift = ctx->args[3] ? read_u32(ctx->args[3]) : 39;
 	int level;
 
-	if (!answer)
+	if (!result)
 		return 0;
-	secret = ctx->args[4] ? word(ctx->args[4]) : 0;
-	answer->entry = 0;
-	answer->shift = 0;
-	table = word(word(ctx->args[0] + OFF_kvm_mm) + OFF_mm_struct_pgd);
+	secret = ctx->args[4] ? read_u64(ctx->args[4]) : 0;
+	result->entry = 0;
+	result->shift = 0;
+	table = read_u64(read_u64(ctx->args[0] + OFF_kvm_mm) + OFF_mm_struct_pgd);
 #pragma unroll
 	for (level = 0; level < 4; level++) {
 		if (!table || shift > 48 || shift < 21)
 			return 0;
-		entry = word(table + ((hva >> shift) & 511) * 8);
+		entry = read_u64(table + ((hva >> shift) & 511) * 8);
 		if (!(entry & 0x101)) { /* _PAGE_PRESENT, _PAGE_PROTNONE */
-			answer->entry = entry;
-			answer->shift = shift;
+			result->entry = entry;
+			result->shift = shift;
 			return 0;
 		}
 		if (entry & 0x80) /* _PAGE_PSE: mapped */
@@ -143,15 +143,15 @@ int huge_entry(struct bpf_raw_tracepoint_args *ctx)
 int huge_entry_arm64(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 zero = 0, bits = PAGE_SHIFT_ - 3, shift = PAGE_SHIFT_, size = 0, tried;
-	struct entry_answer *answer = entry_answers.lookup(&zero);
-	u64 hva = ctx->args[1], start = word(ctx->args[2]), map = 0, table, entry;
+	struct entry_result *result = entry_results.lookup(&zero);
+	u64 hva = ctx->args[1], start = read_u64(ctx->args[2]), map = 0, table, entry;
 	int level;
 
-	if (!answer)
+	if (!result)
 		return 0;
-	answer->entry = 0;
-	answer->shift = 0;
-	table = word(word(ctx->args[0] + OFF_kvm_mm) + OFF_mm_struct_pgd);
+	result->entry = 0;
+	result->shift = 0;
+	table = read_u64(read_u64(ctx->args[0] + OFF_kvm_mm) + OFF_mm_struct_pgd);
 #pragma unroll
 	for (tried = 36; tried <= 52; tried++) {
 		if ((long long)table >> (tried - 1) == -2) {
@@ -170,10 +170,10 @@ int huge_entry_arm64(struct bpf_raw_tracepoint_args *ctx)
 	for (level = 0; level < 5; level++) {
 		if (shift < PAGE_SHIFT_ || shift > 52)
 			return 0;
-		entry = word(table + ((hva >> shift) & ((1ULL << bits) - 1)) * 8);
+		entry = read_u64(table + ((hva >> shift) & ((1ULL << bits) - 1)) * 8);
 		if (!(entry & 1)) { /* PTE_VALID */
-			answer->entry = entry;
-			answer->shift = shift;
+			result->entry = entry;
+			result->shift = shift;
 			return 0;
 		}
 		if (!(entry & 2)) /* a block: mapped */
@@ -184,42 +184,42 @@ int huge_entry_arm64(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-struct page_answer {
+struct page_result {
 	u64 file;   /* the page is in a file's page cache: the rest is known */
 	u64 device; /* dev_t inside the kernel: 12 bits major, 20 bits minor */
 	struct gmem_walk gmem;
 };
-BPF_TABLE("array", u32, struct page_answer, page_answers, 1);
+BPF_TABLE("array", u32, struct page_result, page_results, 1);
 
 /* (pfn, &vmemmap_base, &kvm_gmem_aops) */
 int page_of(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 zero = 0;
-	struct page_answer *answer = page_answers.lookup(&zero);
+	struct page_result *result = page_results.lookup(&zero);
 	u64 page, info, folio, mapping, host, index;
 
-	if (!answer)
+	if (!result)
 		return 0;
-	answer->file = 0;
-	answer->gmem.seen = 0;
-	page = word(ctx->args[1]) + ctx->args[0] * SIZE_page;
-	info = word(page + OFF_page_compound_head);
+	result->file = 0;
+	result->gmem.seen = 0;
+	page = read_u64(ctx->args[1]) + ctx->args[0] * SIZE_page;
+	info = read_u64(page + OFF_page_compound_head);
 	folio = page;
 	if (info & 1) /* a tail: its head's address, or (7.x) the mask that leads there */
 		folio = info >> 32 == 0xffffffff ? page & info : info - 1;
-	mapping = word(folio + OFF_folio_mapping);
+	mapping = read_u64(folio + OFF_folio_mapping);
 	if (!mapping || mapping & 3) /* FOLIO_MAPPING_FLAGS: anonymous, KSM */
 		return 0;
-	host = word(mapping + OFF_address_space_host);
+	host = read_u64(mapping + OFF_address_space_host);
 	/* Pages of other kinds keep other things there: a file's mapping is a part of its inode. */
 	if (mapping != host + OFF_inode_i_data)
 		return 0;
-	index = word(folio + OFF_folio_index) + (page - folio) / SIZE_page;
-	answer->file = 1;
-	answer->device = half(word(host + OFF_inode_i_sb) + OFF_super_block_s_dev);
-	answer->gmem.inode = OFF_inode_i_ino >= 0 ? word(host + OFF_inode_i_ino) : 0;
-	answer->gmem.index = index;
-	if (ctx->args[2] && word(mapping + OFF_address_space_a_ops) == ctx->args[2])
-		gmem_owners(&answer->gmem, mapping, index);
+	index = read_u64(folio + OFF_folio_index) + (page - folio) / SIZE_page;
+	result->file = 1;
+	result->device = read_u32(read_u64(host + OFF_inode_i_sb) + OFF_super_block_s_dev);
+	result->gmem.inode = OFF_inode_i_ino >= 0 ? read_u64(host + OFF_inode_i_ino) : 0;
+	result->gmem.index = index;
+	if (ctx->args[2] && read_u64(mapping + OFF_address_space_a_ops) == ctx->args[2])
+		gmem_owners(&result->gmem, mapping, index);
 	return 0;
 }

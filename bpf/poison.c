@@ -13,10 +13,10 @@ static __always_inline int on_gmem_error(u64 mapping, u64 folio)
 
 	if (!walk)
 		return 0;
-	gmem_owners(walk, mapping, word(folio + OFF_folio_index));
+	gmem_owners(walk, mapping, read_u64(folio + OFF_folio_index));
 	for (i = 0; i < MAX_OWNERS; i++)
 		if (i < walk->nr_owners)
-			walk->owners[i].gen = gen_of(walk->owners[i].kvm);
+			walk->owners[i].gen = generation_of(walk->owners[i].kvm);
 	walks.update(&tid, walk);
 	return 0;
 }
@@ -41,7 +41,7 @@ static __always_inline int on_poison(u64 pfn, int page_type, int result)
 	struct gmem_walk *walk = walks.lookup(&tid);
 	struct poison_record record = {};
 
-	fill(&record.h, RECORD_POISON, 0);
+	fill_header(&record.h, RECORD_POISON, 0);
 	record.pfn = pfn;
 	record.page_type = page_type;
 	record.result = result;
@@ -49,7 +49,7 @@ static __always_inline int on_poison(u64 pfn, int page_type, int result)
 		record.gmem = *walk;
 		walks.delete(&tid);
 	}
-	tell(&record, sizeof(record));
+	emit(&record, sizeof(record));
 	return 0;
 }
 
@@ -64,11 +64,11 @@ static __always_inline int on_page(u64 pfn, int ret, u32 unpoison)
 {
 	struct page_record record = {};
 
-	fill(&record.h, RECORD_PAGE, 0);
+	fill_header(&record.h, RECORD_PAGE, 0);
 	record.pfn = pfn;
 	record.ret = ret;
 	record.unpoison = unpoison;
-	tell(&record, sizeof(record));
+	emit(&record, sizeof(record));
 	return 0;
 }
 
@@ -81,12 +81,12 @@ int FN_soft_offline(args_t *ctx)
 
 int kp_soft_offline(struct pt_regs *ctx)
 {
-	return keep(KEPT_SOFT_OFFLINE, PT_REGS_PARM1(ctx), 0, 0);
+	return save_args(SAVED_SOFT_OFFLINE, PT_REGS_PARM1(ctx), 0, 0);
 }
 
 int kr_soft_offline(struct pt_regs *ctx)
 {
-	struct kept *args = kept_by(KEPT_SOFT_OFFLINE);
+	struct saved_args *args = saved_args(SAVED_SOFT_OFFLINE);
 
 	return args ? on_page(args->a, (int)PT_REGS_RC(ctx), 0) : 0;
 }
@@ -100,12 +100,12 @@ int FN_unpoison(args_t *ctx)
 
 int kp_unpoison(struct pt_regs *ctx)
 {
-	return keep(KEPT_UNPOISON, PT_REGS_PARM1(ctx), 0, 0);
+	return save_args(SAVED_UNPOISON, PT_REGS_PARM1(ctx), 0, 0);
 }
 
 int kr_unpoison(struct pt_regs *ctx)
 {
-	struct kept *args = kept_by(KEPT_UNPOISON);
+	struct saved_args *args = saved_args(SAVED_UNPOISON);
 
 	return args ? on_page(args->a, (int)PT_REGS_RC(ctx), 1) : 0;
 }

@@ -18,7 +18,7 @@ enum record_type {
 struct header {
 	u64 ts;  /* CLOCK_MONOTONIC, ns */
 	u64 kvm; /* struct kvm *, 0 if not known */
-	u64 gen; /* with kvm: one VM; see gen_of() */
+	u64 gen; /* with kvm: one VM; see generation_of() */
 	u32 type;
 	u32 tid;  /* the thread in which this happened */
 	u32 tgid; /* its process */
@@ -58,7 +58,7 @@ struct exit_key {
 struct exit_count {
 	u64 total;
 	u64 last_ts;
-	u64 told_ts; /* when an event last went out for this key */
+	u64 last_emit_ts; /* when an event last went out for this key */
 	u32 tid;
 	u32 tgid;
 	/* Of keys without an address: that of the last exit, and the number of the first exit of the
@@ -191,13 +191,13 @@ struct page_record {
 };
 
 /* How often kvm_gmem_get_pfn answered EHWPOISON: key and value of the map `refused`. */
-struct refused_key {
+struct refusal_key {
 	u64 kvm;
 	u64 gen;
 	u64 gfn;
 };
 
-struct refused_count {
+struct refusal_count {
 	u64 total;
 	u64 last_ts;
 	u32 tgid;

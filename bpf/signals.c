@@ -46,24 +46,24 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task, u32 c
 {
 	struct sigbus_record record = {};
 	struct sigbus_count *count = 0;
-	u32 tid = (u32)bpf_get_current_pid_tgid(), target = task ? half(task + OFF_task_struct_pid) : tid;
+	u32 tid = (u32)bpf_get_current_pid_tgid(), target = task ? read_u32(task + OFF_task_struct_pid) : tid;
 	/* memory_failure in a vCPU's thread also sends to others who have the page. */
 	u64 vcpu = target == tid ? running_vcpu() : 0, exits = exits_of(vcpu);
 
 	/* Not the task's address: the verifier does not add to that. */
-	if (is_seen(CALL_SIGBUS, hva, ((u64)target << 32) + exits, copy))
+	if (already_handled(CALL_SIGBUS, hva, ((u64)target << 32) + exits, copy))
 		return 0;
-	fill(&record.h, RECORD_SIGBUS, vcpu ? word(vcpu + OFF_kvm_vcpu_kvm) : 0);
+	fill_header(&record.h, RECORD_SIGBUS, vcpu ? read_u64(vcpu + OFF_kvm_vcpu_kvm) : 0);
 	record.hva = hva;
 	record.code = code;
 	record.lsb = (short)lsb;
 #ifdef SYM_KVM_RUNNING_VCPU
-	record.vcpu = vcpu ? half(vcpu + OFF_kvm_vcpu_vcpu_id) : -1;
+	record.vcpu = vcpu ? read_u32(vcpu + OFF_kvm_vcpu_vcpu_id) : -1;
 #else
 	record.vcpu = -2;
 #endif
 	record.target_tid = target;
-	record.target_tgid = task ? half(task + OFF_task_struct_tgid) : record.h.tgid;
+	record.target_tgid = task ? read_u32(task + OFF_task_struct_tgid) : record.h.tgid;
 	if (!count_signal(&record, &count)) {
 		signalled.delete(&record.h.tid);
 		return 0;
@@ -74,7 +74,7 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task, u32 c
 	else if (OFF_task_struct_comm >= 0)
 		bpf_probe_read_kernel(record.comm, sizeof(record.comm), (void *)(task + OFF_task_struct_comm));
 	if (!count)
-		tell(&record, sizeof(record));
+		emit(&record, sizeof(record));
 	else if (!ring.ringbuf_output(&record, sizeof(record), 0))
 		count->sent = record.total;
 	return 0;
@@ -89,21 +89,21 @@ static __always_inline int on_sigbus_bare(int sig, u32 copy)
 #ifdef FN_sigbus
 int FN_sigbus(args_t *ctx)
 {
-	return on_sigbus((int)ctx[0], ctx[1], (int)ctx[2], ctx[3], this_copy());
+	return on_sigbus((int)ctx[0], ctx[1], (int)ctx[2], ctx[3], copy_number());
 }
 #endif
 
 #ifdef FN_sigbus_forced
 int FN_sigbus_forced(args_t *ctx)
 {
-	return on_sigbus((int)ctx[0], ctx[1], (int)ctx[2], 0, this_copy());
+	return on_sigbus((int)ctx[0], ctx[1], (int)ctx[2], 0, copy_number());
 }
 #endif
 
 #ifdef FN_sigbus_bare
 int FN_sigbus_bare(args_t *ctx)
 {
-	return on_sigbus_bare((int)ctx[0], this_copy());
+	return on_sigbus_bare((int)ctx[0], copy_number());
 }
 #endif
 

@@ -19,14 +19,14 @@ static __always_inline int on_vm(u64 kvm, u32 type, u32 copy)
 {
 	struct vm_record record = {};
 
-	if (is_seen(CALL_VM, kvm, type, copy))
+	if (already_handled(CALL_VM, kvm, type, copy))
 		return 0;
 	/* Either may be missed: then the other parts one VM from the next. */
 	if (type == RECORD_VM_NEW)
 		next_generation(kvm);
-	fill(&record.h, type, kvm);
+	fill_header(&record.h, type, kvm);
 	bpf_get_current_comm(record.comm, sizeof(record.comm));
-	tell(&record, sizeof(record));
+	emit(&record, sizeof(record));
 	if (type == RECORD_VM_GONE)
 		next_generation(kvm);
 	return 0;
@@ -35,18 +35,18 @@ static __always_inline int on_vm(u64 kvm, u32 type, u32 copy)
 #ifdef FN_vm_new
 int FN_vm_new(args_t *ctx)
 {
-	return (int)ctx[NARGS_vm_new] ? 0 : on_vm(ctx[0], RECORD_VM_NEW, this_copy());
+	return (int)ctx[NARGS_vm_new] ? 0 : on_vm(ctx[0], RECORD_VM_NEW, copy_number());
 }
 #endif
 
 int kp_vm_new(struct pt_regs *ctx)
 {
-	return keep(KEPT_VM_NEW, PT_REGS_PARM1(ctx), 0, 0);
+	return save_args(SAVED_VM_NEW, PT_REGS_PARM1(ctx), 0, 0);
 }
 
 int kr_vm_new(struct pt_regs *ctx)
 {
-	struct kept *args = kept_by(KEPT_VM_NEW);
+	struct saved_args *args = saved_args(SAVED_VM_NEW);
 
 	return args && !(int)PT_REGS_RC(ctx) ? on_vm(args->a, RECORD_VM_NEW, 0) : 0;
 }
@@ -54,7 +54,7 @@ int kr_vm_new(struct pt_regs *ctx)
 #ifdef FN_vm_gone
 int FN_vm_gone(args_t *ctx)
 {
-	return on_vm(ctx[0], RECORD_VM_GONE, this_copy());
+	return on_vm(ctx[0], RECORD_VM_GONE, copy_number());
 }
 #endif
 

@@ -16,7 +16,7 @@ from kvmtrace import sanitize
 from kvmtrace.enrich import existing_poison, page_tables, vcpu_state
 from kvmtrace.linux import host
 from kvmtrace.linux.pagemap import SPECIAL_TYPES, parse_maps, referenced_pfn
-from kvmtrace.sources.bpf import source
+from kvmtrace.sources.bpf import programs
 from kvmtrace.sources.ftrace.vms import tgid_of
 from kvmtrace.vmm import command_line, identity, paths
 from tests.property import examples
@@ -158,7 +158,7 @@ test_any_input, test_long_input, test_what_is_known = laws(
         "cpuinfo": Parser(
             lambda said: host.cpu(placed(said, "proc/cpuinfo").rpartition("/")[0]), [CPUINFO]
         ),
-        "fdinfo": Parser(text(source.counts_in), [FDINFO]),
+        "fdinfo": Parser(text(programs.counts_in), [FDINFO]),
     }
 )
 

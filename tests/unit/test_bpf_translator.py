@@ -10,34 +10,47 @@ import pytest
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event, Exit, Lost, VmGone
 from kvmtrace.sources.bpf import records
+from kvmtrace.sources.bpf.exits import (
+    GMEM_NOT_WATCHED,
+    NO_GFN,
+    NO_GPA,
+    NO_REASON,
+    NO_VCPU,
+    ExitCount,
+    ExitKeyRecord,
+    ExitRecord,
+    RefusalCount,
+    RefusalKeyRecord,
+)
+from kvmtrace.sources.bpf.signals import SigbusCount, SigbusKey
 from kvmtrace.sources.bpf.translator import BpfTranslator
 
 VM, GEN, PID = 0xFFFF8000, 3, 4194300
 PRIVATE = 1 << 3
 
 
-def key(**other: Any) -> records.ExitKeyRecord:
+def key(**other: Any) -> ExitKeyRecord:
     """An annotated EFAULT of guest_memfd's."""
     fields: dict[str, Any] = {"kvm": VM, "gen": GEN, "gpa": 0x5000, "size": 4096, "flags": 0}
     fields |= {"gfn": 5, "ret": -14, "reason": 39, "gmem": -2, "vcpu": 1, "annotated": 1}
-    return records.ExitKeyRecord(**(fields | other))
+    return ExitKeyRecord(**(fields | other))
 
 
-def conversion(**other: Any) -> records.ExitKeyRecord:
-    wanted = {"gpa": records.NO_GPA, "gfn": records.NO_GFN, "flags": PRIVATE, "gmem": 0}
+def conversion(**other: Any) -> ExitKeyRecord:
+    wanted = {"gpa": NO_GPA, "gfn": NO_GFN, "flags": PRIVATE, "gmem": 0}
     return key(**(wanted | other))
 
 
-def overflow(**other: Any) -> records.ExitKeyRecord:
+def overflow(**other: Any) -> ExitKeyRecord:
     """As bpf/exits.c counts what the map of exits has no room for."""
-    wanted = {"gpa": records.NO_GPA, "gfn": records.NO_GFN, "size": 0, "vcpu": records.NO_VCPU}
+    wanted = {"gpa": NO_GPA, "gfn": NO_GFN, "size": 0, "vcpu": NO_VCPU}
     return key(**(wanted | other))
 
 
 class Kernel:
     """The maps."""
 
-    def __init__(self, *rows: tuple[records.ExitKeyRecord, int]) -> None:
+    def __init__(self, *rows: tuple[ExitKeyRecord, int]) -> None:
         self.rows = list(rows)
         self.readings = self.active = 0
         self.places: dict[bytes, tuple[int, int]] = {}
@@ -45,33 +58,33 @@ class Kernel:
     def activity(self) -> int:
         return self.active
 
-    def counters(self) -> list[tuple[records.ExitKeyRecord, records.ExitCount]]:
+    def exits(self) -> list[tuple[ExitKeyRecord, ExitCount]]:
         self.readings += 1
         return [
-            (one, records.ExitCount(total, 9, 0, 77, PID, *self.places.get(bytes(one), (0, 0))))
+            (one, ExitCount(total, 9, 0, 77, PID, *self.places.get(bytes(one), (0, 0))))
             for one, total in self.rows
         ]
 
-    def refused(self) -> list[tuple[records.RefusalKeyRecord, records.RefusedCount]]:
+    def refusals(self) -> list[tuple[RefusalKeyRecord, RefusalCount]]:
         return []
 
-    def signals(self) -> list[tuple[records.SigbusKey, records.SigbusCount]]:
+    def signals(self) -> list[tuple[SigbusKey, SigbusCount]]:
         return []
 
     def lost(self) -> list[int]:
         return [0] * len(records.LOST_PLACES)
 
-    def forget(self, keys: list[records.ExitKeyRecord]) -> None:
+    def forget_exits(self, keys: list[ExitKeyRecord]) -> None:
         gone = {bytes(one) for one in keys}
         self.rows = [row for row in self.rows if bytes(row[0]) not in gone]
 
-    def forget_refused(self, keys: list[records.RefusalKeyRecord]) -> None:
+    def forget_refusals(self, keys: list[RefusalKeyRecord]) -> None:
         pass
 
-    def forget_signals(self, keys: list[records.SigbusKey]) -> None:
+    def forget_signals(self, keys: list[SigbusKey]) -> None:
         pass
 
-    def count(self, one: records.ExitKeyRecord, total: int, gpa: int = 0, since: int = 0) -> None:
+    def count(self, one: ExitKeyRecord, total: int, gpa: int = 0, since: int = 0) -> None:
         """``total`` exits by now, those from number ``since`` on at ``gpa``."""
         self.rows = [row for row in self.rows if bytes(row[0]) != bytes(one)] + [(one, total)]
         self.places[bytes(one)] = gpa, since
@@ -95,17 +108,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return set_
 
 
-def exits(events: list[Event]) -> list[Exit]:
+def exits_in(events: list[Event]) -> list[Exit]:
     return [event for event in events if isinstance(event, Exit)]
 
 
 def told(translator: BpfTranslator, kernel: Kernel) -> list[Exit]:
-    return exits(translator.counters(kernel, at_once=True))
+    return exits_in(translator.counters(kernel, at_once=True))
 
 
-def exit_record(one: records.ExitKeyRecord, total: int, gpa: int, since: int) -> bytes:
+def exit_record(one: ExitKeyRecord, total: int, gpa: int, since: int) -> bytes:
     header = records.Header(9, VM, GEN, records.EXIT, 77, PID, 0)
-    return bytes(records.ExitRecord(header, one, total, gpa, since))
+    return bytes(ExitRecord(header, one, total, gpa, since))
 
 
 def vm_gone(number: int) -> bytes:
@@ -125,7 +138,7 @@ def test_conversions_have_an_address_where_all_of_them_have_the_same(
     translator: BpfTranslator,
 ) -> None:
     kernel, one = Kernel(), conversion()
-    (first,) = exits(translator.translate([exit_record(one, 1, 0x1000, 1)], kernel))
+    (first,) = exits_in(translator.translate([exit_record(one, 1, 0x1000, 1)], kernel))
     assert (first.gpa, first.gfn, first.private, first.count) == (0x1000, 1, True, 1)
     assert (first.vcpu, first.size, first.flags, first.gmem) == (1, 4096, PRIVATE, 0)
     # The third to the fifth were at 0x3000, and the second elsewhere.
@@ -146,7 +159,7 @@ def test_conversions_have_an_address_where_all_of_them_have_the_same(
     [
         ({"gmem": 0, "flags": PRIVATE}, "conversion"),
         ({"gmem": -2}, "backing"),
-        ({"gmem": records.GMEM_NOT_WATCHED}, None),
+        ({"gmem": GMEM_NOT_WATCHED}, None),
         ({"ret": -133, "gmem": -133}, "hwpoison"),
         ({"annotated": 0, "reason": 0, "flags": 0, "gmem": 0}, "unannotated"),
         ({"ret": -12, "annotated": 0, "gmem": 0}, "other"),
@@ -159,7 +172,7 @@ def test_a_full_map_keeps_errno_and_cause(
     kernel.count(overflow(**fields), 5000)
     events = translator.counters(kernel)
     feed = [correlator.feed(event) for event in events]
-    (one,) = exits(events)
+    (one,) = exits_in(events)
     assert feed[-1].cause == cause
     assert (one.errno, one.count) == (-fields.get("ret", -14), 5000)
     assert (one.reason, one.annotated) == (fields.get("reason", 39), fields.get("annotated", 1))
@@ -170,9 +183,9 @@ def test_a_full_map_keeps_errno_and_cause(
 
 def test_what_is_known_of_the_errno_only(translator: BpfTranslator) -> None:
     kernel, correlator = Kernel(), Correlator()
-    nothing = {"flags": 0, "reason": records.NO_REASON, "annotated": 0, "gmem": 0}
+    nothing = {"flags": 0, "reason": NO_REASON, "annotated": 0, "gmem": 0}
     kernel.count(overflow(**nothing), 5)
-    (one,) = exits(translator.counters(kernel))
+    (one,) = exits_in(translator.counters(kernel))
     assert (one.vcpu, one.reason, one.annotated) == (None, None, None)
     assert correlator.feed(one).cause is None
 
@@ -194,10 +207,10 @@ def test_counters_are_read_once_a_second(
     for tenth in range(40):
         clock(100 + tenth / 10)
         kernel.count(key(), tenth + 1)
-        counted += sum(one.count for one in exits(translator.counters(kernel)))
+        counted += sum(one.count for one in exits_in(translator.counters(kernel)))
     assert kernel.readings == 4
     clock(103.95)
-    counted += sum(one.count for one in exits(translator.counters(kernel, at_once=True)))
+    counted += sum(one.count for one in exits_in(translator.counters(kernel, at_once=True)))
     assert (kernel.readings, counted) == (5, 40)
     clock(200)
     assert translator.counters(kernel) == []
@@ -213,7 +226,7 @@ def test_what_is_due_is_read_though_nothing_more_is_counted(
     kernel.count(key(), 2)
     assert translator.counters(kernel) == []
     clock(101)
-    assert [one.count for one in exits(translator.counters(kernel))] == [1]
+    assert [one.count for one in exits_in(translator.counters(kernel))] == [1]
 
 
 def test_a_vms_last_exits_are_told_before_its_end_and_many_ends_take_one_reading(
@@ -222,14 +235,14 @@ def test_a_vms_last_exits_are_told_before_its_end_and_many_ends_take_one_reading
     kernel = Kernel()
     for number in range(50):
         kernel.count(key(kvm=VM + number), 1)
-    assert len(exits(translator.counters(kernel))) == 50
+    assert len(exits_in(translator.counters(kernel))) == 50
     for number in range(50):
         kernel.count(key(kvm=VM + number), 3)
     events = translator.translate([vm_gone(number) for number in range(50)], kernel)
     assert kernel.readings == 2
-    assert [one.count for one in exits(events)] == [2] * 50
+    assert [one.count for one in exits_in(events)] == [2] * 50
     ended = [event.vm for event in events if isinstance(event, VmGone)]
-    last = {one.vm: events.index(one) for one in exits(events)}
+    last = {one.vm: events.index(one) for one in exits_in(events)}
     assert len(ended) == 50
     assert all(last[vm] < n for n, e in enumerate(events) if isinstance(e, VmGone) for vm in [e.vm])
     assert kernel.rows == []

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import struct
 
-THIS_COPY = 0x6B000000
+COPY_NUMBER_HELPER = 0x6B000000
 """The helper's number; beyond all that the kernel has."""
 
 COPIES = {"run": 3, "gmem": 3, "faultin": 3, "sigbus": 3}
-OTHERS = 2
+DEFAULT_COPIES = 2
 """How many of each probe: as many threads of one CPU, all of them busy with it, lose nothing."""
 
 # include/uapi/linux/bpf.h: struct bpf_insn
@@ -33,14 +33,14 @@ class Code:
         self._calls = [
             place * _INSN.size
             for place, (opcode, _, _, number) in insns
-            if opcode == _CALL and number == THIS_COPY
+            if opcode == _CALL and number == COPY_NUMBER_HELPER
         ]
 
     def copies(self, probe: str) -> int:
         """How many there should be; 1 where it does not ask which it is."""
-        return COPIES.get(probe, OTHERS) if self._calls else 1
+        return COPIES.get(probe, DEFAULT_COPIES) if self._calls else 1
 
-    def become(self, copy: int) -> None:
+    def set_copy_number(self, copy: int) -> None:
         """What is loaded next is this copy."""
         for at in self._calls:
             self._code[at : at + _INSN.size] = _INSN.pack(_MOV64_IMM, _RESULT, 0, copy)

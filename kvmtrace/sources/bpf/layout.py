@@ -191,7 +191,10 @@ class Layout:
 
     def cflags(self) -> list[str]:
         """The macros that bpf/*.c are compiled with."""
-        flags = [f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}", f"-DTHIS_COPY={copies.THIS_COPY}"]
+        flags = [
+            f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}",
+            f"-DCOPY_NUMBER_HELPER={copies.COPY_NUMBER_HELPER}",
+        ]
         flags += [f"-DOFF_{name}={-1 if at is None else at}" for name, at in self.offsets.items()]
         flags += [f"-DSIZE_{name}={size}" for name, size in self._sizes.items()]
         flags += [f"-DARG_{name}={place}" for name, place in self._places.items()]
