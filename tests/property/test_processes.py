@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvmtrace import sanitize
 from kvmtrace.enrich import existing_poison, page_tables, vcpu_state
-from kvmtrace.linux import host
+from kvmtrace.linux import host, kallsyms
 from kvmtrace.linux.pagemap import SPECIAL_TYPES, parse_maps, referenced_pfn
 from kvmtrace.sources.bpf import programs
 from kvmtrace.sources.ftrace.vms import tgid_of
@@ -129,7 +129,7 @@ def _host(said: bytes) -> None:
     host.privilege(path)
     host.lockdown(path)
     host.kernel_option("CONFIG_RAS_CEC", "6", f"{directory()}/boot", path)
-    host.symbols(("memory_failure", "kvm_arch_vcpu_ioctl_run"), path)
+    kallsyms.symbols(("memory_failure", "kvm_arch_vcpu_ioctl_run"), path)
 
 
 test_any_input, test_long_input, test_what_is_known = laws(

@@ -6,13 +6,13 @@ All of it is asked of the running kernel (kallsyms, BTF); see bpf/common.c for t
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvmtrace import kvm
 from kvmtrace.linux import host
 from kvmtrace.linux.btf import Btf
+from kvmtrace.linux.kallsyms import read_symbols
 from kvmtrace.probes import ProbeSpec
 from kvmtrace.sources.bpf import copies, lookup
 
@@ -89,28 +89,6 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Symbol:
-    module: str | None  # None: built in
-    address: int
-
-
-def read_symbols(names: set[str], path: str = "/proc/kallsyms") -> dict[str, Symbol]:
-    """Those of ``names`` that this kernel has. Addresses are 0 where they are not shown."""
-    found: dict[str, Symbol] = {}
-    wanted = re.compile(
-        rb"^([0-9a-f]+) \w ("
-        + b"|".join(re.escape(n.encode()) for n in names)
-        + rb")(?:\t\[(\w+)\])?$",
-        re.MULTILINE,
-    )
-    with open(path, "rb") as symbols:
-        for match in wanted.finditer(symbols.read()):
-            module = match[3].decode() if match[3] else None
-            found.setdefault(match[2].decode(), Symbol(module, int(match[1], 16)))
-    return found
-
-
-@dataclass(frozen=True, slots=True)
 class Trampoline:
     """A function that an fentry or fexit program can be attached to."""
 
@@ -146,18 +124,15 @@ class Layout:
         variables = {"kvm_running_vcpu", "__per_cpu_offset", *lookup.SYMBOLS}
         self.symbols = read_symbols(names | variables)
         btf = Btf()
-        try:
-            members = OFFSETS | lookup.OFFSETS
-            self.offsets = {name: _offset(btf, where) for name, where in members.items()}
-            self._sizes = {name: btf.size(name) or 0 for name in SIZES}
-            self._places = {
-                f"{event}_{name}": _place(btf, event, name) for event, name in TRACEPOINT_ARGUMENTS
-            }
-            self._arguments = {
-                target: btf.arguments(target) for target in names if target in self.symbols
-            }
-        finally:
-            btf.close()
+        members = OFFSETS | lookup.OFFSETS
+        self.offsets = {name: _offset(btf, where) for name, where in members.items()}
+        self._sizes = {name: btf.size(name) or 0 for name in SIZES}
+        self._places = {
+            f"{event}_{name}": _place(btf, event, name) for event, name in TRACEPOINT_ARGUMENTS
+        }
+        self._arguments = {
+            target: btf.arguments(target) for target in names if target in self.symbols
+        }
 
     def target(self, spec: ProbeSpec) -> str | None:
         """The first of a probe's targets that this kernel has.

@@ -8,12 +8,12 @@ are checked: a set of slots that changed meanwhile is read again.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Mapping
 from ctypes import c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import Any
 
-from kvmtrace.linux.btf import libbpf
 from kvmtrace.linux.pagemap import SPECIAL_TYPES
 from kvmtrace.sources.bpf.poison import GmemWalk
 from kvmtrace.sources.guest_memory import Memslot
@@ -256,7 +256,21 @@ def run(fd: int, arguments: tuple[int, ...]) -> int:
         ctx_in=ctypes.addressof(context),
         ctx_size_in=ctypes.sizeof(context),
     )
-    return int(libbpf().bpf_prog_test_run_opts(fd, ctypes.byref(options)))
+    lib = libbpf()
+    return int(lib.bpf_prog_test_run_opts(fd, ctypes.byref(options))) if lib else -1
+
+
+@functools.cache
+def libbpf() -> ctypes.CDLL | None:
+    """libbpf, which distributions install with bcc."""
+    for name in ("libbpf.so.1", "libbpf.so.0"):
+        try:
+            lib = ctypes.CDLL(name)
+        except OSError:
+            continue
+        lib.libbpf_set_print(None)
+        return lib
+    return None
 
 
 def poisoned_x86(entry: int) -> int | None:

@@ -29,7 +29,7 @@ from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources.bpf import attach_errors, copies
 from kvmtrace.sources.bpf.attach_errors import AttachFailure
 from kvmtrace.sources.bpf.layout import OFFSETS, Layout, Trampoline
-from kvmtrace.sources.bpf.lookup import KernelLookup
+from kvmtrace.sources.bpf.lookup import KernelLookup, libbpf
 from kvmtrace.sources.bpf.maps import Maps
 
 PARTS = tuple(f"{topic}.c" for topic in "common exits signals poison hardware vms".split())
@@ -142,6 +142,7 @@ class Programs:
 
     def __init__(self) -> None:
         self._bcc = import_bcc()
+        libbpf()  # from here on it prints nothing by itself
         self._kvm = kvm_modules()
         self._attached: dict[str, list[Any]] = {}  # bcc's functions, by probe
         self._missed: dict[str, int] = {}  # by probe
