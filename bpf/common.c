@@ -1,21 +1,23 @@
-/* The eBPF side of kvmtrace, as bcc compiles it (no kernel headers: see stubs/).
+/* Maps and helpers of the eBPF programs. bcc compiles them without kernel headers (see stubs/), as one
+ * text: common.c, exits.c, signals.c, poison.c, hardware.c, vms.c (sources/bpf/programs.py).
  *
- * sources/bpf/source.py passes, as -D macros read from BTF:
- *   OFF_struct_member  byte offset, or -1 where this kernel has no such member
- *   SIZE_struct        bytes
- *   ARG_event_name     which argument of a tracepoint is called so, or -1
- *   NARGS_probe        number of arguments of the probe's target (its return value comes after)
- *   COPY_NUMBER_HELPER          the helper that a program calls for its number
- *   FN_probe           the name that tells bcc where to attach an fentry/fexit program, if it can:
- *                      see ON_FUNCTION
- * Everything else reaches a target by kprobe and kretprobe, through the kp_* functions.
+ * sources/bpf/layout.py passes, as -D macros read from BTF:
+ *   OFF_struct_member   byte offset, or -1 if this kernel has no such member
+ *   SIZE_struct         bytes
+ *   ARG_event_name      position of a tracepoint's argument of that name, or -1
+ *   NARGS_probe         number of arguments of the probe's target (its return value comes after)
+ *   COPY_NUMBER_HELPER  the helper that a program calls for its copy number
+ *   FN_probe            the name of the probe's fentry or fexit program, if its target is in BTF;
+ *                       bcc attaches by it: see ON_FUNCTION
+ * Programs are named by their probe: FN_probe (fentry, fexit), kp_probe and kr_probe (kprobe and
+ * kretprobe), tp_probe (raw tracepoint).
  */
 #include <asm/ptrace.h>
 #include "record.h"
 #include "kernel_objects.h"
 
-/* How bcc wants an fentry or fexit program to be called: by the function and, since 0.29, which is
- * when it got MODULE_KFUNC_PROBE, by where the function is. */
+/* The name that bcc needs an fentry or fexit program to have: the function's and, since 0.29 (when it
+ * got MODULE_KFUNC_PROBE), its module's. */
 #ifdef MODULE_KFUNC_PROBE
 #define ON_FUNCTION(kind, module, function) kind##__##module##__##function
 #else
@@ -23,15 +25,15 @@
 #endif
 
 BPF_RINGBUF_OUTPUT(ring, RING_PAGES);
-BPF_TABLE("array", u32, u64, activity, 1); /* failed KVM_RUNs, of whatever kind */
+BPF_TABLE("array", u32, u64, activity, 1); /* everything that the counters count */
 BPF_TABLE("array", u32, u64, lost, LOST_PLACES);
 BPF_TABLE("lru_hash", u64, u64, generation, 65536);
 
-/* Threads whose last signal was told: the fault that it was sent from is to follow. The running
- * vCPU's count of exits at that time, or 0. */
+/* Threads that sent a signal with a record, until the fault that it was sent from returns. The value is
+ * the running vCPU's count of exits at that time, or 0. */
 BPF_TABLE("lru_hash", u32, u64, signalled, 8192);
 
-/* Per thread and kind of call: the one that was seen last, and by which copies of the program. */
+/* Per thread and kind of call: the last one, and a bit for each copy of the program that ran in it. */
 struct handled_call {
 	u64 a, b;
 	u64 copies;
@@ -47,17 +49,19 @@ static __always_inline void count_lost(u32 place)
 		__sync_fetch_and_add(count, 1);
 }
 
-/* Which copy this is: bcc knows it as a helper, sources/bpf/copies.py puts the number in its place. */
+/* Number of this copy. To bcc it is a helper call; sources/bpf/copies.py replaces it by the number. */
 static u64 (*copy_number)(void) = (void *)COPY_NUMBER_HELPER;
 #define COPY_UNDER_WAY 31
 
-/* While a program is preempted, the kernel skips it in all other threads of that CPU
- * (kernel/bpf/trampoline.c, recursion_misses): with more busy vCPUs than CPUs one run in ten or so. Hence
- * copies of it on the same function, of which the first that is not skipped takes the call.
+/* Returns 1 if another copy already handled this call.
  *
- * `a`, `b`: what tells this call from others of the thread. Where they are the same, a copy knows
- * another call by having seen it already, and one more skipped may cost the call: they had better
- * differ. Whether another copy has taken this call. */
+ * While a program is preempted, the kernel skips it in all other threads of that CPU
+ * (kernel/bpf/trampoline.c, recursion_misses): with more busy vCPUs than CPUs that is about one run in
+ * ten. So several copies are attached to the same function, and the first that is not skipped handles
+ * the call.
+ *
+ * `a` and `b` identify the call within its thread. If two consecutive calls have equal values, a skipped
+ * copy can make us miss one, so choose values that differ. */
 static __always_inline int already_handled(enum call call, u64 a, u64 b, u32 copy)
 {
 	u64 key = (bpf_get_current_pid_tgid() << 32) | call;
@@ -75,8 +79,8 @@ static __always_inline int already_handled(enum call call, u64 a, u64 b, u32 cop
 	return 0;
 }
 
-/* A struct kvm's address is used again; together with the number of the last beginning or end seen
- * at that address it is not. */
+/* The address of a struct kvm is reused. Together with this number, which changes whenever a VM is
+ * created or destroyed at that address, it identifies one VM. 0 if neither was seen. */
 static __always_inline u64 generation_of(u64 kvm)
 {
 	u64 *gen = generation.lookup(&kvm);
@@ -103,8 +107,8 @@ static __always_inline void emit(void *record, u64 size)
 		count_lost(LOST_RING);
 }
 
-/* The vCPU that this CPU is running, if the current thread is in KVM_RUN: virt/kvm/kvm_main.c keeps
- * it per CPU and clears it when the thread is scheduled out. */
+/* The vCPU that this CPU runs, 0 if the current thread is not in KVM_RUN. virt/kvm/kvm_main.c keeps it
+ * per CPU and clears it when the thread is scheduled out. */
 static __always_inline u64 running_vcpu(void)
 {
 #ifdef SYM_KVM_RUNNING_VCPU
@@ -134,8 +138,7 @@ static __always_inline void count_activity(void)
 
 typedef unsigned long long args_t;
 
-/* ---- kprobes, and kretprobes with the arguments kept from the entry ---- */
-
+/* A kretprobe has no arguments: the kprobe at the entry saves them, per thread and probe. */
 struct saved_args {
 	u64 a, b, c;
 };

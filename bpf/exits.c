@@ -9,31 +9,31 @@
 #define ARM_SEA_GPA_VALID 1
 #define KVM_PFN_ERR_HWPOISON_ 0x7ff0000000000001ULL /* include/linux/kvm_host.h */
 
-/* A key's first exit is told at once, later ones at most this often; the counters have them all. */
+/* The first exit of a key is emitted at once, later ones at most this often. All are counted. */
 #define EMIT_INTERVAL_NS 200000000ULL
-/* Over all keys together: this many events in a window of 100 ms. */
+/* Events of all keys together in 100 ms. */
 #define EMIT_BURST 200
 
 BPF_TABLE("hash", struct exit_key, struct exit_count, exits, MAX_KEYS);
 BPF_TABLE("hash", struct exit_key, struct exit_count, overflow, MAX_OVERFLOW);
 BPF_TABLE("hash", struct refusal_key, struct refusal_count, refusals, MAX_OVERFLOW);
-BPF_TABLE("array", u32, u32, watching_gmem, 1); /* 1: kvm_gmem_get_pfn's answers are seen */
+BPF_TABLE("array", u32, u32, watching_gmem, 1); /* 1: kvm_gmem_get_pfn has a probe */
 
-/* Per thread: what kvm_gmem_get_pfn answered last when it failed, until a fault takes it up. */
+/* Per thread: the last kvm_gmem_get_pfn that failed, until the fault that called it returns. */
 struct gmem_fail {
 	u64 kvm;
 	u64 gfn;
 	u64 exits;  /* the running vCPU's count of exits, or 0 */
-	u64 pfn_at; /* where the pfn was to be written: into the fault that asked */
+	u64 pfn_at; /* where it would have written the pfn: in the struct of the fault that called it */
 	s32 ret;
 	u32 pad;
 };
 BPF_TABLE("lru_hash", u32, struct gmem_fail, gmem_fails, 8192);
 
-/* Per thread: the fault that failed last, until KVM_RUN's return takes it up. */
+/* Per thread: the last fault that failed, until KVM_RUN returns. */
 struct fault {
 	u64 vcpu;
-	u64 exits; /* vcpu->stat.exits: no guest entry lies between this fault and the return */
+	u64 exits; /* vcpu->stat.exits: the same at the return if the guest was not entered since */
 	u64 gfn;
 	s32 gmem;
 	u32 access;
@@ -46,7 +46,7 @@ struct emit_budget {
 };
 BPF_TABLE("array", u32, struct emit_budget, budget, 1);
 
-/* Whether a VM may have private memory; where the kernel does not tell, on x86 it may. */
+/* Whether a VM may have private memory. If BTF has no such member: on x86 it may, on arm64 not. */
 static __always_inline int has_private(u64 kvm)
 {
 #if OFF_kvm_has_private_mem < 0 && defined(__aarch64__)
@@ -73,11 +73,11 @@ static __always_inline int within_budget(u64 now)
 	return 1;
 }
 
-/* ---- run: KVM_RUN came back ---- */
+/* ---- run: KVM_RUN returned ---- */
 
-/* Exits whose address tells nobody anything: guest_memfd was not asked (a conversion), or a bit that
- * is not mainline's says that the page is to be fetched. They come for one page after the other by
- * the ten thousand, and would leave no counter to others. */
+/* Exits that are part of normal operation: guest_memfd was not called (a conversion), or a flag that
+ * mainline does not have asks for the page to be fetched. They come by the ten thousand, page after
+ * page, and with a key for each address they would fill the map. */
 static __always_inline int is_routine(struct exit_key *key)
 {
 	return key->annotated && key->ret == -EFAULT_ &&
@@ -99,12 +99,12 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	key.vcpu = read_u32(vcpu + OFF_kvm_vcpu_vcpu_id);
 	key.ret = ret;
 	key.gfn = NO_GFN;
-	/* Only the fault handler's own return says whether it asked: a fault that nobody saw says
-	 * nothing, and must not pass for one that was a conversion. */
+	/* Without a faultin record we do not know whether guest_memfd was called, so do not report a
+	 * conversion. */
 	key.gmem = GMEM_NOT_WATCHED;
 	run = read_u64(vcpu + OFF_kvm_vcpu_run);
 	key.reason = read_u32(run + OFF_kvm_run_exit_reason);
-	/* Only then is the union a memory_fault (api.rst); else it is another exit's leftovers. 0: see
+	/* Only then does the union hold a memory_fault (api.rst), else leftovers of another exit. 0: see
 	 * on_vncr. */
 	if (key.reason == KVM_EXIT_MEMORY_FAULT_ &&
 	    (ret == -EFAULT_ || ret == -EHWPOISON_ || !ret) && OFF_kvm_run_memory_fault >= 0) {
@@ -117,8 +117,9 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	fault = faults.lookup(&tid);
 	if (fault) {
 		u64 exits = exits_of(vcpu);
-		/* The same vCPU and, since it was recorded, no further exit: then no guest entry. Where
-		 * exits aren't counted the annotation has to confirm the page. */
+		/* The fault belongs to this return if the vCPU is the same and has had no exit since, so
+		 * that the guest was not entered. If the kernel does not count exits, the annotation has
+		 * to name the same page. */
 		int same = OFF_kvm_vcpu_stat_exits >= 0 ?
 				   fault->exits == exits :
 				   key.annotated && fault->gfn == key.gpa >> PAGE_SHIFT_;
@@ -130,20 +131,20 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 		}
 		faults.delete(&tid);
 	}
-	/* on_vncr: asked in this thread, and for this page. */
+	/* on_vncr: guest_memfd was called in this thread, for this page. */
 	gmem = gmem_fails.lookup(&tid);
 	if (!ret && key.annotated && gmem && gmem->kvm == key.kvm &&
 	    gmem->gfn == key.gpa >> PAGE_SHIFT_)
 		key.gmem = gmem->ret;
 	gmem_fails.delete(&tid);
-	/* No conversion where nothing is private: then guest_memfd failed, though nobody heard it. A
-	 * bit that is not mainline's may mean something else altogether. */
+	/* A VM without private memory has no conversions, so guest_memfd must have failed although its
+	 * probe did not see it. Flags that mainline does not have may mean something else. */
 	if (key.annotated && ret == -EFAULT_ && !has_private(key.kvm) &&
 	    !(key.flags & ~MEMORY_EXIT_FLAG_PRIVATE_) &&
 	    (!key.gmem || key.gmem == GMEM_NOT_WATCHED))
 		key.gmem = ret;
 
-	/* No errno, and told only on arm64: see on_arm_sea. struct { flags, esr, gva, gpa } */
+	/* No errno; arm64 only: see on_arm_sea. struct { flags, esr, gva, gpa } */
 	if (!ret && key.reason == KVM_EXIT_ARM_SEA_ && OFF_kvm_run_arm_sea >= 0 &&
 	    read_u64(run + OFF_kvm_run_arm_sea) & ARM_SEA_GPA_VALID)
 		key.gfn = read_u64(run + OFF_kvm_run_arm_sea + 24) >> PAGE_SHIFT_;
@@ -156,7 +157,7 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	now = bpf_ktime_get_ns();
 	count = exits.lookup_or_try_init(&key, &zero);
 	if (!count) {
-		/* The map is full. Stay exact per VM, errno and cause; give up the rest, and say so. */
+		/* The map is full: count exactly per VM, errno and cause, without the rest of the key. */
 		count_lost(LOST_KEYS);
 		key.gpa = NO_GPA;
 		key.gfn = NO_GFN;
@@ -169,8 +170,8 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 			return 0;
 		}
 	} else if (key.gpa == NO_GPA && (count->gpa != gpa || !count->since)) {
-		/* A key has one vCPU, and so one writer. Who reads meanwhile finds the row begun later
-		 * than it was, rather than with the wrong address. */
+		/* A key has one vCPU, and so one writer. `since` is written first: a reader in between
+		 * sees a run of addresses that starts too late, never a wrong address. */
 		*(volatile u64 *)&count->since = count->total + 1;
 		*(volatile u64 *)&count->gpa = gpa;
 	}
@@ -197,15 +198,15 @@ static __always_inline int on_run(u64 vcpu, int ret, u32 copy)
 {
 	if (ret >= 0)
 		return 0;
-	/* A signal is pending, or the vCPU is not started yet: ordinary life. */
+	/* Normal operation: a signal is pending, or the vCPU is not started yet. */
 	if (ret == -EINTR_ || ret == -EAGAIN_)
 		return 0;
 	return already_handled(CALL_RUN, vcpu, exits_of(vcpu), copy) ? 0 : on_run_failed(vcpu, ret);
 }
 
-/* A KVM_RUN that was under way when the probes were attached returns past them, but not past
- * kvm:kvm_userspace_exit(reason, errno), which is traced behind it. Whose it is, the fault tells that
- * has just failed in it; what `run` has seen has taken its fault. */
+/* A KVM_RUN that was in progress when the probes were attached bypasses probes on its return, but still
+ * hits kvm:kvm_userspace_exit(reason, errno). The vCPU comes from the fault recorded last on this
+ * thread. If `run` saw this exit, it has already deleted that fault. */
 static __always_inline int on_run_under_way(int ret)
 {
 	u32 tid = (u32)bpf_get_current_pid_tgid();
@@ -228,8 +229,8 @@ int kp_run(struct pt_regs *ctx)
 	return save_args(SAVED_RUN, PT_REGS_PARM1(ctx), 0, 0);
 }
 
-/* kvm:kvm_userspace_exit(reason, errno) is traced right behind KVM_RUN's return, in the same thread. A
- * kretprobe in its place would miss returns: its instances run out where many vCPUs sit in KVM_RUN. */
+/* kvm:kvm_userspace_exit(reason, errno) comes right after KVM_RUN's return, in the same thread. A
+ * kretprobe would miss returns, because many vCPUs in KVM_RUN use up its instances. */
 int tp_run(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct saved_args *args;
@@ -245,7 +246,8 @@ int tp_run_under_way(struct bpf_raw_tracepoint_args *ctx)
 	return (int)ctx->args[1] >= 0 ? 0 : on_run_under_way((int)ctx->args[1]);
 }
 
-/* ---- arm_sea: kvm_handle_guest_sea(vcpu) returned; 0: KVM_RUN will too, with KVM_EXIT_ARM_SEA ---- */
+/* ---- arm_sea: kvm_handle_guest_sea(vcpu) returned. After 0 KVM_RUN returns 0, too, with
+ * KVM_EXIT_ARM_SEA. ---- */
 
 static __always_inline int on_arm_sea(u64 vcpu, int ret)
 {
@@ -261,8 +263,9 @@ int FN_arm_sea(args_t *ctx)
 }
 #endif
 
-/* ---- vncr: kvm_handle_vncr_abort(vcpu) returned; 0: so will KVM_RUN, with a memory fault or as above.
- * Against api.rst there is no errno with it; asking so here costs KVM_RUN's other returns nothing. ---- */
+/* ---- vncr: kvm_handle_vncr_abort(vcpu) returned. After 0 KVM_RUN returns 0, too: with a memory fault,
+ * which against api.rst has no errno, or as above. A check here costs other returns of KVM_RUN
+ * nothing. ---- */
 
 static __always_inline int on_vncr(u64 vcpu, int ret)
 {
@@ -340,8 +343,8 @@ int kr_gmem(struct pt_regs *ctx)
 
 /* ---- faultin: the fault handler; on x86 (vcpu, fault, ...), on arm64 (vcpu) ---- */
 
-/* On arm64 the vCPU keeps the fault's registers (arch/arm64/include/asm/{kvm_emulate,esr}.h):
- * HPFAR_EL2 bits 39:4 are bits 47:12 of the address, ESR_EL2 tells the kind of access. */
+/* On arm64 the vCPU keeps the fault's registers (arch/arm64/include/asm/{kvm_emulate,esr}.h): bits 39:4
+ * of HPFAR_EL2 are bits 47:12 of the address, and ESR_EL2 has the kind of access. */
 #define IN_REGISTERS (OFF_kvm_page_fault_gfn < 0)
 #define ESR_EC_IABT_LOW 0x20
 #define ESR_WNR (1 << 6)
@@ -381,10 +384,10 @@ static __always_inline u32 access_of(u64 vcpu, u64 fault)
 	return access;
 }
 
-/* Whether this fault, which the handler took for done, was one on a poisoned page. */
+/* Whether a fault that the handler completed was on a poisoned page. */
 static __always_inline int is_poisoned(u64 vcpu, u64 fault, u64 *sent)
 {
-	/* The signal was sent in this very fault if the vCPU has not been in the guest since. */
+	/* The signal was sent from this fault if the guest was not entered since. */
 	if (IN_REGISTERS)
 		return *sent && *sent == exits_of(vcpu);
 	return OFF_kvm_page_fault_pfn >= 0 &&
@@ -429,8 +432,8 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret, u32 copy)
 	state.gmem = watching && *watching ? 0 : GMEM_NOT_WATCHED;
 	gmem = gmem_fails.lookup(&tid);
 	if (gmem) {
-		/* Asked for this fault: it was to answer into this very fault, for this gfn, and the
-		 * vCPU has not been in the guest since. */
+		/* kvm_gmem_get_pfn was called for this fault if it was for this gfn, would have written to
+		 * this fault, and the guest was not entered since. */
 		int same = gmem->gfn == state.gfn &&
 			   (OFF_kvm_page_fault_pfn < 0 ||
 			    gmem->pfn_at == fault + OFF_kvm_page_fault_pfn) &&

@@ -31,7 +31,7 @@ int tp_mce(struct bpf_raw_tracepoint_args *ctx)
 	return on_mce(ctx->args[0]);
 }
 
-/* ---- hardware and firmware: memory errors as they were reported ---- */
+/* ---- extlog, apei: CPER memory sections; mc_event; arm_event; non_standard ---- */
 
 #define FRU_TEXT 20 /* struct acpi_hest_generic_data */
 
@@ -44,14 +44,14 @@ static __always_inline int on_cper(u32 via, int severity, u64 mem, u64 fru_text)
 	record.severity = severity;
 	record.count = 1;
 	if (mem) {
-		/* As firmware wrote it: UEFI's layout (kvmtrace/linux/cper.py, MEMORY_WORDS). */
+		/* In UEFI's layout, as firmware wrote it (kvmtrace/linux/cper.py, MEMORY_WORDS). */
 		record.valid = read_u64(mem);
 		record.addr = read_u64(mem + 16);
 		record.mask = read_u64(mem + 24);
 		record.place = read_u64(mem + 32);
 		record.kind = read_u64(mem + 72);
 	}
-	if (fru_text) /* of a fixed size in firmware's record, where it may fill it to the end */
+	if (fru_text) /* in a field of fixed size, which it may fill without a final 0 */
 		bpf_probe_read_kernel_str(record.label, FRU_TEXT + 1, (void *)fru_text);
 	emit(&record, sizeof(record));
 	return 0;
@@ -83,7 +83,7 @@ static __always_inline int on_mc_event(int severity, u64 message, u64 label, u32
 	record.via = HW_MC_EVENT;
 	record.severity = severity;
 	record.count = count;
-	record.valid = addr; /* EDAC has no word for "not known" but 0 */
+	record.valid = addr; /* EDAC has 0 for an unknown address */
 	record.addr = addr;
 	record.grain_bits = grain_bits & 0xff;
 	record.place = place;
@@ -102,9 +102,9 @@ int tp_mc_event(struct bpf_raw_tracepoint_args *ctx)
 			   ctx->args[8], (u32)ctx->args[9]);
 }
 
-/* ras:arm_event(proc, ...): behind the section's head, its error informations; the first of them that
- * knows a physical address tells it, a cache error's before others (struct cper_arm_err_info, UEFI's
- * layout; see cper.arm_address). */
+/* ras:arm_event(proc, ...). Error informations follow the section's head (struct cper_arm_err_info, in
+ * UEFI's layout). The address is that of the first with a physical address, one of a cache error before
+ * others: see cper.arm_address. */
 #define ARM_INFOS 4
 #define ARM_INFO_PHYSICAL 4 /* bit of its validation word */
 #define ARM_INFO_CACHE 1    /* bit of its type */
@@ -122,7 +122,7 @@ static __always_inline int on_arm_event(u64 proc, int severity)
 	record.severity = severity;
 	record.count = 1;
 	number = read_u32(proc + OFF_cper_arm_err_info_num) & 0xffff;
-	/* Without branches: verifying each way through them took a minute of some kernels' time. */
+	/* Without branches: some kernels took a minute to verify all paths through them. */
 #pragma unroll
 	for (i = 0; i < ARM_INFOS; i++) {
 		u64 knows = read_u32(info + 2) >> ARM_INFO_PHYSICAL & 1 & -(u64)(i < number);

@@ -1,5 +1,5 @@
-/* From one kernel object to the next by offsets from BTF: no maps in here (bcc rewrites those in the
- * main file only). Every read may meet memory that is gone: it gives 0 then. */
+/* From one kernel object to the next by offsets from BTF. No maps are used in here, because bcc rewrites
+ * their use in the main file only. A read of memory that is gone returns 0. */
 #ifndef KVMTRACE_KERNEL_OBJECTS_H
 #define KVMTRACE_KERNEL_OBJECTS_H
 
@@ -29,8 +29,8 @@ static __always_inline u8 read_u8(u64 at)
 	return value;
 }
 
-/* The process that runs a VM. kvm->userspace_pid is the thread that created it, which may be gone
- * or may have given the VM away; the mm's owner is the process itself, where the kernel keeps it. */
+/* The process that runs a VM: the mm's owner, if the kernel keeps it. kvm->userspace_pid is the thread
+ * that created the VM, which may have ended or handed it over. */
 static __always_inline u32 pid_of(u64 kvm)
 {
 	u64 mm, task;
@@ -71,8 +71,8 @@ static __always_inline u64 xarray_load(u64 xarray, u64 index)
 	return entry & 3 ? 0 : entry;
 }
 
-/* The VMs whose slots bind page `index` of a guest_memfd: all its files, and in each the bindings. The
- * owners' generation is left to the caller. */
+/* The VMs whose memslots bind page `index` of a guest_memfd, by all its files and their bindings. The
+ * caller sets the owners' generation. */
 static __always_inline void gmem_owners(struct gmem_walk *walk, u64 mapping, u64 index)
 {
 	u64 inode = read_u64(mapping + OFF_address_space_host), head, entry;

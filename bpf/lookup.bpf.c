@@ -1,7 +1,7 @@
-/* Questions about VMs and pages that are there already. Nothing is attached: sources/bpf/lookup.py runs
- * these programs one question at a time (BPF_PROG_TEST_RUN of raw tracepoints), the arguments in the
- * context, the answer in a map. Nothing is locked either, so every walk is bounded and says how it
- * ended. Structs of answers are mirrored in sources/bpf/lookup.py. */
+/* Programs that look up VMs, memslots and pages. They are never attached: sources/bpf/lookup.py runs them
+ * on demand (BPF_PROG_TEST_RUN of raw tracepoints), with arguments in the context and the result in a
+ * map. Nothing is locked, so every walk is bounded and its result shows how it ended. The structs of
+ * results are mirrored in sources/bpf/lookup.py. */
 #include <asm/ptrace.h>
 #include "record.h"
 #include "kernel_objects.h"
@@ -16,8 +16,8 @@ struct vm_row {
 };
 struct vms_result {
 	u64 rows;
-	u64 next;  /* where to go on; 0: the list ended */
-	u64 ended; /* properly */
+	u64 next;  /* where to continue; 0: the list ended */
+	u64 ended; /* 1: at its head, as it should */
 	struct vm_row row[VM_ROWS];
 };
 BPF_TABLE("array", u32, struct vms_result, vms_results, 1);
@@ -54,16 +54,16 @@ struct slot_row {
 	u64 id;
 };
 struct slots_result {
-	u64 slots;      /* the set that was read, and its generation: a change means start again */
+	u64 slots;      /* the set that was read, and its generation: start again if they change */
 	u64 generation;
-	u64 bucket;     /* where to go on: next bucket, and the node before that, if any */
+	u64 bucket;     /* where to continue: at this node, if any, then with this bucket */
 	u64 node;
 	struct slot_row row[SLOT_STEPS]; /* without pages: no slot */
 };
 BPF_TABLE("array", u32, struct slots_result, slots_results, 1);
 
-/* (kvm, address space, bucket, node). What changes from step to step is kept in the map: then the
- * verifier finds one step like the other and does not follow each combination. */
+/* (kvm, address space, bucket, node). State that changes from step to step is kept in the map: then all
+ * steps look alike to the verifier, and it does not follow every combination. */
 int walk_slots(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 zero = 0;
@@ -103,8 +103,8 @@ struct entry_result {
 };
 BPF_TABLE("array", u32, struct entry_result, entry_results, 1);
 
-/* (kvm, hva, &page_offset_base, &pgdir_shift, &sme_me_mask): x86-64's page table of the VMM, down to the
- * first entry that is not present. pagemap does not show the one of a lost hugetlb page. */
+/* (kvm, hva, &page_offset_base, &pgdir_shift, &sme_me_mask): the VMM's page table on x86-64, down to the
+ * first entry that is not present. pagemap does not show the entry of a poisoned hugetlb page. */
 int huge_entry(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 zero = 0;
@@ -137,9 +137,9 @@ int huge_entry(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* (kvm, hva, &memstart_addr): the same on arm64 (arch/arm64/include/asm/memory.h, pgtable-hwdef.h).
- * Where the linear map is, and with that the size of addresses and the number of levels, is seen from
- * the address of the top table, which is in it. */
+/* (kvm, hva, &memstart_addr): the same on arm64 (arch/arm64/include/asm/memory.h, pgtable-hwdef.h). The
+ * top table lies in the linear map, so its address gives where that map begins, and from that follow
+ * the size of addresses and the number of levels. */
 int huge_entry_arm64(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 zero = 0, bits = PAGE_SHIFT_ - 3, shift = PAGE_SHIFT_, size = 0, tried;
@@ -185,7 +185,7 @@ int huge_entry_arm64(struct bpf_raw_tracepoint_args *ctx)
 }
 
 struct page_result {
-	u64 file;   /* the page is in a file's page cache: the rest is known */
+	u64 file;   /* 1: the page is in a file's page cache, and the rest is valid */
 	u64 device; /* dev_t inside the kernel: 12 bits major, 20 bits minor */
 	struct gmem_walk gmem;
 };
@@ -205,13 +205,13 @@ int page_of(struct bpf_raw_tracepoint_args *ctx)
 	page = read_u64(ctx->args[1]) + ctx->args[0] * SIZE_page;
 	info = read_u64(page + OFF_page_compound_head);
 	folio = page;
-	if (info & 1) /* a tail: its head's address, or (7.x) the mask that leads there */
+	if (info & 1) /* a tail page: its head's address or (7.x) the mask that gives it */
 		folio = info >> 32 == 0xffffffff ? page & info : info - 1;
 	mapping = read_u64(folio + OFF_folio_mapping);
 	if (!mapping || mapping & 3) /* FOLIO_MAPPING_FLAGS: anonymous, KSM */
 		return 0;
 	host = read_u64(mapping + OFF_address_space_host);
-	/* Pages of other kinds keep other things there: a file's mapping is a part of its inode. */
+	/* Other kinds of pages use the field for other things; a file's mapping is part of its inode. */
 	if (mapping != host + OFF_inode_i_data)
 		return 0;
 	index = read_u64(folio + OFF_folio_index) + (page - folio) / SIZE_page;

@@ -2,14 +2,14 @@
 #define SIGBUS_ 7
 #define SI_KERNEL_ 0x80
 
-/* Signals of one key: so many records in a second; the counters have them all. */
+/* Records of one key in a second. All signals are counted. */
 #define SIGNAL_BURST 200
 
 BPF_TABLE("hash", struct sigbus_key, struct sigbus_count, signals, MAX_OVERFLOW);
 
 /* ---- sigbus: force_sig_mceerr(code, addr, lsb), send_sig_mceerr(code, addr, lsb, task) ---- */
 
-/* Count a signal; 0 if that was enough of its kind for now. */
+/* Count a signal. Returns 0 if there were enough records of its key for now. */
 static __always_inline int count_signal(struct sigbus_record *record, struct sigbus_count **counted)
 {
 	struct sigbus_key key = {};
@@ -47,10 +47,10 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task, u32 c
 	struct sigbus_record record = {};
 	struct sigbus_count *count = 0;
 	u32 tid = (u32)bpf_get_current_pid_tgid(), target = task ? read_u32(task + OFF_task_struct_pid) : tid;
-	/* memory_failure in a vCPU's thread also sends to others who have the page. */
+	/* memory_failure in a vCPU's thread also sends to other processes that have the page. */
 	u64 vcpu = target == tid ? running_vcpu() : 0, exits = exits_of(vcpu);
 
-	/* Not the task's address: the verifier does not add to that. */
+	/* The task's address would do, too, but the verifier refuses arithmetic on it. */
 	if (already_handled(CALL_SIGBUS, hva, ((u64)target << 32) + exits, copy))
 		return 0;
 	fill_header(&record.h, RECORD_SIGBUS, vcpu ? read_u64(vcpu + OFF_kvm_vcpu_kvm) : 0);
@@ -80,7 +80,7 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task, u32 c
 	return 0;
 }
 
-/* force_sig(sig): what a thread gets that consumed poison which memory_failure could not deal with */
+/* force_sig(sig): sent to a thread that consumed poison which memory_failure could not handle */
 static __always_inline int on_sigbus_bare(int sig, u32 copy)
 {
 	return sig == SIGBUS_ ? on_sigbus(SI_KERNEL_, 0, 0, 0, copy) : 0;

@@ -21,7 +21,7 @@ static __always_inline int on_vm(u64 kvm, u32 type, u32 copy)
 
 	if (already_handled(CALL_VM, kvm, type, copy))
 		return 0;
-	/* Either may be missed: then the other parts one VM from the next. */
+	/* Both change the generation: if one is missed, the other still separates two VMs. */
 	if (type == RECORD_VM_NEW)
 		next_generation(kvm);
 	fill_header(&record.h, type, kvm);
