@@ -1,4 +1,4 @@
-"""Why a program could not be attached: a short reason for people, and bcc's own words."""
+"""Why a program could not be attached: a short reason for people, and bcc's own text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class AttachFailure:
-    """``why``: for people. ``detail``: bcc's words; None if bcc did not get as far.
+    """``why``: for people. ``detail``: bcc's text; None if bcc was not called.
 
     ``number``: the errno behind it; None where bcc does not say.
     """

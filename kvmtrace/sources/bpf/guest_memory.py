@@ -1,4 +1,4 @@
-"""The eBPF source's ``Memory``: what VMs' memory is, by VM key rather than by kernel address."""
+"""The eBPF source's ``Memory``: memslots and pages by VM key rather than by kernel address."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from kvmtrace.sources.bpf.lookup import KernelLookup, device_of
 from kvmtrace.sources.bpf.translator import BpfTranslator
 from kvmtrace.sources.guest_memory import Memslot, Page
 
-# Slots read this recently need not be read again: poison comes in bursts, slots change seldom.
+# Memslots read this recently are not read again: poison comes in bursts, memslots change rarely.
 FRESH_SECONDS = 0.25
 
 
 class BpfMemory:
-    """``emit``: takes the VmSeen of VMs that turn up while something else was asked."""
+    """``emit``: called with the VmSeen of VMs that are found during a lookup."""
 
     def __init__(self, translator: BpfTranslator, emit: Callable[[Event], None]) -> None:
         self._translator = translator
@@ -25,7 +25,7 @@ class BpfMemory:
         self._slots: dict[int, tuple[float, tuple[Memslot, ...] | None]] = {}
 
     def use(self, lookup: KernelLookup | None, generation: Callable[[int], int]) -> None:
-        """Ask these programs from now on; VMs that are there already are met."""
+        """Use these programs from now on, and find the VMs that exist already."""
         self._lookup, self._generation = lookup, generation
         self._slots.clear()
         self._find_vms()

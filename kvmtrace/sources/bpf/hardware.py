@@ -88,7 +88,7 @@ class BpfHardware:
         return HwError(record.h.ts + self._offset, via, **facts)
 
     def mce(self, record: Any) -> Mce:
-        """``observe`` knows the CPU, and judges if the address is physical."""
+        """``enrich`` adds the CPU and decides whether the address is physical."""
         addr = record.addr if record.status & mce.ADDRV else None
         return Mce(
             record.h.ts + self._offset,

@@ -1,4 +1,4 @@
-"""What the kernel knows of VMs and pages right now: VMs, memslots, owners of a page.
+"""Lookups in the kernel, as it is now: VMs, memslots, owners of a page.
 
 The programs of bpf/lookup.bpf.c are loaded and never attached: libbpf runs each on demand
 (BPF_PROG_TEST_RUN, Linux 5.10) with the arguments in its context. Nothing is locked, so results
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from ctypes import c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import Any
 
+from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux.pagemap import SPECIAL_TYPES
 from kvmtrace.sources.bpf.poison import GmemWalk
 from kvmtrace.sources.guest_memory import Memslot
@@ -35,7 +36,7 @@ OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "inode_i_sb": (("inode", "i_sb"),),
     "super_block_s_dev": (("super_block", "s_dev"),),
 }
-"""Members that bpf/lookup.bpf.c reads, as ``layout.OFFSETS``."""
+"""Members that only bpf/lookup.bpf.c reads, in the form of ``layout.OFFSETS``."""
 
 SYMBOLS = (
     "vm_list",
@@ -47,7 +48,7 @@ SYMBOLS = (
     "kvm_gmem_aops",
 )
 
-# What each program needs: members by macro name, variables of the kernel.
+# What each program needs: members by macro name, and variables of the kernel.
 _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "walk_vms": (("kvm_vm_list",), ("vm_list",)),
     "walk_slots": (
@@ -154,7 +155,7 @@ class KernelLookup:
         self._symbols = symbols
         self._programs: dict[str, int | None] = {}
         self.why: dict[str, str] = {}
-        """By program: why it is not there."""
+        """By program: why it cannot be run."""
         for name, (members, variables) in _NEEDS.items():
             missing = [member for member in members if offsets.get(member) is None]
             missing += [variable for variable in variables if not symbols.get(variable)]
@@ -163,7 +164,7 @@ class KernelLookup:
                 self._programs[name] = None
 
     def vms(self) -> list[tuple[int, int]] | None:
-        """(struct kvm, pid of its process, 0 if not known) of all VMs."""
+        """(struct kvm, pid of its process or 0) of all VMs."""
         found: dict[int, int] = {}
         at = 0
         for _ in range(_MAX_RUNS):
@@ -256,13 +257,12 @@ def run(fd: int, arguments: tuple[int, ...]) -> int:
         ctx_in=ctypes.addressof(context),
         ctx_size_in=ctypes.sizeof(context),
     )
-    lib = libbpf()
-    return int(lib.bpf_prog_test_run_opts(fd, ctypes.byref(options))) if lib else -1
+    return int(libbpf().bpf_prog_test_run_opts(fd, ctypes.byref(options)))
 
 
 @functools.cache
-def libbpf() -> ctypes.CDLL | None:
-    """libbpf, which distributions install with bcc."""
+def libbpf() -> ctypes.CDLL:
+    """libbpf, silenced. Raises KvmtraceError if it is missing."""
     for name in ("libbpf.so.1", "libbpf.so.0"):
         try:
             lib = ctypes.CDLL(name)
@@ -270,7 +270,10 @@ def libbpf() -> ctypes.CDLL | None:
             continue
         lib.libbpf_set_print(None)
         return lib
-    return None
+    raise KvmtraceError(
+        "libbpf is not installed, so VMs and pages cannot be looked up",
+        "it comes with bcc: apt install python3-bpfcc (or dnf install python3-bcc)",
+    )
 
 
 def poisoned_x86(entry: int) -> int | None:

@@ -142,7 +142,7 @@ class Programs:
 
     def __init__(self) -> None:
         self._bcc = import_bcc()
-        libbpf()  # from here on it prints nothing by itself
+        libbpf()  # before anything that makes it print
         self._kvm = kvm_modules()
         self._attached: dict[str, list[Any]] = {}  # bcc's functions, by probe
         self._missed: dict[str, int] = {}  # by probe
@@ -415,7 +415,7 @@ def kvm_modules() -> tuple[str, ...]:
 
 
 class Settling:
-    """Waits until kvm's modules stay as they are; to be asked now and then.
+    """Waits until kvm's modules stay as they are; call ``is_over`` now and then.
 
     They come and go one after the other. Programs that are compiled for a state in between seem to
     fit and have to be made anew, and events are lost meanwhile.
