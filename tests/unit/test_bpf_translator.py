@@ -35,6 +35,7 @@ from kvmtrace.sources.bpf.exits import (
     RefusalCount,
     RefusalKeyRecord,
 )
+from kvmtrace.sources.bpf.maps import Maps
 from kvmtrace.sources.bpf.poison import OwnerRecord, PageRecord, PoisonRecord
 from kvmtrace.sources.bpf.signals import (
     SIGNAL_WAIT_NS,
@@ -67,8 +68,8 @@ def overflow(**other: Any) -> ExitKeyRecord:
     return key(**(wanted | other))
 
 
-class Kernel:
-    """The maps."""
+class Kernel(Maps):
+    """The maps, with these exits counted."""
 
     def __init__(self, *rows: tuple[ExitKeyRecord, int]) -> None:
         self.rows = list(rows)
