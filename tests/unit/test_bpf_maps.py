@@ -55,14 +55,14 @@ def test_one_call_reads_a_map() -> None:
     assert (lib.calls, table.walked) == (2, 0)
 
 
-def test_what_the_kernel_does_not_know_is_asked_once() -> None:
+def test_a_call_that_the_kernel_lacks_is_tried_once() -> None:
     lib, table = Lib(errno.EINVAL), Table()
     rows = Rows(lib, table)
     assert list(rows.rows()) == list(rows.rows()) == WANTED
     assert (lib.calls, table.walked) == (1, 2)
 
 
-def test_half_a_map_is_not_believed() -> None:
+def test_half_a_map_is_read_again() -> None:
     for error in (0, errno.ENOSPC):
         lib, table = Lib(error), Table()
         rows = Rows(lib, table)
