@@ -10,14 +10,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kvmtrace.errors import KvmtraceError
+from kvmtrace.linux import kallsyms
 from kvmtrace.linux.btf import Btf
 from kvmtrace.linux.read import read_text
 from kvmtrace.linux.tracefs import mount
-from kvmtrace.probes import specs
 
 # include/uapi/linux/capability.h
 CAP_SYS_ADMIN = 21
@@ -149,30 +148,10 @@ def _memory_fault_exit(root: str) -> bool | None:
     try:
         btf = Btf(root)
     except KvmtraceError:
-        return _memory_fault_exit_by_name(root)
-    try:
-        if btf.size("kvm_run") is None:
-            return None
-        return btf.offset("kvm_run", "memory_fault") is not None
-    finally:
-        btf.close()
-
-
-def _memory_fault_exit_by_name(root: str) -> bool | None:
-    """As ``_memory_fault_exit`` without libbpf: whether BTF has the name, which is used only there.
-
-    A module's BTF leaves out strings that vmlinux has, so both are read.
-    """
-    blobs = []
-    for name in ("vmlinux", "kvm"):
-        try:
-            with open(f"{root}/{name}", "rb") as file:
-                blobs.append(file.read())
-        except OSError:
-            continue
-    if not any(b"\0kvm_run\0" in blob for blob in blobs):
         return None
-    return any(b"\0memory_fault\0" in blob for blob in blobs)
+    if btf.size("kvm_run") is None:
+        return None
+    return btf.offset("kvm_run", "memory_fault") is not None
 
 
 # -- tracing
@@ -183,43 +162,6 @@ def has_kprobes(devices: str = "/sys/bus/event_source/devices") -> bool:
     root = mount.tracefs()
     return os.path.exists(f"{devices}/kprobe/type") or (
         root is not None and os.path.exists(f"{root}/kprobe_events")
-    )
-
-
-# -- symbols
-
-
-@dataclass(frozen=True, slots=True)
-class Symbols:
-    """Functions that probes may attach to: {name: module, "" for vmlinux}.
-
-    ``hidden``: the addresses were zeros, as they are for those who may not see them.
-    """
-
-    modules: Mapping[str, str]
-    hidden: bool
-
-
-def symbols(names: Iterable[str], path: str = "/proc/kallsyms") -> Symbols | None:
-    """Which of ``names`` the kernel has, in one reading; None where there is no kallsyms."""
-    wanted = b"|".join(re.escape(name.encode()) for name in names)
-    line = re.compile(rb"^([0-9a-f]+) [tTwW] (" + wanted + rb")(?:\t\[(\w+)\])?$", re.MULTILINE)
-    try:
-        with open(path, "rb") as file:
-            text = file.read()
-    except OSError:
-        return None
-    found = line.findall(text)
-    return Symbols(
-        {name.decode(): module.decode() for _, name, module in found},
-        hidden=bool(found) and not any(int(address, 16) for address, _, _ in found),
-    )
-
-
-def functions(machine: str | None = None) -> tuple[str, ...]:
-    """Every function that some probe may attach to."""
-    return tuple(
-        target for spec in specs(machine) if not spec.is_tracepoint for target in spec.targets
     )
 
 
@@ -358,7 +300,7 @@ class Facts:
     kvm: Kvm
     types: Types
     tracefs: mount.Tracefs | None
-    symbols: Symbols | None
+    symbols: kallsyms.Symbols | None
     poison_names: bool
     bcc: Bcc
     ras_cec: bool | None = None
@@ -375,7 +317,7 @@ def examine() -> Facts:
         kvm=kvm(),
         types=types(),
         tracefs=mount.tracing(),
-        symbols=symbols(functions(uname.machine)),
+        symbols=kallsyms.symbols(kallsyms.functions(uname.machine)),
         poison_names=all(mount.memory_failure_names()),
         bcc=bcc(),
         ras_cec=corrected_errors_collector(),

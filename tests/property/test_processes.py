@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from kvmtrace import sanitize
 from kvmtrace.enrich import page_tables, vcpu_state
-from kvmtrace.linux import host, page_flags
+from kvmtrace.linux import host, kallsyms, page_flags
 from kvmtrace.linux.pagemap import SPECIAL_TYPES, parse_maps, referenced_pfn
-from kvmtrace.sources.bpf import source
+from kvmtrace.sources.bpf import programs
 from kvmtrace.sources.ftrace.vms import tgid_of
 from kvmtrace.vmm import command_line, identity, paths
 from tests.property import examples
@@ -128,7 +128,7 @@ def _host(said: bytes) -> None:
     host.privilege(path)
     host.lockdown(path)
     host.kernel_option("CONFIG_RAS_CEC", "6", f"{directory()}/boot", path)
-    host.symbols(("memory_failure", "kvm_arch_vcpu_ioctl_run"), path)
+    kallsyms.symbols(("memory_failure", "kvm_arch_vcpu_ioctl_run"), path)
 
 
 test_any_input, test_long_input, test_what_is_known = laws(
@@ -157,7 +157,7 @@ test_any_input, test_long_input, test_what_is_known = laws(
         "cpuinfo": Parser(
             lambda said: host.cpu(placed(said, "proc/cpuinfo").rpartition("/")[0]), [CPUINFO]
         ),
-        "fdinfo": Parser(text(source.counts_in), [FDINFO]),
+        "fdinfo": Parser(text(programs.counts_in), [FDINFO]),
     }
 )
 

@@ -11,7 +11,7 @@ import pytest
 from kvmtrace import sources
 from kvmtrace.choice import Attempt
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.linux import host
+from kvmtrace.linux import host, kallsyms
 from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import Probe, specs
 from kvmtrace.views import doctor
@@ -26,7 +26,7 @@ HEALTHY = host.Facts(
     kvm=host.Kvm(True, "kvm_amd", True, 1),
     types=host.Types(True, True, True),
     tracefs=mount.Tracefs("/sys/kernel/tracing", True, True, True),
-    symbols=host.Symbols({"kvm_arch_vcpu_ioctl_run": "kvm"}, False),
+    symbols=kallsyms.Symbols({"kvm_arch_vcpu_ioctl_run": "kvm"}, False),
     poison_names=True,
     bcc=host.Bcc("0.31.0"),
 )

@@ -17,6 +17,7 @@ from kvmtrace.linux import cper, mce, smbios
 from kvmtrace.linux.smbios import Firmware
 from kvmtrace.model import Incident, Origin, Snapshot
 from kvmtrace.sources.bpf import records
+from kvmtrace.sources.bpf.hardware import HW_EXTLOG, HW_MC_EVENT, HwRecord, MceRecord
 from kvmtrace.sources.bpf.translator import BpfTranslator
 from kvmtrace.sources.ftrace import hardware
 from kvmtrace.sources.ftrace.records import Record
@@ -335,9 +336,9 @@ def test_a_flood_of_corrected_errors_pushes_out_no_other(tmp_path: Path) -> None
 # -- extlog, by both sources
 
 
-def by_bpf(record: records.HwRecord | records.MceRecord) -> Any:
+def by_bpf(record: HwRecord | MceRecord) -> Any:
     translator = BpfTranslator(0, ({}, {}), "/nonexistent")
-    translator._firmware = FIRMWARE
+    translator._hardware._firmware = FIRMWARE
     (event,) = translator.translate([bytes(record)], None)  # type: ignore[arg-type]
     return event
 
@@ -356,7 +357,7 @@ def test_extlog_s_fru_text(text: str, handle: int | None, label: str | None, mes
     data = valid.to_bytes(8, "little") + bytes(44) + (handle or 0).to_bytes(2, "little") + bytes(2)
     said = {"etype": 3, "sev": 2, "pa": ADDR, "pa_mask_lsb": 6, "fru_text": text, "data": data}
     event = hardware.error(Record(T, "extlog", said), FIRMWARE)
-    record = records.HwRecord(via=records.HW_EXTLOG, valid=valid, addr=ADDR, severity=2, count=1)
+    record = HwRecord(via=HW_EXTLOG, valid=valid, addr=ADDR, severity=2, count=1)
     record.mask, record.kind = (1 << 64) - 64, 3 | (handle or 0) << 48
     record.h.type, record.h.ts, record.label = records.HW, T, text.encode()
     assert by_bpf(record) == event
@@ -366,7 +367,7 @@ def test_extlog_s_fru_text(text: str, handle: int | None, label: str | None, mes
 
 @pytest.mark.parametrize(("bits", "grain"), [(0, 1), (12, 4096), (63, 1 << 63), (64, None)])
 def test_a_grain_of_any_size(bits: int, grain: int | None) -> None:
-    record = records.HwRecord(via=records.HW_MC_EVENT, valid=ADDR, addr=ADDR, grain_bits=bits)
+    record = HwRecord(via=HW_MC_EVENT, valid=ADDR, addr=ADDR, grain_bits=bits)
     record.count, record.place = 2, 0xFFFF0100
     record.h.type, record.h.ts, record.label, record.message = records.HW, T, b"A1", b"memory read"
     event = edac(T, "A1", error_count=2, grain_bits=bits, msg="memory read")
@@ -375,14 +376,14 @@ def test_a_grain_of_any_size(bits: int, grain: int | None) -> None:
 
 
 def test_a_list_of_names_that_is_cut_off_says_so() -> None:
-    record = records.HwRecord(via=records.HW_MC_EVENT, count=1)
+    record = HwRecord(via=HW_MC_EVENT, count=1)
     record.h.type, record.label = records.HW, (b"mc#0csrow#2channel#1 or " * 8)[:95]
     assert by_bpf(record).label.endswith("…")
 
 
 def test_a_machine_check_by_both_sources() -> None:
     status, data = 0x9C20400000000117, b"DIMM_A1\0\0\0\0\0\0\0\0\0"
-    record = records.MceRecord(status=status, addr=ADDR, misc=MISC, bank=15, ipid=0x9600150F00)
+    record = MceRecord(status=status, addr=ADDR, misc=MISC, bank=15, ipid=0x9600150F00)
     record.h.type, record.h.ts, record.vendor_data = records.MCE, T, (*data,)
     event = check(T, 15, status, ipid=0x9600150F00, v_data=data)
     assert by_bpf(record) == event

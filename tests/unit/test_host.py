@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace.linux import host
+from kvmtrace.linux import host, kallsyms
 from kvmtrace.linux.tracefs import mount
+from tests.unit.test_btf import blob, member, struct
 
 # As the kernels print it (Debian 6.18), shortened to three types.
 FORMAT = """\
@@ -116,6 +117,8 @@ def test_lockdown(tmp_path: Path, text: str, mode: str | None) -> None:
     assert host.lockdown(str(tmp_path / "none")) is None
 
 
+KVM_RUN = [struct("kvm_run", member("exit_reason", 64), member("memory_fault", 256))]
+
 KALLSYMS = """\
 ffffffff81000000 T _stext
 ffffffff81234560 T send_sig_mceerr
@@ -130,13 +133,13 @@ ffffffffc0a00040 t kvm_faultin_pfn.isra.0\t[kvm]
 def test_symbols(tmp_path: Path) -> None:
     path = tmp_path / "kallsyms"
     path.write_text(KALLSYMS)
-    names = host.functions("x86_64")
-    found = host.symbols(names, str(path))
+    names = kallsyms.functions("x86_64")
+    found = kallsyms.symbols(names, str(path))
     expected = {"send_sig_mceerr": "", "kvm_destroy_vm": "kvm", "kvm_mmu_faultin_pfn": "kvm"}
-    assert found == host.Symbols(expected, hidden=False)
+    assert found == kallsyms.Symbols(expected, hidden=False)
     path.write_text("\n".join("0" * 16 + line[16:] for line in KALLSYMS.splitlines()))
-    assert host.symbols(names, str(path)) == host.Symbols(expected, hidden=True)
-    assert host.symbols(names, str(tmp_path / "none")) is None
+    assert kallsyms.symbols(names, str(path)) == kallsyms.Symbols(expected, hidden=True)
+    assert kallsyms.symbols(names, str(tmp_path / "none")) is None
 
 
 def test_kvm(tmp_path: Path) -> None:
@@ -152,22 +155,26 @@ def test_kvm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("vmlinux", "kvm", "has_exit"),
     [
-        (b"", None, None),
-        (b"\0task_struct\0", b"\0kvm_run\0memory_fault\0", True),
-        (b"\0memory_fault\0", b"\0kvm_run\0", True),  # shared strings are in vmlinux
-        (b"\0kvm_run\0memory_fault\0", None, True),  # built in
-        (b"\0x\0", b"\0kvm_run\0hwpoison\0", False),
-        (b"\0x_memory_fault\0memory_fault_y\0", b"\0kvm_run\0", False),
+        ([], None, None),
+        ([], KVM_RUN, True),
+        ([], [struct("kvm_run", member("hwpoison", 0))], False),
+        (KVM_RUN, None, True),  # built in
+        (KVM_RUN, [], True),
+        ([struct("task_struct", member("memory_fault", 0))], None, None),
     ],
 )
-def test_memory_fault_exit_without_libbpf(
-    tmp_path: Path, vmlinux: bytes, kvm: bytes | None, has_exit: bool | None
+def test_memory_fault_exit(
+    tmp_path: Path, vmlinux: list[bytes], kvm: list[bytes] | None, has_exit: bool | None
 ) -> None:
-    # No real BTF, so libbpf refuses it where it is installed: the same path as without libbpf.
-    (tmp_path / "vmlinux").write_bytes(vmlinux)
+    (tmp_path / "vmlinux").write_bytes(blob(*vmlinux))
     if kvm is not None:
-        (tmp_path / "kvm").write_bytes(kvm)
+        (tmp_path / "kvm").write_bytes(blob(*kvm, strings=b""))
     assert host.types(str(tmp_path)) == host.Types(True, kvm is not None, has_exit)
+
+
+def test_memory_fault_exit_is_unknown_without_types(tmp_path: Path) -> None:
+    (tmp_path / "vmlinux").write_bytes(b"")
+    assert host.types(str(tmp_path)) == host.Types(True, False, None)
 
 
 def test_no_btf(tmp_path: Path) -> None:

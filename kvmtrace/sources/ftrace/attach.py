@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.linux import btfblob, host
+from kvmtrace.linux import kallsyms
 from kvmtrace.linux.btf import Btf
 from kvmtrace.linux.tracefs import dynamic_events, instance
 from kvmtrace.linux.tracefs.dynamic_events import Defined, DynamicEvents
@@ -200,7 +200,7 @@ class Attacher:
         detail = "; ".join(reason for _, reason in refused)
         if self._functions is None:
             functions = (x for one in self._specs.values() for x in one.targets if ":" not in x)
-            symbols = host.symbols(functions)
+            symbols = kallsyms.symbols(functions)
             self._functions = set(spec.targets) if symbols is None else set(symbols.modules)
         here = [one for one in refused if one[0] in self._functions]
         if not here:
@@ -275,10 +275,6 @@ def remove_events(events: DynamicEvents, seconds: float = 1.0) -> None:
 
 def _offset(struct: str, member: str) -> int | None:
     try:
-        btf = Btf()
+        return Btf().offset(struct, member)
     except KvmtraceError:
-        return btfblob.offset(struct, member)
-    try:
-        return btf.offset(struct, member)
-    finally:
-        btf.close()
+        return None
