@@ -52,23 +52,17 @@ from kvmtrace.events import (
     VmSeen,
     wall_time,
 )
-from kvmtrace.model import CorrelatedEvent, Incident, Snapshot, SoftOfflinedPage, VmIdentity
-
-_FOUND_BY = {
-    "pagemap": "page table entry with the pfn (pagemap)",
-    "mapping": "the same page of the same file, mapped",
-    "guest_memfd": "the page's guest_memfd and its memslots",
-    "fault": "guest_memfd refused this gfn, whose memslot leads to the page",
-}
-
-_BY_PAGE_TABLE = "the page table entry at the address names the pfn"
-
-_FOUND = {
-    "running": "runs",
-    "waiting": "waits in KVM_RUN",
-    "outside": "sleeps outside KVM_RUN",
-    "gone": "has ended",
-}
+from kvmtrace.model import (
+    CorrelatedEvent,
+    EntryKind,
+    Incident,
+    Join,
+    JoinedBy,
+    Snapshot,
+    SoftOfflinedPage,
+    TimelineEntry,
+    VmIdentity,
+)
 
 
 def cause_of(exit_: Exit) -> str | None:
@@ -193,7 +187,8 @@ class Correlator:
             if party is not None:
                 incident.parties[event.vm] = party
             if not incident.closed:
-                incident.note(("gone", event.vm), event.ts, "the VM is gone", vm=event.vm)
+                entry = TimelineEntry(event.ts, EntryKind.VM_GONE, event, vm=event.vm)
+                incident.note(entry, event.vm)
                 self._close_if_deserted(incident)
         self._vms.settle(event.vm, keep=bool(mentions))
         return CorrelatedEvent(event, vm=vm.seen)
@@ -209,27 +204,18 @@ class Correlator:
         for incident in self._incidents.of(event.vm):
             if not incident.closed and incident.look(event):
                 ids.append(incident.id)
-                who = "a thread" if event.vcpu is None else f"vCPU {event.vcpu}"
-                incident.note(
-                    ("vcpu", event.vm, event.tid, event.state),
-                    event.ts,
-                    f"{who} {_FOUND.get(event.state, event.state)}",
-                    f"/proc, the notified thread {event.tid}",
-                    vm=event.vm,
-                )
+                join = Join(JoinedBy.NOTIFIED_THREAD)
+                entry = TimelineEntry(event.ts, EntryKind.VCPU_STATE, event, join, event.vm)
+                incident.note(entry, event.vm, event.tid, event.state)
         return CorrelatedEvent(event, vm=self.identity(event.vm), incident=ids[-1] if ids else None)
 
     def _released(self, event: PageReplaced) -> CorrelatedEvent:
         incident = self._incidents.at_pfn(event.pfn)
         self._incidents.forgotten.mended(event.pfn, event.vm)
         if incident is not None and incident.release(event.vm, event.hva):
-            incident.note(
-                ("released", event.vm, event.hva),
-                event.ts,
-                f"hva {event.hva:#x} has no longer that page",
-                "page table entry (pagemap)",
-                vm=event.vm,
-            )
+            join = Join(JoinedBy.PAGE_TABLE_CHANGED)
+            entry = TimelineEntry(event.ts, EntryKind.PAGE_REPLACED, event, join, event.vm)
+            incident.note(entry, event.vm, event.hva)
         return CorrelatedEvent(
             event, self.identity(event.vm), incident=incident.id if incident else None
         )
@@ -246,17 +232,9 @@ class Correlator:
             if incident is not None:
                 incident.exits += event.count
                 incident.guest_memfd |= event.errno == kvm.EHWPOISON  # others get a SIGBUS
-                how = kvm.outcome_name(event.errno, event.reason)
-                gpa = f", gpa {event.gpa:#x}" if event.gpa is not None else ""
-                vcpu = "a vCPU" if event.vcpu is None else f"vCPU {event.vcpu}"
-                incident.note(
-                    ("exit", event.vm, event.vcpu),
-                    event.ts,
-                    f"KVM_RUN on {vcpu}: {how}{gpa}",
-                    _by_place(event.gfn, gfn),
-                    vm=event.vm,
-                    count=event.count,
-                )
+                join = _by_place(event.gfn, gfn)
+                entry = TimelineEntry(event.ts, EntryKind.EXIT, event, join, event.vm, event.count)
+                incident.note(entry, event.vm, event.vcpu)
                 self._deliver(
                     incident, event.ts, event.vm, event.vcpu, exits=event.count, page=event.gfn
                 )
@@ -273,14 +251,9 @@ class Correlator:
         incident = self._incident_at(event.vm, event.gfn)
         if incident is not None:
             incident.guest_memfd = True
-            incident.note(
-                ("refused", event.vm, gfn),
-                event.ts,
-                f"guest_memfd refused gfn {event.gfn:#x} with EHWPOISON",
-                _by_place(event.gfn, gfn),
-                vm=event.vm,
-                count=event.count,
-            )
+            join = _by_place(event.gfn, gfn)
+            entry = TimelineEntry(event.ts, EntryKind.REFUSAL, event, join, event.vm, event.count)
+            incident.note(entry, event.vm, gfn)
         return CorrelatedEvent(
             event, vm=self.identity(event.vm), incident=incident.id if incident else None
         )
@@ -320,22 +293,19 @@ class Correlator:
             self._incidents.disown(incident)
         if "huge page" not in event.page_type:
             incident.grow(self._page)  # a huge page's size comes with its owners and signals
-        incident.note(
-            ("poison", event.page_type, event.result),
-            event.ts,
-            f"pfn {event.pfn:#x} poisoned: {event.result}, {event.page_type}",
-        )
+        entry = TimelineEntry(event.ts, EntryKind.POISON, event)
+        incident.note(entry, event.page_type, event.result)
         for one in owned:
             self._owned_by(incident, one)
         if gmem is not None:
             for owner in gmem.owners:
-                self._own(incident, owner, event.ts, _by_gmem(gmem))
+                self._own(incident, owner, event.ts, gmem, Join(JoinedBy.GMEM_THREAD))
         for signal in self._halves.signals(event):
-            how = "sent by the thread that poisoned the page"
-            self._take_signal(incident, signal, how, by_poison=True)
+            join = Join(JoinedBy.POISONING_THREAD)
+            self._take_signal(incident, signal, join, by_poison=True)
         # A guest may touch the page while memory_failure is still at work on it.
         for signal in self._halves.signals_of(event.pfn):
-            self._take_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
+            self._take_signal(incident, signal, Join(JoinedBy.PAGE_TABLE), by_poison=False)
         return CorrelatedEvent(event, incident=incident.id, owners=self._named_owners(incident))
 
     def _adoptable(self, owners: list[Owner]) -> IncidentState | None:
@@ -354,14 +324,13 @@ class Correlator:
             incident = incident or self._incidents.open(f"{event.pfn:x}")
             self._incidents.name_page(incident, event.pfn)
             incident.before_start = True
-            how = "its page flags (/proc/kpageflags)"
-            what = f"pfn {event.pfn:#x} was poisoned before kvmtrace started"
-            incident.note(("found",), event.ts, what, how)
+            join = Join(JoinedBy.PAGE_FLAGS)
+            incident.note(TimelineEntry(event.ts, EntryKind.FOUND, event, join))
             self._join_hardware(incident)
             for one in owned:
                 self._owned_by(incident, one)
             for signal in self._halves.signals_of(event.pfn):
-                self._take_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
+                self._take_signal(incident, signal, Join(JoinedBy.PAGE_TABLE), by_poison=False)
         return CorrelatedEvent(event, incident=incident.id if incident else None)
 
     def _late_owner(self, event: Owned) -> CorrelatedEvent:
@@ -378,25 +347,25 @@ class Correlator:
     def _owned_by(self, incident: IncidentState, event: Owned) -> None:
         self._incidents.grow(incident, event.size)
         incident.guest_memfd |= event.via in ("guest_memfd", "fault")
-        how = _FOUND_BY.get(event.via, event.via)
-        self._own(incident, event.owner, event.ts, how)
+        self._own(incident, event.owner, event.ts, event, Join(JoinedBy.LOOKUP))
 
     def _own(
-        self, incident: IncidentState, owner: Owner, ts: int | None = None, how: str | None = None
+        self,
+        incident: IncidentState,
+        owner: Owner,
+        ts: int | None = None,
+        event: Event | None = None,
+        join: Join | None = None,
     ) -> None:
         gone = self._vms.is_gone(owner.vm)
         self._incidents.own(incident, owner, live=not gone)
         if incident.disowned:
             if ts is not None:
-                what = "mapped by VMs, of which it is not the memory"
-                incident.note(("mapped",), ts, what, how)
+                incident.note(TimelineEntry(ts, EntryKind.MAPPED, event, join))
             return
         if ts is not None:
-            place = f"gfn {owner.gfn:#x}" if owner.gfn is not None else "gfn not known"
-            if owner.hva is not None:
-                place += f", hva {owner.hva:#x}"
-            key = ("owner", owner.vm, owner.gfn)
-            incident.note(key, ts, f"owned: {place}", how, vm=owner.vm)
+            entry = TimelineEntry(ts, EntryKind.OWNER, event, join, owner.vm, owner=owner)
+            incident.note(entry, owner.vm, owner.gfn)
         party = self._vms.party(owner.vm) if gone else None
         if party is not None:
             incident.parties[owner.vm] = party
@@ -409,7 +378,8 @@ class Correlator:
         self._halves.unpoisoned(event.pfn)
         if incident is not None:
             incident.unpoisoned_ts = event.ts
-            incident.note(("unpoison",), event.ts, f"pfn {event.pfn:#x} unpoisoned", "same pfn")
+            entry = TimelineEntry(event.ts, EntryKind.UNPOISON, event, Join(JoinedBy.PFN))
+            incident.note(entry)
             self._incidents.unpoison(incident)
         self._soft.pop(event.pfn, None)
         return CorrelatedEvent(event, incident=incident.id if incident else None)
@@ -422,44 +392,47 @@ class Correlator:
             self._account.lose("soft_offlines", 1)
         incident = self._incidents.at_pfn(event.pfn)
         if incident is not None:
-            failed = f", refused with {kvm.errno_name(event.errno)}" if event.errno else ""
-            incident.note(("soft",), event.ts, f"soft offline{failed}", "same pfn")
+            entry = TimelineEntry(event.ts, EntryKind.SOFT_OFFLINE, event, Join(JoinedBy.PFN))
+            incident.note(entry)
         return CorrelatedEvent(event, incident=incident.id if incident else None)
 
     # -- signals
 
     def _sigbus(self, event: Sigbus) -> CorrelatedEvent:
         self._vms.sigbus(event)
-        incident, how = self._incident_of_signal(event)
+        incident, join = self._incident_of_signal(event)
         vm = event.vm
         if incident is not None:
-            vm = self._take_signal(incident, event, how, by_poison=False)
+            vm = self._take_signal(incident, event, join, by_poison=False)
         else:
             self._halves.add(event)
         who = self.identity(vm) if vm is not None else self._vms.vmm(event.pid, event.ts)
         return CorrelatedEvent(event, vm=who, incident=incident.id if incident else None)
 
-    def _incident_of_signal(self, event: Sigbus) -> tuple[IncidentState | None, str]:
+    def _incident_of_signal(self, event: Sigbus) -> tuple[IncidentState | None, Join]:
+        join = Join(JoinedBy.GFN)
         if event.pfn is not None:
             incident = self._incidents.at_pfn(event.pfn)
             if incident is not None:
-                by_sender = "sent by the thread that had poisoned the page"
-                return incident, by_sender if event.hva is None else _BY_PAGE_TABLE
+                by_sender = event.hva is None
+                return incident, Join(
+                    JoinedBy.EARLIER_POISONING_THREAD if by_sender else JoinedBy.PAGE_TABLE
+                )
         if event.vm is None or event.hva is None:
-            return None, ""
+            return None, join
         if event.gfn is not None:
             incident = self._incidents.at_place(event.vm, event.gfn)
             if incident is not None:
-                return incident, "same VM and gfn"
+                return incident, join
         for incident in self._incidents.of(event.vm):
             if not incident.closed:
                 owner = incident.place_of_address(event.vm, event.hva, event.lsb)
                 if owner is not None:
-                    return incident, f"address within the loss at hva {owner.hva:#x}"
-        return None, ""
+                    return incident, Join(JoinedBy.NEAR_HVA, owner.hva)
+        return None, join
 
     def _take_signal(
-        self, incident: IncidentState, event: Sigbus, how: str, *, by_poison: bool
+        self, incident: IncidentState, event: Sigbus, join: Join, *, by_poison: bool
     ) -> int | None:
         """Returns the VM that was notified, if it is known."""
         if event.vm is None and (vm := self._holder(incident, event)) is not None:
@@ -469,25 +442,19 @@ class Correlator:
             # memory_failure's own has the loss right; KVM's says 12 for a huge page too.
             self._incidents.grow(incident, 1 << event.lsb if event.lsb is not None else None)
         if event.vm is not None and self._incidents.at_place(event.vm, event.gfn) is None:
-            self._own_by_signal(incident, event, event.vm, how)
+            self._own_by_signal(incident, event, event.vm, join)
         code = kvm.sigbus_code_name(event.code)
         is_vmm = event.vm is not None or self._vms.vmm(event.pid, event.ts) is not None
-        who = f"vCPU {event.vcpu}" if event.vcpu is not None else f"thread {event.tid}"
-        if not is_vmm:
-            who = f"{event.comm or 'a process'} (pid {event.pid}), which runs no VM"
-        what = f"SIGBUS {code} to {who}"
-        if event.hva is not None:
-            what += f", hva {event.hva:#x}"
         own = by_poison and event.vcpu is None and event.tid == event.sender
-        if own and not incident.failed_in_use:
+        own = own and not incident.failed_in_use
+        kind = EntryKind.OWN_SIGNAL if own else EntryKind.SIGNAL
+        entry = TimelineEntry(event.ts, kind, event, join, event.vm, event.count, vmm=is_vmm)
+        if own:
             incident.sigbus_at_poison += event.count
             incident.own_signals = [*incident.own_signals[-3:], event]
-            what += ", by its own poisoning"
-            key: object = ("own signal", event.tid)
-            incident.note(key, event.ts, what, how, vm=event.vm, count=event.count)
+            incident.note(entry, event.tid)
             return event.vm
-        key = ("sigbus", event.vm, event.tid, code)
-        incident.note(key, event.ts, what, how, vm=event.vm, count=event.count)
+        incident.note(entry, event.vm, event.tid, code)
         if not is_vmm:
             incident.sigbus_to_others += event.count
             return None
@@ -517,7 +484,7 @@ class Correlator:
         }
         return vms.pop() if len(vms) == 1 else None
 
-    def _own_by_signal(self, incident: IncidentState, event: Sigbus, vm: int, how: str) -> None:
+    def _own_by_signal(self, incident: IncidentState, event: Sigbus, vm: int, join: Join) -> None:
         hva = event.hva
         if hva is None:
             return
@@ -528,7 +495,7 @@ class Correlator:
             hva = at.hva
         has_vm = any(owner.vm == vm for owner in incident.owners.values())
         if event.gfn is not None or not has_vm:
-            self._own(incident, Owner(vm, event.gfn, hva), event.ts, how)
+            self._own(incident, Owner(vm, event.gfn, hva), event.ts, event, join)
 
     def _deliver(
         self,
@@ -549,8 +516,7 @@ class Correlator:
         if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
             self._account.delivered(ts - incident.poisoned_ts)
         if was_over and not incident.over:
-            what = "notified again although the page is unpoisoned"
-            incident.note(("again", vm), ts, what, vm=vm)
+            incident.note(TimelineEntry(ts, EntryKind.NOTIFIED_AGAIN, vm=vm), vm)
 
     # -- hardware
 
@@ -578,9 +544,9 @@ class Correlator:
             signals, incident.own_signals = incident.own_signals, []
             for signal in signals:
                 incident.sigbus_at_poison -= signal.count
-                incident.moments.pop(("own signal", signal.tid), None)
-                how = "sent by the thread that consumed the page"
-                self._take_signal(incident, signal, how, by_poison=True)
+                incident.moments.pop((EntryKind.OWN_SIGNAL, signal.tid), None)
+                join = Join(JoinedBy.CONSUMING_THREAD)
+                self._take_signal(incident, signal, join, by_poison=True)
 
     # -- out
 
@@ -631,15 +597,7 @@ class Correlator:
         )
 
 
-def _by_place(gfn: int | None, known_by: int | None) -> str:
+def _by_place(gfn: int | None, known_by: int | None) -> Join:
     if gfn is None:
-        return "same VM; its gfn is unknown"
-    return "same VM and gfn" if gfn == known_by else f"gfn within the loss at gfn {known_by:#x}"
-
-
-def _by_gmem(event: GmemPoison) -> str:
-    where = f"index {event.index:#x}"
-    if event.inode is not None:
-        where = f"inode {event.inode}, {where}"
-    doubt = "" if event.complete else "; not all bindings could be seen"
-    return f"same thread as the poison, guest_memfd {where}{doubt}"
+        return Join(JoinedBy.VM)
+    return Join(JoinedBy.GFN) if gfn == known_by else Join(JoinedBy.NEAR_GFN, known_by)

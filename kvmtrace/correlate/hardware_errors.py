@@ -18,7 +18,15 @@ from kvmtrace import dimm_names, kvm
 from kvmtrace.correlate.error_counts import EDAC, MCE, ErrorCount, together
 from kvmtrace.events import HwError, Mce
 from kvmtrace.linux import mce
-from kvmtrace.model import ErrorHistory, Origin, Reported, TimelineEntry
+from kvmtrace.model import (
+    EntryKind,
+    ErrorHistory,
+    Join,
+    JoinedBy,
+    Origin,
+    Reported,
+    TimelineEntry,
+)
 
 _SEVERITIES = ("corrected", "deferred", "recoverable", "fatal")
 
@@ -87,7 +95,7 @@ class ErrorSite:
     first_ts: int = 0
     last_ts: int = 0
     facts: dict[str, int | str] = field(default_factory=dict)
-    moments: dict[str, TimelineEntry] = field(default_factory=dict)
+    moments: dict[tuple[object, ...], TimelineEntry] = field(default_factory=dict)
     uncorrected: tuple[int, int | None] | None = None  # the last one: time, line's bit
     _reported: Reported | None = None  # as it was frozen last, if nothing came since
 
@@ -115,18 +123,24 @@ class ErrorSite:
         self._note(event)
 
     def _note(self, event: Mce | HwError) -> None:
-        what = _text(event)
-        if what not in self.moments and len(self.moments) >= _MAX_REPORTERS:
-            what = "errors of other kinds"
-        known = self.moments.get(what)
+        key = _kind_of(event)
+        kind = EntryKind.HARDWARE_ERROR
+        if key not in self.moments and len(self.moments) >= _MAX_REPORTERS:
+            key, kind = ("others",), EntryKind.MORE_HARDWARE_ERRORS
+        known = self.moments.get(key)
         if known is None:
-            exact = f"address, exact to {1 << self.page_shift << self.order} bytes"
-            how = "address in the same page" if not self.order else exact
-            self.moments[what] = TimelineEntry(
-                event.ts, what, how, count=max(1, event.count), last_ts=event.ts
+            exact = Join(JoinedBy.ADDRESS, 1 << self.page_shift << self.order)
+            join = exact if self.order else Join(JoinedBy.PAGE_ADDRESS)
+            self.moments[key] = TimelineEntry(
+                event.ts,
+                kind,
+                event if kind is EntryKind.HARDWARE_ERROR else None,
+                join,
+                count=max(1, event.count),
+                last_ts=event.ts,
             )
         else:
-            self.moments[what] = replace(
+            self.moments[key] = replace(
                 known,
                 ts=min(known.ts, event.ts),
                 last_ts=max(known.last_ts or 0, event.ts),
@@ -401,10 +415,7 @@ def severity_of(event: Mce | HwError) -> str | None:
     """One of events.HwError's severities; None if the report does not say."""
     if isinstance(event, HwError):
         return event.severity
-    if not event.status & mce.UC:
-        deferred = event.vendor in mce.AMD and event.status & mce.DEFERRED
-        return "deferred" if deferred else "corrected"
-    return "fatal" if event.status & mce.PCC else "recoverable"
+    return mce.severity(event.status, event.vendor)
 
 
 def _name(event: Mce | HwError) -> Name | None:
@@ -447,24 +458,14 @@ def _via(event: Mce | HwError) -> str:
     return event.via if isinstance(event, HwError) else MCE
 
 
-def _text(event: Mce | HwError) -> str:
-    severity = severity_of(event) or "memory"
-    if isinstance(event, Mce):
-        return f"{severity} error by machine check: {_who(event)}"
-    label = dimm_names.label(event.label)
-    return f"{severity} error by {event.via}" + (f": {label}" if label else "")
-
-
-def _who(check: Mce) -> str:
-    if check.bank == mce.FIRMWARE_BANK:
-        return "the kernel's record of what firmware reported"
-    match _at(check):
-        case "memory":
-            at_memory = f"memory controller of socket {check.socket}"
-            return f"{at_memory} (bank {check.bank}, read by CPU {check.cpu})"
-        case "consumer":
-            return f"consumed by CPU {check.cpu}, socket {check.socket} (bank {check.bank})"
-    return f"bank {check.bank}, CPU {check.cpu}, socket {check.socket}"
+def _kind_of(event: Mce | HwError) -> tuple[object, ...]:
+    """What two reports have in common that are one entry of the timeline."""
+    severity = severity_of(event)
+    if isinstance(event, HwError):
+        return severity, event.via, dimm_names.label(event.label)
+    if event.bank == mce.FIRMWARE_BANK:
+        return severity, event.bank
+    return severity, _at(event), event.bank, event.cpu, event.socket
 
 
 def _at(check: Mce) -> str | None:

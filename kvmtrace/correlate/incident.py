@@ -12,6 +12,7 @@ from kvmtrace.correlate.pages import is_verdict, verdict_on
 from kvmtrace.correlate.verdicts import Evidence, VcpuSample, judge, loops_now
 from kvmtrace.events import Owner, Poison, Sigbus, VcpuState
 from kvmtrace.model import (
+    EntryKind,
     Incident,
     Notification,
     Origin,
@@ -27,6 +28,14 @@ GuestPlace = tuple[int, int | None]  # VM key, gfn
 MAX_SIZE = 1 << 34
 
 RANK_OVER, RANK_NOBODY, RANK_KERNEL, RANK_OF_A_VM = range(4)
+
+# Entries that may be many, and give way to others.
+_MINOR = (
+    EntryKind.OWNER,
+    EntryKind.VCPU_STATE,
+    EntryKind.REFUSAL,
+    EntryKind.PAGE_REPLACED,
+)
 
 _LOOKS_KEPT = 4
 _PLACES_KEPT = 8
@@ -85,7 +94,7 @@ class IncidentState:
     looks: dict[tuple[int, int], list[VcpuSample]] = field(default_factory=dict)  # by VM and thread
     places: list[ErrorSite] = field(default_factory=list)
     own_signals: list[Sigbus] = field(default_factory=list)
-    moments: dict[object, TimelineEntry] = field(default_factory=dict)
+    moments: dict[tuple[object, ...], TimelineEntry] = field(default_factory=dict)
     omitted: int = 0
 
     # -- whose it is
@@ -180,7 +189,7 @@ class IncidentState:
     def poisoned_after_all(self, ts: int) -> None:
         """It was found marked while memory_failure, which reports last, was still at work on it."""
         self.before_start, self.poisoned_ts = False, ts
-        self.moments.pop(("found",), None)
+        self.moments.pop((EntryKind.FOUND,), None)
 
     def grow(self, size: int | None) -> None:
         """So many bytes are lost at least."""
@@ -224,35 +233,27 @@ class IncidentState:
 
     # -- what happened
 
-    def note(
-        self,
-        key: object,
-        ts: int,
-        what: str,
-        how: str | None = None,
-        *,
-        vm: int | None = None,
-        count: int = 1,
-    ) -> None:
-        """An entry of the timeline; the same ``key`` again is the same entry, once more."""
+    def note(self, entry: TimelineEntry, *distinct: object) -> None:
+        """Add to the timeline; one of the same kind and ``distinct`` facts counts once more."""
+        key = (entry.kind, *distinct)
         known = self.moments.get(key)
         if known is not None:
             self.moments[key] = replace(
                 known,
-                ts=min(known.ts, ts),
-                last_ts=max(known.last_ts or known.ts, ts),
-                count=known.count + count,
+                ts=min(known.ts, entry.ts),
+                last_ts=max(known.last_ts or known.ts, entry.ts),
+                count=known.count + entry.count,
             )
-        elif len(self.moments) < self.limits.moments or self._drop_minor(key):
-            self.moments[key] = TimelineEntry(ts, what, how, vm, count)
+        elif len(self.moments) < self.limits.moments or self._drop_minor(entry.kind):
+            self.moments[key] = entry
         else:
             self.omitted += 1
 
-    def _drop_minor(self, key: object) -> bool:
+    def _drop_minor(self, kind: EntryKind) -> bool:
         """Make room for what matters, by the last of those entries that may be many."""
-        if _is_minor(key):
+        if kind in _MINOR:
             return False
-        minor = next((known for known in reversed(self.moments) if _is_minor(known)), None)
+        minor = next((known for known in reversed(self.moments) if known[0] in _MINOR), None)
         if minor is None:
             return False
         del self.moments[minor]
@@ -455,10 +456,6 @@ class IncidentState:
     def _timeline(self) -> tuple[TimelineEntry, ...]:
         reported = [moment for errors in self.places for moment in errors.moments.values()]
         return tuple(sorted([*self.moments.values(), *reported], key=lambda moment: moment.ts))
-
-
-def _is_minor(key: object) -> bool:
-    return isinstance(key, tuple) and key[0] in ("owner", "vcpu", "refused", "released")
 
 
 def _agree(one: int | None, other: int | None) -> bool:

@@ -9,6 +9,7 @@ from kvmtrace import dimm_names
 from kvmtrace.model import Incident, Snapshot, Verdict
 from kvmtrace.views import vmm_advice
 from kvmtrace.views.format import counted, dimm_of, hex_of, listed
+from kvmtrace.views.timeline import finding_text
 from kvmtrace.views.vmm_advice import Vmm
 
 _NAMES = 8
@@ -44,7 +45,9 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
     for verdict in incident.verdicts:
         if verdict.word == "unknown":
             who = _names(incident, [verdict.vm])
-            why = "it was notified only just now" if verdict.early else verdict.evidence[0]
+            why = finding_text(verdict.evidence[0])
+            if verdict.early:
+                why = "it was notified only just now"
             missing.append(f"what {who} did about it: {why}")
     if incident.omitted:
         missing.append(f"{incident.omitted} entries of the timeline: there was no room for them")

@@ -9,9 +9,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvmtrace import dimm_names
-from kvmtrace.events import ClockStep
-from kvmtrace.model import ErrorHistory, Incident, Origin, Snapshot, TimelineEntry, VmIdentity
-from kvmtrace.views import advice, json_output
+from kvmtrace.model import (
+    EntryKind,
+    ErrorHistory,
+    Incident,
+    Join,
+    JoinedBy,
+    Origin,
+    Snapshot,
+    TimelineEntry,
+    VmIdentity,
+)
+from kvmtrace.views import advice, json_output, timeline
 from kvmtrace.views.format import counted, dimm_of, hex_of, listed, shift_of, size_of, span_of
 from kvmtrace.views.tables.rows import KERNEL_ITSELF, state_word
 
@@ -52,8 +61,8 @@ def as_object(incident: Incident, snapshot: Snapshot) -> dict[str, Any]:
         "timeline": [
             json_output.known(
                 ts=json_output.rfc3339(snapshot.wall(moment.ts)),
-                what=moment.what,
-                how=moment.how,
+                what=timeline.description(moment),
+                how=timeline.joined_by(moment),
                 vm=None
                 if moment.vm is None
                 else json_output.party_name(incident.parties.get(moment.vm)),
@@ -82,15 +91,15 @@ def _parts(incident: Incident, snapshot: Snapshot) -> Iterator[_Part]:
     begin = _begin(incident)
     for moment in _timeline(incident, snapshot):
         yield f"  {_relative(moment.ts, begin):>{_TIME}}  ", _moment(moment, incident, begin)
-        if moment.how:
-            yield " " * (_TIME + 4), f"by: {moment.how}"
+        if how := timeline.joined_by(moment):
+            yield " " * (_TIME + 4), f"by: {how}"
     if incident.verdicts:
         yield "", ""
         yield "", "Verdict"
         for one in incident.verdicts:
             yield "  ", f"{_name(incident.parties.get(one.vm))}: {one.word}"
-            for fact in one.evidence:
-                yield "    - ", fact
+            for finding in one.evidence:
+                yield "    - ", timeline.finding_text(finding)
     for title, entries in (
         ("Not known", advice.not_known(incident, snapshot)),
         ("Next", advice.next_steps(incident, snapshot)),
@@ -188,7 +197,7 @@ def _moment(moment: TimelineEntry, incident: Incident, begin: int) -> str:
         if moment.last_ts is not None and moment.last_ts > moment.ts:
             again += f", last {_relative(moment.last_ts, begin)}"
         again += ")"
-    return f"{who}{moment.what}{again}"
+    return f"{who}{timeline.description(moment)}{again}"
 
 
 def _begin(incident: Incident) -> int:
@@ -202,18 +211,11 @@ def _timeline(incident: Incident, snapshot: Snapshot) -> list[TimelineEntry]:
     moments = incident.timeline
     ends = [moment.last_ts or moment.ts for moment in moments]
     steps = [
-        TimelineEntry(step.ts, _step(step), "the wall clock beside CLOCK_MONOTONIC")
+        TimelineEntry(step.ts, EntryKind.CLOCK_STEP, step, Join(JoinedBy.CLOCK))
         for step in snapshot.steps
         if moments and moments[0].ts < step.ts < max(ends)
     ]
     return sorted([*moments, *steps], key=lambda moment: moment.ts) if steps else list(moments)
-
-
-def _step(step: ClockStep) -> str:
-    what = f"the wall clock was stepped by {shift_of(step.step_ns)}"
-    if step.suspended_ns is not None:
-        what += f"; the host was suspended for {span_of(step.suspended_ns)}"
-    return what
 
 
 def _timeline_from(incident: Incident, snapshot: Snapshot) -> str:

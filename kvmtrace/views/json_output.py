@@ -39,6 +39,7 @@ from kvmtrace.model import (
     VmIdentity,
 )
 from kvmtrace.probes import Probe
+from kvmtrace.views.timeline import finding_text
 
 
 def rfc3339(ts: int) -> str:
@@ -270,7 +271,7 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
             known(
                 vm=party_name(state.parties.get(verdict.vm)),
                 verdict=verdict.word,
-                evidence=list(verdict.evidence),
+                evidence=[finding_text(finding) for finding in verdict.evidence],
             )
             for verdict in state.verdicts
         ]

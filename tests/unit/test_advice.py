@@ -36,6 +36,8 @@ from kvmtrace.model import (
     STATES,
     VERDICTS,
     ErrorHistory,
+    Finding,
+    FindingKind,
     Incident,
     Notification,
     Origin,
@@ -346,7 +348,7 @@ def every_incident() -> Iterator[Incident]:
             yield replace(found, first_delivery_ts=T0, sigbus=1, page_class="kernel")
             for word, early, sent in itertools.product(VERDICTS, (False, True), signals):
                 telling = Notification(1, None, int(not sent), sent, T0, T0)
-                verdict = Verdict(1, word, ("evidence",), early)
+                verdict = Verdict(1, word, (Finding(FindingKind.NO_SAMPLE),), early)
                 notified = replace(
                     found, first_delivery_ts=T0, told=(telling,), verdicts=(verdict,)
                 )

@@ -25,6 +25,7 @@ from kvmtrace.events import (
 )
 from kvmtrace.events import VcpuState as Look
 from kvmtrace.model import Snapshot
+from kvmtrace.views.timeline import description
 from tests.unit.test_correlate import HVA, T0, hwpoison, seen
 
 S = 1_000_000_000
@@ -167,7 +168,7 @@ def test_many_entries_of_one_sort_leave_room_for_what_matters() -> None:
     snapshot, _ = fed(Limits(), seen(1), poison, *many, told, VmGone(T0 + 2 * S, 1))
     (incident,) = snapshot.incidents
     assert len(incident.timeline) == 64
-    whats = [moment.what for moment in incident.timeline]
+    whats = [description(entry) for entry in incident.timeline]
     assert "the VM is gone" in whats
     assert any(what.startswith("KVM_RUN on vCPU 0: EHWPOISON") for what in whats)
     assert incident.omitted == 139
