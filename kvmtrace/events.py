@@ -99,7 +99,7 @@ class Exit(Event):
     count: int = 1
 
     @property
-    def tells_of_poison(self) -> bool:
+    def is_poison(self) -> bool:
         """EHWPOISON, or what arm64 says without an errno: KVM_EXIT_ARM_SEA, a nested fault."""
         if self.errno != 0:
             return self.errno == kvm.EHWPOISON

@@ -15,15 +15,44 @@ from kvmtrace.events import ClockStep, Event, Host, Owner, VmSeen, wall_time
 from kvmtrace.probes import Probe, ProbeRuns
 
 CAUSES = ("hwpoison", "conversion", "userfault", "backing", "unannotated", "other")
-STATES = ("latent", "delivered", "looping", "unowned", "closed")
-# Whose a poisoned page is: a VM's; the kernel's own, or one that memory_failure could not get hold
-# of, which puts the host at risk; still in use by a process or a file; or out of use.
-PAGE_CLASSES = ("vm", "kernel", "process", "handled")
-# What a VMM did about it; the first of several VMs' verdicts is the incident's.
-VERDICTS = ("looping", "stopped", "unknown", "exited", "handled")
+
+# Incidents that the model holds; what has no room is counted as lost.
+MAX_INCIDENTS = 1024
 
 # Seconds from poison to first delivery: a guest may touch the page at once, or next week.
 LATENCY_BUCKETS = (0.001, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 86400.0)
+
+
+class IncidentStatus(StrEnum):
+    """How far an incident is."""
+
+    LATENT = "latent"  # a VM has the page, and no VMM was notified
+    DELIVERED = "delivered"  # a VMM was notified
+    LOOPING = "looping"  # a vCPU is notified again and again, now
+    UNOWNED = "unowned"  # no VM is known to have the page
+    CLOSED = "closed"  # the page is unpoisoned, or its VMs are gone
+
+
+class PageClass(StrEnum):
+    """Whose a poisoned page is."""
+
+    VM = "vm"
+    KERNEL = "kernel"  # or memory_failure could not get hold of it: the host is at risk
+    PROCESS = "process"  # still in use by a process or a file
+    HANDLED = "handled"  # out of use
+
+
+class VerdictWord(StrEnum):
+    """What a VMM did after it was notified; of several VMs' verdicts, the first is the incident's.
+
+    ``correlate.verdicts`` defines them.
+    """
+
+    LOOPING = "looping"
+    STOPPED = "stopped"
+    UNKNOWN = "unknown"
+    EXITED = "exited"
+    HANDLED = "handled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,14 +225,14 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a VM's VMM did after it was notified: one of ``VERDICTS``, and what that rests on.
+    """What a VM's VMM did after it was notified: and what that verdict rests on.
 
     ``evidence``: most important first. ``early``: it is unknown because the VMM was notified only
     just now.
     """
 
     vm: int
-    word: str
+    word: VerdictWord
     evidence: tuple[Finding, ...]
     early: bool = False
 
@@ -289,12 +318,12 @@ class Incident:
     ``undelivered``: refusals of guest_memfd that no exit delivered. ``before_start``: it was there
     when kvmtrace came. ``size``: bytes lost, where known. ``omitted``: moments that had no room.
     ``released``: those of the owners whose memory was seen without the page since. ``page_class``:
-    one of ``PAGE_CLASSES``, None where the kernel's verdict is not known. ``guest_memfd``: it is
+    None where the kernel's verdict is not known. ``guest_memfd``: it is
     known to be one of guest_memfd.
     """
 
     id: str
-    state: str
+    state: IncidentStatus
     pfn: int | None
     page_type: str | None
     result: str | None
@@ -318,19 +347,19 @@ class Incident:
     released: tuple[Owner, ...] = ()
     sigbus_to_others: int = 0
     page_shift: int = kvm.PAGE_SHIFT
-    page_class: str | None = None
+    page_class: PageClass | None = None
     guest_memfd: bool = False
 
     @property
     def host_at_risk(self) -> bool:
         """The kernel itself uses the page, or may: it can run into it at any time."""
-        return self.page_class == "kernel" and self.state != "closed"
+        return self.page_class == PageClass.KERNEL and self.state != IncidentStatus.CLOSED
 
     @property
-    def verdict(self) -> str | None:
+    def verdict(self) -> VerdictWord | None:
         """The verdict that matters most; None where no VM was notified."""
         words = {verdict.word for verdict in self.verdicts}
-        return next((word for word in VERDICTS if word in words), None)
+        return next((word for word in VerdictWord if word in words), None)
 
     def lost_gfns(self, owner: Owner) -> tuple[int, int] | None:
         """First and last gfn that an owner may have lost; None where its gfn is not known."""

@@ -16,18 +16,18 @@ How each was made is kept in the incident's timeline.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 
-from kvmtrace import kvm
+from kvmtrace import kvm, page_types
+from kvmtrace.bounded import BoundedDict
+from kvmtrace.correlate.causes import cause_of
 from kvmtrace.correlate.hardware_errors import ErrorSite, HardwareErrors
 from kvmtrace.correlate.incident import IncidentState
 from kvmtrace.correlate.incident_store import IncidentStore
 from kvmtrace.correlate.limits import Limits
-from kvmtrace.correlate.pages import verdict_on
 from kvmtrace.correlate.pending import PendingEvents
-from kvmtrace.correlate.totals import Totals, newly_lost
+from kvmtrace.correlate.totals import Totals
 from kvmtrace.correlate.vms import VmRegistry
 from kvmtrace.events import (
     ClockStep,
@@ -58,36 +58,13 @@ from kvmtrace.model import (
     Incident,
     Join,
     JoinedBy,
+    PageClass,
     Snapshot,
     SoftOfflinedPage,
     TimelineEntry,
     VmIdentity,
 )
-
-
-def cause_of(exit_: Exit) -> str | None:
-    """The cause of a fault, one of ``model.CAUSES``; None where no probe shows it.
-
-    An annotated EFAULT is demand paging if the flags say so, else a conversion if kvm_gmem_get_pfn
-    was never asked, and a failure of the backing if it was and failed. Flags that are not known
-    may mean anything: ``other``.
-    """
-    if exit_.tells_of_poison:
-        return "hwpoison"
-    if exit_.errno != kvm.EFAULT:
-        return "other"
-    if exit_.annotated is False:
-        return "unannotated"
-    if exit_.annotated is None:
-        return None
-    flags = exit_.flags or 0
-    if flags & kvm.MEMORY_EXIT_FLAG_USERFAULT:
-        return "userfault"
-    if kvm.unknown_flags(flags):
-        return "other"
-    if exit_.annotated is None or exit_.gmem is None:
-        return None
-    return "backing" if exit_.gmem else "conversion"
+from kvmtrace.page_types import PageOutcome
 
 
 class Correlator:
@@ -110,7 +87,9 @@ class Correlator:
         self._incidents = IncidentStore(limits, self._account.lose, self._page)
         self._hardware = HardwareErrors(limits.places, page_shift)
         self._halves = PendingEvents(limits, self._account.lose)
-        self._soft: OrderedDict[int, SoftOfflinedPage] = OrderedDict()  # by pfn
+        self._soft: BoundedDict[int, SoftOfflinedPage] = BoundedDict(  # by pfn
+            limits.soft_offlines, lambda *_: self._account.lose("soft_offlines", 1)
+        )
         self._steps: list[ClockStep] = []
         self._last_ts: int | None = None
 
@@ -277,7 +256,10 @@ class Correlator:
         owned = self._halves.owned(event.pfn, event.ts)
         gmem = self._halves.gmem(event)
         owners = [one.owner for one in owned] + list(gmem.owners if gmem else ())
-        if gmem is None and verdict_on(event.page_type, event.result) == "kernel":
+        if (
+            gmem is None
+            and page_types.outcome_of(event.page_type, event.result) == PageOutcome.KERNEL
+        ):
             owners = []  # VMs that have the zero page mapped
         incident = self._incidents.at_pfn(event.pfn)
         if incident is None:
@@ -285,13 +267,13 @@ class Correlator:
             self._incidents.name_page(incident, event.pfn)
             incident.poisoned_ts = event.ts
             self._join_hardware(incident)
-        elif incident.before_start and newly_lost(event):
+        elif incident.before_start and page_types.is_newly_lost(event.page_type):
             incident.poisoned_after_all(event.ts)
         incident.guest_memfd |= gmem is not None
         incident.judge(event)
         if incident.owners and (incident.disowned or incident.is_elsewhere()):
             self._incidents.disown(incident)
-        if "huge page" not in event.page_type:
+        if not page_types.is_huge(event.page_type):
             incident.grow(self._page)  # a huge page's size comes with its owners and signals
         entry = TimelineEntry(event.ts, EntryKind.POISON, event)
         incident.note(entry, event.page_type, event.result)
@@ -385,11 +367,7 @@ class Correlator:
         return CorrelatedEvent(event, incident=incident.id if incident else None)
 
     def _soft_offline(self, event: SoftOffline) -> CorrelatedEvent:
-        self._soft[event.pfn] = SoftOfflinedPage(event.pfn, event.ts, event.errno)
-        self._soft.move_to_end(event.pfn)
-        while len(self._soft) > self._limits.soft_offlines:
-            self._soft.popitem(last=False)
-            self._account.lose("soft_offlines", 1)
+        self._soft.renew(event.pfn, SoftOfflinedPage(event.pfn, event.ts, event.errno))
         incident = self._incidents.at_pfn(event.pfn)
         if incident is not None:
             entry = TimelineEntry(event.ts, EntryKind.SOFT_OFFLINE, event, Join(JoinedBy.PFN))
@@ -561,7 +539,7 @@ class Correlator:
         for incident in self._incidents:
             if not incident.over:
                 pages.update(key for key in incident.holders if not self._vms.is_gone(key))
-                pages[None] += incident.page_class == "kernel"
+                pages[None] += incident.page_class == PageClass.KERNEL
         return Snapshot(
             vms={key: vm.frozen(pages[key], forgotten[key], now) for key, vm in self._vms.items()},
             incidents=tuple(self._frozen(incident, now) for incident in self._incidents),

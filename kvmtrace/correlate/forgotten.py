@@ -5,8 +5,9 @@ An all-clear is never made by forgetting. A page is known by its place in a VM, 
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.events import Owner
 
 # Whose: a VM's key, None for the kernel.
@@ -17,8 +18,7 @@ class Forgotten:
     """At most ``limit`` pages; of further ones only how many of them each VM and the kernel has."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._keys: OrderedDict[_Key, int | None] = OrderedDict()  # with the pfn, where known
+        self._keys: BoundedDict[_Key, int | None] = BoundedDict(limit, self._count_only)
         self._more: Counter[int | None] = Counter()
 
     def counts(self) -> Counter[int | None]:
@@ -28,9 +28,9 @@ class Forgotten:
     def forget(self, owner: Owner | None, pfn: int | None) -> None:
         """No incident remembers this page of a VM, or of the kernel."""
         self._keys[_key(owner, pfn)] = pfn
-        if len(self._keys) > self._limit:
-            (of, _), _ = self._keys.popitem(last=False)
-            self._more[of] += 1
+
+    def _count_only(self, key: _Key, _: int | None) -> None:
+        self._more[key[0]] += 1
 
     def remember(self, owner: Owner | None, pfn: int | None) -> None:
         """An incident knows of it again."""

@@ -9,12 +9,12 @@ and by firmware: ``tally`` counts errors, not reports.
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 from kvmtrace import dimm_names, kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.error_counts import EDAC, MCE, ErrorCount, together
 from kvmtrace.events import HwError, Mce
 from kvmtrace.linux import mce
@@ -220,9 +220,10 @@ class HardwareErrors:
     def __init__(self, limit: int, page_shift: int = kvm.PAGE_SHIFT) -> None:
         self._limit = limit
         self._page_shift = page_shift
-        self._places: OrderedDict[tuple[int, int], ErrorSite] = OrderedDict()
-        self._dimms: OrderedDict[str, Dimm] = OrderedDict()
-        self._better: OrderedDict[str, str] = OrderedDict()  # {name: a better one of the same DIMM}
+        self._places: BoundedDict[tuple[int, int], ErrorSite] = BoundedDict(limit)
+        self._dimms: BoundedDict[str, Dimm] = BoundedDict(limit)
+        # {name: a better one of the same DIMM}
+        self._better: BoundedDict[str, str] = BoundedDict(limit)
         self._check: Mce | None = None  # the last one
 
     def report(self, event: Mce | HwError) -> ErrorSite | None:
@@ -257,7 +258,7 @@ class HardwareErrors:
         if key not in self._places and len(self._places) >= self._limit:
             self._spare_uncorrected()
         new = ErrorSite(pfn, order, self._page_shift, ErrorCount(exact=not order))
-        return self._of(self._places, key, new)
+        return _renewed(self._places, key, new)
 
     def _spare_uncorrected(self) -> None:
         """A flood of corrected errors pushes out no other one, whose poison may still come."""
@@ -286,13 +287,13 @@ class HardwareErrors:
     def _same_dimm(self, worse: str, better: str) -> None:
         for label in [label for label, known in self._better.items() if known == worse]:
             self._better[label] = better
-        self._of(self._better, worse, better)
+        _renewed(self._better, worse, better)
         if (known := self._dimms.pop(worse, None)) is not None:
             new = Dimm(known.first_ts, known.last_ts)
-            self._of(self._dimms, better, new).absorb(known)
+            _renewed(self._dimms, better, new).absorb(known)
 
     def _count(self, event: Mce | HwError, label: str, errors: ErrorSite | None) -> None:
-        dimm = self._of(self._dimms, label, Dimm(event.ts, event.ts))
+        dimm = _renewed(self._dimms, label, Dimm(event.ts, event.ts))
         dimm.first_ts, dimm.last_ts = min(dimm.first_ts, event.ts), max(dimm.last_ts, event.ts)
         severity = severity_of(event)
         if errors is None:
@@ -311,13 +312,6 @@ class HardwareErrors:
         # What turns out not to have been corrected may be of a DIMM that was forgotten since.
         dimm.corrected = max(0, dimm.corrected + tally.errors[0] - before[0])
         dimm.others += tally.errors[1] - before[1]
-
-    def _of(self, known: OrderedDict[_K, _V], key: _K, new: _V) -> _V:
-        errors = known.setdefault(key, new)
-        known.move_to_end(key)
-        while len(known) > self._limit:
-            known.popitem(last=False)
-        return errors
 
     def at(self, pfn: int) -> list[ErrorSite]:
         """What was reported of places that hold this page, the most exact first."""
@@ -367,6 +361,13 @@ class HardwareErrors:
     def dimms(self) -> dict[str, ErrorHistory]:
         """{label: what was reported of that DIMM}."""
         return {label: dimm.history() for label, dimm in self._dimms.items()}
+
+
+def _renewed(known: BoundedDict[_K, _V], key: _K, new: _V) -> _V:
+    """What is known by ``key``, or else ``new``; it is forgotten last now."""
+    value = known.get(key, new)
+    known.renew(key, value)
+    return value
 
 
 def _best_name(places: list[ErrorSite]) -> Name | None:

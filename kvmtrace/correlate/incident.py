@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import assert_never
 
 from kvmtrace import kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.hardware_errors import ErrorSite
 from kvmtrace.correlate.limits import Limits
-from kvmtrace.correlate.pages import is_verdict, verdict_on
 from kvmtrace.correlate.verdicts import Evidence, VcpuSample, judge, loops_now
 from kvmtrace.events import Owner, Poison, Sigbus, VcpuState
 from kvmtrace.model import (
     EntryKind,
     Incident,
+    IncidentStatus,
     Notification,
     Origin,
+    PageClass,
     TimelineEntry,
     Verdict,
+    VerdictWord,
     VmIdentity,
     lost_gfns,
 )
+from kvmtrace.page_types import PageOutcome, is_verdict, outcome_of
 
 GuestPlace = tuple[int, int | None]  # VM key, gfn
 
@@ -37,6 +42,8 @@ _MINOR = (
     EntryKind.PAGE_REPLACED,
 )
 
+_SETTLED = (VerdictWord.HANDLED, VerdictWord.EXITED)
+
 _LOOKS_KEPT = 4
 _PLACES_KEPT = 8
 _CODES_KEPT = 8
@@ -49,13 +56,9 @@ class _Delivery:
     sigbus: dict[str, int] = field(default_factory=dict)
     first_ts: int = 0
     last_ts: int = 0
-    pages: dict[int | None, int] = field(default_factory=dict)  # of a huge one: deliveries
-
-    def of(self, page: int | None, count: int) -> None:
-        """Count deliveries for one of the pages; of very many, the last notified are kept."""
-        self.pages[page] = self.pages.pop(page, 0) + count
-        if len(self.pages) > _PAGES_KEPT:
-            del self.pages[next(iter(self.pages))]
+    pages: BoundedDict[int | None, int] = field(  # notifications by page of a huge page
+        default_factory=lambda: BoundedDict(_PAGES_KEPT)
+    )
 
 
 @dataclass(slots=True)
@@ -109,20 +112,33 @@ class IncidentState:
             self.judged_ts = event.ts
 
     @property
-    def page_class(self) -> str | None:
-        """One of model.PAGE_CLASSES; None where the verdict is not known."""
-        verdict = verdict_on(self.page_type, self.result)
-        if self.is_guest_memory or (verdict != "kernel" and self.vms):
-            return "vm"
-        return "kernel" if verdict == "unheld" else verdict
+    def page_class(self) -> PageClass | None:
+        """Whose the page is; None where the kernel's verdict is not known."""
+        outcome = self._outcome
+        if self.is_guest_memory or (outcome != PageOutcome.KERNEL and self.vms):
+            return PageClass.VM
+        match outcome:
+            case None:
+                return None
+            case PageOutcome.KERNEL | PageOutcome.UNHELD:
+                return PageClass.KERNEL
+            case PageOutcome.PROCESS:
+                return PageClass.PROCESS
+            case PageOutcome.HANDLED:
+                return PageClass.HANDLED
+        assert_never(outcome)
+
+    @property
+    def _outcome(self) -> PageOutcome | None:
+        return outcome_of(self.page_type, self.result)
 
     @property
     def disowned(self) -> bool:
         """The kernel's own page: VMs that have it mapped do not own it (the zero page)."""
         if self.is_guest_memory:
             return False
-        verdict = verdict_on(self.page_type, self.result)
-        return verdict == "kernel" or (verdict == "unheld" and self.shared_out)
+        outcome = self._outcome
+        return outcome == PageOutcome.KERNEL or (outcome == PageOutcome.UNHELD and self.shared_out)
 
     @property
     def is_guest_memory(self) -> bool:
@@ -134,7 +150,7 @@ class IncidentState:
 
         Guest memory is in one place, or is shared memory, which memory_failure gets hold of.
         """
-        if self.is_guest_memory or verdict_on(self.page_type, self.result) != "unheld":
+        if self.is_guest_memory or self._outcome != PageOutcome.UNHELD:
             return False
         owners = (*self.owners.values(), *more)
         addresses = {(owner.vm, owner.hva) for owner in owners if owner.hva is not None}
@@ -148,7 +164,7 @@ class IncidentState:
         unnamed = self.guest_memfd and not self.owners
         if self.holders or unnamed or self.told or self.first_delivery_ts is not None:
             return RANK_OF_A_VM
-        return RANK_KERNEL if self.page_class == "kernel" else RANK_NOBODY
+        return RANK_KERNEL if self.page_class == PageClass.KERNEL else RANK_NOBODY
 
     # -- where it is
 
@@ -312,7 +328,9 @@ class IncidentState:
             told = self.told[vm, vcpu] = _Delivery(first_ts=ts, last_ts=ts)
         told.first_ts, told.last_ts = min(told.first_ts, ts), max(told.last_ts, ts)
         told.exits += exits
-        told.of(page if self.huge else None, exits + sum((signals or {}).values()))
+        page = page if self.huge else None
+        count = exits + sum((signals or {}).values())
+        told.pages.renew(page, told.pages.get(page, 0) + count)
         for code, count in (signals or {}).items():
             if code not in told.sigbus and len(told.sigbus) >= _CODES_KEPT:
                 code = "other"  # noqa: PLW2901 (there are two; the rest is damage)
@@ -383,21 +401,21 @@ class IncidentState:
             if vm in (None, of)
         )
 
-    def state(self, now: int, parties: Mapping[int, VmIdentity]) -> str:
-        """One of model.STATES. A loop that has ended is ``delivered``; its verdict remembers it."""
+    def state(self, now: int, parties: Mapping[int, VmIdentity]) -> IncidentStatus:
+        """How far it is. A loop that has ended is ``delivered``; its verdict remembers it."""
         if self.over:
-            return "closed"
+            return IncidentStatus.CLOSED
         gone = {key for key, party in parties.items() if party.gone_ts is not None}
         if any(loops_now(one, now) for one in self.tellings() if one.vm not in gone):
-            return "looping"
+            return IncidentStatus.LOOPING
         if self.first_delivery_ts is not None:
-            return "delivered"
-        return "latent" if self.holders else "unowned"
+            return IncidentStatus.DELIVERED
+        return IncidentStatus.LATENT if self.holders else IncidentStatus.UNOWNED
 
     def settled(self, now: int, parties: dict[int, VmIdentity]) -> bool:
         """Every VM that owns the page was notified of it and handled it."""
         words = {verdict.vm: verdict.word for verdict in self.verdicts(now, parties)}
-        return all(words.get(vm) in ("handled", "exited") for vm in self.holders | words.keys())
+        return all(words.get(vm) in _SETTLED for vm in self.holders | words.keys())
 
     def verdicts(self, now: int, parties: dict[int, VmIdentity]) -> tuple[Verdict, ...]:
         """One for each VM that was notified."""

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from kvmtrace import kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.forgotten import Forgotten
 from kvmtrace.correlate.incident import (
     RANK_KERNEL,
@@ -32,7 +33,7 @@ class IncidentStore:
         self._huge: dict[str, IncidentState] = {}
         self._by_place: dict[GuestPlace, IncidentState] = {}
         self._of_vm: dict[int, dict[str, IncidentState]] = {}
-        self._serial: dict[str, int] = {}
+        self._serial: BoundedDict[str, int] = BoundedDict(4 * limits.incidents)
         # To be forgotten, the next one last: rank, id, and whether it was settled.
         self._next: list[tuple[int, str, bool]] = []
         self.forgotten = Forgotten(4 * limits.incidents)
@@ -81,8 +82,6 @@ class IncidentStore:
         self._serial[stem] = number
         state = IncidentState(f"{stem}-{number}", self._limits, self._lose, self._page)
         self._all[state.id] = state
-        while len(self._serial) > 4 * self._limits.incidents:
-            del self._serial[next(iter(self._serial))]
         return state
 
     def trim(self, settled: Callable[[IncidentState], bool]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvmtrace.model import MAX_INCIDENTS
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -14,7 +16,7 @@ class Limits:
     and ``moments``: of one incident.
     """
 
-    incidents: int = 1024
+    incidents: int = MAX_INCIDENTS
     gone_vms: int = 256
     departed: int = 1024
     pending: int = 1024

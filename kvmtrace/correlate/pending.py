@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import GmemPoison, Owned, Poison, Sigbus
 
@@ -26,10 +26,13 @@ class PendingEvents:
     def __init__(self, limits: Limits, lose: Callable[[str, int], None]) -> None:
         self._limits = limits
         self._lose = lose
-        self._gmem: OrderedDict[int, list[GmemPoison]] = OrderedDict()  # by thread
-        self._signals: OrderedDict[int, list[Sigbus]] = OrderedDict()  # by sending thread
-        self._senders: OrderedDict[int, dict[int, None]] = OrderedDict()  # by pfn, where known
-        self._owned: OrderedDict[int, list[Owned]] = OrderedDict()  # by pfn
+        self._last_ts = 0
+        limit = limits.pending
+        # By thread, by sending thread, by pfn: senders of signals for it, and its owners.
+        self._gmem: BoundedDict[int, list[GmemPoison]] = BoundedDict(limit, self._drop)
+        self._signals: BoundedDict[int, list[Sigbus]] = BoundedDict(limit, self._drop)
+        self._senders: BoundedDict[int, dict[int, None]] = BoundedDict(limit)
+        self._owned: BoundedDict[int, list[Owned]] = BoundedDict(limit, self._drop)
 
     def add(self, event: GmemPoison | Sigbus | Owned) -> None:
         """It came before its poison."""
@@ -103,19 +106,17 @@ class PendingEvents:
             self._keep(self._signals, sender, event)
         if event.pfn is not None:
             self._senders.setdefault(event.pfn, {})[sender] = None
-            while len(self._senders) > self._limits.pending:
-                self._senders.popitem(last=False)
 
-    def _keep(self, pending: OrderedDict[int, list[_T]], key: int, item: _T) -> None:
+    def _keep(self, pending: BoundedDict[int, list[_T]], key: int, item: _T) -> None:
+        self._last_ts = item.ts
         items = pending.setdefault(key, [])
         items.append(item)
         if len(items) > self._limits.pending_each:  # more than a page can plausibly have
             del items[0]
-        while len(pending) > self._limits.pending:
-            _, dropped = pending.popitem(last=False)
-            young = sum(_just_before(one.ts, item.ts) for one in dropped)
-            if young:
-                self._lose("halves", young)
+
+    def _drop(self, _: int, dropped: Sequence[GmemPoison | Owned | Sigbus]) -> None:
+        if young := sum(_just_before(one.ts, self._last_ts) for one in dropped):
+            self._lose("halves", young)
 
 
 def _just_before(ts: int, poisoned_ts: int) -> bool:

@@ -7,14 +7,7 @@ import bisect
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import KernelCounts, Poison
 from kvmtrace.model import LATENCY_BUCKETS, KernelAccount, Latency
-
-# The kernel does not count these (action_result in mm/memory-failure.c): no page was lost by them.
-_UNCOUNTED = ("already poisoned", "non struct page")
-
-
-def newly_lost(event: Poison) -> bool:
-    """Whether a page was lost that was not lost before."""
-    return not event.page_type.startswith(_UNCOUNTED)
+from kvmtrace.page_types import is_newly_lost
 
 
 class Totals:
@@ -34,7 +27,7 @@ class Totals:
         kind = (event.page_type, event.result)
         if kind in self.poisons or len(self.poisons) < self._limits.kinds:
             self.poisons[kind] = self.poisons.get(kind, 0) + 1
-        if self._counts is not None and newly_lost(event):
+        if self._counts is not None and is_newly_lost(event.page_type):
             self._seen += 1
 
     def kernel(self, event: KernelCounts) -> None:

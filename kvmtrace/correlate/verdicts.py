@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvmtrace.model import Finding, FindingKind, Notification, Verdict
+from kvmtrace.model import Finding, FindingKind, Notification, Verdict, VerdictWord
 
 _SECOND = 1_000_000_000
 
@@ -83,18 +83,18 @@ def judge(evidence: Evidence) -> Verdict:
             since_last_ns=evidence.gone_ts - last,
         )
         past = [_loop(FindingKind.LOOPED, one) for one in loops]
-        return Verdict(evidence.vm, "exited", (gone, *past))
+        return Verdict(evidence.vm, VerdictWord.EXITED, (gone, *past))
     past = [_loop(FindingKind.LOOP_ENDED, one) for one in loops if one not in now]
     if now:
         current = [_loop(FindingKind.LOOPS, one) for one in now]
-        return Verdict(evidence.vm, "looping", (*current, *past))
+        return Verdict(evidence.vm, VerdictWord.LOOPING, (*current, *past))
     word, findings = _by_samples(evidence)
     sampled_until = max((sample.ts for sample in evidence.looks), default=evidence.now)
-    early = word == "unknown" and sampled_until - last < SETTLED_NS
+    early = word == VerdictWord.UNKNOWN and sampled_until - last < SETTLED_NS
     return Verdict(evidence.vm, word, (*findings, *past), early)
 
 
-def _by_samples(evidence: Evidence) -> tuple[str, list[Finding]]:
+def _by_samples(evidence: Evidence) -> tuple[VerdictWord, list[Finding]]:
     threads: dict[int, list[VcpuSample]] = {}
     for sample in evidence.looks:
         threads.setdefault(sample.tid, []).append(sample)
@@ -117,15 +117,15 @@ def _by_samples(evidence: Evidence) -> tuple[str, list[Finding]]:
         else:
             unclear.append(_found(FindingKind.TOO_EARLY, samples, after))
     if stopped:
-        return "stopped", [*stopped, *ran_on, *unclear]
+        return VerdictWord.STOPPED, [*stopped, *ran_on, *unclear]
     if ran_on and not unclear:
         mended = [Finding(FindingKind.PAGE_REPLACED, hva=hva) for hva in evidence.released]
-        return "handled", [*ran_on, Finding(FindingKind.NOT_NOTIFIED_AGAIN), *mended]
+        return VerdictWord.HANDLED, [*ran_on, Finding(FindingKind.NOT_NOTIFIED_AGAIN), *mended]
     if unclear:
-        return "unknown", [*unclear, *ran_on]
+        return VerdictWord.UNKNOWN, [*unclear, *ran_on]
     if all(one.vcpu is None for one in evidence.told):
-        return "unknown", [Finding(FindingKind.NO_VCPU_NOTIFIED)]
-    return "unknown", [Finding(FindingKind.NO_SAMPLE)]
+        return VerdictWord.UNKNOWN, [Finding(FindingKind.NO_VCPU_NOTIFIED)]
+    return VerdictWord.UNKNOWN, [Finding(FindingKind.NO_SAMPLE)]
 
 
 def _notified_ts(evidence: Evidence, sample: VcpuSample) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from kvmtrace import kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import Exit, GmemRefusal, Sigbus, VmSeen
 from kvmtrace.model import Vm, VmIdentity
@@ -86,8 +86,8 @@ class VmRegistry:
         self._limits = limits
         self._lose = lose
         self._vms: dict[int, VmState] = {}
-        self._gone: OrderedDict[int, None] = OrderedDict()
-        self._departed: OrderedDict[int, VmIdentity] = OrderedDict()
+        self._gone: BoundedDict[int, None] = BoundedDict(limits.gone_vms, self._drop_gone)
+        self._departed: BoundedDict[int, VmIdentity] = BoundedDict(limits.departed)
 
     def get(self, key: int | None) -> VmState | None:
         """A VM that is known in full."""
@@ -138,22 +138,17 @@ class VmRegistry:
         if not keep and not vm.eventful:
             self._forget(key)
             return
-        self._keep_gone(key)
-
-    def _keep_gone(self, key: int) -> None:
         self._gone[key] = None
-        while len(self._gone) > self._limits.gone_vms:
-            oldest, _ = self._gone.popitem(last=False)
-            self._forget(oldest)
-            self._lose("vms", 1)
+
+    def _drop_gone(self, key: int, _: None) -> None:
+        self._forget(key)
+        self._lose("vms", 1)
 
     def _forget(self, key: int) -> None:
         party = self.party(key)
         del self._vms[key]
         if party is not None:
             self._departed[key] = party
-        while len(self._departed) > self._limits.departed:
-            self._departed.popitem(last=False)
 
     def party(self, key: int) -> VmIdentity | None:
         """Who that is or was, as far as it is remembered."""
@@ -190,7 +185,7 @@ class VmRegistry:
         seen = self.identity(key)
         if vm is None and seen is not None:
             vm = self._vms[key] = VmState(seen, gone_ts=self._departed.pop(key).gone_ts)
-            self._keep_gone(key)
+            self._gone[key] = None
         elif vm is None:
             self._lose("unknown_vms", count)
         return vm

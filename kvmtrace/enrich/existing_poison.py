@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvmtrace import kvm
-from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import Event, Found, KernelCounts, Lost
+from kvmtrace.model import MAX_INCIDENTS
 
 COUNTS_SECONDS = 5.0
 SETTLE_SECONDS = 1.0  # memory_failure marks a page first and reports it last
 READ_PAGES = 1 << 15  # a few milliseconds
-MAX_FOUND = Limits().incidents  # each is an incident
+MAX_FOUND = MAX_INCIDENTS  # each is an incident
 
 # include/uapi/linux/kernel-page-flags.h: bit 19, in the third byte of a little-endian entry
 _KPF_HWPOISON_BYTE, _KPF_HWPOISON = 2, 1 << 3

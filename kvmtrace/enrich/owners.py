@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from kvmtrace.correlate.pages import verdict_on
 from kvmtrace.enrich.existing_poison import ExistingPoison
 from kvmtrace.enrich.page_tables import MappedPage, PageTableSearch, entry_at, poisoned_pfn
 from kvmtrace.enrich.pipeline import EnrichedSource
@@ -38,6 +37,7 @@ from kvmtrace.events import (
 from kvmtrace.linux import clock, host, mce
 from kvmtrace.linux.pagemap import PAGE, poisoned
 from kvmtrace.linux.proc_reader import READER, RETRY_SECONDS
+from kvmtrace.page_types import PageOutcome, is_huge, outcome_of
 from kvmtrace.sources import Source
 from kvmtrace.sources.guest_memory import HasMemory, Memory, gfns_at
 from kvmtrace.vmm import identity
@@ -180,7 +180,7 @@ class Observer:
                 case Found():
                     told.add(event.pfn)
                     out += [*found.pop(None, []), *found.get(event.pfn, []), event]
-                case Exit() if event.tells_of_poison and event.gfn is not None:
+                case Exit() if event.is_poison and event.gfn is not None:
                     out += [*self._page_behind(event, event.gfn), event]
                 case Sigbus(hva=None):
                     out += [self._named_process(one) for one in self._after_poison(event)]
@@ -252,14 +252,14 @@ class Observer:
                 case Poison():
                     gmem = told.pop(event.tid, None) if event.tid is not None else None
                     self._is_poisoned(event.pfn)
-                    verdict = verdict_on(event.page_type, event.result)
-                    if verdict == "unheld":
+                    outcome = outcome_of(event.page_type, event.result)
+                    if outcome == PageOutcome.UNHELD:
                         self._unheld.setdefault(event.pfn, 0)
-                    elif verdict is not None:
+                    elif outcome is not None:
                         self._unheld.pop(event.pfn, None)
                     owned = gmem is not None and gmem.owners and gmem.complete
-                    if not owned and verdict != "kernel":
-                        wanted[event.pfn] = "huge" in event.page_type
+                    if not owned and outcome != PageOutcome.KERNEL:
+                        wanted[event.pfn] = is_huge(event.page_type)
                 case Found():
                     self._is_poisoned(event.pfn)
                     wanted[event.pfn] = True

@@ -70,7 +70,7 @@ class VcpuFollowUp(EnrichedSource):
 
     def _follow(self, event: Event) -> None:
         match event:
-            case Exit(tid=int(tid)) if event.tells_of_poison:
+            case Exit(tid=int(tid)) if event.is_poison:
                 self._told(event.vm, tid, event.vcpu)
             case Sigbus(vm=int(vm)) if event.vcpu is not None or _by_its_own_access(event):
                 self._told(vm, event.tid, event.vcpu)

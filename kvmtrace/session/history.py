@@ -292,7 +292,7 @@ _OF_POISON = (GmemPoison, Owned, GmemRefusal, PageReplaced, Sigbus, VcpuState)
 
 
 def _is_of_poison(event: Event) -> bool:
-    return isinstance(event, _OF_POISON) or (isinstance(event, Exit) and event.tells_of_poison)
+    return isinstance(event, _OF_POISON) or (isinstance(event, Exit) and event.is_poison)
 
 
 def _owners(events: Iterable[Event]) -> dict[int | None, set[int]]:
@@ -321,7 +321,7 @@ def _vms_of(event: Event) -> Iterator[int]:
 def _kind(event: Event) -> object:
     """What an event repeats; None where every one is kept."""
     match event:
-        case Exit() if event.tells_of_poison or event.errno == 0:
+        case Exit() if event.is_poison or event.errno == 0:
             # The correlator counts these of each gfn: deliveries, or what may be one.
             return event.kind, event.vm, event.vcpu, event.gfn, event.errno, event.reason
         case Exit():

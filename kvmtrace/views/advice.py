@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import assert_never
 
-from kvmtrace import dimm_names
-from kvmtrace.model import Incident, Snapshot, Verdict
+from kvmtrace import dimm_names, page_types
+from kvmtrace.model import (
+    Incident,
+    IncidentStatus,
+    PageClass,
+    Snapshot,
+    Verdict,
+    VerdictWord,
+)
 from kvmtrace.views import vmm_advice
 from kvmtrace.views.format import counted, dimm_of, hex_of, listed
 from kvmtrace.views.timeline import finding_text
@@ -30,7 +38,7 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
         )
     elif incident.origin is not None and not _names_dimm(incident.origin.label):
         missing.append("which DIMM: no report with this address named one")
-    if not incident.owners and incident.page_class in (None, "vm", "process"):
+    if not incident.owners and incident.page_class in (None, PageClass.VM, PageClass.PROCESS):
         missing.append("whose page it is: no VM with it was found")
     vague = sorted({owner.vm for owner in incident.owners if owner.gfn is None})
     if vague:
@@ -43,7 +51,7 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
         elif off := _without(snapshot, "run", "sigbus", "sigbus_forced"):
             missing.append(f"whether the VMM was notified by what is not watched{off}")
     for verdict in incident.verdicts:
-        if verdict.word == "unknown":
+        if verdict.word == VerdictWord.UNKNOWN:
             who = _names(incident, [verdict.vm])
             why = finding_text(verdict.evidence[0])
             if verdict.early:
@@ -89,15 +97,15 @@ def _for_host(incident: Incident) -> list[str]:
                 f" host, and reboot this host: {why}"
             ]
         return [f"move the VMs away and reboot this host: {why}"]
-    if incident.state == "closed" or incident.owners or incident.told:
+    if incident.state == IncidentStatus.CLOSED or incident.owners or incident.told:
         return []
     page = hex_of(incident.pfn)
-    if incident.page_class == "process":
+    if incident.page_class == PageClass.PROCESS:
         return [
             f"see in the kernel's log which processes had page {page}: no VM is known to, and the"
             f" kernel could not take it out of use ({verdict})"
         ]
-    if incident.page_class == "vm":
+    if incident.page_class == PageClass.VM:
         return [f"find the VM: page {page} is guest memory (guest_memfd), of which VM is not known"]
     if incident.page_class is None:
         return [
@@ -141,7 +149,7 @@ class _Need:
 def _for_vms(incident: Incident) -> list[str]:
     # The kernel's verdict is that no VM has the page: what the notified ones need, the host's
     # step says.
-    if incident.state == "closed" or incident.host_at_risk:
+    if incident.state == IncidentStatus.CLOSED or incident.host_at_risk:
         return []
     verdicts = {verdict.vm: verdict for verdict in incident.verdicts}
     owners = [owner.vm for owner in incident.owners]
@@ -178,7 +186,7 @@ def _has_page(incident: Incident, vm: int) -> bool:
     places = [owner for owner in incident.owners if owner.vm == vm]
     replaced = bool(places) and all(owner in incident.released for owner in places)
     words = {verdict.word for verdict in incident.verdicts if verdict.vm == vm}
-    return not replaced or bool(words & {"looping", "stopped"})
+    return not replaced or bool(words & {VerdictWord.LOOPING, VerdictWord.STOPPED})
 
 
 def _is_gone(incident: Incident, vm: int) -> bool:
@@ -200,28 +208,35 @@ def _is_vague(incident: Incident) -> bool:
 def _need(incident: Incident, vm: int, verdict: Verdict | None, page: str) -> _Need:
     told = [telling for telling in incident.told if telling.vm == vm]
     ahead = all(set(telling.sigbus) == {"AO"} and not telling.exits for telling in told)
-    match verdict and verdict.word:
-        case "looping":
+    match verdict.word if verdict else None:
+        case VerdictWord.LOOPING:
             return _Need("stop", f"its VMM goes back to {page} again and again")
-        case "stopped":
+        case VerdictWord.STOPPED:
             return _Need("stop", f"the vCPU that was notified of {page} no longer runs")
-        case "handled":
+        case VerdictWord.HANDLED:
             return _Need("later", f"it runs on, without {page}")
-        case "unknown" if ahead:
-            return _Need("shut down", f"its VMM was notified before its guest touched {page}")
-        case "unknown" if verdict and verdict.early:
-            return _Need("wait", "its VMM was notified only just now")
-        case "unknown":
+        case VerdictWord.UNKNOWN:
+            if ahead:
+                return _Need("shut down", f"its VMM was notified before its guest touched {page}")
+            if verdict and verdict.early:
+                return _Need("wait", "its VMM was notified only just now")
             return _Need("check", f"its VMM was notified of {page}, and what it did is not known")
-        case _ if incident.undelivered:
-            times = counted(incident.undelivered, "time")
-            why = f"guest_memfd refused {page} {times}, and no VMM was notified"
-            return _Need("shut down", why)
-        case _ if _is_vague(incident):
-            why = "a process was notified of the page, for which of its VMs is not known"
-            return _Need("check", why)
-        case _ if incident.before_start:
-            return _Need("shut down", f"its guest may touch {page} at any time")
+        case VerdictWord.EXITED | None:
+            return _need_without_verdict(incident, page)
+        case other:
+            assert_never(other)
+
+
+def _need_without_verdict(incident: Incident, page: str) -> _Need:
+    if incident.undelivered:
+        times = counted(incident.undelivered, "time")
+        why = f"guest_memfd refused {page} {times}, and no VMM was notified"
+        return _Need("shut down", why)
+    if _is_vague(incident):
+        why = "a process was notified of the page, for which of its VMs is not known"
+        return _Need("check", why)
+    if incident.before_start:
+        return _Need("shut down", f"its guest may touch {page} at any time")
     return _Need("shut down", f"its guest has not touched {page} yet")
 
 
@@ -245,13 +260,13 @@ def _steps(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterato
     party = incident.parties.get(vms[0]) if len(vms) == 1 else None
     if need.how in ("stop", "check") and (command := vmm_advice.stop_and_start(party)):
         yield f"if it does not, {command}" if need.how == "check" else command
-    if vmm_advice.is_of_a_device(incident.page_type):
+    if page_types.is_of_a_device(incident.page_type or ""):
         yield f"before that, clear or replace {vmm_advice.DEVICE}: started anew, it maps that again"
     if need.how in ("shut down", "later") and vmm.replaces:
         yield f"or, {vmm.replaces.format(how=vmm_advice.reset(party))}"
     is_huge = incident.size is not None and incident.size > 1 << incident.page_shift
-    if "huge page" not in (incident.page_type or "huge page"):
-        is_huge = False  # of memory of huge pages the kernel says so; others it splits
+    if incident.page_type is not None and not page_types.is_huge(incident.page_type):
+        is_huge = False
     if is_huge and vmm.huge and need.how != "wait":
         yield vmm.huge
     yield f"until then do not migrate, save, snapshot or dump {names}: {vmm.reading}"
@@ -298,11 +313,11 @@ def _names_dimm(label: str | None) -> bool:
 
 
 def _why_nothing(incident: Incident) -> str:
-    if incident.unpoisoned_ts is not None and incident.state == "closed":
+    if incident.unpoisoned_ts is not None and incident.state == IncidentStatus.CLOSED:
         return "the page is no longer poisoned"
-    if incident.state == "closed":
+    if incident.state == IncidentStatus.CLOSED:
         return "the VMs that held the page are gone"
-    if incident.state == "unowned":
+    if incident.state == IncidentStatus.UNOWNED:
         if incident.owners:
             return "the VMs that held the page have another one in its place"
         return "the kernel took the page out of use, and no VM is known to hold it"

@@ -82,8 +82,10 @@ _Part = tuple[str, str]  # what stands in front, and the text that is folded bes
 
 
 def _parts(incident: Incident, snapshot: Snapshot) -> Iterator[_Part]:
-    verdict = f", {incident.verdict}" if incident.verdict not in (None, incident.state) else ""
-    yield "", f"Incident {incident.id}: {_state(incident)}{verdict}"
+    words = [_state(incident)]
+    if incident.verdict is not None and incident.verdict.value != incident.state.value:
+        words.append(incident.verdict)
+    yield "", f"Incident {incident.id}: {listed(words)}"
     for label, value in _facts(incident):
         yield f"  {label:<{_LABEL}}", value
     yield "", ""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from kvmtrace import page_types
 from kvmtrace.model import VmIdentity
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -57,20 +58,12 @@ _TRIED = {
 def known(vmm: str | None, *, guest_memfd: bool, page_type: str | None = None) -> Vmm:
     """What is known of a VMM, for a lost page of guest_memfd or of other memory."""
     # QEMU 10 has guest_memfd for confidential VMs only, which the lab cannot run.
-    if guest_memfd or is_of_a_device(page_type):
+    if guest_memfd or page_types.is_of_a_device(page_type or ""):
         return _UNTRIED
     return _TRIED.get(vmm or "", _UNTRIED)
 
 
 DEVICE = "the DAX file or device that the page belongs to"
-
-
-def is_of_a_device(page_type: str | None) -> bool:
-    """Whether the page is no RAM that another process would get in its place.
-
-    Names: mm/memory-failure.c, MF_MSG_DAX and MF_MSG_PFN_MAP.
-    """
-    return (page_type or "").startswith(("dax", "non struct page"))
 
 
 def reset(party: VmIdentity | None) -> str:

@@ -41,7 +41,7 @@ from kvmtrace.events import (
     from_record,
     to_record,
 )
-from kvmtrace.model import CAUSES, PAGE_CLASSES, STATES, VERDICTS, CorrelatedEvent, Snapshot
+from kvmtrace.model import CAUSES, CorrelatedEvent, IncidentStatus, PageClass, Snapshot, VerdictWord
 from kvmtrace.views import event_lines, json_output
 from tests.property import examples
 
@@ -336,7 +336,7 @@ def test_counts_are_exact(events: list[Event]) -> None:
     exits: Counter[tuple[int, bool]] = Counter()
     for event in log:
         if isinstance(event, Exit):
-            exits[(event.vm, event.tells_of_poison)] += event.count
+            exits[(event.vm, event.is_poison)] += event.count
     for key, vm in shown.vms.items():
         assert sum(vm.exits.values()) == sum(n for (of, _), n in exits.items() if of == key)
         # Of signals whose VM the source does not know, those are known that are about its page.
@@ -367,8 +367,8 @@ def test_what_is_shown_makes_sense(events: list[Event]) -> None:
     ids = [incident.id for incident in shown.incidents]
     assert len(set(ids)) == len(ids)
     for incident in shown.incidents:
-        assert incident.state in STATES
-        assert incident.page_class in (*PAGE_CLASSES, None)
+        assert isinstance(incident.state, IncidentStatus)
+        assert isinstance(incident.page_class, PageClass | None)
         assert not incident.host_at_risk or not incident.owners
         assert len(set(incident.owners)) == len(incident.owners)
         delivered = incident.first_delivery_ts is not None
@@ -551,7 +551,7 @@ def test_vms_never_meet_in_an_incident_that_no_event_shares(events: list[Event])
 def test_verdicts_and_their_evidence(events: list[Event]) -> None:
     for incident in snapshot(events).incidents:
         assert {v.vm for v in incident.verdicts} == {t.vm for t in incident.told}
-        assert all(v.word in VERDICTS and v.evidence for v in incident.verdicts)
+        assert all(isinstance(v.word, VerdictWord) and v.evidence for v in incident.verdicts)
         assert (incident.verdict is None) == (not incident.told)
         if incident.state == "looping":
             assert incident.verdict == "looping"

@@ -520,7 +520,7 @@ def test_arm64s_own_exit_has_no_errno(flags: int, gfn: int | None) -> None:
     (told,) = world.exits_of(world.record("arm_sea", **sea))
     assert (told.vm, told.vcpu, told.errno, told.reason, told.gfn) == (1, 2, 0, 41, gfn)
     assert (told.annotated, told.gpa, told.tid) == (False, None, TID)
-    assert told.tells_of_poison
+    assert told.is_poison
 
 
 @pytest.mark.parametrize("errno", [14, 5, 133, 12])
