@@ -339,8 +339,8 @@ class Incident:
     unpoisoned_ts: int | None = None
     size: int | None = None
     origin: Origin | None = None
-    parties: Mapping[int, VmIdentity] = field(default_factory=dict)
-    told: tuple[Notification, ...] = ()
+    vm_identities: Mapping[int, VmIdentity] = field(default_factory=dict)
+    notifications: tuple[Notification, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     timeline: tuple[TimelineEntry, ...] = ()
     omitted: int = 0

@@ -2,7 +2,7 @@
 
 ``looping``: the same vCPU is notified of the same page again and again, now. ``exited``: the VM is
 gone. ``stopped``: the notified vCPU no longer enters KVM_RUN. ``handled``: it ran on and was not
-notified of that page again. ``unknown``: the evidence does not say which.
+notified of that page again. ``unknown``: the evidence supports none of these.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from kvmtrace.model import Finding, FindingKind, Notification, Verdict, VerdictW
 
 _SECOND = 1_000_000_000
 
-# A vCPU notified this often of one gfn has been re-entered on it without anything being mended: one
-# delivery per vCPU is the rule, a signal that raced with the exit or a retry makes it two or three.
+# A vCPU notified this often of one gfn was re-entered on it without anything being mended. One
+# notification per vCPU is the rule; a signal that races with the exit, or a retry, adds one or two.
 LOOPING_AFTER = 4
 
-# A loop is over after so long without a delivery, or after three times its own pace if slower.
+# A loop is over after this long without a notification; a slower one after three intervals.
 LOOP_OVER_NS = 10 * _SECOND
-_PACES = 3
+_INTERVALS = 3
 
-# Earlier than this a vCPU that is in KVM_RUN may just not have come back to the page yet.
+# Earlier than this, a vCPU in KVM_RUN may not have come back to the page yet.
 SETTLED_NS = 3 * _SECOND // 2
 
-# A vCPU asleep outside KVM_RUN at two looks in a row: one alone may be an ordinary exit's I/O.
-_LOOKS = 2
+# This many samples in a row show that a vCPU stays outside KVM_RUN; one may be ordinary I/O.
+_ASLEEP_SAMPLES = 2
 
-# A thread that waits may wake up now and then; with more CPU time than that between two looks it
-# does something, be it in KVM_RUN or not.
+# A thread that waits may wake up now and then. With more CPU time than this between two samples it
+# does something, in KVM_RUN or not.
 IDLE_NS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class VcpuSample:
-    """A vCPU's thread, looked at after its last delivery; see ``events.VcpuState``."""
+    """State of a vCPU's thread after its last notification; see ``events.VcpuState``."""
 
     ts: int
     tid: int
@@ -47,34 +47,34 @@ class VcpuSample:
 class Evidence:
     """All that is known of one VM that was notified of one page; ``now``: the model's time.
 
-    ``released``: addresses where it had the page and has it no longer.
+    ``released``: addresses at which it no longer has the page.
     """
 
     vm: int
     now: int
-    told: tuple[Notification, ...]
-    looks: tuple[VcpuSample, ...] = ()
+    notifications: tuple[Notification, ...]
+    samples: tuple[VcpuSample, ...] = ()
     gone_ts: int | None = None
     released: tuple[int, ...] = ()
 
 
-def looped(telling: Notification) -> bool:
-    """Whether this vCPU was notified so often that nothing can have been mended in between."""
-    return telling.repeats >= LOOPING_AFTER
+def has_looped(one: Notification) -> bool:
+    """Whether a vCPU was notified so often that nothing can have been mended in between."""
+    return one.repeats >= LOOPING_AFTER
 
 
-def loops_now(telling: Notification, now: int) -> bool:
-    """Whether it still is."""
-    pace = (telling.last_ts - telling.first_ts) // max(1, telling.count - 1)
-    return looped(telling) and now - telling.last_ts <= max(LOOP_OVER_NS, _PACES * pace)
+def is_looping(one: Notification, now: int) -> bool:
+    """Whether a vCPU still is notified again and again."""
+    interval = (one.last_ts - one.first_ts) // max(1, one.count - 1)
+    return has_looped(one) and now - one.last_ts <= max(LOOP_OVER_NS, _INTERVALS * interval)
 
 
 def judge(evidence: Evidence) -> Verdict:
     """The verdict on one VM, with what it rests on, most important first."""
-    first = min(one.first_ts for one in evidence.told)
-    last = max(one.last_ts for one in evidence.told)
-    loops = [one for one in evidence.told if looped(one)]
-    now = [one for one in loops if loops_now(one, evidence.now)]
+    first = min(one.first_ts for one in evidence.notifications)
+    last = max(one.last_ts for one in evidence.notifications)
+    loops = [one for one in evidence.notifications if has_looped(one)]
+    now = [one for one in loops if is_looping(one, evidence.now)]
 
     if evidence.gone_ts is not None:
         gone = Finding(
@@ -89,23 +89,23 @@ def judge(evidence: Evidence) -> Verdict:
         current = [_loop(FindingKind.LOOPS, one) for one in now]
         return Verdict(evidence.vm, VerdictWord.LOOPING, (*current, *past))
     word, findings = _by_samples(evidence)
-    sampled_until = max((sample.ts for sample in evidence.looks), default=evidence.now)
+    sampled_until = max((sample.ts for sample in evidence.samples), default=evidence.now)
     early = word == VerdictWord.UNKNOWN and sampled_until - last < SETTLED_NS
     return Verdict(evidence.vm, word, (*findings, *past), early)
 
 
 def _by_samples(evidence: Evidence) -> tuple[VerdictWord, list[Finding]]:
     threads: dict[int, list[VcpuSample]] = {}
-    for sample in evidence.looks:
+    for sample in evidence.samples:
         threads.setdefault(sample.tid, []).append(sample)
     stopped, ran_on, unclear = [], [], []
     for samples in threads.values():
         last = samples[-1]
         after = last.ts - _notified_ts(evidence, last)
-        asleep = [sample.state == "outside" for sample in samples[-_LOOKS:]]
+        asleep = [sample.state == "outside" for sample in samples[-_ASLEEP_SAMPLES:]]
         if last.state == "gone":
             stopped.append(_found(FindingKind.THREAD_ENDED, samples, after))
-        elif len(asleep) == _LOOKS and all(asleep):
+        elif len(asleep) == _ASLEEP_SAMPLES and all(asleep):
             if (last.ran_ns or 0) < IDLE_NS:
                 stopped.append(_found(FindingKind.ASLEEP, samples, after))
             elif evidence.released:
@@ -123,14 +123,14 @@ def _by_samples(evidence: Evidence) -> tuple[VerdictWord, list[Finding]]:
         return VerdictWord.HANDLED, [*ran_on, Finding(FindingKind.NOT_NOTIFIED_AGAIN), *mended]
     if unclear:
         return VerdictWord.UNKNOWN, [*unclear, *ran_on]
-    if all(one.vcpu is None for one in evidence.told):
+    if all(one.vcpu is None for one in evidence.notifications):
         return VerdictWord.UNKNOWN, [Finding(FindingKind.NO_VCPU_NOTIFIED)]
     return VerdictWord.UNKNOWN, [Finding(FindingKind.NO_SAMPLE)]
 
 
 def _notified_ts(evidence: Evidence, sample: VcpuSample) -> int:
-    of_vcpu = [one.last_ts for one in evidence.told if one.vcpu == sample.vcpu]
-    return max(of_vcpu or [one.last_ts for one in evidence.told])
+    of_vcpu = [one.last_ts for one in evidence.notifications if one.vcpu == sample.vcpu]
+    return max(of_vcpu or [one.last_ts for one in evidence.notifications])
 
 
 def _loop(kind: FindingKind, one: Notification) -> Finding:

@@ -97,7 +97,7 @@ def _for_host(incident: Incident) -> list[str]:
                 f" host, and reboot this host: {why}"
             ]
         return [f"move the VMs away and reboot this host: {why}"]
-    if incident.state == IncidentStatus.CLOSED or incident.owners or incident.told:
+    if incident.state == IncidentStatus.CLOSED or incident.owners or incident.notifications:
         return []
     page = hex_of(incident.pfn)
     if incident.page_class == PageClass.PROCESS:
@@ -126,7 +126,7 @@ def _not_moved(snapshot: Snapshot) -> Iterator[str]:
 
 def _notified(incident: Incident) -> str:
     """The VMs here that were notified of the page or may have it, by name; empty: none."""
-    keys = [telling.vm for telling in incident.told]
+    keys = [telling.vm for telling in incident.notifications]
     keys += [verdict.vm for verdict in incident.verdicts]
     keys += [owner.vm for owner in incident.owners]
     here = [vm for vm in dict.fromkeys(keys) if not _is_gone(incident, vm)]
@@ -163,7 +163,7 @@ def _for_vms(incident: Incident) -> list[str]:
     for vm in vms:
         # VMs that share the page have it at gfns of their own, which the story lists.
         page = _page(incident, vm) if len(vms) == 1 else "the lost page"
-        party = incident.parties.get(vm)
+        party = incident.vm_identities.get(vm)
         vmm = vmm_advice.known(
             party.vmm if party else None,
             guest_memfd=incident.guest_memfd,
@@ -173,7 +173,7 @@ def _for_vms(incident: Incident) -> list[str]:
     steps = [
         step for (need, vmm), some in needs.items() for step in _steps(incident, need, vmm, some)
     ]
-    if incident.undelivered and incident.told:
+    if incident.undelivered and incident.notifications:
         times = counted(incident.undelivered, "time")
         steps.append(f"do not rely on the VMM: {times} it was not notified of the lost page")
     return steps
@@ -190,7 +190,7 @@ def _has_page(incident: Incident, vm: int) -> bool:
 
 
 def _is_gone(incident: Incident, vm: int) -> bool:
-    party = incident.parties.get(vm)
+    party = incident.vm_identities.get(vm)
     return party is not None and party.gone_ts is not None
 
 
@@ -201,12 +201,12 @@ def _page(incident: Incident, vm: int) -> str:
 
 def _is_vague(incident: Incident) -> bool:
     """Whether a process was notified, and for which of its VMs is not known."""
-    known = sum(count for telling in incident.told for count in telling.sigbus.values())
+    known = sum(count for telling in incident.notifications for count in telling.sigbus.values())
     return incident.first_delivery_ts is not None and incident.sigbus > known
 
 
 def _need(incident: Incident, vm: int, verdict: Verdict | None, page: str) -> _Need:
-    told = [telling for telling in incident.told if telling.vm == vm]
+    told = [telling for telling in incident.notifications if telling.vm == vm]
     ahead = all(set(telling.sigbus) == {"AO"} and not telling.exits for telling in told)
     match verdict.word if verdict else None:
         case VerdictWord.LOOPING:
@@ -257,7 +257,7 @@ def _steps(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterato
         case _:
             when = "at the next opportunity " if need.how == "later" else ""
             yield f"{when}shut {who} down from inside the guest and {start}: {need.why}"
-    party = incident.parties.get(vms[0]) if len(vms) == 1 else None
+    party = incident.vm_identities.get(vms[0]) if len(vms) == 1 else None
     if need.how in ("stop", "check") and (command := vmm_advice.stop_and_start(party)):
         yield f"if it does not, {command}" if need.how == "check" else command
     if page_types.is_of_a_device(incident.page_type or ""):
@@ -327,8 +327,8 @@ def _why_nothing(incident: Incident) -> str:
 
 
 def _names(incident: Incident, keys: list[int]) -> str:
-    parties = [incident.parties.get(key) for key in keys[:_NAMES]]
-    names = listed(party.label if party else "a VM not known by name" for party in parties)
+    vm_identities = [incident.vm_identities.get(key) for key in keys[:_NAMES]]
+    names = listed(party.label if party else "a VM not known by name" for party in vm_identities)
     return names if len(keys) <= _NAMES else f"{names} and {len(keys) - _NAMES} more"
 
 

@@ -51,7 +51,7 @@ def _named(incident: Incident, snapshot: Snapshot) -> Incident:
         for owner in incident.owners
         if (vm := snapshot.vms.get(key := owner.vm)) is not None
     }
-    return dataclasses.replace(incident, parties={**known, **incident.parties})
+    return dataclasses.replace(incident, vm_identities={**known, **incident.vm_identities})
 
 
 def as_object(incident: Incident, snapshot: Snapshot) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def as_object(incident: Incident, snapshot: Snapshot) -> dict[str, Any]:
                 how=timeline.joined_by(moment),
                 vm=None
                 if moment.vm is None
-                else json_output.party_name(incident.parties.get(moment.vm)),
+                else json_output.vm_name(incident.vm_identities.get(moment.vm)),
                 count=moment.count,
                 last_ts=None
                 if moment.last_ts is None
@@ -99,7 +99,7 @@ def _parts(incident: Incident, snapshot: Snapshot) -> Iterator[_Part]:
         yield "", ""
         yield "", "Verdict"
         for one in incident.verdicts:
-            yield "  ", f"{_name(incident.parties.get(one.vm))}: {one.word}"
+            yield "  ", f"{_name(incident.vm_identities.get(one.vm))}: {one.word}"
             for finding in one.evidence:
                 yield "    - ", timeline.finding_text(finding)
     for title, entries in (
@@ -134,11 +134,11 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
         if first != last:
             gfn += f" (lost up to {first:#x}-{last:#x})"
         left = ", no longer there" if owner in incident.released else ""
-        yield "owner", f"{_name(incident.parties.get(owner.vm), full=True)}: {gfn}{hva}{left}"
+        yield "owner", f"{_name(incident.vm_identities.get(owner.vm), full=True)}: {gfn}{hva}{left}"
     if incident.origin is not None:
         yield "origin", listed(origin_parts(incident.origin))
     signals: dict[str, int] = {}
-    for told in incident.told:
+    for told in incident.notifications:
         for code, count in told.sigbus.items():
             signals[code] = signals.get(code, 0) + count
     by = [f"{counted(incident.exits, 'exit')} of KVM_RUN"] if incident.exits else []
@@ -192,7 +192,7 @@ def counted_errors(history: ErrorHistory, where: str) -> str:
 
 
 def _moment(moment: TimelineEntry, incident: Incident, begin: int) -> str:
-    who = f"{_name(incident.parties.get(moment.vm))}: " if moment.vm is not None else ""
+    who = f"{_name(incident.vm_identities.get(moment.vm))}: " if moment.vm is not None else ""
     again = ""
     if moment.count > 1:
         again = f" (x{moment.count}"

@@ -33,7 +33,7 @@ def find(snapshot: Snapshot, target: str) -> list[Incident]:
             )
     pfn = _number(target)
     of_page = [] if pfn is None else [i for i in snapshot.incidents if _covers(i, pfn)]
-    of_vm = [i for i in snapshot.incidents if keys & i.parties.keys()]
+    of_vm = [i for i in snapshot.incidents if keys & i.vm_identities.keys()]
     if of_page and keys:
         page = hex(pfn or 0) if target != hex(pfn or 0) else str(pfn)
         raise UsageError(
@@ -99,7 +99,7 @@ def _known(snapshot: Snapshot) -> dict[int, VmIdentity | Vm]:
     """The VMs by key, those that only an incident remembers too."""
     known: dict[int, VmIdentity | Vm] = {}
     for incident in snapshot.incidents:
-        known |= incident.parties
+        known |= incident.vm_identities
     return known | dict(snapshot.vms)
 
 

@@ -417,8 +417,8 @@ TIGHT = Limits(
     places=2,
     soft_offlines=2,
     owners=2,
-    told=2,
-    moments=3,
+    notified_vcpus=2,
+    timeline=3,
 )
 
 
@@ -506,7 +506,7 @@ def test_memory_stays_bounded(events: list[Event]) -> None:
     assert len(shown.dimms) <= 2
     for incident in shown.incidents:
         assert len(incident.owners) <= 2
-        assert len(incident.told) <= 2
+        assert len(incident.notifications) <= 2
     for name, value in vars(correlator).items():
         assert size(value, set()) <= 400, name
     assert len({i.id for i in shown.incidents}) == len(shown.incidents)
@@ -543,20 +543,20 @@ def test_vms_never_meet_in_an_incident_that_no_event_shares(events: list[Event])
         if incident.page_class == "kernel":  # VMs that had it mapped do not own it
             owners |= {event.owner.vm for event in events if isinstance(event, Owned)}
             owners |= {event.vm for event in events if isinstance(event, Sigbus) and event.vm}
-        assert {telling.vm for telling in incident.told} <= owners | named
+        assert {telling.vm for telling in incident.notifications} <= owners | named
 
 
 @given(LOGS)
 @examples(400)
 def test_verdicts_and_their_evidence(events: list[Event]) -> None:
     for incident in snapshot(events).incidents:
-        assert {v.vm for v in incident.verdicts} == {t.vm for t in incident.told}
+        assert {v.vm for v in incident.verdicts} == {t.vm for t in incident.notifications}
         assert all(isinstance(v.word, VerdictWord) and v.evidence for v in incident.verdicts)
-        assert (incident.verdict is None) == (not incident.told)
+        assert (incident.verdict is None) == (not incident.notifications)
         if incident.state == "looping":
             assert incident.verdict == "looping"
         assert incident.undelivered >= 0
-        assert sum(t.exits for t in incident.told) == incident.exits
+        assert sum(t.exits for t in incident.notifications) == incident.exits
         assert [m.ts for m in incident.timeline] == sorted(m.ts for m in incident.timeline)
 
 

@@ -340,7 +340,7 @@ def every_incident() -> Iterator[Incident]:
                 undelivered=undelivered,
                 before_start=before,
                 size=size,
-                parties={1: party},
+                vm_identities={1: party},
                 guest_memfd=gmem,
                 origin=origin,
             )
@@ -351,7 +351,7 @@ def every_incident() -> Iterator[Incident]:
                 telling = Notification(1, None, int(not sent), sent, T0, T0)
                 verdict = Verdict(1, word, (Finding(FindingKind.NO_SAMPLE),), early)
                 notified = replace(
-                    found, first_delivery_ts=T0, told=(telling,), verdicts=(verdict,)
+                    found, first_delivery_ts=T0, notifications=(telling,), verdicts=(verdict,)
                 )
                 yield notified
                 yield replace(notified, page_class=PageClass.KERNEL)
@@ -397,7 +397,7 @@ def test_no_state_is_advised_what_reads_the_lost_page() -> None:
         if with_vm:
             assert any(step.startswith("until then do not migrate") for step in steps), steps
         # A reset is for QEMU, and nothing is known of it with guest_memfd.
-        if incident.guest_memfd or incident.parties[1].vmm != "qemu":
+        if incident.guest_memfd or incident.vm_identities[1].vmm != "qemu":
             assert not any("reset" in step for step in steps)
     assert len(seen) > 20
 

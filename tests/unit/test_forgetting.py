@@ -230,7 +230,7 @@ def test_all_gfns_of_one_loss_are_one_incident(pages: int) -> None:
     assert snapshot.lost == {}
     (mine,) = [i for i in snapshot.incidents if i.pfn == 0x80010]
     assert [owner.gfn for owner in mine.owners] == [0x1010]
-    assert sum(t.exits for t in mine.told) == 512
+    assert sum(t.exits for t in mine.notifications) == 512
     # Each page once: its guest goes through it, and no VMM goes back to the same page.
     assert (mine.state, mine.verdict) == ("delivered", "unknown")
     correlator.feed(Tick(T0 + 60 * S))

@@ -276,7 +276,7 @@ def test_names_outlive_the_vm_and_the_memory_of_it() -> None:
         log += [seen(n), Exit(T0, n, 0, 22, 0, False), VmGone(T0, n)]
     snapshot, _ = tell(*log, limits=Limits(gone_vms=2, departed=2))
     assert 1 not in snapshot.vms
-    party = only(snapshot).parties[1]
+    party = only(snapshot).vm_identities[1]
     assert (party.name, party.uuid, party.vmm, party.gone_ts) == ("web", "u-1", "qemu", T0 + S)
     assert only(snapshot).verdict == "exited"
 
@@ -286,7 +286,7 @@ def test_poison_of_a_vm_that_is_gone_already() -> None:
         VmSeen(T0, 1, 4001, "web"), VmGone(T0, 1), gmem(T0 + MS, Owner(1, 8)), poison(T0 + MS)
     )
     incident = only(snapshot)
-    assert (incident.state, incident.parties[1].name) == ("closed", "web")
+    assert (incident.state, incident.vm_identities[1].name) == ("closed", "web")
     assert incident.verdict is None
 
 
@@ -448,7 +448,7 @@ def test_what_a_plain_program_was_sent_is_none_of_its_page_s_owners() -> None:
     signal = Sigbus(T0 + MS, 9, 9, 4, HVA, 12, 9, pfn=PFN, comm="reader")
     snapshot, _ = tell(seen(1), poison(T0, tid=OTHER), own, signal)
     incident = only(snapshot)
-    assert (incident.state, incident.sigbus, incident.told) == ("latent", 0, ())
+    assert (incident.state, incident.sigbus, incident.notifications) == ("latent", 0, ())
     assert snapshot.vms[1].sigbus == {}
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from http import HTTPStatus
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -452,7 +453,7 @@ def test_the_page_names_an_owner_that_is_gone() -> None:
     story = Scenario().begin().snapshot()
     owners = (Owner(9, 0x77), Owner(10, 0x78))
     lost = Incident(
-        "1f-1", IncidentStatus.CLOSED, 0x1F, "a", "b", START, owners, parties={9: party}
+        "1f-1", IncidentStatus.CLOSED, 0x1F, "a", "b", START, owners, vm_identities={9: party}
     )
     server = metrics.serve(
         "127.0.0.1:0", Fake(lambda: dataclasses.replace(story, incidents=(lost,)))
