@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum, auto
 from typing import assert_never
 
 from kvmtrace import dimm_names, page_types
@@ -25,7 +26,7 @@ _POSITIONS = {"rank": "that holds rank", "slot": "in slot", "channel": "on chann
 
 
 def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
-    """What is missing from the picture, each with the reason."""
+    """What is not known of an incident, each with the reason."""
     missing = []
     if incident.before_start:
         missing.append("when it was poisoned: before kvmtrace started")
@@ -68,7 +69,7 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
 
 
 def kernel_difference(snapshot: Snapshot) -> str:
-    """The kernel's account against ours."""
+    """Compare the kernel's count of memory failures with ours."""
     kernel = snapshot.kernel
     if kernel is None or kernel.handled is None:
         return "the kernel does not count memory failures here"
@@ -87,7 +88,7 @@ def next_steps(incident: Incident, snapshot: Snapshot | None = None) -> list[str
 
 
 def _for_host(incident: Incident) -> list[str]:
-    """What nobody took out of use, and no VM is known to have."""
+    """Steps for a page that is still in use, and that no VM is known to have."""
     verdict = f"{incident.page_type}: {incident.result}"
     if incident.host_at_risk:
         why = f"the kernel uses the page, or may ({verdict}), and can run into it at any time"
@@ -116,7 +117,7 @@ def _for_host(incident: Incident) -> list[str]:
 
 
 def _not_moved(snapshot: Snapshot) -> Iterator[str]:
-    """VMs that have lost pages of their own do not survive being moved."""
+    """Warn of VMs that have lost other pages: migration reads these, and fails."""
     some = [vm.label for vm in snapshot.vms.values() if vm.poisoned_pages and not vm.gone]
     if some:
         who = listed(some[:_NAMES]) + (f" and {len(some) - _NAMES} more" if some[_NAMES:] else "")
@@ -125,8 +126,8 @@ def _not_moved(snapshot: Snapshot) -> Iterator[str]:
 
 
 def _notified(incident: Incident) -> str:
-    """The VMs here that were notified of the page or may have it, by name; empty: none."""
-    keys = [telling.vm for telling in incident.notifications]
+    """Names of the live VMs that were notified of the page or may have it; "" if none."""
+    keys = [one.vm for one in incident.notifications]
     keys += [verdict.vm for verdict in incident.verdicts]
     keys += [owner.vm for owner in incident.owners]
     here = [vm for vm in dict.fromkeys(keys) if not _is_gone(incident, vm)]
@@ -136,19 +137,24 @@ def _notified(incident: Incident) -> str:
     return " and ".join(who)
 
 
+class _How(StrEnum):
+    WAIT = auto()  # and look again
+    STOP = auto()  # and start
+    CHECK = auto()  # whether it works
+    SHUT_DOWN = auto()  # from inside the guest
+    LATER = auto()  # the same, at the next opportunity
+
+
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """What a VM needs, and why. ``how``: "wait" and look again, "stop" and start, "check" whether
-    it works, "shut down" from inside, or that "later".
-    """
+    """What a VM needs, and why."""
 
-    how: str
+    how: _How
     why: str
 
 
 def _for_vms(incident: Incident) -> list[str]:
-    # The kernel's verdict is that no VM has the page: what the notified ones need, the host's
-    # step says.
+    # The kernel's own page: the step for the host includes the VMs that were notified.
     if incident.state == IncidentStatus.CLOSED or incident.host_at_risk:
         return []
     verdicts = {verdict.vm: verdict for verdict in incident.verdicts}
@@ -161,11 +167,11 @@ def _for_vms(incident: Incident) -> list[str]:
     vms = [vm for vm in dict.fromkeys([*verdicts, *owners]) if _has_page(incident, vm)]
     needs: dict[tuple[_Need, Vmm], list[int]] = {}
     for vm in vms:
-        # VMs that share the page have it at gfns of their own, which the story lists.
+        # VMs that share the page have it at different gfns, which explain lists.
         page = _page(incident, vm) if len(vms) == 1 else "the lost page"
-        party = incident.vm_identities.get(vm)
+        identity = incident.vm_identities.get(vm)
         vmm = vmm_advice.known(
-            party.vmm if party else None,
+            identity.vmm if identity else None,
             guest_memfd=incident.guest_memfd,
             page_type=incident.page_type,
         )
@@ -180,7 +186,7 @@ def _for_vms(incident: Incident) -> list[str]:
 
 
 def _has_page(incident: Incident, vm: int) -> bool:
-    """Whether a VM still has the lost page in its memory, or is stuck on it all the same."""
+    """Whether a VM still has the lost page, or is stuck on it although it no longer has."""
     if _is_gone(incident, vm):
         return False
     places = [owner for owner in incident.owners if owner.vm == vm]
@@ -190,8 +196,8 @@ def _has_page(incident: Incident, vm: int) -> bool:
 
 
 def _is_gone(incident: Incident, vm: int) -> bool:
-    party = incident.vm_identities.get(vm)
-    return party is not None and party.gone_ts is not None
+    identity = incident.vm_identities.get(vm)
+    return identity is not None and identity.gone_ts is not None
 
 
 def _page(incident: Incident, vm: int) -> str:
@@ -200,27 +206,31 @@ def _page(incident: Incident, vm: int) -> str:
 
 
 def _is_vague(incident: Incident) -> bool:
-    """Whether a process was notified, and for which of its VMs is not known."""
-    known = sum(count for telling in incident.notifications for count in telling.sigbus.values())
+    """Whether a process with several VMs was notified, and it is not known for which VM."""
+    known = sum(count for one in incident.notifications for count in one.sigbus.values())
     return incident.first_delivery_ts is not None and incident.sigbus > known
 
 
 def _need(incident: Incident, vm: int, verdict: Verdict | None, page: str) -> _Need:
-    told = [telling for telling in incident.notifications if telling.vm == vm]
-    ahead = all(set(telling.sigbus) == {"AO"} and not telling.exits for telling in told)
+    mine = [one for one in incident.notifications if one.vm == vm]
+    ahead = all(set(one.sigbus) == {"AO"} and not one.exits for one in mine)
     match verdict.word if verdict else None:
         case VerdictWord.LOOPING:
-            return _Need("stop", f"its VMM goes back to {page} again and again")
+            return _Need(_How.STOP, f"its VMM goes back to {page} again and again")
         case VerdictWord.STOPPED:
-            return _Need("stop", f"the vCPU that was notified of {page} no longer runs")
+            return _Need(_How.STOP, f"the vCPU that was notified of {page} no longer runs")
         case VerdictWord.HANDLED:
-            return _Need("later", f"it runs on, without {page}")
+            return _Need(_How.LATER, f"it runs on, without {page}")
         case VerdictWord.UNKNOWN:
             if ahead:
-                return _Need("shut down", f"its VMM was notified before its guest touched {page}")
+                return _Need(
+                    _How.SHUT_DOWN, f"its VMM was notified before its guest touched {page}"
+                )
             if verdict and verdict.early:
-                return _Need("wait", "its VMM was notified only just now")
-            return _Need("check", f"its VMM was notified of {page}, and what it did is not known")
+                return _Need(_How.WAIT, "its VMM was notified only just now")
+            return _Need(
+                _How.CHECK, f"its VMM was notified of {page}, and what it did is not known"
+            )
         case VerdictWord.EXITED | None:
             return _need_without_verdict(incident, page)
         case other:
@@ -231,13 +241,13 @@ def _need_without_verdict(incident: Incident, page: str) -> _Need:
     if incident.undelivered:
         times = counted(incident.undelivered, "time")
         why = f"guest_memfd refused {page} {times}, and no VMM was notified"
-        return _Need("shut down", why)
+        return _Need(_How.SHUT_DOWN, why)
     if _is_vague(incident):
         why = "a process was notified of the page, for which of its VMs is not known"
-        return _Need("check", why)
+        return _Need(_How.CHECK, why)
     if incident.before_start:
-        return _Need("shut down", f"its guest may touch {page} at any time")
-    return _Need("shut down", f"its guest has not touched {page} yet")
+        return _Need(_How.SHUT_DOWN, f"its guest may touch {page} at any time")
+    return _Need(_How.SHUT_DOWN, f"its guest has not touched {page} yet")
 
 
 def _steps(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterator[str]:
@@ -247,27 +257,27 @@ def _steps(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterato
     if incident.origin is not None and incident.origin.severity != "corrected":
         start += ", best on another host"
     match need.how:
-        case "wait":
+        case _How.WAIT:
             yield f"look at {who} again in some seconds: {need.why}"
-        case "stop":
+        case _How.STOP:
             yield f"stop {who} and {start}: {need.why}"
-        case "check":
+        case _How.CHECK:
             yield f"see whether {who} still works: {need.why}"
             yield f"if it does, shut it down from inside the guest, if not, stop it; then {start}"
-        case _:
-            when = "at the next opportunity " if need.how == "later" else ""
+        case _How.SHUT_DOWN | _How.LATER:
+            when = "at the next opportunity " if need.how == _How.LATER else ""
             yield f"{when}shut {who} down from inside the guest and {start}: {need.why}"
-    party = incident.vm_identities.get(vms[0]) if len(vms) == 1 else None
-    if need.how in ("stop", "check") and (command := vmm_advice.stop_and_start(party)):
-        yield f"if it does not, {command}" if need.how == "check" else command
+    identity = incident.vm_identities.get(vms[0]) if len(vms) == 1 else None
+    if need.how in (_How.STOP, _How.CHECK) and (command := vmm_advice.stop_and_start(identity)):
+        yield f"if it does not, {command}" if need.how == _How.CHECK else command
     if page_types.is_of_a_device(incident.page_type or ""):
         yield f"before that, clear or replace {vmm_advice.DEVICE}: started anew, it maps that again"
-    if need.how in ("shut down", "later") and vmm.replaces:
-        yield f"or, {vmm.replaces.format(how=vmm_advice.reset(party))}"
+    if need.how in (_How.SHUT_DOWN, _How.LATER) and vmm.replaces:
+        yield f"or, {vmm.replaces.format(how=vmm_advice.reset(identity))}"
     is_huge = incident.size is not None and incident.size > 1 << incident.page_shift
     if incident.page_type is not None and not page_types.is_huge(incident.page_type):
         is_huge = False
-    if is_huge and vmm.huge and need.how != "wait":
+    if is_huge and vmm.huge and need.how != _How.WAIT:
         yield vmm.huge
     yield f"until then do not migrate, save, snapshot or dump {names}: {vmm.reading}"
 
@@ -328,7 +338,9 @@ def _why_nothing(incident: Incident) -> str:
 
 def _names(incident: Incident, keys: list[int]) -> str:
     vm_identities = [incident.vm_identities.get(key) for key in keys[:_NAMES]]
-    names = listed(party.label if party else "a VM not known by name" for party in vm_identities)
+    names = listed(
+        identity.label if identity else "a VM not known by name" for identity in vm_identities
+    )
     return names if len(keys) <= _NAMES else f"{names} and {len(keys) - _NAMES} more"
 
 
