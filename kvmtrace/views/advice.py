@@ -40,7 +40,7 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
     elif incident.origin is not None and not _names_dimm(incident.origin.label):
         missing.append("which DIMM: no report with this address named one")
     if not incident.owners and incident.page_class in (None, PageClass.VM, PageClass.PROCESS):
-        missing.append("whose page it is: no VM with it was found")
+        missing.append("who owns the page: no VM that has it was found")
     vague = sorted({owner.vm for owner in incident.owners if owner.gfn is None})
     if vague:
         missing.append(f"the gfn in {_names(incident, vague)}: no memslot and no access shows it")
@@ -48,9 +48,9 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
         missing.append("how much is lost: no mapping and no signal shows the size")
     if incident.first_delivery_ts is None and incident.owners:
         if incident.before_start:
-            missing.append("who was notified of it, and touched it, before kvmtrace started")
+            missing.append("who accessed it, and was notified, before kvmtrace started")
         elif off := _without(snapshot, "run", "sigbus", "sigbus_forced"):
-            missing.append(f"whether the VMM was notified by what is not watched{off}")
+            missing.append(f"whether the VMM was notified: not all notifications are watched{off}")
     for verdict in incident.verdicts:
         if verdict.word == VerdictWord.UNKNOWN:
             who = _names(incident, [verdict.vm])
@@ -103,11 +103,11 @@ def _for_host(incident: Incident) -> list[str]:
     page = hex_of(incident.pfn)
     if incident.page_class == PageClass.PROCESS:
         return [
-            f"see in the kernel's log which processes had page {page}: no VM is known to, and the"
-            f" kernel could not take it out of use ({verdict})"
+            f"see in the kernel's log which processes had page {page}: no VM is known to have it,"
+            f" and the kernel could not take it out of use ({verdict})"
         ]
     if incident.page_class == PageClass.VM:
-        return [f"find the VM: page {page} is guest memory (guest_memfd), of which VM is not known"]
+        return [f"find the VM that owns page {page}: it is guest memory (guest_memfd)"]
     if incident.page_class is None:
         return [
             f'see in the kernel\'s log what became of page {page} ("recovery action"): its'
@@ -243,7 +243,7 @@ def _need_without_verdict(incident: Incident, page: str) -> _Need:
         why = f"guest_memfd refused {page} {times}, and no VMM was notified"
         return _Need(_How.SHUT_DOWN, why)
     if _is_vague(incident):
-        why = "a process was notified of the page, for which of its VMs is not known"
+        why = "a process with several VMs was notified, and it is not known for which of them"
         return _Need(_How.CHECK, why)
     if incident.before_start:
         return _Need(_How.SHUT_DOWN, f"its guest may touch {page} at any time")

@@ -50,7 +50,7 @@ def description(entry: TimelineEntry) -> str:
             place = f"gfn {gfn:#x}" if gfn is not None else "gfn not known"
             return f"owned: {place}" + _hva(hva)
         case EntryKind.MAPPED, _:
-            return "mapped by VMs, of which it is not the memory"
+            return "mapped by VMs that do not own it"
         case EntryKind.NOTIFIED_AGAIN, _:
             return "notified again although the page is unpoisoned"
         case EntryKind.VM_GONE, _:
@@ -188,9 +188,9 @@ def finding_text(finding: Finding) -> str:
         case FindingKind.ASLEEP:
             return f"{thread} sleeps outside KVM_RUN, {after} after it was notified"
         case FindingKind.AWAKE_BETWEEN:
-            return f"{thread} sleeps outside KVM_RUN at every look, but ran in between{cpu}"
+            return f"{thread} sleeps outside KVM_RUN in every sample, but ran in between{cpu}"
         case FindingKind.MENDED_BETWEEN:
-            return f"{thread} sleeps outside KVM_RUN at every look, and ran in between{cpu}"
+            return f"{thread} sleeps outside KVM_RUN in every sample, and ran in between{cpu}"
         case FindingKind.RAN_ON:
             where = "in KVM_RUN" if finding.state == "waiting" else "running"
             return f"{thread} is {where} {after} later{cpu}"
@@ -203,7 +203,7 @@ def finding_text(finding: Finding) -> str:
         case FindingKind.NO_VCPU_NOTIFIED:
             return "no vCPU was notified, only another thread of the VMM"
         case FindingKind.NO_SAMPLE:
-            return "the vCPU was not looked at after it was notified"
+            return "the state of the vCPU was not read after it was notified"
     assert_never(finding.kind)
 
 

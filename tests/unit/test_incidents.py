@@ -456,7 +456,7 @@ def test_whether_a_page_from_before_was_touched_is_not_known() -> None:
     own = Owned(T0, PFN, Owner(1, 8, HVA), "pagemap")
     snapshot, _ = tell(seen(1), own, Found(T0, PFN))
     text = explain_text(only(snapshot), snapshot, 200)
-    assert "who was notified of it, and touched it, before kvmtrace started" in text
+    assert "who accessed it, and was notified, before kvmtrace started" in text
     assert "not since kvmtrace started" in text
     assert "before its guest touches" not in text
 
@@ -466,7 +466,10 @@ def test_what_is_not_watched_may_have_told() -> None:
     snapshot, _ = tell(seen(1), own, poison(T0, tid=OTHER))
     off = replace(snapshot, probes=(Probe("run", False, why="no"), Probe("sigbus", True)))
     text = explain_text(only(off), off, 200)
-    assert "whether the VMM was notified by what is not watched (not attached: run)" in text
+    assert (
+        "whether the VMM was notified: not all notifications are watched (not attached: run)"
+        in text
+    )
 
 
 @pytest.mark.parametrize("late", [False, True])
