@@ -10,15 +10,15 @@ import os
 import time
 from collections.abc import Iterator
 
-from kvmtrace.correlate.limits import Limits
 from kvmtrace.enrich.owners import SLICE_SECONDS, OwnerLookup
 from kvmtrace.enrich.stage import Stage
 from kvmtrace.events import Event, Found, KernelCounts, Lost
 from kvmtrace.linux.page_flags import poisoned_in, ram_ranges
+from kvmtrace.model import MAX_INCIDENTS
 
 CONFIRM_SECONDS = 1.0  # memory_failure marks a page first and reports it last
 READ_PAGES = 1 << 15  # a few milliseconds
-MAX_FOUND = Limits().incidents  # each is an incident
+MAX_FOUND = MAX_INCIDENTS  # each is an incident
 
 
 class ExistingPoison(Stage):

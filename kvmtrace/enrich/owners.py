@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from kvmtrace.bounded import BoundedDict
-from kvmtrace.correlate.pages import verdict_on
 from kvmtrace.enrich.page_tables import MappedPage, PageTableSearch, entry_at
 from kvmtrace.enrich.stage import Stage
 from kvmtrace.events import (
@@ -32,6 +31,7 @@ from kvmtrace.events import (
 )
 from kvmtrace.linux.pagemap import PAGE, poisoned
 from kvmtrace.linux.proc_reader import RETRY_SECONDS
+from kvmtrace.page_types import PageOutcome, is_huge, outcome_of
 from kvmtrace.sources.guest_memory import Memory, gfns_at
 
 FIRST_SECONDS = 0.5
@@ -140,7 +140,7 @@ class OwnerLookup(Stage):
                 case Found():
                     done.add(event.pfn)
                     out += [*found.pop(None, []), *found.get(event.pfn, []), event]
-                case Exit() if event.tells_of_poison and event.gfn is not None:
+                case Exit() if event.is_poison and event.gfn is not None:
                     out += [*self._page_of_exit(event, event.gfn), event]
                 case _:
                     out.append(event)
@@ -170,14 +170,14 @@ class OwnerLookup(Stage):
                 case Poison():
                     gmem = gmem_poisons.pop(event.tid, None) if event.tid is not None else None
                     self._is_poisoned(event.pfn)
-                    verdict = verdict_on(event.page_type, event.result)
-                    if verdict == "unheld":
+                    outcome = outcome_of(event.page_type, event.result)
+                    if outcome == PageOutcome.UNHELD:
                         self._unheld.setdefault(event.pfn, 0)
-                    elif verdict is not None:
+                    elif outcome is not None:
                         self._unheld.pop(event.pfn, None)
                     owned = gmem is not None and gmem.owners and gmem.complete
-                    if not owned and verdict != "kernel":
-                        wanted[event.pfn] = "huge" in event.page_type
+                    if not owned and outcome != PageOutcome.KERNEL:
+                        wanted[event.pfn] = is_huge(event.page_type)
                 case Found():
                     self._is_poisoned(event.pfn)
                     wanted[event.pfn] = True

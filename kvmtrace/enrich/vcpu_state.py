@@ -66,7 +66,7 @@ class VcpuFollowUp(Stage):
 
     def _follow(self, event: Event, now: int) -> None:
         match event:
-            case Exit(tid=int(tid)) if event.tells_of_poison:
+            case Exit(tid=int(tid)) if event.is_poison:
                 self._notified(event.vm, tid, event.vcpu, now)
             case Sigbus(vm=int(vm)) if event.vcpu is not None or _by_its_own_access(event):
                 self._notified(vm, event.tid, event.vcpu, now)

@@ -42,6 +42,13 @@ _HWID_SHIFT, _HWID_MASK, _UMC = 32, 0xFFF, 0x96
 _NORTHBRIDGE, _XEC_SHIFT, _XEC_MASK, _DRAM_ECC = 4, 16, 0x1F, 8
 
 
+def severity(status: int, vendor: str | None) -> str:
+    """Severity of a machine check, as ``events.HwError`` names them."""
+    if not status & UC:
+        return "deferred" if vendor in AMD and status & DEFERRED else "corrected"
+    return "fatal" if status & PCC else "recoverable"
+
+
 def address_shift(status: int, misc: int | None) -> int | None:
     """Return log2 of the bytes that the address is exact to; None if MCi_MISC does not have it."""
     return misc & _ADDR_LSB if misc is not None and status & MISCV else None

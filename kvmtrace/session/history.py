@@ -294,7 +294,7 @@ _OF_POISON = (GmemPoison, Owned, GmemRefusal, PageReplaced, Sigbus, VcpuState)
 
 
 def _is_of_poison(event: Event) -> bool:
-    return isinstance(event, _OF_POISON) or (isinstance(event, Exit) and event.tells_of_poison)
+    return isinstance(event, _OF_POISON) or (isinstance(event, Exit) and event.is_poison)
 
 
 def _owners(events: Iterable[Event]) -> dict[int | None, set[int]]:
@@ -323,8 +323,8 @@ def _vms_of(event: Event) -> Iterator[int]:
 def _kind(event: Event) -> object:
     """Return a key that repetitions of an event have too; None for events that are all kept."""
     match event:
-        case Exit() if event.tells_of_poison or event.errno == 0:
-            # The correlator counts these for each gfn: deliveries, or what may be one.
+        case Exit() if event.is_poison or event.errno == 0:
+            # The correlator counts these of each gfn: deliveries, or what may be one.
             return event.kind, event.vm, event.vcpu, event.gfn, event.errno, event.reason
         case Exit():
             of = (event.vm, event.vcpu, event.errno, event.reason, event.annotated, event.gmem)

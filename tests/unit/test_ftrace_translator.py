@@ -528,7 +528,7 @@ def test_arm64s_own_exit_has_no_errno(flags: int, gfn: int | None) -> None:
     (event,) = world.exits_of(world.record("arm_sea", **sea))
     assert (event.vm, event.vcpu, event.errno, event.reason, event.gfn) == (1, 2, 0, 41, gfn)
     assert (event.annotated, event.gpa, event.tid) == (False, None, TID)
-    assert event.tells_of_poison
+    assert event.is_poison
 
 
 @pytest.mark.parametrize("errno", [14, 5, 133, 12])

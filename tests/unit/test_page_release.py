@@ -23,7 +23,7 @@ from kvmtrace.events import (
     VmSeen,
 )
 from kvmtrace.linux.proc_reader import ProcReader
-from kvmtrace.model import Snapshot
+from kvmtrace.model import Finding, FindingKind, Snapshot
 from kvmtrace.views import advice
 from tests.unit.fake import SECOND, T0, FakeSource
 from tests.unit.test_owners import ANON, PRESENT, proc_with
@@ -172,9 +172,9 @@ def test_what_becomes_of_the_incident() -> None:
     after = model(*BEGIN, poison, told, left, *ran)
     (incident,) = after.incidents
     assert (incident.state, incident.verdict) == ("delivered", "handled")
-    assert incident.verdicts[0].evidence[-1] == f"hva {HVA:#x} has no longer that page"
+    assert incident.verdicts[0].evidence[-1] == Finding(FindingKind.PAGE_REPLACED, hva=HVA)
     assert after.vms[1].poisoned_pages == 0
-    assert [moment.what for moment in incident.timeline][-2] == incident.verdicts[0].evidence[-1]
+    assert incident.timeline[-2].event == left
 
     (untold,) = model(*BEGIN, poison, left).incidents
     assert untold.state == "unowned"
