@@ -11,10 +11,16 @@ import os
 import click
 
 from kvmtrace import __version__
+from kvmtrace.cli.bundle import bundle
 from kvmtrace.cli.doctor import doctor
-from kvmtrace.cli.errors import Group, stop
-from kvmtrace.cli.live import events, serve, top
-from kvmtrace.cli.logs import bundle, explain, record, replay
+from kvmtrace.cli.errors import Group
+from kvmtrace.cli.events import events
+from kvmtrace.cli.explain import explain
+from kvmtrace.cli.record import record
+from kvmtrace.cli.replay import replay
+from kvmtrace.cli.serve import serve
+from kvmtrace.cli.signals import stop
+from kvmtrace.cli.top import top
 
 
 def main() -> None:

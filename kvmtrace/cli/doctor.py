@@ -10,7 +10,8 @@ import click
 
 from kvmtrace import sources
 from kvmtrace.choice import Attempt
-from kvmtrace.cli.errors import as_kvmtrace_error, json_is_utf8, say
+from kvmtrace.cli.console import json_is_utf8, say
+from kvmtrace.cli.errors import as_kvmtrace_error
 from kvmtrace.cli.options import json_option, source_option
 from kvmtrace.linux import host
 from kvmtrace.views import doctor as doctor_view

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kvmtrace import __version__, sources
-from kvmtrace.cli.errors import always, nobody_writes, stop, tell
+from kvmtrace.cli.console import tell
+from kvmtrace.cli.signals import always, nobody_writes, stop
 from kvmtrace.correlate import Correlator
 from kvmtrace.enrich import Heartbeat, OwnerLookup, PageReleaseWatch, VcpuFollowUp
 from kvmtrace.enrich.pipeline import EnrichedSource

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import IO, Any, Self
 
-from kvmtrace.cli.errors import Interrupted, always, discard, nobody_reads, stop
+from kvmtrace.cli.console import discard
+from kvmtrace.cli.signals import Interrupted, always, nobody_reads, stop
 from kvmtrace.errors import KvmtraceError
 
 # How long a disk may take after a signal, in seconds; together with the rest less than 5.

@@ -21,8 +21,7 @@ from pathlib import Path
 import pytest
 
 from kvmtrace import sources
-from kvmtrace.cli import errors
-from kvmtrace.cli import output_file as output_module
+from kvmtrace.cli import output_file, signals
 from kvmtrace.cli.output_file import Output
 from kvmtrace.events import Event, Exit, Host
 from kvmtrace.sources import recording as recording_module
@@ -96,10 +95,10 @@ def test_a_link_of_ours_is_replaced_whatever_it_leads_to(
 WAITING = """
 import contextlib, os, sys
 from kvmtrace import cli, sources
-from kvmtrace.cli import errors
+from kvmtrace.cli import signals
 from tests.unit.fake import STORY, FakeSource
 
-waiting = errors.stop.waiting
+waiting = signals.stop.waiting
 
 @contextlib.contextmanager
 def announced(blocked):
@@ -107,7 +106,7 @@ def announced(blocked):
         os.write(2, b"waiting\\n")
         yield
 
-errors.stop.waiting = announced
+signals.stop.waiting = announced
 sources.open_source = lambda kind: FakeSource(STORY)
 cli.main()
 """
@@ -327,7 +326,7 @@ def test_a_slow_disk_does_not_hold_up_a_recording(
     def slow(descriptor: int) -> None:
         synced.append(source.drained.wait(20))
 
-    monkeypatch.setattr(output_module, "_fsync", slow)
+    monkeypatch.setattr(output_file, "_fsync", slow)
     monkeypatch.setattr(sources, "open_source", lambda kind: source)
     path = tmp_path / "r"
     assert invoke("record", str(path), "--duration", "0.5").exit_code == 0
@@ -500,7 +499,7 @@ def test_a_signal_while_a_recording_is_read_leaves_no_bundle_of_a_part(
     poll = RecordingSource.poll
 
     def interrupted(source: RecordingSource, timeout: float) -> list[Event]:
-        errors.stop.asked = True
+        signals.stop.asked = True
         return poll(source, timeout)
 
     monkeypatch.setattr(recording_module, "BATCH", 2)

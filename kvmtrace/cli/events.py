@@ -1,9 +1,8 @@
-"""top, events and serve: what happens now."""
+"""``kvmtrace events``: one line per event."""
 
 from __future__ import annotations
 
 import os
-import resource
 import select
 import sys
 import time
@@ -11,76 +10,17 @@ import time
 import click
 
 from kvmtrace import sanitize
-from kvmtrace.cli.errors import json_is_utf8, say, stop, tell
-from kvmtrace.cli.inputs import (
-    POLL_SECONDS,
-    attach,
-    give_up_privileges,
-    here,
-    open_door,
-    session_on,
-)
-from kvmtrace.cli.options import (
-    duration_option,
-    interval_option,
-    json_option,
-    with_source,
-)
-from kvmtrace.cli.printing import show_snapshot
+from kvmtrace.cli.console import json_is_utf8, say, tell
+from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, here, session_on
+from kvmtrace.cli.options import duration_option, json_option, with_source
+from kvmtrace.cli.signals import stop
 from kvmtrace.errors import UsageError
 from kvmtrace.events import Event, VmSeen
-from kvmtrace.linux import host
 from kvmtrace.model import CorrelatedEvent, Snapshot
 from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines
 from kvmtrace.views.tables.header import watching_text
-from kvmtrace.views.web.server import check_listen
 from kvmtrace.vmm import processes
-
-
-@click.command()
-@click.option("--once", is_flag=True, help="Watch for one interval, print the table, exit.")
-@json_option
-@interval_option
-@with_source
-def top(once: bool, as_json: bool, interval: float, source: str) -> None:
-    """Live table of VMs and poison incidents (needs a terminal, or --once).
-
-    --json goes with --once and prints one object.
-    """
-    if as_json and not once:
-        raise UsageError("--json goes with --once", "`kvmtrace events --json` streams")
-    if once:
-        _top_once(source, interval, as_json)
-        return
-    if not on_terminal():
-        raise UsageError(
-            "top needs a terminal", "`kvmtrace top --once` prints the table, `events` follows"
-        )
-    from kvmtrace.views.terminal import app as view  # noqa: PLC0415 (a TUI library)
-
-    with session_on(here(source)) as session:
-        give_up_privileges()
-        session.start()
-        view.run(session.snapshot, interval, now=session.now)
-
-
-def _top_once(source: str, interval: float, as_json: bool) -> None:
-    with session_on(here(source)) as session:
-        deadline = time.monotonic() + interval
-        while not stop.asked and (left := deadline - time.monotonic()) > 0:
-            session.pump(min(left, POLL_SECONDS))
-        session.pump(0)
-        snapshot, now = session.snapshot(), session.now()
-    show_snapshot(snapshot, now, as_json)
-
-
-def on_terminal() -> bool:
-    if os.environ.get("TERM", "dumb") == "dumb":
-        return False
-    return all(
-        stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)
-    )
 
 
 @click.command()
@@ -190,65 +130,3 @@ def reader_gone() -> bool:
         return any(what & select.POLLERR for _, what in poller.poll(0))
     except (OSError, ValueError):
         return False
-
-
-@click.command()
-@click.option(
-    "--listen",
-    metavar="[HOST:]PORT",
-    help="Where to serve; 'PORT' is loopback, ':PORT' every address, port 0 a free one.  "
-    "[default: 127.0.0.1:9750]",
-)
-@click.option(
-    "--max-vms",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help='VMs with series of their own; the rest share vm="other".  [default: 500]',
-)
-@click.option(
-    "--allow-host",
-    multiple=True,
-    metavar="NAME",
-    help="On loopback: answer those who ask for this name, too (behind a proxy that passes it on).",
-)
-@with_source
-def serve(
-    listen: str | None, max_vms: int | None, allow_host: tuple[str, ...], source: str
-) -> None:
-    """Serve /metrics for Prometheus, /-/healthy and a landing page."""
-    from kvmtrace.views.web import metrics  # noqa: PLC0415 (prometheus_client)
-
-    def kinds() -> list[tuple[str, str]]:
-        types, results = host.memory_failure_names()
-        return [(kind, result) for kind in types.values() for result in results.values()]
-
-    listen = listen or metrics.DEFAULT_LISTEN
-    check_listen(listen)
-    with session_on(attach(source)) as session, open_door(session, started=False) as answering:
-        server = metrics.serve(
-            listen,
-            session,
-            kinds=kinds,
-            max_vms=max_vms or metrics.DEFAULT_MAX_VMS,
-            now=session.now,
-            names=allow_host,
-            started=False,
-        )
-        try:
-            give_up_privileges()
-            server.start()
-            if answering is not None:
-                answering.start()
-            session.start()
-            tell(f"serving {server.url}/metrics")
-            told = False
-            while not stop.asked and session.failure is None:
-                time.sleep(POLL_SECONDS)
-                if not told and (session.shortages or server.dropped["descriptors"]):
-                    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-                    tell(f"kvmtrace: no file descriptors left (limit {limit}): events may be lost")
-                    told = True
-            if session.failure is not None:
-                raise session.failure
-        finally:
-            server.close()

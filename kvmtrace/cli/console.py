@@ -1,0 +1,68 @@
+"""What commands print: status on stderr, and results on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+from typing import IO, Any
+
+import click
+
+from kvmtrace.cli.signals import stop
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.model import Snapshot
+from kvmtrace.sanitize import clean
+from kvmtrace.views import json_output
+from kvmtrace.views.tables.table import table_text
+
+WIDTH_WITHOUT_TERMINAL = 160
+# Room for the longest path beside what is said of it.
+_LINE = 8192
+
+
+def tell(text: str) -> None:
+    """A line on stderr, fit for a terminal whatever is quoted in it (names of files, arguments)."""
+    click.echo(clean(" ".join(text.split()), _LINE), err=True)
+
+
+def say(text: str) -> None:
+    """Print a line on stdout, as ``stop.write`` does."""
+    try:
+        stop.write(text, sys.stdout)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard(sys.stdout)
+        raise KvmtraceError(f"standard output: {error.strerror}") from error
+
+
+def survive_any_name(stream: IO[str]) -> None:
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def json_is_utf8() -> None:
+    """The contract: JSON is UTF-8, whatever the locale."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+
+
+def discard(file: IO[Any]) -> None:
+    """Let what a file still holds go nowhere: its flush would block, or complain, once more."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, file.fileno())
+        os.close(null)
+
+
+def show_snapshot(snapshot: Snapshot, now: int, as_json: bool) -> None:
+    if as_json:
+        json_is_utf8()
+        say(json.dumps(json_output.top(snapshot), ensure_ascii=False))
+        return
+    width = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
+    say(table_text(snapshot, now=now, width=width))

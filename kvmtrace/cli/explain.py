@@ -1,0 +1,43 @@
+"""``kvmtrace explain``: the story of a page or a VM."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from kvmtrace.cli.console import json_is_utf8, say
+from kvmtrace.cli.inputs import log_of
+from kvmtrace.cli.options import from_option, json_option, look_option, with_source
+from kvmtrace.views import explain as explain_view
+from kvmtrace.views import json_output, lookup
+
+
+@click.command()
+@click.argument("target", metavar="PFN|GPA@VM|VM|INCIDENT")
+@from_option
+@json_option
+@look_option
+@with_source
+def explain(
+    target: str, recording: str | None, as_json: bool, duration: float, source: str
+) -> None:
+    """The whole story of a page or a VM: what failed, which VMM was notified, what to do.
+
+    Numbers are PFNs (0x103275) or, with @VM, guest physical addresses (0x8000@web-1).
+    """
+    with log_of(recording, source, duration) as log:
+        snapshot = log.model()
+        found = lookup.find(snapshot, target)
+        if as_json:
+            json_is_utf8()
+            objects = [explain_view.as_object(incident, snapshot) for incident in found]
+            if not found:
+                pages = lookup.soft_offlined(snapshot, target)
+                objects = [json_output.soft_offlined(page, snapshot) for page in pages]
+                errors = lookup.reported(snapshot, target)
+                objects = objects or [json_output.reported(*one, snapshot) for one in errors]
+            say(json.dumps(objects, ensure_ascii=False))
+            return
+        texts = [explain_view.explain_text(incident, snapshot) for incident in found]
+        say("\n\n".join(texts) or lookup.about_nothing(snapshot, target))

@@ -1,0 +1,63 @@
+"""``kvmtrace record``: the event log of this host, into a file."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from kvmtrace.cli.console import tell
+from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, here, session_on
+from kvmtrace.cli.options import duration_option, with_source
+from kvmtrace.cli.output_file import Output
+from kvmtrace.cli.signals import stop
+from kvmtrace.events import GmemPoison, Mce, Poison
+from kvmtrace.sources.recording import Writer
+
+# The host may go down with what these report.
+_LAST_WORDS = (GmemPoison, Mce, Poison)
+# So that little is left for the end of a recording, where the disk is waited for.
+_SYNC_SECONDS = 5.0
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@duration_option
+@with_source
+def record(file: str, force: bool, duration: float | None, source: str) -> None:
+    """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
+    with Output(file, force) as output, session_on(here(source)) as session:
+        number, sync_at = 0, 0.0
+        deadline = time.monotonic() + duration if duration else None
+        with output.writing():
+            host_here = session.host()
+            writer = Writer(output.file, host_here, ends=True)
+        output.place()
+        give_up_privileges()
+        why = host_here.source_why
+        by = f"{host_here.source} ({why})" if why else host_here.source
+        tell(f"recording to {file} by {by}; Ctrl-C ends it")
+        try:
+            while True:
+                wait = POLL_SECONDS
+                if deadline is not None:
+                    wait = min(wait, deadline - time.monotonic())
+                over = stop.asked or wait <= 0
+                # What the kernel counted meanwhile and has not reported yet belongs to it, too.
+                batch = session.poll(0 if over else wait)
+                with output.writing():
+                    writer.write(batch, session.probes())
+                    output.file.flush()
+                is_urgent = any(isinstance(event, _LAST_WORDS) for event in batch)
+                if is_urgent or (batch and time.monotonic() >= sync_at):
+                    output.sync_soon()
+                    sync_at = time.monotonic() + _SYNC_SECONDS
+                number += len(batch)
+                if over:
+                    break
+        finally:
+            # Also if a source fails: what it reported until then is whole.
+            with output.writing():
+                writer.end()
+    tell(f"{number} events")

@@ -1,0 +1,37 @@
+"""``kvmtrace replay``: a recording as a table or as lines."""
+
+from __future__ import annotations
+
+import click
+
+from kvmtrace.cli.console import json_is_utf8, say, show_snapshot
+from kvmtrace.cli.inputs import reading, replaying
+from kvmtrace.cli.options import json_option
+from kvmtrace.cli.signals import stop
+from kvmtrace.session.session import Session
+from kvmtrace.views import event_lines
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--events", "as_events", is_flag=True, help="The event lines, not the table.")
+@json_option
+def replay(file: str, as_events: bool, as_json: bool) -> None:
+    """Show a recording: the final table, or with --events what happened line by line.
+
+    Needs no privilege, no BPF and no KVM.
+    """
+    if as_json:
+        json_is_utf8()
+    text = event_lines.json_text if as_json else event_lines.event_text
+    with replaying(file) as source:
+        session = Session(source, source.host.page_shift)
+        while not source.done and not stop.asked:
+            with reading(source):
+                batch = session.pump(0)
+            for told in batch:
+                if as_events and (line := text(told)) is not None:
+                    say(line)
+        if not as_events:
+            snapshot = session.snapshot().of_log(source.host, source.probes())
+            show_snapshot(snapshot, snapshot.last_ts or 0, as_json)

@@ -1,0 +1,60 @@
+"""``kvmtrace top``: the live table, or once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import click
+
+from kvmtrace.cli.console import show_snapshot
+from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, here, session_on
+from kvmtrace.cli.options import interval_option, json_option, with_source
+from kvmtrace.cli.signals import stop
+from kvmtrace.errors import UsageError
+
+
+@click.command()
+@click.option("--once", is_flag=True, help="Watch for one interval, print the table, exit.")
+@json_option
+@interval_option
+@with_source
+def top(once: bool, as_json: bool, interval: float, source: str) -> None:
+    """Live table of VMs and poison incidents (needs a terminal, or --once).
+
+    --json goes with --once and prints one object.
+    """
+    if as_json and not once:
+        raise UsageError("--json goes with --once", "`kvmtrace events --json` streams")
+    if once:
+        _top_once(source, interval, as_json)
+        return
+    if not on_terminal():
+        raise UsageError(
+            "top needs a terminal", "`kvmtrace top --once` prints the table, `events` follows"
+        )
+    from kvmtrace.views.terminal import app as view  # noqa: PLC0415 (a TUI library)
+
+    with session_on(here(source)) as session:
+        give_up_privileges()
+        session.start()
+        view.run(session.snapshot, interval, now=session.now)
+
+
+def _top_once(source: str, interval: float, as_json: bool) -> None:
+    with session_on(here(source)) as session:
+        deadline = time.monotonic() + interval
+        while not stop.asked and (left := deadline - time.monotonic()) > 0:
+            session.pump(min(left, POLL_SECONDS))
+        session.pump(0)
+        snapshot, now = session.snapshot(), session.now()
+    show_snapshot(snapshot, now, as_json)
+
+
+def on_terminal() -> bool:
+    if os.environ.get("TERM", "dumb") == "dumb":
+        return False
+    return all(
+        stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)
+    )
