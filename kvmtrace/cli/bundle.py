@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import click
 
-from kvmtrace.cli.console import tell
-from kvmtrace.cli.doctor import examined
-from kvmtrace.cli.inputs import Batch, Story, log_of
-from kvmtrace.cli.options import from_option, look_option, with_source
+from kvmtrace.cli.console import print_status
+from kvmtrace.cli.doctor import doctor_report
+from kvmtrace.cli.inputs import Batch, EventLog, load_log
+from kvmtrace.cli.options import from_option, watch_option, with_source
 from kvmtrace.cli.output_file import Output
 from kvmtrace.cli.signals import Interrupted, stop
 from kvmtrace.linux import host
@@ -28,7 +28,7 @@ from kvmtrace.views import doctor as doctor_view
 @click.option("--redact", is_flag=True, help="Replace names of VMs, processes and the host.")
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
 @from_option
-@look_option
+@watch_option
 @with_source
 def bundle(
     *,
@@ -45,18 +45,18 @@ def bundle(
     """
     with (
         Output(output, force, binary=True) as archive,
-        log_of(recording, source, duration, twice=redact) as log,
+        load_log(recording, source, duration, twice=redact) as log,
         contextlib.closing(LongText()) as events,
     ):
         if redact:
             every = (one for batch, _ in log.batches() for one in batch)
             names = bundle_view.Redaction(every, log.host)
-            log = _Redacted(log, names)  # noqa: PLW2901 (what else there is must not be used)
+            log = _RedactedLog(log, names)  # noqa: PLW2901 (what else there is must not be used)
         files = _files(log, events)
-        if recording is not None and stop.asked:
+        if recording is not None and stop.requested:
             raise Interrupted  # before all of it was read
         if recording is None:
-            report = examined(source)
+            report = doctor_report(source)
             if redact:
                 report = doctor_view.with_texts(report, names.text)
             files["doctor.txt"] = doctor_view.render(report, verbose=True)
@@ -64,28 +64,28 @@ def bundle(
             bundle_view.write(archive.file, files, int(time.time()))
         archive.sync()
         archive.place()
-        tell(f"{output}: {', '.join(sorted(files))}")
+        print_status(f"{output}: {', '.join(sorted(files))}")
 
 
-class _Redacted(Story):
+class _RedactedLog(EventLog):
     """A story without names."""
 
-    def __init__(self, story: Story, names: bundle_view.Redaction) -> None:
-        self.host = names.host(story.host)
-        self.version = story.version and names.text(story.version)
-        self._story, self._names = story, names
+    def __init__(self, log: EventLog, names: bundle_view.Redaction) -> None:
+        self.host = names.host(log.host)
+        self.version = log.version and names.text(log.version)
+        self._log, self._names = log, names
 
     def batches(self) -> Iterator[Batch]:
-        """Those of the story."""
-        for events, probes in self._story.batches():
+        """Those of the log."""
+        for events, probes in self._log.batches():
             yield self._names.events(events), self._names.probes(probes)
 
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the story is."""
-        return self._story.whole()
+        return self._log.is_complete()
 
 
-def _files(log: Story, events: LongText) -> dict[str, str | LongText]:
+def _files(log: EventLog, events: LongText) -> dict[str, str | LongText]:
     """What is in a bundle; the recording goes to ``events``."""
     with spooling():
         writer = Writer(events.file, log.host, log.version, ends=True)
@@ -95,7 +95,7 @@ def _files(log: Story, events: LongText) -> dict[str, str | LongText]:
             writer.write(*batch)
 
     model = log.model(look)
-    if log.whole():
+    if log.is_complete():
         with spooling():
             writer.end()
     return bundle_view.contents(events, model, log.version, host.bcc().version)

@@ -24,12 +24,12 @@ WIDTH_WITHOUT_TERMINAL = 160
 _LINE = 8192
 
 
-def tell(text: str) -> None:
+def print_status(text: str) -> None:
     """A line on stderr, fit for a terminal whatever is quoted in it (names of files, arguments)."""
     click.echo(clean(" ".join(text.split()), _LINE), err=True)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line on stdout, as ``stop.write`` does."""
     try:
         stop.write(text, sys.stdout)
@@ -62,7 +62,7 @@ def discard(file: IO[Any]) -> None:
 def show_snapshot(snapshot: Snapshot, now: int, as_json: bool) -> None:
     if as_json:
         json_is_utf8()
-        say(json.dumps(json_output.top(snapshot), ensure_ascii=False))
+        print_line(json.dumps(json_output.top(snapshot), ensure_ascii=False))
         return
     width = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
-    say(table_text(snapshot, now=now, width=width))
+    print_line(table_text(snapshot, now=now, width=width))

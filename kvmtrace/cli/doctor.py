@@ -10,7 +10,7 @@ import click
 
 from kvmtrace import sources
 from kvmtrace.choice import Attempt
-from kvmtrace.cli.console import json_is_utf8, say
+from kvmtrace.cli.console import json_is_utf8, print_line
 from kvmtrace.cli.errors import as_kvmtrace_error
 from kvmtrace.cli.options import json_option, source_option
 from kvmtrace.linux import host
@@ -30,18 +30,18 @@ def doctor(ctx: click.Context, as_json: bool, verbose: bool, source: str) -> Non
     Attaches for a moment to see what can be attached. Exit status 0 only if memory-fault exits
     can be seen here.
     """
-    report = examined(source)
+    report = doctor_report(source)
     if as_json:
         json_is_utf8()
-        say(json.dumps(doctor_view.as_object(report), ensure_ascii=False))
+        print_line(json.dumps(doctor_view.as_object(report), ensure_ascii=False))
     else:
         width = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
         ascii_only = not _can_print("✓✗→")
-        say(doctor_view.render(report, ascii_only=ascii_only, width=width, verbose=verbose))
+        print_line(doctor_view.render(report, ascii_only=ascii_only, width=width, verbose=verbose))
     ctx.exit(0 if report.ok else 1)
 
 
-def examined(source: str) -> doctor_view.Report:
+def doctor_report(source: str) -> doctor_view.Report:
     """What doctor says of this host and of these sources."""
     return doctor_view.judge(host.examine(), [_attempt(kind) for kind in _kinds(source)])
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import click
 
-from kvmtrace.cli.console import discard, survive_any_name, tell
+from kvmtrace.cli.console import discard, print_status, survive_any_name
 from kvmtrace.cli.signals import Interrupted, stop
 from kvmtrace.errors import KvmtraceError, UsageError
 
@@ -27,9 +27,9 @@ class Failure(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """``kvmtrace: MESSAGE`` and ``hint: HINT`` on stderr."""
-        tell(f"kvmtrace: {self.message}")
+        print_status(f"kvmtrace: {self.message}")
         if self.hint:
-            tell(f"hint: {self.hint}")
+            print_status(f"hint: {self.hint}")
 
 
 class Group(click.Group):

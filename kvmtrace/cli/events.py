@@ -10,8 +10,8 @@ import time
 import click
 
 from kvmtrace import sanitize
-from kvmtrace.cli.console import json_is_utf8, say, tell
-from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, here, session_on
+from kvmtrace.cli.console import json_is_utf8, print_line, print_status
+from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_host_or_remote, open_session
 from kvmtrace.cli.options import duration_option, json_option, with_source
 from kvmtrace.cli.signals import stop
 from kvmtrace.errors import UsageError
@@ -44,27 +44,27 @@ def events(
     text = event_lines.json_text if as_json else event_lines.event_text
     if as_json:
         json_is_utf8()
-    attached = here(source)
-    with session_on(attached) as session:
+    attached = open_host_or_remote(source)
+    with open_session(attached) as session:
         give_up_privileges()
         deadline = time.monotonic() + duration if duration else None
-        told = session.pump(0)
+        batch = session.pump(0)
         start = session.snapshot()
         if isinstance(attached, RemoteSource):
             # All that happened before is known, but is no news: what is, as if just attached, is.
-            told = [one for one in told if _lives(one.event, start)]
+            batch = [one for one in batch if _lives(one.event, start)]
         if vm is not None:
-            _require_vm(vm, told)
-        tell(f"kvmtrace: {watching_text(start)}")
+            _require_vm(vm, batch)
+        print_status(f"kvmtrace: {watching_text(start)}")
         last_look = False
         while True:
-            for one in told:
-                if vm is not None and not _concerns(one, vm):
+            for correlated in batch:
+                if vm is not None and not _concerns(correlated, vm):
                     continue
-                line = text(one)
+                line = text(correlated)
                 if line is None:
                     continue
-                say(line)
+                print_line(line)
                 if count is not None:
                     count -= 1
                     if not count:
@@ -72,12 +72,12 @@ def events(
             wait = POLL_SECONDS
             if deadline is not None:
                 wait = min(wait, deadline - time.monotonic())
-            if stop.asked or wait <= 0 or reader_gone():
+            if stop.requested or wait <= 0 or reader_gone():
                 if last_look:
                     return
                 # What the kernel counted meanwhile and has not reported yet belongs to this run.
                 last_look, wait = True, 0
-            told = session.pump(wait)
+            batch = session.pump(wait)
 
 
 def _lives(event: Event, snapshot: Snapshot) -> bool:
@@ -85,35 +85,35 @@ def _lives(event: Event, snapshot: Snapshot) -> bool:
     return vm is not None and not vm.gone
 
 
-def _is(seen: VmSeen | None, vm: str) -> bool:
+def _is_named(seen: VmSeen | None, vm: str) -> bool:
     if seen is None:
         return False
     names = (str(seen.pid), f"pid {seen.pid}", seen.name, seen.label, seen.vmid)
     return vm in names or (seen.uuid is not None and vm.lower() == seen.uuid.lower())
 
 
-def _concerns(told: CorrelatedEvent, vm: str) -> bool:
+def _concerns(correlated: CorrelatedEvent, vm: str) -> bool:
     """Whether a line is about this VM; what was lost may have been, and times are everybody's."""
     return (
-        _is(told.vm, vm)
-        or any(_is(seen, vm) for _, seen in told.owners)
-        or told.event.kind in ("lost", "clock")
-        or (told.event.kind == "sigbus" and vm == str(getattr(told.event, "pid", None)))
+        _is_named(correlated.vm, vm)
+        or any(_is_named(seen, vm) for _, seen in correlated.owners)
+        or correlated.event.kind in ("lost", "clock")
+        or (correlated.event.kind == "sigbus" and vm == str(getattr(correlated.event, "pid", None)))
     )
 
 
-def _require_vm(vm: str, told: list[CorrelatedEvent]) -> None:
+def _require_vm(vm: str, batch: list[CorrelatedEvent]) -> None:
     # No pid is longer, and int() refuses thousands of digits.
     if vm.isascii() and vm.isdecimal() and len(vm) <= 10 and os.path.exists(f"/proc/{int(vm)}"):
         return
-    known = [one.vm for one in told if one.vm]
-    if any(_is(seen, vm) for seen in known):
+    known = [one.vm for one in batch if one.vm]
+    if any(_is_named(seen, vm) for seen in known):
         return
     names = {seen.label for seen in known}
     for pid in processes.vm_processes():
         found = processes.identify(pid).identity
         seen = VmSeen(0, 0, pid, found.name, found.uuid, found.vmm, found.vmid)
-        if _is(seen, vm):
+        if _is_named(seen, vm):
             return
         names.add(seen.label)
     listed = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")

@@ -6,9 +6,9 @@ import json
 
 import click
 
-from kvmtrace.cli.console import json_is_utf8, say
-from kvmtrace.cli.inputs import log_of
-from kvmtrace.cli.options import from_option, json_option, look_option, with_source
+from kvmtrace.cli.console import json_is_utf8, print_line
+from kvmtrace.cli.inputs import load_log
+from kvmtrace.cli.options import from_option, json_option, watch_option, with_source
 from kvmtrace.views import explain as explain_view
 from kvmtrace.views import json_output, lookup
 
@@ -17,7 +17,7 @@ from kvmtrace.views import json_output, lookup
 @click.argument("target", metavar="PFN|GPA@VM|VM|INCIDENT")
 @from_option
 @json_option
-@look_option
+@watch_option
 @with_source
 def explain(
     target: str, recording: str | None, as_json: bool, duration: float, source: str
@@ -26,7 +26,7 @@ def explain(
 
     Numbers are PFNs (0x103275) or, with @VM, guest physical addresses (0x8000@web-1).
     """
-    with log_of(recording, source, duration) as log:
+    with load_log(recording, source, duration) as log:
         snapshot = log.model()
         found = lookup.find(snapshot, target)
         if as_json:
@@ -37,7 +37,7 @@ def explain(
                 objects = [json_output.soft_offlined(page, snapshot) for page in pages]
                 errors = lookup.reported(snapshot, target)
                 objects = objects or [json_output.reported(*one, snapshot) for one in errors]
-            say(json.dumps(objects, ensure_ascii=False))
+            print_line(json.dumps(objects, ensure_ascii=False))
             return
         texts = [explain_view.explain_text(incident, snapshot) for incident in found]
-        say("\n\n".join(texts) or lookup.about_nothing(snapshot, target))
+        print_line("\n\n".join(texts) or lookup.about_nothing(snapshot, target))

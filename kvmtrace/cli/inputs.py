@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kvmtrace import __version__, sources
-from kvmtrace.cli.console import tell
+from kvmtrace.cli.console import print_status
 from kvmtrace.cli.signals import always, nobody_writes, stop
 from kvmtrace.correlate import Correlator
 from kvmtrace.enrich import Heartbeat, OwnerLookup, PageReleaseWatch, VcpuFollowUp
@@ -40,7 +40,7 @@ class _Attached(EnrichedSource):
         super().close()
 
 
-def attach(kind: str) -> sources.Source:
+def open_host(kind: str) -> sources.Source:
     """This host's kernel: what its probes report, and what only /proc and page tables show."""
     READER.prepare()
     stop.clean_up.append(sources.close_opening)
@@ -49,13 +49,13 @@ def attach(kind: str) -> sources.Source:
     return _Attached(Heartbeat(VcpuFollowUp(PageReleaseWatch(OwnerLookup(source)))))
 
 
-def here(kind: str) -> sources.Source:
+def open_host_or_remote(kind: str) -> sources.Source:
     """What this host's kernel reports: through the serve that runs here, unless a way is asked for.
 
     A second set of probes would cost every VM exit once more, and know nothing of what was before.
     """
     joined = RemoteSource.join() if kind == "auto" else None
-    return joined or attach(kind)
+    return joined or open_host(kind)
 
 
 def give_up_privileges() -> None:
@@ -67,7 +67,7 @@ def give_up_privileges() -> None:
     if not stop.owns_process:
         return
     for refused in privileges.give_up(privileges.WATCHING | _to_detach()):
-        tell(f"kvmtrace: privileges that are not needed any more stay: {refused}")
+        print_status(f"kvmtrace: privileges that are not needed any more stay: {refused}")
     stop.watch_anew()
 
 
@@ -80,7 +80,7 @@ def _to_detach() -> set[str]:
 
 
 @contextlib.contextmanager
-def session_on(source: sources.Source) -> Iterator[Session]:
+def open_session(source: sources.Source) -> Iterator[Session]:
     """A session, detached on every way out. Raises KvmtraceError if its reader goes on then."""
     session = Session(source)
     try:
@@ -119,7 +119,9 @@ def open_door(session: Session, *, started: bool = True) -> Iterator[feed.FeedSe
         answering = feed.FeedServer(answer, started=started)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        tell(f"kvmtrace: other commands will not find this one: {where}{error.strerror or error}")
+        print_status(
+            f"kvmtrace: other commands will not find this one: {where}{error.strerror or error}"
+        )
         yield None
         return
     stop.clean_up.append(answering.close)
@@ -133,7 +135,7 @@ Batch = tuple[list[Event], tuple[Probe, ...]]
 """Events, and the state of the probes after them."""
 
 
-class Story(ABC):
+class EventLog(ABC):
     """What a host reported, by which source and by which kvmtrace (None: not known)."""
 
     host: Host
@@ -143,7 +145,7 @@ class Story(ABC):
     def batches(self) -> Iterator[Batch]:
         """All of it; each time from the beginning."""
 
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether nothing is missing at the end, once all batches were read."""
         return True
 
@@ -160,7 +162,7 @@ class Story(ABC):
 
 
 @dataclass(frozen=True)
-class Log(Story):
+class WatchedLog(EventLog):
     """What was seen in a while, in memory."""
 
     events: list[Event]
@@ -173,7 +175,7 @@ class Log(Story):
         yield self.events, self.probes
 
 
-class RecordedLog(Story):
+class RecordedLog(EventLog):
     """A recording, which is read when it is asked for: it may be longer than memory."""
 
     def __init__(self, source: RecordingSource) -> None:
@@ -186,18 +188,18 @@ class RecordedLog(Story):
         if self._is_read:
             self._source.rewind()
         self._is_read = True
-        while not self._source.done and not stop.asked:
+        while not self._source.done and not stop.requested:
             with reading(self._source):
                 events = self._source.poll(0)
             yield events, self._source.probes()
 
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the end of the file was read, and is the recording's."""
         return self._source.whole
 
 
 @contextlib.contextmanager
-def replaying(path: str, *, twice: bool = False) -> Iterator[RecordingSource]:
+def open_recording(path: str, *, twice: bool = False) -> Iterator[RecordingSource]:
     """A recording; that it was cut off or damaged is printed after all that it has."""
     with stop.waiting(always):
         source = RecordingSource(path, twice=twice)
@@ -206,13 +208,13 @@ def replaying(path: str, *, twice: bool = False) -> Iterator[RecordingSource]:
             yield source
         except KvmtraceError:
             for one in filter(None, (source.damage, source.doubt)):
-                tell(f"kvmtrace: {one.message}")
+                print_status(f"kvmtrace: {one.message}")
             raise
         finally:
             if source.truncated:
-                tell(f"kvmtrace: {path}: the last line is cut off; left out")
+                print_status(f"kvmtrace: {path}: the last line is cut off; left out")
         if source.damage and source.doubt:
-            tell(f"kvmtrace: {source.doubt.message}")
+            print_status(f"kvmtrace: {source.doubt.message}")
         if fault := source.damage or source.doubt:
             raise fault
     finally:
@@ -225,30 +227,30 @@ def reading(source: RecordingSource) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def log_of(
+def load_log(
     recording: str | None, kind: str, duration: float, *, twice: bool = False
-) -> Iterator[Story]:
+) -> Iterator[EventLog]:
     """All events of a recording, of a running serve, or else what this host says in a while.
 
     ``twice``: the batches will be asked for a second time.
     """
     if recording is None:
-        yield _log_here(kind, duration)
+        yield _watch_host(kind, duration)
         return
-    with replaying(recording, twice=twice) as source:
+    with open_recording(recording, twice=twice) as source:
         yield RecordedLog(source)
 
 
-def _log_here(kind: str, duration: float) -> Log:
+def _watch_host(kind: str, duration: float) -> WatchedLog:
     batch: list[Event] = []
-    source = here(kind)
-    with session_on(source) as session:
+    source = open_host_or_remote(kind)
+    with open_session(source) as session:
         if isinstance(source, RemoteSource):
-            tell(f"kvmtrace: as seen by {source.name} ({source.why})")
+            print_status(f"kvmtrace: as seen by {source.name} ({source.why})")
         else:
             deadline = time.monotonic() + duration
-            while not stop.asked and (left := deadline - time.monotonic()) > 0:
+            while not stop.requested and (left := deadline - time.monotonic()) > 0:
                 batch += session.poll(min(left, POLL_SECONDS))
         batch += session.poll(0)
-        log = Log(batch, session.host(), session.probes())
+        log = WatchedLog(batch, session.host(), session.probes())
         return replace(log, version=source.version) if isinstance(source, RemoteSource) else log

@@ -67,7 +67,7 @@ from_option = click.option(
     metavar="FILE",
     help="A recording, instead of this host.",
 )
-look_option = click.option(
+watch_option = click.option(
     "--duration",
     type=seconds,
     default=5.0,

@@ -36,14 +36,14 @@ class Output:
         self._path = path
         self._force = force
         self._is_new = False
-        self._made: str | None = None
+        self._temporary: str | None = None
         self._disk = _Disk(self._directory)
         try:
             descriptor = self._open()
         except FileExistsError:
-            raise self._is_there() from None
+            raise self._already_exists() from None
         except OSError as error:
-            raise self._refused(error) from error
+            raise self._cannot_write(error) from error
         stop.clean_up.append(self._remove)
         mode, encoding = ("wb", None) if binary else ("w", "utf-8")
         self.file: IO[Any] = open(descriptor, mode, encoding=encoding)  # noqa: SIM115 (a context)
@@ -55,22 +55,22 @@ class Output:
                 with stop.waiting(always):
                     return os.open(self._path, flags | os.O_TRUNC)
             if not _is_ours(self._path):
-                raise KvmtraceError(f"{self._path} is not a file of this user", _ANOTHER)
+                raise KvmtraceError(f"{self._path} is not a file of this user", _USE_ANOTHER_FILE)
             if _is_pipe(self._path):
                 with stop.waiting(always):
                     descriptor = os.open(self._path, flags | os.O_NOFOLLOW)
                 found = os.fstat(descriptor)
                 if found.st_uid != os.geteuid() or not stat.S_ISFIFO(found.st_mode):
                     os.close(descriptor)
-                    raise KvmtraceError(f"{self._path} has just been replaced", _ANOTHER)
+                    raise KvmtraceError(f"{self._path} has just been replaced", _USE_ANOTHER_FILE)
                 return descriptor
         else:
-            _must_be_free(self._path)
+            _require_free(self._path)
         # A new one: the old one may be open to everybody, or a link to somebody else's.
         self._is_new = True
         with contextlib.suppress(OSError):  # not on every file system
             return os.open(self._directory, flags | os.O_TMPFILE, 0o600)
-        descriptor, self._made = tempfile.mkstemp(prefix=_PREFIX, dir=self._directory)
+        descriptor, self._temporary = tempfile.mkstemp(prefix=_PREFIX, dir=self._directory)
         return descriptor
 
     @property
@@ -97,22 +97,24 @@ class Output:
         try:
             if self._force:
                 if not _is_ours(self._path):
-                    raise KvmtraceError(f"{self._path} has just been replaced", _ANOTHER)
-                self._made = self._made or _named(self.file.fileno(), self._directory)
-                os.replace(self._made, self._path)
-            elif self._made is None:
+                    raise KvmtraceError(f"{self._path} has just been replaced", _USE_ANOTHER_FILE)
+                self._temporary = self._temporary or _link_temporary(
+                    self.file.fileno(), self._directory
+                )
+                os.replace(self._temporary, self._path)
+            elif self._temporary is None:
                 _link(self.file.fileno(), self._path)
             else:
-                _rename_to_free(self._made, self._path)
+                _rename_to_free(self._temporary, self._path)
         except FileExistsError:
-            raise self._is_there() from None
+            raise self._already_exists() from None
         except OSError as error:
-            raise self._refused(error) from error
-        self._is_new, self._made = False, None
+            raise self._cannot_write(error) from error
+        self._is_new, self._temporary = False, None
 
     def sync_soon(self) -> None:
         """Have what is flushed brought to the disk meanwhile; the caller does not wait."""
-        self._disk.ask(self.file.fileno())
+        self._disk.request(self.file.fileno())
 
     def sync(self) -> None:
         """Bring it to the disk, so that it outlives the host.
@@ -121,10 +123,10 @@ class Output:
         """
         with self.writing():
             self.file.flush()
-        self._disk.ask(self.file.fileno())
+        self._disk.request(self.file.fileno())
         given_up = None
         while not self._disk.wait(0.05):
-            if stop.asked:
+            if stop.requested:
                 given_up = given_up or time.monotonic() + SYNC_SECONDS
                 if time.monotonic() >= given_up:
                     raise KvmtraceError(
@@ -167,15 +169,15 @@ class Output:
 
     def _remove(self) -> None:
         """Unless it was put in place."""
-        if self._made is not None:
+        if self._temporary is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._made)
+                os.unlink(self._temporary)
 
-    def _is_there(self) -> KvmtraceError:
-        hint = "--force replaces it" if _is_ours(self._path) else _ANOTHER
+    def _already_exists(self) -> KvmtraceError:
+        hint = "--force replaces it" if _is_ours(self._path) else _USE_ANOTHER_FILE
         return KvmtraceError(f"{self._path} is already there", hint)
 
-    def _refused(self, error: OSError) -> KvmtraceError:
+    def _cannot_write(self, error: OSError) -> KvmtraceError:
         return KvmtraceError(
             f"{self._path}: {error.strerror}", "name a file in a directory that can be written to"
         )
@@ -185,7 +187,7 @@ class Output:
         return KvmtraceError(f"{self._path}: {error.strerror}", hint)
 
 
-_ANOTHER = "name another file, or remove what is there"
+_USE_ANOTHER_FILE = "name another file, or remove what is there"
 _PREFIX = ".kvmtrace-"
 
 
@@ -198,14 +200,14 @@ class _Disk:
     def __init__(self, directory: str) -> None:
         self.error: OSError | None = None
         self._directory = directory
-        self._asked = False
+        self._requested = False
         self._busy = False
         self._changed = threading.Condition()
 
-    def ask(self, descriptor: int) -> None:
+    def request(self, descriptor: int) -> None:
         """Begin, or do it once more after what is under way."""
         with self._changed:
-            self._asked = True
+            self._requested = True
             if self._busy:
                 return
             own = os.dup(descriptor)
@@ -215,7 +217,7 @@ class _Disk:
             try:
                 thread.start()
             except RuntimeError:  # no thread is to be had: the kernel does it within a minute
-                self._asked = False
+                self._requested = False
                 os.close(own)
             else:
                 self._busy = True
@@ -227,7 +229,7 @@ class _Disk:
 
     def _work(self, descriptor: int) -> None:
         try:
-            while self._is_asked():
+            while self._take_request():
                 _fsync(descriptor)
                 with contextlib.suppress(PermissionError):  # may be written to, but not read
                     _fsync_directory(self._directory)
@@ -239,9 +241,9 @@ class _Disk:
         finally:
             os.close(descriptor)
 
-    def _is_asked(self) -> bool:
+    def _take_request(self) -> bool:
         with self._changed:
-            self._busy, self._asked = self._asked, False
+            self._busy, self._requested = self._requested, False
             self._changed.notify_all()
             return self._busy
 
@@ -263,7 +265,7 @@ def _fsync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def _must_be_free(path: str) -> None:
+def _require_free(path: str) -> None:
     """Raises OSError unless there is nothing at the path, and may be something."""
     try:
         os.lstat(path)
@@ -280,7 +282,7 @@ def _link(descriptor: int, path: str) -> None:
     os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
 
 
-def _named(descriptor: int, directory: str) -> str:
+def _link_temporary(descriptor: int, directory: str) -> str:
     path = os.path.join(directory, _PREFIX + secrets.token_hex(8))
     _link(descriptor, path)
     return path

@@ -6,8 +6,8 @@ import time
 
 import click
 
-from kvmtrace.cli.console import tell
-from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, here, session_on
+from kvmtrace.cli.console import print_status
+from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_host_or_remote, open_session
 from kvmtrace.cli.options import duration_option, with_source
 from kvmtrace.cli.output_file import Output
 from kvmtrace.cli.signals import stop
@@ -27,7 +27,7 @@ _SYNC_SECONDS = 5.0
 @with_source
 def record(file: str, force: bool, duration: float | None, source: str) -> None:
     """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
-    with Output(file, force) as output, session_on(here(source)) as session:
+    with Output(file, force) as output, open_session(open_host_or_remote(source)) as session:
         number, sync_at = 0, 0.0
         deadline = time.monotonic() + duration if duration else None
         with output.writing():
@@ -37,13 +37,13 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
         give_up_privileges()
         why = host_here.source_why
         by = f"{host_here.source} ({why})" if why else host_here.source
-        tell(f"recording to {file} by {by}; Ctrl-C ends it")
+        print_status(f"recording to {file} by {by}; Ctrl-C ends it")
         try:
             while True:
                 wait = POLL_SECONDS
                 if deadline is not None:
                     wait = min(wait, deadline - time.monotonic())
-                over = stop.asked or wait <= 0
+                over = stop.requested or wait <= 0
                 # What the kernel counted meanwhile and has not reported yet belongs to it, too.
                 batch = session.poll(0 if over else wait)
                 with output.writing():
@@ -60,4 +60,4 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
             # Also if a source fails: what it reported until then is whole.
             with output.writing():
                 writer.end()
-    tell(f"{number} events")
+    print_status(f"{number} events")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from kvmtrace.cli.console import json_is_utf8, say, show_snapshot
-from kvmtrace.cli.inputs import reading, replaying
+from kvmtrace.cli.console import json_is_utf8, print_line, show_snapshot
+from kvmtrace.cli.inputs import open_recording, reading
 from kvmtrace.cli.options import json_option
 from kvmtrace.cli.signals import stop
 from kvmtrace.session.session import Session
@@ -24,14 +24,14 @@ def replay(file: str, as_events: bool, as_json: bool) -> None:
     if as_json:
         json_is_utf8()
     text = event_lines.json_text if as_json else event_lines.event_text
-    with replaying(file) as source:
+    with open_recording(file) as source:
         session = Session(source, source.host.page_shift)
-        while not source.done and not stop.asked:
+        while not source.done and not stop.requested:
             with reading(source):
                 batch = session.pump(0)
-            for told in batch:
-                if as_events and (line := text(told)) is not None:
-                    say(line)
+            for correlated in batch:
+                if as_events and (line := text(correlated)) is not None:
+                    print_line(line)
         if not as_events:
             snapshot = session.snapshot().of_log(source.host, source.probes())
             show_snapshot(snapshot, snapshot.last_ts or 0, as_json)

@@ -7,8 +7,8 @@ import time
 
 import click
 
-from kvmtrace.cli.console import tell
-from kvmtrace.cli.inputs import POLL_SECONDS, attach, give_up_privileges, open_door, session_on
+from kvmtrace.cli.console import print_status
+from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_door, open_host, open_session
 from kvmtrace.cli.options import with_source
 from kvmtrace.cli.signals import stop
 from kvmtrace.linux import host
@@ -47,7 +47,7 @@ def serve(
 
     listen = listen or metrics.DEFAULT_LISTEN
     check_listen(listen)
-    with session_on(attach(source)) as session, open_door(session, started=False) as answering:
+    with open_session(open_host(source)) as session, open_door(session, started=False) as answering:
         server = metrics.serve(
             listen,
             session,
@@ -63,14 +63,16 @@ def serve(
             if answering is not None:
                 answering.start()
             session.start()
-            tell(f"serving {server.url}/metrics")
-            told = False
-            while not stop.asked and session.failure is None:
+            print_status(f"serving {server.url}/metrics")
+            warned = False
+            while not stop.requested and session.failure is None:
                 time.sleep(POLL_SECONDS)
-                if not told and (session.shortages or server.dropped["descriptors"]):
+                if not warned and (session.shortages or server.dropped["descriptors"]):
                     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-                    tell(f"kvmtrace: no file descriptors left (limit {limit}): events may be lost")
-                    told = True
+                    print_status(
+                        f"kvmtrace: no file descriptors left (limit {limit}): events may be lost"
+                    )
+                    warned = True
             if session.failure is not None:
                 raise session.failure
         finally:

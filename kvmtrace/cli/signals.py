@@ -30,8 +30,8 @@ class _Stop:
     """
 
     def __init__(self) -> None:
-        self.asked = self.detaching = self._was_taken = False
-        self._taken = -1
+        self.requested = self.detaching = self._was_received = False
+        self._wakeup = -1
         self.hung = False
         self.owns_process = False
         self.clean_up: list[Callable[[], object]] = []
@@ -40,7 +40,7 @@ class _Stop:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        self.asked = self.detaching = self._was_taken = False
+        self.requested = self.detaching = self._was_received = False
         self.clean_up.clear()
         with contextlib.suppress(ValueError):  # not the main thread (tests)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -49,13 +49,13 @@ class _Stop:
                 self._previous[number] = signal.signal(number, self._handle)
         if self._previous:
             # While the main thread computes no handler runs; a byte is written all the same.
-            self._taken, written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._wakeup, written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             signal.set_wakeup_fd(written, warn_on_full_buffer=False)
             self._watch()
 
     def _watch(self) -> None:
         self._watchdog = Watchdog(
-            self._previous, self._is_asked, self.clean_up, lambda: self.detaching
+            self._previous, self._is_requested, self.clean_up, lambda: self.detaching
         )
 
     def watch_anew(self) -> None:
@@ -68,20 +68,22 @@ class _Stop:
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watchdog = None
-            for descriptor in (self._taken, signal.set_wakeup_fd(-1)):
+            for descriptor in (self._wakeup, signal.set_wakeup_fd(-1)):
                 with contextlib.suppress(OSError):  # none any more: asyncio has taken its place
                     os.close(descriptor)
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous.clear()
 
-    def _is_asked(self) -> bool:
+    def _is_requested(self) -> bool:
         with contextlib.suppress(BlockingIOError):
-            self._was_taken |= any(number in self._previous for number in os.read(self._taken, 512))
-        return self.asked or self._was_taken
+            self._was_received |= any(
+                number in self._previous for number in os.read(self._wakeup, 512)
+            )
+        return self.requested or self._was_received
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
+        self.requested = True
         if self._blocked is not None and self._blocked():
             raise Interrupted
 
@@ -90,7 +92,7 @@ class _Stop:
         """In here, a signal raises ``Interrupted`` if ``blocked()``; else it is only a flag."""
         self._blocked = blocked
         try:
-            if self.asked and blocked():
+            if self.requested and blocked():
                 raise Interrupted
             yield
         finally:

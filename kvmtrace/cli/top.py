@@ -9,7 +9,7 @@ import time
 import click
 
 from kvmtrace.cli.console import show_snapshot
-from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, here, session_on
+from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_host_or_remote, open_session
 from kvmtrace.cli.options import interval_option, json_option, with_source
 from kvmtrace.cli.signals import stop
 from kvmtrace.errors import UsageError
@@ -36,16 +36,16 @@ def top(once: bool, as_json: bool, interval: float, source: str) -> None:
         )
     from kvmtrace.views.terminal import app as view  # noqa: PLC0415 (a TUI library)
 
-    with session_on(here(source)) as session:
+    with open_session(open_host_or_remote(source)) as session:
         give_up_privileges()
         session.start()
         view.run(session.snapshot, interval, now=session.now)
 
 
 def _top_once(source: str, interval: float, as_json: bool) -> None:
-    with session_on(here(source)) as session:
+    with open_session(open_host_or_remote(source)) as session:
         deadline = time.monotonic() + interval
-        while not stop.asked and (left := deadline - time.monotonic()) > 0:
+        while not stop.requested and (left := deadline - time.monotonic()) > 0:
             session.pump(min(left, POLL_SECONDS))
         session.pump(0)
         snapshot, now = session.snapshot(), session.now()

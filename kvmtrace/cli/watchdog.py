@@ -31,7 +31,7 @@ class Watchdog:
 
     Until ``stop`` is called.
 
-    ``asked``: whether the main thread has taken a signal; ``detaching``: whether it detaches
+    ``requested``: whether the main thread has taken a signal; ``detaching``: whether it detaches
     probes by now. ``clean_up``: what to call then, the last one first (detach probes, remove
     files), as far as that does not hang, too.
     """
@@ -39,12 +39,12 @@ class Watchdog:
     def __init__(
         self,
         signals: Iterable[int],
-        asked: Callable[[], bool],
+        requested: Callable[[], bool],
         clean_up: list[Callable[[], object]],
         detaching: Callable[[], bool] = lambda: False,
     ) -> None:
         self._signals = set(signals)
-        self._asked = asked
+        self._requested = requested
         self._clean_up = clean_up
         self._detaching = detaching
         self._stopped = threading.Event()
@@ -59,7 +59,7 @@ class Watchdog:
     def _watch(self) -> None:
         # Blocked here, so that sigpending() shows what the main thread has not taken.
         signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
-        while not (self._asked() or signal.sigpending() & self._signals):
+        while not (self._requested() or signal.sigpending() & self._signals):
             if self._stopped.wait(LOOK):
                 return
         main = Standstill(threading.main_thread())

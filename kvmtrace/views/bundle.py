@@ -38,10 +38,10 @@ def contents(
         source=host.source if host else None,
         hardware_corrupted_bytes=host.hardware_corrupted_bytes if host else None,
     )
-    told = [explain_text(incident, snapshot) for incident in snapshot.incidents]
+    stories = [explain_text(incident, snapshot) for incident in snapshot.incidents]
     return {
         "events.jsonl": recording,
-        "explain.txt": "\n\n\n".join(told) + "\n" if told else "no incidents\n",
+        "explain.txt": "\n\n\n".join(stories) + "\n" if stories else "no incidents\n",
         "top.json": json.dumps(json_output.top(snapshot), ensure_ascii=False, indent=1) + "\n",
         "versions.json": json.dumps(versions, indent=1) + "\n",
     }

@@ -53,15 +53,15 @@ def known(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
+def event_line(correlated: CorrelatedEvent) -> dict[str, Any] | None:
     """One line of ``events --json``; None for events that only serve the correlator."""
-    event = told.event
-    head = {"ts": rfc3339(told.wall)}
+    event = correlated.event
+    head = {"ts": rfc3339(correlated.wall)}
     match event:
         case Exit():
             return head | known(
                 kind="exit",
-                vm=vm_name(told.vm),
+                vm=vm_name(correlated.vm),
                 vcpu=event.vcpu,
                 errno=kvm.outcome_name(event.errno, event.reason),
                 reason=event.reason,
@@ -72,9 +72,9 @@ def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
                 gfn=event.gfn,
                 size=event.size,
                 access=event.access,
-                cause=told.cause,
+                cause=correlated.cause,
                 count=event.count,
-                incident=told.incident,
+                incident=correlated.incident,
             )
         case Poison():
             return head | known(
@@ -84,15 +84,15 @@ def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
                 result=event.result,
                 owners=[
                     known(vm=vm_name(seen), gfn=owner.gfn, hva=owner.hva)
-                    for owner, seen in told.owners
+                    for owner, seen in correlated.owners
                 ],
-                incident=told.incident,
+                incident=correlated.incident,
             )
         case Sigbus():
             return head | known(
                 kind="sigbus",
-                vm=vm_name(told.vm),
-                process=None if told.vm else known(pid=event.pid, name=event.comm),
+                vm=vm_name(correlated.vm),
+                process=None if correlated.vm else known(pid=event.pid, name=event.comm),
                 tid=event.tid,
                 code=kvm.sigbus_code_name(event.code),
                 hva=event.hva,
@@ -100,7 +100,7 @@ def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
                 vcpu=event.vcpu,
                 gfn=event.gfn,
                 count=event.count if event.count > 1 else None,
-                incident=told.incident,
+                incident=correlated.incident,
             )
         case Mce():
             return head | known(
@@ -115,7 +115,7 @@ def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
                 fru=event.fru,
                 at=mce.at(event.status, event.vendor, event.bank, event.ipid),
                 count=event.count if event.count > 1 else None,
-                incident=told.incident,
+                incident=correlated.incident,
             )
         case HwError():
             return head | known(
@@ -131,10 +131,10 @@ def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
                 count=event.count,
                 via=event.via,
                 message=event.message,
-                incident=told.incident,
+                incident=correlated.incident,
             )
-        case Owned() if told.owners:
-            owner, seen = told.owners[0]
+        case Owned() if correlated.owners:
+            owner, seen = correlated.owners[0]
             return head | known(
                 kind="owner",
                 pfn=event.pfn,
@@ -142,26 +142,26 @@ def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
                 gfn=owner.gfn,
                 hva=owner.hva,
                 via=event.via,
-                incident=told.incident,
+                incident=correlated.incident,
             )
         case SoftOffline():
             return head | known(
                 kind="soft_offline",
                 pfn=event.pfn,
                 errno=kvm.errno_name(event.errno) if event.errno else None,
-                incident=told.incident,
+                incident=correlated.incident,
             )
         case Unpoison() | Found():
-            return head | known(kind=event.kind, pfn=event.pfn, incident=told.incident)
+            return head | known(kind=event.kind, pfn=event.pfn, incident=correlated.incident)
         case VmSeen():
             seen_as = known(vmm=event.vmm, unread=event.unread)
             return head | known(kind="vm", vm=vm_name(event), state="seen") | seen_as
         case VmGone():
-            return head | known(kind="vm", vm=vm_name(told.vm), state="gone")
+            return head | known(kind="vm", vm=vm_name(correlated.vm), state="gone")
         case Lost():
             return head | known(kind="lost", where=event.where, count=event.count)
         case ClockStep():
-            return head | {"kind": "clock"} | _clock_step(event, told.wall)
+            return head | {"kind": "clock"} | _clock_step(event, correlated.wall)
     return None
 
 

@@ -28,7 +28,7 @@ from kvmtrace.events import Event, Lost, VmSeen
 from kvmtrace.linux import host
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import NO_KVM, Probe, specs
-from kvmtrace.views.web import metrics as exporter
+from kvmtrace.views.web import metrics
 from kvmtrace.vmm import identity, processes
 from tests.unit.command_line import invoke
 from tests.unit.fake import SECOND, STORY, T0, FakeSource
@@ -84,8 +84,8 @@ def test_help_names_every_command() -> None:
 
 def test_help_has_the_exporters_own_defaults() -> None:
     text = " ".join(invoke("serve", "--help").output.split())
-    assert f"[default: {exporter.DEFAULT_LISTEN}]" in text
-    assert f"[default: {exporter.DEFAULT_MAX_VMS}]" in text
+    assert f"[default: {metrics.DEFAULT_LISTEN}]" in text
+    assert f"[default: {metrics.DEFAULT_MAX_VMS}]" in text
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_vm_known_from_proc_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_serve_until_a_signal(source: FakeSource) -> None:
-    metrics: list[str] = []
+    scraped: list[str] = []
     started = threading.Event()
 
     def scrape() -> None:
@@ -358,31 +358,31 @@ def test_serve_until_a_signal(source: FakeSource) -> None:
             assert started.wait(20)
             assert source.drained.wait(20)
             with urllib.request.urlopen(f"{servers[0].url}/metrics") as answer:
-                metrics.append(answer.read().decode())
+                scraped.append(answer.read().decode())
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def remembered(*arguments: Any, **options: Any) -> exporter.Server:
+    def remembered(*arguments: Any, **options: Any) -> metrics.Server:
         servers.append(serve(*arguments, **options))
         started.set()
         return servers[0]
 
-    servers: list[exporter.Server] = []
-    serve = exporter.serve
+    servers: list[metrics.Server] = []
+    serve = metrics.serve
     thread = threading.Thread(target=scrape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "serve", remembered)
+        patch.setattr(metrics, "serve", remembered)
         thread.start()
         result = invoke("serve", "--listen", "127.0.0.1:0")
     thread.join()
     assert result.exit_code == 0, result.output
-    assert 'errno="EHWPOISON"' in metrics[0]
+    assert 'errno="EHWPOISON"' in scraped[0]
     assert source.closed
     assert not source._batches
 
 
 def test_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = exporter.serve("127.0.0.1:0", FakeSession())
+    server = metrics.serve("127.0.0.1:0", FakeSession())
     try:
         listen = f"127.0.0.1:{server.address[1]}"
         source = use(monkeypatch, FakeSource())

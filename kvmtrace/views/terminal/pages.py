@@ -98,16 +98,16 @@ def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
     state = state_word(incident)
     meaning = dict(_STATES).get(state, "")
     row = IncidentRow(incident, snapshot.vms, now)
-    told = explain_lines(incident, snapshot, WIDTH - 2)
+    story = explain_lines(incident, snapshot, WIDTH - 2)
     return [
-        ((f"  {next(told)}", "title"),),
+        ((f"  {next(story)}", "title"),),
         (
             (f"  {'state':<{_LABEL}}", "dim"),
             (state, STATE_STYLES.get(state, "")),
             (f"  {meaning}", "dim"),
         ),
         _fact("latency", f"{span_of(row.latency)} from poison to first delivery"),
-        *(((f"  {line}" if line else "", "head" if line in TITLES else ""),) for line in told),
+        *(((f"  {line}" if line else "", "head" if line in TITLES else ""),) for line in story),
     ]
 
 
@@ -162,12 +162,12 @@ def _exits(vm: Vm) -> list[Line]:
 
 def _brief(incident: Incident, vm: int) -> Line:
     places = listed(f"gfn {hex_of(owner.gfn)}" for owner in incident.owners if owner.vm == vm)
-    told = f"  exits {incident.exits}  SIGBUS {incident.sigbus}"
+    counts = f"  exits {incident.exits}  SIGBUS {incident.sigbus}"
     state = state_word(incident)
     return (
         (f"  {incident.id:<12}", ""),
         (f"{state:<10}", STATE_STYLES.get(state, "")),
-        (f"{places}{told}", ""),
+        (f"{places}{counts}", ""),
     )
 
 

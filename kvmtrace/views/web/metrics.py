@@ -34,7 +34,7 @@ from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import clock, privileges
 from kvmtrace.model import LATENCY_BUCKETS, STATES, VERDICTS, Snapshot
-from kvmtrace.views.web import landing as page
+from kvmtrace.views.web import landing
 from kvmtrace.views.web.server import DEFAULT_LISTEN, Answer, Headers, Server, Shared, start, text
 from kvmtrace.views.web.vm_labels import VmLabels, VmSeries, clean
 
@@ -57,7 +57,7 @@ FALLBACK_KINDS = tuple(
 # Where things are known to get lost, exported as 0 from the start: the BPF source's ring buffer and
 # maps, the ftrace source's rings, kprobes and counts, searches for owners that had no room, and
 # what the correlator has to forget. A test holds it against what they say.
-LOST_FROM_BIRTH = (
+ZERO_LOST = (
     *("ring", "exit_keys", "exit_counts", "refused_counts", "signal_counts"),
     *("ftrace_poison", "ftrace_signals", "ftrace_faults", "ftrace_missed", "ftrace_damaged"),
     *("owner_searches", "found_pages", "unknown_vms", "halves", "descriptors"),
@@ -69,14 +69,14 @@ Kinds = Callable[[], Iterable[tuple[str, str]]]
 
 
 class Snapshots(Protocol):
-    """What the exporter needs of a ``live.Session``; ``snapshot`` raises if the source ended."""
+    """What the exporter needs of a ``session.Session``; ``snapshot`` raises if the source ended."""
 
     def snapshot(self) -> Snapshot: ...
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """What a ``live.Session`` has besides: a heartbeat."""
+    """What a ``session.Session`` has besides: a heartbeat."""
 
     def age(self) -> float: ...
 
@@ -223,7 +223,7 @@ def _host(snapshot: Snapshot) -> Iterator[Metric]:
     lost = CounterMetricFamily(
         "kvmtrace_events_lost", "What kvmtrace could not record, by place.", labels=["where"]
     )
-    places = Counter(dict.fromkeys(LOST_FROM_BIRTH, 0))
+    places = Counter(dict.fromkeys(ZERO_LOST, 0))
     for where, count in snapshot.lost.items():
         places[clean(where)] += count
     for where, count in places.items():
@@ -319,11 +319,11 @@ def serve(
     registry.register(Exporter(recent.snapshot, kinds=kinds, max_vms=max_vms))
     ProcessCollector(registry=registry)  # what kvmtrace itself costs: process_cpu_seconds_total …
 
-    def metrics(variant: Hashable) -> Answer:
+    def all_metrics(variant: Hashable) -> Answer:
         assert isinstance(variant, _Format)
         return variant.answer(registry)
 
-    def ill() -> str | None:
+    def failure() -> str | None:
         """Why nobody is watching; None if the reader comes round."""
         try:
             if isinstance(session, Reader):
@@ -331,28 +331,28 @@ def serve(
             else:
                 recent.snapshot()
                 age = 0.0
-        except BaseException as failure:
-            return _reason(failure)
+        except BaseException as error:
+            return _reason(error)
         if age > STALE_SECONDS:
             return f"the source was last read {age:.0f} s ago"
         return None
 
     def healthy(_: Headers) -> Answer:
-        if (why := ill()) is not None:
+        if (why := failure()) is not None:
             return text(HTTPStatus.SERVICE_UNAVAILABLE, f"not healthy: {why}\n")
         return text(HTTPStatus.OK, "kvmtrace is healthy\n")
 
-    def landing(_: Hashable) -> Answer:
-        if (why := ill()) is not None:
-            return text(HTTPStatus.SERVICE_UNAVAILABLE, page.render_failure(why), "text/html")
-        return text(HTTPStatus.OK, page.render(recent.snapshot(), now()), "text/html")
+    def landing_page(_: Hashable) -> Answer:
+        if (why := failure()) is not None:
+            return text(HTTPStatus.SERVICE_UNAVAILABLE, landing.render_failure(why), "text/html")
+        return text(HTTPStatus.OK, landing.render(recent.snapshot(), now()), "text/html")
 
     server = start(
         listen,
         {
-            "/metrics": Shared(metrics, _Format.asked_for),
+            "/metrics": Shared(all_metrics, _Format.asked_for),
             "/-/healthy": healthy,
-            "/": Shared(landing),
+            "/": Shared(landing_page),
         },
         names,
         started=started,

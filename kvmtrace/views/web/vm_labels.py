@@ -27,7 +27,7 @@ OTHER = "other"
 _ARM64 = (("ARM_SEA", "hwpoison"), ("MEMORY_FAULT", "hwpoison"))
 
 # Exported as 0 for every VM: a counter born at 1 has no increase. (errno, cause)
-EXITS_FROM_BIRTH = (
+ZERO_EXITS = (
     ("EHWPOISON", "hwpoison"),
     ("EFAULT", "conversion"),
     ("EFAULT", "userfault"),
@@ -36,7 +36,7 @@ EXITS_FROM_BIRTH = (
     ("EFAULT", "unknown"),
     *(_ARM64 if os.uname().machine == "aarch64" else ()),
 )
-SIGBUS_FROM_BIRTH = ("AR", "AO", "KERNEL")
+ZERO_SIGBUS = ("AR", "AO", "KERNEL")
 
 # Some megabytes. A label may be given again after so many others that something was counted for.
 MAX_RETIRED = 1 << 16
@@ -54,7 +54,7 @@ def clean(value: str | None) -> str:
     return "".join(char for char in value or "" if char.isprintable())[:MAX_LABEL]
 
 
-def word(name: str) -> str:
+def label_value(name: str) -> str:
     """An errno's or signal code's name; a number without a name is no label: ``"other"``."""
     return "other" if name.lstrip("-").isdigit() else clean(name)
 
@@ -75,7 +75,7 @@ class VmSeries:
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
+class _AssignedLabel:
     label: str
     named: bool
 
@@ -85,26 +85,26 @@ class VmLabels:
 
     def __init__(self, max_vms: int) -> None:
         self._max_vms = max_vms
-        self._given: dict[int, _Given] = {}
+        self._assigned: dict[int, _AssignedLabel] = {}
         self._counted: set[int] = set()  # those of the given that a counter above 0 was exported of
         self._retired: dict[str, None] = {}
         self._folded: dict[int, Vm] = {}
         # What VMs counted that were folded and are forgotten: "other" must not go down either.
-        self._past_exits: Counter[tuple[str, str]] = Counter()
-        self._past_sigbus: Counter[str] = Counter()
-        self._past_undelivered = 0
+        self._folded_exits: Counter[tuple[str, str]] = Counter()
+        self._folded_sigbus: Counter[str] = Counter()
+        self._folded_undelivered = 0
         self._ever_folded = False
 
     def series(self, vms: Mapping[int, Vm]) -> tuple[list[VmSeries], int]:
         """Series in the order of VM keys, "other" last; and how many VMs are folded into it."""
         self._forget(vms)
-        self._give(vms)
-        self._folded = {key: vm for key, vm in vms.items() if key not in self._given}
+        self._assign(vms)
+        self._folded = {key: vm for key, vm in vms.items() if key not in self._assigned}
         self._ever_folded |= bool(self._folded)
-        self._counted |= {key for key in self._given if _counted(vms[key])}
+        self._counted |= {key for key in self._assigned if _counted(vms[key])}
         series = [
             VmSeries(
-                self._given[key].label,
+                self._assigned[key].label,
                 vm,
                 _exits(vm),
                 _sigbus(vm),
@@ -112,41 +112,41 @@ class VmLabels:
                 vm.undelivered,
             )
             for key, vm in sorted(vms.items())
-            if key in self._given
+            if key in self._assigned
         ]
         if self._ever_folded:
             series.append(self._other())
         return series, len(self._folded)
 
     def _forget(self, vms: Mapping[int, Vm]) -> None:
-        for key in sorted(self._given.keys() - vms.keys()):
-            label = self._given.pop(key).label
+        for key in sorted(self._assigned.keys() - vms.keys()):
+            label = self._assigned.pop(key).label
             if key in self._counted:
                 self._counted.discard(key)
                 self._retired[label] = None
         while len(self._retired) > MAX_RETIRED:
             del self._retired[next(iter(self._retired))]
         for key in self._folded.keys() - vms.keys():
-            self._past_exits.update(_exits(self._folded[key]))
-            self._past_sigbus.update(_sigbus(self._folded[key]))
-            self._past_undelivered += self._folded[key].undelivered
+            self._folded_exits.update(_exits(self._folded[key]))
+            self._folded_sigbus.update(_sigbus(self._folded[key]))
+            self._folded_undelivered += self._folded[key].undelivered
 
-    def _give(self, vms: Mapping[int, Vm]) -> None:
+    def _assign(self, vms: Mapping[int, Vm]) -> None:
         names = Counter(clean(vm.name) for vm in vms.values())
         # The living first: the dead can only take a place that is left.
         for key, vm in sorted(vms.items(), key=lambda item: (item[1].gone, item[0])):
-            given = self._given.get(key)
-            if given is not None:
-                if given.named or not vm.name or _counted(vm):
+            assigned = self._assigned.get(key)
+            if assigned is not None:
+                if assigned.named or not vm.name or _counted(vm):
                     continue
-                del self._given[key]
-            elif len(self._given) >= self._max_vms or (key in self._folded and _counted(vm)):
+                del self._assigned[key]
+            elif len(self._assigned) >= self._max_vms or (key in self._folded and _counted(vm)):
                 # Once counts of it are in "other" it stays there: they cannot be taken out again.
                 continue
-            self._given[key] = _Given(self._free_label(vm, names), bool(vm.name))
+            self._assigned[key] = _AssignedLabel(self._free_label(vm, names), bool(vm.name))
 
     def _free_label(self, vm: Vm, names: Counter[str]) -> str:
-        taken = {given.label for given in self._given.values()} | {OTHER}
+        taken = {assigned.label for assigned in self._assigned.values()} | {OTHER}
         name = clean(vm.name)
         if name and names[name] == 1 and name not in taken and name not in self._retired:
             return name
@@ -158,15 +158,15 @@ class VmLabels:
         return label
 
     def _other(self) -> VmSeries:
-        exits = Counter(dict.fromkeys(EXITS_FROM_BIRTH, 0))
-        sigbus = Counter(dict.fromkeys(SIGBUS_FROM_BIRTH, 0))
-        exits.update(self._past_exits)
-        sigbus.update(self._past_sigbus)
+        exits = Counter(dict.fromkeys(ZERO_EXITS, 0))
+        sigbus = Counter(dict.fromkeys(ZERO_SIGBUS, 0))
+        exits.update(self._folded_exits)
+        sigbus.update(self._folded_sigbus)
         for vm in self._folded.values():
             exits.update(_exits(vm))
             sigbus.update(_sigbus(vm))
         pages = sum(vm.poisoned_pages for vm in self._folded.values())
-        undelivered = self._past_undelivered + sum(vm.undelivered for vm in self._folded.values())
+        undelivered = self._folded_undelivered + sum(vm.undelivered for vm in self._folded.values())
         return VmSeries(OTHER, None, exits, sigbus, pages, undelivered)
 
 
@@ -175,14 +175,14 @@ def _counted(vm: Vm) -> bool:
 
 
 def _exits(vm: Vm) -> Counter[tuple[str, str]]:
-    exits = Counter(dict.fromkeys(EXITS_FROM_BIRTH, 0))
+    exits = Counter(dict.fromkeys(ZERO_EXITS, 0))
     for (errno, cause), count in vm.exits.items():
-        exits[word(errno), clean(cause) or "unknown"] += count
+        exits[label_value(errno), clean(cause) or "unknown"] += count
     return exits
 
 
 def _sigbus(vm: Vm) -> Counter[str]:
-    sigbus = Counter(dict.fromkeys(SIGBUS_FROM_BIRTH, 0))
+    sigbus = Counter(dict.fromkeys(ZERO_SIGBUS, 0))
     for code, count in vm.sigbus.items():
-        sigbus[word(code)] += count
+        sigbus[label_value(code)] += count
     return sigbus
