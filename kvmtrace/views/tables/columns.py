@@ -85,6 +85,12 @@ def _owner(row: IncidentRow, width: int | None) -> str:
     return name + place if width is None else clip(name, max(1, width - len(place))) + place
 
 
+def _all_owners(row: IncidentRow) -> str:
+    named = ((owners_name(row.incident, row.vms, one.vm), one.gfn) for one in row.incident.owners)
+    owners = ", ".join(f"{name} {hex_of(gfn)}" for name, gfn in named)
+    return owners or _owner(row, None)
+
+
 def _dimm(row: IncidentRow) -> str:
     origin = row.incident.origin
     return (origin.label if origin else None) or UNKNOWN
@@ -221,6 +227,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         right=False,
         falling=False,
         least=20,
+        full=_all_owners,
     ),
     Column(
         "EXITS", lambda row, width: str(row.incident.exits), lambda row: row.incident.exits, _closed

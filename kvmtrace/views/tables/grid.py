@@ -15,6 +15,7 @@ Row = TypeVar("Row")
 class Column(Generic[Row]):
     """``text(row, width)``: the cell, for ``width`` None as it would like to be.
 
+    ``full``: the cell on the landing page, where there is room for all; by default ``text``.
     ``floor``: never narrower by nature. ``least``: it may shrink, and how far; with ``brief`` it
     shrinks first, because that loses nothing. ``drop``: where the terminal is too narrow, the
     highest goes first; 0 stays. ``falling``: sorts from high to low at first.
@@ -30,6 +31,7 @@ class Column(Generic[Row]):
     brief: bool = False
     drop: int = 0
     floor: int = 0
+    full: Callable[[Row], str] | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,19 @@ from kvmtrace.views.format import (
 )
 
 
+def lines(snapshot: Snapshot) -> list[Line]:
+    """All lines above the tables, with one for each probe that is not attached."""
+    found = [
+        host_spans(snapshot),
+        probe_spans(snapshot),
+        *probe_lines(snapshot, only_missing=True),
+        memory_spans(snapshot),
+        kernel_spans(snapshot),
+        clock_spans(snapshot),
+    ]
+    return [line for line in found if line]
+
+
 def host_spans(snapshot: Snapshot) -> Line:
     """Host, kernel and source."""
     host = snapshot.host

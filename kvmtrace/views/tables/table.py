@@ -30,15 +30,7 @@ def table_text(
     incidents = incident_rows(snapshot, now)
     vm_columns = [c for c in VM_COLUMNS if rates is not None or c.name != "EXITS/S"]
     lines = [
-        *_wrapped(plain(header.host_spans(snapshot)), width),
-        *_wrapped(plain(header.probe_spans(snapshot)), width),
-    ]
-    for line in header.probe_lines(snapshot, only_missing=True):
-        lines += _wrapped(plain(line), width)
-    lines += [
-        *_wrapped(plain(header.memory_spans(snapshot)), width),
-        *_wrapped(plain(header.kernel_spans(snapshot) or ()), width),
-        *_wrapped(plain(header.clock_spans(snapshot) or ()), width),
+        *(part for line in header.lines(snapshot) for part in _wrapped(plain(line), width)),
         "",
         *_table(vm_columns, vms, width, "no VMs seen"),
         "",
