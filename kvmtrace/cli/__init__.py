@@ -1,7 +1,7 @@
-"""The command line: commands, their options, and the one place where errors become text.
+"""The command line: a module for each command, and the one place where errors become text.
 
-The two views with libraries of their own are imported by the command that needs them, and sources
-by ``open_source``: ``events`` on a small host needs neither a TUI library nor bcc.
+Views with libraries of their own are imported by the command that needs them, and sources by
+``open_source``: ``events`` on a small host needs neither a TUI library nor bcc.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def main() -> None:
 def cli() -> None:
     """Which VMs hold poisoned memory, was the VMM notified, and is it over?
 
-    Shell completion: eval "$(_KVMTRACE_COMPLETE=bash_source kvmtrace)" (or zsh_source).
+    A VMM is the process that runs a VM, for instance QEMU.
+
+    \b
+    Shell completion (or zsh_source):
+      eval "$(_KVMTRACE_COMPLETE=bash_source kvmtrace)"
     """
 
 

@@ -1,4 +1,4 @@
-"""``kvmtrace bundle``: everything about this host's incidents in one archive."""
+"""``kvmtrace bundle``: put everything about this host's incidents into one archive."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kvmtrace.views import doctor as doctor_view
     "-o", "--output", type=click.Path(dir_okay=False), required=True, metavar="FILE.tar.gz"
 )
 @click.option("--redact", is_flag=True, help="Replace names of VMs, processes and the host.")
-@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@click.option("--force", is_flag=True, help="Replace FILE.tar.gz if it exists.")
 @from_option
 @watch_option
 @with_source
@@ -39,9 +39,10 @@ def bundle(
     duration: float,
     source: str,
 ) -> None:
-    """Everything about this host's incidents in one file, for a ticket or an RMA.
+    """Put everything about this host's incidents into one archive.
 
-    Events as a recording, all incidents explained, doctor's findings, versions.
+    For a ticket or an RMA: the events as a recording, all incidents explained, the report of
+    `kvmtrace doctor`, versions.
     """
     with (
         Output(output, force, binary=True) as archive,
@@ -49,12 +50,12 @@ def bundle(
         contextlib.closing(LongText()) as events,
     ):
         if redact:
-            every = (one for batch, _ in log.batches() for one in batch)
-            names = bundle_view.Redaction(every, log.host)
-            log = _RedactedLog(log, names)  # noqa: PLW2901 (what else there is must not be used)
+            all_events = (event for batch, _ in log.batches() for event in batch)
+            names = bundle_view.Redaction(all_events, log.host)
+            log = _RedactedLog(log, names)  # noqa: PLW2901 (the log with names must not be used)
         files = _files(log, events)
         if recording is not None and stop.requested:
-            raise Interrupted  # before all of it was read
+            raise Interrupted  # before the whole recording was read
         if recording is None:
             report = doctor_report(source)
             if redact:
@@ -68,7 +69,7 @@ def bundle(
 
 
 class _RedactedLog(EventLog):
-    """A story without names."""
+    """A log with all names replaced."""
 
     def __init__(self, log: EventLog, names: bundle_view.Redaction) -> None:
         self.host = names.host(log.host)
@@ -76,25 +77,25 @@ class _RedactedLog(EventLog):
         self._log, self._names = log, names
 
     def batches(self) -> Iterator[Batch]:
-        """Those of the log."""
+        """The batches of the log."""
         for events, probes in self._log.batches():
             yield self._names.events(events), self._names.probes(probes)
 
     def is_complete(self) -> bool:
-        """Whether the story is."""
+        """Whether the log is."""
         return self._log.is_complete()
 
 
 def _files(log: EventLog, events: LongText) -> dict[str, str | LongText]:
-    """What is in a bundle; the recording goes to ``events``."""
+    """{file name: text} of a bundle; the recording is written to ``events``."""
     with spooling():
         writer = Writer(events.file, log.host, log.version, ends=True)
 
-    def look(batch: Batch) -> None:
+    def write(batch: Batch) -> None:
         with spooling():
             writer.write(*batch)
 
-    model = log.model(look)
+    model = log.model(write)
     if log.is_complete():
         with spooling():
             writer.end()

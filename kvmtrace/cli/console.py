@@ -1,4 +1,4 @@
-"""What commands print: status on stderr, and results on stdout."""
+"""What commands print: status lines on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from kvmtrace.views import json_output
 from kvmtrace.views.tables.table import table_text
 
 WIDTH_WITHOUT_TERMINAL = 160
-# Room for the longest path beside what is said of it.
-_LINE = 8192
+# Room for the longest path and a message about it.
+_MAX_LINE = 8192
 
 
 def print_status(text: str) -> None:
-    """A line on stderr, fit for a terminal whatever is quoted in it (names of files, arguments)."""
-    click.echo(clean(" ".join(text.split()), _LINE), err=True)
+    """Print a line on stderr, made safe for a terminal: it may quote file names and arguments."""
+    click.echo(clean(" ".join(text.split()), _MAX_LINE), err=True)
 
 
 def print_line(text: str) -> None:
-    """Print a line on stdout, as ``stop.write`` does."""
+    """Print a line on stdout, as ``stop.write`` does. Raises KvmtraceError, BrokenPipeError."""
     try:
         stop.write(text, sys.stdout)
     except BrokenPipeError:
@@ -40,19 +40,20 @@ def print_line(text: str) -> None:
         raise KvmtraceError(f"standard output: {error.strerror}") from error
 
 
-def survive_any_name(stream: IO[str]) -> None:
+def escape_unencodable(stream: IO[str]) -> None:
+    """Have characters that the locale lacks printed as escapes, not raise UnicodeEncodeError."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
 
 
 def json_is_utf8() -> None:
-    """The contract: JSON is UTF-8, whatever the locale."""
+    """Have stdout written in UTF-8: JSON is, whatever the locale."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
 
 
 def discard(file: IO[Any]) -> None:
-    """Let what a file still holds go nowhere: its flush would block, or complain, once more."""
+    """Drop what a file still buffers: flushing it would block or fail once more."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, file.fileno())
@@ -60,6 +61,7 @@ def discard(file: IO[Any]) -> None:
 
 
 def show_snapshot(snapshot: Snapshot, now: int, as_json: bool) -> None:
+    """Print a snapshot as the table at ``now`` (ns since the epoch) or as a JSON object."""
     if as_json:
         json_is_utf8()
         print_line(json.dumps(json_output.top(snapshot), ensure_ascii=False))

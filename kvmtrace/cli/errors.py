@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import click
 
-from kvmtrace.cli.console import discard, print_status, survive_any_name
+from kvmtrace.cli.console import discard, escape_unencodable, print_status
 from kvmtrace.cli.signals import Interrupted, stop
 from kvmtrace.errors import KvmtraceError, UsageError
 
@@ -34,22 +34,22 @@ class Failure(click.ClickException):
 
 class Group(click.Group):
     def make_context(self, *arguments: Any, **extra: Any) -> click.Context:
-        """Parse what stands before the command."""
-        survive_any_name(sys.stderr)
+        """Parse the arguments before the command."""
+        escape_unencodable(sys.stderr)
         with _click_as_failure():
             return super().make_context(*arguments, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; whatever goes wrong becomes one line and an exit status, here only."""
-        survive_any_name(sys.stdout)
-        survive_any_name(sys.stderr)
+        escape_unencodable(sys.stdout)
+        escape_unencodable(sys.stderr)
         try:
             with stop, _click_as_failure(ctx):
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except (BrokenPipeError, Interrupted):
-            # The reader has left, or asked us to: nothing more can or need be said.
+            # Stdout's reader has left, or a signal came during a write: print nothing more.
             discard(sys.stdout)
             return None
         except Exception as error:
@@ -60,14 +60,14 @@ class Group(click.Group):
 
 @contextlib.contextmanager
 def _click_as_failure(group: click.Context | None = None) -> Iterator[None]:
-    """Turn click's usage errors, which take three lines, into one line and a hint.
+    """Turn click's usage errors of three lines into one line and a hint.
 
-    ``group``: the context whose subcommand is run; click leaves it out of some of its errors.
+    ``group``: the context whose subcommand runs, as some of click's errors do not name it.
     """
     try:
         yield
     except click.UsageError as error:
-        # `kvmtrace` alone is answered with the help; not by an error in click before 8.2.
+        # `kvmtrace` alone prints the help; since click 8.2 that is raised as an error.
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             raise
         what = error.format_message().rstrip(".")
@@ -80,7 +80,7 @@ def _click_as_failure(group: click.Context | None = None) -> Iterator[None]:
 
 
 def as_kvmtrace_error(error: Exception) -> KvmtraceError:
-    """Any error as one that a person can act on."""
+    """Any error as a message and a hint."""
     if isinstance(error, KvmtraceError):
         return error
     if isinstance(error, OSError) and error.strerror:

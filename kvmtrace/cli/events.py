@@ -28,8 +28,8 @@ from kvmtrace.vmm import processes
 @click.option(
     "--vm",
     metavar="PID|NAME",
-    help="Only what concerns this VM (and what was lost). It must be known at the start, or be "
-    "the pid of a live process.",
+    help="Print only events of this VM, and what was lost. The VM must be known at the start, or "
+    "be given as the pid of a live process.",
 )
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="Stop after N lines.")
 @duration_option
@@ -37,9 +37,9 @@ from kvmtrace.vmm import processes
 def events(
     as_json: bool, vm: str | None, count: int | None, duration: float | None, source: str
 ) -> None:
-    """One line per event, as it happens.
+    """Print one line per event as it happens.
 
-    --json prints one JSON object per line: integers as integers, what is unknown is absent.
+    With --json each line is a JSON object. Fields with unknown values are absent.
     """
     text = event_lines.json_text if as_json else event_lines.event_text
     if as_json:
@@ -51,8 +51,8 @@ def events(
         batch = session.pump(0)
         start = session.snapshot()
         if isinstance(attached, RemoteSource):
-            # All that happened before is known, but is no news: what is, as if just attached, is.
-            batch = [one for one in batch if _lives(one.event, start)]
+            # The serve's history is not news. Its live VMs are listed, as if just attached.
+            batch = [one for one in batch if _is_live_vm(one.event, start)]
         if vm is not None:
             _require_vm(vm, batch)
         print_status(f"kvmtrace: {watching_text(start)}")
@@ -75,12 +75,12 @@ def events(
             if stop.requested or wait <= 0 or reader_gone():
                 if last_look:
                     return
-                # What the kernel counted meanwhile and has not reported yet belongs to this run.
+                # One more read: the kernel may have counted exits that were not emitted yet.
                 last_look, wait = True, 0
             batch = session.pump(wait)
 
 
-def _lives(event: Event, snapshot: Snapshot) -> bool:
+def _is_live_vm(event: Event, snapshot: Snapshot) -> bool:
     vm = snapshot.vms.get(event.vm) if isinstance(event, VmSeen) else None
     return vm is not None and not vm.gone
 
@@ -93,7 +93,7 @@ def _is_named(seen: VmSeen | None, vm: str) -> bool:
 
 
 def _concerns(correlated: CorrelatedEvent, vm: str) -> bool:
-    """Whether a line is about this VM; what was lost may have been, and times are everybody's."""
+    """Whether a line is about this VM. Lost events may be; clock steps concern every VM."""
     return (
         _is_named(correlated.vm, vm)
         or any(_is_named(seen, vm) for _, seen in correlated.owners)
@@ -103,7 +103,7 @@ def _concerns(correlated: CorrelatedEvent, vm: str) -> bool:
 
 
 def _require_vm(vm: str, batch: list[CorrelatedEvent]) -> None:
-    # No pid is longer, and int() refuses thousands of digits.
+    # Pids are shorter than that; int() raises for thousands of digits.
     if vm.isascii() and vm.isdecimal() and len(vm) <= 10 and os.path.exists(f"/proc/{int(vm)}"):
         return
     known = [one.vm for one in batch if one.vm]
@@ -123,7 +123,7 @@ def _require_vm(vm: str, batch: list[CorrelatedEvent]) -> None:
 
 
 def reader_gone() -> bool:
-    """Whether stdout is a pipe that nobody will read any more, before there is a line to write."""
+    """Whether stdout is a pipe whose reader has left, before there is a line to write."""
     try:
         poller = select.poll()
         poller.register(sys.stdout.fileno(), 0)

@@ -1,4 +1,4 @@
-"""``kvmtrace explain``: the story of a page or a VM."""
+"""``kvmtrace explain``: what happened to a page or a VM, and what to do."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from kvmtrace.views import json_output, lookup
 def explain(
     target: str, recording: str | None, as_json: bool, duration: float, source: str
 ) -> None:
-    """The whole story of a page or a VM: what failed, which VMM was notified, what to do.
+    """Explain a page, VM or incident: what failed and what to do.
 
-    Numbers are PFNs (0x103275) or, with @VM, guest physical addresses (0x8000@web-1).
+    Also which VMM was notified, and what it did. Numbers are page frames of the host (PFN:
+    0x103275) or, with @VM, guest physical addresses (GPA: 0x8000@web-1).
     """
     with load_log(recording, source, duration) as log:
         snapshot = log.model()

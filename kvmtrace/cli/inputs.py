@@ -1,4 +1,4 @@
-"""From this host, a recording or a running serve to a session or a log."""
+"""Open what a command reads: this host, a running serve or a recording."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LISTEN_SECONDS = 1.0
 
 
 class _Attached(EnrichedSource):
-    """Says when it begins to detach, which may take long."""
+    """Notes when it begins to detach, which may take long."""
 
     def close(self) -> None:
         """Detach."""
@@ -41,7 +41,7 @@ class _Attached(EnrichedSource):
 
 
 def open_host(kind: str) -> sources.Source:
-    """This host's kernel: what its probes report, and what only /proc and page tables show."""
+    """Attach to this host's kernel; events from /proc and page tables are added."""
     READER.prepare()
     stop.clean_up.append(sources.close_opening)
     source = sources.open_source(kind)
@@ -50,25 +50,25 @@ def open_host(kind: str) -> sources.Source:
 
 
 def open_host_or_remote(kind: str) -> sources.Source:
-    """What this host's kernel reports: through the serve that runs here, unless a way is asked for.
+    """Connect to the serve that runs on this host, or attach; a ``kind`` asked for is attached.
 
-    A second set of probes would cost every VM exit once more, and know nothing of what was before.
+    A second set of probes would slow down every VM exit again, and the serve has the history.
     """
-    joined = RemoteSource.join() if kind == "auto" else None
-    return joined or open_host(kind)
+    remote = RemoteSource.join() if kind == "auto" else None
+    return remote or open_host(kind)
 
 
 def give_up_privileges() -> None:
-    """Keep what watching takes (``privileges.WATCHING``); print what cannot be given up.
+    """Keep the privileges of ``privileges.WATCHING``; report those that cannot be given up.
 
-    For commands that run long, when they have attached, listen and have opened their files, and
-    before they start threads: a thread keeps what it was started with.
+    For commands that run long. Call it once they have attached, listen and have opened their
+    files, and before they start threads: a thread keeps the privileges it was started with.
     """
     if not stop.owns_process:
         return
     for refused in privileges.give_up(privileges.WATCHING | _to_detach()):
-        print_status(f"kvmtrace: privileges that are not needed any more stay: {refused}")
-    stop.watch_anew()
+        print_status(f"kvmtrace: cannot give up privileges: {refused}")
+    stop.restart_watchdog()
 
 
 def _to_detach() -> set[str]:
@@ -81,7 +81,7 @@ def _to_detach() -> set[str]:
 
 @contextlib.contextmanager
 def open_session(source: sources.Source) -> Iterator[Session]:
-    """A session, detached on every way out. Raises KvmtraceError if its reader goes on then."""
+    """A session that is closed on every way out. Raises KvmtraceError if its reader goes on."""
     session = Session(source)
     try:
         yield session
@@ -96,9 +96,9 @@ def open_session(source: sources.Source) -> Iterator[Session]:
 
 @contextlib.contextmanager
 def open_door(session: Session, *, started: bool = True) -> Iterator[feed.FeedServer | None]:
-    """Let other commands know what this session sees; None where another serve answers.
+    """Send this session's events to other commands; None, with a status line, if that fails.
 
-    Not ``started``: from its ``start()`` on.
+    Not ``started``: it answers from its ``start()`` on.
     """
 
     def answer(client: socket.socket) -> None:
@@ -136,26 +136,26 @@ Batch = tuple[list[Event], tuple[Probe, ...]]
 
 
 class EventLog(ABC):
-    """What a host reported, by which source and by which kvmtrace (None: not known)."""
+    """Events of a host, with the host and the version of kvmtrace that recorded them, if known."""
 
     host: Host
     version: str | None
 
     @abstractmethod
     def batches(self) -> Iterator[Batch]:
-        """All of it; each time from the beginning."""
+        """All batches, each time from the beginning."""
 
     def is_complete(self) -> bool:
-        """Whether nothing is missing at the end, once all batches were read."""
+        """Whether the end is not missing; call it once all batches were read."""
         return True
 
-    def model(self, look: Callable[[Batch], None] | None = None) -> Snapshot:
-        """What it says when it is read from its beginning; ``look`` sees each batch, too."""
+    def model(self, on_batch: Callable[[Batch], None] | None = None) -> Snapshot:
+        """The snapshot after all batches; ``on_batch`` is called with each."""
         correlator = Correlator(page_shift=self.host.page_shift)
         probes: tuple[Probe, ...] = ()
         for events, probes in self.batches():
-            if look is not None:
-                look((events, probes))
+            if on_batch is not None:
+                on_batch((events, probes))
             for event in events:
                 correlator.feed(event)
         return correlator.snapshot().of_log(self.host, probes)
@@ -163,7 +163,7 @@ class EventLog(ABC):
 
 @dataclass(frozen=True)
 class WatchedLog(EventLog):
-    """What was seen in a while, in memory."""
+    """Events of a time of watching, in memory."""
 
     events: list[Event]
     host: Host
@@ -171,12 +171,12 @@ class WatchedLog(EventLog):
     version: str | None = __version__
 
     def batches(self) -> Iterator[Batch]:
-        """One."""
+        """One batch."""
         yield self.events, self.probes
 
 
 class RecordedLog(EventLog):
-    """A recording, which is read when it is asked for: it may be longer than memory."""
+    """A recording, read batch by batch: it may not fit into memory."""
 
     def __init__(self, source: RecordingSource) -> None:
         self.host, self.version = source.recorded, source.version
@@ -184,7 +184,7 @@ class RecordedLog(EventLog):
         self._is_read = False
 
     def batches(self) -> Iterator[Batch]:
-        """As the file is read; a signal ends it early."""
+        """Batches as the file is read; a signal ends them early."""
         if self._is_read:
             self._source.rewind()
         self._is_read = True
@@ -194,13 +194,16 @@ class RecordedLog(EventLog):
             yield events, self._source.probes()
 
     def is_complete(self) -> bool:
-        """Whether the end of the file was read, and is the recording's."""
+        """Whether the file was read to its end, and that is the recording's end."""
         return self._source.whole
 
 
 @contextlib.contextmanager
 def open_recording(path: str, *, twice: bool = False) -> Iterator[RecordingSource]:
-    """A recording; that it was cut off or damaged is printed after all that it has."""
+    """A recording. If it was cut off or damaged, that is reported after all of its events.
+
+    Raises KvmtraceError for a damaged one. ``twice``: it will be read a second time.
+    """
     with stop.waiting(always):
         source = RecordingSource(path, twice=twice)
     try:
@@ -222,7 +225,7 @@ def open_recording(path: str, *, twice: bool = False) -> Iterator[RecordingSourc
 
 
 def reading(source: RecordingSource) -> contextlib.AbstractContextManager[None]:
-    """For what reads a recording: a signal ends it if nobody writes (a pipe)."""
+    """Around reads of a recording: a signal interrupts them if nobody writes (a pipe)."""
     return stop.waiting(lambda: nobody_writes(source.file))
 
 
@@ -230,9 +233,9 @@ def reading(source: RecordingSource) -> contextlib.AbstractContextManager[None]:
 def load_log(
     recording: str | None, kind: str, duration: float, *, twice: bool = False
 ) -> Iterator[EventLog]:
-    """All events of a recording, of a running serve, or else what this host says in a while.
+    """All events of a recording, of a running serve, or of this host for ``duration`` seconds.
 
-    ``twice``: the batches will be asked for a second time.
+    ``twice``: the batches will be read a second time.
     """
     if recording is None:
         yield _watch_host(kind, duration)

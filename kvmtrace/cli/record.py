@@ -1,4 +1,4 @@
-"""``kvmtrace record``: the event log of this host, into a file."""
+"""``kvmtrace record``: write the event log of this host to a file."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from kvmtrace.cli.signals import stop
 from kvmtrace.events import GmemPoison, Mce, Poison
 from kvmtrace.sources.recording import Writer
 
-# The host may go down with what these report.
-_LAST_WORDS = (GmemPoison, Mce, Poison)
-# So that little is left for the end of a recording, where the disk is waited for.
+# The host may crash right after these; they are written to the disk immediately.
+_URGENT = (GmemPoison, Mce, Poison)
+# Syncing while recording keeps the wait at the end short.
 _SYNC_SECONDS = 5.0
 
 
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False))
-@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @duration_option
 @with_source
 def record(file: str, force: bool, duration: float | None, source: str) -> None:
-    """Write the event log to FILE (JSON lines), for `kvmtrace replay`."""
+    """Write the event log to FILE, for `kvmtrace replay`.
+
+    Each line of FILE is a JSON object.
+    """
     with Output(file, force) as output, open_session(open_host_or_remote(source)) as session:
         number, sync_at = 0, 0.0
         deadline = time.monotonic() + duration if duration else None
@@ -44,12 +47,12 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
                 if deadline is not None:
                     wait = min(wait, deadline - time.monotonic())
                 over = stop.requested or wait <= 0
-                # What the kernel counted meanwhile and has not reported yet belongs to it, too.
+                # At the end, read what the kernel has counted and not emitted yet.
                 batch = session.poll(0 if over else wait)
                 with output.writing():
                     writer.write(batch, session.probes())
                     output.file.flush()
-                is_urgent = any(isinstance(event, _LAST_WORDS) for event in batch)
+                is_urgent = any(isinstance(event, _URGENT) for event in batch)
                 if is_urgent or (batch and time.monotonic() >= sync_at):
                     output.sync_soon()
                     sync_at = time.monotonic() + _SYNC_SECONDS
@@ -57,7 +60,7 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
                 if over:
                     break
         finally:
-            # Also if a source fails: what it reported until then is whole.
+            # Also if the source fails: the recording is complete up to then.
             with output.writing():
                 writer.end()
     print_status(f"{number} events")

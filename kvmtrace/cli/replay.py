@@ -1,4 +1,4 @@
-"""``kvmtrace replay``: a recording as a table or as lines."""
+"""``kvmtrace replay``: show a recording as a table or as event lines."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kvmtrace.views import event_lines
 
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False))
-@click.option("--events", "as_events", is_flag=True, help="The event lines, not the table.")
+@click.option("--events", "as_events", is_flag=True, help="Print event lines instead of the table.")
 @json_option
 def replay(file: str, as_events: bool, as_json: bool) -> None:
-    """Show a recording: the final table, or with --events what happened line by line.
+    """Show a recording, as the final table or as event lines.
 
-    Needs no privilege, no BPF and no KVM.
+    Needs no privileges, no BPF and no KVM.
     """
     if as_json:
         json_is_utf8()

@@ -19,26 +19,29 @@ from kvmtrace.views.web.server import check_listen
 @click.option(
     "--listen",
     metavar="[HOST:]PORT",
-    help="Where to serve; 'PORT' is loopback, ':PORT' every address, port 0 a free one.  "
-    "[default: 127.0.0.1:9750]",
+    help="Where to listen: PORT on loopback only, :PORT on every address. Port 0 picks a free "
+    "one.  [default: 127.0.0.1:9750]",
 )
 @click.option(
     "--max-vms",
     type=click.IntRange(min=1),
     metavar="N",
-    help='VMs with series of their own; the rest share vm="other".  [default: 500]',
+    help='How many VMs get series of their own; the others share vm="other".  [default: 500]',
 )
 @click.option(
     "--allow-host",
     multiple=True,
     metavar="NAME",
-    help="On loopback: answer those who ask for this name, too (behind a proxy that passes it on).",
+    help="On loopback, also answer requests for this host name (for a proxy that passes it on).",
 )
 @with_source
 def serve(
     listen: str | None, max_vms: int | None, allow_host: tuple[str, ...], source: str
 ) -> None:
-    """Serve /metrics for Prometheus, /-/healthy and a landing page."""
+    """Serve metrics for Prometheus, /-/healthy and a landing page.
+
+    Other commands on this host connect to it and do not attach probes of their own.
+    """
     from kvmtrace.views.web import metrics  # noqa: PLC0415 (prometheus_client)
 
     def kinds() -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Signals as a flag, and writes and reads that they end."""
+"""SIGINT, SIGTERM and SIGHUP as a flag, and reads and writes that they interrupt."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from kvmtrace.cli.watchdog import Watchdog
 
 
 class Interrupted(BaseException):
-    """A signal arrived while we were blocked in a write."""
+    """A signal arrived during a read or write that blocks."""
 
 
 class _Stop:
-    """SIGINT, SIGTERM and SIGHUP as a flag that loops look at, so that probes are always detached.
+    """SIGINT, SIGTERM and SIGHUP as a flag that loops check, so that probes are always detached.
 
-    An exception out of nowhere could hit a half-attached source or a C callback. Reading and
-    writing files is different (``waiting``): who is at the other end could keep us for ever.
+    An exception at any point could hit a half-attached source or a C callback. Reads and writes of
+    files do raise one (``waiting``): the process at the other end could block them for ever.
 
-    ``clean_up``: what to call if the command has to be ended by force. ``hung``: a thread was left
-    in the kernel; Python's own way out could wait for it. ``detaching``: probes are being detached.
-    ``owns_process``: nothing but this command runs in it (tests run several), so it may give up
-    for good what it needs no more.
+    ``requested``: a signal came. ``clean_up``: what to call if the command is ended by force.
+    ``hung``: a thread was left in the kernel, and Python's own exit could wait for it.
+    ``detaching``: probes are being detached. ``owns_process``: only this command runs in the
+    process (tests run several), so it may give up privileges for good.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class _Stop:
                     continue  # nohup
                 self._previous[number] = signal.signal(number, self._handle)
         if self._previous:
-            # While the main thread computes no handler runs; a byte is written all the same.
+            # No handler runs while the main thread computes, but this byte is written.
             self._wakeup, written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             signal.set_wakeup_fd(written, warn_on_full_buffer=False)
             self._watch()
@@ -58,8 +58,8 @@ class _Stop:
             self._previous, self._is_requested, self.clean_up, lambda: self.detaching
         )
 
-    def watch_anew(self) -> None:
-        """By another thread, which has the privileges that the calling one has now."""
+    def restart_watchdog(self) -> None:
+        """Have another thread watch, with the privileges that the calling thread has now."""
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watch()
@@ -69,7 +69,7 @@ class _Stop:
             self._watchdog.stop()
             self._watchdog = None
             for descriptor in (self._wakeup, signal.set_wakeup_fd(-1)):
-                with contextlib.suppress(OSError):  # none any more: asyncio has taken its place
+                with contextlib.suppress(OSError):  # asyncio has replaced and closed it
                     os.close(descriptor)
         for number, previous in self._previous.items():
             signal.signal(number, previous)
@@ -89,7 +89,7 @@ class _Stop:
 
     @contextlib.contextmanager
     def waiting(self, blocked: Callable[[], bool]) -> Iterator[None]:
-        """In here, a signal raises ``Interrupted`` if ``blocked()``; else it is only a flag."""
+        """Inside, a signal raises ``Interrupted`` if ``blocked()``; else it only sets the flag."""
         self._blocked = blocked
         try:
             if self.requested and blocked():
@@ -99,9 +99,9 @@ class _Stop:
             self._blocked = None
 
     def write(self, text: str, file: IO[str]) -> None:
-        """Print a line and flush it; a signal ends it even if nobody reads.
+        """Print a line and flush it. A signal interrupts it if nobody reads.
 
-        After a signal, the last lines still go out as long as somebody does.
+        After a signal, further lines are still printed as long as somebody reads.
         """
         with self.waiting(lambda: nobody_reads(file)):
             file.write(text + "\n")
@@ -109,17 +109,17 @@ class _Stop:
 
 
 def always() -> bool:
-    """For ``stop.waiting``, of what is over at once or not for a long time (opening a pipe)."""
+    """For ``stop.waiting``: interrupt at any point, for instance while a pipe is opened."""
     return True
 
 
 def nobody_reads(file: IO[Any]) -> bool:
-    """Whether there is no room to write, nor any within a second."""
+    """Whether a write would still block after a second."""
     return not _ready(file, select.POLLOUT, 1000)
 
 
 def nobody_writes(file: IO[Any]) -> bool:
-    """Whether there is nothing to read now."""
+    """Whether a read would block now."""
     return not _ready(file, select.POLLIN, 0)
 
 

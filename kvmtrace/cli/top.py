@@ -1,4 +1,4 @@
-"""``kvmtrace top``: the live table, or once."""
+"""``kvmtrace top``: the table of VMs and incidents, live or once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from kvmtrace.errors import UsageError
 
 
 @click.command()
-@click.option("--once", is_flag=True, help="Watch for one interval, print the table, exit.")
+@click.option("--once", is_flag=True, help="Watch for one interval, print the table and exit.")
 @json_option
 @interval_option
 @with_source
 def top(once: bool, as_json: bool, interval: float, source: str) -> None:
-    """Live table of VMs and poison incidents (needs a terminal, or --once).
+    """Show a live table of VMs and poison incidents.
 
-    --json goes with --once and prints one object.
+    The live table needs a terminal; --once does not. --json needs --once and prints one object.
     """
     if as_json and not once:
         raise UsageError("--json goes with --once", "`kvmtrace events --json` streams")
@@ -53,6 +53,7 @@ def _top_once(source: str, interval: float, as_json: bool) -> None:
 
 
 def on_terminal() -> bool:
+    """Whether the live table can be shown: a terminal that can do more than print lines."""
     if os.environ.get("TERM", "dumb") == "dumb":
         return False
     return all(
