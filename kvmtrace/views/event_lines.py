@@ -1,4 +1,4 @@
-"""One line per event: for people, and as JSON for programs."""
+"""One line per event, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def json_text(correlated: CorrelatedEvent) -> str | None:
 
 
 def event_text(correlated: CorrelatedEvent, *, width: int | None = None) -> str | None:
-    """One aligned line for people; None for an event that only serves the correlator.
+    """One aligned line of text; None for an event that only serves the correlator.
 
-    Time, kind, VM and what happened have columns; the rest follows as "name value", as far as it
-    is known. ``width``: cut there (a terminal), else as long as it needs to be.
+    Time, kind, VM and what happened have columns. What else is known follows as "name value".
+    ``width``: clip the line there; None: of any length.
     """
     event = correlated.event
     vm = _vm(correlated.vm)
@@ -69,7 +69,7 @@ def event_text(correlated: CorrelatedEvent, *, width: int | None = None) -> str 
             what = event.result
             facts = [f"pfn {hex(event.pfn)}", event.page_type, f"owners {listed(owners, 'none')}"]
         case Sigbus():
-            vm = vm if correlated.vm else _called(event.comm, event.pid)
+            vm = vm if correlated.vm else _name_and_pid(event.comm, event.pid)
             what = "SI_KERNEL"
             if event.code != kvm.SI_KERNEL:
                 what = f"BUS_MCEERR_{kvm.sigbus_code_name(event.code)}"
@@ -148,7 +148,7 @@ def event_text(correlated: CorrelatedEvent, *, width: int | None = None) -> str 
 
 
 def _kind(correlated: CorrelatedEvent) -> str:
-    # The contract's names: both ends of a VM are of kind "vm", hardware errors all "mce".
+    # As in JSON: both ends of a VM are of kind "vm", all hardware errors "mce".
     if isinstance(correlated.event, (VmSeen, VmGone)):
         return "vm"
     if isinstance(correlated.event, HwError):
@@ -159,14 +159,14 @@ def _kind(correlated: CorrelatedEvent) -> str:
 
 
 def _vm(seen: VmSeen | None) -> str:
-    """``name (pid)``; of a name that is too long the end goes, never the pid."""
+    """``name (pid)``; a long name is clipped, the pid is not."""
     if seen is None:
         return UNKNOWN
-    # Without a name the label has the pid already.
-    return _called(seen.label, seen.pid) if seen.name else seen.label
+    # A label without a name has the pid already.
+    return _name_and_pid(seen.label, seen.pid) if seen.name else seen.label
 
 
-def _called(name: str | None, pid: int) -> str:
+def _name_and_pid(name: str | None, pid: int) -> str:
     if not name:
         return f"pid {pid}"
     end = f" ({pid})"

@@ -1,7 +1,7 @@
 """The JSON contract: what ``events --json`` and ``top --once --json`` print.
 
-Integers stay integers, what is unknown is absent, VMs are named by pid, name and uuid: the keys
-and joins that kvmtrace uses inside never leave through here, except an incident's id.
+Integers are integers, fields with unknown values are absent, and VMs are named by pid, name and
+uuid. Internal keys are not printed, except the id of an incident.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def party_name(party: VmIdentity | None) -> dict[str, Any] | None:
 
 
 def vm_name(seen: VmSeen | Vm | None) -> dict[str, Any] | None:
-    """``{"pid", "name", "uuid", "vmid"}`` as far as known."""
+    """``{"pid", "name", "uuid", "vmid"}`` as far as known; None without a VM."""
     return _vm_name(seen) if seen else None
 
 
@@ -264,7 +264,7 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
         before_start=state.before_start or None,
         unpoisoned_ts=_when(state.unpoisoned_ts, snapshot),
         origin=_origin(state.origin, snapshot),
-        told=[_telling(telling, state, snapshot) for telling in state.told] or None,
+        told=[_notification(notification, state, snapshot) for notification in state.told] or None,
         verdict=state.verdict,
         verdicts=[
             known(
@@ -309,14 +309,16 @@ def _history(history: ErrorHistory, snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def _telling(telling: Notification, state: Incident, snapshot: Snapshot) -> dict[str, Any]:
+def _notification(
+    notification: Notification, state: Incident, snapshot: Snapshot
+) -> dict[str, Any]:
     return known(
-        vm=party_name(state.parties.get(telling.vm)),
-        vcpu=telling.vcpu,
-        exits=telling.exits,
-        sigbus=dict(telling.sigbus),
-        first_ts=_when(telling.first_ts, snapshot),
-        last_ts=_when(telling.last_ts, snapshot),
+        vm=party_name(state.parties.get(notification.vm)),
+        vcpu=notification.vcpu,
+        exits=notification.exits,
+        sigbus=dict(notification.sigbus),
+        first_ts=_when(notification.first_ts, snapshot),
+        last_ts=_when(notification.last_ts, snapshot),
     )
 
 
@@ -353,10 +355,10 @@ def _vm(vm: Vm, snapshot: Snapshot) -> dict[str, Any]:
 
 def _owner(owner: Owner, state: Incident, snapshot: Snapshot) -> dict[str, Any]:
     vm = vm_name(snapshot.vms.get(owner.vm)) or party_name(state.parties.get(owner.vm))
-    left = True if owner in state.released else None
+    released = True if owner in state.released else None
     party = state.parties.get(owner.vm)
     gone = True if party is not None and party.gone_ts is not None else None
-    return known(vm=vm, gfn=owner.gfn, hva=owner.hva, released=left, gone=gone)
+    return known(vm=vm, gfn=owner.gfn, hva=owner.hva, released=released, gone=gone)
 
 
 def _when(ts: int | None, snapshot: Snapshot) -> str | None:
