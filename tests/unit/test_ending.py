@@ -99,14 +99,14 @@ def test_a_signal_ends_what_hangs_or_computes(
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
-    said = stderr.splitlines()
+    output = stderr.splitlines()
     if command[0] == "serve":  # its main thread is free
         what = "is still at work" if how == "computing" else "hangs in the kernel"
-        assert said[-2] == f"kvmtrace: the reader {what}, and was left there"
+        assert output[-2] == f"kvmtrace: the reader {what}, and was left there"
     else:
         what = "it was still at work" if how == "computing" else "something hangs in the kernel"
-        assert said[-1] == f"kvmtrace: ended by force: {what}"
-    assert ("closed" in said) == (where != "open")
+        assert output[-1] == f"kvmtrace: ended by force: {what}"
+    assert ("closed" in output) == (where != "open")
     assert not list(own_directory.iterdir())
     if command[0] == "bundle":
         assert not list(tmp_path.iterdir())

@@ -87,7 +87,7 @@ def test_fault() -> None:
     [
         (kvm.EFAULT, 0x10, "USERFAULT"),
         (kvm.EFAULT, 0x38, "PRIVATE|USERFAULT|0x20"),
-        (kvm.EHWPOISON, 0x10, "0x10"),  # the RFC that had HWPOISON there said it beside EHWPOISON
+        (kvm.EHWPOISON, 0x10, "0x10"),  # an RFC had HWPOISON there, beside EHWPOISON
     ],
 )
 def test_bit_4_of_the_flags(errno: int, flags: int, text_of_flags: str) -> None:
@@ -270,7 +270,7 @@ def test_proxmox_s_number_is_written_as_everywhere(name: str | None, vm: str) ->
     assert f" {vm} " in text(CorrelatedEvent(VmSeen(TS, 1, 4003, name, vmid="8006")))
 
 
-def test_people_and_programs_are_told_the_same() -> None:
+def test_text_and_json_have_the_same_events() -> None:
     assert {type(correlated.event) for correlated in EVERY_KIND} == set(KINDS.values())
     for correlated in EVERY_KIND:
         line, shown = json_text(correlated), event_text(correlated)

@@ -183,14 +183,14 @@ def test_a_signal_ends_a_recording_that_nobody_reads() -> None:
 
 
 @pytest.mark.parametrize("command", [("record", "--duration", "0.1"), ("bundle", "-o")])
-def test_a_full_disk_is_told_with_its_file(command: tuple[str, ...], recording: str) -> None:
+def test_a_full_disk_is_reported_with_its_file(command: tuple[str, ...], recording: str) -> None:
     given = ("--from", recording) if command[0] == "bundle" else ()
     result = invoke(*command, "/dev/full", "--force", *given)
     assert result.exit_code == 1
     assert "kvmtrace: /dev/full: No space left on device\n" in result.stderr
 
 
-def test_a_full_standard_output_is_told(recording: str) -> None:
+def test_a_full_standard_output_is_reported(recording: str) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "kvmtrace", "replay", recording],
@@ -309,7 +309,7 @@ def test_a_killed_command_leaves_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "none/", "x" * 300])
-def test_a_path_that_cannot_be_is_told_first(
+def test_an_impossible_path_is_reported_first(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: FakeSource
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -356,7 +356,7 @@ def test_a_bundle_is_on_the_disk_before_it_has_its_name(
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-def test_a_disk_that_fails_is_told_with_its_file(
+def test_a_disk_that_fails_is_reported_with_its_file(
     recording: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def failing(descriptor: int) -> None:
@@ -404,9 +404,9 @@ def test_a_signal_ends_the_wait_for_a_disk(tmp_path: Path) -> None:
         cwd=ROOT,
     )
     assert process.stderr is not None
-    said = b""
-    while b"syncing\n" not in said:
-        said += process.stderr.readline()
+    output = b""
+    while b"syncing\n" not in output:
+        output += process.stderr.readline()
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
