@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import select
 import sys
-import time
 
 import click
 
 from kvmtrace import sanitize
 from kvmtrace.cli.console import json_is_utf8, print_line, print_status
-from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_host_or_remote, open_session
+from kvmtrace.cli.inputs import give_up_privileges, open_host_or_remote, open_session, poll_timeouts
 from kvmtrace.cli.options import duration_option, json_option, with_source
-from kvmtrace.cli.signals import stop
 from kvmtrace.errors import UsageError
 from kvmtrace.events import Event, VmSeen
 from kvmtrace.model import CorrelatedEvent, Snapshot
@@ -47,7 +45,6 @@ def events(
     attached = open_host_or_remote(source)
     with open_session(attached) as session:
         give_up_privileges()
-        deadline = time.monotonic() + duration if duration else None
         batch = session.pump(0)
         start = session.snapshot()
         if isinstance(attached, RemoteSource):
@@ -56,7 +53,7 @@ def events(
         if vm is not None:
             _require_vm(vm, batch)
         print_status(f"kvmtrace: {watching_text(start)}")
-        last_look = False
+        timeouts = poll_timeouts(duration, reader_gone)
         while True:
             for correlated in batch:
                 if vm is not None and not _concerns(correlated, vm):
@@ -69,15 +66,10 @@ def events(
                     count -= 1
                     if not count:
                         return
-            wait = POLL_SECONDS
-            if deadline is not None:
-                wait = min(wait, deadline - time.monotonic())
-            if stop.requested or wait <= 0 or reader_gone():
-                if last_look:
-                    return
-                # One more read: the kernel may have counted exits that were not emitted yet.
-                last_look, wait = True, 0
-            batch = session.pump(wait)
+            timeout = next(timeouts, None)
+            if timeout is None:
+                return
+            batch = session.pump(timeout)
 
 
 def _is_live_vm(event: Event, snapshot: Snapshot) -> bool:

@@ -94,6 +94,24 @@ def open_session(source: sources.Source) -> Iterator[Session]:
             )
 
 
+def poll_timeouts(
+    duration: float | None, is_over: Callable[[], bool] = lambda: False
+) -> Iterator[float]:
+    """How long to wait for events, until ``duration`` seconds are over, a signal, or ``is_over()``.
+
+    The last one is 0: the kernel may have counted exits that were not emitted yet.
+    """
+    deadline = None if duration is None else time.monotonic() + duration
+    timeout = POLL_SECONDS
+    while not (stop.requested or is_over()):
+        if deadline is not None:
+            timeout = min(timeout, deadline - time.monotonic())
+        if timeout <= 0:
+            break
+        yield timeout
+    yield 0
+
+
 @contextlib.contextmanager
 def open_door(session: Session, *, started: bool = True) -> Iterator[feed.FeedServer | None]:
     """Send this session's events to other commands; None, with a status line, if that fails.
@@ -245,15 +263,12 @@ def load_log(
 
 
 def _watch_host(kind: str, duration: float) -> WatchedLog:
-    batch: list[Event] = []
     source = open_host_or_remote(kind)
     with open_session(source) as session:
+        timeouts = poll_timeouts(duration)
         if isinstance(source, RemoteSource):
             print_status(f"kvmtrace: as seen by {source.name} ({source.why})")
-        else:
-            deadline = time.monotonic() + duration
-            while not stop.requested and (left := deadline - time.monotonic()) > 0:
-                batch += session.poll(min(left, POLL_SECONDS))
-        batch += session.poll(0)
+            timeouts = iter([0.0])  # it has the history
+        batch = [event for timeout in timeouts for event in session.poll(timeout)]
         log = WatchedLog(batch, session.host(), session.probes())
         return replace(log, version=source.version) if isinstance(source, RemoteSource) else log

@@ -7,10 +7,9 @@ import time
 import click
 
 from kvmtrace.cli.console import print_status
-from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_host_or_remote, open_session
+from kvmtrace.cli.inputs import give_up_privileges, open_host_or_remote, open_session, poll_timeouts
 from kvmtrace.cli.options import duration_option, with_source
 from kvmtrace.cli.output_file import Output
-from kvmtrace.cli.signals import stop
 from kvmtrace.events import GmemPoison, Mce, Poison
 from kvmtrace.sources.recording import Writer
 
@@ -32,7 +31,6 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
     """
     with Output(file, force) as output, open_session(open_host_or_remote(source)) as session:
         number, sync_at = 0, 0.0
-        deadline = time.monotonic() + duration if duration else None
         with output.writing():
             host_here = session.host()
             writer = Writer(output.file, host_here, ends=True)
@@ -42,13 +40,8 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
         by = f"{host_here.source} ({why})" if why else host_here.source
         print_status(f"recording to {file} by {by}; Ctrl-C ends it")
         try:
-            while True:
-                wait = POLL_SECONDS
-                if deadline is not None:
-                    wait = min(wait, deadline - time.monotonic())
-                over = stop.requested or wait <= 0
-                # At the end, read what the kernel has counted and not emitted yet.
-                batch = session.poll(0 if over else wait)
+            for timeout in poll_timeouts(duration):
+                batch = session.poll(timeout)
                 with output.writing():
                     writer.write(batch, session.probes())
                     output.file.flush()
@@ -57,8 +50,6 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
                     output.sync_soon()
                     sync_at = time.monotonic() + _SYNC_SECONDS
                 number += len(batch)
-                if over:
-                    break
         finally:
             # Also if the source fails: the recording is complete up to then.
             with output.writing():

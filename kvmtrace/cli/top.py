@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 
 import click
 
 from kvmtrace.cli.console import show_snapshot
-from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_host_or_remote, open_session
+from kvmtrace.cli.inputs import give_up_privileges, open_host_or_remote, open_session, poll_timeouts
 from kvmtrace.cli.options import interval_option, json_option, with_source
-from kvmtrace.cli.signals import stop
 from kvmtrace.errors import UsageError
 
 
@@ -34,20 +32,18 @@ def top(once: bool, as_json: bool, interval: float, source: str) -> None:
         raise UsageError(
             "top needs a terminal", "`kvmtrace top --once` prints the table, `events` follows"
         )
-    from kvmtrace.views.terminal import app as view  # noqa: PLC0415 (a TUI library)
+    from kvmtrace.views.terminal import app  # noqa: PLC0415 (a TUI library)
 
     with open_session(open_host_or_remote(source)) as session:
         give_up_privileges()
         session.start()
-        view.run(session.snapshot, interval, now=session.now)
+        app.run(session.snapshot, interval, now=session.now)
 
 
 def _top_once(source: str, interval: float, as_json: bool) -> None:
     with open_session(open_host_or_remote(source)) as session:
-        deadline = time.monotonic() + interval
-        while not stop.requested and (left := deadline - time.monotonic()) > 0:
-            session.pump(min(left, POLL_SECONDS))
-        session.pump(0)
+        for timeout in poll_timeouts(interval):
+            session.pump(timeout)
         snapshot, now = session.snapshot(), session.now()
     show_snapshot(snapshot, now, as_json)
 

@@ -253,7 +253,7 @@ def test_every_text_of_an_event_is_searched(kind: str) -> None:
 
 @given(name=NAME)
 def test_fixed_words_are_no_names(name: str) -> None:
-    """A VM may have the name of a fixed word of the kernel or kvmtrace: that word is kept."""
+    """A VM may be called like what the kernel or kvmtrace always says: that stays as it is."""
     assume(clean(name))
     names = Redaction(
         [VmSeen(T0, 1, 1, clean(name)), VmSeen(T0, 2, 2, "ring"), VmSeen(T0, 3, 3, "page")]

@@ -121,7 +121,7 @@ def many(count: int = 300) -> Snapshot:
 
 
 def odd() -> Snapshot:
-    """Names that are wide, long or look like markup, and fields that are unknown."""
+    """Names that are wide, long or look like markup, and fields that nobody knows."""
     names = ["数据库" * 12, "[red]x[/red]", "x" * 200, "naïve-e\u0301-ü", None, "🦊🦊"]
     vms = {
         key: vm(key, name, vmm=None, exits={("EFAULT", None): 10**12 * (key % 2)})
