@@ -107,9 +107,8 @@ class Output:
             if self._force:
                 if not _is_ours(self._path):
                     raise KvmtraceError(f"{self._path} has just been replaced", _USE_ANOTHER_FILE)
-                self._temporary = self._temporary or _link_temporary(
-                    self.file.fileno(), self._directory
-                )
+                if self._temporary is None:
+                    self._temporary = _link_temporary(self.file.fileno(), self._directory)
                 os.replace(self._temporary, self._path)
             elif self._temporary is None:
                 _link(self.file.fileno(), self._path)

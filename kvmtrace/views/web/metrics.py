@@ -306,7 +306,7 @@ def serve(
     names: Iterable[str] = (),
     started: bool = True,
 ) -> Server:
-    """Serve ``/metrics``, ``/-/healthy`` and a landing page until ``close()`` of what it returns.
+    """Serve ``/metrics``, ``/-/healthy`` and a landing page until the server is closed.
 
     ``now``: ns since the epoch, by the clock that stamps the session's events. ``names``: further
     host names for which it answers on loopback. Not ``started``: it listens, and answers from its

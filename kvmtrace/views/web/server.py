@@ -362,7 +362,7 @@ class Server:
 
 
 _OTHER_NAME = (
-    "this is not that host: ask for an address or localhost, or see serve's --allow-host\n"
+    "not served under this host name: use an address or localhost, or serve --allow-host NAME\n"
 )
 
 
