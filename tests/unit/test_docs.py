@@ -295,3 +295,25 @@ def test_tables_are_kept_where_they_stand(
     old = TEXTS[readme.PAGES[what].as_posix()]
     assert old.startswith(before)
     assert old.endswith(after)
+
+
+# -- files that are named
+
+
+_FILE = re.compile(r"[\w.{},-]+(/[\w.{},-]+)*(/|\.(py|c|h|md|yml|toml))")
+
+
+def files_named() -> list[str]:
+    """Files and directories that CONTRIBUTING.md names between backticks."""
+    return sorted(name for name in codes(TEXTS["CONTRIBUTING.md"]) if _FILE.fullmatch(name))
+
+
+@pytest.mark.parametrize("name", files_named())
+def test_files_that_are_named_exist(name: str) -> None:
+    assert (docs.ROOT / name).exists() or (docs.ROOT / "kvmtrace" / name).exists()
+
+
+def test_where_to_change_what_names_files() -> None:
+    rows = section("CONTRIBUTING.md", "## Where do I change what").split("|---|---|\n")[1]
+    for row in filter(None, rows.splitlines()):
+        assert any(_FILE.fullmatch(name) for name in codes(row)), row
