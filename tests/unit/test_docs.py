@@ -18,6 +18,7 @@ import pytest
 from kvmtrace import cli, model, sources
 from kvmtrace.events import Event
 from kvmtrace.linux import clock
+from kvmtrace.model import Snapshot
 from kvmtrace.probes import context_specs, specs
 from kvmtrace.sources.recording import RecordingSource
 from kvmtrace.views.web import metrics
@@ -97,6 +98,7 @@ class Story(FakeSource):
 def story(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """A directory with the recordings that commands name, and a host where the story happens."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
     (tmp_path / "tests").symlink_to(docs.ROOT / "tests")
     (tmp_path / "sick.jsonl").write_bytes(docs.STORY.read_bytes())
     monkeypatch.setattr(identity, "vm_processes", lambda: {})
@@ -264,6 +266,12 @@ def test_every_metric_is_described() -> None:
         "kvmtrace_last_poll_timestamp_seconds",
         "kvmtrace_privileges",
     }
+
+
+def test_every_place_of_loss_is_described() -> None:
+    (lost,) = [one for one in metrics.Exporter(Snapshot).collect() if "events_lost" in one.name]
+    places = {sample.labels["where"] for sample in lost.samples}
+    assert places <= codes(section("docs/runbook.md", "## KvmtraceEventsLost"))
 
 
 def test_every_probe_is_described() -> None:
