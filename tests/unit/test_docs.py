@@ -232,6 +232,25 @@ def test_words_of_the_contract() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [
+        ("README.md", "## An alert brought you here"),
+        ("docs/runbook.md", "## KvmtracePagePoisoned"),
+    ],
+)
+def test_what_to_do_is_what_explain_advises(page: str, heading: str) -> None:
+    """The first step of each incident of the story begins as its row of the table does."""
+    cells = [line.strip("| ").split("|") for line in section(page, heading).splitlines()]
+    rows = [[cell.strip() for cell in row] for row in cells if len(row) > 2]
+    for vm in ("web-1", "db-1", "cache-1"):
+        output = invoke("explain", vm, "--from", str(docs.STORY), "--json").stdout
+        (incident,) = json.loads(output)
+        states = [row for row in rows if f"`{incident['state']}`" in row[0]]
+        (row,) = [row for row in states if row[1].strip("`") == incident.get("verdict", "")]
+        assert row[-1].split()[0] == incident["next"][0].split()[0]
+
+
 def test_every_json_field_is_described() -> None:
     described = codes(TEXTS["docs/json.md"])
     for arguments in (("--json",), ("--events", "--json")):
