@@ -56,7 +56,7 @@ def owners_before_any_touch(machine: Machine, source: str) -> None:
         stories = []
         for backing, pages in BACKINGS:
             if backing == "hugetlb2m" and not scans:
-                continue  # a lost one looks like one that was never touched (docs/how-it-works.md)
+                continue  # a lost one looks like one that was never touched (README, Limits)
             for how in ("inject", "madvise") if injects(machine) else ("madvise",):
                 vmm = Vmm(machine, f"{backing}-{how}")
                 try:
