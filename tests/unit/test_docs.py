@@ -219,26 +219,31 @@ def section(page: str, heading: str) -> str:
     return text[begin : begin + len(heading) + end.start()] if end else text[begin:]
 
 
+# The tables state x verdict -> what to do.
+TABLES = [
+    ("README.md", "## An alert brought you here"),
+    ("docs/runbook.md", "## KvmtracePagePoisoned"),
+]
+PAGE_CLASSES = {"vm", "kernel", "process", "handled"}
+
+
+def labels(family: str, label: str) -> set[str]:
+    """The values of a label that are exported from the start."""
+    (found,) = [one for one in metrics.Exporter(Snapshot).collect() if one.name == family]
+    return {sample.labels[label] for sample in found.samples}
+
+
 def test_words_of_the_contract() -> None:
+    states = labels("kvmtrace_incidents", "state")
+    verdicts = labels("kvmtrace_incident_verdicts", "verdict")
     words = section("docs/json.md", "## Words")
     rows = set(re.findall(r"^\| `([^`]+)` \|", words, re.MULTILINE))
-    assert rows == {*model.CAUSES, *model.STATES, *model.PAGE_CLASSES, *model.VERDICTS}
-    for page, heading in (
-        ("README.md", "## An alert brought you here"),
-        ("docs/runbook.md", "## KvmtracePagePoisoned"),
-    ):
-        assert {*model.STATES, *model.VERDICTS, "kernel", "undeliv."} <= codes(
-            section(page, heading)
-        )
+    assert rows == {*model.CAUSES, *states, *verdicts, *PAGE_CLASSES}
+    for page, heading in TABLES:
+        assert {*states, *verdicts, "kernel", "undeliv."} <= codes(section(page, heading))
 
 
-@pytest.mark.parametrize(
-    ("page", "heading"),
-    [
-        ("README.md", "## An alert brought you here"),
-        ("docs/runbook.md", "## KvmtracePagePoisoned"),
-    ],
-)
+@pytest.mark.parametrize(("page", "heading"), TABLES)
 def test_what_to_do_is_what_explain_advises(page: str, heading: str) -> None:
     """The first step of each incident of the story begins as its row of the table does."""
     cells = [line.strip("| ").split("|") for line in section(page, heading).splitlines()]
@@ -288,9 +293,9 @@ def test_every_metric_is_described() -> None:
 
 
 def test_every_place_of_loss_is_described() -> None:
-    (lost,) = [one for one in metrics.Exporter(Snapshot).collect() if "events_lost" in one.name]
-    places = {sample.labels["where"] for sample in lost.samples}
-    assert places <= codes(section("docs/runbook.md", "## KvmtraceEventsLost"))
+    assert labels("kvmtrace_events_lost", "where") <= codes(
+        section("docs/runbook.md", "## KvmtraceEventsLost")
+    )
 
 
 def test_every_probe_is_described() -> None:
