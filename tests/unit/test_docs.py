@@ -264,6 +264,7 @@ def test_every_json_field_is_described() -> None:
             assert fields(json.loads(line)) <= described
     explained = invoke("explain", "web-1", "--from", str(docs.STORY), "--json").stdout
     assert fields(json.loads(explained)) <= described
+    assert fields(json.loads(invoke("doctor", "--json").stdout)) <= described
 
 
 # Keys that are values: names of errnos, of codes and causes, of where something was lost.
