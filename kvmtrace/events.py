@@ -112,9 +112,32 @@ class Exit(Event):
         return nested or self.reason == kvm.EXIT_ARM_SEA
 
 
+JOIN_NS = 5_000_000_000
+"""How long memory_failure may take from a step that is reported to the ``Poison`` of its thread.
+
+Both are within one call. If it takes longer, the poison was lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class GmemPage:
+    """A page of a guest_memfd.
+
+    ``index``: page offset in the guest_memfd. ``owners``: in the order found. ``complete``: False
+    if the source could not read all bindings.
+    """
+
+    inode: int | None
+    index: int
+    owners: tuple[Owner, ...] = ()
+    complete: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Poison(Event):
-    """memory_failure_event: type and result as this kernel prints them, and as numbers."""
+    """memory_failure_event: type and result as this kernel prints them, and as numbers.
+
+    ``gmem``: the page, if memory_failure called kvm_gmem_error_folio in the same thread before.
+    """
 
     kind: ClassVar[str] = "poison"
     pfn: int
@@ -123,22 +146,7 @@ class Poison(Event):
     page_type_nr: int | None = None
     result_nr: int | None = None
     tid: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GmemPoison(Event):
-    """kvm_gmem_error_folio: memory_failure calls guest_memfd just before its Poison, same thread.
-
-    ``index``: page offset in the guest_memfd. ``owners``: in the order found. ``complete``: False
-    if the source could not read all bindings.
-    """
-
-    kind: ClassVar[str] = "gmem_poison"
-    tid: int
-    inode: int | None
-    index: int
-    owners: tuple[Owner, ...] = ()
-    complete: bool = True
+    gmem: GmemPage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,7 +392,6 @@ KINDS: dict[str, type[Event]] = {
         VmGone,
         Exit,
         Poison,
-        GmemPoison,
         Owned,
         Sigbus,
         Mce,

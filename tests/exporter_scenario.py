@@ -9,7 +9,7 @@ import dataclasses
 
 from kvmtrace import kvm
 from kvmtrace.correlate import Correlator
-from kvmtrace.events import Exit, GmemPoison, Host, Lost, Owner, Poison, Sigbus, VmSeen
+from kvmtrace.events import Exit, GmemPage, Host, Lost, Owner, Poison, Sigbus, VmSeen
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import Probe, ProbeRuns
 
@@ -60,8 +60,14 @@ class Scenario:
         """
         ts = START + 10 * SECOND
         for event in (
-            GmemPoison(ts, tid=900, inode=1, index=5, owners=(Owner(1, 0x105),)),
-            Poison(ts, 0xABC123, "guest_memfd page", "Recovered", tid=900),
+            Poison(
+                ts,
+                0xABC123,
+                "guest_memfd page",
+                "Recovered",
+                tid=900,
+                gmem=GmemPage(1, 5, (Owner(1, 0x105),)),
+            ),
             Exit(
                 ts + SECOND // 4,
                 1,
@@ -75,8 +81,14 @@ class Scenario:
                 gfn=0x105,
                 count=LOOPS,
             ),
-            GmemPoison(ts, tid=901, inode=2, index=6, owners=(Owner(2, 0x206),)),
-            Poison(ts, 0xABC124, "guest_memfd page", "Recovered", tid=901),
+            Poison(
+                ts,
+                0xABC124,
+                "guest_memfd page",
+                "Recovered",
+                tid=901,
+                gmem=GmemPage(2, 6, (Owner(2, 0x206),)),
+            ),
             Sigbus(ts, 102, 112, kvm.BUS_MCEERR_AO, 0x7F00_0000_1000, sender=902, vm=2),
             Poison(ts, 0xABC125, "dirty LRU page", "Recovered", tid=902),
             Exit(

@@ -10,11 +10,11 @@ from kvmtrace.cli.console import print_status
 from kvmtrace.cli.inputs import give_up_privileges, open_host_or_remote, open_session, poll_timeouts
 from kvmtrace.cli.options import duration_option, with_source
 from kvmtrace.cli.output_file import Output
-from kvmtrace.events import GmemPoison, Mce, Poison
+from kvmtrace.events import Mce, Poison
 from kvmtrace.sources.recording import Writer
 
 # The host may crash right after these; they are written to the disk immediately.
-_URGENT = (GmemPoison, Mce, Poison)
+_URGENT = (Mce, Poison)
 # Syncing while recording keeps the wait at the end short.
 _SYNC_SECONDS = 5.0
 

@@ -2,10 +2,9 @@
 
 The joins, and why each is exact:
 
-- poison with guest_memfd: memory_failure calls kvm_gmem_error_folio and then traces its result in
-  the same thread (mm/memory-failure.c), so a ``GmemPoison`` waits for the next ``Poison`` of its
-  thread;
-- poison with the SIGBUS that memory_failure itself sends: likewise, by the sending thread;
+- poison with the SIGBUS that memory_failure itself sends: it traces its result in the same thread
+  afterwards (mm/memory-failure.c), so the signal waits for the next ``Poison`` of its sender;
+- poison with guest_memfd: likewise, by the source (``Poison.gmem``);
 - poison with HVA-backed memory: the VMM's page table has the pfn (``Owned``, ``Sigbus.pfn``);
 - poison with exits and refusals: by the owner's VM and gfn;
 - poison with later signals: by pfn, by VM and gfn, or by an address in the memory that a VM lost;
@@ -34,7 +33,6 @@ from kvmtrace.events import (
     Event,
     Exit,
     Found,
-    GmemPoison,
     GmemRefusal,
     HwError,
     KernelCounts,
@@ -121,8 +119,6 @@ class Correlator:
                 return self._vm_gone(event)
             case Poison():
                 return self._poison(event)
-            case GmemPoison():
-                self._pending.add(event)
             case Owned():
                 return self._owned(event)
             case Found():
@@ -254,7 +250,7 @@ class Correlator:
     def _poison(self, event: Poison) -> CorrelatedEvent:
         self._totals.add_poison(event)
         owned = self._pending.take_owned(event.pfn, event.ts)
-        gmem = self._pending.take_gmem(event)
+        gmem = event.gmem
         owners = [one.owner for one in owned] + list(gmem.owners if gmem else ())
         outcome = page_types.outcome_of(event.page_type, event.result)
         if gmem is None and outcome == PageOutcome.KERNEL:
@@ -281,7 +277,7 @@ class Correlator:
             self._add_found_owner(incident, one)
         if gmem is not None:
             for owner in gmem.owners:
-                self._add_owner(incident, owner, gmem, Join(JoinedBy.GMEM_THREAD), event.ts)
+                self._add_owner(incident, owner, event, Join(JoinedBy.GMEM_THREAD))
         for signal in self._pending.take_signals(event):
             join = Join(JoinedBy.POISONING_THREAD)
             self._join_signal(incident, signal, join, by_poison=True)
@@ -338,19 +334,16 @@ class Correlator:
         owner: Owner,
         event: Event | None = None,
         join: Join | None = None,
-        ts: int | None = None,
     ) -> None:
-        """Add an owner. ``event``: what showed it, for the timeline. ``ts``: if not the event's."""
+        """Add an owner. ``event``: what showed it, for the timeline."""
         gone = self._vms.is_gone(owner.vm)
         self._incidents.add_owner(incident, owner, live=not gone)
-        if ts is None and event is not None:
-            ts = event.ts
         if incident.is_kernels:
-            if ts is not None:
-                incident.note(TimelineEntry(ts, EntryKind.MAPPED, event, join))
+            if event is not None:
+                incident.note(TimelineEntry(event.ts, EntryKind.MAPPED, event, join))
             return
-        if ts is not None:
-            entry = TimelineEntry(ts, EntryKind.OWNER, event, join, owner.vm, owner=owner)
+        if event is not None:
+            entry = TimelineEntry(event.ts, EntryKind.OWNER, event, join, owner.vm, owner=owner)
             incident.note(entry, owner.vm, owner.gfn)
         identity = self._vms.vm_identity(owner.vm) if gone else None
         if identity is not None:

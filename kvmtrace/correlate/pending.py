@@ -8,13 +8,9 @@ from typing import TypeVar
 
 from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.limits import CountLost, Limits
-from kvmtrace.events import GmemPoison, Owned, Poison, Sigbus
+from kvmtrace.events import JOIN_NS, Owned, Poison, Sigbus
 
-# How long an event may wait for a poison of the same thread. That follows within one call of
-# memory_failure; if it takes longer, it was lost.
-JOIN_NS = 5_000_000_000
-
-_T = TypeVar("_T", GmemPoison, Owned, Sigbus)
+_T = TypeVar("_T", Owned, Sigbus)
 
 
 class PendingEvents:
@@ -27,34 +23,20 @@ class PendingEvents:
         self._count_lost = count_lost
         self._last_ts = 0
         limit = limits.pending
-        # By thread, by sending thread, by pfn: senders of signals for it, and its owners.
-        self._gmem: BoundedDict[int, list[GmemPoison]] = BoundedDict(limit, self._count_dropped)
+        # By sending thread, by pfn: senders of signals for it, and its owners.
         self._signals: BoundedDict[int, list[Sigbus]] = BoundedDict(limit, self._count_dropped)
         self._senders: BoundedDict[int, dict[int, None]] = BoundedDict(limit)
         self._owned: BoundedDict[int, list[Owned]] = BoundedDict(limit, self._count_dropped)
 
-    def add(self, event: GmemPoison | Sigbus | Owned) -> None:
+    def add(self, event: Sigbus | Owned) -> None:
         """Keep an event that came before its poison."""
         match event:
-            case GmemPoison():
-                self._keep(self._gmem, event.tid, event)
             case Owned():
                 self._keep(self._owned, event.pfn, event)
             case Sigbus(sender=int(sender)):
                 # memory_failure sends it before it traces the poison; or the page was poisoned
                 # before kvmtrace started and is not found yet.
                 self._keep_signal(sender, event)
-
-    def take_gmem(self, poison: Poison) -> GmemPoison | None:
-        """Take the thread's last ``GmemPoison`` just before this poison."""
-        if poison.tid is None:
-            return None
-        kept = self._gmem.pop(poison.tid, [])
-        # A later event is of the thread's next poison.
-        if later := [event for event in kept if event.ts > poison.ts]:
-            self._gmem[poison.tid] = later
-        before = [event for event in kept if _just_before(event.ts, poison.ts)]
-        return max(before, key=lambda event: event.ts, default=None)
 
     def take_signals(self, poison: Poison) -> list[Sigbus]:
         """Take the signals that the same thread sent just before this poison."""
@@ -113,7 +95,7 @@ class PendingEvents:
         if len(items) > self._limits.pending_each:  # more than a page can plausibly have
             del items[0]
 
-    def _count_dropped(self, _: int, dropped: Sequence[GmemPoison | Owned | Sigbus]) -> None:
+    def _count_dropped(self, _: int, dropped: Sequence[Owned | Sigbus]) -> None:
         if young := sum(_just_before(one.ts, self._last_ts) for one in dropped):
             self._count_lost("halves", young)
 

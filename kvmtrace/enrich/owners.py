@@ -20,7 +20,6 @@ from kvmtrace.events import (
     Event,
     Exit,
     Found,
-    GmemPoison,
     Lost,
     Owned,
     Owner,
@@ -161,21 +160,17 @@ class OwnerLookup(Stage):
 
         Also notes which pages are poisoned and unpoisoned.
         """
-        gmem_poisons: dict[int, GmemPoison] = {}
         wanted = {}
         for event in events:
             match event:
-                case GmemPoison():
-                    gmem_poisons[event.tid] = event
                 case Poison():
-                    gmem = gmem_poisons.pop(event.tid, None) if event.tid is not None else None
                     self._is_poisoned(event.pfn)
                     outcome = outcome_of(event.page_type, event.result)
                     if outcome == PageOutcome.UNHELD:
                         self._unheld.setdefault(event.pfn, 0)
                     elif outcome is not None:
                         self._unheld.pop(event.pfn, None)
-                    owned = gmem is not None and gmem.owners and gmem.complete
+                    owned = event.gmem and event.gmem.owners and event.gmem.complete
                     if not owned and outcome != PageOutcome.KERNEL:
                         wanted[event.pfn] = is_huge(event.page_type)
                 case Found():

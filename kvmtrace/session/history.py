@@ -27,7 +27,6 @@ from kvmtrace.events import (
     Event,
     Exit,
     Found,
-    GmemPoison,
     GmemRefusal,
     HwError,
     KernelCounts,
@@ -290,7 +289,7 @@ class CompactLog:
         return list(groups.values())
 
 
-_OF_POISON = (GmemPoison, Owned, GmemRefusal, PageReplaced, Sigbus, VcpuState)
+_OF_POISON = (Poison, Owned, GmemRefusal, PageReplaced, Sigbus, VcpuState)
 
 
 def _is_of_poison(event: Event) -> bool:
@@ -298,25 +297,23 @@ def _is_of_poison(event: Event) -> bool:
 
 
 def _owners(events: Iterable[Event]) -> dict[int | None, set[int]]:
-    """Return {pfn: VMs}, joined as in the correlator: guest_memfd's owners by thread."""
+    """Return {pfn: VMs that own it}."""
     owners: dict[int | None, set[int]] = {}
-    of_thread: dict[int, set[int]] = {}
     for event in events:
         match event:
-            case GmemPoison():
-                of_thread[event.tid] = set(_vms_of(event))
-            case Poison(tid=int(tid)) if tid in of_thread:
-                owners.setdefault(event.pfn, set()).update(of_thread.pop(tid))
-            case Owned() | Sigbus(pfn=int()):
+            case Poison() | Owned() | Sigbus(pfn=int()):
                 owners.setdefault(event.pfn, set()).update(_vms_of(event))
     return {pfn: vms for pfn, vms in owners.items() if vms}
 
 
 def _vms_of(event: Event) -> Iterator[int]:
     """Yield the VMs that an event concerns."""
-    owners = (*getattr(event, "owners", ()), getattr(event, "owner", None))
-    for vm in (getattr(event, "vm", None), *(owner.vm for owner in owners if owner is not None)):
-        if vm is not None:
+    match event:
+        case Poison():
+            yield from (owner.vm for owner in (event.gmem.owners if event.gmem else ()))
+        case Owned():
+            yield event.owner.vm
+        case _ if (vm := getattr(event, "vm", None)) is not None:
             yield vm
 
 

@@ -9,10 +9,21 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from kvmtrace.events import KINDS, LAST_NS, Event, HwError, Lost, Owner
+from kvmtrace.events import (
+    JOIN_NS,
+    KINDS,
+    LAST_NS,
+    Event,
+    GmemPage,
+    HwError,
+    Lost,
+    Owner,
+    Poison,
+)
 from kvmtrace.probes import Probe
 from kvmtrace.sanitize import clean
 
@@ -22,6 +33,9 @@ if TYPE_CHECKING:
 # What decoding a malformed line may raise.
 DECODE_ERRORS = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
 
+_T = TypeVar("_T", bound="DataclassInstance")
+
+_SIMPLE = (int, str, bool)
 _UNKNOWN = {"where": "unknown_events", "count": 1}
 
 _ANY = range(1 << 64)
@@ -47,6 +61,22 @@ class MalformedLine(ValueError):
     """A line that cannot be decoded; the text says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class _GmemPoison(Event):
+    """``Poison.gmem`` as older versions recorded it, in a line before the poison's."""
+
+    kind: ClassVar[str] = "gmem_poison"
+    tid: int
+    inode: int | None
+    index: int
+    owners: tuple[Owner, ...] = ()
+    complete: bool = True
+
+
+_KINDS: Mapping[str, type[Event]] = {**KINDS, _GmemPoison.kind: _GmemPoison}
+_MAX_PENDING = 1024  # threads with a _GmemPoison whose poison has not come
+
+
 class Decoder:
     """Decodes the lines of one recording.
 
@@ -56,9 +86,10 @@ class Decoder:
     def __init__(self) -> None:
         self.probes: tuple[Probe, ...] = ()
         self.ts = 0
+        self._pending: dict[int, _GmemPoison] = {}  # by thread
 
     def event(self, record: Mapping[str, Any]) -> Event | None:
-        """Return the event of a line; None for a line of the probes. Raises MalformedLine.
+        """Return the event of a line; None for a line without one. Raises MalformedLine.
 
         An event kind of a newer kvmtrace becomes a Lost: the other lines can still be read.
         """
@@ -71,7 +102,7 @@ class Decoder:
             if kind == "probes":
                 self.probes = tuple(dataclass_from(Probe, probe) for probe in record["probes"])
                 return None
-            if kind in KINDS:
+            if kind in _KINDS:
                 event = checked(from_record(record))
             else:
                 event = dataclass_from(Lost, {"ts": record.get("ts", self.ts), **_UNKNOWN})
@@ -80,22 +111,44 @@ class Decoder:
         except DECODE_ERRORS as error:
             raise MalformedLine(f"not a whole {kind!r}") from error
         self.ts = event.ts
-        return event
+        if isinstance(event, _GmemPoison):
+            return self._keep(event)
+        return self._joined(event) if isinstance(event, Poison) else event
+
+    def _keep(self, event: _GmemPoison) -> Lost | None:
+        """Keep a page until its poison; the Lost of another whose poison might still have come."""
+        self._pending.pop(event.tid, None)
+        self._pending[event.tid] = event
+        if len(self._pending) > _MAX_PENDING:
+            oldest = self._pending.pop(next(iter(self._pending)))
+            if 0 <= event.ts - oldest.ts <= JOIN_NS:
+                return Lost(event.ts, "halves", 1)
+        return None
+
+    def _joined(self, poison: Poison) -> Poison:
+        before = self._pending.get(poison.tid) if poison.tid is not None else None
+        if before is None or before.ts > poison.ts:  # of the thread's next poison
+            return poison
+        del self._pending[before.tid]
+        if poison.ts - before.ts > JOIN_NS:
+            return poison
+        page = GmemPage(before.inode, before.index, before.owners, before.complete)
+        return dataclasses.replace(poison, gmem=page)
 
 
 def to_record(event: Event) -> dict[str, Any]:
     """Return a JSON-ready dict, without fields that are None. The inverse of ``from_record``."""
-    record: dict[str, Any] = {"kind": event.kind}
-    for name in _fields(event.kind)[0]:
-        value = getattr(event, name)
-        if value is None:
-            continue
-        if isinstance(value, Owner):
-            value = _owner_record(value)
-        elif isinstance(value, tuple):
-            value = [_owner_record(x) if isinstance(x, Owner) else list(x) for x in value]
-        record[name] = value
-    return record
+    return {"kind": event.kind, **_plain(event)}
+
+
+def _plain(value: Any) -> Any:
+    """A field's value in terms of JSON."""
+    if type(value) in _SIMPLE:
+        return value
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    known = ((name, getattr(value, name)) for name in _fields(type(value)))
+    return {name: _plain(item) for name, item in known if item is not None}
 
 
 def from_record(record: Mapping[str, Any]) -> Event:
@@ -103,43 +156,43 @@ def from_record(record: Mapping[str, Any]) -> Event:
 
     Raises KeyError for an unknown kind, TypeError if a required field is missing.
     """
-    cls = KINDS[record["kind"]]
-    names, optional = _fields(cls.kind)
-    # to_record leaves out None, also for fields without a default.
-    values: dict[str, Any] = dict.fromkeys(optional)
-    values |= {name: record[name] for name in names if name in record}
-    if "owner" in values:
-        values["owner"] = _owner_from(values["owner"])
-    if "owners" in values:
-        values["owners"] = tuple(_owner_from(owner) for owner in values["owners"])
-    if "failures" in values:
-        values["failures"] = tuple((name, count) for name, count in values["failures"])
+    return _from_plain(_KINDS[record["kind"]], record)
+
+
+def _from_plain(cls: type[_T], record: Mapping[str, Any]) -> _T:
+    values: dict[str, Any] = {}
+    for name, (is_optional, nested) in _fields(cls).items():
+        if name in record:
+            item = record[name]
+            values[name] = item if nested is None or item is None else nested(item)
+        elif is_optional:
+            values[name] = None  # left out by _plain, also without a default
     return cls(**values)
 
 
 @functools.cache
-def _fields(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of all fields, and of those that may be None."""
-    fields = dataclasses.fields(KINDS[kind])
-    optional = (field.name for field in fields if str(field.type).endswith("| None"))
-    return tuple(field.name for field in fields), tuple(optional)
+def _fields(
+    cls: type[DataclassInstance],
+) -> dict[str, tuple[bool, Callable[[Any], Any] | None]]:
+    """Return {field: (whether it may be None, what makes its value of JSON's, if anything)}."""
+    return {
+        name: (may_be_none, _maker(hint)) for name, (hint, _, may_be_none, _) in _hints(cls).items()
+    }
 
 
-def _owner_record(owner: Owner) -> dict[str, int]:
-    return {k: v for k, v in dataclasses.asdict(owner).items() if v is not None}
-
-
-def _owner_from(record: Mapping[str, Any]) -> Owner:
-    return Owner(record["vm"], record.get("gfn"), record.get("hva"))
+def _maker(hint: Any) -> Callable[[Any], Any] | None:
+    if typing.get_origin(hint) is tuple:
+        one = _maker(typing.get_args(hint)[0])
+        return tuple if one is None else lambda items: tuple(map(one, items))
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+    return None if nested is None else functools.partial(_from_plain, nested)
 
 
 def version_of(header: Mapping[str, Any]) -> str | None:
     """Return the version of kvmtrace that wrote a recording; None if the header has none."""
     version = header.get("version")
     return clean(version) or None if isinstance(version, str) else None
-
-
-_T = TypeVar("_T", bound="DataclassInstance")
 
 
 @functools.cache
@@ -195,7 +248,7 @@ def _checked_item(name: str, item: Any, hint: Any, within: range = _ANY) -> Any:
     if isinstance(item, str):
         cleaned = clean(item)
         return None if not cleaned and type(None) in allowed else cleaned
-    if isinstance(item, Owner):
+    if dataclasses.is_dataclass(item):
         return checked(item)
     if isinstance(item, int) and item not in within:
         raise MalformedLine(f"{name} is out of range")

@@ -9,7 +9,6 @@ from kvmtrace.events import (
     ClockStep,
     Exit,
     Found,
-    GmemPoison,
     GmemRefusal,
     HwError,
     Mce,
@@ -131,12 +130,12 @@ def joined_by(entry: TimelineEntry) -> str | None:
 
 
 def _same_thread(entry: TimelineEntry) -> str:
-    event = entry.event
-    if not isinstance(event, GmemPoison):
+    gmem = entry.event.gmem if isinstance(entry.event, Poison) else None
+    if gmem is None:
         return "same thread as the poison"
-    inode = f"inode {event.inode}, " if event.inode is not None else ""
-    doubt = "" if event.complete else "; not all bindings could be seen"
-    return f"same thread as the poison, guest_memfd {inode}index {event.index:#x}{doubt}"
+    inode = f"inode {gmem.inode}, " if gmem.inode is not None else ""
+    doubt = "" if gmem.complete else "; not all bindings could be seen"
+    return f"same thread as the poison, guest_memfd {inode}index {gmem.index:#x}{doubt}"
 
 
 def _signal(signal: Sigbus, entry: TimelineEntry) -> str:

@@ -21,7 +21,7 @@ from kvmtrace.events import (
     Event,
     Exit,
     Found,
-    GmemPoison,
+    GmemPage,
     GmemRefusal,
     HwError,
     KernelCounts,
@@ -59,6 +59,10 @@ PAGE_TYPES = st.sampled_from(
 RESULTS = st.sampled_from(["Ignored", "Failed", "Recovered", "x"])
 NAMES = st.none() | st.sampled_from(["web", "db"])
 
+GMEM_PAGES = st.builds(
+    GmemPage, st.just(7), st.integers(0, 9), st.lists(OWNERS, max_size=3).map(tuple)
+)
+
 EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(VmSeen, TS, VMS, st.integers(4001, 4004), NAMES),
     st.builds(VmGone, TS, VMS),
@@ -76,9 +80,8 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         gmem=st.sampled_from([None, 0, 2, 133]),
         count=st.integers(1, 5),
     ),
-    st.builds(Poison, TS, PFNS, PAGE_TYPES, RESULTS, tid=st.none() | TIDS),
     st.builds(
-        GmemPoison, TS, TIDS, st.just(7), st.integers(0, 9), st.lists(OWNERS, max_size=3).map(tuple)
+        Poison, TS, PFNS, PAGE_TYPES, RESULTS, tid=st.none() | TIDS, gmem=st.none() | GMEM_PAGES
     ),
     st.builds(
         Owned, TS, PFNS, OWNERS, st.just("pagemap"), st.sampled_from([None, 4096, 2 << 20, 3])
@@ -163,12 +166,13 @@ SOON = st.integers(0, 12_000_000_000)
 _PAGES = st.integers(0x100, 0x101)
 _NEAR = st.sampled_from([0x7F0000000000, 0x7F0000001000])
 _OWNER = st.builds(Owner, FEW, FEW, st.none() | _NEAR)
+_GMEM = st.builds(GmemPage, st.just(7), FEW, st.lists(_OWNER, min_size=1, max_size=2).map(tuple))
 JOINED: st.SearchStrategy[Event] = st.one_of(
     st.builds(Exit, SOON, FEW, FEW, st.just(133), st.just(39), st.just(True), gfn=FEW, count=FEW),
     st.builds(Poison, SOON, _PAGES, st.just("dirty LRU page"), st.just("Failed"), tid=FEW),
     st.builds(Poison, SOON, _PAGES, PAGE_TYPES, st.just("Ignored"), tid=FEW),
     st.builds(
-        GmemPoison, SOON, FEW, st.just(7), FEW, st.lists(_OWNER, min_size=1, max_size=2).map(tuple)
+        Poison, SOON, _PAGES, st.just("dirty LRU page"), st.just("Failed"), tid=FEW, gmem=_GMEM
     ),
     st.builds(Owned, SOON, _PAGES, _OWNER, st.just("pagemap")),
     st.builds(
@@ -229,8 +233,8 @@ def test_an_owner_is_somebody_whom_an_event_named(events: list[Event]) -> None:
     addresses: set[tuple[int, int | None]] = set()
     for event in events:
         match event:
-            case GmemPoison():
-                new = list(event.owners)
+            case Poison(gmem=GmemPage(owners=owners)):
+                new = list(owners)
             case Owned():
                 new = [event.owner]
             case Sigbus(vm=int(vm)):
@@ -250,8 +254,6 @@ def test_an_owner_is_somebody_whom_an_event_named(events: list[Event]) -> None:
 def _half_of_nothing(event: Event, poisons: list[Poison]) -> bool:
     """What memory_failure does before it traces, without a poison of that thread just after it."""
     match event:
-        case GmemPoison():
-            thread = event.tid
         case Sigbus(sender=int(thread), vm=None, pfn=None):
             pass
         case _:
@@ -431,7 +433,9 @@ BEGIN: tuple[Event, ...] = (
 
 # What a host may say without end, a new number each time: {what: (n) -> events}
 FLOODS: dict[str, Callable[[int], list[Event]]] = {
-    "halves by guest_memfd": lambda n: [GmemPoison(n, n, 7, n, (Owner(1, n),))],
+    "pages of a guest_memfd": lambda n: [
+        Poison(n, n, "a", "x", gmem=GmemPage(7, n, (Owner(1, n),)))
+    ],
     "halves by signal": lambda n: [Sigbus(n, 4001, n, 4, HVA, sender=n)],
     "signals of one thread": lambda n: [Sigbus(n, 4001, n, 4, HVA, sender=3)],
     "halves by page": lambda n: [Owned(n, n, Owner(1, n), "pagemap")],

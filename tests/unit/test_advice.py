@@ -20,7 +20,7 @@ from kvmtrace.events import (
     Event,
     Exit,
     Found,
-    GmemPoison,
+    GmemPage,
     GmemRefusal,
     HwError,
     Owned,
@@ -56,7 +56,7 @@ QEMU = VmSeen(T0, 1, 900, "web-1", UUID, "qemu")
 OTHER = VmSeen(T0, 1, 900, "web-1", UUID, "cloud-hypervisor")
 OWNED = Owned(T0, PFN, Owner(1, GFN, HVA), "pagemap", 4096)
 POISON = Poison(T0, PFN, "dirty LRU page", "Recovered", None, None, 31)
-GMEM = GmemPoison(T0, 31, 383, 8, (Owner(1, GFN, HVA),))
+GMEM = replace(POISON, gmem=GmemPage(383, 8, (Owner(1, GFN, HVA),)))
 SHARED = replace(OWNED, owner=Owner(2, GFN, HVA))
 AO = Sigbus(T0 + 1, 900, 900, 5, HVA, 12, vm=1, pfn=PFN)
 AR = Sigbus(T0 + 1, 900, 70, 4, HVA, 12, vm=1, vcpu=0, gfn=GFN, pfn=PFN)
@@ -111,7 +111,7 @@ CASES: dict[str, tuple[list[Event], list[str]]] = {
         ],
         [UNTOUCHED, *RESETTABLE],
     ),
-    "latent, guest_memfd": ([QEMU, GMEM, POISON], [UNTOUCHED, NOT_ANY]),
+    "latent, guest_memfd": ([QEMU, GMEM], [UNTOUCHED, NOT_ANY]),
     "notified ahead": (
         [QEMU, OWNED, POISON, AO, LATER],
         [f"{SHUT_DOWN}its VMM was notified before its guest touched {WHERE}", *RESETTABLE],
@@ -121,11 +121,11 @@ CASES: dict[str, tuple[list[Event], list[str]]] = {
         [f"{SHUT_DOWN}its guest may touch {WHERE} at any time", *RESETTABLE],
     ),
     "undelivered": (
-        [QEMU, GMEM, POISON, GmemRefusal(T0 + 1, 1, GFN, 2), LATER],
+        [QEMU, GMEM, GmemRefusal(T0 + 1, 1, GFN, 2), LATER],
         [f"{SHUT_DOWN}guest_memfd refused {WHERE} 2 times, and no VMM was notified", NOT_ANY],
     ),
     "looping": (
-        [QEMU, GMEM, POISON, replace(EXIT, count=9)],
+        [QEMU, GMEM, replace(EXIT, count=9)],
         [f"{STOP}its VMM goes back to {WHERE} again and again", DESTROY, NOT_ANY],
     ),
     "looping, ordinary memory": (
@@ -133,11 +133,11 @@ CASES: dict[str, tuple[list[Event], list[str]]] = {
         [f"{STOP}its VMM goes back to {WHERE} again and again", DESTROY, NOT_QEMU],
     ),
     "stopped": (
-        [QEMU, GMEM, POISON, EXIT, *looks("outside")],
+        [QEMU, GMEM, EXIT, *looks("outside")],
         [f"{STOP}the vCPU that was notified of {WHERE} no longer runs", DESTROY, NOT_ANY],
     ),
     "stopped, a VMM that was not tried": (
-        [OTHER, GMEM, POISON, EXIT, *looks("outside")],
+        [OTHER, GMEM, EXIT, *looks("outside")],
         [f"{STOP}the vCPU that was notified of {WHERE} no longer runs", NOT_ANY],
     ),
     "early": (

@@ -11,7 +11,7 @@ from kvmtrace.correlate import Correlator
 from kvmtrace.events import (
     Event,
     Exit,
-    GmemPoison,
+    GmemPage,
     GmemRefusal,
     Lost,
     Owner,
@@ -396,12 +396,13 @@ def test_a_poisoned_page_of_guest_memfd_with_its_owners(translator: BpfTranslato
         OwnerRecord(VM, GEN, 5, HVA, PID), OwnerRecord(VM + 1, GEN, 6, 0, PID)
     )
     record = poison(inode=42, index=3, seen=1, complete=1, nr_owners=2, owners=owners)
-    *seen, gmem, page = translator.translate([record], Kernel())
+    *seen, page = translator.translate([record], Kernel())
     assert [event.kind for event in seen] == ["vm_seen", "vm_seen"]
-    assert gmem == GmemPoison(9, TID, 42, 3, (Owner(1, 5, HVA), Owner(2, 6, None)), True)
     assert isinstance(page, Poison)
-    (gmem, _) = translator.translate([poison(seen=1)], Kernel())
-    assert gmem == GmemPoison(9, TID, None, 0, (), False)
+    assert page.gmem == GmemPage(42, 3, (Owner(1, 5, HVA), Owner(2, 6, None)), True)
+    (page,) = translator.translate([poison(seen=1)], Kernel())
+    assert isinstance(page, Poison)
+    assert page.gmem == GmemPage(None, 0, (), False)
 
 
 def test_soft_offline_and_unpoison(translator: BpfTranslator) -> None:

@@ -16,7 +16,6 @@ from kvmtrace.events import (
     Event,
     Exit,
     Found,
-    GmemPoison,
     GmemRefusal,
     HwError,
     KernelCounts,
@@ -208,7 +207,6 @@ EVERY_KIND: tuple[CorrelatedEvent, ...] = (
     CorrelatedEvent(VmGone(TS, 1), WEB),
     CorrelatedEvent(fault(), WEB, "hwpoison", "103275-1"),
     CorrelatedEvent(Poison(TS, 5, "dirty LRU page", "Failed"), incident="5-1"),
-    CorrelatedEvent(GmemPoison(TS, 1, 2, 3)),
     CorrelatedEvent(Owned(TS, 5, Owner(1, 8), "pagemap"), WEB, incident="5-1"),
     CorrelatedEvent(
         Owned(TS, 5, Owner(1, 8, 0x7000), "pagemap"),
@@ -288,7 +286,7 @@ def test_text_and_json_have_the_same_events() -> None:
     ("correlated", "record"),
     [
         (
-            EVERY_KIND[6],
+            EVERY_KIND[5],
             {
                 "kind": "owner",
                 "pfn": 5,
@@ -315,7 +313,7 @@ def test_what_happens_to_a_page_as_json(
     assert line == {"ts": "2026-09-21T14:13:20.123456789Z"} | record
 
 
-@pytest.mark.parametrize("event", [GmemPoison(TS, 1, 2, 3), Owned(TS, 1, Owner(1, 2), "pagemap")])
+@pytest.mark.parametrize("event", [Tick(TS), Owned(TS, 1, Owner(1, 2), "pagemap")])
 def test_internal_events_have_no_line(event: Event) -> None:
     assert event_text(CorrelatedEvent(event)) is None
     assert json_text(CorrelatedEvent(event)) is None

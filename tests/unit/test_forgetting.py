@@ -12,7 +12,6 @@ from kvmtrace.events import (
     Event,
     Exit,
     Found,
-    GmemPoison,
     GmemRefusal,
     Owned,
     Owner,
@@ -197,9 +196,9 @@ def test_what_is_told_of_a_vm_that_nobody_introduced_is_lost() -> None:
 
 
 def test_halves_that_give_way_while_they_may_be_wanted_are_lost() -> None:
-    halves = [GmemPoison(T0 + tid, tid, 7, 1, (Owner(1, tid),)) for tid in range(1, 1030)]
+    halves = [Owned(T0 + pfn, pfn, Owner(1, pfn), "pagemap") for pfn in range(1, 1030)]
     assert fed(Limits(), *halves)[0].lost == {"halves": 5}
-    stale = [GmemPoison(T0 + tid * 6 * S, tid, 7, 1) for tid in range(1, 1030)]
+    stale = [Owned(T0 + pfn * 6 * S, pfn, Owner(1, pfn), "pagemap") for pfn in range(1, 1030)]
     assert fed(Limits(pending=1), *stale)[0].lost == {}
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from kvmtrace.events import (
+    JOIN_NS,
     Event,
     Exit,
-    GmemPoison,
+    GmemPage,
     GmemRefusal,
     Lost,
     Mce,
@@ -318,11 +319,22 @@ def error(world: World, index: int = 24, **other: Any) -> Record:
     return world.record("gmem_error", **known | {"next": mapping + 64} | other)
 
 
+def poison(world: World) -> Record:
+    return world.record("poison", pfn=0x1234, type=11, result=1)
+
+
+def page_of(world: World, *records: Record) -> GmemPage:
+    """The guest_memfd page of the poison after these records."""
+    *_, event = world.feed(*records, poison(world))
+    assert isinstance(event, Poison)
+    assert event.gmem is not None
+    return event.gmem
+
+
 def test_the_owner_of_a_poisoned_page_is_known_by_its_slot() -> None:
     world = World()
-    events = world.feed(world.record("vm_new", ret=0), slot(world), error(world))
-    found = events[-1]
-    assert isinstance(found, GmemPoison)
+    found = page_of(world, world.record("vm_new", ret=0), slot(world), error(world))
+    assert (found.inode, found.index) == (77, 24)
     assert found.owners == (Owner(1, 0x108, 0x7F0000008000),)
     assert found.complete
 
@@ -334,14 +346,13 @@ def test_slots_change(change: int, gone: bool) -> None:
     world = World()
     old = {"old_base": 0x100}
     new = {"base": 0x500} if change == 2 else {"npages": 0} if change == 1 else {}
-    events = world.feed(
+    found = page_of(
+        world,
         world.record("vm_new", ret=0),
         slot(world),
         slot(world, change=change, **old | new),
         error(world),
     )
-    found = events[-1]
-    assert isinstance(found, GmemPoison)
     gfns = [owner.gfn for owner in found.owners]
     assert gfns == ([0x508] if change == 2 else [None] if gone else [0x108])
     assert found.complete == (change != 1)
@@ -349,8 +360,7 @@ def test_slots_change(change: int, gone: bool) -> None:
 
 def test_a_vm_that_was_there_before_owns_pages_somewhere() -> None:
     world = World()
-    (_, found) = world.feed(error(world))
-    assert isinstance(found, GmemPoison)
+    found = page_of(world, error(world))
     assert found.owners == (Owner(1, None),)
     assert not found.complete
 
@@ -359,15 +369,27 @@ def test_an_empty_list_names_no_owner() -> None:
     world = World()
     head = error(world)
     head.fields["entry"] = head.fields["mapping"] + 64
-    (found,) = world.feed(head)
-    assert isinstance(found, GmemPoison)
+    found = page_of(world, head)
     assert (found.owners, found.complete) == ((), False)
+
+
+def test_a_page_is_of_the_next_poison_of_its_thread() -> None:
+    world = World()
+    assert page_of(world, error(world), error(world, index=25)).index == 25
+    (other,) = world.feed(poison(world))
+    assert isinstance(other, Poison)
+    assert other.gmem is None
+    late = error(world)
+    late = late._replace(ts=late.ts - JOIN_NS - 1000)  # its own poison was lost
+    (other,) = world.feed(late, poison(world))
+    assert isinstance(other, Poison)
+    assert other.gmem is None
 
 
 def test_a_fault_names_the_owner_if_the_slot_was_not_known() -> None:
     world = World()
     world.feed(error(world, index=8))
-    world.feed(world.record("poison", pfn=0x1234, type=11, result=1))
+    world.feed(poison(world))
     events = world.feed(world.gmem(-133), world.faultin(-133), world.run(-133))
     assert events[0] == Owned(events[0].ts, 0x1234, Owner(1, GFN, 0x7F0000008000), "fault")
     again = world.feed(world.gmem(-133), world.faultin(-133), world.run(-133))

@@ -10,7 +10,7 @@ from kvmtrace.events import (
     Event,
     Exit,
     Found,
-    GmemPoison,
+    GmemPage,
     GmemRefusal,
     HwError,
     Lost,
@@ -154,8 +154,8 @@ def test_what_is_told_of_another_page_at_the_same_place_is_not_added_up() -> Non
     story: list[Event] = [VmSeen(T0, 1, 4001, "web-1")]
     for n, pfn in enumerate((0x1000, 0x2000)):
         at = T0 + n * 100 * SECOND
-        story.append(GmemPoison(at, 7, 1, 8, (Owner(1, 8),)))
-        story.append(Poison(at + 1, pfn, "", "Failed", tid=7))
+        page = GmemPage(1, 8, (Owner(1, 8),))
+        story.append(Poison(at + 1, pfn, "", "Failed", tid=7, gmem=page))
         for k in range(10):
             told = at + (k + 1) * SECOND
             story.append(Exit(told, 1, 0, 133, 39, True, 7, gfn=8, gmem=133))

@@ -40,9 +40,9 @@ from tests.unit.test_correlate import (
     T0,
     VCPU,
     VMM,
-    gmem,
     hwpoison,
     only,
+    page,
     poison,
     seen,
     tell,
@@ -157,7 +157,7 @@ def test_soft_offline_keeps_what_the_hardware_said_of_the_page() -> None:
 
 
 def test_found_while_it_was_being_poisoned_is_not_from_before() -> None:
-    snapshot, _ = tell(seen(1), Found(T0, PFN), gmem(T0, Owner(1, 8)), poison(T0 + MS))
+    snapshot, _ = tell(seen(1), Found(T0, PFN), poison(T0 + MS, gmem=page(Owner(1, 8))))
     incident = only(snapshot)
     assert (incident.before_start, incident.poisoned_ts) == (False, T0 + MS)
     assert EntryKind.FOUND not in {entry.kind for entry in incident.timeline}
@@ -167,14 +167,14 @@ def test_found_while_it_was_being_poisoned_is_not_from_before() -> None:
 
 def test_a_page_that_fails_again_is_told_so() -> None:
     again = Poison(T0 + MS, PFN, "already poisoned", "Failed")
-    incident = only(tell(seen(1), gmem(T0, Owner(1, 8)), poison(T0), again)[0])
+    incident = only(tell(seen(1), poison(T0, gmem=page(Owner(1, 8))), again)[0])
     poisons = [entry for entry in incident.timeline if entry.kind is EntryKind.POISON]
     assert [entry.count for entry in poisons] == [1, 1]
     assert poisons[1].event == again
 
 
 def test_unpoison_closes() -> None:
-    incident = only(tell(seen(1), gmem(T0, Owner(1, 8)), poison(T0), Unpoison(T0 + MS, PFN))[0])
+    incident = only(tell(seen(1), poison(T0, gmem=page(Owner(1, 8))), Unpoison(T0 + MS, PFN))[0])
     assert (incident.state, incident.unpoisoned_ts) == ("closed", T0 + MS)
 
 
@@ -193,8 +193,8 @@ def test_told_although_unpoisoned_is_open_again() -> None:
 
 
 def test_poisoned_again_after_an_unpoison_is_a_new_incident() -> None:
-    again = (gmem(T0 + 2 * MS, Owner(1, 8)), poison(T0 + 2 * MS), hwpoison(T0 + 3 * MS))
-    snapshot, _ = tell(seen(1), gmem(T0, Owner(1, 8)), poison(T0), Unpoison(T0 + MS, PFN), *again)
+    again = (poison(T0 + 2 * MS, gmem=page(Owner(1, 8))), hwpoison(T0 + 3 * MS))
+    snapshot, _ = tell(seen(1), poison(T0, gmem=page(Owner(1, 8))), Unpoison(T0 + MS, PFN), *again)
     assert [(i.state, i.exits) for i in snapshot.incidents] == [("closed", 0), ("delivered", 1)]
 
 
@@ -249,7 +249,7 @@ def test_an_ordinary_page_is_one_page() -> None:
 
 
 def test_refusals_that_no_exit_told() -> None:
-    log = [seen(1), gmem(T0, Owner(1, 8)), poison(T0)]
+    log = [seen(1), poison(T0, gmem=page(Owner(1, 8)))]
     log += [GmemRefusal(T0 + MS, 1, 8, 5), hwpoison(T0 + 2 * MS, count=3)]
     assert only(tell(*log)[0]).undelivered == 0  # not quiet yet
     snapshot, _ = tell(*log, seen(2, T0 + 3 * MS + QUIET_NS))
@@ -268,8 +268,7 @@ def test_refusals_alone_are_an_incident_that_nobody_was_told_of() -> None:
 def test_names_outlive_the_vm_and_the_memory_of_it() -> None:
     log: list[Event] = [
         VmSeen(T0, 1, 4001, "web", "u-1", "qemu"),
-        gmem(T0, Owner(1, 8)),
-        poison(T0),
+        poison(T0, gmem=page(Owner(1, 8))),
     ]
     log += [hwpoison(T0 + MS), VmGone(T0 + S, 1)]
     for n in range(2, 9):
@@ -283,7 +282,7 @@ def test_names_outlive_the_vm_and_the_memory_of_it() -> None:
 
 def test_poison_of_a_vm_that_is_gone_already() -> None:
     snapshot, _ = tell(
-        VmSeen(T0, 1, 4001, "web"), VmGone(T0, 1), gmem(T0 + MS, Owner(1, 8)), poison(T0 + MS)
+        VmSeen(T0, 1, 4001, "web"), VmGone(T0, 1), poison(T0 + MS, gmem=page(Owner(1, 8)))
     )
     incident = only(snapshot)
     assert (incident.state, incident.vm_identities[1].name) == ("closed", "web")
@@ -294,7 +293,7 @@ def test_poison_of_a_vm_that_is_gone_already() -> None:
 
 
 def test_conversions_neither_open_nor_hide() -> None:
-    log: list[Event] = [seen(1), seen(2), gmem(T0, Owner(1, 8)), poison(T0)]
+    log: list[Event] = [seen(1), seen(2), poison(T0, gmem=page(Owner(1, 8)))]
     for n in range(20_000):
         log.append(Exit(T0 + n, 2, 0, 14, 39, True, 9, 8, n << 12, 4096, n, True, gmem=0, count=5))
     snapshot, _ = tell(*log, hwpoison(T0 + S))

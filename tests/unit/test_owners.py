@@ -24,7 +24,7 @@ from kvmtrace.events import (
     Event,
     Exit,
     Found,
-    GmemPoison,
+    GmemPage,
     Lost,
     Mce,
     Owned,
@@ -519,8 +519,7 @@ def test_a_page_with_guest_memfd_owners_is_not_searched_for(tmp_path: Path) -> N
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     events: list[Event] = [
         VmSeen(1, 5, 7),
-        GmemPoison(2, 70, 383, 3, (Owner(5, 3),)),
-        Poison(3, 0x104CAA, "dirty LRU page", "Failed", tid=70),
+        Poison(3, 0x104CAA, "", "Failed", tid=70, gmem=GmemPage(383, 3, (Owner(5, 3),))),
     ]
     assert story(tmp_path, events) == events
 

@@ -15,7 +15,7 @@ from kvmtrace.views import json_output
 from kvmtrace.views.explain import as_object, explain_text
 from kvmtrace.views.tables.table import table_text
 from kvmtrace.views.web import landing
-from tests.unit.test_correlate import HVA, MS, PFN, T0, VMM, gmem, hwpoison, only, seen, tell
+from tests.unit.test_correlate import HVA, MS, PFN, T0, hwpoison, only, page, seen, tell
 
 KERNEL = ("reserved kernel page", "high-order kernel page", "kernel slab page")
 UNHELD = (
@@ -103,19 +103,19 @@ def test_words(page_type: str | None, result: str | None, verdict: str | None) -
 @pytest.mark.parametrize("page_type", ["dirty unevictable LRU page", "unknown page"])
 def test_a_page_of_a_vm_is_the_vms_whatever_the_kernel_could_not_do(page_type: str) -> None:
     """guest_memfd's handler returns MF_DELAYED where 0 is expected: "Failed", though it is kept."""
-    failed = dataclasses.replace(verdict(page_type, "Failed"), tid=VMM)
-    incident = only(tell(seen(1), gmem(T0, Owner(1, 8, HVA)), failed)[0])
+    failed = dataclasses.replace(verdict(page_type, "Failed"), gmem=page(Owner(1, 8, HVA)))
+    incident = only(tell(seen(1), failed)[0])
     assert (incident.page_class, incident.state) == ("vm", "latent")
-    snapshot, _ = tell(seen(1), gmem(T0), failed)
+    snapshot, _ = tell(seen(1), dataclasses.replace(failed, gmem=page()))
     assert (only(snapshot).page_class, only(snapshot).state) == ("vm", "unowned")
     assert as_object(only(snapshot), snapshot)["next"][0].startswith("find the VM: ")
 
 
 def test_what_a_guest_ran_into_is_guest_memory() -> None:
     """Found by `make fuzz`: it was delivered, and then two owners made it the kernel's."""
-    failed = dataclasses.replace(verdict("unknown page"), tid=VMM)
-    shared = gmem(T0, Owner(1, 8), Owner(2, 8))
-    for story in ((hwpoison(T0), shared, failed), (hwpoison(T0), failed, owned(1, 8, HVA))):
+    failed = verdict("unknown page")
+    shared = dataclasses.replace(failed, gmem=page(Owner(1, 8), Owner(2, 8)))
+    for story in ((hwpoison(T0), shared), (hwpoison(T0), failed, owned(1, 8, HVA))):
         incident = tell(seen(1), seen(2), *story)[0].incidents[0]
         assert incident.page_class == "vm"
         assert Owner(1, 8) in incident.owners
@@ -211,9 +211,7 @@ def test_an_unpoisoned_page_of_the_kernels_is_no_risk() -> None:
 
 
 def shown() -> tuple[Incident, Snapshot]:
-    snapshot, _ = tell(
-        seen(1), gmem(T0, Owner(1, 8)), verdict("dirty LRU page", pfn=7), verdict(KERNEL[0])
-    )
+    snapshot, _ = tell(seen(1), verdict("dirty LRU page", pfn=7), verdict(KERNEL[0]))
     return next(i for i in snapshot.incidents if i.pfn == PFN), snapshot
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from hypothesis import strategies as st
 from kvmtrace.cli.inputs import WatchedLog
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import (
+    JOIN_NS,
     KINDS,
     ClockStep,
     Event,
     Exit,
     Found,
-    GmemPoison,
+    GmemPage,
     GmemRefusal,
     Host,
     HwError,
@@ -44,9 +46,10 @@ from kvmtrace.views import lookup
 from tests.unit.fake import PROBES, STORY, T0
 
 HOST = Host("sick-host", "6.18.15", "bpf", "bpf works here", 4096)
+POISON = Poison(T0, 0x103275, "dirty LRU page", "Recovered", 9, 2, 5)
 EVERY_KIND: tuple[Event, ...] = (
     *STORY,
-    GmemPoison(T0, 5, 383, 8, (Owner(1, 8, 0x7F0000000000), Owner(2, None)), False),
+    replace(POISON, gmem=GmemPage(383, 8, (Owner(1, 8, 0x7F0000000000), Owner(2, None)), False)),
     Owned(T0, 0x103275, Owner(2, 9), "pagemap"),
     Sigbus(T0, 1, 2, 4, 0x7F0000000000, 12, sender=3, vm=1, vcpu=0, gfn=8, pfn=9, comm="cat"),
     Mce(T0, 0xFFFFFFFFFFFFFFFF, None, 1, 2, 0, 0xBD80000000100134),
@@ -159,6 +162,7 @@ def test_from_the_future(tmp_path: Path) -> None:
         '{"kind": "sigbus", "ts": 1, "pid": 1, "tid": 1, "code": 4, "hva": 1, "lsb": 40000000000}',
         '{"kind": "owned", "ts": 1, "pfn": 1, "via": "x", "owner": 7}',
         '{"kind": "gmem_poison", "ts": 1, "tid": 1, "index": 1, "owners": 7}',
+        '{"kind": "poison", "ts": 1, "pfn": 1, "page_type": "", "result": "", "gmem": [1]}',
         '{"kind": "kernel_counts", "ts": 1, "failures": [["total", "many"]]}',
         '{"kind": "kernel_counts", "ts": 1, "failures": [["total"]]}',
         '{"kind": "kernel_counts", "ts": 1, "failures": [["total", 1, 2]]}',
@@ -193,6 +197,58 @@ def test_events_of_a_newer_kvmtrace_are_lost(tmp_path: Path) -> None:
     path.write_text(recorded(()) + "\n".join(lines) + "\n")
     lost = Lost(7, "unknown_events", 1)
     assert replayed(path)[0] == [lost, lost, Tick(9)]
+
+
+def old_page(ts: int, tid: int, index: int = 8) -> str:
+    """The line before a poison's that older versions wrote for its guest_memfd page."""
+    line = {"kind": "gmem_poison", "ts": ts, "tid": tid, "inode": 383, "index": index}
+    return json.dumps({**line, "owners": [{"vm": 1, "gfn": index}]})
+
+
+def old_poison(ts: int, tid: int | None) -> str:
+    line = {"kind": "poison", "ts": ts, "tid": tid, "pfn": 5, "page_type": "a", "result": "b"}
+    return json.dumps({name: value for name, value in line.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("pages", "tid", "index"),
+    [
+        ([(T0, 5, 8)], 5, 8),
+        ([(T0 - JOIN_NS, 5, 8)], 5, 8),
+        ([(T0 - 1, 5, 8), (T0, 5, 9)], 5, 9),
+        ([(T0, 5, 8), (T0, 6, 9)], 5, 8),
+        ([(T0, 6, 8)], 5, None),  # another thread's
+        ([(T0, 5, 8)], None, None),
+        ([(T0 - JOIN_NS - 1, 5, 8)], 5, None),  # its own poison was lost
+        ([(T0 + 1, 5, 8)], 5, None),  # of the next poison
+    ],
+)
+def test_a_guest_memfd_page_in_a_line_of_its_own(
+    tmp_path: Path, pages: list[tuple[int, int, int]], tid: int | None, index: int | None
+) -> None:
+    path = tmp_path / "r"
+    lines = [old_page(*page) for page in pages] + [old_poison(T0, tid)]
+    path.write_text(recorded(()) + "\n".join(lines) + "\n")
+    page = None if index is None else GmemPage(383, index, (Owner(1, index),))
+    assert replayed(path)[0] == [Poison(T0, 5, "a", "b", tid=tid, gmem=page)]
+
+
+def test_a_guest_memfd_page_is_of_one_poison(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    lines = (old_page(T0, 5), old_poison(T0, 5), old_poison(T0, 5))
+    path.write_text(recorded(()) + "\n".join(lines) + "\n")
+    first, second = replayed(path)[0]
+    assert first == Poison(T0, 5, "a", "b", tid=5, gmem=GmemPage(383, 8, (Owner(1, 8),)))
+    assert second == Poison(T0, 5, "a", "b", tid=5)
+
+
+def test_pages_that_never_find_their_poison_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    path.write_text(recorded(()) + "\n".join(old_page(T0 + n, n) for n in range(1029)) + "\n")
+    assert replayed(path)[0] == [Lost(T0 + n, "halves", 1) for n in range(1024, 1029)]
+    late = (old_page(T0 + n * 2 * JOIN_NS, n) for n in range(1029))
+    path.write_text(recorded(()) + "\n".join(late) + "\n")
+    assert replayed(path)[0] == []
 
 
 def test_values_of_registers_are_not_out_of_range(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ import pytest
 from kvmtrace.events import (
     ClockStep,
     Exit,
-    GmemPoison,
+    GmemPage,
     HwError,
     Mce,
     Owned,
     Owner,
     PageReplaced,
+    Poison,
     Sigbus,
     VcpuState,
 )
@@ -84,8 +85,9 @@ def test_what_happened(entry: TimelineEntry, text: str) -> None:
 
 
 def test_an_incomplete_walk_says_so() -> None:
-    walk = GmemPoison(0, 31, None, 3, complete=False)
-    entry = TimelineEntry(0, EntryKind.OWNER, walk, Join(JoinedBy.GMEM_THREAD), owner=Owner(1, 8))
+    walk = GmemPage(None, 3, complete=False)
+    poison = Poison(0, 5, "a", "b", tid=31, gmem=walk)
+    entry = TimelineEntry(0, EntryKind.OWNER, poison, Join(JoinedBy.GMEM_THREAD), owner=Owner(1, 8))
     assert joined_by(entry) == (
         "same thread as the poison, guest_memfd index 0x3; not all bindings could be seen"
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ctypes import c_int32, c_uint32, c_uint64
 from typing import Any
 
-from kvmtrace.events import Event, GmemPoison, Owner, Poison, SoftOffline, Unpoison
+from kvmtrace.events import Event, GmemPage, Owner, Poison, SoftOffline, Unpoison
 from kvmtrace.sources.bpf import records
 from kvmtrace.sources.vm_table import VmTable
 
@@ -64,22 +64,15 @@ class BpfPoison:
     def poison(self, record: Any) -> list[Event]:
         ts = record.h.ts + self._offset
         events: list[Event] = []
+        gmem = None
         if record.gmem.seen:
             owners = []
             for place in record.gmem.owners[: record.gmem.nr_owners]:
                 vm, seen = self._vms.key(place.kvm, place.pid, ts, generation=place.gen)
                 events += seen
                 owners.append(Owner(vm, place.gfn, place.hva or None))
-            events.append(
-                GmemPoison(
-                    ts,
-                    record.h.tid,
-                    record.gmem.inode or None,
-                    record.gmem.index,
-                    tuple(owners),
-                    bool(record.gmem.complete),
-                )
-            )
+            inode, complete = record.gmem.inode or None, bool(record.gmem.complete)
+            gmem = GmemPage(inode, record.gmem.index, tuple(owners), complete)
         events.append(
             Poison(
                 ts,
@@ -89,6 +82,7 @@ class BpfPoison:
                 record.page_type,
                 record.result,
                 record.h.tid,
+                gmem,
             )
         )
         return events

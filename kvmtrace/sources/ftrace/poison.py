@@ -1,8 +1,9 @@
 """Poison: ``poison``, ``gmem_error``, ``soft_offline``, ``unpoison``.
 
-A guest_memfd page (``gmem_error``) and its pfn (``poison``) are joined by the thread, as the
-correlator does it. So a later fault on the page can name its owner (``Owned``) if the memslot was
-not known at the time of the poison.
+memory_failure calls kvm_gmem_error_folio and then traces its result in the same thread
+(mm/memory-failure.c), so a guest_memfd page (``gmem_error``) is of the next ``poison`` of its
+thread. A later fault on the page names its owner (``Owned``) if the memslot was not known at the
+time of the poison.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from kvmtrace import kvm
 from kvmtrace.bounded import BoundedDict
-from kvmtrace.events import Event, GmemPoison, Owned, Owner, Poison, SoftOffline, Unpoison
+from kvmtrace.events import JOIN_NS, Event, GmemPage, Owned, Owner, Poison, SoftOffline, Unpoison
 from kvmtrace.sources.ftrace.fields import RET, TGID, ProbeRequest, helper, needed, optional
 from kvmtrace.sources.ftrace.memslots import Memslots
 from kvmtrace.sources.ftrace.records import Record
@@ -49,7 +50,7 @@ PROBES = {
 
 
 class Poisons:
-    """Records → ``Poison``, ``GmemPoison``, ``Owned``, ``SoftOffline``, ``Unpoison``.
+    """Records → ``Poison``, ``Owned``, ``SoftOffline``, ``Unpoison``.
 
     ``names``: of memory_failure_event's ``type`` and ``result``.
     """
@@ -59,8 +60,8 @@ class Poisons:
         self._types, self._results = names
         self.memory = Memslots()
         """The memslots that probes have reported."""
-        self._pages: BoundedDict[int, tuple[int, int]] = BoundedDict(MAX_THREADS)
-        """{thread: (ino, index)} between ``gmem_error`` and ``poison``."""
+        self._pages: BoundedDict[int, tuple[int, GmemPage]] = BoundedDict(MAX_THREADS)
+        """{thread: (time, page)} between ``gmem_error`` and ``poison``."""
         self._owned: BoundedDict[tuple[int, int, int], None] = BoundedDict(MAX_POISONED_PAGES)
 
     def slot(self, record: Record) -> None:
@@ -71,14 +72,13 @@ class Poisons:
         """Forget a destroyed VM."""
         self.memory.forget(struct)
 
-    def gmem_error(self, record: Record) -> Event:
+    def gmem_error(self, record: Record) -> None:
         """memory_failure calls guest_memfd."""
         fields = record.fields
-        tid, index, ino = fields["common_pid"], fields["index"], fields.get("ino")
+        index, ino = fields["index"], fields.get("ino")
         owners: list[Owner] = []
         held: set[int] = set()
         if ino is not None:
-            self._pages[tid] = (ino, index)
             for struct, gfn, hva in self.memory.bindings(ino, index):
                 vm = self._vms.known_key(struct)
                 if vm is not None:
@@ -92,15 +92,18 @@ class Poisons:
             if vm is not None:
                 owners.append(Owner(vm, None))
         complete = listed is not None and held == {listed} and _has_single_gmem_file(fields)
-        return GmemPoison(record.ts, tid, ino, index, tuple(owners), complete)
+        page = GmemPage(ino, index, tuple(owners), complete)
+        self._pages.renew(fields["common_pid"], (record.ts, page))
 
     def poison(self, record: Record) -> Event:
         """memory_failure has handled a page."""
         fields = record.fields
         kind, result, tid = fields["type"], fields["result"], fields["common_pid"]
-        page = self._pages.pop(tid, None)
-        if page is not None:
-            self.memory.add_poisoned(*page, fields["pfn"])
+        called, gmem = self._pages.pop(tid, (0, None))
+        if record.ts - called > JOIN_NS:
+            gmem = None
+        if gmem is not None and gmem.inode is not None:
+            self.memory.add_poisoned(gmem.inode, gmem.index, fields["pfn"])
         return Poison(
             record.ts,
             fields["pfn"],
@@ -109,6 +112,7 @@ class Poisons:
             kind,
             result,
             tid,
+            gmem,
         )
 
     def gmem(self, record: Record) -> list[Event]:

@@ -153,7 +153,7 @@ class FtraceTranslator:
             case "poison":
                 return [self.poisons.poison(record)]
             case "gmem_error":
-                return [self.poisons.gmem_error(record)]
+                self.poisons.gmem_error(record)
             case "sigbus" | "sigbus_forced":
                 return self.signals.sigbus(record)
             case "sigbus_bare":
