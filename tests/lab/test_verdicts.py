@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvmtrace.model import VerdictWord
-from kvmtrace.sources.bpf import programs
+from kvmtrace.sources import limits
 from tests.lab.harness import PATIENCE, Line, Vmm, told_by
 from tests.lab.machine import Machine
 from tests.lab.vmm import private_vms
@@ -191,7 +191,7 @@ def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
     """Of one page over and over, and of more pages than the eBPF source has counters."""
     machine = boot()
     private_vms.offer(machine)
-    pages = programs.MAX_KEYS + 600
+    pages = limits.MAX_KEYS + 600
     with recorded(machine):
         busy = Vmm(machine, "confidential")
         busy.step(f"create p private=1 backing=gmem pages={pages + 8}")
