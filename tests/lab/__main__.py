@@ -9,13 +9,15 @@ import sys
 from tests.lab.config import rows
 from tests.lab.errors import LabError, status_of
 from tests.lab.machine import DEFAULT, Machine, prepare
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 
 
 def _prepare(names: list[str]) -> int:
     for name in names:
         made = prepare(name)
-        say(f"{name}: Linux {made.kernel.release}, root {made.row.root.name}, {made.qemu.version}")
+        print_status(
+            f"{name}: Linux {made.kernel.release}, root {made.row.root.name}, {made.qemu.version}"
+        )
     return 0
 
 
@@ -28,15 +30,15 @@ def _list() -> int:
 
 def _shell(name: str, cmdline: str, lacking: list[str]) -> int:
     with Machine.boot(name, cmdline_extra=cmdline, lacking=lacking) as machine:
-        say(f"{name}: Linux {machine.release}, up in {machine.boot_seconds:.1f} s")
+        print_status(f"{name}: Linux {machine.release}, up in {machine.boot_seconds:.1f} s")
         if not sys.stdin.isatty():
             result = machine.run(["bash"], timeout=3600, stdin=sys.stdin.read())
             sys.stdout.write(result.stdout)
             sys.stderr.write(result.stderr)
             return result.status
         with contextlib.suppress(LabError):
-            say(f"{machine.share} here is /mnt/share there")
-        say("exit or Ctrl-D ends the machine")
+            print_status(f"{machine.share} here is /mnt/share there")
+        print_status("exit or Ctrl-D ends the machine")
         return machine.attach(["bash", "--login"])
 
 

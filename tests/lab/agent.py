@@ -120,7 +120,7 @@ class Agent:
         self.jobs: dict[int, Job] = {}
         self.selector = selectors.DefaultSelector()
 
-    def tell(self, **message: object) -> None:
+    def send(self, **message: object) -> None:
         """Send one line to the host."""
         data = json.dumps(message).encode() + b"\n"
         while data:
@@ -131,14 +131,14 @@ class Agent:
         try:
             job = Job(request)
         except OSError as error:
-            self.tell(id=identity, err=base64.b64encode(f"{error}\n".encode()).decode())
-            self.tell(id=identity, exit=127)
+            self.send(id=identity, err=base64.b64encode(f"{error}\n".encode()).decode())
+            self.send(id=identity, exit=127)
             return
         self.jobs[identity] = job
         for stream, descriptor in job.outputs.items():
             self.selector.register(descriptor, selectors.EVENT_READ, (identity, stream))
 
-    def obey(self, request: dict[str, Any]) -> None:
+    def handle(self, request: dict[str, Any]) -> None:
         """Do what one line of the host asks."""
         identity = request["id"]
         if request["op"] == "start":
@@ -165,7 +165,7 @@ class Agent:
         except OSError:  # a pty whose programs have ended
             data = b""
         if data:
-            self.tell(id=identity, **{stream: base64.b64encode(data).decode()})
+            self.send(id=identity, **{stream: base64.b64encode(data).decode()})
         else:
             self.selector.unregister(descriptor)
             os.close(descriptor)
@@ -177,7 +177,7 @@ class Agent:
             os.set_blocking(descriptor, False)
             try:
                 while data := os.read(descriptor, CHUNK):
-                    self.tell(id=identity, **{stream: base64.b64encode(data).decode()})
+                    self.send(id=identity, **{stream: base64.b64encode(data).decode()})
             except OSError:
                 pass  # empty, or held open by a program left in the background
             self.selector.unregister(descriptor)
@@ -191,7 +191,7 @@ class Agent:
             if status is not None:
                 self.drain(identity, job)
                 del self.jobs[identity]
-                self.tell(id=identity, exit=status)
+                self.send(id=identity, exit=status)
 
     def serve(self) -> None:
         """Until the host closes the port."""
@@ -201,7 +201,7 @@ class Agent:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self.selector.register(self.port, selectors.EVENT_READ, None)
         self.selector.register(wake, selectors.EVENT_READ, None)
-        self.tell(ready=os.uname().release)
+        self.send(ready=os.uname().release)
         pending = b""
         while True:
             waiting = any(job.pending or job.eof for job in self.jobs.values())
@@ -212,7 +212,7 @@ class Agent:
                         return
                     *lines, pending = (pending + data).split(b"\n")
                     for line in lines:
-                        self.obey(json.loads(line))
+                        self.handle(json.loads(line))
                 elif key.fd == wake:
                     os.read(wake, CHUNK)
                 else:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 
 SCRAPERS, CHECKERS = 32, 16
 VMS = 200
@@ -138,7 +138,7 @@ def measure(windows: int) -> list[str]:
             rates["alone"].append(rate())
             with _asking(port):
                 rates["asked"].append(rate())
-            say(
+            print_status(
                 f"bench: asked: window {number + 1} of {windows}: "
                 f"{rates['alone'][-1]:,.0f} events, {rates['asked'][-1]:,.0f} while asked"
             )

@@ -21,7 +21,7 @@ from tests.lab import asked, idle
 from tests.lab.errors import status_of
 from tests.lab.harness import PATIENCE, Vmm
 from tests.lab.machine import DEFAULT, Job, Machine
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 from tests.lab.readme import keep
 
 _Stream = Literal["stdout", "stderr"]
@@ -79,7 +79,9 @@ def overhead(machine: Machine, exits: int, rounds: int) -> list[str]:
                 began = vmm.step("pid")["mono_ns"]
                 ended = vmm.step(f"pio v {exits}", patience=10 * PATIENCE)["mono_ns"]
             rates[name].append(exits * 1e9 / (ended - began))
-            say(f"bench: round {number + 1} of {rounds}: {name}: {rates[name][-1]:,.0f} exits/s")
+            print_status(
+                f"bench: round {number + 1} of {rounds}: {name}: {rates[name][-1]:,.0f} exits/s"
+            )
     vmm.end()
     base = statistics.median(rates["nothing attached"])
     rows = ["| watching by | KVM_RUN exits/s (median) | ratio |", "|---|---|---|"]
@@ -117,7 +119,7 @@ def footprint(machine: Machine, repeats: int) -> list[str]:
                 job.signal(signal.SIGTERM)
                 job.wait(PATIENCE)
             rows.append(f"| {name} | {source} | {statistics.median(times):.1f} s | {rss} |")
-            say(f"bench: {rows[-1]}")
+            print_status(f"bench: {rows[-1]}")
     return rows
 
 
@@ -135,7 +137,7 @@ def storm_cost(machine: Machine, rounds: int) -> list[str]:
             spent = _cpu_seconds(machine) - before
             vmm.end()
         rows.append(f"| {source} | {rounds / took:,.0f} | {100 * spent / took:.1f} % of a CPU |")
-        say(f"bench: {rows[-1]}")
+        print_status(f"bench: {rows[-1]}")
     return rows
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 
 
 def directory() -> Path:
@@ -47,7 +47,7 @@ def lock(name: str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process to finish {name}")
+            print_status(f"waiting for another process to finish {name}")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 

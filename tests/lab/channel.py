@@ -138,21 +138,21 @@ class Job:
     def send(self, text: str | bytes) -> None:
         """Text to its standard input."""
         data = text.encode() if isinstance(text, str) else text
-        self._ask("stdin", data=base64.b64encode(data).decode())
+        self._request("stdin", data=base64.b64encode(data).decode())
 
     def close_stdin(self) -> None:
         """End of its standard input."""
-        self._ask("stdin", eof=True)
+        self._request("stdin", eof=True)
 
     def signal(self, number: int) -> None:
         """A signal to it and to the programs it started."""
-        self._ask("signal", signal=int(number))
+        self._request("signal", signal=int(number))
 
     def resize(self, rows: int, columns: int) -> None:
         """Another size for its terminal."""
-        self._ask("resize", size=[rows, columns])
+        self._request("resize", size=[rows, columns])
 
-    def _ask(self, operation: str, **more: object) -> None:
+    def _request(self, operation: str, **more: object) -> None:
         self.channel.send(op=operation, id=self.identity, **more)
 
     def wait(self, timeout: float = 60) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.lab.errors import LabError
-from tests.lab.harness import PATIENCE, followers
+from tests.lab.harness import PATIENCE, followed_jobs
 from tests.lab.machine import DEFAULT, Machine, prepare
 
 SWITCH = os.environ.get("KVMTRACE_LAB", "")
@@ -107,7 +107,7 @@ def machine(shared_machine: Shared) -> Iterator[Machine]:
     yield machine
     if not machine.alive:
         return
-    followed = followers(machine)
+    followed = followed_jobs(machine)
     for identity, job in list(machine.channel.jobs.items()):
         if identity not in before and job not in followed and job.poll() is None:
             job.signal(signal.SIGTERM)

@@ -18,7 +18,7 @@ from tests.lab.config import row
 from tests.lab.errors import LabError, status_of
 from tests.lab.harness import PATIENCE, Vmm
 from tests.lab.machine import DEFAULT, Machine, prepare
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 
 PACE = 2.5  # seconds between two things that happen, for people who watch
 FOREVER = 1_000_000_000
@@ -30,10 +30,10 @@ lab:   db-1 (dressed as Firecracker)  holds a poisoned page, loses other memory
 lab:   cache-1 (anonymous memory)     loses a mapping, and gets a SIGBUS
 lab: in `kvmtrace top`: tab and enter to look closer, ? for help, q to end"""
 
-DRESSING_ROOM = "/tmp/demo"
-DRESSED = {
-    "web-1": f"{DRESSING_ROOM}/qemu-system-x86_64 -uuid 7f6b8a52-3c1d-4c9e-9a44-0d2f5e6b7c81",
-    "db-1": f"{DRESSING_ROOM}/firecracker --id db-1",
+DISGUISES = "/tmp/demo"
+VMM_COMMANDS = {
+    "web-1": f"{DISGUISES}/qemu-system-x86_64 -uuid 7f6b8a52-3c1d-4c9e-9a44-0d2f5e6b7c81",
+    "db-1": f"{DISGUISES}/firecracker --id db-1",
     "cache-1": "vmm",
 }
 
@@ -42,25 +42,25 @@ Step = tuple[str, Callable[[], object]]
 
 
 class Story:
-    """What happens to the VMs, step by step; `tell` is called before each."""
+    """What happens to the VMs, step by step; `announce` is called before each."""
 
-    def __init__(self, machine: Machine, tell: Callable[[str], None] = lambda _: None) -> None:
-        self._tell = tell
+    def __init__(self, machine: Machine, announce: Callable[[str], None] = lambda _: None) -> None:
+        self._announce = announce
         self._machine = machine
         self._vms: dict[str, Vmm] = {}
-        self.over = threading.Event()
+        self.stopped = threading.Event()
         self.ended = False
         self.failure: Exception | None = None
 
     def _run(self) -> None:
         try:
             for text, what in self._steps():
-                if self.over.wait(PACE):
+                if self.stopped.wait(PACE):
                     return
-                self._tell(text)
+                self._announce(text)
                 what()
         except (LabError, AssertionError) as failure:
-            if not self.over.is_set():
+            if not self.stopped.is_set():
                 self.failure = failure
         finally:
             self.ended = True
@@ -76,21 +76,21 @@ class Story:
         """A VMM by this command line: of our own program, under whatever name."""
         program = how.partition(" ")[0]
         if program != "vmm":
-            dress = f"mkdir -p {DRESSING_ROOM} && cp $(command -v vmm) {program}"
+            dress = f"mkdir -p {DISGUISES} && cp $(command -v vmm) {program}"
             self._machine.run(dress, check=True)
         vmm = self._vms[name] = Vmm(self._machine, name, program=how)
         for text in steps:
             vmm.step(text)
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """It happens meanwhile; what went wrong in it is raised afterwards."""
         thread = threading.Thread(target=self._run, name="story", daemon=True)
         thread.start()
         try:
             yield
         finally:
-            self.over.set()
+            self.stopped.set()
             thread.join(PATIENCE)
         if self.failure is not None:
             raise LabError(f"the story went wrong: {self.failure}") from self.failure
@@ -105,20 +105,20 @@ class PoisonStory(Story):
     """Memory fails, the kernel poisons the pages, and VMMs are notified of it."""
 
     def _steps(self) -> Iterator[Step]:
-        web, db, cache = (self._vms[name] for name in DRESSED)
-        if not self._attached():
+        web, db, cache = (self._vms[name] for name in VMM_COMMANDS)
+        if not self._wait_until_attached():
             return
         yield (
             "machine check: an error in a page of web-1 is corrected",
-            lambda: mca.report(self._machine, mca.CORRECTED, self._address(web, 5)),
+            lambda: mca.inject(self._machine, mca.CORRECTED, self._address(web, 5)),
         )
         yield (
             "machine check: the next one cannot be; the kernel poisons the page",
-            self._loses(web, 5),
+            self._poison(web, 5),
         )
         yield (
             "machine check: a page of db-1 is poisoned, and nobody touches it",
-            self._loses(db, 7),
+            self._poison(db, 7),
         )
         yield "web-1: its guest touches the page; the VMM is notified", steps(web, "touch v +5")
         yield (
@@ -133,15 +133,15 @@ class PoisonStory(Story):
             "cache-1: a mapping is gone: EFAULT without an address",
             steps(cache, "unmap v +9", "touch v +9"),
         )
-        yield "machine check: a page of cache-1 is poisoned", self._loses(cache, 5)
+        yield "machine check: a page of cache-1 is poisoned", self._poison(cache, 5)
         yield (
             "cache-1: its guest touches the page; the VMM gets a SIGBUS",
             steps(cache, "touch v +5"),
         )
-        yield "machine check: one more page of web-1 is poisoned", self._loses(web, 6)
+        yield "machine check: one more page of web-1 is poisoned", self._poison(web, 6)
 
-    def _loses(self, vmm: Vmm, page: int) -> Callable[[], object]:
-        return lambda: mca.lose(self._machine, self._address(vmm, page))
+    def _poison(self, vmm: Vmm, page: int) -> Callable[[], object]:
+        return lambda: mca.inject_poison(self._machine, self._address(vmm, page))
 
     def _address(self, vmm: Vmm, page: int) -> int:
         return mca.address_in(self._machine, vmm.step(f"pfn v +{page}")["pfn"])
@@ -149,20 +149,20 @@ class PoisonStory(Story):
     def start_vms(self) -> None:
         """Three VMs, on a host that looks into its machine check banks often."""
         mca.poll_often(self._machine)
-        for name, how in DRESSED.items():
+        for name, how in VMM_COMMANDS.items():
             more = "backing=anon" if name == "cache-1" else "backing=gmem slots=2 files=each"
             touched = [f"touch v +{page}" for page in (5, 6, 7, 40)]
             ordinary = f"pio v {FOREVER} gap_us=100000 vcpu=1 bg=1"
             self._start(name, how, f"create v vcpus=2 {more}", *touched, ordinary)
 
-    def _attached(self) -> bool:
+    def _wait_until_attached(self) -> bool:
         """Wait until KVM_RUN is watched and nothing more is attached; False if it is over before.
 
         What comes first is seen by other probes than what comes later.
         """
         before: leftovers.Attached = {}
-        while not self.over.wait(PACE):
-            now = leftovers.probing(self._machine)
+        while not self.stopped.wait(PACE):
+            now = leftovers.attached_probes(self._machine)
             functions = map(str, now["functions"])
             watched = any(one.startswith("kvm_arch_vcpu_ioctl_run") for one in functions)
             if watched and now == before:
@@ -171,26 +171,30 @@ class PoisonStory(Story):
         return False
 
 
-def live(machine: Machine, source: str) -> int:
+def show_live(machine: Machine, source: str) -> int:
     """`kvmtrace top` on this terminal, until the person quits."""
     story = PoisonStory(machine)
     story.start_vms()
     print(INTRODUCTION, file=sys.stderr)
-    say("starting kvmtrace top (compiling for eBPF takes up to a minute under emulation) ...")
-    with story.told():
+    print_status(
+        "starting kvmtrace top (compiling for eBPF takes up to a minute under emulation) ..."
+    )
+    with story.running():
         status = machine.attach(f"exec kvmtrace top --source {source}")
     if status == 0:
-        say("the end. `make lab` gives you a shell in such a machine")
+        print_status("the end. `make lab` gives you a shell in such a machine")
     return status
 
 
-def printed(machine: Machine, source: str) -> int:
+def print_final_table(machine: Machine, source: str) -> int:
     """The table as it is after all has happened."""
-    story = PoisonStory(machine, lambda text: say(f"  {text}"))
+    story = PoisonStory(machine, lambda text: print_status(f"  {text}"))
     story.start_vms()
-    say("no terminal: the final table will be printed; starting kvmtrace (up to a minute) ...")
+    print_status(
+        "no terminal: the final table will be printed; starting kvmtrace (up to a minute) ..."
+    )
     top = machine.start(f"exec kvmtrace top --once --source {source} --interval 1h")
-    with story.told():
+    with story.running():
         machine.channel.wait(lambda: story.ended or top.poll() is not None, PATIENCE * 5, "end")
         if story.ended:
             machine.run("sleep 2")  # the last events have to be read
@@ -210,12 +214,12 @@ def main() -> int:
     chosen = parser.parse_args()
     if row(chosen.kernel).arch.name != "amd64":
         parser.error("machine checks are x86's; `make demo-hw` is for arm64")
-    say("preparing (the first time that means minutes of downloads and building) ...")
+    print_status("preparing (the first time that means minutes of downloads and building) ...")
     prepare(chosen.kernel)
-    say("booting a machine of its own, emulated ...")
+    print_status("booting a machine of its own, emulated ...")
     with Machine.boot(chosen.kernel, lacking=chosen.lacking) as machine:
-        say(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
-        show = live if sys.stdin.isatty() and sys.stdout.isatty() else printed
+        print_status(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
+        show = show_live if sys.stdin.isatty() and sys.stdout.isatty() else print_final_table
         return show(machine, chosen.source)
 
 

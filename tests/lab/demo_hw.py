@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Iterator
 
 from tests.lab import cper
-from tests.lab.demo import DRESSING_ROOM, FOREVER, Step, Story, steps
+from tests.lab.demo import DISGUISES, FOREVER, Step, Story, steps
 from tests.lab.errors import status_of
 from tests.lab.harness import PATIENCE
 from tests.lab.machine import Machine, prepare
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 
 KERNEL = "arm64-newest"
 
@@ -34,7 +34,7 @@ class HardwareStory(Story):
 
     def start_vms(self) -> None:
         """Two VMs, whose second vCPU has ordinary work."""
-        qemu = f"{DRESSING_ROOM}/qemu-system-aarch64 -uuid 7f6b8a52-3c1d-4c9e-9a44-0d2f5e6b7c81"
+        qemu = f"{DISGUISES}/qemu-system-aarch64 -uuid 7f6b8a52-3c1d-4c9e-9a44-0d2f5e6b7c81"
         for name, how, backing in (("web-1", qemu, "gmem"), ("db-1", "vmm", "anon")):
             touched = [f"touch v +{page}" for page in (5, 6, 7)]
             ordinary = f"pio v {FOREVER} gap_us=100000 vcpu=1 bg=1"
@@ -75,23 +75,23 @@ class HardwareStory(Story):
         return fail
 
 
-def shown(machine: Machine, *, live: bool) -> int:
+def show(machine: Machine, *, live: bool) -> int:
     """`top`, on this terminal until the person quits or once at the end, and `explain`."""
-    tell = (lambda _: None) if live else (lambda text: say(f"  {text}"))
-    story = HardwareStory(machine, tell)
+    announce = (lambda _: None) if live else (lambda text: print_status(f"  {text}"))
+    story = HardwareStory(machine, announce)
     story.start_vms()
     if live:
         print(INTRODUCTION, file=sys.stderr)
-        with story.told():
+        with story.running():
             status = machine.attach("exec kvmtrace top")
         if status:
             return status
     else:
-        say("no terminal: the final table will be printed")
-        with story.told():
+        print_status("no terminal: the final table will be printed")
+        with story.running():
             machine.channel.wait(lambda: story.ended, PATIENCE * 5, "end of the story")
         _print(machine, "kvmtrace top --once")
-    say("kvmtrace explain web-1")
+    print_status("kvmtrace explain web-1")
     _print(machine, "kvmtrace explain web-1")
     return 0
 
@@ -109,15 +109,15 @@ def main() -> int:
     parser.add_argument("--source", choices=("auto", "bpf", "ftrace"), default="auto")
     parser.add_argument("--kernel", default=KERNEL, metavar="NAME")
     chosen = parser.parse_args()
-    say("preparing (the first time that means minutes of downloads and building) ...")
+    print_status("preparing (the first time that means minutes of downloads and building) ...")
     prepare(chosen.kernel)
-    say("booting an arm64 machine of its own, emulated, with firmware ...")
+    print_status("booting an arm64 machine of its own, emulated, with firmware ...")
     with Machine.boot(chosen.kernel, ras=True) as machine:
-        say(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
-        say("starting kvmtrace serve (compiling for eBPF takes up to a minute) ...")
+        print_status(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
+        print_status("starting kvmtrace serve (compiling for eBPF takes up to a minute) ...")
         serve = machine.start(f"exec kvmtrace serve --source {chosen.source} --listen 127.0.0.1:0")
         serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
-        status = shown(machine, live=sys.stdin.isatty() and sys.stdout.isatty())
+        status = show(machine, live=sys.stdin.isatty() and sys.stdout.isatty())
         serve.signal(signal.SIGTERM)
         return status or serve.wait(PATIENCE)
 

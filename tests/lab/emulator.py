@@ -18,10 +18,10 @@ from typing import Any
 from tests.lab.errors import LabError, LabPanic
 
 WORK = "kvmtrace-lab-"
-DYING = re.compile(
+PANIC = re.compile(
     r"Kernel panic - not syncing|^.{0,40}\bOops: |BUG: unable to handle", re.MULTILINE
 )
-LAST_WORDS = 6000
+CONSOLE_TAIL = 6000
 
 
 def work_directory() -> Path:
@@ -54,7 +54,7 @@ class Emulator:
                 start_new_session=True,
             )
         self._scanned = 0
-        self._outlived = ""
+        self._ended_because = ""
         self._life: threading.Timer | None = None
         self.limit(life)
 
@@ -68,9 +68,9 @@ class Emulator:
             except OSError:
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     connection.close()
-                    said = self._qemu_said()
+                    errors = self._qemu_errors()
                     self.close()
-                    raise LabError(f"QEMU does not start: {said}") from None
+                    raise LabError(f"QEMU does not start: {errors}") from None
                 time.sleep(0.02)
             else:
                 return connection
@@ -79,7 +79,7 @@ class Emulator:
         """End the machine in `seconds` from now, whatever it does then."""
 
         def end() -> None:
-            self._outlived = f"its {seconds:g} s are over"
+            self._ended_because = f"its {seconds:g} s are over"
             self.process.kill()
 
         if self._life is not None:
@@ -88,7 +88,7 @@ class Emulator:
         self._life.daemon = True
         self._life.start()
 
-    def _qemu_said(self) -> str:
+    def _qemu_errors(self) -> str:
         with contextlib.suppress(OSError):
             lines = (self.work / "qemu.log").read_text().splitlines()
             return " ".join(line for line in lines if "warning:" not in line)[-500:]
@@ -96,7 +96,7 @@ class Emulator:
 
     @property
     def console(self) -> str:
-        """What the kernel and the firmware have said on the console so far."""
+        """Everything printed on the console so far by the kernel and the firmware."""
         with contextlib.suppress(OSError):
             return self._log.read_text(errors="replace")
         return ""
@@ -107,20 +107,20 @@ class Emulator:
         written = self._log.stat().st_size if self._log.exists() else 0
         if status is None and written == self._scanned:
             return
-        said = self.console
-        dying = DYING.search(said)
+        console = self.console
+        panic = PANIC.search(console)
         self._scanned = written
-        if dying is None and status is None:
+        if panic is None and status is None:
             return
-        if dying is not None:
+        if panic is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(10)  # the kernel reboots after a panic, and QEMU ends then
-            said = self.console
-            line = said[said.rfind("\n", 0, dying.start()) + 1 :].partition("\n")[0].strip()
-            raise LabPanic(f"the kernel of {self.name} died: {line}", said[-LAST_WORDS:])
+            console = self.console
+            line = console[console.rfind("\n", 0, panic.start()) + 1 :].partition("\n")[0].strip()
+            raise LabPanic(f"the kernel of {self.name} died: {line}", console[-CONSOLE_TAIL:])
         raise LabError(
             f"the machine {self.name} ended (QEMU's status {status}): "
-            f"{self._outlived or self._qemu_said() or said.strip()[-300:]}"
+            f"{self._ended_because or self._qemu_errors() or console.strip()[-300:]}"
         )
 
     def qmp(self, command: str, **arguments: object) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 
 
 class LabError(Exception):
@@ -39,7 +39,7 @@ def status_of(work: Callable[[], int]) -> int:
     try:
         return work()
     except LabError as error:
-        say(f"error: {error}")
+        print_status(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -164,7 +164,7 @@ class Pages(NamedTuple):
 
 
 def _check(machine: Machine, source: str, pages: Pages, may_know_less: bool) -> None:
-    def if_told(value: object) -> tuple[object, ...]:
+    def if_known(value: object) -> tuple[object, ...]:
         return (value, None) if may_know_less else (value,)
 
     lost, plain, cached, untouched, nobodys, worn = pages
@@ -202,7 +202,7 @@ def _check(machine: Machine, source: str, pages: Pages, may_know_less: bool) -> 
         assert story["deliveries"] == {"exits": 0, "sigbus": 1}
         origin = story.get("origin") or {"via": [via]}
         assert origin["via"] == [via]
-        assert origin.get("severity") in if_told("recoverable")
+        assert origin.get("severity") in if_known("recoverable")
         assert origin.get("addr", -1) >> machine.page_shift in (
             (page.pfn, -1) if may_know_less else (page.pfn,)
         )
@@ -211,7 +211,7 @@ def _check(machine: Machine, source: str, pages: Pages, may_know_less: bool) -> 
         assert _owner_pids(poison) == {page.vmm.pid}
         (signal_,) = [x for x in lines if x["kind"] == "sigbus" and x["incident"] == story["id"]]
         assert signal_["tid"] == page.touch["tid"]
-        assert signal_.get("vcpu") in if_told(0)
+        assert signal_.get("vcpu") in if_known(0)
         assert signal_["hva"] == page.touch["sigbus"][0]["hva"]
 
     story = incidents[untouched.pfn]

@@ -73,21 +73,21 @@ class Unstageable(Exception):
     """This kernel or machine cannot make that happen; the text says why."""
 
 
-def _within(change: str, command: str) -> str:
+def _with_mounts(change: str, command: str) -> str:
     """A command on a host that looks otherwise: after ``change``, in mounts of its own."""
     return f"exec unshare -m sh -c {shlex.quote(f'{change} && exec {command}')}"
 
 
 def kvmtrace(
-    machine: Machine, command: str, env: dict[str, str] | None = None, *, within: str = ""
+    machine: Machine, command: str, env: dict[str, str] | None = None, *, mount_change: str = ""
 ) -> Result:
-    """Run kvmtrace to its end. ``within``: a change to the mounts that only it sees."""
+    """Run kvmtrace to its end. ``mount_change``: a change to the mounts that only it sees."""
     command = f"kvmtrace {command}"
-    line = _within(within, command) if within else f"exec {command}"
+    line = _with_mounts(mount_change, command) if mount_change else f"exec {command}"
     return machine.run(line, timeout=PATIENCE, env=env)
 
 
-def refused(result: Result, message: str, hint: str = "") -> None:
+def assert_refused(result: Result, message: str, hint: str = "") -> None:
     """Exit status 1, one line that matches and at most a hint, nothing on stdout."""
     assert result.status == 1, result
     assert result.stdout == ""
@@ -102,7 +102,7 @@ def refused(result: Result, message: str, hint: str = "") -> None:
 class Watch:
     """``kvmtrace events --json``, attached; a ``job`` that runs is followed from here on.
 
-    ``within``: a change to the mounts that only this kvmtrace sees.
+    ``mount_change``: a change to the mounts that only this kvmtrace sees.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class Watch:
         extra: str = "",
         *,
         job: Job | None = None,
-        within: str = "",
+        mount_change: str = "",
     ) -> None:
         self.source = source
         command = f"kvmtrace events --json --source {source} {extra}"
-        line = _within(within, command) if within else f"exec {command}"
+        line = _with_mounts(mount_change, command) if mount_change else f"exec {command}"
         self.job = job or machine.start(line)
         self.job.wait_for(r"kvmtrace: watching", timeout=PATIENCE, stream="stderr")
         self._begin = len(self._text()) if job else 0
@@ -162,10 +162,10 @@ class Watch:
 
 @contextlib.contextmanager
 def watching(
-    machine: Machine, source: str, extra: str = "", *, within: str = ""
+    machine: Machine, source: str, extra: str = "", *, mount_change: str = ""
 ) -> Iterator[Watch]:
     """A kvmtrace of one's own, ended with the block whatever happens in it."""
-    watch = Watch(machine, source, extra, within=within)
+    watch = Watch(machine, source, extra, mount_change=mount_change)
     try:
         yield watch
     finally:
@@ -177,7 +177,7 @@ def watching(
 _followed: weakref.WeakKeyDictionary[Machine, dict[str, Watch]] = weakref.WeakKeyDictionary()
 
 
-def injects(machine: Machine) -> bool:
+def can_inject_poison(machine: Machine) -> bool:
     """Whether any page can be poisoned by its pfn (hwpoison-inject)."""
     return machine.run("test -e /sys/kernel/debug/hwpoison/corrupt-pfn").status == 0
 
@@ -201,7 +201,7 @@ def following(machine: Machine, *sources: str) -> Iterator[list[Watch]]:
         assert watch.job.poll() is None, (watch.job.poll(), watch.job.stderr)
 
 
-def followers(machine: Machine) -> list[Job]:
+def followed_jobs(machine: Machine) -> list[Job]:
     """The kvmtraces that go on running for ``following``."""
     return [watch.job for watch in _followed.get(machine, {}).values()]
 
@@ -239,13 +239,13 @@ def replayed_lines(machine: Machine, log: str) -> list[Line]:
     return [json.loads(line) for line in shown.stdout.splitlines()]
 
 
-CorrelatedEvent = Counter[tuple[Any, ...]]
+ExitCounts = Counter[tuple[Any, ...]]
 """{(pid, vcpu, errno, reason, annotated, gpa, flags, size): exits}"""
 
 
-def told_by(report: Line) -> CorrelatedEvent:
+def exits_returned(report: Line) -> ExitCounts:
     """What KVM_RUN returned to the VMM: the truth."""
-    told: CorrelatedEvent = Counter()
+    told: ExitCounts = Counter()
     for row in report["failed"]:
         told[
             (
@@ -262,9 +262,9 @@ def told_by(report: Line) -> CorrelatedEvent:
     return told
 
 
-def seen_by(lines: list[Line], *pids: int) -> CorrelatedEvent:
+def exits_reported(lines: list[Line], *pids: int) -> ExitCounts:
     """What those processes were notified of, by kvmtrace."""
-    seen: CorrelatedEvent = Counter()
+    seen: ExitCounts = Counter()
     for line in lines:
         if line["kind"] == "exit" and line["vm"]["pid"] in pids:
             seen[

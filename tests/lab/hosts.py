@@ -17,15 +17,15 @@ from tests.lab.harness import (
     Unstageable,
     Vmm,
     Watch,
+    assert_refused,
     end_following,
+    exits_reported,
+    exits_returned,
     kvmtrace,
-    refused,
-    seen_by,
-    told_by,
     watching,
 )
 from tests.lab.machine import Machine
-from tests.lab.scenarios import Scenario, gone, storm
+from tests.lab.scenarios import Scenario, storm, vms_gone
 
 # Where a kernel is linked to run (x86: PHYSICAL_START of arch/x86/Kconfig; arm64: KIMAGE_VADDR of
 # arch/arm64/include/asm/memory.h with addresses of 48 or 47 bits): KASLR moves it from there.
@@ -34,12 +34,12 @@ LINKED_AT = {
     "aarch64": (0xFFFF800080000000, 0xFFFFC00080000000),
 }
 
-HIDDEN_TYPES = "mount --bind /dev/null /sys/kernel/btf/kvm"
+HIDE_KVM_BTF = "mount --bind /dev/null /sys/kernel/btf/kvm"
 NO_TRACEFS = "umount -R /sys/kernel/tracing /sys/kernel/debug"  # debugfs would bring it back
 NOBODY = "setpriv --reuid=65534 --regid=65534 --clear-groups"
 
 
-def both_ways(machine: Machine, watch: Watch, *, exits: bool | None = None) -> None:
+def reports_sigbus_and_exit(machine: Machine, watch: Watch, *, exits: bool | None = None) -> None:
     """A VMM is notified by a SIGBUS and by an exit, and kvmtrace reports both.
 
     Every kernel can do that. ``exits``: whether this source sees exits here.
@@ -63,13 +63,13 @@ def both_ways(machine: Machine, watch: Watch, *, exits: bool | None = None) -> N
     vmm.step("unmap v +5")
     vmm.step("touch v +5")
     report = vmm.end()
-    lines = watch.until(gone(vmm.pid), "the VM's end")
-    (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
+    lines = watch.until(vms_gone(vmm.pid), "the VM's end")
+    (reported,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
     (signal,) = [x for x in lines if x["kind"] == "sigbus" and x["tid"] == touch["tid"]]
     assert signal["vm"]["name"] == "bothways"
     assert (signal["code"], signal["hva"]) == ("AR", touch["sigbus"][0]["hva"])
-    assert signal["incident"] == told["incident"]
-    assert seen_by(lines, vmm.pid) == (told_by(report) if exits else {})
+    assert signal["incident"] == reported["incident"]
+    assert exits_reported(lines, vmm.pid) == (exits_returned(report) if exits else {})
     assert [line for line in lines if line["kind"] == "lost"] == []
 
 
@@ -90,33 +90,33 @@ def kaslr(machine: Machine, source: str) -> None:
     if _text_address(machine) in _linked_at(machine):
         raise Unstageable("this kernel did not move itself")
     with watching(machine, source) as watch:
-        both_ways(machine, watch)
+        reports_sigbus_and_exit(machine, watch)
 
 
 def nokaslr(machine: Machine, source: str) -> None:
     """The kernel stayed where it was linked to run."""
     assert _text_address(machine) in _linked_at(machine), hex(_text_address(machine))
     with watching(machine, source) as watch:
-        both_ways(machine, watch)
+        reports_sigbus_and_exit(machine, watch)
 
 
 def no_kvm_types(machine: Machine, source: str) -> None:
     """kvm's BTF is not there (vmlinux's is): what does not need it goes on."""
     if machine.run("test -s /sys/kernel/btf/kvm").status:
         raise Unstageable("kvm has no types of its own here: it is built in, or a module without")
-    with watching(machine, source, within=HIDDEN_TYPES) as watch:
-        both_ways(machine, watch)
+    with watching(machine, source, mount_change=HIDE_KVM_BTF) as watch:
+        reports_sigbus_and_exit(machine, watch)
 
 
 def no_tracefs(machine: Machine, source: str) -> None:
     """tracefs is not mounted: ftrace says how to mount it, bpf does not need it."""
     if source == "bpf":
-        with watching(machine, source, within=NO_TRACEFS) as watch:
-            both_ways(machine, watch)
+        with watching(machine, source, mount_change=NO_TRACEFS) as watch:
+            reports_sigbus_and_exit(machine, watch)
     else:
-        result = kvmtrace(machine, "events --source ftrace", within=NO_TRACEFS)
-        refused(result, "tracefs", "mount -t tracefs")
-    judged = kvmtrace(machine, f"doctor --source {source}", within=NO_TRACEFS)
+        result = kvmtrace(machine, "events --source ftrace", mount_change=NO_TRACEFS)
+        assert_refused(result, "tracefs", "mount -t tracefs")
+    judged = kvmtrace(machine, f"doctor --source {source}", mount_change=NO_TRACEFS)
     assert re.search(r"✗ NO +tracefs", judged.stdout), judged.stdout
     assert "mount -t tracefs" in judged.stdout
     assert judged.stderr == "", judged.stderr
@@ -128,7 +128,7 @@ def unprivileged(machine: Machine, source: str) -> None:
     """Somebody without any capability: one line that says so, and doctor works."""
     for command in ("events", "top --once", "serve"):
         result = machine.run(f"{NOBODY} kvmtrace {command} --source {source}", timeout=PATIENCE)
-        refused(result, "needs root", "sudo")
+        assert_refused(result, "needs root", "sudo")
     judged = machine.run(f"{NOBODY} kvmtrace doctor --source {source}", timeout=PATIENCE)
     assert judged.status == 1
     assert re.search(r"✗ NO +privilege", judged.stdout), judged
@@ -142,23 +142,27 @@ def lockdown(machine: Machine, source: str) -> None:
         raise Unstageable(f"this kernel has no such lockdown: {state.strip() or 'no lockdown'}")
     before = leftovers.attached(machine)
     for kind in (source, "auto"):
-        refused(kvmtrace(machine, f"events --source {kind}"), "lockdown")
+        assert_refused(kvmtrace(machine, f"events --source {kind}"), "lockdown")
     judged = kvmtrace(machine, f"doctor --source {source}")
     assert judged.status == 1
     assert re.search(r"✗ NO +lockdown +confidentiality", judged.stdout), judged.stdout
     assert judged.stderr == "", judged.stderr
-    leftovers.nothing_but(machine, before)
+    leftovers.assert_only(machine, before)
 
 
 def without_bcc(machine: Machine, source: str, rounds: int = 200_000) -> None:
     """bcc is not installed, nor libbpf: bpf names the package, auto takes ftrace and says why."""
     if source == "bpf":
-        refused(kvmtrace(machine, "events --source bpf"), "bcc is not installed", "python3-bpfcc")
+        assert_refused(
+            kvmtrace(machine, "events --source bpf"), "bcc is not installed", "python3-bpfcc"
+        )
         return
     with watching(machine, "auto") as watch:
-        said = watch.job.stderr.splitlines()[0]
-        assert said.startswith("kvmtrace: watching by ftrace (bpf does not work here: bcc is"), said
-        both_ways(machine, watch)
+        status_line = watch.job.stderr.splitlines()[0]
+        assert status_line.startswith(
+            "kvmtrace: watching by ftrace (bpf does not work here: bcc is"
+        ), status_line
+        reports_sigbus_and_exit(machine, watch)
     if "run" not in watch.not_attached():
         storm(machine, "ftrace", rounds)
         end_following(machine)
@@ -198,7 +202,7 @@ def doctor_knows(machine: Machine, source: str) -> None:
         assert wanted in report["verdict"]
     assert {"poison", "sigbus", "vm_gone"} <= _attached(report)
     with watching(machine, source) as watch:
-        both_ways(machine, watch, exits=sees_exits)
+        reports_sigbus_and_exit(machine, watch, exits=sees_exits)
 
 
 def kvm_comes_and_goes(machine: Machine, source: str) -> None:
@@ -206,35 +210,35 @@ def kvm_comes_and_goes(machine: Machine, source: str) -> None:
 
     It has given up by then what watching does not take.
     """
-    away = f"modprobe -r {_vendor(machine)} kvm && ! test -e /sys/module/kvm"
+    away = f"modprobe -r {_kvm_modules(machine)} kvm && ! test -e /sys/module/kvm"
     if machine.run("test -e /sys/module/kvm && ! test -e /sys/module/kvm/initstate").status == 0:
         raise Unstageable("kvm is built in: it does not come and go")
-    _until(machine, away)  # what was attached to it before may hold it a moment longer
+    _wait_until(machine, away)  # what was attached to it before may hold it a moment longer
     sees_exits: bool | None = None
     with watching(machine, source) as watch:
         for _ in range(2):
-            machine.run(f"modprobe {_vendor(machine)} && test -c /dev/kvm", check=True)
+            machine.run(f"modprobe {_kvm_modules(machine)} && test -c /dev/kvm", check=True)
             if sees_exits is None:
                 sees_exits = "run" in _attached(doctor(machine, source))
-            _awake(machine, watch, "exit" if sees_exits else "vm")
-            both_ways(machine, watch, exits=sees_exits)
-            privileges.only_what_watching_takes(machine)
+            _wait_for_probes(machine, watch, "exit" if sees_exits else "vm")
+            reports_sigbus_and_exit(machine, watch, exits=sees_exits)
+            privileges.assert_given_up(machine)
             # kvmtrace must not keep an admin from unloading kvm.
-            _until(machine, away)
+            _wait_until(machine, away)
 
 
-def _vendor(machine: Machine) -> str:
+def _kvm_modules(machine: Machine) -> str:
     return " ".join(machine.row.arch.kvm_modules)
 
 
-def _until(machine: Machine, command: str) -> None:
+def _wait_until(machine: Machine, command: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while (result := machine.run(command, timeout=PATIENCE)).status:
         assert time.monotonic() < deadline, f"never: {command}: {result.stderr}"
         time.sleep(0.5)
 
 
-def _awake(machine: Machine, watch: Watch, kind: str) -> None:
+def _wait_for_probes(machine: Machine, watch: Watch, kind: str) -> None:
     """Wait until the probes on kvm are there, which takes bpf a while: until a VM's line comes."""
     deadline = time.monotonic() + PATIENCE
     seen: list[Line] = []
@@ -250,10 +254,10 @@ def _awake(machine: Machine, watch: Watch, kind: str) -> None:
         seen = [x for x in watch.lines(kind) if x["vm"]["pid"] == vmm.pid]
     if kind == "vm":
         # The last of its probes, so all are attached once it has reported one.
-        watch.until(gone(vmm.pid), "the canary's end")
+        watch.until(vms_gone(vmm.pid), "the canary's end")
 
 
-CONDITIONS = (
+HOSTS = (
     Scenario(doctor_knows),
     Scenario(kaslr),
     Scenario(no_kvm_types),

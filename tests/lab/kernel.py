@@ -14,7 +14,7 @@ from tests.lab import cache, image, programs
 from tests.lab.config import Row
 from tests.lab.errors import LabError
 from tests.lab.mirror import Suite
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 from tests.lab.resolve import Resolved, resolve
 
 BOOT_MODULES = (
@@ -55,7 +55,7 @@ def resolved(row: Row) -> Resolved:
     where = f"{row.suite} ({row.arch.name})"
     found = resolve(packages, row.flavour, row.version, where, modules=row.modules)
     if found.note:
-        say(found.note)
+        print_status(found.note)
     return found
 
 

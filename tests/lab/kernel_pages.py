@@ -6,7 +6,15 @@ import contextlib
 import json
 from collections.abc import Collection, Mapping
 
-from tests.lab.harness import PATIENCE, Line, Unstageable, Vmm, injects, recorded, replayed
+from tests.lab.harness import (
+    PATIENCE,
+    Line,
+    Unstageable,
+    Vmm,
+    can_inject_poison,
+    recorded,
+    replayed,
+)
 from tests.lab.machine import Machine
 from tests.lab.scenarios import Scenario
 
@@ -50,7 +58,7 @@ print(json.dumps(pages))
 
 def kernel_pages(machine: Machine, source: str) -> None:
     """One of each kind is poisoned: the host is at risk, and no VM is said to have lost a page."""
-    if not injects(machine):
+    if not can_inject_poison(machine):
         raise Unstageable("no hwpoison-inject")
     vmms = [Vmm(machine, name) for name in ("left", "right")]
     for vmm in vmms:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.lab import cache, image, programs
 from tests.lab.config import PROJECT, Arch
 from tests.lab.errors import LabError
-from tests.lab.progress import say, step
+from tests.lab.progress import print_status, step
 from tests.lab.root import LIBRARY
 
 VMM = PROJECT / "tests/lab/vmm"
@@ -40,7 +40,7 @@ def _make_vmm(arch: Arch) -> None:
         except LabError as error:
             if arch.qemu.endswith(platform.machine()):
                 raise
-            say(f"no vmm for {arch.name}: {error}")
+            print_status(f"no vmm for {arch.name}: {error}")
 
 
 def clone_files() -> list[Path]:

@@ -9,7 +9,7 @@ from tests.lab.harness import PATIENCE
 from tests.lab.machine import Machine
 
 # As bpftool would ask: every BPF object has an id that BPF_*_GET_NEXT_ID walks, for any holder.
-_ASK = """
+_LIST_ATTACHED = """
 import ctypes, glob, json, os, platform, struct
 libc = ctypes.CDLL(None, use_errno=True)
 number = {"x86_64": 321, "aarch64": 280}[platform.machine()]
@@ -44,11 +44,11 @@ Attached = dict[str, list[object]]
 
 def attached(machine: Machine) -> Attached:
     """BPF programs, links and maps, traced functions, kprobes, tracefs events and instances."""
-    found = json.loads(machine.run(["python3", "-c", _ASK], check=True).stdout)
+    found = json.loads(machine.run(["python3", "-c", _LIST_ATTACHED], check=True).stdout)
     return {what: list(listed) for what, listed in found.items()}
 
 
-def probing(machine: Machine) -> Attached:
+def attached_probes(machine: Machine) -> Attached:
     """As ``attached``, without programs and maps: those that answer questions are attached to
     nothing, and loaded when the first question comes.
     """
@@ -56,7 +56,7 @@ def probing(machine: Machine) -> Attached:
     return {what: found[what] for what in found if what not in ("programs", "maps")}
 
 
-def nothing_but(machine: Machine, before: Attached) -> None:
+def assert_only(machine: Machine, before: Attached) -> None:
     """Fail unless all is as it was. The kernel frees a BPF object a while after its last user."""
     deadline = time.monotonic() + PATIENCE
     while (now := attached(machine)) != before:

@@ -24,7 +24,7 @@ from tests.lab.channel import Channel, Job
 from tests.lab.config import Row, row
 from tests.lab.emulator import Emulator, work_directory
 from tests.lab.errors import CommandFailed, LabError, LabPanic, LabTimeout
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 
 __all__ = ["DEFAULT", "MOUNTS", "Job", "Machine", "Prepared", "Result", "prepare"]
 
@@ -148,7 +148,9 @@ class Machine:
                 machine.close()
                 if attempt == 2 or not STATIC_KEY_OOPS.search(error.console):
                     raise
-                say(f"{kernel}: the boot died of the int3 oops (QEMU's doing): trying once more")
+                print_status(
+                    f"{kernel}: the boot died of the int3 oops (QEMU's doing): trying once more"
+                )
             except BaseException:
                 machine.close()
                 raise

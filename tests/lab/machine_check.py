@@ -16,10 +16,18 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tests.lab import mca
-from tests.lab.harness import PATIENCE, Line, Unstageable, Vmm, Watch, seen_by, told_by
+from tests.lab.harness import (
+    PATIENCE,
+    Line,
+    Unstageable,
+    Vmm,
+    Watch,
+    exits_reported,
+    exits_returned,
+)
 from tests.lab.machine import Job, Machine
 from tests.lab.owners import owners_of, poison_of
-from tests.lab.scenarios import Scenario, gone
+from tests.lab.scenarios import Scenario, vms_gone
 
 # The machine has nothing that poisons pages by software.
 BOOT: dict[str, Any] = {"modules": ("kvm-amd",)}
@@ -98,17 +106,17 @@ def machine_check(machine: Machine, source: str, backing: str = "anon") -> None:
         pfn, address = page["pfn"], mca.address_in(machine, page["pfn"])
 
         for number in (1, 2):
-            mca.report(machine, mca.CORRECTED, address)
+            mca.inject(machine, mca.CORRECTED, address)
             watch.until(_checked(address, number), f"error {number}")
         assert _incident(machine, pfn) is None, "corrected errors are no incident"
 
-        mca.report(machine, mca.LOST, address)
+        mca.inject(machine, mca.LOST, address)
         (poison,) = poison_of(pfn)(watch.until(poison_of(pfn), "the poison"))
         latent = _incident(machine, pfn)
         touch = vmm.step("touch v +3", may_fail=True)
         incident = _verdict(machine, pfn)
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid), "the VM's end")
+        lines = watch.until(vms_gone(vmm.pid), "the VM's end")
 
     # What hardware said, each of it; AMD's register counts nothing.
     checks = _checks(lines, address)
@@ -125,7 +133,7 @@ def machine_check(machine: Machine, source: str, backing: str = "anon") -> None:
     assert (latent["id"], latent["state"]) == (poison["incident"], "latent")
     assert latent["deliveries"] == {"exits": 0, "sigbus": 0}
     # The delivery: what the VMM prints that it was notified of, and nothing else.
-    assert seen_by(lines, vmm.pid) == told_by(report)
+    assert exits_reported(lines, vmm.pid) == exits_returned(report)
     (delivery,) = [
         line
         for line in lines
@@ -174,10 +182,10 @@ def machine_check_elsewhere(machine: Machine, source: str) -> None:
         pfn = vmm.step("pfn v +3")["pfn"]
         address = mca.address_in(machine, pfn)
         for number, record in enumerate((mca.NOT_PHYSICAL, mca.CORRECTED_NOT_PHYSICAL), 1):
-            mca.report(machine, record, address)
+            mca.inject(machine, record, address)
             watch.until(_checked(address, number), f"error {number}")
         # What the kernel makes of a record comes before the next one.
-        mca.report(machine, mca.POISON_ELSEWHERE, address)
+        mca.inject(machine, mca.POISON_ELSEWHERE, address)
         watch.until(_checked(address, 3), "error 3")
         lines = watch.until(poison_of(pfn), "the poison")
         *others, lost = _checks(lines, address)
@@ -216,7 +224,7 @@ def machine_check_intel(machine: Machine, source: str) -> None:
     records = (mca.INTEL_LINEAR, mca.INTEL_UNKNOWN_MODE, mca.INTEL_THREE_CORRECTED, mca.INTEL_LOST)
     with served(machine, source) as watch:
         for number, record in enumerate(records, 1):
-            mca.report(machine, record, address)
+            mca.inject(machine, record, address)
             watch.until(_checked(address, number), f"error {number}")
         lines = watch.until(poison_of(pfn), "the poison")
         incident = _explained(machine, pfn)

@@ -19,13 +19,13 @@ from tests.lab import config
 from tests.lab.errors import LabError, LabUnable, status_of
 from tests.lab.ghes import ghes
 from tests.lab.harness import Unstageable, end_following
-from tests.lab.hosts import CONDITIONS
+from tests.lab.hosts import HOSTS
 from tests.lab.kernel_pages import KERNEL_PAGES
 from tests.lab.machine import Machine
 from tests.lab.machine_check import SCENARIOS as MACHINE_CHECKS
 from tests.lab.nested import NESTED
 from tests.lab.owners import owners_before_any_touch
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 from tests.lab.qemu_guest import qemu_advice, qemu_loses_a_page, qemu_with_a_page_gone
 from tests.lab.readme import keep
 from tests.lab.scenarios import SCENARIOS, SOURCES, Scenario
@@ -47,7 +47,7 @@ EVERYTHING = (
     KERNEL_PAGES,
     HARDWARE,
     NESTED,
-    *CONDITIONS,
+    *HOSTS,
 )
 
 # The same stories at a size that a whole matrix can afford under emulation; test_sources.py runs
@@ -85,7 +85,7 @@ def run_kernel(
                     cells[scenario.name, source] = f"{UNSTAGED}{reason}"
                     continue
                 except LabError as error:
-                    say(f"{name} {source} {scenario.name}: {error}")
+                    print_status(f"{name} {source} {scenario.name}: {error}")
                     cells[scenario.name, source] = f"FAIL: {error}"
                     continue
                 release = machine.release
@@ -111,7 +111,7 @@ def _plan(sources: tuple[str, ...], only: Sequence[str] | None) -> Iterator[tupl
 def _run(kernel: str, machine: Machine, scenario: Scenario, source: str) -> str:
     began = time.monotonic()
     try:
-        if scenario in CONDITIONS:  # these start kvmtrace themselves, each in its own way
+        if scenario in HOSTS:  # these start kvmtrace themselves, each in its own way
             end_following(machine)
         scenario.run(machine, source, **SMALLER.get(scenario.name, {}))
         outcome = "pass"
@@ -120,7 +120,7 @@ def _run(kernel: str, machine: Machine, scenario: Scenario, source: str) -> str:
     except Exception as error:
         traceback.print_exc()
         outcome = f"FAIL: {type(error).__name__}"
-    say(f"{kernel} {source} {scenario.name}: {outcome} ({time.monotonic() - began:.0f} s)")
+    print_status(f"{kernel} {source} {scenario.name}: {outcome} ({time.monotonic() - began:.0f} s)")
     return outcome
 
 

@@ -74,20 +74,20 @@ def poll_often(machine: Machine) -> None:
     machine.run(f"echo 1 | tee {_CHECK_INTERVAL}", check=True)
 
 
-def report(machine: Machine, record: Record, address: int) -> None:
+def inject(machine: Machine, record: Record, address: int) -> None:
     """An error at this address, which the kernel has read from the bank when this returns."""
     bank, status, misc, mcg_status, options = record
     line = f"mce {options} {CPU} {bank} {status:#x} {mcg_status:#x} {address:#x} {misc:#x}"
-    said = machine.qmp("human-monitor-command", **{"command-line": line})["return"]
-    assert not said, said
+    answer = machine.qmp("human-monitor-command", **{"command-line": line})["return"]
+    assert not answer, answer
     before = _polls(machine)
     _wait(lambda: _polls(machine) > before, "a poll of the machine check banks")
 
 
-def lose(machine: Machine, address: int) -> None:
+def inject_poison(machine: Machine, address: int) -> None:
     """The data at this address, in a page that is poisoned when this returns."""
     before = _corrupted(machine)
-    report(machine, LOST, address)
+    inject(machine, LOST, address)
     _wait(lambda: _corrupted(machine) > before, "the page's poison")
 
 
@@ -103,8 +103,8 @@ def _polls(machine: Machine) -> int:
 
 
 def _corrupted(machine: Machine) -> int:
-    told = machine.run("grep HardwareCorrupted: /proc/meminfo", check=True).stdout
-    return int(told.split()[1])
+    line = machine.run("grep HardwareCorrupted: /proc/meminfo", check=True).stdout
+    return int(line.split()[1])
 
 
 def _wait(over: Callable[[], bool], what: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.lab import cache, programs
 from tests.lab.errors import LabError
-from tests.lab.progress import megabytes, say, step
+from tests.lab.progress import megabytes, print_status, step
 from tests.lab.resolve import Package, parse
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -122,7 +122,7 @@ class Suite:
                     if known != source:
                         stamp.unlink(missing_ok=True)  # the lists are of another mirror
                         raise
-                    say(f"{error}; going on with the list of {self.name} fetched earlier")
+                    print_status(f"{error}; going on with the list of {self.name} fetched earlier")
                 else:
                     stamp.write_text(source)
         self._updated = True
@@ -139,7 +139,9 @@ class Suite:
                 ) from error
             if not EXPIRED.search(str(error)):
                 raise
-            say(f"{self.name}'s release file here is past its date; its signature is still checked")
+            print_status(
+                f"{self.name}'s release file here is past its date; its signature is still checked"
+            )
             self._configure(self.source(expired=True))
             self._apt(*command)
 

@@ -25,9 +25,9 @@ def nested(machine: Machine, source: str) -> None:
         vmm.step("create v backing=gmem pages=32 nested=1")
         vmm.step("touch v +3")
         vmm.step("poison v +3")
-        told = vmm.step("loop v +3 4 op=nested")["told"]
+        returns = vmm.step("loop v +3 4 op=nested")["returns"]
         vmm.end()
-    (fault,) = told
+    (fault,) = returns
     assert (fault["ret"], fault["reason"], fault["annotated"], fault["count"]) == (0, 39, True, 4)
     lines = machine.run(["cat", log], check=True).stdout.splitlines()
     events: list[dict[str, Any]] = [json.loads(line) for line in lines[1:]]  # after the header

@@ -7,7 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from tests.lab.harness import Line, Unstageable, Vmm, Watch, end_following, injects, top, watching
+from tests.lab.harness import (
+    Line,
+    Unstageable,
+    Vmm,
+    Watch,
+    can_inject_poison,
+    end_following,
+    top,
+    watching,
+)
 from tests.lab.machine import Machine
 
 # (backing, pages)
@@ -41,7 +50,7 @@ def deliveries(lines: list[Line], incident: str) -> list[Line]:
 
 
 # PAGEMAP_SCAN with an empty argument: ENOTTY (25) where the kernel has no such call (before 6.7).
-_SCANS = (
+_HAS_PAGEMAP_SCAN = (
     "import fcntl, os, sys\n"
     "try: fcntl.ioctl(os.open('/proc/self/pagemap', 0), 0xC0606610, bytes(96))\n"
     "except OSError as error: sys.exit(error.errno == 25)"
@@ -51,13 +60,13 @@ _SCANS = (
 def owners_before_any_touch(machine: Machine, source: str) -> None:
     """Every backing, both ways to poison; then a start with the poison already there."""
     end_following(machine)
-    scans = machine.run(["python3", "-c", _SCANS]).status == 0
+    scans = machine.run(["python3", "-c", _HAS_PAGEMAP_SCAN]).status == 0
     with ExitStack() as stack:
         stories = []
         for backing, pages in BACKINGS:
             if backing == "hugetlb2m" and not scans:
                 continue  # a lost one looks like one that was never touched (README, Limits)
-            for how in ("inject", "madvise") if injects(machine) else ("madvise",):
+            for how in ("inject", "madvise") if can_inject_poison(machine) else ("madvise",):
                 vmm = Vmm(machine, f"{backing}-{how}")
                 try:
                     vmm.step(f"create v backing={backing} pages={pages}")
@@ -72,7 +81,7 @@ def owners_before_any_touch(machine: Machine, source: str) -> None:
 
         watch = stack.enter_context(watching(machine, source))
         for vmm, how, other in stories:
-            _one(watch, vmm, how, other)
+            _poison_and_check(watch, vmm, how, other)
         lost = watch.lines("lost")
         assert not lost, lost
         watch.end()
@@ -93,18 +102,18 @@ def owners_before_any_touch(machine: Machine, source: str) -> None:
                 other.end()
 
 
-def _one(watch: Watch, vmm: Vmm, how: str, other: Vmm | None) -> None:
+def _poison_and_check(watch: Watch, vmm: Vmm, how: str, other: Vmm | None) -> None:
     poison = vmm.step(f"poison v +3 how={how}", may_fail=True)
     assert poison["poisoned"], poison
     lines = watch.until(poison_of(poison["pfn"]), f"the poison of {vmm.name}")
-    (told,) = poison_of(poison["pfn"])(lines)
+    (reported,) = poison_of(poison["pfn"])(lines)
     wanted = {(vmm.pid, poison["gfn"])} | ({(other.pid, 0x403)} if other else set())
-    incident = told["incident"]
+    incident = reported["incident"]
     lines = watch.until(lambda ls: len(owners_of(incident, ls)) >= len(wanted), "its owners")
     owners = owners_of(incident, lines)
-    assert set(owners) == wanted, (vmm.name, told)
+    assert set(owners) == wanted, (vmm.name, reported)
     assert owners[vmm.pid, poison["gfn"]] == poison["hva"]
-    assert deliveries(lines, told["incident"]) == []
+    assert deliveries(lines, reported["incident"]) == []
 
     vmm.step("touch v +3", may_fail=True)
-    watch.until(lambda ls: deliveries(ls, told["incident"]), f"the delivery to {vmm.name}")
+    watch.until(lambda ls: deliveries(ls, reported["incident"]), f"the delivery to {vmm.name}")

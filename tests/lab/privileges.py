@@ -10,7 +10,7 @@ from tests.lab.harness import PATIENCE, Line
 from tests.lab.machine import Machine
 
 # Of each process of kvmtrace, and of each of its threads.
-_ASK = r"""
+_LIST_THREADS = r"""
 import json, os, re
 found = []
 for pid in filter(str.isdecimal, os.listdir("/proc")):
@@ -33,14 +33,14 @@ def _bits(names: frozenset[str]) -> int:
     return sum(1 << privileges._NAMES.index(name) for name in names)
 
 
-def only_what_watching_takes(machine: Machine) -> None:
+def assert_given_up(machine: Machine) -> None:
     """Fail unless every kvmtrace that runs, with its workers, has given up all else.
 
     A worker does so when it has started, which may take a while.
     """
     deadline = time.monotonic() + PATIENCE
     while True:
-        text = machine.run(["python3", "-c", _ASK], check=True).stdout
+        text = machine.run(["python3", "-c", _LIST_THREADS], check=True).stdout
         threads: list[Line] = json.loads(text)
         more = [thread for thread in threads if not _has_given_up(thread)]
         if not more and {thread["worker"] for thread in threads} == {False, True}:

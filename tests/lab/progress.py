@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
     """Print one line for people who are waiting."""
     print(f"lab: {text}", file=sys.stderr, flush=True)
 
@@ -21,7 +21,7 @@ def megabytes(size: int) -> str:
 @contextmanager
 def step(text: str) -> Iterator[None]:
     """Say what starts, and after it how long it took."""
-    say(f"{text} ...")
+    print_status(f"{text} ...")
     start = time.monotonic()
     yield
-    say(f"{text}: done in {time.monotonic() - start:.1f} s")
+    print_status(f"{text}: done in {time.monotonic() - start:.1f} s")

@@ -20,10 +20,10 @@ from tests.lab import cache, programs, root
 from tests.lab.config import Arch, Row, host_arch
 from tests.lab.errors import LabError, LabUnable
 from tests.lab.mirror import Suite
-from tests.lab.progress import say, step
+from tests.lab.progress import print_status, step
 from tests.lab.resolve import numbers
 
-GOOD = 10
+OLDEST_GOOD = 10
 BACKPORTS = "bookworm-backports"
 
 
@@ -93,13 +93,15 @@ def find(arch: Arch) -> Qemu:
         return _unpacked(arch)
     own = shutil.which(arch.qemu)
     version = _version(own) if own else ""
-    if own and int(version.partition(".")[0] or 0) >= GOOD:
+    if own and int(version.partition(".")[0] or 0) >= OLDEST_GOOD:
         return Qemu(Path(own), version)
     if not own:
         raise LabError(f"{arch.qemu} is not installed: run `sh tests/lab/setup.sh`")
     os_release = Path("/etc/os-release")
     if not os_release.exists() or "VERSION_CODENAME=bookworm" not in os_release.read_text():
-        say(f"QEMU {version} here is older than {GOOD}: newest kernels may die in it")
+        print_status(
+            f"QEMU {version} here is older than {OLDEST_GOOD}: newest kernels may die in it"
+        )
         return Qemu(Path(own), version)
     return _backported(arch)
 
@@ -143,11 +145,11 @@ def _unpacked(arch: Arch) -> Qemu:
 
     home = cache.entry(f"qemu-{arch.name}", cache.digest(version, packages), build) / "root"
     program = home / "usr/bin" / arch.qemu
-    told = _version(*_loader(home), program)
-    if not told:
+    runs_as = _version(*_loader(home), program)
+    if not runs_as:
         raise LabError(f"QEMU of {newest.name} does not run here: see {program}")
     share = [home / "usr/share/qemu", home / "usr/share/seabios"]
-    return Qemu(program, told, tuple(path for path in share if path.exists()), home)
+    return Qemu(program, runs_as, tuple(path for path in share if path.exists()), home)
 
 
 @dataclass(frozen=True)

@@ -125,18 +125,18 @@ class Qemu:
         )
         self._read = 0
         self._line()  # the greeting
-        self.ask("qmp_capabilities")
+        self.qmp("qmp_capabilities")
         self.pid = int(machine.run("cat /tmp/qemu.pid", check=True).stdout)
-        self.boots(1)
+        self.wait_for_boots(1)
 
-    def ask(self, command: str, **arguments: object) -> Any:
+    def qmp(self, command: str, **arguments: object) -> Any:
         """What it answers to a command: the value, or in {"error"} why it will not."""
-        self.begin(command, **arguments)
+        self.send_qmp(command, **arguments)
         while "event" in (answer := self._line()):
             pass
         return answer.get("return", {"error": answer.get("error", {}).get("desc")})
 
-    def begin(self, command: str, **arguments: object) -> None:
+    def send_qmp(self, command: str, **arguments: object) -> None:
         """A command that it does not live to answer."""
         self.job.send(json.dumps({"execute": command, "arguments": arguments}) + "\n")
 
@@ -148,13 +148,13 @@ class Qemu:
 
     def monitor(self, command: str) -> Any:
         """What its monitor for people answers."""
-        return self.ask("human-monitor-command", **{"command-line": command})
+        return self.qmp("human-monitor-command", **{"command-line": command})
 
-    def say(self, letter: str) -> None:
+    def send_serial(self, letter: str) -> None:
         """A letter on the guest's serial line."""
         self._machine.run(f"echo -n {letter} > /tmp/qemu.serial", check=True)
 
-    def boots(self, times: int) -> None:
+    def wait_for_boots(self, times: int) -> None:
         """Wait until the guest has come up so often."""
         deadline = time.monotonic() + PATIENCE
         while self._machine.run("grep -c up /tmp/qemu.console").stdout.strip() != str(times):
@@ -162,46 +162,46 @@ class Qemu:
             assert self.job.poll() is None, (self.job.poll(), self.job.stderr)
             time.sleep(0.1)
 
-    def loses(self, gpa: int) -> Line:
+    def poison(self, gpa: int) -> Line:
         """Poison a page; its pfn and hva."""
         words = ["python3", "-c", _POISON, str(self.pid), str(SIZE), str(gpa)]
         return dict(json.loads(self._machine.run(words, check=True, timeout=PATIENCE).stdout))
 
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         """Whether the VM runs."""
-        return bool(self.ask("query-status")["running"])
+        return bool(self.qmp("query-status")["running"])
 
-    def migrates(self) -> str | None:
+    def migrate(self) -> str | None:
         """Migrate it away; None if that works, else what QEMU says."""
-        refused = self.ask("migrate", uri="exec:cat >/dev/null")
+        refused = self.qmp("migrate", uri="exec:cat >/dev/null")
         if refused:
             return str(refused["error"])
         deadline = time.monotonic() + PATIENCE
-        while (state := self.ask("query-migrate"))["status"] not in ("completed", "failed"):
+        while (state := self.qmp("query-migrate"))["status"] not in ("completed", "failed"):
             assert time.monotonic() < deadline, state
             time.sleep(0.1)
         return None if state["status"] == "completed" else str(state.get("error-desc"))
 
-    def dumps(self) -> str | None:
+    def dump(self) -> str | None:
         """Dump its memory; None if that works, else what QEMU says."""
         arguments = {"paging": False, "protocol": "file:/tmp/qemu.dump"}
-        said = self.ask("dump-guest-memory", **arguments)
+        said = self.qmp("dump-guest-memory", **arguments)
         return str(said["error"]) if said else None
 
-    def gets_a_disk(self) -> None:
+    def add_disk(self) -> None:
         """One that can hold a snapshot of the whole VM."""
         self._machine.run(": > /tmp/qemu.disk", check=True)
         file = {"driver": "file", "node-name": "file", "filename": "/tmp/qemu.disk"}
         image = {"driver": "qcow2", "file": "file"}
-        assert self.ask("blockdev-add", **file) == {}
-        made = self.ask("blockdev-create", **{"job-id": "disk", "options": image | {"size": MIB}})
+        assert self.qmp("blockdev-add", **file) == {}
+        made = self.qmp("blockdev-create", **{"job-id": "disk", "options": image | {"size": MIB}})
         assert made == {}
         deadline = time.monotonic() + PATIENCE
-        while (job := self.ask("query-jobs")[0])["status"] != "concluded":
+        while (job := self.qmp("query-jobs")[0])["status"] != "concluded":
             assert time.monotonic() < deadline, job
             time.sleep(0.1)
         assert "error" not in job, job
-        assert self.ask("blockdev-add", **image, **{"node-name": "disk"}) == {}
+        assert self.qmp("blockdev-add", **image, **{"node-name": "disk"}) == {}
 
     def end(self) -> None:
         """End it as ``virsh destroy`` does."""
@@ -242,56 +242,56 @@ def _free_huge_pages(machine: Machine) -> int:
 def qemu_with_a_page_gone(machine: Machine, _source: str) -> None:
     """What can be asked of QEMU while a page of its memory is gone, of each kind of memory."""
     for memory in MEMORY:
-        page_gone(machine, memory)
+        check_with_page_gone(machine, memory)
 
 
-def page_gone(machine: Machine, memory: str) -> None:
+def check_with_page_gone(machine: Machine, memory: str) -> None:
     """The same for one kind. The guest has not touched the page."""
     lost: list[int] = []
 
-    def loses(qemu: Qemu) -> None:
-        lost.append(qemu.loses(UNTOUCHED)["pfn"])
+    def poison(qemu: Qemu) -> None:
+        lost.append(qemu.poison(UNTOUCHED)["pfn"])
 
-    def all_is_well(qemu: Qemu) -> None:
+    def assert_all_is_well(qemu: Qemu) -> None:
         assert qemu.monitor(f"xp /1wx {UNTOUCHED:#x}").split()[-1] == "0x00000000"
-        assert qemu.dumps() is None
-        assert qemu.migrates() is None
+        assert qemu.dump() is None
+        assert qemu.migrate() is None
 
     with contextlib.ExitStack() as stack:
         if memory == "hugetlb":
             stack.enter_context(_huge_pages(machine))
         stack.callback(_unpoison, machine, lost)
         with _qemu(machine, memory) as qemu:
-            loses(qemu)
-            assert "hardware poisoned memory" in (qemu.migrates() or "")
-            assert "Bad address" in (qemu.dumps() or "")
-            qemu.ask("stop")
-            qemu.ask("cont")
-            assert qemu.runs()
-            assert "hardware poisoned memory" in (qemu.migrates() or "")  # that mends nothing
+            poison(qemu)
+            assert "hardware poisoned memory" in (qemu.migrate() or "")
+            assert "Bad address" in (qemu.dump() or "")
+            qemu.qmp("stop")
+            qemu.qmp("cont")
+            assert qemu.is_running()
+            assert "hardware poisoned memory" in (qemu.migrate() or "")  # that mends nothing
             qemu.monitor("system_reset")
-            qemu.boots(2)
-            all_is_well(qemu)
+            qemu.wait_for_boots(2)
+            assert_all_is_well(qemu)
         _unpoison(machine, lost)
         with _qemu(machine, memory) as qemu:
-            loses(qemu)
-            qemu.say("r")
-            qemu.boots(2)
-            all_is_well(qemu)
+            poison(qemu)
+            qemu.send_serial("r")
+            qemu.wait_for_boots(2)
+            assert_all_is_well(qemu)
         _unpoison(machine, lost)
         with _qemu(machine, memory) as qemu:
-            loses(qemu)
-            qemu.say("s")
+            poison(qemu)
+            qemu.send_serial("s")
             assert qemu.job.wait(PATIENCE) == 0
         with _qemu(machine, memory) as qemu:  # started again
-            all_is_well(qemu)
+            assert_all_is_well(qemu)
         _unpoison(machine, lost)
         # Whatever reads the page in QEMU kills it: a shell shows 135.
         for command in (f"xp /1wx {UNTOUCHED:#x}", "savevm one"):
             with _qemu(machine, memory) as qemu:
-                qemu.gets_a_disk()
-                loses(qemu)
-                qemu.begin("human-monitor-command", **{"command-line": command})
+                qemu.add_disk()
+                poison(qemu)
+                qemu.send_qmp("human-monitor-command", **{"command-line": command})
                 assert qemu.job.wait(PATIENCE) == -signal.SIGBUS, command
             _unpoison(machine, lost)
         if memory == "hugetlb":
@@ -299,11 +299,11 @@ def page_gone(machine: Machine, memory: str) -> None:
                 "echo $(($(cat /proc/sys/vm/nr_hugepages) - 1)) > /proc/sys/vm/nr_hugepages"
             )
             with _qemu(machine, memory) as qemu:
-                loses(qemu)
+                poison(qemu)
                 assert _free_huge_pages(machine) == 0
                 qemu.monitor("system_reset")
-                qemu.boots(2)
-                qemu.begin("human-monitor-command", **{"command-line": f"xp {UNTOUCHED:#x}"})
+                qemu.wait_for_boots(2)
+                qemu.send_qmp("human-monitor-command", **{"command-line": f"xp {UNTOUCHED:#x}"})
                 assert qemu.job.wait(PATIENCE) == -signal.SIGBUS
             again = machine.run(
                 f"qemu-system-x86_64 -m 64 -object {MEMORY[memory]},id=ram,size=64M,prealloc=on "
@@ -326,15 +326,15 @@ def qemu_loses_a_page(machine: Machine, source: str) -> None:
         following(machine, source) as (watch,),
         _qemu(machine, "anonymous", reboots=False) as qemu,
     ):
-        poisoned = qemu.loses(0)
+        poisoned = qemu.poison(0)
 
-        def told(lines: list[Line]) -> list[Line]:
+        def vcpu_signals(lines: list[Line]) -> list[Line]:
             signals = [
                 x for x in lines if x["kind"] == "sigbus" and x.get("vm", {}).get("pid") == qemu.pid
             ]
             return [x for x in signals if x["code"] == "AR"]
 
-        watch.until(told, "QEMU's vCPU thread is notified", patience=PATIENCE)
+        watch.until(vcpu_signals, "QEMU's vCPU thread is notified", patience=PATIENCE)
         status = qemu.job.wait(PATIENCE)  # its guest handles no machine check: reset, -no-reboot
 
         def gone(lines: list[Line]) -> bool:
@@ -343,7 +343,7 @@ def qemu_loses_a_page(machine: Machine, source: str) -> None:
 
         lines = watch.until(gone, "QEMU's end")
     (poison,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poisoned["pfn"]]
-    sent = told(lines)[0]
+    sent = vcpu_signals(lines)[0]
     assert (sent["vm"]["name"], sent["vm"]["uuid"]) == (NAME, UUID)
     assert sent["hva"] == poisoned["hva"]
     assert sent.get("gfn") == 0
@@ -372,7 +372,7 @@ def _follow_advice(machine: Machine, memory: str) -> None:
         lost: list[int] = []
         stack.callback(_unpoison, machine, lost)
         qemu = stack.enter_context(_qemu(machine, memory))
-        pfn = qemu.loses(UNTOUCHED)["pfn"]
+        pfn = qemu.poison(UNTOUCHED)["pfn"]
         lost.append(pfn)
         steps = _advice(machine, pfn, "monitor: system_reset")
         assert steps[0].startswith(f"shut {NAME} down from inside the guest and start it again")
@@ -380,10 +380,10 @@ def _follow_advice(machine: Machine, memory: str) -> None:
         assert steps[-1].startswith(f"until then do not migrate, save, snapshot or dump {NAME}")
         assert ("free huge page" in steps[2]) == (memory == "hugetlb"), steps
         qemu.monitor("system_reset")
-        qemu.boots(2)
+        qemu.wait_for_boots(2)
         if memory != "hugetlb":  # whose page table does not show it
             _advice(machine, pfn, "nothing: another page was put in place of the lost one")
-        assert qemu.migrates() is None
+        assert qemu.migrate() is None
 
 
 def _advice(machine: Machine, pfn: int, words: str) -> list[str]:

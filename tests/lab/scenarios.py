@@ -19,12 +19,12 @@ from tests.lab.harness import (
     Vmm,
     Watch,
     end_following,
+    exits_reported,
+    exits_returned,
     following,
     recorded,
     replayed,
     replayed_lines,
-    seen_by,
-    told_by,
     top,
     watching,
 )
@@ -41,7 +41,7 @@ def _exit_of(lines: list[Line], pid: int, errno: str) -> list[Line]:
     ]
 
 
-def gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
+def vms_gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
     """For Watch.until: the end of so many VMs of a process was reported."""
 
     def over(lines: list[Line]) -> bool:
@@ -51,10 +51,12 @@ def gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
     return over
 
 
-def _same(lines: list[Line], pid: int, report: Line) -> None:
+def _assert_same_exits(lines: list[Line], pid: int, report: Line) -> None:
     """What a process was notified of by kvmtrace's account and by its own must be the same."""
-    seen, told = seen_by(lines, pid), told_by(report)
-    assert seen == told, f"only kvmtrace: {seen - told}; only the VMM: {told - seen}"
+    reported, returned = exits_reported(lines, pid), exits_returned(report)
+    assert reported == returned, (
+        f"only kvmtrace: {reported - returned}; only the VMM: {returned - reported}"
+    )
 
 
 def _needs_exits(*watches: Watch) -> None:
@@ -66,7 +68,7 @@ def _needs_exits(*watches: Watch) -> None:
             )
 
 
-def _nothing_lost(lines: list[Line]) -> None:
+def _assert_nothing_lost(lines: list[Line]) -> None:
     assert [line for line in lines if line["kind"] == "lost"] == []
 
 
@@ -81,15 +83,15 @@ def gmem_poison(machine: Machine, source: str) -> None:
         touch = vmm.step("touch v +3")
         assert (touch["errno"], touch["reason"]) == ("EHWPOISON", 39), touch
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid), "the VM's end")
+        lines = watch.until(vms_gone(vmm.pid), "the VM's end")
 
-    (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
-    assert told["owners"], told
-    owner = told["owners"][0]
+    (reported,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
+    assert reported["owners"], reported
+    owner = reported["owners"][0]
     assert (owner["vm"]["pid"], owner["gfn"]) == (vmm.pid, poison["gfn"])
     assert owner["vm"]["name"] == "gmem-poison"
-    assert not told["page_type"].isdecimal()
-    assert told["result"] in ("Failed", "Delayed", "Recovered", "Ignored")
+    assert not reported["page_type"].isdecimal()
+    assert reported["result"] in ("Failed", "Delayed", "Recovered", "Ignored")
     exits = _exit_of(lines, vmm.pid, "EHWPOISON")
     assert sum(x["count"] for x in exits) == 1
     (fault,) = exits
@@ -101,10 +103,10 @@ def gmem_poison(machine: Machine, source: str) -> None:
         False,
     )
     assert (fault["cause"], fault["annotated"], fault["reason"]) == ("hwpoison", True, 39)
-    assert fault["incident"] == told["incident"]
-    assert told["ts"] < fault["ts"]
-    _same(lines, vmm.pid, report)
-    _nothing_lost(lines)
+    assert fault["incident"] == reported["incident"]
+    assert reported["ts"] < fault["ts"]
+    _assert_same_exits(lines, vmm.pid, report)
+    _assert_nothing_lost(lines)
 
 
 def under_way(machine: Machine, source: str) -> None:
@@ -116,7 +118,7 @@ def under_way(machine: Machine, source: str) -> None:
     with watching(machine, source) as watch:
         _needs_exits(watch)
         poison = vmm.step("poison v +3")
-        told = vmm.step("wait")
+        answer = vmm.step("wait")
         lines = watch.until(lambda ls: _exit_of(ls, vmm.pid, "EHWPOISON"), "the exit")
         (exit_,) = _exit_of(lines, vmm.pid, "EHWPOISON")
         assert (exit_["count"], exit_["vcpu"], exit_["gfn"]) == (1, 0, poison["gfn"]), exit_
@@ -125,10 +127,10 @@ def under_way(machine: Machine, source: str) -> None:
         # From here on it is like any other.
         vmm.step("touch v +3")
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid), "the VM's end")
+        lines = watch.until(vms_gone(vmm.pid), "the VM's end")
     assert sum(x["count"] for x in _exit_of(lines, vmm.pid, "EHWPOISON")) == 2
-    assert sum(row["count"] for row in report["failed"]) == 2, (report, told)
-    _nothing_lost(lines)
+    assert sum(row["count"] for row in report["failed"]) == 2, (report, answer)
+    _assert_nothing_lost(lines)
 
 
 def efault(machine: Machine, source: str) -> None:
@@ -145,17 +147,21 @@ def efault(machine: Machine, source: str) -> None:
         closed = vmm.step("touch v +9")
         assert (closed["errno"], closed["reason"]) == ("EFAULT", 39), closed
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid, 2), "the VMs' end")
+        lines = watch.until(vms_gone(vmm.pid, 2), "the VMs' end")
 
     exits = _exit_of(lines, vmm.pid, "EFAULT")
-    (told,) = [x for x in exits if x["annotated"]]
-    assert (told["cause"], told["gpa"], told["gfn"]) == ("backing", closed["gpa"], closed["gfn"])
+    (reported,) = [x for x in exits if x["annotated"]]
+    assert (reported["cause"], reported["gpa"], reported["gfn"]) == (
+        "backing",
+        closed["gpa"],
+        closed["gfn"],
+    )
     (unannotated,) = [x for x in exits if not x["annotated"]]
     assert unannotated["cause"] == "unannotated"
     assert not {"gpa", "size", "flags"} & set(unannotated)
     assert unannotated.get("gfn") in (None, bare["page"])
     assert not any("incident" in x for x in exits)
-    _same(lines, vmm.pid, report)
+    _assert_same_exits(lines, vmm.pid, report)
 
 
 def unannotated(machine: Machine, source: str) -> None:
@@ -168,11 +174,11 @@ def unannotated(machine: Machine, source: str) -> None:
         vmm.step("unmap v +5")
         vmm.step("touch v +5")
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid), "the VM's end")
-    (told,) = _exit_of(lines, vmm.pid, "EFAULT")
-    assert (told["cause"], told["annotated"]) == ("unannotated", False)
-    assert not {"gpa", "size", "flags", "incident"} & set(told)
-    _same(lines, vmm.pid, report)
+        lines = watch.until(vms_gone(vmm.pid), "the VM's end")
+    (reported,) = _exit_of(lines, vmm.pid, "EFAULT")
+    assert (reported["cause"], reported["annotated"]) == ("unannotated", False)
+    assert not {"gpa", "size", "flags", "incident"} & set(reported)
+    _assert_same_exits(lines, vmm.pid, report)
 
 
 def no_crosstalk(machine: Machine, source: str) -> None:
@@ -193,15 +199,15 @@ def no_crosstalk(machine: Machine, source: str) -> None:
             vmm.step("wait")
         reports = {vmm.pid: vmm.end() for vmm in vmms}
         for vmm in vmms:
-            lines = watch.until(gone(vmm.pid), f"the end of {vmm.name}")
+            lines = watch.until(vms_gone(vmm.pid), f"the end of {vmm.name}")
 
     for (pid, _), poison in poisons.items():
-        (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
-        assert [(o["vm"]["pid"], o["gfn"]) for o in told["owners"]] == [(pid, poison["gfn"])]
+        (reported,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
+        assert [(o["vm"]["pid"], o["gfn"]) for o in reported["owners"]] == [(pid, poison["gfn"])]
         exits = [x for x in lines if x["kind"] == "exit" and x["vm"]["pid"] == pid]
-        assert {x["incident"] for x in exits if x["gfn"] == poison["gfn"]} == {told["incident"]}
+        assert {x["incident"] for x in exits if x["gfn"] == poison["gfn"]} == {reported["incident"]}
     for pid, report in reports.items():
-        _same(lines, pid, report)
+        _assert_same_exits(lines, pid, report)
 
 
 def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
@@ -225,15 +231,15 @@ def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
         mad.step(f"loop v +3 {rounds}", patience=10 * PATIENCE)
         calm.step("wait", patience=10 * PATIENCE)
         report, quiet = mad.end(), calm.end()
-        lines = watch.until(gone(mad.pid, ends), "the VM's end")
+        lines = watch.until(vms_gone(mad.pid, ends), "the VM's end")
     assert sum(row["count"] for row in report["failed"]) == rounds
-    _same(lines, mad.pid, report)
+    _assert_same_exits(lines, mad.pid, report)
     assert quiet["failed"] == []
-    _same(lines, calm.pid, quiet)
-    _nothing_lost(lines)
+    _assert_same_exits(lines, calm.pid, quiet)
+    _assert_nothing_lost(lines)
 
 
-def _at_once(vmms: Sequence[Vmm], step: str) -> dict[int, Line]:
+def _run_at_once(vmms: Sequence[Vmm], step: str) -> dict[int, Line]:
     """All of them do it, and end; {pid: report}."""
     for vmm in vmms:
         vmm.begin(step)
@@ -255,25 +261,25 @@ def crowd(machine: Machine, source: str, vmms: int = 5, rounds: int = 10_000) ->
                 vmm.step("unmap v +3")
             else:
                 vmm.step("close-gmem v")
-        reports = _at_once(all_, f"loop v +3 {rounds}")
+        reports = _run_at_once(all_, f"loop v +3 {rounds}")
         lines = watch.until(
-            lambda lines: all(gone(pid, ends)(lines) for pid in reports), "the VMs' end"
+            lambda lines: all(vms_gone(pid, ends)(lines) for pid in reports), "the VMs' end"
         )
     for pid, report in reports.items():
         assert sum(row["count"] for row in report["failed"]) == rounds
-        _same(lines, pid, report)
+        _assert_same_exits(lines, pid, report)
         causes = Counter[str]()
-        for told in _exit_of(lines, pid, "EFAULT"):
-            causes[told["cause"]] += told["count"]
+        for reported in _exit_of(lines, pid, "EFAULT"):
+            causes[reported["cause"]] += reported["count"]
         assert causes == {backing: rounds}
-    _nothing_lost(lines)
+    _assert_nothing_lost(lines)
 
 
 def churn(machine: Machine, source: str, vmms: int = 4, vms: int = 250) -> None:
     """VMs come and go by the thousand, more at once than there are CPUs: none is missed."""
     with following(machine, source) as (watch,):
         all_ = [Vmm(machine, f"churn-{n}") for n in range(vmms)]
-        _at_once(all_, f"churn {vms}")
+        _run_at_once(all_, f"churn {vms}")
 
         def states(lines: list[Line]) -> Counter[tuple[int, str]]:
             return Counter((x["vm"]["pid"], x["state"]) for x in lines if x["kind"] == "vm")
@@ -298,13 +304,13 @@ def stale_join(machine: Machine, source: str) -> None:
         vmm.step("unmap w +5")
         bare = vmm.step("touch w +5")
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid, 2), "the VMs' end")
-    (told,) = _exit_of(lines, vmm.pid, "EFAULT")
-    assert told["cause"] == "unannotated"
-    assert told.get("gfn") in (None, bare["page"])
-    assert "incident" not in told
+        lines = watch.until(vms_gone(vmm.pid, 2), "the VMs' end")
+    (reported,) = _exit_of(lines, vmm.pid, "EFAULT")
+    assert reported["cause"] == "unannotated"
+    assert reported.get("gfn") in (None, bare["page"])
+    assert "incident" not in reported
     assert _exit_of(lines, vmm.pid, "EHWPOISON") == []
-    _same(lines, vmm.pid, report)
+    _assert_same_exits(lines, vmm.pid, report)
 
 
 def _hva(
@@ -329,18 +335,20 @@ def _hva(
             "the SIGBUS",
         )
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid), "the VM's end")
+        lines = watch.until(vms_gone(vmm.pid), "the VM's end")
     (signal,) = touch["sigbus"]
-    told = [x for x in lines if x["kind"] == "sigbus" and x["tid"] == touch["tid"]]
-    assert [(x["code"], x["hva"], x["lsb"]) for x in told] == [("AR", signal["hva"], signal["lsb"])]
+    reported = [x for x in lines if x["kind"] == "sigbus" and x["tid"] == touch["tid"]]
+    assert [(x["code"], x["hva"], x["lsb"]) for x in reported] == [
+        ("AR", signal["hva"], signal["lsb"])
+    ]
     at_poison = [x["lsb"] for x in lines if x["kind"] == "sigbus" and x["tid"] == vmm.pid]
     assert at_poison == [x["lsb"] for x in poison["sigbus"]]
     assert set(at_poison) <= {lsb}
-    assert told[0]["vm"]["pid"] == vmm.pid
-    assert told[0].get("gfn") in (None, touch["page"])
+    assert reported[0]["vm"]["pid"] == vmm.pid
+    assert reported[0].get("gfn") in (None, touch["page"])
     assert poison["pfn"] in {x["pfn"] for x in lines if x["kind"] == "poison"}
     assert _exit_of(lines, vmm.pid, "EINTR") == []
-    _same(lines, vmm.pid, report)
+    _assert_same_exits(lines, vmm.pid, report)
 
 
 def hva_anon(machine: Machine, source: str) -> None:
@@ -350,8 +358,8 @@ def hva_anon(machine: Machine, source: str) -> None:
 
 def hva_thp(machine: Machine, source: str) -> None:
     """A transparent huge page: the kernel splits it, one page is lost."""
-    told = machine.run("cat /sys/kernel/mm/transparent_hugepage/hpage_pmd_size", check=True)
-    pages = 2 * int(told.stdout) >> machine.page_shift
+    result = machine.run("cat /sys/kernel/mm/transparent_hugepage/hpage_pmd_size", check=True)
+    pages = 2 * int(result.stdout) >> machine.page_shift
     _hva(machine, source, "thp", machine.page_shift, pages, huge=True)
 
 
@@ -390,12 +398,14 @@ def hva_early_kill(machine: Machine, source: str) -> None:
         vmm, place = poisons[name]
         (signal,) = vmm.end()["sigbus"]
         assert (signal["code"], signal["tid"], signal["count"]) == ("AO", vmm.pid, 1), signal
-        told = [x for x in lines if x["kind"] == "sigbus" and x.get("vm", {}).get("pid") == vmm.pid]
-        assert [(x["code"], x["tid"], x["hva"], x["lsb"]) for x in told] == [
+        reported = [
+            x for x in lines if x["kind"] == "sigbus" and x.get("vm", {}).get("pid") == vmm.pid
+        ]
+        assert [(x["code"], x["tid"], x["hva"], x["lsb"]) for x in reported] == [
             ("AO", vmm.pid, signal["hva"], lsb)
         ]
         assert signal["lsb"] == lsb
-        assert "vcpu" not in told[0]  # nobody was in the guest for it
+        assert "vcpu" not in reported[0]  # nobody was in the guest for it
         order = lsb - machine.page_shift
         (incident,) = [x for x in incidents if x["pfn"] >> order == place["pfn"] >> order]
         assert incident["state"] == "delivered", incident
@@ -412,15 +422,15 @@ def hva_looping(machine: Machine, source: str) -> None:
         poison = vmm.step("poison v +3")
         vmm.step("loop v +3 50")
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid), "the VM's end")
-    told = [
+        lines = watch.until(vms_gone(vmm.pid), "the VM's end")
+    reported = [
         x
         for x in lines
         if x["kind"] == "sigbus" and x["hva"] == poison["hva"] and x["tid"] != vmm.pid
     ]
-    truth = [s for s in report["sigbus"] if s["tid"] != vmm.pid]
-    assert sum(x.get("count", 1) for x in told) == sum(s["count"] for s in truth) == 50
-    _same(lines, vmm.pid, report)
+    returned = [s for s in report["sigbus"] if s["tid"] != vmm.pid]
+    assert sum(x.get("count", 1) for x in reported) == sum(s["count"] for s in returned) == 50
+    _assert_same_exits(lines, vmm.pid, report)
 
 
 def deaf_crowd(machine: Machine, source: str, vmms: int = 4, rounds: int = 2_000) -> None:
@@ -430,18 +440,20 @@ def deaf_crowd(machine: Machine, source: str, vmms: int = 4, rounds: int = 2_000
         for vmm in all_:
             for step in ("create v backing=anon", "touch v +3", "poison v +3"):
                 vmm.step(step)
-        reports = _at_once(all_, f"loop v +3 {rounds}")
-        lines = watch.until(lambda lines: all(gone(pid)(lines) for pid in reports), "the VMs' end")
+        reports = _run_at_once(all_, f"loop v +3 {rounds}")
+        lines = watch.until(
+            lambda lines: all(vms_gone(pid)(lines) for pid in reports), "the VMs' end"
+        )
     for pid, report in reports.items():
-        told = sum(
+        reported = sum(
             x.get("count", 1)
             for x in lines
             if x["kind"] == "sigbus" and x.get("vm", {}).get("pid") == pid and x["tid"] != pid
         )
-        truth = sum(s["count"] for s in report["sigbus"] if s["tid"] != pid)
-        assert told == truth == rounds
-        _same(lines, pid, report)
-    _nothing_lost(lines)
+        returned = sum(s["count"] for s in report["sigbus"] if s["tid"] != pid)
+        assert reported == returned == rounds
+        _assert_same_exits(lines, pid, report)
+    _assert_nothing_lost(lines)
 
 
 def looping_in_top(machine: Machine, source: str) -> None:
@@ -474,10 +486,10 @@ def looping_in_top(machine: Machine, source: str) -> None:
         assert incident["pfn"] == poison["pfn"], incident
         assert incident["state"] == "looping", incident
         assert [owner["hva"] for owner in incident["owners"]] == [poison["hva"]]
-        told = incident["deliveries"]
-        assert told["sigbus"] == vm["sigbus"].get("AR", 0)
-        assert told["exits"] == vm["exits"].get("EHWPOISON", 0)
-        assert told["sigbus"] + told["exits"] > 1
+        deliveries = incident["deliveries"]
+        assert deliveries["sigbus"] == vm["sigbus"].get("AR", 0)
+        assert deliveries["exits"] == vm["exits"].get("EHWPOISON", 0)
+        assert deliveries["sigbus"] + deliveries["exits"] > 1
 
 
 def parity(machine: Machine, _source: str = "both") -> None:
@@ -501,17 +513,17 @@ def parity(machine: Machine, _source: str = "both") -> None:
             vmm.step("close-gmem g")
             vmm.step("touch g +9")
         report = vmm.end()
-        stories = [watch.until(gone(vmm.pid, 2), "the VMs' end") for watch in watches]
+        stories = [watch.until(vms_gone(vmm.pid, 2), "the VMs' end") for watch in watches]
     for lines in stories:
-        _same(lines, vmm.pid, report)
-        _nothing_lost(lines)
-    bpf, ftrace = (_story(lines, vmm.pid) for lines in stories)
+        _assert_same_exits(lines, vmm.pid, report)
+        _assert_nothing_lost(lines)
+    bpf, ftrace = (_reported_by_kind(lines, vmm.pid) for lines in stories)
     assert set(bpf) == set(ftrace)
     for kind in bpf:
         assert bpf[kind] == ftrace[kind], kind
 
 
-def _story(lines: list[Line], pid: int) -> dict[str, list[tuple[object, ...]]]:
+def _reported_by_kind(lines: list[Line], pid: int) -> dict[str, list[tuple[object, ...]]]:
     """What a source reported, without times, and in how many events."""
     story: dict[str, list[tuple[object, ...]]] = {}
     for line in lines:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.lab.harness import PATIENCE, Vmm, Watch, seen_by, told_by, watching
+from tests.lab.harness import PATIENCE, Vmm, Watch, exits_reported, exits_returned, watching
 from tests.lab.machine import Machine
-from tests.lab.scenarios import gone
+from tests.lab.scenarios import vms_gone
 
 pytestmark = pytest.mark.lab
 
@@ -35,7 +35,7 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.2)
 
 
-def bare_efault(machine: Machine, watch: Watch) -> None:
+def assert_efault_reported(machine: Machine, watch: Watch) -> None:
     """One unannotated EFAULT, delivered and seen."""
     vmm = Vmm(machine, "probe")
     vmm.step("create v backing=anon")
@@ -46,7 +46,7 @@ def bare_efault(machine: Machine, watch: Watch) -> None:
         lambda ls: [x for x in ls if x["kind"] == "exit" and x["vm"]["pid"] == vmm.pid],
         "the exit",
     )
-    assert seen_by(lines, vmm.pid) == told_by(report)
+    assert exits_reported(lines, vmm.pid) == exits_returned(report)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -78,7 +78,7 @@ def test_the_next_start_removes_what_a_killed_one_left_and_only_that(machine: Ma
                     assert {name for name in left & still if "kvmtrace" in name} == set()
                 assert "mine" in now[0]
                 assert "mine" in now[1]
-            bare_efault(machine, living)
+            assert_efault_reported(machine, living)
     finally:
         machine.run(f"rmdir {TRACEFS}/instances/mine; echo -:mine/gone >> {TRACEFS}/dynamic_events")
     assert traces(machine) == before
@@ -86,7 +86,7 @@ def test_the_next_start_removes_what_a_killed_one_left_and_only_that(machine: Ma
 
 def test_two_at_once_see_the_same(machine: Machine) -> None:
     with watching(machine, "ftrace") as one, watching(machine, "ftrace") as other:
-        bare_efault(machine, one)
+        assert_efault_reported(machine, one)
         wait_for(lambda: other.lines("exit"), "the exit at the other")
         found = [
             [{k: v for k, v in x.items() if k != "ts"} for x in watch.lines("exit")]
@@ -116,11 +116,11 @@ def test_more_places_than_the_kernel_has_entries_for(machine: Machine) -> None:
         job = machine.start("exec vmm --name many --steps /mnt/share/steps")
         assert job.wait(5 * PATIENCE) == 0
         report = json.loads(job.stdout.splitlines()[-1])
-        lines = watch.until(gone(report["pid"]), "the VM's end")
-    told, seen = told_by(report), seen_by(lines, report["pid"])
-    assert len(told) == pages
-    assert seen.total() == told.total() == pages * each
-    nameless = seen - told
+        lines = watch.until(vms_gone(report["pid"]), "the VM's end")
+    returned, reported = exits_returned(report), exits_reported(lines, report["pid"])
+    assert len(returned) == pages
+    assert reported.total() == returned.total() == pages * each
+    nameless = reported - returned
     assert {key[2:6] for key in nameless} == {("EFAULT", 39, True, None)}
     assert [line for line in lines if line["kind"] == "lost"] == []
 

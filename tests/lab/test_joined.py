@@ -27,12 +27,12 @@ def serve(request: pytest.FixtureRequest, machine: Machine) -> Iterator[Job]:
     before = leftovers.attached(machine)
     serve = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 --source {request.param}")
     serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
-    privileges.only_what_watching_takes(machine)
+    privileges.assert_given_up(machine)
     yield serve
     if serve.poll() is None:
         serve.signal(signal.SIGINT)
         assert serve.wait(PATIENCE) == 0, serve.stderr
-    leftovers.nothing_but(machine, before)
+    leftovers.assert_only(machine, before)
 
 
 def _metric(machine: Machine, serve: Job, name: str, *labels: str) -> float:
@@ -69,17 +69,17 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
     sick.step("loop v +3 3000")
     shaken.step("loop v +3 200", may_fail=True)
     report = {vmm.name: vmm.step("report") for vmm in (sick, shaken)}
-    told = {name: sum(row["count"] for row in one["failed"]) for name, one in report.items()}
-    assert told["sick"] == 3000
-    probing = leftovers.probing(machine)
+    returned = {name: sum(row["count"] for row in one["failed"]) for name, one in report.items()}
+    assert returned["sick"] == 3000
+    probing = leftovers.attached_probes(machine)
     modes = machine.run(f"stat -c '%a %U %F' {DIRECTORY} {DIRECTORY}/*", check=True).stdout
     assert modes == "750 root directory\n600 root socket\n"
 
     deadline = time.monotonic() + PATIENCE  # a serve reads the kernel's counts now and then
-    while _exits(shown := _top(machine), "sick") < told["sick"] and time.monotonic() < deadline:
+    while _exits(shown := _top(machine), "sick") < returned["sick"] and time.monotonic() < deadline:
         pass
     vms = {vm["name"]: vm for vm in shown["vms"]}
-    assert vms["sick"]["exits"] == {"EHWPOISON": told["sick"]}
+    assert vms["sick"]["exits"] == {"EHWPOISON": returned["sick"]}
     signals = sum(one["count"] for one in report["shaken"]["sigbus"] if one["code"] == "AR")
     assert vms["shaken"]["sigbus"]["AR"] == signals
     incidents = {one["pfn"]: one for one in shown["incidents"] if "pfn" in one}
@@ -88,7 +88,7 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
         assert owner["vm"]["pid"] == vmm.pid
         # ftrace does not know every memslot
         assert owner.get("gfn", shown["host"]["source"]) in (page["gfn"], "ftrace")
-    assert incidents[poison["pfn"]]["deliveries"] == {"exits": told["sick"], "sigbus": 0}
+    assert incidents[poison["pfn"]]["deliveries"] == {"exits": returned["sick"], "sigbus": 0}
     assert re.fullmatch(r"of kvmtrace serve, pid \d+", shown["host"]["source_why"])
     assert not any(shown["lost"].values())
 
@@ -96,7 +96,7 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
     watch = Watch(machine, "auto", "--vm sick")
     recording = machine.start("exec kvmtrace record /tmp/joined.jsonl --force")
     recording.wait_for("recording to", timeout=PATIENCE, stream="stderr")
-    assert leftovers.probing(machine) == probing
+    assert leftovers.attached_probes(machine) == probing
     sick.step("loop v +3 2000")
     watch.until(
         lambda lines: sum(x["count"] for x in lines if x["kind"] == "exit") >= 2000, "2000 exits"

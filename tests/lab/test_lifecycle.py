@@ -1,6 +1,6 @@
 """From start to end on a real kernel: kvm comes late, signals of all kinds, what is in the way.
 
-Hosts that refuse are in test_conditions.py.
+Hosts that refuse are in test_hosts.py.
 
 A start with eBPF compiles for many seconds under emulation, so what needs no BPF runs on tracefs.
 """
@@ -16,7 +16,16 @@ import pytest
 
 from tests.lab import leftovers, privileges
 from tests.lab.conftest import Boot
-from tests.lab.harness import PATIENCE, Line, Vmm, Watch, kvmtrace, refused, seen_by, told_by
+from tests.lab.harness import (
+    PATIENCE,
+    Line,
+    Vmm,
+    Watch,
+    assert_refused,
+    exits_reported,
+    exits_returned,
+    kvmtrace,
+)
 from tests.lab.machine import Machine
 
 pytestmark = pytest.mark.lab
@@ -35,11 +44,11 @@ def test_started_before_kvm_it_waits_and_attaches(boot: Boot) -> None:
     assert re.search(r"not attached:.*\brun\b", first), first
     attached = leftovers.attached(machine)
     assert len(attached["programs"]) > len(before["programs"])  # poison is watched meanwhile
-    privileges.only_what_watching_takes(machine)
+    privileges.assert_given_up(machine)
 
     machine.run("modprobe kvm-amd && test -c /dev/kvm", check=True)
     run_probe = re.compile(r"kvm_arch_vcpu_ioctl_run\b")
-    _until(
+    _wait_until(
         lambda: any(run_probe.match(str(one)) for one in leftovers.attached(machine)["functions"]),
         "kvm's functions probed",
     )
@@ -52,19 +61,19 @@ def test_started_before_kvm_it_waits_and_attaches(boot: Boot) -> None:
     def exits(lines: list[Line]) -> list[Line]:
         return [x for x in lines if x["kind"] == "exit"]
 
-    (told,) = exits(watch.until(exits, "the exit"))
-    assert (told["errno"], told["cause"]) == ("EHWPOISON", "hwpoison")
-    assert told["incident"]
+    (reported,) = exits(watch.until(exits, "the exit"))
+    assert (reported["errno"], reported["cause"]) == ("EHWPOISON", "hwpoison")
+    assert reported["incident"]
     report = vmm.end()
     lines = watch.end()  # SIGINT
-    assert seen_by(lines, vmm.pid) == told_by(report)
-    leftovers.nothing_but(machine, before)
+    assert exits_reported(lines, vmm.pid) == exits_returned(report)
+    leftovers.assert_only(machine, before)
 
     # kvm goes only if nobody holds it: neither a probe nor a program
     machine.run("modprobe -r kvm-amd kvm && ! test -e /sys/module/kvm", check=True)
 
 
-def _until(condition: Callable[[], object], what: str) -> None:
+def _wait_until(condition: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}"
@@ -89,7 +98,7 @@ def test_no_signal_leaves_anything_attached(machine: Machine) -> None:
     top.signal(signal.SIGTERM)
     assert top.wait(PATIENCE) == 0, top.tail()
     assert "Traceback" not in top.stdout
-    leftovers.nothing_but(machine, before)
+    leftovers.assert_only(machine, before)
 
 
 def test_a_reader_that_leaves_is_no_error(machine: Machine) -> None:
@@ -116,13 +125,13 @@ def test_with_bcc_out_of_sight(machine: Machine) -> None:
         timeout=PATIENCE,
         env={"PYTHONPATH": "/opt/kvmtrace/lib"},
     )
-    refused(result, "out of this Python's sight", "--system-site-packages")
+    assert_refused(result, "out of this Python's sight", "--system-site-packages")
 
 
 def test_with_the_bcc_of_pypi(machine: Machine) -> None:
     machine.run("mkdir -p /tmp/pypi/bcc && echo 'class Lattice: ...' > /tmp/pypi/bcc/__init__.py")
     result = kvmtrace(machine, "events --source bpf", {"PYTHONPATH": "/tmp/pypi"})
-    refused(result, "another project", "python3-bpfcc")
+    assert_refused(result, "another project", "python3-bpfcc")
     doctor = kvmtrace(machine, "doctor --source bpf", {"PYTHONPATH": "/tmp/pypi"})
     assert doctor.status == 1
     assert "python3-bpfcc" in doctor.stdout
@@ -134,7 +143,7 @@ def test_port_in_use(machine: Machine) -> None:
     try:
         taken.wait_for("Serving", timeout=PATIENCE)
         result = kvmtrace(machine, "serve --listen 127.0.0.1:9751 --source ftrace")
-        refused(result, "9751.*in use")
+        assert_refused(result, "9751.*in use")
     finally:
         taken.kill()
 

@@ -44,8 +44,8 @@ def test_what_an_address_and_a_socket_are(machine: Machine, source: str) -> None
         for number, (bank, status, physical, at) in enumerate(cases):
             addr = 0x123456000 + 0x1000 * number
             injected(machine, bank, status, addr)
-            told = functools.partial(_of, addr)
-            (line,) = told(watch.until(told, f"machine check {number}"))
+            at_address = functools.partial(_of, addr)
+            (line,) = at_address(watch.until(at_address, f"machine check {number}"))
             assert line.get("pfn") == (addr >> 12 if physical else None), line
             assert line.get("at") == at, line
             assert (line["bank"], line["cpu"], line["status"]) == (bank, 1, status)

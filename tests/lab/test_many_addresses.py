@@ -11,9 +11,9 @@ from collections import Counter
 
 import pytest
 
-from tests.lab.harness import Line, Vmm, Watch, seen_by, told_by
+from tests.lab.harness import Line, Vmm, Watch, exits_reported, exits_returned
 from tests.lab.machine import Machine
-from tests.lab.scenarios import gone
+from tests.lab.scenarios import vms_gone
 
 pytestmark = pytest.mark.lab
 
@@ -54,10 +54,10 @@ def test_exits_beyond_the_last_counter(machine: Machine) -> None:
             vmm.step(f"loop v +{page} {each} vcpu={page % 2}")
         vmm.step("loop w +3 7")
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid, 2), "the VMs' end")
+        lines = watch.until(vms_gone(vmm.pid, 2), "the VMs' end")
     finally:
         watch.end()
-    truth = told_by(report)
+    truth = exits_returned(report)
     assert truth.total() == pages * each + 7
     assert causes(lines, vmm.pid) == {
         ("EFAULT", "backing"): pages * each,
@@ -68,7 +68,7 @@ def test_exits_beyond_the_last_counter(machine: Machine) -> None:
     unknown = [x for x in exits if "vcpu" not in x]
     assert unknown, json.dumps(exits[-5:])
     assert not {"gpa", "gfn", "size", "access"} & {name for x in unknown for name in x}
-    seen = seen_by([x for x in lines if x["kind"] != "exit" or "vcpu" in x], vmm.pid)
+    seen = exits_reported([x for x in lines if x["kind"] != "exit" or "vcpu" in x], vmm.pid)
     assert len(seen) == FEW
     assert seen == Counter({key: truth[key] for key in seen})
     # What was counted without its address is reported as that.

@@ -73,13 +73,13 @@ def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
     recorder.wait_for("recording to", timeout=PATIENCE, stream="stderr")
     with watching(machine, source) as watch:
         vmms[0].step(f"poison pfn={pfn}", may_fail=True)
-        (told,) = poison_of(pfn)(watch.until(poison_of(pfn), "the poison"))
-        assert {owner["vm"]["pid"] for owner in told["owners"]} == {vmm.pid for vmm in vmms}
-        for owner in told["owners"]:
+        (reported,) = poison_of(pfn)(watch.until(poison_of(pfn), "the poison"))
+        assert {owner["vm"]["pid"] for owner in reported["owners"]} == {vmm.pid for vmm in vmms}
+        for owner in reported["owners"]:
             assert owner.get("gfn", source) in (0x103, "ftrace")
         for vmm in vmms:
             assert vmm.step("touch v +3", may_fail=True)["sigbus"]
-        watch.until(lambda ls: len(deliveries(ls, told["incident"])) >= 2, "both deliveries")
+        watch.until(lambda ls: len(deliveries(ls, reported["incident"])) >= 2, "both deliveries")
     recorder.signal(signal.SIGINT)
     assert recorder.wait(PATIENCE) == 0, recorder.stderr
     story = machine.run(
@@ -97,7 +97,7 @@ import ctypes, mmap, os, signal, sys
 early = len(sys.argv) > 3
 if early:
     ctypes.CDLL(None).prctl(33, 1, 1, 0, 0)  # PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY
-    signal.signal(signal.SIGBUS, lambda number, frame: print("told", flush=True))
+    signal.signal(signal.SIGBUS, lambda number, frame: print("notified", flush=True))
 memory = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 0)
 at = int(sys.argv[2])
 memory[at]
@@ -125,16 +125,16 @@ def test_a_program_that_has_a_vms_page_mapped_is_no_vm(machine: Machine, source:
         hammer = Vmm(machine, "hammer")
         hammer.step(f"poison pfn={place['pfn']}")
         hammer.end()
-        reader.wait_for("told", timeout=PATIENCE)
+        reader.wait_for("notified", timeout=PATIENCE)
         for job in (victim, reader):
             job.close_stdin()
         assert victim.wait(PATIENCE) in (-signal.SIGBUS, 128 + signal.SIGBUS)
         assert reader.wait(PATIENCE) == 0
     signals = [x for x in replayed_lines(machine, log) if x["kind"] == "sigbus"]
     assert not [x for x in signals if "vm" in x], signals
-    told = {x["code"]: x["process"] for x in signals}
-    assert told["AO"] == {"pid": int(reader.stdout.split()[1]), "name": "python3"}
-    assert told["AR"] == {"pid": int(victim.stdout.split()[1]), "name": "python3"}
+    killed = {x["code"]: x["process"] for x in signals}
+    assert killed["AO"] == {"pid": int(reader.stdout.split()[1]), "name": "python3"}
+    assert killed["AR"] == {"pid": int(victim.stdout.split()[1]), "name": "python3"}
     incidents = replayed(machine, log)["incidents"]
     (incident,) = [x for x in incidents if x["pfn"] == place["pfn"]]
     assert (incident["state"], incident["deliveries"]) == ("latent", {"exits": 0, "sigbus": 0})
@@ -154,7 +154,7 @@ def test_a_large_sparse_vm_holds_nobody_up(machine: Machine) -> None:
         poison = vmm.step("poison v +3 how=inject")
         lines = watch.until(poison_of(poison["pfn"]), "the poison")
         assert time.monotonic() - begin < 10
-        (told,) = poison_of(poison["pfn"])(lines)
-        watch.until(functools.partial(owners_of, told["incident"]), "its owner")
-        assert set(owners_of(told["incident"], watch.lines())) == {(vmm.pid, poison["gfn"])}
+        (reported,) = poison_of(poison["pfn"])(lines)
+        watch.until(functools.partial(owners_of, reported["incident"]), "its owner")
+        assert set(owners_of(reported["incident"], watch.lines())) == {(vmm.pid, poison["gfn"])}
     vmm.end()

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.lab
 INSTANCE = "127.0.0.1:9750"
 WINDOW = "30m"  # of increases: longer than the story takes on a busy machine
 STORM = 5000
-ASKER = Path(__file__).with_name("guest_prometheus.py")
+QUERY_SCRIPT = Path(__file__).with_name("guest_prometheus.py")
 
 QUERIES = list(dashboards.queries(dashboards.load()))
 VMS = ("web", "loop", "closed", "bare", "anon")
@@ -40,11 +40,11 @@ class GuestPrometheus(prometheus.Queries):
     def __init__(self, machine: Machine, directory: str, target: str) -> None:
         here = machine.share / directory
         here.mkdir()
-        for path in (Path(prometheus.__file__), ASKER, dashboards.ALERTS):
+        for path in (Path(prometheus.__file__), QUERY_SCRIPT, dashboards.ALERTS):
             shutil.copy(path, here)
         there = f"/mnt/share/{directory}"
         self.job = machine.start(
-            f"exec python3 {there}/{ASKER.name} {target} {there}/{dashboards.ALERTS.name}"
+            f"exec python3 {there}/{QUERY_SCRIPT.name} {target} {there}/{dashboards.ALERTS.name}"
         )
         self.job.wait_for("^ready$", timeout=PATIENCE)
         self._answers = 1
@@ -86,13 +86,13 @@ class Story:
     @property
     def exits(self) -> Exits:
         """What KVM_RUN returned, with the zeros that every VM is born with."""
-        told = {(vm, *kind): 0.0 for vm in VMS for kind in BORN}
+        returned = {(vm, *kind): 0.0 for vm in VMS for kind in BORN_AT_ZERO}
         for vm, report in self.reports.items():
             for row in report["failed"]:
-                told[vm, row["errno"], cause_of(row)] += row["count"]
-        return told
+                returned[vm, row["errno"], cause_of(row)] += row["count"]
+        return returned
 
-    def told(self, vm: str, *causes: str) -> float:
+    def exits_by(self, vm: str, *causes: str) -> float:
         """Exits of a VM by these causes."""
         return sum(n for (who, _, cause), n in self.exits.items() if who == vm and cause in causes)
 
@@ -104,7 +104,7 @@ class Story:
 
 
 CODES = ("AR", "AO", "KERNEL")
-BORN = (
+BORN_AT_ZERO = (
     ("EHWPOISON", "hwpoison"),
     ("EFAULT", "conversion"),
     ("EFAULT", "userfault"),
@@ -144,7 +144,7 @@ def story(shared_machine: Shared) -> Iterator[Story]:
             vmm.step("touch v +3")
         scraper = GuestPrometheus(machine, "serve", INSTANCE)
         exits = "kvmtrace_memory_fault_exits_total"
-        scraper.wait(lambda: len(scraper.query(exits)) >= len(VMS) * len(BORN), PATIENCE)
+        scraper.wait(lambda: len(scraper.query(exits)) >= len(VMS) * len(BORN_AT_ZERO), PATIENCE)
         scraper.wait_for_scrapes(3, PATIENCE)
         born, alerts = exits_in(scraper.query(exits)), scraper.alerts()
         # Pages that other tests poisoned in the same machine: their VMs are gone.
@@ -214,10 +214,10 @@ def meminfo(machine: Machine, field: str) -> int:
 
 
 def test_series_of_a_vm_are_there_at_0_before_its_first_event(story: Story) -> None:
-    assert story.born == {(vm, *kind): 0 for vm in VMS for kind in BORN}
+    assert story.born == {(vm, *kind): 0 for vm in VMS for kind in BORN_AT_ZERO}
 
 
-def test_the_story_is_the_one_to_be_told(story: Story) -> None:
+def test_the_story_has_something_of_everything(story: Story) -> None:
     """The VMMs' account has something of everything, or the tests below compare zeros."""
     assert {key: count for key, count in story.exits.items() if count} == {
         ("web", "EHWPOISON", "hwpoison"): 1,
@@ -230,8 +230,8 @@ def test_the_story_is_the_one_to_be_told(story: Story) -> None:
 
 
 def test_prometheus_agrees_with_the_vmms(story: Story) -> None:
-    told = exits_in(story.prometheus.query("kvmtrace_memory_fault_exits_total"))
-    assert told == story.exits
+    shown = exits_in(story.prometheus.query("kvmtrace_memory_fault_exits_total"))
+    assert shown == story.exits
     signals = story.prometheus.query("kvmtrace_sigbus_total")
     assert {(at["vm"], at["code"]): value for at, value in signals} == {
         (vm, code): story.sigbus(vm, code) for vm in VMS for code in CODES
@@ -247,8 +247,8 @@ def test_metrics_agree_with_the_vmms(story: Story) -> None:
     )
     text = story.machine.run(["python3", "-c", ask], timeout=PATIENCE, check=True).stdout
     line = r'^kvmtrace_memory_fault_exits_total\{cause="(.*)",errno="(.*)",vm="(.*)"\} (.*)$'
-    told = re.findall(line, text, re.MULTILINE)
-    assert {(vm, errno, cause): float(n) for cause, errno, vm, n in told} == story.exits
+    rows = re.findall(line, text, re.MULTILINE)
+    assert {(vm, errno, cause): float(n) for cause, errno, vm, n in rows} == story.exits
 
 
 def test_nothing_was_lost_and_every_scrape_answered(story: Story) -> None:
@@ -329,10 +329,10 @@ CHECKS: dict[tuple[str, str], Check] = {
     ("VMs", "pages"): exactly(
         lambda _: {("web",): 2, ("loop",): 1, ("anon",): 1, ("closed",): 0, ("bare",): 0}
     ),
-    ("VMs", "poison"): exactly(lambda s: {(vm,): s.told(vm, "hwpoison") for vm in VMS}),
+    ("VMs", "poison"): exactly(lambda s: {(vm,): s.exits_by(vm, "hwpoison") for vm in VMS}),
     ("VMs", "conversion"): exactly(lambda _: {(vm,): 0 for vm in VMS}),
     ("VMs", "failed"): exactly(
-        lambda s: {(vm,): s.told(vm, "backing", "unannotated") for vm in VMS}
+        lambda s: {(vm,): s.exits_by(vm, "backing", "unannotated") for vm in VMS}
     ),
     ("VMs", "sigbus"): exactly(lambda s: {(vm,): s.sigbus(vm, "AR") for vm in VMS}),
     ("VMs", "info"): exactly(lambda s: {(vm, str(s.vmms[vm].pid), "vmm"): 1 for vm in VMS}),
@@ -404,4 +404,4 @@ def test_sigterm_ends_it_and_nothing_stays_attached(story: Story) -> None:
     story.serve.signal(signal.SIGTERM)
     assert story.serve.wait(PATIENCE) == 0
     assert story.serve.stderr == f"serving http://{INSTANCE}/metrics\n"
-    leftovers.nothing_but(story.machine, story.before)
+    leftovers.assert_only(story.machine, story.before)

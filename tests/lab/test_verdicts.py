@@ -13,7 +13,7 @@ import pytest
 
 from kvmtrace.model import VERDICTS
 from kvmtrace.sources.bpf import source as bpf
-from tests.lab.harness import PATIENCE, Line, Vmm, told_by
+from tests.lab.harness import PATIENCE, Line, Vmm, exits_returned
 from tests.lab.machine import Machine
 from tests.lab.vmm import private_vms
 
@@ -84,11 +84,11 @@ def test_each_verdict(machine: Machine) -> None:
         ("mends", "handled"),
         ("loops", "looping"),
     ):
-        told = explain(machine, name)
-        assert told["verdict"] == verdict, told
-        assert told["pfn"] == vmms[name][1]["pfn"]
-        assert [owner["gfn"] for owner in told["owners"]] == [vmms[name][1]["gfn"]]
-        evidence = " ".join(told["verdicts"][0]["evidence"])
+        incident = explain(machine, name)
+        assert incident["verdict"] == verdict, incident
+        assert incident["pfn"] == vmms[name][1]["pfn"]
+        assert [owner["gfn"] for owner in incident["owners"]] == [vmms[name][1]["gfn"]]
+        evidence = " ".join(incident["verdicts"][0]["evidence"])
         assert re.search(EVIDENCE[verdict], evidence), evidence
     mended = explain(machine, "mends")
     assert [owner["released"] for owner in mended["owners"]] == [True]
@@ -108,13 +108,13 @@ def test_a_machine_check_and_the_poison_that_follows(machine: Machine) -> None:
         poison = vmm.step("poison v +3")
         time.sleep(1)
         vmm.end()
-    told = explain(machine, hex(poison["pfn"]))
-    assert told["pfn"] == poison["pfn"]
-    assert told["origin"]["bank"] == 7
-    assert told["origin"]["severity"] == "recoverable"
-    assert told["origin"]["consumer_cpu"] == told["origin"]["cpu"]
-    assert "socket" not in told["origin"]
-    whats = [moment["what"] for moment in told["timeline"]]
+    incident = explain(machine, hex(poison["pfn"]))
+    assert incident["pfn"] == poison["pfn"]
+    assert incident["origin"]["bank"] == 7
+    assert incident["origin"]["severity"] == "recoverable"
+    assert incident["origin"]["consumer_cpu"] == incident["origin"]["cpu"]
+    assert "socket" not in incident["origin"]
+    whats = [moment["what"] for moment in incident["timeline"]]
     assert "machine check" in whats[0]
     assert any("poisoned" in what for what in whats[1:])
 
@@ -145,11 +145,13 @@ def test_what_is_never_delivered(machine: Machine) -> None:
                 assert time.monotonic() < deadline
                 time.sleep(0.5)
         asked = ["kvmtrace", "explain", hex(poison["pfn"])]
-        (told,) = json.loads(machine.run([*asked, "--json"], timeout=PATIENCE, check=True).stdout)
-        assert (told["undelivered"], told["deliveries"]) == (2, {"exits": 0, "sigbus": 0})
-        assert told["state"] == "latent"
+        (incident,) = json.loads(
+            machine.run([*asked, "--json"], timeout=PATIENCE, check=True).stdout
+        )
+        assert (incident["undelivered"], incident["deliveries"]) == (2, {"exits": 0, "sigbus": 0})
+        assert incident["state"] == "latent"
         page = f"the lost page (gfn {poison['gfn']:#x})"
-        assert told["next"] == [
+        assert incident["next"] == [
             "shut swallowed down from inside the guest and start it again: guest_memfd refused "
             f"{page} 2 times, and no VMM was notified",
             "until then do not migrate, save, snapshot or dump swallowed: each of these reads "
@@ -181,10 +183,10 @@ def test_pages_that_are_moved_or_mended(machine: Machine) -> None:
             vmm.end()
     story = machine.run(f"kvmtrace explain {soft:#x} --from {LOG}", timeout=PATIENCE, check=True)
     assert "soft-offlined; its contents were moved, no guest is harmed" in story.stdout
-    told = explain(machine, hex(poison["pfn"]))
-    assert (told["state"], told.get("verdict")) == ("closed", None)
-    assert any("unpoisoned" in moment["what"] for moment in told["timeline"])
-    assert told["next"] == ["nothing: the page is no longer poisoned"]
+    incident = explain(machine, hex(poison["pfn"]))
+    assert (incident["state"], incident.get("verdict")) == ("closed", None)
+    assert any("unpoisoned" in moment["what"] for moment in incident["timeline"])
+    assert incident["next"] == ["nothing: the page is no longer poisoned"]
 
 
 def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
@@ -202,24 +204,24 @@ def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
         busy.step("convert p +2 5000", patience=10 * PATIENCE)
         truth = busy.end()
         report = vmm.end()
-    told = explain(machine, "sick")
-    assert (told["pfn"], told["deliveries"]) == (poison["pfn"], {"exits": 1, "sigbus": 0})
+    incident = explain(machine, "sick")
+    assert (incident["pfn"], incident["deliveries"]) == (poison["pfn"], {"exits": 1, "sigbus": 0})
     shown = json.loads(
         machine.run(f"kvmtrace replay {LOG} --json", timeout=PATIENCE, check=True).stdout
     )
     assert len(shown["incidents"]) == 1
     causes = {vm["name"]: vm["causes"] for vm in shown["vms"]}
-    assert sum(told_by(truth).values()) == pages + 55_000
+    assert sum(exits_returned(truth).values()) == pages + 55_000
     assert causes["confidential"] == {"conversion": pages + 55_000}
-    assert causes["sick"] == {"hwpoison": sum(told_by(report).values())}
+    assert causes["sick"] == {"hwpoison": sum(exits_returned(report).values())}
     assert shown["lost"] == {}
-    told_one_by_one = _exits(machine, "confidential")
-    addresses = {key[5] for key in told_by(truth)}
-    for line in told_one_by_one:
+    exit_lines = _exits(machine, "confidential")
+    addresses = {key[5] for key in exits_returned(truth)}
+    for line in exit_lines:
         assert (line["vcpu"], line["reason"], line["annotated"]) == (0, 39, True)
         # A line has an address if that is the one of all exits that it stands for.
         assert line.get("gpa") in (addresses if line["count"] == 1 else {None, *addresses})
-    assert any("gpa" not in line for line in told_one_by_one)
+    assert any("gpa" not in line for line in exit_lines)
     (of_sick,) = _exits(machine, "sick")
     assert (of_sick["gfn"], of_sick["vcpu"]) == (poison["gfn"], 0)
 

@@ -11,7 +11,7 @@ import pytest
 from tests.lab import demo, without
 from tests.lab.conftest import prepared
 from tests.lab.harness import PATIENCE, end_following, kvmtrace, watching
-from tests.lab.hosts import both_ways, doctor
+from tests.lab.hosts import doctor, reports_sigbus_and_exit
 from tests.lab.machine import DEFAULT, Machine
 from tests.lab.scenarios import SCENARIOS, Scenario
 
@@ -58,7 +58,7 @@ def test_auto_takes_ftrace_and_says_why(bare: Machine) -> None:
 
 
 def test_the_demo(bare: Machine, capfd: pytest.CaptureFixture[str]) -> None:
-    assert demo.printed(bare, "ftrace") == 0
+    assert demo.print_final_table(bare, "ftrace") == 0
     shown = capfd.readouterr().out
     assert "source ftrace (asked for)" in shown
     assert re.search(r"^\S+ +looping +0x\S+ +web-1", shown, re.MULTILINE), shown
@@ -69,7 +69,7 @@ def test_what_needs_no_library_at_all(bare: Machine) -> None:
     for line in without.commands(("prometheus_client", "rich")):
         bare.run(line, check=True)
     with watching(bare, "ftrace") as watch:
-        both_ways(bare, watch)
+        reports_sigbus_and_exit(bare, watch)
     assert "source ftrace" in kvmtrace(bare, "top --once --source ftrace").stdout
     refusal = kvmtrace(bare, "serve --source ftrace")
     assert refusal.status == 1

@@ -99,7 +99,7 @@ static void run_job(struct vcpu *vcpu, struct job *job)
 
 			job->last = enter(vcpu);
 			job->runs++;
-			outcomes_add(&job->told, &job->last);
+			outcomes_add(&job->returns, &job->last);
 			job->ok = vcpu->io_pending;
 			if (job->kind == JOB_TOUCH) {
 				bool nothing = job->last.err == EAGAIN ||
@@ -253,7 +253,7 @@ void vcpu_stop(struct vcpu *vcpu)
 	pthread_mutex_lock(&vcpu->lock);
 	kick_until_done(vcpu);
 	if (vcpu->state == DONE)
-		free(vcpu->job.told.v);
+		free(vcpu->job.returns.v);
 	vcpu->job = (struct job){ .kind = JOB_QUIT };
 	vcpu->state = POSTED;
 	pthread_cond_broadcast(&vcpu->changed);

@@ -309,7 +309,7 @@ static void step_churn(void)
 		}
 		if (touch && vm->nr_vcpus && !vcpu_post(vm->vcpus[0], &job)) {
 			vcpu_wait(vm->vcpus[0], 10, &job);
-			free(job.told.v);
+			free(job.returns.v);
 		}
 		vm_destroy(vm);
 		vm_forget(vm);
@@ -343,11 +343,11 @@ static void json_job(struct vcpu *vcpu, struct job *job)
 			json_outcome(&job->last);
 		} else {
 			json_uint("ns", job->ns);
-			json_open("told", '[');
-			for (size_t i = 0; i < job->told.n; i++) {
+			json_open("returns", '[');
+			for (size_t i = 0; i < job->returns.n; i++) {
 				json_open(NULL, '{');
-				json_outcome(&job->told.v[i]);
-				json_uint("count", job->told.v[i].count);
+				json_outcome(&job->returns.v[i]);
+				json_uint("count", job->returns.v[i].count);
 				json_close('}');
 			}
 			json_close(']');
@@ -356,7 +356,7 @@ static void json_job(struct vcpu *vcpu, struct job *job)
 	if (job->timed_out)
 		json_bool("timed_out", true);
 	json_sigbus_list("sigbus", job->sigbus, job->nr_sigbus);
-	free(job->told.v);
+	free(job->returns.v);
 }
 
 static bool parse_job(enum job_kind kind, struct job *job, struct vcpu **vcpu, double *timeout)
@@ -745,7 +745,7 @@ static void step_convert(void)
 		}
 		vcpu_wait(vcpu, timeout, &job);
 		if (i + 1 < pages)
-			free(job.told.v);
+			free(job.returns.v);
 	}
 	after = (struct job){ .kind = JOB_TOUCH, .op = job.op, .gfn = job.gfn };
 	json_job(vcpu, &job);
@@ -753,7 +753,7 @@ static void step_convert(void)
 	vcpu_post(vcpu, &after);
 	vcpu_wait(vcpu, 10, &after);
 	json_bool("shared_again_ok", after.ok);
-	free(after.told.v);
+	free(after.returns.v);
 }
 
 /* ---- the process ---- */

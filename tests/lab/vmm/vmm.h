@@ -138,7 +138,7 @@ struct job {
 	bool ok, timed_out;
 	uint64_t runs;
 	struct outcome last;
-	struct outcomes told;      /* every return of KVM_RUN in this job, ordinary ones too */
+	struct outcomes returns;    /* every return of KVM_RUN in this job, ordinary ones too */
 	struct sigbus sigbus[JOB_SIGBUS];
 	unsigned nr_sigbus;
 	uint64_t ns;

@@ -1,6 +1,6 @@
 """Hosts that are not as one would like, on the newest kernel, by the source that it matters to.
 
-``make matrix`` has every condition with every source on every kernel; see conditions.py.
+``make matrix`` has every condition with every source on every kernel; see hosts.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import pytest
 from tests.lab.conftest import Boot
 from tests.lab.harness import end_following, kvmtrace
 from tests.lab.hosts import (
-    CONDITIONS,
-    HIDDEN_TYPES,
+    HIDE_KVM_BTF,
+    HOSTS,
     kvm_comes_and_goes,
     lockdown,
     no_kvm_types,
@@ -25,7 +25,7 @@ from tests.lab.machine import Machine
 
 pytestmark = pytest.mark.lab
 
-BOOTS = {condition.run: condition.boot for condition in CONDITIONS}
+BOOTS = {condition.run: condition.boot for condition in HOSTS}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ BOOTS = {condition.run: condition.boot for condition in CONDITIONS}
     ],
     ids=lambda one: getattr(one, "__name__", one),
 )
-def test_condition(
+def test_host(
     run: Callable[..., None], source: str, boot: Boot, request: pytest.FixtureRequest
 ) -> None:
     options = BOOTS[run]
@@ -50,7 +50,7 @@ def test_condition(
 
 # No types of kvm for fexit, and no kprobes by any of the ways that bcc knows.
 BPF_SEES_NO_KVM = (
-    f"{HIDDEN_TYPES} && mount -t tmpfs none /sys/bus/event_source/devices/kprobe"
+    f"{HIDE_KVM_BTF} && mount -t tmpfs none /sys/bus/event_source/devices/kprobe"
     " && umount -R /sys/kernel/debug && mount --bind /dev/null /sys/kernel/tracing/kprobe_events"
 )
 
@@ -58,7 +58,7 @@ BPF_SEES_NO_KVM = (
 def test_auto_takes_the_source_that_sees_exits(machine: Machine) -> None:
     """bpf attaches to tracepoints and to functions of the kernel itself, but `run` is in kvm."""
     end_following(machine)
-    shown = json.loads(kvmtrace(machine, "top --once --json", within=BPF_SEES_NO_KVM).stdout)
+    shown = json.loads(kvmtrace(machine, "top --once --json", mount_change=BPF_SEES_NO_KVM).stdout)
     assert shown["host"]["source"] == "ftrace"
     assert shown["host"]["source_why"].startswith("bpf does not see run")
     assert [x["attached"] for x in shown["probes"] if x["name"] == "run"] == [True]
