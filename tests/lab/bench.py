@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from tests.lab import asked, idle
+from tests.lab import bench_idle, bench_scrapes
 from tests.lab.errors import status_of
 from tests.lab.harness import PATIENCE, Vmm
 from tests.lab.machine import DEFAULT, Job, Machine
@@ -165,7 +165,7 @@ def main() -> int:
             storm_cost(machine, options.storm),
             footprint(machine, 3),
         ]
-    parts += [asked.measure(8), idle.measure()]
+    parts += [bench_scrapes.measure(8), bench_idle.measure()]
     text = "\n\n".join("\n".join(part) for part in parts)
     print(text)
     if options.readme:

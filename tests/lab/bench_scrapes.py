@@ -1,17 +1,14 @@
-"""What those who ask a serve cost its reader: ``python -m tests.lab.asked`` (part of make bench).
+"""Cost of HTTP requests to a serve: ``python -m tests.lab.bench_scrapes`` (part of make bench).
 
-No kernel is needed: a serve whose source always has events, in a process of its own, and beside it
-32 scrapers and 16 health checkers that ask once a second each, in windows with and without them.
-What is compared is events per second of CPU of the serve: it is busy with one CPU at most, however
-many threads it has, and what else the machine does takes nothing from that.
+Needs no lab machine. The source of the serve always has events. 32 scrapers and 16 health checkers
+make a request once a second each, in windows with and without them. The windows are compared by
+events per second of the serve's CPU time: it uses one CPU at most, however many threads it has, and
+other load on the machine does not change that number.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import re
-import signal
 import socket
 import statistics
 import subprocess
@@ -22,6 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.lab.bench_serve import cpu_seconds, serving
 from tests.lab.progress import print_status
 
 SCRAPERS, CHECKERS = 32, 16
@@ -59,30 +57,8 @@ cli.main()
 """
 
 
-@contextlib.contextmanager
-def _serving(counted: str) -> Iterator[tuple[int, int]]:
-    """A serve that is as busy as it can be; its pid and port."""
-    arguments = [str(VMS), str(BATCH), counted, "serve", "--listen", "127.0.0.1:0"]
-    with tempfile.TemporaryDirectory() as own:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "KVMTRACE_RUNTIME_DIR": own},
-        )
-        try:
-            assert process.stderr is not None
-            found = re.search(r":(\d+)/metrics", process.stderr.readline())
-            assert found
-            yield process.pid, int(found[1])
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=20)
-
-
-def ask(port: int) -> None:
-    """Ask once a second, 48 at a time, for as long as stdin is open (a process of its own)."""
+def make_requests(port: int) -> None:
+    """Make 48 requests a second until stdin is closed (run in a process of its own)."""
     stop = threading.Event()
 
     def one(number: int, path: str) -> None:
@@ -103,29 +79,30 @@ def ask(port: int) -> None:
 
 
 @contextlib.contextmanager
-def _asking(port: int) -> Iterator[None]:
+def _requests(port: int) -> Iterator[None]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.lab.asked", str(port)],
+        [sys.executable, "-m", "tests.lab.bench_scrapes", str(port)],
         stdin=subprocess.PIPE,
         cwd=Path(__file__).parents[2],
     )
     try:
-        time.sleep(1)  # they come one after the other, within a second
+        time.sleep(1)  # they start one after the other, within a second
         yield
     finally:
         process.communicate(timeout=60)
 
 
 def measure(windows: int) -> list[str]:
-    """Events that the reader takes in per second of CPU, alone and asked."""
-    rates: dict[str, list[float]] = {"alone": [], "asked": []}
-    with tempfile.NamedTemporaryFile() as counted, _serving(counted.name) as (pid, port):
+    """Measure the events per second of CPU that it takes in, with and without requests."""
+    rates: dict[str, list[float]] = {"alone": [], "scraped": []}
+    with (
+        tempfile.NamedTemporaryFile() as counted,
+        serving(_SERVE, str(VMS), str(BATCH), counted.name) as (pid, port),
+    ):
 
         def so_far() -> tuple[int, float]:
             counted.seek(0)
-            events = int(counted.read() or 0)
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            return events, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            return int(counted.read() or 0), cpu_seconds(pid)
 
         def rate() -> float:
             before, began = so_far()
@@ -136,24 +113,24 @@ def measure(windows: int) -> list[str]:
         time.sleep(1)
         for number in range(windows):
             rates["alone"].append(rate())
-            with _asking(port):
-                rates["asked"].append(rate())
+            with _requests(port):
+                rates["scraped"].append(rate())
             print_status(
-                f"bench: asked: window {number + 1} of {windows}: "
-                f"{rates['alone'][-1]:,.0f} events, {rates['asked'][-1]:,.0f} while asked"
+                f"bench: requests: window {number + 1} of {windows}: "
+                f"{rates['alone'][-1]:,.0f} events/s of CPU, {rates['scraped'][-1]:,.0f} with requests"
             )
-    alone, asked = (statistics.median(rates[name]) for name in ("alone", "asked"))
+    alone, scraped = (statistics.median(rates[name]) for name in ("alone", "scraped"))
     return [
         f"| a serve with {VMS} VMs | events per second of CPU (median) | ratio |",
         "|---|---|---|",
-        f"| nobody asks | {alone:,.0f} | 1.00 |",
+        f"| no requests | {alone:,.0f} | 1.00 |",
         f"| {SCRAPERS} scrapers and {CHECKERS} health checkers, once a second each "
-        f"| {asked:,.0f} | {asked / alone:.2f} |",
+        f"| {scraped:,.0f} | {scraped / alone:.2f} |",
     ]
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
-        ask(int(sys.argv[1]))
+        make_requests(int(sys.argv[1]))
     else:
         print("\n".join(measure(8)))

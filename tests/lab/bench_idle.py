@@ -1,21 +1,20 @@
-"""What a quiet host costs a serve: ``python -m tests.lab.idle`` (part of make bench).
+"""CPU cost of a serve on a quiet host: ``python -m tests.lab.bench_idle`` (part of make bench).
 
-No kernel is needed but this one: 1,000 processes hold 100 descriptors each, one of them a VM where
-/dev/kvm is to be had, and a serve looks at them as both sources do, once a second, while nothing
-happens. Its workers' CPU time counts.
+Needs no lab machine. 1,000 processes hold 100 descriptors each, one of which is a VM where /dev/kvm
+exists. While nothing happens, a serve scans these processes once a second, as both sources do. The
+CPU time of its workers is included.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
+
+from tests.lab.bench_serve import cpu_seconds, serving, stat_fields
 
 VMS, DESCRIPTORS = 1000, 100
 SETTLED, WINDOW = 90.0, 20.0
@@ -82,40 +81,19 @@ def _vms() -> Iterator[list[int]]:
         process.communicate()
 
 
-@contextlib.contextmanager
-def _serve(pids: list[int]) -> Iterator[int]:
-    with tempfile.TemporaryDirectory() as own:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, ",".join(map(str, pids)), "serve", "--listen", "0"],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "KVMTRACE_RUNTIME_DIR": own},
-        )
-        try:
-            assert process.stderr is not None
-            process.stderr.readline()  # serving …
-            yield process.pid
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=20)
-
-
-def _cpu_seconds(pid: int) -> float:
-    """Of a process and its children."""
+def _cpu_seconds(parent: int) -> float:
+    """CPU time of a process and its children."""
     spent = 0.0
-    for entry in Path("/proc").iterdir():
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdecimal()):
         with contextlib.suppress(OSError):
-            if entry.name.isdecimal():
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if pid in (int(entry.name), int(fields[1])):
-                    spent += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            if parent in (pid, int(stat_fields(pid)[1])):
+                spent += cpu_seconds(pid)
     return spent
 
 
 def measure() -> list[str]:
-    """The share of a CPU, after all processes were looked at."""
-    with _vms() as pids, _serve(pids) as serve:
+    """Measure the share of a CPU, once every process has been scanned."""
+    with _vms() as pids, serving(_SERVE, ",".join(map(str, pids))) as (serve, _):
         time.sleep(SETTLED)
         before = _cpu_seconds(serve)
         began = time.monotonic()
