@@ -1,4 +1,4 @@
-"""`python -m tests.lab`: prepare what machines need, list them, get a shell in one."""
+"""`python -m tests.lab`: prepare or list the lab's kernels, or open a shell on one of them."""
 
 from __future__ import annotations
 
@@ -37,23 +37,27 @@ def _shell(name: str, cmdline: str, lacking: list[str]) -> int:
             sys.stderr.write(result.stderr)
             return result.status
         with contextlib.suppress(LabError):
-            print_status(f"{machine.share} here is /mnt/share there")
-        print_status("exit or Ctrl-D ends the machine")
+            print_status(f"{machine.share} on this host is /mnt/share in the machine")
+        print_status("exit or Ctrl-D powers the machine off")
         return machine.attach(["bash", "--login"])
 
 
 def main() -> int:
-    """Do what the command line says."""
+    """Run the subcommand that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m tests.lab", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    preparing = commands.add_parser("prepare", help="download and build what machines need")
+    preparing = commands.add_parser(
+        "prepare", help="download and build everything that a machine needs"
+    )
     preparing.add_argument("--kernel", nargs="+", default=[DEFAULT], metavar="NAME")
     preparing.add_argument("--all", action="store_true", help="every kernel of kernels.toml")
     shell = commands.add_parser("shell", help="boot a machine and get a root shell in it")
     shell.add_argument("--kernel", default=DEFAULT, metavar="NAME")
-    shell.add_argument("--cmdline", default="", help="more for the kernel's command line")
-    shell.add_argument("--lacking", action="append", default=[], metavar="NAME", help="e.g. bcc")
-    commands.add_parser("list", help="the kernels there are")
+    shell.add_argument("--cmdline", default="", help="append to the kernel's command line")
+    shell.add_argument(
+        "--lacking", action="append", default=[], metavar="NAME", help="boot without it (bcc)"
+    )
+    commands.add_parser("list", help="list the kernels of kernels.toml")
     chosen = parser.parse_args()
     if chosen.command == "prepare":
         return _prepare(list(rows()) if chosen.all else chosen.kernel)

@@ -1,7 +1,7 @@
-"""What kvmtrace costs, measured in one run in the lab: ``python -m tests.lab.bench`` (make bench).
+"""Cost of kvmtrace, measured in one run in the lab: ``python -m tests.lab.bench`` (make bench).
 
-Numbers of an emulated machine on a shared host say little by themselves; the ratios of one run do.
-Every way of watching gets its turn in every round, so that a noisy minute hits all of them.
+Absolute numbers of an emulated machine on a shared host mean little; the ratios within one run do.
+Each round measures every way of watching, so that a noisy minute affects all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.lab.readme import keep
 
 _Stream = Literal["stdout", "stderr"]
 
-# The run probe as someone would write it by hand.
+# The equivalent of the `run` probe, written by hand.
 _BPFTRACE = {
     "bpftrace fexit": "fexit:kvm:kvm_arch_vcpu_ioctl_run /retval < 0/ "
     "{ @[retval, args.vcpu->vcpu_id] = count(); }",
@@ -65,7 +65,7 @@ def _bpftrace(program: str) -> Callable[[Machine], Any]:
 
 
 def overhead(machine: Machine, exits: int, rounds: int) -> list[str]:
-    """KVM_RUN exits per second by way of watching; ratios to nothing attached."""
+    """Measure KVM_RUN exits per second by way of watching, with the ratio to nothing attached."""
     ways: dict[str, Callable[[Machine], Any]] = {"nothing attached": _nothing}
     ways |= {f"kvmtrace {source}": _kvmtrace(source) for source in ("bpf", "ftrace")}
     ways |= {name: _bpftrace(program) for name, program in _BPFTRACE.items()}
@@ -100,7 +100,7 @@ def _rss_mib(machine: Machine, job_pattern: str) -> str:
 
 
 def footprint(machine: Machine, repeats: int) -> list[str]:
-    """Seconds from start to the first sample, and memory then, by command and source."""
+    """Measure seconds from start to the first sample, and RSS then, by command and source."""
     rows = ["| command | source | start to first sample | RSS |", "|---|---|---|---|"]
     for source in ("bpf", "ftrace"):
         commands: tuple[tuple[str, str, _Stream, tuple[int, int] | None], ...] = (
@@ -124,7 +124,7 @@ def footprint(machine: Machine, repeats: int) -> list[str]:
 
 
 def storm_cost(machine: Machine, rounds: int) -> list[str]:
-    """kvmtrace's own CPU time while a VMM takes ``rounds`` memory faults as fast as it can."""
+    """Measure kvmtrace's CPU time while a VMM takes ``rounds`` memory faults at full speed."""
     rows = ["| a storm, by source | faults/s | kvmtrace's CPU |", "|---|---|---|"]
     for source in ("bpf", "ftrace"):
         with _running(machine, f"kvmtrace events --json --source {source}", "watching", "stderr"):
@@ -152,7 +152,7 @@ def main() -> int:
     parser.add_argument("--exits", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--storm", type=int, default=100_000)
-    parser.add_argument("--readme", action="store_true", help="keep the result in README.md")
+    parser.add_argument("--readme", action="store_true", help="write the result into README.md")
     options = parser.parse_args()
     with Machine.boot(DEFAULT) as machine:
         where = (

@@ -117,7 +117,7 @@ def measure(windows: int) -> list[str]:
                 rates["scraped"].append(rate())
             print_status(
                 f"bench: requests: window {number + 1} of {windows}: "
-                f"{rates['alone'][-1]:,.0f} events/s of CPU, {rates['scraped'][-1]:,.0f} with requests"
+                f"{rates['alone'][-1]:,.0f} events, {rates['scraped'][-1]:,.0f} with requests"
             )
     alone, scraped = (statistics.median(rates[name]) for name in ("alone", "scraped"))
     return [

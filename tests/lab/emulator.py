@@ -1,4 +1,4 @@
-"""A QEMU process: started, watched, limited in time, asked over QMP, ended."""
+"""A QEMU process: its life, its time limit, its console and its QMP monitor."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ CONSOLE_TAIL = 6000
 
 
 def work_directory() -> Path:
-    """A directory for one machine, named after this process; those of dead ones are removed.
+    """Make a directory for a machine, named after this process; remove those of dead processes.
 
-    A process that is killed leaves its directory, but no QEMU: the agent in the machine powers off
-    when nobody listens any more.
+    A killed process leaves its directory but no QEMU: the agent in the machine powers off when the
+    connection closes.
     """
     for left in Path(tempfile.gettempdir()).glob(f"{WORK}[0-9]*-*"):
         owner = left.name.removeprefix(WORK).partition("-")[0]
@@ -38,7 +38,7 @@ def work_directory() -> Path:
 
 
 class Emulator:
-    """QEMU, running in a work directory where its sockets and logs are."""
+    """A running QEMU, with its sockets and logs in a work directory."""
 
     def __init__(self, name: str, work: Path, command: list[str], life: float) -> None:
         self.name = name
@@ -59,7 +59,7 @@ class Emulator:
         self.limit(life)
 
     def connect(self, path: Path) -> socket.socket:
-        """A connection to a socket that QEMU makes when it starts."""
+        """Connect to a socket that QEMU creates when it starts; LabError if it does not."""
         connection = socket.socket(socket.AF_UNIX)
         deadline = time.monotonic() + 15
         while True:
@@ -76,7 +76,7 @@ class Emulator:
                 return connection
 
     def limit(self, seconds: float) -> None:
-        """End the machine in `seconds` from now, whatever it does then."""
+        """Kill the machine `seconds` from now."""
 
         def end() -> None:
             self._ended_because = f"its {seconds:g} s are over"
@@ -102,7 +102,7 @@ class Emulator:
         return ""
 
     def check(self) -> None:
-        """Raise if the kernel has died or QEMU is gone."""
+        """Raise LabPanic if the kernel has died, LabError if QEMU has ended."""
         status = self.process.poll()
         written = self._log.stat().st_size if self._log.exists() else 0
         if status is None and written == self._scanned:
@@ -124,7 +124,7 @@ class Emulator:
         )
 
     def qmp(self, command: str, **arguments: object) -> dict[str, Any]:
-        """One QMP command to QEMU itself; its answer."""
+        """Send a QMP command to QEMU and return its answer; LabError if it is refused."""
         with self.connect(self.work / "qmp.sock") as connection:
             connection.settimeout(30)
             with connection.makefile("rw") as lines:
@@ -143,7 +143,7 @@ class Emulator:
         return answer
 
     def close(self) -> None:
-        """End it and remove its directory."""
+        """Kill it and remove its directory."""
         if self._life is not None:
             self._life.cancel()
         if self.process.poll() is None:

@@ -1,7 +1,7 @@
-"""Errors that begin in hardware: firmware notifies an arm64 host, and the kernel does the rest.
+"""Hardware errors that firmware reports to an arm64 host (ACPI's GHES), from error to delivery.
 
-One machine and one recording by each source at once: the story happens once and has to be the same
-in both, and what the VMMs say. As scenarios.py: for the test and for the matrix.
+Both sources record at once, and both recordings have to agree with what the VMMs were notified of.
+The test and the matrix run the same function.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.lab.harness import PATIENCE, Line, Unstageable, Vmm
 from tests.lab.machine import Machine
 
 SOURCES = ("bpf", "ftrace")
-DIMM = cper.Dimm(node=0, card=2, module=3, handle=0x1100)  # the handle that QEMU's SMBIOS has
+DIMM = cper.Dimm(node=0, card=2, module=3, handle=0x1100)  # the handle in QEMU's SMBIOS
 
 
 def _log(source: str) -> str:
@@ -35,7 +35,7 @@ def _recorded(machine: Machine) -> Iterator[None]:
     for job in jobs:
         job.wait_for("recording to", timeout=PATIENCE, stream="stderr")
     yield
-    time.sleep(3)  # the vCPUs that were notified are looked at
+    time.sleep(3)  # kvmtrace samples the vCPUs that were notified
     for job in jobs:
         job.signal(signal.SIGINT)
         assert job.wait(PATIENCE) == 0, job.stderr
@@ -43,7 +43,7 @@ def _recorded(machine: Machine) -> Iterator[None]:
 
 @dataclass
 class Page:
-    """A page of a VM, where it was and how the VMM was notified of it."""
+    """A page of a VM, its place, and the VMM's answer to a touch after the error."""
 
     vmm: Vmm
     gfn: int
@@ -52,7 +52,7 @@ class Page:
 
 
 class Host:
-    """VMs on the machine, whose pages fail."""
+    """VMs on the machine whose pages will fail."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -62,7 +62,7 @@ class Host:
             vmm.step(f"create v backing={backing} pages=64")
 
     def page(self, name: str, number: int) -> Page:
-        """A page that the guest has touched."""
+        """Let the guest touch a page, and return it."""
         vmm = self.vmms[name]
         vmm.step(f"touch v +{number}")
         where = vmm.step(f"pfn v +{number}")
@@ -94,20 +94,20 @@ def _explained(machine: Machine, source: str, target: str) -> str:
 
 
 def ghes(machine: Machine, _source: str = "both", *, may_know_less: bool = True) -> None:
-    """Every kind of error once; ``may_know_less``: what some kernels' tracepoints do not have."""
+    """Inject each kind of error. ``may_know_less``: tracepoints of some kernels lack fields."""
     if machine.run("ls -d /sys/devices/platform/GHES.*").status:
         raise Unstageable("this machine has no firmware that reports errors (ACPI's GHES)")
     if "error" in Vmm(machine, "probe").step("create v backing=gmem pages=4", may_fail=True):
         raise Unstageable("guest_memfd that can be mapped: this kernel has none")
     host = Host(machine)
     with _recorded(machine):
-        # Corrected first, then not: the same place, so its history.
+        # Two corrected errors, then an uncorrected one in the same place: its history.
         lost = host.page("gmem", 3)
         for _ in range(2):
             cper.memory_error(machine, host.address(lost), cper.Severity.CORRECTED, dimm=DIMM)
         cper.memory_error(machine, host.address(lost), dimm=DIMM)
         host.touch(lost)
-        cper.memory_error(machine, host.address(lost, 0x80), dimm=DIMM)  # the page again
+        cper.memory_error(machine, host.address(lost, 0x80), dimm=DIMM)  # the same page again
 
         plain = host.page("hva", 4)
         cper.memory_error(machine, host.address(plain))
@@ -139,7 +139,7 @@ def ghes(machine: Machine, _source: str = "both", *, may_know_less: bool = True)
         cper.memory_error(machine, host.address(nobodys))
     host.vmms["gmem"].end()
 
-    # The VMMs were notified as they should be; kvmtrace is held against it.
+    # First check that the VMMs were notified as expected; then compare kvmtrace with that.
     assert (lost.touch["errno"], lost.touch["reason"]) == ("EHWPOISON", 39)
     assert [x["code"] for x in plain.touch["sigbus"]] == ["AR"]
     assert [x["code"] for x in cached.touch["sigbus"]] == ["AR"]
@@ -151,8 +151,11 @@ def ghes(machine: Machine, _source: str = "both", *, may_know_less: bool = True)
 
 
 class Pages(NamedTuple):
-    """Poisoned and touched: of guest_memfd, of ordinary memory, by a cache error. Poisoned and not
-    touched. Poisoned after its VM. Taken out of use in time.
+    """The pages by what happened to them.
+
+    ``lost`` (guest_memfd), ``plain`` (anonymous) and ``cached`` (by a cache error) were poisoned
+    and touched, ``untouched`` was only poisoned, ``nobodys`` was poisoned after its VM had ended,
+    and ``worn`` was soft-offlined.
     """
 
     lost: Page
@@ -174,7 +177,7 @@ def _check(machine: Machine, source: str, pages: Pages, may_know_less: bool) -> 
     assert [x for x in lines if x["kind"] == "lost"] == []
     attached = _attached(machine, source)
     assert {"apei", "arm_event", "non_standard"} <= attached
-    # QEMU's TCG raises no synchronous external abort: that its probe is there is all to be seen.
+    # TCG raises no synchronous external abort, so only check that its probe is attached.
     assert "arm_sea" in attached or may_know_less
 
     story = incidents[lost.pfn]
@@ -184,7 +187,7 @@ def _check(machine: Machine, source: str, pages: Pages, may_know_less: bool) -> 
     assert "DIMM" in origin["label"]
     assert "card 2, module 3" in origin["message"]
     assert (origin["errors"]["count"], origin["errors"]["corrected"]) == (4, 2)
-    assert origin["dimm"]["count"] == 5  # the worn page is on it too
+    assert origin["dimm"]["count"] == 5  # the worn page is on the same DIMM
     assert origin["addr"] >> machine.page_shift == lost.pfn
     _owned(story, lost, gfn=True)
     poisons = [x for x in lines if x["kind"] == "poison" and x["pfn"] == lost.pfn]
@@ -232,7 +235,7 @@ def _check(machine: Machine, source: str, pages: Pages, may_know_less: bool) -> 
 
 
 def _attached(machine: Machine, source: str) -> set[str]:
-    """Probes that were there."""
+    """Names of the probes that were attached."""
     command = ["kvmtrace", "replay", _log(source), "--json"]
     probes = json.loads(machine.run(command, timeout=PATIENCE, check=True).stdout)["probes"]
     return {probe["name"] for probe in probes if probe["attached"]}

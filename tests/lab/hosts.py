@@ -1,7 +1,7 @@
-"""Hosts that are not as one would like, without another kernel: what kvmtrace makes of each.
+"""Scenarios about the host: what it lacks or refuses, and what changes while kvmtrace runs.
 
-As scenarios.py: the same functions for the tests and the matrix, AssertionError where kvmtrace is
-wrong, Unstageable where a host cannot be like that.
+As in scenarios.py, tests and the matrix run the same functions. They raise AssertionError if
+kvmtrace is wrong, Unstageable if the kernel cannot be put into that state.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ LINKED_AT = {
 }
 
 HIDE_KVM_BTF = "mount --bind /dev/null /sys/kernel/btf/kvm"
-NO_TRACEFS = "umount -R /sys/kernel/tracing /sys/kernel/debug"  # debugfs would bring it back
+NO_TRACEFS = "umount -R /sys/kernel/tracing /sys/kernel/debug"  # debugfs contains tracefs
 NOBODY = "setpriv --reuid=65534 --regid=65534 --clear-groups"
 
 
 def reports_sigbus_and_exit(machine: Machine, watch: Watch, *, exits: bool | None = None) -> None:
-    """A VMM is notified by a SIGBUS and by an exit, and kvmtrace reports both.
+    """Notify a VMM by a SIGBUS and by an exit, and check that kvmtrace reports both.
 
-    Every kernel can do that. ``exits``: whether this source sees exits here.
+    Any kernel can stage this. ``exits``: whether this source sees exits here.
     """
     if exits is None:
         exits = "run" not in watch.not_attached()
@@ -55,7 +55,7 @@ def reports_sigbus_and_exit(machine: Machine, watch: Watch, *, exits: bool | Non
         "the poison",
     )
     touch = vmm.step("touch v +3")
-    # Whose memory it was is looked up while the VMM lives.
+    # kvmtrace looks up the owner, which needs the VMM to be running.
     watch.until(
         lambda ls: [x for x in ls if x["kind"] == "sigbus" and x["tid"] == touch["tid"]],
         "the SIGBUS",
@@ -86,30 +86,30 @@ def _linked_at(machine: Machine) -> tuple[int, ...]:
 
 
 def kaslr(machine: Machine, source: str) -> None:
-    """The kernel moved itself at boot, as they do by default."""
+    """KASLR is on, as it is by default."""
     if _text_address(machine) in _linked_at(machine):
-        raise Unstageable("this kernel did not move itself")
+        raise Unstageable("this kernel was not moved by KASLR")
     with watching(machine, source) as watch:
         reports_sigbus_and_exit(machine, watch)
 
 
 def nokaslr(machine: Machine, source: str) -> None:
-    """The kernel stayed where it was linked to run."""
+    """KASLR is off: the kernel runs at the address that it was linked for."""
     assert _text_address(machine) in _linked_at(machine), hex(_text_address(machine))
     with watching(machine, source) as watch:
         reports_sigbus_and_exit(machine, watch)
 
 
 def no_kvm_types(machine: Machine, source: str) -> None:
-    """kvm's BTF is not there (vmlinux's is): what does not need it goes on."""
+    """kvm's BTF is missing (vmlinux's is there): probes that do not need it still attach."""
     if machine.run("test -s /sys/kernel/btf/kvm").status:
-        raise Unstageable("kvm has no types of its own here: it is built in, or a module without")
+        raise Unstageable("kvm has no BTF of its own here: it is built in, or a module without")
     with watching(machine, source, mount_change=HIDE_KVM_BTF) as watch:
         reports_sigbus_and_exit(machine, watch)
 
 
 def no_tracefs(machine: Machine, source: str) -> None:
-    """tracefs is not mounted: ftrace says how to mount it, bpf does not need it."""
+    """tracefs is not mounted: the ftrace source prints how to mount it, bpf does not need it."""
     if source == "bpf":
         with watching(machine, source, mount_change=NO_TRACEFS) as watch:
             reports_sigbus_and_exit(machine, watch)
@@ -125,7 +125,7 @@ def no_tracefs(machine: Machine, source: str) -> None:
 
 
 def unprivileged(machine: Machine, source: str) -> None:
-    """Somebody without any capability: one line that says so, and doctor works."""
+    """Run without any capability: commands fail with one line, and doctor works."""
     for command in ("events", "top --once", "serve"):
         result = machine.run(f"{NOBODY} kvmtrace {command} --source {source}", timeout=PATIENCE)
         assert_refused(result, "needs root", "sudo")
@@ -136,7 +136,7 @@ def unprivileged(machine: Machine, source: str) -> None:
 
 
 def lockdown(machine: Machine, source: str) -> None:
-    """lockdown=confidentiality: the kernel refuses all tracing, and kvmtrace says why."""
+    """lockdown=confidentiality: the kernel refuses all tracing, and the error names lockdown."""
     state = machine.run(["cat", "/sys/kernel/security/lockdown"]).stdout
     if "[confidentiality]" not in state:
         raise Unstageable(f"this kernel has no such lockdown: {state.strip() or 'no lockdown'}")
@@ -151,7 +151,7 @@ def lockdown(machine: Machine, source: str) -> None:
 
 
 def without_bcc(machine: Machine, source: str, rounds: int = 200_000) -> None:
-    """bcc is not installed, nor libbpf: bpf names the package, auto takes ftrace and says why."""
+    """Without bcc and libbpf, bpf's hint names the package, and auto falls back to ftrace."""
     if source == "bpf":
         assert_refused(
             kvmtrace(machine, "events --source bpf"), "bcc is not installed", "python3-bpfcc"
@@ -169,7 +169,7 @@ def without_bcc(machine: Machine, source: str, rounds: int = 200_000) -> None:
 
 
 def doctor(machine: Machine, source: str) -> Line:
-    """``kvmtrace doctor --json``; its exit status is its verdict."""
+    """Run ``kvmtrace doctor --json``; its exit status has to match its verdict."""
     result = kvmtrace(machine, f"doctor --source {source} --json")
     report: Line = json.loads(result.stdout)
     assert result.status == (0 if report["ok"] else 1)
@@ -182,12 +182,12 @@ def _attached(report: Line) -> set[str]:
 
 
 def doctor_knows(machine: Machine, source: str) -> None:
-    """doctor's verdict is the kernel's own: whether it has the exit, as KVM's capability says.
+    """doctor agrees with KVM's capability on whether the kernel has the memory-fault exit.
 
-    Whatever the kernel lacks, the SIGBUS path works.
+    The SIGBUS path works on every kernel.
     """
     if machine.row.arch.name != "amd64":
-        raise Unstageable("KVM's capability says nothing of it on this architecture")
+        raise Unstageable("KVM has no such capability on this architecture")
     vmm = Vmm(machine, "asked")
     has_exit = vmm.step("caps")["memory_fault_info"] > 0
     vmm.end()
@@ -206,14 +206,14 @@ def doctor_knows(machine: Machine, source: str) -> None:
 
 
 def kvm_comes_and_goes(machine: Machine, source: str) -> None:
-    """kvm is loaded after kvmtrace's start, unloaded and loaded again, and kvmtrace goes along.
+    """kvm is loaded after kvmtrace has started, unloaded and loaded again; kvmtrace re-attaches.
 
-    It has given up by then what watching does not take.
+    By then it has given up the privileges that watching does not need.
     """
     away = f"modprobe -r {_kvm_modules(machine)} kvm && ! test -e /sys/module/kvm"
     if machine.run("test -e /sys/module/kvm && ! test -e /sys/module/kvm/initstate").status == 0:
-        raise Unstageable("kvm is built in: it does not come and go")
-    _wait_until(machine, away)  # what was attached to it before may hold it a moment longer
+        raise Unstageable("kvm is built in: it cannot be unloaded")
+    _wait_until(machine, away)  # probes attached before may hold it a moment longer
     sees_exits: bool | None = None
     with watching(machine, source) as watch:
         for _ in range(2):
@@ -239,12 +239,12 @@ def _wait_until(machine: Machine, command: str) -> None:
 
 
 def _wait_for_probes(machine: Machine, watch: Watch, kind: str) -> None:
-    """Wait until the probes on kvm are there, which takes bpf a while: until a VM's line comes."""
+    """Wait until the probes on kvm are attached: until a line about a new VM comes."""
     deadline = time.monotonic() + PATIENCE
     seen: list[Line] = []
     while not seen:
         assert watch.job.poll() is None, watch.job.stderr
-        assert time.monotonic() < deadline, f"kvm is there, and no {kind} is seen"
+        assert time.monotonic() < deadline, f"kvm is loaded, but no {kind} is reported"
         vmm = Vmm(machine, "canary")
         vmm.step("create v backing=anon")
         vmm.step("unmap v +5")
@@ -253,7 +253,7 @@ def _wait_for_probes(machine: Machine, watch: Watch, kind: str) -> None:
         time.sleep(2)
         seen = [x for x in watch.lines(kind) if x["vm"]["pid"] == vmm.pid]
     if kind == "vm":
-        # The last of its probes, so all are attached once it has reported one.
+        # The probe for this is attached last.
         watch.until(vms_gone(vmm.pid), "the canary's end")
 
 

@@ -1,4 +1,4 @@
-"""Pages that memory_failure cannot take out of use: the kernel's own, and the VMs' zero page."""
+"""Pages that memory_failure cannot isolate: the kernel's own, and the shared zero page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.lab.scenarios import Scenario
 
 # Poisons one page of each kind, and prints {kind: pfn}. Bits of /proc/kpageflags
 # (include/uapi/linux/kernel-page-flags.h): 7 slab, 10 free (buddy), 26 a page table.
-# The zero page can be poisoned once, so all sources watch at the same time.
+# The zero page can be poisoned only once, so all sources record at the same time.
 _POISON = """
 import json, mmap, os, struct
 
@@ -57,7 +57,7 @@ print(json.dumps(pages))
 
 
 def kernel_pages(machine: Machine, source: str) -> None:
-    """One of each kind is poisoned: the host is at risk, and no VM is said to have lost a page."""
+    """Poison a page of each kind: the host is reported at risk, and no VM as having lost a page."""
     if not can_inject_poison(machine):
         raise Unstageable("no hwpoison-inject")
     vmms = [Vmm(machine, name) for name in ("left", "right")]
@@ -98,5 +98,5 @@ def _explain(machine: Machine, log: str, pfn: int) -> Line:
     return dict(incident)
 
 
-# A machine of its own: the pages stay lost.
+# These need a machine of their own: the pages stay poisoned.
 KERNEL_PAGES = Scenario(kernel_pages, boot={"memory": "2G"}, sources=("both",))

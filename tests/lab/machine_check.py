@@ -1,8 +1,8 @@
-"""Errors that begin in the hardware of an x86 host: a machine check, and the kernel does the rest.
+"""Hardware errors of an x86 host: machine checks, from the error to the VMM's reaction.
 
-`kvmtrace serve` watches, as it does on a host, and is asked by `events`, `top` and `explain`. As
-scenarios.py: for the tests and for the matrix. After an error of the hardware's the kernel
-unpoisons no page any more, so these want a machine apart.
+`kvmtrace serve` runs, as it does on a host; `events`, `top` and `explain` connect to it. Tests and
+the matrix run the same functions. After a hardware error the kernel refuses to unpoison any page,
+so these scenarios need a machine of their own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.lab.machine import Job, Machine
 from tests.lab.owners import owners_of, poison_of
 from tests.lab.scenarios import Scenario, vms_gone
 
-# The machine has nothing that poisons pages by software.
+# Without the modules that inject poison.
 BOOT: dict[str, Any] = {"modules": ("kvm-amd",)}
 INTEL_BOOT: dict[str, Any] = {"modules": (), "cpu": "intel"}
 
@@ -45,7 +45,7 @@ _served: weakref.WeakKeyDictionary[Machine, _Served] = weakref.WeakKeyDictionary
 
 @contextlib.contextmanager
 def served(machine: Machine, source: str) -> Iterator[Watch]:
-    """What a serve that sees by ``source`` reports from here on; it stays for the next scenario."""
+    """Watch what a serve with ``source`` reports; it keeps running for the next scenario."""
     now = _served.get(machine)
     if now is None or now.source != source:
         end_serving(machine)
@@ -56,7 +56,7 @@ def served(machine: Machine, source: str) -> Iterator[Watch]:
 
 
 def end_serving(machine: Machine) -> None:
-    """End it, and what follows it."""
+    """End the serve and the `events` connected to it."""
     now = _served.pop(machine, None)
     for job in () if now is None else (now.events, now.serve):
         job.signal(signal.SIGINT)
@@ -72,7 +72,7 @@ def _checked(address: int, times: int) -> Callable[[list[Line]], bool]:
 
 
 def _incident(machine: Machine, pfn: int) -> Line | None:
-    """The one that `top --once --json` shows of a page."""
+    """The incident of a page by `top --once --json`; None if there is none."""
     shown = machine.run("kvmtrace top --once --json", timeout=PATIENCE, check=True)
     found = [x for x in json.loads(shown.stdout)["incidents"] if x.get("pfn") == pfn]
     assert len(found) < 2, found
@@ -86,7 +86,7 @@ def _explained(machine: Machine, pfn: int) -> Line:
 
 
 def _verdict(machine: Machine, pfn: int) -> Line:
-    """The incident when it is known what the VMM did: its vCPU is looked at for some seconds."""
+    """Wait for the incident's verdict: kvmtrace samples the vCPU for some seconds."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         incident = _explained(machine, pfn)
@@ -96,7 +96,7 @@ def _verdict(machine: Machine, pfn: int) -> Line:
 
 
 def machine_check(machine: Machine, source: str, backing: str = "anon") -> None:
-    """Corrected twice, then lost: poison, owner before any touch, delivery and verdict, joined."""
+    """Two corrected errors and an uncorrected one: all up to the verdict is one incident."""
     mca.poll_often(machine)
     with served(machine, source) as watch:
         vmm = Vmm(machine, f"failing-{backing}")
@@ -118,21 +118,21 @@ def machine_check(machine: Machine, source: str, backing: str = "anon") -> None:
         report = vmm.end()
         lines = watch.until(vms_gone(vmm.pid), "the VM's end")
 
-    # What hardware said, each of it; AMD's register counts nothing.
+    # Every error that hardware reported; AMD's register has no count.
     checks = _checks(lines, address)
     assert [(x["pfn"], x["bank"], x["cpu"], x["status"], x.get("count", 1)) for x in checks] == [
         (pfn, record.bank, mca.CPU, record.status, 1)
         for record in (mca.CORRECTED, mca.CORRECTED, mca.LOST)
     ]
     assert checks[-1]["ts"] < poison["ts"]
-    # The owner, before its guest touches the page.
+    # The owner is known before the guest touches the page.
     owners = set(owners_of(poison["incident"], lines))
     assert owners <= {(vmm.pid, page["gfn"]), (vmm.pid, None)}
     assert source == "ftrace" or owners == {(vmm.pid, page["gfn"])}
     assert latent is not None
     assert (latent["id"], latent["state"]) == (poison["incident"], "latent")
     assert latent["deliveries"] == {"exits": 0, "sigbus": 0}
-    # The delivery: what the VMM prints that it was notified of, and nothing else.
+    # The delivery, exactly as the VMM was notified.
     assert exits_reported(lines, vmm.pid) == exits_returned(report)
     (delivery,) = [
         line
@@ -168,12 +168,12 @@ def machine_check(machine: Machine, source: str, backing: str = "anon") -> None:
 
 
 def machine_check_gmem(machine: Machine, source: str) -> None:
-    """The same with a page of guest_memfd."""
+    """``machine_check`` with a page of guest_memfd."""
     machine_check(machine, source, "gmem")
 
 
 def machine_check_elsewhere(machine: Machine, source: str) -> None:
-    """An address that is not physical says nothing of the page of that number."""
+    """An error whose address is not physical is not related to a page."""
     mca.poll_often(machine)
     with served(machine, source) as watch:
         vmm = Vmm(machine, "elsewhere")
@@ -184,7 +184,7 @@ def machine_check_elsewhere(machine: Machine, source: str) -> None:
         for number, record in enumerate((mca.NOT_PHYSICAL, mca.CORRECTED_NOT_PHYSICAL), 1):
             mca.inject(machine, record, address)
             watch.until(_checked(address, number), f"error {number}")
-        # What the kernel makes of a record comes before the next one.
+        # The kernel handles a record before it reads the next one.
         mca.inject(machine, mca.POISON_ELSEWHERE, address)
         watch.until(_checked(address, 3), "error 3")
         lines = watch.until(poison_of(pfn), "the poison")
@@ -196,13 +196,13 @@ def machine_check_elsewhere(machine: Machine, source: str) -> None:
         assert not {"pfn", "incident"} & set(check), check
     assert lost["pfn"] == pfn
     if poison["ts"] < lost["ts"]:
-        raise Unstageable("this kernel takes every address in an AMD bank for a physical one")
+        raise Unstageable("this kernel treats every address in an AMD bank as physical")
     origin = incident["origin"]
     assert origin["status"] == mca.POISON_ELSEWHERE.status
     assert (origin["errors"]["count"], origin["errors"].get("corrected", 0)) == (1, 0)
 
 
-# An ordinary program: there is no KVM on this host.
+# An ordinary program instead of a VM: this machine has no KVM.
 _PROGRAM = """
 import ctypes, mmap, struct, sys
 memory = mmap.mmap(-1, mmap.PAGESIZE)
@@ -216,7 +216,7 @@ sys.stdin.read()
 
 
 def machine_check_intel(machine: Machine, source: str) -> None:
-    """Intel's registers say how many errors, and which addresses are physical. No VM: no SVM."""
+    """Intel's registers have a count and the kind of address. No VM: the CPU has no SVM."""
     mca.poll_often(machine)
     program = machine.start(["python3", "-c", _PROGRAM])
     pfn = int(program.wait_for(r"pfn \d+\n", timeout=PATIENCE).split()[1])

@@ -1,7 +1,7 @@
-"""Everything on every kernel by every source: ``python -m tests.lab.matrix`` (make matrix).
+"""Run every scenario on every kernel by every source: ``python -m tests.lab.matrix`` (make matrix).
 
-Each cell is a scenario or a condition that ran on a real kernel: "pass", "FAIL", or the reason why
-that kernel cannot stage it. Exit status 1 if any failed.
+A cell of the table is "pass", "FAIL", or the reason why that kernel cannot stage the scenario. The
+exit status is 1 if any failed.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ EVERYTHING = (
     *HOSTS,
 )
 
-# The same stories at a size that a whole matrix can afford under emulation; test_sources.py runs
-# them at full size on the newest kernel.
+# Sizes that a whole matrix can afford under emulation; test_sources.py runs the full sizes on the
+# newest kernel.
 SMALLER: dict[str, dict[str, int]] = {
     "storm": {"rounds": 20_000},
     "crowd": {"rounds": 3_000},
@@ -68,7 +68,7 @@ Cells = dict[tuple[str, str], str]
 def run_kernel(
     name: str, sources: tuple[str, ...], only: Sequence[str] | None
 ) -> tuple[str, Cells]:
-    """Boot one kernel, in all the ways that are needed, and run everything on it."""
+    """Boot a kernel, once per set of boot options, and run everything on it: (release, cells)."""
     cells: Cells = {}
     machine: Machine | None = None
     booted: Mapping[str, Any] = {}
@@ -97,7 +97,7 @@ def run_kernel(
 
 
 def _plan(sources: tuple[str, ...], only: Sequence[str] | None) -> Iterator[tuple[Scenario, str]]:
-    """What to run, in an order that boots and starts kvmtrace as seldom as can be."""
+    """Yield what to run, ordered for as few boots and starts of kvmtrace as possible."""
     chosen = [scenario for scenario in EVERYTHING if only is None or scenario.name in only]
     boots = [scenario.boot for scenario in chosen]
     for boot in [boot for at, boot in enumerate(boots) if boot not in boots[:at]]:
@@ -111,7 +111,7 @@ def _plan(sources: tuple[str, ...], only: Sequence[str] | None) -> Iterator[tupl
 def _run(kernel: str, machine: Machine, scenario: Scenario, source: str) -> str:
     began = time.monotonic()
     try:
-        if scenario in HOSTS:  # these start kvmtrace themselves, each in its own way
+        if scenario in HOSTS:  # these start their own kvmtrace
             end_following(machine)
         scenario.run(machine, source, **SMALLER.get(scenario.name, {}))
         outcome = "pass"
@@ -125,9 +125,9 @@ def _run(kernel: str, machine: Machine, scenario: Scenario, source: str) -> str:
 
 
 def table(results: Mapping[str, tuple[str, Cells]]) -> str:
-    """Markdown: a row per scenario, a column per kernel, reasons as notes below.
+    """Format as Markdown: a row per scenario, a column per kernel, reasons as notes below.
 
-    Sources of which the same is to be said share a row.
+    Sources with equal cells share a row.
     """
     notes: list[str] = []
 
@@ -157,7 +157,7 @@ def table(results: Mapping[str, tuple[str, Cells]]) -> str:
 
 
 def tables(results: Mapping[str, tuple[str, Cells]]) -> str:
-    """One table for each architecture."""
+    """Format one table per architecture."""
     rows = config.rows()
     arches = list(dict.fromkeys(rows[name].arch.name for name in results))
     return "\n\n".join(
@@ -167,29 +167,29 @@ def tables(results: Mapping[str, tuple[str, Cells]]) -> str:
 
 
 def collected(paths: Sequence[Path]) -> dict[str, tuple[str, Cells]]:
-    """Results that earlier runs kept, in the order of kernels.toml; of a cell, the last one."""
+    """Merge results of earlier runs, in the order of kernels.toml; a cell's last run wins."""
     found: dict[str, tuple[str, Cells]] = {}
     for path in paths:
         for name, of in json.loads(path.read_text()).items():
             cells = found.setdefault(name, (of["release"], {}))[1]
             if found[name][0] != of["release"]:
-                raise LabError(f"{path}: {name} was {of['release']}, and {found[name][0]} before")
+                raise LabError(f"{path}: {name} was {of['release']}, but {found[name][0]} before")
             cells.update({(scenario, source): said for scenario, source, said in of["cells"]})
     return {name: found[name] for name in config.rows() if name in found}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.lab.matrix", description=__doc__)
-    parser.add_argument("--kernel", action="append", help="only this one (may be repeated)")
-    parser.add_argument("--source", choices=SOURCES, help="only this one")
-    parser.add_argument("--scenario", action="append", help="only this one (may be repeated)")
-    parser.add_argument("--readme", action="store_true", help="keep the table in README.md")
+    parser.add_argument("--kernel", action="append", help="only this kernel (may be repeated)")
+    parser.add_argument("--source", choices=SOURCES, help="only this source")
+    parser.add_argument("--scenario", action="append", help="only this scenario (may be repeated)")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     parser.add_argument(
         "--collect",
         action="append",
         type=Path,
         metavar="FILE",
-        help="run nothing: the table of earlier runs' build/matrix.json, the last word of a cell",
+        help="run nothing; merge the build/matrix.json of earlier runs, a cell's last run wins",
     )
     options = parser.parse_args()
     kernels = options.kernel or list(config.rows())
@@ -218,7 +218,7 @@ def main() -> int:
 
 
 def save(results: Mapping[str, tuple[str, Cells]]) -> None:
-    """Keep what there is so far in build/matrix.json."""
+    """Write the results so far to build/matrix.json."""
     build = Path("build")
     build.mkdir(exist_ok=True)
     saved = {

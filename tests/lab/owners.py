@@ -1,5 +1,7 @@
-"""Whose memory a poisoned page is, before the guest touches it: VM first, kvmtrace second, poison
-third; and poison that was there before kvmtrace. As scenarios.py: for the tests and the matrix.
+"""Owners of a poisoned page, found before the guest touches it.
+
+The VM is started first, then kvmtrace, then the page is poisoned; in a second run the poison is
+older than kvmtrace. Tests and the matrix run the same functions.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def poison_of(pfn: int) -> Callable[[list[Line]], list[Line]]:
 
 
 def owners_of(incident: str, lines: list[Line]) -> dict[tuple[int, int | None], int | None]:
-    """{(pid, gfn): hva}: those found at once, and those that a slow search found later."""
+    """{(pid, gfn): hva} of the owners in the poison event and of those found later."""
     of_it = [x for x in lines if x.get("incident") == incident]
     owners = [owner for x in of_it if x["kind"] == "poison" for owner in x["owners"]]
     owners += [x for x in of_it if x["kind"] == "owner"]
@@ -36,7 +38,7 @@ def owners_of(incident: str, lines: list[Line]) -> dict[tuple[int, int | None], 
 
 
 def _second(machine: Machine, first: Vmm, backing: str) -> Vmm | None:
-    """Another process with a VM on the same memfd; it does not touch the page."""
+    """Start another VM on the same memfd; it does not touch the page. None for other backings."""
     if backing != "memfd":
         return None
     fd = first.step("info v")["slots"][0]["fd"]
@@ -49,7 +51,7 @@ def deliveries(lines: list[Line], incident: str) -> list[Line]:
     return [x for x in lines if x["kind"] in ("exit", "sigbus") and x.get("incident") == incident]
 
 
-# PAGEMAP_SCAN with an empty argument: ENOTTY (25) where the kernel has no such call (before 6.7).
+# Status 1 before Linux 6.7, which has no PAGEMAP_SCAN and returns ENOTTY (25).
 _HAS_PAGEMAP_SCAN = (
     "import fcntl, os, sys\n"
     "try: fcntl.ioctl(os.open('/proc/self/pagemap', 0), 0xC0606610, bytes(96))\n"
@@ -58,14 +60,14 @@ _HAS_PAGEMAP_SCAN = (
 
 
 def owners_before_any_touch(machine: Machine, source: str) -> None:
-    """Every backing, both ways to poison; then a start with the poison already there."""
+    """Poison each backing in both ways; then start kvmtrace when the poison is already there."""
     end_following(machine)
     scans = machine.run(["python3", "-c", _HAS_PAGEMAP_SCAN]).status == 0
     with ExitStack() as stack:
         stories = []
         for backing, pages in BACKINGS:
             if backing == "hugetlb2m" and not scans:
-                continue  # a lost one looks like one that was never touched (README, Limits)
+                continue  # a poisoned one looks as if never touched (README, Limits)
             for how in ("inject", "madvise") if can_inject_poison(machine) else ("madvise",):
                 vmm = Vmm(machine, f"{backing}-{how}")
                 try:
@@ -86,7 +88,7 @@ def owners_before_any_touch(machine: Machine, source: str) -> None:
         assert not lost, lost
         watch.end()
 
-        # A new start finds them all, and no one else's.
+        # A new start finds all of these owners, and no others.
         found = top(machine, source, interval=20)
         owners = {
             (owner["vm"]["name"], owner.get("gfn"))

@@ -1,4 +1,4 @@
-"""What kvmtrace's processes may do in a machine, as the kernel says."""
+"""Capabilities of kvmtrace's processes in a machine, as /proc shows them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvmtrace.linux import privileges
 from tests.lab.harness import PATIENCE, Line
 from tests.lab.machine import Machine
 
-# Of each process of kvmtrace, and of each of its threads.
+# Lists the capability sets of every thread of every kvmtrace process.
 _LIST_THREADS = r"""
 import json, os, re
 found = []
@@ -34,9 +34,9 @@ def _bits(names: frozenset[str]) -> int:
 
 
 def assert_given_up(machine: Machine) -> None:
-    """Fail unless every kvmtrace that runs, with its workers, has given up all else.
+    """Fail unless each running kvmtrace and its workers have only the capabilities they need.
 
-    A worker does so when it has started, which may take a while.
+    This waits for workers, which drop theirs some time after their start.
     """
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -53,7 +53,7 @@ def assert_given_up(machine: Machine) -> None:
 def _has_given_up(thread: Line) -> bool:
     watching = _bits(privileges.WATCHING)
     kept = _bits(privileges.READING) if thread["worker"] else watching
-    # A worker that was started later has its command's bounding set: it may not change it.
+    # A worker inherits its command's bounding set, and may not be allowed to change it.
     return bool(
         thread["CapEff"] == thread["CapPrm"] == kept
         and thread["CapBnd"] & ~watching == thread["CapInh"] == thread["CapAmb"] == 0

@@ -1,4 +1,4 @@
-"""Progress on stderr: what is being done, how much of it, how long it took."""
+"""Progress messages on stderr."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from contextlib import contextmanager
 
 
 def print_status(text: str) -> None:
-    """Print one line for people who are waiting."""
+    """Print a line."""
     print(f"lab: {text}", file=sys.stderr, flush=True)
 
 
 def megabytes(size: int) -> str:
-    """`size` bytes as people read it."""
+    """Format `size` bytes in megabytes."""
     return f"{size / 1e6:.1f} MB"
 
 
 @contextmanager
 def step(text: str) -> Iterator[None]:
-    """Say what starts, and after it how long it took."""
+    """Print a line before the block, and its duration after it."""
     print_status(f"{text} ...")
     start = time.monotonic()
     yield

@@ -1,7 +1,7 @@
-"""A VMM that nobody here wrote: Debian's QEMU, nested, with ordinary memory, loses a page.
+"""A real VMM loses a page: Debian's QEMU, run nested, with ordinary memory.
 
-What it does then, and what people may therefore be advised to do, per kind of memory:
-``views/vmm_advice.py`` says only what is shown here.
+These scenarios establish how QEMU reacts by kind of memory. ``views/vmm_advice.py`` advises only
+what is tested here.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ MEMORY = {
     "hugetlb": "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M",
 }
 
-# Where the guest never is, so that only the VMM can meet the lost page.
+# A guest address that the guest never touches, so that only the VMM can access the lost page.
 UNTOUCHED = 16 * MIB
 
 
 def _firmware() -> tuple[bytes, bytes]:
-    """The guest: the begin of its ROM, and what is at the reset vector, 16 bytes below the end.
+    """Assemble the guest: the start of its ROM, and the reset vector's code (the last 16 bytes).
 
-    It touches its first page, says "up" on the debug console, then counts in that page about once a
-    second, so that it seldom does while memory_failure is still at work on it. "r" on its serial
-    line makes it reboot, "s" shut down. SeaBIOS will not do: under two emulations it spun in its
-    timeouts for minutes, in 2 of 200 starts.
+    It touches its first page, prints "up" on the debug console, then increments a word in that page
+    about once a second; that is slow, so that it rarely interferes with memory_failure. "r" on its
+    serial line makes it reboot, "s" shut down. SeaBIOS was not usable: in 2 of 200 starts under
+    double emulation it spun in its timeouts for minutes.
     """
 
     def hexadecimal(*lines: str) -> bytes:
@@ -58,7 +58,7 @@ def _firmware() -> tuple[bytes, bytes]:
     )  # inc word [0x500]; "up\n"
     again = len(code)
     code += hexadecimal("ff060005", "66b900000004", "67e2fd")  # mov ecx, 1 << 26; addr32 loop $
-    code += hexadecimal("bafd03", "ec", "a801")  # has the serial line got a byte?
+    code += hexadecimal("bafd03", "ec", "a801")  # does the serial line have a byte?
     code += back(0x74)  # jz
     code += hexadecimal("baf803", "ec")  # which one?
     code += hexadecimal("3c72", "7506", "baf90c", "b006", "ee")  # "r": out 0xcf9, 6
@@ -78,7 +78,7 @@ code, reset = (bytes.fromhex(text) for text in sys.argv[2:])
 open(sys.argv[1], "wb").write(code.ljust(0xfff0, b"\\0") + reset.ljust(16, b"\\0"))
 """
 
-# Poisons a page of the guest, by its address in the guest.
+# Poisons a page of the guest: PID, size of the guest's memory, guest physical address.
 _POISON = """
 import json, os, struct, sys
 pid, size, gpa = map(int, sys.argv[1:])
@@ -101,7 +101,7 @@ print(json.dumps({"pfn": pfn, "hva": hva}))
 
 
 class Qemu:
-    """One QEMU with that guest, asked over QMP. ``memory``: one of ``MEMORY``."""
+    """A QEMU with that guest and a QMP connection. ``memory``: a key of ``MEMORY``."""
 
     def __init__(
         self, machine: Machine, memory: str = "anonymous", *, reboots: bool = True
@@ -130,14 +130,14 @@ class Qemu:
         self.wait_for_boots(1)
 
     def qmp(self, command: str, **arguments: object) -> Any:
-        """What it answers to a command: the value, or in {"error"} why it will not."""
+        """Send a command; return the value of the answer, or {"error": text}."""
         self.send_qmp(command, **arguments)
         while "event" in (answer := self._line()):
             pass
         return answer.get("return", {"error": answer.get("error", {}).get("desc")})
 
     def send_qmp(self, command: str, **arguments: object) -> None:
-        """A command that it does not live to answer."""
+        """Send a command without waiting for an answer."""
         self.job.send(json.dumps({"execute": command, "arguments": arguments}) + "\n")
 
     def _line(self) -> Line:
@@ -147,32 +147,32 @@ class Qemu:
         return dict(json.loads(line))
 
     def monitor(self, command: str) -> Any:
-        """What its monitor for people answers."""
+        """Send a command to its human monitor; return the answer."""
         return self.qmp("human-monitor-command", **{"command-line": command})
 
     def send_serial(self, letter: str) -> None:
-        """A letter on the guest's serial line."""
+        """Send a letter to the guest's serial line."""
         self._machine.run(f"echo -n {letter} > /tmp/qemu.serial", check=True)
 
     def wait_for_boots(self, times: int) -> None:
-        """Wait until the guest has come up so often."""
+        """Wait until the guest has booted that many times."""
         deadline = time.monotonic() + PATIENCE
         while self._machine.run("grep -c up /tmp/qemu.console").stdout.strip() != str(times):
-            assert time.monotonic() < deadline, "the guest does not come up"
+            assert time.monotonic() < deadline, "the guest does not boot"
             assert self.job.poll() is None, (self.job.poll(), self.job.stderr)
             time.sleep(0.1)
 
     def poison(self, gpa: int) -> Line:
-        """Poison a page; its pfn and hva."""
+        """Poison a page; return its pfn and hva."""
         words = ["python3", "-c", _POISON, str(self.pid), str(SIZE), str(gpa)]
         return dict(json.loads(self._machine.run(words, check=True, timeout=PATIENCE).stdout))
 
     def is_running(self) -> bool:
-        """Whether the VM runs."""
+        """Whether the VM is running."""
         return bool(self.qmp("query-status")["running"])
 
     def migrate(self) -> str | None:
-        """Migrate it away; None if that works, else what QEMU says."""
+        """Migrate it; None on success, else QEMU's error."""
         refused = self.qmp("migrate", uri="exec:cat >/dev/null")
         if refused:
             return str(refused["error"])
@@ -183,13 +183,13 @@ class Qemu:
         return None if state["status"] == "completed" else str(state.get("error-desc"))
 
     def dump(self) -> str | None:
-        """Dump its memory; None if that works, else what QEMU says."""
+        """Dump its memory; None on success, else QEMU's error."""
         arguments = {"paging": False, "protocol": "file:/tmp/qemu.dump"}
         said = self.qmp("dump-guest-memory", **arguments)
         return str(said["error"]) if said else None
 
     def add_disk(self) -> None:
-        """One that can hold a snapshot of the whole VM."""
+        """Attach a disk that can hold a snapshot of the VM."""
         self._machine.run(": > /tmp/qemu.disk", check=True)
         file = {"driver": "file", "node-name": "file", "filename": "/tmp/qemu.disk"}
         image = {"driver": "qcow2", "file": "file"}
@@ -220,7 +220,7 @@ def _qemu(machine: Machine, memory: str, *, reboots: bool = True) -> Iterator[Qe
 
 @contextlib.contextmanager
 def _huge_pages(machine: Machine) -> Iterator[None]:
-    """Huge pages for one QEMU and one more; all are as before afterwards."""
+    """Provide huge pages for one QEMU and one more page; restore the number afterwards."""
     setting = "/proc/sys/vm/nr_hugepages"
     before = machine.run(f"cat {setting}", check=True).stdout.strip()
     wanted = int(before) - _free_huge_pages(machine) + HUGE_PAGES + 1
@@ -240,13 +240,13 @@ def _free_huge_pages(machine: Machine) -> int:
 
 
 def qemu_with_a_page_gone(machine: Machine, _source: str) -> None:
-    """What can be asked of QEMU while a page of its memory is gone, of each kind of memory."""
+    """Which commands QEMU can carry out while a page of its memory is lost, for each kind."""
     for memory in MEMORY:
         check_with_page_gone(machine, memory)
 
 
 def check_with_page_gone(machine: Machine, memory: str) -> None:
-    """The same for one kind. The guest has not touched the page."""
+    """Check this for one kind of memory. The guest has not touched the page."""
     lost: list[int] = []
 
     def poison(qemu: Qemu) -> None:
@@ -268,7 +268,7 @@ def check_with_page_gone(machine: Machine, memory: str) -> None:
             qemu.qmp("stop")
             qemu.qmp("cont")
             assert qemu.is_running()
-            assert "hardware poisoned memory" in (qemu.migrate() or "")  # that mends nothing
+            assert "hardware poisoned memory" in (qemu.migrate() or "")  # stop and cont do not help
             qemu.monitor("system_reset")
             qemu.wait_for_boots(2)
             assert_all_is_well(qemu)
@@ -286,7 +286,7 @@ def check_with_page_gone(machine: Machine, memory: str) -> None:
         with _qemu(machine, memory) as qemu:  # started again
             assert_all_is_well(qemu)
         _unpoison(machine, lost)
-        # Whatever reads the page in QEMU kills it: a shell shows 135.
+        # Any read of the page in QEMU kills it with SIGBUS (a shell shows status 135).
         for command in (f"xp /1wx {UNTOUCHED:#x}", "savevm one"):
             with _qemu(machine, memory) as qemu:
                 qemu.add_disk()
@@ -314,14 +314,14 @@ def check_with_page_gone(machine: Machine, memory: str) -> None:
 
 
 def _unpoison(machine: Machine, pfns: list[int]) -> None:
-    """Give the pages back, or huge ones would be missing to who comes next."""
+    """Unpoison the pages, so that later scenarios have enough huge pages."""
     while pfns:
         where = "/sys/kernel/debug/hwpoison/unpoison-pfn"
         machine.run(f"echo {pfns.pop():#x} > {where}", check=True)
 
 
 def qemu_loses_a_page(machine: Machine, source: str) -> None:
-    """QEMU is named by its -name, its vCPU thread gets the SIGBUS, and it ends."""
+    """kvmtrace names QEMU by its -name; its vCPU thread gets the SIGBUS, and QEMU ends."""
     with (
         following(machine, source) as (watch,),
         _qemu(machine, "anonymous", reboots=False) as qemu,
@@ -335,7 +335,9 @@ def qemu_loses_a_page(machine: Machine, source: str) -> None:
             return [x for x in signals if x["code"] == "AR"]
 
         watch.until(vcpu_signals, "QEMU's vCPU thread is notified", patience=PATIENCE)
-        status = qemu.job.wait(PATIENCE)  # its guest handles no machine check: reset, -no-reboot
+        status = qemu.job.wait(
+            PATIENCE
+        )  # the guest cannot handle the machine check and resets: -no-reboot
 
         def gone(lines: list[Line]) -> bool:
             ends = [x for x in lines if x["kind"] == "vm" and x["state"] == "gone"]
@@ -353,7 +355,7 @@ def qemu_loses_a_page(machine: Machine, source: str) -> None:
 
 
 def qemu_advice(machine: Machine, source: str) -> None:
-    """What people are advised to do about a page that QEMU has lost: done, it helps."""
+    """Following kvmtrace's advice about a page that QEMU has lost resolves the incident."""
     end_following(machine)
     serve = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 --source {source}")
     try:
@@ -381,13 +383,13 @@ def _follow_advice(machine: Machine, memory: str) -> None:
         assert ("free huge page" in steps[2]) == (memory == "hugetlb"), steps
         qemu.monitor("system_reset")
         qemu.wait_for_boots(2)
-        if memory != "hugetlb":  # whose page table does not show it
+        if memory != "hugetlb":  # its page table does not show that
             _advice(machine, pfn, "nothing: another page was put in place of the lost one")
         assert qemu.migrate() is None
 
 
 def _advice(machine: Machine, pfn: int, words: str) -> list[str]:
-    """The steps that `explain` prints for a page, once they have these words."""
+    """Wait until the steps that `explain` prints for a page contain ``words``."""
     deadline = time.monotonic() + PATIENCE
     while True:
         said = machine.run(["kvmtrace", "explain", f"{pfn:#x}", "--json"], timeout=PATIENCE)

@@ -1,6 +1,6 @@
-"""What only the ftrace source has to show: its traces in tracefs.
+"""Tests of the ftrace source only, above all of its traces in tracefs.
 
-The scenarios themselves run with both sources in test_sources.py.
+The scenarios run with both sources in test_sources.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TRACEFS = "/sys/kernel/tracing"
 
 
 def traces(machine: Machine) -> tuple[set[str], set[str]]:
-    """(instances, groups of dynamic events) that there are."""
+    """The existing (instances, groups of dynamic events)."""
     instances = machine.run(["ls", f"{TRACEFS}/instances"], check=True).stdout.split()
     events = machine.run(["cat", f"{TRACEFS}/dynamic_events"], check=True).stdout.splitlines()
     return set(instances), {line.split(":")[1].split("/")[0] for line in events}
@@ -36,7 +36,7 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 
 
 def assert_efault_reported(machine: Machine, watch: Watch) -> None:
-    """One unannotated EFAULT, delivered and seen."""
+    """Cause an unannotated EFAULT and check that it is reported."""
     vmm = Vmm(machine, "probe")
     vmm.step("create v backing=anon")
     vmm.step("unmap v +5")
@@ -104,9 +104,9 @@ def test_everybody_elses_error_log_is_left_alone(machine: Machine) -> None:
 
 
 def test_more_places_than_the_kernel_has_entries_for(machine: Machine) -> None:
-    """The kernel counts 4096 addresses one by one; beyond, exits lose their address, and no more.
+    """The kernel counts 4096 addresses separately; exits beyond lose their address, nothing else.
 
-    As on a host of confidential VMs, where each conversion is an exit of its own.
+    Hosts of confidential VMs have that many: each conversion is an exit.
     """
     pages, each = 6000, 20
     steps = [f"create v backing=gmem pages={pages}", "close-gmem v"]
@@ -126,7 +126,7 @@ def test_more_places_than_the_kernel_has_entries_for(machine: Machine) -> None:
 
 
 def test_the_kernel_takes_all_that_can_be_muted(machine: Machine) -> None:
-    """As many keys as are muted at once, and their numbers as long as can be; beyond, none is."""
+    """The longest filter that muting can build is accepted; a longer one changes nothing."""
     code = """
 from kvmtrace.sources.ftrace.totals import ExitKey, SignalKey
 from kvmtrace.sources.ftrace.muting import MAX_MUTED, RATE, ExitMuting, SignalMuting, exclusions

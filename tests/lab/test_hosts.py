@@ -1,6 +1,6 @@
-"""Hosts that are not as one would like, on the newest kernel, by the source that it matters to.
+"""The scenarios of hosts.py on the newest kernel, each by the source that it matters to.
 
-``make matrix`` has every condition with every source on every kernel; see hosts.py.
+``make matrix`` runs them on every kernel by both sources.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.lab.machine import Machine
 
 pytestmark = pytest.mark.lab
 
-BOOTS = {condition.run: condition.boot for condition in HOSTS}
+BOOTS = {scenario.run: scenario.boot for scenario in HOSTS}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_host(
     run(machine, source)
 
 
-# No types of kvm for fexit, and no kprobes by any of the ways that bcc knows.
+# Without BTF of kvm there is no fexit; the rest hides all interfaces by which bcc adds kprobes.
 BPF_SEES_NO_KVM = (
     f"{HIDE_KVM_BTF} && mount -t tmpfs none /sys/bus/event_source/devices/kprobe"
     " && umount -R /sys/kernel/debug && mount --bind /dev/null /sys/kernel/tracing/kprobe_events"
@@ -56,7 +56,7 @@ BPF_SEES_NO_KVM = (
 
 
 def test_auto_takes_the_source_that_sees_exits(machine: Machine) -> None:
-    """bpf attaches to tracepoints and to functions of the kernel itself, but `run` is in kvm."""
+    """bpf attaches to tracepoints and to built-in functions, but not to `run`, which is in kvm."""
     end_following(machine)
     shown = json.loads(kvmtrace(machine, "top --once --json", mount_change=BPF_SEES_NO_KVM).stdout)
     assert shown["host"]["source"] == "ftrace"

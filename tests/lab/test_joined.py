@@ -1,6 +1,4 @@
-"""Commands beside a running `kvmtrace serve`: what was before they came, exactly, and no second set
-of probes.
-"""
+"""Commands beside a running `kvmtrace serve`: they get its exact counts and attach no probes."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ pytestmark = pytest.mark.lab
 
 @pytest.fixture(params=["bpf", "ftrace"])
 def serve(request: pytest.FixtureRequest, machine: Machine) -> Iterator[Job]:
-    end_following(machine)  # what other tests left running is attached too
+    end_following(machine)  # kvmtraces of other tests are attached as well
     before = leftovers.attached(machine)
     serve = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 --source {request.param}")
     serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
@@ -36,7 +34,7 @@ def serve(request: pytest.FixtureRequest, machine: Machine) -> Iterator[Job]:
 
 
 def _metric(machine: Machine, serve: Job, name: str, *labels: str) -> float:
-    """The one series of that name with these labels."""
+    """Value of the one series with that name and these labels."""
     url = re.search(r"serving (\S+)", serve.stderr)
     assert url
     fetch = f"import urllib.request as u; print(u.urlopen('{url[1]}').read().decode())"
@@ -59,7 +57,7 @@ def _exits(shown: Line, name: str) -> int:
 
 
 def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve: Job) -> None:
-    """With the privileges that a serve keeps, it also finds owners, and detaches at its end."""
+    """A serve finds owners and detaches with the privileges that it has kept."""
     sick, shaken = Vmm(machine, "sick"), Vmm(machine, "shaken")
     sick.step("create v backing=gmem pages=32")
     shaken.step("create v backing=anon pages=32")
@@ -75,7 +73,7 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
     modes = machine.run(f"stat -c '%a %U %F' {DIRECTORY} {DIRECTORY}/*", check=True).stdout
     assert modes == "750 root directory\n600 root socket\n"
 
-    deadline = time.monotonic() + PATIENCE  # a serve reads the kernel's counts now and then
+    deadline = time.monotonic() + PATIENCE  # a serve reads the kernel's counts periodically
     while _exits(shown := _top(machine), "sick") < returned["sick"] and time.monotonic() < deadline:
         pass
     vms = {vm["name"]: vm for vm in shown["vms"]}
@@ -86,13 +84,13 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
     for page, vmm in ((poison, sick), (other, shaken)):
         (owner,) = incidents[page["pfn"]]["owners"]
         assert owner["vm"]["pid"] == vmm.pid
-        # ftrace does not know every memslot
+        # ftrace does not see every memslot
         assert owner.get("gfn", shown["host"]["source"]) in (page["gfn"], "ftrace")
     assert incidents[poison["pfn"]]["deliveries"] == {"exits": returned["sick"], "sigbus": 0}
     assert re.fullmatch(r"of kvmtrace serve, pid \d+", shown["host"]["source_why"])
     assert not any(shown["lost"].values())
 
-    # What comes then, to the last one; and what /metrics count is what every view counts
+    # Later events are complete, and /metrics and all views have the same counts
     watch = Watch(machine, "auto", "--vm sick")
     recording = machine.start("exec kvmtrace record /tmp/joined.jsonl --force")
     recording.wait_for("recording to", timeout=PATIENCE, stream="stderr")
@@ -114,7 +112,7 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
 
     _step_of_the_clock(machine, sick)
 
-    # An explicit way attaches
+    # An explicit --source attaches its own probes
     shown = json.loads(
         machine.run(
             "kvmtrace top --once --json --source ftrace", timeout=PATIENCE, check=True
@@ -126,7 +124,7 @@ def test_all_that_happened_before_and_what_happens_then(machine: Machine, serve:
 
 
 def _step_of_the_clock(machine: Machine, vmm: Vmm) -> None:
-    """A page fails before, while and after the clock is a day ahead: each has its time of day."""
+    """Pages fail before, while and after the clock is a day ahead: their times of day are right."""
     file = "/tmp/clock.jsonl"
     recording = machine.start(f"exec kvmtrace record {file} --force")
     recording.wait_for("recording to", timeout=PATIENCE, stream="stderr")
@@ -158,7 +156,7 @@ def _step_of_the_clock(machine: Machine, vmm: Vmm) -> None:
 
 @pytest.mark.parametrize("serve", ["ftrace"], indirect=True)
 def test_a_serve_that_ends_under_a_live_top(machine: Machine, serve: Job) -> None:
-    """One line, status 1, and the terminal as it was."""
+    """`top` prints one line, exits with status 1 and restores the terminal."""
     env = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
     shell = machine.start(
         "before=$(stty -g); kvmtrace top; echo status $?; [ $(stty -g) = $before ] && echo same",

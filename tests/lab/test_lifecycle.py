@@ -1,8 +1,7 @@
-"""From start to end on a real kernel: kvm comes late, signals of all kinds, what is in the way.
+"""Start and end on a real kernel: kvm loaded late, signals, and errors at the start.
 
-Hosts that refuse are in test_hosts.py.
-
-A start with eBPF compiles for many seconds under emulation, so what needs no BPF runs on tracefs.
+Hosts that refuse are in test_hosts.py. A start with eBPF compiles for many seconds under emulation,
+so tests that need no BPF use the ftrace source.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from tests.lab.machine import Machine
 pytestmark = pytest.mark.lab
 
 
-# -- kvm comes after kvmtrace
+# -- kvm is loaded after kvmtrace has started
 
 
 def test_started_before_kvm_it_waits_and_attaches(boot: Boot) -> None:
@@ -43,7 +42,7 @@ def test_started_before_kvm_it_waits_and_attaches(boot: Boot) -> None:
     assert "not attached: " in first
     assert re.search(r"not attached:.*\brun\b", first), first
     attached = leftovers.attached(machine)
-    assert len(attached["programs"]) > len(before["programs"])  # poison is watched meanwhile
+    assert len(attached["programs"]) > len(before["programs"])  # other probes are attached already
     privileges.assert_given_up(machine)
 
     machine.run("modprobe kvm-amd && test -c /dev/kvm", check=True)
@@ -69,7 +68,7 @@ def test_started_before_kvm_it_waits_and_attaches(boot: Boot) -> None:
     assert exits_reported(lines, vmm.pid) == exits_returned(report)
     leftovers.assert_only(machine, before)
 
-    # kvm goes only if nobody holds it: neither a probe nor a program
+    # kvm can be unloaded only if no probe and no program holds it
     machine.run("modprobe -r kvm-amd kvm && ! test -e /sys/module/kvm", check=True)
 
 
@@ -80,7 +79,7 @@ def _wait_until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.5)
 
 
-# -- however it ends
+# -- every kind of end
 
 
 def test_no_signal_leaves_anything_attached(machine: Machine) -> None:
@@ -91,7 +90,7 @@ def test_no_signal_leaves_anything_attached(machine: Machine) -> None:
     killed = Watch(machine, "bpf")
     top.wait_for("attached", timeout=PATIENCE)
     assert len(leftovers.attached(machine)["links"]) > len(before["links"])
-    # Nothing is detached by another one's end.
+    # The end of one kvmtrace detaches nothing of the other.
     killed.job.signal(signal.SIGKILL)
     assert killed.job.wait(PATIENCE) == -signal.SIGKILL
     assert len(leftovers.attached(machine)["links"]) > len(before["links"])
@@ -115,11 +114,11 @@ def test_a_reader_that_leaves_is_no_error(machine: Machine) -> None:
     assert [x for x in result.stderr.splitlines() if not x.startswith("kvmtrace: watching")] == []
 
 
-# -- what is in the way
+# -- errors at the start
 
 
 def test_with_bcc_out_of_sight(machine: Machine) -> None:
-    # Without site the distribution's packages are out of sight, as in a venv.
+    # Without site, the distribution's packages are not importable, as in a venv.
     result = machine.run(
         "exec python3 -S -m kvmtrace events --source bpf",
         timeout=PATIENCE,

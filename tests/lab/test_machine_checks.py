@@ -1,6 +1,6 @@
-"""Machine checks as a real kernel traces them, judged by its own rules for its CPU.
+"""Machine checks as a real kernel traces them: physical addresses, and whose socket it is.
 
-That is an AMD one without Scalable MCA: mce-inject takes no IPID there.
+The CPU is AMD's, without Scalable MCA: mce-inject takes no IPID for it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _of(addr: int, lines: list[Line]) -> list[Line]:
 
 @pytest.mark.parametrize("source", ["bpf", "ftrace"])
 def test_what_an_address_and_a_socket_are(machine: Machine, source: str) -> None:
-    cases = (  # bank, status; the address is physical; whose the socket is
+    cases = (  # bank, status, whether the address is physical, what the socket belongs to
         (NORTHBRIDGE, CHECK | DRAM_ECC, True, "memory"),
         (NORTHBRIDGE, CHECK | POISON, False, None),
         (7, CHECK, False, None),

@@ -1,6 +1,4 @@
-"""Whose memory a poisoned page is, before the guest touches it: VM first, kvmtrace second, poison
-third; and poison that was there before kvmtrace.
-"""
+"""Owners of a poisoned page, found before the guest touches it; see owners.py."""
 
 from __future__ import annotations
 
@@ -24,9 +22,9 @@ def test_owners_before_any_touch(machine: Machine) -> None:
 
 
 def test_an_older_guest_memfd_by_ftrace(boot: Callable[..., Machine]) -> None:
-    """Where probes cannot follow the page to its VM, /proc shows who holds its guest_memfd.
+    """If no probe leads from the page to its VM, /proc shows who has its guest_memfd open.
 
-    Not only by page tables: one page is mapped, of the other nothing is.
+    One VM has the page mapped, so that page tables would do; the other has unmapped it.
     """
     machine = boot("trixie-6.18")
     mapped, unmapped, bystander = (Vmm(machine, name) for name in ("mapped", "unmapped", "other"))
@@ -54,7 +52,7 @@ def test_an_older_guest_memfd_by_ftrace(boot: Callable[..., Machine]) -> None:
 
 
 def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
-    """Both own it, by their page tables; so says the loss."""
+    """Both VMs own it, by their page tables, and `explain` says so."""
     source = "bpf"
     vmms = [Vmm(machine, name) for name in ("left", "right")]
     for vmm in vmms:
@@ -90,8 +88,8 @@ def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
         vmm.end()
 
 
-# Maps a file and reads a page of it: path, offset. It is notified of the loss early, or killed by
-# the next read.
+# Maps a file and reads a page of it: PATH OFFSET [early]. With "early" it gets a SIGBUS at the
+# poisoning, otherwise its next read kills it.
 _READER = """
 import ctypes, mmap, os, signal, sys
 early = len(sys.argv) > 3
@@ -110,7 +108,7 @@ if not early:
 
 @pytest.mark.parametrize("source", ["bpf", "ftrace"])
 def test_a_program_that_has_a_vms_page_mapped_is_no_vm(machine: Machine, source: str) -> None:
-    """One gets a SIGBUS early, one dies of its read; the VM's guest has not touched the page."""
+    """One reader gets SIGBUS early, one dies of its read; the guest has not touched the page."""
     machine.run("cat > /tmp/reader.py", stdin=_READER, check=True)
     vmm = Vmm(machine, "shares")
     vmm.step("create v backing=memfd pages=64")
@@ -138,14 +136,14 @@ def test_a_program_that_has_a_vms_page_mapped_is_no_vm(machine: Machine, source:
     incidents = replayed(machine, log)["incidents"]
     (incident,) = [x for x in incidents if x["pfn"] == place["pfn"]]
     assert (incident["state"], incident["deliveries"]) == ("latent", {"exits": 0, "sigbus": 0})
-    # It may be too late to see by which page the other one died.
+    # The page by which the other one died may be unknown.
     assert incident["sigbus_to_others"] in (1, 2)
     assert {owner["vm"]["pid"] for owner in incident["owners"]} == {vmm.pid}
     vmm.end()
 
 
 def test_a_large_sparse_vm_holds_nobody_up(machine: Machine) -> None:
-    """Owners of a page in 3 GiB of address space come as fast as in 256 KiB."""
+    """Owners in 3 GiB of address space are found as fast as in 256 KiB."""
     vmm = Vmm(machine, "large")
     vmm.step(f"create v backing=anon pages={3 << 18}")
     vmm.step("touch v +3")

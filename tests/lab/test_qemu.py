@@ -1,4 +1,4 @@
-"""A VMM that nobody here wrote, by both sources; see qemu_guest.py."""
+"""A real VMM loses a page; see qemu_guest.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""`kvmtrace serve` on a real kernel, scraped by a real Prometheus, against the VMMs' own account.
+"""`kvmtrace serve` on a real kernel, scraped by a real Prometheus and compared with the VMMs.
 
-One story for the whole module: VMs are known, then memory goes bad, then everything is asked.
+The module stages one sequence of events: VMs start, their memory fails, then all panels and alerts
+are queried.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.lab.machine import Job, Machine
 pytestmark = pytest.mark.lab
 
 INSTANCE = "127.0.0.1:9750"
-WINDOW = "30m"  # of increases: longer than the story takes on a busy machine
+WINDOW = "30m"  # for increase(): longer than all of this takes on a busy machine
 STORM = 5000
 QUERY_SCRIPT = Path(__file__).with_name("guest_prometheus.py")
 
@@ -35,7 +36,7 @@ VMS = ("web", "loop", "closed", "bare", "anon")
 
 
 class GuestPrometheus(prometheus.Queries):
-    """A Prometheus in the machine, driven through guest_prometheus.py."""
+    """A Prometheus in the machine, queried through guest_prometheus.py."""
 
     def __init__(self, machine: Machine, directory: str, target: str) -> None:
         here = machine.share / directory
@@ -68,7 +69,7 @@ Exits = dict[tuple[str, str, str], float]
 
 @dataclass
 class Story:
-    """What happened, by those who know: the VMMs and the kernel's log."""
+    """What happened, by the VMMs' reports and the kernel's log."""
 
     machine: Machine
     serve: Job
@@ -85,7 +86,7 @@ class Story:
 
     @property
     def exits(self) -> Exits:
-        """What KVM_RUN returned, with the zeros that every VM is born with."""
+        """Returns of KVM_RUN, and the series that every VM has at 0."""
         returned = {(vm, *kind): 0.0 for vm in VMS for kind in BORN_AT_ZERO}
         for vm, report in self.reports.items():
             for row in report["failed"]:
@@ -97,7 +98,7 @@ class Story:
         return sum(n for (who, _, cause), n in self.exits.items() if who == vm and cause in causes)
 
     def sigbus(self, vm: str, code: str) -> float:
-        """Signals that the VMM took."""
+        """Signals that the VMM received."""
         report = self.reports[vm]
         assert report["sigbus_not_listed"] == 0
         return float(sum(one["count"] for one in report["sigbus"] if one["code"] == code))
@@ -115,7 +116,7 @@ BORN_AT_ZERO = (
 
 
 def cause_of(row: Line) -> str:
-    """The cause of a failed KVM_RUN of this story, in which nobody converts memory."""
+    """The cause of a failed KVM_RUN; no conversions happen here."""
     if row["errno"] == "EHWPOISON":
         return "hwpoison"
     assert row["errno"] == "EFAULT", row
@@ -130,7 +131,7 @@ def exits_in(samples: list[prometheus.Sample]) -> Exits:
 @pytest.fixture(scope="module")
 def story(shared_machine: Shared) -> Iterator[Story]:
     machine = shared_machine.get()
-    end_following(machine)  # what other tests left running would be counted as ours
+    end_following(machine)  # kvmtraces of other tests would be counted as well
     before = leftovers.attached(machine)
     machine.run("sysctl -q kernel.bpf_stats_enabled=1", check=True)
     serve = machine.start(f"exec kvmtrace serve --listen {INSTANCE}")
@@ -147,7 +148,7 @@ def story(shared_machine: Shared) -> Iterator[Story]:
         scraper.wait(lambda: len(scraper.query(exits)) >= len(VMS) * len(BORN_AT_ZERO), PATIENCE)
         scraper.wait_for_scrapes(3, PATIENCE)
         born, alerts = exits_in(scraper.query(exits)), scraper.alerts()
-        # Pages that other tests poisoned in the same machine: their VMs are gone.
+        # Pages poisoned by earlier tests, whose VMs are gone.
         old = scraper.value('kvmtrace_incidents{state="unowned"}') or 0
 
         pfns = happen(vmms)
@@ -186,10 +187,10 @@ def story(shared_machine: Shared) -> Iterator[Story]:
 
 
 def happen(vmms: Mapping[str, Vmm]) -> set[int]:
-    """Of everything one; the pfns that were poisoned.
+    """Stage one event of each kind; return the pfns that were poisoned.
 
-    web holds two poisoned pages and has touched one of them, loop does not cope with its own, anon
-    was notified by SIGBUS, closed has lost its guest_memfd and bare a mapping.
+    web has two poisoned pages and has touched one, loop loops on its page, anon gets a SIGBUS,
+    closed has lost its guest_memfd and bare a mapping.
     """
     poisons = [vmms["web"].step("poison v +3"), vmms["web"].step("poison v +7")]
     vmms["web"].step("touch v +3")
@@ -218,7 +219,7 @@ def test_series_of_a_vm_are_there_at_0_before_its_first_event(story: Story) -> N
 
 
 def test_the_story_has_something_of_everything(story: Story) -> None:
-    """The VMMs' account has something of everything, or the tests below compare zeros."""
+    """The VMMs report every kind of event; otherwise the tests below would compare zeros."""
     assert {key: count for key, count in story.exits.items() if count} == {
         ("web", "EHWPOISON", "hwpoison"): 1,
         ("loop", "EHWPOISON", "hwpoison"): STORM,
@@ -241,7 +242,7 @@ def test_prometheus_agrees_with_the_vmms(story: Story) -> None:
 
 
 def test_metrics_agree_with_the_vmms(story: Story) -> None:
-    """The text itself, asked for as a person would."""
+    """The text of /metrics itself."""
     ask = (
         f"import urllib.request as u; print(u.urlopen('http://{INSTANCE}/metrics').read().decode())"
     )
@@ -272,7 +273,7 @@ def exactly(expected: Callable[[Story], Shown]) -> Check:
 
 
 def roughly(expected: Callable[[Story], Shown]) -> Check:
-    """Increases, which Prometheus extrapolates: what is 0 is 0, the others within a quarter."""
+    """Increases, which Prometheus extrapolates: 0 is exact, others are within a quarter."""
 
     def check(story: Story, shown: Shown) -> None:
         wanted = {tuple(sorted(key)): value for key, value in expected(story).items()}
@@ -285,7 +286,7 @@ def roughly(expected: Callable[[Story], Shown]) -> Check:
 
 
 def rates(positive: Callable[[Story], set[tuple[str, ...]]]) -> Check:
-    """Above 0 are exactly these."""
+    """Exactly these are above 0."""
 
     def check(story: Story, shown: Shown) -> None:
         above = {tuple(sorted(key)) for key in positive(story)}
@@ -295,7 +296,7 @@ def rates(positive: Callable[[Story], set[tuple[str, ...]]]) -> Check:
 
 
 def between(low: float, high: float, *keys: tuple[str, ...]) -> Check:
-    """The values of these keys (default: the only one), whatever else is shown."""
+    """The values of these keys (default: the only one) are within these limits."""
 
     def check(_: Story, shown: Shown) -> None:
         for key in keys or ((),):
@@ -307,7 +308,7 @@ def between(low: float, high: float, *keys: tuple[str, ...]) -> Check:
 def _latency(_: Story, shown: Shown) -> None:
     counts = [shown[(le,)] for le in "0.001 0.01 0.1 1.0 10.0 60.0 600.0 3600.0 +Inf".split()]
     assert counts == sorted(counts)
-    # web's first page, loop's and anon's; all at once, as people see it
+    # web's first page, loop's and anon's, all delivered within a minute
     assert counts[-1] == pytest.approx(3, rel=0.25)
     assert counts[5] == counts[-1]
 

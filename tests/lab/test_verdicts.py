@@ -1,4 +1,4 @@
-"""From the machine check to the VMM's reaction: each verdict staged by a VMM that behaves so."""
+"""From machine check to verdict: each verdict is staged by a VMM with that behaviour."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOG = "/tmp/verdicts.jsonl"
 
 @contextlib.contextmanager
 def recorded(machine: Machine, source: str = "bpf") -> Iterator[None]:
-    """What happens in the block is in ``LOG`` afterwards."""
+    """Record into ``LOG`` during the block."""
     job = machine.start(f"exec kvmtrace record {LOG} --force --source {source}")
     job.wait_for(r"recording to", timeout=PATIENCE, stream="stderr")
     try:
@@ -67,7 +67,7 @@ def test_each_verdict(machine: Machine) -> None:
             assert vmms[name][0].step("touch v +3")["errno"] == "EHWPOISON"
         mends = vmms["mends"][0]
         assert mends.step("touch v +3", may_fail=True)["sigbus"]
-        time.sleep(2)  # what is replaced at once was never seen to be there
+        time.sleep(2)  # a page that is replaced at once is missed
         mends.step("remap v +3")
         assert mends.step("touch v +3")["ok"]
         mends.step("pio v 1000000000 bg=1")
@@ -76,7 +76,7 @@ def test_each_verdict(machine: Machine) -> None:
         vmms["loops"][0].step("loop v +3 1000000 gap_us=20000 bg=1")
         time.sleep(8)
     for vmm, _ in vmms.values():
-        vmm.job.kill()  # or they take the CPUs from who explains
+        vmm.job.kill()  # they would compete with `explain` for the CPUs
     for name, verdict in (
         ("exits", "exited"),
         ("stops", "stopped"),
@@ -120,7 +120,7 @@ def test_a_machine_check_and_the_poison_that_follows(machine: Machine) -> None:
 
 
 def test_what_is_never_delivered(machine: Machine) -> None:
-    """guest_memfd refuses the page, and no KVM_RUN says so: a counter born 0, and in the story."""
+    """guest_memfd refuses the page outside KVM_RUN: a counter that starts at 0, and `explain`."""
     serve = machine.start("exec kvmtrace serve --listen 127.0.0.1:0 --source bpf")
     serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
     url = serve.stderr.partition("serving ")[2].split()[0]
@@ -140,7 +140,7 @@ def test_what_is_never_delivered(machine: Machine) -> None:
         for number in (1, 2):
             assert vmm.step("prefault v +3", may_fail=True)["errno"] == "EHWPOISON"
             deadline = time.monotonic() + PATIENCE
-            # Nothing else happens on this host: only time passes.
+            # No other events happen meanwhile.
             while f"{series}{number}.0" not in metrics():
                 assert time.monotonic() < deadline
                 time.sleep(0.5)
@@ -167,7 +167,7 @@ def test_what_is_never_delivered(machine: Machine) -> None:
 
 
 def test_pages_that_are_moved_or_mended(machine: Machine) -> None:
-    """Soft-offlined, and unpoisoned: not counted as poison, and no incident that goes on."""
+    """Soft-offlined and unpoisoned pages: the first is no poison, the second a closed incident."""
     with recorded(machine):
         moved, mended = Vmm(machine, "moved"), Vmm(machine, "mended")
         for vmm in (moved, mended):
@@ -190,7 +190,7 @@ def test_pages_that_are_moved_or_mended(machine: Machine) -> None:
 
 
 def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
-    """Of one page over and over, and of more pages than the eBPF source has counters."""
+    """Conversions of one page repeatedly, and of more pages than the eBPF source has counters."""
     machine = boot()
     private_vms.offer(machine)
     pages = bpf.MAX_KEYS + 600
@@ -219,7 +219,7 @@ def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
     addresses = {key[5] for key in exits_returned(truth)}
     for line in exit_lines:
         assert (line["vcpu"], line["reason"], line["annotated"]) == (0, 39, True)
-        # A line has an address if that is the one of all exits that it stands for.
+        # A line has an address only if all exits that it counts have that one.
         assert line.get("gpa") in (addresses if line["count"] == 1 else {None, *addresses})
     assert any("gpa" not in line for line in exit_lines)
     (of_sick,) = _exits(machine, "sick")

@@ -1,4 +1,4 @@
-"""A host without bcc and without a TUI library: everything by ftrace, and it says why."""
+"""A host without bcc and Textual: commands use ftrace and report the reason."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_demo(bare: Machine, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_needs_no_library_at_all(bare: Machine) -> None:
-    """events and top --once: Python and click. Last: serve needs what is taken away here."""
+    """events and top --once need only click. Last test: it removes what serve needs."""
     for line in without.commands(("prometheus_client", "rich")):
         bare.run(line, check=True)
     with watching(bare, "ftrace") as watch:
