@@ -91,12 +91,12 @@ def assert_refused(result: Result, message: str, hint: str = "") -> None:
     """Fail unless status is 1, stderr has a matching line and at most a hint, stdout nothing."""
     assert result.status == 1, result
     assert result.stdout == ""
-    said = result.stderr.splitlines()
-    assert 1 <= len(said) <= 2, said
-    assert re.search(message, said[0]), said
-    assert said[0].startswith("kvmtrace: ")
+    lines = result.stderr.splitlines()
+    assert 1 <= len(lines) <= 2, lines
+    assert re.search(message, lines[0]), lines
+    assert lines[0].startswith("kvmtrace: ")
     if hint:
-        assert re.search(f"^hint: .*{hint}", said[-1]), said
+        assert re.search(f"^hint: .*{hint}", lines[-1]), lines
 
 
 class Watch:
@@ -127,10 +127,10 @@ class Watch:
 
     def not_attached(self) -> list[str]:
         """Names of the probes that kvmtrace reports as not attached."""
-        said = re.search(
+        found = re.search(
             r"kvmtrace: watching .* not attached: (.*)$", self.job.stderr, re.MULTILINE
         )
-        return said[1].split(", ") if said else []
+        return found[1].split(", ") if found else []
 
     def lines(self, kind: str | None = None) -> list[Line]:
         """Complete lines since this watch began, of one kind or all."""

@@ -188,7 +188,7 @@ def doctor_knows(machine: Machine, source: str) -> None:
     """
     if machine.row.arch.name != "amd64":
         raise Unstageable("KVM has no such capability on this architecture")
-    vmm = Vmm(machine, "asked")
+    vmm = Vmm(machine, "caps")
     has_exit = vmm.step("caps")["memory_fault_info"] > 0
     vmm.end()
     report = doctor(machine, source)

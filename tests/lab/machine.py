@@ -247,8 +247,8 @@ class Machine:
             raise LabTimeout(f"{error}; {job.tail()}") from None
         result = Result(job.status or 0, job.stdout, job.stderr)
         if check and result.status:
-            said = (result.stderr or result.stdout).strip()[-1000:]
-            raise CommandFailed(f"`{job.command}` ended with status {result.status}: {said}")
+            output = (result.stderr or result.stdout).strip()[-1000:]
+            raise CommandFailed(f"`{job.command}` ended with status {result.status}: {output}")
         return result
 
     def close(self) -> None:

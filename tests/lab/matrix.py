@@ -174,7 +174,7 @@ def collected(paths: Sequence[Path]) -> dict[str, tuple[str, Cells]]:
             cells = found.setdefault(name, (of["release"], {}))[1]
             if found[name][0] != of["release"]:
                 raise LabError(f"{path}: {name} was {of['release']}, but {found[name][0]} before")
-            cells.update({(scenario, source): said for scenario, source, said in of["cells"]})
+            cells.update({(scenario, source): outcome for scenario, source, outcome in of["cells"]})
     return {name: found[name] for name in config.rows() if name in found}
 
 

@@ -26,7 +26,7 @@ def output(
     except FileNotFoundError:
         raise LabError(f"{name} is not installed: run `sh tests/lab/setup.sh`") from None
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        errors = [line for line in said if line.startswith(("E:", "ERROR:", "W: GPG"))]
-        raise LabError(f"{name} failed: {' '.join(errors or said)[-600:]}")
+        printed = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        errors = [line for line in printed if line.startswith(("E:", "ERROR:", "W: GPG"))]
+        raise LabError(f"{name} failed: {' '.join(errors or printed)[-600:]}")
     return done.stdout

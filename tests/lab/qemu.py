@@ -80,10 +80,10 @@ def _loader(home: Path) -> list[str]:
 def _version(*program: str | Path) -> str:
     """The version that a QEMU prints, "" if it does not run."""
     try:
-        said = programs.output([*program, "--version"])
+        printed = programs.output([*program, "--version"])
     except LabError:
         return ""
-    found = re.search(r"version (\d+[\d.]*)", said)
+    found = re.search(r"version (\d+[\d.]*)", printed)
     return found[1] if found else ""
 
 

@@ -185,8 +185,8 @@ class Qemu:
     def dump(self) -> str | None:
         """Dump its memory; None on success, else QEMU's error."""
         arguments = {"paging": False, "protocol": "file:/tmp/qemu.dump"}
-        said = self.qmp("dump-guest-memory", **arguments)
-        return str(said["error"]) if said else None
+        answer = self.qmp("dump-guest-memory", **arguments)
+        return str(answer["error"]) if answer else None
 
     def add_disk(self) -> None:
         """Attach a disk that can hold a snapshot of the VM."""
@@ -392,10 +392,10 @@ def _advice(machine: Machine, pfn: int, words: str) -> list[str]:
     """Wait until the steps that `explain` prints for a page contain ``words``."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        said = machine.run(["kvmtrace", "explain", f"{pfn:#x}", "--json"], timeout=PATIENCE)
-        incidents = json.loads(said.stdout) if said.status == 0 else []
+        answer = machine.run(["kvmtrace", "explain", f"{pfn:#x}", "--json"], timeout=PATIENCE)
+        incidents = json.loads(answer.stdout) if answer.status == 0 else []
         steps = [step for incident in incidents for step in incident["next"]]
         if any(words in step for step in steps):
             return steps
-        assert time.monotonic() < deadline, (said, steps)
+        assert time.monotonic() < deadline, (answer, steps)
         time.sleep(0.5)

@@ -156,8 +156,8 @@ try:
 finally:
     source.close()
 """
-    said = machine.run(["python3", "-c", code], timeout=PATIENCE, check=True).stdout
-    assert said.split() == ["True", "True", "False", "True"]
+    output = machine.run(["python3", "-c", code], timeout=PATIENCE, check=True).stdout
+    assert output.split() == ["True", "True", "False", "True"]
 
 
 def test_types_are_read_the_same_without_libbpf(machine: Machine) -> None:

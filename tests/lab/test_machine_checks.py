@@ -22,8 +22,8 @@ CHECK = 0x9C0000000000011B
 
 
 def injected(machine: Machine, bank: int, status: int, addr: int) -> None:
-    said = {"flags": "sw", "cpu": 1, "status": hex(status), "misc": 0x46, "addr": hex(addr)}
-    writes = [f"echo {value} > {INJECT}/{name}" for name, value in said.items()]
+    values = {"flags": "sw", "cpu": 1, "status": hex(status), "misc": 0x46, "addr": hex(addr)}
+    writes = [f"echo {value} > {INJECT}/{name}" for name, value in values.items()]
     machine.run(" && ".join([*writes, f"echo {bank} > {INJECT}/bank"]), check=True)
 
 

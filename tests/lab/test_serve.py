@@ -392,10 +392,10 @@ def test_incidents_close_with_their_vms_and_the_counts_stay(story: Story) -> Non
     for vmm in story.vmms.values():
         if vmm.job.poll() is None:
             vmm.end()
-    ask = story.prometheus
-    ask.wait(lambda: ask.value('kvmtrace_incidents{state="closed"}') == 4, PATIENCE)
-    ask.wait(lambda: "KvmtraceVmmLooping" not in ask.alerts(), PATIENCE)
-    assert exits_in(ask.query("kvmtrace_memory_fault_exits_total > 0")) == {
+    server = story.prometheus
+    server.wait(lambda: server.value('kvmtrace_incidents{state="closed"}') == 4, PATIENCE)
+    server.wait(lambda: "KvmtraceVmmLooping" not in server.alerts(), PATIENCE)
+    assert exits_in(server.query("kvmtrace_memory_fault_exits_total > 0")) == {
         key: count for key, count in story.exits.items() if count
     }
 

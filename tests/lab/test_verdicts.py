@@ -144,9 +144,9 @@ def test_what_is_never_delivered(machine: Machine) -> None:
             while f"{series}{number}.0" not in metrics():
                 assert time.monotonic() < deadline
                 time.sleep(0.5)
-        asked = ["kvmtrace", "explain", hex(poison["pfn"])]
+        explain_command = ["kvmtrace", "explain", hex(poison["pfn"])]
         (incident,) = json.loads(
-            machine.run([*asked, "--json"], timeout=PATIENCE, check=True).stdout
+            machine.run([*explain_command, "--json"], timeout=PATIENCE, check=True).stdout
         )
         assert (incident["undelivered"], incident["deliveries"]) == (2, {"exits": 0, "sigbus": 0})
         assert incident["state"] == "latent"
@@ -157,7 +157,7 @@ def test_what_is_never_delivered(machine: Machine) -> None:
             "until then do not migrate, save, snapshot or dump swallowed: each of these reads "
             "every page, the lost one too",
         ]
-        text = machine.run(asked, timeout=PATIENCE, check=True).stdout
+        text = machine.run(explain_command, timeout=PATIENCE, check=True).stdout
         assert "2 refusals by guest_memfd of which KVM_RUN did not notify the VMM" in text
         assert all(len(line) <= 80 for line in text.splitlines())
         vmm.end()

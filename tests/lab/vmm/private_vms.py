@@ -54,14 +54,14 @@ class GdbStub:
 
     def _ask(self, command: str) -> str:
         self._socket.sendall(f"${command}#{sum(command.encode()) % 256:02x}".encode())
-        said = b""
-        while not re.search(rb"\$[^#]*#..", said):
+        output = b""
+        while not re.search(rb"\$[^#]*#..", output):
             more = self._socket.recv(4096)
             if not more:
                 raise ConnectionError("QEMU's gdbstub closed the connection")
-            said += more
+            output += more
         self._socket.sendall(b"+")
-        return said.partition(b"$")[2].partition(b"#")[0].decode()
+        return output.partition(b"$")[2].partition(b"#")[0].decode()
 
     def read_u32(self, address: int) -> int:
         return int.from_bytes(bytes.fromhex(self._ask(f"m{address:x},4")), "little")
@@ -74,11 +74,11 @@ class GdbStub:
 
 def offer(machine: Any) -> None:
     """Let the machine's KVM create VMs of type KVM_X86_SW_PROTECTED_VM."""
-    said = machine.run(["python3", "-c", _WHERE], timeout=60, check=True).stdout
-    base = re.search(r"^([0-9a-f]+) \w kvm_caps\s", said, re.MULTILINE)
-    offset = re.search(r"^offset (\d+)", said, re.MULTILINE)
+    output = machine.run(["python3", "-c", _WHERE], timeout=60, check=True).stdout
+    base = re.search(r"^([0-9a-f]+) \w kvm_caps\s", output, re.MULTILINE)
+    offset = re.search(r"^offset (\d+)", output, re.MULTILINE)
     if not base or not offset:
-        raise LookupError(f"kvm_caps.supported_vm_types was not found: {said!r}")
+        raise LookupError(f"kvm_caps.supported_vm_types was not found: {output!r}")
     address = int(base[1], 16) + int(offset[1])
     path = machine.work / "gdb.sock"
     machine.qmp(

@@ -725,19 +725,19 @@ static void step_attr(void)
 
 static void step_convert(void)
 {
-	struct job asked, job, after;
+	struct job base, job, after;
 	struct vcpu *vcpu;
 	double timeout;
 	uint64_t pages = number_option("pages", 1);
 
-	if (!parse_job(JOB_LOOP, &asked, &vcpu, &timeout))
+	if (!parse_job(JOB_LOOP, &base, &vcpu, &timeout))
 		return;
-	if (set_private(vcpu->vm, asked.gfn, pages, true) < 0) {
+	if (set_private(vcpu->vm, base.gfn, pages, true) < 0) {
 		fail("KVM_SET_MEMORY_ATTRIBUTES", errno, errno == EINVAL || errno == ENOTTY);
 		return;
 	}
 	for (uint64_t i = 0; i < pages; i++) {
-		job = asked;
+		job = base;
 		job.gfn += i;
 		if (vcpu_post(vcpu, &job) < 0) {
 			fail("the vCPU is busy: wait first", 0, false);
@@ -749,7 +749,7 @@ static void step_convert(void)
 	}
 	after = (struct job){ .kind = JOB_TOUCH, .op = job.op, .gfn = job.gfn };
 	json_job(vcpu, &job);
-	set_private(vcpu->vm, asked.gfn, pages, false);
+	set_private(vcpu->vm, base.gfn, pages, false);
 	vcpu_post(vcpu, &after);
 	vcpu_wait(vcpu, 10, &after);
 	json_bool("shared_again_ok", after.ok);
