@@ -1,5 +1,4 @@
-"""One story, known in four ways: by the serve that saw it, by a command that joined the serve, by a
-replay of its recording, and by readers of what they print."""
+"""A serve, a command connected to it, a replay and printed output agree on the same events."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ HOST = Host("sick-host", "6.18.15", "bpf")
 
 
 def _as_told(events: list[Event]) -> list[Event]:
-    """As a source tells them: in order, a VM known from its beginning, and no key used twice."""
+    """Events as a source reports them: in order, VMs before their events, no key used twice."""
     told: list[Event] = []
     born: set[int] = set()
     gone: set[int] = set()
@@ -67,7 +66,7 @@ def model(events: Sequence[Event]) -> Snapshot:
 
 
 def joined(past: list[Event], batches: list[list[Event]]) -> list[Event]:
-    """What a command has after the way of a serve's door: what was, then what is."""
+    """The events that a command gets from a serve: the backlog, then new ones."""
     ours, theirs = socket.socketpair()
 
     def speak() -> None:
@@ -105,7 +104,7 @@ def replayed(events: Sequence[Event]) -> list[Event]:
 
 
 def same(one: Snapshot, other: Snapshot) -> None:
-    """Incidents and counts; of VMs that ended and to which nothing happened none need be there."""
+    """Compare incidents and counts; ended VMs without events may be missing."""
     assert other.incidents == one.incidents
     assert (other.poisons, other.latency) == (one.poisons, one.latency)
     counted(one, other)
@@ -179,7 +178,7 @@ def _counters(snapshots: exporter.Exporter) -> dict[tuple[str, frozenset[tuple[s
 @given(events=TOLD, at=st.integers(1, 9), max_vms=st.sampled_from([1, 2, 500]))
 @examples(100)
 def test_no_counter_goes_down(events: list[Event], at: int, max_vms: int) -> None:
-    """Between two scrapes, whatever happens between them."""
+    """Whatever happens between two scrapes."""
     correlator = Correlator()
     scraped = exporter.Exporter(correlator.snapshot, max_vms=max_vms)
     before = _counters(scraped)
@@ -206,7 +205,7 @@ def _texts(correlator: Correlator, told: Sequence[Any]) -> Iterator[str]:
 @given(events=st.lists(ANYTHING, max_size=20))
 @examples(150)
 def test_what_is_shown_is_fit_and_what_is_json_comes_back(events: list[Event]) -> None:
-    """Of any events as readers take them, names of tenants in all their fields."""
+    """For any events that readers accept, with tenants' names in all fields."""
     correlator = Correlator()
     readable = [event for event in map(_readable, events) if event is not None]
     told = [correlator.feed(event) for event in readable]

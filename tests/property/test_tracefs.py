@@ -1,4 +1,4 @@
-"""What tracefs says, damaged: formats, ring pages, counts, messages."""
+"""Damaged contents of tracefs: formats, ring pages, counts, messages."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_an_entry_is_decoded_or_refused(entry: bytes, said: bytes) -> None:
 
 
 def _same_kinds(one: EventFormat, other: EventFormat) -> bool:
-    """Whether no field is text in one and a number in the other: no kernel has such."""
+    """Whether no field is text in one format and a number in the other; no kernel has that."""
     nothing = memoryview(bytes(1 << 17))
     known, before = one.decode(nothing), other.decode(nothing)
     return all(type(known[name]) is type(before[name]) for name in known.keys() & before.keys())
@@ -178,7 +178,7 @@ def _same_kinds(one: EventFormat, other: EventFormat) -> bool:
     counts=damaged(COUNTS),
 )
 @examples(100)
-def test_damaged_rings_are_told_or_lost(
+def test_damaged_rings_are_reported_or_lost(
     kernel: int, cuts: list[bytes], probe: str, said: bytes | None, counts: bytes
 ) -> None:
     """``probe``: whose format is ``said``."""

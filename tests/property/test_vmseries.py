@@ -1,4 +1,4 @@
-"""Whatever VMs come, go and count: a series means one VM, and no counter goes down."""
+"""However VMs start, end and count: a series belongs to one VM, and no counter goes down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The architecture as a test: every foreign library has one home, and data flows one way."""
+"""The architecture: each foreign library has one home, and data flows one way."""
 
 from __future__ import annotations
 
