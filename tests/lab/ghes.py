@@ -180,16 +180,16 @@ def _check(machine: Machine, source: str, pages: Pages, may_know_less: bool) -> 
     # TCG raises no synchronous external abort, so only check that its probe is attached.
     assert "arm_sea" in attached or may_know_less
 
-    story = incidents[lost.pfn]
-    assert (story["state"], story["deliveries"]) == ("delivered", {"exits": 1, "sigbus": 0})
-    origin = story["origin"]
+    incident = incidents[lost.pfn]
+    assert (incident["state"], incident["deliveries"]) == ("delivered", {"exits": 1, "sigbus": 0})
+    origin = incident["origin"]
     assert (origin["via"], origin["severity"], origin["node"]) == (["GHES"], "recoverable", 0)
     assert "DIMM" in origin["label"]
     assert "card 2, module 3" in origin["message"]
     assert (origin["errors"]["count"], origin["errors"]["corrected"]) == (4, 2)
     assert origin["dimm"]["count"] == 5  # the worn page is on the same DIMM
     assert origin["addr"] >> machine.page_shift == lost.pfn
-    _owned(story, lost, gfn=True)
+    _owned(incident, lost, gfn=True)
     poisons = [x for x in lines if x["kind"] == "poison" and x["pfn"] == lost.pfn]
     assert [x["page_type"] == "already poisoned" for x in poisons] == [False, True]
     assert _owner_pids(poisons[0]) == {lost.vmm.pid}, "the owner is known before any touch"
@@ -201,29 +201,29 @@ def _check(machine: Machine, source: str, pages: Pages, may_know_less: bool) -> 
     assert origin["label"] in text
 
     for page, via in ((plain, "GHES"), (cached, "ras:arm_event")):
-        story = incidents[page.pfn]
-        assert story["deliveries"] == {"exits": 0, "sigbus": 1}
-        origin = story.get("origin") or {"via": [via]}
+        incident = incidents[page.pfn]
+        assert incident["deliveries"] == {"exits": 0, "sigbus": 1}
+        origin = incident.get("origin") or {"via": [via]}
         assert origin["via"] == [via]
         assert origin.get("severity") in if_known("recoverable")
         assert origin.get("addr", -1) >> machine.page_shift in (
             (page.pfn, -1) if may_know_less else (page.pfn,)
         )
-        _owned(story, page, gfn=source == "bpf")
+        _owned(incident, page, gfn=source == "bpf")
         (poison,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == page.pfn]
         assert _owner_pids(poison) == {page.vmm.pid}
-        (signal_,) = [x for x in lines if x["kind"] == "sigbus" and x["incident"] == story["id"]]
+        (signal_,) = [x for x in lines if x["kind"] == "sigbus" and x["incident"] == incident["id"]]
         assert signal_["tid"] == page.touch["tid"]
         assert signal_.get("vcpu") in if_known(0)
         assert signal_["hva"] == page.touch["sigbus"][0]["hva"]
 
-    story = incidents[untouched.pfn]
-    assert (story["state"], story["deliveries"]) == ("latent", {"exits": 0, "sigbus": 0})
-    _owned(story, untouched, gfn=source == "bpf")
+    incident = incidents[untouched.pfn]
+    assert (incident["state"], incident["deliveries"]) == ("latent", {"exits": 0, "sigbus": 0})
+    _owned(incident, untouched, gfn=source == "bpf")
 
-    story = incidents[nobodys.pfn]
-    assert (story["state"], story["owners"]) == ("unowned", [])
-    assert story["origin"]["via"] == ["GHES"]
+    incident = incidents[nobodys.pfn]
+    assert (incident["state"], incident["owners"]) == ("unowned", [])
+    assert incident["origin"]["via"] == ["GHES"]
 
     (page_line,) = [x for x in _replayed(machine, source) if x["pfn"] == worn.pfn]
     assert "errno" not in page_line
@@ -246,8 +246,8 @@ def _replayed(machine: Machine, source: str) -> list[Line]:
     return list(json.loads(machine.run(command, timeout=PATIENCE).stdout)["soft_offlined"])
 
 
-def _owned(story: Line, page: Page, *, gfn: bool) -> None:
-    (owner,) = story["owners"]
+def _owned(incident: Line, page: Page, *, gfn: bool) -> None:
+    (owner,) = incident["owners"]
     assert owner["vm"]["pid"] == page.vmm.pid
     assert owner.get("gfn") in ([page.gfn] if gfn else [None, page.gfn])
 
