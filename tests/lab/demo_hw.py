@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from tests.lab import cper
 from tests.lab.demo import DISGUISES, FOREVER, Step, Story, steps
 from tests.lab.errors import status_of
-from tests.lab.harness import PATIENCE
+from tests.lab.harness import PATIENCE, start_serve
 from tests.lab.machine import Machine, prepare
 from tests.lab.progress import print_status
 
@@ -118,8 +118,7 @@ def main() -> int:
     with Machine.boot(chosen.kernel, ras=True) as machine:
         print_status(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
         print_status("starting kvmtrace serve (compiling for eBPF takes up to a minute) ...")
-        serve = machine.start(f"exec kvmtrace serve --source {chosen.source} --listen 127.0.0.1:0")
-        serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+        serve = start_serve(machine, f"--source {chosen.source}")
         status = show(machine, live=sys.stdin.isatty() and sys.stdout.isatty())
         serve.signal(signal.SIGTERM)
         return status or serve.wait(PATIENCE)

@@ -7,7 +7,6 @@ The test and the matrix run the same function.
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tests.lab import cper
-from tests.lab.harness import PATIENCE, Line, Unstageable, Vmm
+from tests.lab.harness import PATIENCE, Line, Unstageable, Vmm, replayed, replayed_lines
 from tests.lab.machine import Machine
 
 SOURCES = ("bpf", "ftrace")
@@ -73,19 +72,6 @@ class Host:
 
     def touch(self, page: Page) -> None:
         page.touch = page.vmm.step(f"touch v {page.gfn}")
-
-
-def _incidents(machine: Machine, source: str) -> dict[int, Line]:
-    result = machine.run(
-        ["kvmtrace", "replay", _log(source), "--json"], timeout=PATIENCE, check=True
-    )
-    return {one["pfn"]: one for one in json.loads(result.stdout)["incidents"]}
-
-
-def _lines(machine: Machine, source: str) -> list[Line]:
-    command = ["kvmtrace", "replay", _log(source), "--events", "--json"]
-    result = machine.run(command, timeout=PATIENCE, check=True)
-    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def _explained(machine: Machine, source: str, target: str) -> str:
@@ -171,11 +157,12 @@ def _check(machine: Machine, source: str, pages: Pages, may_know_less: bool) -> 
         return (value, None) if may_know_less else (value,)
 
     lost, plain, cached, untouched, nobodys, worn = pages
-    incidents = _incidents(machine, source)
-    lines = _lines(machine, source)
+    model = replayed(machine, _log(source))
+    incidents = {one["pfn"]: one for one in model["incidents"]}
+    lines = replayed_lines(machine, _log(source))
     assert set(incidents) == {p.pfn for p in (lost, plain, cached, untouched, nobodys)}, source
     assert [x for x in lines if x["kind"] == "lost"] == []
-    attached = _attached(machine, source)
+    attached = {probe["name"] for probe in model["probes"] if probe["attached"]}
     assert {"apei", "arm_event", "non_standard"} <= attached
     # TCG raises no synchronous external abort, so only check that its probe is attached.
     assert "arm_sea" in attached or may_know_less
@@ -225,25 +212,13 @@ def _check(machine: Machine, source: str, pages: Pages, may_know_less: bool) -> 
     assert (incident["state"], incident["owners"]) == ("unowned", [])
     assert incident["origin"]["via"] == ["GHES"]
 
-    (page_line,) = [x for x in _replayed(machine, source) if x["pfn"] == worn.pfn]
+    (page_line,) = [x for x in model["soft_offlined"] if x["pfn"] == worn.pfn]
     assert "errno" not in page_line
     text = _explained(machine, source, hex(worn.pfn))
     assert "soft-offlined" in text
     assert "corrected" in text
     (vendor,) = [x for x in lines if x.get("via") == "ras:non_standard_event"]
     assert vendor["severity"] == "recoverable"
-
-
-def _attached(machine: Machine, source: str) -> set[str]:
-    """Names of the probes that were attached."""
-    command = ["kvmtrace", "replay", _log(source), "--json"]
-    probes = json.loads(machine.run(command, timeout=PATIENCE, check=True).stdout)["probes"]
-    return {probe["name"] for probe in probes if probe["attached"]}
-
-
-def _replayed(machine: Machine, source: str) -> list[Line]:
-    command = ["kvmtrace", "replay", _log(source), "--json"]
-    return list(json.loads(machine.run(command, timeout=PATIENCE).stdout)["soft_offlined"])
 
 
 def _owned(incident: Line, page: Page, *, gfn: bool) -> None:

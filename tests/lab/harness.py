@@ -212,10 +212,24 @@ def end_following(machine: Machine) -> None:
         watch.end()
 
 
+def start_serve(machine: Machine, options: str = "") -> Job:
+    """Start ``kvmtrace serve`` on a free port and wait until it serves."""
+    job = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 {options}")
+    job.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+    return job
+
+
+def metrics_of(machine: Machine, serve: Job) -> str:
+    """The text of /metrics of a running serve."""
+    url = serve.stderr.partition("serving ")[2].split()[0]
+    fetch = f"import urllib.request as u; print(u.urlopen({url!r}).read().decode())"
+    return machine.run(["python3", "-c", fetch], timeout=PATIENCE, check=True).stdout
+
+
 @contextlib.contextmanager
-def recorded(machine: Machine, source: str) -> Iterator[str]:
-    """Record during the block into the file whose path is yielded."""
-    log = f"/tmp/{source}.jsonl"
+def recorded(machine: Machine, source: str, log: str = "") -> Iterator[str]:
+    """Record during the block into ``log`` (default: a file of the source); yield its path."""
+    log = log or f"/tmp/{source}.jsonl"
     job = machine.start(f"exec kvmtrace record {log} --force --source {source}")
     job.wait_for(r"recording to", timeout=PATIENCE, stream="stderr")
     try:

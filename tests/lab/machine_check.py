@@ -24,6 +24,7 @@ from tests.lab.harness import (
     Watch,
     exits_reported,
     exits_returned,
+    start_serve,
 )
 from tests.lab.machine import Job, Machine
 from tests.lab.owners import owners_of, poison_of
@@ -49,8 +50,7 @@ def served(machine: Machine, source: str) -> Iterator[Watch]:
     now = _served.get(machine)
     if now is None or now.source != source:
         end_serving(machine)
-        serve = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 --source {source}")
-        serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+        serve = start_serve(machine, f"--source {source}")
         now = _served[machine] = _Served(source, serve, Watch(machine, "auto").job)
     yield Watch(machine, "auto", job=now.events)
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tests.lab.harness import PATIENCE, Line, Unstageable, end_following, following
+from tests.lab.harness import PATIENCE, Line, Unstageable, end_following, following, start_serve
 from tests.lab.machine import Machine
 
 NAME, UUID = "tenant-7", "6f2c1f0e-93a5-4b0e-9d53-2d0f4c1f5a77"
@@ -357,9 +357,8 @@ def qemu_loses_a_page(machine: Machine, source: str) -> None:
 def qemu_advice(machine: Machine, source: str) -> None:
     """Following kvmtrace's advice about a page that QEMU has lost resolves the incident."""
     end_following(machine)
-    serve = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 --source {source}")
+    serve = start_serve(machine, f"--source {source}")
     try:
-        serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
         for memory in MEMORY:
             _follow_advice(machine, memory)
     finally:

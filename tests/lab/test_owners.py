@@ -66,10 +66,7 @@ def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
     )
     (pfn,) = {vmm.step("merge v +3 wait=60")["pfn"] for vmm in vmms}
     machine.run("echo 0 > /sys/kernel/mm/ksm/run", check=True)
-    log = "/tmp/merged.jsonl"
-    recorder = machine.start(f"exec kvmtrace record {log} --force --source {source}")
-    recorder.wait_for("recording to", timeout=PATIENCE, stream="stderr")
-    with watching(machine, source) as watch:
+    with recorded(machine, source) as log, watching(machine, source) as watch:
         vmms[0].step(f"poison pfn={pfn}", may_fail=True)
         (reported,) = poison_of(pfn)(watch.until(poison_of(pfn), "the poison"))
         assert {owner["vm"]["pid"] for owner in reported["owners"]} == {vmm.pid for vmm in vmms}
@@ -78,8 +75,6 @@ def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
         for vmm in vmms:
             assert vmm.step("touch v +3", may_fail=True)["sigbus"]
         watch.until(lambda ls: len(deliveries(ls, reported["incident"])) >= 2, "both deliveries")
-    recorder.signal(signal.SIGINT)
-    assert recorder.wait(PATIENCE) == 0, recorder.stderr
     story = machine.run(
         f"kvmtrace explain {pfn:#x} --from {log}", timeout=PATIENCE, check=True
     ).stdout

@@ -13,7 +13,7 @@ import pytest
 from kvmtrace.session.feed import DIRECTORY
 from kvmtrace.views.json_output import rfc3339
 from tests.lab import leftovers, privileges
-from tests.lab.harness import PATIENCE, Line, Vmm, Watch, end_following
+from tests.lab.harness import PATIENCE, Line, Vmm, Watch, end_following, metrics_of, start_serve
 from tests.lab.machine import Job, Machine
 
 pytestmark = pytest.mark.lab
@@ -23,8 +23,7 @@ pytestmark = pytest.mark.lab
 def serve(request: pytest.FixtureRequest, machine: Machine) -> Iterator[Job]:
     end_following(machine)  # kvmtraces of other tests are attached as well
     before = leftovers.attached(machine)
-    serve = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 --source {request.param}")
-    serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+    serve = start_serve(machine, f"--source {request.param}")
     privileges.assert_given_up(machine)
     yield serve
     if serve.poll() is None:
@@ -35,13 +34,9 @@ def serve(request: pytest.FixtureRequest, machine: Machine) -> Iterator[Job]:
 
 def _metric(machine: Machine, serve: Job, name: str, *labels: str) -> float:
     """Value of the one series with that name and these labels."""
-    url = re.search(r"serving (\S+)", serve.stderr)
-    assert url
-    fetch = f"import urllib.request as u; print(u.urlopen('{url[1]}').read().decode())"
-    text = machine.run(["python3", "-c", fetch], timeout=PATIENCE, check=True).stdout
     (line,) = [
         line
-        for line in text.splitlines()
+        for line in metrics_of(machine, serve).splitlines()
         if line.startswith(f"{name}{{") and all(label in line for label in labels)
     ]
     return float(line.rpartition(" ")[2])

@@ -21,7 +21,7 @@ from kvmtrace import probes
 from tests import dashboards, prometheus
 from tests.lab import leftovers
 from tests.lab.conftest import Shared
-from tests.lab.harness import PATIENCE, Line, Vmm, end_following
+from tests.lab.harness import PATIENCE, Line, Vmm, end_following, metrics_of
 from tests.lab.machine import Job, Machine
 
 pytestmark = pytest.mark.lab
@@ -243,10 +243,7 @@ def test_prometheus_agrees_with_the_vmms(story: Story) -> None:
 
 def test_metrics_agree_with_the_vmms(story: Story) -> None:
     """The text of /metrics itself."""
-    ask = (
-        f"import urllib.request as u; print(u.urlopen('http://{INSTANCE}/metrics').read().decode())"
-    )
-    text = story.machine.run(["python3", "-c", ask], timeout=PATIENCE, check=True).stdout
+    text = metrics_of(story.machine, story.serve)
     line = r'^kvmtrace_memory_fault_exits_total\{cause="(.*)",errno="(.*)",vm="(.*)"\} (.*)$'
     rows = re.findall(line, text, re.MULTILINE)
     assert {(vm, errno, cause): float(n) for cause, errno, vm, n in rows} == story.exits

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from kvmtrace.model import VERDICTS
 from kvmtrace.sources.bpf import source as bpf
-from tests.lab.harness import PATIENCE, Line, Vmm, exits_returned
+from tests.lab.harness import (
+    PATIENCE,
+    Line,
+    Vmm,
+    exits_returned,
+    metrics_of,
+    recorded,
+    replayed,
+    replayed_lines,
+    start_serve,
+)
 from tests.lab.machine import Machine
 from tests.lab.vmm import private_vms
 
 pytestmark = pytest.mark.lab
 
 LOG = "/tmp/verdicts.jsonl"
-
-
-@contextlib.contextmanager
-def recorded(machine: Machine, source: str = "bpf") -> Iterator[None]:
-    """Record into ``LOG`` during the block."""
-    job = machine.start(f"exec kvmtrace record {LOG} --force --source {source}")
-    job.wait_for(r"recording to", timeout=PATIENCE, stream="stderr")
-    try:
-        yield
-        time.sleep(1)
-    finally:
-        job.signal(signal.SIGINT)
-        assert job.wait(PATIENCE) == 0, job.stderr
 
 
 def explain(machine: Machine, target: str) -> Line:
@@ -60,7 +56,7 @@ def poisoned(machine: Machine, name: str, backing: str = "gmem") -> tuple[Vmm, L
 
 
 def test_each_verdict(machine: Machine) -> None:
-    with recorded(machine):
+    with recorded(machine, "bpf", LOG):
         vmms = {name: poisoned(machine, name) for name in ("exits", "stops", "copes", "loops")}
         vmms["mends"] = poisoned(machine, "mends", "anon")
         for name in ("exits", "stops", "copes"):
@@ -99,7 +95,7 @@ def test_each_verdict(machine: Machine) -> None:
 
 
 def test_a_machine_check_and_the_poison_that_follows(machine: Machine) -> None:
-    with recorded(machine):
+    with recorded(machine, "bpf", LOG):
         vmm = Vmm(machine, "checked")
         vmm.step("create v backing=gmem pages=32")
         vmm.step("touch v +3")
@@ -121,14 +117,10 @@ def test_a_machine_check_and_the_poison_that_follows(machine: Machine) -> None:
 
 def test_what_is_never_delivered(machine: Machine) -> None:
     """guest_memfd refuses the page outside KVM_RUN: a counter that starts at 0, and `explain`."""
-    serve = machine.start("exec kvmtrace serve --listen 127.0.0.1:0 --source bpf")
-    serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
-    url = serve.stderr.partition("serving ")[2].split()[0]
-    fetch = f"import urllib.request as u; print(u.urlopen('{url}').read().decode())"
+    serve = start_serve(machine, "--source bpf")
 
     def metrics() -> set[str]:
-        text = machine.run(["python3", "-c", fetch], timeout=PATIENCE, check=True).stdout
-        return set(text.splitlines())
+        return set(metrics_of(machine, serve).splitlines())
 
     try:
         vmm, poison = poisoned(machine, "swallowed")
@@ -168,7 +160,7 @@ def test_what_is_never_delivered(machine: Machine) -> None:
 
 def test_pages_that_are_moved_or_mended(machine: Machine) -> None:
     """Soft-offlined and unpoisoned pages: the first is no poison, the second a closed incident."""
-    with recorded(machine):
+    with recorded(machine, "bpf", LOG):
         moved, mended = Vmm(machine, "moved"), Vmm(machine, "mended")
         for vmm in (moved, mended):
             vmm.step("create v backing=anon pages=32")
@@ -194,7 +186,7 @@ def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
     machine = boot()
     private_vms.offer(machine)
     pages = bpf.MAX_KEYS + 600
-    with recorded(machine):
+    with recorded(machine, "bpf", LOG):
         busy = Vmm(machine, "confidential")
         busy.step(f"create p private=1 backing=gmem pages={pages + 8}")
         busy.step(f"convert p +1 1 pages={pages}", patience=10 * PATIENCE)
@@ -206,9 +198,7 @@ def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
         report = vmm.end()
     incident = explain(machine, "sick")
     assert (incident["pfn"], incident["deliveries"]) == (poison["pfn"], {"exits": 1, "sigbus": 0})
-    shown = json.loads(
-        machine.run(f"kvmtrace replay {LOG} --json", timeout=PATIENCE, check=True).stdout
-    )
+    shown = replayed(machine, LOG)
     assert len(shown["incidents"]) == 1
     causes = {vm["name"]: vm["causes"] for vm in shown["vms"]}
     assert sum(exits_returned(truth).values()) == pages + 55_000
@@ -228,7 +218,5 @@ def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
 
 def _exits(machine: Machine, name: str) -> list[Line]:
     """The exits of a VM, from the recording."""
-    command = f"kvmtrace replay {LOG} --events --json"
-    lines = machine.run(command, timeout=PATIENCE, check=True).stdout.splitlines()
-    events = [json.loads(line) for line in lines]
+    events = replayed_lines(machine, LOG)
     return [x for x in events if x["kind"] == "exit" and x["vm"]["name"] == name]

@@ -10,7 +10,14 @@ import pytest
 
 from tests.lab import demo, without
 from tests.lab.conftest import prepared
-from tests.lab.harness import PATIENCE, end_following, kvmtrace, watching
+from tests.lab.harness import (
+    PATIENCE,
+    end_following,
+    kvmtrace,
+    metrics_of,
+    start_serve,
+    watching,
+)
 from tests.lab.hosts import doctor, reports_sigbus_and_exit
 from tests.lab.machine import DEFAULT, Machine
 from tests.lab.scenarios import SCENARIOS, Scenario
@@ -47,11 +54,8 @@ def test_auto_takes_ftrace_and_says_why(bare: Machine) -> None:
     (chosen,) = [x["found"] for x in report["checks"] if x["name"] == "--source auto"]
     assert chosen.startswith(f"ftrace ({WHY}")
 
-    serve = bare.start("exec kvmtrace serve --listen 127.0.0.1:0")
-    url = re.search(r"http\S+", serve.wait_for("serving", timeout=PATIENCE, stream="stderr"))
-    assert url is not None
-    get = f"import urllib.request as u; print(u.urlopen({url[0]!r}).read().decode())"
-    metrics = bare.run(["python3", "-c", get], timeout=PATIENCE, check=True).stdout
+    serve = start_serve(bare)
+    metrics = metrics_of(bare, serve)
     assert re.search(rf'^kvmtrace_source_info{{source="ftrace",why="{WHY}.*"}} 1', metrics, re.M)
     serve.signal(2)
     assert serve.wait(PATIENCE) == 0
