@@ -314,10 +314,18 @@ def check_with_page_gone(machine: Machine, memory: str) -> None:
 
 
 def _unpoison(machine: Machine, pfns: list[int]) -> None:
-    """Unpoison the pages, so that later scenarios have enough huge pages."""
+    """Unpoison the pages, so that later scenarios have enough huge pages.
+
+    The kernel refuses with EIO until the killed process has released a page.
+    """
     while pfns:
-        where = "/sys/kernel/debug/hwpoison/unpoison-pfn"
-        machine.run(f"echo {pfns.pop():#x} > {where}", check=True)
+        command = f"echo {pfns.pop():#x} > /sys/kernel/debug/hwpoison/unpoison-pfn"
+        for _ in range(20):
+            if machine.run(command).status == 0:
+                break
+            time.sleep(0.5)
+        else:
+            machine.run(command, check=True)
 
 
 def qemu_loses_a_page(machine: Machine, source: str) -> None:
