@@ -1,31 +1,31 @@
-/* What crosses from the kernel to sources/bpf/source.py: one header, one body per type.
- * Laid out without holes; sources/bpf/records.py mirrors it field by field. */
+/* What the programs send to user space: one header, one body per type, without holes. The ctypes mirrors
+ * are in sources/bpf/{records,exits,signals,poison,hardware}.py. */
 #ifndef KVMTRACE_RECORD_H
 #define KVMTRACE_RECORD_H
 
 enum record_type {
 	RECORD_EXIT = 1,   /* a failed KVM_RUN: struct exit_record */
-	RECORD_POISON = 2, /* memory_failure's verdict on a page: struct poison_record */
+	RECORD_POISON = 2, /* memory_failure handled a page: struct poison_record */
 	RECORD_SIGBUS = 3, /* struct sigbus_record */
 	RECORD_FAULT = 4,  /* a fault on a poisoned HVA, after its SIGBUS: struct fault_record */
 	RECORD_MCE = 5,    /* struct mce_record_ */
 	RECORD_VM_NEW = 6, /* struct vm_record */
 	RECORD_VM_GONE = 7, /* struct vm_record */
-	RECORD_HW = 8,      /* a memory error as reported to the kernel: struct hw_record */
+	RECORD_HW = 8,      /* a memory error that hardware or firmware reported: struct hw_record */
 	RECORD_PAGE = 9     /* soft offline or unpoison: struct page_record */
 };
 
 struct header {
 	u64 ts;  /* CLOCK_MONOTONIC, ns */
 	u64 kvm; /* struct kvm *, 0 if not known */
-	u64 gen; /* with kvm: one VM; see gen_of() */
+	u64 gen; /* together with kvm it identifies one VM: see generation_of() */
 	u32 type;
-	u32 tid;  /* the thread in which this happened */
+	u32 tid;  /* the thread that ran the program */
 	u32 tgid; /* its process */
 	u32 cpu;
 };
 
-/* Access bits, and whether they are known. */
+/* Bits of `access`: the two KNOWN ones say which of the others are valid. */
 #define ACCESS_READ 1
 #define ACCESS_WRITE 2
 #define ACCESS_EXEC 4
@@ -33,23 +33,23 @@ struct header {
 #define ACCESS_KNOWN 16
 #define ACCESS_PRIVATE_KNOWN 32
 
-#define GMEM_NOT_WATCHED (-0x7fffffff) /* no probe could see kvm_gmem_get_pfn */
+#define GMEM_NOT_WATCHED (-0x7fffffff) /* kvm_gmem_get_pfn has no probe */
 #define NO_GFN (~0ULL)
 #define NO_GPA (~0ULL) /* annotated, but exits of this key differ in it */
 #define NO_VCPU (~0U)
 
-/* Everything that makes two exits "the same": the key of the exact counters. In the map `overflow`
- * gpa, gfn, size, vcpu and access are left out; what the errno and the cause follow from is not. */
+/* The key of the exact counters: exits with equal keys differ in nothing that matters. In the map
+ * `overflow` gpa, gfn, size, vcpu and access are left out; errno and cause still follow from the rest. */
 struct exit_key {
 	u64 kvm;
 	u64 gen;
 	u64 gpa;   /* gpa, size, flags: 0 unless annotated */
 	u64 size;
 	u64 flags;
-	u64 gfn;   /* from the fault handler, NO_GFN if it was not seen */
-	s32 ret;   /* KVM_RUN's, negative errno */
+	u64 gfn;   /* of the fault, NO_GFN if faultin did not see it */
+	s32 ret;   /* of KVM_RUN, negative errno */
 	u32 reason;
-	s32 gmem;  /* kvm_gmem_get_pfn's for this fault, 0: not asked, or GMEM_NOT_WATCHED */
+	s32 gmem;  /* what kvm_gmem_get_pfn returned to this fault, 0: not called; GMEM_NOT_WATCHED */
 	u32 vcpu;
 	u32 access;
 	u32 annotated;
@@ -58,11 +58,11 @@ struct exit_key {
 struct exit_count {
 	u64 total;
 	u64 last_ts;
-	u64 told_ts; /* when an event last went out for this key */
+	u64 last_emit_ts; /* when an event of this key was last emitted */
 	u32 tid;
 	u32 tgid;
-	/* Of keys without an address: that of the last exit, and the number of the first exit of the
-	 * unbroken row of them that had it. 0: not known. */
+	/* For keys without an address: the address of the last exit, and the number of the exit from
+	 * which on all had that address. 0: unknown. */
 	u64 gpa;
 	u64 since;
 };
@@ -88,8 +88,8 @@ struct owner {
 struct gmem_walk {
 	u64 inode;
 	u64 index;
-	u32 seen;     /* this poison came by way of guest_memfd */
-	u32 complete; /* the walk saw all bindings */
+	u32 seen;     /* the page is of a guest_memfd */
+	u32 complete; /* all bindings were read */
 	u32 nr_owners;
 	u32 pad;
 	struct owner owners[MAX_OWNERS];
@@ -110,13 +110,13 @@ struct sigbus_record {
 	s32 lsb;
 	u32 target_tid;
 	u32 target_tgid;
-	s32 vcpu; /* -1: the sending thread is in no KVM_RUN, -2: nobody could tell */
+	s32 vcpu; /* -1: the sending thread is not in KVM_RUN, -2: unknown */
 	u32 pad;
-	u64 total; /* of its key in the map `signals`; 0: that is full */
-	char comm[16]; /* the target's: it may have died of it before anybody looks */
+	u64 total; /* of its key in the map `signals`; 0: the map is full */
+	char comm[16]; /* of the target, which the signal may kill before its name is read from /proc */
 };
 
-/* Signals that are the same but for their time: key and value of the map `signals`. */
+/* Signals that differ in time only: key and value of the map `signals`. */
 struct sigbus_key {
 	u64 kvm;
 	u64 gen;
@@ -131,9 +131,9 @@ struct sigbus_key {
 
 struct sigbus_count {
 	u64 total;
-	u64 sent; /* total when a record last went out: up to there, records tell */
+	u64 sent; /* total when a record was last emitted: records report all signals up to it */
 	u64 last_ts;
-	u64 since; /* the window in which `left` more records may go out */
+	u64 since; /* start of the window in which `left` more records may be emitted */
 	u64 left;
 };
 
@@ -176,7 +176,7 @@ struct hw_record {
 	u64 place;
 	u64 kind;
 	u32 via;        /* enum hw_via */
-	s32 severity;   /* in the numbers of whoever says it */
+	s32 severity;   /* in the numbers of `via`: see sources/bpf/hardware.py */
 	u32 count;
 	u32 grain_bits; /* mc_event */
 	char label[HW_TEXT]; /* mc_event; extlog: FRU text */
@@ -190,24 +190,24 @@ struct page_record {
 	u32 unpoison; /* else soft offline */
 };
 
-/* How often kvm_gmem_get_pfn answered EHWPOISON: key and value of the map `refused`. */
-struct refused_key {
+/* How often kvm_gmem_get_pfn returned EHWPOISON: key and value of the map `refusals`. */
+struct refusal_key {
 	u64 kvm;
 	u64 gen;
 	u64 gfn;
 };
 
-struct refused_count {
+struct refusal_count {
 	u64 total;
 	u64 last_ts;
 	u32 tgid;
 	u32 pad;
 };
 
-/* Where things are lost, indices into the map `lost`. */
+/* What is lost, and where: indices into the map `lost`. */
 enum lost_place {
-	LOST_RING,     /* ring buffer full: an event was not told */
-	LOST_KEYS,     /* counter map full: counted per VM, errno and cause, without vCPU and gfn */
+	LOST_RING,     /* ring buffer full: a record was not emitted */
+	LOST_KEYS,     /* counter map full: counted in `overflow` */
 	LOST_COUNTS,   /* counted nowhere */
 	LOST_PLACES
 };

@@ -1,180 +1,232 @@
-"""BTF: what this kernel's structs and functions look like, asked of the kernel itself.
+"""BTF: the layout of this kernel's structs and functions, read from the kernel's own blobs.
 
-A thin layer over libbpf's own API (``/usr/include/bpf/btf.h``) through ctypes; libbpf comes with
-bcc. Names of structs are looked up in vmlinux and in the kvm module (split BTF), whichever has
-them.
+The format is Documentation/bpf/btf.rst. Reading vmlinux's 5 MB takes a tenth of a second.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import os
+import contextlib
+import struct
+import sys
+from array import array
+from collections.abc import Iterator
 
 from kvmtrace.errors import KvmtraceError
 
-# include/uapi/linux/btf.h
-_KIND_PTR, _KIND_STRUCT, _KIND_UNION, _KIND_ENUM, _KIND_FWD = 2, 4, 5, 6, 7
-_KIND_TYPEDEF, _KIND_VOLATILE, _KIND_CONST, _KIND_RESTRICT = 8, 9, 10, 11
-_KIND_FUNC, _KIND_FUNC_PROTO, _KIND_TYPE_TAG = 12, 13, 18
-_MODIFIERS = {_KIND_TYPEDEF, _KIND_VOLATILE, _KIND_CONST, _KIND_RESTRICT, _KIND_TYPE_TAG}
-
 SYS_BTF = "/sys/kernel/btf"
 
+_MAGIC = 0xEB9F
+_HEADER = struct.Struct("=HBBIIIII")  # magic, version, flags, length, types (at, bytes), strings
 
-class _Type(ctypes.Structure):
-    _fields_ = (
-        ("name_off", ctypes.c_uint32),
-        ("info", ctypes.c_uint32),
-        ("size_or_type", ctypes.c_uint32),
-    )
-
-    @property
-    def kind(self) -> int:
-        return int(self.info >> 24) & 0x1F
-
-    @property
-    def vlen(self) -> int:
-        return int(self.info) & 0xFFFF
-
-    @property
-    def kind_flag(self) -> bool:
-        return bool(self.info >> 31)
-
-
-class _Member(ctypes.Structure):
-    _fields_ = (
-        ("name_off", ctypes.c_uint32),
-        ("type", ctypes.c_uint32),
-        ("offset", ctypes.c_uint32),
-    )
-
-
-class _Param(ctypes.Structure):
-    _fields_ = (("name_off", ctypes.c_uint32), ("type", ctypes.c_uint32))
-
-
-@functools.cache
-def libbpf() -> ctypes.CDLL:
-    """libbpf, which comes with bcc. Raises KvmtraceError where it is missing."""
-    for name in ("libbpf.so.1", "libbpf.so.0"):
-        try:
-            lib = ctypes.CDLL(name)
-        except OSError:
-            continue
-        for function in ("btf__parse", "btf__parse_split", "btf__type_by_id"):
-            getattr(lib, function).restype = ctypes.c_void_p
-        lib.btf__name_by_offset.restype = ctypes.c_char_p
-        lib.libbpf_set_print(None)
-        return lib
-    raise KvmtraceError(
-        "libbpf is not installed, so the kernel's types cannot be read",
-        "it comes with bcc: apt install python3-bpfcc (or dnf install python3-bcc)",
-    )
+# include/uapi/linux/btf.h. A type's head is three words (name; kind and number; size or type).
+_STRUCT, _UNION, _FUNC = 4, 5, 12
+_MODIFIERS = {8, 9, 10, 11, 18}  # TYPEDEF, VOLATILE, CONST, RESTRICT, TYPE_TAG
+_HEAD = 3
+# Words after the head by kind: once, and for each member, parameter or value.
+_AFTER = {
+    1: (1, 0),  # INT
+    2: (0, 0),  # PTR
+    3: (3, 0),  # ARRAY
+    _STRUCT: (0, 3),
+    _UNION: (0, 3),
+    6: (0, 2),  # ENUM
+    7: (0, 0),  # FWD
+    8: (0, 0),
+    9: (0, 0),
+    10: (0, 0),
+    11: (0, 0),
+    _FUNC: (0, 0),
+    13: (0, 2),  # FUNC_PROTO
+    14: (1, 0),  # VAR
+    15: (0, 3),  # DATASEC
+    16: (0, 0),  # FLOAT
+    17: (1, 0),  # DECL_TAG
+    18: (0, 0),
+    19: (0, 3),  # ENUM64
+}
+_MAX_DEPTH = 32  # of types in types; damaged BTF may have circles
 
 
 class Btf:
     """The types of the running kernel and of its kvm module.
 
-    Raises KvmtraceError where the kernel has no BTF or libbpf is missing.
+    Raises KvmtraceError if the kernel has no BTF that can be read.
     """
 
-    def __init__(self, root: str = SYS_BTF, modules: tuple[str, ...] = ("kvm",)) -> None:
-        lib = libbpf()
-        base = lib.btf__parse(os.fsencode(f"{root}/vmlinux"), None)
-        if not base:
+    def __init__(self, root: str = SYS_BTF) -> None:
+        try:
+            vmlinux = _Blob(f"{root}/vmlinux")
+        except FileNotFoundError as error:
             raise KvmtraceError(
                 "this kernel offers no BTF (type information)",
                 f"a kernel built with CONFIG_DEBUG_INFO_BTF has {root}/vmlinux",
-            )
-        self._all = [ctypes.c_void_p(base)]
-        for module in modules:
-            path = f"{root}/{module}"
-            if os.path.exists(path):
-                split = lib.btf__parse_split(os.fsencode(path), self._all[0])
-                if split:
-                    self._all.insert(0, ctypes.c_void_p(split))
-        self._lib = lib
-
-    def close(self) -> None:
-        """Free libbpf's copies; the object is of no use afterwards."""
-        for btf in self._all:
-            self._lib.btf__free(btf)
-        self._all.clear()
+            ) from error
+        except (OSError, ValueError) as error:
+            raise KvmtraceError(
+                "this kernel's BTF (type information) cannot be read",
+                "`kvmtrace doctor` shows what can be done without it",
+                str(error),
+            ) from error
+        self._blobs = [vmlinux]
+        # There is none where kvm is built in or not loaded.
+        with contextlib.suppress(OSError, ValueError):
+            self._blobs.append(_Blob(f"{root}/kvm", vmlinux))
 
     def offset(self, struct: str, path: str) -> int | None:
         """Byte offset of ``path`` ("a.b.c", nested structs, not pointers) in ``struct``.
 
-        Members of anonymous structs and unions are found as C finds them. None where the struct
-        or a member is not there, or is a bit field.
+        Members of anonymous structs and unions are found as C finds them. None if the struct or a
+        member is not there, or is a bit field.
         """
-        found = self._find(struct, _KIND_STRUCT)
+        found = self._find(struct, _STRUCT)
         if found is None:
             return None
-        btf, type_id = found
+        blob, type_id = found
         total = 0
         for name in path.split("."):
-            step = self._member(btf, self._strip(btf, type_id), name)
+            step = blob.member(type_id, name.encode())
             if step is None:
                 return None
-            offset, type_id = step
-            total += offset
+            total += step[0]
+            type_id = step[1]
         return total
 
     def size(self, struct: str) -> int | None:
-        """Size of a struct in bytes; None where it is not there."""
-        found = self._find(struct, _KIND_STRUCT)
-        return self._type(*found).size_or_type if found else None
+        """Size of a struct in bytes; None if it is not there."""
+        found = self._find(struct, _STRUCT)
+        return found[0].size_or_type(found[1]) if found else None
 
     def arguments(self, function: str) -> tuple[str, ...] | None:
-        """Names of a function's parameters in order; None where BTF does not know it."""
-        found = self._find(function, _KIND_FUNC)
-        if found is None:
-            return None
-        btf, type_id = found
-        proto_id = self._type(btf, type_id).size_or_type
-        proto = self._type(btf, proto_id)
-        start = self._address(btf, proto_id) + ctypes.sizeof(_Type)
-        params = (_Param * proto.vlen).from_address(start)
-        return tuple(self._name(btf, param.name_off) for param in params)
+        """Names of a function's parameters in order; None if BTF does not have it."""
+        found = self._find(function, _FUNC)
+        return found[0].parameters(found[0].size_or_type(found[1])) if found else None
 
-    def _find(self, name: str, kind: int) -> tuple[ctypes.c_void_p, int] | None:
-        for btf in self._all:
-            type_id = self._lib.btf__find_by_name_kind(btf, name.encode(), kind)
-            if type_id > 0:
-                return btf, type_id
+    def _find(self, name: str, kind: int) -> tuple[_Blob, int] | None:
+        for blob in self._blobs:
+            type_id = blob.find(name.encode(), kind)
+            if type_id is not None:
+                return blob, type_id
         return None
 
-    def _address(self, btf: ctypes.c_void_p, type_id: int) -> int:
-        address = self._lib.btf__type_by_id(btf, type_id)
-        if not address:
-            raise KvmtraceError(f"BTF has no type {type_id}", "the kernel's BTF looks damaged")
-        return int(address)
 
-    def _type(self, btf: ctypes.c_void_p, type_id: int) -> _Type:
-        return _Type.from_address(self._address(btf, type_id))
+class _Blob:
+    """The types and strings of one file. Raises OSError, ValueError.
 
-    def _name(self, btf: ctypes.c_void_p, offset: int) -> str:
-        return str((self._lib.btf__name_by_offset(btf, offset) or b"").decode())
+    A module's (split BTF) continue those of vmlinux, ``base``: IDs of types and places of strings.
+    """
 
-    def _strip(self, btf: ctypes.c_void_p, type_id: int) -> int:
-        while self._type(btf, type_id).kind in _MODIFIERS:
-            type_id = self._type(btf, type_id).size_or_type
-        return type_id
+    def __init__(self, path: str, base: _Blob | None = None) -> None:
+        with open(path, "rb") as file:
+            data = file.read()
+        try:
+            magic, _, _, header, at, length, strings, size = _HEADER.unpack_from(data)
+        except struct.error as error:
+            raise ValueError(str(error)) from error
+        if magic != _MAGIC:
+            raise ValueError(f"no BTF of a {sys.byteorder}-endian kernel")
+        self._base = base
+        self._first_id = base.end_id if base else 1
+        self._first_text = base.end_text if base else 0
+        self._text = data[header + strings : header + strings + size]
+        self.end_text: int = self._first_text + len(self._text)
+        self._words = array("I", data[header + at : header + at + length])
+        # Where each type is, and the first type of a name (as its place among the strings).
+        self._starts = array("I")
+        self._named: dict[int, dict[int, int]] = {_STRUCT: {}, _FUNC: {}}
+        self._index()
+        self.end_id: int = self._first_id + len(self._starts)
 
-    def _member(self, btf: ctypes.c_void_p, type_id: int, name: str) -> tuple[int, int] | None:
-        struct = self._type(btf, type_id)
-        if struct.kind not in (_KIND_STRUCT, _KIND_UNION):
+    def _index(self) -> None:
+        words, starts, named = self._words, self._starts, self._named
+        at, end = 0, len(words)
+        try:
+            while at < end:
+                info = words[at + 1]
+                kind = info >> 24 & 0x1F
+                once, each = _AFTER[kind]
+                if kind in named:
+                    named[kind].setdefault(words[at], self._first_id + len(starts))
+                starts.append(at)
+                at += _HEAD + once + each * (info & 0xFFFF)
+        except (IndexError, KeyError) as error:
+            raise ValueError(f"BTF has a type that is not known here: {error}") from error
+        if at != end:
+            raise ValueError("BTF ends within a type")
+
+    def find(self, name: bytes, kind: int) -> int | None:
+        """The first type of this name and kind in this blob."""
+        named = self._named[kind]
+        return next((named[at] for at in self._places(name) if at in named), None)
+
+    def member(self, type_id: int, name: bytes, depth: int = 0) -> tuple[int, int] | None:
+        """(byte offset, type) of a member of a struct or union; None for a bit field."""
+        found = self._resolve(type_id)
+        if found is None or depth > _MAX_DEPTH:
             return None
-        start = self._address(btf, type_id) + ctypes.sizeof(_Type)
-        for member in (_Member * struct.vlen).from_address(start):
-            bits = member.offset & 0xFFFFFF if struct.kind_flag else member.offset
-            own = self._name(btf, member.name_off)
-            if own == name:
-                is_bit_field = struct.kind_flag and member.offset >> 24
-                return None if is_bit_field or bits % 8 else (bits // 8, member.type)
+        words, at = found
+        info = words[at + 1]
+        if info >> 24 & 0x1F not in (_STRUCT, _UNION):
+            return None
+        kind_flag = info >> 31
+        for one in range(at + _HEAD, at + _HEAD + 3 * (info & 0xFFFF), 3):
+            own, type_id, offset = words[one : one + 3]
+            bits = offset & 0xFFFFFF if kind_flag else offset
+            if own and self._is_named(own, name):
+                is_bit_field = kind_flag and offset >> 24
+                return None if is_bit_field or bits % 8 else (bits // 8, type_id)
             if not own:
-                inner = self._member(btf, self._strip(btf, member.type), name)
+                inner = self.member(type_id, name, depth + 1)
                 if inner is not None:
                     return bits // 8 + inner[0], inner[1]
         return None
+
+    def parameters(self, type_id: int) -> tuple[str, ...] | None:
+        """The names of a function prototype's parameters."""
+        found = self._type(type_id)
+        if found is None:
+            return None
+        words, at = found
+        first, count = at + _HEAD, words[at + 1] & 0xFFFF
+        return tuple(self._name(words[one]) for one in range(first, first + 2 * count, 2))
+
+    def size_or_type(self, type_id: int) -> int:
+        """The third word of a type's head."""
+        found = self._type(type_id)
+        return found[0][found[1] + 2] if found else 0
+
+    def _type(self, type_id: int) -> tuple[array[int], int] | None:
+        """A type's words and where it begins in them; None for ``void`` and unknown types."""
+        if self._base and type_id < self._first_id:
+            return self._base._type(type_id)
+        if not self._first_id <= type_id < self.end_id:
+            return None
+        return self._words, self._starts[type_id - self._first_id]
+
+    def _resolve(self, type_id: int) -> tuple[array[int], int] | None:
+        """As ``_type``, past typedefs and qualifiers."""
+        for _ in range(_MAX_DEPTH):
+            found = self._type(type_id)
+            if found is None or found[0][found[1] + 1] >> 24 & 0x1F not in _MODIFIERS:
+                return found
+            type_id = found[0][found[1] + 2]
+        return None
+
+    def _places(self, name: bytes) -> Iterator[int]:
+        """Where strings begin that are ``name``; one may be the end of another."""
+        if self._base:
+            yield from self._base._places(name)
+        at = self._text.find(name + b"\0")
+        while at >= 0:
+            yield self._first_text + at
+            at = self._text.find(name + b"\0", at + 1)
+
+    def _is_named(self, place: int, name: bytes) -> bool:
+        if self._base and place < self._first_text:
+            return self._base._is_named(place, name)
+        return self._text.startswith(name + b"\0", place - self._first_text)
+
+    def _name(self, place: int) -> str:
+        if self._base and place < self._first_text:
+            return self._base._name(place)
+        at = place - self._first_text
+        return self._text[at : self._text.find(b"\0", at)].decode(errors="replace")

@@ -129,14 +129,15 @@ def test_the_kernel_takes_all_that_can_be_muted(machine: Machine) -> None:
     """The longest filter that muting can build is accepted; a longer one changes nothing."""
     code = """
 from kvmtrace.sources.ftrace.totals import ExitKey, SignalKey
-from kvmtrace.sources.ftrace.muting import MAX_MUTED, RATE, ExitMuting, SignalMuting, exclusions
+from kvmtrace.sources.ftrace.muting import ExitMuting, SignalMuting, exclusions
 from kvmtrace.sources.ftrace.source import FtraceSource
+from kvmtrace.sources.limits import MAX_MUTED, MUTE_AFTER
 
 exits, signals, top = ExitMuting(), SignalMuting(), (1 << 64) - 1
 for n in range(MAX_MUTED):
     fault = ExitKey(top - n, -4095, 39, top - (n << 12), top)
     signal = SignalKey("sigbus", (1 << 22) - n, 4, top - n)
-    for _ in range(RATE):
+    for _ in range(MUTE_AFTER):
         exits.event(fault, top)
         signals.event(signal, top)
     signals.fault(signal, top - n, top >> 12)
@@ -160,16 +161,25 @@ finally:
     assert output.split() == ["True", "True", "False", "True"]
 
 
-def test_types_are_read_the_same_without_libbpf(machine: Machine) -> None:
+def test_types_are_read_as_libbpf_reads_them(machine: Machine) -> None:
     code = """
-from kvmtrace.linux import btfblob
+import ctypes
 from kvmtrace.linux.btf import Btf
-btf = Btf()
-for member in ("pid", "tgid", "comm", "mm", "no_such_member"):
-    print(member, btf.offset("task_struct", member), btfblob.offset("task_struct", member))
+
+lib, ours = ctypes.CDLL("libbpf.so.1"), Btf()
+lib.btf__load_vmlinux_btf.restype = lib.btf__load_module_btf.restype = ctypes.c_void_p
+lib.btf__type_by_id.restype = ctypes.POINTER(ctypes.c_uint32)
+vmlinux = ctypes.c_void_p(lib.btf__load_vmlinux_btf())
+kvm = ctypes.c_void_p(lib.btf__load_module_btf(b"kvm", vmlinux) or vmlinux.value)
+for name in ("task_struct", "kvm_vcpu", "kvm_run", "kvm_memory_slot", "no_such_struct"):
+    found = lib.btf__find_by_name_kind(kvm, name.encode(), 4)
+    size = lib.btf__type_by_id(kvm, found)[2] if found > 0 else None
+    print(name, size, ours.size(name))
+print("pid", ours.offset("task_struct", "pid") + 4, ours.offset("task_struct", "tgid"))
 """
     lines = machine.run(["python3", "-c", code], timeout=PATIENCE, check=True).stdout.splitlines()
-    found = {name: (by_libbpf, alone) for name, by_libbpf, alone in map(str.split, lines)}
-    assert all(by_libbpf == alone for by_libbpf, alone in found.values()), found
-    assert found["no_such_member"] == ("None", "None")
-    assert int(found["pid"][1]) + 4 == int(found["tgid"][1])
+    found = {name: (theirs, ours) for name, theirs, ours in map(str.split, lines)}
+    assert len(found) == 6
+    assert all(theirs == ours for theirs, ours in found.values()), found
+    assert found["no_such_struct"] == ("None", "None")
+    assert "None" not in found["kvm_vcpu"]

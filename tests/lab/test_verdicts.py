@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmtrace.model import VERDICTS
-from kvmtrace.sources.bpf import source as bpf
+from kvmtrace.model import VerdictWord
+from kvmtrace.sources.bpf import programs
 from tests.lab.harness import (
     PATIENCE,
     Line,
@@ -127,7 +127,7 @@ def test_what_is_never_delivered(machine: Machine) -> None:
         series = 'kvmtrace_undelivered_total{vm="swallowed"} '
         born = metrics()
         assert f"{series}0.0" in born
-        words = {f'kvmtrace_incident_verdicts{{verdict="{word}"}}' for word in VERDICTS}
+        words = {f'kvmtrace_incident_verdicts{{verdict="{word}"}}' for word in VerdictWord}
         assert words <= {line.rpartition(" ")[0] for line in born}
         for number in (1, 2):
             assert vmm.step("prefault v +3", may_fail=True)["errno"] == "EHWPOISON"
@@ -185,7 +185,7 @@ def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
     """Conversions of one page repeatedly, and of more pages than the eBPF source has counters."""
     machine = boot()
     private_vms.offer(machine)
-    pages = bpf.MAX_KEYS + 600
+    pages = programs.MAX_KEYS + 600
     with recorded(machine, "bpf", LOG):
         busy = Vmm(machine, "confidential")
         busy.step(f"create p private=1 backing=gmem pages={pages + 8}")

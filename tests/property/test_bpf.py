@@ -11,32 +11,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtrace.correlate import Correlator
+from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Lost
-from kvmtrace.linux import btfblob, host
+from kvmtrace.linux import host
+from kvmtrace.linux.btf import Btf
+from kvmtrace.linux.kallsyms import read_symbols
 from kvmtrace.sources.bpf import attach_errors, records
-from kvmtrace.sources.bpf.layout import read_symbols
-from kvmtrace.sources.bpf.translator import BpfTranslator
-from kvmtrace.sources.codec import WRONG, checked
+from kvmtrace.sources.bpf.exits import ExitKeyRecord
+from kvmtrace.sources.bpf.translator import RECORDS, BpfTranslator
+from kvmtrace.sources.codec import DECODE_ERRORS, checked
 from kvmtrace.views import json_output
 from tests.property import examples
 from tests.property.damage import placed
 from tests.property.parsers import Parser, laws, text
 from tests.unit.test_bpf_translator import Kernel
-from tests.unit.test_btfblob import BEFORE, INT, STRINGS, TASK, blob
+from tests.unit.test_btf import BEFORE, INT, STRINGS, TASK, blob
 
 
-def _offset(data: bytes) -> None:
+def _offsets(data: bytes) -> None:
     path = placed(data, "btf/vmlinux")
-    for member in ("pid", "flags", "tgid"):
-        found = btfblob.offset("task_struct", member, path)
+    root = path.rpartition("/")[0]
+    for member in ("pid", "flags", "tgid", "task.pid"):
+        try:
+            found = Btf(root).offset("task_struct", member)
+        except KvmtraceError:
+            continue
         assert found is None or found >= 0
-    host._memory_fault_exit_by_name(path.rpartition("/")[0])
+    host.types(root)
 
 
 test_any_input, test_long_input, test_what_is_known = laws(
     {
         "BTF": Parser(
-            _offset,
+            _offsets,
             [
                 blob(*BEFORE, TASK),
                 blob(INT, TASK),
@@ -61,7 +68,7 @@ test_any_input, test_long_input, test_what_is_known = laws(
 # What the programs fill in as the kernel has it; few values, so that records meet.
 _POOL = (0, 1, 2, 3, 12, 4, 5, 128, 39, 0xFFFFFFFF, 0xFFFFFF7B, (1 << 64) - 1, 1 << 63, 0x80000000)
 _KINDS = (
-    *((kind,) for kind in sorted(records.RECORDS)),
+    *((kind,) for kind in sorted(RECORDS)),
     *((records.SIGBUS, kind) for kind in (records.FAULT, records.FAULT, records.SIGBUS)),
 )
 _COUNT = st.integers(0, (1 << 64) - 1) | st.integers(0, 3)
@@ -83,7 +90,7 @@ def _records(draw: st.DrawFn) -> list[bytes]:
     """A record, and the next one of the same thread."""
     made: list[Any] = []
     for kind in draw(st.sampled_from(_KINDS)):
-        record: Any = records.RECORDS[kind]()
+        record: Any = RECORDS[kind]()
         _filled(record, iter(draw(st.binary(min_size=24, max_size=50))))
         header = record.h
         # As long as a host is up; processes that there are not.
@@ -108,7 +115,7 @@ def test_records_are_reported_or_lost(
     told: list[list[bytes]], counted: list[tuple[int, int, int]]
 ) -> None:
     """``counted``: (VM, ret, how often)."""
-    kernel = Kernel(*((records.ExitKeyRecord(kvm=kvm, ret=ret), n) for kvm, ret, n in counted))
+    kernel = Kernel(*((ExitKeyRecord(kvm=kvm, ret=ret), n) for kvm, ret, n in counted))
     kernel.active = 1
     translator = BpfTranslator(0, ({}, {}), "/nonexistent")
     correlator = Correlator()
@@ -118,7 +125,7 @@ def test_records_are_reported_or_lost(
     ]:
         try:
             event = checked(event)  # noqa: PLW2901
-        except WRONG:
+        except DECODE_ERRORS:
             event = Lost(0, "unwritable_events", 1)  # noqa: PLW2901
         json_output.event_line(correlator.feed(event))
     json_output.top(correlator.snapshot())

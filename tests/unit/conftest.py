@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace.session import feed
+from kvmtrace import feed_socket
 
 
 @pytest.fixture(autouse=True)
@@ -15,5 +15,5 @@ def own_directory(
 ) -> Path:
     """Give the test and processes that it starts their own directory for a serve's socket."""
     path = tmp_path_factory.mktemp("run")
-    monkeypatch.setenv(feed.VARIABLE, str(path))
+    monkeypatch.setenv(feed_socket.VARIABLE, str(path))
     return path

@@ -1,11 +1,11 @@
-"""What bcc and its libraries print of a program that is refused, in words for people."""
+"""What bcc and its libraries print of a program that is failed, in words for people."""
 
 from __future__ import annotations
 
 import pytest
 
 from kvmtrace.sources.bpf import attach_errors
-from kvmtrace.sources.bpf.attach_errors import Refusal
+from kvmtrace.sources.bpf.attach_errors import AttachFailure
 
 # As bcc 0.26 and 0.31 said it.
 KPROBE = (
@@ -45,14 +45,14 @@ KPROBE = (
     ],
 )
 def test_one_short_sentence(way: str, error: str, stderr: tuple[str, ...], why: str) -> None:
-    refusal = attach_errors.explain(way, error, stderr)
-    assert refusal.why == why
-    assert len(refusal.why) <= 80
-    assert refusal.detail is not None
-    assert refusal.detail.startswith(error)
-    assert not stderr or stderr[0] in refusal.detail
+    failure = attach_errors.explain(way, error, stderr)
+    assert failure.why == why
+    assert len(failure.why) <= 80
+    assert failure.detail is not None
+    assert failure.detail.startswith(error)
+    assert not stderr or stderr[0] in failure.detail
 
 
 def test_two_ways_are_one_sentence() -> None:
-    refused = attach_errors.both(Refusal("a"), Refusal("b", "said"))
-    assert refused == Refusal("a, and b", "said")
+    failed = attach_errors.both(AttachFailure("a"), AttachFailure("b", "said"))
+    assert failed == AttachFailure("a, and b", "said")

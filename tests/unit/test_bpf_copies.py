@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import struct
 
-from kvmtrace.sources.bpf.copies import COPIES, OTHERS, THIS_COPY, Code
+from kvmtrace.sources.bpf.copies import COPIES, COPY_NUMBER_HELPER, DEFAULT_COPIES, Code
 
 # include/uapi/linux/bpf.h: opcode, src_reg and dst_reg, offset, immediate
 GET_TID = struct.pack("<BBhi", 0x85, 0, 0, 14)
-ASK = struct.pack("<BBhi", 0x85, 0, 0, THIS_COPY)
-LOAD = struct.pack("<BBhi", 0x18, 0x01, 0, THIS_COPY)  # a constant that looks like it
+ASK = struct.pack("<BBhi", 0x85, 0, 0, COPY_NUMBER_HELPER)
+LOAD = struct.pack("<BBhi", 0x18, 0x01, 0, COPY_NUMBER_HELPER)  # a constant that looks like it
 EXIT = struct.pack("<BBhi", 0x95, 0, 0, 0)
 
 
@@ -18,19 +18,19 @@ def mov(number: int) -> bytes:
     return struct.pack("<BBhi", 0xB7, 0, 0, number)
 
 
-def test_each_copy_knows_its_number() -> None:
+def test_each_copy_has_its_number() -> None:
     memory = bytearray(GET_TID + ASK + LOAD + ASK + EXIT)
     code = Code(memoryview(memory))
     assert code.copies("run") == COPIES["run"]
-    assert code.copies("vm_new") == OTHERS
+    assert code.copies("vm_new") == DEFAULT_COPIES
     for number in range(3):
-        code.become(number)
+        code.set_copy_number(number)
         assert memory == GET_TID + mov(number) + LOAD + mov(number) + EXIT
 
 
-def test_what_does_not_ask_is_there_once() -> None:
+def test_a_program_without_a_number_has_no_copies() -> None:
     memory = bytearray(GET_TID + LOAD + EXIT)
     code = Code(memoryview(memory))
     assert code.copies("run") == 1
-    code.become(0)
+    code.set_copy_number(0)
     assert memory == GET_TID + LOAD + EXIT

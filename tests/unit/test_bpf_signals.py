@@ -4,39 +4,45 @@ from __future__ import annotations
 
 from kvmtrace.events import Sigbus
 from kvmtrace.sources.bpf import records
-from kvmtrace.sources.bpf.signals import SignalCounts
+from kvmtrace.sources.bpf.signals import (
+    FaultRecord,
+    SigbusCount,
+    SigbusKey,
+    SigbusRecord,
+    SignalCounts,
+)
 from kvmtrace.sources.bpf.translator import BpfTranslator
 from tests.unit.test_bpf_translator import Kernel
 
-KEY = records.SigbusKey(0xFFFF1000, 3, 0x7F00, 4, 12, 186, 185, 0, 186)
+KEY = SigbusKey(0xFFFF1000, 3, 0x7F00, 4, 12, 186, 185, 0, 186)
 VM = (0xFFFF1000, 3)
 
 
-def record(total: int) -> records.SigbusRecord:
+def record(total: int) -> SigbusRecord:
     header = records.Header(9, KEY.kvm, KEY.gen, records.SIGBUS, 186, 185, 0)
-    return records.SigbusRecord(header, KEY.hva, KEY.code, KEY.lsb, 186, 185, 0, 0, total)
+    return SigbusRecord(header, KEY.hva, KEY.code, KEY.lsb, 186, 185, 0, 0, total)
 
 
-def owed(counts: SignalCounts, total: int, sent: int) -> list[tuple[int, int]]:
-    row = (KEY, records.SigbusCount(total, sent, 77, 0, 0))
-    return [(count, ts) for _, count, ts in counts.owed([row])]
+def uncounted(counts: SignalCounts, total: int, sent: int) -> list[tuple[int, int]]:
+    row = (KEY, SigbusCount(total, sent, 77, 0, 0))
+    return [(count, ts) for _, count, ts in counts.uncounted([row])]
 
 
 def test_records_on_their_way_are_waited_for() -> None:
     counts = SignalCounts()
     assert counts.record(record(1)) == 1
-    assert owed(counts, 2, 2) == []
+    assert uncounted(counts, 2, 2) == []
     assert counts.record(record(2)) == 1
-    assert owed(counts, 2, 2) == []
+    assert uncounted(counts, 2, 2) == []
 
 
-def test_what_no_record_tells_the_counters_do() -> None:
+def test_counters_report_what_no_record_reports() -> None:
     counts = SignalCounts()
     assert counts.record(record(1)) == 1
-    assert owed(counts, 1000, 200) == [(999, 77)]
+    assert uncounted(counts, 1000, 200) == [(999, 77)]
     # Sent before, read only now.
     assert counts.record(record(200)) == 0
-    assert owed(counts, 1000, 200) == []
+    assert uncounted(counts, 1000, 200) == []
     assert counts.record(record(1001)) == 1
 
 
@@ -50,13 +56,13 @@ def test_a_full_map_leaves_the_records() -> None:
     assert [counts.record(record(0)) for _ in range(2)] == [1, 1]
 
 
-def test_counted_signals_are_like_the_last_that_was_told() -> None:
+def test_counted_signals_are_like_the_last_of_their_kind() -> None:
     counts = SignalCounts()
     counts.record(record(1))
-    told = Sigbus(9, 185, 186, 4, 0x7F00, 12, sender=186, vm=1, vcpu=0, gfn=8)
-    counts.learn(told)
-    ((like, _, _),) = counts.owed([(KEY, records.SigbusCount(3, 1, 77, 0, 0))])
-    assert counts.known(like) == told
+    latest = Sigbus(9, 185, 186, 4, 0x7F00, 12, sender=186, vm=1, vcpu=0, gfn=8)
+    counts.remember(latest)
+    ((like, _, _),) = counts.uncounted([(KEY, SigbusCount(3, 1, 77, 0, 0))])
+    assert counts.lookup(like) == latest
     assert (like.h.kvm, like.h.tgid, like.target_tid, like.vcpu) == (KEY.kvm, 185, 186, 0)
 
 
@@ -72,12 +78,12 @@ def test_what_is_no_size_is_not_known() -> None:
     """Found by `make fuzz`: a shift by it raised ValueError."""
     signal = record(1)
     signal.lsb = -1
-    fault = records.FaultRecord(signal.h, 8, KEY.hva, 0, 0)
+    fault = FaultRecord(signal.h, 8, KEY.hva, 0, 0)
     fault.h.type = records.FAULT
     translator = BpfTranslator(0, ({}, {}), "/nonexistent")
-    (told,) = [
+    (one,) = [
         event
         for event in translator.translate([bytes(signal), bytes(fault)], Kernel())
         if isinstance(event, Sigbus)
     ]
-    assert (told.lsb, told.gfn) == (None, 8)
+    assert (one.lsb, one.gfn) == (None, 8)

@@ -10,7 +10,7 @@ import pytest
 
 from kvmtrace.events import Event, VmSeen
 from kvmtrace.linux import host
-from kvmtrace.sources.bpf import records
+from kvmtrace.sources.bpf import programs, records
 from kvmtrace.sources.bpf import source as bpf
 from kvmtrace.sources.bpf.translator import BpfTranslator
 from tests.unit.test_bpf_translator import Kernel
@@ -18,7 +18,7 @@ from tests.unit.test_bpf_translator import Kernel
 AT, PID = 0xFFFF800000000000, 4194300
 
 
-class Programs(Kernel):
+class FakePrograms(Kernel):
     """Attached when a VM began, which /proc and the kernel's list have before its record."""
 
     def __init__(self, proc: Path) -> None:
@@ -28,7 +28,8 @@ class Programs(Kernel):
         (directory / "3").symlink_to("anon_inode:kvm-vm")
         header = records.Header(9, AT, 1, records.VM_NEW, PID, PID, 0)
         self.raw = [bytes(records.VmRecord(header, b"vmm"))]
-        self.walk: Any = self
+        self.lookup: Any = self
+        self.maps = self
 
     def vms(self) -> list[tuple[int, int]]:
         return [(AT, PID)]
@@ -53,12 +54,13 @@ class Programs(Kernel):
         pass
 
 
-class Before(Programs):
+class Before(FakePrograms):
     """Those for no module of kvm's: there is no VM yet, and now kvm comes."""
 
     def __init__(self) -> None:
         Kernel.__init__(self)
-        self.raw, self.walk = [], None
+        self.raw, self.lookup = [], None
+        self.maps = self
 
     def outdated(self) -> bool:
         return True
@@ -73,17 +75,16 @@ def test_a_vm_that_begins_while_programs_are_attached_is_one(
     Else it were two, and a process that runs two VMs is asked in vain which one a page is of.
     ``later``: kvm was loaded after the start.
     """
-    turns: list[Any] = [lambda: Programs(tmp_path)]
+    made: list[Any] = [lambda: FakePrograms(tmp_path)]
     if later:
-        turns.insert(0, Before)
-    monkeypatch.setattr(bpf, "import_bcc", lambda: None)
+        made.insert(0, Before)
     monkeypatch.setattr(bpf, "_WATCH_SECONDS", 0.0)
-    monkeypatch.setattr(bpf, "_Programs", lambda _bcc: turns.pop(0)())
+    monkeypatch.setattr(bpf, "Programs", lambda: made.pop(0)())  # noqa: PLW0108 (popped anew by each call)
     monkeypatch.setattr(bpf, "BpfTranslator", lambda *_: BpfTranslator(0, ({}, {}), str(tmp_path)))
     monkeypatch.setattr(host, "lockdown", lambda: None)
     source = bpf.BpfSource()
-    told = [event for _ in range(3) for event in source.poll(0)]
-    assert [(event.vm, event.pid) for event in told if isinstance(event, VmSeen)] == [(1, PID)]
+    events = [event for _ in range(3) for event in source.poll(0)]
+    assert [(event.vm, event.pid) for event in events if isinstance(event, VmSeen)] == [(1, PID)]
     assert source.memory._struct(1) == AT
 
 
@@ -92,18 +93,17 @@ def test_while_kvm_comes_and_goes_no_poll_takes_longer_than_it_may(
 ) -> None:
     """A signal waits for the poll that is going on. Programs are compiled for what stays."""
     modules = [("kvm",), ("kvm", "kvm_amd"), ("kvm", "kvm_amd")]
-    made: list[Any] = [Before, lambda: Programs(tmp_path)]
+    made: list[Any] = [Before, lambda: FakePrograms(tmp_path)]
     slept: list[float] = []
-    monkeypatch.setattr(bpf, "import_bcc", lambda: None)
     monkeypatch.setattr(bpf, "_WATCH_SECONDS", 0.0)
-    monkeypatch.setattr(bpf, "_kvm_modules", lambda: modules.pop(0))
-    monkeypatch.setattr(bpf, "_Programs", lambda _bcc: made.pop(0)())
+    monkeypatch.setattr(programs, "kvm_modules", lambda: modules.pop(0))
+    monkeypatch.setattr(bpf, "Programs", lambda: made.pop(0)())  # noqa: PLW0108 (popped anew by each call)
     monkeypatch.setattr(bpf, "BpfTranslator", lambda *_: BpfTranslator(0, ({}, {}), str(tmp_path)))
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(host, "lockdown", lambda: None)
     source = bpf.BpfSource()
-    told = [[event.kind for event in source.poll(0.01)] for _ in range(3)]
-    assert told == [[], [], ["vm_seen"]]
+    events = [[event.kind for event in source.poll(0.01)] for _ in range(3)]
+    assert events == [[], [], ["vm_seen"]]
     assert (modules, made) == ([], [])
     assert len(slept) == 2
     assert max(slept) <= 0.01

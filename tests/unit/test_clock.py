@@ -1,4 +1,4 @@
-"""One clock: events, what is looked up, and ages in views, whatever happens to the wall clock."""
+"""One clock for events, lookups and ages in views, whatever happens to the wall clock."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ from kvmtrace.events import (
 )
 from kvmtrace.linux import clock
 from kvmtrace.model import CorrelatedEvent, Snapshot
-from kvmtrace.session import session as live
-from kvmtrace.session.session import Session
+from kvmtrace.session.session import Session, host_of
 from kvmtrace.sources.recording import RecordingSource, Writer
 from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines, json_output
@@ -55,7 +54,7 @@ def test_nothing_but_the_clock_reads_the_wall_clock() -> None:
         if isinstance(node, ast.Attribute)
         and ast.unparse(node) in ("time.time", "time.time_ns", "datetime.now")
     }
-    assert users <= {"linux/clock.py", "cli/logs.py"}
+    assert users <= {"linux/clock.py", "cli/bundle.py"}
 
 
 @pytest.fixture
@@ -87,11 +86,11 @@ def test_a_serves_events_have_the_serves_clock() -> None:
 
     session, own = Session(Joined()), Session(FakeSource())
     assert 3599 * SECOND < own.now() - session.now() < 3601 * SECOND
-    assert live.host_of(FakeSource()).epoch_offset_ns == clock.epoch_offset_ns()
+    assert host_of(FakeSource()).epoch_offset_ns == clock.epoch_offset_ns()
 
 
 def test_a_loss_by_another_clock_does_not_end_a_loop() -> None:
-    """As recordings of older kvmtraces have it."""
+    """As in recordings of older versions."""
     correlator = Correlator()
     begin: list[Event] = [
         VmSeen(T0, 1, 7, "web-1"),
@@ -169,7 +168,7 @@ def test_a_step_is_noticed_once(clocks: Clocks, step: int) -> None:
     assert steps.look() == ClockStep(T0 + 4 * SECOND, -step, 0)
 
 
-def test_that_clocks_are_read_one_after_the_other_is_no_part_of_a_step(clocks: Clocks) -> None:
+def test_the_time_between_two_readings_is_not_part_of_a_step(clocks: Clocks) -> None:
     """A day less 300 ns would be shown as 23 hours."""
     steps = clock.Steps()
     clocks.realtime += DAY - 300
@@ -200,7 +199,7 @@ def test_the_offset_is_exact_although_the_thread_waited(clocks: Clocks) -> None:
     assert clock.now_ns() == clocks.realtime
 
 
-def test_a_suspended_host_is_a_step_that_says_so(clocks: Clocks) -> None:
+def test_a_suspension_is_a_step_with_its_duration(clocks: Clocks) -> None:
     steps = clock.Steps()
     clocks.suspend(8 * 3600 * SECOND)
     (step,) = filter(None, [steps.look()])
@@ -218,7 +217,7 @@ def test_the_time_of_day_is_that_of_the_steps_until_then() -> None:
 
 
 class Machine(FakeSource):
-    """A source of one VM: ``poisons`` and what else is said comes with the next poll."""
+    """A source of one VM; ``poisons`` and other events come with the next poll."""
 
     def __init__(self, clocks: Clocks) -> None:
         super().__init__([VmSeen(clock.now_ns(), 1, 4001, "web-1", None, "qemu")])
@@ -247,15 +246,15 @@ def stepped_session(
     """A page fails, the clock is stepped, another page fails, all seconds apart."""
     machine = Machine(clocks)
     session = Session(machine)
-    told = session.pump(0)
+    batch = session.pump(0)
     for pfn in (0x10, 0x20):
         clocks.tick(3 * SECOND)
         machine.poison(pfn)
-        told += session.pump(0)
+        batch += session.pump(0)
         if pfn == 0x10:
             clocks.tick(SECOND)
             clocks.realtime += request.param
-    return session, told, request.param
+    return session, batch, request.param
 
 
 def times(snapshot: Snapshot) -> dict[str, object]:
@@ -267,7 +266,7 @@ def times(snapshot: Snapshot) -> dict[str, object]:
 def test_new_events_have_the_new_time_and_old_ones_theirs(
     stepped_session: tuple[Session, list[CorrelatedEvent], int],
 ) -> None:
-    session, told, step = stepped_session
+    session, batch, step = stepped_session
     ts = {
         one["pfn"]: one["poisoned_ts"] for one in json_output.top(session.snapshot())["incidents"]
     }
@@ -276,7 +275,7 @@ def test_new_events_have_the_new_time_and_old_ones_theirs(
         0x10: json_output.rfc3339(T0 + 3 * SECOND),
         0x20: json_output.rfc3339(T0 + 7 * SECOND + SECOND // 5 + step),
     }
-    of_lines = [json.loads(line) for one in told if (line := event_lines.json_text(one))]
+    of_lines = [json.loads(line) for one in batch if (line := event_lines.json_text(one))]
     assert {one["pfn"]: one["ts"] for one in of_lines if one["kind"] == "poison"} == ts
     (line,) = (one for one in of_lines if one["kind"] == "clock")
     assert line == {
@@ -308,12 +307,12 @@ def test_ages_and_joins_do_not_see_the_step(
 
 
 def test_the_step_is_shown(stepped_session: tuple[Session, list[CorrelatedEvent], int]) -> None:
-    session, told, step = stepped_session
+    session, batch, step = stepped_session
     snapshot = session.snapshot()
     words = "stepped by " + ("+24 h" if step > 0 else "-60 min")
     assert words in landing.render(snapshot, session.now())
     assert words in table_text(snapshot, now=session.now(), width=120)
-    assert sum(words in (event_lines.event_text(one) or "") for one in told) == 1
+    assert sum(words in (event_lines.event_text(one) or "") for one in batch) == 1
     series = list(metrics.Exporter(lambda: snapshot).collect())
     (count,) = (one.samples[0].value for one in series if one.name == "kvmtrace_clock_steps")
     assert count == 1
@@ -341,10 +340,10 @@ def test_a_step_within_a_story_is_part_of_it(clocks: Clocks, step: int) -> None:
 def test_recordings_and_joiners_have_the_same_times(
     stepped_session: tuple[Session, list[CorrelatedEvent], int], tmp_path: Path
 ) -> None:
-    session, told, step = stepped_session
+    session, batch, step = stepped_session
     serve = session.snapshot()
     file = io.StringIO()
-    Writer(file, session.host()).write([one.event for one in told], ())
+    Writer(file, session.host()).write([one.event for one in batch], ())
     path = tmp_path / "recording"
     path.write_text(file.getvalue())
     source = RecordingSource(str(path))
@@ -357,7 +356,7 @@ def test_recordings_and_joiners_have_the_same_times(
     ts = {one["pfn"]: one["ts"] for one in records if one.get("kind") == "poison"}
     assert ts == {0x10: T0 + 3 * SECOND, 0x20: T0 + 7 * SECOND + SECOND // 5 + step}
     with open_door(session):
-        joined = RemoteSource.join()
+        joined = RemoteSource.connect()
         assert joined is not None
         joiner = Session(joined)
         joiner.pump(0)
@@ -368,12 +367,12 @@ def test_recordings_and_joiners_have_the_same_times(
     source.close()
 
 
-def test_only_who_watches_this_host_watches_its_clock(clocks: Clocks, tmp_path: Path) -> None:
+def test_only_sources_of_this_host_follow_its_clock(clocks: Clocks, tmp_path: Path) -> None:
     class Joined(FakeSource):
         epoch_offset_ns = clock.epoch_offset_ns()
 
     file = io.StringIO()
-    Writer(file, live.host_of(FakeSource())).write([Poison(T0, 5, "a", "x")], ())
+    Writer(file, host_of(FakeSource())).write([Poison(T0, 5, "a", "x")], ())
     (tmp_path / "r").write_text(file.getvalue())
     sources: list[Callable[[], Session]] = [
         lambda: Session(Joined()),
@@ -388,7 +387,7 @@ def test_only_who_watches_this_host_watches_its_clock(clocks: Clocks, tmp_path: 
 
 @pytest.mark.parametrize("step", [DAY, -3600 * SECOND])
 def test_a_step_is_no_silence(clocks: Clocks, step: int) -> None:
-    """A refusal that no exit tells within 5 s was not delivered: a day's step is not 5 s."""
+    """A refusal without an exit within 5 s was not delivered: a step of a day is not 5 s."""
     machine = Machine(clocks)
     session = Session(machine)
     machine.said = [GmemRefusal(clock.now_ns(), 1, 8)]

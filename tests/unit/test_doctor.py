@@ -11,7 +11,8 @@ import pytest
 from kvmtrace import sources
 from kvmtrace.choice import Attempt
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.linux import host
+from kvmtrace.linux import host, kallsyms
+from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import Probe, specs
 from kvmtrace.views import doctor
 from tests.unit.command_line import invoke
@@ -24,8 +25,8 @@ HEALTHY = host.Facts(
     lockdown="none",
     kvm=host.Kvm(True, "kvm_amd", True, 1),
     types=host.Types(True, True, True),
-    tracefs=host.Tracefs("/sys/kernel/tracing", True, True, True),
-    symbols=host.Symbols({"kvm_arch_vcpu_ioctl_run": "kvm"}, False),
+    tracefs=mount.Tracefs("/sys/kernel/tracing", True, True, True),
+    symbols=kallsyms.Symbols({"kvm_arch_vcpu_ioctl_run": "kvm"}, False),
     poison_names=True,
     bcc=host.Bcc("0.31.0"),
 )
@@ -64,7 +65,7 @@ def test_one_source_is_enough() -> None:
     assert check(report, "probe run").found == "kvm_arch_vcpu_ioctl_run (fexit)"
 
 
-def test_what_auto_takes_is_not_told_where_it_was_not_asked_or_nothing_works() -> None:
+def test_the_choice_of_auto_is_not_shown_without_a_choice() -> None:
     for attempts in ([FTRACE], [REFUSED, dataclasses.replace(REFUSED, kind="ftrace")]):
         report = doctor.judge(HEALTHY, attempts)
         assert "--source auto" not in {check.name for check in report.checks}
@@ -85,7 +86,7 @@ def test_not_ok_unless_exits_can_be_seen(what: host.Facts, attempts: list[Attemp
     assert not doctor.judge(what, attempts).ok
 
 
-def test_old_kernel_is_told_what_still_works() -> None:
+def test_an_old_kernel_still_shows_poison_and_sigbus() -> None:
     report = doctor.judge(facts(kernel="6.1.0", types=host.Types(True, True, False)), [BPF])
     assert "no memory-fault exit; poison and SIGBUS can be seen" in report.verdict
     assert check(report, "memory-fault exit").fix == "run Linux 6.8 or newer"
@@ -105,8 +106,8 @@ def test_the_capability_never_decides() -> None:
         ({"types": host.Types(False, False, None)}, "types (BTF)", "CONFIG_DEBUG_INFO_BTF"),
         ({"types": host.Types(True, False, None)}, "memory-fault exit", "load kvm"),
         ({"tracefs": None}, "tracefs", "mount -t tracefs"),
-        ({"tracefs": host.Tracefs("/t", False, False, False)}, "tracefs", "lockdown"),
-        ({"tracefs": host.Tracefs("/t", True, False, True)}, "tracefs", "CONFIG_KPROBE_EVENTS"),
+        ({"tracefs": mount.Tracefs("/t", False, False, False)}, "tracefs", "lockdown"),
+        ({"tracefs": mount.Tracefs("/t", True, False, True)}, "tracefs", "CONFIG_KPROBE_EVENTS"),
         ({"poison_names": False}, "poison's names", "mount tracefs"),
         ({"bcc": host.Bcc(None, "not installed", "apt install python3-bpfcc")}, "bcc", "bpfcc"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmtrace.linux import host
+from kvmtrace.linux import kallsyms
 from kvmtrace.probes import Probe, ProbeSpec
 from kvmtrace.sources.ftrace.attach import Attacher
 
@@ -12,8 +12,8 @@ SPEC = ProbeSpec("faultin", ("new_name", "old_name"), "return", "access")
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, here: tuple[str, ...], said: str) -> Probe:
-    symbols = host.Symbols(dict.fromkeys(here, "kvm"), False)
-    monkeypatch.setattr(host, "symbols", lambda _names: symbols)
+    symbols = kallsyms.Symbols(dict.fromkeys(here, "kvm"), False)
+    monkeypatch.setattr(kallsyms, "symbols", lambda _names: symbols)
     words = [("new_name", "new_name: No BTF entry for this probe point"), ("old_name", said)]
     return Attacher("/nonexistent", "group", {})._not_attached(SPEC, words)
 

@@ -11,18 +11,16 @@ import pytest
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
-from kvmtrace.enrich import Observer
+from kvmtrace.enrich.machine_checks import MachineChecks
 from kvmtrace.events import Event, HwError, Mce, Poison
 from kvmtrace.linux import cper, mce, smbios
 from kvmtrace.linux.smbios import Firmware
 from kvmtrace.model import Incident, Origin, Snapshot
 from kvmtrace.sources.bpf import records
+from kvmtrace.sources.bpf.hardware import HW_EXTLOG, HW_MC_EVENT, HwRecord, MceRecord
 from kvmtrace.sources.bpf.translator import BpfTranslator
 from kvmtrace.sources.ftrace import hardware
-from kvmtrace.sources.ftrace.poison import Poisons
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.vms import VmResolver
-from kvmtrace.sources.vm_table import VmTable
 from kvmtrace.views import advice, explain
 from kvmtrace.views.json_output import event_line
 from tests.unit.test_ftrace_hardware import table
@@ -49,8 +47,7 @@ MISC = 0x86  # physical, exact to 64 bytes
 def check(ts: int, bank: int, status: int, addr: int = ADDR, **more: Any) -> Event:
     fields = {"common_pid": 1, "bank": bank, "cpu": 0, "socketid": 0, "status": status}
     fields |= {"addr": addr, "misc": MISC, "ipid": 0} | more
-    people = VmResolver(VmTable("/nonexistent"), lambda tid: None)
-    return Poisons(people, ({}, {})).mce(Record(ts, "mce", fields))
+    return hardware.machine_check(Record(ts, "mce", fields))
 
 
 def edac(ts: int, label: str, severity: int = EDAC_CORRECTED, **more: Any) -> HwError:
@@ -76,7 +73,7 @@ def told(tmp_path: Path, events: Sequence[Event], vendor: str = INTEL) -> Snapsh
         f"vendor_id\t: {vendor}\naddress sizes\t: 46 bits physical, 57 bits virtual\n"
     )
     correlator = Correlator()
-    for event in Observer(None, str(tmp_path)).events(list(events), T):
+    for event in MachineChecks(str(tmp_path)).process(list(events), T):
         correlator.feed(event)
     return correlator.snapshot()
 
@@ -339,9 +336,9 @@ def test_a_flood_of_corrected_errors_pushes_out_no_other(tmp_path: Path) -> None
 # -- extlog, by both sources
 
 
-def by_bpf(record: records.HwRecord | records.MceRecord) -> Any:
+def by_bpf(record: HwRecord | MceRecord) -> Any:
     translator = BpfTranslator(0, ({}, {}), "/nonexistent")
-    translator._firmware = FIRMWARE
+    translator._hardware._firmware = FIRMWARE
     (event,) = translator.translate([bytes(record)], None)  # type: ignore[arg-type]
     return event
 
@@ -360,7 +357,7 @@ def test_extlog_s_fru_text(text: str, handle: int | None, label: str | None, mes
     data = valid.to_bytes(8, "little") + bytes(44) + (handle or 0).to_bytes(2, "little") + bytes(2)
     said = {"etype": 3, "sev": 2, "pa": ADDR, "pa_mask_lsb": 6, "fru_text": text, "data": data}
     event = hardware.error(Record(T, "extlog", said), FIRMWARE)
-    record = records.HwRecord(via=records.HW_EXTLOG, valid=valid, addr=ADDR, severity=2, count=1)
+    record = HwRecord(via=HW_EXTLOG, valid=valid, addr=ADDR, severity=2, count=1)
     record.mask, record.kind = (1 << 64) - 64, 3 | (handle or 0) << 48
     record.h.type, record.h.ts, record.label = records.HW, T, text.encode()
     assert by_bpf(record) == event
@@ -370,7 +367,7 @@ def test_extlog_s_fru_text(text: str, handle: int | None, label: str | None, mes
 
 @pytest.mark.parametrize(("bits", "grain"), [(0, 1), (12, 4096), (63, 1 << 63), (64, None)])
 def test_a_grain_of_any_size(bits: int, grain: int | None) -> None:
-    record = records.HwRecord(via=records.HW_MC_EVENT, valid=ADDR, addr=ADDR, grain_bits=bits)
+    record = HwRecord(via=HW_MC_EVENT, valid=ADDR, addr=ADDR, grain_bits=bits)
     record.count, record.place = 2, 0xFFFF0100
     record.h.type, record.h.ts, record.label, record.message = records.HW, T, b"A1", b"memory read"
     event = edac(T, "A1", error_count=2, grain_bits=bits, msg="memory read")
@@ -379,14 +376,14 @@ def test_a_grain_of_any_size(bits: int, grain: int | None) -> None:
 
 
 def test_a_list_of_names_that_is_cut_off_says_so() -> None:
-    record = records.HwRecord(via=records.HW_MC_EVENT, count=1)
+    record = HwRecord(via=HW_MC_EVENT, count=1)
     record.h.type, record.label = records.HW, (b"mc#0csrow#2channel#1 or " * 8)[:95]
     assert by_bpf(record).label.endswith("…")
 
 
 def test_a_machine_check_by_both_sources() -> None:
     status, data = 0x9C20400000000117, b"DIMM_A1\0\0\0\0\0\0\0\0\0"
-    record = records.MceRecord(status=status, addr=ADDR, misc=MISC, bank=15, ipid=0x9600150F00)
+    record = MceRecord(status=status, addr=ADDR, misc=MISC, bank=15, ipid=0x9600150F00)
     record.h.type, record.h.ts, record.vendor_data = records.MCE, T, (*data,)
     event = check(T, 15, status, ipid=0x9600150F00, v_data=data)
     assert by_bpf(record) == event
@@ -428,7 +425,7 @@ def test_who_reads_a_record_is_not_where_it_is(tmp_path: Path) -> None:
 )
 def test_events_say_what_the_socket_is(tmp_path: Path, status: int, at: str | None) -> None:
     (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {INTEL}\n")
-    (event,) = Observer(None, str(tmp_path)).events([check(T, 7, status)], T)
+    (event,) = MachineChecks(str(tmp_path)).process([check(T, 7, status)], T)
     line = event_line(Correlator().feed(event))
     assert line is not None
     assert line.get("at") == at

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace.linux import host
+from kvmtrace.linux import host, kallsyms
+from kvmtrace.linux.tracefs import mount
+from tests.unit.test_btf import blob, member, struct
 
 # As the kernels print it (Debian 6.18), shortened to three types.
 FORMAT = """\
@@ -47,7 +49,7 @@ def tracefs(tmp_path: Path) -> Path:
 
 
 def test_memory_failure_names(tracefs: Path) -> None:
-    types, results = host.memory_failure_names(str(tracefs))
+    types, results = mount.memory_failure_names(str(tracefs))
     assert types[0] == "reserved kernel page"
     assert types[11] == "dirty LRU page"
     assert types[12].endswith("(page), {x}")
@@ -58,29 +60,29 @@ def test_memory_failure_names(tracefs: Path) -> None:
 def test_memory_failure_names_where_the_event_has_a_system_of_its_own(tracefs: Path) -> None:
     """Linux 6.19 to 7.1."""
     (tracefs / "events" / "ras").rename(tracefs / "events" / "memory_failure")
-    types, results = host.memory_failure_names(str(tracefs))
+    types, results = mount.memory_failure_names(str(tracefs))
     assert types[11] == "dirty LRU page"
     assert results[3] == "Recovered"
 
 
 @pytest.mark.parametrize("text", ["", "print fmt:", 'print fmt: "%d", REC->type', "\0" * 100])
 def test_format_without_tables(text: str) -> None:
-    assert host.symbolic_tables(text) == {}
+    assert mount.symbolic_tables(text) == {}
 
 
 def test_no_tracefs(tmp_path: Path) -> None:
-    assert host.memory_failure_names(str(tmp_path)) == ({}, {})
-    assert host.tracing((str(tmp_path),)) is None
+    assert mount.memory_failure_names(str(tmp_path)) == ({}, {})
+    assert mount.tracing((str(tmp_path),)) is None
 
 
 def test_tracing(tracefs: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    found = host.tracing(("/nonexistent", str(tracefs)))
-    assert found == host.Tracefs(str(tracefs), True, True, True)
+    found = mount.tracing(("/nonexistent", str(tracefs)))
+    assert found == mount.Tracefs(str(tracefs), True, True, True)
     (tracefs / "README").write_text(README.format(fprobe=""))
     (tracefs / "dynamic_events").unlink()
-    assert host.tracing((str(tracefs),)) == host.Tracefs(str(tracefs), True, False, False)
+    assert mount.tracing((str(tracefs),)) == mount.Tracefs(str(tracefs), True, False, False)
     (tracefs / "README").write_text("")
-    lockdown = host.tracing((str(tracefs),))
+    lockdown = mount.tracing((str(tracefs),))
     assert lockdown is not None
     assert not lockdown.readable
 
@@ -115,6 +117,8 @@ def test_lockdown(tmp_path: Path, text: str, mode: str | None) -> None:
     assert host.lockdown(str(tmp_path / "none")) is None
 
 
+KVM_RUN = [struct("kvm_run", member("exit_reason", 64), member("memory_fault", 256))]
+
 KALLSYMS = """\
 ffffffff81000000 T _stext
 ffffffff81234560 T send_sig_mceerr
@@ -129,13 +133,13 @@ ffffffffc0a00040 t kvm_faultin_pfn.isra.0\t[kvm]
 def test_symbols(tmp_path: Path) -> None:
     path = tmp_path / "kallsyms"
     path.write_text(KALLSYMS)
-    names = host.functions("x86_64")
-    found = host.symbols(names, str(path))
+    names = kallsyms.functions("x86_64")
+    found = kallsyms.symbols(names, str(path))
     expected = {"send_sig_mceerr": "", "kvm_destroy_vm": "kvm", "kvm_mmu_faultin_pfn": "kvm"}
-    assert found == host.Symbols(expected, hidden=False)
+    assert found == kallsyms.Symbols(expected, hidden=False)
     path.write_text("\n".join("0" * 16 + line[16:] for line in KALLSYMS.splitlines()))
-    assert host.symbols(names, str(path)) == host.Symbols(expected, hidden=True)
-    assert host.symbols(names, str(tmp_path / "none")) is None
+    assert kallsyms.symbols(names, str(path)) == kallsyms.Symbols(expected, hidden=True)
+    assert kallsyms.symbols(names, str(tmp_path / "none")) is None
 
 
 def test_kvm(tmp_path: Path) -> None:
@@ -151,22 +155,26 @@ def test_kvm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("vmlinux", "kvm", "has_exit"),
     [
-        (b"", None, None),
-        (b"\0task_struct\0", b"\0kvm_run\0memory_fault\0", True),
-        (b"\0memory_fault\0", b"\0kvm_run\0", True),  # shared strings are in vmlinux
-        (b"\0kvm_run\0memory_fault\0", None, True),  # built in
-        (b"\0x\0", b"\0kvm_run\0hwpoison\0", False),
-        (b"\0x_memory_fault\0memory_fault_y\0", b"\0kvm_run\0", False),
+        ([], None, None),
+        ([], KVM_RUN, True),
+        ([], [struct("kvm_run", member("hwpoison", 0))], False),
+        (KVM_RUN, None, True),  # built in
+        (KVM_RUN, [], True),
+        ([struct("task_struct", member("memory_fault", 0))], None, None),
     ],
 )
-def test_memory_fault_exit_without_libbpf(
-    tmp_path: Path, vmlinux: bytes, kvm: bytes | None, has_exit: bool | None
+def test_memory_fault_exit(
+    tmp_path: Path, vmlinux: list[bytes], kvm: list[bytes] | None, has_exit: bool | None
 ) -> None:
-    # No real BTF, so libbpf refuses it where it is installed: the same path as without libbpf.
-    (tmp_path / "vmlinux").write_bytes(vmlinux)
+    (tmp_path / "vmlinux").write_bytes(blob(*vmlinux))
     if kvm is not None:
-        (tmp_path / "kvm").write_bytes(kvm)
+        (tmp_path / "kvm").write_bytes(blob(*kvm, strings=b""))
     assert host.types(str(tmp_path)) == host.Types(True, kvm is not None, has_exit)
+
+
+def test_memory_fault_exit_is_unknown_without_types(tmp_path: Path) -> None:
+    (tmp_path / "vmlinux").write_bytes(b"")
+    assert host.types(str(tmp_path)) == host.Types(True, False, None)
 
 
 def test_no_btf(tmp_path: Path) -> None:
@@ -229,8 +237,8 @@ def test_bcc_out_of_sight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "--system-site-packages" in ask(tmp_path, monkeypatch, hidden).fix
 
 
-def test_the_collector_of_corrected_errors_is_asked_itself(tmp_path: Path) -> None:
-    """Not the configuration: it may be compiled in and switched off."""
+def test_the_running_collector_of_corrected_errors_counts(tmp_path: Path) -> None:
+    """Not the configuration: it may be compiled in and disabled."""
     (tmp_path / "ras").mkdir()
     assert host.corrected_errors_collector(str(tmp_path)) is False
     (tmp_path / "ras/cec").mkdir()

@@ -1,4 +1,4 @@
-"""Why a program could not be attached: a short reason for people, and bcc's own words."""
+"""Why a program could not be attached: a short reason for people, and bcc's own text."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _REASONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """``why``: for people. ``detail``: what bcc said; None where it was not asked.
+class AttachFailure:
+    """``why``: for people. ``detail``: bcc's text; None if bcc was not called.
 
     ``number``: the errno behind it; None where bcc does not say.
     """
@@ -35,22 +35,24 @@ class Refusal:
     number: int | None = None
 
 
-def explain(way: str, error: str, stderr: Sequence[str]) -> Refusal:
-    """The refusal behind an exception of bcc's (``error``) and what its libraries wrote."""
+def explain(way: str, error: str, stderr: Sequence[str]) -> AttachFailure:
+    """The failure behind an exception of bcc's (``error``) and what its libraries wrote."""
     lines = [line.strip() for line in stderr if line.strip()]
-    said = " ".join(error.split())
-    detail = f"{said} ({lines[0]})" if lines else said
-    number = errno_in(" ".join((said, *lines)))
+    words = " ".join(error.split())
+    detail = f"{words} ({lines[0]})" if lines else words
+    number = errno_in(" ".join((words, *lines)))
     reason = _REASONS.get(number) if number is not None else None
-    return Refusal((reason or "bcc cannot attach a {way} program").format(way=way), detail, number)
+    return AttachFailure(
+        (reason or "bcc cannot attach a {way} program").format(way=way), detail, number
+    )
 
 
 def errno_in(text: str) -> int | None:
-    """The error that a text of a library names; it has it from strerror(3)."""
+    """The errno whose strerror(3) text a library's message contains."""
     return next((number for number in _REASONS if os.strerror(number) in text), None)
 
 
-def both(trampoline: Refusal, kprobe: Refusal) -> Refusal:
-    """The one refusal of a function that neither way can be attached to."""
+def both(trampoline: AttachFailure, kprobe: AttachFailure) -> AttachFailure:
+    """The one failure of a function that can be attached to in neither way."""
     details = [one.detail for one in (trampoline, kprobe) if one.detail]
-    return Refusal(f"{trampoline.why}, and {kprobe.why}", "; ".join(details) or None)
+    return AttachFailure(f"{trampoline.why}, and {kprobe.why}", "; ".join(details) or None)

@@ -1,4 +1,4 @@
-"""The eBPF source's ``Memory``: what VMs' memory is, by VM key rather than by kernel address."""
+"""The eBPF source's ``Memory``: memslots and pages by VM key rather than by kernel address."""
 
 from __future__ import annotations
 
@@ -10,68 +10,68 @@ from kvmtrace.sources.bpf.lookup import KernelLookup, device_of
 from kvmtrace.sources.bpf.translator import BpfTranslator
 from kvmtrace.sources.guest_memory import Memslot, Page
 
-# Slots read this recently need not be read again: poison comes in bursts, slots change seldom.
+# Memslots read this recently are not read again: poison comes in bursts, memslots change rarely.
 FRESH_SECONDS = 0.25
 
 
 class BpfMemory:
-    """``tell``: takes the VmSeen of VMs that turn up while something else was asked."""
+    """``emit``: called with the VmSeen of VMs that are found during a lookup."""
 
-    def __init__(self, translator: BpfTranslator, tell: Callable[[Event], None]) -> None:
+    def __init__(self, translator: BpfTranslator, emit: Callable[[Event], None]) -> None:
         self._translator = translator
-        self._tell = tell
-        self._walk: KernelLookup | None = None
+        self._emit = emit
+        self._lookup: KernelLookup | None = None
         self._generation: Callable[[int], int] = lambda _struct: 0
         self._slots: dict[int, tuple[float, tuple[Memslot, ...] | None]] = {}
 
-    def use(self, walk: KernelLookup | None, generation: Callable[[int], int]) -> None:
-        """Ask these programs from now on; VMs that are there already are met."""
-        self._walk, self._generation = walk, generation
+    def use(self, lookup: KernelLookup | None, generation: Callable[[int], int]) -> None:
+        """Use these programs from now on, and find the VMs that exist already."""
+        self._lookup, self._generation = lookup, generation
         self._slots.clear()
-        self._meet()
+        self._find_vms()
 
     def slots(self, vm: int) -> tuple[Memslot, ...] | None:
         now = time.monotonic()
         self._slots = {k: v for k, v in self._slots.items() if now - v[0] < FRESH_SECONDS}
         if vm not in self._slots:
             struct = self._struct(vm)
-            known = self._walk.slots(struct) if self._walk and struct else None
+            known = self._lookup.slots(struct) if self._lookup and struct else None
             self._slots[vm] = now, known
         return self._slots[vm][1]
 
     def huge_entry(self, vm: int, hva: int) -> int | None:
         struct = self._struct(vm)
-        return self._walk.huge_entry(struct, hva) if self._walk and struct else None
+        return self._lookup.huge_entry(struct, hva) if self._lookup and struct else None
 
     def page(self, pfn: int) -> tuple[Page, list[Event]] | None:
-        answer = self._walk.page(pfn) if self._walk else None
-        if answer is None:
+        result = self._lookup.page(pfn) if self._lookup else None
+        if result is None:
             return None
-        if not answer.file:
+        if not result.file:
             return Page(), []
         events: list[Event] = []
         owners: list[Owner] | None = None
-        if answer.gmem.seen:
+        if result.gmem.seen:
             owners = []
-            for place in answer.gmem.owners[: answer.gmem.nr_owners]:
+            for place in result.gmem.owners[: result.gmem.nr_owners]:
                 vm, seen = self._key(place.kvm, place.pid)
                 events += seen
                 owners.append(Owner(vm, place.gfn, place.hva or None))
-        file = (answer.gmem.inode or None, device_of(answer.device), answer.gmem.index)
+        file = (result.gmem.inode or None, device_of(result.device), result.gmem.index)
         return Page(*file, None if owners is None else tuple(owners)), events
 
     def _key(self, struct: int, pid: int) -> tuple[int, list[Event]]:
-        return self._translator.met(struct, self._generation(struct), pid)
+        return self._translator.key_for_struct(struct, self._generation(struct), pid)
 
     def _struct(self, vm: int) -> int | None:
         known = self._translator.struct_of(vm)
         if known is None:
-            self._meet()
+            self._find_vms()
             known = self._translator.struct_of(vm)
         return known[0] if known else None
 
-    def _meet(self) -> None:
-        for struct, pid in (self._walk.vms() if self._walk else None) or ():
+    def _find_vms(self) -> None:
+        for struct, pid in (self._lookup.vms() if self._lookup else None) or ():
             if pid:
                 for event in self._key(struct, pid)[1]:
-                    self._tell(event)
+                    self._emit(event)

@@ -1,23 +1,22 @@
-"""What this kernel looks like to the eBPF programs: symbols, offsets and prototypes, as macros.
+"""This kernel's symbols, offsets and prototypes, as macros for the eBPF programs.
 
-All of it is asked of the running kernel (kallsyms, BTF); see bpf/kvmtrace.bpf.c for the macros.
+All of it is read from kallsyms and BTF; bpf/common.c lists the macros.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvmtrace import kvm
-from kvmtrace.linux import host
 from kvmtrace.linux.btf import Btf
+from kvmtrace.linux.kallsyms import read_symbols
+from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import ProbeSpec
 from kvmtrace.sources.bpf import copies, lookup
 
-# Members by struct, first the names that the macros of kvmtrace.bpf.c carry, then where BTF may
-# have them: names differ between kernels where a struct was renamed.
+# By the name of the macro (OFF_name in bpf/*.c): struct and member in BTF, the newest names first.
 OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "kvm_vcpu_kvm": (("kvm_vcpu", "kvm"),),
     "kvm_vcpu_vcpu_id": (("kvm_vcpu", "vcpu_id"),),
@@ -89,55 +88,33 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Symbol:
-    module: str | None  # None: built in
-    address: int
-
-
-def read_symbols(names: set[str], path: str = "/proc/kallsyms") -> dict[str, Symbol]:
-    """Those of ``names`` that this kernel has. Addresses are 0 where they are not shown."""
-    found: dict[str, Symbol] = {}
-    wanted = re.compile(
-        rb"^([0-9a-f]+) \w ("
-        + b"|".join(re.escape(n.encode()) for n in names)
-        + rb")(?:\t\[(\w+)\])?$",
-        re.MULTILINE,
-    )
-    with open(path, "rb") as symbols:
-        for match in wanted.finditer(symbols.read()):
-            module = match[3].decode() if match[3] else None
-            found.setdefault(match[2].decode(), Symbol(module, int(match[1], 16)))
-    return found
-
-
-@dataclass(frozen=True, slots=True)
 class Trampoline:
     """A function that an fentry or fexit program can be attached to."""
 
-    kind: str  # bcc's word: kfunc (fentry) or kretfunc (fexit)
+    kind: str  # bcc's name: kfunc (fentry) or kretfunc (fexit)
     module: str | None  # None: built in
     function: str
 
     @property
     def macro(self) -> str:
-        """The program's name in C: bpf/names.h makes it the one that this bcc knows."""
+        """The program's name in C: bpf/common.c makes it the one that this bcc needs."""
         return f"ON_FUNCTION({self.kind},{self.module or 'vmlinux'},{self.function})"
 
     @property
     def full_name(self) -> str:
-        """The name where bcc attaches to modules, too."""
+        """The name for a bcc that can attach to modules."""
         return f"{self.kind}__{self.module or 'vmlinux'}__{self.function}"
 
     @property
     def plain_name(self) -> str:
-        """The name where bcc attaches to functions of the kernel itself only."""
+        """The name for a bcc that can attach to vmlinux only."""
         return f"{self.kind}__{self.function}"
 
 
 class Layout:
     """Symbols, member offsets and argument lists for these probes, read once.
 
-    Raises KvmtraceError where the kernel has no BTF.
+    Raises KvmtraceError if the kernel has no BTF.
     """
 
     def __init__(self, specs: Iterable[ProbeSpec]) -> None:
@@ -146,43 +123,37 @@ class Layout:
         variables = {"kvm_running_vcpu", "__per_cpu_offset", *lookup.SYMBOLS}
         self.symbols = read_symbols(names | variables)
         btf = Btf()
-        try:
-            members = OFFSETS | lookup.OFFSETS
-            self.offsets = {name: _offset(btf, where) for name, where in members.items()}
-            self._sizes = {name: btf.size(name) or 0 for name in SIZES}
-            self._places = {
-                f"{event}_{name}": _place(btf, event, name) for event, name in TRACEPOINT_ARGUMENTS
-            }
-            self._arguments = {
-                target: btf.arguments(target) for target in names if target in self.symbols
-            }
-        finally:
-            btf.close()
+        members = OFFSETS | lookup.OFFSETS
+        self.offsets = {name: _offset(btf, where) for name, where in members.items()}
+        self._sizes = {name: btf.size(name) or 0 for name in SIZES}
+        self._places = {
+            f"{event}_{name}": _place(btf, event, name) for event, name in TRACEPOINT_ARGUMENTS
+        }
+        self._arguments = {
+            target: btf.arguments(target) for target in names if target in self.symbols
+        }
 
     def target(self, spec: ProbeSpec) -> str | None:
         """The first of a probe's targets that this kernel has.
 
-        Raw tracepoints are attached by the event's name alone, so whether a tracepoint is there
-        shows when that is tried. Only tracefs knows its system: without, that is left out where
-        kernels differ in it.
+        A raw tracepoint is attached by the event's name alone, and whether it exists shows then.
+        Only tracefs has the event's system. Without tracefs that is left out if kernels differ in
+        it.
         """
         if spec.is_tracepoint:
-            root = host.tracefs()
-            found = host.tracepoint(spec.targets, root) if root else None
+            root = mount.tracefs()
+            found = mount.tracepoint(spec.targets, root) if root else None
             event = spec.targets[0].partition(":")[2]
             return found or (spec.targets[0] if len(spec.targets) == 1 else event)
         return next((target for target in spec.targets if target in self.symbols), None)
 
     def missing(self, probe: str) -> str | None:
-        """A member that this probe cannot do without and BTF does not have."""
+        """A member that this probe needs and BTF does not have."""
         needs = NEEDS.get(f"{probe}/{os.uname().machine}", NEEDS.get(probe, ()))
         return next((name for name in needs if self.offsets.get(name) is None), None)
 
     def trampoline(self, spec: ProbeSpec) -> Trampoline | None:
-        """What an fentry or fexit program is attached to.
-
-        None where there is no target or BTF does not know it: then there is no such program.
-        """
+        """What an fentry or fexit program is attached to; None if BTF has no target."""
         target = self.target(spec)
         if spec.is_tracepoint or target is None or self._arguments.get(target) is None:
             return None
@@ -190,8 +161,11 @@ class Layout:
         return Trampoline(kind, self.symbols[target].module, target)
 
     def cflags(self) -> list[str]:
-        """The macros that bpf/*.bpf.c are compiled with."""
-        flags = [f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}", f"-DTHIS_COPY={copies.THIS_COPY}"]
+        """The macros that bpf/*.c are compiled with."""
+        flags = [
+            f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}",
+            f"-DCOPY_NUMBER_HELPER={copies.COPY_NUMBER_HELPER}",
+        ]
         flags += [f"-DOFF_{name}={-1 if at is None else at}" for name, at in self.offsets.items()]
         flags += [f"-DSIZE_{name}={size}" for name, size in self._sizes.items()]
         flags += [f"-DARG_{name}={place}" for name, place in self._places.items()]
@@ -218,7 +192,7 @@ def _offset(btf: Btf, candidates: tuple[tuple[str, str], ...]) -> int | None:
 
 
 def _place(btf: Btf, event: str, argument: str) -> int:
-    """Where a tracepoint has an argument, -1 if it has none of that name."""
+    """The position of a tracepoint's argument; -1 if it has none of that name."""
     # include/linux/tracepoint.h: __traceiter_EVENT(void *__data, the tracepoint's arguments)
     names = (btf.arguments(f"__traceiter_{event}") or ("",))[1:]
     return names.index(argument) if argument in names else -1

@@ -1,21 +1,22 @@
-"""What the kernel knows of VMs and pages right now: VMs, memslots, owners of a page.
+"""Lookups in the kernel, as it is now: VMs, memslots, owners of a page.
 
-Asks the programs of bpf/vms.bpf.c, which are loaded and never attached: libbpf runs each on demand
-(BPF_PROG_TEST_RUN, Linux 5.10) with the question in its context. Nothing is locked, so answers
+The programs of bpf/lookup.bpf.c are loaded and never attached: libbpf runs each on demand
+(BPF_PROG_TEST_RUN, Linux 5.10) with the arguments in its context. Nothing is locked, so results
 are checked: a set of slots that changed meanwhile is read again.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Mapping
 from ctypes import c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import Any
 
-from kvmtrace.linux.btf import libbpf
+from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux.pagemap import SPECIAL_TYPES
-from kvmtrace.sources.bpf.records import GmemWalk
+from kvmtrace.sources.bpf.poison import GmemWalk
 from kvmtrace.sources.guest_memory import Memslot
 
 OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -35,7 +36,7 @@ OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "inode_i_sb": (("inode", "i_sb"),),
     "super_block_s_dev": (("super_block", "s_dev"),),
 }
-"""Members that bpf/vms.bpf.c reads, as ``_OFFSETS`` in bpf.py."""
+"""Members that only bpf/lookup.bpf.c reads, in the form of ``layout.OFFSETS``."""
 
 SYMBOLS = (
     "vm_list",
@@ -47,7 +48,7 @@ SYMBOLS = (
     "kvm_gmem_aops",
 )
 
-# What each program needs: members by macro name, variables of the kernel.
+# What each program needs: members by macro name, and variables of the kernel.
 _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "walk_vms": (("kvm_vm_list",), ("vm_list",)),
     "walk_slots": (
@@ -72,7 +73,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 _ARCH = os.uname().machine
 _SPACES = 2 if _ARCH == "x86_64" else 1
 _VM_ROWS, _SLOT_STEPS, _ID_BUCKETS = 64, 128, 128
-_MAX_QUESTIONS = 1024
+_MAX_RUNS = 1024
 _TRIES = 3
 
 
@@ -80,7 +81,7 @@ class _VmRow(ctypes.Structure):
     _fields_ = (("kvm", c_uint64), ("pid", c_uint64))
 
 
-class _VmsAnswer(ctypes.Structure):
+class _VmsResult(ctypes.Structure):
     _fields_ = (
         ("rows", c_uint64),
         ("next", c_uint64),
@@ -93,7 +94,7 @@ class _SlotRow(ctypes.Structure):
     _fields_ = (("gfn", c_uint64), ("pages", c_uint64), ("hva", c_uint64), ("id", c_uint64))
 
 
-class _SlotsAnswer(ctypes.Structure):
+class _SlotsResult(ctypes.Structure):
     _fields_ = (
         ("slots", c_uint64),
         ("generation", c_uint64),
@@ -103,11 +104,11 @@ class _SlotsAnswer(ctypes.Structure):
     )
 
 
-class _EntryAnswer(ctypes.Structure):
+class _EntryResult(ctypes.Structure):
     _fields_ = (("entry", c_uint64), ("shift", c_uint64))
 
 
-class PageAnswer(ctypes.Structure):
+class PageResult(ctypes.Structure):
     """``file``: 1 for a page of a file; ``gmem.seen``: of a guest_memfd, with its owners."""
 
     _fields_ = (("file", c_uint64), ("device", c_uint64), ("gmem", GmemWalk))
@@ -136,9 +137,9 @@ class _TestRun(ctypes.Structure):
 
 
 class KernelLookup:
-    """Questions to the kernel; None for what it cannot answer here.
+    """Looks up VMs, memslots and pages; None for what cannot be looked up on this kernel.
 
-    ``bpf``: vms.bpf.c as bcc compiled it. ``load``: loads a program by name and returns its file
+    ``bpf``: lookup.bpf.c as bcc compiled it. ``load``: loads a program by name and returns its file
     descriptor, or raises. ``offsets`` by macro name, ``symbols``: addresses of variables.
     """
 
@@ -154,7 +155,7 @@ class KernelLookup:
         self._symbols = symbols
         self._programs: dict[str, int | None] = {}
         self.why: dict[str, str] = {}
-        """By program: why it is not there."""
+        """By program: why it cannot be run."""
         for name, (members, variables) in _NEEDS.items():
             missing = [member for member in members if offsets.get(member) is None]
             missing += [variable for variable in variables if not symbols.get(variable)]
@@ -163,16 +164,18 @@ class KernelLookup:
                 self._programs[name] = None
 
     def vms(self) -> list[tuple[int, int]] | None:
-        """(struct kvm, pid of its process, 0 if not known) of all VMs."""
+        """(struct kvm, pid of its process or 0) of all VMs."""
         found: dict[int, int] = {}
         at = 0
-        for _ in range(_MAX_QUESTIONS):
-            answer = self._ask("walk_vms", "vms_answers", _VmsAnswer, self._symbol("vm_list"), at)
-            if answer is None:
+        for _ in range(_MAX_RUNS):
+            result = self._run_program(
+                "walk_vms", "vms_results", _VmsResult, self._symbol("vm_list"), at
+            )
+            if result is None:
                 return None
-            found |= {row.kvm: row.pid for row in answer.row[: answer.rows]}
-            at = answer.next
-            if answer.ended or not at or not answer.rows:
+            found |= {row.kvm: row.pid for row in result.row[: result.rows]}
+            at = result.next
+            if result.ended or not at or not result.rows:
                 break
         return list(found.items())
 
@@ -194,16 +197,16 @@ class KernelLookup:
         found: list[Memslot] = []
         bucket = node = 0
         version = None
-        for _ in range(_MAX_QUESTIONS):
-            answer = self._ask(
-                "walk_slots", "slots_answers", _SlotsAnswer, struct, space, bucket, node
+        for _ in range(_MAX_RUNS):
+            result = self._run_program(
+                "walk_slots", "slots_results", _SlotsResult, struct, space, bucket, node
             )
-            if answer is None or version not in (None, (answer.slots, answer.generation)):
+            if result is None or version not in (None, (result.slots, result.generation)):
                 return None
-            version = answer.slots, answer.generation
-            rows = [row for row in answer.row if row.pages]
+            version = result.slots, result.generation
+            rows = [row for row in result.row if row.pages]
             found += [Memslot(row.id, row.gfn, row.pages, row.hva, space) for row in rows]
-            bucket, node = answer.bucket, answer.node
+            bucket, node = result.bucket, result.node
             if not node and bucket >= _ID_BUCKETS:
                 return found
         return None
@@ -214,15 +217,15 @@ class KernelLookup:
             return None
         program, names, decode = _PAGE_TABLES[_ARCH]
         variables = (self._symbol(name) for name in names)
-        answer = self._ask(program, "entry_answers", _EntryAnswer, struct, hva, *variables)
-        return decode(answer.entry) if answer else None
+        result = self._run_program(program, "entry_results", _EntryResult, struct, hva, *variables)
+        return decode(result.entry) if result else None
 
     def page(self, pfn: int) -> Any:
-        """A ``PageAnswer``: what ``pfn`` belongs to."""
-        return self._ask(
+        """A ``PageResult``: what ``pfn`` belongs to."""
+        return self._run_program(
             "page_of",
-            "page_answers",
-            PageAnswer,
+            "page_results",
+            PageResult,
             pfn,
             self._symbol("vmemmap_base"),
             self._symbol("kvm_gmem_aops"),
@@ -231,7 +234,7 @@ class KernelLookup:
     def _symbol(self, name: str) -> int:
         return self._symbols.get(name, 0)
 
-    def _ask(
+    def _run_program(
         self, program: str, table: str, kind: type[ctypes.Structure], *arguments: int
     ) -> Any | None:
         if program not in self._programs:
@@ -255,6 +258,22 @@ def run(fd: int, arguments: tuple[int, ...]) -> int:
         ctx_size_in=ctypes.sizeof(context),
     )
     return int(libbpf().bpf_prog_test_run_opts(fd, ctypes.byref(options)))
+
+
+@functools.cache
+def libbpf() -> ctypes.CDLL:
+    """libbpf, silenced. Raises KvmtraceError if it is missing."""
+    for name in ("libbpf.so.1", "libbpf.so.0"):
+        try:
+            lib = ctypes.CDLL(name)
+        except OSError:
+            continue
+        lib.libbpf_set_print(None)
+        return lib
+    raise KvmtraceError(
+        "libbpf is not installed, so VMs and pages cannot be looked up",
+        "it comes with bcc: apt install python3-bpfcc (or dnf install python3-bcc)",
+    )
 
 
 def poisoned_x86(entry: int) -> int | None:

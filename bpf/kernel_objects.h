@@ -1,11 +1,11 @@
-/* From one kernel object to the next by offsets from BTF: no maps in here (bcc rewrites those in the
- * main file only). Every read may meet memory that is gone: it gives 0 then. */
-#ifndef KVMTRACE_WALK_H
-#define KVMTRACE_WALK_H
+/* From one kernel object to the next by offsets from BTF. No maps are used in here, because bcc rewrites
+ * their use in the main file only. A read of memory that is gone returns 0. */
+#ifndef KVMTRACE_KERNEL_OBJECTS_H
+#define KVMTRACE_KERNEL_OBJECTS_H
 
 #include "record.h"
 
-static __always_inline u64 word(u64 at)
+static __always_inline u64 read_u64(u64 at)
 {
 	u64 value = 0;
 
@@ -13,7 +13,7 @@ static __always_inline u64 word(u64 at)
 	return value;
 }
 
-static __always_inline u32 half(u64 at)
+static __always_inline u32 read_u32(u64 at)
 {
 	u32 value = 0;
 
@@ -21,7 +21,7 @@ static __always_inline u32 half(u64 at)
 	return value;
 }
 
-static __always_inline u8 byte(u64 at)
+static __always_inline u8 read_u8(u64 at)
 {
 	u8 value = 0;
 
@@ -29,26 +29,26 @@ static __always_inline u8 byte(u64 at)
 	return value;
 }
 
-/* The process that runs a VM. kvm->userspace_pid is the thread that created it, which may be gone
- * or may have given the VM away; the mm's owner is the process itself, where the kernel keeps it. */
+/* The process that runs a VM: the mm's owner, if the kernel keeps it. kvm->userspace_pid is the thread
+ * that created the VM, which may have ended or handed it over. */
 static __always_inline u32 pid_of(u64 kvm)
 {
 	u64 mm, task;
 
 	if (OFF_kvm_mm >= 0 && OFF_mm_struct_owner >= 0) {
-		mm = word(kvm + OFF_kvm_mm);
-		task = mm ? word(mm + OFF_mm_struct_owner) : 0;
+		mm = read_u64(kvm + OFF_kvm_mm);
+		task = mm ? read_u64(mm + OFF_mm_struct_owner) : 0;
 		if (task)
-			return half(task + OFF_task_struct_tgid);
+			return read_u32(task + OFF_task_struct_tgid);
 	}
-	return OFF_kvm_userspace_pid >= 0 ? half(kvm + OFF_kvm_userspace_pid) : 0;
+	return OFF_kvm_userspace_pid >= 0 ? read_u32(kvm + OFF_kvm_userspace_pid) : 0;
 }
 
 /* An entry of an xarray (include/linux/xarray.h): nodes end in binary 10 and are large, siblings end
  * in 10 and are small, slots are pointers. */
-static __always_inline u64 xa_load_(u64 xarray, u64 index)
+static __always_inline u64 xarray_load(u64 xarray, u64 index)
 {
-	u64 entry = word(xarray + OFF_xarray_xa_head);
+	u64 entry = read_u64(xarray + OFF_xarray_xa_head);
 	int depth;
 
 #pragma unroll
@@ -58,28 +58,28 @@ static __always_inline u64 xa_load_(u64 xarray, u64 index)
 		if ((entry & 3) != 2 || entry <= 4096)
 			break;
 		node = entry & ~3ULL;
-		shift = byte(node + OFF_xa_node_shift) & 63;
+		shift = read_u8(node + OFF_xa_node_shift) & 63;
 		if (depth == 0 && shift < 58 && index >> (shift + 6))
 			return 0;
 		at = (index >> shift) & 63;
-		entry = word(node + OFF_xa_node_slots + at * 8);
+		entry = read_u64(node + OFF_xa_node_slots + at * 8);
 		if ((entry & 3) == 2 && (entry >> 2) < 64)
-			entry = word(node + OFF_xa_node_slots + (entry >> 2) * 8);
+			entry = read_u64(node + OFF_xa_node_slots + (entry >> 2) * 8);
 		if (!entry)
 			return 0;
 	}
 	return entry & 3 ? 0 : entry;
 }
 
-/* The VMs whose slots bind page `index` of a guest_memfd: all its files, and in each the bindings. The
- * owners' generation is left to the caller. */
+/* The VMs whose memslots bind page `index` of a guest_memfd, by all its files and their bindings. The
+ * caller sets the owners' generation. */
 static __always_inline void gmem_owners(struct gmem_walk *walk, u64 mapping, u64 index)
 {
-	u64 inode = word(mapping + OFF_address_space_host), head, entry;
+	u64 inode = read_u64(mapping + OFF_address_space_host), head, entry;
 	u32 n = 0;
 	int i;
 
-	walk->inode = OFF_inode_i_ino >= 0 ? word(inode + OFF_inode_i_ino) : 0;
+	walk->inode = OFF_inode_i_ino >= 0 ? read_u64(inode + OFF_inode_i_ino) : 0;
 	walk->index = index;
 	walk->seen = 1;
 	walk->complete = 0;
@@ -92,30 +92,30 @@ static __always_inline void gmem_owners(struct gmem_walk *walk, u64 mapping, u64
 		return;
 	if (OFF_gmem_file_entry < 0 || OFF_kvm_memory_slot_gmem_pgoff < 0)
 		return;
-	entry = word(head);
+	entry = read_u64(head);
 	for (i = 0; i < MAX_OWNERS; i++) {
 		u64 file, slot, pgoff;
 
 		if (!entry || entry == head)
 			break;
 		file = entry - OFF_gmem_file_entry;
-		slot = xa_load_(file + OFF_gmem_file_bindings, index);
+		slot = xarray_load(file + OFF_gmem_file_bindings, index);
 		if (slot && n < MAX_OWNERS) {
 			struct owner *owner = &walk->owners[n & (MAX_OWNERS - 1)];
 			u64 page;
 
-			pgoff = word(slot + OFF_kvm_memory_slot_gmem_pgoff);
+			pgoff = read_u64(slot + OFF_kvm_memory_slot_gmem_pgoff);
 			page = index - pgoff;
-			owner->kvm = word(file + OFF_gmem_file_kvm);
+			owner->kvm = read_u64(file + OFF_gmem_file_kvm);
 			owner->gen = 0;
-			owner->gfn = word(slot + OFF_kvm_memory_slot_base_gfn) + page;
+			owner->gfn = read_u64(slot + OFF_kvm_memory_slot_base_gfn) + page;
 			owner->pid = pid_of(owner->kvm);
-			owner->hva = word(slot + OFF_kvm_memory_slot_userspace_addr);
+			owner->hva = read_u64(slot + OFF_kvm_memory_slot_userspace_addr);
 			if (owner->hva)
 				owner->hva += page << PAGE_SHIFT_;
 			n++;
 		}
-		entry = word(entry);
+		entry = read_u64(entry);
 	}
 	walk->nr_owners = n;
 	walk->complete = entry == head;
