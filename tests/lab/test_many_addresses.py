@@ -22,8 +22,8 @@ FEW = 16
 # kvmtrace with room for that many different exits only.
 SMALL = f"""
 import sys
-from kvmtrace.sources import bpf
-bpf.MAX_KEYS = {FEW}
+from kvmtrace.sources.bpf import programs
+programs.MAX_KEYS = {FEW}
 from kvmtrace.cli import main
 sys.argv = ["kvmtrace", "events", "--json", "--source", "bpf"]
 main()
