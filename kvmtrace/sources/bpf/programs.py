@@ -15,7 +15,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +23,9 @@ from typing import IO, Any
 from kvmtrace import probes
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
-from kvmtrace.linux import host
+from kvmtrace.linux import host, kvm_module
 from kvmtrace.probes import Probe, ProbeRuns
+from kvmtrace.sources import limits
 from kvmtrace.sources.bpf import attach_errors, copies
 from kvmtrace.sources.bpf.attach_errors import AttachFailure
 from kvmtrace.sources.bpf.layout import OFFSETS, Layout, Trampoline
@@ -35,13 +35,8 @@ from kvmtrace.sources.bpf.maps import Maps
 PARTS = tuple(f"{topic}.c" for topic in "common exits signals poison hardware vms".split())
 """The C files of the attached programs, in bpf/."""
 
-RING_PAGES = 512
-MAX_KEYS = 16384
-MAX_OVERFLOW = 4096
 
 BCC_HINT = "apt install python3-bpfcc (Debian, Ubuntu) or dnf install python3-bcc (Fedora)"
-
-_SETTLE_LIMIT = 10.0  # seconds
 
 
 def bpf_dir() -> Path:
@@ -143,13 +138,16 @@ class Programs:
     def __init__(self) -> None:
         self._bcc = import_bcc()
         libbpf()  # before anything that makes it print
-        self._kvm = kvm_modules()
+        self._kvm: tuple[str, ...] | None = None
         self._attached: dict[str, list[Any]] = {}  # bcc's functions, by probe
         self._missed: dict[str, int] = {}  # by probe
         self._copies: dict[str, int] = {}  # by probe, where there are several
         self._lookup_bpf: Any = None
         wanted = probes.specs()
-        self._layout = Layout((*wanted, *probes.context_specs()))
+        # What is read while kvm is being loaded belongs to neither state.
+        while self._kvm != (now := kvm_module.loaded()):
+            self._kvm = now
+            self._layout = Layout((*wanted, *probes.context_specs()))
         self._names = program_names(joined(PARTS))
         self._bpf = self._compile(*PARTS)
         self.maps = Maps(self._bcc.libbcc.lib, self._bpf)
@@ -196,9 +194,7 @@ class Programs:
         directory = bpf_dir()
         cflags = [
             f"-I{directory}",
-            f"-DRING_PAGES={RING_PAGES}",
-            f"-DMAX_KEYS={MAX_KEYS}",
-            f"-DMAX_OVERFLOW={MAX_OVERFLOW}",
+            *(f"-D{name}={getattr(limits, name)}" for name in limits.IN_C),
             *self._layout.cflags(),
         ]
         # On construction bcc attaches all programs by their names and fails if one of them fails.
@@ -375,7 +371,7 @@ class Programs:
         A vendor module that is loaded after kvm brings nothing to attach to. To attach anew because
         of it would lose events while the programs are compiled.
         """
-        now = kvm_modules()
+        now = kvm_module.loaded()
         if self._kvm and set(self._kvm) <= set(now):
             self._kvm = now
         return now != self._kvm
@@ -401,40 +397,3 @@ def _no_target(spec: probes.ProbeSpec, has_kvm: bool) -> dict[str, str]:
     if not has_kvm and "kvm" in spec.targets[0]:
         return {"why": probes.NO_KVM}
     return {"why": spec.absent, "detail": f"not in /proc/kallsyms: {', '.join(spec.targets)}"}
-
-
-def kvm_modules() -> tuple[str, ...]:
-    """kvm's loaded modules, each with a number that changes when it is loaded anew."""
-    found = []
-    for module in ("kvm", "kvm_amd", "kvm_intel"):
-        with contextlib.suppress(OSError):
-            inode = os.stat(f"/sys/module/{module}").st_ino
-            if _is_live(module):
-                found.append(f"{module}:{inode}")
-    return tuple(found)
-
-
-class Settling:
-    """Waits until kvm's modules stay as they are; call ``is_over`` now and then.
-
-    They come and go one after the other. Programs that are compiled for a state in between seem to
-    fit and have to be made anew, and events are lost meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._seen = kvm_modules()
-        self._end = time.monotonic() + _SETTLE_LIMIT
-
-    def is_over(self) -> bool:
-        """Whether nothing changed since the last call, or it takes too long."""
-        before, self._seen = self._seen, kvm_modules()
-        return before == self._seen or time.monotonic() >= self._end
-
-
-def _is_live(module: str) -> bool:
-    """Whether a module is loaded completely and not being unloaded (built in: always)."""
-    try:
-        with open(f"/sys/module/{module}/initstate") as file:
-            return file.read().strip() == "live"
-    except FileNotFoundError:
-        return True
