@@ -147,7 +147,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, tuple):
         return [_plain(one) for one in value]
-    known = ((name, getattr(value, name)) for name in _fields(type(value)))
+    cls: type[DataclassInstance] = type(value)
+    known = ((name, getattr(value, name)) for name in _fields(cls))
     return {name: _plain(item) for name, item in known if item is not None}
 
 
@@ -185,8 +186,10 @@ def _maker(hint: Any) -> Callable[[Any], Any] | None:
         one = _maker(typing.get_args(hint)[0])
         return tuple if one is None else lambda items: tuple(map(one, items))
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
-    return None if nested is None else functools.partial(_from_plain, nested)
+    for kind in kinds:
+        if dataclasses.is_dataclass(kind):
+            return functools.partial(_from_plain, typing.cast("type[DataclassInstance]", kind))
+    return None
 
 
 def version_of(header: Mapping[str, Any]) -> str | None:
@@ -248,7 +251,7 @@ def _checked_item(name: str, item: Any, hint: Any, within: range = _ANY) -> Any:
     if isinstance(item, str):
         cleaned = clean(item)
         return None if not cleaned and type(None) in allowed else cleaned
-    if dataclasses.is_dataclass(item):
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
         return checked(item)
     if isinstance(item, int) and item not in within:
         raise MalformedLine(f"{name} is out of range")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
-from kvmtrace.correlate.pending import JOIN_NS
 from kvmtrace.events import (
+    JOIN_NS,
     KINDS,
     LAST_NS,
     ClockStep,
