@@ -191,31 +191,6 @@ class Sigbus(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Mce(Event):
-    """mce:mce_record. ``pfn`` is None if the registers have no valid physical address.
-
-    ``count``: errors that differ only in time, the last of them at ``ts``; one record may stand for
-    several. ``vendor``: the CPU's ("AuthenticAMD"); the meaning of some bits depends on it.
-    ``ipid``: AMD's MCA_IPID, the kind of unit that has the bank. ``fru``: AMD's name of the part to
-    replace. ``cpu``, ``socket``: where the record was read; the memory is there only if a memory
-    controller reports.
-    """
-
-    kind: ClassVar[str] = "mce"
-    addr: int | None
-    pfn: int | None
-    bank: int
-    cpu: int
-    socket: int
-    status: int
-    misc: int | None = None
-    count: int = 1
-    vendor: str | None = None
-    ipid: int | None = None
-    fru: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class GmemRefusal(Event):
     """kvm_gmem_get_pfn returned EHWPOISON ``count`` times for a gfn, the last time at ``ts``.
 
@@ -229,6 +204,26 @@ class GmemRefusal(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class MachineCheck:
+    """The registers of a machine check (mce:mce_record).
+
+    ``cpu``, ``socket``: where the record was read; the memory is there only if a memory controller
+    reports. ``vendor``: the CPU's ("AuthenticAMD"); the meaning of some bits depends on it.
+    ``ipid``: AMD's MCA_IPID, the kind of unit that has the bank. ``fru``: AMD's name of the part to
+    replace.
+    """
+
+    bank: int
+    cpu: int
+    socket: int
+    status: int
+    misc: int | None = None
+    vendor: str | None = None
+    ipid: int | None = None
+    fru: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class HwError(Event):
     """A memory error as the hardware or the firmware reported it; what is not reported is None.
 
@@ -236,7 +231,10 @@ class HwError(Event):
     "corrected", "deferred", "recoverable" or "fatal". ``addr``: physical, exact to ``grain`` bytes.
     ``count``: errors that this report stands for. ``label``: the DIMM's, or what else of memory it
     names (``dimm_names.names``). ``label_from``: where the label is from, "edac", "smbios" or "fru"
-    (FRU text of firmware's record).
+    (FRU text of firmware's record). ``check``: the registers, if it is a machine check; then
+    ``addr`` is a register too, ``pfn`` is None unless that is a physical address, one report may
+    stand for several errors, and the rest follows from the registers
+    (``sources.convert.machine_check``).
     """
 
     kind: ClassVar[str] = "hw_error"
@@ -251,6 +249,7 @@ class HwError(Event):
     node: int | None = None
     socket: int | None = None
     label_from: str | None = None
+    check: MachineCheck | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +393,6 @@ KINDS: dict[str, type[Event]] = {
         Poison,
         Owned,
         Sigbus,
-        Mce,
         GmemRefusal,
         HwError,
         SoftOffline,

@@ -10,11 +10,9 @@ from kvmtrace.cli.console import print_status
 from kvmtrace.cli.inputs import give_up_privileges, open_host_or_remote, open_session, poll_timeouts
 from kvmtrace.cli.options import duration_option, with_source
 from kvmtrace.cli.output_file import Output
-from kvmtrace.events import Mce, Poison
+from kvmtrace.events import Event, HwError, Poison
 from kvmtrace.sources.recording import Writer
 
-# The host may crash right after these; they are written to the disk immediately.
-_URGENT = (Mce, Poison)
 # Syncing while recording keeps the wait at the end short.
 _SYNC_SECONDS = 5.0
 
@@ -45,8 +43,7 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
                 with output.writing():
                     writer.write(batch, session.probes())
                     output.file.flush()
-                is_urgent = any(isinstance(event, _URGENT) for event in batch)
-                if is_urgent or (batch and time.monotonic() >= sync_at):
+                if any(map(_is_urgent, batch)) or (batch and time.monotonic() >= sync_at):
                     output.sync_soon()
                     sync_at = time.monotonic() + _SYNC_SECONDS
                 number += len(batch)
@@ -55,3 +52,8 @@ def record(file: str, force: bool, duration: float | None, source: str) -> None:
             with output.writing():
                 writer.end()
     print_status(f"{number} events")
+
+
+def _is_urgent(event: Event) -> bool:
+    """Whether the host may crash right after this, so that it is written to the disk at once."""
+    return isinstance(event, Poison) or (isinstance(event, HwError) and event.check is not None)

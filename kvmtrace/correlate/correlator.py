@@ -37,7 +37,6 @@ from kvmtrace.events import (
     HwError,
     KernelCounts,
     Lost,
-    Mce,
     Owned,
     Owner,
     PageReplaced,
@@ -108,7 +107,7 @@ class Correlator:
                 return self._exit(event)
             case Sigbus():
                 return self._sigbus(event)
-            case Mce() | HwError():
+            case HwError():
                 return self._hardware_error(event)
             case GmemRefusal():
                 return self._refusal(event)
@@ -498,7 +497,7 @@ class Correlator:
 
     # -- hardware
 
-    def _hardware_error(self, event: Mce | HwError) -> CorrelatedEvent:
+    def _hardware_error(self, event: HwError) -> CorrelatedEvent:
         site = self._hardware.report(event)
         affected: list[IncidentState] = []
         if site is not None:

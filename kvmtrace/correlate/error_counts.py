@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from kvmtrace.events import HwError, Mce
+from kvmtrace.events import HwError
 from kvmtrace.linux import mce
 
-MCE = "mce:mce_record"
 EDAC = "ras:mc_event"
 
 # Reports of one error come within this time of each other: registers are read at once, and firmware
@@ -52,7 +51,7 @@ class ErrorCount:
         for (via, _), (corrected, others) in self._units.items():
             yield via, (corrected, others)
 
-    def add(self, event: Mce | HwError, severity: str | None, at: ErrorCount | None = None) -> None:
+    def add(self, event: HwError, severity: str | None, at: ErrorCount | None = None) -> None:
         """Count a report. ``at``: the count with the machine checks at this place, if not this."""
         unit = (at or self)._unit(event)
         if unit not in self._units and len(self._units) >= _MAX_UNITS:
@@ -93,14 +92,14 @@ class ErrorCount:
             mine[0] += counts[0]
             mine[1] += counts[1]
 
-    def _unit(self, event: Mce | HwError) -> Unit:
-        if isinstance(event, Mce):
-            at_memory = mce.at_memory(event.status, event.vendor, event.bank, event.ipid)
+    def _unit(self, event: HwError) -> Unit:
+        if (check := event.check) is not None:
+            at_memory = mce.at_memory(check.status, check.vendor, check.bank, check.ipid)
             # A controller's bank is of its socket, whichever CPU reads it; others are of a CPU.
-            whose = ("socket", event.socket) if at_memory else ("cpu", event.cpu)
-            bank = (*whose, event.bank)
+            whose = ("socket", check.socket) if at_memory else ("cpu", check.cpu)
+            bank = (*whose, check.bank)
             self._checked = bank, event.ts
-            return MCE, bank
+            return event.via, bank
         # EDAC reports the machine check that it is handed.
         if event.via == EDAC and self._checked and together(event.ts, self._checked[1]):
             return event.via, self._checked[0]

@@ -15,8 +15,8 @@ from typing import NamedTuple, TypeVar
 
 from kvmtrace import dimm_names, kvm
 from kvmtrace.bounded import BoundedDict
-from kvmtrace.correlate.error_counts import EDAC, MCE, ErrorCount, together
-from kvmtrace.events import HwError, Mce
+from kvmtrace.correlate.error_counts import EDAC, ErrorCount, together
+from kvmtrace.events import HwError, MachineCheck
 from kvmtrace.linux import mce
 from kvmtrace.model import (
     EntryKind,
@@ -106,11 +106,11 @@ class ErrorSite:
     uncorrected: tuple[int, int | None] | None = None
     _reported: Reported | None = None  # what reported() returned, if nothing was added since
 
-    def add(self, event: Mce | HwError) -> None:
+    def add(self, event: HwError) -> None:
         """Add a report."""
         self._reported = None
         facts = _facts(event)
-        via, severity = _via(event), severity_of(event)
+        via, severity = event.via, event.severity
         if not self.vias:
             self.first_ts = self.last_ts = event.ts
         elif via not in self.vias and len(self.vias) >= _MAX_REPORTERS:
@@ -129,7 +129,7 @@ class ErrorSite:
         self.facts = {**self.facts, **facts} if worse else {**facts, **self.facts}
         self._note(event)
 
-    def _note(self, event: Mce | HwError) -> None:
+    def _note(self, event: HwError) -> None:
         key = _kind_of(event)
         kind = EntryKind.HARDWARE_ERROR
         if key not in self.entries and len(self.entries) >= _MAX_REPORTERS:
@@ -232,9 +232,9 @@ class HardwareErrors:
         self._dimms: BoundedDict[str, Dimm] = BoundedDict(limit)
         # {name: a better name of the same DIMM}
         self._better: BoundedDict[str, str] = BoundedDict(limit)
-        self._last_check: Mce | None = None
+        self._last_check: HwError | None = None
 
-    def report(self, event: Mce | HwError) -> ErrorSite | None:
+    def report(self, event: HwError) -> ErrorSite | None:
         """Take a report and return the place it names; None if it names none."""
         site = self._site(event)
         if site is not None:
@@ -244,14 +244,14 @@ class HardwareErrors:
             self._count(event, labels[-1], site)
         return site
 
-    def _names(self, event: Mce | HwError) -> list[Name]:
+    def _names(self, event: HwError) -> list[Name]:
         """Names that a report has for the memory.
 
         An EDAC report is about the machine check before it. AMD's firmware may have put the name of
         a DIMM there, while EDAC knows only a rank.
         """
         names = [_name(event)]
-        if isinstance(event, Mce):
+        if event.check:
             self._last_check = event
         elif event.via == EDAC and (check := self._last_check) and together(check.ts, event.ts):
             of_check = _name(check)
@@ -259,7 +259,7 @@ class HardwareErrors:
                 names.append(of_check._replace(addr=event.addr, lines=_line(event) or 0))
         return [name for name in names if name is not None]
 
-    def _site(self, event: Mce | HwError) -> ErrorSite | None:
+    def _site(self, event: HwError) -> ErrorSite | None:
         place = place_of(event, self._page_shift)
         if place is None:
             return None
@@ -302,10 +302,10 @@ class HardwareErrors:
             new = Dimm(known.first_ts, known.last_ts)
             _renewed(self._dimms, better, new).absorb(known)
 
-    def _count(self, event: Mce | HwError, label: str, site: ErrorSite | None) -> None:
+    def _count(self, event: HwError, label: str, site: ErrorSite | None) -> None:
         dimm = _renewed(self._dimms, label, Dimm(event.ts, event.ts))
         dimm.first_ts, dimm.last_ts = min(dimm.first_ts, event.ts), max(dimm.last_ts, event.ts)
-        severity = severity_of(event)
+        severity = event.severity
         if site is None:
             dimm.elsewhere.add(event, severity)
             return
@@ -318,7 +318,7 @@ class HardwareErrors:
         before = count.errors
         count.add(event, severity, site.errors)
         if len(dimm.vias) < _MAX_REPORTERS:
-            dimm.vias.add(_via(event))
+            dimm.vias.add(event.via)
         # An error that turns out not to have been corrected may be of a forgotten DIMM.
         dimm.corrected = max(0, dimm.corrected + count.errors[0] - before[0])
         dimm.others += count.errors[1] - before[1]
@@ -398,52 +398,36 @@ def _best_name(sites: list[ErrorSite]) -> Name | None:
     return min(found, key=lambda one: one[:2])[2] if found else None
 
 
-def place_of(event: Mce | HwError, page_shift: int = kvm.PAGE_SHIFT) -> tuple[int, int] | None:
+def place_of(event: HwError, page_shift: int = kvm.PAGE_SHIFT) -> tuple[int, int] | None:
     """Return (pfn, order) of the place that a report names; None without a usable address."""
-    pfn, grain = event.pfn, page_shift
-    if isinstance(event, HwError):
-        if pfn is None and event.addr is not None:
-            pfn = event.addr >> page_shift
-        if event.grain:
-            grain = (event.grain - 1).bit_length()
-    else:
-        if not _usable(event):
-            return None
-        grain = mce.address_shift(event.status, event.misc) or page_shift
+    pfn = event.pfn
+    if event.check:
+        pfn = pfn if _usable(event.addr, event.check) else None
+    elif pfn is None and event.addr is not None:
+        pfn = event.addr >> page_shift
+    grain = (event.grain - 1).bit_length() if event.grain else page_shift
     order = max(0, grain - page_shift)
     return None if pfn is None or order > _MAX_SHIFT - page_shift else (pfn, order)
 
 
-def _usable(check: Mce) -> bool:
+def _usable(addr: int | None, check: MachineCheck) -> bool:
     """Whether the pfn is valid: older recordings have one for any address in a register."""
-    if check.vendor is None or check.addr is None or not check.status & mce.ADDRV:
+    if check.vendor is None or addr is None or not check.status & mce.ADDRV:
         return True
-    registers = (check.addr, check.status, check.misc, check.vendor, None)
+    registers = (addr, check.status, check.misc, check.vendor, None)
     return mce.physical(*registers, bank=check.bank, ipid=check.ipid) is not None
 
 
-def severity_of(event: Mce | HwError) -> str | None:
-    """Severity as ``events.HwError`` has it; None if the report has none."""
-    if isinstance(event, HwError):
-        return event.severity
-    return mce.severity(event.status, event.vendor)
-
-
-def _name(event: Mce | HwError) -> Name | None:
+def _name(event: HwError) -> Name | None:
     """The name that a report has for the memory; recordings also hold texts that are no name."""
-    if isinstance(event, Mce):
-        # The FRU text of another unit names no DIMM.
-        label = dimm_names.of_fru(event.fru) if mce.is_umc(event.ipid) else None
-        source = "fru"
-    else:
-        label = dimm_names.label(event.label)
-        source = event.label_from or ("edac" if event.via == EDAC else "smbios")
+    label = dimm_names.label(event.label)
+    source = event.label_from or ("edac" if event.via == EDAC else "smbios")
     if label is None or _NO_HANDLE.fullmatch(label):
         return None
     order = _SOURCES.index(source) if source in _SOURCES else len(_SOURCES)
     rank = (dimm_names.names(label) != "dimm", order)
-    corrected = not _is_uncorrected(severity_of(event))
-    if isinstance(event, Mce):
+    corrected = not _is_uncorrected(event.severity)
+    if event.check:
         return Name(label, rank, event.ts, corrected=corrected)
     line = _line(event) or 0
     return Name(label, rank, event.ts, event.addr, corrected, line)
@@ -453,33 +437,26 @@ def _is_uncorrected(severity: str | None) -> bool:
     return severity not in (None, "corrected")
 
 
-def _line(event: Mce | HwError) -> int | None:
+def _line(event: HwError) -> int | None:
     """The bit of the cache line in its page; None if the report is less exact."""
     if event.addr is None:
         return None
-    if isinstance(event, HwError):
-        # Without a grain: firmware that knows only the page gives its start.
-        exact = event.grain <= _LINE if event.grain else event.addr % _PAGE != 0
-    else:
-        exact = 1 << (mce.address_shift(event.status, event.misc) or 0) <= _LINE
+    # Without a grain: firmware that knows only the page gives its start.
+    exact = event.grain <= _LINE if event.grain else event.addr % _PAGE != 0
     return 1 << event.addr // _LINE % _LINES if exact else None
 
 
-def _via(event: Mce | HwError) -> str:
-    return event.via if isinstance(event, HwError) else MCE
-
-
-def _kind_of(event: Mce | HwError) -> tuple[object, ...]:
+def _kind_of(event: HwError) -> tuple[object, ...]:
     """What two reports of one timeline entry have in common."""
-    severity = severity_of(event)
-    if isinstance(event, HwError):
+    severity, check = event.severity, event.check
+    if check is None:
         return severity, event.via, dimm_names.label(event.label)
-    if event.bank == mce.FIRMWARE_BANK:
-        return severity, event.bank
-    return severity, _at(event), event.bank, event.cpu, event.socket
+    if check.bank == mce.FIRMWARE_BANK:
+        return severity, check.bank
+    return severity, _at(check), check.bank, check.cpu, check.socket
 
 
-def _at(check: Mce) -> str | None:
+def _at(check: MachineCheck) -> str | None:
     return mce.at(check.status, check.vendor, check.bank, check.ipid)
 
 
@@ -487,17 +464,14 @@ def _rank(severity: object) -> int:
     return _SEVERITIES.index(severity) if severity in _SEVERITIES else -1
 
 
-def _facts(event: Mce | HwError) -> dict[str, int | str]:
+def _facts(event: HwError) -> dict[str, int | str]:
     """The fields of an ``Origin`` that a report fills."""
-    facts: dict[str, object] = {"severity": severity_of(event), "addr": event.addr}
-    if isinstance(event, HwError):
-        facts |= {"socket": event.socket, "node": event.node, "message": event.message}
-    elif event.bank != mce.FIRMWARE_BANK:
-        facts |= {"bank": event.bank, "cpu": event.cpu, "status": event.status}
-        match _at(event):
-            case "memory":
-                facts["socket"] = event.socket
-            case "consumer":
-                facts |= {"consumer_cpu": event.cpu, "consumer_socket": event.socket}
+    facts: dict[str, object] = {"severity": event.severity, "addr": event.addr}
+    facts |= {"socket": event.socket, "node": event.node, "message": event.message}
+    check = event.check
+    if check is not None and check.bank != mce.FIRMWARE_BANK:
+        facts |= {"bank": check.bank, "cpu": check.cpu, "status": check.status}
+        if _at(check) == "consumer":
+            facts |= {"consumer_cpu": check.cpu, "consumer_socket": check.socket}
     known = {name: value for name, value in facts.items() if isinstance(value, (int, str))}
     return {name: value for name, value in known.items() if value != ""}

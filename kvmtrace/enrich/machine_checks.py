@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvmtrace.enrich.stage import Stage
-from kvmtrace.events import Event, Mce
+from kvmtrace.events import Event, HwError, MachineCheck
 from kvmtrace.linux import host, mce
 from kvmtrace.linux.pagemap import PAGE
+from kvmtrace.sources.convert import machine_check
 
 
 class MachineChecks(Stage):
@@ -17,20 +18,23 @@ class MachineChecks(Stage):
         self._cpu = host.cpu(proc)
 
     def process(self, events: list[Event], now: int, *, last: bool = False) -> list[Event]:
-        """Complete each Mce whose source did not name the vendor."""
+        """Complete each machine check whose source did not name the vendor."""
         return [
-            self._interpret(event) if isinstance(event, Mce) and event.vendor is None else event
+            self._interpret(event, event.check)
+            if isinstance(event, HwError) and event.check and event.check.vendor is None
+            else event
             for event in events
         ]
 
-    def _interpret(self, check: Mce) -> Mce:
-        cpu, addr, status = self._cpu, check.addr, check.status
+    def _interpret(self, event: HwError, check: MachineCheck) -> HwError:
+        cpu, addr, status = self._cpu, event.addr, check.status
         if addr is not None:
             registers = (addr, status, check.misc, cpu.vendor, cpu.physical_bits)
             addr = mce.physical(*registers, bank=check.bank, ipid=check.ipid, smca=cpu.smca)
-        return replace(
-            check,
-            vendor=cpu.vendor,
-            pfn=None if addr is None else addr // PAGE,
-            count=max(check.count, mce.errors(status, cpu.vendor, check.bank)),
+        return machine_check(
+            event.ts,
+            replace(check, vendor=cpu.vendor),
+            event.addr,
+            None if addr is None else addr // PAGE,
+            max(event.count, mce.errors(status, cpu.vendor, check.bank)),
         )

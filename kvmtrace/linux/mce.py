@@ -6,6 +6,9 @@ Sources: arch/x86/include/asm/mce.h, arch/x86/kernel/cpu/mce/{core,intel,amd,ape
 
 from __future__ import annotations
 
+VIA = "mce:mce_record"
+"""``events.HwError.via`` of a machine check."""
+
 MISCV = 1 << 59
 ADDRV = 1 << 58
 UC = 1 << 61

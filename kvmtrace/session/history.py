@@ -31,7 +31,7 @@ from kvmtrace.events import (
     HwError,
     KernelCounts,
     Lost,
-    Mce,
+    MachineCheck,
     Owned,
     PageReplaced,
     Poison,
@@ -328,8 +328,15 @@ def _kind(event: Event) -> object:
             return event.kind, *of, cause_of(event)
         case GmemRefusal():
             return event.kind, event.vm, event.gfn
-        case HwError():
+        case HwError(check=None):
             return event.kind, event.via, event.severity, event.pfn, event.label
+        case HwError(check=MachineCheck() as check):
+            sort = (check.status & _STATUS_FLAGS, (check.misc or 0) & _MISC_LSB)
+            at_memory = mce.at_memory(check.status, check.vendor, check.bank, check.ipid)
+            # Any CPU may read a memory controller's record. Otherwise two CPUs may have consumed
+            # the same error, so their records stay apart.
+            cpu = None if at_memory else check.cpu
+            return event.kind, check.socket, cpu, check.bank, event.pfn, *sort
         case Sigbus():
             # Everything that a signal may be joined by; of an address, the page.
             who = (event.pid, event.tid, event.sender, event.vm, event.vcpu)
@@ -338,13 +345,6 @@ def _kind(event: Event) -> object:
             return event.kind, event.code, *who, *page
         case VcpuState():
             return event.kind, event.vm, event.tid
-        case Mce():
-            sort = (event.status & _STATUS_FLAGS, (event.misc or 0) & _MISC_LSB)
-            at_memory = mce.at_memory(event.status, event.vendor, event.bank, event.ipid)
-            # Any CPU may read a memory controller's record. Otherwise two CPUs may have consumed
-            # the same error, so their records stay apart.
-            cpu = None if at_memory else event.cpu
-            return event.kind, event.socket, cpu, event.bank, event.pfn, *sort
         case Lost():
             return event.kind, event.where
         case KernelCounts() | Tick():

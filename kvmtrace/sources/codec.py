@@ -21,11 +21,13 @@ from kvmtrace.events import (
     GmemPage,
     HwError,
     Lost,
+    MachineCheck,
     Owner,
     Poison,
 )
 from kvmtrace.probes import Probe
 from kvmtrace.sanitize import clean
+from kvmtrace.sources.convert import machine_check
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -73,7 +75,34 @@ class _GmemPoison(Event):
     complete: bool = True
 
 
-_KINDS: Mapping[str, type[Event]] = {**KINDS, _GmemPoison.kind: _GmemPoison}
+@dataclass(frozen=True, slots=True)
+class _OldMachineCheck(Event):
+    """An ``HwError`` with ``check`` as older versions recorded it."""
+
+    kind: ClassVar[str] = "mce"
+    addr: int | None
+    pfn: int | None
+    bank: int
+    cpu: int
+    socket: int
+    status: int
+    misc: int | None = None
+    count: int = 1
+    vendor: str | None = None
+    ipid: int | None = None
+    fru: str | None = None
+
+    def event(self) -> HwError:
+        registers = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(MachineCheck)
+        }
+        return machine_check(self.ts, MachineCheck(**registers), self.addr, self.pfn, self.count)
+
+
+_KINDS: Mapping[str, type[Event]] = {
+    **KINDS,
+    **{cls.kind: cls for cls in (_GmemPoison, _OldMachineCheck)},
+}
 _MAX_PENDING = 1024  # threads with a _GmemPoison whose poison has not come
 
 
@@ -113,6 +142,8 @@ class Decoder:
         self.ts = event.ts
         if isinstance(event, _GmemPoison):
             return self._keep(event)
+        if isinstance(event, _OldMachineCheck):
+            return event.event()
         return self._joined(event) if isinstance(event, Poison) else event
 
     def _keep(self, event: _GmemPoison) -> Lost | None:

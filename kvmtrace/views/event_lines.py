@@ -11,7 +11,7 @@ from kvmtrace.events import (
     Found,
     HwError,
     Lost,
-    Mce,
+    MachineCheck,
     Owned,
     Poison,
     Sigbus,
@@ -82,16 +82,16 @@ def event_text(correlated: CorrelatedEvent, *, width: int | None = None) -> str 
                 facts.append(f"gfn {hex(event.gfn)}")
             if event.count > 1:
                 facts.append(f"x{event.count}")
-        case Mce():
-            what = f"bank {event.bank} cpu {event.cpu}"
-            at = mce.at(event.status, event.vendor, event.bank, event.ipid)
+        case HwError(check=MachineCheck() as check):
+            what = f"bank {check.bank} cpu {check.cpu}"
+            at = mce.at(check.status, check.vendor, check.bank, check.ipid)
             whose = {"memory": "memory of ", "consumer": "consumed on "}.get(at or "", "")
             facts = [
-                f"{whose}socket {event.socket}",
+                f"{whose}socket {check.socket}",
                 f"addr {hex_of(event.addr)}",
                 f"pfn {hex_of(event.pfn)}",
-                f"status {hex(event.status)}",
-                event.fru or "",
+                f"status {hex(check.status)}",
+                check.fru or "",
                 f"x{event.count}" if event.count > 1 else "",
             ]
         case HwError():

@@ -16,7 +16,7 @@ from kvmtrace.events import (
     Found,
     HwError,
     Lost,
-    Mce,
+    MachineCheck,
     Owned,
     Owner,
     Poison,
@@ -103,18 +103,18 @@ def event_line(correlated: CorrelatedEvent) -> dict[str, Any] | None:
                 count=event.count if event.count > 1 else None,
                 incident=correlated.incident,
             )
-        case Mce():
+        case HwError(check=MachineCheck() as check):
             return head | known(
                 kind="mce",
                 addr=event.addr,
                 pfn=event.pfn,
-                bank=event.bank,
-                cpu=event.cpu,
-                socket=event.socket,
-                status=event.status,
-                ipid=event.ipid,
-                fru=event.fru,
-                at=mce.at(event.status, event.vendor, event.bank, event.ipid),
+                bank=check.bank,
+                cpu=check.cpu,
+                socket=check.socket,
+                status=check.status,
+                ipid=check.ipid,
+                fru=check.fru,
+                at=mce.at(check.status, check.vendor, check.bank, check.ipid),
                 count=event.count if event.count > 1 else None,
                 incident=correlated.incident,
             )

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvmtrace import probes, sanitize
-from kvmtrace.events import Event, Host, Sigbus, VmSeen
+from kvmtrace.events import Event, Host, MachineCheck, Sigbus, VmSeen
 from kvmtrace.probes import Probe
 from kvmtrace.vmm import command_line
 
@@ -114,6 +114,8 @@ class Redaction:
             return self.text(item)
         if isinstance(item, tuple):
             return tuple(self._any(one) for one in item)
+        if isinstance(item, MachineCheck):
+            return self._texts(item)
         return item
 
     def _text(self, text: str) -> str:
@@ -134,7 +136,9 @@ class Redaction:
 def _text_fields(cls: type[DataclassInstance]) -> tuple[str, ...]:
     hints = typing.get_type_hints(cls)
     return tuple(
-        f.name for f in dataclasses.fields(cls) if re.search(r"\bstr\b", str(hints[f.name]))
+        f.name
+        for f in dataclasses.fields(cls)
+        if re.search(r"\b(str|MachineCheck)\b", str(hints[f.name]))
     )
 
 

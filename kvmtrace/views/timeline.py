@@ -11,7 +11,6 @@ from kvmtrace.events import (
     Found,
     GmemRefusal,
     HwError,
-    Mce,
     Owned,
     PageReplaced,
     Poison,
@@ -74,7 +73,7 @@ def description(entry: TimelineEntry) -> str:
             return f"pfn {pfn:#x} unpoisoned"
         case _, SoftOffline(errno=errno):
             return "soft offline" + (f", refused with {kvm.errno_name(errno)}" if errno else "")
-        case _, Mce() | HwError() as report:
+        case _, HwError() as report:
             return _hardware_error(report)
         case _, ClockStep() as step:
             text = f"the wall clock was stepped by {shift_of(step.step_ns)}"
@@ -146,16 +145,17 @@ def _signal(signal: Sigbus, entry: TimelineEntry) -> str:
     return f"SIGBUS {kvm.sigbus_code_name(signal.code)} to {who}{_hva(signal.hva)}{own}"
 
 
-def _hardware_error(report: Mce | HwError) -> str:
-    if isinstance(report, HwError):
+def _hardware_error(report: HwError) -> str:
+    check = report.check
+    if check is None:
         label = dimm_names.label(report.label)
         head = f"{report.severity or 'memory'} error by {report.via}"
         return head + (f": {label}" if label else "")
-    head = f"{mce.severity(report.status, report.vendor)} error by machine check"
-    bank, cpu, socket = report.bank, report.cpu, report.socket
+    head = f"{report.severity or 'memory'} error by machine check"
+    bank, cpu, socket = check.bank, check.cpu, check.socket
     if bank == mce.FIRMWARE_BANK:
         return f"{head}: the kernel's record of what firmware reported"
-    match mce.at(report.status, report.vendor, bank, report.ipid):
+    match mce.at(check.status, check.vendor, bank, check.ipid):
         case "memory":
             return f"{head}: memory controller of socket {socket} (bank {bank}, read by CPU {cpu})"
         case "consumer":

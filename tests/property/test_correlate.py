@@ -26,7 +26,6 @@ from kvmtrace.events import (
     HwError,
     KernelCounts,
     Lost,
-    Mce,
     Owned,
     Owner,
     PageReplaced,
@@ -43,6 +42,7 @@ from kvmtrace.model import CAUSES, CorrelatedEvent, IncidentStatus, PageClass, S
 from kvmtrace.sources.codec import from_record, to_record
 from kvmtrace.views import event_lines, json_output
 from tests.property import examples
+from tests.unit.fake import machine_check
 
 # Few of each, so that things meet: the same page twice, two VMs on one thread, a key that is gone.
 VMS = st.integers(1, 4)
@@ -105,7 +105,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(Tick, TS),
     st.builds(PageReplaced, TS, VMS, PFNS, HVAS),
     st.builds(
-        Mce,
+        machine_check,
         TS,
         st.none(),
         st.none() | PFNS,
@@ -448,7 +448,7 @@ FLOODS: dict[str, Callable[[int], list[Event]]] = {
     "errnos": lambda n: [Exit(n, 1, 0, n, 39, False)],
     "codes": lambda n: [Sigbus(n, 4001, 7, n, HVA, vm=1, vcpu=0)],
     "refusals": lambda n: [GmemRefusal(n, 1, n)],
-    "machine checks": lambda n: [Mce(n, n << 12, n, 1, 0, 0, 0)],
+    "machine checks": lambda n: [machine_check(n, n << 12, n, 1, 0, 0, 0)],
     "DIMMs": lambda n: [HwError(n, "x", "corrected", label=f"DIMM{n}")],
     "reporters": lambda n: [HwError(n, f"x{n}", "corrected", pfn=0x100)],
     "places of one page": lambda n: [HwError(n, "x", "fatal", pfn=0x100, grain=1 << (12 + n % 9))],
@@ -567,7 +567,7 @@ def test_verdicts_and_their_evidence(events: list[Event]) -> None:
 @examples(300)
 def test_harmless_events_change_no_state(events: list[Event]) -> None:
     """Soft offlines, hardware errors and vCPU samples do not open, close or deliver incidents."""
-    harmless = SoftOffline | Mce | HwError | KernelCounts
+    harmless = SoftOffline | HwError | KernelCounts
     with_ = snapshot(events)
     kept = [event for event in events if not isinstance(event, harmless)]
     # A page that was soft-offlined is not Found; and events move the model's time.

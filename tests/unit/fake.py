@@ -6,8 +6,9 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 
-from kvmtrace.events import Event, Exit, Poison, VmSeen
+from kvmtrace.events import Event, Exit, HwError, MachineCheck, Poison, VmSeen
 from kvmtrace.probes import Probe, ProbeRuns
+from kvmtrace.sources import convert
 
 SECOND = 1_000_000_000
 T0 = 1_790_000_000 * SECOND
@@ -26,6 +27,22 @@ PROBES = (
     Probe("run", True, "kvm_arch_vcpu_ioctl_run", "fexit"),
     Probe("mce", False, why="no such tracepoint"),
 )
+
+
+def machine_check(  # noqa: PLR0917 (as the registers are listed)
+    ts: int,
+    addr: int | None,
+    pfn: int | None,
+    bank: int,
+    cpu: int,
+    socket: int,
+    status: int,
+    misc: int | None = None,
+    count: int = 1,
+    vendor: str | None = None,
+) -> HwError:
+    check = MachineCheck(bank, cpu, socket, status, misc, vendor)
+    return convert.machine_check(ts, check, addr, pfn, count)
 
 
 class FakeSource:

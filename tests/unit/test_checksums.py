@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvmtrace import sources
-from kvmtrace.events import Event, Host, Lost, Mce, Poison, VmSeen
+from kvmtrace.events import Event, Host, Lost, Poison, VmSeen
 from kvmtrace.session import feed
 from kvmtrace.sources.checksums import Places
 from kvmtrace.sources.codec import Decoder
@@ -21,7 +21,7 @@ from kvmtrace.sources.recording import RecordingSource, Writer
 from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.vmm import identity
 from tests.unit.command_line import invoke
-from tests.unit.fake import PROBES, STORY, T0, FakeSource
+from tests.unit.fake import PROBES, STORY, T0, FakeSource, machine_check
 
 HOST = Host("sick-host", "6.18.15", "bpf", "bpf works here", 4096)
 NAMED = VmSeen(T0, 1, 4001, "wéb-1")
@@ -116,7 +116,10 @@ def rounded(value: Any) -> Any:
 def test_rounded_numbers_are_read_and_reported(tmp_path: Path) -> None:
     path = tmp_path / "r"
     late = 123_456_789
-    written = (Poison(T0 + late, 5, "a", "b"), Mce(T0 + late, None, None, 1, 2, 0, 0xBD << 56))
+    written = (
+        Poison(T0 + late, 5, "a", "b"),
+        machine_check(T0 + late, None, None, 1, 2, 0, 0xBD << 56),
+    )
     lines = [json.dumps(rounded(json.loads(line))) + "\n" for line in recorded(*written)]
     path.write_text("".join(lines))
     events, source = read(path)

@@ -20,7 +20,6 @@ from kvmtrace.events import (
     HwError,
     KernelCounts,
     Lost,
-    Mce,
     Owned,
     Owner,
     PageReplaced,
@@ -36,6 +35,7 @@ from kvmtrace.events import (
 from kvmtrace.model import CorrelatedEvent
 from kvmtrace.views.event_lines import event_text, json_text
 from kvmtrace.views.format import cells
+from tests.unit.fake import machine_check
 
 SECOND = 1_000_000_000
 TS = 1_790_000_000_123_456_789  # 2026-09-21T14:13:20.123Z
@@ -182,7 +182,7 @@ def test_poison_names_its_owners() -> None:
             "pfn 0x104caa  gfn 0x5  hva 0x13000  incident 104caa-1",
         ),
         (
-            CorrelatedEvent(Mce(TS, None, None, 5, 3, 1, 0xBD)),
+            CorrelatedEvent(machine_check(TS, None, None, 5, 3, 1, 0xBD)),
             "mce    -                      bank 5 cpu 3            "
             "socket 1  addr -  pfn -  status 0xbd",
         ),
@@ -216,7 +216,7 @@ EVERY_KIND: tuple[CorrelatedEvent, ...] = (
         ((Owner(1, 8, 0x7000), WEB),),
     ),
     CorrelatedEvent(Sigbus(TS, 4242, 77, 4, 0x7000, 12, vm=1), WEB),
-    CorrelatedEvent(Mce(TS, 0x5000, 5, 7, 3, 0, 0)),
+    CorrelatedEvent(machine_check(TS, 0x5000, 5, 7, 3, 0, 0)),
     CorrelatedEvent(GmemRefusal(TS, 1, 8), WEB),
     CorrelatedEvent(HwError(TS, "extlog", "corrected")),
     CorrelatedEvent(SoftOffline(TS, 9, 0)),

@@ -16,7 +16,6 @@ from kvmtrace.events import (
     Host,
     HwError,
     KernelCounts,
-    Mce,
     Owned,
     Owner,
     Poison,
@@ -28,7 +27,7 @@ from kvmtrace.events import (
 )
 from kvmtrace.sources.recording import Writer
 from tests.unit.command_line import invoke
-from tests.unit.fake import PROBES, SECOND, T0
+from tests.unit.fake import PROBES, SECOND, T0, machine_check
 
 PFN = 0x103275
 UUID = "c7a5fdbd-edaf-9455-926a-d65c16db1809"
@@ -38,7 +37,9 @@ STORY: tuple[Event, ...] = (
     VmSeen(T0, 2, 4002, "db-1"),
     HwError(T0, "ras:mc_event", "corrected", PFN << 12, PFN, 64, 3, "CPU0_DIMM_A1", "read error"),
     HwError(T0, "GHES", "corrected", 0x57000, 0x57, 64, 2, "DIMM 0"),
-    Mce(T0 + 9 * SECOND, PFN << 12, PFN, 7, 3, 0, 0xBD80000000100134, 0x8C, vendor="GenuineIntel"),
+    machine_check(
+        T0 + 9 * SECOND, PFN << 12, PFN, 7, 3, 0, 0xBD80000000100134, 0x8C, vendor="GenuineIntel"
+    ),
     Poison(
         POISONED,
         PFN,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kvmtrace.correlate import Correlator
-from kvmtrace.events import Event, Exit, Mce, Poison, Sigbus, VmGone, VmSeen
+from kvmtrace.events import Event, Exit, HwError, Poison, Sigbus, VmGone, VmSeen
 from kvmtrace.linux.tracefs import mount, ring_page
 from kvmtrace.linux.tracefs.histogram import HistogramReader
 from kvmtrace.sources.ftrace import totals
@@ -93,7 +93,7 @@ def test_poison_and_signals_are_those_that_the_vmm_saw(path: Path) -> None:
     (own,) = [e for e in signals if e.vcpu is not None]
     (touch,) = [a for a in answers(recording, "touch") if a.get("errno") == "EINTR"]
     assert (own.tid, own.gfn, own.code) == (touch["tid"], touch["page"], 4)
-    (mce,) = [e for e in events if isinstance(e, Mce)]
+    (mce,) = [e for e in events if isinstance(e, HwError)]
     assert mce.addr == answers(recording, "mce")[0]["addr"]
 
 

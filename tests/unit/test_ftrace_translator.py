@@ -13,8 +13,8 @@ from kvmtrace.events import (
     Exit,
     GmemPage,
     GmemRefusal,
+    HwError,
     Lost,
-    Mce,
     Owned,
     Owner,
     Poison,
@@ -416,7 +416,7 @@ def test_a_machine_check_without_a_valid_address() -> None:
         world.record("mce", status=1 << 58 | 1 << 63, **base),
         world.record("mce", status=1 << 63, **base),
     )
-    assert [(e.addr, e.pfn) for e in events if isinstance(e, Mce)] == [
+    assert [(e.addr, e.pfn) for e in events if isinstance(e, HwError)] == [
         (0x12345000, 0x12345),
         (None, None),
     ]

@@ -12,7 +12,7 @@ import pytest
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.enrich.machine_checks import MachineChecks
-from kvmtrace.events import Event, HwError, Mce, Poison
+from kvmtrace.events import Event, HwError, Poison
 from kvmtrace.linux import cper, mce, smbios
 from kvmtrace.linux.smbios import Firmware
 from kvmtrace.model import Incident, Origin, Snapshot
@@ -387,11 +387,13 @@ def test_a_machine_check_by_both_sources() -> None:
     record.h.type, record.h.ts, record.vendor_data = records.MCE, T, (*data,)
     event = check(T, 15, status, ipid=0x9600150F00, v_data=data)
     assert by_bpf(record) == event
-    assert isinstance(event, Mce)
-    assert (event.ipid, event.fru) == (0x9600150F00, "DIMM_A1")
+    assert isinstance(event, HwError)
+    assert event.check is not None
+    assert (event.check.ipid, event.check.fru) == (0x9600150F00, "DIMM_A1")
     bare = check(T, 15, status)
-    assert isinstance(bare, Mce)
-    assert (bare.ipid, bare.fru) == (None, None)
+    assert isinstance(bare, HwError)
+    assert bare.check is not None
+    assert (bare.check.ipid, bare.check.fru) == (None, None)
 
 
 # -- whose socket

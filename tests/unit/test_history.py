@@ -14,7 +14,6 @@ from kvmtrace.events import (
     GmemRefusal,
     HwError,
     Lost,
-    Mce,
     Owned,
     Owner,
     Poison,
@@ -29,7 +28,7 @@ from kvmtrace.events import (
 from kvmtrace.model import Snapshot
 from kvmtrace.session.history import CompactLog
 from tests.property.test_correlate import LOGS
-from tests.unit.fake import SECOND, T0
+from tests.unit.fake import SECOND, T0, machine_check
 from tests.unit.test_explain import STORY
 
 
@@ -113,7 +112,7 @@ def test_signals_and_machine_checks_are_counted() -> None:
     hva, pfn = 0x7F0000008000, 0x103275
     story: list[Event] = [VmSeen(T0, 1, 4001, "web-1")]
     for n in range(1000):
-        story.append(Mce(T0 + n, pfn << 12, pfn, 4, 0, 0, 0x9C00000000080A13 + n % 7))
+        story.append(machine_check(T0 + n, pfn << 12, pfn, 4, 0, 0, 0x9C00000000080A13 + n % 7))
     story.append(Poison(T0 + SECOND, pfn, "dirty LRU page", "Recovered", tid=7))
     for n in range(1000):
         at = T0 + 2 * SECOND + n * SECOND
@@ -130,7 +129,9 @@ def test_signals_and_machine_checks_are_counted() -> None:
 def test_one_error_that_many_cpus_ran_into_stays_one() -> None:
     pfn = 0x103275
     checks: list[Event] = [
-        Mce(T0 + n, pfn << 12, pfn, 1, n, n % 2, 0xBD80000000100134, 0x86, 1, "GenuineIntel")
+        machine_check(
+            T0 + n, pfn << 12, pfn, 1, n, n % 2, 0xBD80000000100134, 0x86, 1, "GenuineIntel"
+        )
         for n in range(8)
     ]
     (poisoned,) = model([*log_of(checks), Poison(T0 + SECOND, pfn, "", "Failed")]).incidents
@@ -141,7 +142,7 @@ def test_one_error_that_many_cpus_ran_into_stays_one() -> None:
 def test_errors_of_another_sort_are_not_added_up() -> None:
     pfn = 0x103275
     checks: list[Event] = [
-        Mce(T0 + n, pfn << 12, pfn, 4, 0, 0, status)
+        machine_check(T0 + n, pfn << 12, pfn, 4, 0, 0, status)
         for n, status in enumerate(4 * [0x9C00000000080A13, 0xBD80000000100134])
     ]
     (poisoned,) = model([*log_of(checks), Poison(T0 + SECOND, pfn, "", "Failed")]).incidents
@@ -210,7 +211,7 @@ FLOODS: dict[str, list[Event]] = {
     "corrected errors": [
         HwError(T0 + n, "ras:mc_event", "corrected", n << 12, n, label="D1") for n in range(5000)
     ],
-    "machine checks": [Mce(T0 + n, n << 12, n, 4, 0, 0, 1 << 63) for n in range(5000)],
+    "machine checks": [machine_check(T0 + n, n << 12, n, 4, 0, 0, 1 << 63) for n in range(5000)],
     "poison of nobody": [Poison(T0 + n, 1 + n, "unknown page", "Ignored") for n in range(5000)],
     "pages moved": [SoftOffline(T0 + n, 1 + n, 0) for n in range(5000)],
     "VMs with a conversion each": [

@@ -18,7 +18,6 @@ from kvmtrace.events import (
     GmemRefusal,
     HwError,
     KernelCounts,
-    Mce,
     Owned,
     Owner,
     Poison,
@@ -32,6 +31,7 @@ from kvmtrace.model import EntryKind
 from kvmtrace.probes import Probe
 from kvmtrace.sources.recording import RecordingSource
 from kvmtrace.views.explain import explain_text
+from tests.unit.fake import machine_check
 from tests.unit.test_correlate import (
     HVA,
     MS,
@@ -53,9 +53,15 @@ MISCV, UC, PCC = 1 << 59, 1 << 61, 1 << 57
 RECORDINGS = Path(__file__).parent.parent / "recordings"
 
 
-def mce(ts: int, pfn: int | None = PFN, status: int = UC, misc: int | None = None) -> Mce:
+def mce(
+    ts: int,
+    pfn: int | None = PFN,
+    status: int = UC,
+    misc: int | None = None,
+    vendor: str | None = None,
+) -> HwError:
     addr = None if pfn is None else pfn << 12
-    return Mce(ts, addr, pfn, 7, 3, 1, status, misc)
+    return machine_check(ts, addr, pfn, 7, 3, 1, status, misc, vendor=vendor)
 
 
 def edac(ts: int, pfn: int | None = PFN, **fields: object) -> HwError:
@@ -67,7 +73,7 @@ def edac(ts: int, pfn: int | None = PFN, **fields: object) -> HwError:
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_a_machine_check_before_or_after_the_poison(order: tuple[int, int]) -> None:
-    at_memory = replace(mce(T0, status=UC | 0x90), vendor="GenuineIntel")
+    at_memory = mce(T0, status=UC | 0x90, vendor="GenuineIntel")
     events: list[Event] = [at_memory, poison(T0 + MS)]
     origin = only(tell(*(events[n] for n in order))[0]).origin
     assert origin is not None
@@ -120,7 +126,7 @@ def test_corrected_errors_are_the_history() -> None:
 )
 def test_only_amd_defers_by_bit_44(vendor: str | None, severity: str) -> None:
     """Intel counts corrected errors in bits 38 to 52."""
-    check = Mce(T0, PFN << 12, PFN, 4, 0, 0, 1 << 44, vendor=vendor)
+    check = machine_check(T0, PFN << 12, PFN, 4, 0, 0, 1 << 44, vendor=vendor)
     origin = only(tell(check, poison(T0 + MS))[0]).origin
     assert origin is not None
     assert origin.severity == severity

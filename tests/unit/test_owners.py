@@ -25,8 +25,8 @@ from kvmtrace.events import (
     Exit,
     Found,
     GmemPage,
+    HwError,
     Lost,
-    Mce,
     Owned,
     Owner,
     Poison,
@@ -39,7 +39,7 @@ from kvmtrace.linux.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources.bpf import lookup
 from kvmtrace.sources.guest_memory import Memslot, Page, gfns_at
-from tests.unit.fake import SECOND, T0, FakeSource
+from tests.unit.fake import SECOND, T0, FakeSource, machine_check
 
 # /proc/PID/pagemap after memory_failure on Linux 7.3.4, x86-64
 ANON = 0x4080000002099558  # pfn 0x104caa
@@ -302,8 +302,12 @@ def test_a_page_with_a_delivery_is_found_without_reading_page_flags(tmp_path: Pa
 
 def test_a_machine_check_gets_its_vendor(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\n")
-    (told,) = MachineChecks(str(tmp_path)).process([Mce(1, 0x1000, 1, 4, 0, 0, 1 << 44)], 99)
-    assert getattr(told, "vendor", "") == "AuthenticAMD"
+    (told,) = MachineChecks(str(tmp_path)).process(
+        [machine_check(1, 0x1000, 1, 4, 0, 0, 1 << 44)], 99
+    )
+    assert isinstance(told, HwError)
+    assert told.check is not None
+    assert (told.check.vendor, told.severity) == ("AuthenticAMD", "deferred")
 
 
 @pytest.mark.parametrize(
@@ -323,10 +327,11 @@ def test_the_page_of_a_machine_check(
     sizes = "address sizes\t: 46 bits physical, 57 bits virtual"
     spelt = "  Shanghai  " if vendor == "Shanghai" else vendor
     (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {spelt}\n{sizes}\n")
-    check = Mce(1, 3 << 46 | 0x12345678, None, 5, 0, 0, 3 << 58 | mce.POISON, misc)
+    check = machine_check(1, 3 << 46 | 0x12345678, None, 5, 0, 0, 3 << 58 | mce.POISON, misc)
     (told,) = MachineChecks(str(tmp_path)).process([check], 99)
-    assert isinstance(told, Mce)
-    assert (told.vendor, told.addr, told.pfn) == (vendor, check.addr, pfn)
+    assert isinstance(told, HwError)
+    assert told.check is not None
+    assert (told.check.vendor, told.addr, told.pfn) == (vendor, check.addr, pfn)
 
 
 def story(tmp_path: Path, events: list[Event]) -> list[Event]:

@@ -28,7 +28,7 @@ from kvmtrace.events import (
     HwError,
     KernelCounts,
     Lost,
-    Mce,
+    MachineCheck,
     Owned,
     Owner,
     PageReplaced,
@@ -43,7 +43,7 @@ from kvmtrace.events import (
 )
 from kvmtrace.sources.recording import RecordingSource, Writer
 from kvmtrace.views import lookup
-from tests.unit.fake import PROBES, STORY, T0
+from tests.unit.fake import PROBES, STORY, T0, machine_check
 
 HOST = Host("sick-host", "6.18.15", "bpf", "bpf works here", 4096)
 POISON = Poison(T0, 0x103275, "dirty LRU page", "Recovered", 9, 2, 5)
@@ -52,7 +52,7 @@ EVERY_KIND: tuple[Event, ...] = (
     replace(POISON, gmem=GmemPage(383, 8, (Owner(1, 8, 0x7F0000000000), Owner(2, None)), False)),
     Owned(T0, 0x103275, Owner(2, 9), "pagemap"),
     Sigbus(T0, 1, 2, 4, 0x7F0000000000, 12, sender=3, vm=1, vcpu=0, gfn=8, pfn=9, comm="cat"),
-    Mce(T0, 0xFFFFFFFFFFFFFFFF, None, 1, 2, 0, 0xBD80000000100134),
+    machine_check(T0, 0xFFFFFFFFFFFFFFFF, None, 1, 2, 0, 0xBD80000000100134),
     GmemRefusal(T0, 1, 8, 3),
     HwError(T0, "ras:mc_event", "corrected", 0x1000, 1, 4096, 2, "DIMM A1", "read error", 0, 1),
     SoftOffline(T0, 5, 16),
@@ -251,6 +251,17 @@ def test_pages_that_never_find_their_poison_are_counted(tmp_path: Path) -> None:
     assert replayed(path)[0] == []
 
 
+def test_a_machine_check_as_older_versions_recorded_it(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    line = {"kind": "mce", "ts": T0, "addr": 0x1040, "pfn": 1, "bank": 7, "cpu": 3, "socket": 1}
+    line |= {"status": 0xBD80000000100090, "misc": 0x8C, "count": 2, "vendor": "GenuineIntel"}
+    path.write_text(recorded(()) + json.dumps(line) + "\n")
+    check = MachineCheck(7, 3, 1, 0xBD80000000100090, 0x8C, "GenuineIntel")
+    assert replayed(path)[0] == [
+        HwError(T0, "mce:mce_record", "recoverable", 0x1040, 1, 4096, 2, socket=1, check=check)
+    ]
+
+
 def test_values_of_registers_are_not_out_of_range(tmp_path: Path) -> None:
     path = tmp_path / "r"
     events = (HwError(T0, "ras:mc_event", count=0), Sigbus(T0, 1, 2, 4, 0x7F0000000000, 63))
@@ -280,7 +291,7 @@ def test_a_host_with_other_pages_is_replayed_with_its_own(tmp_path: Path) -> Non
         VmSeen(T0, 1, 4001, "web"),
         Poison(T0, 0x1000, "dirty LRU page", "Recovered"),
         Owned(T0, 0x1000, Owner(1, 5, 0x7F0000014000), "pagemap"),
-        Mce(T0, 0x4000123, 0x1000, 1, 2, 0, 0xBD80000000100134),
+        machine_check(T0, 0x4000123, 0x1000, 1, 2, 0, 0xBD80000000100134),
     )
     host = Host("arm", "7.3.4", "bpf", page_shift=14)
     path = tmp_path / "arm.jsonl"

@@ -9,7 +9,6 @@ from kvmtrace.events import (
     Exit,
     GmemPage,
     HwError,
-    Mce,
     Owned,
     Owner,
     PageReplaced,
@@ -20,6 +19,7 @@ from kvmtrace.events import (
 from kvmtrace.linux import mce
 from kvmtrace.model import EntryKind, Finding, FindingKind, Join, JoinedBy, TimelineEntry
 from kvmtrace.views.timeline import description, finding_text, joined_by
+from tests.unit.fake import machine_check
 
 S = 1_000_000_000
 OWNED = Owned(0, 5, Owner(1, 8), "as never before")
@@ -66,7 +66,9 @@ def test_what_came_with_the_poison_needs_no_join() -> None:
             "hva 0x2000 has no longer that page",
         ),
         (
-            TimelineEntry(0, EntryKind.HARDWARE_ERROR, Mce(0, None, None, 1, 2, 0, mce.UC)),
+            TimelineEntry(
+                0, EntryKind.HARDWARE_ERROR, machine_check(0, None, None, 1, 2, 0, mce.UC)
+            ),
             "recoverable error by machine check: bank 1, CPU 2, socket 0",
         ),
         (

@@ -8,8 +8,9 @@ from ctypes import c_char, c_int32, c_uint8, c_uint32, c_uint64
 from typing import Any
 
 from kvmtrace import kvm
-from kvmtrace.events import HwError, Mce
+from kvmtrace.events import HwError, MachineCheck
 from kvmtrace.linux import cper, mce, smbios
+from kvmtrace.sources import convert
 from kvmtrace.sources.bpf import records
 
 HW_MC_EVENT, HW_EXTLOG, HW_APEI, HW_ARM, HW_NON_STANDARD = range(5)
@@ -87,13 +88,10 @@ class BpfHardware:
             facts["pfn"] = kvm.gfn_of(facts["addr"])
         return HwError(record.h.ts + self._offset, via, **facts)
 
-    def mce(self, record: Any) -> Mce:
+    def mce(self, record: Any) -> HwError:
         """``enrich`` adds the CPU and decides whether the address is physical."""
         addr = record.addr if record.status & mce.ADDRV else None
-        return Mce(
-            record.h.ts + self._offset,
-            addr,
-            None if addr is None else kvm.gfn_of(addr),
+        check = MachineCheck(
             record.bank,
             record.mce_cpu,
             record.socket,
@@ -102,3 +100,5 @@ class BpfHardware:
             ipid=record.ipid or None,
             fru=mce.fru_text(record.status, bytes(record.vendor_data)),
         )
+        pfn = None if addr is None else kvm.gfn_of(addr)
+        return convert.machine_check(record.h.ts + self._offset, check, addr, pfn)

@@ -1,4 +1,4 @@
-"""Memory errors reported by hardware or firmware: ``mce`` → ``Mce``, all others → ``HwError``.
+"""Memory errors reported by hardware or firmware.
 
 Fields have the names of include/ras/ras_event.h. A value that is missing, or declared not valid, is
 None.
@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from kvmtrace import kvm, sanitize
-from kvmtrace.events import Event, HwError, Mce
+from kvmtrace.events import Event, HwError, MachineCheck
 from kvmtrace.linux import cper, mce
 from kvmtrace.linux.smbios import Firmware
+from kvmtrace.sources import convert
 from kvmtrace.sources.ftrace.fields import ProbeRequest, needed, optional
 from kvmtrace.sources.ftrace.records import Record
 
@@ -49,10 +50,7 @@ def machine_check(record: Record) -> Event:
     fields = record.fields
     status = fields["status"]
     addr = fields["addr"] if status & mce.ADDRV else None
-    return Mce(
-        record.ts,
-        addr,
-        None if addr is None else addr >> kvm.PAGE_SHIFT,
+    check = MachineCheck(
         fields["bank"],
         fields["cpu"],
         fields["socketid"],
@@ -61,6 +59,8 @@ def machine_check(record: Record) -> Event:
         ipid=fields.get("ipid") or None,
         fru=mce.fru_text(status, fields.get("v_data", b"")),
     )
+    pfn = None if addr is None else kvm.gfn_of(addr)
+    return convert.machine_check(record.ts, check, addr, pfn)
 
 
 def error(record: Record, firmware: Firmware) -> HwError:
