@@ -22,7 +22,7 @@ from tests.lab.scenarios import Scenario
 # (include/uapi/linux/kernel-page-flags.h): 7 slab, 10 free (buddy), 26 a page table.
 # The zero page can be poisoned only once, so all sources record at the same time.
 _POISON = '''
-import json, mmap, os, struct
+import json, mmap, os, re, struct, subprocess
 
 def first(bit, at=0x8000):
     with open("/proc/kpageflags", "rb") as flags:
@@ -50,10 +50,13 @@ def poison(pfn):
     return pfn
 
 def of_kind(bit):
-    """Poison a page of a kind; if the kernel frees it before that, try the next one."""
-    pfn = poison(first(bit))
-    while first(bit, pfn) != pfn:
-        pfn = poison(first(bit, pfn))
+    """Poison a page of a kind; if the kernel freed it before that, try the next one."""
+    pfn = 0x8000 - 1
+    for _ in range(8):
+        pfn = poison(first(bit, pfn + 1))
+        log = subprocess.run(["dmesg"], capture_output=True, text=True).stdout
+        if re.search(rf"{pfn:#x}: recovery action for .*: Ignored", log):
+            break
     return pfn
 
 pages = {
