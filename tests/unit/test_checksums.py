@@ -128,7 +128,7 @@ def test_rounded_numbers_are_read_and_reported(tmp_path: Path) -> None:
     what = "changed or added after it was recorded"
     assert source.doubt.message == f"{path}: {what}: lines 1, 3-4"
     assert "jq before 1.7" in source.doubt.hint
-    assert [event.kind for event in events] == ["poison", "mce"]
+    assert [event.kind for event in events] == ["poison", "hw_error"]
     assert all(abs(event.ts - T0 - late) < 1000 for event in events)
     path.write_text("".join([lines[0], *lines[3:]]))  # and filtered
     assert [getattr(event, "count", None) for event in read(path)[0]] == [2, 1]
