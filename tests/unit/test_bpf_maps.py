@@ -1,4 +1,4 @@
-"""All rows of a map: in one call, or one by one where the kernel or libbcc refuse that."""
+"""Maps: rows that changed, and all rows in one call or, where that is refused, one by one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import errno
 from collections.abc import Iterator
 from typing import Any
 
-from kvmtrace.sources.bpf.maps import Rows
+from kvmtrace.sources.bpf.exits import ExitCount, ExitKeyRecord
+from kvmtrace.sources.bpf.maps import Maps, Rows
 
 KEYS = [b"key%d" % n for n in range(3)]
 VALUES = [b"value%d  " % n for n in range(3)]
@@ -73,3 +74,47 @@ def test_an_older_libbcc_has_no_such_call() -> None:
     table = Table()
     assert list(Rows(object(), table).rows()) == WANTED
     assert table.walked == 1
+
+
+class Dictionary(dict[Any, Any]):
+    """bcc's table of ``exits`` or ``overflow``, by the bytes of keys."""
+
+    Key, Leaf, max_entries, map_fd = ExitKeyRecord, ExitCount, 8, 42
+
+    def items(self) -> Any:
+        return [(self.Key.from_buffer_copy(key), value) for key, value in super().items()]
+
+    def __delitem__(self, key: Any) -> None:
+        super().__delitem__(bytes(key))
+
+
+def test_rows_that_did_not_change_are_not_read_again() -> None:
+    one, other, rest = (ExitKeyRecord(vcpu=vcpu) for vcpu in (1, 2, 3))
+    exits = Dictionary({bytes(one): ExitCount(1), bytes(other): ExitCount(1)})
+    overflow = Dictionary({bytes(rest): ExitCount(7)})
+    maps = Maps(object(), {"exits": exits, "overflow": overflow})
+
+    def read() -> list[tuple[int, int]]:
+        return [(key.vcpu, count.total) for key, count in maps.exits()]
+
+    assert read() == [(1, 1), (2, 1), (3, 7)]
+    assert read() == []
+    exits[bytes(other)] = ExitCount(2)
+    assert read() == [(2, 2)]
+    # Once deleted, a row with the same key is a new one. One that is not there is no error.
+    maps.forget_exits([other, rest, ExitKeyRecord(vcpu=4)])
+    assert (list(exits), list(overflow)) == ([bytes(one)], [])
+    exits[bytes(other)] = ExitCount(2)
+    assert read() == [(2, 2)]
+
+
+def test_records_are_taken_once() -> None:
+    class Ring:
+        def open_ring_buffer(self, receive: Any) -> None:
+            for record in (b"first", b"second"):
+                receive(None, ctypes.addressof(ctypes.create_string_buffer(record)), len(record))
+
+    maps = Maps(object(), {"ring": Ring()})
+    maps.open_ring()
+    assert maps.take() == [b"first", b"second"]
+    assert maps.take() == []

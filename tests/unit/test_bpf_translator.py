@@ -1,4 +1,4 @@
-"""Counters of the eBPF programs → exits: what is exact, and what is not known."""
+"""Records and counters of the eBPF programs → events: what is exact, and what is not known."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 
 from kvmtrace.correlate import Correlator
-from kvmtrace.events import Event, Exit, Lost, VmGone
+from kvmtrace.events import (
+    Event,
+    Exit,
+    GmemPoison,
+    GmemRefusal,
+    Lost,
+    Owner,
+    Poison,
+    Sigbus,
+    SoftOffline,
+    Unpoison,
+    VmGone,
+    VmSeen,
+)
 from kvmtrace.sources.bpf import records
 from kvmtrace.sources.bpf.exits import (
     GMEM_NOT_WATCHED,
@@ -22,7 +35,15 @@ from kvmtrace.sources.bpf.exits import (
     RefusalCount,
     RefusalKeyRecord,
 )
-from kvmtrace.sources.bpf.signals import SigbusCount, SigbusKey
+from kvmtrace.sources.bpf.maps import Maps
+from kvmtrace.sources.bpf.poison import OwnerRecord, PageRecord, PoisonRecord
+from kvmtrace.sources.bpf.signals import (
+    SIGNAL_WAIT_NS,
+    FaultRecord,
+    SigbusCount,
+    SigbusKey,
+    SigbusRecord,
+)
 from kvmtrace.sources.bpf.translator import BpfTranslator
 
 VM, GEN, PID = 0xFFFF8000, 3, 4194300
@@ -47,13 +68,16 @@ def overflow(**other: Any) -> ExitKeyRecord:
     return key(**(wanted | other))
 
 
-class Kernel:
-    """The maps."""
+class Kernel(Maps):
+    """The maps, with these exits counted."""
 
     def __init__(self, *rows: tuple[ExitKeyRecord, int]) -> None:
         self.rows = list(rows)
         self.readings = self.active = 0
         self.places: dict[bytes, tuple[int, int]] = {}
+        self.refused: list[tuple[RefusalKeyRecord, RefusalCount]] = []
+        self.signalled: list[tuple[SigbusKey, SigbusCount]] = []
+        self.losses = [0] * len(records.LOST_PLACES)
 
     def activity(self) -> int:
         return self.active
@@ -66,23 +90,25 @@ class Kernel:
         ]
 
     def refusals(self) -> list[tuple[RefusalKeyRecord, RefusalCount]]:
-        return []
+        return self.refused
 
     def signals(self) -> list[tuple[SigbusKey, SigbusCount]]:
-        return []
+        return self.signalled
 
     def lost(self) -> list[int]:
-        return [0] * len(records.LOST_PLACES)
+        return list(self.losses)
 
     def forget_exits(self, keys: list[ExitKeyRecord]) -> None:
         gone = {bytes(one) for one in keys}
         self.rows = [row for row in self.rows if bytes(row[0]) not in gone]
 
     def forget_refusals(self, keys: list[RefusalKeyRecord]) -> None:
-        pass
+        gone = {bytes(one) for one in keys}
+        self.refused = [row for row in self.refused if bytes(row[0]) not in gone]
 
     def forget_signals(self, keys: list[SigbusKey]) -> None:
-        pass
+        gone = {bytes(one) for one in keys}
+        self.signalled = [row for row in self.signalled if bytes(row[0]) not in gone]
 
     def count(self, one: ExitKeyRecord, total: int, gpa: int = 0, since: int = 0) -> None:
         """``total`` exits by now, those from number ``since`` on at ``gpa``."""
@@ -247,3 +273,186 @@ def test_a_vms_last_exits_are_told_before_its_end_and_many_ends_take_one_reading
     assert all(last[vm] < n for n, e in enumerate(events) if isinstance(e, VmGone) for vm in [e.vm])
     assert kernel.rows == []
     assert [event for event in events if isinstance(event, Lost)] == []
+
+
+# -- records: signals, poison, VMs
+
+TID, HVA = 77, 0x7F0000005000
+
+
+def header(kind: int, ts: int = 9, *, kvm: int = VM, gen: int = GEN, tid: int = TID) -> Any:
+    return records.Header(ts, kvm, gen, kind, tid, PID, 0)
+
+
+def sigbus(ts: int = 9, *, total: int = 1, **other: Any) -> bytes:
+    fields: dict[str, Any] = {"hva": HVA, "code": 4, "lsb": 12, "vcpu": 1, "comm": b"vmm"}
+    fields |= {"target_tid": TID, "target_tgid": PID, "total": total}
+    return bytes(SigbusRecord(header(records.SIGBUS, ts), **(fields | other)))
+
+
+def fault(hva: int = HVA, tid: int = TID) -> bytes:
+    return bytes(FaultRecord(header(records.FAULT, tid=tid), gfn=5, hva=hva, vcpu=1))
+
+
+def vm_new(gen: int, kvm: int = VM) -> bytes:
+    return bytes(records.VmRecord(header(records.VM_NEW, kvm=kvm, gen=gen), b"vmm"))
+
+
+def poison(**gmem: Any) -> bytes:
+    record = PoisonRecord(header(records.POISON, kvm=0, gen=0), pfn=0x1234, page_type=7, result=2)
+    for name, value in gmem.items():
+        setattr(record.gmem, name, value)
+    return bytes(record)
+
+
+def signals_in(events: list[Event]) -> list[Sigbus]:
+    return [event for event in events if isinstance(event, Sigbus)]
+
+
+@pytest.fixture
+def at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No signal is overdue: it is the time of the records."""
+    monkeypatch.setattr("kvmtrace.sources.bpf.translator.time.monotonic_ns", lambda: 9)
+
+
+@pytest.mark.usefixtures("at_start")
+def test_a_signal_has_the_gfn_of_its_fault(translator: BpfTranslator) -> None:
+    kernel = Kernel()
+    assert signals_in(translator.translate([sigbus()], kernel)) == []
+    (one,) = signals_in(translator.translate([fault(tid=TID + 1), fault()], kernel))
+    assert (one.pid, one.tid, one.code, one.hva, one.lsb) == (PID, TID, 4, HVA, 12)
+    assert (one.vm, one.vcpu, one.gfn, one.count, one.comm) == (1, 1, 5, 1, "vmm")
+
+
+@pytest.mark.usefixtures("at_start")
+@pytest.mark.parametrize(
+    "next_record", [fault(HVA + 4096), sigbus(total=2), exit_record(key(), 1, 0, 0)]
+)
+def test_a_signal_does_not_wait_for_a_fault_that_is_not_its_own(
+    translator: BpfTranslator, next_record: bytes
+) -> None:
+    (one,) = signals_in(translator.translate([sigbus(), next_record], Kernel()))
+    assert (one.hva, one.gfn, one.count) == (HVA, None, 1)
+
+
+@pytest.mark.usefixtures("at_start")
+@pytest.mark.parametrize(
+    "fields",
+    [{"vcpu": -1}, {"target_tid": TID + 1}, {"code": 128, "hva": 0}],
+    ids=["not in KVM_RUN", "to another thread", "without an address"],
+)
+def test_a_signal_that_no_fault_follows_is_not_held_back(
+    translator: BpfTranslator, fields: dict[str, Any]
+) -> None:
+    (one,) = signals_in(translator.translate([sigbus(**fields)], Kernel()))
+    assert one.gfn is None
+    assert one.hva == (HVA if fields.get("code") != 128 else None)
+
+
+def test_a_signal_waits_for_its_fault_no_longer_than_it_may(
+    translator: BpfTranslator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [9]
+    monkeypatch.setattr("kvmtrace.sources.bpf.translator.time.monotonic_ns", lambda: now[0])
+    translator.translate([sigbus()], Kernel())
+    now[0] += SIGNAL_WAIT_NS - 1
+    assert translator.translate([], Kernel()) == []
+    now[0] += 1
+    assert [one.gfn for one in signals_in(translator.translate([], Kernel()))] == [None]
+
+
+@pytest.mark.usefixtures("at_start")
+def test_what_is_held_back_comes_at_the_end(translator: BpfTranslator) -> None:
+    translator.translate([sigbus()], Kernel())
+    assert len(signals_in(translator.flush(Kernel()))) == 1
+    assert translator.flush_pending_signals() == []
+
+
+@pytest.mark.usefixtures("at_start")
+def test_signals_without_a_record_are_like_the_last_that_had_one(
+    translator: BpfTranslator,
+) -> None:
+    kernel = Kernel()
+    translator.translate([sigbus(), fault()], kernel)
+    row = SigbusKey(VM, GEN, HVA, 4, 12, TID, PID, 1, TID)
+    kernel.signalled = [(row, SigbusCount(1000, 200, 77, 0, 0))]
+    kernel.active += 1
+    (one,) = signals_in(translator.counters(kernel, at_once=True))
+    assert (one.ts, one.gfn, one.count) == (77, 5, 999)
+    translator.translate([vm_gone(0)], kernel)
+    assert kernel.signalled == []
+
+
+def test_a_poisoned_page_by_its_names() -> None:
+    translator = BpfTranslator(1000, ({7: "huge page"}, {2: "Recovered"}), "/nonexistent")
+    (one,) = translator.translate([poison()], Kernel())
+    assert one == Poison(1009, 0x1234, "huge page", "Recovered", 7, 2, TID)
+    unnamed = BpfTranslator(0, ({}, {}), "/nonexistent").translate([poison()], Kernel())
+    assert unnamed == [Poison(9, 0x1234, "7", "2", 7, 2, TID)]
+
+
+def test_a_poisoned_page_of_guest_memfd_with_its_owners(translator: BpfTranslator) -> None:
+    owners = (OwnerRecord * 8)(
+        OwnerRecord(VM, GEN, 5, HVA, PID), OwnerRecord(VM + 1, GEN, 6, 0, PID)
+    )
+    record = poison(inode=42, index=3, seen=1, complete=1, nr_owners=2, owners=owners)
+    *seen, gmem, page = translator.translate([record], Kernel())
+    assert [event.kind for event in seen] == ["vm_seen", "vm_seen"]
+    assert gmem == GmemPoison(9, TID, 42, 3, (Owner(1, 5, HVA), Owner(2, 6, None)), True)
+    assert isinstance(page, Poison)
+    (gmem, _) = translator.translate([poison(seen=1)], Kernel())
+    assert gmem == GmemPoison(9, TID, None, 0, (), False)
+
+
+def test_soft_offline_and_unpoison(translator: BpfTranslator) -> None:
+    raw = [
+        bytes(PageRecord(header(records.PAGE, kvm=0), 7, ret, unpoison))
+        for ret, unpoison in ((0, 0), (-16, 0), (0, 1), (-16, 1))
+    ]
+    assert translator.translate(raw, Kernel()) == [
+        SoftOffline(9, 7, 0),
+        SoftOffline(9, 7, 16),
+        Unpoison(9, 7),
+    ]
+
+
+def test_refusals_are_reported_once(translator: BpfTranslator) -> None:
+    kernel = Kernel()
+    counted = []
+    for total in (3, 3, 5):
+        kernel.refused = [(RefusalKeyRecord(VM, GEN, 5), RefusalCount(total, 9, PID))]
+        kernel.active += 1
+        counted += translator.counters(kernel, at_once=True)
+    assert counted[1:] == [GmemRefusal(9, 1, 5, 3), GmemRefusal(9, 1, 5, 2)]
+    translator.translate([vm_gone(0)], kernel)
+    assert kernel.refused == []
+
+
+def test_losses_are_reported_once(translator: BpfTranslator) -> None:
+    kernel = Kernel()
+    kernel.losses = [2, 0, 1]
+    lost = [event for event in translator.counters(kernel) if isinstance(event, Lost)]
+    assert [(one.where, one.count) for one in lost] == [("ring", 2), ("exit_counts", 1)]
+    assert translator.counters(kernel) == []
+    kernel.losses[0] = 3
+    assert [one.count for one in translator.counters(kernel) if isinstance(one, Lost)] == [1]
+
+
+def test_a_vm_at_the_address_of_one_whose_end_was_missed(translator: BpfTranslator) -> None:
+    kernel = Kernel()
+    translator.translate([vm_new(1)], kernel)
+    kernel.count(key(gen=1), 4)
+    events = translator.translate([vm_new(3)], kernel)
+    assert [event.kind for event in events] == ["exit", "vm_gone", "vm_seen"]
+    assert [event.vm for event in events if isinstance(event, (Exit, VmGone, VmSeen))] == [1, 1, 2]
+    assert kernel.rows == []
+
+
+def test_new_programs_count_from_zero(translator: BpfTranslator) -> None:
+    kernel = Kernel()
+    kernel.count(key(), 4)
+    assert [one.count for one in told(translator, kernel)] == [4]
+    assert translator.reset() == []
+    kernel = Kernel()
+    kernel.count(key(), 3)
+    assert [one.count for one in told(translator, kernel)] == [3]

@@ -1,8 +1,11 @@
-"""BTF: made by hand, as a real module's has it, and damaged. The lab compares with libbpf."""
+"""BTF: made by hand, by a compiler, and damaged. The lab compares it with libbpf."""
 
 from __future__ import annotations
 
+import base64
 import struct as packed
+import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,27 @@ TASK = (
 )
 
 
+# What gcc 12 (-gbtf) made of
+#
+#   struct stat { u32 exits; u32 halts; };
+#   struct vcpu {
+#           void *kvm;
+#           int vcpu_id;
+#           union { const struct stat stat; struct { u32 low, high; } arch; };
+#           struct { u32 flags : 3; u32 mode : 5; volatile u32 cpu; };
+#           struct stat stats[4];
+#           u32 last;
+#   };
+#   int vcpu_run(struct vcpu *vcpu, u32 flags);
+RECORDED = (
+    "eNpdUT1Pw1AMdGgCKbQgscCCFImBBREBEhNDGZgZGBhLSEISkY/SJG0HRn4BCwsIflp3/gTn2Cgpls4++13uPTlf"
+    "Pwbtk8SHIfgEN2RkmEgOsC29rXOO/hrSLoBq2qh7wps4UO60+k1TyZ/+sKM/+qcHt1hzDFg6OwXWWz/qEb2y5qL1"
+    "6V0qx5l1JbXxvJZvzRHqDT9GPe6ALWCk/QZwr5y9v4FnYAgsgbn6L9tFNFffru7LGGtvd7z1OcSagVY1GPIb3oAd"
+    "4L2zF6Z9pBfhg+Y/1HmZRHkYOEleUX1+RmXlVRQukqqk2EuR02JOcRLFcuJN/ZgeUy8qKSuCkPxJTbMmFUlAT7OM"
+    "2IgnY/RpkUfOyhVsAk+vVNG0zsmtsokbPbiLE5/ETC74BfXfRHg="
+)
+
+
 def types(directory: Path, vmlinux: bytes, kvm: bytes | None = None) -> Btf:
     (directory / "vmlinux").write_bytes(vmlinux)
     if kvm is not None:
@@ -103,6 +127,16 @@ def test_a_function(tmp_path: Path) -> None:
     btf = types(tmp_path, blob(INT, proto, head("kvm_destroy_vm", 12, size=2)))
     assert btf.arguments("kvm_destroy_vm") == ("kvm", "flags")
     assert btf.arguments("kvm") is None
+
+
+@pytest.mark.skipif(sys.byteorder != "little", reason="recorded on x86-64")
+def test_what_a_compiler_makes(tmp_path: Path) -> None:
+    btf = types(tmp_path, zlib.decompress(base64.b64decode(RECORDED)))
+    offsets = {"kvm": 0, "vcpu_id": 8, "stat.halts": 16, "arch.high": 16, "cpu": 24, "last": 60}
+    assert {path: btf.offset("vcpu", path) for path in offsets} == offsets
+    assert [btf.offset("vcpu", path) for path in ("flags", "high", "stats.exits")] == [None] * 3
+    assert (btf.size("vcpu"), btf.size("stat")) == (64, 8)
+    assert btf.arguments("vcpu_run") == ("vcpu", "flags")
 
 
 def test_a_module_continues_vmlinux(tmp_path: Path) -> None:

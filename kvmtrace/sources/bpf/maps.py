@@ -6,43 +6,15 @@ import contextlib
 import ctypes
 import errno
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from kvmtrace.sources.bpf.exits import ExitCount, ExitKeyRecord, RefusalCount, RefusalKeyRecord
 from kvmtrace.sources.bpf.records import LOST_PLACES
 from kvmtrace.sources.bpf.signals import SigbusCount, SigbusKey
 
 
-class Counters(Protocol):
-    """The maps that the translator reads. Rows are those that changed since the last call."""
-
-    def activity(self) -> int:
-        """A number that changes with everything that is counted."""
-
-    def exits(self) -> list[tuple[ExitKeyRecord, ExitCount]]:
-        """Failed KVM_RUNs."""
-
-    def refusals(self) -> list[tuple[RefusalKeyRecord, RefusalCount]]:
-        """How often kvm_gmem_get_pfn returned EHWPOISON, by VM and gfn."""
-
-    def signals(self) -> list[tuple[SigbusKey, SigbusCount]]:
-        """Signals that are the same but for their time."""
-
-    def forget_exits(self, keys: list[ExitKeyRecord]) -> None:
-        """Delete the counters of a VM that is gone."""
-
-    def forget_refusals(self, keys: list[RefusalKeyRecord]) -> None:
-        """Delete the counters of a VM that is gone."""
-
-    def forget_signals(self, keys: list[SigbusKey]) -> None:
-        """Delete the counters of a VM that is gone."""
-
-    def lost(self) -> list[int]:
-        """Counts in the order of ``records.LOST_PLACES``."""
-
-
 class Maps:
-    """The maps of the attached programs; ``Counters``, and the ring buffer's records.
+    """The maps of the attached programs: counters that changed since the last call, and records.
 
     ``lib``: libbcc. ``tables``: bcc's tables, by name.
     """
@@ -54,7 +26,7 @@ class Maps:
         self._last: dict[str, dict[bytes, bytes]] = {}  # by map: its rows as they were read last
 
     def set_gmem_watched(self) -> None:
-        """Let the programs rely on it that kvm_gmem_get_pfn has a probe."""
+        """Record that kvm_gmem_get_pfn has a probe, so that its failures are seen."""
         self._tables["watching_gmem"][ctypes.c_int(0)] = ctypes.c_uint32(1)
 
     def open_ring(self) -> None:
@@ -74,6 +46,7 @@ class Maps:
         return received
 
     def exits(self) -> list[tuple[ExitKeyRecord, ExitCount]]:
+        """Failed KVM_RUNs."""
         return [
             (ExitKeyRecord.from_buffer_copy(key), ExitCount.from_buffer_copy(count))
             for name in ("exits", "overflow")
@@ -81,12 +54,14 @@ class Maps:
         ]
 
     def refusals(self) -> list[tuple[RefusalKeyRecord, RefusalCount]]:
+        """How often kvm_gmem_get_pfn returned EHWPOISON, by VM and gfn."""
         return [
             (RefusalKeyRecord.from_buffer_copy(key), RefusalCount.from_buffer_copy(count))
             for key, count in self._changed("refusals")
         ]
 
     def signals(self) -> list[tuple[SigbusKey, SigbusCount]]:
+        """Signals that differ in time only."""
         return [
             (SigbusKey.from_buffer_copy(key), SigbusCount.from_buffer_copy(count))
             for key, count in self._changed("signals")
@@ -103,6 +78,7 @@ class Maps:
                 yield key, value
 
     def forget_exits(self, keys: list[ExitKeyRecord]) -> None:
+        """Delete the counters of a VM that is gone."""
         self._delete("exits", keys)
         self._delete("overflow", keys)
 
@@ -120,9 +96,11 @@ class Maps:
                 del table[table.Key.from_buffer_copy(key)]
 
     def activity(self) -> int:
+        """A number that changes with everything that is counted."""
         return int(self._tables["activity"][ctypes.c_int(0)].value)
 
     def lost(self) -> list[int]:
+        """Counts in the order of ``records.LOST_PLACES``."""
         table = self._tables["lost"]
         return [int(table[ctypes.c_int(place)].value) for place in range(len(LOST_PLACES))]
 

@@ -11,7 +11,7 @@ from kvmtrace.events import Event, Lost
 from kvmtrace.sources.bpf import records
 from kvmtrace.sources.bpf.exits import BpfExits, ExitRecord
 from kvmtrace.sources.bpf.hardware import BpfHardware, HwRecord, MceRecord
-from kvmtrace.sources.bpf.maps import Counters
+from kvmtrace.sources.bpf.maps import Maps
 from kvmtrace.sources.bpf.poison import BpfPoison, Names, PageRecord, PoisonRecord
 from kvmtrace.sources.bpf.signals import BpfSignals, FaultRecord, SigbusRecord
 from kvmtrace.sources.vm_table import VmTable
@@ -68,7 +68,7 @@ class BpfTranslator:
         """Address and generation of a VM's struct kvm, if known."""
         return self._vms.struct_of(vm)
 
-    def translate(self, raw: Sequence[bytes], kernel: Counters) -> list[Event]:
+    def translate(self, raw: Sequence[bytes], maps: Maps) -> list[Event]:
         """Translate the records of one read of the ring buffer."""
         events: list[Event] = []
         # What is counted of a VM is counted before its end is recorded, so one reading of the
@@ -79,10 +79,10 @@ class BpfTranslator:
             record: Any = RECORDS[header.type].from_buffer_copy(data)
             if header.type != records.FAULT:
                 events += self._signals.flush(header.tid)
-            events += self._translate(header, record, kernel)
+            events += self._translate(header, record, maps)
         return events + self._signals.flush_overdue(self._now())
 
-    def _translate(self, header: Any, record: Any, kernel: Counters) -> list[Event]:
+    def _translate(self, header: Any, record: Any, maps: Maps) -> list[Event]:
         match header.type:
             case records.EXIT:
                 return self._exits.exit(record.key, record, header.ts, header.tid, header.tgid)
@@ -99,36 +99,36 @@ class BpfTranslator:
             case records.HW:
                 return [self._hardware.hw_error(record)]
             case records.VM_NEW:
-                return self._vm_created(record, kernel)
+                return self._vm_created(record, maps)
             case records.VM_GONE:
-                return self._vm_gone(record, kernel)
+                return self._vm_gone(record, maps)
         return []
 
-    def counters(self, kernel: Counters, *, at_once: bool = False) -> list[Event]:
+    def counters(self, maps: Maps, *, at_once: bool = False) -> list[Event]:
         """Events of what was counted and not reported, and of what was lost.
 
         Counters are read once a second at most, or ``at_once`` if they will not be read again.
         """
         events: list[Event] = []
-        active, now = kernel.activity(), time.monotonic()
+        active, now = maps.activity(), time.monotonic()
         if active != self._activity and (at_once or now >= self._next_read):
             self._activity = active
             self._next_read = now + READ_SECONDS
-            for key, count in kernel.exits():
+            for key, count in maps.exits():
                 events += self._exits.exit(key, count, count.last_ts, count.tid, count.tgid)
-            for gfn, refused in kernel.refusals():
+            for gfn, refused in maps.refusals():
                 events += self._exits.refusal(gfn, refused)
-            events += self._signals.counted(kernel.signals())
-        lost = kernel.lost()
+            events += self._signals.counted(maps.signals())
+        lost = maps.lost()
         for place, total, before in zip(records.LOST_PLACES, lost, self._lost, strict=True):
             if total > before:
                 events.append(Lost(self._now(), place, total - before))
         self._lost = lost
         return events
 
-    def flush(self, kernel: Counters) -> list[Event]:
+    def flush(self, maps: Maps) -> list[Event]:
         """Everything that is held back, before the programs are detached."""
-        return self.counters(kernel, at_once=True) + self.flush_pending_signals()
+        return self.counters(maps, at_once=True) + self.flush_pending_signals()
 
     def flush_pending_signals(self) -> list[Event]:
         """Signals that wait for their fault, as they are."""
@@ -138,12 +138,12 @@ class BpfTranslator:
         """The end of VMs that no record reported."""
         return self._vms.missed(self._now())
 
-    def _vm_created(self, record: Any, kernel: Counters) -> list[Event]:
+    def _vm_created(self, record: Any, maps: Maps) -> list[Event]:
         header = record.h
         events: list[Event] = []
         for generation in self._vms.generations(header.kvm):
             if generation != header.gen:
-                events += self._flush_vm_counters((header.kvm, generation), kernel)
+                events += self._flush_vm_counters((header.kvm, generation), maps)
         return events + self._vms.began(
             header.kvm,
             header.tgid,
@@ -152,9 +152,9 @@ class BpfTranslator:
             comm=record.comm.decode(errors="replace"),
         )
 
-    def _vm_gone(self, record: Any, kernel: Counters) -> list[Event]:
+    def _vm_gone(self, record: Any, maps: Maps) -> list[Event]:
         header = record.h
-        return self._flush_vm_counters((header.kvm, header.gen), kernel) + self._vms.gone(
+        return self._flush_vm_counters((header.kvm, header.gen), maps) + self._vms.gone(
             header.kvm,
             header.tgid,
             header.ts + self._offset,
@@ -162,14 +162,14 @@ class BpfTranslator:
             comm=record.comm.decode(errors="replace"),
         )
 
-    def _flush_vm_counters(self, struct: tuple[int, int], kernel: Counters) -> list[Event]:
+    def _flush_vm_counters(self, struct: tuple[int, int], maps: Maps) -> list[Event]:
         """The events of all that was counted; then the counters of this VM are deleted."""
-        events = [] if self._flushed else self.counters(kernel, at_once=True)
+        events = [] if self._flushed else self.counters(maps, at_once=True)
         self._flushed = True
         exits, refusals = self._exits.forget(struct)
-        kernel.forget_exits(exits)
-        kernel.forget_refusals(refusals)
-        kernel.forget_signals(self._signals.forget(struct))
+        maps.forget_exits(exits)
+        maps.forget_refusals(refusals)
+        maps.forget_signals(self._signals.forget(struct))
         return events
 
     def _now(self) -> int:

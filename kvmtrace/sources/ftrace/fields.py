@@ -3,7 +3,7 @@
 A field has forms, from the one that says most to the one that older kernels take; BTF argument
 names (``vcpu->kvm``, Linux 6.6) come before registers (``$arg1``). A field that no form brings is
 left out, and with it the one fact; the probe fails only where a ``needed`` one cannot be had.
-``{struct.member}`` in a form is an offset, taken from BTF.
+``{struct.member}`` in a form is an offset, taken from BTF where libbpf is at hand.
 """
 
 from __future__ import annotations
