@@ -85,6 +85,11 @@ class Btf:
         with contextlib.suppress(OSError, ValueError):
             self._blobs.append(_Blob(f"{root}/kvm", vmlinux))
 
+    @property
+    def has_kvm(self) -> bool:
+        """Whether kvm is a module that is loaded."""
+        return len(self._blobs) > 1
+
     def offset(self, struct: str, path: str) -> int | None:
         """Byte offset of ``path`` ("a.b.c", nested structs, not pointers) in ``struct``.
 

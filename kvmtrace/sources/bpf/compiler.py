@@ -104,8 +104,13 @@ class CompiledPrograms:
             raise ValueError(f"these are no compiled programs: {error}") from error
         for program in made.programs.values():
             size = len(program.code)
-            if not size or size % 8 or any(
-                of not in made.maps or not 0 <= at <= size - 16 or at % 8 for at, of in program.maps
+            if (
+                not size
+                or size % 8
+                or any(
+                    of not in made.maps or not 0 <= at <= size - 16 or at % 8
+                    for at, of in program.maps
+                )
             ):
                 raise ValueError("these are no compiled programs: a map is out of place")
         return made
@@ -169,7 +174,7 @@ def compiled(cflags: Sequence[str], python: str = sys.executable) -> CompiledPro
         "cflags": [f"-I{directory}", *cflags],
         "stubs": str(directory / "stubs"),
     }
-    code = "import sys; sys.path[:] = sys.argv[1:]; import kvmtrace.sources.bpf.compiler as c; c.main()"
+    code = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import main; main()"
     try:
         done = subprocess.run(
             [python, "-S", "-c", code, *filter(None, sys.path)],
@@ -274,7 +279,7 @@ def _taken_apart(bcc: Any, made: Any) -> CompiledPrograms:
         for at, _ in places:
             code.set_map(at, 0)
         programs[name] = CompiledProgram(bytes(memory), places)
-    return CompiledPrograms(str(getattr(bcc, "__version__", "unknown")), maps, programs)
+    return CompiledPrograms(bcc_version() or "unknown", maps, programs)
 
 
 def _maps_of(lib: Any, module: int) -> tuple[dict[str, MapDefinition], dict[int, str]]:

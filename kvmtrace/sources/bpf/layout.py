@@ -176,7 +176,9 @@ class _Types:
 
 def _types(functions: Sequence[str], cache: ProgramCache) -> _Types:
     members = OFFSETS | lookup.OFFSETS
-    name = _types_name(repr((members, SIZES, TRACEPOINT_ARGUMENTS, functions)))
+    wanted = repr((members, SIZES, TRACEPOINT_ARGUMENTS, functions))
+    with_kvm = os.path.exists(f"{SYS_BTF}/kvm")
+    name = _types_name(wanted, with_kvm)
     kept = cache.read(name) if name else None
     if kept is not None:
         with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):
@@ -197,7 +199,8 @@ def _types(functions: Sequence[str], cache: ProgramCache) -> _Types:
         {f"{event}_{name}": _place(btf, event, name) for event, name in TRACEPOINT_ARGUMENTS},
         {one: known for one in functions if (known := btf.function(one))},
     )
-    if name:
+    # kvm may have come or gone meanwhile.
+    if name and btf.has_kvm == with_kvm and name == _types_name(wanted, with_kvm):
         cache.write(
             name,
             {
@@ -213,17 +216,19 @@ def _types(functions: Sequence[str], cache: ProgramCache) -> _Types:
     return found
 
 
-def _types_name(wanted: str) -> str:
-    """Of a file that holds the types of this build of the kernel and of kvm, as far as ``wanted``.
+def _types_name(wanted: str, with_kvm: bool) -> str:
+    """The file with the types of this build of the kernel and of its module kvm, if it has one.
 
     "" where one build cannot be told from another.
     """
     uname = os.uname()
     taken = hashlib.sha256("\0".join((wanted, *uname)).encode())
     builds = [_bytes("/sys/kernel/notes")]
-    if os.path.exists(f"{SYS_BTF}/kvm"):
-        builds.append(_bytes("/sys/module/kvm/notes/.note.gnu.build-id"))
-        builds.append(_bytes("/sys/module/kvm/srcversion") or b"-")
+    if with_kvm:
+        module = "/sys/module/kvm"
+        builds.append(
+            _bytes(f"{module}/notes/.note.gnu.build-id") or _bytes(f"{module}/srcversion")
+        )
     for build in builds:
         if not build:
             return ""

@@ -327,5 +327,3 @@ def _text(path: str) -> str:
             return file.read().strip()
     except OSError as error:
         raise ValueError(str(error)) from error
-
-

@@ -25,7 +25,7 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class ProgramCache:
-    """JSON objects by name, in ``path``. Nothing here raises: without a directory, all is made anew.
+    """JSON objects by name, in ``path``. Nothing here raises: what is not kept is made anew.
 
     ``owner``: who has to own it. ``trouble``: why something was not kept, or not believed, in words
     for people.
@@ -147,7 +147,9 @@ class ProgramCache:
 def _is_ours(found: os.stat_result, owner: int, *, sticky: bool) -> bool:
     """Whether nobody but ``owner`` can write. An ACL's mask shows as the group's bits."""
     writable = found.st_mode & _WRITABLE_BY_OTHERS
-    return found.st_uid == owner and (not writable or (sticky and bool(found.st_mode & stat.S_ISVTX)))
+    return found.st_uid == owner and (
+        not writable or (sticky and bool(found.st_mode & stat.S_ISVTX))
+    )
 
 
 def _remove_old(directory: int) -> None:
