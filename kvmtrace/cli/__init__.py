@@ -11,6 +11,7 @@ import os
 import click
 
 from kvmtrace import __version__
+from kvmtrace.cli.compile import compile_
 from kvmtrace.cli.doctor import doctor
 from kvmtrace.cli.errors import Group, stop
 from kvmtrace.cli.live import events, serve, top
@@ -36,5 +37,5 @@ def cli() -> None:
     """
 
 
-for command in (top, events, serve, record, replay, explain, bundle, doctor):
+for command in (top, events, serve, record, replay, explain, bundle, doctor, compile_):
     cli.add_command(command)

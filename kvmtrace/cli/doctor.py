@@ -42,7 +42,17 @@ def doctor(ctx: click.Context, as_json: bool, verbose: bool, source: str) -> Non
 
 def examined(source: str) -> doctor_view.Report:
     """What doctor says of this host and of these sources."""
-    return doctor_view.judge(host.examine(), [_attempt(kind) for kind in _kinds(source)])
+    kinds = _kinds(source)
+    # Before the attempts, which compile what is not there.
+    programs = _kept_programs() if "bpf" in kinds else None
+    return doctor_view.judge(host.examine(), [_attempt(kind) for kind in kinds], programs)
+
+
+def _kept_programs() -> doctor_view.KeptPrograms | None:
+    from kvmtrace.sources.bpf import programs  # noqa: PLC0415 (only what watches needs it)
+
+    kept = programs.kept()
+    return kept and doctor_view.KeptPrograms(kept.path, kept.bcc, kept.trouble)
 
 
 def _kinds(source: str) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ class ProgramCache:
         with self._directory(make=True) as directory:
             if directory is None:
                 return False
-            temporary = f".{name}.{os.getpid()}"
+            temporary = f".{name}.{os.urandom(4).hex()}"
             try:
                 file = os.open(
                     temporary,
@@ -96,6 +96,12 @@ class ProgramCache:
                 _remove_old(directory)
         return True
 
+    def check_writable(self) -> None:
+        """Say why nothing can be kept, if so."""
+        with self._directory(make=True) as directory:
+            if directory is not None and not os.access(".", os.W_OK, dir_fd=directory):
+                self.trouble = f"nobody can write to {self.path}"
+
     def _distrust(self, name: str, why: str) -> None:
         self.trouble = f"{self.path}/{name} is not used: {why}"
 
@@ -110,9 +116,14 @@ class ProgramCache:
                 os.close(directory)
 
     def _open(self, make: bool) -> int | None:
+        failed = None
         if make:
-            with contextlib.suppress(FileExistsError, OSError):
+            try:
                 os.mkdir(self.path, 0o755)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                failed = error.strerror
         above = os.path.dirname(self.path)
         while True:
             with contextlib.suppress(OSError):
@@ -129,7 +140,7 @@ class ProgramCache:
             directory = os.open(self.path, flags)
         except FileNotFoundError:
             if make:
-                self.trouble = f"{self.path} cannot be made"
+                self.trouble = f"{self.path} cannot be made: {failed}"
             return None
         except OSError as error:
             self.trouble = f"{self.path}: {error.strerror}"

@@ -11,7 +11,7 @@ import errno
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from kvmtrace import probes, sources
 from kvmtrace.errors import KvmtraceError
@@ -64,11 +64,11 @@ class Programs:
         self._copies: dict[str, int] = {}  # by probe, where there are several
         cache = ProgramCache()
         self._layout = _layout(cache)
-        compiled = compiled_programs(self._layout, cache)
-        if cache.trouble:
+        programs = _compiled(self._layout, cache)
+        if cache.trouble and cache.path:
             sources.note(f"the cache of eBPF programs: {cache.trouble}")
         try:
-            self._loader = Loader(compiled, self._layout.addresses())
+            self._loader = Loader(programs, self._layout.addresses())
             self.maps = Maps(self._loader.maps)
         except PermissionError as error:
             raise KvmtraceError(
@@ -250,27 +250,61 @@ def _cflags(layout: Layout) -> list[str]:
     ]
 
 
-def kept_programs(layout: Layout, cache: ProgramCache) -> CompiledPrograms | None:
+def _kept(layout: Layout, cache: ProgramCache) -> CompiledPrograms | None:
     """What ``cache`` has for this kernel and for the bcc that is installed, if there is one."""
     name = _name(layout)
     found = cache.read(name)
     if found is None:
         return None
     try:
-        kept = CompiledPrograms.from_object(found)
+        programs = CompiledPrograms.from_object(found)
     except ValueError:
         cache.distrust(name)
         return None
-    return kept if bcc_version() in (None, kept.bcc) else None
+    return programs if bcc_version() in (None, programs.bcc) else None
 
 
-def compiled_programs(layout: Layout, cache: ProgramCache) -> CompiledPrograms:
+def _compiled(layout: Layout, cache: ProgramCache) -> CompiledPrograms:
     """The programs for this kernel, from ``cache`` or compiled and kept there."""
-    kept = kept_programs(layout, cache)
-    if kept is None:
-        kept = compiled(_cflags(layout))
-        cache.write(_name(layout), kept.as_object())
-    return kept
+    programs = _kept(layout, cache)
+    if programs is None:
+        programs = compiled(_cflags(layout))
+        cache.write(_name(layout), programs.as_object())
+    return programs
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Whether the next start finds its programs compiled, in ``path``.
+
+    ``bcc``: the version that compiled them; None if they are not there. ``trouble``: why nothing
+    can be kept, or what is there is not used.
+    """
+
+    path: str
+    bcc: str | None
+    trouble: str | None
+
+
+def kept() -> Kept | None:
+    """Of this kernel, as it is now; None where the kernel has no BTF."""
+    cache = ProgramCache()
+    try:
+        programs = _kept(_layout(cache), cache)
+    except (KvmtraceError, OSError):
+        return None
+    if programs is None:
+        cache.check_writable()
+    return Kept(cache.path, programs.bcc if programs else None, cache.trouble)
+
+
+def keep() -> Kept:
+    """Compile for this kernel. Raises KvmtraceError; ``trouble`` if that cannot be kept."""
+    cache = ProgramCache()
+    layout = _layout(cache)
+    programs = compiled(_cflags(layout))
+    is_kept = cache.write(_name(layout), programs.as_object())
+    return Kept(cache.path, programs.bcc if is_kept else None, cache.trouble)
 
 
 def _name(layout: Layout) -> str:
