@@ -52,7 +52,7 @@ def _kept_programs() -> doctor_view.KeptPrograms | None:
     from kvmtrace.sources.bpf import programs  # noqa: PLC0415 (only what watches needs it)
 
     kept = programs.kept()
-    return kept and doctor_view.KeptPrograms(kept.path, kept.bcc, kept.trouble)
+    return doctor_view.KeptPrograms(kept.path, kept.bcc, kept.trouble) if kept else None
 
 
 def _kinds(source: str) -> tuple[str, ...]:

@@ -73,34 +73,34 @@ class KernelMap:
         )
         self._key = ctypes.create_string_buffer(definition.key_size or 1)
         self._value = ctypes.create_string_buffer(definition.value_size or 1)
-        self._element = _Element(
-            self.fd, 0, ctypes.addressof(self._key), ctypes.addressof(self._value)
-        )
+        at = ctypes.addressof(self._key)
+        self._row = _Element(self.fd, 0, at, ctypes.addressof(self._value))
+        self._row_key = _Element(self.fd, 0, at)  # the kernel wants the rest to be zeros
         self._batches = True  # as far as is known
         self._buffers: tuple[Any, Any] | None = None
 
     def lookup(self, key: bytes) -> bytes | None:
         """The value; None if there is none."""
         try:
-            self._do(_LOOKUP, key)
+            self._do(_LOOKUP, key, self._row)
         except FileNotFoundError:
             return None
         return self._value.raw[: self.definition.value_size]
 
     def update(self, key: bytes, value: bytes) -> None:
         ctypes.memmove(self._value, value, self.definition.value_size)
-        self._do(_UPDATE, key)
+        self._do(_UPDATE, key, self._row)
 
     def delete(self, key: bytes) -> None:
         """Delete a row, if there is one."""
         with contextlib.suppress(FileNotFoundError):
-            self._do(_DELETE, key)
+            self._do(_DELETE, key, self._row_key)
 
-    def _do(self, command: int, key: bytes) -> None:
+    def _do(self, command: int, key: bytes, element: _Element) -> None:
         if len(key) != self.definition.key_size:
             raise ValueError(f"a key of {len(key)} bytes, not {self.definition.key_size}")
         ctypes.memmove(self._key, key, len(key))
-        bpf(command, self._element)
+        bpf(command, element)
 
     def rows(self) -> Iterator[tuple[bytes, bytes]]:
         """(key, value) of every row.

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 PATH = "/var/cache/kvmtrace"
@@ -21,6 +22,7 @@ VARIABLE = "KVMTRACE_CACHE"
 MAX_FILES = 16
 MAX_BYTES = 4 << 20
 
+_DAMAGED = "it is damaged"
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -45,30 +47,33 @@ class ProgramCache:
             if directory is None:
                 return None
             try:
-                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+                return self._read(directory, name)
             except FileNotFoundError:
                 return None
             except OSError as error:
-                return self._distrust(name, error.strerror)
+                self._distrust(name, error.strerror or str(error))
+            except ValueError as error:
+                self._distrust(name, str(error))
+        return None
+
+    def _read(self, directory: int, name: str) -> Any:
+        """Raises OSError, and ValueError with the reason why it cannot be believed."""
+        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
         with open(file, "rb") as opened:
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode) or not self._is_ours(found):
-                return self._distrust(name, "somebody else could have written it")
-            try:
-                data = opened.read(MAX_BYTES + 1)
-            except OSError as error:
-                return self._distrust(name, error.strerror)
-        checksum, _, text = data.partition(b"\n")
+                raise ValueError("somebody else could have written it")
+            checksum, _, text = opened.read(MAX_BYTES).partition(b"\n")
         if checksum != hashlib.sha256(text).hexdigest().encode():
-            return self._distrust(name, "it is damaged")
+            raise ValueError(_DAMAGED)
         try:
             return json.loads(text)
-        except ValueError:
-            return self._distrust(name, "it is damaged")
+        except ValueError as error:
+            raise ValueError(_DAMAGED) from error
 
     def distrust(self, name: str) -> None:
         """Say that the object ``name`` is not what it should be."""
-        self._distrust(name, "it is damaged")
+        self._distrust(name, _DAMAGED)
 
     def write(self, name: str, found: Any) -> bool:
         """Keep an object, readable by its owner only; ``trouble`` says why that failed."""
@@ -106,7 +111,7 @@ class ProgramCache:
         self.trouble = f"{self.path}/{name} is not used: {why}"
 
     @contextlib.contextmanager
-    def _directory(self, *, make: bool = False) -> Any:
+    def _directory(self, *, make: bool = False) -> Iterator[int | None]:
         """A descriptor of the directory; None if there is none that can be believed."""
         directory = self._open(make) if self.path else None
         try:
