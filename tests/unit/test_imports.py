@@ -16,7 +16,7 @@ PACKAGE = Path(kvmtrace.__file__).parent
 
 # library: the modules that may know it, and nothing else
 HOMES = {
-    "bcc": ("sources/bpf/programs.py",),
+    "bcc": ("sources/bpf/compiler.py",),
     "click": ("cli/",),
     "prometheus_client": ("views/web/metrics.py",),
     "textual": ("views/terminal/app.py",),

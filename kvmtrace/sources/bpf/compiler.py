@@ -100,7 +100,7 @@ class CompiledPrograms:
                     for name, one in found["programs"].items()
                 },
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"these are no compiled programs: {error}") from error
         for program in made.programs.values():
             size = len(program.code)

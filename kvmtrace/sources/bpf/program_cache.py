@@ -58,7 +58,8 @@ class ProgramCache:
 
     def _read(self, directory: int, name: str) -> Any:
         """Raises OSError, and ValueError with the reason why it cannot be believed."""
-        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.open(name, flags, dir_fd=directory)
         with open(file, "rb") as opened:
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode) or not self._is_ours(found):
