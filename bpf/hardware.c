@@ -1,4 +1,5 @@
 /* Memory errors as hardware and firmware report them. */
+
 /* ---- mce: mce:mce_record(struct mce_hw_err * or struct mce *) ---- */
 
 static __always_inline int on_mce(u64 mce)

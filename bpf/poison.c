@@ -1,4 +1,5 @@
 /* Poisoned pages, with the VMs that a guest_memfd page belongs to; soft offline and unpoison. */
+
 /* Per thread: from kvm_gmem_error_folio to the memory_failure_event that follows it. */
 BPF_TABLE("lru_hash", u32, struct gmem_walk, walks, 256);
 BPF_TABLE("percpu_array", u32, struct gmem_walk, walk_scratch, 1);

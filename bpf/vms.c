@@ -1,4 +1,5 @@
 /* The beginning and the end of VMs. */
+
 BPF_TABLE("array", u32, u64, generations, 1);
 
 /* ---- vm_new, vm_gone ---- */

@@ -1,4 +1,4 @@
-"""Names of memory: which of them name a DIMM, and what the others name."""
+"""Names of memory: whether they name a DIMM, and if not, what."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from kvmtrace import sanitize
 
-# What firmware has in place of a name (SMBIOS), and what EDAC says where it knows none:
+# What firmware has in place of a name (SMBIOS), and EDAC where it has none:
 # edac_mc_handle_error (drivers/edac/edac_mc.c), ghes_edac.c.
 _PLACEHOLDERS = (
     r"no(?: dimm| module)? (?:installed|present)",
@@ -17,11 +17,11 @@ _PLACEHOLDERS = (
     r"(?:to be )?(?:fill(?:ed)?|defined)(?: by)?(?: o\.?e\.?m\.?)?|default string|o\.?e\.?m\.?",
     r"empty|none|null|nil|n/?a|n\.a\.|reserved|invalid|(?:device|bank) ?locator|system default",
     r"<?(?:bad index|out of spec)>?",
-    # No name either: the kind of a thing, and not which one.
+    # No names either: they say what kind of part it is, but not which one.
     r"(?:so|u|r|lr)?[\W_]*dimms?|(?:system )?memory(?: module| device)?|ram|(?:lp)?ddr\d\w?",
     r"bank|channel|slot|location|x{2,}|0xf+|4294967295",
 )
-# Atomic: whatever firmware says, matching it takes no time.
+# Atomic groups: no text of firmware's takes long to match.
 _WORDS = "|".join(_PLACEHOLDERS).replace(" ", r"[\W_]+")
 _ONLY = re.compile(rf"(?>[\W_]*(?:{_WORDS})(?![^\W_]))*[\W_]*", re.IGNORECASE)
 _AT_AN_END = re.compile(
@@ -34,8 +34,8 @@ _SOLDERED = re.compile(r"\b(?:system ?board|on[- ]?board) memory$|^on[- ]?board$
 
 _OR = " or "  # OTHER_LABEL, include/linux/edac.h
 
-# What EDAC calls memory that its driver gives no name: the controller and a number in each of its
-# layers (edac_mc_alloc_dimms and edac_layer_name, edac_mc.c). The last layer says what that is.
+# EDAC's label of memory to which its driver gives no name: the controller and a number in each of
+# its layers (edac_mc_alloc_dimms and edac_layer_name, edac_mc.c). The last layer says what it is.
 _POSITION = re.compile(r"mc#\d+(?:(branch|channel|slot|csrow|memory)#\d+)*", re.IGNORECASE)
 _CHIP_SELECT = re.compile(r"csrow[\W_]*\d", re.IGNORECASE)
 
@@ -49,10 +49,10 @@ _A_SLOT = re.compile(
 
 
 def label(text: str | None) -> str | None:
-    """The name in ``text``, without placeholders; None where it names nothing.
+    """Return the name in ``text`` without placeholders; None if it names nothing.
 
-    One memory that is named twice ("DIMM0 or DIMM0", two ranks of it) is one. All memory of a
-    controller ("mc#0memory#0") is no place in it.
+    A name that occurs twice ("DIMM0 or DIMM0", two ranks of it) is returned once. All memory of a
+    controller ("mc#0memory#0") is not a name.
     """
     names = []
     for name in sanitize.clean(text or "").split(_OR):
@@ -65,7 +65,7 @@ def label(text: str | None) -> str | None:
 
 
 def of_fru(text: str | None) -> str | None:
-    """``text`` of a field-replaceable unit where it names a DIMM.
+    """Return ``text`` of a field-replaceable unit if it names a DIMM.
 
     Firmware also puts the kind of an error there ("CorrectedErr", "DIMM ????").
     """
@@ -74,16 +74,15 @@ def of_fru(text: str | None) -> str | None:
 
 
 def candidates(label: str) -> list[str]:
-    """All that a label names: EDAC lists those it cannot distinguish."""
+    """Return all names in a label: EDAC lists those that it cannot distinguish."""
     return label.split(_OR)
 
 
 def names(label: str) -> str:
-    """What a label names: a "dimm", a "slot", "rank" or "channel" by its position, or several
-    "candidates".
+    """Return what a label names: "dimm"; "slot", "rank" or "channel" of a position; "candidates".
 
-    A position ("mc#0channel#1slot#0") is no name that a board has; drivers that know chip selects
-    call the rank "mc#0csrow#2channel#1". Memory in a processor's package ("…_HBMC#0_Chan#1",
+    A position ("mc#0channel#1slot#0") is not printed on a board; drivers that know chip selects
+    name the rank ("mc#0csrow#2channel#1"). Memory in a processor's package ("…_HBMC#0_Chan#1",
     skx_common.c) or soldered to the board ("Slice#0_Chan#1", pnd2_edac.c; "System Board Memory",
     SMBIOS) is no DIMM.
     """
@@ -104,6 +103,6 @@ def is_position(label: str) -> bool:
 
 
 def _layer(label: str) -> str | None:
-    """The last layer of a position, "" for a controller; None of another label."""
+    """Return the last layer of a position, "" for a controller; None for another label."""
     position = _POSITION.fullmatch(label)
     return (position[1] or "").lower() if position else None

@@ -1,13 +1,13 @@
-"""The two ways kvmtrace ends early: something on this host, or something on the command line."""
+"""The two errors that end kvmtrace: for a reason on this host, or in the command line."""
 
 from __future__ import annotations
 
 
 class KvmtraceError(Exception):
-    """A reason to stop that a person can act on: one line, and a hint of the fix.
+    """An error that the user can fix: one line, and a hint how; exit status 1.
 
-    ``detail``: what a library or the kernel said, word for word; `doctor --verbose` shows it.
-    ``cli`` prints ``kvmtrace: MESSAGE`` and, on a second line, ``hint: HINT``; exit status 1.
+    ``detail``: the original text of a library or the kernel, for `doctor --verbose`. ``cli`` prints
+    ``kvmtrace: MESSAGE`` and, on a second line, ``hint: HINT``.
     """
 
     exit_status = 1
@@ -22,6 +22,6 @@ class KvmtraceError(Exception):
 
 
 class UsageError(KvmtraceError):
-    """The command line asks for something that is not there (an unknown VM …); status 2."""
+    """The command line names something that does not exist (an unknown VM …); exit status 2."""
 
     exit_status = 2

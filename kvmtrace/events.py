@@ -1,31 +1,37 @@
-"""Events: what the kernel said, one frozen record per saying.
+"""Events: what the kernel reported, one frozen record each.
 
-A field that the source cannot know is ``None``; no field is ever 0 for want of a value. Times are
-nanoseconds since the epoch (UTC); sources convert from CLOCK_MONOTONIC, which both BPF and tracefs
-stamp with, by one offset that is measured at the start. So differences of times are durations
-whatever becomes of the wall clock; ``wall_time`` gives the time of day. ``vm`` is a key that the
-source gives to one ``struct kvm`` for its lifetime and never uses twice; what is known of that VM
-comes in ``VmSeen``.
+A field that the source cannot know is ``None``, never 0. Times are nanoseconds since the epoch
+(UTC). Sources convert them from CLOCK_MONOTONIC, with which both BPF and tracefs stamp, by one
+offset that is measured at the start: differences of times are durations, even if the wall clock is
+stepped. ``wall_time`` gives the time of day. ``vm`` is a key that the source gives to one ``struct
+kvm`` for its lifetime and never reuses; ``VmSeen`` has what is known of that VM.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kvmtrace import kvm
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """One place where a page is guest memory: VM key, gfn (host pages), hva in the VMM."""
+    """One place where a page is guest memory.
+
+    ``vm``: key. ``gfn``: guest frame number, in host pages. ``hva``: address in the VMM.
+    """
 
     vm: int
     gfn: int | None
     hva: int | None = None
+
+
+def vm_label(pid: int, name: str | None, vmid: str | None) -> str:
+    """What people call a VM: the name, else ``pid N``; Proxmox VE's number in front."""
+    name = name or f"pid {pid}"
+    return f"{vmid} ({name})" if vmid else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +44,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class VmSeen(Event):
-    """A VM is known from here on; comes again, with the same key, when more is known of it.
+    """A VM was discovered; comes again, with the same key, when more is known of it.
 
-    ``vmid``: Proxmox VE's number for it. ``unread``: why its process could not be looked up, so
-    that only what cannot hang is known of it (``proc_reader``).
+    ``vmid``: Proxmox VE's number for it. ``unread``: why its process could not be looked up; only
+    what can be read without a risk of hanging is known then (``linux.proc_reader``).
     """
 
     kind: ClassVar[str] = "vm_seen"
@@ -55,14 +61,13 @@ class VmSeen(Event):
 
     @property
     def label(self) -> str:
-        """What people call it: the name, else ``pid N``; Proxmox VE's number in front."""
-        name = self.name or f"pid {self.pid}"
-        return f"{self.vmid} ({name})" if self.vmid else name
+        """See ``vm_label``."""
+        return vm_label(self.pid, self.name, self.vmid)
 
 
 @dataclass(frozen=True, slots=True)
 class VmGone(Event):
-    """kvm_destroy_vm ran (or the VMM's process is no more, where that was missed)."""
+    """kvm_destroy_vm ran, or the VMM's process has ended if that was missed."""
 
     kind: ClassVar[str] = "vm_gone"
     vm: int
@@ -72,14 +77,14 @@ class VmGone(Event):
 class Exit(Event):
     """KVM_RUN failed; ``count`` exits of exactly this kind, the last of them at ``ts``.
 
-    ``errno`` 0: KVM_RUN returned 0 all the same. With reason 41 that is a synchronous external
-    abort, with reason 39 a memory fault of arm64's nested virtualization (kvm_handle_vncr_abort).
-    ``annotated``: reason 39 with EFAULT, EHWPOISON or 0, so flags, gpa and size are the kernel's
-    (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT), or None if only a count has it.
-    ``vcpu``, ``reason``, ``annotated`` are None where the kernel had no counter left for each.
-    ``gmem``: the errno with which kvm_gmem_get_pfn failed for this very fault, 0 if it was not
-    asked, None if nobody watched. ``gfn`` may come from the fault handler where the exit is not
-    annotated. ``access``: some of "r", "w", "x".
+    ``errno`` 0: KVM_RUN returned 0 although it failed: with reason 41 a synchronous external abort,
+    with reason 39 a memory fault of arm64's nested virtualization (kvm_handle_vncr_abort).
+    ``annotated``: reason 39 with EFAULT, EHWPOISON or 0, so that flags, gpa and size are valid
+    (Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT). ``vcpu``, ``reason`` and ``annotated``
+    are None if the kernel's map had no room for a counter of their own. ``gmem``: the errno with
+    which kvm_gmem_get_pfn failed for this fault, 0 if it was not called, None if that was not
+    watched. ``gfn`` may come from the fault handler if the exit is not annotated. ``access``: some
+    of "r", "w", "x".
     """
 
     kind: ClassVar[str] = "exit"
@@ -99,8 +104,8 @@ class Exit(Event):
     count: int = 1
 
     @property
-    def tells_of_poison(self) -> bool:
-        """EHWPOISON, or what arm64 says without an errno: KVM_EXIT_ARM_SEA, a nested fault."""
+    def is_poison(self) -> bool:
+        """Whether it reports poison: EHWPOISON, or on arm64 KVM_EXIT_ARM_SEA or a nested fault."""
         if self.errno != 0:
             return self.errno == kvm.EHWPOISON
         nested = self.reason == kvm.EXIT_MEMORY_FAULT and self.gmem == kvm.EHWPOISON
@@ -109,7 +114,7 @@ class Exit(Event):
 
 @dataclass(frozen=True, slots=True)
 class Poison(Event):
-    """memory_failure_event. Type and result as this kernel prints them, numbers beside."""
+    """memory_failure_event: type and result as this kernel prints them, and as numbers."""
 
     kind: ClassVar[str] = "poison"
     pfn: int
@@ -122,10 +127,10 @@ class Poison(Event):
 
 @dataclass(frozen=True, slots=True)
 class GmemPoison(Event):
-    """kvm_gmem_error_folio: memory_failure calls guest_memfd, just before its Poison, same thread.
+    """kvm_gmem_error_folio: memory_failure calls guest_memfd just before its Poison, same thread.
 
-    ``index``: page offset in the guest_memfd; ``owners`` in the order found, ``complete`` False
-    where the walk could not see all bindings (or the source cannot walk at all).
+    ``index``: page offset in the guest_memfd. ``owners``: in the order found. ``complete``: False
+    if the source could not read all bindings.
     """
 
     kind: ClassVar[str] = "gmem_poison"
@@ -138,9 +143,9 @@ class GmemPoison(Event):
 
 @dataclass(frozen=True, slots=True)
 class Owned(Event):
-    """A VM's page table holds the poisoned pfn; ``via``: how that was found ("pagemap", …).
+    """A VM owns the poisoned pfn; ``via``: how that was found ("pagemap", …).
 
-    ``size``: bytes lost with it, where the mapping shows it (a hugetlb page is lost as a whole).
+    ``size``: bytes lost, if the mapping shows it (a hugetlb page is lost as a whole).
     """
 
     kind: ClassVar[str] = "owned"
@@ -154,13 +159,12 @@ class Owned(Event):
 class Sigbus(Event):
     """A BUS_MCEERR_* SIGBUS for thread ``tid`` of ``pid``; 2**``lsb`` bytes at ``hva`` are lost.
 
-    ``code`` SI_KERNEL: the kernel could not take the page out of the way of the thread that
-    consumed it, and ends that by force (arch/x86/kernel/cpu/mce/core.c, kill_me_now); no ``hva``.
-    ``sender``: the thread in which the kernel sent it. ``vcpu`` and ``gfn``: sent from within
-    KVM_RUN, for that vCPU's access. ``vm`` is None where the process runs no VM (or several and
-    the thread does not show which). ``pfn``: read from the process's page table at ``hva``.
-    ``count``: so many signals, the same but for their time; the last of them at ``ts``.
-    ``comm``: the name of the process, where ``vm`` is None.
+    ``code`` SI_KERNEL: the kernel could not unmap the page that the thread accessed, and kills it
+    (arch/x86/kernel/cpu/mce/core.c, kill_me_now); without ``hva``. ``sender``: the thread in which
+    the kernel sent it. ``vcpu`` and ``gfn``: if sent within KVM_RUN, for that vCPU's access. ``vm``
+    is None if the process runs no VM, or several of which the thread does not show one. ``pfn``:
+    read from the process's page table at ``hva``. ``count``: signals that differ only in time; the
+    last of them at ``ts``. ``comm``: the name of the process, if ``vm`` is None.
     """
 
     kind: ClassVar[str] = "sigbus"
@@ -180,13 +184,13 @@ class Sigbus(Event):
 
 @dataclass(frozen=True, slots=True)
 class Mce(Event):
-    """mce:mce_record. ``pfn`` is None where the registers declare no valid, physical address.
+    """mce:mce_record. ``pfn`` is None if the registers have no valid physical address.
 
-    ``count``: so many errors, the same but for their time, the last of them at ``ts``; one record
-    may stand for several. ``vendor``: who made the CPU, by its own name ("AuthenticAMD"): not all
-    bits mean the same. ``ipid``: AMD's MCA_IPID, what kind of unit the bank is of. ``fru``: AMD's
-    name of what is to be replaced. ``cpu``, ``socket``: which read the record; where the memory
-    is only if a memory controller reports.
+    ``count``: errors that differ only in time, the last of them at ``ts``; one record may stand for
+    several. ``vendor``: the CPU's ("AuthenticAMD"); the meaning of some bits depends on it.
+    ``ipid``: AMD's MCA_IPID, the kind of unit that has the bank. ``fru``: AMD's name of the part to
+    replace. ``cpu``, ``socket``: where the record was read; the memory is there only if a memory
+    controller reports.
     """
 
     kind: ClassVar[str] = "mce"
@@ -205,9 +209,9 @@ class Mce(Event):
 
 @dataclass(frozen=True, slots=True)
 class GmemRefusal(Event):
-    """kvm_gmem_get_pfn answered EHWPOISON ``count`` times for a gfn, the last time at ``ts``.
+    """kvm_gmem_get_pfn returned EHWPOISON ``count`` times for a gfn, the last time at ``ts``.
 
-    Whether KVM_RUN then notified the VMM is another matter: some callers swallow it.
+    KVM_RUN may not have notified the VMM: some callers ignore the error.
     """
 
     kind: ClassVar[str] = "refused"
@@ -220,11 +224,11 @@ class GmemRefusal(Event):
 class HwError(Event):
     """A memory error as the hardware or the firmware reported it; what is not reported is None.
 
-    ``via``: the tracepoint or function that said so ("ras:mc_event", …). ``severity``: "corrected",
-    "deferred", "recoverable" or "fatal". ``addr``: physical; ``grain``: bytes that the address is
-    exact to. ``count``: errors that this one report stands for. ``label``: the DIMM's, or what
-    else of memory it names (``dimms.names``). ``label_from``: who calls it so, "edac", "smbios"
-    or "fru" (FRU text of firmware's record).
+    ``via``: the tracepoint or function that reported it ("ras:mc_event", …). ``severity``:
+    "corrected", "deferred", "recoverable" or "fatal". ``addr``: physical, exact to ``grain`` bytes.
+    ``count``: errors that this report stands for. ``label``: the DIMM's, or what else of memory it
+    names (``dimm_names.names``). ``label_from``: where the label is from, "edac", "smbios" or "fru"
+    (FRU text of firmware's record).
     """
 
     kind: ClassVar[str] = "hw_error"
@@ -243,7 +247,7 @@ class HwError(Event):
 
 @dataclass(frozen=True, slots=True)
 class SoftOffline(Event):
-    """soft_offline_page returned: 0, or the ``errno`` it failed with. No data is lost."""
+    """soft_offline_page returned 0, or failed with ``errno``. No data is lost."""
 
     kind: ClassVar[str] = "soft_offline"
     pfn: int
@@ -252,7 +256,7 @@ class SoftOffline(Event):
 
 @dataclass(frozen=True, slots=True)
 class Unpoison(Event):
-    """unpoison_memory took the poison off a page."""
+    """unpoison_memory unpoisoned a page."""
 
     kind: ClassVar[str] = "unpoison"
     pfn: int
@@ -268,7 +272,7 @@ class Found(Event):
 
 @dataclass(frozen=True, slots=True)
 class KernelCounts(Event):
-    """The kernel's own account: /sys/devices/system/node/nodeN/memory_failure, HardwareCorrupted.
+    """The kernel's own counts: /sys/devices/system/node/nodeN/memory_failure, HardwareCorrupted.
 
     ``failures``: all nodes together, by the files' names ("total", "recovered", …).
     ``at_start``: the first reading, before any event.
@@ -282,10 +286,10 @@ class KernelCounts(Event):
 
 @dataclass(frozen=True, slots=True)
 class VcpuState(Event):
-    """How a vCPU's thread was found some time after it was notified of poison (/proc/PID/task/TID).
+    """State of a vCPU's thread some time after it was notified of poison (/proc/PID/task/TID).
 
     ``state``: "running", "waiting" (asleep in KVM_RUN), "outside" (asleep elsewhere) or "gone";
-    ``ran_ns``: CPU time since the previous look, None at the first.
+    ``ran_ns``: CPU time since the previous sample, None in the first.
     """
 
     kind: ClassVar[str] = "vcpu"
@@ -298,10 +302,7 @@ class VcpuState(Event):
 
 @dataclass(frozen=True, slots=True)
 class PageReplaced(Event):
-    """The poisoned page ``pfn`` is no longer at ``hva`` of a VM's process: something else may be.
-
-    ``hva``: of the page's start.
-    """
+    """The poisoned page ``pfn`` is no longer at ``hva`` (its start) of a VM's process."""
 
     kind: ClassVar[str] = "released"
     vm: int
@@ -311,7 +312,7 @@ class PageReplaced(Event):
 
 @dataclass(frozen=True, slots=True)
 class Tick(Event):
-    """Nothing else happened until ``ts``."""
+    """No other event until ``ts``."""
 
     kind: ClassVar[str] = "quiet"
 
@@ -321,8 +322,8 @@ class ClockStep(Event):
     """The wall clock was stepped by ``step_ns``: set, or the host was suspended meanwhile.
 
     From ``ts`` on it is ``offset_ns`` ahead of the clock of all events, which is never stepped.
-    ``ts``: when the wall clock was last seen as it was before. ``suspended_ns``: how long the host
-    was suspended, where it was.
+    ``ts``: when the wall clock was last seen without the step. ``suspended_ns``: how long the host
+    was suspended, if it was.
     """
 
     kind: ClassVar[str] = "clock"
@@ -332,11 +333,11 @@ class ClockStep(Event):
 
 
 LAST_NS = (1 << 63) - 1
-"""The last time that there is: in the year 2262."""
+"""The greatest time that can be represented, in the year 2262."""
 
 
 def wall_time(ts: int, steps: Sequence[ClockStep]) -> int:
-    """What the wall clock said at ``ts``. ``steps``: all that there were, or the last of them."""
+    """Return the wall clock's time at ``ts``. ``steps``: all steps, or the last of them."""
     for step in reversed(steps):
         if step.ts <= ts:
             return min(max(0, ts + step.offset_ns), LAST_NS)
@@ -346,14 +347,14 @@ def wall_time(ts: int, steps: Sequence[ClockStep]) -> int:
 
 
 def elapsed(ts: int, now: int, steps: Sequence[ClockStep]) -> int:
-    """Nanoseconds from ``ts`` to ``now``, those included in which the host was suspended."""
+    """Nanoseconds from ``ts`` to ``now``, including the time in which the host was suspended."""
     suspended = sum(step.suspended_ns or 0 for step in steps if ts < step.ts <= now)
     return now - ts + suspended
 
 
 @dataclass(frozen=True, slots=True)
 class Lost(Event):
-    """``count`` things were lost at ``where`` since the last Lost of that place."""
+    """``count`` items were lost at ``where`` since the last Lost of that place."""
 
     kind: ClassVar[str] = "lost"
     where: str
@@ -364,8 +365,7 @@ class Lost(Event):
 class Host:
     """The machine being watched. ``source_why``: why this source was chosen.
 
-    ``epoch_offset_ns``: what its events' times are ahead of its CLOCK_MONOTONIC; no step of the
-    wall clock changes it.
+    ``epoch_offset_ns``: event times minus its CLOCK_MONOTONIC, whatever becomes of the wall clock.
     """
 
     name: str
@@ -401,53 +401,3 @@ KINDS: dict[str, type[Event]] = {
         Lost,
     )
 }
-
-
-def to_record(event: Event) -> dict[str, Any]:
-    """A JSON-ready dict; fields that are None are absent. The inverse of ``from_record``."""
-    record: dict[str, Any] = {"kind": event.kind}
-    for name in _fields(event.kind)[0]:
-        value = getattr(event, name)
-        if value is None:
-            continue
-        if isinstance(value, Owner):
-            value = _owner_record(value)
-        elif isinstance(value, tuple):
-            value = [_owner_record(x) if isinstance(x, Owner) else list(x) for x in value]
-        record[name] = value
-    return record
-
-
-def from_record(record: Mapping[str, Any]) -> Event:
-    """Rebuild an event. Unknown fields are ignored (a newer recording must still replay).
-
-    Raises KeyError for an unknown kind, TypeError where a required field is missing.
-    """
-    cls = KINDS[record["kind"]]
-    names, optional = _fields(cls.kind)
-    # to_record leaves out what is None, also where the class wants it said ("int | None").
-    values: dict[str, Any] = dict.fromkeys(optional)
-    values |= {name: record[name] for name in names if name in record}
-    if "owner" in values:
-        values["owner"] = _owner_from(values["owner"])
-    if "owners" in values:
-        values["owners"] = tuple(_owner_from(owner) for owner in values["owners"])
-    if "failures" in values:
-        values["failures"] = tuple((name, count) for name, count in values["failures"])
-    return cls(**values)
-
-
-@functools.cache
-def _fields(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of all fields, and of those that may be None."""
-    fields = dataclasses.fields(KINDS[kind])
-    optional = (field.name for field in fields if str(field.type).endswith("| None"))
-    return tuple(field.name for field in fields), tuple(optional)
-
-
-def _owner_record(owner: Owner) -> dict[str, int]:
-    return {k: v for k, v in dataclasses.asdict(owner).items() if v is not None}
-
-
-def _owner_from(record: Mapping[str, Any]) -> Owner:
-    return Owner(record["vm"], record.get("gfn"), record.get("hva"))

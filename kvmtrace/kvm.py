@@ -1,7 +1,6 @@
 """The vocabulary of KVM and of memory failure: numbers from the uapi headers and their names.
 
-Everything here accepts values it does not know and prints them as numbers: a kernel newer
-than this file must still be readable.
+Unknown values are accepted and printed as numbers: kernels newer than this file must be readable.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ PAGE_SHIFT = os.sysconf("SC_PAGESIZE").bit_length() - 1
 
 
 def exit_reason_name(reason: int) -> str:
-    """``39`` → ``"MEMORY_FAULT"``; a number that is not known stays a number."""
+    """``39`` → ``"MEMORY_FAULT"``; an unknown number stays a number."""
     return EXIT_REASONS.get(reason, str(reason))
 
 
@@ -55,15 +54,15 @@ def errno_name(number: int) -> str:
 
 
 def outcome_name(errno: int, reason: int | None) -> str:
-    """How KVM_RUN ended: by errno, or by the exit's reason where only that shows a failure."""
+    """How KVM_RUN ended: its errno, or the exit's reason if only that shows a failure."""
     return errno_name(errno) if errno or reason is None else exit_reason_name(reason)
 
 
 def flag_names(flags: int, errno: int | None = None) -> str:
     """Memory-fault exit flags for people: ``"PRIVATE"``, ``"PRIVATE|0x20"``, ``"0"``.
 
-    Bits without a name are kept together as one hexadecimal number. ``errno``: with which KVM_RUN
-    returned; next to EHWPOISON bit 4 is no demand paging, and has no name.
+    Bits without a name are printed as one hexadecimal number. ``errno``: that of KVM_RUN; with
+    EHWPOISON, bit 4 does not mean demand paging and has no name.
     """
     if not flags:
         return "0"
@@ -76,7 +75,7 @@ def flag_names(flags: int, errno: int | None = None) -> str:
 
 
 def unknown_flags(flags: int) -> int:
-    """The bits of memory-fault exit flags whose meaning is not known."""
+    """Return the bits of memory-fault exit flags whose meaning is not known."""
     return flags & ~sum(1 << bit for bit in MEMORY_EXIT_FLAGS)
 
 
@@ -85,9 +84,9 @@ def sigbus_code_name(code: int) -> str:
     return SIGBUS_CODES.get(code, str(code))
 
 
-def lsb_of(said: int | None) -> int | None:
-    """``si_addr_lsb`` of a signal; None where it is no size of memory."""
-    return said if said is not None and 0 <= said < 64 else None
+def lsb_of(value: int | None) -> int | None:
+    """``si_addr_lsb`` of a signal; None if it is no size of memory."""
+    return value if value is not None and 0 <= value < 64 else None
 
 
 def gfn_of(gpa: int, page_shift: int = PAGE_SHIFT) -> int:

@@ -1,38 +1,68 @@
-"""The model: immutable snapshots of what is known, which every view draws from.
+"""The model: immutable snapshots of what is known, which every view renders.
 
-Built by ``correlate.Correlator`` (VMs, incidents, totals) and completed by ``live.Session`` with
-what the source knows of itself (host, probes, what was lost).
+``correlate.Correlator`` builds them (VMs, incidents, totals); ``session.Session`` adds what the
+source reports of itself (host, probes, losses).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum, auto
 
 from kvmtrace import kvm
-from kvmtrace.events import ClockStep, Event, Host, Owner, VmSeen, wall_time
+from kvmtrace.events import ClockStep, Event, Host, Owner, VmSeen, vm_label, wall_time
 from kvmtrace.probes import Probe, ProbeRuns
 
 CAUSES = ("hwpoison", "conversion", "userfault", "backing", "unannotated", "other")
-STATES = ("latent", "delivered", "looping", "unowned", "closed")
-# Whose a poisoned page is: a VM's; the kernel's own, or one that memory_failure could not get hold
-# of, which puts the host at risk; still in use by a process or a file; or out of use.
-PAGE_CLASSES = ("vm", "kernel", "process", "handled")
-# What a VMM did about it; the first of several VMs' verdicts is the incident's.
-VERDICTS = ("looping", "stopped", "unknown", "exited", "handled")
 
-# Seconds from poison to first delivery: a guest may touch the page at once, or next week.
+# Incidents that the model holds; what has no room is counted as lost.
+MAX_INCIDENTS = 1024
+
+# Seconds from poison to first delivery: a guest may access the page at once, or next week.
 LATENCY_BUCKETS = (0.001, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 86400.0)
+
+
+class IncidentStatus(StrEnum):
+    """How far an incident is."""
+
+    LATENT = "latent"  # a VM has the page, and no VMM was notified
+    DELIVERED = "delivered"  # a VMM was notified
+    LOOPING = "looping"  # a vCPU is notified again and again, now
+    UNOWNED = "unowned"  # no VM is known to have the page
+    CLOSED = "closed"  # the page is unpoisoned, or its VMs are gone
+
+
+class PageClass(StrEnum):
+    """Whose a poisoned page is."""
+
+    VM = "vm"
+    KERNEL = "kernel"  # or memory_failure could not get hold of it: the host is at risk
+    PROCESS = "process"  # still in use by a process or a file
+    HANDLED = "handled"  # out of use
+
+
+class VerdictWord(StrEnum):
+    """What a VMM did after it was notified; of several VMs' verdicts, the first is the incident's.
+
+    ``correlate.verdicts`` defines them.
+    """
+
+    LOOPING = "looping"
+    STOPPED = "stopped"
+    UNKNOWN = "unknown"
+    EXITED = "exited"
+    HANDLED = "handled"
 
 
 @dataclass(frozen=True, slots=True)
 class Vm:
     """One VM and its exact counts. Times are nanoseconds since the epoch.
 
-    ``exits``: {(errno name, cause or None): exits}; the cause is None where no probe shows it.
-    ``sigbus``: {"AR" | "AO": signals}. ``poisoned_pages``: pages it holds in incidents not closed.
+    ``exits``: {(errno name, cause or None): exits}; the cause is None if no probe shows it.
+    ``sigbus``: {"AR" | "AO": signals}. ``poisoned_pages``: pages that it has in open incidents.
     ``undelivered``: times that guest_memfd refused a poisoned page and no exit notified the VMM.
-    ``forgotten_pages``: of ``poisoned_pages``, those whose incidents had no room. They may have
+    ``forgotten_pages``: of ``poisoned_pages``, those whose incidents had no room; they may have
     been replaced since.
     """
 
@@ -68,9 +98,8 @@ class Vm:
 
     @property
     def label(self) -> str:
-        """What people call it: the name, else ``pid N``; Proxmox VE's number in front."""
-        name = self.name or f"pid {self.pid}"
-        return f"{self.vmid} ({name})" if self.vmid else name
+        """See ``vm_label``."""
+        return vm_label(self.pid, self.name, self.vmid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +116,13 @@ class VmIdentity:
 
     @property
     def label(self) -> str:
-        """What people call it: the name, else ``pid N``; Proxmox VE's number in front."""
-        name = self.name or f"pid {self.pid}"
-        return f"{self.vmid} ({name})" if self.vmid else name
+        """See ``vm_label``."""
+        return vm_label(self.pid, self.name, self.vmid)
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorHistory:
-    """How often, and from when to when, hardware reported errors at one place."""
+    """Errors that hardware reported at one place: how many, the first and the last."""
 
     count: int
     corrected: int
@@ -104,12 +132,12 @@ class ErrorHistory:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What the hardware said about a page: its last and worst report, and how many errors.
+    """What the hardware reported of a page: its last report of the worst severity, and counts.
 
-    ``via``: who reported, in order of appearance. ``label``: the DIMM's (or what ``dimms.names``
-    says that it names), and ``dimm`` all that was reported of it, other pages included.
-    ``socket``, ``node``: where the memory is. ``bank``, ``cpu``, ``status``: of the machine check;
-    ``consumer_cpu``, ``consumer_socket``: who ran into the bad data, wherever that is.
+    ``via``: the reporters, in order of appearance. ``label``: the DIMM's, or what else it names
+    (``dimm_names.names``); ``dimm``: all that was reported of it, including other pages.
+    ``socket``, ``node``: of the memory. ``bank``, ``cpu``, ``status``: of the machine check.
+    ``consumer_cpu``, ``consumer_socket``: where the bad data was used.
     """
 
     via: tuple[str, ...]
@@ -132,7 +160,7 @@ class Origin:
 class Notification:
     """How often one vCPU of a VM was notified; ``vcpu`` None: a thread that is no vCPU, or unknown.
 
-    ``most``: of the 4 KiB (host page) of a huge page that it was notified of most often.
+    ``most``: notifications of that page of a huge page which had most of them.
     """
 
     vm: int
@@ -150,36 +178,132 @@ class Notification:
 
     @property
     def repeats(self) -> int:
-        """How often of the very same page."""
+        """How often it was notified of the same page."""
         return self.count if self.most is None else self.most
+
+
+class FindingKind(StrEnum):
+    """What a verdict rests on; ``views.timeline`` puts it into words."""
+
+    VM_GONE = auto()  # after_ns: since the first notification, since_last_ns: since the last
+    LOOPS = auto()  # vcpu, count, within_ns
+    LOOPED = auto()  # the same, of a loop that was cut off by the end of the VM
+    LOOP_ENDED = auto()  # the same, of a loop that ended on its own
+    THREAD_ENDED = auto()  # vcpu, tid, after_ns
+    ASLEEP = auto()  # vcpu, tid, after_ns: outside KVM_RUN, and used no CPU time
+    AWAKE_BETWEEN = auto()  # vcpu, tid, cpu_ns: outside KVM_RUN in all samples, but ran
+    MENDED_BETWEEN = auto()  # the same, and its VM has another page in place of the poisoned one
+    RAN_ON = auto()  # vcpu, tid, state, after_ns, cpu_ns
+    TOO_EARLY = auto()  # vcpu, tid, state, after_ns
+    NOT_NOTIFIED_AGAIN = auto()
+    PAGE_REPLACED = auto()  # hva
+    NO_VCPU_NOTIFIED = auto()
+    NO_SAMPLE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fact that a verdict rests on; ``FindingKind`` lists the fields that each kind has.
+
+    ``vcpu`` None: a thread that is no vCPU, or unknown. ``state``: see ``events.VcpuState``.
+    ``cpu_ns``: CPU time that the thread used between the samples, None where not known.
+    """
+
+    kind: FindingKind
+    vcpu: int | None = None
+    tid: int | None = None
+    state: str | None = None
+    count: int = 0
+    within_ns: int = 0
+    after_ns: int = 0
+    since_last_ns: int = 0
+    cpu_ns: int | None = None
+    hva: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a VM's VMM did after it was notified: one of ``VERDICTS``, and what that rests on.
+    """What a VM's VMM did after it was notified: and what that verdict rests on.
 
-    ``early``: it is unknown because the VMM was notified only just now.
+    ``evidence``: most important first. ``early``: it is unknown because the VMM was notified only
+    just now.
     """
 
     vm: int
-    word: str
-    evidence: tuple[str, ...]
+    word: VerdictWord
+    evidence: tuple[Finding, ...]
     early: bool = False
+
+
+class EntryKind(StrEnum):
+    """What an entry of the timeline is about; ``views.timeline`` puts it into words."""
+
+    POISON = auto()
+    FOUND = auto()
+    OWNER = auto()
+    MAPPED = auto()  # by a VM that does not own it
+    EXIT = auto()
+    REFUSAL = auto()
+    SIGNAL = auto()
+    OWN_SIGNAL = auto()  # to the thread that poisoned the page itself
+    NOTIFIED_AGAIN = auto()  # although the page is unpoisoned
+    VCPU_STATE = auto()
+    PAGE_REPLACED = auto()
+    UNPOISON = auto()
+    SOFT_OFFLINE = auto()
+    VM_GONE = auto()
+    HARDWARE_ERROR = auto()
+    MORE_HARDWARE_ERRORS = auto()  # of kinds for which there was no room
+    CLOCK_STEP = auto()
+
+
+class JoinedBy(StrEnum):
+    """By what an event was joined to an incident."""
+
+    LOOKUP = auto()  # as ``Owned.via`` says
+    PAGE_TABLE = auto()  # the entry at the signal's address has the pfn
+    PAGE_TABLE_CHANGED = auto()
+    PAGE_FLAGS = auto()
+    PFN = auto()
+    VM = auto()  # the gfn is not known
+    GFN = auto()
+    NEAR_GFN = auto()  # within the loss at gfn ``Join.at``
+    NEAR_HVA = auto()  # within the loss at hva ``Join.at``
+    GMEM_THREAD = auto()  # memory_failure called guest_memfd and then traced its result
+    POISONING_THREAD = auto()
+    EARLIER_POISONING_THREAD = auto()
+    CONSUMING_THREAD = auto()
+    NOTIFIED_THREAD = auto()
+    PAGE_ADDRESS = auto()
+    ADDRESS = auto()  # exact to ``Join.at`` bytes
+    CLOCK = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """By what an event was joined to an incident; ``at``: see ``JoinedBy``."""
+
+    by: JoinedBy
+    at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TimelineEntry:
     """An entry of an incident's timeline: from ``ts`` to ``last_ts``, ``count`` times.
 
-    ``how``: by what it was joined to the incident. ``vm``: whom it concerns, by key.
+    ``event``: the first one of the kind, which has the other facts. ``owner``: of an OWNER entry.
+    ``vm``: whom it concerns, by key. ``vmm``: False where a notified process runs no VM.
     """
 
     ts: int
-    what: str
-    how: str | None = None
+    kind: EntryKind
+    event: Event | None = None
+    joined_by: Join | None = None
     vm: int | None = None
     count: int = 1
     last_ts: int | None = None
+    owner: Owner | None = None
+    vmm: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,17 +311,16 @@ class Incident:
     """A poison joined with its owners and deliveries; ``pfn`` None: the poison was not seen.
 
     ``exits``, ``sigbus``: deliveries. ``sigbus_at_poison``: signals that the poisoning thread got
-    for itself, outside KVM_RUN (madvise on its own mapping): no guest has touched anything.
+    itself, outside KVM_RUN (madvise on its own mapping); no guest has accessed the page.
     ``sigbus_to_others``: signals to processes that had the page mapped and run no VM.
-    ``undelivered``: refusals of guest_memfd that no exit delivered. ``before_start``: it was there
-    when kvmtrace came. ``size``: bytes lost, where known. ``omitted``: moments that had no room.
-    ``released``: those of the owners whose memory was seen without the page since. ``page_class``:
-    one of ``PAGE_CLASSES``, None where the kernel's verdict is not known. ``guest_memfd``: it is
-    known to be one of guest_memfd.
+    ``undelivered``: refusals of guest_memfd that no exit delivered. ``before_start``: poisoned
+    before kvmtrace started. ``size``: bytes lost, if known. ``omitted``: timeline entries that had
+    no room. ``released``: owners that were later seen without the page. ``page_class``: None if the
+    kernel's verdict is not known. ``guest_memfd``: the page is known to be of a guest_memfd.
     """
 
     id: str
-    state: str
+    state: IncidentStatus
     pfn: int | None
     page_type: str | None
     result: str | None
@@ -213,37 +336,37 @@ class Incident:
     unpoisoned_ts: int | None = None
     size: int | None = None
     origin: Origin | None = None
-    parties: Mapping[int, VmIdentity] = field(default_factory=dict)
-    told: tuple[Notification, ...] = ()
+    vm_identities: Mapping[int, VmIdentity] = field(default_factory=dict)
+    notifications: tuple[Notification, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     timeline: tuple[TimelineEntry, ...] = ()
     omitted: int = 0
     released: tuple[Owner, ...] = ()
     sigbus_to_others: int = 0
     page_shift: int = kvm.PAGE_SHIFT
-    page_class: str | None = None
+    page_class: PageClass | None = None
     guest_memfd: bool = False
 
     @property
     def host_at_risk(self) -> bool:
-        """The kernel itself uses the page, or may: it can run into it at any time."""
-        return self.page_class == "kernel" and self.state != "closed"
+        """Whether the kernel uses the page, or may: it can access it at any time."""
+        return self.page_class == PageClass.KERNEL and self.state != IncidentStatus.CLOSED
 
     @property
-    def verdict(self) -> str | None:
-        """The verdict that matters most; None where no VM was notified."""
+    def verdict(self) -> VerdictWord | None:
+        """The verdict that matters most; None if no VM was notified."""
         words = {verdict.word for verdict in self.verdicts}
-        return next((word for word in VERDICTS if word in words), None)
+        return next((word for word in VerdictWord if word in words), None)
 
     def lost_gfns(self, owner: Owner) -> tuple[int, int] | None:
-        """First and last gfn that an owner may have lost; None where its gfn is not known."""
+        """First and last gfn that an owner may have lost; None if its gfn is not known."""
         return lost_gfns(owner, self.size, self.page_shift)
 
 
 def lost_gfns(owner: Owner, size: int | None, page_shift: int) -> tuple[int, int] | None:
-    """First and last gfn that an owner may have lost; None where its gfn is not known.
+    """First and last gfn that an owner may have lost; None if its gfn is not known.
 
-    A huge page is lost as a whole, as far as the owner's memslot reaches into it.
+    A huge page is lost as a whole, as far as it is in the owner's memslot.
     """
     if owner.gfn is None:
         return None
@@ -256,7 +379,7 @@ def lost_gfns(owner: Owner, size: int | None, page_shift: int) -> tuple[int, int
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """What hardware reported of a page, and the DIMM's label (or what ``dimms.names`` says)."""
+    """What hardware reported of a page, and its label: the DIMM's or see ``dimm_names.names``."""
 
     history: ErrorHistory
     label: str | None = None
@@ -264,9 +387,9 @@ class Reported:
 
 @dataclass(frozen=True, slots=True)
 class SoftOfflinedPage:
-    """A page that was moved away before it failed: no data is lost, no guest is harmed.
+    """A page whose contents were moved away before it failed: no data is lost.
 
-    ``errno``: why it could not be moved, 0 if it was. ``origin``: what hardware said of it before.
+    ``errno``: why it could not be moved, 0 if it was. ``origin``: what hardware reported of it.
     """
 
     pfn: int
@@ -277,10 +400,10 @@ class SoftOfflinedPage:
 
 @dataclass(frozen=True, slots=True)
 class KernelAccount:
-    """The kernel's own counts beside ours. ``handled``: its memory failures since we looked first.
+    """The kernel's own counts and ours. ``handled``: its memory failures since the first reading.
 
-    ``seen``: those that came as events. ``handled`` is None where the kernel does not count.
-    ``hardware_corrupted_bytes``: HardwareCorrupted as it was last read.
+    ``seen``: those that came as events. ``handled`` is None if the kernel does not count.
+    ``hardware_corrupted_bytes``: HardwareCorrupted as last read.
     """
 
     at_start: Mapping[str, int]
@@ -305,13 +428,13 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything a view may show. ``vms`` by key, gone ones too while they are remembered.
+    """Everything a view may show. ``vms``: by key, including gone ones that are remembered.
 
-    ``poisons``: {(page type, result): events}. ``lost``: {where: count}.
-    ``dimms``: hardware errors by DIMM label. ``reported``: those by pfn, where a report named one
-    page, poisoned or not. ``kernel_pages``: poisoned pages of the class
-    "kernel", also those whose incidents had to be forgotten. ``steps``: of the wall clock, in
-    order. All times are by a clock that is not stepped; ``wall`` gives the time of day.
+    ``poisons``: {(page type, result): events}. ``lost``: {where: count}. ``dimms``: hardware errors
+    by DIMM label. ``reported``: those by pfn, if a report named one page, poisoned or not.
+    ``kernel_pages``: poisoned pages of the class KERNEL, including those whose incidents were
+    forgotten. ``steps``: of the wall clock, in order. All times are by a clock that is not stepped;
+    ``wall`` gives the time of day.
     """
 
     vms: Mapping[int, Vm] = field(default_factory=dict)
@@ -332,11 +455,11 @@ class Snapshot:
     steps: tuple[ClockStep, ...] = ()
 
     def wall(self, ts: int) -> int:
-        """What the wall clock said at ``ts``, in nanoseconds since the epoch."""
+        """Return the wall clock's time at ``ts``, in nanoseconds since the epoch."""
         return wall_time(ts, self.steps)
 
     def of_log(self, host: Host, probes: tuple[Probe, ...]) -> Snapshot:
-        """With the host that a log is of, whose memory is as the log last reported it."""
+        """Return a copy with the host of a recording, and its memory as last reported there."""
         corrupted = self.kernel.hardware_corrupted_bytes if self.kernel else None
         if corrupted is not None:
             host = replace(host, hardware_corrupted_bytes=corrupted)
@@ -345,10 +468,10 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class CorrelatedEvent:
-    """An event with what the correlator made of it: this is what the line views show.
+    """An event with its joins, as the line views show it.
 
-    ``vm``: identity at the time; ``owners``: of a Poison, all; of an Owned after it, what is new.
-    ``wall_ts``: what the wall clock said, where it was stepped since kvmtrace started.
+    ``vm``: identity at the time. ``owners``: all owners of a Poison, new ones of an Owned.
+    ``wall_ts``: the wall clock's time, if it was stepped since kvmtrace started.
     """
 
     event: Event

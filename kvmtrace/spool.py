@@ -1,4 +1,4 @@
-"""Temporary files, without a name, for what may be too long to be held in memory."""
+"""Nameless temporary files, for text that may not fit into memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvmtrace.errors import KvmtraceError
 
 @contextlib.contextmanager
 def spooling() -> Iterator[None]:
-    """Around what makes, writes and reads such files: an error names their directory."""
+    """Turn OSError of temporary files into a KvmtraceError that names their directory."""
     try:
         yield
     except OSError as error:
@@ -24,17 +24,17 @@ def spooling() -> Iterator[None]:
 
 
 class LongText:
-    """Text that is written once to ``file``, then read once from ``reading()``."""
+    """Text that is written to ``file`` once, and read from ``reading()`` once."""
 
     def __init__(self) -> None:
         with spooling():
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
-            # Events repeat: a tenth of their size, and /tmp may be memory.
+            # /tmp may be memory, and events shrink to a tenth.
             self._packed = gzip.GzipFile(fileobj=self._file, mode="wb", compresslevel=1)
         self.file: IO[str] = io.TextIOWrapper(cast(IO[bytes], self._packed), encoding="utf-8")
 
     def reading(self) -> tuple[IO[bytes], int]:
-        """A file to read it from, and its length in bytes. Nothing can be written any more."""
+        """Return a file to read from, and its length in bytes. Ends writing."""
         with spooling():
             self.file.flush()
             size = self._packed.tell()
@@ -43,6 +43,6 @@ class LongText:
         return cast(IO[bytes], gzip.GzipFile(fileobj=self._file, mode="rb")), size
 
     def close(self) -> None:
-        """Give its room back."""
-        with contextlib.suppress(OSError):  # what could not be written before
+        """Free its space."""
+        with contextlib.suppress(OSError):  # of writes that are still buffered
             self._file.close()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -13,21 +13,20 @@ from dataclasses import dataclass, replace
 from kvmtrace import __version__, sources
 from kvmtrace.cli.errors import always, nobody_writes, stop, tell
 from kvmtrace.correlate import Correlator
-from kvmtrace.enrich import Heartbeat, OwnerLookup, PageReleaseWatch, VcpuFollowUp
 from kvmtrace.enrich.pipeline import EnrichedSource
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Host
-from kvmtrace.linux import host, privileges
+from kvmtrace.linux import privileges
 from kvmtrace.linux.proc_reader import READER
+from kvmtrace.linux.tracefs import mount
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import Probe
 from kvmtrace.session import feed
 from kvmtrace.session.session import Session
-from kvmtrace.sources.recording import RecordingSource, Writer
+from kvmtrace.sources.recording import RecordingSource
 from kvmtrace.sources.remote import RemoteSource
 
 POLL_SECONDS = 0.25
-LISTEN_SECONDS = 1.0
 
 
 class _Attached(EnrichedSource):
@@ -47,7 +46,7 @@ def attach(kind: str) -> sources.Source:
     stop.clean_up.append(source.close)
     for note in sources.notes():
         tell(f"kvmtrace: {note}")
-    return _Attached(Heartbeat(VcpuFollowUp(PageReleaseWatch(OwnerLookup(source)))))
+    return _Attached(source)
 
 
 def here(kind: str) -> sources.Source:
@@ -55,7 +54,7 @@ def here(kind: str) -> sources.Source:
 
     A second set of probes would cost every VM exit once more, and know nothing of what was before.
     """
-    joined = RemoteSource.join() if kind == "auto" else None
+    joined = RemoteSource.connect() if kind == "auto" else None
     return joined or attach(kind)
 
 
@@ -73,7 +72,7 @@ def give_up_privileges() -> None:
 
 
 def _to_detach() -> set[str]:
-    tracefs = host.tracefs()
+    tracefs = mount.tracefs()
     with contextlib.suppress(OSError):
         if tracefs is None or os.stat(tracefs).st_uid == os.geteuid():
             return set()
@@ -101,23 +100,8 @@ def open_door(session: Session, *, started: bool = True) -> Iterator[feed.FeedSe
 
     Not ``started``: from its ``start()`` on.
     """
-
-    def answer(client: socket.socket) -> None:
-        follower = session.follow()
-        try:
-            with client.makefile("w", encoding="utf-8") as file:
-                writer = Writer(file, session.host())
-                writer.write(follower.past, session.probes())
-                follower.past = []
-                writer.mark()
-                while not feed.has_left(client):
-                    file.flush()
-                    writer.write(follower.take(LISTEN_SECONDS), session.probes())
-        finally:
-            session.unfollow(follower)
-
     try:
-        answering = feed.FeedServer(answer, started=started)
+        answering = feed.FeedServer(functools.partial(feed.send_log, session), started=started)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         tell(f"kvmtrace: other commands will not find this one: {where}{error.strerror or error}")

@@ -29,7 +29,7 @@ from kvmtrace.cli.options import (
 from kvmtrace.cli.printing import show_snapshot
 from kvmtrace.errors import UsageError
 from kvmtrace.events import Event, VmSeen
-from kvmtrace.linux import host
+from kvmtrace.linux.tracefs import mount
 from kvmtrace.model import CorrelatedEvent, Snapshot
 from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines
@@ -219,7 +219,7 @@ def serve(
     from kvmtrace.views.web import metrics  # noqa: PLC0415 (prometheus_client)
 
     def kinds() -> list[tuple[str, str]]:
-        types, results = host.memory_failure_names()
+        types, results = mount.memory_failure_names()
         return [(kind, result) for kind in types.values() for result in results.values()]
 
     listen = listen or metrics.DEFAULT_LISTEN

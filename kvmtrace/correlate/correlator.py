@@ -6,28 +6,28 @@ The joins, and why each is exact:
   the same thread (mm/memory-failure.c), so a ``GmemPoison`` waits for the next ``Poison`` of its
   thread;
 - poison with the SIGBUS that memory_failure itself sends: likewise, by the sending thread;
-- poison with HVA-backed memory: the VMM's page table names the pfn (``Owned``, ``Sigbus.pfn``);
+- poison with HVA-backed memory: the VMM's page table has the pfn (``Owned``, ``Sigbus.pfn``);
 - poison with exits and refusals: by the owner's VM and gfn;
-- poison with later signals: by pfn, VM and gfn, or an address within the loss of a VM that owns it;
-- poison with hardware errors: by address, as exactly as the report is (``provenance``).
+- poison with later signals: by pfn, by VM and gfn, or by an address in the memory that a VM lost;
+- poison with hardware errors: by address, as exactly as it was reported (``hardware_errors``).
 
-How each was made is kept in the incident's timeline.
+The incident's timeline keeps which join was made (``model.Join``).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 
-from kvmtrace import kvm
+from kvmtrace import kvm, page_types
+from kvmtrace.bounded import BoundedDict
+from kvmtrace.correlate.causes import cause_of
 from kvmtrace.correlate.hardware_errors import ErrorSite, HardwareErrors
 from kvmtrace.correlate.incident import IncidentState
 from kvmtrace.correlate.incident_store import IncidentStore
 from kvmtrace.correlate.limits import Limits
-from kvmtrace.correlate.pages import verdict_on
 from kvmtrace.correlate.pending import PendingEvents
-from kvmtrace.correlate.totals import Totals, newly_lost
+from kvmtrace.correlate.totals import Totals
 from kvmtrace.correlate.vms import VmRegistry
 from kvmtrace.events import (
     ClockStep,
@@ -52,56 +52,27 @@ from kvmtrace.events import (
     VmSeen,
     wall_time,
 )
-from kvmtrace.model import CorrelatedEvent, Incident, Snapshot, SoftOfflinedPage, VmIdentity
-
-_FOUND_BY = {
-    "pagemap": "page table entry with the pfn (pagemap)",
-    "mapping": "the same page of the same file, mapped",
-    "guest_memfd": "the page's guest_memfd and its memslots",
-    "fault": "guest_memfd refused this gfn, whose memslot leads to the page",
-}
-
-_BY_PAGE_TABLE = "the page table entry at the address names the pfn"
-
-_FOUND = {
-    "running": "runs",
-    "waiting": "waits in KVM_RUN",
-    "outside": "sleeps outside KVM_RUN",
-    "gone": "has ended",
-}
-
-
-def cause_of(exit_: Exit) -> str | None:
-    """The cause of a fault, one of ``model.CAUSES``; None where no probe shows it.
-
-    An annotated EFAULT is demand paging if the flags say so, else a conversion if kvm_gmem_get_pfn
-    was never asked, and a failure of the backing if it was and failed. Flags that are not known
-    may mean anything: ``other``.
-    """
-    if exit_.tells_of_poison:
-        return "hwpoison"
-    if exit_.errno != kvm.EFAULT:
-        return "other"
-    if exit_.annotated is False:
-        return "unannotated"
-    if exit_.annotated is None:
-        return None
-    flags = exit_.flags or 0
-    if flags & kvm.MEMORY_EXIT_FLAG_USERFAULT:
-        return "userfault"
-    if kvm.unknown_flags(flags):
-        return "other"
-    if exit_.annotated is None or exit_.gmem is None:
-        return None
-    return "backing" if exit_.gmem else "conversion"
+from kvmtrace.model import (
+    CorrelatedEvent,
+    EntryKind,
+    Incident,
+    Join,
+    JoinedBy,
+    PageClass,
+    Snapshot,
+    SoftOfflinedPage,
+    TimelineEntry,
+    VmIdentity,
+)
+from kvmtrace.page_types import PageOutcome
 
 
 class Correlator:
     """Feed it events in the order the source gave them; take ``snapshot()`` at any time.
 
     Memory is bounded by ``limits`` and the number of live VMs; what has to be forgotten is counted
-    in ``lost`` ("incidents", "vms", "owners", …). ``page_shift``: log2 of the bytes in a page of
-    the host that the events are from.
+    in ``lost`` ("incidents", "vms", "owners", …). ``page_shift``: log2 of the page size, in bytes,
+    of the host that the events are from.
     """
 
     def __init__(
@@ -111,25 +82,27 @@ class Correlator:
     ) -> None:
         self._limits = limits
         self._page_shift, self._page = page_shift, 1 << page_shift
-        self._account = Totals(limits)
-        self._vms = VmRegistry(limits, self._account.lose)
-        self._incidents = IncidentStore(limits, self._account.lose, self._page)
+        self._totals = Totals(limits)
+        self._vms = VmRegistry(limits, self._totals.count_lost)
+        self._incidents = IncidentStore(limits, self._totals.count_lost, self._page)
         self._hardware = HardwareErrors(limits.places, page_shift)
-        self._halves = PendingEvents(limits, self._account.lose)
-        self._soft: OrderedDict[int, SoftOfflinedPage] = OrderedDict()  # by pfn
+        self._pending = PendingEvents(limits, self._totals.count_lost)
+        self._soft_offlines: BoundedDict[int, SoftOfflinedPage] = BoundedDict(  # by pfn
+            limits.soft_offlines, lambda *_: self._totals.count_lost("soft_offlines", 1)
+        )
         self._steps: list[ClockStep] = []
         self._last_ts: int | None = None
 
     def feed(self, event: Event) -> CorrelatedEvent:
-        """Take one event; returns it with its joins. Never raises for any order of events."""
-        told = self._take(event)
-        self._incidents.trim(self._settled)
+        """Take one event and return it with its joins. Never raises for any order of events."""
+        correlated = self._take(event)
+        self._incidents.trim(self._is_settled)
         if self._steps:
-            told = replace(told, wall_ts=wall_time(event.ts, self._steps))
-        return told
+            correlated = replace(correlated, wall_ts=wall_time(event.ts, self._steps))
+        return correlated
 
     def _take(self, event: Event) -> CorrelatedEvent:
-        # A loss has no time of the kernel's: where it is noticed says when.
+        # A Lost has the time at which the loss was noticed, not one of the kernel's.
         if not isinstance(event, Lost) and (self._last_ts is None or event.ts > self._last_ts):
             self._last_ts = event.ts
         match event:
@@ -140,18 +113,18 @@ class Correlator:
             case Mce() | HwError():
                 return self._hardware_error(event)
             case GmemRefusal():
-                return self._refused(event)
+                return self._refusal(event)
             case VmSeen():
-                self._vms.seen(event)
+                self._vms.add(event)
                 return CorrelatedEvent(event, vm=event)
             case VmGone():
                 return self._vm_gone(event)
             case Poison():
                 return self._poison(event)
             case GmemPoison():
-                self._halves.add(event)
+                self._pending.add(event)
             case Owned():
-                return self._late_owner(event)
+                return self._owned(event)
             case Found():
                 return self._found(event)
             case SoftOffline():
@@ -159,23 +132,23 @@ class Correlator:
             case Unpoison():
                 return self._unpoison(event)
             case VcpuState():
-                return self._vcpu(event)
+                return self._vcpu_state(event)
             case PageReplaced():
-                return self._released(event)
+                return self._page_replaced(event)
             case KernelCounts():
-                self._account.kernel(event)
+                self._totals.add_kernel_counts(event)
             case ClockStep():
                 self._steps.append(event)
                 if len(self._steps) > self._limits.clock_steps:
                     del self._steps[0]
-                    self._account.lose("clock_steps", 1)
+                    self._totals.count_lost("clock_steps", 1)
             case Lost():
-                self._account.lose(event.where, event.count)
+                self._totals.count_lost(event.where, event.count)
         return CorrelatedEvent(event)
 
     def identity(self, vm: int | None) -> VmSeen | None:
-        """Who a VM is or was, or None."""
-        return self._vms.identity(vm)
+        """Who a VM is or was; None if unknown."""
+        return self._vms.seen(vm)
 
     # -- VMs
 
@@ -185,51 +158,43 @@ class Correlator:
             return CorrelatedEvent(event, vm=self.identity(event.vm))
         if vm.gone_ts is not None:
             return CorrelatedEvent(event, vm=vm.seen)
-        self._vms.gone(event.vm, event.ts)
-        self._incidents.forgotten.leave(event.vm)
-        mentions = self._incidents.of(event.vm)
+        self._vms.mark_gone(event.vm, event.ts)
+        self._incidents.forgotten.discard_vm(event.vm)
+        mentions = self._incidents.of_vm(event.vm)
         for incident in mentions:
-            party = self._vms.party(event.vm)
-            if party is not None:
-                incident.parties[event.vm] = party
+            identity = self._vms.vm_identity(event.vm)
+            if identity is not None:
+                incident.vm_identities[event.vm] = identity
             if not incident.closed:
-                incident.note(("gone", event.vm), event.ts, "the VM is gone", vm=event.vm)
-                self._close_if_deserted(incident)
-        self._vms.settle(event.vm, keep=bool(mentions))
+                entry = TimelineEntry(event.ts, EntryKind.VM_GONE, event, vm=event.vm)
+                incident.note(entry, event.vm)
+                self._close_if_all_vms_gone(incident)
+        self._vms.shrink(event.vm, keep=bool(mentions))
         return CorrelatedEvent(event, vm=vm.seen)
 
-    def _close_if_deserted(self, incident: IncidentState) -> None:
+    def _close_if_all_vms_gone(self, incident: IncidentState) -> None:
         owners = {owner.vm for owner in incident.owners.values()}
-        known = [self._vms.party(vm) or incident.parties.get(vm) for vm in owners]
-        if owners and all(party and party.gone_ts is not None for party in known):
+        known = [self._vms.vm_identity(vm) or incident.vm_identities.get(vm) for vm in owners]
+        if owners and all(identity and identity.gone_ts is not None for identity in known):
             self._incidents.close(incident)
 
-    def _vcpu(self, event: VcpuState) -> CorrelatedEvent:
+    def _vcpu_state(self, event: VcpuState) -> CorrelatedEvent:
         ids = []
-        for incident in self._incidents.of(event.vm):
-            if not incident.closed and incident.look(event):
+        for incident in self._incidents.of_vm(event.vm):
+            if not incident.closed and incident.add_sample(event):
                 ids.append(incident.id)
-                who = "a thread" if event.vcpu is None else f"vCPU {event.vcpu}"
-                incident.note(
-                    ("vcpu", event.vm, event.tid, event.state),
-                    event.ts,
-                    f"{who} {_FOUND.get(event.state, event.state)}",
-                    f"/proc, the notified thread {event.tid}",
-                    vm=event.vm,
-                )
+                join = Join(JoinedBy.NOTIFIED_THREAD)
+                entry = TimelineEntry(event.ts, EntryKind.VCPU_STATE, event, join, event.vm)
+                incident.note(entry, event.vm, event.tid, event.state)
         return CorrelatedEvent(event, vm=self.identity(event.vm), incident=ids[-1] if ids else None)
 
-    def _released(self, event: PageReplaced) -> CorrelatedEvent:
-        incident = self._incidents.at_pfn(event.pfn)
-        self._incidents.forgotten.mended(event.pfn, event.vm)
+    def _page_replaced(self, event: PageReplaced) -> CorrelatedEvent:
+        incident = self._incidents.find_by_pfn(event.pfn)
+        self._incidents.forgotten.discard_pfn(event.pfn, event.vm)
         if incident is not None and incident.release(event.vm, event.hva):
-            incident.note(
-                ("released", event.vm, event.hva),
-                event.ts,
-                f"hva {event.hva:#x} has no longer that page",
-                "page table entry (pagemap)",
-                vm=event.vm,
-            )
+            join = Join(JoinedBy.PAGE_TABLE_CHANGED)
+            entry = TimelineEntry(event.ts, EntryKind.PAGE_REPLACED, event, join, event.vm)
+            incident.note(entry, event.vm, event.hva)
         return CorrelatedEvent(
             event, self.identity(event.vm), incident=incident.id if incident else None
         )
@@ -238,25 +203,17 @@ class Correlator:
 
     def _exit(self, event: Exit) -> CorrelatedEvent:
         cause = cause_of(event)
-        gfn = self._incidents.known_by(event.vm, event.gfn)
-        self._vms.exit(event, cause, gfn)
+        gfn = self._incidents.known_gfn(event.vm, event.gfn)
+        self._vms.count_exit(event, cause, gfn)
         incident = None
         if cause == "hwpoison":
-            incident = self._incident_at(event.vm, event.gfn)
+            incident = self._incident_or_new(event.vm, event.gfn)
             if incident is not None:
                 incident.exits += event.count
                 incident.guest_memfd |= event.errno == kvm.EHWPOISON  # others get a SIGBUS
-                how = kvm.outcome_name(event.errno, event.reason)
-                gpa = f", gpa {event.gpa:#x}" if event.gpa is not None else ""
-                vcpu = "a vCPU" if event.vcpu is None else f"vCPU {event.vcpu}"
-                incident.note(
-                    ("exit", event.vm, event.vcpu),
-                    event.ts,
-                    f"KVM_RUN on {vcpu}: {how}{gpa}",
-                    _by_place(event.gfn, gfn),
-                    vm=event.vm,
-                    count=event.count,
-                )
+                join = _by_place(event.gfn, gfn)
+                entry = TimelineEntry(event.ts, EntryKind.EXIT, event, join, event.vm, event.count)
+                incident.note(entry, event.vm, event.vcpu)
                 self._deliver(
                     incident, event.ts, event.vm, event.vcpu, exits=event.count, page=event.gfn
                 )
@@ -267,242 +224,235 @@ class Correlator:
             incident=incident.id if incident else None,
         )
 
-    def _refused(self, event: GmemRefusal) -> CorrelatedEvent:
-        gfn = self._incidents.known_by(event.vm, event.gfn)
-        self._vms.refused(event, event.gfn if gfn is None else gfn)
-        incident = self._incident_at(event.vm, event.gfn)
+    def _refusal(self, event: GmemRefusal) -> CorrelatedEvent:
+        gfn = self._incidents.known_gfn(event.vm, event.gfn)
+        self._vms.count_refusal(event, event.gfn if gfn is None else gfn)
+        incident = self._incident_or_new(event.vm, event.gfn)
         if incident is not None:
             incident.guest_memfd = True
-            incident.note(
-                ("refused", event.vm, gfn),
-                event.ts,
-                f"guest_memfd refused gfn {event.gfn:#x} with EHWPOISON",
-                _by_place(event.gfn, gfn),
-                vm=event.vm,
-                count=event.count,
-            )
+            join = _by_place(event.gfn, gfn)
+            entry = TimelineEntry(event.ts, EntryKind.REFUSAL, event, join, event.vm, event.count)
+            incident.note(entry, event.vm, gfn)
         return CorrelatedEvent(
             event, vm=self.identity(event.vm), incident=incident.id if incident else None
         )
 
-    def _incident_at(self, vm: int, gfn: int | None) -> IncidentState | None:
-        """The incident of a place that KVM itself calls poisoned, whether we saw that or not."""
-        incident = self._incidents.at_place(vm, gfn)
+    def _incident_or_new(self, vm: int, gfn: int | None) -> IncidentState | None:
+        """Find the incident of a place that KVM reports as poisoned, or open one."""
+        incident = self._incidents.find_by_gfn(vm, gfn)
         if incident is None and self._vms.is_gone(vm):
-            # The last counts may be read after the VM's end; they open nothing any more.
-            known = self._incidents.of(vm)
+            # The last counts may be read after the VM's end: they do not open an incident.
+            known = self._incidents.of_vm(vm)
             return next((i for i in reversed(known) if (vm, gfn) in i.owners), None)
         if incident is None:
             incident = self._incidents.open(f"vm{vm}" if gfn is None else f"g{gfn:x}")
-            self._own(incident, Owner(vm, gfn))
+            self._add_owner(incident, Owner(vm, gfn))
         return incident
 
     # -- poison
 
     def _poison(self, event: Poison) -> CorrelatedEvent:
-        self._account.poison(event)
-        owned = self._halves.owned(event.pfn, event.ts)
-        gmem = self._halves.gmem(event)
+        self._totals.add_poison(event)
+        owned = self._pending.take_owned(event.pfn, event.ts)
+        gmem = self._pending.take_gmem(event)
         owners = [one.owner for one in owned] + list(gmem.owners if gmem else ())
-        if gmem is None and verdict_on(event.page_type, event.result) == "kernel":
+        outcome = page_types.outcome_of(event.page_type, event.result)
+        if gmem is None and outcome == PageOutcome.KERNEL:
             owners = []  # VMs that have the zero page mapped
-        incident = self._incidents.at_pfn(event.pfn)
+        incident = self._incidents.find_by_pfn(event.pfn)
         if incident is None:
-            incident = self._adoptable(owners) or self._incidents.open(f"{event.pfn:x}")
-            self._incidents.name_page(incident, event.pfn)
+            incident = self._incident_opened_by_exit(owners)
+            incident = incident or self._incidents.open(f"{event.pfn:x}")
+            self._incidents.set_pfn(incident, event.pfn)
             incident.poisoned_ts = event.ts
             self._join_hardware(incident)
-        elif incident.before_start and newly_lost(event):
-            incident.poisoned_after_all(event.ts)
+        elif incident.before_start and page_types.is_newly_lost(event.page_type):
+            incident.not_before_start(event.ts)
         incident.guest_memfd |= gmem is not None
         incident.judge(event)
-        if incident.owners and (incident.disowned or incident.is_elsewhere()):
-            self._incidents.disown(incident)
-        if "huge page" not in event.page_type:
-            incident.grow(self._page)  # a huge page's size comes with its owners and signals
-        incident.note(
-            ("poison", event.page_type, event.result),
-            event.ts,
-            f"pfn {event.pfn:#x} poisoned: {event.result}, {event.page_type}",
-        )
+        if incident.owners and (incident.is_kernels or incident.has_many_places()):
+            self._incidents.give_to_kernel(incident)
+        if not page_types.is_huge(event.page_type):
+            # A huge page's size comes with its owners and signals.
+            incident.set_min_size(self._page)
+        entry = TimelineEntry(event.ts, EntryKind.POISON, event)
+        incident.note(entry, event.page_type, event.result)
         for one in owned:
-            self._owned_by(incident, one)
+            self._add_found_owner(incident, one)
         if gmem is not None:
             for owner in gmem.owners:
-                self._own(incident, owner, event.ts, _by_gmem(gmem))
-        for signal in self._halves.signals(event):
-            how = "sent by the thread that poisoned the page"
-            self._take_signal(incident, signal, how, by_poison=True)
-        # A guest may touch the page while memory_failure is still at work on it.
-        for signal in self._halves.signals_of(event.pfn):
-            self._take_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
-        return CorrelatedEvent(event, incident=incident.id, owners=self._named_owners(incident))
+                self._add_owner(incident, owner, gmem, Join(JoinedBy.GMEM_THREAD), event.ts)
+        for signal in self._pending.take_signals(event):
+            join = Join(JoinedBy.POISONING_THREAD)
+            self._join_signal(incident, signal, join, by_poison=True)
+        # A guest may access the page while memory_failure is still running.
+        for signal in self._pending.take_signals_of(event.pfn):
+            self._join_signal(incident, signal, Join(JoinedBy.PAGE_TABLE), by_poison=False)
+        owners_seen = tuple((one, self.identity(one.vm)) for one in incident.owners.values())
+        return CorrelatedEvent(event, incident=incident.id, owners=owners_seen)
 
-    def _adoptable(self, owners: list[Owner]) -> IncidentState | None:
-        """An incident opened by an exit that overtook its poison."""
+    def _incident_opened_by_exit(self, owners: list[Owner]) -> IncidentState | None:
+        """An incident that an exit opened, because it was read before the poison."""
         for owner in owners:
-            incident = self._incidents.at_place(owner.vm, owner.gfn)
+            incident = self._incidents.find_by_gfn(owner.vm, owner.gfn)
             if incident is not None and incident.pfn is None:
                 return incident
         return None
 
     def _found(self, event: Found) -> CorrelatedEvent:
-        incident = self._incidents.at_pfn(event.pfn)
-        if incident is None and event.pfn not in self._soft:
-            owned = self._halves.owned(event.pfn, event.ts)
-            incident = self._adoptable([one.owner for one in owned])
+        incident = self._incidents.find_by_pfn(event.pfn)
+        if incident is None and event.pfn not in self._soft_offlines:
+            owned = self._pending.take_owned(event.pfn, event.ts)
+            incident = self._incident_opened_by_exit([one.owner for one in owned])
             incident = incident or self._incidents.open(f"{event.pfn:x}")
-            self._incidents.name_page(incident, event.pfn)
+            self._incidents.set_pfn(incident, event.pfn)
             incident.before_start = True
-            how = "its page flags (/proc/kpageflags)"
-            what = f"pfn {event.pfn:#x} was poisoned before kvmtrace started"
-            incident.note(("found",), event.ts, what, how)
+            join = Join(JoinedBy.PAGE_FLAGS)
+            incident.note(TimelineEntry(event.ts, EntryKind.FOUND, event, join))
             self._join_hardware(incident)
             for one in owned:
-                self._owned_by(incident, one)
-            for signal in self._halves.signals_of(event.pfn):
-                self._take_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
+                self._add_found_owner(incident, one)
+            for signal in self._pending.take_signals_of(event.pfn):
+                self._join_signal(incident, signal, Join(JoinedBy.PAGE_TABLE), by_poison=False)
         return CorrelatedEvent(event, incident=incident.id if incident else None)
 
-    def _late_owner(self, event: Owned) -> CorrelatedEvent:
-        incident = self._incidents.at_pfn(event.pfn)
+    def _owned(self, event: Owned) -> CorrelatedEvent:
+        incident = self._incidents.find_by_pfn(event.pfn)
         vm = self.identity(event.owner.vm)
         if incident is None:
-            self._halves.add(event)
+            self._pending.add(event)
             return CorrelatedEvent(event, vm=vm)
         known = set(incident.owners.values())
-        self._owned_by(incident, event)
+        self._add_found_owner(incident, event)
         new = tuple((one, vm) for one in incident.owners.values() if one not in known)
         return CorrelatedEvent(event, vm=vm, incident=incident.id, owners=new)
 
-    def _owned_by(self, incident: IncidentState, event: Owned) -> None:
-        self._incidents.grow(incident, event.size)
+    def _add_found_owner(self, incident: IncidentState, event: Owned) -> None:
+        self._incidents.set_min_size(incident, event.size)
         incident.guest_memfd |= event.via in ("guest_memfd", "fault")
-        how = _FOUND_BY.get(event.via, event.via)
-        self._own(incident, event.owner, event.ts, how)
+        self._add_owner(incident, event.owner, event, Join(JoinedBy.LOOKUP))
 
-    def _own(
-        self, incident: IncidentState, owner: Owner, ts: int | None = None, how: str | None = None
+    def _add_owner(
+        self,
+        incident: IncidentState,
+        owner: Owner,
+        event: Event | None = None,
+        join: Join | None = None,
+        ts: int | None = None,
     ) -> None:
+        """Add an owner. ``event``: what showed it, for the timeline. ``ts``: if not the event's."""
         gone = self._vms.is_gone(owner.vm)
-        self._incidents.own(incident, owner, live=not gone)
-        if incident.disowned:
+        self._incidents.add_owner(incident, owner, live=not gone)
+        if ts is None and event is not None:
+            ts = event.ts
+        if incident.is_kernels:
             if ts is not None:
-                what = "mapped by VMs, of which it is not the memory"
-                incident.note(("mapped",), ts, what, how)
+                incident.note(TimelineEntry(ts, EntryKind.MAPPED, event, join))
             return
         if ts is not None:
-            place = f"gfn {owner.gfn:#x}" if owner.gfn is not None else "gfn not known"
-            if owner.hva is not None:
-                place += f", hva {owner.hva:#x}"
-            key = ("owner", owner.vm, owner.gfn)
-            incident.note(key, ts, f"owned: {place}", how, vm=owner.vm)
-        party = self._vms.party(owner.vm) if gone else None
-        if party is not None:
-            incident.parties[owner.vm] = party
+            entry = TimelineEntry(ts, EntryKind.OWNER, event, join, owner.vm, owner=owner)
+            incident.note(entry, owner.vm, owner.gfn)
+        identity = self._vms.vm_identity(owner.vm) if gone else None
+        if identity is not None:
+            incident.vm_identities[owner.vm] = identity
             if not incident.closed:
-                self._close_if_deserted(incident)
+                self._close_if_all_vms_gone(incident)
 
     def _unpoison(self, event: Unpoison) -> CorrelatedEvent:
-        incident = self._incidents.at_pfn(event.pfn)
-        self._incidents.forgotten.mended(event.pfn)
-        self._halves.unpoisoned(event.pfn)
+        incident = self._incidents.find_by_pfn(event.pfn)
+        self._incidents.forgotten.discard_pfn(event.pfn)
+        self._pending.drop(event.pfn)
         if incident is not None:
             incident.unpoisoned_ts = event.ts
-            incident.note(("unpoison",), event.ts, f"pfn {event.pfn:#x} unpoisoned", "same pfn")
+            entry = TimelineEntry(event.ts, EntryKind.UNPOISON, event, Join(JoinedBy.PFN))
+            incident.note(entry)
             self._incidents.unpoison(incident)
-        self._soft.pop(event.pfn, None)
+        self._soft_offlines.pop(event.pfn, None)
         return CorrelatedEvent(event, incident=incident.id if incident else None)
 
     def _soft_offline(self, event: SoftOffline) -> CorrelatedEvent:
-        self._soft[event.pfn] = SoftOfflinedPage(event.pfn, event.ts, event.errno)
-        self._soft.move_to_end(event.pfn)
-        while len(self._soft) > self._limits.soft_offlines:
-            self._soft.popitem(last=False)
-            self._account.lose("soft_offlines", 1)
-        incident = self._incidents.at_pfn(event.pfn)
+        self._soft_offlines.renew(event.pfn, SoftOfflinedPage(event.pfn, event.ts, event.errno))
+        incident = self._incidents.find_by_pfn(event.pfn)
         if incident is not None:
-            failed = f", refused with {kvm.errno_name(event.errno)}" if event.errno else ""
-            incident.note(("soft",), event.ts, f"soft offline{failed}", "same pfn")
+            entry = TimelineEntry(event.ts, EntryKind.SOFT_OFFLINE, event, Join(JoinedBy.PFN))
+            incident.note(entry)
         return CorrelatedEvent(event, incident=incident.id if incident else None)
 
     # -- signals
 
     def _sigbus(self, event: Sigbus) -> CorrelatedEvent:
-        self._vms.sigbus(event)
-        incident, how = self._incident_of_signal(event)
+        self._vms.count_sigbus(event)
+        incident, join = self._incident_of_signal(event)
         vm = event.vm
         if incident is not None:
-            vm = self._take_signal(incident, event, how, by_poison=False)
+            vm = self._join_signal(incident, event, join, by_poison=False)
         else:
-            self._halves.add(event)
+            self._pending.add(event)
         who = self.identity(vm) if vm is not None else self._vms.vmm(event.pid, event.ts)
         return CorrelatedEvent(event, vm=who, incident=incident.id if incident else None)
 
-    def _incident_of_signal(self, event: Sigbus) -> tuple[IncidentState | None, str]:
+    def _incident_of_signal(self, event: Sigbus) -> tuple[IncidentState | None, Join]:
+        join = Join(JoinedBy.GFN)
         if event.pfn is not None:
-            incident = self._incidents.at_pfn(event.pfn)
+            incident = self._incidents.find_by_pfn(event.pfn)
             if incident is not None:
-                by_sender = "sent by the thread that had poisoned the page"
-                return incident, by_sender if event.hva is None else _BY_PAGE_TABLE
+                by_sender = event.hva is None
+                return incident, Join(
+                    JoinedBy.EARLIER_POISONING_THREAD if by_sender else JoinedBy.PAGE_TABLE
+                )
         if event.vm is None or event.hva is None:
-            return None, ""
+            return None, join
         if event.gfn is not None:
-            incident = self._incidents.at_place(event.vm, event.gfn)
+            incident = self._incidents.find_by_gfn(event.vm, event.gfn)
             if incident is not None:
-                return incident, "same VM and gfn"
-        for incident in self._incidents.of(event.vm):
+                return incident, join
+        for incident in self._incidents.of_vm(event.vm):
             if not incident.closed:
-                owner = incident.place_of_address(event.vm, event.hva, event.lsb)
+                owner = incident.owner_by_hva(event.vm, event.hva, event.lsb)
                 if owner is not None:
-                    return incident, f"address within the loss at hva {owner.hva:#x}"
-        return None, ""
+                    return incident, Join(JoinedBy.NEAR_HVA, owner.hva)
+        return None, join
 
-    def _take_signal(
-        self, incident: IncidentState, event: Sigbus, how: str, *, by_poison: bool
+    def _join_signal(
+        self, incident: IncidentState, event: Sigbus, join: Join, *, by_poison: bool
     ) -> int | None:
-        """Returns the VM that was notified, if it is known."""
-        if event.vm is None and (vm := self._holder(incident, event)) is not None:
-            event = replace(event, vm=vm, gfn=None)  # of whose memory it is the gfn was not said
-            self._vms.sigbus(event)
+        """Count a signal in its incident; returns the VM that was notified, None if unknown."""
+        if event.vm is None and (vm := self._vm_owning_page(incident, event)) is not None:
+            event = replace(event, vm=vm, gfn=None)  # the gfn may be another VM's
+            self._vms.count_sigbus(event)
         if by_poison or event.vcpu is None:
-            # memory_failure's own has the loss right; KVM's says 12 for a huge page too.
-            self._incidents.grow(incident, 1 << event.lsb if event.lsb is not None else None)
-        if event.vm is not None and self._incidents.at_place(event.vm, event.gfn) is None:
-            self._own_by_signal(incident, event, event.vm, how)
+            # memory_failure's own signals have the right size; KVM's have 12 for a huge page, too.
+            size = 1 << event.lsb if event.lsb is not None else None
+            self._incidents.set_min_size(incident, size)
+        if event.vm is not None and self._incidents.find_by_gfn(event.vm, event.gfn) is None:
+            self._add_owner_by_signal(incident, event, event.vm, join)
         code = kvm.sigbus_code_name(event.code)
         is_vmm = event.vm is not None or self._vms.vmm(event.pid, event.ts) is not None
-        who = f"vCPU {event.vcpu}" if event.vcpu is not None else f"thread {event.tid}"
-        if not is_vmm:
-            who = f"{event.comm or 'a process'} (pid {event.pid}), which runs no VM"
-        what = f"SIGBUS {code} to {who}"
-        if event.hva is not None:
-            what += f", hva {event.hva:#x}"
         own = by_poison and event.vcpu is None and event.tid == event.sender
-        if own and not incident.failed_in_use:
+        own = own and not incident.consumed_by_access
+        kind = EntryKind.OWN_SIGNAL if own else EntryKind.SIGNAL
+        entry = TimelineEntry(event.ts, kind, event, join, event.vm, event.count, vmm=is_vmm)
+        if own:
             incident.sigbus_at_poison += event.count
             incident.own_signals = [*incident.own_signals[-3:], event]
-            what += ", by its own poisoning"
-            key: object = ("own signal", event.tid)
-            incident.note(key, event.ts, what, how, vm=event.vm, count=event.count)
+            incident.note(entry, event.tid)
             return event.vm
-        key = ("sigbus", event.vm, event.tid, code)
-        incident.note(key, event.ts, what, how, vm=event.vm, count=event.count)
+        incident.note(entry, event.vm, event.tid, code)
         if not is_vmm:
             incident.sigbus_to_others += event.count
             return None
         incident.sigbus += event.count
         if event.vm is not None:
             signals = {code: event.count}
-            # No gfn is below 0.
+            # Negative, so that it is no gfn.
             page = None if event.hva is None else -1 - event.hva // self._page
             self._deliver(incident, event.ts, event.vm, event.vcpu, signals=signals, page=page)
         else:
-            incident.heard(event.ts)  # a VMM was notified; for which of its VMs is not known
+            incident.mark_delivered(event.ts)  # for which of the VMM's VMs is not known
         return event.vm
 
-    def _holder(self, incident: IncidentState, event: Sigbus) -> int | None:
-        """Which VM of a process with several a signal is about: the one that has that page."""
+    def _vm_owning_page(self, incident: IncidentState, event: Sigbus) -> int | None:
+        """Of a process with several VMs, the one that has the page that a signal is about."""
         mine = self._vms.of_process(event.pid)
         vms = {
             owner.vm
@@ -517,18 +467,20 @@ class Correlator:
         }
         return vms.pop() if len(vms) == 1 else None
 
-    def _own_by_signal(self, incident: IncidentState, event: Sigbus, vm: int, how: str) -> None:
+    def _add_owner_by_signal(
+        self, incident: IncidentState, event: Sigbus, vm: int, join: Join
+    ) -> None:
         hva = event.hva
         if hva is None:
             return
-        at = incident.place_of_address(vm, hva, None)
+        at = incident.owner_by_hva(vm, hva, None)
         if at is not None and at.hva is not None:
             if at.hva // self._page != hva // self._page:
-                return  # another page of the same loss: the owner is known by the one that failed
+                return  # another page of the same huge page: the owner keeps the first
             hva = at.hva
         has_vm = any(owner.vm == vm for owner in incident.owners.values())
         if event.gfn is not None or not has_vm:
-            self._own(incident, Owner(vm, event.gfn, hva), event.ts, how)
+            self._add_owner(incident, Owner(vm, event.gfn, hva), event, join)
 
     def _deliver(
         self,
@@ -542,50 +494,46 @@ class Correlator:
         page: int | None = None,
     ) -> None:
         was_over = incident.over
-        # Whatever was seen of its memory: it still has the page.
+        # A VM that is notified still has the page.
         incident.released = {place for place in incident.released if place[0] != vm}
         first = incident.deliver(ts, vm, vcpu, exits=exits, signals=signals, page=page)
-        self._incidents.told(incident, vm)
+        self._incidents.add_notified_vm(incident, vm)
         if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
-            self._account.delivered(ts - incident.poisoned_ts)
+            self._totals.add_latency(ts - incident.poisoned_ts)
         if was_over and not incident.over:
-            what = "notified again although the page is unpoisoned"
-            incident.note(("again", vm), ts, what, vm=vm)
+            incident.note(TimelineEntry(ts, EntryKind.NOTIFIED_AGAIN, vm=vm), vm)
 
     # -- hardware
 
     def _hardware_error(self, event: Mce | HwError) -> CorrelatedEvent:
-        errors = self._hardware.report(event)
+        site = self._hardware.report(event)
         affected: list[IncidentState] = []
-        if errors is not None and errors.pfn is not None:
-            if errors.order:
-                affected = self._incidents.within(errors.covers)
-            elif (exact := self._incidents.at_pfn(errors.pfn)) is not None:
+        if site is not None:
+            if site.order:
+                affected = self._incidents.find_by_pfn_range(site.covers)
+            elif (exact := self._incidents.find_by_pfn(site.pfn)) is not None:
                 affected = [exact]
             for incident in affected:
-                self._came_from(incident, errors)
+                self._add_origin(incident, site)
         return CorrelatedEvent(event, incident=affected[0].id if len(affected) == 1 else None)
 
     def _join_hardware(self, incident: IncidentState) -> None:
-        """What was reported of this page before it was poisoned."""
-        for errors in self._hardware.at(incident.pfn or 0):
-            self._came_from(incident, errors)
+        """Join what was reported of this page before it was poisoned."""
+        for site in self._hardware.sites_of(incident.pfn or 0):
+            self._add_origin(incident, site)
 
-    def _came_from(self, incident: IncidentState, errors: ErrorSite) -> None:
-        incident.came_from(errors)
-        if incident.failed_in_use:
-            # Reported after its poison: the thread did not poison the page, it consumed it.
+    def _add_origin(self, incident: IncidentState, site: ErrorSite) -> None:
+        incident.add_origin(site)
+        if incident.consumed_by_access:
+            # Reported after the poison: the thread accessed the page and did not poison it.
             signals, incident.own_signals = incident.own_signals, []
             for signal in signals:
                 incident.sigbus_at_poison -= signal.count
-                incident.moments.pop(("own signal", signal.tid), None)
-                how = "sent by the thread that consumed the page"
-                self._take_signal(incident, signal, how, by_poison=True)
+                incident.entries.pop((EntryKind.OWN_SIGNAL, signal.tid), None)
+                join = Join(JoinedBy.CONSUMING_THREAD)
+                self._join_signal(incident, signal, join, by_poison=True)
 
     # -- out
-
-    def _named_owners(self, incident: IncidentState) -> tuple[tuple[Owner, VmSeen | None], ...]:
-        return tuple((owner, self.identity(owner.vm)) for owner in incident.owners.values())
 
     def snapshot(self) -> Snapshot:
         """The model as of the last event; immutable, safe to hand to another thread."""
@@ -595,51 +543,46 @@ class Correlator:
         for incident in self._incidents:
             if not incident.over:
                 pages.update(key for key in incident.holders if not self._vms.is_gone(key))
-                pages[None] += incident.page_class == "kernel"
+                pages[None] += incident.page_class == PageClass.KERNEL
         return Snapshot(
             vms={key: vm.frozen(pages[key], forgotten[key], now) for key, vm in self._vms.items()},
             incidents=tuple(self._frozen(incident, now) for incident in self._incidents),
-            poisons=dict(self._account.poisons),
-            latency=self._account.latency(),
-            lost=dict(self._account.lost),
+            poisons=dict(self._totals.poisons),
+            latency=self._totals.latency(),
+            lost=dict(self._totals.lost),
             last_ts=self._last_ts,
             soft_offlines=tuple(
-                replace(page, origin=self._hardware.origin(self._hardware.at(page.pfn)))
-                for page in self._soft.values()
+                replace(page, origin=self._hardware.origin(self._hardware.sites_of(page.pfn)))
+                for page in self._soft_offlines.values()
             ),
             dimms=self._hardware.dimms(),
             reported=self._hardware.reported(),
-            kernel=self._account.kernel_account(),
+            kernel=self._totals.kernel_account(),
             page_shift=self._page_shift,
             kernel_pages=pages[None],
             steps=tuple(self._steps),
         )
 
-    def _parties(self, incident: IncidentState) -> dict[int, VmIdentity]:
-        known = {key: self._vms.party(key) or incident.parties.get(key) for key in incident.vms}
-        return {key: party for key, party in sorted(known.items()) if party is not None}
+    def _vm_identities(self, incident: IncidentState) -> dict[int, VmIdentity]:
+        known = {
+            key: self._vms.vm_identity(key) or incident.vm_identities.get(key)
+            for key in incident.vms
+        }
+        return {key: identity for key, identity in sorted(known.items()) if identity is not None}
 
-    def _settled(self, incident: IncidentState) -> bool:
-        return incident.settled(self._last_ts or 0, self._parties(incident))
+    def _is_settled(self, incident: IncidentState) -> bool:
+        return incident.is_settled(self._last_ts or 0, self._vm_identities(incident))
 
     def _frozen(self, incident: IncidentState, now: int) -> Incident:
         return incident.frozen(
             now,
-            self._parties(incident),
-            self._hardware.origin(incident.places),
+            self._vm_identities(incident),
+            self._hardware.origin(incident.error_sites),
             self._vms.undelivered(incident.owners, now),
         )
 
 
-def _by_place(gfn: int | None, known_by: int | None) -> str:
+def _by_place(gfn: int | None, known_gfn: int | None) -> Join:
     if gfn is None:
-        return "same VM; its gfn is unknown"
-    return "same VM and gfn" if gfn == known_by else f"gfn within the loss at gfn {known_by:#x}"
-
-
-def _by_gmem(event: GmemPoison) -> str:
-    where = f"index {event.index:#x}"
-    if event.inode is not None:
-        where = f"inode {event.inode}, {where}"
-    doubt = "" if event.complete else "; not all bindings could be seen"
-    return f"same thread as the poison, guest_memfd {where}{doubt}"
+        return Join(JoinedBy.VM)
+    return Join(JoinedBy.GFN) if gfn == known_gfn else Join(JoinedBy.NEAR_GFN, known_gfn)

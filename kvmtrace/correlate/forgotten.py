@@ -1,51 +1,52 @@
-"""Poisoned pages whose incidents had no room: that they are, and whose, outlives what happened.
+"""Poisoned pages whose incidents had no room.
 
-An all-clear is never made by forgetting. A page is known by its place in a VM, or by its number.
+That a VM has a poisoned page is remembered longer than what happened to it: no VM may look healthy
+because its incident was forgotten. A page is identified by its place in a VM, or by its pfn.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.events import Owner
 
-# Whose: a VM's key, None for the kernel.
+# A VM's key or None for the kernel; the gfn, or a number made of the pfn.
 _Key = tuple[int | None, int]
 
 
 class Forgotten:
-    """At most ``limit`` pages; of further ones only how many of them each VM and the kernel has."""
+    """At most ``limit`` pages; further ones are only counted, for each VM and the kernel."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._keys: OrderedDict[_Key, int | None] = OrderedDict()  # with the pfn, where known
+        self._keys: BoundedDict[_Key, int | None] = BoundedDict(limit, self._count_only)
         self._more: Counter[int | None] = Counter()
 
     def counts(self) -> Counter[int | None]:
-        """{VM, None for the kernel: pages}."""
+        """{VM key, None for the kernel: pages}."""
         return Counter(of for of, _ in self._keys) + self._more
 
-    def forget(self, owner: Owner | None, pfn: int | None) -> None:
-        """No incident remembers this page of a VM, or of the kernel."""
+    def add(self, owner: Owner | None, pfn: int | None) -> None:
+        """Keep a page of a VM (``owner``) or of the kernel whose incident was dropped."""
         self._keys[_key(owner, pfn)] = pfn
-        if len(self._keys) > self._limit:
-            (of, _), _ = self._keys.popitem(last=False)
-            self._more[of] += 1
 
-    def remember(self, owner: Owner | None, pfn: int | None) -> None:
-        """An incident knows of it again."""
+    def _count_only(self, key: _Key, _: int | None) -> None:
+        self._more[key[0]] += 1
+
+    def discard(self, owner: Owner | None, pfn: int | None) -> None:
+        """Drop a page that an incident has again."""
         self._keys.pop(_key(owner, pfn), None)
         if pfn is not None and owner is not None:
             self._keys.pop(_key(Owner(owner.vm, None), pfn), None)
 
-    def mended(self, pfn: int, vm: int | None = None) -> None:
-        """The page is no longer poisoned, or ``vm`` has another one in its place."""
+    def discard_pfn(self, pfn: int, vm: int | None = None) -> None:
+        """Drop a page that is no longer poisoned, or that ``vm`` replaced by another one."""
         for key in [key for key, of in self._keys.items() if of == pfn]:
             if vm in (None, key[0]):
                 del self._keys[key]
 
-    def leave(self, vm: int) -> None:
-        """The VM is gone, and no longer has any."""
+    def discard_vm(self, vm: int) -> None:
+        """Drop all pages of a VM that is gone."""
         self._more.pop(vm, None)
         for key in [key for key in self._keys if key[0] == vm]:
             del self._keys[key]

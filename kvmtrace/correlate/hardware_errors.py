@@ -1,38 +1,46 @@
-"""Where errors come from: what hardware and firmware reported, by page and by DIMM.
+"""What hardware and firmware reported, by page and by DIMM.
 
-A report is joined to a page by its address, as exactly as the report says it is: MCi_MISC's low six
-bits (the address' least significant valid bit) where MCi_STATUS declares them valid, an EDAC
-report's grain; at best a page. One error is often reported several times, by several banks, by EDAC
-and by firmware: ``tally`` counts errors, not reports.
+A report is joined to a page by its address. How exact that is, MCi_MISC's low six bits show (the
+address' least significant valid bit) where MCi_STATUS declares them valid, or an EDAC report's
+grain; at best it is one page. One error is often reported several times: by several banks, by EDAC
+and by firmware. ``ErrorCount`` counts errors, not reports.
 """
 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 from kvmtrace import dimm_names, kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.error_counts import EDAC, MCE, ErrorCount, together
 from kvmtrace.events import HwError, Mce
 from kvmtrace.linux import mce
-from kvmtrace.model import ErrorHistory, Origin, Reported, TimelineEntry
+from kvmtrace.model import (
+    EntryKind,
+    ErrorHistory,
+    Join,
+    JoinedBy,
+    Origin,
+    Reported,
+    TimelineEntry,
+)
 
 _SEVERITIES = ("corrected", "deferred", "recoverable", "fatal")
 
-# Reports that are less exact (a whole rank, a channel) name no page.
+# Less exact reports (of a whole rank or channel) name no page.
 _MAX_SHIFT = 30
 _MAX_REPORTERS = 8
-_LINE = 64  # bytes: what a controller corrects, and an address without a grain is exact to
-_PAGE = 4096  # bytes, of the smallest one
+_LINE = 64  # bytes that a controller corrects at once; an address without a grain is as exact
+_PAGE = 4096  # bytes in the smallest page
 _LINES = (64 << 10) // _LINE  # in the largest page
 
-# How recordings of kvmtrace 0.1 name the DIMM of a handle that SMBIOS does not list.
+# The label in recordings of kvmtrace 0.1 for a handle that SMBIOS does not list.
 _NO_HANDLE = re.compile("SMBIOS handle 0x[0-9a-f]+")
 
-# Whose names are better: EDAC knows the slot, firmware's tables what the board calls it.
+# The best source of names first: EDAC has the slot, firmware's tables what the board calls it.
 _SOURCES = ("edac", "smbios", "fru")
 
 _K = TypeVar("_K")
@@ -40,32 +48,34 @@ _V = TypeVar("_V")
 
 
 class Name(NamedTuple):
-    """What a reporter calls the memory, when, and the address it said so of. A lower ``worth`` is
-    better: names of one DIMM come before others, then by ``_SOURCES``. ``corrected``: the error
-    was, or may have been. ``lines``: a bit for each cache line of the page that it was said of.
+    """What a report calls the memory at ``addr``.
+
+    ``rank``: lower is better; names of one DIMM come before others, then by ``_SOURCES``.
+    ``corrected``: the error was, or may have been, corrected. ``lines``: a bit for each cache line
+    of the page for which the name was reported.
     """
 
     label: str
-    worth: tuple[bool, int]
+    rank: tuple[bool, int]
     ts: int
     addr: int | None = None
     corrected: bool = True
     lines: int = 0
 
     def same_error(self, other: Name) -> bool:
-        """Whether another reporter means the same error; both are of one place.
+        """Whether ``other`` is another reporter's name for the same error; both are of one place.
 
-        Controllers take turns within a page, so another address may be of another DIMM; but
-        firmware may know the page only, and then speaks at the same time.
+        Controllers interleave within a page, so another address may be of another DIMM. Firmware
+        may know only the page; then it reports at the same time.
         """
-        if self.addr is None or other.addr is None or self.worth[1] == other.worth[1]:
+        if self.addr is None or other.addr is None or self.rank[1] == other.rank[1]:
             return False
         if self.lines and other.lines:
             return bool(self.lines & other.lines)
         return together(self.ts, other.ts)
 
     def is_for(self, ts: int, line: int | None) -> bool | None:
-        """Whether it is the name for an uncorrected error then, in that line; None: not known."""
+        """Whether it names the DIMM of an uncorrected error at ``ts`` in ``line``, if known."""
         if not self.corrected:
             return True
         if line is None or not self.lines:
@@ -75,24 +85,29 @@ class Name(NamedTuple):
 
 @dataclass(slots=True)
 class ErrorSite:
-    """What was reported of one place: 2**``order`` pages from ``pfn`` on."""
+    """What was reported of one place: 2**``order`` pages, of which ``pfn`` is one.
+
+    ``named``: errors by the label that their reports have. ``entries``: the timeline, by what two
+    reports of one entry have in common. ``uncorrected``: time and cache line (a bit) of the last
+    uncorrected error.
+    """
 
     pfn: int
     order: int = 0
     page_shift: int = kvm.PAGE_SHIFT
-    tally: ErrorCount = field(default_factory=ErrorCount)
-    named: dict[str, ErrorCount] = field(default_factory=dict)  # by label: reports that have it
+    errors: ErrorCount = field(default_factory=ErrorCount)
+    named: dict[str, ErrorCount] = field(default_factory=dict)
     names: dict[str, Name] = field(default_factory=dict)
     vias: dict[str, None] = field(default_factory=dict)
     first_ts: int = 0
     last_ts: int = 0
     facts: dict[str, int | str] = field(default_factory=dict)
-    moments: dict[str, TimelineEntry] = field(default_factory=dict)
-    uncorrected: tuple[int, int | None] | None = None  # the last one: time, line's bit
-    _reported: Reported | None = None  # as it was frozen last, if nothing came since
+    entries: dict[tuple[object, ...], TimelineEntry] = field(default_factory=dict)
+    uncorrected: tuple[int, int | None] | None = None
+    _reported: Reported | None = None  # what reported() returned, if nothing was added since
 
     def add(self, event: Mce | HwError) -> None:
-        """One more report."""
+        """Add a report."""
         self._reported = None
         facts = _facts(event)
         via, severity = _via(event), severity_of(event)
@@ -103,45 +118,51 @@ class ErrorSite:
         self.vias[via] = None
         self.first_ts = min(self.first_ts, event.ts)
         self.last_ts = max(self.last_ts, event.ts)
-        self.tally.add(event, severity)
+        self.errors.add(event, severity)
         if _is_uncorrected(severity):
             line, last = _line(event), self.uncorrected
             if line is None and last and together(event.ts, last[0]):
-                line = last[1]  # another reporter of the same error
+                line = last[1]  # another report of the same error
             self.uncorrected = event.ts, line
-        # The last report of the worst kind speaks; what it leaves out, others may have said.
+        # The last report of the worst severity counts; others add what it does not have.
         worse = _rank(severity) >= _rank(self.facts.get("severity"))
         self.facts = {**self.facts, **facts} if worse else {**facts, **self.facts}
         self._note(event)
 
     def _note(self, event: Mce | HwError) -> None:
-        what = _text(event)
-        if what not in self.moments and len(self.moments) >= _MAX_REPORTERS:
-            what = "errors of other kinds"
-        known = self.moments.get(what)
+        key = _kind_of(event)
+        kind = EntryKind.HARDWARE_ERROR
+        if key not in self.entries and len(self.entries) >= _MAX_REPORTERS:
+            key, kind = ("others",), EntryKind.MORE_HARDWARE_ERRORS
+        known = self.entries.get(key)
         if known is None:
-            exact = f"address, exact to {1 << self.page_shift << self.order} bytes"
-            how = "address in the same page" if not self.order else exact
-            self.moments[what] = TimelineEntry(
-                event.ts, what, how, count=max(1, event.count), last_ts=event.ts
+            exact = Join(JoinedBy.ADDRESS, 1 << self.page_shift << self.order)
+            join = exact if self.order else Join(JoinedBy.PAGE_ADDRESS)
+            self.entries[key] = TimelineEntry(
+                event.ts,
+                kind,
+                event if kind is EntryKind.HARDWARE_ERROR else None,
+                join,
+                count=max(1, event.count),
+                last_ts=event.ts,
             )
         else:
-            self.moments[what] = replace(
+            self.entries[key] = replace(
                 known,
                 ts=min(known.ts, event.ts),
                 last_ts=max(known.last_ts or 0, event.ts),
                 count=known.count + max(1, event.count),
             )
 
-    def called(self, name: Name) -> None:
-        """A report names the memory."""
+    def add_name(self, name: Name) -> None:
+        """Add a name that a report has for the memory."""
         self._reported = None
         known = self.names.get(name.label)
         if known is None and len(self.names) >= _MAX_REPORTERS:
             return
         if known is not None:
             lines = known.lines | name.lines
-            if (known.corrected, known.worth) < (name.corrected, name.worth):
+            if (known.corrected, known.rank) < (name.corrected, name.rank):
                 self.names[name.label] = known._replace(lines=lines)
                 return
             del self.names[name.label]
@@ -149,29 +170,30 @@ class ErrorSite:
         self.names[name.label] = name
 
     def covers(self, pfn: int) -> bool:
-        """Whether the page is within what was reported."""
+        """Whether the page is within this place."""
         return pfn >> self.order == self.pfn >> self.order
 
     def reported(self) -> Reported:
-        """The counts and the best name, frozen."""
+        """Immutable counts and the best name."""
         if self._reported is None:
             best = _best_name([self])
             self._reported = Reported(self.history(), best.label if best else None)
         return self._reported
 
     def history(self) -> ErrorHistory:
-        """The counts, frozen."""
-        corrected, others = self.tally.errors
+        """Immutable counts."""
+        corrected, others = self.errors.errors
         return ErrorHistory(corrected + others, corrected, self.first_ts, self.last_ts)
 
 
 @dataclass(slots=True)
 class Dimm:
-    """What was reported of one DIMM: errors at known places, and those without an address.
+    """What was reported of one DIMM.
 
-    ``vias``: who reports with addresses. One error may be reported with an address by one and
+    ``corrected``, ``others``: errors at known places. ``elsewhere``: errors without an address.
+    ``vias``: reporters that give addresses. One error may be reported with an address by one and
     without by another (AMD's controllers, whose addresses name no page, and EDAC, which translates
-    them): the highest count of a reporter is shown.
+    them), so the highest count of a reporter is shown.
     """
 
     first_ts: int
@@ -182,7 +204,7 @@ class Dimm:
     vias: set[str] = field(default_factory=set)
 
     def absorb(self, other: Dimm) -> None:
-        """It is the same DIMM."""
+        """Add what was reported of the same DIMM under another name."""
         self.first_ts = min(self.first_ts, other.first_ts)
         self.last_ts = max(self.last_ts, other.last_ts)
         self.corrected += other.corrected
@@ -191,7 +213,7 @@ class Dimm:
         self.vias |= other.vias
 
     def history(self) -> ErrorHistory:
-        """The counts, frozen."""
+        """Immutable counts."""
         corrected, others = self.corrected, self.others
         for via, (more, more_others) in self.elsewhere.by_reporter():
             known = via in self.vias
@@ -201,40 +223,43 @@ class Dimm:
 
 
 class HardwareErrors:
-    """Remembers at most ``limit`` places and as many DIMMs, those that reported last."""
+    """At most ``limit`` places and as many DIMMs; the least recently reported are forgotten."""
 
     def __init__(self, limit: int, page_shift: int = kvm.PAGE_SHIFT) -> None:
         self._limit = limit
         self._page_shift = page_shift
-        self._places: OrderedDict[tuple[int, int], ErrorSite] = OrderedDict()
-        self._dimms: OrderedDict[str, Dimm] = OrderedDict()
-        self._better: OrderedDict[str, str] = OrderedDict()  # {name: a better one of the same DIMM}
-        self._check: Mce | None = None  # the last one
+        self._places: BoundedDict[tuple[int, int], ErrorSite] = BoundedDict(limit)
+        self._dimms: BoundedDict[str, Dimm] = BoundedDict(limit)
+        # {name: a better name of the same DIMM}
+        self._better: BoundedDict[str, str] = BoundedDict(limit)
+        self._last_check: Mce | None = None
 
     def report(self, event: Mce | HwError) -> ErrorSite | None:
-        """Take a report; returns the place it names, None if it names none."""
-        errors = self._place(event)
-        if errors is not None:
-            errors.add(event)
-        labels = [self._one_name(name, errors) for name in self._names(event)]
+        """Take a report and return the place it names; None if it names none."""
+        site = self._site(event)
+        if site is not None:
+            site.add(event)
+        labels = [self._merge_names(name, site) for name in self._names(event)]
         if labels:
-            self._count(event, labels[-1], errors)
-        return errors
+            self._count(event, labels[-1], site)
+        return site
 
     def _names(self, event: Mce | HwError) -> list[Name]:
-        """What a report calls the memory; EDAC speaks of the machine check before it, which AMD's
-        firmware may have given the name of a DIMM where EDAC knows a rank.
+        """Names that a report has for the memory.
+
+        An EDAC report is about the machine check before it. AMD's firmware may have put the name of
+        a DIMM there, while EDAC knows only a rank.
         """
         names = [_name(event)]
         if isinstance(event, Mce):
-            self._check = event
-        elif event.via == EDAC and (check := self._check) and together(check.ts, event.ts):
+            self._last_check = event
+        elif event.via == EDAC and (check := self._last_check) and together(check.ts, event.ts):
             of_check = _name(check)
             if of_check is not None:
                 names.append(of_check._replace(addr=event.addr, lines=_line(event) or 0))
         return [name for name in names if name is not None]
 
-    def _place(self, event: Mce | HwError) -> ErrorSite | None:
+    def _site(self, event: Mce | HwError) -> ErrorSite | None:
         place = place_of(event, self._page_shift)
         if place is None:
             return None
@@ -243,24 +268,24 @@ class HardwareErrors:
         if key not in self._places and len(self._places) >= self._limit:
             self._spare_uncorrected()
         new = ErrorSite(pfn, order, self._page_shift, ErrorCount(exact=not order))
-        return self._of(self._places, key, new)
+        return _renewed(self._places, key, new)
 
     def _spare_uncorrected(self) -> None:
-        """A flood of corrected errors pushes out no other one, whose poison may still come."""
+        """Keep uncorrected errors in a flood of corrected ones: their poison may still come."""
         for _ in range(self._limit // 2):
             key, oldest = next(iter(self._places.items()))
             if oldest.uncorrected is None:
                 return
             self._places.move_to_end(key)
 
-    def _one_name(self, name: Name, errors: ErrorSite | None) -> str:
-        """The best name of the DIMM: two reporters of one error mean the same one."""
-        if errors is not None:
-            errors.called(name)
-            same = [name, *filter(name.same_error, errors.names.values())]
+    def _merge_names(self, name: Name, site: ErrorSite | None) -> str:
+        """Return the best name of the DIMM: two reporters of one error mean the same DIMM."""
+        if site is not None:
+            site.add_name(name)
+            same = [name, *filter(name.same_error, site.names.values())]
             same = [one for one in same if dimm_names.names(one.label) != "candidates"]
             if same:
-                best = self._best(min(same, key=lambda one: one.worth).label)
+                best = self._best(min(same, key=lambda one: one.rank).label)
                 for worse in dict.fromkeys(self._best(one.label) for one in same):
                     if worse != best:
                         self._same_dimm(worse, best)
@@ -272,60 +297,53 @@ class HardwareErrors:
     def _same_dimm(self, worse: str, better: str) -> None:
         for label in [label for label, known in self._better.items() if known == worse]:
             self._better[label] = better
-        self._of(self._better, worse, better)
+        _renewed(self._better, worse, better)
         if (known := self._dimms.pop(worse, None)) is not None:
             new = Dimm(known.first_ts, known.last_ts)
-            self._of(self._dimms, better, new).absorb(known)
+            _renewed(self._dimms, better, new).absorb(known)
 
-    def _count(self, event: Mce | HwError, label: str, errors: ErrorSite | None) -> None:
-        dimm = self._of(self._dimms, label, Dimm(event.ts, event.ts))
+    def _count(self, event: Mce | HwError, label: str, site: ErrorSite | None) -> None:
+        dimm = _renewed(self._dimms, label, Dimm(event.ts, event.ts))
         dimm.first_ts, dimm.last_ts = min(dimm.first_ts, event.ts), max(dimm.last_ts, event.ts)
         severity = severity_of(event)
-        if errors is None:
+        if site is None:
             dimm.elsewhere.add(event, severity)
             return
-        tally = next((errors.named[x] for x in errors.named if self._best(x) == label), None)
-        if tally is None:
-            if len(errors.named) >= _MAX_REPORTERS:
+        count = next((site.named[x] for x in site.named if self._best(x) == label), None)
+        if count is None:
+            if len(site.named) >= _MAX_REPORTERS:
                 dimm.elsewhere.add(event, severity)
                 return
-            tally = errors.named[label] = ErrorCount(exact=not errors.order)
-        before = tally.errors
-        tally.add(event, severity, errors.tally)
+            count = site.named[label] = ErrorCount(exact=not site.order)
+        before = count.errors
+        count.add(event, severity, site.errors)
         if len(dimm.vias) < _MAX_REPORTERS:
             dimm.vias.add(_via(event))
-        # What turns out not to have been corrected may be of a DIMM that was forgotten since.
-        dimm.corrected = max(0, dimm.corrected + tally.errors[0] - before[0])
-        dimm.others += tally.errors[1] - before[1]
+        # An error that turns out not to have been corrected may be of a forgotten DIMM.
+        dimm.corrected = max(0, dimm.corrected + count.errors[0] - before[0])
+        dimm.others += count.errors[1] - before[1]
 
-    def _of(self, known: OrderedDict[_K, _V], key: _K, new: _V) -> _V:
-        errors = known.setdefault(key, new)
-        known.move_to_end(key)
-        while len(known) > self._limit:
-            known.popitem(last=False)
-        return errors
-
-    def at(self, pfn: int) -> list[ErrorSite]:
-        """What was reported of places that hold this page, the most exact first."""
+    def sites_of(self, pfn: int) -> list[ErrorSite]:
+        """The places that hold this page and have reports, the most exact first."""
         orders = _MAX_SHIFT - self._page_shift + 1
         found = (self._places.get((order, pfn >> order)) for order in range(orders))
-        return [errors for errors in found if errors is not None]
+        return [site for site in found if site is not None]
 
-    def origin(self, places: Collection[ErrorSite]) -> Origin | None:
+    def origin(self, sites: Collection[ErrorSite]) -> Origin | None:
         """All that is known of a page from these places.
 
-        Errors that were not corrected speak first, and of these what was said of the page alone: a
-        report of a whole range has the address of another page.
+        Uncorrected errors come first, and of these the reports of this page alone: a report of a
+        whole range has the address of another page.
         """
-        vias = tuple(dict.fromkeys(via for errors in places for via in errors.vias))
-        places = sorted(places, key=lambda errors: (errors.uncorrected is None, errors.order))
-        if not places:
+        vias = tuple(dict.fromkeys(via for site in sites for via in site.vias))
+        sites = sorted(sites, key=lambda site: (site.uncorrected is None, site.order))
+        if not sites:
             return None
         facts: dict[str, int | str] = {}
-        for errors in places:
-            facts = {**errors.facts, **facts}
-        histories = [errors.history() for errors in places]
-        best = _best_name(places)
+        for site in sites:
+            facts = {**site.facts, **facts}
+        histories = [site.history() for site in sites]
+        best = _best_name(sites)
         label = self._best(best.label) if best else None
         dimm = self._dimms.get(label) if label else None
         return Origin(
@@ -355,26 +373,33 @@ class HardwareErrors:
         return {label: dimm.history() for label, dimm in self._dimms.items()}
 
 
-def _best_name(places: list[ErrorSite]) -> Name | None:
-    """Of the most exact place, the last of equals.
+def _renewed(known: BoundedDict[_K, _V], key: _K, new: _V) -> _V:
+    """Return the value of ``key``, ``new`` if it had none, and make it the last to be forgotten."""
+    value = known.get(key, new)
+    known.renew(key, value)
+    return value
 
-    The lines of a page are of several DIMMs: where an error was not corrected, its name goes before
-    those of corrected ones, and what is known to be the name of another line is none for it.
+
+def _best_name(sites: list[ErrorSite]) -> Name | None:
+    """The best name of the most exact place; the last of equals.
+
+    The cache lines of a page are on several DIMMs. The name of an uncorrected error comes before
+    those of corrected ones, and a name that is known to be of another line is left out.
     """
-    names = [name for errors in places for name in reversed(errors.names.values())]
-    bad = [errors.uncorrected for errors in places if errors.uncorrected]
+    names = [name for site in sites for name in reversed(site.names.values())]
+    bad = [site.uncorrected for site in sites if site.uncorrected]
     if not bad:
-        return min(names, key=lambda name: name.worth, default=None)
+        return min(names, key=lambda name: name.rank, default=None)
     found: list[tuple[bool, tuple[bool, int], Name]] = []
     for name in names:
         fits = {name.is_for(*error) for error in bad}
         if fits != {False}:
-            found.append((True not in fits, name.worth, name))
+            found.append((True not in fits, name.rank, name))
     return min(found, key=lambda one: one[:2])[2] if found else None
 
 
 def place_of(event: Mce | HwError, page_shift: int = kvm.PAGE_SHIFT) -> tuple[int, int] | None:
-    """(pfn, order) that a report names; None without a usable address."""
+    """Return (pfn, order) of the place that a report names; None without a usable address."""
     pfn, grain = event.pfn, page_shift
     if isinstance(event, HwError):
         if pfn is None and event.addr is not None:
@@ -390,7 +415,7 @@ def place_of(event: Mce | HwError, page_shift: int = kvm.PAGE_SHIFT) -> tuple[in
 
 
 def _usable(check: Mce) -> bool:
-    """Whether the pfn is one: older recordings have them of any address that a register has."""
+    """Whether the pfn is valid: older recordings have one for any address in a register."""
     if check.vendor is None or check.addr is None or not check.status & mce.ADDRV:
         return True
     registers = (check.addr, check.status, check.misc, check.vendor, None)
@@ -398,19 +423,16 @@ def _usable(check: Mce) -> bool:
 
 
 def severity_of(event: Mce | HwError) -> str | None:
-    """One of events.HwError's severities; None if the report does not say."""
+    """Severity as ``events.HwError`` has it; None if the report has none."""
     if isinstance(event, HwError):
         return event.severity
-    if not event.status & mce.UC:
-        deferred = event.vendor in mce.AMD and event.status & mce.DEFERRED
-        return "deferred" if deferred else "corrected"
-    return "fatal" if event.status & mce.PCC else "recoverable"
+    return mce.severity(event.status, event.vendor)
 
 
 def _name(event: Mce | HwError) -> Name | None:
-    """What a report calls the memory; recordings hold what was no name, too."""
+    """The name that a report has for the memory; recordings also hold texts that are no name."""
     if isinstance(event, Mce):
-        # What another unit calls itself is no DIMM.
+        # The FRU text of another unit names no DIMM.
         label = dimm_names.of_fru(event.fru) if mce.is_umc(event.ipid) else None
         source = "fru"
     else:
@@ -419,12 +441,12 @@ def _name(event: Mce | HwError) -> Name | None:
     if label is None or _NO_HANDLE.fullmatch(label):
         return None
     order = _SOURCES.index(source) if source in _SOURCES else len(_SOURCES)
-    worth = (dimm_names.names(label) != "dimm", order)
+    rank = (dimm_names.names(label) != "dimm", order)
     corrected = not _is_uncorrected(severity_of(event))
     if isinstance(event, Mce):
-        return Name(label, worth, event.ts, corrected=corrected)
+        return Name(label, rank, event.ts, corrected=corrected)
     line = _line(event) or 0
-    return Name(label, worth, event.ts, event.addr, corrected, line)
+    return Name(label, rank, event.ts, event.addr, corrected, line)
 
 
 def _is_uncorrected(severity: str | None) -> bool:
@@ -432,11 +454,11 @@ def _is_uncorrected(severity: str | None) -> bool:
 
 
 def _line(event: Mce | HwError) -> int | None:
-    """The bit of the cache line in its page; None where the report is less exact than that."""
+    """The bit of the cache line in its page; None if the report is less exact."""
     if event.addr is None:
         return None
     if isinstance(event, HwError):
-        # Without a grain: firmware that knows the page only names its start.
+        # Without a grain: firmware that knows only the page gives its start.
         exact = event.grain <= _LINE if event.grain else event.addr % _PAGE != 0
     else:
         exact = 1 << (mce.address_shift(event.status, event.misc) or 0) <= _LINE
@@ -447,24 +469,14 @@ def _via(event: Mce | HwError) -> str:
     return event.via if isinstance(event, HwError) else MCE
 
 
-def _text(event: Mce | HwError) -> str:
-    severity = severity_of(event) or "memory"
-    if isinstance(event, Mce):
-        return f"{severity} error by machine check: {_who(event)}"
-    label = dimm_names.label(event.label)
-    return f"{severity} error by {event.via}" + (f": {label}" if label else "")
-
-
-def _who(check: Mce) -> str:
-    if check.bank == mce.FIRMWARE_BANK:
-        return "the kernel's record of what firmware reported"
-    match _at(check):
-        case "memory":
-            at_memory = f"memory controller of socket {check.socket}"
-            return f"{at_memory} (bank {check.bank}, read by CPU {check.cpu})"
-        case "consumer":
-            return f"consumed by CPU {check.cpu}, socket {check.socket} (bank {check.bank})"
-    return f"bank {check.bank}, CPU {check.cpu}, socket {check.socket}"
+def _kind_of(event: Mce | HwError) -> tuple[object, ...]:
+    """What two reports of one timeline entry have in common."""
+    severity = severity_of(event)
+    if isinstance(event, HwError):
+        return severity, event.via, dimm_names.label(event.label)
+    if event.bank == mce.FIRMWARE_BANK:
+        return severity, event.bank
+    return severity, _at(event), event.bank, event.cpu, event.socket
 
 
 def _at(check: Mce) -> str | None:
@@ -476,7 +488,7 @@ def _rank(severity: object) -> int:
 
 
 def _facts(event: Mce | HwError) -> dict[str, int | str]:
-    """What goes into an ``Origin`` under the same names."""
+    """The fields of an ``Origin`` that a report fills."""
     facts: dict[str, object] = {"severity": severity_of(event), "addr": event.addr}
     if isinstance(event, HwError):
         facts |= {"socket": event.socket, "node": event.node, "message": event.message}

@@ -1,71 +1,81 @@
-"""One incident as the correlator builds it up: owners, deliveries, and what its VMMs did then."""
+"""One incident as the correlator builds it: owners, deliveries, and what its VMMs did then."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import assert_never
 
 from kvmtrace import kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.hardware_errors import ErrorSite
-from kvmtrace.correlate.limits import Limits
-from kvmtrace.correlate.pages import is_verdict, verdict_on
-from kvmtrace.correlate.verdicts import Evidence, VcpuSample, judge, loops_now
+from kvmtrace.correlate.limits import CountLost, Limits
+from kvmtrace.correlate.verdicts import Evidence, VcpuSample, is_looping, judge
 from kvmtrace.events import Owner, Poison, Sigbus, VcpuState
 from kvmtrace.model import (
+    EntryKind,
     Incident,
+    IncidentStatus,
     Notification,
     Origin,
+    PageClass,
     TimelineEntry,
     Verdict,
+    VerdictWord,
     VmIdentity,
     lost_gfns,
 )
+from kvmtrace.page_types import PageOutcome, is_verdict, outcome_of
 
 GuestPlace = tuple[int, int | None]  # VM key, gfn
 
-# 16 GiB hugetlb pages exist; a number beyond is damage.
+# 16 GiB hugetlb pages exist; a larger number is damage.
 MAX_SIZE = 1 << 34
 
-RANK_OVER, RANK_NOBODY, RANK_KERNEL, RANK_OF_A_VM = range(4)
+RANK_OVER, RANK_NOBODY, RANK_KERNEL, RANK_OF_A_VM = range(4)  # the lowest is forgotten first
 
-_LOOKS_KEPT = 4
-_PLACES_KEPT = 8
+# Entries of which there may be many: they give way to others.
+_MINOR = (EntryKind.OWNER, EntryKind.VCPU_STATE, EntryKind.REFUSAL, EntryKind.PAGE_REPLACED)
+
+_SETTLED = (VerdictWord.HANDLED, VerdictWord.EXITED)
+
+_SAMPLES_KEPT = 4
+_SITES_KEPT = 8
 _CODES_KEPT = 8
 _PAGES_KEPT = 64
 
 
 @dataclass(slots=True)
 class _Delivery:
+    """Notifications of one vCPU. ``pages``: how many for each page of a huge page."""
+
     exits: int = 0
     sigbus: dict[str, int] = field(default_factory=dict)
     first_ts: int = 0
     last_ts: int = 0
-    pages: dict[int | None, int] = field(default_factory=dict)  # of a huge one: deliveries
-
-    def of(self, page: int | None, count: int) -> None:
-        """Count deliveries for one of the pages; of very many, the last notified are kept."""
-        self.pages[page] = self.pages.pop(page, 0) + count
-        if len(self.pages) > _PAGES_KEPT:
-            del self.pages[next(iter(self.pages))]
+    pages: BoundedDict[int | None, int] = field(default_factory=lambda: BoundedDict(_PAGES_KEPT))
 
 
 @dataclass(slots=True)
 class IncidentState:
-    """``closed``: its VMs are gone, for good. An unpoisoned page may be delivered again: ``over``.
+    """``closed``: its VMs are gone, for good. See ``over`` for an unpoisoned page.
 
-    ``shared_out``: found in several places, as only a page of the kernel's is that memory_failure
-    could not get hold of. ``guest_memfd``: it is guest memory, of whichever VM.
+    ``in_many_places``: memory_failure could not get hold of the page and it was found in several
+    places, so it is the kernel's. ``guest_memfd``: it is guest memory, even if the VM is unknown.
+    ``vm_identities``: of VMs that are gone. ``deliveries``: by VM and vCPU. ``released``: VM and
+    hva of places that no longer have the page. ``samples``: by VM and thread. ``entries``: the
+    timeline by kind and what is distinct about the entry.
     """
 
     id: str
     limits: Limits
-    lose: Callable[[str, int], None]
+    count_lost: CountLost
     page: int = 1 << kvm.PAGE_SHIFT  # bytes
     pfn: int | None = None
     page_type: str | None = None
     result: str | None = None
     judged_ts: int = 0
-    shared_out: bool = False
+    in_many_places: bool = False
     guest_memfd: bool = False
     poisoned_ts: int | None = None
     before_start: bool = False
@@ -73,25 +83,25 @@ class IncidentState:
     size: int | None = None
     closed: bool = False
     owners: dict[GuestPlace, Owner] = field(default_factory=dict)
-    parties: dict[int, VmIdentity] = field(default_factory=dict)
+    vm_identities: dict[int, VmIdentity] = field(default_factory=dict)
     exits: int = 0
     sigbus: int = 0
     sigbus_at_poison: int = 0
     sigbus_to_others: int = 0
     first_delivery_ts: int | None = None
     last_delivery_ts: int | None = None
-    told: dict[tuple[int, int | None], _Delivery] = field(default_factory=dict)
-    released: set[tuple[int, int]] = field(default_factory=set)  # VM, hva
-    looks: dict[tuple[int, int], list[VcpuSample]] = field(default_factory=dict)  # by VM and thread
-    places: list[ErrorSite] = field(default_factory=list)
+    deliveries: dict[tuple[int, int | None], _Delivery] = field(default_factory=dict)
+    released: set[tuple[int, int]] = field(default_factory=set)
+    samples: dict[tuple[int, int], list[VcpuSample]] = field(default_factory=dict)
+    error_sites: list[ErrorSite] = field(default_factory=list)
     own_signals: list[Sigbus] = field(default_factory=list)
-    moments: dict[object, TimelineEntry] = field(default_factory=dict)
+    entries: dict[tuple[object, ...], TimelineEntry] = field(default_factory=dict)
     omitted: int = 0
 
     # -- whose it is
 
     def judge(self, event: Poison) -> None:
-        """Take the kernel's verdict: its last one counts."""
+        """Take the kernel's verdict on the page; its last one counts."""
         again = is_verdict(event.page_type) and (
             not is_verdict(self.page_type or "") or event.ts >= self.judged_ts
         )
@@ -100,32 +110,48 @@ class IncidentState:
             self.judged_ts = event.ts
 
     @property
-    def page_class(self) -> str | None:
-        """One of model.PAGE_CLASSES; None where the verdict is not known."""
-        verdict = verdict_on(self.page_type, self.result)
-        if self.is_guest_memory or (verdict != "kernel" and self.vms):
-            return "vm"
-        return "kernel" if verdict == "unheld" else verdict
+    def page_class(self) -> PageClass | None:
+        """Whose the page is; None where the kernel's verdict is not known."""
+        outcome = self._outcome
+        if self.is_guest_memory or (outcome != PageOutcome.KERNEL and self.vms):
+            return PageClass.VM
+        match outcome:
+            case None:
+                return None
+            case PageOutcome.KERNEL | PageOutcome.UNHELD:
+                return PageClass.KERNEL
+            case PageOutcome.PROCESS:
+                return PageClass.PROCESS
+            case PageOutcome.HANDLED:
+                return PageClass.HANDLED
+        assert_never(outcome)
 
     @property
-    def disowned(self) -> bool:
-        """The kernel's own page: VMs that have it mapped do not own it (the zero page)."""
+    def _outcome(self) -> PageOutcome | None:
+        return outcome_of(self.page_type, self.result)
+
+    @property
+    def is_kernels(self) -> bool:
+        """Whether it is the kernel's page, which VMs only have mapped (the zero page)."""
         if self.is_guest_memory:
             return False
-        verdict = verdict_on(self.page_type, self.result)
-        return verdict == "kernel" or (verdict == "unheld" and self.shared_out)
+        outcome = self._outcome
+        return outcome == PageOutcome.KERNEL or (
+            outcome == PageOutcome.UNHELD and self.in_many_places
+        )
 
     @property
     def is_guest_memory(self) -> bool:
-        """KVM itself said so: by guest_memfd, or by the exit of a guest that touched the page."""
+        """Whether guest_memfd or the exit of a guest that accessed the page showed that it is."""
         return self.guest_memfd or self.exits > 0
 
-    def is_elsewhere(self, *more: Owner) -> bool:
+    def has_many_places(self, *more: Owner) -> bool:
         """Whether a page that memory_failure could not get hold of is in several places.
 
-        Guest memory is in one place, or is shared memory, which memory_failure gets hold of.
+        Then it is not guest memory: that is in one place, or shared memory, of which
+        memory_failure gets hold.
         """
-        if self.is_guest_memory or verdict_on(self.page_type, self.result) != "unheld":
+        if self.is_guest_memory or self._outcome != PageOutcome.UNHELD:
             return False
         owners = (*self.owners.values(), *more)
         addresses = {(owner.vm, owner.hva) for owner in owners if owner.hva is not None}
@@ -133,42 +159,42 @@ class IncidentState:
 
     @property
     def rank(self) -> int:
-        """What has to be forgotten first has the lowest: over, nobody's, the kernel's, a VM's."""
+        """Rank for forgetting: one that is over goes first, then nobody's, the kernel's, a VM's."""
         if self.over:
             return RANK_OVER
         unnamed = self.guest_memfd and not self.owners
-        if self.holders or unnamed or self.told or self.first_delivery_ts is not None:
+        if self.holders or unnamed or self.deliveries or self.first_delivery_ts is not None:
             return RANK_OF_A_VM
-        return RANK_KERNEL if self.page_class == "kernel" else RANK_NOBODY
+        return RANK_KERNEL if self.page_class == PageClass.KERNEL else RANK_NOBODY
 
     # -- where it is
 
     @property
     def vms(self) -> set[int]:
         """Keys of all VMs that own the page or were notified of it."""
-        return {vm for vm, _ in self.owners} | {vm for vm, _ in self.told}
+        return {vm for vm, _ in self.owners} | {vm for vm, _ in self.deliveries}
 
     @property
     def over(self) -> bool:
-        """Closed, or unpoisoned and not delivered since."""
+        """Whether it is closed, or unpoisoned and not delivered since."""
         if self.closed or self.unpoisoned_ts is None:
             return self.closed
         return self.last_delivery_ts is None or self.last_delivery_ts <= self.unpoisoned_ts
 
     @property
     def holders(self) -> set[int]:
-        """Keys of the VMs that have the page, or had when last seen."""
+        """Keys of the VMs that have the page, as far as known."""
         if not self.released:
             return {vm for vm, _ in self.owners}
         return {owner.vm for owner in self.owners.values() if not self.is_released(owner)}
 
     def is_released(self, owner: Owner) -> bool:
-        """Whether that owner's memory was seen without the page since."""
+        """Whether the owner was later seen to have another page there."""
         hva = owner.hva
         return hva is not None and (owner.vm, hva // self.page * self.page) in self.released
 
     def release(self, vm: int, hva: int) -> bool:
-        """The page is not there any more; False if it is not known to have been."""
+        """Note that a VM no longer has the page at ``hva``; False if it is not known to have."""
         if not any(
             owner.vm == vm and owner.hva is not None and owner.hva // self.page == hva // self.page
             for owner in self.owners.values()
@@ -177,13 +203,13 @@ class IncidentState:
         self.released.add((vm, hva // self.page * self.page))
         return True
 
-    def poisoned_after_all(self, ts: int) -> None:
-        """It was found marked while memory_failure, which reports last, was still at work on it."""
+    def not_before_start(self, ts: int) -> None:
+        """Note a poison at ``ts``: memory_failure was still running when the page was found."""
         self.before_start, self.poisoned_ts = False, ts
-        self.moments.pop(("found",), None)
+        self.entries.pop((EntryKind.FOUND,), None)
 
-    def grow(self, size: int | None) -> None:
-        """So many bytes are lost at least."""
+    def set_min_size(self, size: int | None) -> None:
+        """At least ``size`` bytes are lost."""
         if size is not None and 0 < size <= MAX_SIZE and not size & (size - 1):
             self.size = max(self.size or 0, size)
 
@@ -192,27 +218,27 @@ class IncidentState:
         return self.size is not None and self.size > self.page
 
     def covers_pfn(self, pfn: int) -> bool:
-        """Whether the page with this number is lost in it."""
+        """Whether the page with this pfn is lost in it."""
         if self.pfn is None:
             return False
         pages = max(1, (self.size or self.page) // self.page)
         return pfn // pages == self.pfn // pages
 
-    def place_of_address(self, vm: int, hva: int, lsb: int | None) -> Owner | None:
-        """The owner whose loss an address of that VM's process lies in.
+    def owner_by_hva(self, vm: int, hva: int, lsb: int | None) -> Owner | None:
+        """The owner whose lost memory holds an address of that VM's process.
 
-        By the loss' own size, or by what the signal says if that is more: KVM's own signals say 12
-        also where a huge page is lost.
+        By the known size of the loss, or by a signal's ``lsb`` if that is more: KVM's own signals
+        have 12 even if a huge page is lost.
         """
-        said = 1 << lsb if lsb is not None and (1 << lsb) <= MAX_SIZE else 0
-        size = max(self.size or self.page, said)
+        by_signal = 1 << lsb if lsb is not None and (1 << lsb) <= MAX_SIZE else 0
+        size = max(self.size or self.page, by_signal)
         for owner in self.owners.values():
             if owner.vm == vm and owner.hva is not None and owner.hva // size == hva // size:
                 return owner
         return None
 
-    def place_of_gfn(self, vm: int, gfn: int) -> Owner | None:
-        """The owner at a gfn, or whose loss it lies in: a huge page is lost as a whole."""
+    def owner_by_gfn(self, vm: int, gfn: int) -> Owner | None:
+        """The owner whose lost memory holds a gfn: a huge page is lost as a whole."""
         exact = self.owners.get((vm, gfn))
         if exact is not None or not self.huge:
             return exact
@@ -224,46 +250,38 @@ class IncidentState:
 
     # -- what happened
 
-    def note(
-        self,
-        key: object,
-        ts: int,
-        what: str,
-        how: str | None = None,
-        *,
-        vm: int | None = None,
-        count: int = 1,
-    ) -> None:
-        """An entry of the timeline; the same ``key`` again is the same entry, once more."""
-        known = self.moments.get(key)
+    def note(self, entry: TimelineEntry, *distinct: object) -> None:
+        """Add to the timeline, or count again what has the same kind and ``distinct`` facts."""
+        key = (entry.kind, *distinct)
+        known = self.entries.get(key)
         if known is not None:
-            self.moments[key] = replace(
+            self.entries[key] = replace(
                 known,
-                ts=min(known.ts, ts),
-                last_ts=max(known.last_ts or known.ts, ts),
-                count=known.count + count,
+                ts=min(known.ts, entry.ts),
+                last_ts=max(known.last_ts or known.ts, entry.ts),
+                count=known.count + entry.count,
             )
-        elif len(self.moments) < self.limits.moments or self._drop_minor(key):
-            self.moments[key] = TimelineEntry(ts, what, how, vm, count)
+        elif len(self.entries) < self.limits.timeline or self._drop_minor(entry.kind):
+            self.entries[key] = entry
         else:
             self.omitted += 1
 
-    def _drop_minor(self, key: object) -> bool:
-        """Make room for what matters, by the last of those entries that may be many."""
-        if _is_minor(key):
+    def _drop_minor(self, kind: EntryKind) -> bool:
+        """Make room for an entry of a kind that matters, by dropping the last minor one."""
+        if kind in _MINOR:
             return False
-        minor = next((known for known in reversed(self.moments) if _is_minor(known)), None)
+        minor = next((known for known in reversed(self.entries) if known[0] in _MINOR), None)
         if minor is None:
             return False
-        del self.moments[minor]
+        del self.entries[minor]
         self.omitted += 1
         return True
 
-    def own(self, owner: Owner) -> bool:
-        """Take an owner; False if there is no room for more.
+    def add_owner(self, owner: Owner) -> bool:
+        """Add an owner or complete one; False if there is no room for more.
 
-        A place is learnt by halves, its gfn by a fault and its address by a page table: what does
-        not contradict what is known of the VM's only place is the rest of that.
+        gfn and hva arrive separately (fault, page table). If the VM has one owner entry that does
+        not conflict, they are merged.
         """
         mine = [one for one in self.owners.values() if one.vm == owner.vm]
         if any(owner.gfn in (None, one.gfn) and owner.hva in (None, one.hva) for one in mine):
@@ -277,7 +295,7 @@ class IncidentState:
             if place in self.owners:
                 return True  # with another address: the first one stays
             if len(self.owners) >= self.limits.owners:
-                self.lose("owners", 1)
+                self.count_lost("owners", 1)
                 return False
         known = [owner, *same]
         whole = Owner(
@@ -301,117 +319,126 @@ class IncidentState:
         signals: Mapping[str, int] | None = None,
         page: int | None = None,
     ) -> bool:
-        """A VMM was notified; True if for the first time. ``page``: of a huge one (gfn or hva)."""
-        first = self.heard(ts)
-        told = self.told.get((vm, vcpu))
-        if told is None:
-            if len(self.told) >= self.limits.told:
-                self.lose("told", 1)
+        """Count notifications of a VMM; True if they are the first.
+
+        ``page``: which page of a huge page, by gfn or hva.
+        """
+        first = self.mark_delivered(ts)
+        delivery = self.deliveries.get((vm, vcpu))
+        if delivery is None:
+            if len(self.deliveries) >= self.limits.notified_vcpus:
+                self.count_lost("told", 1)
                 return first
-            told = self.told[vm, vcpu] = _Delivery(first_ts=ts, last_ts=ts)
-        told.first_ts, told.last_ts = min(told.first_ts, ts), max(told.last_ts, ts)
-        told.exits += exits
-        told.of(page if self.huge else None, exits + sum((signals or {}).values()))
+            delivery = self.deliveries[vm, vcpu] = _Delivery(first_ts=ts, last_ts=ts)
+        delivery.first_ts, delivery.last_ts = min(delivery.first_ts, ts), max(delivery.last_ts, ts)
+        delivery.exits += exits
+        page = page if self.huge else None
+        count = exits + sum((signals or {}).values())
+        delivery.pages.renew(page, delivery.pages.get(page, 0) + count)
         for code, count in (signals or {}).items():
-            if code not in told.sigbus and len(told.sigbus) >= _CODES_KEPT:
+            if code not in delivery.sigbus and len(delivery.sigbus) >= _CODES_KEPT:
                 code = "other"  # noqa: PLW2901 (there are two; the rest is damage)
-            told.sigbus[code] = told.sigbus.get(code, 0) + count
-        # What was seen before is no answer to this.
-        for key in [k for k, seen in self.looks.items() if k[0] == vm and seen[-1].vcpu == vcpu]:
-            self.looks[key] = [look for look in self.looks[key] if look.ts > told.last_ts]
-            if not self.looks[key]:
-                del self.looks[key]
+            delivery.sigbus[code] = delivery.sigbus.get(code, 0) + count
+        # Earlier samples do not show how the VMM reacted to this.
+        for key in [k for k, seen in self.samples.items() if k[0] == vm and seen[-1].vcpu == vcpu]:
+            self.samples[key] = [
+                sample for sample in self.samples[key] if sample.ts > delivery.last_ts
+            ]
+            if not self.samples[key]:
+                del self.samples[key]
         return first
 
-    def heard(self, ts: int) -> bool:
-        """A VMM was notified; True if for the first time."""
+    def mark_delivered(self, ts: int) -> bool:
+        """Note that a VMM was notified; True if for the first time."""
         first = self.first_delivery_ts is None
         self.first_delivery_ts = ts if first else min(self.first_delivery_ts or ts, ts)
         self.last_delivery_ts = max(self.last_delivery_ts or ts, ts)
         return first
 
-    def look(self, event: VcpuState) -> bool:
-        """How a vCPU was found; True if it is one that was notified."""
-        told = self.told.get((event.vm, event.vcpu))
-        if told is None or event.ts <= told.last_ts:
+    def add_sample(self, event: VcpuState) -> bool:
+        """Add a sample of a vCPU; False if it was not notified of this page."""
+        delivery = self.deliveries.get((event.vm, event.vcpu))
+        if delivery is None or event.ts <= delivery.last_ts:
             return False
-        seen = self.looks.get((event.vm, event.tid))
+        seen = self.samples.get((event.vm, event.tid))
         if seen is None:
-            if len(self.looks) >= self.limits.told:
-                self.lose("looks", 1)
+            if len(self.samples) >= self.limits.notified_vcpus:
+                self.count_lost("looks", 1)
                 return False
-            seen = self.looks[event.vm, event.tid] = []
+            seen = self.samples[event.vm, event.tid] = []
         seen.append(VcpuSample(event.ts, event.tid, event.vcpu, event.state, event.ran_ns))
-        if len(seen) > _LOOKS_KEPT:
-            # The time it ran is the sum over all of them.
+        if len(seen) > _SAMPLES_KEPT:
+            # The CPU time of all samples is summed up later.
             oldest, second = seen[0], seen[1]
             ran = [x.ran_ns for x in (oldest, second) if x.ran_ns is not None]
             seen[:2] = [replace(second, ran_ns=sum(ran) if ran else None)]
         return True
 
-    def came_from(self, errors: ErrorSite) -> bool:
-        """A place that hardware reported holds the page; True if that is new."""
-        if any(errors is known for known in self.places) or len(self.places) >= _PLACES_KEPT:
-            return False
-        self.places.append(errors)
-        return True
+    def add_origin(self, site: ErrorSite) -> None:
+        """Add a place that holds the page and of which hardware reported errors."""
+        is_known = any(site is known for known in self.error_sites)
+        if not is_known and len(self.error_sites) < _SITES_KEPT:
+            self.error_sites.append(site)
 
     @property
-    def failed_in_use(self) -> bool:
-        """Hardware reported an error in use: the thread that was notified had used the page.
+    def consumed_by_access(self) -> bool:
+        """Whether hardware reported that the page was accessed: then the signal is for that.
 
-        A thread that poisons a page of its own (madvise) gets the very same signal.
+        A thread that poisons a page of its own (madvise) gets the same signal.
         """
-        return any(e.facts.get("severity") in ("recoverable", "fatal") for e in self.places)
+        severities = {site.facts.get("severity") for site in self.error_sites}
+        return bool(severities & {"recoverable", "fatal"})
 
     # -- out
 
-    def tellings(self, vm: int | None = None) -> tuple[Notification, ...]:
-        """How often each vCPU was notified; of one VM or of all."""
+    def notifications(self, vm: int | None = None) -> tuple[Notification, ...]:
+        """How often each vCPU was notified, of one VM or of all."""
         return tuple(
             Notification(
                 of,
                 vcpu,
-                told.exits,
-                dict(told.sigbus),
-                told.first_ts,
-                told.last_ts,
-                max(told.pages.values(), default=None),
+                delivery.exits,
+                dict(delivery.sigbus),
+                delivery.first_ts,
+                delivery.last_ts,
+                max(delivery.pages.values(), default=None),
             )
-            for (of, vcpu), told in self.told.items()
+            for (of, vcpu), delivery in self.deliveries.items()
             if vm in (None, of)
         )
 
-    def state(self, now: int, parties: Mapping[int, VmIdentity]) -> str:
-        """One of model.STATES. A loop that has ended is ``delivered``; its verdict remembers it."""
+    def state(self, now: int, vm_identities: Mapping[int, VmIdentity]) -> IncidentStatus:
+        """How far it is; after a loop it is ``delivered`` again (its verdict has the loop)."""
         if self.over:
-            return "closed"
-        gone = {key for key, party in parties.items() if party.gone_ts is not None}
-        if any(loops_now(one, now) for one in self.tellings() if one.vm not in gone):
-            return "looping"
+            return IncidentStatus.CLOSED
+        gone = {key for key, who in vm_identities.items() if who.gone_ts is not None}
+        if any(is_looping(one, now) for one in self.notifications() if one.vm not in gone):
+            return IncidentStatus.LOOPING
         if self.first_delivery_ts is not None:
-            return "delivered"
-        return "latent" if self.holders else "unowned"
+            return IncidentStatus.DELIVERED
+        return IncidentStatus.LATENT if self.holders else IncidentStatus.UNOWNED
 
-    def settled(self, now: int, parties: dict[int, VmIdentity]) -> bool:
-        """Every VM that owns the page was notified of it and handled it."""
-        words = {verdict.vm: verdict.word for verdict in self.verdicts(now, parties)}
-        return all(words.get(vm) in ("handled", "exited") for vm in self.holders | words.keys())
+    def is_settled(self, now: int, vm_identities: dict[int, VmIdentity]) -> bool:
+        """Whether every VM that owns the page was notified of it and handled it."""
+        words = {verdict.vm: verdict.word for verdict in self.verdicts(now, vm_identities)}
+        return all(words.get(vm) in _SETTLED for vm in self.holders | words.keys())
 
-    def verdicts(self, now: int, parties: dict[int, VmIdentity]) -> tuple[Verdict, ...]:
-        """One for each VM that was notified."""
+    def verdicts(self, now: int, vm_identities: dict[int, VmIdentity]) -> tuple[Verdict, ...]:
+        """One verdict for each VM that was notified."""
         found = []
-        for vm in dict.fromkeys(vm for vm, _ in self.told):
-            party = parties.get(vm)
-            looks = [look for (of, _), seen in self.looks.items() if of == vm for look in seen]
+        for vm in dict.fromkeys(vm for vm, _ in self.deliveries):
+            who = vm_identities.get(vm)
+            samples = [
+                sample for (of, _), seen in self.samples.items() if of == vm for sample in seen
+            ]
             found.append(
                 judge(
                     Evidence(
                         vm,
                         now,
-                        self.tellings(vm),
-                        tuple(looks),
-                        party.gone_ts if party else None,
+                        self.notifications(vm),
+                        tuple(samples),
+                        who.gone_ts if who else None,
                         tuple(sorted(hva for of, hva in self.released if of == vm)),
                     )
                 )
@@ -419,12 +446,16 @@ class IncidentState:
         return tuple(found)
 
     def frozen(
-        self, now: int, parties: dict[int, VmIdentity], origin: Origin | None, undelivered: int
+        self,
+        now: int,
+        vm_identities: dict[int, VmIdentity],
+        origin: Origin | None,
+        undelivered: int,
     ) -> Incident:
-        """As views see it."""
+        """An immutable copy, for the snapshot."""
         return Incident(
             id=self.id,
-            state=self.state(now, parties),
+            state=self.state(now, vm_identities),
             pfn=self.pfn,
             page_type=self.page_type,
             result=self.result,
@@ -443,9 +474,9 @@ class IncidentState:
             unpoisoned_ts=self.unpoisoned_ts,
             size=self.size,
             origin=origin,
-            parties=parties,
-            told=self.tellings(),
-            verdicts=self.verdicts(now, parties),
+            vm_identities=vm_identities,
+            notifications=self.notifications(),
+            verdicts=self.verdicts(now, vm_identities),
             timeline=self._timeline(),
             omitted=self.omitted,
             page_shift=self.page.bit_length() - 1,
@@ -453,12 +484,8 @@ class IncidentState:
         )
 
     def _timeline(self) -> tuple[TimelineEntry, ...]:
-        reported = [moment for errors in self.places for moment in errors.moments.values()]
-        return tuple(sorted([*self.moments.values(), *reported], key=lambda moment: moment.ts))
-
-
-def _is_minor(key: object) -> bool:
-    return isinstance(key, tuple) and key[0] in ("owner", "vcpu", "refused", "released")
+        reported = [entry for site in self.error_sites for entry in site.entries.values()]
+        return tuple(sorted([*self.entries.values(), *reported], key=lambda entry: entry.ts))
 
 
 def _agree(one: int | None, other: int | None) -> bool:

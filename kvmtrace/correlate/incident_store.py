@@ -1,11 +1,13 @@
-"""The register of incidents: by page, by place in a VM, by VM; and which one is forgotten first."""
+"""All incidents, found by page, by place in a VM or by VM; and which one is forgotten first."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from kvmtrace import kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.forgotten import Forgotten
 from kvmtrace.correlate.incident import (
     RANK_KERNEL,
@@ -14,27 +16,34 @@ from kvmtrace.correlate.incident import (
     GuestPlace,
     IncidentState,
 )
-from kvmtrace.correlate.limits import Limits
+from kvmtrace.correlate.limits import CountLost, Limits
 from kvmtrace.events import Owner
 
 
+class _Victim(NamedTuple):
+    """An incident to be forgotten, as long as it has this rank and, if it was, is settled."""
+
+    rank: int
+    id: str
+    was_settled: bool
+
+
 class IncidentStore:
-    """All incidents that are remembered; every index points at one of those, never elsewhere."""
+    """The incidents that are remembered; every index holds only these."""
 
     def __init__(
-        self, limits: Limits, lose: Callable[[str, int], None], page: int = 1 << kvm.PAGE_SHIFT
+        self, limits: Limits, count_lost: CountLost, page: int = 1 << kvm.PAGE_SHIFT
     ) -> None:
         self._limits = limits
         self._page = page
-        self._lose = lose
+        self._count_lost = count_lost
         self._all: OrderedDict[str, IncidentState] = OrderedDict()
         self._by_pfn: dict[int, IncidentState] = {}
         self._huge: dict[str, IncidentState] = {}
         self._by_place: dict[GuestPlace, IncidentState] = {}
         self._of_vm: dict[int, dict[str, IncidentState]] = {}
-        self._serial: dict[str, int] = {}
-        # To be forgotten, the next one last: rank, id, and whether it was settled.
-        self._next: list[tuple[int, str, bool]] = []
+        self._serial: BoundedDict[str, int] = BoundedDict(4 * limits.incidents)
+        self._victims: list[_Victim] = []  # the next one last
         self.forgotten = Forgotten(4 * limits.incidents)
 
     def __iter__(self) -> Iterator[IncidentState]:
@@ -42,188 +51,202 @@ class IncidentStore:
 
     # -- finding
 
-    def at_pfn(self, pfn: int) -> IncidentState | None:
-        """The incident that this page is lost in now."""
+    def find_by_pfn(self, pfn: int) -> IncidentState | None:
+        """The open incident in which this page is lost."""
         exact = self._by_pfn.get(pfn)
         if exact is not None:
             return exact
-        return next((state for state in self._huge.values() if state.covers_pfn(pfn)), None)
+        return next(
+            (incident for incident in self._huge.values() if incident.covers_pfn(pfn)), None
+        )
 
-    def within(self, covers: Callable[[int], bool]) -> list[IncidentState]:
-        """Incidents whose page fulfils a condition."""
-        return [state for pfn, state in self._by_pfn.items() if covers(pfn)]
+    def find_by_pfn_range(self, covers: Callable[[int], bool]) -> list[IncidentState]:
+        """The open incidents whose pfn is in a range, as ``covers`` says."""
+        return [incident for pfn, incident in self._by_pfn.items() if covers(pfn)]
 
-    def at_place(self, vm: int, gfn: int | None) -> IncidentState | None:
-        """The incident that this place of a live VM is in: at it, or within a huge page's loss."""
+    def find_by_gfn(self, vm: int, gfn: int | None) -> IncidentState | None:
+        """The open incident at this place of a live VM, or with a lost huge page that holds it."""
         exact = self._by_place.get((vm, gfn))
         if exact is not None or gfn is None or not self._huge:
             return exact
-        mine = (state for state in self._of_vm.get(vm, {}).values() if state.id in self._huge)
-        return next((state for state in mine if state.place_of_gfn(vm, gfn)), None)
+        mine = (
+            incident for incident in self._of_vm.get(vm, {}).values() if incident.id in self._huge
+        )
+        return next((incident for incident in mine if incident.owner_by_gfn(vm, gfn)), None)
 
-    def known_by(self, vm: int, gfn: int | None) -> int | None:
-        """The gfn by which the loss that this one is in is known."""
-        state = self.at_place(vm, gfn) if gfn is not None else None
-        owner = state.place_of_gfn(vm, gfn) if state is not None and gfn is not None else None
+    def known_gfn(self, vm: int, gfn: int | None) -> int | None:
+        """The gfn under which the page at ``gfn`` is known: the owner's, of a huge page."""
+        incident = self.find_by_gfn(vm, gfn) if gfn is not None else None
+        owner = incident.owner_by_gfn(vm, gfn) if incident is not None and gfn is not None else None
         return gfn if owner is None else owner.gfn
 
-    def of(self, vm: int) -> list[IncidentState]:
-        """Incidents with this VM among their owners, in the order in which it came to be."""
+    def of_vm(self, vm: int) -> list[IncidentState]:
+        """Incidents of which this VM is an owner or was notified, oldest mention first."""
         return list(self._of_vm.get(vm, {}).values())
 
     # -- changing
 
     def open(self, stem: str) -> IncidentState:
-        """A new incident; its id is the stem and a number. ``trim`` once it has its owners."""
+        """Add an incident with an id of the stem and a number; ``trim`` once it has its owners."""
         number = self._serial.get(stem, 0) + 1
-        while f"{stem}-{number}" in self._all:  # the number was forgotten, the incident not
+        while f"{stem}-{number}" in self._all:  # the number was forgotten, but not the incident
             number += 1
         self._serial[stem] = number
-        state = IncidentState(f"{stem}-{number}", self._limits, self._lose, self._page)
-        self._all[state.id] = state
-        while len(self._serial) > 4 * self._limits.incidents:
-            del self._serial[next(iter(self._serial))]
-        return state
+        incident = IncidentState(f"{stem}-{number}", self._limits, self._count_lost, self._page)
+        self._all[incident.id] = incident
+        return incident
 
-    def trim(self, settled: Callable[[IncidentState], bool]) -> None:
-        """Forget what there is no room for: what is over, then what belongs to nobody.
+    def trim(self, is_settled: Callable[[IncidentState], bool]) -> None:
+        """Forget incidents for which there is no room, by rank, then those that are settled.
 
-        Then what is ``settled``, and of the rest what is oldest, of the VM that has most. To forget
-        what is over is no loss.
+        Of the rest, the oldest of the VM that has most. To forget what is over is no loss.
         """
         while len(self._all) > self._limits.incidents:
-            state = self._victim(settled)
-            if state.rank == RANK_KERNEL:
-                self.forgotten.forget(None, state.pfn)
-            if state.rank == RANK_OF_A_VM:
-                for owner in state.owners.values():
-                    if owner.vm not in state.parties and not state.is_released(owner):
-                        self.forgotten.forget(owner, state.pfn)
-            if state.rank != RANK_OVER:
-                self._lose("incidents", 1)
-            self._drop(state)
+            incident = self._next_victim(is_settled)
+            if incident.rank == RANK_KERNEL:
+                self.forgotten.add(None, incident.pfn)
+            if incident.rank == RANK_OF_A_VM:
+                for owner in incident.owners.values():
+                    if owner.vm not in incident.vm_identities and not incident.is_released(owner):
+                        self.forgotten.add(owner, incident.pfn)
+            if incident.rank != RANK_OVER:
+                self._count_lost("incidents", 1)
+            self._drop(incident)
 
-    def _victim(self, settled: Callable[[IncidentState], bool]) -> IncidentState:
+    def _next_victim(self, is_settled: Callable[[IncidentState], bool]) -> IncidentState:
         newest = next(reversed(self._all.values()))
-        while self._next:
-            rank, key, was_settled = self._next[-1]
-            state = self._all.get(key)
-            if state is not None and state.rank == rank and (not was_settled or settled(state)):
-                return newest if newest.rank < rank else state
-            self._next.pop()
-        ranks = {key: state.rank for key, state in self._all.items()}
+        while self._victims:
+            victim = self._victims[-1]
+            incident = self._all.get(victim.id)
+            if (
+                incident is not None
+                and incident.rank == victim.rank
+                and (not victim.was_settled or is_settled(incident))
+            ):
+                return newest if newest.rank < victim.rank else incident
+            self._victims.pop()
+        ranks = {key: incident.rank for key, incident in self._all.items()}
         lowest = min(ranks.values())
-        # The oldest is taken first, and further ones without looking at all of them again.
+        # The oldest goes first. The list is kept, so as not to rank all incidents each time.
         if lowest < RANK_OF_A_VM:
-            chosen = [(lowest, key, False) for key, rank in ranks.items() if rank == lowest]
+            chosen = [_Victim(lowest, key, False) for key, rank in ranks.items() if rank == lowest]
         else:
-            chosen = self._of_vms(settled)[: max(1, self._limits.incidents // 16)]
-        self._next = chosen[::-1]
-        return self._all[chosen[0][1]]
+            chosen = self._victims_of_vms(is_settled)[: max(1, self._limits.incidents // 16)]
+        self._victims = chosen[::-1]
+        return self._all[chosen[0].id]
 
-    def _of_vms(self, settled: Callable[[IncidentState], bool]) -> list[tuple[int, str, bool]]:
-        """Where all belong to VMs: what they came to terms with, else what has most of them."""
-        over = [(RANK_OF_A_VM, key, True) for key, state in self._all.items() if settled(state)]
-        if over:
-            return over
+    def _victims_of_vms(self, is_settled: Callable[[IncidentState], bool]) -> list[_Victim]:
+        """If all incidents are of VMs: those that are settled, else those of one VM."""
+        settled = [one.id for one in self._all.values() if is_settled(one)]
+        if settled:
+            return [_Victim(RANK_OF_A_VM, key, True) for key in settled]
         most = max(self._of_vm.values(), key=len, default=self._all)
-        # That a VM has a page outlives its incident, its deliveries do not.
-        ordered = sorted(most.values(), key=lambda state: bool(state.told))
-        return [(RANK_OF_A_VM, state.id, False) for state in ordered]
+        # Forgotten remembers that a VM has the page, but not its deliveries: those go last.
+        ordered = sorted(most.values(), key=lambda incident: bool(incident.deliveries))
+        return [_Victim(RANK_OF_A_VM, incident.id, False) for incident in ordered]
 
-    def _drop(self, state: IncidentState) -> None:
-        self._leave(state)
-        del self._all[state.id]
-        for vm in state.vms:
-            self._forget_mention(state, vm)
+    def _drop(self, incident: IncidentState) -> None:
+        self._close(incident)
+        del self._all[incident.id]
+        for vm in incident.vms:
+            self._drop_mention(incident, vm)
 
-    def name_page(self, state: IncidentState, pfn: int) -> None:
-        """The page of an incident is known."""
-        state.pfn = pfn
-        self._by_pfn[pfn] = state
-        self.forgotten.remember(None, pfn)
+    def set_pfn(self, incident: IncidentState, pfn: int) -> None:
+        """Set the page of an incident."""
+        incident.pfn = pfn
+        self._by_pfn[pfn] = incident
+        self.forgotten.discard(None, pfn)
 
-    def grow(self, state: IncidentState, size: int | None) -> None:
-        """So many bytes are lost in it at least."""
-        state.grow(size)
-        if state.huge and state.pfn is not None and self._by_pfn.get(state.pfn) is state:
-            self._huge[state.id] = state
+    def set_min_size(self, incident: IncidentState, size: int | None) -> None:
+        """At least ``size`` bytes are lost in it."""
+        incident.set_min_size(size)
+        if (
+            incident.huge
+            and incident.pfn is not None
+            and self._by_pfn.get(incident.pfn) is incident
+        ):
+            self._huge[incident.id] = incident
 
-    def own(self, state: IncidentState, owner: Owner, *, live: bool) -> None:
-        """An owner of the page; exits of a VM that is gone are not looked for by place."""
-        if state.disowned or state.is_elsewhere(owner):
-            self.disown(state)
+    def add_owner(self, incident: IncidentState, owner: Owner, *, live: bool) -> None:
+        """Add an owner of the page; a VM that is gone is not found by place any more."""
+        if incident.is_kernels or incident.has_many_places(owner):
+            self.give_to_kernel(incident)
             return
-        if len(state.owners) >= self._limits.owners:
-            self._drop_gone_owner(state)
+        if len(incident.owners) >= self._limits.owners:
+            self._drop_gone_owner(incident)
         vague = (owner.vm, None)
-        had_vague = vague in state.owners
-        if not state.own(owner):
+        had_vague = vague in incident.owners
+        if not incident.add_owner(owner):
             return
-        if had_vague and vague not in state.owners and self._by_place.get(vague) is state:
+        if had_vague and vague not in incident.owners and self._by_place.get(vague) is incident:
             del self._by_place[vague]
-        self._of_vm.setdefault(owner.vm, {})[state.id] = state
-        self.forgotten.remember(owner, state.pfn)
+        self._of_vm.setdefault(owner.vm, {})[incident.id] = incident
+        self.forgotten.discard(owner, incident.pfn)
         place = (owner.vm, owner.gfn)
-        if place not in state.owners:
-            return  # one place with another that is known better
+        if place not in incident.owners:
+            return  # merged into an owner of which more is known
         holder = self._by_place.get(place)
-        if live and not state.closed and (holder is None or holder.over):
-            self._by_place[place] = state
+        if live and not incident.closed and (holder is None or holder.over):
+            self._by_place[place] = incident
 
-    def _drop_gone_owner(self, state: IncidentState) -> None:
-        """VMs that are gone make room for those that live."""
-        place = next((place for place in state.owners if place[0] in state.parties), None)
+    def _drop_gone_owner(self, incident: IncidentState) -> None:
+        """Make room for a live VM."""
+        place = next(
+            (place for place in incident.owners if place[0] in incident.vm_identities), None
+        )
         if place is None:
             return
-        del state.owners[place]
-        if self._by_place.get(place) is state:
+        del incident.owners[place]
+        if self._by_place.get(place) is incident:
             del self._by_place[place]
-        if place[0] not in state.vms:
-            self._forget_mention(state, place[0])
-            del state.parties[place[0]]
+        if place[0] not in incident.vms:
+            self._drop_mention(incident, place[0])
+            del incident.vm_identities[place[0]]
 
-    def disown(self, state: IncidentState) -> None:
-        """It turned out to be the kernel's: VMs only have it mapped."""
-        state.shared_out = True
-        self._leave_places(state)
-        state.owners.clear()
-        for vm in [vm for vm, of in self._of_vm.items() if state.id in of]:
-            if vm not in state.vms:
-                self._forget_mention(state, vm)
+    def give_to_kernel(self, incident: IncidentState) -> None:
+        """Drop the owners: the page is the kernel's, and VMs only have it mapped."""
+        incident.in_many_places = True
+        self._unindex_places(incident)
+        incident.owners.clear()
+        for vm in [vm for vm, of in self._of_vm.items() if incident.id in of]:
+            if vm not in incident.vms:
+                self._drop_mention(incident, vm)
 
-    def _leave_places(self, state: IncidentState) -> None:
-        for place in state.owners:
-            if self._by_place.get(place) is state:
+    def _unindex_places(self, incident: IncidentState) -> None:
+        for place in incident.owners:
+            if self._by_place.get(place) is incident:
                 del self._by_place[place]
 
-    def _forget_mention(self, state: IncidentState, vm: int) -> None:
+    def _drop_mention(self, incident: IncidentState, vm: int) -> None:
         mentions = self._of_vm.get(vm, {})
-        mentions.pop(state.id, None)
+        mentions.pop(incident.id, None)
         if not mentions:
             self._of_vm.pop(vm, None)
 
-    def told(self, state: IncidentState, vm: int) -> None:
-        """A VM that was notified of the page, whether it owns it or not."""
-        if vm in state.vms:
-            self._of_vm.setdefault(vm, {})[state.id] = state
+    def add_notified_vm(self, incident: IncidentState, vm: int) -> None:
+        """Note a VM that was notified of the page, whether it owns it or not."""
+        if vm in incident.vms:
+            self._of_vm.setdefault(vm, {})[incident.id] = incident
 
-    def unpoison(self, state: IncidentState) -> None:
-        """The page may be poisoned anew; its VMs may still be notified of the old poison."""
-        self._leave_pages(state)
-        self._next.clear()
+    def unpoison(self, incident: IncidentState) -> None:
+        """End the search by page: its next poison is another incident.
 
-    def close(self, state: IncidentState) -> None:
-        """Nothing joins it any more."""
-        self._leave(state)
-        self._next.clear()
+        Its VMs may still be notified of the old poison.
+        """
+        self._unindex_page(incident)
+        self._victims.clear()
 
-    def _leave(self, state: IncidentState) -> None:
-        state.closed = True
-        self._leave_pages(state)
-        self._leave_places(state)
+    def close(self, incident: IncidentState) -> None:
+        """Close an incident: nothing joins it any more."""
+        self._close(incident)
+        self._victims.clear()
 
-    def _leave_pages(self, state: IncidentState) -> None:
-        if state.pfn is not None and self._by_pfn.get(state.pfn) is state:
-            del self._by_pfn[state.pfn]
-        self._huge.pop(state.id, None)
+    def _close(self, incident: IncidentState) -> None:
+        incident.closed = True
+        self._unindex_page(incident)
+        self._unindex_places(incident)
+
+    def _unindex_page(self, incident: IncidentState) -> None:
+        if incident.pfn is not None and self._by_pfn.get(incident.pfn) is incident:
+            del self._by_pfn[incident.pfn]
+        self._huge.pop(incident.id, None)

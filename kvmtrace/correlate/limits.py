@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from kvmtrace.model import MAX_INCIDENTS
+
+CountLost = Callable[[str, int], None]
+"""Counts what was lost: the place and how much."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """``kinds``: distinct labels of one sort (errnos, page types, refused gfns of a VM).
 
-    ``pending``: halves of joins that wait for the other one, and ``pending_each`` per thread or
-    page. ``places``: pages, and as many DIMMs, with reported errors. ``owners``, ``told`` (vCPUs)
-    and ``moments``: of one incident.
+    ``pending``: threads and pages with events that wait for their poison; ``pending_each``: such
+    events of one thread or page. ``places``: pages, and as many DIMMs, with reported errors.
+    ``owners``, ``notified_vcpus``, ``timeline``: entries of one incident.
     """
 
-    incidents: int = 1024
+    incidents: int = MAX_INCIDENTS
     gone_vms: int = 256
     departed: int = 1024
     pending: int = 1024
@@ -24,5 +30,5 @@ class Limits:
     clock_steps: int = 256
     soft_offlines: int = 256
     owners: int = 64
-    told: int = 512
-    moments: int = 64
+    notified_vcpus: int = 512
+    timeline: int = 64

@@ -1,4 +1,4 @@
-"""What adds up over a session: poisons by kind, latencies, losses, and the kernel's own counts."""
+"""Totals of a session: poisons by kind, latencies, losses, and the kernel's own counts."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ import bisect
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import KernelCounts, Poison
 from kvmtrace.model import LATENCY_BUCKETS, KernelAccount, Latency
-
-# The kernel does not count these (action_result in mm/memory-failure.c): no page was lost by them.
-_UNCOUNTED = ("already poisoned", "non struct page")
-
-
-def newly_lost(event: Poison) -> bool:
-    """Whether a page was lost that was not lost before."""
-    return not event.page_type.startswith(_UNCOUNTED)
+from kvmtrace.page_types import is_newly_lost
 
 
 class Totals:
@@ -27,31 +20,31 @@ class Totals:
         self._latency = [0] * (len(LATENCY_BUCKETS) + 1)
         self._latency_sum = 0.0
         self._counts: tuple[KernelCounts, KernelCounts] | None = None  # first and last
-        self._seen = 0
+        self._seen_failures = 0
 
-    def poison(self, event: Poison) -> None:
-        """A page was poisoned."""
+    def add_poison(self, event: Poison) -> None:
+        """Count a poison."""
         kind = (event.page_type, event.result)
         if kind in self.poisons or len(self.poisons) < self._limits.kinds:
             self.poisons[kind] = self.poisons.get(kind, 0) + 1
-        if self._counts is not None and newly_lost(event):
-            self._seen += 1
+        if self._counts is not None and is_newly_lost(event.page_type):
+            self._seen_failures += 1
 
-    def kernel(self, event: KernelCounts) -> None:
-        """The kernel's counts, read anew."""
+    def add_kernel_counts(self, event: KernelCounts) -> None:
+        """Take the kernel's counts, read anew."""
         if event.at_start or self._counts is None:
-            self._counts, self._seen = (event, event), 0
+            self._counts, self._seen_failures = (event, event), 0
         else:
             self._counts = self._counts[0], event
 
-    def delivered(self, nanoseconds: int) -> None:
-        """A page's first delivery, so long after it was poisoned."""
+    def add_latency(self, nanoseconds: int) -> None:
+        """Count a page's first delivery, ``nanoseconds`` after its poison."""
         seconds = nanoseconds / 1e9
         self._latency[bisect.bisect_left(LATENCY_BUCKETS, seconds)] += 1
         self._latency_sum += seconds
 
-    def lose(self, where: str, count: int) -> None:
-        """Something had no room, or was lost by the source."""
+    def count_lost(self, where: str, count: int) -> None:
+        """Count what had no room, or was lost by the source."""
         if where not in self.lost and len(self.lost) >= self._limits.kinds:
             where = "other"
         self.lost[where] = self.lost.get(where, 0) + count
@@ -69,4 +62,4 @@ class Totals:
         if "total" in first and "total" in last:
             handled = max(0, last["total"] - first["total"])
         corrupted = self._counts[1].hardware_corrupted_bytes
-        return KernelAccount(first, last, handled, self._seen, corrupted)
+        return KernelAccount(first, last, handled, self._seen_failures, corrupted)

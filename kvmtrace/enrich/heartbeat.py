@@ -1,18 +1,13 @@
-"""That nothing happened is an event, too: the model has no clock but the events'.
+"""Report that time passed without an event: the model has no clock but the events'.
 
-A refusal that KVM_RUN has not delivered within seconds was swallowed; a loop without a delivery
-for a while has ended. ``Heartbeat`` is a source around a source: after its last event it adds one
-that says how late it is, at intervals that double, so that a quiet host stays quiet.
+A refusal that KVM_RUN has not delivered within seconds was swallowed; a loop without a delivery for
+a while has ended. Ticks come at intervals that double, so that a quiet host gives few of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from kvmtrace.enrich.pipeline import EnrichedSource
+from kvmtrace.enrich.stage import Stage
 from kvmtrace.events import Event, Tick
-from kvmtrace.linux import clock
-from kvmtrace.sources import Source
 
 _SECOND = 1_000_000_000
 
@@ -20,17 +15,15 @@ _SECOND = 1_000_000_000
 FIRST_NS = 6 * _SECOND
 
 
-class Heartbeat(EnrichedSource):
-    """A source that also says when nothing happened. ``now``: ns since the epoch."""
+class Heartbeat(Stage):
+    """Adds a Tick where there has been no event for a while since the last one."""
 
-    def __init__(self, inner: Source, now: Callable[[], int] = clock.now_ns) -> None:
-        super().__init__(inner, now)
+    def __init__(self) -> None:
         self._since: int | None = None
         self._wait = FIRST_NS
 
-    def poll(self, timeout: float) -> list[Event]:
-        events = self.read(timeout)
-        now = self._read_ns
+    def process(self, events: list[Event], now: int, *, last: bool = False) -> list[Event]:
+        """Return ``events``, or a Tick if there are none and one is due."""
         if events:
             self._since, self._wait = now, FIRST_NS
         elif self._since is not None and now - self._since >= self._wait:

@@ -1,49 +1,42 @@
-"""Whether a poisoned page is still where it was in a VMM's memory, by its page table.
+"""Watch whether a poisoned page is still in a VMM's memory, by its page table.
 
-The entry of a lost page names the pfn until something else is put there, which is what a VMM that
-copes does. ``PageReleaseWatch`` is a source around a source. Hugetlb pages have no such entry, and
-guest_memfd has one only where it is mapped.
+The entry of a lost page names its pfn until the VMM puts another page there, which is how a VMM
+recovers. Hugetlb pages have no such entry, and guest_memfd has one only where it is mapped.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.enrich.page_tables import hold
-from kvmtrace.enrich.pipeline import EnrichedSource
+from kvmtrace.enrich.stage import Stage
 from kvmtrace.events import Event, Owned, PageReplaced, Sigbus, Unpoison, VmGone, VmSeen
-from kvmtrace.linux import clock
 from kvmtrace.linux.pagemap import PAGE
-from kvmtrace.sources import Source
 
 _SECOND = 1_000_000_000
-LOOK_NS = _SECOND  # some microseconds for each place, a read for each process
+CHECK_NS = _SECOND  # some microseconds for each place, a read for each process
 MAX_PLACES = 1024
 
 _Place = tuple[int, int, int]  # VM, pfn, hva
 
 
-class PageReleaseWatch(EnrichedSource):
-    """A source that also reports when a poisoned page left a VM. ``now``: ns since the epoch."""
+class PageReleaseWatch(Stage):
+    """Adds a PageReplaced when a poisoned page has left a VM."""
 
-    def __init__(
-        self, inner: Source, proc: str = "/proc", now: Callable[[], int] = clock.now_ns
-    ) -> None:
-        super().__init__(inner, now)
+    def __init__(self, proc: str = "/proc") -> None:
         self._proc = proc
         self._pid_of: dict[int, int] = {}  # by VM
-        self._places: OrderedDict[_Place, None] = OrderedDict()
+        self._places: BoundedDict[_Place, None] = BoundedDict(MAX_PLACES)
         self._new: dict[_Place, None] = {}
         self._next = 0
 
-    def poll(self, timeout: float) -> list[Event]:
-        """The inner source's events, and what was seen to be no longer there."""
-        events = self.read(timeout)
+    def process(self, events: list[Event], now: int, *, last: bool = False) -> list[Event]:
+        """Watch the places that events name, and append those that the page has left."""
         for event in events:
             self._follow(event)
-        self._begin()
-        return events + self._look()
+        self._add_new()
+        return events + self._check(now)
 
     def _follow(self, event: Event) -> None:
         match event:
@@ -64,44 +57,43 @@ class PageReleaseWatch(EnrichedSource):
         if place not in self._places:
             self._new[place] = None
 
-    def _begin(self) -> None:
-        """Follow what is new.
+    def _add_new(self) -> None:
+        """Begin to watch new places.
 
-        A page that is not mapped there, or whose entry does not name it, cannot be followed.
-        Guest_memfd stays the VM's, whatever the VMM does with its own mapping of it.
+        A page that is not mapped there, or whose entry does not name it, cannot be watched.
+        guest_memfd remains the VM's even if the VMM unmaps it.
         """
         if not self._new:
             return
         new, self._new = list(self._new)[-MAX_PLACES:], {}
-        for place, is_there in self._asked(new, new=True):
+        for place, is_there in self._are_there(new, new=True):
             if is_there:
                 self._places[place] = None
-        while len(self._places) > MAX_PLACES:
-            self._places.popitem(last=False)
 
     def _drop(self, concerned: Callable[[int, int], bool]) -> None:
         for places in (self._places, self._new):
             for place in [place for place in places if concerned(place[0], place[1])]:
                 del places[place]
 
-    def _look(self) -> list[Event]:
-        now = self._read_ns
+    def _check(self, now: int) -> list[Event]:
         if not self._places or now < self._next:
             return []
-        self._next = now + LOOK_NS
-        asked = self._asked(list(self._places), new=False)
-        left = [place for place, is_there in asked if is_there is False]
+        self._next = now + CHECK_NS
+        states = self._are_there(list(self._places), new=False)
+        left = [place for place, is_there in states if is_there is False]
         for place in left:
             del self._places[place]
         return [PageReplaced(now, vm, pfn, hva) for vm, pfn, hva in left]
 
-    def _asked(self, places: list[_Place], *, new: bool) -> Iterator[tuple[_Place, bool | None]]:
-        """Whether they are there, asked of all that are in one process at once."""
+    def _are_there(
+        self, places: list[_Place], *, new: bool
+    ) -> Iterator[tuple[_Place, bool | None]]:
+        """Yield whether the page is at each place; one read for each process."""
         by_pid: dict[int, list[_Place]] = {}
         for place in places:
             pid = self._pid_of.get(place[0])
             if pid is not None:
                 by_pid.setdefault(pid, []).append(place)
-        for pid, of_it in by_pid.items():
-            pages = tuple((pfn, hva) for _, pfn, hva in of_it)
-            yield from zip(of_it, hold(pid, pages, self._proc, new=new), strict=True)
+        for pid, in_it in by_pid.items():
+            pages = tuple((pfn, hva) for _, pfn, hva in in_it)
+            yield from zip(in_it, hold(pid, pages, self._proc, new=new), strict=True)

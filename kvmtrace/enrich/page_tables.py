@@ -1,9 +1,9 @@
-"""Who has a poisoned page mapped: processes, found by their page tables.
+"""Find the processes that have a poisoned page mapped, by their page tables.
 
-Exact or nothing: a place is named only where a page table refers to that very pfn, or where the
-same page of the same file is mapped and not faulted in. A search over many or large VMs takes
-time (PAGEMAP_SCAN looks at every page table entry) and may hang, so a ``PageTableSearch`` runs in a
-worker process (``proc_reader``) while its caller goes on.
+Results are exact: a page table refers to that very pfn, or the same page of the same file is mapped
+and not faulted in. A search of many or large VMs takes time (PAGEMAP_SCAN reads every page table
+entry) and may hang. A ``PageTableSearch`` therefore runs in a worker process (``proc_reader``), and
+its caller does not wait for it.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class MappedPage:
-    """``size`` bytes at ``hva`` in process ``pid`` are lost to ``pfn``.
+    """Where a process has a poisoned page mapped: ``size`` bytes at ``hva`` are lost to ``pfn``.
 
-    ``pfn`` is None for a lost hugetlb page: pagemap shows where, but not which page it was;
+    ``pfn`` is None for a lost hugetlb page: pagemap shows where it was, but not which page.
     ``hva`` is the start of the huge page then. ``via``: "pagemap", or "mapping" (the same page of
-    the same file). ``file``: (device, inode, page offset) behind it, where there is a file.
+    the same file). ``file``: (device, inode, page offset) that is mapped there, if any.
     """
 
     pid: int
@@ -60,24 +60,24 @@ class MappedPage:
 
 
 def poisoned_pfn(pid: int, hva: int, proc: str = "/proc") -> int | None:
-    """The poisoned pfn at ``hva``; None if there is none, or it cannot be read."""
+    """Return the poisoned pfn at ``hva``; None if there is none, or it cannot be read."""
     entry = entry_at(pid, hva, proc)
     return None if entry is None else poisoned(entry)
 
 
 def entry_at(pid: int, hva: int, proc: str = "/proc") -> int | None:
-    """The page table entry at ``hva`` (pagemap's); None if it cannot be read."""
+    """Return pagemap's entry of ``hva``; None if it cannot be read."""
     return _guarded(pid, read_entry, pid, hva, proc)
 
 
 def hold(
     pid: int, pages: tuple[tuple[int, int], ...], proc: str = "/proc", *, new: bool
 ) -> list[bool | None]:
-    """Whether each (pfn, hva) is poisoned there, by the page table of process ``pid``.
+    """Whether each (pfn, hva) is still mapped and poisoned in process ``pid``.
 
-    None where nobody can say: nothing can be read, or the process is on its way out. Its end is
-    another story, which VmGone tells, and takes its memory down well before that. ``new``: False
-    for what guest_memfd is mapped at.
+    None if that is not known: nothing can be read, or the process is exiting, which takes its
+    memory down well before VmGone. ``new``: return False for addresses at which guest_memfd is
+    mapped.
     """
     return _guarded(pid, read_pages, pid, pages, proc, new) or [None] * len(pages)
 
@@ -90,7 +90,7 @@ def _guarded(pid: int, function: Callable[..., _T], *arguments: object) -> _T | 
 
 
 def read_entry(pid: int, hva: int, proc: str) -> int | None:
-    """``entry_at``, in the process that may hang."""
+    """Do the work of ``entry_at`` in the worker process."""
     pagemap = Pagemap(pid, proc)
     try:
         entries = pagemap.entries(hva, 1)
@@ -102,7 +102,7 @@ def read_entry(pid: int, hva: int, proc: str) -> int | None:
 def read_pages(
     pid: int, pages: tuple[tuple[int, int], ...], proc: str, new: bool
 ) -> list[bool | None]:
-    """``hold``, in the process that may hang. Maps are read once, and only where they matter."""
+    """Do the work of ``hold`` in the worker process. Maps are read at most once."""
     pagemap = Pagemap(pid, proc)
     try:
         there: list[bool | None] = []
@@ -127,7 +127,7 @@ def read_pages(
 
 
 def find(pfns: Collection[int], pids: Iterable[int], proc: str = "/proc") -> list[MappedPage]:
-    """All places at once, however long it takes."""
+    """Return all places, however long that takes; reads in the calling process."""
     return [
         place for place in walk(tuple(pfns), tuple(pids), proc) if isinstance(place, MappedPage)
     ]
@@ -144,10 +144,10 @@ def walk(
     files: Mapping[_File, int] | None = None,
     scanned: tuple[int, ...] = (),
 ) -> Iterator[MappedPage | int | None]:
-    """The places of ``pfns`` in ``pids``, and where the pages ``files`` (to pfn) are mapped.
+    """Yield the places of ``pfns`` in ``pids``, and where the pages ``files`` (to pfn) are mapped.
 
-    Yields a pid when it begins with that process, and None every few milliseconds in between.
-    ``scanned``: processes in which only mappings are looked for.
+    Yields a pid before that process is searched, and None every few milliseconds in between.
+    ``scanned``: processes whose page tables have been searched; only their mappings are.
     """
     files = dict(files or {})
     wanted = frozenset(pfns)
@@ -173,10 +173,10 @@ def walk(
 
 
 class PageTableSearch:
-    """A search for ``pfns`` in ``pids``, in a process of its own; ``step`` until ``done``.
+    """A search for ``pfns`` in ``pids``, in a worker process; call ``step`` until ``done``.
 
     ``huge``: those of huge pages. ``files``: {(device, inode, page offset): pfn}, pages whose
-    mappings are looked for as well. ``skipped``: processes that could not be searched to the end.
+    mappings are searched for as well. ``skipped``: processes that were not searched to the end.
     """
 
     def __init__(
@@ -199,17 +199,17 @@ class PageTableSearch:
         self._to_scan = dict.fromkeys(pids)
         self._scanned: dict[int, None] = {}
         self._stream: Stream | None = None
-        self._at: int | None = None  # the process that is being looked at
+        self._at: int | None = None  # the process that is being searched
 
     def step(self, deadline: float) -> list[MappedPage]:
-        """Take what is found until ``deadline`` (monotonic seconds), or the end."""
+        """Return what is found until ``deadline`` (monotonic seconds), or the end."""
         found: list[MappedPage] = []
         while not self.done:
             try:
                 if self._stream is None:
                     begun = time.monotonic()
                     self._stream = self._begin(deadline)
-                    deadline += time.monotonic() - begun  # no time of the search's
+                    deadline += time.monotonic() - begun  # a worker's start does not count
                 stream = self._stream
                 some, item = stream.next(deadline)
             except Starting:
@@ -223,17 +223,17 @@ class PageTableSearch:
                 if item.file is not None and item.pfn is not None:
                     self._files[item.file] = item.pfn
             elif isinstance(item, int):
-                self._go_on_with(item)
+                self._enter(item)
             if stream.done:
                 self.done = True
             elif not some and stream.stalled:
-                self._give_up_on_one()
+                self._skip_hung()
             elif not some or time.monotonic() >= deadline:
                 break
         return found
 
     def close(self) -> None:
-        """Give up; nothing more is found."""
+        """End the search early."""
         self.done = True
         if self._stream is not None:
             self._stream.close()
@@ -245,14 +245,14 @@ class PageTableSearch:
         arguments = (tuple(self.pfns), pids, self._proc, self._files, scanned)
         return self._reader.stream(deadline, walk, *arguments)
 
-    def _go_on_with(self, pid: int) -> None:
+    def _enter(self, pid: int) -> None:
         if self._at in self._to_scan:
             del self._to_scan[self._at]
             self._scanned[self._at] = None
         self._at = pid
 
-    def _give_up_on_one(self) -> None:
-        """Its process hangs: go on without it."""
+    def _skip_hung(self) -> None:
+        """The process that is being searched hangs: continue with the others."""
         assert self._stream is not None
         self._stream.close()
         self._stream = None
@@ -273,11 +273,11 @@ class PageTableSearch:
 def _process(
     pid: int, proc: str, pfns: frozenset[int], mappings: dict[int, list[Area]]
 ) -> Iterator[MappedPage | None]:
-    """Places of ``pfns``; what it maps of files is noted in ``mappings``."""
+    """Yield the places of ``pfns``; put the process's file mappings into ``mappings``."""
     with suppress(OSError):  # it may end at any time
         pagemap = Pagemap(pid, proc)
         try:
-            # Guest memory is the largest there is: first things first.
+            # Guest memory is in the largest areas.
             areas = sorted(pagemap.areas(), key=lambda area: area.start - area.end)
             mappings[pid] = [area for area in areas if area.inode]
             for area in areas if pfns else ():
@@ -307,7 +307,7 @@ def _huge(pid: int, pagemap: Pagemap, area: Area, first: int, last: int) -> Iter
     size = pagemap.page_size(area)
     for hva in range(first, last, size):
         entries = pagemap.entries(hva, 1)
-        # A page on its way (migration) is back in a moment; a uffd marker is no loss.
+        # A page under migration comes back; a uffd marker is no loss.
         if not entries or entries[0] & (PM_PRESENT | PM_SWAP | PM_UFFD_WP):
             continue
         yield MappedPage(pid, hva, None, size, file=_file(area, hva))
@@ -325,19 +325,14 @@ def _read(
         yield None
 
 
-def mapped(file: _File, pfn: int, pids: Iterable[int], proc: str = "/proc") -> Iterator[MappedPage]:
-    """Where processes map page ``file`` (device, inode, page offset) without having touched it.
-
-    A process that has a page of its own there (copied on write, or put there since) is safe.
-    """
-    found = walk((), tuple(pids), proc, {file: pfn})
-    return (place for place in found if isinstance(place, MappedPage))
-
-
 def _mapped(
     pid: int, proc: str, areas: Iterable[Area], pages: Mapping[_Inode, Mapping[int, int]]
 ) -> Iterator[MappedPage]:
-    """``pages``: {(device, inode): {page offset: pfn}}."""
+    """Yield where a process maps ``pages`` of files and did not touch them.
+
+    A process with another page there (copied on write, or put there since) does not lose anything.
+    ``pages``: {(device, inode): {page offset: pfn}}.
+    """
     with suppress(OSError):
         pagemap = Pagemap(pid, proc)
         try:
@@ -356,14 +351,14 @@ def _mapped(
 
 
 def _file(area: Area, hva: int) -> tuple[int, int, int] | None:
-    # A private mapping's page may be the process's own copy: its file says nothing then.
+    # The page of a private mapping may be the process's own copy, and not the file's.
     if not area.inode or not area.shared:
         return None
     return area.device, area.inode, area.file_offset(hva) >> kvm.PAGE_SHIFT
 
 
 def _matches(raw: bytes, pfns: frozenset[int]) -> Iterator[tuple[int, int]]:
-    """(index, pfn) of entries that refer to one of ``pfns``, found without unpacking them all."""
+    """Yield (index, pfn) of entries that refer to one of ``pfns``, without unpacking them all."""
     if len(pfns) > MAX_NEEDLES or len(raw) < 64 * ENTRY:
         for index, (entry,) in enumerate(struct.iter_unpack("=Q", raw)):
             found = referenced_pfn(entry)
@@ -373,7 +368,7 @@ def _matches(raw: bytes, pfns: frozenset[int]) -> Iterator[tuple[int, int]]:
     for pfn in pfns:
         values = [pfn] + [pfn << 5 | kind for kind in SPECIAL_TYPES]
         for value in values:
-            # The low six bytes of an entry are pfn (or type and offset) only; flags come above.
+            # The low six bytes of an entry are the pfn (or type and offset); flags are above.
             needle = (value & (1 << 48) - 1).to_bytes(6, "little")
             at = raw.find(needle)
             while at >= 0:

@@ -1,40 +1,84 @@
-"""A source around a source: what all that look things up have in common."""
+"""A source with what the kernel does not report: page owners, states of vCPUs, passing time.
+
+What the stages add are events like any others: recordings hold them, and a replay looks nothing up.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from kvmtrace.events import Event
+from kvmtrace.enrich.existing_poison import ExistingPoison
+from kvmtrace.enrich.heartbeat import Heartbeat
+from kvmtrace.enrich.hung_reads import HungReads
+from kvmtrace.enrich.kernel_counts import KernelCountsReader
+from kvmtrace.enrich.machine_checks import MachineChecks
+from kvmtrace.enrich.owners import OwnerLookup
+from kvmtrace.enrich.page_release import PageReleaseWatch
+from kvmtrace.enrich.signal_pages import SignalPages
+from kvmtrace.enrich.stage import Stage
+from kvmtrace.enrich.vcpu_state import VcpuFollowUp
+from kvmtrace.events import Event, VmSeen
 from kvmtrace.linux import clock
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources import Source
+from kvmtrace.sources.guest_memory import HasMemory, Memory
+
+
+def all_stages(memory: Memory | None = None, proc: str = "/proc", sys: str = "/sys") -> list[Stage]:
+    """Return the pipeline: each stage gets the events of those before it.
+
+    ``memory``: what the source can look up of guest memory.
+    """
+    owners = OwnerLookup(memory, proc)
+    return [
+        owners,
+        MachineChecks(proc),
+        SignalPages(owners, proc),
+        KernelCountsReader(proc, sys),
+        ExistingPoison(owners, proc),
+        HungReads(),
+        PageReleaseWatch(proc),
+        VcpuFollowUp(proc),
+        Heartbeat(),
+    ]
+
+
+def in_order(events: list[Event]) -> list[Event]:
+    """Sort events by their time, VmSeen first.
+
+    A source reads its rings and its counters one after the other, and may identify a VM late.
+    """
+    return sorted(events, key=lambda event: (not isinstance(event, VmSeen), event.ts))
 
 
 class EnrichedSource:
-    """Pass on what ``inner`` reports of itself; ``poll`` is left to what adds to its events."""
+    """The events of ``inner`` after all stages; everything else is the inner source's."""
 
-    def __init__(self, inner: Source, now: Callable[[], int] = clock.now_ns) -> None:
-        """``now``: ns since the epoch."""
+    def __init__(
+        self,
+        inner: Source,
+        stages: Sequence[Stage] | None = None,
+        now: Callable[[], int] = clock.now_ns,
+    ) -> None:
+        """``stages``: None for all of them. ``now``: ns since the epoch."""
         self.inner = inner
-        self._now = now
-        self._read_ns = 0
         self.name = inner.name
         self.why = inner.why
+        self._now = now
+        memory = inner.memory if isinstance(inner, HasMemory) else None
+        self._stages = all_stages(memory) if stages is None else stages
 
     def poll(self, timeout: float) -> list[Event]:
-        """Events, as ``Source.poll``."""
-        return self.inner.poll(timeout)
-
-    def read(self, timeout: float) -> list[Event]:
-        """The inner source's events.
-
-        What is looked up after that is stamped with ``_read_ns``, when the kernel was read: time
-        must not go on for the model by looking up alone, or a loop would seem to be over.
-        """
-        events = self.inner.poll(timeout)
-        self._read_ns = (
-            self.inner._read_ns if isinstance(self.inner, EnrichedSource) else self._now()
-        )
+        """Events, as ``Source.poll``. With ``timeout`` 0, stages keep nothing for later."""
+        now = self._now()
+        for stage in self._stages:
+            stage.before_read(now)
+        wait = min([timeout, *(stage.max_wait() for stage in self._stages)])
+        events = in_order(self.inner.poll(wait))
+        # Lookups may take long. If they moved the time on, a loop would seem to have ended.
+        now = self._now()
+        for stage in self._stages:
+            events = stage.process(events, now, last=timeout == 0)
         return events
 
     def probes(self) -> tuple[Probe, ...]:

@@ -1,29 +1,24 @@
-"""What becomes of vCPUs that were notified of poison, looked up in /proc some times afterwards.
-
-``VcpuFollowUp`` is a source around a source: it adds ``VcpuState`` events for the threads that were
-notified. They are events like any others, so recordings hold them.
-"""
+"""Follow up vCPUs that were notified of poison: their threads' states in /proc, some time later."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 from kvmtrace import kvm
-from kvmtrace.enrich.pipeline import EnrichedSource
+from kvmtrace.bounded import BoundedDict
+from kvmtrace.enrich.stage import Stage
 from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone
-from kvmtrace.linux import clock
 from kvmtrace.linux.proc_reader import READER, Unreadable
-from kvmtrace.sources import Source
+from kvmtrace.linux.read import read_text
 
 _SECOND = 1_000_000_000
 
-# After the last delivery. A VMM that copes does so within milliseconds; a person takes minutes.
-LOOKS_NS = tuple(int(s * _SECOND) for s in (0.5, 2, 5, 12, 30, 120, 600))
+# After the last delivery. A VMM that recovers does so within milliseconds; a person takes minutes.
+SAMPLES_NS = tuple(int(s * _SECOND) for s in (0.5, 2, 5, 12, 30, 120, 600))
 MAX_THREADS = 256
 
-_POLL_NS = _SECOND // 4
+_POLL_SECONDS = 0.25
 
 # ioctl's number by architecture (x86-64; arm64 and riscv64; s390x, ppc64) and KVM_RUN's code,
 # which differs on ppc64 (another layout of _IO).
@@ -32,7 +27,10 @@ _KVM_RUN = (0xAE80, 0x2000AE80)
 
 
 def _by_its_own_access(event: Sigbus) -> bool:
-    """Sent by the thread itself: in KVM_RUN it is a vCPU's, though which one's may not be known."""
+    """Whether the thread itself accessed the page.
+
+    In KVM_RUN that is a vCPU's access, even if the number of the vCPU is not known.
+    """
     return event.code == kvm.BUS_MCEERR_AR and event.sender == event.tid
 
 
@@ -41,72 +39,66 @@ class _Thread:
     vm: int
     tid: int
     vcpu: int | None
-    told_ns: int
-    begun: str | None  # its start time: a tid that is used again has another
+    notified_ns: int
+    begun: str | None  # its start time: a reused tid has another
     next: int = 0
     cpu_ns: int | None = None
 
 
-class VcpuFollowUp(EnrichedSource):
-    """A source whose notified vCPUs are followed up. ``now``: ns since the epoch."""
+class VcpuFollowUp(Stage):
+    """Adds VcpuState events for the threads of notified vCPUs."""
 
-    def __init__(
-        self, inner: Source, proc: str = "/proc", now: Callable[[], int] = clock.now_ns
-    ) -> None:
-        super().__init__(inner, now)
+    def __init__(self, proc: str = "/proc") -> None:
         self._proc = proc
-        self._threads: OrderedDict[int, _Thread] = OrderedDict()
+        self._threads: BoundedDict[int, _Thread] = BoundedDict(MAX_THREADS)
 
-    def poll(self, timeout: float) -> list[Event]:
-        """The inner source's events and what was due to be looked at."""
-        if self._threads:
-            timeout = min(timeout, _POLL_NS / _SECOND)
-        events = self.read(timeout)
+    def max_wait(self) -> float:
+        """Come back in time for the next sample."""
+        return _POLL_SECONDS if self._threads else math.inf
+
+    def process(self, events: list[Event], now: int, *, last: bool = False) -> list[Event]:
+        """Follow the vCPUs that events notify, and append the samples that are due."""
         for event in events:
-            self._follow(event)
-        return events + self._look()
+            self._follow(event, now)
+        return events + self._sample(now)
 
-    # -- whom to look at
+    # -- which threads
 
-    def _follow(self, event: Event) -> None:
+    def _follow(self, event: Event, now: int) -> None:
         match event:
-            case Exit(tid=int(tid)) if event.tells_of_poison:
-                self._told(event.vm, tid, event.vcpu)
+            case Exit(tid=int(tid)) if event.is_poison:
+                self._notified(event.vm, tid, event.vcpu, now)
             case Sigbus(vm=int(vm)) if event.vcpu is not None or _by_its_own_access(event):
-                self._told(vm, event.tid, event.vcpu)
+                self._notified(vm, event.tid, event.vcpu, now)
             case VmGone():
                 gone = [tid for tid, one in self._threads.items() if one.vm == event.vm]
                 for tid in gone:
                     del self._threads[tid]
 
-    def _told(self, vm: int, tid: int, vcpu: int | None) -> None:
-        now = self._read_ns
+    def _notified(self, vm: int, tid: int, vcpu: int | None, now: int) -> None:
         known = self._threads.get(tid)
         if known is not None and (known.vm, known.vcpu) == (vm, vcpu):
-            if known.next or now - known.told_ns > LOOKS_NS[0]:
-                known.told_ns, known.next, known.cpu_ns = now, 0, self._cpu_ns(tid)
+            if known.next or now - known.notified_ns > SAMPLES_NS[0]:
+                known.notified_ns, known.next, known.cpu_ns = now, 0, self._cpu_ns(tid)
             return
         begun = self._stat(tid)
         self._threads[tid] = _Thread(
             vm, tid, vcpu, now, begun[1] if begun else None, cpu_ns=self._cpu_ns(tid)
         )
-        while len(self._threads) > MAX_THREADS:
-            self._threads.popitem(last=False)
 
-    # -- looking
+    # -- samples
 
-    def _look(self) -> list[Event]:
-        now = self._read_ns
+    def _sample(self, now: int) -> list[Event]:
         found: list[Event] = []
         for one in list(self._threads.values()):
-            if now - one.told_ns < LOOKS_NS[one.next]:
+            if now - one.notified_ns < SAMPLES_NS[one.next]:
                 continue
-            while one.next < len(LOOKS_NS) and now - one.told_ns >= LOOKS_NS[one.next]:
+            while one.next < len(SAMPLES_NS) and now - one.notified_ns >= SAMPLES_NS[one.next]:
                 one.next += 1
             state = self._state(one)
             if state is not None:
                 found.append(self._event(one, state, now))
-            if state == "gone" or one.next == len(LOOKS_NS):
+            if state == "gone" or one.next == len(SAMPLES_NS):
                 del self._threads[one.tid]
         return found
 
@@ -117,7 +109,7 @@ class VcpuFollowUp(EnrichedSource):
         return VcpuState(now, one.vm, one.tid, state, one.vcpu, ran)
 
     def _state(self, one: _Thread) -> str | None:
-        """One of VcpuState's; None where /proc does not show it."""
+        """Return the thread's state as in VcpuState; None if /proc does not show it."""
         stat = self._stat(one.tid)
         if stat is None or stat[0] in "ZXx" or (one.begun is not None and stat[1] != one.begun):
             return "gone"
@@ -126,7 +118,7 @@ class VcpuFollowUp(EnrichedSource):
         if stat[0] in "Tt":
             return "outside"
         try:
-            # It takes exec_update_lock, which a thread may hold in exec for as long as it likes.
+            # This takes exec_update_lock, which a thread in exec may hold for any time.
             words = READER.call(one.tid, read_thread, one.tid, "syscall", self._proc).split()
         except Unreadable:
             return None
@@ -139,7 +131,7 @@ class VcpuFollowUp(EnrichedSource):
         return "waiting" if call in _IOCTL and request in _KVM_RUN else "outside"
 
     def _stat(self, tid: int) -> tuple[str, str] | None:
-        """State letter and start time; None if there is no such thread."""
+        """Return state letter and start time; None if there is no such thread."""
         fields = self._read(tid, "stat").rpartition(")")[2].split()
         return (fields[0], fields[19]) if len(fields) > 19 else None
 
@@ -152,10 +144,6 @@ class VcpuFollowUp(EnrichedSource):
 
 
 def read_thread(tid: int, name: str, proc: str) -> str:
-    """A file of a thread's; "" once it is gone."""
-    # By the thread's own id: /proc/TID is there although a listing does not show it.
-    try:
-        with open(f"{proc}/{tid}/task/{tid}/{name}", "rb") as file:
-            return file.read(4096).decode("ascii", "replace")
-    except OSError:
-        return ""
+    """Return a file of a thread; "" once the thread is gone."""
+    # /proc/TID exists for every thread, although a listing shows processes only.
+    return read_text(f"{proc}/{tid}/task/{tid}/{name}", 4096)

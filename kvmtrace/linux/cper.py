@@ -1,8 +1,8 @@
-"""Hardware errors as those who report them put it: severities, and sections of firmware's records.
+"""Decode hardware error reports: severities, and sections of firmware's records (CPER).
 
-The kernel hands on CPER sections as firmware wrote them (UEFI 2.10, appendix N.2;
-include/linux/cper.h), so their layout is one for all kernels and architectures. Pure: numbers and
-bytes in, facts out.
+The kernel passes on CPER sections as firmware wrote them (UEFI 2.10, appendix N.2;
+include/linux/cper.h), so their layout is the same for all kernels and architectures. Pure
+functions: numbers and bytes in, facts out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EDAC = {0: "corrected", 1: "recoverable", 2: "deferred", 3: "fatal"}
 GHES = {1: "corrected", 2: "recoverable", 3: "fatal"}
 CPER = {0: "recoverable", 1: "fatal", 2: "corrected"}
 
-# Validation bits of a memory error section, and what they vouch for.
+# Validation bits of a memory error section, by the field that each declares valid.
 _ADDRESS, _MASK, _NODE = 1 << 1, 1 << 2, 1 << 3
 _ERROR_TYPE, _DIMM_HANDLE = 1 << 14, 1 << 17
 _RANK = 1 << 15
@@ -38,9 +38,9 @@ _ERROR_TYPES = (
 
 
 class MemoryErrorSection(NamedTuple):
-    """A memory error section (struct cper_sec_mem_err), as far as anything here reads it.
+    """A memory error section (struct cper_sec_mem_err): the words of it that are read here.
 
-    ``place``: the 64-bit word of node, card, module and bank; ``kind``: that of the error's type,
+    ``place``: the 64-bit word of node, card, module and bank. ``kind``: that of the error's type,
     the rank and the handles. Offsets: ``MEMORY_WORDS``.
     """
 
@@ -57,7 +57,7 @@ _COMPACT = struct.Struct("<QHHHH8x24xHHH")
 
 
 def extlog(pa: int, lsb: int, kind: int, compact: bytes) -> MemoryErrorSection:
-    """The section behind an extlog_mem_event; what it had not is all ones there."""
+    """Rebuild the section of an extlog_mem_event, in which missing fields are all ones."""
     valid = place = rank = handle = 0
     if len(compact) >= _COMPACT.size:
         valid, node, card, module, bank, rank, _, handle = _COMPACT.unpack_from(compact)
@@ -74,31 +74,33 @@ MEMORY_WORDS = {"valid": 0, "addr": 16, "mask": 24, "place": 32, "kind": 72}
 
 
 def memory(
-    said: MemoryErrorSection, labels: Mapping[int, str], fru: str | None = None
+    section: MemoryErrorSection, labels: Mapping[int, str], fru: str | None = None
 ) -> dict[str, Any]:
-    """What a section reports, under the names of ``events.HwError``.
+    """Return a section's content, by field of ``events.HwError``.
 
-    ``labels``: by SMBIOS handle (``firmware.dimm_labels``). ``fru``: the record's FRU text.
+    ``labels``: by SMBIOS handle (``smbios.dimm_labels``). ``fru``: the record's FRU text.
     """
     facts: dict[str, Any] = {}
-    if said.valid & _ADDRESS:
-        facts["addr"] = said.addr
-    if said.mask and said.valid & _MASK:
-        facts["grain"] = said.mask & -said.mask
-    if said.valid & _NODE:
-        facts["node"] = said.place & 0xFFFF
+    if section.valid & _ADDRESS:
+        facts["addr"] = section.addr
+    if section.mask and section.valid & _MASK:
+        facts["grain"] = section.mask & -section.mask
+    if section.valid & _NODE:
+        facts["node"] = section.place & 0xFFFF
     notes = []
-    if said.valid & _ERROR_TYPE:
-        number = said.kind & 0xFF
+    if section.valid & _ERROR_TYPE:
+        number = section.kind & 0xFF
         known = number < len(_ERROR_TYPES)
         notes.append(_ERROR_TYPES[number] if known else f"error type {number}")
     notes += [
-        f"{name} {said.place >> shift & 0xFFFF}" for bit, name, shift in _PLACES if said.valid & bit
+        f"{name} {section.place >> shift & 0xFFFF}"
+        for bit, name, shift in _PLACES
+        if section.valid & bit
     ]
-    if said.valid & _RANK:
-        notes.append(f"rank {said.kind >> 16 & 0xFFFF}")
-    if said.valid & _DIMM_HANDLE:
-        handle = said.kind >> 48 & 0xFFFF
+    if section.valid & _RANK:
+        notes.append(f"rank {section.kind >> 16 & 0xFFFF}")
+    if section.valid & _DIMM_HANDLE:
+        handle = section.kind >> 48 & 0xFFFF
         if handle in labels:
             facts |= {"label": labels[handle], "label_from": "smbios"}
         else:
@@ -115,13 +117,13 @@ def memory(
 
 
 EDAC_LABEL = 31
-"""Characters that EDAC keeps of a DIMM's name (EDAC_MC_LABEL_LEN, linux/edac.h)."""
+"""Characters of a DIMM's name that EDAC keeps (EDAC_MC_LABEL_LEN, linux/edac.h)."""
 
 
 class Edac(NamedTuple):
-    """An error as ras:mc_event has it (include/ras/ras_event.h).
+    """The fields of ras:mc_event (include/ras/ras_event.h).
 
-    ``place``: the memory controller and its layers, -1 where one is not known.
+    ``place``: the memory controller and its layers; -1 if one is not known.
     """
 
     severity: int
@@ -133,27 +135,27 @@ class Edac(NamedTuple):
     place: tuple[int, ...] = ()
 
 
-def edac(said: Edac, alike: Collection[str] = ()) -> dict[str, Any]:
-    """What EDAC reports, under the names of ``events.HwError``.
+def edac(error: Edac, alike: Collection[str] = ()) -> dict[str, Any]:
+    """Return an error that EDAC reports, by field of ``events.HwError``.
 
-    ``alike``: names that firmware gave to several DIMMs, as far as EDAC keeps them. EDAC has no
-    word for an address that is not known but 0; a driver's grain of -1 comes to 2**64 bytes
-    (edac_mc.c), and a count of 0 is that of a register that counts none (skx_common.c).
+    ``alike``: names that firmware gave to several DIMMs, as far as EDAC keeps them. EDAC reports an
+    unknown address as 0. A driver's grain of -1 becomes 2**64 bytes (edac_mc.c), and a register
+    that does not count gives a count of 0 (skx_common.c).
     """
-    addr = said.addr & _ALL
-    count = max(1, said.errors)
-    facts: dict[str, Any] = {"severity": EDAC.get(said.severity), "count": count}
+    addr = error.addr & _ALL
+    count = max(1, error.errors)
+    facts: dict[str, Any] = {"severity": EDAC.get(error.severity), "count": count}
     if addr:
         facts["addr"] = addr
-        if said.grain_bits < _ADDRESS_BITS:
-            facts["grain"] = 1 << said.grain_bits
-    if name := dimm_names.label(said.label):
-        if name[:EDAC_LABEL] in alike and said.place:
-            controller, *layers = said.place
+        if error.grain_bits < _ADDRESS_BITS:
+            facts["grain"] = 1 << error.grain_bits
+    if name := dimm_names.label(error.label):
+        if name[:EDAC_LABEL] in alike and error.place:
+            controller, *layers = error.place
             where = ":".join(str(layer) for layer in layers if layer >= 0)
             name = f"{name} (mc {controller}, {where})"
         facts |= {"label": name, "label_from": "edac"}
-    if message := sanitize.clean(said.message):
+    if message := sanitize.clean(error.message):
         facts["message"] = message
     return facts
 
@@ -166,9 +168,10 @@ _ARM_CACHE = 1 << 1
 
 
 def arm_address(infos: bytes) -> int | None:
-    """The first physical address among an Arm processor error's information structures.
+    """Return the physical address in an Arm processor error's information structures.
 
-    A cache error's goes first: the kernel takes the page of no other one out of use (apei/ghes.c).
+    The first cache error's, else the first one: the kernel takes only the page of a cache error out
+    of use (apei/ghes.c).
     """
     first, at = None, 0
     while at + _ARM_INFO.size <= len(infos):

@@ -1,8 +1,8 @@
-"""/proc/PID/maps and /proc/PID/pagemap: what a process has mapped where, poisoned pages included.
+"""Read /proc/PID/maps and /proc/PID/pagemap: which pages a process has mapped, poisoned ones too.
 
-Documentation/admin-guide/mm/pagemap.rst. After memory_failure a page table holds a "hwpoison" swap
-entry with the pfn as its offset (include/linux/swap.h, mm/memory-failure.c). Of hugetlb pages
-pagemap shows nothing, poisoned or not mapped; PAGEMAP_SCAN calls the former swapped.
+Documentation/admin-guide/mm/pagemap.rst. After memory_failure a page table has a "hwpoison" swap
+entry with the pfn as its offset (include/linux/swap.h, mm/memory-failure.c). pagemap shows a
+poisoned hugetlb page like one that is not mapped; PAGEMAP_SCAN reports it as swapped.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ PM_UFFD_WP = 1 << 57
 _PFN = (1 << 55) - 1
 _SWAP_TYPE = 0x1F  # MAX_SWAPFILES_SHIFT is 5
 
-# Swap types that no swap device has and no marker: of 32, the last 6 to 10 are special (hwpoison 1,
-# migration 3, device-private 3 or 4, and at the end markers, 2 of them in 6.1 and 1 since; seen:
-# hwpoison is 24 on 7.3, 23 with four of device, 22 on 6.1 with them). A marker's offset is no page.
+# Swap types of neither swap devices nor markers. Of 32 types the last 6 to 10 are special: hwpoison
+# 1, migration 3, device-private 3 or 4, then markers (2 in 6.1, 1 since). Seen: hwpoison is 24 on
+# 7.3, 23 with four device types, 22 on 6.1 with those. A marker's offset is not a page.
 SPECIAL_TYPES = range(22, 30)
 
 # include/uapi/linux/fs.h: _IOWR('f', 16, struct pm_scan_arg), Linux 6.7
@@ -67,24 +67,24 @@ class Area:
     is_guest_memfd: bool = False
 
     def file_offset(self, hva: int) -> int:
-        """Where in the file ``hva`` is, in bytes."""
+        """Return the offset of ``hva`` in the file, in bytes."""
         return self.offset + hva - self.start
 
 
 def parse_maps(maps: bytes | str) -> list[Area]:
-    """The areas that a process can have memory of its own in.
+    """Return the areas in which a process can have memory of its own.
 
-    File names are as their owners chose them; the kernel escapes only the newline in them
-    (fs/proc/task_mmu.c). A line that makes no sense costs that line.
+    Users choose file names, in which the kernel escapes only the newline (fs/proc/task_mmu.c). A
+    line that cannot be parsed is left out.
     """
     if isinstance(maps, str):
         maps = maps.encode(errors="surrogateescape")
     return [area for line in maps.split(b"\n") if (area := _area_of(line)) is not None]
 
 
-# Pages of the kernel's: nothing that memory_failure would unmap. All vCPUs share one inode.
+# Pages of the kernel, which memory_failure does not unmap. All vCPUs share one inode.
 _NOT_OF_ITS_OWN = (b"[v", b"[uprobes", b"anon_inode:kvm-vcpu", b"anon_inode:[kvm-vcpu")
-# A file of one inode each (6.18), and in a file system of their own (7.2).
+# Each file has its own inode (6.18), later in a file system of its own (7.2).
 _GUEST_MEMFD = (b"anon_inode:[kvm-gmem]", b"/[kvm-gmem] (deleted)")
 
 
@@ -110,14 +110,14 @@ def _area_of(line: bytes) -> Area | None:
 
 
 def referenced_pfn(entry: int) -> int | None:
-    """The pfn that a pagemap entry refers to: mapped, poisoned or being migrated; else None."""
+    """Return the pfn of a pagemap entry: mapped, poisoned or under migration; else None."""
     if entry & PM_PRESENT:
-        return entry & _PFN or None  # 0: hidden from those without CAP_SYS_ADMIN
+        return entry & _PFN or None  # 0: hidden without CAP_SYS_ADMIN
     return poisoned(entry)
 
 
 def poisoned(entry: int) -> int | None:
-    """The pfn of a special swap entry (hwpoison or migration), which no swap device has."""
+    """Return the pfn of a special swap entry (hwpoison or migration); else None."""
     if entry & PM_PRESENT or not entry & PM_SWAP:
         return None
     value = entry & _PFN
@@ -125,7 +125,7 @@ def poisoned(entry: int) -> int | None:
 
 
 class Pagemap:
-    """The open page table of a process. OSError (ProcessLookupError, …) where it is gone."""
+    """The open page table of a process. Methods raise OSError once the process is gone."""
 
     def __init__(self, pid: int, proc: str = "/proc") -> None:
         self._directory = f"{proc}/{pid}"
@@ -140,7 +140,7 @@ class Pagemap:
             return parse_maps(maps.read())
 
     def page_size(self, area: Area) -> int:
-        """Bytes of the pages that an area is made of: hugetlbfs says so through statfs."""
+        """Return the page size of an area in bytes; hugetlbfs reports it by statfs."""
         if not area.inode:
             return PAGE
         try:
@@ -150,19 +150,22 @@ class Pagemap:
             return PAGE
 
     def entries(self, start: int, count: int) -> tuple[int, ...]:
-        """``count`` entries from address ``start`` on; fewer at the end of the address space."""
+        """Return ``count`` entries from address ``start`` on.
+
+        Fewer at the end of the address space.
+        """
         data = self.raw(start, count)
         return struct.unpack(f"={len(data) // ENTRY}Q", data)
 
     def raw(self, start: int, count: int) -> bytes:
-        """The same, as the kernel gives them: 8 bytes each."""
+        """As ``entries``, in the kernel's form: 8 bytes each."""
         data = os.pread(self._fd, count * ENTRY, (start >> kvm.PAGE_SHIFT) * ENTRY)
         return data[: len(data) // ENTRY * ENTRY]
 
     def scan(self, start: int, end: int, mask: int) -> Iterator[tuple[int, int, int]] | None:
-        """Regions (start, end, PAGE_IS_* bits) in which all of ``mask`` holds.
+        """Yield regions (start, end, PAGE_IS_* bits) in which all of ``mask`` holds.
 
-        None where this kernel has no PAGEMAP_SCAN (before 6.7).
+        Returns None if this kernel has no PAGEMAP_SCAN (before 6.7).
         """
         first = self._scan_once(start, end, mask)
         return None if first is None else self._rest(first, end, mask)

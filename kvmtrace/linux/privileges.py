@@ -1,7 +1,7 @@
-"""Which capabilities kvmtrace needs, and how it gives up the others (capabilities(7)).
+"""Capabilities that kvmtrace needs, and how it gives up the others (capabilities(7)).
 
-Capabilities belong to a thread: ``give_up`` is for the calling one and for the threads and
-processes that it starts from then on. There is no way back.
+Capabilities belong to a thread. ``give_up`` is permanent, and for the calling thread and the
+threads and processes that it starts afterwards.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ _NAMES = (
     "WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE"
 ).split()
 
-# A VMM's descriptors, memory map and page table (fs/proc: ptrace_may_access; modes of the files),
-# and the pfns in that (pagemap shows them to CAP_SYS_ADMIN only).
+# For a VMM's descriptors, memory map and page table (fs/proc: ptrace_may_access; file modes), and
+# for the pfns in the page table (pagemap shows them to CAP_SYS_ADMIN only).
 READING = frozenset({"SYS_PTRACE", "DAC_READ_SEARCH", "SYS_ADMIN"})
-"""Of a worker that reads other processes."""
+"""For a worker that reads other processes."""
 
-# kvm may be loaded anew at any time: programs and probes are then attached again. That takes the
-# types of modules (BPF_BTF_GET_FD_BY_ID: CAP_SYS_ADMIN), addresses of functions (/proc/kallsyms:
-# CAP_SYSLOG), locked memory (before 5.11) and, with new CPUs, descriptors beyond the hard limit
-# (CAP_SYS_RESOURCE).
+# When kvm is loaded again, programs and probes are attached again. That needs the types of modules
+# (BPF_BTF_GET_FD_BY_ID: CAP_SYS_ADMIN), addresses of functions (/proc/kallsyms: CAP_SYSLOG), locked
+# memory (before 5.11) and, with new CPUs, descriptors beyond the hard limit (CAP_SYS_RESOURCE).
 WATCHING = READING | {"BPF", "PERFMON", "SYSLOG", "SYS_RESOURCE"}
-"""Of a command that watches, once it has attached, listens and has opened its files."""
+"""For a command that watches, once it is attached, listens and has opened its files."""
 
 WRITING_ELSEWHERE = "DAC_OVERRIDE"
-"""Beside ``WATCHING``, to detach where tracefs belongs to another user."""
+"""In addition to ``WATCHING``, to detach if tracefs belongs to another user."""
 
 _VERSION_3 = 0x20080522
 _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
@@ -58,14 +57,17 @@ class _Data(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a thread may do. ``no_new_privileges``: no program that it runs gets more."""
+    """What a thread may do.
+
+    ``no_new_privileges``: programs that it runs get no more than it has.
+    """
 
     capabilities: tuple[str, ...]
     no_new_privileges: bool
 
 
 def held() -> Held:
-    """What this thread may do now."""
+    """Return what this thread may do."""
     data = _sets()
     effective = data[0].effective | data[1].effective << 32
     names = (_name(number) for number in range(_BITS) if effective >> number & 1)
@@ -73,14 +75,14 @@ def held() -> Held:
 
 
 def give_up(keep: Collection[str]) -> list[str]:
-    """Give up all capabilities but ``keep``, and let no program that is run have others.
+    """Give up all capabilities but ``keep``, also for programs that are run.
 
-    What the kernel refused, for people; empty if all went well.
+    Returns what the kernel refused, as text for the user; empty if nothing.
     """
     kept = sum(1 << _NAMES.index(name) for name in keep)
     for number in range(_BITS):
         if not kept >> number & 1 and _prctl(_PR_CAPBSET_READ, number) == 1:
-            # Without CAP_SETPCAP it stays, and no_new_privs makes up for that.
+            # This fails without CAP_SETPCAP; no_new_privs has the same effect.
             _prctl(_PR_CAPBSET_DROP, number)
     refused = []
     if _prctl(_PR_SET_NO_NEW_PRIVS, 1) != 0:
@@ -96,7 +98,7 @@ def give_up(keep: Collection[str]) -> list[str]:
 
 
 def _sets() -> ctypes.Array[_Data]:
-    """All zeros where they cannot be read."""
+    """Return the capability sets; all zeros if they cannot be read."""
     data = (_Data * 2)()
     _LIBC.capget(ctypes.byref(_CapHeader(_VERSION_3, 0)), data)
     return data

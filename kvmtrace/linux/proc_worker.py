@@ -1,11 +1,11 @@
-"""The process that reads other processes: it calls what it is sent and returns the result.
+"""The worker process that reads other processes: it calls the functions that it is sent.
 
-Reads of /proc/PID can take another process's locks (mmap_lock for cmdline, maps and pagemap,
-exec_update_lock for syscall) or ask a file system that an unprivileged process answers for, so
-they may never return. They happen here, where ``proc_reader`` can give up on them. The messages:
-``READY`` once; then for each request ``(VALUE, result)`` or ``(ERROR, text)``. A generator sends
-``(ITEM, what)`` for each thing that it yields before ``(VALUE, None)``; of ``None``, which says
-that it is alive, a few a second are enough.
+A read of /proc/PID can take another process's locks (mmap_lock for cmdline, maps and pagemap,
+exec_update_lock for syscall) or depend on a file system that an unprivileged process serves, so it
+may never return. ``proc_reader`` can give up a read that is done here. Messages that are sent:
+``READY`` once; then for each call ``(VALUE, result)`` or ``(ERROR, text)``. A generator's items are
+sent as ``(ITEM, item)`` before ``(VALUE, None)``. An item None only means that the generator is at
+work, so at most one is sent in ``ALIVE_SECONDS``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(descriptor: int) -> None:
-    """Serve the other end of a ``multiprocessing.Pipe`` until it is closed."""
-    # First, since a change of credentials can undo the next one (kernel/cred.c).
+    """Serve the other end of a ``multiprocessing.Pipe`` until that is closed."""
+    # First, because a change of credentials can undo the next call (kernel/cred.c).
     privileges.give_up(privileges.READING)
-    # A read that hangs never sees that end closed.
+    # While a read hangs, nothing notices that the pipe was closed.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with Connection(descriptor) as parent, contextlib.suppress(EOFError, OSError):
         parent.send((READY, None))

@@ -1,4 +1,4 @@
-"""What this machine's firmware says of its DIMMs, and who hands on what it reports of errors."""
+"""Read the DIMMs' names from SMBIOS, and which driver passes on firmware's error reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvmtrace.linux import cper
 
 TABLE = "/firmware/dmi/tables/DMI"
 
-# SMBIOS 3.7, 7.18: Memory Device, and where the numbers of its two names are
+# SMBIOS 3.7, 7.18: Memory Device, and the offsets of the numbers of its two names
 _MEMORY_DEVICE = 17
 _DEVICE_LOCATOR, _BANK_LOCATOR = 0x10, 0x11
 _HEADER = 4
@@ -24,9 +24,11 @@ _T = TypeVar("_T", str, int)
 
 @dataclass(frozen=True, slots=True)
 class Firmware:
-    """``dimms``: {SMBIOS handle: label}, no label twice. ``non_standard``: what
-    ras:non_standard_event's severities mean; {} where that is not known. ``alike``: names that
-    several DIMMs have, as far as EDAC keeps them.
+    """Names of DIMMs, and severities of firmware's reports.
+
+    ``dimms``: {SMBIOS handle: label}, each label once. ``non_standard``: severities of
+    ras:non_standard_event by number; {} if they are not known. ``alike``: names that several DIMMs
+    have, as far as EDAC keeps them.
     """
 
     dimms: Mapping[int, str] = field(default_factory=dict)
@@ -35,9 +37,9 @@ class Firmware:
 
 
 def read(sys: str = "/sys") -> Firmware:
-    """Ask this machine."""
-    # GHES and Intel's extended log trace that event in numbers of their own (drivers/acpi/apei/
-    # ghes.c, drivers/acpi/acpi_extlog.c).
+    """Read this machine's."""
+    # GHES and Intel's extended log number the severities of that event differently
+    # (drivers/acpi/apei/ghes.c, drivers/acpi/acpi_extlog.c).
     extlog = os.path.isdir(f"{sys}/module/acpi_extlog")
     path = f"{sys}{TABLE}"
     alike = _several(name[: cper.EDAC_LABEL] for name in _names(path).values())
@@ -45,7 +47,7 @@ def read(sys: str = "/sys") -> Firmware:
 
 
 def dimm_labels(path: str) -> dict[int, str]:
-    """{handle: label}; DIMMs that firmware calls alike have their handles in the label, too."""
+    """Return {handle: label}. DIMMs of the same name have their handles in the labels."""
     names = _names(path)
     several = _several(names.values())
     return {
@@ -59,9 +61,9 @@ def _several(names: Iterable[_T]) -> set[_T]:
 
 
 def _names(path: str) -> dict[int, str]:
-    """{handle: "BANK DEVICE"} as firmware calls them, put as EDAC does; {} where none is listed.
+    """Return {handle: "BANK DEVICE"}, firmware's names in EDAC's form; {} if there are none.
 
-    A handle that two of them have names neither.
+    DIMMs that share a handle are left out.
     """
     try:
         table = Path(path).read_bytes()
@@ -81,7 +83,7 @@ def _names(path: str) -> dict[int, str]:
 
 
 def _structures(table: bytes) -> Iterator[tuple[int, bytes, list[str]]]:
-    """(handle, its fields from the header on, its strings) of each structure."""
+    """Yield (handle, bytes including the header, strings) of each structure."""
     at = 0
     while at + _HEADER <= len(table):
         length = table[at + 1]

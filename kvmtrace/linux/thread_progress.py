@@ -1,8 +1,8 @@
-"""Whether a thread hangs, computes without an end, or is only slow.
+"""Tell apart whether a thread hangs, computes endlessly, or is only slow.
 
 On a busy or emulated machine an orderly end takes seconds, most of them in short waits for the
-kernel. A thread that hangs in the kernel sleeps, uses no CPU time and executes no instruction of
-Python. One that computes does not sleep.
+kernel. A thread that hangs in the kernel sleeps, uses no CPU time and executes no Python
+instruction. A thread that computes does not sleep.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import time
 
 
 class Standstill:
-    """Looks at a thread of Python now and then."""
+    """Measures for how long a Python thread has made no progress."""
 
     def __init__(self, thread: threading.Thread) -> None:
         self._thread = thread
         self._at: tuple[object, ...] | None = None
         self._since = self._looked = time.monotonic()
         self.awake = 0.0
-        """Seconds in which it computed or waited for a CPU, as of the last look."""
+        """Seconds in which it computed or waited for a CPU, as of the last call of ``seconds``."""
 
     def seconds(self) -> float:
-        """How long it has been seen asleep at one instruction, without CPU time in between."""
+        """Return for how long it has slept at one instruction, without CPU time in between."""
         frame = sys._current_frames().get(self._thread.ident or 0)
         state, *cpu_time = _state(self._thread.native_id)
         at = (id(frame), frame.f_lasti if frame is not None else None, *cpu_time)
@@ -36,9 +36,9 @@ class Standstill:
 
 
 def _state(native_id: int | None) -> tuple[str, ...]:
-    """State letter, and user and system time in ticks (proc(5), stat).
+    """Return state letter, and user and system time in ticks (proc(5), stat).
 
-    Where that cannot be read (no file descriptor), the thread is taken for one that sleeps.
+    If that cannot be read (no file descriptor), the thread counts as asleep.
     """
     try:
         with open(f"/proc/self/task/{native_id}/stat", "rb") as file:

@@ -1,12 +1,8 @@
-"""How other commands ask a running ``kvmtrace serve`` what happened before, and follow it.
+"""Serve the log of a session to other commands, over the socket of ``feed_socket``.
 
-A Unix socket in a directory that only its owner can write to, so that nobody else on the host can
-take the name first or crowd the queue. Both ends also check who the other one is: the log holds
-addresses of other people's guests. It is for root, for the user that serve runs as, and for members
-of the group ``kvmtrace`` where there is one.
-
-Each client is sent a recording that does not end: what happened so far, a mark, and then what
-happens. Each has a thread, so that one that stops reading holds up nobody else.
+Clients: root, the user that serve runs as, and members of the group ``kvmtrace`` where that group
+exists. Each client is sent a recording that does not end: the backlog, a mark, and then new events.
+Each client has a thread, so that one that stops reading does not block the others.
 """
 
 from __future__ import annotations
@@ -18,32 +14,45 @@ import grp
 import os
 import socket
 import stat
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-NAME = "serve.sock"
-"""A file in the directory of ``directory``, or a path."""
-DIRECTORY = "/run/kvmtrace"
-VARIABLE = "KVMTRACE_RUNTIME_DIR"
+from kvmtrace import feed_socket
+from kvmtrace.session.session import Session
+from kvmtrace.sources.recording import Writer
+
 GROUP = "kvmtrace"
-TIMEOUT = 10.0
 MAX_CLIENTS = 16
 """Further clients are refused, and attach on their own."""
 
+_READ_SECONDS = 1.0
 _RETRY = 0.2
-_BACKLOG = 64
-_CROWDED_SECONDS = 5.0
+_QUEUE = 64
 _LOCK_SECONDS = 5.0
-_SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h; not in the socket module
+
+
+def send_log(session: Session, client: socket.socket) -> None:
+    """Send a client the session's backlog and then its events, until the client closes."""
+    subscriber = session.subscribe()
+    try:
+        with client.makefile("w", encoding="utf-8") as file:
+            writer = Writer(file, session.host())
+            writer.write(subscriber.backlog, session.probes())
+            subscriber.backlog = []
+            writer.mark()
+            while not feed_socket.is_closed(client):
+                file.flush()
+                writer.write(subscriber.read(_READ_SECONDS), session.probes())
+    finally:
+        session.unsubscribe(subscriber)
 
 
 class FeedServer:
-    """Lets ``answer(client)`` talk to each client that may ask, until ``close``.
+    """Run ``answer(client)`` for each permitted client, in a thread of its own, until ``close``.
 
-    ``name``: as ``NAME``. Not ``started``: clients wait until ``start``. Raises OSError if the
-    directory is not safe, or another serve is there.
+    ``name``: as ``feed_socket.NAME``. Not ``started``: clients wait until ``start``. Raises OSError
+    if the directory is not safe, or another serve listens there.
     """
 
     def __init__(
@@ -58,22 +67,22 @@ class FeedServer:
         self._clients: dict[socket.socket, threading.Thread] = {}
         self._closed = False
         self._group: int | None = None
-        self.path = _path(name or NAME, directory())
+        self.path = feed_socket.socket_path(name or feed_socket.NAME, feed_socket.directory())
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._group = _prepare(os.path.dirname(self.path))
             with _locked(os.path.dirname(self.path)):
                 self._file = _bind(self._socket, self.path, self._group)
-                self._socket.listen(_BACKLOG)
+                self._socket.listen(_QUEUE)
         except OSError:
             self._socket.close()
             raise
-        self._thread = threading.Thread(target=self._serve, name="kvmtrace-door", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="kvmtrace-feed", daemon=True)
         if started:
             self.start()
 
     def start(self) -> None:
-        """Begin to answer, with the privileges of the calling thread."""
+        """Begin to accept clients, with the privileges of the calling thread."""
         self._thread.start()
 
     def _serve(self) -> None:
@@ -86,7 +95,7 @@ class FeedServer:
                 time.sleep(_RETRY)  # no file descriptors left, for instance
                 continue
             with self._lock:
-                if not self._has_room() or not self._may_ask(client):
+                if not self._has_room() or not self._is_permitted(client):
                     client.close()
                     continue
                 thread = threading.Thread(
@@ -94,37 +103,40 @@ class FeedServer:
                 )
                 try:
                     thread.start()
-                except RuntimeError:  # no thread is to be had (TasksMax)
+                except RuntimeError:  # no more threads (TasksMax)
                     client.close()
                 else:
                     self._clients[client] = thread
 
     def _has_room(self) -> bool:
-        """A client that has left takes no place, though its thread may not have noticed yet."""
+        """Whether another client may connect.
+
+        A client that closed its end does not count, though its thread may not have ended yet.
+        """
         if len(self._clients) >= 4 * MAX_CLIENTS:
             return False
-        return sum(not has_left(client) for client in self._clients) < MAX_CLIENTS
+        return sum(not feed_socket.is_closed(client) for client in self._clients) < MAX_CLIENTS
 
-    def _may_ask(self, client: socket.socket) -> bool:
-        if _trusted(client):
+    def _is_permitted(self, client: socket.socket) -> bool:
+        if feed_socket.is_trusted_peer(client):
             return True
         return (
             self._group is not None
-            and self._group in _groups(client)
-            and _same_namespaces(_credentials(client)[0])
+            and self._group in feed_socket.groups(client)
+            and feed_socket.in_our_namespaces(feed_socket.credentials(client)[0])
         )
 
     def _talk(self, client: socket.socket) -> None:
-        # A client that went away, a source that died: neither is another client's fault.
+        # A client that closed, or a source that failed, must not affect other clients.
         with client, contextlib.suppress(Exception):
             self._answer(client)
         with self._lock:
             del self._clients[client]
 
     def close(self) -> None:
-        """Remove the socket, answer no more, and end what is being sent."""
+        """Remove the socket, accept no more clients, and disconnect those there are."""
         self._closed = True
-        # While it listens, nobody takes the file for a left one: it is still ours.
+        # While we listen, no other serve takes the file for a stale one.
         with contextlib.suppress(OSError):
             if _identity(self.path) == self._file:
                 os.unlink(self.path)
@@ -143,91 +155,27 @@ class FeedServer:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def has_left(client: socket.socket) -> bool:
-    """Whether a client, which never says anything, has closed its end."""
-    try:
-        return client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
-def directory() -> str:
-    """Where a serve of this user has its socket.
-
-    Raises OSError for a user without a directory of its own (``XDG_RUNTIME_DIR``).
-    """
-    if given := os.environ.get(VARIABLE):
-        return given
-    if os.geteuid() == 0:
-        return DIRECTORY
-    if own := os.environ.get("XDG_RUNTIME_DIR"):
-        return os.path.join(own, os.path.basename(DIRECTORY))
-    raise OSError(errno.ENOENT, f"neither root nor XDG_RUNTIME_DIR: set {VARIABLE}")
-
-
-def knock(name: str | None = None) -> tuple[socket.socket, int] | None:
-    """A connection to the ``kvmtrace serve`` of this host, and its pid.
-
-    None if none runs that may be believed. A user's own serve is asked before root's.
-    """
-    places = []
-    with contextlib.suppress(OSError):
-        places.append(directory())
-    if VARIABLE not in os.environ:
-        places.append(DIRECTORY)
-    for path in dict.fromkeys(_path(name or NAME, place) for place in places):
-        client = socket.socket(socket.AF_UNIX)
-        with contextlib.suppress(OSError):
-            client.settimeout(TIMEOUT)
-            _connect(client, path)
-            if _trusted(client):
-                return client, _credentials(client)[0]
-        client.close()
-    return None
-
-
-def _path(name: str, place: str) -> str:
-    # A NUL once made names abstract; it means nothing in a directory.
-    return name if "/" in name else os.path.join(place, name.replace("\0", ""))
-
-
-def _connect(client: socket.socket, path: str) -> None:
-    """Connect, also where many do so at once. Raises OSError if nobody listens there."""
-    deadline = time.monotonic() + _CROWDED_SECONDS
-    while True:
-        try:
-            client.connect(path)
-        except BlockingIOError:  # the queue is full: somebody is there
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(0.01)
-        else:
-            return
-
-
 # -- the socket's file
 
 
-def _prepare(place: str) -> int | None:
-    """Make the directory where it is missing; the id of the group that may enter, if any.
+def _prepare(parent: str) -> int | None:
+    """Make the directory if it is missing; return the id of the group that may enter, if any.
 
-    Raises OSError where somebody else could put a socket in our place.
+    Raises OSError if another user could replace our socket.
     """
     made = False
     with contextlib.suppress(FileExistsError):
-        os.mkdir(place, 0o700)
+        os.mkdir(parent, 0o700)
         made = True
-    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(descriptor)
         if found.st_uid not in (0, os.geteuid()):
-            raise OSError(errno.EPERM, f"{place} belongs to another user (uid {found.st_uid})")
-        if not made and place != DIRECTORY:
-            # Somebody else's to arrange; in one like /tmp nobody can remove what is ours.
+            raise OSError(errno.EPERM, f"{parent} belongs to another user (uid {found.st_uid})")
+        if not made and parent != feed_socket.DIRECTORY:
+            # Its owner sets its mode. In one like /tmp nobody else can remove our socket.
             if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
-                raise OSError(errno.EPERM, f"others may write to {place}")
+                raise OSError(errno.EPERM, f"others may write to {parent}")
             return None
         group = _group()
         if group is not None:
@@ -248,9 +196,9 @@ def _group() -> int | None:
 
 
 @contextlib.contextmanager
-def _locked(place: str) -> Iterator[None]:
-    """One serve at a time looks at what is in the directory and binds. Raises OSError."""
-    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _locked(parent: str) -> Iterator[None]:
+    """Hold the lock of the directory: one serve at a time checks it and binds. Raises OSError."""
+    descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     deadline = time.monotonic() + _LOCK_SECONDS
     try:
         while True:
@@ -259,7 +207,7 @@ def _locked(place: str) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise OSError(errno.EAGAIN, f"{place} is locked by another process") from None
+                    raise OSError(errno.EAGAIN, f"{parent} is locked by another process") from None
                 time.sleep(0.01)
         yield
     finally:
@@ -267,14 +215,14 @@ def _locked(place: str) -> Iterator[None]:
 
 
 def _bind(listening: socket.socket, path: str, group: int | None) -> tuple[int, int]:
-    """Bind, in place of a socket that a killed serve left; what identifies the file."""
+    """Bind, replacing the stale socket of a killed serve; return the file's device and inode."""
     os.fchmod(listening.fileno(), 0o600)  # the file's mode, as unix_bind() takes it
     try:
         listening.bind(path)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        _remove_left(path)
+        _remove_stale(path)
         listening.bind(path)
     if group is not None:
         os.chown(path, -1, group, follow_symlinks=False)
@@ -282,8 +230,8 @@ def _bind(listening: socket.socket, path: str, group: int | None) -> tuple[int, 
     return _identity(path)
 
 
-def _remove_left(path: str) -> None:
-    """Raises OSError unless the file is a socket that nobody listens to."""
+def _remove_stale(path: str) -> None:
+    """Remove a socket that nobody listens to. Raises OSError if the file is anything else."""
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise OSError(errno.EEXIST, f"{path} is there, and is not a socket")
     with socket.socket(socket.AF_UNIX) as client:
@@ -301,48 +249,3 @@ def _remove_left(path: str) -> None:
 def _identity(path: str) -> tuple[int, int]:
     found = os.lstat(path)
     return found.st_dev, found.st_ino
-
-
-# -- who is at the other end
-
-
-def _trusted(peer: socket.socket) -> bool:
-    """Root or ourselves, and not of a container, which may have been given the directory."""
-    pid, uid = _credentials(peer)
-    return uid in (0, os.geteuid()) and _same_namespaces(pid)
-
-
-def _same_namespaces(pid: int) -> bool:
-    try:
-        return all(
-            os.stat(f"/proc/{pid}/ns/{kind}").st_ino == os.stat(f"/proc/self/ns/{kind}").st_ino
-            for kind in ("pid", "user")
-        )
-    except PermissionError:
-        # A member of the group may not look at root; a serve looks at the member.
-        return os.geteuid() != 0
-    except OSError:
-        return False
-
-
-def _credentials(peer: socket.socket) -> tuple[int, int]:
-    """Process and user id of the peer, from the kernel."""
-    pid, uid, _ = _ucred(peer)
-    return pid, uid
-
-
-def _ucred(peer: socket.socket) -> tuple[int, int, int]:
-    size = struct.calcsize("3i")
-    pid, uid, gid = struct.unpack(
-        "3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    )
-    return pid, uid, gid
-
-
-def _groups(peer: socket.socket) -> set[int]:
-    """Every group of the peer; of more than 256 supplementary ones, none."""
-    groups = {_ucred(peer)[2]}
-    with contextlib.suppress(OSError):
-        packed = peer.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
-        groups |= set(struct.unpack(f"{len(packed) // 4}I", packed))
-    return groups

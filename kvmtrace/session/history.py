@@ -1,25 +1,25 @@
-"""What happened so far, as events, in bounded memory: for views that come later and ask.
+"""A session's events so far, in bounded memory, for commands that connect later.
 
 Up to a quarter of the limit every event is kept. Beyond that, events that repeat (exits of one
 kind, signals, refusals of one gfn, errors of one address) are added up: of each run the first
-stays, and one that stands for the rest where the last of them was. A run ends with a pause, as
-pauses mean something to the correlator: runs with pauses of a second stay apart, or of six if that
-is too much, or none. So what is counted from this log is what is counted from all events; only with
-none, of refusals that nothing told fewer may be known as such.
+stays, and one that stands for the rest, in the place of the last. A run ends with a pause, because
+pauses matter to the correlator: first runs with pauses of a second stay apart, then only of six
+seconds, then none. Counts from this log are therefore the same as from all events. Only in the last
+step may fewer refusals be recognized as undelivered.
 
-What has no room even then is dropped whole, page by page and VM by VM, settled ones first, and
-counted. VMs that live do not count against the limit, and are never dropped.
+If that is not enough, all events of a page or a VM are dropped together, settled ones first, and
+counted as lost. Live VMs do not count against the limit, and are never dropped.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
 from kvmtrace import kvm
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate import cause_of
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
@@ -46,45 +46,45 @@ from kvmtrace.events import (
 from kvmtrace.linux import mce
 
 MAX_EVENTS = 32768
-"""A few hundred bytes each, and a dozen of them to a poisoned page that a VM does not cope with."""
+"""A few hundred bytes each; a page that a VM does not recover from has a dozen."""
 MAX_FORGOTTEN = Limits().departed
-"""As many as the correlator knows by name."""
+"""As many departed VMs as the correlator keeps."""
 
 _SECOND = 1_000_000_000
 _PAUSES: tuple[float, ...] = (_SECOND, 6 * _SECOND, float("inf"))
 
-# Of those that have no count, so many of each kind are kept beside the first.
+# Kinds without a count: so many of each are kept beside the first.
 _KEPT: dict[type[Event], int] = {VcpuState: 4, KernelCounts: 1, Tick: 1}
 
-# MCi_STATUS: the bits that say what sort of error it is; those below may be counters and codes.
+# MCi_STATUS: the bits that classify the error; lower ones may be counters and codes.
 _STATUS_FLAGS = 0xFFE0_1800_0000_0000
 _MISC_LSB = 0x3F
 
 
 class _Worth(IntEnum):
-    """What is dropped first when there is no room."""
+    """The order in which events are dropped."""
 
     TRAFFIC = 0  # errors of pages that were not poisoned
     ENDED_VM = 1  # one that was not notified of poison
     UNOWNED_PAGE = 2
     SETTLED = 3  # pages whose VMs have ended, and those VMs
     LIVE_VM = 4
-    OPEN = 5  # pages of VMs that live, and those VMs
+    OPEN = 5  # pages of live VMs, and those VMs
 
 
 @dataclass(slots=True)
 class _Group:
-    """What is dropped together: the events of one VM, one page, or one kind of traffic."""
+    """Events that are dropped together: of one VM, one page, or one kind of traffic."""
 
     worth: _Worth
     serials: list[int] = field(default_factory=list)
 
 
 class CompactLog:
-    """Feed it all events; ``events()`` gives a log that leads to the same incidents and counts.
+    """A log of all events that are added, which leads to the same incidents and counts.
 
-    ``forget``: drop a VM to which nothing happened when it ends; it is kept briefly, as its last
-    counts may be read after that. ``where``: the place of the ``Lost`` for what has no room.
+    ``forget``: drop a VM without other events when it ends. It is kept briefly, because its last
+    counts may be read later. ``where``: the place of the ``Lost`` for events that are dropped.
     """
 
     def __init__(
@@ -93,21 +93,23 @@ class CompactLog:
         self._limit = limit
         self._forget = forget
         self._where = where
-        self._log: dict[int, Event] = {}  # by the number under which it came
-        self._seen_at: dict[int, int] = {}  # VM: number of its VmSeen in the log
+        self._log: dict[int, Event] = {}  # by serial number
+        self._seen_at: dict[int, int] = {}  # VM: serial of its VmSeen in the log
         self._live: set[int] = set()
         self._of_pid: dict[int, set[int]] = {}  # VMs in the log, or forgotten
         self._gone: set[int] = set()
-        self._concerned: set[int] = set()  # VMs that an event in the log is about
-        self._signalled: set[int] = set()  # processes of signals in the log that name no VM
-        self._forgotten: OrderedDict[int, dict[int, Any]] = OrderedDict()
+        self._vms_with_events: set[int] = set()  # VMs that events in the log concern
+        self._signalled: set[int] = set()  # processes of signals without a VM in the log
+        self._forgotten: BoundedDict[int, dict[int, Any]] = BoundedDict(
+            MAX_FORGOTTEN, lambda vm, events: self._forget_process_of(events[min(events)])
+        )
         self._serial = 0
         self._last_ts = -1  # before any
         self._add_up_at = limit // 4
         self._dropped = 0
 
     def add(self, event: Event) -> None:
-        """One more event."""
+        """Add an event."""
         self._serial += 1
         if not isinstance(event, Lost):
             self._last_ts = max(self._last_ts, event.ts)
@@ -121,8 +123,8 @@ class CompactLog:
                 self._live |= {vm} - self._gone
                 self._of_pid.setdefault(event.pid, set()).add(vm)
                 if event.pid in self._signalled:
-                    self._concern(vm)
-            case VmGone(vm=vm) if self._forget and vm not in self._concerned:
+                    self._keep_vm(vm)
+            case VmGone(vm=vm) if self._forget and vm not in self._vms_with_events:
                 self._forget_vm(event)
                 return
             case VmGone(vm=vm):
@@ -131,19 +133,19 @@ class CompactLog:
                 self._gone.add(vm)
                 self._live.discard(vm)
             case _:
-                self._concern_all(event)
+                self._keep_vms_of(event)
         self._log[self._serial] = event
         if self._size() > self._add_up_at:
             self._make_room()
 
     def events(self) -> list[Event]:
-        """What happened, in the order in which it came."""
+        """Return the log, in the order in which events were added."""
         kept = [self._log[serial] for serial in sorted(self._log)]
-        told_until = max((e.ts for e in kept if not isinstance(e, Lost)), default=-1)
+        last_kept = max((e.ts for e in kept if not isinstance(e, Lost)), default=-1)
         if self._dropped:
             kept.append(Lost(max(0, self._last_ts), self._where, self._dropped))
-        elif kept and told_until < self._last_ts:
-            # VMs that left nothing came and went meanwhile: it is later than the log shows.
+        elif kept and last_kept < self._last_ts:
+            # VMs that were forgotten came and went since: time has passed that the log lacks.
             kept.append(Tick(self._last_ts))
         return kept
 
@@ -154,9 +156,6 @@ class CompactLog:
         self._live.discard(event.vm)
         if at is not None:
             self._forgotten[event.vm] = {at: self._log.pop(at), self._serial: event}
-            if len(self._forgotten) > MAX_FORGOTTEN:
-                _, oldest = self._forgotten.popitem(last=False)
-                self._forget_process_of(oldest[min(oldest)])
 
     def _forget_process_of(self, seen: Event) -> None:
         assert isinstance(seen, VmSeen)
@@ -165,19 +164,22 @@ class CompactLog:
         if not vms:
             self._of_pid.pop(seen.pid, None)
 
-    def _concern_all(self, event: Event) -> None:
-        """Something happened to the VMs that it is about; that they came and went is nothing."""
+    def _keep_vms_of(self, event: Event) -> None:
+        """Note the VMs that an event concerns.
+
+        VmSeen and VmGone alone are no reason to keep one.
+        """
         if isinstance(event, Sigbus) and event.vm is None:
             self._signalled.add(event.pid)
             for vm in self._of_pid.get(event.pid, ()):
-                self._concern(vm)
+                self._keep_vm(vm)
         elif not isinstance(event, (VmSeen, VmGone)):
             for vm in _vms_of(event):
-                self._concern(vm)
+                self._keep_vm(vm)
 
-    def _concern(self, vm: int) -> None:
-        """An event is about it, even if that comes before its beginning or after its end."""
-        self._concerned.add(vm)
+    def _keep_vm(self, vm: int) -> None:
+        """Keep a VM that an event concerns, also if that event comes outside of the VM's life."""
+        self._vms_with_events.add(vm)
         if vm in self._forgotten:
             came_back = self._forgotten.pop(vm)
             self._log |= came_back
@@ -196,43 +198,43 @@ class CompactLog:
                 break
         if self._size() > self._limit:
             self._drop(self._size() - self._limit * 3 // 4)
-        self._concerned, self._signalled = set(), set()
+        self._vms_with_events, self._signalled = set(), set()
         for event in list(self._log.values()):
-            self._concern_all(event)
+            self._keep_vms_of(event)
         self._add_up_at = min(self._limit, self._size() + max(1, self._limit // 8))
 
     def _add_up(self, pause: float) -> None:
-        """Put one event for each run, after its first; runs end with a pause of so many ns."""
+        """Replace all but the first event of each run by one; a run ends with ``pause`` ns."""
         log: dict[int, Event] = {}
-        era = 0
-        runs: dict[object, tuple[int, int, list[int]]] = {}  # kind: era, last ts, serials
+        generation = 0
+        runs: dict[object, tuple[int, int, list[int]]] = {}  # by kind: generation, last ts, serials
         for serial in sorted(self._log):
             event = self._log[serial]
-            # What is counted of a gfn from here on may be of another page.
-            era += isinstance(event, Unpoison)
+            # From here on, counts of a gfn may be of another page.
+            generation += isinstance(event, Unpoison)
             kind = _kind(event)
             if kind is not None:
-                run_era, last_ts, serials = runs.get(kind, (era, event.ts, []))
-                if run_era != era or event.ts - last_ts > pause:
+                began, last_ts, serials = runs.get(kind, (generation, event.ts, []))
+                if began != generation or event.ts - last_ts > pause:
                     serials = []
                 if len(serials) > _KEPT.get(type(event), 1):
                     before = log.pop(serials.pop(1))
                     if type(event) not in _KEPT:
-                        event = _added(before, event)
+                        event = _sum_of(before, event)
                 serials.append(serial)
-                runs[kind] = era, event.ts, serials
+                runs[kind] = generation, event.ts, serials
             log[serial] = event
         self._log = log
 
     def _drop(self, excess: int) -> None:
-        """Drop ``excess`` events or a few more, what matters least first."""
+        """Drop ``excess`` events or a few more, the least important ones first."""
         groups = sorted(self._groups(), key=lambda group: (group.worth, group.serials[-1]))
         for group in groups:
             if excess <= 0:
                 return
             serials = group.serials
             if group.worth >= _Worth.LIVE_VM:
-                # The last count of a kind stands for most of them, the first says how it began.
+                # The last event of a kind stands for most of them, and the first is its beginning.
                 counts = [at for at in serials if hasattr(self._log[at], "count")]
                 serials = counts[1 : 1 + min(excess, max(0, len(counts) - 2))]
             for at in serials:
@@ -261,7 +263,7 @@ class CompactLog:
         notified |= {vm for vms in owners.values() for vm in vms}
 
         def worth_of(vms: set[int]) -> _Worth:
-            # A follower's log holds no VmSeen of the VMs that it has already sent.
+            # A subscriber's log has no VmSeen of VMs that were sent before.
             lives = bool(vms - gone)
             if vms & notified:
                 return _Worth.OPEN if lives else _Worth.SETTLED
@@ -292,11 +294,11 @@ _OF_POISON = (GmemPoison, Owned, GmemRefusal, PageReplaced, Sigbus, VcpuState)
 
 
 def _is_of_poison(event: Event) -> bool:
-    return isinstance(event, _OF_POISON) or (isinstance(event, Exit) and event.tells_of_poison)
+    return isinstance(event, _OF_POISON) or (isinstance(event, Exit) and event.is_poison)
 
 
 def _owners(events: Iterable[Event]) -> dict[int | None, set[int]]:
-    """{pfn: VMs}, joined as the correlator does: guest_memfd's owners by the poisoning thread."""
+    """Return {pfn: VMs}, joined as in the correlator: guest_memfd's owners by thread."""
     owners: dict[int | None, set[int]] = {}
     of_thread: dict[int, set[int]] = {}
     for event in events:
@@ -311,7 +313,7 @@ def _owners(events: Iterable[Event]) -> dict[int | None, set[int]]:
 
 
 def _vms_of(event: Event) -> Iterator[int]:
-    """The VMs that an event is about."""
+    """Yield the VMs that an event concerns."""
     owners = (*getattr(event, "owners", ()), getattr(event, "owner", None))
     for vm in (getattr(event, "vm", None), *(owner.vm for owner in owners if owner is not None)):
         if vm is not None:
@@ -319,9 +321,9 @@ def _vms_of(event: Event) -> Iterator[int]:
 
 
 def _kind(event: Event) -> object:
-    """What an event repeats; None where every one is kept."""
+    """Return a key that repetitions of an event have too; None for events that are all kept."""
     match event:
-        case Exit() if event.tells_of_poison or event.errno == 0:
+        case Exit() if event.is_poison or event.errno == 0:
             # The correlator counts these of each gfn: deliveries, or what may be one.
             return event.kind, event.vm, event.vcpu, event.gfn, event.errno, event.reason
         case Exit():
@@ -332,7 +334,7 @@ def _kind(event: Event) -> object:
         case HwError():
             return event.kind, event.via, event.severity, event.pfn, event.label
         case Sigbus():
-            # All that a signal may be joined by; of an address, the page.
+            # Everything that a signal may be joined by; of an address, the page.
             who = (event.pid, event.tid, event.sender, event.vm, event.vcpu)
             at = None if event.hva is None else event.hva >> kvm.PAGE_SHIFT
             page = (at, event.lsb, event.gfn, event.pfn)
@@ -342,7 +344,8 @@ def _kind(event: Event) -> object:
         case Mce():
             sort = (event.status & _STATUS_FLAGS, (event.misc or 0) & _MISC_LSB)
             at_memory = mce.at_memory(event.status, event.vendor, event.bank, event.ipid)
-            # What a CPU ran into another one may have run into as well: that is no other error.
+            # Any CPU may read a memory controller's record. Otherwise two CPUs may have consumed
+            # the same error, so their records stay apart.
             cpu = None if at_memory else event.cpu
             return event.kind, event.socket, cpu, event.bank, event.pfn, *sort
         case Lost():
@@ -352,6 +355,6 @@ def _kind(event: Event) -> object:
     return None
 
 
-def _added(known: Event, event: Event) -> Event:
-    # Only kinds with a count come here.
+def _sum_of(known: Event, event: Event) -> Event:
+    # Only kinds with a count are added.
     return replace(event, count=known.count + event.count)  # type: ignore[attr-defined, call-arg]

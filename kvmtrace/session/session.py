@@ -1,4 +1,4 @@
-"""A session: one source and one correlator, and the snapshots that views draw from."""
+"""A session: one source, one correlator, and the snapshots that views draw."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import time
 
 from kvmtrace import kvm
 from kvmtrace.correlate import Correlator
-from kvmtrace.enrich.existing_poison import hardware_corrupted_bytes
 from kvmtrace.events import Event, Host, Lost
 from kvmtrace.linux import clock
+from kvmtrace.linux.page_flags import hardware_corrupted_bytes
 from kvmtrace.linux.proc_reader import READER
 from kvmtrace.linux.thread_progress import Standstill
 from kvmtrace.model import CorrelatedEvent, Snapshot
@@ -23,30 +23,30 @@ from kvmtrace.sources import Source
 
 POLL_SECONDS = 0.25
 
-# How long ``close`` waits for a reader that does not move, for any reader, and then for the source;
-# seconds. The first two are less than the watchdog's patience with the thread that waits.
+# Seconds that ``close`` waits for a reader that makes no progress, for any reader, and for the
+# source. The first two are below the watchdog's limit for the thread that waits.
 READER_SECONDS = 1.25
 BUSY_SECONDS = 2.25
 DETACH_SECONDS = 1.25
 
-# How long the reader may find no file descriptor before that ends it; seconds.
+# Seconds without a file descriptor after which the reader fails.
 SHORTAGE_SECONDS = 30.0
 
 
 class Session:
-    """Pumps a source into a correlator, in the caller's thread (``pump``) or its own (``start``).
+    """Feeds a source's events to a correlator: ``pump`` here, or ``start`` in a thread of its own.
 
-    Sources are opened, polled and closed by one thread; ``snapshot``, ``age``, ``probes``,
-    ``follow`` and ``unfollow`` may be called from any.
+    One thread opens, polls and closes the source. ``snapshot``, ``age``, ``probes``, ``subscribe``
+    and ``unsubscribe`` may be called from any thread.
     """
 
     def __init__(self, source: Source, page_shift: int = kvm.PAGE_SHIFT) -> None:
         self._source = source
-        # What comes from elsewhere has a clock of its own, and brings that clock's steps along.
+        # A recording or a serve has its own clock, whose steps are among its events.
         self._steps = None if hasattr(source, "epoch_offset_ns") else clock.Steps()
         self._correlator = Correlator(page_shift=page_shift)
         self._log = CompactLog()
-        self._followers: list[Subscriber] = []
+        self._subscribers: list[Subscriber] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -56,22 +56,22 @@ class Session:
         self.failure: BaseException | None = None
         """What ended the reader thread, if it was not ``close``."""
         self.left = ""
-        """What the reader was left at, as a person would say it; empty if it came to an end."""
+        """What the reader was doing when ``close`` gave up on it; empty if it ended."""
 
     def pump(self, timeout: float) -> list[CorrelatedEvent]:
-        """Wait up to ``timeout`` seconds for events and take in all there are."""
+        """Wait up to ``timeout`` seconds for events and correlate all there are."""
         events = self.poll(timeout)
         with self._lock:
             for event in events:
                 self._log.add(event)
-            for follower in self._followers:
-                follower.put(events)
+            for subscriber in self._subscribers:
+                subscriber.publish(events)
             return [self._correlator.feed(event) for event in events]
 
     def poll(self, timeout: float) -> list[Event]:
-        """As ``Source.poll``, with steps of the wall clock; nothing is taken in.
+        """As ``Source.poll``, with steps of the wall clock; the events are not correlated.
 
-        A shortage of file descriptors is waited out, and counted as lost.
+        Without a free file descriptor, wait and count it as lost.
         """
         try:
             events = self._source.poll(timeout)
@@ -86,45 +86,45 @@ class Session:
         return events if step is None else [step, *events]
 
     def age(self) -> float:
-        """Seconds since the source was read last; raises what ended the reader, if it ended.
+        """Return the seconds since the source was read last; raise what ended the reader.
 
-        Takes no lock, so it answers whatever hangs.
+        Takes no lock, so it returns even if the reader hangs.
         """
         self._check()
         return time.monotonic() - self._polled
 
-    def follow(self) -> Subscriber:
-        """For somebody who comes later: what happened so far, and from here on what comes."""
+    def subscribe(self) -> Subscriber:
+        """Return the events so far, and those from now on."""
         with self._lock:
-            follower = Subscriber(self._log.events())
-            self._followers.append(follower)
-            return follower
+            subscriber = Subscriber(self._log.events())
+            self._subscribers.append(subscriber)
+            return subscriber
 
-    def unfollow(self, follower: Subscriber) -> None:
-        """It is not listened to any more."""
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        """Keep no more events for a subscriber."""
         with self._lock:
-            self._followers.remove(follower)
+            self._subscribers.remove(subscriber)
 
     def now(self) -> int:
-        """Now, by the clock that stamps the source's events: ns since the epoch.
+        """Return the time by the clock that stamps the source's events, in ns since the epoch.
 
-        A running serve has a clock of its own, measured when it started. No step of the wall clock
-        is in it (``Snapshot.wall``).
+        A running serve has its own clock, measured when it started. Steps of the wall clock do not
+        change it (``Snapshot.wall``).
         """
         offset = getattr(self._source, "epoch_offset_ns", None)
         return clock.now_ns() if offset is None else time.monotonic_ns() + offset
 
     def host(self) -> Host:
-        """This host, and by what it is watched."""
+        """Return this host, and the source that watches it."""
         return host_of(self._source)
 
     def probes(self) -> tuple[Probe, ...]:
-        """The state of every probe, from any thread."""
+        """Return the state of every probe."""
         with self._lock:
             return self._source.probes()
 
     def start(self) -> None:
-        """Pump in a thread of its own until ``close``."""
+        """Run ``pump`` in a thread of its own until ``close``."""
         self._thread = threading.Thread(target=self._run, name="kvmtrace-reader", daemon=True)
         self._thread.start()
 
@@ -132,11 +132,11 @@ class Session:
         try:
             while not self._stop.is_set():
                 self.pump(POLL_SECONDS)
-        except BaseException as failure:  # handed to callers that wait for snapshots
+        except BaseException as failure:  # raised in callers of ``snapshot``
             self.failure = failure
 
     def snapshot(self) -> Snapshot:
-        """The model now, with host and probes; raises what ended the reader, if it ended."""
+        """Return the model, with host and probes; raise what ended the reader, if anything."""
         self._check()
         with self._lock:
             model = self._correlator.snapshot()
@@ -154,10 +154,10 @@ class Session:
             raise self.failure.with_traceback(None)
 
     def close(self) -> bool:
-        """Stop the thread and detach the source; whether both came to an end.
+        """Stop the thread and detach the source; return whether both ended.
 
-        If the reader hangs, or computes for long, the source is closed without it, as far as that
-        goes in a second.
+        If the reader hangs, or computes for long, the source is closed without it, for a second at
+        most.
         """
         self._stop.set()
         reader, self._thread = self._thread, None
@@ -179,7 +179,7 @@ class Session:
 
 
 def host_of(source: Source) -> Host:
-    """This host as views name it."""
+    """Return this host as views show it."""
     uname = os.uname()
     offset = getattr(source, "epoch_offset_ns", None)
     return Host(

@@ -1,7 +1,7 @@
-"""Readers that follow a session from elsewhere: what happened before, and then what happens.
+"""A client's view of a session: the backlog, and then new events.
 
-However slow a follower is, the session does not wait for it and keeps little for it: what it has
-not taken is added up as ``history`` does it, so that its counts stay exact.
+The session never waits for a slow client. Events that the client has not read are added up as in
+``history``, which bounds them and keeps counts exact.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ MAX_PENDING = 4096
 
 
 class Subscriber:
-    """``past``: what happened before it came. ``put`` never waits; ``take`` may, in its thread."""
+    """The events for one client. ``backlog``: those before it connected.
 
-    def __init__(self, past: list[Event], limit: int = MAX_PENDING) -> None:
-        self.past = past
+    ``publish`` never waits; ``read`` may, and is for the client's thread.
+    """
+
+    def __init__(self, backlog: list[Event], limit: int = MAX_PENDING) -> None:
+        self.backlog = backlog
         self._limit = limit
         self._pending: list[Event] = []
         self._sums: CompactLog | None = None
         self._changed = threading.Condition()
 
-    def put(self, events: Iterable[Event]) -> None:
-        """What has just happened."""
+    def publish(self, events: Iterable[Event]) -> None:
+        """Add new events."""
         with self._changed:
             for event in events:
                 if self._sums is None and len(self._pending) == self._limit:
-                    # It knows of the VMs that end meanwhile: nothing about them may be forgotten.
+                    # The client has VMs that end meanwhile, so it needs their VmGone.
                     self._sums = CompactLog(self._limit, forget=False, where="follower")
                     for waiting in self._pending:
                         self._sums.add(waiting)
@@ -41,8 +44,8 @@ class Subscriber:
                     self._sums.add(event)
             self._changed.notify_all()
 
-    def take(self, timeout: float) -> list[Event]:
-        """What happened since the last time; waits up to ``timeout`` seconds for something."""
+    def read(self, timeout: float) -> list[Event]:
+        """Return the events since the last call; wait up to ``timeout`` seconds for the first."""
         with self._changed:
             self._changed.wait_for(lambda: self._pending or self._sums, timeout)
             if self._sums is None:

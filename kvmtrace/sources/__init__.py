@@ -1,7 +1,7 @@
-"""Sources: where events come from. Sources know nothing of views, nor views of sources.
+"""Sources of events. Sources and views do not import each other.
 
-A source is used from one thread: ``poll`` until done, then ``close`` (which may be called twice).
-It keeps trying to attach what is missing (kvm not loaded yet), from within ``poll``.
+One thread uses a source: it calls ``poll`` until done, then ``close`` (which may be called twice).
+``poll`` also attaches probes that could not be attached before (kvm not loaded yet).
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from kvmtrace.probes import Probe, ProbeRuns
 
 
 class Source(Protocol):
-    """What ``live.Session`` needs of a source."""
+    """What ``session.Session`` needs of a source."""
 
     name: str
     """``"bpf"``, ``"ftrace"`` or ``"recording"``."""
 
     why: str | None
-    """Why this one was chosen, for people."""
+    """Why this one was chosen, as text for the user."""
 
     def poll(self, timeout: float) -> list[Event]:
-        """Events since the last call, in order; waits at most ``timeout`` seconds for the first."""
+        """Return events since the last call, waiting up to ``timeout`` seconds for the first."""
 
     def probes(self) -> tuple[Probe, ...]:
-        """The state of every probe, attached or not."""
+        """Return the state of every probe, attached or not."""
 
     def probe_runs(self) -> Mapping[str, ProbeRuns]:
-        """Runs and time by probe name, where the kernel counts them; else empty."""
+        """Return runs and time by probe name, if the kernel counts them; else empty."""
 
     def close(self) -> None:
-        """Detach everything."""
+        """Detach all probes."""
 
 
 CHOICES = ("auto", "bpf", "ftrace")
 
-# Named rather than imported: users of one source must not need what the other one needs.
+# By name: users of one source must not need the libraries of the other.
 _CLASSES = {
     "bpf": ("kvmtrace.sources.bpf.source", "BpfSource"),
     "ftrace": ("kvmtrace.sources.ftrace.source", "FtraceSource"),
@@ -49,9 +49,9 @@ _CLASSES = {
 
 
 def open_source(kind: str = "auto") -> Source:
-    """Attach to this host: one of ``CHOICES``. Raises KvmtraceError with the reason and the fix.
+    """Attach to this host by one of ``CHOICES``. Raises KvmtraceError with the reason and the fix.
 
-    ``auto``: bpf where it sees everything, else whichever source sees more (see ``choice``).
+    ``auto``: bpf if it attaches every probe, else the source that attaches more (``choice``).
     """
     if not host.privilege().may_trace:
         raise KvmtraceError("tracing the kernel needs root", "run it with sudo")
@@ -88,7 +88,7 @@ def _best_of(*kinds: str) -> Source:
 
 
 def _attempt(kind: str, opened: dict[str, Source]) -> Attempt:
-    """Open one source and put it into ``opened``."""
+    """Try to open a source, and put it into ``opened``."""
     try:
         opened[kind] = _open(kind)
     except KvmtraceError as error:
@@ -128,6 +128,6 @@ def _open(kind: str) -> Source:
 
 
 def close_opening() -> None:
-    """Detach what is being attached, before the process is ended meanwhile."""
+    """Detach a source that is still being opened, before the process ends."""
     for source in _opening[:]:
         source.close()

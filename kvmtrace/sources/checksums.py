@@ -1,9 +1,8 @@
-"""Checksums of a recording: a changed, missing, added or moved line is noticed, and which it is.
+"""Checksums of a recording, which show that a line was changed, removed, added or moved.
 
-Each line ends with its number and a CRC-32 of what stands before the CRC, ``,"line":7,"crc":N}``.
-A block is one line, so that each line can be checked alone: a filter such as grep
-leaves lines that still match, and one bad sector costs no more than the lines in it. A reader that
-does not know these fields ignores them.
+Each line ends with its number and a CRC-32 of everything before the CRC, ``,"line":7,"crc":N}``.
+Each line can be checked alone: lines that a filter such as grep leaves still match, and a bad
+sector costs only the lines in it. Older readers ignore these fields.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _BEFORE_CRC = f',"{CRC}":'.encode()
 
 _NUMBERS = range(1 << 64)
 
-# Places that are named; further ones are counted.
+# Ranges that are listed; further ones are counted.
 _NAMED = 8
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -36,25 +35,25 @@ class Sealer:
         self._number = 0
 
     def seal(self, record: Mapping[str, Any]) -> str:
-        """The line, with its end."""
+        """Return the line, with its newline."""
         self._number += 1
         body = _encode({**record, LINE: self._number})[:-1]
         return f'{body},"{CRC}":{zlib.crc32(body.encode())}}}\n'
 
 
 class Broken(ValueError):
-    """Says in words how a line is not as it was written, or not where."""
+    """A line is not as or where it was written; the text says how."""
 
 
 @dataclass
 class Places:
-    """Where in a file something was found: line numbers."""
+    """Line numbers at which something was found in a file."""
 
     count: int = 0
     _ranges: list[list[int]] = field(default_factory=list)
 
     def add(self, first: int, last: int | None = None) -> None:
-        """One line, or several."""
+        """Add one line, or the lines ``first`` to ``last``."""
         last = first if last is None else last
         self.count += last - first + 1
         if self._ranges and self._ranges[-1][1] == first - 1:
@@ -63,7 +62,7 @@ class Places:
             self._ranges.append([first, last])
 
     def __str__(self) -> str:
-        """``line 7``, or ``lines 7, 9-12 and 30 more``."""
+        """Return ``line 7``, or ``lines 7, 9-12 and 30 more``."""
         named = sum(last - first + 1 for first, last in self._ranges)
         more = [f"{self.count - named} more"] if self.count > named else []
         parts = [f"{first}" if first == last else f"{first}-{last}" for first, last in self._ranges]
@@ -72,22 +71,22 @@ class Places:
 
 
 class Checker:
-    """Looks at the lines of one recording, in the order in which they are there."""
+    """Checks the lines of one recording, in the order of the file."""
 
     def __init__(self) -> None:
         self.sealed = False
-        """Whether any line had a checksum: recordings of older versions have none."""
+        """Whether any line had a checksum; older recordings have none."""
         self.is_rounded = False
-        """Whether they went through a program whose numbers are doubles (jq before 1.7)."""
+        """Whether a program rounded the numbers to doubles (jq before 1.7)."""
         self.is_checked = False
-        """Whether the line that was looked at last is known to be as it was written."""
+        """Whether the last line matched its checksum."""
         self.last = 0
-        """The number of the last line that was in its place."""
+        """The number of the last line in its place."""
 
     def missing_before(self, line: bytes, record: dict[str, Any]) -> int:
-        """How many lines are missing before this one.
+        """Return how many lines are missing before this one.
 
-        Takes the checksum out of ``record``. Raises Broken.
+        Removes the checksum from ``record``. Raises Broken.
         """
         crc, number = record.pop(CRC, None), record.get(LINE)
         self.is_checked = False
@@ -107,7 +106,7 @@ class Checker:
         return missing
 
     def _is_rounded(self, record: dict[str, Any]) -> bool:
-        """Whether nothing but such a program need have changed it: times are exact to 256 ns."""
+        """Whether rounding alone explains the line; times are then exact to 256 ns."""
         if not self.is_rounded:
             return False
         for name, one in record.items():
@@ -120,7 +119,7 @@ class Checker:
 
 
 def _matches(line: bytes, record: Mapping[str, Any], crc: object) -> bool:
-    """Whether the line is as it was written, or says the same in other bytes (jq writes UTF-8)."""
+    """Whether the line is as it was written, or the same in another encoding (jq writes UTF-8)."""
     body, _, _ = line.rpartition(_BEFORE_CRC)
     if crc == zlib.crc32(body):
         return True

@@ -1,6 +1,6 @@
-"""Lines that come from outside, checked: an event, or the state of the probes.
+"""Events as lines of a recording, and lines from outside, checked: an event, or the probes' state.
 
-Every field has its declared type and is in range, and strings are cleaned like names from /proc.
+Every field must have its declared type and be in range. Strings are cleaned like names from /proc.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvmtrace.events import KINDS, LAST_NS, Event, HwError, Lost, Owner, from_record
+from kvmtrace.events import KINDS, LAST_NS, Event, HwError, Lost, Owner
 from kvmtrace.probes import Probe
 from kvmtrace.sanitize import clean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# What decoding a line that is no such thing may raise.
-WRONG = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
+# What decoding a malformed line may raise.
+DECODE_ERRORS = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
 
 _UNKNOWN = {"where": "unknown_events", "count": 1}
 
 _ANY = range(1 << 64)
 UNWRITABLE = "unwritable_events"
-"""Where an event is lost that no reader would take."""
+"""Place of the Lost for an event that no reader would accept."""
 
-# A time has to fit into a calendar, and 2**lsb is a size.
+# A time must fit into a calendar, and 2**lsb is a size.
 TIMES = range(LAST_NS + 1)
 _DIFFERENCES = range(-LAST_NS, LAST_NS + 1)
 _RANGES = {
@@ -40,17 +40,17 @@ _RANGES = {
 }
 
 UNSTEPPED = "unstepped_ts"
-"""In a line after a step of the wall clock: ``ts`` by the clock as it stood before all steps."""
+"""A line's ``ts`` without the steps of the wall clock; in lines after a step."""
 
 
 class MalformedLine(ValueError):
-    """Says in words what is wrong with a line."""
+    """A line that cannot be decoded; the text says why."""
 
 
 class Decoder:
-    """Lines in, events out.
+    """Decodes the lines of one recording.
 
-    ``probes``, ``ts``: of when the last event was recorded (0: there was none).
+    ``probes``: their state after the last line. ``ts``: of the last event; 0 before the first.
     """
 
     def __init__(self) -> None:
@@ -58,9 +58,9 @@ class Decoder:
         self.ts = 0
 
     def event(self, record: Mapping[str, Any]) -> Event | None:
-        """The event of a line, None if it is of the probes. Raises Malformed.
+        """Return the event of a line; None for a line of the probes. Raises MalformedLine.
 
-        What only a newer kvmtrace knows of is counted as lost: the rest can still be read.
+        An event kind of a newer kvmtrace becomes a Lost: the other lines can still be read.
         """
         kind = record.get("kind")
         if not isinstance(kind, str):
@@ -69,22 +69,72 @@ class Decoder:
             record = {**record, "ts": record[UNSTEPPED]}
         try:
             if kind == "probes":
-                self.probes = tuple(build(Probe, probe) for probe in record["probes"])
+                self.probes = tuple(dataclass_from(Probe, probe) for probe in record["probes"])
                 return None
             if kind in KINDS:
                 event = checked(from_record(record))
             else:
-                event = build(Lost, {"ts": record.get("ts", self.ts), **_UNKNOWN})
+                event = dataclass_from(Lost, {"ts": record.get("ts", self.ts), **_UNKNOWN})
         except MalformedLine:
             raise
-        except WRONG as error:
+        except DECODE_ERRORS as error:
             raise MalformedLine(f"not a whole {kind!r}") from error
         self.ts = event.ts
         return event
 
 
+def to_record(event: Event) -> dict[str, Any]:
+    """Return a JSON-ready dict, without fields that are None. The inverse of ``from_record``."""
+    record: dict[str, Any] = {"kind": event.kind}
+    for name in _fields(event.kind)[0]:
+        value = getattr(event, name)
+        if value is None:
+            continue
+        if isinstance(value, Owner):
+            value = _owner_record(value)
+        elif isinstance(value, tuple):
+            value = [_owner_record(x) if isinstance(x, Owner) else list(x) for x in value]
+        record[name] = value
+    return record
+
+
+def from_record(record: Mapping[str, Any]) -> Event:
+    """Rebuild an event. Unknown fields are ignored: a newer recording must still replay.
+
+    Raises KeyError for an unknown kind, TypeError if a required field is missing.
+    """
+    cls = KINDS[record["kind"]]
+    names, optional = _fields(cls.kind)
+    # to_record leaves out None, also for fields without a default.
+    values: dict[str, Any] = dict.fromkeys(optional)
+    values |= {name: record[name] for name in names if name in record}
+    if "owner" in values:
+        values["owner"] = _owner_from(values["owner"])
+    if "owners" in values:
+        values["owners"] = tuple(_owner_from(owner) for owner in values["owners"])
+    if "failures" in values:
+        values["failures"] = tuple((name, count) for name, count in values["failures"])
+    return cls(**values)
+
+
+@functools.cache
+def _fields(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of all fields, and of those that may be None."""
+    fields = dataclasses.fields(KINDS[kind])
+    optional = (field.name for field in fields if str(field.type).endswith("| None"))
+    return tuple(field.name for field in fields), tuple(optional)
+
+
+def _owner_record(owner: Owner) -> dict[str, int]:
+    return {k: v for k, v in dataclasses.asdict(owner).items() if v is not None}
+
+
+def _owner_from(record: Mapping[str, Any]) -> Owner:
+    return Owner(record["vm"], record.get("gfn"), record.get("hva"))
+
+
 def version_of(header: Mapping[str, Any]) -> str | None:
-    """The kvmtrace that wrote it; None if it does not say."""
+    """Return the version of kvmtrace that wrote a recording; None if the header has none."""
     version = header.get("version")
     return clean(version) or None if isinstance(version, str) else None
 
@@ -94,35 +144,35 @@ _T = TypeVar("_T", bound="DataclassInstance")
 
 @functools.cache
 def _hints(cls: type[DataclassInstance]) -> dict[str, tuple[Any, range, bool, bool]]:
-    """{field: its declared type, its range, whether that may be None, an integer}."""
+    """Return {field: (declared type, range, whether it may be None, whether an integer)}."""
     hints = typing.get_type_hints(cls)
     found = {}
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         within = _RANGES.get(field.name, _ANY)
         if field.name == "count" and issubclass(cls, HwError):
-            within = _ANY  # drivers pass on what a register says, 0 included
+            within = _ANY  # drivers pass on a register's value, 0 included
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         found[field.name] = hint, within, types.NoneType in kinds, int in kinds
     return found
 
 
-def build(cls: type[_T], record: Mapping[str, Any]) -> _T:
-    """A dataclass from the fields that it knows of. Raises ``WRONG``."""
+def dataclass_from(cls: type[_T], record: Mapping[str, Any]) -> _T:
+    """Make a dataclass from the fields that it has; ignore others. Raises ``DECODE_ERRORS``."""
     names = _hints(cls).keys()
     return checked(cls(**{name: value for name, value in record.items() if name in names}))
 
 
 def checked(value: _T) -> _T:
-    """The dataclass with every field of its declared type, in range, and its strings cleaned.
+    """Check that every field has its declared type and is in range, and clean the strings.
 
-    Raises MalformedLine, or another of ``WRONG``. Writers of lines use it as well: one number that
-    no reader takes must not cost all that comes after it.
+    Raises MalformedLine, or another of ``DECODE_ERRORS``. Writers check lines as well: one number
+    that no reader accepts must not cost all later lines.
     """
     changes: dict[str, Any] = {}
     for name, (hint, within, may_be_none, may_be_int) in _hints(type(value)).items():
         item = getattr(value, name)
-        # Most fields: a recording may have millions of events.
+        # Most fields end here: a recording may have millions of events.
         if (item is None and may_be_none) or (type(item) is int and may_be_int and item in within):
             continue
         checked_item = _checked_item(name, item, hint, within)

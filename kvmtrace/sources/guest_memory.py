@@ -1,7 +1,7 @@
-"""Guest memory as the kernel keeps it: memslots, and what a source may know of pages.
+"""Guest memory in the kernel: memslots, and pages that a source can look up.
 
-A source that can look into the kernel offers a ``Memory`` as its attribute ``memory``; the others
-leave it out, and what only it could know stays unknown.
+A source that can read kernel memory has a ``Memory`` as its attribute ``memory``. Without it, what
+only it could look up stays unknown.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from kvmtrace.events import Event, Owner
 class Memslot:
     """A memslot (struct kvm_memory_slot): ``pages`` host pages at ``hva``, from ``gfn`` on.
 
-    ``space``: the address space (x86: 1 is SMM's). A slot on guest_memfd alone has ``hva`` 0; an
-    ``id`` that the source did not see is None.
+    ``space``: the address space (x86: 1 is SMM's). ``hva`` is 0 if guest_memfd alone backs the
+    slot. ``id`` is None if the source did not see it.
     """
 
     id: int | None
@@ -29,7 +29,7 @@ class Memslot:
     space: int = 0
 
     def hva_of(self, gfn: int) -> int | None:
-        """Where the VMM has a guest frame of this slot mapped."""
+        """Return where the VMM has ``gfn`` mapped; None if it is not in this slot."""
         if not self.hva or not self.gfn <= gfn < self.gfn + self.pages:
             return None
         return self.hva + ((gfn - self.gfn) << kvm.PAGE_SHIFT)
@@ -37,11 +37,11 @@ class Memslot:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What a page belongs to, from its struct folio, whether or not anybody has it mapped.
+    """What a page belongs to, from its struct folio, whether or not it is mapped.
 
-    ``inode``, ``device`` (dev_t as stat(2) gives it) and ``index`` (page offset) of a file's page,
-    None for anonymous and free ones. ``owners``: for guest_memfd, whose bindings lead to the VMs;
-    None for any other page.
+    ``inode``, ``device`` (dev_t as in stat(2)) and ``index`` (page offset) of a file's page; None
+    for anonymous and free pages. ``owners``: VMs, by the bindings of guest_memfd; None for any
+    other page.
     """
 
     inode: int | None = None
@@ -51,16 +51,16 @@ class Page:
 
 
 class Memory(Protocol):
-    """What a source can look up of VMs' memory at any time; None where it cannot."""
+    """What a source can look up of guest memory at any time; None if it cannot."""
 
     def slots(self, vm: int) -> tuple[Memslot, ...] | None:
-        """The memslots of a VM as they are now; only some where the source has not seen all."""
+        """Return the memslots of a VM; only some if the source has not seen all of them."""
 
     def huge_entry(self, vm: int, hva: int) -> int | None:
-        """The first pfn of the poisoned huge page that the VMM's page table names for ``hva``."""
+        """Return the first pfn of the poisoned huge page at ``hva``, from the VMM's page table."""
 
     def page(self, pfn: int) -> tuple[Page, list[Event]] | None:
-        """What ``pfn`` belongs to, and the VmSeen of owners that were not known yet."""
+        """Return what ``pfn`` belongs to, and VmSeen for owners that were not known."""
 
 
 @runtime_checkable
@@ -71,7 +71,7 @@ class HasMemory(Protocol):
 
 
 def gfns_at(slots: Iterable[Memslot], hva: int, page_shift: int = kvm.PAGE_SHIFT) -> list[int]:
-    """The guest frames that live at ``hva``; several where slots alias, in order."""
+    """Return the guest frames at ``hva``, sorted; several if slots alias."""
     return sorted(
         {
             slot.gfn + ((hva - slot.hva) >> page_shift)

@@ -1,10 +1,10 @@
-"""Recordings: the event log of a host as JSON lines, to look at again elsewhere.
+"""Recordings: the event log of a host as JSON lines, for replay elsewhere.
 
-A header line says what host it is; event lines follow as ``events.to_record`` writes them, with a
-``probes`` line wherever a probe came or went. Events are logged, not conclusions: a better
-correlator improves old recordings. A recording comes from outside, so it is checked like any
-input, and its strings are cleaned like names from /proc. Each line has a checksum (``checksums``),
-and a recording that was not cut off has a last line that says so.
+A header line describes the host. Event lines follow (``codec.to_record``), with a ``probes`` line
+wherever the state of a probe changed. Events are recorded, not conclusions, so a better correlator
+improves old recordings. A recording is input from outside: it is checked, and its strings are
+cleaned like names from /proc. Each line has a checksum (``checksums``), and the last line marks the
+end, so that a recording that was cut off is recognized.
 """
 
 from __future__ import annotations
@@ -18,29 +18,31 @@ from typing import IO, Any
 
 from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import ClockStep, Event, Host, Lost, to_record, wall_time
+from kvmtrace.events import ClockStep, Event, Host, Lost, wall_time
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sanitize import clean
 from kvmtrace.sources.checksums import EXACT, ODD, Broken, Checker, Places, Sealer
 from kvmtrace.sources.codec import (
+    DECODE_ERRORS,
     TIMES,
     UNSTEPPED,
     UNWRITABLE,
-    WRONG,
     Decoder,
     MalformedLine,
-    build,
     checked,
+    dataclass_from,
+    to_record,
     version_of,
 )
 from kvmtrace.spool import spooling
 
 FORMAT = 1
-MARK = "from_here_on"
+BACKLOG_END = "from_here_on"
+"""Kind of the line between the backlog and new events."""
 MISSING = "missing_lines"
-"""Where lines of a recording are lost that are not there, or not as they were written."""
+"""Place of the Lost for lines of a recording that are missing or damaged."""
 
-# A poison with hundreds of owners is below 100 kB; anything longer is no recording.
+# A poison with hundreds of owners is below 100 kB; a file with longer lines is no recording.
 MAX_LINE = 1 << 20
 BATCH = 4096
 MAX_STEPS = 256
@@ -48,14 +50,14 @@ _PAGE_SHIFTS = range(12, 21)
 
 
 class Writer:
-    """Writes events to an open file; the caller flushes and closes it."""
+    """Writes a recording to an open file, which the caller flushes and closes."""
 
     def __init__(
         self, file: IO[str], host: Host, version: str | None = __version__, *, ends: bool = False
     ) -> None:
-        """``version``: of the kvmtrace that saw the events, where that is another one.
+        """``version``: the kvmtrace that the events come from, if that is another one.
 
-        ``ends``: ``end`` will be called, so that a reader can tell if the end is missing.
+        ``ends``: ``end`` will be called, so a reader recognizes a missing end.
         """
         self._file = file
         self._sealer = Sealer()
@@ -70,7 +72,7 @@ class Writer:
         self._line(_known(header | dataclasses.asdict(host)))
 
     def write(self, events: Iterable[Event], probes: tuple[Probe, ...]) -> None:
-        """Append events, and the state of the probes where it changed."""
+        """Append events, and the state of the probes if it changed."""
         if probes != self._probes:
             self._probes = probes
             self._line({"kind": "probes", "probes": self._states()})
@@ -78,18 +80,18 @@ class Writer:
             self._line(self._record(_readable(event)))
 
     def mark(self) -> None:
-        """What was written so far happened before somebody came to listen: see ``door``."""
-        self._line({"kind": MARK})
+        """Mark the end of the backlog: see ``session.feed``."""
+        self._line({"kind": BACKLOG_END})
 
     def end(self) -> None:
-        """That was all. Older readers take the line for the state of the probes only."""
+        """Mark the end of the recording, by a line that to older readers is a ``probes`` line."""
         self._line({"kind": "probes", "end": True, "probes": self._states()})
 
     def _states(self) -> list[dict[str, Any]]:
         return [_known(dataclasses.asdict(probe)) for probe in self._probes]
 
     def _record(self, event: Event) -> dict[str, Any]:
-        """``ts`` by the wall clock; after a step of that, the time that takes no part in it too."""
+        """Return the event's line: ``ts`` by the wall clock, and after a step ``UNSTEPPED`` too."""
         record = to_record(event)
         if isinstance(event, ClockStep):
             self._steps = [*self._steps[-MAX_STEPS:], event]
@@ -105,21 +107,21 @@ _END = b'{"kind":"probes","end":true,'
 
 
 class RecordingSource:
-    """A recording as a source: ``poll`` gives the next events at once, until ``done``.
+    """A recording as a source: ``poll`` returns the next events at once, until ``done``.
 
-    ``recorded``: the host as it was recorded, by a kvmtrace of ``version`` (None: not said), and
-    ``host`` as a replay shows it. ``truncated``: the last line was cut off (its writer was
-    killed) and is left out. ``whole``: it was read to its end, and that is there.
+    ``recorded``: the host in the header, written by kvmtrace ``version`` (None: not given).
+    ``host``: the same as a replay shows it. ``truncated``: the last line was cut off (the writer
+    was killed) and is left out. ``whole``: all was read, including the end.
 
-    A line that does not match its checksum is left out, and reading goes on. Without checksums,
-    nothing after a damaged line can be trusted, and reading ends there.
+    A line that does not match its checksum is left out, and the next ones are read. Without
+    checksums nothing after a damaged line can be trusted, so reading ends there.
     """
 
     name = "recording"
     epoch_offset_ns: int | None = None  # its events were stamped elsewhere
 
     def __init__(self, path: str, *, twice: bool = False) -> None:
-        """``twice``: ``rewind`` will be called; what comes from a pipe is kept for it."""
+        """``twice``: ``rewind`` will be called, for which the content of a pipe is kept."""
         self.path = path
         self._copy: IO[bytes] | None = None
         self._left: int | None = None
@@ -154,7 +156,7 @@ class RecordingSource:
             raise KvmtraceError(f"{self.path}: {error.strerror}") from error
 
     def rewind(self) -> None:
-        """Read the same lines once more, and no others: the file may have grown."""
+        """Start again, and end where reading ended, though the file may have grown."""
         self._left = self.file.tell() if self._copy is None else None
         if self._copy is not None:
             self.file.close()
@@ -165,18 +167,18 @@ class RecordingSource:
 
     @property
     def damage(self) -> KvmtraceError | None:
-        """How it is not as it was written, as far as that is known before ``done``."""
+        """What is wrong with the recording, as far as it is known before ``done``."""
         return self._faults.error(self.path)
 
     @property
     def doubt(self) -> KvmtraceError | None:
-        """That lines cannot be checked, unlike others, or were rounded; they were read."""
+        """That some lines were read unchecked, without a checksum or with rounded numbers."""
         if not self._checker.sealed:
             return None
         return self._faults.doubt(self.path, self._checker.is_rounded)
 
     def poll(self, timeout: float) -> list[Event]:
-        """The next events of the file; ``timeout`` is not needed."""
+        """Return the next events of the file, without waiting."""
         events: list[Event] = []
         for _ in range(BATCH):
             if self.done:
@@ -196,11 +198,11 @@ class RecordingSource:
         return events
 
     def probes(self) -> tuple[Probe, ...]:
-        """The probes as they were when the last event read was recorded."""
+        """The state of the probes when the last event was recorded."""
         return self._decoder.probes
 
     def probe_runs(self) -> Mapping[str, ProbeRuns]:
-        """Not recorded."""
+        """Empty: not recorded."""
         return {}
 
     def close(self) -> None:
@@ -210,14 +212,14 @@ class RecordingSource:
             self._copy.close()
 
     def _take(self, events: list[Event]) -> None:
-        """The next line, if any. Raises Malformed, Broken, OSError."""
+        """Append the event of the next line, if any. Raises MalformedLine, Broken, OSError."""
         record = self._record()
         if record is None:
             return
         if "kvmtrace_recording" in record:
             if self._checker.sealed and record == self._head:
                 raise Broken("the header, repeated")
-            self.done = True  # a VM's key means another VM in there
+            self.done = True  # its keys mean other VMs
             raise MalformedLine("another recording begins here")
         missing = self._check(record)
         try:
@@ -247,8 +249,8 @@ class RecordingSource:
                 f"{self.path} was recorded by a newer kvmtrace", "replay it with that version"
             )
         try:
-            host = build(Host, record)
-        except WRONG as error:
+            host = dataclass_from(Host, record)
+        except DECODE_ERRORS as error:
             raise self._bad("incomplete header") from error
         if host.page_shift not in _PAGE_SHIFTS:
             raise self._bad(f"pages of 2**{host.page_shift} bytes")
@@ -256,13 +258,13 @@ class RecordingSource:
         try:
             self._check(record)
         except Broken as error:
-            # All that follows can be read without the names in it.
+            # The lines that follow can be read without the header.
             self._faults.first = 1, str(error)
             self._checker.last = 1
         return host, version_of(record)
 
     def _check(self, record: dict[str, Any]) -> int:
-        """How many lines are missing before this one. Raises Broken."""
+        """Return how many lines are missing before this one. Raises Broken."""
         missing = self._checker.missing_before(self._line, record)
         if missing or self._checker.is_checked:
             self._faults.miss(self._number, missing)
@@ -271,7 +273,10 @@ class RecordingSource:
         return missing
 
     def _record(self) -> dict[str, Any] | None:
-        """The next line; None (and ``done``) at the end of the file, None for an empty line."""
+        """Return the next line.
+
+        None (and ``done``) at the end of the file, None for an empty line.
+        """
         self._number += 1
         line = self._line = self._read()
         if not line.strip():
@@ -313,7 +318,7 @@ _ROUNDED = "a program rounded the numbers (jq before 1.7 does); times are exact 
 
 
 class _Faults:
-    """What is wrong with a recording, by the lines of its file."""
+    """What is wrong with a recording, by line of the file."""
 
     def __init__(self) -> None:
         self.first: tuple[int, str] | None = None
@@ -327,14 +332,14 @@ class _Faults:
         self._passed = 0  # lines left out since the last good one: those are not missing
 
     def leave_out(self, number: int, what: str, is_last: bool) -> None:
-        """``is_last``: nothing that follows is read."""
+        """Note a line that is left out. ``is_last``: so is everything after it."""
         self._rest = " and what follows" * is_last
         self.first = self.first or (number, what)
         self._left_out.add(number)
         self._passed += 1
 
     def miss(self, number: int, missing: int) -> None:
-        """So many lines have to be before this one that are not, or were left out."""
+        """Note that lines before this one are missing, including those that were left out."""
         missing, self._passed = missing - self._passed, 0
         if missing > 0:
             self._missing += missing
@@ -368,10 +373,10 @@ def _counted(number: int, what: str) -> str:
 
 
 def _readable(event: Event) -> Event:
-    """The event as a reader will have it; Lost where no reader takes it."""
+    """Return the event as a reader decodes it; Lost if no reader would accept it."""
     try:
         return checked(event)
-    except WRONG:
+    except DECODE_ERRORS:
         ts = event.ts if event.ts in TIMES else 0
         return Lost(ts, UNWRITABLE, 1)
 

@@ -1,7 +1,7 @@
-"""A running ``kvmtrace serve`` as a source: what it saw so far, and what it goes on to see.
+"""A running ``kvmtrace serve`` as a source: its backlog, and then its new events.
 
-No probe is attached a second time, and what happened before one logged in is there. What arrives is
-a recording that does not end (see ``door``), checked like any other.
+No probe is attached a second time, and events from before the command was started are there. The
+serve sends a recording that does not end (``session.feed``), which is checked like any other.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import time
 from collections.abc import Mapping
 from typing import Any, Self
 
+from kvmtrace import feed_socket
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Host
 from kvmtrace.probes import Probe, ProbeRuns
-from kvmtrace.session import feed
 from kvmtrace.sources.checksums import Checker
-from kvmtrace.sources.codec import WRONG, Decoder, build, version_of
-from kvmtrace.sources.recording import FORMAT, MARK, MAX_LINE
+from kvmtrace.sources.codec import DECODE_ERRORS, Decoder, dataclass_from, version_of
+from kvmtrace.sources.recording import BACKLOG_END, FORMAT, MAX_LINE
 
 _READ = 1 << 16
 _MANY = 1 << 16
 
 
 class RemoteSource:
-    """Made by ``join``. The first ``poll`` gives all that happened before, and only that."""
+    """The events of a serve; made by ``connect``. The first ``poll`` returns the backlog alone."""
 
     def __init__(self, client: socket.socket, pid: int) -> None:
-        """Raises OSError or one of ``WRONG`` if what is at the other end does not talk like it."""
+        """Read the header and the backlog. Raises OSError, EOFError or one of ``DECODE_ERRORS``."""
         self._client = client
-        self._client.settimeout(feed.TIMEOUT)
+        self._client.settimeout(feed_socket.TIMEOUT)
         self._buffer = bytearray()
         self._decoder = Decoder()
         self._checker = Checker()
@@ -41,42 +41,42 @@ class RemoteSource:
         number = header["kvmtrace_recording"]
         if type(number) is not int or not 0 < number <= FORMAT:
             raise ValueError("a newer kvmtrace")
-        host = build(Host, header)
+        host = dataclass_from(Host, header)
         self.name, self.epoch_offset_ns = host.source, host.epoch_offset_ns
         self.version = version_of(header)
         self.why: str | None = f"of kvmtrace serve, pid {pid}"
-        self._past: list[Event] | None = []
-        while (record := self._next()).get("kind") != MARK:
-            self._take(record, self._past)
+        self._backlog: list[Event] | None = []
+        while (record := self._next()).get("kind") != BACKLOG_END:
+            self._take(record, self._backlog)
 
     @classmethod
-    def join(cls) -> Self | None:
-        """The serve of this host; None where there is none, or none that can be understood."""
-        found = feed.knock()
+    def connect(cls) -> Self | None:
+        """Connect to the serve of this host; None if there is none, or an incompatible one."""
+        found = feed_socket.connect()
         if found is None:
             return None
         try:
             return cls(*found)
-        except (OSError, EOFError, *WRONG):
+        except (OSError, EOFError, *DECODE_ERRORS):
             found[0].close()
             return None
 
     def poll(self, timeout: float) -> list[Event]:
-        """What happened since; raises KvmtraceError when the serve has ended.
+        """Events since the last call; raises KvmtraceError when the serve has ended.
 
-        ``timeout`` 0: all that the serve has sent by now.
+        With ``timeout`` 0, everything that the serve has sent by now.
         """
-        if self._past is not None:
-            past, self._past = self._past, None
-            return past
+        if self._backlog is not None:
+            backlog, self._backlog = self._backlog, None
+            return backlog
         events: list[Event] = []
         deadline = time.monotonic() + timeout
         while True:
             try:
-                # What came with the last read is there before anything new is.
+                # The last read may have left whole lines.
                 for record in self._records():
                     self._take(record, events)
-            except WRONG as error:
+            except DECODE_ERRORS as error:
                 raise KvmtraceError(
                     f"kvmtrace serve (pid {self.pid}) sent what is no event",
                     "is it another version? --source bpf or ftrace attaches without it",
@@ -96,15 +96,15 @@ class RemoteSource:
         return events
 
     def probes(self) -> tuple[Probe, ...]:
-        """The probes of the serve."""
+        """The serve's probes."""
         return self._decoder.probes
 
     def probe_runs(self) -> Mapping[str, ProbeRuns]:
-        """Not sent; the serve's own metrics have them."""
+        """Empty: a serve does not send them; its metrics have them."""
         return {}
 
     def close(self) -> None:
-        """Listen no more."""
+        """Disconnect."""
         with contextlib.suppress(OSError):
             self._client.close()
 
@@ -114,13 +114,13 @@ class RemoteSource:
             events.append(event)
 
     def _next(self) -> dict[str, Any]:
-        """The next line, waited for."""
+        """Wait for the next line."""
         while (record := self._record()) is None:
             self._receive()
         return record
 
     def _records(self) -> list[dict[str, Any]]:
-        """All lines that are complete."""
+        """Return all complete lines."""
         records = []
         while (record := self._record()) is not None:
             records.append(record)

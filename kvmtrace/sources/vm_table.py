@@ -1,8 +1,8 @@
-"""VMs as a source meets them: ``struct kvm`` pointers and processes become VM keys.
+"""Keys of VMs, by their ``struct kvm`` pointers and processes.
 
-The address of a ``struct kvm`` is used again after kvm_destroy_vm, so a key belongs to one
-(pointer, generation); sources that count generations in the kernel pass them, others get a new key
-because ``gone`` or ``began`` forgot the old one.
+The address of a ``struct kvm`` is reused after kvm_destroy_vm, so a key belongs to one (pointer,
+generation). Sources that count generations in the kernel pass them. The others get a new key
+because ``destroyed`` or ``created`` removed the old one.
 """
 
 from __future__ import annotations
@@ -16,49 +16,49 @@ from kvmtrace.events import Event, VmGone, VmSeen
 from kvmtrace.linux.proc_reader import Unreadable
 from kvmtrace.vmm import identity, processes
 
-# kvm_destroy_vm runs after the process has closed its files; a VM whose process has been gone for
-# this long without it was missed.
-_MISSED_NS = 3_000_000_000
-_LOOKS = 8  # in one of so many looks a process is asked when it began
-# So many processes are searched for a descriptor in one look, whatever the number of VMs: each
-# costs 4 µs for every descriptor that it holds.
+# kvm_destroy_vm runs after the process has closed its files. If the process has been gone for this
+# long, no probe reported it.
+_REAP_NS = 3_000_000_000
+_ROUNDS = 8  # the start time of a process is read in one of so many calls of ``reap``
+# In one call of ``reap`` so many processes are searched for a descriptor, however many VMs there
+# are: a search costs 4 µs for each descriptor that the process holds.
 _SEARCHES = 16
 
 
 @dataclass(slots=True)
-class _Known:
+class _Entry:
     key: int
     pid: int
     struct: tuple[int, int] | None
     named: bool
     since: int
     begun: str | None = None
-    """When its process began, by which it differs from another of the same pid."""
+    """When its process began, which tells it from another process of the same pid."""
     gone_since: int | None = None
     descriptor: str | None = None
-    """By which its process was last seen to hold a VM."""
+    """The descriptor by which its process was last seen to hold a VM."""
     unread: bool = False
-    """Its process could not be looked up."""
+    """Whether its process could not be looked up."""
 
 
 class VmTable:
-    """Hands out VM keys and the VmSeen and VmGone events that go with them.
+    """All VMs that are known, with their keys; methods return the VmSeen and VmGone events.
 
-    Every method takes the time of the event that led to it, in nanoseconds since the epoch.
+    ``ts`` is the time of the event that led to the call, in nanoseconds since the epoch.
     """
 
     def __init__(self, proc: str = "/proc") -> None:
         self._proc = proc
         self._keys = itertools.count(1)
-        self._by_struct: dict[tuple[int, int], _Known] = {}
-        self._by_pid: dict[int, list[_Known]] = {}
-        self._looks = 0
-        self._searches = 0  # in this look
+        self._by_struct: dict[tuple[int, int], _Entry] = {}
+        self._by_pid: dict[int, list[_Entry]] = {}
+        self._rounds = 0
+        self._searches = 0  # in this round
 
     def scan(self, ts: int) -> list[Event]:
-        """VMs that are there already, as many as their processes have descriptors of.
+        """Add the VMs that exist already, as many as their processes have descriptors of.
 
-        Those of one process are alike until the kernel reports the address of one.
+        VMs of one process are interchangeable until the kernel reports the address of one.
         """
         events: list[Event] = []
         for pid, count in processes.vm_processes(self._proc).items():
@@ -71,34 +71,37 @@ class VmTable:
     def key(
         self, struct: int, pid: int, ts: int, *, generation: int = 0, comm: str | None = None
     ) -> tuple[int, list[Event]]:
-        """The key of the VM at address ``struct``, used by process ``pid``; VmSeen if it is new.
+        """Return the key of the VM at ``struct``, used by process ``pid``, and VmSeen if it is new.
 
-        ``comm`` names it where the process has ended before anyone could look.
+        ``comm``: the VM's name if the process has ended before it could be looked up.
         """
-        known = self._by_struct.get((struct, generation))
-        if known is None and not generation:
-            known = self._unplaced(pid)
-            if known is not None:
-                known.struct = (struct, generation)
-                self._by_struct[known.struct] = known
-        if known is None:
+        entry = self._by_struct.get((struct, generation))
+        if entry is None and not generation:
+            entry = self._without_address(pid)
+            if entry is not None:
+                entry.struct = (struct, generation)
+                self._by_struct[entry.struct] = entry
+        if entry is None:
             event = self._add(pid, (struct, generation), ts, comm)
             return event.vm, [event]
-        if not known.named:
-            again = self._seen(known, ts, comm)
-            if known.named:
-                return known.key, [again]
-        return known.key, []
+        if not entry.named:
+            again = self._seen(entry, ts, comm)
+            if entry.named:
+                return entry.key, [again]
+        return entry.key, []
 
-    def began(
+    def created(
         self, struct: int, pid: int, ts: int, *, generation: int = 0, comm: str | None = None
     ) -> list[Event]:
-        """A VM begins at this address; one that was there before has ended, or ``gone`` said so."""
+        """Add the VM that was created at this address.
+
+        Remove an earlier one that is still known.
+        """
         missed = [before for before in self.generations(struct) if before != (generation or None)]
-        events: list[Event] = [self._forget(self._by_struct[struct, old], ts) for old in missed]
+        events: list[Event] = [self._remove(self._by_struct[struct, old], ts) for old in missed]
         if (struct, generation) in self._by_struct:
             return events  # another event reported it first
-        # It may have been found by its process before its beginning was read.
+        # ``scan`` may have found it before this event was read.
         found = next(
             (k for k in self._by_pid.get(pid, ()) if k.struct is None and k.since >= ts), None
         )
@@ -109,103 +112,107 @@ class VmTable:
         return [*events, self._add(pid, (struct, generation), ts, comm)]
 
     def generations(self, struct: int) -> list[int]:
-        """Of the VMs at this address whose end was not reported."""
+        """Return the generations of the VMs at this address whose end was not reported."""
         return [generation for at, generation in self._by_struct if at == struct]
 
-    def gone(
+    def destroyed(
         self, struct: int, pid: int, ts: int, *, generation: int = 0, comm: str | None = None
     ) -> list[Event]:
-        """kvm_destroy_vm ran for this VM, in process ``pid``; VmSeen too if nobody knew of it."""
-        known = self._by_struct.get((struct, generation))
-        if known is None:
-            # Found in the moment of its end, it passes for the next one at this address.
+        """Remove the VM for which kvm_destroy_vm ran in process ``pid``.
+
+        Add it first if it is new.
+        """
+        entry = self._by_struct.get((struct, generation))
+        if entry is None:
+            # If it was found while it ended, it was taken for the next one at this address.
             found = (self._by_struct[struct, other] for other in self.generations(struct))
-            known = next(found, None)
-        if known is None and not generation:
-            # Of several any key would do. What is known of one was learnt while it was alone: the
-            # first.
-            known = next(reversed(self._all_unplaced(pid)), None)
-        if known is not None:
-            return [self._forget(known, ts)]
+            entry = next(found, None)
+        if entry is None and not generation:
+            # Any key of the process would do. The first one may have been the only VM for a time,
+            # and have an incident, so the last one goes.
+            entry = next(reversed(self._all_without_address(pid)), None)
+        if entry is not None:
+            return [self._remove(entry, ts)]
         seen = self._add(pid, (struct, generation), ts, comm)
-        return [seen, self._forget(self._by_struct[struct, generation], ts)]
+        return [seen, self._remove(self._by_struct[struct, generation], ts)]
 
-    def _unplaced(self, pid: int) -> _Known | None:
-        """A VM of this process that was there before the first event, so in no later generation."""
-        return next(iter(self._all_unplaced(pid)), None)
+    def _without_address(self, pid: int) -> _Entry | None:
+        """Return a VM of this process without an address: it existed before the first event."""
+        return next(iter(self._all_without_address(pid)), None)
 
-    def _all_unplaced(self, pid: int) -> list[_Known]:
-        return [known for known in self._by_pid.get(pid, ()) if known.struct is None]
+    def _all_without_address(self, pid: int) -> list[_Entry]:
+        return [entry for entry in self._by_pid.get(pid, ()) if entry.struct is None]
 
     def of_pid(self, pid: int) -> list[int]:
-        """Keys of the VMs that a process runs."""
-        return [known.key for known in self._by_pid.get(pid, ())]
+        """Return the keys of a process's VMs."""
+        return [entry.key for entry in self._by_pid.get(pid, ())]
 
     def struct_of(self, key: int) -> tuple[int, int] | None:
-        """Address of the struct kvm, and its generation; None if that was never reported."""
-        return next((at for at, known in self._by_struct.items() if known.key == key), None)
+        """Return a VM's address and generation; None if they were never reported."""
+        return next((at for at, entry in self._by_struct.items() if entry.key == key), None)
 
     def pids(self) -> dict[int, list[int]]:
-        """{pid: keys} of all live VMs."""
-        return {pid: [known.key for known in all_] for pid, all_ in self._by_pid.items()}
+        """Return {pid: keys} of all VMs."""
+        return {pid: [entry.key for entry in all_] for pid, all_ in self._by_pid.items()}
 
-    def missed(self, ts: int) -> list[Event]:
-        """VMs whose end no probe reported: their process is no more, or holds no VM any longer.
+    def reap(self, ts: int) -> list[Event]:
+        """Remove VMs whose end no probe reported: their process is gone, or holds no VM any more.
 
         Another process may have its pid by then.
         """
         events: list[Event] = []
-        self._looks += 1
+        self._rounds += 1
         self._searches = 0
-        for known in self._in_turn():
-            if known.gone_since is not None and ts - known.gone_since < _MISSED_NS:
+        for entry in self._in_turn():
+            if entry.gone_since is not None and ts - entry.gone_since < _REAP_NS:
                 continue
-            if self._is_there(known):
-                known.gone_since = None
-                if known.unread:
-                    events += self._look_again(known, ts)
-            elif known.gone_since is None:
-                known.gone_since = ts
+            if self._is_there(entry):
+                entry.gone_since = None
+                if entry.unread:
+                    events += self._identify_again(entry, ts)
+            elif entry.gone_since is None:
+                entry.gone_since = ts
             else:
-                events.append(self._forget(known, ts))
+                events.append(self._remove(entry, ts))
         return events
 
-    def _in_turn(self) -> list[_Known]:
-        """All VMs; of many, other ones come first each time."""
-        all_ = [known for of_pid in self._by_pid.values() for known in of_pid]
-        first = self._looks * _SEARCHES % len(all_) if len(all_) > _SEARCHES else 0
+    def _in_turn(self) -> list[_Entry]:
+        """Return all VMs; if there are many, different ones come first each time."""
+        all_ = [entry for of_pid in self._by_pid.values() for entry in of_pid]
+        first = self._rounds * _SEARCHES % len(all_) if len(all_) > _SEARCHES else 0
         return all_[first:] + all_[:first]
 
-    def _is_there(self, known: _Known) -> bool:
-        """As far as anybody can say."""
-        if known.struct is not None:  # the kernel reports its end
-            told_apart = known.begun is not None
-            return self._is_same_process(known) and (told_apart or self._holds_vm(known))
-        if known.descriptor and identity.is_vm_descriptor(known.pid, known.descriptor, self._proc):
-            return self._is_same_process(known, exists=True)
-        return self._is_same_process(known) and self._holds_vm(known)
+    def _is_there(self, entry: _Entry) -> bool:
+        """Whether the VM exists, as far as is known."""
+        if entry.struct is not None:  # the kernel reports its end
+            if not self._is_same_process(entry):
+                return False
+            return entry.begun is not None or self._holds_vm(entry)
+        if entry.descriptor and identity.is_vm_descriptor(entry.pid, entry.descriptor, self._proc):
+            return self._is_same_process(entry, exists=True)
+        return self._is_same_process(entry) and self._holds_vm(entry)
 
-    def _holds_vm(self, known: _Known) -> bool:
-        if known.gone_since is None and self._searches >= _SEARCHES:
+    def _holds_vm(self, entry: _Entry) -> bool:
+        if entry.gone_since is None and self._searches >= _SEARCHES:
             return True
         self._searches += 1
         try:
-            known.descriptor = processes.vm_descriptor(known.pid, self._proc)
+            entry.descriptor = processes.vm_descriptor(entry.pid, self._proc)
         except Unreadable:
             return True
-        return known.descriptor is not None
+        return entry.descriptor is not None
 
-    def _look_again(self, known: _Known, ts: int) -> list[Event]:
-        found = processes.identify(known.pid, self._proc)
-        return [] if found.unread else [self._seen(known, ts, None, found)]
+    def _identify_again(self, entry: _Entry, ts: int) -> list[Event]:
+        found = processes.identify(entry.pid, self._proc)
+        return [] if found.unread else [self._seen(entry, ts, None, found)]
 
-    def _is_same_process(self, known: _Known, *, exists: bool = False) -> bool:
-        if not exists and not os.path.exists(f"{self._proc}/{known.pid}"):
+    def _is_same_process(self, entry: _Entry, *, exists: bool = False) -> bool:
+        if not exists and not os.path.exists(f"{self._proc}/{entry.pid}"):
             return False
-        if known.gone_since is None and (self._looks + known.key) % _LOOKS:
+        if entry.gone_since is None and (self._rounds + entry.key) % _ROUNDS:
             return True
-        begun = identity.begun(known.pid, self._proc)
-        return begun is None or known.begun is None or begun == known.begun
+        begun = identity.begun(entry.pid, self._proc)
+        return begun is None or entry.begun is None or begun == entry.begun
 
     def _add(
         self,
@@ -216,28 +223,28 @@ class VmTable:
         found: processes.VmProcess | None = None,
     ) -> VmSeen:
         begun = identity.begun(pid, self._proc)
-        known = _Known(next(self._keys), pid, struct, named=False, since=ts, begun=begun)
+        entry = _Entry(next(self._keys), pid, struct, named=False, since=ts, begun=begun)
         if struct is not None:
-            self._by_struct[struct] = known
-        self._by_pid.setdefault(pid, []).append(known)
-        return self._seen(known, ts, comm, found)
+            self._by_struct[struct] = entry
+        self._by_pid.setdefault(pid, []).append(entry)
+        return self._seen(entry, ts, comm, found)
 
     def _seen(
-        self, known: _Known, ts: int, comm: str | None, found: processes.VmProcess | None = None
+        self, entry: _Entry, ts: int, comm: str | None, found: processes.VmProcess | None = None
     ) -> VmSeen:
-        found = found or processes.identify(known.pid, self._proc)
+        found = found or processes.identify(entry.pid, self._proc)
         who = found.identity
-        known.named, known.unread = who.name is not None, found.unread is not None
+        entry.named, entry.unread = who.name is not None, found.unread is not None
         name = who.name or (sanitize.clean(comm) if comm else None)
         return VmSeen(
-            ts, known.key, known.pid, name, who.uuid, who.vmm, who.vmid, unread=found.unread
+            ts, entry.key, entry.pid, name, who.uuid, who.vmm, who.vmid, unread=found.unread
         )
 
-    def _forget(self, known: _Known, ts: int) -> VmGone:
-        if known.struct is not None:
-            self._by_struct.pop(known.struct, None)
-        all_ = self._by_pid[known.pid]
-        all_.remove(known)
+    def _remove(self, entry: _Entry, ts: int) -> VmGone:
+        if entry.struct is not None:
+            self._by_struct.pop(entry.struct, None)
+        all_ = self._by_pid[entry.pid]
+        all_.remove(entry)
         if not all_:
-            del self._by_pid[known.pid]
-        return VmGone(ts, known.key)
+            del self._by_pid[entry.pid]
+        return VmGone(ts, entry.key)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum, auto
+from typing import assert_never
 
-from kvmtrace import dimm_names
-from kvmtrace.model import Incident, Snapshot, Verdict
+from kvmtrace import dimm_names, page_types
+from kvmtrace.model import (
+    Incident,
+    IncidentStatus,
+    PageClass,
+    Snapshot,
+    Verdict,
+    VerdictWord,
+)
 from kvmtrace.views import vmm_advice
 from kvmtrace.views.format import counted, dimm_of, hex_of, listed
+from kvmtrace.views.timeline import finding_text
 from kvmtrace.views.vmm_advice import Vmm
 
 _NAMES = 8
@@ -16,7 +26,7 @@ _POSITIONS = {"rank": "that holds rank", "slot": "in slot", "channel": "on chann
 
 
 def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
-    """What is missing from the picture, each with the reason."""
+    """What is not known of an incident, each with the reason."""
     missing = []
     if incident.before_start:
         missing.append("when it was poisoned: before kvmtrace started")
@@ -29,8 +39,8 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
         )
     elif incident.origin is not None and not _names_dimm(incident.origin.label):
         missing.append("which DIMM: no report with this address named one")
-    if not incident.owners and incident.page_class in (None, "vm", "process"):
-        missing.append("whose page it is: no VM with it was found")
+    if not incident.owners and incident.page_class in (None, PageClass.VM, PageClass.PROCESS):
+        missing.append("who owns the page: no VM that has it was found")
     vague = sorted({owner.vm for owner in incident.owners if owner.gfn is None})
     if vague:
         missing.append(f"the gfn in {_names(incident, vague)}: no memslot and no access shows it")
@@ -38,13 +48,15 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
         missing.append("how much is lost: no mapping and no signal shows the size")
     if incident.first_delivery_ts is None and incident.owners:
         if incident.before_start:
-            missing.append("who was notified of it, and touched it, before kvmtrace started")
+            missing.append("who accessed it, and was notified, before kvmtrace started")
         elif off := _without(snapshot, "run", "sigbus", "sigbus_forced"):
-            missing.append(f"whether the VMM was notified by what is not watched{off}")
+            missing.append(f"whether the VMM was notified: not all notifications are watched{off}")
     for verdict in incident.verdicts:
-        if verdict.word == "unknown":
+        if verdict.word == VerdictWord.UNKNOWN:
             who = _names(incident, [verdict.vm])
-            why = "it was notified only just now" if verdict.early else verdict.evidence[0]
+            why = finding_text(verdict.evidence[0])
+            if verdict.early:
+                why = "it was notified only just now"
             missing.append(f"what {who} did about it: {why}")
     if incident.omitted:
         missing.append(f"{incident.omitted} entries of the timeline: there was no room for them")
@@ -57,7 +69,7 @@ def not_known(incident: Incident, snapshot: Snapshot) -> list[str]:
 
 
 def kernel_difference(snapshot: Snapshot) -> str:
-    """The kernel's account against ours."""
+    """Compare the kernel's count of memory failures with ours."""
     kernel = snapshot.kernel
     if kernel is None or kernel.handled is None:
         return "the kernel does not count memory failures here"
@@ -76,7 +88,7 @@ def next_steps(incident: Incident, snapshot: Snapshot | None = None) -> list[str
 
 
 def _for_host(incident: Incident) -> list[str]:
-    """What nobody took out of use, and no VM is known to have."""
+    """Steps for a page that is still in use, and that no VM is known to have."""
     verdict = f"{incident.page_type}: {incident.result}"
     if incident.host_at_risk:
         why = f"the kernel uses the page, or may ({verdict}), and can run into it at any time"
@@ -86,16 +98,16 @@ def _for_host(incident: Incident) -> list[str]:
                 f" host, and reboot this host: {why}"
             ]
         return [f"move the VMs away and reboot this host: {why}"]
-    if incident.state == "closed" or incident.owners or incident.told:
+    if incident.state == IncidentStatus.CLOSED or incident.owners or incident.notifications:
         return []
     page = hex_of(incident.pfn)
-    if incident.page_class == "process":
+    if incident.page_class == PageClass.PROCESS:
         return [
-            f"see in the kernel's log which processes had page {page}: no VM is known to, and the"
-            f" kernel could not take it out of use ({verdict})"
+            f"see in the kernel's log which processes had page {page}: no VM is known to have it,"
+            f" and the kernel could not take it out of use ({verdict})"
         ]
-    if incident.page_class == "vm":
-        return [f"find the VM: page {page} is guest memory (guest_memfd), of which VM is not known"]
+    if incident.page_class == PageClass.VM:
+        return [f"find the VM that owns page {page}: it is guest memory (guest_memfd)"]
     if incident.page_class is None:
         return [
             f'see in the kernel\'s log what became of page {page} ("recovery action"): its'
@@ -105,7 +117,7 @@ def _for_host(incident: Incident) -> list[str]:
 
 
 def _not_moved(snapshot: Snapshot) -> Iterator[str]:
-    """VMs that have lost pages of their own do not survive being moved."""
+    """Warn of VMs that have lost other pages: migration reads these, and fails."""
     some = [vm.label for vm in snapshot.vms.values() if vm.poisoned_pages and not vm.gone]
     if some:
         who = listed(some[:_NAMES]) + (f" and {len(some) - _NAMES} more" if some[_NAMES:] else "")
@@ -114,8 +126,8 @@ def _not_moved(snapshot: Snapshot) -> Iterator[str]:
 
 
 def _notified(incident: Incident) -> str:
-    """The VMs here that were notified of the page or may have it, by name; empty: none."""
-    keys = [telling.vm for telling in incident.told]
+    """Names of the live VMs that were notified of the page or may have it; "" if none."""
+    keys = [one.vm for one in incident.notifications]
     keys += [verdict.vm for verdict in incident.verdicts]
     keys += [owner.vm for owner in incident.owners]
     here = [vm for vm in dict.fromkeys(keys) if not _is_gone(incident, vm)]
@@ -125,20 +137,25 @@ def _notified(incident: Incident) -> str:
     return " and ".join(who)
 
 
+class _How(StrEnum):
+    WAIT = auto()  # and look again
+    STOP = auto()  # and start
+    CHECK = auto()  # whether it works
+    SHUT_DOWN = auto()  # from inside the guest
+    LATER = auto()  # the same, at the next opportunity
+
+
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """What a VM needs, and why. ``how``: "wait" and look again, "stop" and start, "check" whether
-    it works, "shut down" from inside, or that "later".
-    """
+    """What a VM needs, and why."""
 
-    how: str
+    how: _How
     why: str
 
 
 def _for_vms(incident: Incident) -> list[str]:
-    # The kernel's verdict is that no VM has the page: what the notified ones need, the host's
-    # step says.
-    if incident.state == "closed" or incident.host_at_risk:
+    # The kernel's own page: the step for the host includes the VMs that were notified.
+    if incident.state == IncidentStatus.CLOSED or incident.host_at_risk:
         return []
     verdicts = {verdict.vm: verdict for verdict in incident.verdicts}
     owners = [owner.vm for owner in incident.owners]
@@ -150,11 +167,11 @@ def _for_vms(incident: Incident) -> list[str]:
     vms = [vm for vm in dict.fromkeys([*verdicts, *owners]) if _has_page(incident, vm)]
     needs: dict[tuple[_Need, Vmm], list[int]] = {}
     for vm in vms:
-        # VMs that share the page have it at gfns of their own, which the story lists.
+        # VMs that share the page have it at different gfns, which explain lists.
         page = _page(incident, vm) if len(vms) == 1 else "the lost page"
-        party = incident.parties.get(vm)
+        identity = incident.vm_identities.get(vm)
         vmm = vmm_advice.known(
-            party.vmm if party else None,
+            identity.vmm if identity else None,
             guest_memfd=incident.guest_memfd,
             page_type=incident.page_type,
         )
@@ -162,25 +179,25 @@ def _for_vms(incident: Incident) -> list[str]:
     steps = [
         step for (need, vmm), some in needs.items() for step in _steps(incident, need, vmm, some)
     ]
-    if incident.undelivered and incident.told:
+    if incident.undelivered and incident.notifications:
         times = counted(incident.undelivered, "time")
         steps.append(f"do not rely on the VMM: {times} it was not notified of the lost page")
     return steps
 
 
 def _has_page(incident: Incident, vm: int) -> bool:
-    """Whether a VM still has the lost page in its memory, or is stuck on it all the same."""
+    """Whether a VM still has the lost page, or is stuck on it although it no longer has."""
     if _is_gone(incident, vm):
         return False
     places = [owner for owner in incident.owners if owner.vm == vm]
     replaced = bool(places) and all(owner in incident.released for owner in places)
     words = {verdict.word for verdict in incident.verdicts if verdict.vm == vm}
-    return not replaced or bool(words & {"looping", "stopped"})
+    return not replaced or bool(words & {VerdictWord.LOOPING, VerdictWord.STOPPED})
 
 
 def _is_gone(incident: Incident, vm: int) -> bool:
-    party = incident.parties.get(vm)
-    return party is not None and party.gone_ts is not None
+    identity = incident.vm_identities.get(vm)
+    return identity is not None and identity.gone_ts is not None
 
 
 def _page(incident: Incident, vm: int) -> str:
@@ -189,37 +206,48 @@ def _page(incident: Incident, vm: int) -> str:
 
 
 def _is_vague(incident: Incident) -> bool:
-    """Whether a process was notified, and for which of its VMs is not known."""
-    known = sum(count for telling in incident.told for count in telling.sigbus.values())
+    """Whether a process with several VMs was notified, and it is not known for which VM."""
+    known = sum(count for one in incident.notifications for count in one.sigbus.values())
     return incident.first_delivery_ts is not None and incident.sigbus > known
 
 
 def _need(incident: Incident, vm: int, verdict: Verdict | None, page: str) -> _Need:
-    told = [telling for telling in incident.told if telling.vm == vm]
-    ahead = all(set(telling.sigbus) == {"AO"} and not telling.exits for telling in told)
-    match verdict and verdict.word:
-        case "looping":
-            return _Need("stop", f"its VMM goes back to {page} again and again")
-        case "stopped":
-            return _Need("stop", f"the vCPU that was notified of {page} no longer runs")
-        case "handled":
-            return _Need("later", f"it runs on, without {page}")
-        case "unknown" if ahead:
-            return _Need("shut down", f"its VMM was notified before its guest touched {page}")
-        case "unknown" if verdict and verdict.early:
-            return _Need("wait", "its VMM was notified only just now")
-        case "unknown":
-            return _Need("check", f"its VMM was notified of {page}, and what it did is not known")
-        case _ if incident.undelivered:
-            times = counted(incident.undelivered, "time")
-            why = f"guest_memfd refused {page} {times}, and no VMM was notified"
-            return _Need("shut down", why)
-        case _ if _is_vague(incident):
-            why = "a process was notified of the page, for which of its VMs is not known"
-            return _Need("check", why)
-        case _ if incident.before_start:
-            return _Need("shut down", f"its guest may touch {page} at any time")
-    return _Need("shut down", f"its guest has not touched {page} yet")
+    mine = [one for one in incident.notifications if one.vm == vm]
+    ahead = all(set(one.sigbus) == {"AO"} and not one.exits for one in mine)
+    match verdict.word if verdict else None:
+        case VerdictWord.LOOPING:
+            return _Need(_How.STOP, f"its VMM goes back to {page} again and again")
+        case VerdictWord.STOPPED:
+            return _Need(_How.STOP, f"the vCPU that was notified of {page} no longer runs")
+        case VerdictWord.HANDLED:
+            return _Need(_How.LATER, f"it runs on, without {page}")
+        case VerdictWord.UNKNOWN:
+            if ahead:
+                return _Need(
+                    _How.SHUT_DOWN, f"its VMM was notified before its guest touched {page}"
+                )
+            if verdict and verdict.early:
+                return _Need(_How.WAIT, "its VMM was notified only just now")
+            return _Need(
+                _How.CHECK, f"its VMM was notified of {page}, and what it did is not known"
+            )
+        case VerdictWord.EXITED | None:
+            return _need_without_verdict(incident, page)
+        case other:
+            assert_never(other)
+
+
+def _need_without_verdict(incident: Incident, page: str) -> _Need:
+    if incident.undelivered:
+        times = counted(incident.undelivered, "time")
+        why = f"guest_memfd refused {page} {times}, and no VMM was notified"
+        return _Need(_How.SHUT_DOWN, why)
+    if _is_vague(incident):
+        why = "a process with several VMs was notified, and it is not known for which of them"
+        return _Need(_How.CHECK, why)
+    if incident.before_start:
+        return _Need(_How.SHUT_DOWN, f"its guest may touch {page} at any time")
+    return _Need(_How.SHUT_DOWN, f"its guest has not touched {page} yet")
 
 
 def _steps(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterator[str]:
@@ -229,27 +257,27 @@ def _steps(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterato
     if incident.origin is not None and incident.origin.severity != "corrected":
         start += ", best on another host"
     match need.how:
-        case "wait":
+        case _How.WAIT:
             yield f"look at {who} again in some seconds: {need.why}"
-        case "stop":
+        case _How.STOP:
             yield f"stop {who} and {start}: {need.why}"
-        case "check":
+        case _How.CHECK:
             yield f"see whether {who} still works: {need.why}"
             yield f"if it does, shut it down from inside the guest, if not, stop it; then {start}"
-        case _:
-            when = "at the next opportunity " if need.how == "later" else ""
+        case _How.SHUT_DOWN | _How.LATER:
+            when = "at the next opportunity " if need.how == _How.LATER else ""
             yield f"{when}shut {who} down from inside the guest and {start}: {need.why}"
-    party = incident.parties.get(vms[0]) if len(vms) == 1 else None
-    if need.how in ("stop", "check") and (command := vmm_advice.stop_and_start(party)):
-        yield f"if it does not, {command}" if need.how == "check" else command
-    if vmm_advice.is_of_a_device(incident.page_type):
+    identity = incident.vm_identities.get(vms[0]) if len(vms) == 1 else None
+    if need.how in (_How.STOP, _How.CHECK) and (command := vmm_advice.stop_and_start(identity)):
+        yield f"if it does not, {command}" if need.how == _How.CHECK else command
+    if page_types.is_of_a_device(incident.page_type or ""):
         yield f"before that, clear or replace {vmm_advice.DEVICE}: started anew, it maps that again"
-    if need.how in ("shut down", "later") and vmm.replaces:
-        yield f"or, {vmm.replaces.format(how=vmm_advice.reset(party))}"
+    if need.how in (_How.SHUT_DOWN, _How.LATER) and vmm.replaces:
+        yield f"or, {vmm.replaces.format(how=vmm_advice.reset(identity))}"
     is_huge = incident.size is not None and incident.size > 1 << incident.page_shift
-    if "huge page" not in (incident.page_type or "huge page"):
-        is_huge = False  # of memory of huge pages the kernel says so; others it splits
-    if is_huge and vmm.huge and need.how != "wait":
+    if incident.page_type is not None and not page_types.is_huge(incident.page_type):
+        is_huge = False
+    if is_huge and vmm.huge and need.how != _How.WAIT:
         yield vmm.huge
     yield f"until then do not migrate, save, snapshot or dump {names}: {vmm.reading}"
 
@@ -295,11 +323,11 @@ def _names_dimm(label: str | None) -> bool:
 
 
 def _why_nothing(incident: Incident) -> str:
-    if incident.unpoisoned_ts is not None and incident.state == "closed":
+    if incident.unpoisoned_ts is not None and incident.state == IncidentStatus.CLOSED:
         return "the page is no longer poisoned"
-    if incident.state == "closed":
+    if incident.state == IncidentStatus.CLOSED:
         return "the VMs that held the page are gone"
-    if incident.state == "unowned":
+    if incident.state == IncidentStatus.UNOWNED:
         if incident.owners:
             return "the VMs that held the page have another one in its place"
         return "the kernel took the page out of use, and no VM is known to hold it"
@@ -309,8 +337,10 @@ def _why_nothing(incident: Incident) -> str:
 
 
 def _names(incident: Incident, keys: list[int]) -> str:
-    parties = [incident.parties.get(key) for key in keys[:_NAMES]]
-    names = listed(party.label if party else "a VM not known by name" for party in parties)
+    vm_identities = [incident.vm_identities.get(key) for key in keys[:_NAMES]]
+    names = listed(
+        identity.label if identity else "a VM not known by name" for identity in vm_identities
+    )
     return names if len(keys) <= _NAMES else f"{names} and {len(keys) - _NAMES} more"
 
 

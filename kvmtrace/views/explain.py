@@ -1,4 +1,4 @@
-"""One incident's whole story, in order, for a terminal of 80 columns or as JSON."""
+"""Everything known of one incident, in order, for a terminal of 80 columns or as JSON."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvmtrace import dimm_names
-from kvmtrace.events import ClockStep
-from kvmtrace.model import ErrorHistory, Incident, Origin, Snapshot, TimelineEntry, VmIdentity
-from kvmtrace.views import advice, json_output
+from kvmtrace.model import (
+    EntryKind,
+    ErrorHistory,
+    Incident,
+    Join,
+    JoinedBy,
+    Origin,
+    Snapshot,
+    TimelineEntry,
+    VmIdentity,
+)
+from kvmtrace.views import advice, json_output, timeline
 from kvmtrace.views.format import counted, dimm_of, hex_of, listed, shift_of, size_of, span_of
 from kvmtrace.views.tables.rows import KERNEL_ITSELF, state_word
 
@@ -25,7 +34,7 @@ TITLES = ("Verdict", "Not known", "Next")
 
 
 def explain_text(incident: Incident, snapshot: Snapshot, width: int = WIDTH) -> str:
-    """Everything known of an incident."""
+    """Everything known of an incident, as text."""
     return "\n".join(explain_lines(incident, snapshot, width))
 
 
@@ -36,70 +45,72 @@ def explain_lines(incident: Incident, snapshot: Snapshot, width: int = WIDTH) ->
 
 
 def _named(incident: Incident, snapshot: Snapshot) -> Incident:
-    """With the names of all VMs that anybody knows."""
+    """Return a copy with the names of all VMs that are known."""
     known = {
         key: VmIdentity(key, vm.pid, vm.name, vm.uuid, vm.vmm, vmid=vm.vmid)
         for owner in incident.owners
         if (vm := snapshot.vms.get(key := owner.vm)) is not None
     }
-    return dataclasses.replace(incident, parties={**known, **incident.parties})
+    return dataclasses.replace(incident, vm_identities={**known, **incident.vm_identities})
 
 
 def as_object(incident: Incident, snapshot: Snapshot) -> dict[str, Any]:
-    """The same for programs: the incident of the contract and what explains it."""
+    """The same as JSON: the incident of the contract and what explains it."""
     incident = _named(incident, snapshot)
     return json_output.incident(incident, snapshot) | {
         "timeline": [
             json_output.known(
-                ts=json_output.rfc3339(snapshot.wall(moment.ts)),
-                what=moment.what,
-                how=moment.how,
+                ts=json_output.rfc3339(snapshot.wall(entry.ts)),
+                what=timeline.description(entry),
+                how=timeline.joined_by(entry),
                 vm=None
-                if moment.vm is None
-                else json_output.party_name(incident.parties.get(moment.vm)),
-                count=moment.count,
+                if entry.vm is None
+                else json_output.vm_name(incident.vm_identities.get(entry.vm)),
+                count=entry.count,
                 last_ts=None
-                if moment.last_ts is None
-                else json_output.rfc3339(snapshot.wall(moment.last_ts)),
+                if entry.last_ts is None
+                else json_output.rfc3339(snapshot.wall(entry.last_ts)),
             )
-            for moment in _timeline(incident, snapshot)
+            for entry in _timeline(incident, snapshot)
         ],
         "not_known": advice.not_known(incident, snapshot),
         "next": advice.next_steps(incident, snapshot),
     }
 
 
-_Part = tuple[str, str]  # what stands in front, and the text that is folded beside it
+_Part = tuple[str, str]  # a lead, and the text that is folded to the right of it
 
 
 def _parts(incident: Incident, snapshot: Snapshot) -> Iterator[_Part]:
-    verdict = f", {incident.verdict}" if incident.verdict not in (None, incident.state) else ""
-    yield "", f"Incident {incident.id}: {_state(incident)}{verdict}"
+    words = [_state(incident)]
+    if incident.verdict is not None and incident.verdict.value != incident.state.value:
+        words.append(incident.verdict)
+    yield "", f"Incident {incident.id}: {listed(words)}"
     for label, value in _facts(incident):
         yield f"  {label:<{_LABEL}}", value
     yield "", ""
     yield "", f"Timeline, from {_timeline_from(incident, snapshot)}"
     begin = _begin(incident)
-    for moment in _timeline(incident, snapshot):
-        yield f"  {_relative(moment.ts, begin):>{_TIME}}  ", _moment(moment, incident, begin)
-        if moment.how:
-            yield " " * (_TIME + 4), f"by: {moment.how}"
+    for entry in _timeline(incident, snapshot):
+        yield f"  {_relative(entry.ts, begin):>{_TIME}}  ", _entry(entry, incident, begin)
+        if how := timeline.joined_by(entry):
+            yield " " * (_TIME + 4), f"by: {how}"
     if incident.verdicts:
         yield "", ""
         yield "", "Verdict"
         for one in incident.verdicts:
-            yield "  ", f"{_name(incident.parties.get(one.vm))}: {one.word}"
-            for fact in one.evidence:
-                yield "    - ", fact
-    for title, entries in (
+            yield "  ", f"{_name(incident.vm_identities.get(one.vm))}: {one.word}"
+            for finding in one.evidence:
+                yield "    - ", timeline.finding_text(finding)
+    for title, lines in (
         ("Not known", advice.not_known(incident, snapshot)),
         ("Next", advice.next_steps(incident, snapshot)),
     ):
-        if entries:
+        if lines:
             yield "", ""
             yield "", title
-            for entry in entries:
-                yield "  - ", entry
+            for line in lines:
+                yield "  - ", line
 
 
 def _state(incident: Incident) -> str:
@@ -123,12 +134,12 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
         if first != last:
             gfn += f" (lost up to {first:#x}-{last:#x})"
         left = ", no longer there" if owner in incident.released else ""
-        yield "owner", f"{_name(incident.parties.get(owner.vm), full=True)}: {gfn}{hva}{left}"
+        yield "owner", f"{_name(incident.vm_identities.get(owner.vm), full=True)}: {gfn}{hva}{left}"
     if incident.origin is not None:
         yield "origin", listed(origin_parts(incident.origin))
     signals: dict[str, int] = {}
-    for told in incident.told:
-        for code, count in told.sigbus.items():
+    for notification in incident.notifications:
+        for code, count in notification.sigbus.items():
             signals[code] = signals.get(code, 0) + count
     by = [f"{counted(incident.exits, 'exit')} of KVM_RUN"] if incident.exits else []
     by += [f"{count} SIGBUS {code}" for code, count in sorted(signals.items())]
@@ -145,7 +156,7 @@ def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
 
 
 def origin_parts(origin: Origin) -> Iterator[str]:
-    """What hardware reported of a page, what names a part first."""
+    """What hardware reported of a page; the part that failed first."""
     if origin.label:
         yield dimm_of(origin.label)
     if origin.socket is not None:
@@ -180,15 +191,15 @@ def counted_errors(history: ErrorHistory, where: str) -> str:
     return f"{counted(history.count, 'error')} {where}{within}{corrected}"
 
 
-def _moment(moment: TimelineEntry, incident: Incident, begin: int) -> str:
-    who = f"{_name(incident.parties.get(moment.vm))}: " if moment.vm is not None else ""
+def _entry(entry: TimelineEntry, incident: Incident, begin: int) -> str:
+    who = f"{_name(incident.vm_identities.get(entry.vm))}: " if entry.vm is not None else ""
     again = ""
-    if moment.count > 1:
-        again = f" (x{moment.count}"
-        if moment.last_ts is not None and moment.last_ts > moment.ts:
-            again += f", last {_relative(moment.last_ts, begin)}"
+    if entry.count > 1:
+        again = f" (x{entry.count}"
+        if entry.last_ts is not None and entry.last_ts > entry.ts:
+            again += f", last {_relative(entry.last_ts, begin)}"
         again += ")"
-    return f"{who}{moment.what}{again}"
+    return f"{who}{timeline.description(entry)}{again}"
 
 
 def _begin(incident: Incident) -> int:
@@ -198,22 +209,15 @@ def _begin(incident: Incident) -> int:
 
 
 def _timeline(incident: Incident, snapshot: Snapshot) -> list[TimelineEntry]:
-    """With the steps of the wall clock meanwhile: times before and after do not differ by spans."""
-    moments = incident.timeline
-    ends = [moment.last_ts or moment.ts for moment in moments]
+    """The timeline with the steps of the wall clock, which explain jumps in times of day."""
+    entries = incident.timeline
+    ends = [entry.last_ts or entry.ts for entry in entries]
     steps = [
-        TimelineEntry(step.ts, _step(step), "the wall clock beside CLOCK_MONOTONIC")
+        TimelineEntry(step.ts, EntryKind.CLOCK_STEP, step, Join(JoinedBy.CLOCK))
         for step in snapshot.steps
-        if moments and moments[0].ts < step.ts < max(ends)
+        if entries and entries[0].ts < step.ts < max(ends)
     ]
-    return sorted([*moments, *steps], key=lambda moment: moment.ts) if steps else list(moments)
-
-
-def _step(step: ClockStep) -> str:
-    what = f"the wall clock was stepped by {shift_of(step.step_ns)}"
-    if step.suspended_ns is not None:
-        what += f"; the host was suspended for {span_of(step.suspended_ns)}"
-    return what
+    return sorted([*entries, *steps], key=lambda entry: entry.ts) if steps else list(entries)
 
 
 def _timeline_from(incident: Incident, snapshot: Snapshot) -> str:
@@ -229,15 +233,15 @@ def _relative(ts: int, begin: int) -> str:
     return shift_of(ts - begin)
 
 
-def _name(party: VmIdentity | None, *, full: bool = False) -> str:
-    if party is None:
+def _name(vm: VmIdentity | None, *, full: bool = False) -> str:
+    if vm is None:
         return "a VM not known by name"
     if not full:
-        return party.label
-    number = f"VMID {party.vmid}" if party.vmid else None
-    facts = listed([f"pid {party.pid}", *filter(None, [number, party.vmm, party.uuid])])
-    gone = ", gone" if party.gone_ts is not None else ""
-    return f"{party.name or 'no name'} ({facts}{gone})"
+        return vm.label
+    number = f"VMID {vm.vmid}" if vm.vmid else None
+    facts = listed([f"pid {vm.pid}", *filter(None, [number, vm.vmm, vm.uuid])])
+    gone = ", gone" if vm.gone_ts is not None else ""
+    return f"{vm.name or 'no name'} ({facts}{gone})"
 
 
 def _fold(part: _Part, width: int) -> list[str]:

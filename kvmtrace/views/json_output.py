@@ -39,6 +39,7 @@ from kvmtrace.model import (
     VmIdentity,
 )
 from kvmtrace.probes import Probe
+from kvmtrace.views.timeline import finding_text
 
 
 def rfc3339(ts: int) -> str:
@@ -165,17 +166,10 @@ def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
     return None
 
 
-def party_name(party: VmIdentity | None) -> dict[str, Any] | None:
-    """``vm_name`` of a VM that may be gone."""
-    return _vm_name(party) if party else None
-
-
-def vm_name(seen: VmSeen | Vm | None) -> dict[str, Any] | None:
+def vm_name(one: VmSeen | Vm | VmIdentity | None) -> dict[str, Any] | None:
     """``{"pid", "name", "uuid", "vmid"}`` as far as known."""
-    return _vm_name(seen) if seen else None
-
-
-def _vm_name(one: VmSeen | Vm | VmIdentity) -> dict[str, Any]:
+    if one is None:
+        return None
     return known(pid=one.pid, name=one.name, uuid=one.uuid, vmid=one.vmid)
 
 
@@ -264,13 +258,13 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
         before_start=state.before_start or None,
         unpoisoned_ts=_when(state.unpoisoned_ts, snapshot),
         origin=_origin(state.origin, snapshot),
-        told=[_telling(telling, state, snapshot) for telling in state.told] or None,
+        told=[_notification(one, state, snapshot) for one in state.notifications] or None,
         verdict=state.verdict,
         verdicts=[
             known(
-                vm=party_name(state.parties.get(verdict.vm)),
+                vm=vm_name(state.vm_identities.get(verdict.vm)),
                 verdict=verdict.word,
-                evidence=list(verdict.evidence),
+                evidence=[finding_text(finding) for finding in verdict.evidence],
             )
             for verdict in state.verdicts
         ]
@@ -309,14 +303,14 @@ def _history(history: ErrorHistory, snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def _telling(telling: Notification, state: Incident, snapshot: Snapshot) -> dict[str, Any]:
+def _notification(one: Notification, state: Incident, snapshot: Snapshot) -> dict[str, Any]:
     return known(
-        vm=party_name(state.parties.get(telling.vm)),
-        vcpu=telling.vcpu,
-        exits=telling.exits,
-        sigbus=dict(telling.sigbus),
-        first_ts=_when(telling.first_ts, snapshot),
-        last_ts=_when(telling.last_ts, snapshot),
+        vm=vm_name(state.vm_identities.get(one.vm)),
+        vcpu=one.vcpu,
+        exits=one.exits,
+        sigbus=dict(one.sigbus),
+        first_ts=_when(one.first_ts, snapshot),
+        last_ts=_when(one.last_ts, snapshot),
     )
 
 
@@ -352,9 +346,9 @@ def _vm(vm: Vm, snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _owner(owner: Owner, state: Incident, snapshot: Snapshot) -> dict[str, Any]:
-    vm = vm_name(snapshot.vms.get(owner.vm)) or party_name(state.parties.get(owner.vm))
+    vm = vm_name(snapshot.vms.get(owner.vm)) or vm_name(state.vm_identities.get(owner.vm))
     left = True if owner in state.released else None
-    party = state.parties.get(owner.vm)
+    party = state.vm_identities.get(owner.vm)
     gone = True if party is not None and party.gone_ts is not None else None
     return known(vm=vm, gfn=owner.gfn, hva=owner.hva, released=left, gone=gone)
 

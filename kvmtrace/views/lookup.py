@@ -1,4 +1,4 @@
-"""What a person means: PFN, GPA@VM, VM or INCIDENT, looked up in a snapshot."""
+"""Look up what a person names in a snapshot: PFN, GPA@VM, VM or INCIDENT."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ FORMS = "PFN (0x103275), GPA@VM (0x8000@web-1), a VM's name, pid or uuid, or an 
 
 
 def find(snapshot: Snapshot, target: str) -> list[Incident]:
-    """The incidents that ``target`` names, oldest first; empty for a VM or page without any.
+    """Return the incidents that ``target`` names, oldest first; empty for a VM or page without any.
 
-    Raises UsageError where nothing here goes by that name, or two things do.
+    Raises UsageError if nothing has that name, or two things do.
     """
     for incident in snapshot.incidents:
         if incident.id == target:
             return [incident]
     keys = _called(snapshot, target)
-    # A VM's name may hold more of these, a GPA none.
+    # A VM's name may contain "@", too.
     place, at, vm = target.partition("@")
     number = _number(place)
     if at and number is not None and vm:
@@ -33,7 +33,7 @@ def find(snapshot: Snapshot, target: str) -> list[Incident]:
             )
     pfn = _number(target)
     of_page = [] if pfn is None else [i for i in snapshot.incidents if _covers(i, pfn)]
-    of_vm = [i for i in snapshot.incidents if keys & i.parties.keys()]
+    of_vm = [i for i in snapshot.incidents if keys & i.vm_identities.keys()]
     if of_page and keys:
         page = hex(pfn or 0) if target != hex(pfn or 0) else str(pfn)
         raise UsageError(
@@ -47,20 +47,20 @@ def find(snapshot: Snapshot, target: str) -> list[Incident]:
 
 
 def about_nothing(snapshot: Snapshot, target: str) -> str:
-    """A VM or a page that is in no incident."""
+    """Text about a VM or a page that is in no incident."""
     pages = [_soft_offlined(page) for page in soft_offlined(snapshot, target)]
     pages = pages or [_reported(*one) for one in reported(snapshot, target)]
     return "\n".join(pages) or f"{clean(target)}: no poisoned page is known there"
 
 
 def soft_offlined(snapshot: Snapshot, target: str) -> list[SoftOfflinedPage]:
-    """What is known of the page with this PFN, if the kernel was to move it away."""
+    """Return what is known of a soft offline of the page with this PFN."""
     pfn = _number(target)
     return [page for page in snapshot.soft_offlines if page.pfn == pfn]
 
 
 def reported(snapshot: Snapshot, target: str) -> list[tuple[int, Reported]]:
-    """What hardware reported of the page with this PFN."""
+    """Return what hardware reported of the page with this PFN."""
     pfn = _number(target)
     return [(pfn, one) for one in [snapshot.reported.get(pfn)] if one] if pfn is not None else []
 
@@ -96,15 +96,15 @@ def _at_place(snapshot: Snapshot, gfn: int, vm: str) -> list[Incident]:
 
 
 def _known(snapshot: Snapshot) -> dict[int, VmIdentity | Vm]:
-    """The VMs by key, those that only an incident remembers too."""
+    """The VMs by key, including those that only an incident remembers."""
     known: dict[int, VmIdentity | Vm] = {}
     for incident in snapshot.incidents:
-        known |= incident.parties
+        known |= incident.vm_identities
     return known | dict(snapshot.vms)
 
 
 def _called(snapshot: Snapshot, name: str) -> set[int]:
-    """Keys of the VMs of that name; else uuid, number or pid: a name may look like any of them."""
+    """Keys of the VMs with that name; if there is none, with that uuid, number or pid."""
     names = {name, clean(name)}
     by: dict[int, set[int]] = {}
     for key, vm in _known(snapshot).items():
@@ -115,7 +115,7 @@ def _called(snapshot: Snapshot, name: str) -> set[int]:
 
 
 def _names(vm: VmIdentity | Vm) -> tuple[tuple[str | None, ...], ...]:
-    """What a VM may be called by, what people gave it first."""
+    """Names of a VM in order of preference."""
     return (vm.name, vm.label), (vm.uuid,), (vm.vmid,), (str(vm.pid), f"pid {vm.pid}")
 
 

@@ -1,12 +1,12 @@
-"""What a VMM may be asked to do while a page of its VM's memory is gone: what was tried, no guess.
+"""What a VMM can do while a page of its VM's memory is lost: only what was tried.
 
 Tried with QEMU 10.0 for anonymous, memfd and hugetlb memory, at every run of the tests
 (tests/lab/qemu_guest.py); once by hand with QEMU 7.2 and 11.1, and with virsh of libvirt 11.3.
 Proxmox VE's commands are those of qm(1).
-For every other VMM only what holds for all: a process that starts anew has other pages (but of a
-DAX file or a device, or of a file in tmpfs or hugetlbfs that was not removed: these keep lost
-pages, shmem_error_remove_folio and hugetlbfs_error_remove_folio), and migration, snapshots and
-dumps read every page.
+For every other VMM, what holds for all: a process that is started again has other pages, and
+migration, snapshots and dumps read every page. A DAX file or a device keeps its lost pages, and so
+does a file in tmpfs or hugetlbfs that was not removed (shmem_error_remove_folio,
+hugetlbfs_error_remove_folio).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from kvmtrace import page_types
 from kvmtrace.model import VmIdentity
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -25,9 +26,9 @@ _PLAIN_NAME = re.compile(r"(?=.*[A-Za-z_])[A-Za-z0-9_][\w.+-]{0,23}", re.ASCII)
 class Vmm:
     """What is known of a kind of VMM, with a kind of memory.
 
-    ``replaces``: what makes it put another page in place and go on, ``{how}`` being the commands
-    for that; None: nothing is known to. ``reading``: why it must not read all of the memory.
-    ``huge``: what it needs where a huge page is gone; None: not known.
+    ``replaces``: what makes it put another page in place, with ``{how}`` for the commands; None:
+    nothing is known to. ``reading``: why it must not read all of the memory. ``huge``: what it
+    needs if a huge page is lost; None: not known.
     """
 
     replaces: str | None = None
@@ -38,8 +39,8 @@ class Vmm:
 _UNTRIED = Vmm()
 
 _TRIED = {
-    # Before 10.0 a reset mends anonymous memory only, and lifts the ban on migration all the same:
-    # with memfd or hugetlb, QEMU then dies as it migrates (7.2, seen).
+    # Before 10.0, a reset replaces only pages of anonymous memory, but always allows migration:
+    # with memfd or hugetlb, QEMU then dies as it migrates (seen with 7.2).
     "qemu": Vmm(
         replaces=(
             "where QEMU is 10.0 or newer, reboot the guest or reset the VM ({how}): QEMU then puts "
@@ -55,9 +56,9 @@ _TRIED = {
 
 
 def known(vmm: str | None, *, guest_memfd: bool, page_type: str | None = None) -> Vmm:
-    """What is known of a VMM, for a lost page of guest_memfd or of other memory."""
+    """Return what is known of a VMM, for a lost page of guest_memfd or of other memory."""
     # QEMU 10 has guest_memfd for confidential VMs only, which the lab cannot run.
-    if guest_memfd or is_of_a_device(page_type):
+    if guest_memfd or page_types.is_of_a_device(page_type or ""):
         return _UNTRIED
     return _TRIED.get(vmm or "", _UNTRIED)
 
@@ -65,41 +66,33 @@ def known(vmm: str | None, *, guest_memfd: bool, page_type: str | None = None) -
 DEVICE = "the DAX file or device that the page belongs to"
 
 
-def is_of_a_device(page_type: str | None) -> bool:
-    """Whether the page is no RAM that another process would get in its place.
-
-    Names: mm/memory-failure.c, MF_MSG_DAX and MF_MSG_PFN_MAP.
-    """
-    return (page_type or "").startswith(("dax", "non struct page"))
-
-
-def reset(party: VmIdentity | None) -> str:
-    """How people reset a VM of QEMU's."""
-    if vmid := _of_proxmox(party):
+def reset(vm: VmIdentity | None) -> str:
+    """Commands that reset a VM of QEMU."""
+    if vmid := _of_proxmox(vm):
         return f"Proxmox VE: qm reset {vmid}"
-    virsh = _for_virsh(party)
+    virsh = _for_virsh(vm)
     return "monitor: system_reset" + (f"; libvirt: virsh reset {virsh}" if virsh else "")
 
 
-def stop_and_start(party: VmIdentity | None) -> str | None:
-    """What people type to stop a VM and start it; None if that is not known."""
-    if vmid := _of_proxmox(party):
+def stop_and_start(vm: VmIdentity | None) -> str | None:
+    """Commands that stop a VM and start it; None if they are not known."""
+    if vmid := _of_proxmox(vm):
         return f"with Proxmox VE: qm stop {vmid} && qm start {vmid}"
-    virsh = _for_virsh(party)
+    virsh = _for_virsh(vm)
     # A transient domain is gone once it is destroyed: there is nothing to start.
     command = f"virsh destroy {virsh} && virsh start {virsh}"
     return f"with libvirt, if persistent: {command}" if virsh else None
 
 
-def _of_proxmox(party: VmIdentity | None) -> str | None:
-    """The number of a VM that Proxmox VE started, which libvirt does not know."""
-    vmid = party.vmid if party is not None and party.vmm == "qemu" else None
+def _of_proxmox(vm: VmIdentity | None) -> str | None:
+    """The number of a VM that Proxmox VE started; libvirt does not have it."""
+    vmid = vm.vmid if vm is not None and vm.vmm == "qemu" else None
     return vmid if vmid and re.fullmatch("[0-9]{1,12}", vmid) else None
 
 
-def _for_virsh(party: VmIdentity | None) -> str | None:
-    """The VM as virsh takes it, safe to paste into a shell; None if libvirt did not start it."""
+def _for_virsh(vm: VmIdentity | None) -> str | None:
+    """The VM's name or uuid for virsh, safe to paste into a shell; None if it is not libvirt's."""
     # libvirt's VMs of QEMU's all have a UUID. Names are what tenants chose.
-    if party is None or party.vmm != "qemu" or not _UUID.fullmatch(party.uuid or ""):
+    if vm is None or vm.vmm != "qemu" or not _UUID.fullmatch(vm.uuid or ""):
         return None
-    return party.name if party.name and _PLAIN_NAME.fullmatch(party.name) else party.uuid
+    return vm.name if vm.name and _PLAIN_NAME.fullmatch(vm.name) else vm.uuid

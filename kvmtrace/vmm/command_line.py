@@ -1,6 +1,6 @@
-"""Command lines of VMMs: which VMM a process is, and the name they give its VM.
+"""Command lines of VMMs: which VMM a process is, and the name that they give its VM.
 
-Pure; nothing here is cleaned yet (``sanitize.clean``).
+Pure functions. Results are not cleaned yet (``sanitize.clean``).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from itertools import zip_longest
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a command line says. ``paths``: files that only this VM can have (its sockets).
+    """The options of a command line that identify its VM.
 
-    ``disks``: those that it writes to, and its configuration file, the first ones first.
+    ``paths``: files that only this VM can have (its sockets). ``disks``: disks that it writes to,
+    and its configuration file, in their order.
     """
 
     name: str | None = None
@@ -28,8 +29,8 @@ class Options:
     disks: tuple[str, ...] = ()
 
 
-# VMMs whose command lines are understood here, by program. Builds differ in what follows
-# the name ("firecracker-v1.7.0-x86_64", "qemu-virtiofs-system-x86_64").
+# VMMs whose command lines are parsed here, by program. Builds append to the name
+# ("firecracker-v1.7.0-x86_64", "qemu-virtiofs-system-x86_64").
 _KINDS = tuple(
     (kind, re.compile(rf"(?:{pattern})(?:[-_.].*)?", re.IGNORECASE | re.DOTALL))
     for kind, pattern in (
@@ -40,7 +41,7 @@ _KINDS = tuple(
         ("kvmtool", "lkvm|kvmtool"),
         ("stratovirt", "stratovirt"),
         ("runsc", "runsc"),
-        # Kata's runtime in Rust has it inside.
+        # Kata's runtime in Rust contains it.
         ("dragonball", "containerd-shim-kata|dragonball|dbs-cli"),
         ("krunvm", "krunvm"),
         ("virtualbox", "vboxheadless|virtualboxvm|vboxsdl"),
@@ -51,14 +52,14 @@ _KINDS = tuple(
 
 
 VMMS = frozenset(kind for kind, _ in _KINDS)
-"""What they are called here, whatever a process is called."""
+"""The names of VMMs in kvmtrace's output."""
 
 
 def program(exe: str, argv: Sequence[str]) -> tuple[str, str | None, Sequence[str]]:
-    """The program's name, the VMM that it is (None: another), and its arguments."""
+    """Return the program's name, its VMM (None: not one of ``VMMS``), and its arguments."""
     exe = _plain(exe)
     arguments = argv[1:]
-    if re.match(r"ld[-.]", exe):  # run by the dynamic loader, which has options of its own
+    if re.match(r"ld[-.]", exe):  # run by the dynamic loader, which has its own options
         at = next((n for n, word in enumerate(arguments) if not word.startswith("-")), None)
         if at is not None:
             exe, arguments = _plain(os.path.basename(arguments[at])), arguments[at + 1 :]
@@ -67,31 +68,31 @@ def program(exe: str, argv: Sequence[str]) -> tuple[str, str | None, Sequence[st
 
 
 def _plain(basename: str) -> str:
-    """Without what executing from memory and NixOS's wrappers add to a program's name."""
+    """Strip what execution from memory and NixOS's wrappers add to a program's name."""
     name = basename.removeprefix("memfd:")
     wrapped = re.fullmatch(r"\.(.+)-wrapped", name)
     return wrapped[1] if wrapped else name
 
 
 def _kind(program: str) -> str | None:
-    """The VMM behind a program's name, as far as its command line is understood here."""
+    """Return the VMM of a program's name, one of ``VMMS``."""
     return next((kind for kind, pattern in _KINDS if pattern.fullmatch(program)), None)
 
 
-def says_nothing(comm: str) -> bool:
-    """A name that whatever is executed by a file descriptor has, or by the loader."""
+def is_uninformative(comm: str) -> bool:
+    """Whether a process name only shows execution by a file descriptor, or by the loader."""
     return comm in ("", "exe") or comm.isdecimal() or bool(re.match(r"ld[-.]|memfd:", comm))
 
 
-_DEFAULT_ID = "anonymous-instance"  # Firecracker's, where none is given
+_DEFAULT_ID = "anonymous-instance"  # Firecracker's default
 
-# The first that is there names the VM. As lower case without dashes in front, "_" as "-".
+# The first that is given names the VM. In lower case, without leading dashes, "_" as "-".
 _NAMES = tuple(
     "name vm-name vmname guest-name machine-name instance-name sandbox-name enclave-name avd "
     "id vm-id vmid instance-id sandbox-id container-id".split()
 )
 _UUIDS = ("uuid", "vm-uuid")
-# Sockets that it listens at and pid files: no other VM can have the same.
+# Sockets and pid files, which no other VM can share.
 _PATHS = tuple(
     "api-socket api-sock api-socket-path api-sock-path control-socket control-sock qmp "
     "qmp-pretty monitor restful-uri pidfile pid-file".split()
@@ -109,10 +110,10 @@ _IF_NOT_WRITTEN = ("readonly", "read-only", "ro", "snapshot")
 
 
 class _Arguments:
-    """A command line as its VMM reads it: words, and options by key."""
+    """A parsed command line: its words, and option values by key."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        # What follows "--" is run in the guest.
+        # Words after "--" are run in the guest.
         self.words = words[: words.index("--")] if "--" in words else words
         self._values: dict[str, list[str]] = {}
         for word, following in zip_longest(self.words, self.words[1:], fillvalue=""):
@@ -124,15 +125,16 @@ class _Arguments:
                     self._values.setdefault(key, []).append(value)
 
     def all(self, key: str) -> list[str]:
-        """Values given as ``--key value`` or ``--key=value``, with one dash or two, in order."""
+        """Return all values of ``--key value`` or ``--key=value``, with one or two dashes."""
         return self._values.get(key, [])
 
     def last(self, *keys: str) -> str | None:
-        """The last value of the first of these options that is given."""
+        """Return the last value of the first of these options that is given."""
         return next((self._values[key][-1] for key in keys if key in self._values), None)
 
 
 def options(kind: str | None, words: Sequence[str]) -> Options:
+    """Parse the arguments of a VMM, one of ``VMMS`` or None."""
     given = _Arguments(words)
     paths = (_path_in(given.last(key)) for key in _PATHS)
     keys = (*_DISKS, *_DISKS_OF.get(kind, ()))
@@ -147,7 +149,7 @@ def options(kind: str | None, words: Sequence[str]) -> Options:
 
 
 def _qemu(given: _Arguments, common: Options) -> Options:
-    # QEMU merges its -name options; SMBIOS has the UUID where there is no -uuid (Proxmox VE).
+    # QEMU merges its -name options. Without -uuid, SMBIOS may have the UUID (Proxmox VE).
     guest: dict[str, str] = {}
     for value in given.all("name"):
         guest |= _suboptions(value, implied="guest")
@@ -163,7 +165,7 @@ def _qemu(given: _Arguments, common: Options) -> Options:
 
 
 def _android_device(words: Sequence[str]) -> str | None:
-    """``@NAME``, which names the Android emulator's virtual device as ``-avd NAME`` does."""
+    """Return NAME of ``@NAME``, the Android emulator's form of ``-avd NAME``."""
     return next((word[1:] for word in words if re.fullmatch(r"@[\w.-]+", word)), None)
 
 
@@ -180,7 +182,7 @@ def _crosvm(given: _Arguments, common: Options) -> Options:
 
 
 def _last_word(given: _Arguments, common: Options) -> Options:
-    """runsc: the container's id; acrn-dm: the VM's name."""
+    """Take the last word: for runsc the container's id, for acrn-dm the VM's name."""
     last = given.words[-1] if given.words else "-"
     return common if last.startswith("-") else replace(common, name=last)
 
@@ -217,10 +219,7 @@ _SPECIAL: dict[str | None, Callable[[_Arguments, Options], Options]] = {
 
 
 def _suboptions(value: str | None, implied: str | None = None) -> dict[str, str]:
-    """``a,k=v,x=1,,2`` → {implied: "a", "k": "v", "x": "1,2"}: QEMU's syntax, a comma doubled.
-
-    QEMU takes JSON for some of them too.
-    """
+    """Parse QEMU's ``a,k=v,x=1,,2`` to {implied: "a", "k": "v", "x": "1,2"}; or JSON."""
     options: dict[str, str] = {}
     if not value:
         return options
@@ -231,7 +230,7 @@ def _suboptions(value: str | None, implied: str | None = None) -> dict[str, str]
             if isinstance(inner, dict):
                 table |= {f"file.{key}": one for key, one in inner.items()}
             return {key: str(one) for key, one in table.items() if isinstance(one, str | int)}
-    # \0 cannot be in an argument, so it can stand for an escaped comma meanwhile
+    # An argument cannot contain \0, which stands for an escaped comma here.
     for position, part in enumerate(value.replace(",,", "\0").split(",")):
         key, equals, tail = part.replace("\0", ",").partition("=")
         if equals:
@@ -242,22 +241,22 @@ def _suboptions(value: str | None, implied: str | None = None) -> dict[str, str]
 
 
 def _disk_in(option: str, value: str) -> str | None:
-    """``PATH,…``, ``path=PATH``, QEMU's ``file=PATH`` or JSON; None where it is not written to."""
+    """Parse ``PATH,…``, ``path=PATH``, QEMU's ``file=PATH`` or JSON; None for a read-only disk."""
     words = value.split(",")
     given = _suboptions(value, implied="path")
     if any(given.get(key, "").lower() in _YES or key in words[1:] for key in _IF_NOT_WRITTEN):
         return None
     if given.get("media") == "cdrom":
         return None
-    # By "file", -blockdev refers to another one.
+    # In -blockdev, "file" refers to another block device.
     keys = ("filename", "file.filename") if option == "blockdev" else ("path", "file")
     path = next((given[key] for key in keys if key in given), None)
-    # Another scheme's ("rbd:…", "nbd://…") is no file.
+    # With another scheme ("rbd:…", "nbd://…") it is not a file.
     return None if path is None or re.match(r"(?!file:)[\w+.-]+:", path) else path
 
 
 def _name_in(value: str | None) -> str | None:
-    """A name that stands alone, or as a suboption."""
+    """Parse a name, alone or as a suboption."""
     if not value:
         return None
     named = _suboptions(value)
@@ -266,7 +265,7 @@ def _name_in(value: str | None) -> str | None:
 
 
 def _path_in(value: str | None) -> str | None:
-    """``PATH``, ``path=PATH,…`` or QEMU's ``unix:PATH,server``; None for another kind of socket."""
+    """Parse ``PATH``, ``path=PATH,…`` or QEMU's ``unix:PATH,server``; None for other sockets."""
     path = _suboptions(value, implied="path").get("path")
     if path is None or re.match(r"(?!unix:)[a-z]+:|none$|null$|vc\b|(mon:)?stdio$|pty$", path):
         return None

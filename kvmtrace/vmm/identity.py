@@ -1,7 +1,8 @@
-"""Which VM is process N? Names, UUIDs and VMMs from /proc.
+"""Identify the VM of a process: name, UUID and VMM, from /proc.
 
-Everything read here was chosen by someone else (a tenant may name their VM), and it ends up on
-terminals: ``clean`` is applied here, once, and nowhere downstream.
+A VMM (virtual machine monitor) is the process that runs a VM: QEMU, for instance. Tenants may
+choose the names that are read here, and terminals show them: ``clean`` is applied here, once, and
+nowhere downstream.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from kvmtrace.linux.read import read_text
 from kvmtrace.sanitize import clean
-from kvmtrace.vmm.command_line import options, program, says_nothing
+from kvmtrace.vmm.command_line import is_uninformative, options, program
 from kvmtrace.vmm.paths import (
     instance_of_cgroup,
     machine_of_cgroup,
@@ -25,12 +27,14 @@ from kvmtrace.vmm.paths import (
     vmid_of_cgroup,
 )
 
+MAX_COMMAND_LINE = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a VMM process is called; None where nothing names it.
+    """Names of a VMM process; None for those that it does not have.
 
-    ``vmid``: the number by which Proxmox VE knows a VM; names need not differ there.
+    ``vmid``: Proxmox VE's number of the VM, where names need not differ.
     """
 
     name: str | None = None
@@ -40,62 +44,59 @@ class Identity:
 
 
 def identify(pid: int, proc: str = "/proc", *, command_line: bool = True) -> Identity:
-    """Name, UUID and VMM of a process; all None once it is gone. Never raises.
+    """Return name, UUID and VMM of a process; all None once it is gone. Never raises.
 
-    A name that was given to the VM goes first, then one that only this VM can have (the directory
-    of its socket, its container), then its disk's, then the process's own, which others may have
-    too.
+    The name is the first that exists: the one given to the VM; one that only this VM can have (of
+    its socket's directory, its container); its disk's; the process's, which others may have too.
 
-    ``command_line``: read it, which may hang (``proc_reader``); nothing else here does.
+    ``command_line``: read it. Only this read may hang (``proc_reader``).
     """
-    argv = _argv(_read(f"{proc}/{pid}/cmdline")) if command_line else []
-    comm = _read(f"{proc}/{pid}/comm").rstrip("\n")
-    cgroup = _read(f"{proc}/{pid}/cgroup")
+    argv = _argv(read_text(f"{proc}/{pid}/cmdline", MAX_COMMAND_LINE)) if command_line else []
+    comm = read_text(f"{proc}/{pid}/comm").rstrip("\n")
+    cgroup = read_text(f"{proc}/{pid}/cgroup")
     exe = _exe(f"{proc}/{pid}/exe") or (os.path.basename(argv[0]) if argv else "")
     name, kind, arguments = program(exe, argv)
-    said = options(kind, arguments)
+    given = options(kind, arguments)
     names = (
-        said.name,
+        given.name,
         machine_of_cgroup(cgroup),
-        *(name_of_path(path) for path in _absolute(said.paths, f"{proc}/{pid}")),
+        *(name_of_path(path) for path in _absolute(given.paths, f"{proc}/{pid}")),
         instance_of_cgroup(cgroup),
-        *(name_of_disk(path) for path in _absolute(said.disks, f"{proc}/{pid}")),
-        name if says_nothing(comm) else None,
+        *(name_of_disk(path) for path in _absolute(given.disks, f"{proc}/{pid}")),
+        name if is_uninformative(comm) else None,
         comm,
     )
     return Identity(
         next(filter(None, (clean(one) for one in names if one)), None),
-        clean(said.uuid.lower()) or None if said.uuid else None,
+        clean(given.uuid.lower()) or None if given.uuid else None,
         clean(kind or name or comm) or None,
-        said.vmid or vmid_of_cgroup(cgroup),
+        given.vmid or vmid_of_cgroup(cgroup),
     )
 
 
 def process_name(pid: int, proc: str = "/proc") -> str | None:
-    """What a process calls itself (comm); None once it is gone. Waits for no lock of its memory."""
-    return clean(_read(f"{proc}/{pid}/comm").rstrip("\n")) or None
+    """Return a process's name (comm); None once it is gone. Takes no lock of its memory."""
+    return clean(read_text(f"{proc}/{pid}/comm").rstrip("\n")) or None
 
 
 def begun(pid: int, proc: str = "/proc") -> str | None:
-    """When a process began (clock ticks since boot): another of the same pid began later."""
-    # Of the first thread: for a whole process the kernel adds up the times of all of them.
-    fields = _read(f"{proc}/{pid}/task/{pid}/stat", 4096).rpartition(")")[2].split()
+    """Return when a process began (clock ticks since boot); a later one of the same pid differs."""
+    # The first thread's: for the whole process the kernel would add up the times of all threads.
+    fields = read_text(f"{proc}/{pid}/task/{pid}/stat", 4096).rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 else None
 
 
 def vm_processes(proc: str = "/proc") -> dict[int, int]:
-    """{pid: VMs} of processes that hold a VM or a vCPU, as far as descriptors show.
+    """Return {pid: VMs} of processes that hold a VM or a vCPU, by ``count_vms``.
 
-    A process that holds vCPUs only (the VM's descriptor is closed) counts 0, though it holds a VM
-    at least; several if it holds vCPUs of one number. Processes whose descriptors may not be read
-    are absent.
+    Processes whose descriptors cannot be read are absent.
     """
     counts = {pid: count_vms(pid, proc) for pid in pids(proc)}
     return {pid: count for pid, count in counts.items() if count is not None}
 
 
 def pids(proc: str = "/proc") -> list[int]:
-    """The processes there are."""
+    """Return the pids of all processes."""
     try:
         return sorted(int(entry) for entry in os.listdir(proc) if entry.isdecimal())
     except OSError:
@@ -103,12 +104,12 @@ def pids(proc: str = "/proc") -> list[int]:
 
 
 def holds_vm(pid: int, proc: str = "/proc") -> bool:
-    """Whether a process holds a VM or a vCPU now; False once it is gone."""
+    """Whether a process holds a VM or a vCPU; False once it is gone."""
     return vm_descriptor(pid, proc) is not None
 
 
 def vm_descriptor(pid: int, proc: str = "/proc", limit: int | None = None) -> str | None:
-    """The first descriptor by which a process holds a VM or a vCPU; None without any.
+    """Return the first descriptor by which a process holds a VM or a vCPU; None without any.
 
     Raises ValueError if there is none among the first ``limit`` descriptors, and there are more.
     """
@@ -120,22 +121,25 @@ def vm_descriptor(pid: int, proc: str = "/proc", limit: int | None = None) -> st
                 if is_vm_descriptor(pid, entry.name, proc):
                     return entry.name
     except OSError:
-        pass  # gone, or not ours to see
+        pass  # gone, or not permitted
     return None
 
 
 def is_vm_descriptor(pid: int, descriptor: str, proc: str = "/proc") -> bool:
-    """Whether that is one. It takes no lock that its process can hold for long."""
-    what = _kvm_object(f"{proc}/{pid}/fd/{descriptor}") or ""
-    return what.startswith(("kvm-vm", "kvm-vcpu"))
+    """Whether a descriptor is a VM's or a vCPU's.
+
+    Takes no lock that the process can hold for long.
+    """
+    kind = _kvm_object(f"{proc}/{pid}/fd/{descriptor}") or ""
+    return kind.startswith(("kvm-vm", "kvm-vcpu"))
 
 
-# As files of one inode each (6.18), and in a file system of their own (7.2).
+# Each file has its own inode (6.18), later in a file system of its own (7.2).
 _GUEST_MEMFD = ("anon_inode:[kvm-gmem]", "/[kvm-gmem] (deleted)")
 
 
 def guest_memfds(pid: int, proc: str = "/proc") -> dict[int, int]:
-    """{inode: device} of the guest_memfds that a process holds; {} once it is gone."""
+    """Return {inode: device} of a process's guest_memfds; {} once it is gone."""
     found = {}
     directory = f"{proc}/{pid}/fd"
     try:
@@ -152,9 +156,11 @@ def guest_memfds(pid: int, proc: str = "/proc") -> dict[int, int]:
 
 
 def count_vms(pid: int, proc: str = "/proc") -> int | None:
-    """VMs that a process has descriptors of, 0 for vCPUs alone; None without either.
+    """Return how many VMs a process has descriptors of; None if it has none of VMs or vCPUs.
 
-    Several descriptors may be of one VM: crosvm duplicates it for each interrupt controller.
+    Several descriptors may be of one VM: crosvm duplicates it for each interrupt controller. A
+    process with descriptors of vCPUs alone (the VM's is closed) counts 0, though it has a VM; or
+    several, if it has several vCPUs of the same number.
     """
     vms: list[int] = []
     vcpus: defaultdict[str, list[int]] = defaultdict(list)  # by number
@@ -162,34 +168,34 @@ def count_vms(pid: int, proc: str = "/proc") -> int | None:
     try:
         descriptors = os.listdir(directory)
     except OSError:
-        return None  # gone, or not ours to see
+        return None  # gone, or not permitted
     for descriptor in descriptors:
-        what = _kvm_object(f"{directory}/{descriptor}")
-        if what == "kvm-vm":
+        kind = _kvm_object(f"{directory}/{descriptor}")
+        if kind == "kvm-vm":
             vms.append(int(descriptor))
-        elif what is not None and what.startswith("kvm-vcpu"):
-            vcpus[what].append(int(descriptor))
+        elif kind is not None and kind.startswith("kvm-vcpu"):
+            vcpus[kind].append(int(descriptor))
     if not vms and not vcpus:
         return None
-    # Two vCPUs of one number are of two VMs.
+    # Two vCPUs of the same number belong to two VMs.
     alike = max((_files(pid, of, proc) or len(of) for of in vcpus.values()), default=0)
     if not vms:
         return alike if alike > 1 else 0
-    # Descriptors that are not compared may all be of one VM; its vCPUs have a number each.
+    # Descriptors that cannot be compared may all be of one VM, whose vCPUs differ in number.
     known = _files(pid, vms, proc)
     return max(known or 1, alike) if known or vcpus else min(len(vms), _COMPARED)
 
 
-# Where <asm/unistd.h> has kcmp; KCMP_FILE of include/uapi/linux/kcmp.h.
+# The number of kcmp in <asm/unistd.h>; KCMP_FILE of include/uapi/linux/kcmp.h.
 _KCMP = {"x86_64": 312, "aarch64": 272}.get(os.uname().machine)
 _KCMP_FILE = 0
-_COMPARED = 4096  # of one process, which may hold as many as it likes
+_COMPARED = 4096  # of one process, which may hold any number
 
 
 def _files(pid: int, descriptors: list[int], proc: str) -> int | None:
-    """How many open files these descriptors are of; None where the kernel does not tell.
+    """Return how many open files these descriptors are of; None if they cannot be compared.
 
-    ``kcmp`` takes a pid of our own namespace: another ``proc`` may mean another process by it.
+    ``kcmp`` takes a pid of our namespace, so nothing is compared for another ``proc``.
     """
     if len(descriptors) < 2:
         return len(descriptors)
@@ -206,11 +212,11 @@ def _files(pid: int, descriptors: list[int], proc: str) -> int | None:
 def _compare(pid: int, one: int, other: int) -> int:
     """kcmp(2): 0 for one open file, else its order: -1 or 1. Raises OSError, EPERM for instance."""
     arguments = map(ctypes.c_ulong, (pid, pid, _KCMP_FILE, one, other))
-    answer = _libc().syscall(ctypes.c_long(_KCMP or -1), *arguments)
-    if answer < 0:
+    order = _libc().syscall(ctypes.c_long(_KCMP or -1), *arguments)
+    if order < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-    return (0, -1, 1, 1)[answer]
+    return (0, -1, 1, 1)[order]
 
 
 @functools.cache
@@ -219,12 +225,12 @@ def _libc() -> ctypes.CDLL:
 
 
 def _kvm_object(link: str) -> str | None:
-    """What an anonymous inode is, "kvm-vm" for instance; None for any other file."""
+    """Return the kind of an anonymous inode, "kvm-vm" for instance; None for any other file."""
     try:
         target = os.readlink(link)
     except OSError:
         return None
-    # "anon_inode:kvm-vm", and with brackets from kernels that gave it an inode of its own
+    # "anon_inode:kvm-vm", with brackets in kernels in which it has its own inode
     return target[11:].strip("[]") if target.startswith("anon_inode:") else None
 
 
@@ -232,7 +238,7 @@ def _kvm_object(link: str) -> str | None:
 
 
 def _absolute(paths: Iterable[str], process: str) -> Iterator[str]:
-    """Paths as the host sees them: a jail's root and a working directory may have the name."""
+    """Yield paths as on the host: a jail's root or the working directory may have the VM's name."""
     for path in paths:
         above = _link(f"{process}/root" if path.startswith("/") else f"{process}/cwd")
         yield os.path.normpath(f"{above.removesuffix(' (deleted)')}/{path}")
@@ -241,7 +247,7 @@ def _absolute(paths: Iterable[str], process: str) -> Iterator[str]:
 def _argv(cmdline: str) -> list[str]:
     argv = cmdline.rstrip("\0").split("\0") if cmdline else []
     if len(argv) == 1 and " " in argv[0]:
-        # A process title: the whole command line written over itself, blanks between.
+        # A process title, which overwrites the command line, separated by blanks.
         return argv[0].split()
     return argv
 
@@ -254,12 +260,4 @@ def _link(path: str) -> str:
     try:
         return os.readlink(path)
     except OSError:
-        return ""  # gone, a kernel thread, or not ours to see
-
-
-def _read(path: str, limit: int = 1 << 20) -> str:
-    try:
-        with open(path, "rb") as file:
-            return file.read(limit).decode("utf-8", "replace")
-    except OSError:
-        return ""
+        return ""  # gone, a kernel thread, or not permitted

@@ -1,13 +1,13 @@
-"""Names of VMs by where they are: paths of their sockets, and their cgroups.
+"""Names of VMs from paths (of sockets and disks) and from cgroups.
 
-Pure; nothing here is cleaned yet (``sanitize.clean``).
+Pure functions. Results are not cleaned yet (``sanitize.clean``).
 """
 
 from __future__ import annotations
 
 import re
 
-# What sockets are called whatever VM they are of, and what VMMs are called.
+# Words in names of sockets that do not name a VM, and names of VMMs.
 _SOCKET_WORDS = frozenset(
     "api sock socket control ctl ctrl qmp hmp monitor mon vm vmm server main http rest rpc grpc "
     "ipc cmd command console serial vsock uds pid pidfile process "
@@ -15,7 +15,7 @@ _SOCKET_WORDS = frozenset(
     "stratovirt dragonball dbs alioth krun libkrun krunvm microvm runsc gvisor virtualbox acrn dm "
     "libvirt kata".split()
 )
-# What directories are called that hold files of any VM, or the directories of VMs.
+# Words in names of directories that do not name a VM.
 _LAYOUT = _SOCKET_WORDS | frozenset(
     "run var tmp temp root lib lib64 libexec bin usr opt srv mnt media home data state cache share "
     "shared local etc dev shm proc internal private public common current default base global "
@@ -30,7 +30,7 @@ _LAYOUT = _SOCKET_WORDS | frozenset(
     "snap incus lxd lxc openstack nova proxmox cuttlefish assembly runner runners daemon agent "
     "backend channel channels out output exec dir tree ns namespace namespaces".split()
 )
-# What disks and their directories are called whatever VM they are of.
+# Words in names of disks and their directories that do not name a VM.
 _DISK_WORDS = frozenset(
     "disk disks drive hda hdb sda sdb vda vdb root rootfs rootdisk os boot system data userdata "
     "image img overlay cow base base0 snapshot snapshots delta active linked box template clone "
@@ -38,7 +38,7 @@ _DISK_WORDS = frozenset(
     "seed cidata init meta user config conf cfg vmconfig fcconfig json toml yaml "
     "qcow2 qcow raw vmdk vdi vhd vhdx ext4 ext3 xfs btrfs squashfs erofs".split()
 )
-# Which system was put on them.
+# Words for the system on a disk.
 _SYSTEM_WORDS = frozenset(
     "cloudimg server cloud generic genericcloud nocloud minimal live desktop mini daily release "
     "ubuntu debian fedora centos rhel rocky alma almalinux oracle opensuse suse leap tumbleweed "
@@ -52,7 +52,7 @@ _EXTENSION = re.compile(
     r"|ya?ml|image|disk|part))+$",
     re.IGNORECASE,
 )
-# "web-1-disk0", "vm-100-disk-0": which of its disks.
+# The suffix for one of several disks: "web-1-disk0", "vm-100-disk-0".
 _PART = re.compile(
     r"(?<=.)(?:[-_.](?:disk|root|rootfs|rootdisk|os|boot|data|system|[hsv]da|overlay)[-_.]?[0-9]*)+$",
     re.IGNORECASE,
@@ -67,9 +67,9 @@ _BUILD = re.compile(r"(firecracker|cloud-hypervisor|crosvm|qemu|stratovirt)[-_]v
 
 
 def name_of_path(path: str) -> str | None:
-    """What is particular to a VM's own file: its name or the nearest directory's.
+    """Return the part of a VM's socket path that names the VM: the file's name or a directory's.
 
-    None where it is found at a place that is the same for any VM.
+    None if the path could be any VM's.
     """
     *directories, base = [part for part in path.split("/") if part not in ("", ".", "..")] or [""]
     stem = re.sub(r"\.(sock|socket|pid|qmp|mon)$|-socket$", "", base)
@@ -80,7 +80,7 @@ def name_of_path(path: str) -> str | None:
 
 
 def name_of_disk(path: str) -> str | None:
-    """As ``name_of_path``, of a disk's image: its name, unless that says what is on any disk."""
+    """As ``name_of_path``, for a disk image, whose name may only describe its content."""
     *directories, base = [part for part in path.split("/") if part not in ("", ".", "..")] or [""]
     if base.lower().endswith(".iso") or _A_DEVICE.fullmatch("/".join((*directories, base))):
         return None
@@ -91,8 +91,8 @@ def name_of_disk(path: str) -> str | None:
         return stem
     numbered = len(words) < len(parts) and not words & (_DISK_WORDS | _SYSTEM_WORDS)
     if numbered:
-        return stem  # "vm-100", where "disk-0" and "debian-12" say nothing of a VM
-    # Beside other images, it is called by its system.
+        return stem  # "vm-100"; but "disk-0" and "debian-12" do not name a VM
+    # A directory of images may name them by their systems.
     return (
         _name_of_directory(directories, _DISK_WORDS | _SYSTEM_WORDS)
         or (stem if words & _SYSTEM_WORDS else None)
@@ -101,18 +101,18 @@ def name_of_disk(path: str) -> str | None:
 
 
 def _name_of_directory(directories: list[str], words: frozenset[str] = frozenset()) -> str | None:
-    """The nearest one that is not called so wherever such files are."""
+    """Return the nearest directory whose name is not made of words for any VM."""
     for at in reversed(range(len(directories))):
         part, above = directories[at], directories[at - 1] if at else ""
         if above == "home" or (above == "user" and part.isdecimal()):
-            return None  # whose it is, which other VMs may be too
+            return None  # a user's name, who may have other VMs
         if not _is_of(part, _LAYOUT | words):
             return part
     return None
 
 
 def _is_of(name: str, words: frozenset[str]) -> bool:
-    """Made of these words only: "io.containerd.runtime.v2.task", "firecracker-v1.7.0-x86_64"."""
+    """Whether a name is made of these words: "io.containerd.runtime", "firecracker-v1.7.0"."""
     first, *rest = [word for word in re.split(r"[-_.]", name.lower()) if word] or [""]
     if first not in words and name.lower() not in words:
         return False
@@ -130,13 +130,13 @@ _CONTAINER = re.compile(
     r"(docker|libpod|crio|cri-containerd)[-/](?:payload-)?([0-9a-f]{12})[0-9a-f]{52}\b"
 )
 _UNIT = re.compile(r"/([^/@\n]+)@([^/\n]+)\.service")
-# What people are logged in by, whatever they start.
+# Units of login sessions, which may start anything.
 _LOGINS = frozenset("user getty serial-getty container-getty autovt ssh sshd".split())
 _PROXMOX = re.compile(r"/qemu\.slice/([0-9]{1,12})\.scope")
 
 
 def machine_of_cgroup(text: str) -> str | None:
-    """A machine's name (systemd-machined, libvirt)."""
+    """Return a machine's name (systemd-machined, libvirt)."""
     scope = _SCOPE.search(text)
     if scope is None:
         return None
@@ -146,7 +146,7 @@ def machine_of_cgroup(text: str) -> str | None:
 
 
 def instance_of_cgroup(text: str) -> str | None:
-    """The UID of its pod (Kubernetes), its container, or the instance of its systemd unit."""
+    """Return the UID of the pod (Kubernetes), the container's id, or the unit's instance."""
     if pod := _POD.search(text):
         return f"pod-{pod[1].replace('_', '-')}"
     if container := _CONTAINER.search(text):
@@ -156,6 +156,7 @@ def instance_of_cgroup(text: str) -> str | None:
 
 
 def vmid_of_cgroup(text: str) -> str | None:
+    """Return Proxmox VE's number of the VM."""
     vmid = _PROXMOX.search(text)
     return vmid[1] if vmid else None
 

@@ -1,6 +1,6 @@
-"""VMM processes looked up where a hanging read may be given up on: see ``proc_reader``.
+"""Look up VMM processes in a worker process, so that a read that hangs can be given up.
 
-The same questions as in ``identity``, which answers them in a worker process.
+The functions are those of ``identity``, called by ``proc_reader``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kvmtrace.vmm import identity
 from kvmtrace.vmm.identity import Identity
 
 SCAN_SECONDS = 30.0
-LOOK_SECONDS = 0.5
+LOOKUP_SECONDS = 0.5
 MAX_DESCRIPTORS = 4096
 
 _POLL_SECONDS = 0.1
@@ -24,14 +24,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class VmProcess:
-    """Who a process is. ``unread``: why only what cannot hang was read; None if all was."""
+    """A process's identity. ``unread``: why only files were read that cannot hang; None if all."""
 
     identity: Identity
     unread: str | None = None
 
 
 def identify(pid: int, proc: str = "/proc", reader: ProcReader = READER) -> VmProcess:
-    """Name, UUID and VMM of a process. A command line that cannot be read is done without."""
+    """Return name, UUID and VMM of a process, without its command line if that cannot be read."""
     try:
         return VmProcess(reader.call(pid, identity.identify, pid, proc))
     except Unreadable as error:
@@ -39,9 +39,9 @@ def identify(pid: int, proc: str = "/proc", reader: ProcReader = READER) -> VmPr
 
 
 def vm_processes(proc: str = "/proc", reader: ProcReader = READER) -> dict[int, int]:
-    """{pid: VMs} of processes that hold a VM, as ``identity.vm_processes``.
+    """Return {pid: VMs} of processes that hold a VM, as ``identity.vm_processes``.
 
-    A process that hangs is left out: it is met by what its VM does.
+    A process whose read hangs is left out; its VM is found by its events.
     """
     counts = _of_each(identity.count_vms, identity.pids(proc), proc, SCAN_SECONDS, reader)
     return {pid: count for pid, count in counts.items() if count is not None}
@@ -50,14 +50,14 @@ def vm_processes(proc: str = "/proc", reader: ProcReader = READER) -> dict[int, 
 def guest_memfds(
     pids: Iterable[int], proc: str = "/proc", reader: ProcReader = READER
 ) -> dict[int, dict[int, int]]:
-    """{pid: {inode: device}} of the guest_memfds that processes hold, as far as that is read."""
-    return _of_each(identity.guest_memfds, list(pids), proc, LOOK_SECONDS, reader)
+    """Return {pid: {inode: device}} of processes' guest_memfds, as far as they can be read."""
+    return _of_each(identity.guest_memfds, list(pids), proc, LOOKUP_SECONDS, reader)
 
 
 def vm_descriptor(pid: int, proc: str = "/proc", reader: ProcReader = READER) -> str | None:
-    """A descriptor by which a process holds a VM; None if it holds none.
+    """Return a descriptor by which a process holds a VM; None if it holds none.
 
-    Raises Unreadable, also where it has too many to look through.
+    Raises Unreadable, also if the process has more than ``MAX_DESCRIPTORS``.
     """
     found: str | None = reader.call(pid, identity.vm_descriptor, pid, proc, MAX_DESCRIPTORS)
     return found
@@ -66,7 +66,7 @@ def vm_descriptor(pid: int, proc: str = "/proc", reader: ProcReader = READER) ->
 def each(
     function: Callable[[int, str], _T], pids: list[int], proc: str
 ) -> Iterator[tuple[int, _T]]:
-    """(pid, what the function says of it); called in the worker process."""
+    """Yield (pid, the function's result); runs in the worker process."""
     for pid in pids:
         yield pid, function(pid, proc)
 
@@ -96,5 +96,5 @@ def _of_each(
             stream.close()
             pids = pids[at + 1 :]
     except Unreadable:
-        pass  # what was read until then
+        pass  # keep what was read until then
     return found

@@ -59,7 +59,7 @@ class Quiet(FakeSource):
         if time.monotonic() < self.due:
             return []
         self.due += 1
-        return self.table.missed(now)
+        return self.table.reap(now)
 
 sources.open_source = lambda kind: Quiet()
 cli.main()

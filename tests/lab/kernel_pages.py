@@ -13,7 +13,7 @@ from tests.lab.scenarios import Scenario
 # Poisons one page of each kind, and prints {kind: pfn}. Bits of /proc/kpageflags
 # (include/uapi/linux/kernel-page-flags.h): 7 slab, 10 free (buddy), 26 a page table.
 # The zero page can be poisoned once, so all sources watch at the same time.
-_POISON = """
+_POISON = '''
 import json, mmap, os, struct
 
 def first(bit, at=0x8000):
@@ -32,20 +32,30 @@ hva = ctypes.addressof(ctypes.c_char.from_buffer(area))
 with open("/proc/self/pagemap", "rb") as table:
     table.seek(hva // mmap.PAGESIZE * 8)
     (entry,) = struct.unpack("Q", table.read(8))
-pages = {
-    "zero": entry & (1 << 55) - 1,
-    "slab": first(7),
-    "table": first(26),
-    "free": first(10),
-}
-for pfn in pages.values():
+
+def poison(pfn):
     try:
         with open("/sys/kernel/debug/hwpoison/corrupt-pfn", "w") as corrupt:
             corrupt.write(f"{pfn:#x}")
     except OSError:
         pass  # "EBUSY": it is poisoned, and could not be handled
+    return pfn
+
+def of_kind(bit):
+    """The kernel may free a page between the look and the poison: then another one."""
+    pfn = poison(first(bit))
+    while first(bit, pfn) != pfn:
+        pfn = poison(first(bit, pfn))
+    return pfn
+
+pages = {
+    "zero": poison(entry & (1 << 55) - 1),
+    "slab": of_kind(7),
+    "table": of_kind(26),
+    "free": poison(first(10)),
+}
 print(json.dumps(pages))
-"""
+'''
 
 
 def kernel_pages(machine: Machine, source: str) -> None:

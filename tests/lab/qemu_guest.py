@@ -314,10 +314,18 @@ def page_gone(machine: Machine, memory: str) -> None:
 
 
 def _unpoison(machine: Machine, pfns: list[int]) -> None:
-    """Give the pages back, or huge ones would be missing to who comes next."""
+    """Give the pages back, or huge ones would be missing to who comes next.
+
+    The kernel refuses (EIO) as long as the process that was killed has not let go of a page.
+    """
     while pfns:
-        where = "/sys/kernel/debug/hwpoison/unpoison-pfn"
-        machine.run(f"echo {pfns.pop():#x} > {where}", check=True)
+        command = f"echo {pfns.pop():#x} > /sys/kernel/debug/hwpoison/unpoison-pfn"
+        for _ in range(20):
+            if machine.run(command).status == 0:
+                break
+            time.sleep(0.5)
+        else:
+            machine.run(command, check=True)
 
 
 def qemu_loses_a_page(machine: Machine, source: str) -> None:

@@ -129,14 +129,15 @@ def test_the_kernel_takes_all_that_can_be_muted(machine: Machine) -> None:
     """As many keys as are muted at once, and their numbers as long as can be; beyond, none is."""
     code = """
 from kvmtrace.sources.ftrace.totals import ExitKey, SignalKey
-from kvmtrace.sources.ftrace.muting import MAX_MUTED, RATE, ExitMuting, SignalMuting, exclusions
+from kvmtrace.sources.ftrace.muting import ExitMuting, SignalMuting, exclusions
 from kvmtrace.sources.ftrace.source import FtraceSource
+from kvmtrace.sources.limits import MAX_MUTED, MUTE_AFTER
 
 exits, signals, top = ExitMuting(), SignalMuting(), (1 << 64) - 1
 for n in range(MAX_MUTED):
     fault = ExitKey(top - n, -4095, 39, top - (n << 12), top)
     signal = SignalKey("sigbus", (1 << 22) - n, 4, top - n)
-    for _ in range(RATE):
+    for _ in range(MUTE_AFTER):
         exits.event(fault, top)
         signals.event(signal, top)
     signals.fault(signal, top - n, top >> 12)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kvmtrace.model import VERDICTS
+from kvmtrace.model import VerdictWord
 from kvmtrace.sources.bpf import programs
 from tests.lab.harness import PATIENCE, Line, Vmm, told_by
 from tests.lab.machine import Machine
@@ -135,7 +135,7 @@ def test_what_is_never_delivered(machine: Machine) -> None:
         series = 'kvmtrace_undelivered_total{vm="swallowed"} '
         born = metrics()
         assert f"{series}0.0" in born
-        words = {f'kvmtrace_incident_verdicts{{verdict="{word}"}}' for word in VERDICTS}
+        words = {f'kvmtrace_incident_verdicts{{verdict="{word}"}}' for word in VerdictWord}
         assert words <= {line.rpartition(" ")[0] for line in born}
         for number in (1, 2):
             assert vmm.step("prefault v +3", may_fail=True)["errno"] == "EHWPOISON"

@@ -9,7 +9,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from kvmtrace.events import KINDS, Event, Host, to_record
+from kvmtrace.events import KINDS, Event, Host
+from kvmtrace.sources.codec import to_record
 from kvmtrace.sources.recording import Writer
 from tests.property.damage import damaged
 from tests.property.test_events import ANY, SANE, whole

@@ -22,7 +22,7 @@ from kvmtrace.sources.bpf.compiler import CompiledPrograms
 from kvmtrace.sources.bpf.exits import ExitKeyRecord
 from kvmtrace.sources.bpf.loader import _last_word
 from kvmtrace.sources.bpf.translator import RECORDS, BpfTranslator
-from kvmtrace.sources.codec import WRONG, checked
+from kvmtrace.sources.codec import DECODE_ERRORS, checked
 from kvmtrace.views import json_output
 from tests.property import examples
 from tests.property.damage import placed
@@ -135,7 +135,7 @@ def test_records_are_told_or_lost(
     ]:
         try:
             event = checked(event)  # noqa: PLW2901
-        except WRONG:
+        except DECODE_ERRORS:
             event = Lost(0, "unwritable_events", 1)  # noqa: PLW2901
         json_output.event_line(correlator.feed(event))
     json_output.top(correlator.snapshot())

@@ -38,10 +38,9 @@ from kvmtrace.events import (
     VcpuState,
     VmGone,
     VmSeen,
-    from_record,
-    to_record,
 )
-from kvmtrace.model import CAUSES, PAGE_CLASSES, STATES, VERDICTS, CorrelatedEvent, Snapshot
+from kvmtrace.model import CAUSES, CorrelatedEvent, IncidentStatus, PageClass, Snapshot, VerdictWord
+from kvmtrace.sources.codec import from_record, to_record
 from kvmtrace.views import event_lines, json_output
 from tests.property import examples
 
@@ -336,7 +335,7 @@ def test_counts_are_exact(events: list[Event]) -> None:
     exits: Counter[tuple[int, bool]] = Counter()
     for event in log:
         if isinstance(event, Exit):
-            exits[(event.vm, event.tells_of_poison)] += event.count
+            exits[(event.vm, event.is_poison)] += event.count
     for key, vm in shown.vms.items():
         assert sum(vm.exits.values()) == sum(n for (of, _), n in exits.items() if of == key)
         # Of signals whose VM the source does not know, those are known that are about its page.
@@ -367,8 +366,8 @@ def test_what_is_shown_makes_sense(events: list[Event]) -> None:
     ids = [incident.id for incident in shown.incidents]
     assert len(set(ids)) == len(ids)
     for incident in shown.incidents:
-        assert incident.state in STATES
-        assert incident.page_class in (*PAGE_CLASSES, None)
+        assert isinstance(incident.state, IncidentStatus)
+        assert isinstance(incident.page_class, PageClass | None)
         assert not incident.host_at_risk or not incident.owners
         assert len(set(incident.owners)) == len(incident.owners)
         delivered = incident.first_delivery_ts is not None
@@ -417,8 +416,8 @@ TIGHT = Limits(
     places=2,
     soft_offlines=2,
     owners=2,
-    told=2,
-    moments=3,
+    notified_vcpus=2,
+    timeline=3,
 )
 
 
@@ -506,7 +505,7 @@ def test_memory_stays_bounded(events: list[Event]) -> None:
     assert len(shown.dimms) <= 2
     for incident in shown.incidents:
         assert len(incident.owners) <= 2
-        assert len(incident.told) <= 2
+        assert len(incident.notifications) <= 2
     for name, value in vars(correlator).items():
         assert size(value, set()) <= 400, name
     assert len({i.id for i in shown.incidents}) == len(shown.incidents)
@@ -543,20 +542,20 @@ def test_vms_never_meet_in_an_incident_that_no_event_shares(events: list[Event])
         if incident.page_class == "kernel":  # VMs that had it mapped do not own it
             owners |= {event.owner.vm for event in events if isinstance(event, Owned)}
             owners |= {event.vm for event in events if isinstance(event, Sigbus) and event.vm}
-        assert {telling.vm for telling in incident.told} <= owners | named
+        assert {telling.vm for telling in incident.notifications} <= owners | named
 
 
 @given(LOGS)
 @examples(400)
 def test_verdicts_and_their_evidence(events: list[Event]) -> None:
     for incident in snapshot(events).incidents:
-        assert {v.vm for v in incident.verdicts} == {t.vm for t in incident.told}
-        assert all(v.word in VERDICTS and v.evidence for v in incident.verdicts)
-        assert (incident.verdict is None) == (not incident.told)
+        assert {v.vm for v in incident.verdicts} == {t.vm for t in incident.notifications}
+        assert all(isinstance(v.word, VerdictWord) and v.evidence for v in incident.verdicts)
+        assert (incident.verdict is None) == (not incident.notifications)
         if incident.state == "looping":
             assert incident.verdict == "looping"
         assert incident.undelivered >= 0
-        assert sum(t.exits for t in incident.told) == incident.exits
+        assert sum(t.exits for t in incident.notifications) == incident.exits
         assert [m.ts for m in incident.timeline] == sorted(m.ts for m in incident.timeline)
 
 

@@ -15,8 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace.events import KINDS, Event, Host, Lost, Owner, from_record, to_record
-from kvmtrace.sources.codec import UNWRITABLE, Decoder, MalformedLine, checked
+from kvmtrace.events import KINDS, Event, Host, Lost, Owner
+from kvmtrace.sources.codec import (
+    UNWRITABLE,
+    Decoder,
+    MalformedLine,
+    checked,
+    from_record,
+    to_record,
+)
 from kvmtrace.sources.recording import RecordingSource, Writer
 
 HOST = Host("sick-host", "6.18.15", "bpf")

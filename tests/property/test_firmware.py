@@ -14,10 +14,7 @@ from kvmtrace.linux import cper, mce, smbios
 from kvmtrace.sanitize import clean
 from kvmtrace.sources.codec import checked
 from kvmtrace.sources.ftrace import hardware
-from kvmtrace.sources.ftrace.poison import Poisons
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.vms import VmResolver
-from kvmtrace.sources.vm_table import VmTable
 from tests.property import examples
 from tests.property.damage import damaged, directory, placed
 from tests.property.parsers import Parser, laws, text
@@ -179,6 +176,5 @@ def test_a_machine_check_is_judged(
     assert mce.address_shift(status, misc) in (None, *range(64))
     fields: dict[str, Any] = {"status": status, "addr": addr, "bank": bank, "cpu": 1, "socketid": 0}
     fields |= {"ipid": ipid, "v_data": data} | ({} if misc is None else {"misc": misc})
-    poisons = Poisons(VmResolver(VmTable("/nonexistent"), lambda tid: None), ({}, {}))
-    event = poisons.mce(Record(1, "mce", fields))
+    event = hardware.machine_check(Record(1, "mce", fields))
     assert isinstance(checked(event), Mce)

@@ -20,7 +20,7 @@ from kvmtrace.events import Event, Host, Lost, Tick, VmGone, VmSeen
 from kvmtrace.model import Snapshot
 from kvmtrace.session.history import CompactLog
 from kvmtrace.session.subscriber import Subscriber
-from kvmtrace.sources.codec import WRONG, checked
+from kvmtrace.sources.codec import DECODE_ERRORS, checked
 from kvmtrace.sources.recording import RecordingSource, Writer
 from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines, explain, json_output
@@ -139,7 +139,7 @@ def test_serve_joiner_and_replay_know_the_same(events: list[Event], cut: int) ->
 def _readable(event: Event) -> Event | None:
     try:
         return checked(event)
-    except WRONG:
+    except DECODE_ERRORS:
         return None
 
 
@@ -156,10 +156,10 @@ def test_who_has_no_room_counts_the_same_or_says_what_is_lost(
     log = CompactLog(limit)
     for event in events[:cut]:
         log.add(event)
-    follower = Subscriber(log.events(), lag)
+    subscriber = Subscriber(log.events(), lag)
     for event in events[cut:]:
-        follower.put([event])
-    heard = follower.past + follower.take(0)
+        subscriber.publish([event])
+    heard = subscriber.backlog + subscriber.read(0)
     lost = {event.where for event in heard if isinstance(event, Lost)} & {"history", "follower"}
     serve, joiner = model(events), model(heard)
     assert set(joiner.lost) - set(serve.lost) <= {"history", "follower", "unknown_vms"}

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtrace import sanitize
-from kvmtrace.enrich import existing_poison, page_tables, vcpu_state
-from kvmtrace.linux import host, kallsyms
+from kvmtrace.enrich import page_tables, vcpu_state
+from kvmtrace.linux import host, kallsyms, page_flags
 from kvmtrace.linux.pagemap import SPECIAL_TYPES, parse_maps, referenced_pfn
 from kvmtrace.sources.bpf import programs
 from kvmtrace.sources.ftrace.vms import tgid_of
@@ -22,7 +22,6 @@ from kvmtrace.vmm import command_line, identity, paths
 from tests.property import examples
 from tests.property.damage import damaged, directory, placed
 from tests.property.parsers import Parser, laws, text
-from tests.unit.fake import FakeSource
 
 PID = 77
 
@@ -114,14 +113,14 @@ def _stat(stat: bytes) -> None:
     placed(stat, f"proc/{PID}/task/{PID}/schedstat")
     proc = path[: path.index(f"/{PID}/")]
     identity.begun(PID, proc)
-    known = vcpu_state.VcpuFollowUp(FakeSource(), proc)
+    known = vcpu_state.VcpuFollowUp(proc)
     known._stat(PID)
     known._cpu_ns(PID)
 
 
 def _counts(total: bytes) -> None:
     path = placed(total, "sys/devices/system/node/node0/memory_failure/total")
-    existing_poison.failure_counts(path[: path.index("/devices")])
+    page_flags.failure_counts(path[: path.index("/devices")])
 
 
 def _host(said: bytes) -> None:
@@ -145,9 +144,9 @@ test_any_input, test_long_input, test_what_is_known = laws(
             lambda said: tgid_of(PID, _proc(said)), [STATUS], found=[b"Tgid:\n", b"Tgid:\t\x007\n"]
         ),
         "stat": Parser(_stat, [STAT, b"123 45 6\n"]),
-        "iomem": Parser(lambda said: existing_poison.ram_ranges(placed(said, "iomem")), [IOMEM]),
+        "iomem": Parser(lambda said: page_flags.ram_ranges(placed(said, "iomem")), [IOMEM]),
         "meminfo": Parser(
-            lambda said: existing_poison.hardware_corrupted_bytes(placed(said, "meminfo")),
+            lambda said: page_flags.hardware_corrupted_bytes(placed(said, "meminfo")),
             [b"MemTotal:       16384 kB\nHardwareCorrupted:     8 kB\n"],
             found=[b"HardwareCorrupted: !   8 kB\n", b"HardwareCorrupted:"],
         ),
@@ -215,16 +214,14 @@ def test_special_types_are_within_five_bits() -> None:
 @examples(150)
 def test_poisoned_pages_are_those_with_the_flag(flags: list[int]) -> None:
     raw = b"".join(one.to_bytes(8, "little") for one in flags)
-    assert list(existing_poison.poisoned_in(raw)) == [
-        n for n, one in enumerate(flags) if one >> 19 & 1
-    ]
+    assert list(page_flags.poisoned_in(raw)) == [n for n, one in enumerate(flags) if one >> 19 & 1]
 
 
 @given(iomem=damaged([IOMEM]))
 @examples(150)
 def test_all_of_memory_can_be_looked_at(iomem: bytes) -> None:
     """Offsets into /proc/kpageflags, 8 bytes a page, are ones that the kernel takes."""
-    for first, end in existing_poison.ram_ranges(placed(iomem, "iomem")):
+    for first, end in page_flags.ram_ranges(placed(iomem, "iomem")):
         assert 0 <= 8 * first <= 8 * end < 1 << 63
 
 

@@ -17,11 +17,10 @@ from click.testing import Result
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvmtrace import sources
+from kvmtrace import feed_socket, sources
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host
-from kvmtrace.session import feed
-from kvmtrace.sources.recording import MARK
+from kvmtrace.sources.recording import BACKLOG_END
 from tests.property import examples
 from tests.property.damage import damaged, directory, placed
 from tests.property.stories import (
@@ -163,11 +162,11 @@ def test_what_was_bundled_is_a_recording_of_the_same(recording: bytes) -> None:
 def _said(draw: st.DrawFn) -> bytes:
     """What a serve says: as a recording, a mark after what happened before."""
     found: list[Any] = draw(records(6))
-    found.insert(draw(st.integers(0, len(found))), {"kind": MARK})
+    found.insert(draw(st.integers(0, len(found))), {"kind": BACKLOG_END})
     text = lines(found)
     if draw(st.booleans()):
         return draw(damaged([text]))
-    before = lines([HEADER, PROBE_LINE, {"kind": MARK}])
+    before = lines([HEADER, PROBE_LINE, {"kind": BACKLOG_END}])
     return draw(st.sampled_from([text, before + draw(RECORDINGS), draw(RECORDINGS)]))
 
 
@@ -178,7 +177,7 @@ def test_a_serve_is_understood_or_refused(command: tuple[str, ...], said: bytes)
     speaker = threading.Thread(target=_say, args=(theirs, said))
     speaker.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed, "knock", lambda: (ours, 77))
+        patch.setattr(feed_socket, "connect", lambda: (ours, 77))
         result = run(*command)
     ours.close()
     speaker.join()

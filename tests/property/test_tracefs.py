@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Lost
-from kvmtrace.linux import host
-from kvmtrace.linux.tracefs import dynamic_events, instance, ring_page
+from kvmtrace.linux.tracefs import dynamic_events, instance, mount, ring_page
+from kvmtrace.linux.tracefs.histogram import HistogramReader
 from kvmtrace.linux.tracefs.missed import Missed
 from kvmtrace.linux.tracefs.ring_page import EventFormat, PageLayout
-from kvmtrace.sources.codec import WRONG, checked
-from kvmtrace.sources.ftrace import totals as hist
+from kvmtrace.sources.codec import DECODE_ERRORS, checked
 from kvmtrace.sources.ftrace.records import Record
+from kvmtrace.sources.ftrace.totals import KernelTotals
 from kvmtrace.sources.ftrace.translator import FtraceTranslator
 from kvmtrace.sources.ftrace.vms import VmResolver
 from kvmtrace.sources.vm_table import VmTable
@@ -65,11 +65,11 @@ README = (
 
 def _counts(said: str) -> None:
     for event in ("run", "vncr", "gmem", "sigbus"):
-        totals = hist.KernelTotals()
-        hist.HistogramReader().read(event, lambda: said, totals)
-        for counts in (totals.exits, totals.refused, totals.signals, totals.rests):
+        totals = KernelTotals()
+        totals.add(event, HistogramReader().read(event, lambda: said))
+        for counts in (totals.exits, totals.refusals, totals.signals, totals.unkeyed):
             assert all(count >= 0 for count in counts.values())
-        for key in totals.whose:
+        for key in totals.vcpu_owners:
             totals.owner(key)
 
 
@@ -77,15 +77,15 @@ def _missed(profile: bytes) -> None:
     events = placed(PROBES, "tracefs/kprobe_events")
     placed(profile, "tracefs/kprobe_profile")
     found = Missed(events.rpartition("/")[0], GROUP)
-    assert found.fresh() >= 0
-    assert found.fresh() == 0
+    assert found.newly_missed() >= 0
+    assert found.newly_missed() == 0
 
 
 def _probes(listed: bytes) -> None:
     root = placed(listed, "tracefs/dynamic_events").rpartition("/")[0]
     placed(listed, "tracefs/kprobe_events")
     placed(PROFILE, "tracefs/kprobe_profile")
-    Missed(root, GROUP).fresh()
+    Missed(root, GROUP).newly_missed()
     dynamic_events.DynamicEvents(root, GROUP).names()
     for group in dynamic_events.groups(root):
         instance.is_dead(group)
@@ -104,14 +104,14 @@ def _dropped(stats: bytes) -> None:
 
 
 def _tracing(readme: bytes) -> None:
-    host.tracing((placed(readme, "tracefs/README").rpartition("/")[0],))
+    mount.tracing((placed(readme, "tracefs/README").rpartition("/")[0],))
 
 
 test_any_input, test_long_input, test_what_is_known = laws(
     {
         "format": Parser(text(EventFormat), FORMATS, (ValueError,)),
         "print_fmt": Parser(
-            text(host.symbolic_tables),
+            text(mount.symbolic_tables),
             FORMATS,
             found=[b'print fmt: "%s", __print_symbolic(REC->type, { 07, "x" }, { 1, "y" })'],
         ),
@@ -178,7 +178,7 @@ def _same_kinds(one: EventFormat, other: EventFormat) -> bool:
     counts=damaged(COUNTS),
 )
 @examples(100)
-def test_damaged_rings_are_told_or_lost(
+def test_damaged_rings_are_reported_or_lost(
     kernel: int, cuts: list[bytes], probe: str, said: bytes | None, counts: bytes
 ) -> None:
     """``probe``: whose format is ``said``."""
@@ -203,17 +203,18 @@ def test_damaged_rings_are_told_or_lost(
                 name, known = formats[number]
                 with suppress(ValueError):
                     found.append(Record(ts, name, known.decode(entry)))
-    joiner = FtraceTranslator(VmResolver(VmTable("/nonexistent"), lambda tid: None))
-    joiner.faults.watches_gmem = True
-    totals = hist.KernelTotals()
-    hist.HistogramReader().read("run", lambda: counts.decode("utf-8", "replace"), totals)
+    translator = FtraceTranslator(VmResolver(VmTable("/nonexistent"), lambda tid: None))
+    translator.exits.watches_gmem = True
+    totals = KernelTotals()
+    said_now = counts.decode("utf-8", "replace")
+    totals.add("run", HistogramReader().read("run", lambda: said_now))
     correlator = Correlator()
     for batch in (found[::2], found[1::2]):
-        for event in joiner.batch(batch, 1 << 40, totals=totals, last=batch is not found):
+        for event in translator.batch(batch, 1 << 40, totals=totals, last=batch is not found):
             try:
                 event = checked(event)  # noqa: PLW2901
-            except WRONG:
+            except DECODE_ERRORS:
                 event = Lost(0, "unwritable_events", 1)  # noqa: PLW2901
             json_output.event_line(correlator.feed(event))
-        joiner.muted()
+        translator.filter_exclusions()
     json_output.top(correlator.snapshot())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace.session import feed
+from kvmtrace import feed_socket
 
 
 @pytest.fixture(autouse=True)
@@ -15,5 +15,5 @@ def own_directory(
 ) -> Path:
     """Where a serve that this test starts, also in a process of its own, has its socket."""
     path = tmp_path_factory.mktemp("run")
-    monkeypatch.setenv(feed.VARIABLE, str(path))
+    monkeypatch.setenv(feed_socket.VARIABLE, str(path))
     return path

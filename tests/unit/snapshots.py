@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from kvmtrace.events import Host, Owner
-from kvmtrace.model import Incident, Snapshot, Vm
+from kvmtrace.model import Incident, IncidentStatus, Snapshot, Vm
 from kvmtrace.probes import Probe
 
 SECOND = 1_000_000_000
@@ -61,10 +62,12 @@ def small() -> Snapshot:
     lru, free = "dirty unevictable LRU page", "free buddy page"
     ago = [NOW - seconds * SECOND for seconds in (60, 400, 30, 500, 9001)]
     incidents = (
-        Incident("1032a0-1", "latent", 0x1032A0, lru, "Failed", ago[2], (Owner(1, 0x44),)),
+        Incident(
+            "1032a0-1", IncidentStatus.LATENT, 0x1032A0, lru, "Failed", ago[2], (Owner(1, 0x44),)
+        ),
         Incident(
             "103275-1",
-            "looping",
+            IncidentStatus.LOOPING,
             0x103275,
             lru,
             "Failed",
@@ -77,7 +80,7 @@ def small() -> Snapshot:
         ),
         Incident(
             "200-1",
-            "delivered",
+            IncidentStatus.DELIVERED,
             0x200,
             lru,
             "Recovered",
@@ -88,10 +91,10 @@ def small() -> Snapshot:
             first_delivery_ts=ago[1] + 90 * SECOND,
             last_delivery_ts=NOW - 300 * SECOND,
         ),
-        Incident("88-1", "unowned", 0x88, free, "Recovered", ago[3], ()),
+        Incident("88-1", IncidentStatus.UNOWNED, 0x88, free, "Recovered", ago[3], ()),
         Incident(
             "g77-1",
-            "closed",
+            IncidentStatus.CLOSED,
             None,
             None,
             None,
@@ -127,6 +130,9 @@ def odd() -> Snapshot:
         key: vm(key, name, vmm=None, exits={("EFAULT", None): 10**12 * (key % 2)})
         for key, name in enumerate(names, 1)
     }
-    incident = Incident("vm1-1", "delivered", None, None, None, None, (Owner(1, None), Owner(2, 3)))
-    newer = replace(incident, id="vm2-1", state="quarantined", owners=(Owner(3, 2**40),))
+    incident = Incident(
+        "vm1-1", IncidentStatus.DELIVERED, None, None, None, None, (Owner(1, None), Owner(2, 3))
+    )
+    unheard_of: Any = "quarantined"
+    newer = replace(incident, id="vm2-1", state=unheard_of, owners=(Owner(3, 2**40),))
     return Snapshot(vms=vms, incidents=(incident, newer))

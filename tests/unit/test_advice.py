@@ -33,14 +33,17 @@ from kvmtrace.events import (
     VmSeen,
 )
 from kvmtrace.model import (
-    STATES,
-    VERDICTS,
     ErrorHistory,
+    Finding,
+    FindingKind,
     Incident,
+    IncidentStatus,
     Notification,
     Origin,
+    PageClass,
     Snapshot,
     Verdict,
+    VerdictWord,
     VmIdentity,
 )
 from kvmtrace.views import advice, vmm_advice
@@ -320,9 +323,9 @@ def every_incident() -> Iterator[Incident]:
     owner = Owner(1, GFN, HVA)
     signals: tuple[dict[str, int], ...] = ({"AO": 1}, {"AR": 1}, {})
     origins = (None, Origin(("GHES",), ErrorHistory(1, 0, T0, T0), "recoverable", label="A1"))
-    plain = Incident("1", "latent", PFN, "page", "Recovered", T0, (owner,))
+    plain = Incident("1", IncidentStatus.LATENT, PFN, "page", "Recovered", T0, (owner,))
     for state, vmm, gmem, size, origin in itertools.product(
-        STATES,
+        IncidentStatus,
         ("qemu", "cloud-hypervisor", "firecracker", "crosvm", "unheard-of", None),
         (False, True),
         (None, 4096, 2 << 20),
@@ -337,21 +340,21 @@ def every_incident() -> Iterator[Incident]:
                 undelivered=undelivered,
                 before_start=before,
                 size=size,
-                parties={1: party},
+                vm_identities={1: party},
                 guest_memfd=gmem,
                 origin=origin,
             )
             yield found
             yield replace(found, first_delivery_ts=T0, sigbus=1)
-            yield replace(found, first_delivery_ts=T0, sigbus=1, page_class="kernel")
-            for word, early, sent in itertools.product(VERDICTS, (False, True), signals):
+            yield replace(found, first_delivery_ts=T0, sigbus=1, page_class=PageClass.KERNEL)
+            for word, early, sent in itertools.product(VerdictWord, (False, True), signals):
                 telling = Notification(1, None, int(not sent), sent, T0, T0)
-                verdict = Verdict(1, word, ("evidence",), early)
+                verdict = Verdict(1, word, (Finding(FindingKind.NO_SAMPLE),), early)
                 notified = replace(
-                    found, first_delivery_ts=T0, told=(telling,), verdicts=(verdict,)
+                    found, first_delivery_ts=T0, notifications=(telling,), verdicts=(verdict,)
                 )
                 yield notified
-                yield replace(notified, page_class="kernel")
+                yield replace(notified, page_class=PageClass.KERNEL)
 
 
 READS = re.compile(r"\b(migrate|snapshot|dump|save|suspend)\b", re.IGNORECASE)
@@ -394,7 +397,7 @@ def test_no_state_is_advised_what_reads_the_lost_page() -> None:
         if with_vm:
             assert any(step.startswith("until then do not migrate") for step in steps), steps
         # A reset is for QEMU, and nothing is known of it with guest_memfd.
-        if incident.guest_memfd or incident.parties[1].vmm != "qemu":
+        if incident.guest_memfd or incident.vm_identities[1].vmm != "qemu":
             assert not any("reset" in step for step in steps)
     assert len(seen) > 20
 

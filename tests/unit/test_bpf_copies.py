@@ -24,7 +24,7 @@ def mov(number: int) -> bytes:
     return struct.pack("<BBhi", 0xB7, 0, 0, number)
 
 
-def test_each_copy_knows_its_number() -> None:
+def test_each_copy_has_its_number() -> None:
     memory = bytearray(GET_TID + ASK + LOAD + ASK + EXIT)
     code = Code(memoryview(memory))
     assert code.copies("run") == COPIES["run"]
@@ -34,7 +34,7 @@ def test_each_copy_knows_its_number() -> None:
         assert memory == GET_TID + mov(number) + LOAD + mov(number) + EXIT
 
 
-def test_what_does_not_ask_is_there_once() -> None:
+def test_a_program_without_a_number_has_no_copies() -> None:
     memory = bytearray(GET_TID + LOAD + EXIT)
     code = Code(memoryview(memory))
     assert code.copies("run") == 1

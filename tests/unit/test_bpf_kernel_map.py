@@ -48,15 +48,15 @@ def test_all_rows(rows: KernelMap, batches: bool) -> None:
     rows._batches = batches
     assert list(rows.rows()) == []
     wanted = {key(number): value(number) for number in range(8)}
-    for one in wanted:
-        rows.update(one, wanted[one])
+    for one, eight in wanted.items():
+        rows.update(one, eight)
     for _ in range(2):
         assert sorted(rows.rows()) == sorted(wanted.items())
     rows.delete(key(3))
     assert len(list(rows.rows())) == 7
 
 
-def test_what_the_kernel_does_not_know_is_asked_once(
+def test_a_call_that_the_kernel_lacks_is_tried_once(
     rows: KernelMap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, asked = kernel_map.bpf, []
@@ -74,7 +74,7 @@ def test_what_the_kernel_does_not_know_is_asked_once(
 
 
 @pytest.mark.parametrize("error", [0, 28])
-def test_half_a_map_is_not_believed(
+def test_half_a_map_is_read_again(
     rows: KernelMap, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
     real, asked = kernel_map.bpf, []

@@ -36,7 +36,7 @@ def test_records_on_their_way_are_waited_for() -> None:
     assert uncounted(counts, 2, 2) == []
 
 
-def test_what_no_record_tells_the_counters_do() -> None:
+def test_counters_report_what_no_record_reports() -> None:
     counts = SignalCounts()
     assert counts.record(record(1)) == 1
     assert uncounted(counts, 1000, 200) == [(999, 77)]
@@ -56,13 +56,13 @@ def test_a_full_map_leaves_the_records() -> None:
     assert [counts.record(record(0)) for _ in range(2)] == [1, 1]
 
 
-def test_counted_signals_are_like_the_last_that_was_told() -> None:
+def test_counted_signals_are_like_the_last_of_their_kind() -> None:
     counts = SignalCounts()
     counts.record(record(1))
-    told = Sigbus(9, 185, 186, 4, 0x7F00, 12, sender=186, vm=1, vcpu=0, gfn=8)
-    counts.remember(told)
+    latest = Sigbus(9, 185, 186, 4, 0x7F00, 12, sender=186, vm=1, vcpu=0, gfn=8)
+    counts.remember(latest)
     ((like, _, _),) = counts.uncounted([(KEY, SigbusCount(3, 1, 77, 0, 0))])
-    assert counts.lookup(like) == told
+    assert counts.lookup(like) == latest
     assert (like.h.kvm, like.h.tgid, like.target_tid, like.vcpu) == (KEY.kvm, 185, 186, 0)
 
 
@@ -81,9 +81,9 @@ def test_what_is_no_size_is_not_known() -> None:
     fault = FaultRecord(signal.h, 8, KEY.hva, 0, 0)
     fault.h.type = records.FAULT
     translator = BpfTranslator(0, ({}, {}), "/nonexistent")
-    (told,) = [
+    (one,) = [
         event
         for event in translator.translate([bytes(signal), bytes(fault)], Kernel())
         if isinstance(event, Sigbus)
     ]
-    assert (told.lsb, told.gfn) == (None, 8)
+    assert (one.lsb, one.gfn) == (None, 8)

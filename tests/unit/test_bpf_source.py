@@ -83,8 +83,8 @@ def test_a_vm_that_begins_while_programs_are_attached_is_one(
     monkeypatch.setattr(bpf, "BpfTranslator", lambda *_: BpfTranslator(0, ({}, {}), str(tmp_path)))
     monkeypatch.setattr(host, "lockdown", lambda: None)
     source = bpf.BpfSource()
-    told = [event for _ in range(3) for event in source.poll(0)]
-    assert [(event.vm, event.pid) for event in told if isinstance(event, VmSeen)] == [(1, PID)]
+    events = [event for _ in range(3) for event in source.poll(0)]
+    assert [(event.vm, event.pid) for event in events if isinstance(event, VmSeen)] == [(1, PID)]
     assert source.memory._struct(1) == AT
 
 
@@ -102,8 +102,8 @@ def test_while_kvm_comes_and_goes_no_poll_takes_longer_than_it_may(
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(host, "lockdown", lambda: None)
     source = bpf.BpfSource()
-    told = [[event.kind for event in source.poll(0.01)] for _ in range(3)]
-    assert told == [[], [], ["vm_seen"]]
+    events = [[event.kind for event in source.poll(0.01)] for _ in range(3)]
+    assert events == [[], [], ["vm_seen"]]
     assert (modules, made) == ([], [])
     assert len(slept) == 2
     assert max(slept) <= 0.01

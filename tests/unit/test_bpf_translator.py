@@ -138,7 +138,7 @@ def exits_in(events: list[Event]) -> list[Exit]:
     return [event for event in events if isinstance(event, Exit)]
 
 
-def told(translator: BpfTranslator, kernel: Kernel) -> list[Exit]:
+def read_exits(translator: BpfTranslator, kernel: Kernel) -> list[Exit]:
     return exits_in(translator.counters(kernel, at_once=True))
 
 
@@ -155,7 +155,7 @@ def vm_gone(number: int) -> bytes:
 def test_an_exit_with_a_counter_of_its_own(translator: BpfTranslator) -> None:
     kernel = Kernel()
     kernel.count(key(), 4)
-    (one,) = told(translator, kernel)
+    (one,) = read_exits(translator, kernel)
     assert (one.vcpu, one.errno, one.reason, one.annotated, one.count) == (1, 14, 39, True, 4)
     assert (one.gpa, one.gfn, one.size, one.flags, one.gmem) == (0x5000, 5, 4096, 0, 2)
 
@@ -169,15 +169,15 @@ def test_conversions_have_an_address_where_all_of_them_have_the_same(
     assert (first.vcpu, first.size, first.flags, first.gmem) == (1, 4096, PRIVATE, 0)
     # The third to the fifth were at 0x3000, and the second elsewhere.
     kernel.count(one, 5, 0x3000, since=3)
-    (mixed,) = told(translator, kernel)
+    (mixed,) = read_exits(translator, kernel)
     assert (mixed.gpa, mixed.gfn, mixed.count) == (None, None, 4)
     # On and on at 0x3000.
     kernel.count(one, 500, 0x3000, since=3)
-    (same,) = told(translator, kernel)
+    (same,) = read_exits(translator, kernel)
     assert (same.gpa, same.gfn, same.count) == (0x3000, 3, 495)
     # The counter was read while the next exit was about to be counted.
     kernel.count(one, 510, 0x9000, since=511)
-    assert [e.gpa for e in told(translator, kernel)] == [None]
+    assert [e.gpa for e in read_exits(translator, kernel)] == [None]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_full_map_keeps_errno_and_cause(
     assert sum(vm.exits.values()) == 5000
 
 
-def test_what_is_known_of_the_errno_only(translator: BpfTranslator) -> None:
+def test_an_exit_of_which_only_the_errno_is_known(translator: BpfTranslator) -> None:
     kernel, correlator = Kernel(), Correlator()
     nothing = {"flags": 0, "reason": NO_REASON, "annotated": 0, "gmem": 0}
     kernel.count(overflow(**nothing), 5)
@@ -220,7 +220,7 @@ def test_a_memory_fault_without_an_errno(translator: BpfTranslator) -> None:
     """arm64's nested virtualization: KVM_RUN returns 0."""
     kernel = Kernel()
     kernel.count(key(ret=0, gmem=-133), 1)
-    (one,) = told(translator, kernel)
+    (one,) = read_exits(translator, kernel)
     assert (one.errno, one.reason, one.annotated, one.gpa) == (0, 39, True, 0x5000)
     assert (one.size, one.flags, one.gmem) == (4096, 0, 133)
 
@@ -255,7 +255,7 @@ def test_what_is_due_is_read_though_nothing_more_is_counted(
     assert [one.count for one in exits_in(translator.counters(kernel))] == [1]
 
 
-def test_a_vms_last_exits_are_told_before_its_end_and_many_ends_take_one_reading(
+def test_a_vms_last_exits_come_before_its_end_and_many_ends_take_one_reading(
     translator: BpfTranslator, clock: Callable[[float], None]
 ) -> None:
     kernel = Kernel()
@@ -451,8 +451,8 @@ def test_a_vm_at_the_address_of_one_whose_end_was_missed(translator: BpfTranslat
 def test_new_programs_count_from_zero(translator: BpfTranslator) -> None:
     kernel = Kernel()
     kernel.count(key(), 4)
-    assert [one.count for one in told(translator, kernel)] == [4]
+    assert [one.count for one in read_exits(translator, kernel)] == [4]
     assert translator.reset() == []
     kernel = Kernel()
     kernel.count(key(), 3)
-    assert [one.count for one in told(translator, kernel)] == [3]
+    assert [one.count for one in read_exits(translator, kernel)] == [3]

@@ -1,4 +1,4 @@
-"""Recordings that are not as they were written: what is reported, and what is read all the same."""
+"""Recordings that were changed: what is reported, and what is still read."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_line_has_its_number_and_the_crc_of_what_stands_before() -> None:
         assert end == f"{zlib.crc32(body.encode())}}}\n"
 
 
-def test_a_reader_that_knows_no_checksums_reads_the_same() -> None:
+def test_a_reader_without_checksums_reads_the_same() -> None:
     decoder = Decoder()
     read = [decoder.event(json.loads(line)) for line in recorded()[1:]]
     assert [event for event in read if event is not None] == list(STORY)
@@ -78,7 +78,7 @@ def in_other_bytes(line: str) -> str:
 
 
 @pytest.mark.parametrize("rewritten", [without_checksums, in_other_bytes])
-def test_what_says_the_same_is_no_damage(tmp_path: Path, rewritten: Callable[[str], str]) -> None:
+def test_another_encoding_is_no_damage(tmp_path: Path, rewritten: Callable[[str], str]) -> None:
     path = tmp_path / "r"
     path.write_text("".join(map(rewritten, recorded(NAMED, *STORY))), encoding="utf-8")
     events, source = read(path)
@@ -86,7 +86,7 @@ def test_what_says_the_same_is_no_damage(tmp_path: Path, rewritten: Callable[[st
     assert (source.damage, source.doubt) == (None, None)
 
 
-def test_lines_that_were_filtered_out_are_counted_and_the_rest_is_told(path: Path) -> None:
+def test_lines_that_were_filtered_out_are_counted_and_the_rest_is_read(path: Path) -> None:
     lines = recorded()
     path.write_text("".join([lines[0], *(line for line in lines if '"exit"' in line)]))
     events, _ = read(path)
@@ -113,7 +113,7 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def test_numbers_that_were_rounded_are_read_and_told(tmp_path: Path) -> None:
+def test_rounded_numbers_are_read_and_reported(tmp_path: Path) -> None:
     path = tmp_path / "r"
     late = 123_456_789
     written = (Poison(T0 + late, 5, "a", "b"), Mce(T0 + late, None, None, 1, 2, 0, 0xBD << 56))
@@ -158,7 +158,7 @@ def test_a_header_that_was_changed_costs_no_event(path: Path) -> None:
     assert source.damage.hint == "5 events read"
 
 
-def test_a_line_without_a_checksum_among_others_is_read_and_told(path: Path) -> None:
+def test_a_line_without_a_checksum_among_others_is_read_and_reported(path: Path) -> None:
     lines = recorded()
     lines[-1:-1] = ['{"kind":"quiet","ts":9}\n', '{"kind":"omen"}\n']
     path.write_text("".join(lines))
@@ -211,7 +211,7 @@ def test_a_recording_without_its_end(path: Path) -> None:
     assert result.stderr == f"kvmtrace: {path}: the last line is cut off; left out\n"
 
 
-def test_a_compressed_one_is_told_apart(tmp_path: Path) -> None:
+def test_a_compressed_recording_is_recognized(tmp_path: Path) -> None:
     path = tmp_path / "r.gz"
     path.write_bytes(b"\x1f\x8b\x08\0\0\n")
     assert "hint: it is compressed: unpack it first\n" in invoke("replay", str(path)).stderr
@@ -221,7 +221,7 @@ def test_a_compressed_one_is_told_apart(tmp_path: Path) -> None:
 def test_record_ends_what_it_writes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: FakeSource
 ) -> None:
-    """Also if its source fails: what it reported until then is whole."""
+    """Also if its source fails: the recording until then is whole."""
     monkeypatch.setattr(sources, "open_source", lambda kind: source)
     monkeypatch.setattr(identity, "vm_processes", lambda: {})
     path = tmp_path / "r"
@@ -231,7 +231,7 @@ def test_record_ends_what_it_writes(
     assert (read_back.damage, read_back.whole) == (None, True)
 
 
-def test_many_places_are_counted() -> None:
+def test_many_lines_are_counted() -> None:
     places = Places()
     for number in [3, 4, 5, *range(10, 40, 2)]:
         places.add(number)
@@ -242,7 +242,7 @@ def test_many_places_are_counted() -> None:
 
 
 @pytest.mark.parametrize("broken", [3, 4])
-def test_a_serve_that_garbles_is_not_believed(broken: int) -> None:
+def test_a_serve_that_sends_damaged_lines_is_not_read(broken: int) -> None:
     file = io.StringIO()
     writer = Writer(file, HOST)
     writer.write(STORY, PROBES)
@@ -252,7 +252,7 @@ def test_a_serve_that_garbles_is_not_believed(broken: int) -> None:
     def joined(said: str) -> RemoteSource | None:
         answering = feed.FeedServer(lambda client: client.sendall(said.encode()))
         try:
-            return RemoteSource.join()
+            return RemoteSource.connect()
         finally:
             answering.close()
 
@@ -283,8 +283,10 @@ HUGE = "9" * 400
 )
 @pytest.mark.parametrize("matches", [True, False])
 @pytest.mark.parametrize("exact", [str((1 << 53) + 1), str(1 << 53), '"x"', "null"])
-def test_whoever_makes_the_checksums(tmp_path: Path, body: str, matches: bool, exact: str) -> None:
-    """A recording comes from outside: a checksum that matches makes nothing true."""
+def test_lines_with_any_checksum_are_checked(
+    tmp_path: Path, body: str, matches: bool, exact: str
+) -> None:
+    """A recording comes from outside: a matching checksum proves nothing."""
     path = tmp_path / "r"
     first, *rest = recorded(ends=False)
     lines = [first.replace(str((1 << 53) + 1), exact), *rest]

@@ -1,4 +1,4 @@
-"""One clock: events, what is looked up, and ages in views, whatever happens to the wall clock."""
+"""One clock for events, lookups and ages in views, whatever happens to the wall clock."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_serves_events_have_the_serves_clock() -> None:
 
 
 def test_a_loss_by_another_clock_does_not_end_a_loop() -> None:
-    """As recordings of older kvmtraces have it."""
+    """As in recordings of older versions."""
     correlator = Correlator()
     begin: list[Event] = [
         VmSeen(T0, 1, 7, "web-1"),
@@ -169,7 +169,7 @@ def test_a_step_is_noticed_once(clocks: Clocks, step: int) -> None:
     assert steps.look() == ClockStep(T0 + 4 * SECOND, -step, 0)
 
 
-def test_that_clocks_are_read_one_after_the_other_is_no_part_of_a_step(clocks: Clocks) -> None:
+def test_the_time_between_two_readings_is_not_part_of_a_step(clocks: Clocks) -> None:
     """A day less 300 ns would be shown as 23 hours."""
     steps = clock.Steps()
     clocks.realtime += DAY - 300
@@ -200,7 +200,7 @@ def test_the_offset_is_exact_although_the_thread_waited(clocks: Clocks) -> None:
     assert clock.now_ns() == clocks.realtime
 
 
-def test_a_suspended_host_is_a_step_that_says_so(clocks: Clocks) -> None:
+def test_a_suspension_is_a_step_with_its_duration(clocks: Clocks) -> None:
     steps = clock.Steps()
     clocks.suspend(8 * 3600 * SECOND)
     (step,) = filter(None, [steps.look()])
@@ -218,7 +218,7 @@ def test_the_time_of_day_is_that_of_the_steps_until_then() -> None:
 
 
 class Machine(FakeSource):
-    """A source of one VM: ``poisons`` and what else is said comes with the next poll."""
+    """A source of one VM; ``poisons`` and other events come with the next poll."""
 
     def __init__(self, clocks: Clocks) -> None:
         super().__init__([VmSeen(clock.now_ns(), 1, 4001, "web-1", None, "qemu")])
@@ -357,7 +357,7 @@ def test_recordings_and_joiners_have_the_same_times(
     ts = {one["pfn"]: one["ts"] for one in records if one.get("kind") == "poison"}
     assert ts == {0x10: T0 + 3 * SECOND, 0x20: T0 + 7 * SECOND + SECOND // 5 + step}
     with open_door(session):
-        joined = RemoteSource.join()
+        joined = RemoteSource.connect()
         assert joined is not None
         joiner = Session(joined)
         joiner.pump(0)
@@ -368,7 +368,7 @@ def test_recordings_and_joiners_have_the_same_times(
     source.close()
 
 
-def test_only_who_watches_this_host_watches_its_clock(clocks: Clocks, tmp_path: Path) -> None:
+def test_only_sources_of_this_host_follow_its_clock(clocks: Clocks, tmp_path: Path) -> None:
     class Joined(FakeSource):
         epoch_offset_ns = clock.epoch_offset_ns()
 
@@ -388,7 +388,7 @@ def test_only_who_watches_this_host_watches_its_clock(clocks: Clocks, tmp_path: 
 
 @pytest.mark.parametrize("step", [DAY, -3600 * SECOND])
 def test_a_step_is_no_silence(clocks: Clocks, step: int) -> None:
-    """A refusal that no exit tells within 5 s was not delivered: a day's step is not 5 s."""
+    """A refusal without an exit within 5 s was not delivered: a step of a day is not 5 s."""
     machine = Machine(clocks)
     session = Session(machine)
     machine.said = [GmemRefusal(clock.now_ns(), 1, 8)]

@@ -409,7 +409,7 @@ def test_signals_without_a_poison_do_not_pile_up() -> None:
     correlator.feed(seen(1))
     for n in range(10_000):
         correlator.feed(Sigbus(T0 + n, 4001, VCPU, 4, HVA, 12, VCPU, vm=1, vcpu=0, gfn=8))
-    assert sum(map(len, correlator._halves._signals.values())) <= Limits().pending_each
+    assert sum(map(len, correlator._pending._signals.values())) <= Limits().pending_each
     assert correlator.snapshot().vms[1].sigbus == {"AR": 10_000}
 
 
@@ -463,7 +463,7 @@ def test_a_signal_event_may_stand_for_many() -> None:
     )
     assert only(snapshot).sigbus == 1000
     assert snapshot.vms[1].sigbus == {"AR": 1000}
-    assert only(snapshot).told[0].sigbus == {"AR": 1000}
+    assert only(snapshot).notifications[0].sigbus == {"AR": 1000}
 
 
 def test_a_synchronous_external_abort_is_a_delivery() -> None:

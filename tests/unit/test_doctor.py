@@ -12,6 +12,7 @@ from kvmtrace import sources
 from kvmtrace.choice import Attempt
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host, kallsyms
+from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import Probe, specs
 from kvmtrace.views import doctor
 from tests.unit.command_line import invoke
@@ -24,7 +25,7 @@ HEALTHY = host.Facts(
     lockdown="none",
     kvm=host.Kvm(True, "kvm_amd", True, 1),
     types=host.Types(True, True, True),
-    tracefs=host.Tracefs("/sys/kernel/tracing", True, True, True),
+    tracefs=mount.Tracefs("/sys/kernel/tracing", True, True, True),
     symbols=kallsyms.Symbols({"kvm_arch_vcpu_ioctl_run": "kvm"}, False),
     poison_names=True,
     bcc=host.Bcc("0.31.0"),
@@ -105,8 +106,8 @@ def test_the_capability_never_decides() -> None:
         ({"types": host.Types(False, False, None)}, "types (BTF)", "CONFIG_DEBUG_INFO_BTF"),
         ({"types": host.Types(True, False, None)}, "memory-fault exit", "load kvm"),
         ({"tracefs": None}, "tracefs", "mount -t tracefs"),
-        ({"tracefs": host.Tracefs("/t", False, False, False)}, "tracefs", "lockdown"),
-        ({"tracefs": host.Tracefs("/t", True, False, True)}, "tracefs", "CONFIG_KPROBE_EVENTS"),
+        ({"tracefs": mount.Tracefs("/t", False, False, False)}, "tracefs", "lockdown"),
+        ({"tracefs": mount.Tracefs("/t", True, False, True)}, "tracefs", "CONFIG_KPROBE_EVENTS"),
         ({"poison_names": False}, "poison's names", "mount tracefs"),
         ({"bcc": host.Bcc(None, "not installed", "apt install python3-bpfcc")}, "bcc", "bpfcc"),
     ],

@@ -1,4 +1,4 @@
-"""The socket of a serve: where it is, who may ask, and what stands in its place."""
+"""The socket of a serve: where it is, who may connect, and stale or foreign files there."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmtrace import feed_socket
 from kvmtrace.session import feed
 from kvmtrace.sources.remote import RemoteSource
 
@@ -35,8 +36,8 @@ def opened() -> Iterator[feed.FeedServer]:
 
 
 def heard() -> bytes | None:
-    """What a client is sent; None where nobody is there."""
-    found = feed.knock()
+    """What a client is sent; None without a serve."""
+    found = feed_socket.connect()
     if found is None:
         return None
     client, pid = found
@@ -85,7 +86,7 @@ def is_answered(path: str) -> bool:
 def test_the_directory_is_made_for_its_owner_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(feed.VARIABLE, str(tmp_path / "new"))
+    monkeypatch.setenv(feed_socket.VARIABLE, str(tmp_path / "new"))
     monkeypatch.setattr(feed, "GROUP", "no such group")
     answering = feed.FeedServer(greet)
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
@@ -98,11 +99,11 @@ def test_the_directory_is_made_for_its_owner_alone(
 
 
 @needs_root
-def test_root_and_others_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(feed.VARIABLE)
+def test_directories_of_root_and_of_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(feed_socket.VARIABLE)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/65534")
-    assert feed.directory() == "/run/kvmtrace"
-    assert as_nobody(lambda: feed.directory() == "/run/user/65534/kvmtrace")
+    assert feed_socket.directory() == "/run/kvmtrace"
+    assert as_nobody(lambda: feed_socket.directory() == "/run/user/65534/kvmtrace")
     monkeypatch.delenv("XDG_RUNTIME_DIR")
 
     def refused() -> bool:
@@ -113,9 +114,9 @@ def test_root_and_others_have_directories_of_their_own(monkeypatch: pytest.Monke
     assert as_nobody(refused)
 
 
-def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_path_as_name(tmp_path: Path) -> None:
     answering = feed.FeedServer(greet, str(tmp_path / "own"))
-    found = feed.knock(str(tmp_path / "own"))
+    found = feed_socket.connect(str(tmp_path / "own"))
     assert found
     found[0].close()
     assert heard() is None
@@ -140,12 +141,12 @@ def test_a_directory_behind_a_link_is_refused(
     own_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (own_directory / "link").symlink_to(own_directory)
-    monkeypatch.setenv(feed.VARIABLE, str(own_directory / "link"))
+    monkeypatch.setenv(feed_socket.VARIABLE, str(own_directory / "link"))
     with pytest.raises(OSError, match="Not a directory"):
         feed.FeedServer(greet)
 
 
-# -- what stands in its place
+# -- other files of that name
 
 
 LEAVE = """
@@ -157,7 +158,7 @@ time.sleep(600)
 """
 
 
-def test_what_a_killed_serve_left_is_replaced(own_directory: Path) -> None:
+def test_the_socket_of_a_killed_serve_is_replaced(own_directory: Path) -> None:
     left = subprocess.Popen(
         [sys.executable, "-c", LEAVE], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
     )
@@ -175,14 +176,14 @@ def test_what_a_killed_serve_left_is_replaced(own_directory: Path) -> None:
     answering.close()
 
 
-def test_a_second_one_does_not_take_the_place_of_the_first(opened: feed.FeedServer) -> None:
+def test_a_second_serve_does_not_replace_the_first(opened: feed.FeedServer) -> None:
     with pytest.raises(OSError, match="another kvmtrace serve"):
         feed.FeedServer(greet)
     assert heard() == b"hello"
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "directory"])
-def test_what_is_no_socket_is_left_alone(own_directory: Path, kind: str) -> None:
+def test_another_kind_of_file_is_not_replaced(own_directory: Path, kind: str) -> None:
     there = own_directory / "serve.sock"
     if kind == "file":
         there.write_text("precious")
@@ -196,7 +197,7 @@ def test_what_is_no_socket_is_left_alone(own_directory: Path, kind: str) -> None
     assert there.lstat() == before
 
 
-def test_the_end_of_one_does_not_remove_what_replaced_it(opened: feed.FeedServer) -> None:
+def test_a_serve_that_ends_does_not_remove_another_ones_socket(opened: feed.FeedServer) -> None:
     os.unlink(opened.path)
     other = feed.FeedServer(greet)
     opened.close()
@@ -204,7 +205,7 @@ def test_the_end_of_one_does_not_remove_what_replaced_it(opened: feed.FeedServer
     other.close()
 
 
-def test_of_many_that_start_at_once_one_is_there(own_directory: Path) -> None:
+def test_of_many_serves_that_start_at_once_one_listens(own_directory: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(own_directory / "serve.sock"))  # all of them find one that was left
     answering: list[feed.FeedServer] = []
@@ -225,12 +226,12 @@ def test_of_many_that_start_at_once_one_is_there(own_directory: Path) -> None:
     answering[0].close()
 
 
-# -- who
+# -- permissions
 
 
 @needs_root
 def test_another_user_does_not_get_in(opened: feed.FeedServer, own_directory: Path) -> None:
-    """Neither by the directory nor, where that lets everybody through, by the socket."""
+    """Neither by the directory nor, if that is open to everybody, by the socket."""
     for path in (own_directory, *own_directory.parents):
         if path.stat().st_mode & 0o001:
             break
@@ -245,7 +246,7 @@ def test_another_user_does_not_get_in(opened: feed.FeedServer, own_directory: Pa
 def test_the_group_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group = next(one for one in grp.getgrall() if one.gr_gid not in (0, NOBODY))
     monkeypatch.setattr(feed, "GROUP", group.gr_name)
-    monkeypatch.setenv(feed.VARIABLE, str(tmp_path / "new"))
+    monkeypatch.setenv(feed_socket.VARIABLE, str(tmp_path / "new"))
     for path in (tmp_path, *tmp_path.parents):
         if path.stat().st_mode & 0o001:
             break
@@ -257,14 +258,14 @@ def test_the_group_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             assert (found.st_uid, found.st_gid) == (0, group.gr_gid)
             assert stat.S_IMODE(found.st_mode) == mode
         assert as_nobody(lambda: is_answered(answering.path), group.gr_gid)
-        assert as_nobody(lambda: feed.knock() is not None, group.gr_gid)
+        assert as_nobody(lambda: feed_socket.connect() is not None, group.gr_gid)
         assert not as_nobody(lambda: connects(answering.path))
     finally:
         answering.close()
 
 
 @needs_root
-def test_a_serve_of_another_user_is_not_believed(own_directory: Path) -> None:
+def test_a_serve_of_another_user_is_not_trusted(own_directory: Path) -> None:
     there = own_directory / "serve.sock"
     ready, done = socket.socketpair()
     child = os.fork()
@@ -282,22 +283,22 @@ def test_a_serve_of_another_user_is_not_believed(own_directory: Path) -> None:
     with ready, done:
         assert ready.recv(1) == b"x"
     assert connects(str(there))
-    assert feed.knock() is None
+    assert feed_socket.connect() is None
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 
 
-def test_who_is_there_says_the_kernel() -> None:
+def test_credentials_come_from_the_kernel() -> None:
     one, other = socket.socketpair(socket.AF_UNIX)
     with one, other:
-        assert feed._credentials(one) == (os.getpid(), os.geteuid())
-        assert os.getegid() in feed._groups(one)
+        assert feed_socket.credentials(one) == (os.getpid(), os.geteuid())
+        assert os.getegid() in feed_socket.groups(one)
 
 
 # -- crowds
 
 
-def test_a_full_queue_is_somebody(own_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_is_waited_for(own_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as first:
         listening.bind(str(own_directory / "serve.sock"))
         listening.listen(0)
@@ -314,13 +315,13 @@ def test_a_full_queue_is_somebody(own_directory: Path, monkeypatch: pytest.Monke
                 connect(self, address)  # type: ignore[arg-type]
 
         monkeypatch.setattr(socket, "socket", Counting)
-        found = feed.knock()
+        found = feed_socket.connect()
         assert found is not None
         assert tries == 3
         found[0].close()
 
 
-def test_all_of_many_at_once_are_answered() -> None:
+def test_many_clients_at_once_are_served() -> None:
     together = threading.Barrier(feed.MAX_CLIENTS)
 
     def wait_for_all(client: socket.socket) -> None:
@@ -340,7 +341,7 @@ def test_all_of_many_at_once_are_answered() -> None:
     assert answers == [b"hello"] * feed.MAX_CLIENTS
 
 
-def test_who_has_left_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_closed_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "MAX_CLIENTS", 1)
     go = threading.Event()
 
@@ -350,10 +351,10 @@ def test_who_has_left_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
     answering = feed.FeedServer(greet_and_stay)
     assert [heard(), heard()] == [b"hello", b"hello"]
-    stays = feed.knock()
+    stays = feed_socket.connect()
     assert stays is not None
     assert stays[0].recv(16) == b"hello"
-    assert RemoteSource.join() is None
+    assert RemoteSource.connect() is None
     go.set()
     stays[0].close()
     answering.close()

@@ -25,6 +25,7 @@ from kvmtrace.events import (
 )
 from kvmtrace.events import VcpuState as Look
 from kvmtrace.model import Snapshot
+from kvmtrace.views.timeline import description
 from tests.unit.test_correlate import HVA, T0, hwpoison, seen
 
 S = 1_000_000_000
@@ -167,7 +168,7 @@ def test_many_entries_of_one_sort_leave_room_for_what_matters() -> None:
     snapshot, _ = fed(Limits(), seen(1), poison, *many, told, VmGone(T0 + 2 * S, 1))
     (incident,) = snapshot.incidents
     assert len(incident.timeline) == 64
-    whats = [moment.what for moment in incident.timeline]
+    whats = [description(entry) for entry in incident.timeline]
     assert "the VM is gone" in whats
     assert any(what.startswith("KVM_RUN on vCPU 0: EHWPOISON") for what in whats)
     assert incident.omitted == 139
@@ -229,7 +230,7 @@ def test_all_gfns_of_one_loss_are_one_incident(pages: int) -> None:
     assert snapshot.lost == {}
     (mine,) = [i for i in snapshot.incidents if i.pfn == 0x80010]
     assert [owner.gfn for owner in mine.owners] == [0x1010]
-    assert sum(t.exits for t in mine.told) == 512
+    assert sum(t.exits for t in mine.notifications) == 512
     # Each page once: its guest goes through it, and no VMM goes back to the same page.
     assert (mine.state, mine.verdict) == ("delivered", "unknown")
     correlator.feed(Tick(T0 + 60 * S))

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvmtrace.probes import POISON_EVENTS, Probe
-from kvmtrace.sources.ftrace import fields
-from kvmtrace.sources.ftrace.attach import Attacher
+from kvmtrace.sources.ftrace.attach import RINGS, Attacher
 
 FORMAT = """name: {name}
 ID: {id}
@@ -57,7 +56,7 @@ def attacher(root: Path, *events: str) -> tuple[Attacher, Ring]:
     for file in ("dynamic_events", "kprobe_events"):
         (root / file).write_text("")
     ring = Ring(root / "instances" / "one")
-    made = Attacher(str(root), "group", dict.fromkeys(fields.RINGS, ring))  # type: ignore[arg-type]
+    made = Attacher(str(root), "group", dict.fromkeys(RINGS, ring))  # type: ignore[arg-type]
     made.attach(False)
     return made, ring
 
@@ -80,7 +79,7 @@ def test_of_two_the_first_is_taken(tmp_path: Path) -> None:
     assert ring.read(f"events/{POISON_EVENTS[1].replace(':', '/')}/enable") == ""
 
 
-def test_of_none_it_is_said_what_was_looked_for(tmp_path: Path) -> None:
+def test_without_a_target_the_reason_names_the_first(tmp_path: Path) -> None:
     made, _ = attacher(tmp_path)
     probe = state(made, "poison")
     assert (probe.attached, probe.target) == (False, None)

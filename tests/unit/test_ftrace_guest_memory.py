@@ -34,7 +34,7 @@ def process(proc: Path, pid: int, vms: int = 1, guest_memfd: str = "") -> int:
 def memory(proc: Path, inode: int) -> tuple[FtraceMemory, VmTable, Memslots]:
     vms, guest = VmTable(str(proc)), Memslots()
     vms.scan(1)
-    guest.poisoned(inode, INDEX, PFN)
+    guest.add_poisoned(inode, INDEX, PFN)
     return FtraceMemory(VmResolver(vms, lambda tid: None), guest, str(proc)), vms, guest
 
 
@@ -50,14 +50,14 @@ def test_the_holder_of_the_inode_owns_the_page(tmp_path: Path) -> None:
     assert known.page(PFN + 1) is None
 
 
-def test_nobody_is_named_where_two_may_own_it(tmp_path: Path) -> None:
+def test_no_owner_is_named_where_two_are_possible(tmp_path: Path) -> None:
     process(tmp_path, 6, guest_memfd="anon_inode:[kvm-gmem]")
     inode = process(tmp_path, 7, guest_memfd="anon_inode:[kvm-gmem]")
     known, _, _ = memory(tmp_path, inode)
     assert known.page(PFN) is None
 
 
-def test_nobody_is_named_where_nobody_holds_it(tmp_path: Path) -> None:
+def test_no_owner_is_named_where_no_process_has_it_open(tmp_path: Path) -> None:
     process(tmp_path, 7, guest_memfd="anon_inode:[kvm-gmem]")
     known, _, _ = memory(tmp_path, 1)
     assert known.page(PFN) is None
@@ -69,6 +69,6 @@ def test_slots_are_those_that_were_seen(tmp_path: Path) -> None:
     (vm,) = vms.of_pid(7)
     assert not known.slots(vm)  # which struct kvm it is was not reported yet
     vms.key(STRUCT, 7, 2)
-    guest.learn({"kvm": STRUCT, "base": 0x100, "npages": 16, "hva": 0x10000})
-    guest.learn({"kvm": STRUCT, "base": 0x200, "npages": 16, "as_id": 1})
+    guest.add({"kvm": STRUCT, "base": 0x100, "npages": 16, "hva": 0x10000})
+    guest.add({"kvm": STRUCT, "base": 0x200, "npages": 16, "as_id": 1})
     assert known.slots(vm) == (Memslot(None, 0x100, 16, 0x10000), Memslot(None, 0x200, 16, 0, 1))

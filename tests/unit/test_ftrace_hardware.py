@@ -56,7 +56,7 @@ def test_extlog(pa: int, lsb: int, addr: int | None, grain: int | None) -> None:
     assert told.pfn == (None if addr is None else addr >> 12)
 
 
-def test_firmware_says_what_is_valid() -> None:
+def test_only_fields_that_firmware_declares_valid_are_used() -> None:
     # Node 1, card 2, module 3, bank 4; multi-bit ECC, rank 5, handle 0x1100
     place, kind = 0x0004_0003_0002_0001, 0x1100_0000_0005_0003
     said = {"sev": 2, "addr": 0x7000, "mask": 0xFFFFFFFFFFFFF000, "place": place, "kind": kind}
@@ -78,7 +78,7 @@ def info(valid: int, addr: int, kind: int = 1 << 1) -> bytes:
     return struct.pack("<BBHBHBQQQ", 0, 32, valid, kind, 0, 0, 0, 0, addr)
 
 
-def test_arm_processors_tell_the_first_physical_address() -> None:
+def test_of_an_arm_processor_error_the_first_physical_address_is_taken() -> None:
     told = error("arm_event", sev=2, pei_buf=info(0, 0x1000) + info(1 << 4, 0x5040))
     assert (told.severity, told.addr, told.pfn) == ("recoverable", 0x5040, 5)
     assert error("arm_event", mpidr=1) == HwError(7, "ras:arm_event")  # before 7.0: no more fields

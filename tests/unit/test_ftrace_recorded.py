@@ -16,8 +16,8 @@ import pytest
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event, Exit, Mce, Poison, Sigbus, VmGone, VmSeen
-from kvmtrace.linux import host
-from kvmtrace.linux.tracefs import ring_page
+from kvmtrace.linux.tracefs import mount, ring_page
+from kvmtrace.linux.tracefs.histogram import HistogramReader
 from kvmtrace.sources.ftrace import totals
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.translator import FtraceTranslator
@@ -42,18 +42,18 @@ def recorded(path: Path) -> tuple[dict[str, Any], list[Event]]:
             probe, known = formats[ring_page.event_id(entry)]
             found.append(Record(ts + recording["offset_ns"], probe, known.decode(entry)))
     found.sort(key=lambda record: record.ts)
-    tables = host.symbolic_tables(recording["formats"]["poison"])
-    people = VmResolver(VmTable("/nonexistent"), lambda tid: None)
-    joiner = FtraceTranslator(people, (tables["type"], tables["result"]))
-    joiner.faults.watches_gmem = True
-    return recording, joiner.batch(found, found[-1].ts, last=True)
+    tables = mount.symbolic_tables(recording["formats"]["poison"])
+    vms = VmResolver(VmTable("/nonexistent"), lambda tid: None)
+    translator = FtraceTranslator(vms, (tables["type"], tables["result"]))
+    translator.exits.watches_gmem = True
+    return recording, translator.batch(found, found[-1].ts, last=True)
 
 
 def answers(recording: dict[str, Any], step: str) -> list[dict[str, Any]]:
     return [a for a in recording["vmm"] if a["step"] == step and "error" not in a]
 
 
-def test_exits_are_those_that_the_vmm_was_told(path: Path) -> None:
+def test_exits_are_those_that_the_vmm_was_notified_of(path: Path) -> None:
     recording, events = recorded(path)
     told: Counter[tuple[Any, ...]] = Counter()
     for row in recording["vmm"][-1]["failed"]:
@@ -65,9 +65,9 @@ def test_exits_are_those_that_the_vmm_was_told(path: Path) -> None:
             seen[(e.tid, e.vcpu, e.errno, e.reason, e.gpa, e.flags, e.size)] += e.count
     assert seen == told
     counted = totals.KernelTotals()
-    totals.HistogramReader().read("run", lambda: recording["hist"], counted)
+    counted.add("run", HistogramReader().read("run", lambda: recording["hist"]))
     assert sum(counted.exits.values()) == sum(told.values())
-    assert counted.dropped == 0
+    assert counted.exits_without_entry == 0
 
 
 def test_each_exit_has_its_fault(path: Path) -> None:

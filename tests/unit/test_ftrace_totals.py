@@ -8,7 +8,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace.sources.ftrace import totals as hist
+from kvmtrace.linux.tracefs.histogram import HistogramReader
+from kvmtrace.sources.ftrace.attach import PROBES
 from kvmtrace.sources.ftrace.totals import (
     ExitKey,
     KernelTotals,
@@ -16,6 +17,7 @@ from kvmtrace.sources.ftrace.totals import (
     SignalDetails,
     SignalKey,
     VcpuOwner,
+    unkeyed_key_of,
 )
 from kvmtrace.sources.tally import Tally
 
@@ -79,11 +81,17 @@ REST = ExitKey(POISON.vcpu, -133, 39)
 
 
 def counted(*texts: str, event: str = "run") -> KernelTotals:
-    """What is made of a file that says these one after the other, and the last for good."""
+    """The totals of a file that has these texts one after the other, and then the last."""
     left = list(texts)
     totals = KernelTotals()
-    hist.HistogramReader().read(event, lambda: left.pop(0) if len(left) > 1 else left[0], totals)
+    blocks = HistogramReader().read(event, lambda: left.pop(0) if len(left) > 1 else left[0])
+    totals.add(event, blocks)
     return totals
+
+
+def triggers(probe: str, fields: list[str]) -> tuple[str, ...]:
+    """How the kernel counts a probe that has these fields."""
+    return PROBES[probe].triggers(fields)
 
 
 def with_dropped(*dropped: int) -> str:
@@ -93,18 +101,18 @@ def with_dropped(*dropped: int) -> str:
     return "".join(f"{part}Dropped: {n}" for part, n in zip(parts, numbers, strict=False))
 
 
-def test_the_hist_file_is_understood() -> None:
+def test_the_hist_file_is_parsed() -> None:
     totals = counted(TEXT)
     assert totals.exits == {BARE: 2, POISON: 21}
     assert totals.sizes == {POISON: 4096}
-    assert totals.whose == {
+    assert totals.vcpu_owners == {
         BARE.vcpu: {VcpuOwner(0xFFFF8C080160A000, 0, 150): 2},
         POISON.vcpu: {VcpuOwner(0xFFFF8C0801814000, 1, 146): 21},
     }
-    assert (totals.rests, totals.full, totals.dropped) == ({REST: 0}, False, 0)
+    assert (totals.unkeyed, totals.full, totals.exits_without_entry) == ({REST: 0}, False, 0)
     # A sum that no one number explains gives none.
     odd = counted(TEXT.replace("3066", "3067").replace("86016", "86017"))
-    assert list(odd.whose[POISON.vcpu]) == [VcpuOwner(0xFFFF8C0801814000, 1, None)]
+    assert list(odd.vcpu_owners[POISON.vcpu]) == [VcpuOwner(0xFFFF8C0801814000, 1, None)]
     assert odd.sizes == {}
     assert counted("") == KernelTotals()
 
@@ -140,14 +148,14 @@ def test_what_begins_between_two_readings_waits_for_the_next() -> None:
 
 
 def test_what_is_known_is_not_read_again() -> None:
-    reader, readings = hist.HistogramReader(), []
+    reader, readings = HistogramReader(), []
 
     def read() -> str:
         readings.append(TEXT)
         return TEXT
 
     for _ in range(3):
-        reader.read("run", read, KernelTotals())
+        reader.read("run", read)
     assert len(readings) == 2 + 1 + 1
 
 
@@ -155,27 +163,27 @@ def test_what_had_no_entry_is_counted_by_the_first_trigger() -> None:
     more = "reason:         39 } hitcount:         "
     totals = counted(with_dropped(3, 7, 9).replace(f"{more}21", f"{more}30"))
     assert totals.exits == {BARE: 2, POISON: 21}
-    assert (totals.rests, totals.full) == ({REST: 9}, True)
+    assert (totals.unkeyed, totals.full) == ({REST: 9}, True)
     # That no entry was left to name a vCPU's VM loses no exit.
-    assert totals.dropped == 3
+    assert totals.exits_without_entry == 3
     # Exits between the blocks' readings are not taken for such without an entry.
-    assert counted(TEXT.replace(f"{more}21", f"{more}30")).rests == {REST: 0}
-    assert counted(TEXT.replace(f"{more}21", f"{more}20")).rests == {REST: 0}
+    assert counted(TEXT.replace(f"{more}21", f"{more}30")).unkeyed == {REST: 0}
+    assert counted(TEXT.replace(f"{more}21", f"{more}20")).unkeyed == {REST: 0}
 
 
 def test_triggers_count_every_failed_exit() -> None:
-    full = hist.triggers("run", ["vcpu", "ret", "reason", "gpa", "flags", "size", "tgid"])
+    full = triggers("run", ["vcpu", "ret", "reason", "gpa", "flags", "size", "tgid"])
     assert len(full) == 4
     assert full[0].endswith("if ret < 0 && ret != -4 && ret != -11")
     assert "vals=hitcount,size" in full[2]
-    lean = hist.triggers("run", ["vcpu", "ret", "reason"])
+    lean = triggers("run", ["vcpu", "ret", "reason"])
     assert lean == (full[0], full[1].replace(",tgid", ""))
-    assert hist.triggers("poison", ["pfn"]) == ()
+    assert triggers("poison", ["pfn"]) == ()
 
 
 def test_memory_faults_without_an_errno_are_counted() -> None:
     """arm64's nested virtualization: a probe of its own."""
-    where, whose = hist.triggers("vncr", ["vcpu", "kvm", "vid", "gpa", "flags", "size", "tgid"])
+    where, whose = triggers("vncr", ["vcpu", "kvm", "vid", "gpa", "flags", "size", "tgid"])
     assert where.endswith("if ret == 0 && reason == 39")
     text = (
         f"# trigger info: {where} [active]\n#\n\n"
@@ -186,30 +194,30 @@ def test_memory_faults_without_an_errno_are_counted() -> None:
     )
     totals = counted(text, event="vncr")
     key = ExitKey(POISON.vcpu, 0, 39, 0x108000, 0)
-    assert (totals.exits, totals.sizes, totals.dropped) == ({key: 21}, {key: 4096}, 2)
-    assert totals.whose == {POISON.vcpu: {VcpuOwner(0xFFFF8C0801814000, 1, 146): 21}}
-    assert (totals.rests, totals.full) == ({}, False)
+    assert (totals.exits, totals.sizes, totals.exits_without_entry) == ({key: 21}, {key: 4096}, 2)
+    assert totals.vcpu_owners == {POISON.vcpu: {VcpuOwner(0xFFFF8C0801814000, 1, 146): 21}}
+    assert (totals.unkeyed, totals.full) == ({}, False)
 
 
-def test_whose_guest_memfd_never_failed() -> None:
-    _, failing = hist.triggers("gmem", ["kvm", "gfn", "ret"])
+def test_vms_whose_guest_memfd_never_failed() -> None:
+    _, failing = triggers("gmem", ["kvm", "gfn", "ret"])
     text = f"# trigger info: {failing} [active]\n#\n\n"
     row = "{ kvm: ffff8cc583666000, ret: 18446744073709551602 } hitcount:          7\n"
     ends = "\nTotals:\n    Hits: 7\n    Entries: 1\n    Dropped: %d\n"
     totals = counted(text + row + ends % 0, event="gmem")
-    assert totals.failing == {0xFFFF8CC583666000}
-    assert not totals.converts_only(0xFFFF8CC583666000)
-    assert totals.converts_only(VCPU)
-    assert totals.of({VCPU}).converts_only(VCPU)
-    assert counted(text + ends % 0, event="gmem").converts_only(VCPU)
+    assert totals.gmem_efault_vms == {0xFFFF8CC583666000}
+    assert not totals.gmem_never_failed(0xFFFF8CC583666000)
+    assert totals.gmem_never_failed(VCPU)
+    assert totals.of({VCPU}).gmem_never_failed(VCPU)
+    assert counted(text + ends % 0, event="gmem").gmem_never_failed(VCPU)
     # Nobody counted, or not all of it.
-    for said in ("", text + row + ends % 1, text + row.replace("ffff8cc583666000", "no")):
-        assert not counted(said, event="gmem").converts_only(VCPU)
+    for content in ("", text + row + ends % 1, text + row.replace("ffff8cc583666000", "no")):
+        assert not counted(content, event="gmem").gmem_never_failed(VCPU)
 
 
 def test_signals_and_refusals_are_counted_too() -> None:
-    (to_other,) = hist.triggers("sigbus", ["code", "addr", "lsb", "tid", "tgid"])
-    (to_self,) = hist.triggers("sigbus_forced", ["code", "addr", "lsb"])
+    (to_other,) = triggers("sigbus", ["code", "addr", "lsb", "tid", "tgid"])
+    (to_self,) = triggers("sigbus_forced", ["code", "addr", "lsb"])
     assert "keys=tid,code,addr.hex:vals=hitcount,lsb,tgid" in to_other
     assert "keys=common_pid,code,addr.hex:vals=hitcount,lsb:" in to_self
     totals = counted(
@@ -221,19 +229,19 @@ def test_signals_and_refusals_are_counted_too() -> None:
     )
     key = SignalKey("sigbus", 186, 4, 0x7F0D20003000)
     assert totals.signals == {key: 3000}
-    assert totals.facts == {key: SignalDetails(12, 185)}
-    assert totals.signals_dropped == 2
+    assert totals.signal_details == {key: SignalDetails(12, 185)}
+    assert totals.signals_without_entry == 2
     totals = counted(
         "# trigger info: hist:keys=kvm.hex,gfn.hex:vals=hitcount,tgid:sort=hitcount:size=4096"
         " if ret == -133 [active]\n#\n\n"
         "{ kvm: ffff8cc583666000, gfn: 103 } hitcount:          7  tgid:       1295\n",
         event="gmem",
     )
-    assert totals.refused == {RefusalKey(0xFFFF8CC583666000, 0x103): 7}
-    assert totals.refusers == {0xFFFF8CC583666000: 185}
+    assert totals.refusals == {RefusalKey(0xFFFF8CC583666000, 0x103): 7}
+    assert totals.refusal_pids == {0xFFFF8CC583666000: 185}
 
 
-def test_events_are_told_as_they_come_and_totals_tell_the_rest() -> None:
+def test_events_are_reported_as_they_come_and_totals_add_the_rest() -> None:
     tally = Tally[ExitKey]()
     assert [tally.event(BARE) for _ in range(3)] == [True] * 3
     assert tally.total({BARE: 3}) == []
@@ -248,10 +256,10 @@ def test_what_the_kernel_had_no_entry_for_is_lost_unless_its_event_came() -> Non
     for _ in range(5):
         tally.event(BARE)
     tally.total({POISON: 3})
-    assert tally.lost(5) == 0
-    assert tally.lost(9) == 4
-    assert tally.lost(9) == 0
-    assert tally.lost(10) == 1
+    assert tally.newly_lost(5) == 0
+    assert tally.newly_lost(9) == 4
+    assert tally.newly_lost(9) == 0
+    assert tally.newly_lost(10) == 1
 
 
 @given(
@@ -259,34 +267,34 @@ def test_what_the_kernel_had_no_entry_for_is_lost_unless_its_event_came() -> Non
         st.tuples(st.sampled_from(["kept", "dropped", "read"]), st.integers(1, 5)), max_size=60
     )
 )
-def test_the_sum_of_what_is_told_is_what_happened(steps: list[tuple[str, int]]) -> None:
+def test_the_sum_of_what_is_reported_is_what_happened(steps: list[tuple[str, int]]) -> None:
     """However events are dropped and whenever totals are read, no exit is reported twice or not."""
     tally = Tally[ExitKey]()
-    happened = told = 0
+    happened = reported = 0
     in_ring = 0
     for what, count in [*steps, ("read", 1)]:
         if what == "read":
             totals = {BARE: happened}
             # Some of the events may be read before, others after the totals.
             early = in_ring // count
-            told += sum(tally.event(BARE) for _ in range(early))
-            told += sum(n for _, n in tally.total(totals))
-            told += sum(tally.event(BARE) for _ in range(in_ring - early))
+            reported += sum(tally.event(BARE) for _ in range(early))
+            reported += sum(n for _, n in tally.total(totals))
+            reported += sum(tally.event(BARE) for _ in range(in_ring - early))
             in_ring = 0
-            assert told == happened
+            assert reported == happened
         else:
             happened += count
             in_ring += count if what == "kept" else 0
-    assert told == happened
+    assert reported == happened
 
 
 class FullKernel:
     """A kernel with room for two addresses, a ring that drops, and who reads both."""
 
     def __init__(self) -> None:
-        self.tally = Tally[ExitKey](hist.rest_of)
+        self.tally = Tally[ExitKey](unkeyed_key_of)
         self.happened: Counter[ExitKey] = Counter()
-        self.told: Counter[ExitKey] = Counter()
+        self.reported: Counter[ExitKey] = Counter()
         self.entries: dict[ExitKey, int] = {}
         self.dropped = 0
         self.ring: list[ExitKey] = []
@@ -301,19 +309,19 @@ class FullKernel:
         self.ring += [key] * kept
 
     def totals(self) -> KernelTotals:
-        rests = {ExitKey(VCPU, -14, 39): self.dropped}
-        return KernelTotals(dict(self.entries), rests=rests, full=self.dropped > 0)
+        unkeyed = {ExitKey(VCPU, -14, 39): self.dropped}
+        return KernelTotals(dict(self.entries), unkeyed=unkeyed, full=self.dropped > 0)
 
     def settle(self, totals: KernelTotals) -> None:
-        """As Joiner.batch does: what the ring has is reported before the counts."""
+        """As FtraceTranslator.batch does: what the ring has is reported before the counts."""
         for key in self.ring:
-            self.told[key] += self.tally.event(key)
+            self.reported[key] += self.tally.event(key)
         self.ring.clear()
-        for key, count in self.tally.total(totals.exits) + self.tally.rests(totals.rests):
-            self.told[key] += count
+        for key, count in self.tally.total(totals.exits) + self.tally.unkeyed(totals.unkeyed):
+            self.reported[key] += count
         if totals.full:
-            self.tally.fold(totals.exits)
-        assert self.told.total() <= self.happened.total()
+            self.tally.forget_unkeyed(totals.exits)
+        assert self.reported.total() <= self.happened.total()
 
 
 VCPU = BARE.vcpu
@@ -335,32 +343,32 @@ def test_exits_without_an_entry_lose_their_address_only(
         kernel.settle(totals)
     for _ in range(2):
         kernel.settle(kernel.totals())
-    assert kernel.told.total() == kernel.happened.total()
-    assert not kernel.told - kernel.happened - Counter({ExitKey(VCPU, -14, 39): 1 << 32})
+    assert kernel.reported.total() == kernel.happened.total()
+    assert not kernel.reported - kernel.happened - Counter({ExitKey(VCPU, -14, 39): 1 << 32})
     # Two entries, and the one for all the rest: nothing else is remembered.
     kernel.settle(kernel.totals())
     assert len(kernel.tally) <= 3
 
 
 def test_what_has_no_entry_even_together_is_lost() -> None:
-    tally = Tally[ExitKey](hist.rest_of)
+    tally = Tally[ExitKey](unkeyed_key_of)
     tally.event(POISON)
     tally.total({BARE: 3})
-    assert tally.rests({}) == []
-    assert tally.lost(4) == 3
+    assert tally.unkeyed({}) == []
+    assert tally.newly_lost(4) == 3
     # Those of a vCPU that has such an entry are counted there.
-    tally.rests({ExitKey(POISON.vcpu, -133, 39): 0})
-    assert tally.lost(6) == 3
+    tally.unkeyed({ExitKey(POISON.vcpu, -133, 39): 0})
+    assert tally.newly_lost(6) == 3
 
 
 def test_a_row_that_makes_no_sense_is_counted_as_one_without_an_entry() -> None:
     broken = TEXT.replace("vcpu: ffff8c0801610000, ret", "vcpu: no, ret")
     totals = counted(broken)
-    assert (totals.exits, totals.dropped) == ({POISON: 21}, 2)
+    assert (totals.exits, totals.exits_without_entry) == ({POISON: 21}, 2)
     other = "# trigger info: hist:keys=kvm.hex,gfn.hex:vals=hitcount [active]\n#\n\n"
     totals = counted(f"{other}{{ kvm: ff }} hitcount:          7\n", event="gmem")
-    assert (totals.refused, totals.refused_dropped) == ({}, 7)
+    assert (totals.refusals, totals.refusals_without_entry) == ({}, 7)
     totals = counted(
         f"{other}{{ tid: x, code: 4, addr: 7 }} hitcount:          7\n", event="sigbus"
     )
-    assert (totals.signals, totals.signals_dropped) == ({}, 7)
+    assert (totals.signals, totals.signals_without_entry) == ({}, 7)

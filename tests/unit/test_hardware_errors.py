@@ -11,7 +11,7 @@ import pytest
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
-from kvmtrace.enrich import Observer
+from kvmtrace.enrich.machine_checks import MachineChecks
 from kvmtrace.events import Event, HwError, Mce, Poison
 from kvmtrace.linux import cper, mce, smbios
 from kvmtrace.linux.smbios import Firmware
@@ -20,10 +20,7 @@ from kvmtrace.sources.bpf import records
 from kvmtrace.sources.bpf.hardware import HW_EXTLOG, HW_MC_EVENT, HwRecord, MceRecord
 from kvmtrace.sources.bpf.translator import BpfTranslator
 from kvmtrace.sources.ftrace import hardware
-from kvmtrace.sources.ftrace.poison import Poisons
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.sources.ftrace.vms import VmResolver
-from kvmtrace.sources.vm_table import VmTable
 from kvmtrace.views import advice, explain
 from kvmtrace.views.json_output import event_line
 from tests.unit.test_ftrace_hardware import table
@@ -50,8 +47,7 @@ MISC = 0x86  # physical, exact to 64 bytes
 def check(ts: int, bank: int, status: int, addr: int = ADDR, **more: Any) -> Event:
     fields = {"common_pid": 1, "bank": bank, "cpu": 0, "socketid": 0, "status": status}
     fields |= {"addr": addr, "misc": MISC, "ipid": 0} | more
-    people = VmResolver(VmTable("/nonexistent"), lambda tid: None)
-    return Poisons(people, ({}, {})).mce(Record(ts, "mce", fields))
+    return hardware.machine_check(Record(ts, "mce", fields))
 
 
 def edac(ts: int, label: str, severity: int = EDAC_CORRECTED, **more: Any) -> HwError:
@@ -77,7 +73,7 @@ def told(tmp_path: Path, events: Sequence[Event], vendor: str = INTEL) -> Snapsh
         f"vendor_id\t: {vendor}\naddress sizes\t: 46 bits physical, 57 bits virtual\n"
     )
     correlator = Correlator()
-    for event in Observer(None, str(tmp_path)).events(list(events), T):
+    for event in MachineChecks(str(tmp_path)).process(list(events), T):
         correlator.feed(event)
     return correlator.snapshot()
 
@@ -429,7 +425,7 @@ def test_who_reads_a_record_is_not_where_it_is(tmp_path: Path) -> None:
 )
 def test_events_say_what_the_socket_is(tmp_path: Path, status: int, at: str | None) -> None:
     (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {INTEL}\n")
-    (event,) = Observer(None, str(tmp_path)).events([check(T, 7, status)], T)
+    (event,) = MachineChecks(str(tmp_path)).process([check(T, 7, status)], T)
     line = event_line(Correlator().feed(event))
     assert line is not None
     assert line.get("at") == at

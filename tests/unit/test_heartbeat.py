@@ -1,11 +1,11 @@
-"""Time goes on where nothing happens, and what only time decides is reported."""
+"""Time passes without events, and what only time decides is reported."""
 
 from __future__ import annotations
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.vms import QUIET_NS
-from kvmtrace.enrich import Heartbeat
-from kvmtrace.enrich.heartbeat import FIRST_NS
+from kvmtrace.enrich.heartbeat import FIRST_NS, Heartbeat
+from kvmtrace.enrich.pipeline import EnrichedSource
 from kvmtrace.events import Event, GmemRefusal, Tick, VmSeen
 from tests.unit.fake import SECOND, T0, FakeSource
 
@@ -18,21 +18,23 @@ class Clock:
         return self.now
 
 
-def test_silence_is_told_ever_more_rarely() -> None:
+def test_ticks_become_rarer() -> None:
     clock = Clock()
-    source = Heartbeat(FakeSource([VmSeen(T0, 1, 4001)]), clock)
-    told: list[Event] = []
+    source = EnrichedSource(FakeSource([VmSeen(T0, 1, 4001)]), [Heartbeat()], clock)
+    events: list[Event] = []
     for second in range(100):
         clock.now = T0 + second * SECOND
-        told += source.poll(0.001)
-    assert told[0] == VmSeen(T0, 1, 4001)
-    assert [(event.ts - T0) // SECOND for event in told[1:]] == [6, 12, 24, 48, 96]
-    assert all(isinstance(event, Tick) for event in told[1:])
+        events += source.poll(0.001)
+    assert events[0] == VmSeen(T0, 1, 4001)
+    assert [(event.ts - T0) // SECOND for event in events[1:]] == [6, 12, 24, 48, 96]
+    assert all(isinstance(event, Tick) for event in events[1:])
 
 
-def test_what_happens_starts_it_anew() -> None:
+def test_an_event_starts_the_intervals_anew() -> None:
     clock = Clock()
-    source = Heartbeat(FakeSource([VmSeen(T0, 1, 4001)], [], [VmSeen(T0, 2, 4002)]), clock)
+    source = EnrichedSource(
+        FakeSource([VmSeen(T0, 1, 4001)], [], [VmSeen(T0, 2, 4002)]), [Heartbeat()], clock
+    )
     source.poll(0.001)
     clock.now += FIRST_NS
     assert source.poll(0.001) == [Tick(clock.now)]
@@ -44,9 +46,11 @@ def test_what_happens_starts_it_anew() -> None:
     assert source.poll(0.001) == [Tick(clock.now)]
 
 
-def test_a_refusal_that_nobody_tells_of_is_known_without_another_event() -> None:
+def test_an_undelivered_refusal_is_counted_without_another_event() -> None:
     clock = Clock()
-    source = Heartbeat(FakeSource([VmSeen(T0, 1, 4001), GmemRefusal(T0, 1, 8)]), clock)
+    source = EnrichedSource(
+        FakeSource([VmSeen(T0, 1, 4001), GmemRefusal(T0, 1, 8)]), [Heartbeat()], clock
+    )
     correlator = Correlator()
     undelivered = []
     for _ in range(2):

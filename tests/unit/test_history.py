@@ -244,7 +244,7 @@ def test_an_open_incident_outlives_any_flood(flood: str) -> None:
         7,
         (Owner(1, 8, 0x7F0000008000),),
     )
-    assert incident.parties[1].label == "web-1"
+    assert incident.vm_identities[1].label == "web-1"
     assert later.lost["history"] > 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvmtrace.linux import host, kallsyms
+from kvmtrace.linux.tracefs import mount
 from tests.unit.test_btf import blob, member, struct
 
 # As the kernels print it (Debian 6.18), shortened to three types.
@@ -48,7 +49,7 @@ def tracefs(tmp_path: Path) -> Path:
 
 
 def test_memory_failure_names(tracefs: Path) -> None:
-    types, results = host.memory_failure_names(str(tracefs))
+    types, results = mount.memory_failure_names(str(tracefs))
     assert types[0] == "reserved kernel page"
     assert types[11] == "dirty LRU page"
     assert types[12].endswith("(page), {x}")
@@ -59,29 +60,29 @@ def test_memory_failure_names(tracefs: Path) -> None:
 def test_memory_failure_names_where_the_event_has_a_system_of_its_own(tracefs: Path) -> None:
     """Linux 6.19 to 7.1."""
     (tracefs / "events" / "ras").rename(tracefs / "events" / "memory_failure")
-    types, results = host.memory_failure_names(str(tracefs))
+    types, results = mount.memory_failure_names(str(tracefs))
     assert types[11] == "dirty LRU page"
     assert results[3] == "Recovered"
 
 
 @pytest.mark.parametrize("text", ["", "print fmt:", 'print fmt: "%d", REC->type', "\0" * 100])
 def test_format_without_tables(text: str) -> None:
-    assert host.symbolic_tables(text) == {}
+    assert mount.symbolic_tables(text) == {}
 
 
 def test_no_tracefs(tmp_path: Path) -> None:
-    assert host.memory_failure_names(str(tmp_path)) == ({}, {})
-    assert host.tracing((str(tmp_path),)) is None
+    assert mount.memory_failure_names(str(tmp_path)) == ({}, {})
+    assert mount.tracing((str(tmp_path),)) is None
 
 
 def test_tracing(tracefs: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    found = host.tracing(("/nonexistent", str(tracefs)))
-    assert found == host.Tracefs(str(tracefs), True, True, True)
+    found = mount.tracing(("/nonexistent", str(tracefs)))
+    assert found == mount.Tracefs(str(tracefs), True, True, True)
     (tracefs / "README").write_text(README.format(fprobe=""))
     (tracefs / "dynamic_events").unlink()
-    assert host.tracing((str(tracefs),)) == host.Tracefs(str(tracefs), True, False, False)
+    assert mount.tracing((str(tracefs),)) == mount.Tracefs(str(tracefs), True, False, False)
     (tracefs / "README").write_text("")
-    lockdown = host.tracing((str(tracefs),))
+    lockdown = mount.tracing((str(tracefs),))
     assert lockdown is not None
     assert not lockdown.readable
 
@@ -236,8 +237,8 @@ def test_bcc_out_of_sight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "--system-site-packages" in ask(tmp_path, monkeypatch, hidden).fix
 
 
-def test_the_collector_of_corrected_errors_is_asked_itself(tmp_path: Path) -> None:
-    """Not the configuration: it may be compiled in and switched off."""
+def test_the_running_collector_of_corrected_errors_counts(tmp_path: Path) -> None:
+    """Not the configuration: it may be compiled in and disabled."""
     (tmp_path / "ras").mkdir()
     assert host.corrected_errors_collector(str(tmp_path)) is False
     (tmp_path / "ras/cec").mkdir()

@@ -28,6 +28,7 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
+from kvmtrace.model import EntryKind
 from kvmtrace.probes import Probe
 from kvmtrace.sources.recording import RecordingSource
 from kvmtrace.views.explain import explain_text
@@ -159,7 +160,7 @@ def test_found_while_it_was_being_poisoned_is_not_from_before() -> None:
     snapshot, _ = tell(seen(1), Found(T0, PFN), gmem(T0, Owner(1, 8)), poison(T0 + MS))
     incident = only(snapshot)
     assert (incident.before_start, incident.poisoned_ts) == (False, T0 + MS)
-    assert not any("before kvmtrace" in moment.what for moment in incident.timeline)
+    assert EntryKind.FOUND not in {entry.kind for entry in incident.timeline}
     again = Poison(T0 + MS, PFN, "already poisoned", "Failed")
     assert only(tell(Found(T0, PFN), again)[0]).before_start
 
@@ -167,9 +168,9 @@ def test_found_while_it_was_being_poisoned_is_not_from_before() -> None:
 def test_a_page_that_fails_again_is_told_so() -> None:
     again = Poison(T0 + MS, PFN, "already poisoned", "Failed")
     incident = only(tell(seen(1), gmem(T0, Owner(1, 8)), poison(T0), again)[0])
-    said = [(m.what, m.count) for m in incident.timeline if "poisoned:" in m.what]
-    assert [count for _, count in said] == [1, 1]
-    assert "already poisoned" in said[1][0]
+    poisons = [entry for entry in incident.timeline if entry.kind is EntryKind.POISON]
+    assert [entry.count for entry in poisons] == [1, 1]
+    assert poisons[1].event == again
 
 
 def test_unpoison_closes() -> None:
@@ -188,7 +189,7 @@ def test_told_although_unpoisoned_is_open_again() -> None:
     incident = only(snapshot)
     assert (incident.state, incident.sigbus) == ("delivered", 1)
     assert told[-1].incident == incident.id
-    assert any("although the page is unpoisoned" in m.what for m in incident.timeline)
+    assert EntryKind.NOTIFIED_AGAIN in {entry.kind for entry in incident.timeline}
 
 
 def test_poisoned_again_after_an_unpoison_is_a_new_incident() -> None:
@@ -275,7 +276,7 @@ def test_names_outlive_the_vm_and_the_memory_of_it() -> None:
         log += [seen(n), Exit(T0, n, 0, 22, 0, False), VmGone(T0, n)]
     snapshot, _ = tell(*log, limits=Limits(gone_vms=2, departed=2))
     assert 1 not in snapshot.vms
-    party = only(snapshot).parties[1]
+    party = only(snapshot).vm_identities[1]
     assert (party.name, party.uuid, party.vmm, party.gone_ts) == ("web", "u-1", "qemu", T0 + S)
     assert only(snapshot).verdict == "exited"
 
@@ -285,7 +286,7 @@ def test_poison_of_a_vm_that_is_gone_already() -> None:
         VmSeen(T0, 1, 4001, "web"), VmGone(T0, 1), gmem(T0 + MS, Owner(1, 8)), poison(T0 + MS)
     )
     incident = only(snapshot)
-    assert (incident.state, incident.parties[1].name) == ("closed", "web")
+    assert (incident.state, incident.vm_identities[1].name) == ("closed", "web")
     assert incident.verdict is None
 
 
@@ -447,7 +448,7 @@ def test_what_a_plain_program_was_sent_is_none_of_its_page_s_owners() -> None:
     signal = Sigbus(T0 + MS, 9, 9, 4, HVA, 12, 9, pfn=PFN, comm="reader")
     snapshot, _ = tell(seen(1), poison(T0, tid=OTHER), own, signal)
     incident = only(snapshot)
-    assert (incident.state, incident.sigbus, incident.told) == ("latent", 0, ())
+    assert (incident.state, incident.sigbus, incident.notifications) == ("latent", 0, ())
     assert snapshot.vms[1].sigbus == {}
 
 
@@ -455,7 +456,7 @@ def test_whether_a_page_from_before_was_touched_is_not_known() -> None:
     own = Owned(T0, PFN, Owner(1, 8, HVA), "pagemap")
     snapshot, _ = tell(seen(1), own, Found(T0, PFN))
     text = explain_text(only(snapshot), snapshot, 200)
-    assert "who was notified of it, and touched it, before kvmtrace started" in text
+    assert "who accessed it, and was notified, before kvmtrace started" in text
     assert "not since kvmtrace started" in text
     assert "before its guest touches" not in text
 
@@ -465,7 +466,10 @@ def test_what_is_not_watched_may_have_told() -> None:
     snapshot, _ = tell(seen(1), own, poison(T0, tid=OTHER))
     off = replace(snapshot, probes=(Probe("run", False, why="no"), Probe("sigbus", True)))
     text = explain_text(only(off), off, 200)
-    assert "whether the VMM was notified by what is not watched (not attached: run)" in text
+    assert (
+        "whether the VMM was notified: not all notifications are watched (not attached: run)"
+        in text
+    )
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -478,7 +482,7 @@ def test_a_thread_that_consumed_the_page_did_not_poison_it(*, late: bool) -> Non
     incident = only(tell(seen(1), *([*poisoned, report] if late else [report, *poisoned]))[0])
     assert (incident.state, incident.sigbus, incident.sigbus_at_poison) == ("delivered", 1, 0)
     assert [verdict.vm for verdict in incident.verdicts] == [1]
-    assert not any("own poisoning" in moment.what for moment in incident.timeline)
+    assert EntryKind.OWN_SIGNAL not in {entry.kind for entry in incident.timeline}
     corrected = only(tell(seen(1), *poisoned, mce(T0 + 3 * MS, status=0))[0])
     assert (corrected.state, corrected.sigbus_at_poison) == ("latent", 1)
 

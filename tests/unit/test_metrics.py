@@ -15,16 +15,17 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from http import HTTPStatus
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvmtrace.errors import KvmtraceError, UsageError
 from kvmtrace.events import Owner
-from kvmtrace.model import CAUSES, STATES, Incident, Latency, Snapshot, Vm, VmIdentity
+from kvmtrace.model import CAUSES, Incident, IncidentStatus, Latency, Snapshot, Vm, VmIdentity
 from kvmtrace.session.session import Session
 from kvmtrace.sources.bpf.records import LOST_PLACES
-from kvmtrace.sources.ftrace import fields
+from kvmtrace.sources.limits import RING_KIB
 from kvmtrace.views.web import metrics
 from kvmtrace.views.web import server as server_module
 from kvmtrace.views.web.server import Answer, Server, parse_listen
@@ -120,10 +121,10 @@ def test_scenario_in_numbers() -> None:
     assert value(series, "kvmtrace_vm_poisoned_pages", vm="web") == 1
     assert value(series, "kvmtrace_vm_poisoned_pages", vm="db") == 2
     assert value(series, "kvmtrace_kernel_poisoned_pages") == 1
-    assert value(series, "kvmtrace_incidents", state="unowned") == 1
-    assert value(series, "kvmtrace_incidents", state="delivered") == 1
-    assert value(series, "kvmtrace_incidents", state="looping") == 1
-    assert value(series, "kvmtrace_incidents", state="latent") == 1
+    assert value(series, "kvmtrace_incidents", state=IncidentStatus.UNOWNED) == 1
+    assert value(series, "kvmtrace_incidents", state=IncidentStatus.DELIVERED) == 1
+    assert value(series, "kvmtrace_incidents", state=IncidentStatus.LOOPING) == 1
+    assert value(series, "kvmtrace_incidents", state=IncidentStatus.LATENT) == 1
     assert value(series, "kvmtrace_events_lost_total", where="ring") == 7
     assert value(series, "kvmtrace_hardware_corrupted_bytes") == 8192
     latency = "kvmtrace_poison_to_delivery_seconds"
@@ -174,9 +175,9 @@ def test_counters_of_a_vm_are_there_before_anything_happens() -> None:
 
 def test_counters_of_the_host_are_there_before_anything_happens() -> None:
     series = scrape(metrics.Exporter(Snapshot))
-    for state in STATES:
+    for state in IncidentStatus:
         assert value(series, "kvmtrace_incidents", state=state) == 0
-    rings = [f"ftrace_{ring}" for ring in fields.RINGS]
+    rings = [f"ftrace_{ring}" for ring in RING_KIB]
     for where in (*LOST_PLACES, *rings, "ftrace_missed", "signal_counts", "incidents", "vms"):
         assert value(series, "kvmtrace_events_lost_total", where=where) == 0
     poisons = [v for (name, _), v in series.items() if name == "kvmtrace_poison_events_total"]
@@ -200,13 +201,14 @@ def test_a_kernel_that_does_not_tell_its_kinds_costs_no_incident() -> None:
 
     series = scrape(metrics.Exporter(Scenario().begin().happen().snapshot, kinds=untold))
     assert value(series, "kvmtrace_scrape_collector_success", collector="kinds") == 0
-    assert value(series, "kvmtrace_incidents", state="looping") == 1
+    assert value(series, "kvmtrace_incidents", state=IncidentStatus.LOOPING) == 1
     labels = {"page_type": "unknown page", "result": "Failed"}
     assert value(series, "kvmtrace_poison_events_total", **labels) == 0
 
 
 def test_an_incident_state_from_the_future_is_exported() -> None:
-    future = Incident("1-1", "paused", None, None, None, None, ())
+    paused: Any = "paused"
+    future = Incident("1-1", paused, None, None, None, None, ())
     series = scrape(metrics.Exporter(lambda: Snapshot(incidents=(future,))))
     assert value(series, "kvmtrace_incidents", state="paused") == 1
 
@@ -450,7 +452,9 @@ def test_the_page_names_an_owner_that_is_gone() -> None:
     party = VmIdentity(9, 4009, "mail", gone_ts=START)
     story = Scenario().begin().snapshot()
     owners = (Owner(9, 0x77), Owner(10, 0x78))
-    lost = Incident("1f-1", "closed", 0x1F, "a", "b", START, owners, parties={9: party})
+    lost = Incident(
+        "1f-1", IncidentStatus.CLOSED, 0x1F, "a", "b", START, owners, vm_identities={9: party}
+    )
     server = metrics.serve(
         "127.0.0.1:0", Fake(lambda: dataclasses.replace(story, incidents=(lost,)))
     )

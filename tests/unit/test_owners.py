@@ -1,4 +1,4 @@
-"""Page tables as real kernels showed them (7.3.4), and what is concluded from them."""
+"""Page table entries of a real kernel (7.3.4), and the owners that follow from them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ import pytest
 from kvmtrace import kvm
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
-from kvmtrace.enrich import (
-    Heartbeat,
-    Observer,
-    OwnerLookup,
-    PageReleaseWatch,
-    VcpuFollowUp,
-    existing_poison,
-    owners,
-)
-from kvmtrace.enrich.owners import in_order
+from kvmtrace.enrich import existing_poison, owners, pipeline, signal_pages
+from kvmtrace.enrich.existing_poison import ExistingPoison
+from kvmtrace.enrich.kernel_counts import KernelCountsReader
+from kvmtrace.enrich.machine_checks import MachineChecks
+from kvmtrace.enrich.owners import OwnerLookup
 from kvmtrace.enrich.page_tables import MappedPage, PageTableSearch, find, poisoned_pfn
+from kvmtrace.enrich.pipeline import EnrichedSource, all_stages, in_order
+from kvmtrace.enrich.signal_pages import SignalPages
 from kvmtrace.events import (
     Event,
     Exit,
@@ -37,7 +34,7 @@ from kvmtrace.events import (
     Unpoison,
     VmSeen,
 )
-from kvmtrace.linux import mce
+from kvmtrace.linux import mce, page_flags
 from kvmtrace.linux.pagemap import PAGE, parse_maps, poisoned, referenced_pfn
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources.bpf import lookup
@@ -69,7 +66,7 @@ HVA = 0x7F54D37D5000
         (1 << 62 | 1 << 5 | 30, None),  # 6.1's
     ],
 )
-def test_a_poisoned_entry_tells_its_pfn(entry: int, pfn: int | None) -> None:
+def test_pfn_of_a_poisoned_entry(entry: int, pfn: int | None) -> None:
     assert poisoned(entry) == pfn
 
 
@@ -78,7 +75,7 @@ def test_a_mapped_page_is_referred_to_but_not_poisoned() -> None:
     assert referenced_pfn(NEVER_TOUCHED) is None
 
 
-def test_an_entry_of_the_hardware_tells_its_pfn() -> None:
+def test_pfn_of_a_hardware_entry() -> None:
     # arch/x86/include/asm/pgtable_64.h: type in bits 59-63, the offset inverted from bit 9 on.
     entry = 24 << 59 | (~0x106000 & (1 << 50) - 1) << 9
     assert lookup.poisoned_x86(entry) == 0x106000
@@ -89,14 +86,14 @@ def test_an_entry_of_the_hardware_tells_its_pfn() -> None:
 
 @pytest.mark.parametrize("kind", [23, 24, 27])
 @pytest.mark.parametrize("pfn", [0x106000, 0x43F00, 0x40F0])
-def test_an_entry_of_arm64_tells_its_pfn(kind: int, pfn: int) -> None:
+def test_pfn_of_an_arm64_entry(kind: int, pfn: int) -> None:
     assert lookup.poisoned_arm64(kind << 6 | pfn << 12) == pfn
     assert lookup.poisoned_arm64(kind << 3 | pfn << 8) == pfn  # before 6.13
     assert lookup.poisoned_arm64(pfn << 12 | 0x741) is None  # mapped
     assert lookup.poisoned_arm64(0) is None
 
 
-def test_a_device_inside_the_kernel_is_not_stat_s() -> None:
+def test_device_numbers_are_converted_to_those_of_stat() -> None:
     assert lookup.device_of(37) == os.makedev(0, 37)
     assert lookup.device_of(8 << 20 | 0x101) == os.makedev(8, 0x101)
 
@@ -143,7 +140,7 @@ def test_a_page_table_is_read_where_it_cannot_be_scanned(tmp_path: Path) -> None
     assert find([0x105C00], [7], proc) == [MappedPage(7, 0x10000, 0x105C00, PAGE)]  # still mapped
 
 
-def test_who_maps_the_same_file_owns_the_page_too(tmp_path: Path) -> None:
+def test_a_process_that_maps_the_same_file_owns_the_page_too(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x43000: MEMFD, 0x5F000: 0}, SHARED_MAPS)
     other = "00100000-00120000 rw-s 00004000 00:01 1029 /memfd:guest (deleted)\n"
     proc_with(tmp_path, 8, {0x11F000: 0}, other)
@@ -167,7 +164,7 @@ def test_gfns() -> None:
 
 def test_kpageflags() -> None:
     flags = struct.pack("=5Q", 0x40008501C, 0x8401C, 0, 0x80000, 0x60000)
-    assert list(existing_poison.poisoned_in(flags)) == [0, 1, 3]
+    assert list(page_flags.poisoned_in(flags)) == [0, 1, 3]
 
 
 def test_ram_that_a_driver_brought_is_ram(tmp_path: Path) -> None:
@@ -176,7 +173,7 @@ def test_ram_that_a_driver_brought_is_ram(tmp_path: Path) -> None:
         "1050000000-304fffffff : CXL Window 0\n  1050000000-304fffffff : dax0.0\n"
         "    1050000000-304fffffff : System RAM (kmem)\n"
     )
-    found = existing_poison.ram_ranges(str(tmp_path / "iomem"))
+    found = page_flags.ram_ranges(str(tmp_path / "iomem"))
     shift = kvm.PAGE_SHIFT
     assert found == [
         (0x100000 >> shift, 0x80000000 >> shift),
@@ -190,15 +187,15 @@ def test_failure_counts_are_summed_over_nodes(tmp_path: Path) -> None:
         directory.mkdir(parents=True)
         (directory / "total").write_text(f"{total}\n")
         (directory / "recovered").write_text("1\n")
-    assert existing_poison.failure_counts(str(tmp_path)) == (("recovered", 2), ("total", 10))
+    assert page_flags.failure_counts(str(tmp_path)) == (("recovered", 2), ("total", 10))
 
 
-def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) -> None:
+def test_page_flags_are_read_only_if_there_is_poison(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("HardwareCorrupted:     0 kB\n")
-    first = existing_poison.ExistingPoison(str(tmp_path), str(tmp_path / "sys"))
-    (count,) = first.counts(1)
+    (count,) = counts(tmp_path)
     assert getattr(count, "at_start", None) is True
-    assert first.look(1, 0, frozenset(), last=True) == []
+    first = ExistingPoison(OwnerLookup(), str(tmp_path))
+    assert first.process([count], 1, last=True) == [count]
     (tmp_path / "meminfo").write_text("HardwareCorrupted:    16 kB\n")
     (tmp_path / "iomem").write_text(
         "00001000-00008fff : System RAM\n00009000-0000ffff : Reserved\n"
@@ -206,16 +203,28 @@ def test_an_inventory_looks_at_pages_only_where_there_is_poison(tmp_path: Path) 
     pages = [0] * 16
     pages[3], pages[4], pages[12] = 0x80000, 0x40008501C, 0x80000
     (tmp_path / "kpageflags").write_bytes(struct.pack("=16Q", *pages))
-    second = existing_poison.ExistingPoison(str(tmp_path), str(tmp_path / "sys"))
-    second.counts(1)
-    assert second.look(1, float("inf"), frozenset()) == []  # they may be just being poisoned
-    events = second.look(2, float("inf"), frozenset({4}), last=True)
+    second = ExistingPoison(OwnerLookup(), str(tmp_path))
+    begin = counts(tmp_path)
+    assert second.process(begin, 1) == begin  # they may be just being poisoned
+    events = second.scan(2, float("inf"), frozenset({4}), last=True)
     assert events == ([Found(2, 3)] if kvm.PAGE_SHIFT == 12 else events)
-    assert second.look(3, float("inf"), frozenset(), last=True) == []
+    assert second.scan(3, float("inf"), frozenset(), last=True) == []
+
+
+def counts(proc: Path) -> list[Event]:
+    """What the kernel counts at the start."""
+    reader = KernelCountsReader(str(proc), str(proc / "sys"))
+    reader.before_read(1)
+    return reader.process([], 1)
+
+
+def by_pages(source: _Poisoned, root: Path, sys: Path) -> EnrichedSource:
+    """The source, with its pages looked up in a made-up /proc."""
+    return EnrichedSource(source, all_stages(None, str(root), str(sys)))
 
 
 class _Poisoned:
-    """A source in whose poll a page is poisoned: reported first, counted then."""
+    """A source in whose poll a page is poisoned: first reported, then counted."""
 
     name = "bpf"
     why: str | None = None
@@ -242,16 +251,15 @@ class _Poisoned:
         pass
 
 
-def test_found_pages_without_room_are_lost(tmp_path: Path) -> None:
+def test_found_pages_beyond_the_limit_are_lost(tmp_path: Path) -> None:
     """As many are reported as there may be incidents."""
     pages = [0x80000 if number % 2 else 0 for number in range(8192)]
     (tmp_path / "meminfo").write_text("HardwareCorrupted:     16384 kB\n")
     last = (len(pages) << kvm.PAGE_SHIFT) - 1
     (tmp_path / "iomem").write_text(f"00000000-{last:08x} : System RAM\n")
     (tmp_path / "kpageflags").write_bytes(struct.pack(f"={len(pages)}Q", *pages))
-    looked = existing_poison.ExistingPoison(str(tmp_path), str(tmp_path))
-    looked.counts(1)
-    told = looked.look(1, float("inf"), frozenset(), last=True)
+    looked = ExistingPoison(OwnerLookup(), str(tmp_path))
+    told = looked.process(counts(tmp_path), 1, last=True)
     found = [event for event in told if isinstance(event, Found)]
     assert len(found) == existing_poison.MAX_FOUND == Limits().incidents
     lost = [event for event in told if isinstance(event, Lost)]
@@ -262,36 +270,31 @@ def test_found_pages_without_room_are_lost(tmp_path: Path) -> None:
     assert correlator.snapshot().lost == {"found_pages": 4096 - len(found)}
 
 
-def test_a_poison_that_is_just_coming_is_not_missed(tmp_path: Path) -> None:
+def test_counts_come_before_a_poison_of_the_same_poll(tmp_path: Path) -> None:
     source = _Poisoned(tmp_path)
     source.poll(0)
-    looked = existing_poison.ExistingPoison(str(tmp_path), str(tmp_path / "sys"))
-    events = OwnerLookup(source, str(tmp_path), looked).poll(0)
+    events = by_pages(source, tmp_path, tmp_path / "sys").poll(0)
     assert [event.kind for event in events] == ["kernel_counts", "poison"]
 
 
-def test_a_page_marked_before_its_poison_is_told_is_not_from_before(tmp_path: Path) -> None:
+def test_a_page_marked_before_its_event_is_no_existing_poison(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("HardwareCorrupted:     4 kB\n")
     (tmp_path / "iomem").write_text(f"00000000-{(8 << kvm.PAGE_SHIFT) - 1:08x} : System RAM\n")
     (tmp_path / "kpageflags").write_bytes(struct.pack("=8Q", 0, 0, 0x80000, 0, 0, 0x80000, 0, 0))
     source = _Poisoned(tmp_path, [[], [Poison(1, 5, "dirty LRU page", "Recovered")]])
-    owners = OwnerLookup(
-        source, str(tmp_path), existing_poison.ExistingPoison(str(tmp_path), str(tmp_path))
-    )
+    owners = by_pages(source, tmp_path, tmp_path)
     assert [event.kind for event in owners.poll(0.001)] == ["kernel_counts"]
     told = owners.poll(0)
     assert [(e.kind, getattr(e, "pfn", 0)) for e in told] == [("poison", 5), ("found", 2)]
 
 
-def test_a_page_that_somebody_was_told_of_is_found_without_a_search(tmp_path: Path) -> None:
-    """The search may take long, and a loop is now."""
+def test_a_page_with_a_delivery_is_found_without_reading_page_flags(tmp_path: Path) -> None:
+    """Reading them may take long, and a loop must be shown now."""
     (tmp_path / "meminfo").write_text("HardwareCorrupted:     0 kB\n")
     proc_with(tmp_path, 7, {0x13000: ANON}, LOW_MAPS)
     signal = Sigbus(1, 7, 70, 4, 0x13000, sender=70)
     source = _Poisoned(tmp_path, [[signal, signal], [signal]])
-    owners = OwnerLookup(
-        source, str(tmp_path), existing_poison.ExistingPoison(str(tmp_path), str(tmp_path))
-    )
+    owners = by_pages(source, tmp_path, tmp_path)
     kinds = [event.kind for event in owners.poll(0.001)]
     assert kinds == ["kernel_counts", "sigbus", "sigbus"]
     assert [event.kind for event in owners.poll(0)] == ["sigbus", "found"]
@@ -299,7 +302,7 @@ def test_a_page_that_somebody_was_told_of_is_found_without_a_search(tmp_path: Pa
 
 def test_a_machine_check_gets_its_vendor(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\n")
-    (told,) = story(tmp_path, [Mce(1, 0x1000, 1, 4, 0, 0, 1 << 44)])
+    (told,) = MachineChecks(str(tmp_path)).process([Mce(1, 0x1000, 1, 4, 0, 0, 1 << 44)], 99)
     assert getattr(told, "vendor", "") == "AuthenticAMD"
 
 
@@ -321,13 +324,14 @@ def test_the_page_of_a_machine_check(
     spelt = "  Shanghai  " if vendor == "Shanghai" else vendor
     (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {spelt}\n{sizes}\n")
     check = Mce(1, 3 << 46 | 0x12345678, None, 5, 0, 0, 3 << 58 | mce.POISON, misc)
-    (told,) = story(tmp_path, [check])
+    (told,) = MachineChecks(str(tmp_path)).process([check], 99)
     assert isinstance(told, Mce)
     assert (told.vendor, told.addr, told.pfn) == (vendor, check.addr, pfn)
 
 
 def story(tmp_path: Path, events: list[Event]) -> list[Event]:
-    return Observer(None, str(tmp_path)).events(events, 99)
+    owners = OwnerLookup(None, str(tmp_path))
+    return SignalPages(owners, str(tmp_path)).process(owners.process(events, 99), 99)
 
 
 def test_a_signal_without_an_address_is_about_the_poison_before_it(tmp_path: Path) -> None:
@@ -338,8 +342,8 @@ def test_a_signal_without_an_address_is_about_the_poison_before_it(tmp_path: Pat
     assert told == [poison, replace(bare, pfn=5)]
 
 
-def test_a_process_without_a_vm_is_told_by_its_name(tmp_path: Path) -> None:
-    """As long as it is there to be asked; it may have died of the signal."""
+def test_a_process_without_a_vm_gets_its_name(tmp_path: Path) -> None:
+    """If it still exists: it may have died of the signal."""
     for pid, comm in ((8, b"cat\n"), (9, b"a\xff\x1b[2Jb\n")):
         (tmp_path / str(pid)).mkdir()
         (tmp_path / str(pid) / "comm").write_bytes(comm)
@@ -367,16 +371,15 @@ def test_owners_come_before_their_poison(tmp_path: Path) -> None:
     assert story(tmp_path, [seen, poison]) == [seen, owned, poison]
 
 
-def test_while_pages_are_looked_up_no_loop_ends(tmp_path: Path) -> None:
-    """The kernel has not been read meanwhile: what it says is late, not over."""
+def test_while_pages_are_looked_up_no_loop_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel has not been read meanwhile: its events are late, not over."""
     now = T0
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
 
-    class Slow(existing_poison.ExistingPoison):
-        def counts(self, ts: int) -> list[Event]:
-            return []
-
-        def look(self, ts: int, *_: object, **__: object) -> list[Event]:
+    class Slow(ExistingPoison):
+        def scan(self, ts: int, *_: object, **__: object) -> list[Event]:
             nonlocal now
             now += 60 * SECOND
             return [Found(ts, 0x104CAA)]
@@ -386,8 +389,10 @@ def test_while_pages_are_looked_up_no_loop_ends(tmp_path: Path) -> None:
 
     loop = Exit(T0, 5, 0, kvm.EHWPOISON, 39, True, 70, gpa=0x8000, gfn=8, count=2000)
     proc = str(tmp_path)
-    inner = OwnerLookup(FakeSource([VmSeen(T0, 5, 7), loop]), proc, Slow(proc), clock)
-    source = Heartbeat(VcpuFollowUp(PageReleaseWatch(inner, proc, clock), proc, clock), clock)
+    monkeypatch.setattr(pipeline, "ExistingPoison", Slow)
+    source = EnrichedSource(
+        FakeSource([VmSeen(T0, 5, 7), loop]), all_stages(None, proc, proc), clock
+    )
     correlator = Correlator()
     events = source.poll(0)
     for event in events:
@@ -406,59 +411,61 @@ def test_a_page_is_read_once_however_many_signals_name_it(
         read.append(hva)
         return 5 if hva < 0x20000 else None
 
-    monkeypatch.setattr(owners, "poisoned_pfn", entry)
+    monkeypatch.setattr(signal_pages, "poisoned_pfn", entry)
     hvas = [0x13000, 0x13040, 0x20000, 0x13FFF, 0x20008]
-    observer = Observer(None, str(tmp_path))
+    stage = SignalPages(OwnerLookup(None, str(tmp_path)), str(tmp_path))
     for _ in range(2):  # it may be another page in the next batch
-        told = observer.events([Sigbus(3, 7, 1, 4, hva) for hva in hvas], 99)
+        told = stage.process([Sigbus(3, 7, 1, 4, hva) for hva in hvas], 99)
         assert [getattr(one, "pfn", 0) for one in told] == [5, 5, None, 5, None]
     assert read == [0x13000, 0x20000] * 2
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_a_page_that_is_poisoned_again_is_looked_for_again(tmp_path: Path, together: bool) -> None:
+def test_a_page_that_is_poisoned_again_is_searched_for_again(
+    tmp_path: Path, together: bool
+) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
-    observer = Observer(None, str(tmp_path))
+    stage = OwnerLookup(None, str(tmp_path))
     poisons = [Poison(ts, 0x104CAA, "dirty LRU page", "Recovered", tid=70) for ts in (3, 9, 20)]
     events = [VmSeen(1, 5, 7), poisons[0], Unpoison(6, 0x104CAA), poisons[1]]
     events += [Unpoison(12, 0x104CAA), poisons[2]]
     batches = [events] if together else [[event] for event in events]
-    told = [event for batch in batches for event in observer.events(batch, 99)]
+    told = [event for batch in batches for event in stage.process(batch, 99)]
     for poison in poisons:
         owned = told[told.index(poison) - 1]
         assert owned == Owned(poison.ts, 0x104CAA, Owner(5, None, 0x13000), "pagemap", PAGE)
-    assert observer.pfns == {0x104CAA}
+    assert stage.pfns == {0x104CAA}
 
 
-def test_a_page_that_is_unpoisoned_is_looked_for_no_more(tmp_path: Path) -> None:
+def test_an_unpoisoned_page_is_not_searched_for(tmp_path: Path) -> None:
     """Its next poison may be of another VM."""
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
-    observer = Observer(None, str(tmp_path))
+    stage = OwnerLookup(None, str(tmp_path))
     poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered", tid=70)
     batch = [VmSeen(1, 5, 7), poison, Unpoison(6, 0x104CAA)]
-    assert observer.events(batch, 99) == batch
-    assert not observer.busy
+    assert stage.process(batch, 99) == batch
+    assert not stage.busy
 
 
-def test_a_page_that_waits_to_be_looked_for_waits_until_it_is_unpoisoned(
+def test_a_waiting_search_ends_when_the_page_is_unpoisoned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owners, "MAX_SEARCHES", 0)  # others are going on
     monkeypatch.setattr(owners, "FIRST_SECONDS", -1.0)
     monkeypatch.setattr(owners, "SLICE_SECONDS", -1.0)
-    observer = Observer(Slots(Page()), str(tmp_path))
-    observer.events([VmSeen(1, 5, 7), Poison(3, 0x104CAA, "dirty LRU page", "Recovered")], 99)
-    assert observer.busy
-    observer.events([Unpoison(6, 0x104CAA)], 99)
-    assert not observer.busy
+    stage = OwnerLookup(Slots(Page()), str(tmp_path))
+    stage.process([VmSeen(1, 5, 7), Poison(3, 0x104CAA, "dirty LRU page", "Recovered")], 99)
+    assert stage.busy
+    stage.process([Unpoison(6, 0x104CAA)], 99)
+    assert not stage.busy
 
 
 @pytest.mark.parametrize("pfn", [0x104CAA, None])
 @pytest.mark.parametrize("unpoisoned", [False, True])
-def test_what_a_search_finds_of_a_page_that_was_unpoisoned_is_not_told(
+def test_owners_of_an_unpoisoned_page_are_not_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pfn: int | None, unpoisoned: bool
 ) -> None:
-    """Nor is a lost huge page (of which nothing tells the pfn) taken for it."""
+    """A lost huge page without a pfn is not taken for it either."""
     ready: list[MappedPage] = []
 
     class Slow(PageTableSearch):
@@ -469,25 +476,25 @@ def test_what_a_search_finds_of_a_page_that_was_unpoisoned_is_not_told(
             return ready
 
     monkeypatch.setattr(owners, "PageTableSearch", Slow)
-    observer = Observer(None, str(tmp_path))
+    stage = OwnerLookup(None, str(tmp_path))
     poison = Poison(3, 0x104CAA, "huge page", "Recovered", tid=70)
-    observer.events([VmSeen(1, 5, 7), poison], 99)
+    stage.process([VmSeen(1, 5, 7), poison], 99)
     if unpoisoned:
-        observer.events([Unpoison(6, 0x104CAA)], 99)
+        stage.process([Unpoison(6, 0x104CAA)], 99)
     ready.append(MappedPage(7, 0x200000, pfn, 2 << 20))
-    found = [event.pfn for event in observer.events([], 99) if isinstance(event, Owned)]
+    found = [event.pfn for event in stage.process([], 99) if isinstance(event, Owned)]
     assert found == ([] if unpoisoned else [0x104CAA])
-    assert not observer.busy
+    assert not stage.busy
 
 
 @pytest.mark.parametrize(
     ("page_type", "places"),
     [("reserved kernel page", 0), ("unknown page", 2), ("dirty LRU page", 16)],
 )
-def test_thousands_of_mappings_of_the_zero_page_are_not_told(
+def test_thousands_of_mappings_of_the_zero_page_are_not_reported(
     tmp_path: Path, page_type: str, places: int
 ) -> None:
-    """Before 6.7 a whole page table is read: what is mapped there refers to the page as well."""
+    """Before 6.7 a whole page table is read, in which mapped pages match as well."""
     mapped = {0x10000 + n * PAGE: 1 << 63 | 0x104CAA for n in range(16)}
     proc_with(tmp_path, 7, mapped, LOW_MAPS)
     poison = Poison(3, 0x104CAA, page_type, "Ignored", tid=70)
@@ -499,16 +506,16 @@ def test_thousands_of_mappings_of_the_zero_page_are_not_told(
     assert correlator.snapshot().kernel_pages == (places < 16)
 
 
-def test_of_a_page_that_is_poisoned_already_nothing_new_is_told(tmp_path: Path) -> None:
+def test_owners_of_an_already_poisoned_page_are_reported_once(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
-    observer = Observer(None, str(tmp_path))
+    stage = OwnerLookup(None, str(tmp_path))
     poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered", tid=70)
     again = Poison(4, 0x104CAA, "already poisoned", "Failed", tid=70)
-    told = observer.events([VmSeen(1, 5, 7), poison, again], 99) + observer.events([again], 99)
+    told = stage.process([VmSeen(1, 5, 7), poison, again], 99) + stage.process([again], 99)
     assert sum(isinstance(event, Owned) for event in told) == 1
 
 
-def test_what_guest_memfd_owns_is_not_looked_for(tmp_path: Path) -> None:
+def test_a_page_with_guest_memfd_owners_is_not_searched_for(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     events: list[Event] = [
         VmSeen(1, 5, 7),
@@ -518,7 +525,7 @@ def test_what_guest_memfd_owns_is_not_looked_for(tmp_path: Path) -> None:
     assert story(tmp_path, events) == events
 
 
-def test_without_slots_two_vms_of_one_process_are_not_told_apart(tmp_path: Path) -> None:
+def test_without_slots_one_of_two_vms_of_a_process_is_not_named(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     events: list[Event] = [
         VmSeen(1, 5, 7),
@@ -535,7 +542,7 @@ def test_a_signal_gets_the_pfn_of_its_address(tmp_path: Path) -> None:
 
 
 class Slots:
-    """A source's memory that knows one slot, and of one page that it is guest_memfd's."""
+    """A source's memory with one slot, and at most one page, of guest_memfd."""
 
     def __init__(self, page: Page | None = None) -> None:
         self._page = page
@@ -556,14 +563,14 @@ def exit_at(gfn: int | None, errno: int = kvm.EHWPOISON) -> Exit:
 
 def test_an_exit_names_the_page_by_the_page_table(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
-    observer = Observer(Slots(), str(tmp_path))
+    stage = OwnerLookup(Slots(), str(tmp_path))
     seen = VmSeen(1, 5, 7)
     owned = Owned(9, 0x104CAA, Owner(5, 0x103, 0x13000), "pagemap")
-    assert observer.events([seen, exit_at(0x103)], 99) == [seen, owned, exit_at(0x103)]
+    assert stage.process([seen, exit_at(0x103)], 99) == [seen, owned, exit_at(0x103)]
     # Asked once; and not of other places, nor for other errnos.
     others: list[Event] = [exit_at(0x103), exit_at(0x104), exit_at(0x999), exit_at(None)]
     others += [exit_at(0x105, kvm.EFAULT)]
-    assert observer.events(others, 99) == others
+    assert stage.process(others, 99) == others
 
 
 def test_where_a_guest_memfd_page_is_mapped(tmp_path: Path) -> None:
@@ -573,22 +580,26 @@ def test_where_a_guest_memfd_page_is_mapped(tmp_path: Path) -> None:
     seen = VmSeen(1, 5, 7)
     poison = Poison(3, 0x104CAA, "dirty unevictable LRU page", "Failed", tid=70)
     owned = Owned(3, 0x104CAA, Owner(5, 0x103, 0x13000), "guest_memfd")
-    assert Observer(Slots(page), str(tmp_path)).events([seen, poison], 99) == [seen, owned, poison]
+    assert OwnerLookup(Slots(page), str(tmp_path)).process([seen, poison], 99) == [
+        seen,
+        owned,
+        poison,
+    ]
     elsewhere = replace(page, index=500)
     owned = replace(owned, owner=Owner(5, None))
-    told = Observer(Slots(elsewhere), str(tmp_path)).events([seen, poison], 99)
+    told = OwnerLookup(Slots(elsewhere), str(tmp_path)).process([seen, poison], 99)
     assert told == [seen, owned, poison]
 
 
-def test_what_was_read_later_may_have_happened_before() -> None:
-    """Counters are read after rings, or before; who a VM is may be found out last of all."""
+def test_events_are_sorted_by_time() -> None:
+    """Counters are read after or before rings; a VM may be identified last of all."""
     exit_ = Exit(5, 1, 0, 133, 39, True, gfn=8)
     poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered")
     seen = VmSeen(9, 1, 7)
     assert in_order([exit_, poison, seen]) == [seen, poison, exit_]
 
 
-def test_a_page_that_is_unpoisoned_at_once_has_no_owner(tmp_path: Path) -> None:
+def test_a_page_that_is_unpoisoned_at_once_gets_no_owner(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     poison = Poison(3, 0x104CAA, "dirty LRU page", "Recovered", tid=70)
     batch: list[Event] = [VmSeen(1, 5, 7), poison, Unpoison(6, 0x104CAA)]

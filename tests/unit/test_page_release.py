@@ -1,4 +1,4 @@
-"""A poisoned page that a VMM has put another one in place of: seen in its page table."""
+"""A poisoned page that a VMM replaced, by its page table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kvmtrace.correlate import Correlator
-from kvmtrace.enrich.page_release import LOOK_NS, PageReleaseWatch
+from kvmtrace.enrich.page_release import CHECK_NS, PageReleaseWatch
+from kvmtrace.enrich.pipeline import EnrichedSource
 from kvmtrace.events import (
     Event,
     Owned,
@@ -22,7 +23,7 @@ from kvmtrace.events import (
     VmSeen,
 )
 from kvmtrace.linux.proc_reader import ProcReader
-from kvmtrace.model import Snapshot
+from kvmtrace.model import Finding, FindingKind, Snapshot
 from kvmtrace.views import advice
 from tests.unit.fake import SECOND, T0, FakeSource
 from tests.unit.test_owners import ANON, PRESENT, proc_with
@@ -39,13 +40,15 @@ class World:
         self.path = path
         self.now = T0
         self.entry(entry)
-        self.source = PageReleaseWatch(FakeSource(events), str(path), lambda: self.now)
+        self.source = EnrichedSource(
+            FakeSource(events), [PageReleaseWatch(str(path))], lambda: self.now
+        )
 
     def entry(self, value: int) -> None:
         proc_with(self.path, PID, {HVA: value}, MAPS)
 
     def later(self) -> list[Event]:
-        self.now += LOOK_NS
+        self.now += CHECK_NS
         return self.source.poll(0)
 
 
@@ -76,7 +79,7 @@ def test_a_process_is_read_once_however_many_pages_it_has(
     proc_with(tmp_path, PID, entries, maps)
     events = [BEGIN[0], *(Owned(T0, pfn, Owner(1, 8, hva), "pagemap") for pfn, hva in places)]
     now = [T0]
-    source = PageReleaseWatch(FakeSource(events), str(tmp_path), lambda: now[0])
+    source = EnrichedSource(FakeSource(events), [PageReleaseWatch(str(tmp_path))], lambda: now[0])
     calls: list[int] = []
     call = ProcReader.call
 
@@ -88,19 +91,19 @@ def test_a_process_is_read_once_however_many_pages_it_has(
     source.poll(0)
     assert len(calls) == 1 + 1  # to begin with, and at once
     proc_with(tmp_path, PID, entries | {HVA: PRESENT}, maps)
-    now[0] += LOOK_NS
+    now[0] += CHECK_NS
     assert source.poll(0) == [PageReplaced(now[0], 1, PFN, HVA)]
     assert len(calls) == 3
 
 
-def test_what_never_was_there_does_not_leave(tmp_path: Path) -> None:
+def test_a_page_that_was_not_there_is_not_replaced(tmp_path: Path) -> None:
     """Owners by the same page of a file have no such entry."""
     world = World(tmp_path, *BEGIN, entry=PRESENT)
     world.source.poll(0)
     assert world.later() == []
 
 
-def test_what_cannot_be_read_is_no_release(tmp_path: Path) -> None:
+def test_a_page_table_that_cannot_be_read_is_no_release(tmp_path: Path) -> None:
     world = World(tmp_path, *BEGIN)
     world.source.poll(0)
     pagemap = tmp_path / str(PID) / "pagemap"
@@ -113,7 +116,7 @@ def test_what_cannot_be_read_is_no_release(tmp_path: Path) -> None:
     assert world.later() == [PageReplaced(world.now, 1, PFN, HVA)]
 
 
-def test_a_process_on_its_way_out_releases_nothing(tmp_path: Path) -> None:
+def test_a_process_that_exits_releases_nothing(tmp_path: Path) -> None:
     """A zombie, or one whose memory is being taken down: its maps are empty."""
     world = World(tmp_path, *BEGIN)
     world.source.poll(0)
@@ -131,7 +134,7 @@ def test_guest_memfd_is_the_vms_whatever_is_mapped(tmp_path: Path) -> None:
     assert world.later() == []
 
 
-def test_who_is_told_again_has_the_page_still() -> None:
+def test_a_vm_that_is_notified_again_still_has_the_page() -> None:
     correlator = Correlator()
     again = Sigbus(T0 + SECOND, PID, 70, 4, HVA, vm=1, pfn=PFN)
     for event in (*BEGIN, Poison(T0, PFN, "page", "Recovered"), PageReplaced(T0, 1, PFN, HVA)):
@@ -169,9 +172,9 @@ def test_what_becomes_of_the_incident() -> None:
     after = model(*BEGIN, poison, told, left, *ran)
     (incident,) = after.incidents
     assert (incident.state, incident.verdict) == ("delivered", "handled")
-    assert incident.verdicts[0].evidence[-1] == f"hva {HVA:#x} has no longer that page"
+    assert incident.verdicts[0].evidence[-1] == Finding(FindingKind.PAGE_REPLACED, hva=HVA)
     assert after.vms[1].poisoned_pages == 0
-    assert [moment.what for moment in incident.timeline][-2] == incident.verdicts[0].evidence[-1]
+    assert incident.timeline[-2].event == left
 
     (untold,) = model(*BEGIN, poison, left).incidents
     assert untold.state == "unowned"

@@ -8,9 +8,9 @@ import json
 import pytest
 
 from kvmtrace.correlate import Correlator
-from kvmtrace.correlate.pages import verdict_on
 from kvmtrace.events import Event, Exit, Owned, Owner, Poison, Sigbus, Unpoison
-from kvmtrace.model import PAGE_CLASSES, Incident, Snapshot
+from kvmtrace.model import Incident, PageClass, Snapshot
+from kvmtrace.page_types import outcome_of
 from kvmtrace.views import json_output
 from kvmtrace.views.explain import as_object, explain_text
 from kvmtrace.views.tables.table import table_text
@@ -97,7 +97,7 @@ def test_memory_of_a_process_is_not_the_kernels_and_not_harmless(
     ],
 )
 def test_words(page_type: str | None, result: str | None, verdict: str | None) -> None:
-    assert verdict_on(page_type, result) == verdict
+    assert outcome_of(page_type, result) == verdict
 
 
 @pytest.mark.parametrize("page_type", ["dirty unevictable LRU page", "unknown page"])
@@ -236,7 +236,7 @@ def test_every_view_shows_it_first_and_by_name() -> None:
     assert top["kernel_poisoned_pages"] == 1
     (told,) = [one for one in top["incidents"] if one["pfn"] == PFN]
     assert (told["state"], told["page_class"]) == ("unowned", "kernel")
-    assert {one["page_class"] for one in top["incidents"]} <= set(PAGE_CLASSES)
+    assert {one["page_class"] for one in top["incidents"]} <= set(PageClass)
 
 
 def test_what_had_to_be_forgotten_still_puts_the_host_at_risk() -> None:

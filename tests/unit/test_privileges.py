@@ -1,4 +1,4 @@
-"""What a command that runs long may still do, in all its threads and processes."""
+"""Capabilities of a command that runs long, in all its threads and processes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import pytest
 from kvmtrace import sources
 from kvmtrace.cli import inputs
 from kvmtrace.cli.errors import stop
-from kvmtrace.linux import host, privileges
+from kvmtrace.linux import privileges
 from kvmtrace.linux.proc_reader import ProcReader
+from kvmtrace.linux.tracefs import mount
 from tests.unit.command_line import invoke
 from tests.unit.fake import STORY, FakeSource
 
@@ -41,7 +42,7 @@ def status(text: str) -> dict[str, int]:
 
 
 def run(code: str, *before: str) -> str:
-    """Of a process of its own: there is no way back."""
+    """In another process, because it is permanent."""
     command = [*before, sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -61,7 +62,7 @@ print(subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=Tru
 
 
 @as_root
-def test_what_is_given_up_is_gone_for_children_too() -> None:
+def test_children_do_not_have_what_was_given_up() -> None:
     _, here, child = map(status, run(GIVEN_UP).split("====="))
     kept = mask(privileges.WATCHING)
     for now in (here, child):
@@ -81,7 +82,7 @@ def test_a_user_with_ambient_capabilities_keeps_them_for_its_workers() -> None:
         assert now["CapEff"] == now["CapAmb"] == mask({"SYS_PTRACE", "DAC_READ_SEARCH"})
 
 
-def test_who_has_no_capabilities_gives_up_nothing() -> None:
+def test_without_capabilities_there_is_nothing_to_give_up() -> None:
     user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if SETPCAP else []
     before, here, child = map(status, run(GIVEN_UP, *user).split("====="))
     assert before["CapEff"] == here["CapEff"] == child["CapEff"] == 0
@@ -179,7 +180,7 @@ def test_a_tracefs_of_another_user_can_still_be_cleaned_up(
 
     monkeypatch.setattr(stop, "owns_process", True)
     monkeypatch.setattr(privileges, "give_up", give_up)
-    monkeypatch.setattr(host, "tracefs", lambda: str(tmp_path))
+    monkeypatch.setattr(mount, "tracefs", lambda: str(tmp_path))
     inputs.give_up_privileges()
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     inputs.give_up_privileges()

@@ -1,4 +1,4 @@
-"""Recordings: what was written comes back, and nothing that was tampered with gets through."""
+"""Recordings: events are read as they were written, and damaged ones are rejected."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def replayed(path: Path) -> tuple[list[Event], RecordingSource]:
     return events, source
 
 
-def test_what_goes_in_comes_out(tmp_path: Path) -> None:
+def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "r"
     path.write_text(recorded())
     events, source = replayed(path)
@@ -183,7 +183,7 @@ def test_damaged_in_the_middle_is_one_error(tmp_path: Path, line: str) -> None:
     assert re.fullmatch(words, what)
 
 
-def test_what_only_a_newer_kvmtrace_knows_is_lost(tmp_path: Path) -> None:
+def test_events_of_a_newer_kvmtrace_are_lost(tmp_path: Path) -> None:
     path = tmp_path / "r"
     lines = (
         '{"kind":"omen","ts":7,"vm":[1]}',
@@ -195,7 +195,7 @@ def test_what_only_a_newer_kvmtrace_knows_is_lost(tmp_path: Path) -> None:
     assert replayed(path)[0] == [lost, lost, Tick(9)]
 
 
-def test_what_the_hardware_said_is_not_out_of_range(tmp_path: Path) -> None:
+def test_values_of_registers_are_not_out_of_range(tmp_path: Path) -> None:
     path = tmp_path / "r"
     events = (HwError(T0, "ras:mc_event", count=0), Sigbus(T0, 1, 2, 4, 0x7F0000000000, 63))
     path.write_text(recorded(events))
@@ -219,7 +219,7 @@ def test_strings_are_cleaned(tmp_path: Path) -> None:
 
 
 def test_a_host_with_other_pages_is_replayed_with_its_own(tmp_path: Path) -> None:
-    """An arm64 host with pages of 16 KiB, looked at on any other."""
+    """An arm64 host with pages of 16 KiB, replayed on any other."""
     story: tuple[Event, ...] = (
         VmSeen(T0, 1, 4001, "web"),
         Poison(T0, 0x1000, "dirty LRU page", "Recovered"),
@@ -242,7 +242,7 @@ def test_a_host_with_other_pages_is_replayed_with_its_own(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\u200b"])
-def test_an_empty_string_tells_nothing(tmp_path: Path, empty: str) -> None:
+def test_an_empty_string_is_none(tmp_path: Path, empty: str) -> None:
     path = tmp_path / "r"
     path.write_text(recorded((VmSeen(T0, 1, 2, empty, empty, empty), Poison(T0, 1, empty, "r"))))
     assert replayed(path)[0] == [VmSeen(T0, 1, 2), Poison(T0, 1, "", "r")]
@@ -274,7 +274,7 @@ def test_exits_keep_their_zeroes(tmp_path: Path) -> None:
     assert replayed(path)[0] == [event]
 
 
-def test_exits_without_a_counter_of_their_own_keep_what_is_not_known(tmp_path: Path) -> None:
+def test_exits_without_a_counter_of_their_own_keep_unknown_fields(tmp_path: Path) -> None:
     path = tmp_path / "r"
     counted = Exit(T0, 1, None, 14, 39, True, flags=0, gmem=2, count=5000)
     nothing = Exit(T0, 1, None, 133, None, None, count=7)

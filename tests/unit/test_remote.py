@@ -1,4 +1,4 @@
-"""Commands beside a running `kvmtrace serve`: they see what it saw, by its probes alone."""
+"""Commands that connect to a running `kvmtrace serve` instead of attaching."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from kvmtrace import sources
+from kvmtrace import feed_socket, sources
 from kvmtrace.cli.inputs import open_door
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Event, Exit, Sigbus, VmGone, VmSeen, to_record
+from kvmtrace.events import Event, Exit, Sigbus, VmGone, VmSeen
 from kvmtrace.session import feed
 from kvmtrace.session.session import Session
 from kvmtrace.session.subscriber import Subscriber
 from kvmtrace.sources import remote as joined_module
+from kvmtrace.sources.codec import to_record
 from kvmtrace.sources.remote import RemoteSource
 from tests.unit.command_line import invoke
 from tests.unit.fake import PROBES, SECOND, T0, FakeSource
@@ -32,7 +33,7 @@ LATER = T0 + 100 * SECOND
 
 
 class Kernel(FakeSource):
-    """A source that gives the events it was given, when the test wants them."""
+    """A source whose events the test provides."""
 
     def __init__(self, *past: Event) -> None:
         super().__init__(past)
@@ -48,7 +49,7 @@ class Kernel(FakeSource):
 
 
 class Serve:
-    """A session with its door open."""
+    """A session whose feed is open."""
 
     def __init__(self) -> None:
         self.kernel = Kernel(*STORY)
@@ -60,8 +61,8 @@ class Serve:
         self.session.pump(0)
 
     @property
-    def followers(self) -> int:
-        return len(self.session._followers)
+    def subscribers(self) -> int:
+        return len(self.session._subscribers)
 
 
 @pytest.fixture
@@ -84,16 +85,16 @@ def run(*arguments: str) -> Result:
 
 
 def joined() -> RemoteSource:
-    source = RemoteSource.join()
+    source = RemoteSource.connect()
     assert source is not None
     return source
 
 
-def test_nobody_is_there() -> None:
-    assert RemoteSource.join() is None
+def test_without_a_serve() -> None:
+    assert RemoteSource.connect() is None
 
 
-def test_what_came_with_the_mark_is_told_though_nothing_follows(serve: Serve) -> None:
+def test_events_read_together_with_the_mark_are_not_delayed(serve: Serve) -> None:
     source = joined()
     source.poll(0)
     news = Exit(LATER, 1, 0, 133, 39, True, 77, gfn=8)
@@ -102,7 +103,7 @@ def test_what_came_with_the_mark_is_told_though_nothing_follows(serve: Serve) ->
     source.close()
 
 
-def test_first_what_was_then_what_is(serve: Serve) -> None:
+def test_the_backlog_comes_first(serve: Serve) -> None:
     source = joined()
     assert (source.name, source.why) == ("bpf", f"of kvmtrace serve, pid {os.getpid()}")
     past = source.poll(0)
@@ -115,10 +116,10 @@ def test_first_what_was_then_what_is(serve: Serve) -> None:
     serve.say(news)
     assert source.poll(20) == [news]
     source.close()
-    until(lambda: serve.followers == 0)
+    until(lambda: serve.subscribers == 0)
 
 
-def test_a_last_look_takes_all_that_was_sent(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_last_poll_reads_all_that_was_sent(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     source = joined()
     source.poll(0)
     monkeypatch.setattr(joined_module, "_READ", 512)
@@ -144,7 +145,7 @@ def test_an_end_of_the_serve_is_one_error() -> None:
     source.close()
 
 
-def test_a_client_that_does_not_read_holds_nobody_up_and_gets_exact_counts(serve: Serve) -> None:
+def test_a_client_that_does_not_read_blocks_nobody_and_gets_exact_counts(serve: Serve) -> None:
     stuck, other = joined(), joined()
     stuck.poll(0)
     other.poll(0)
@@ -162,36 +163,38 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_gets_exact_counts(serve
         source.close()
 
 
-def test_what_a_follower_has_no_room_for_is_told() -> None:
-    follower = Subscriber([], limit=100)
-    follower.put([VmSeen(T0, 1, 4001, "web-1"), VmGone(T0, 1)])
-    follower.put(Sigbus(T0 + n, 4001, n, 4, 0x7F0000000000) for n in range(1000))
-    taken = follower.take(0)
+def test_events_that_a_subscriber_has_no_room_for_are_counted() -> None:
+    subscriber = Subscriber([], limit=100)
+    subscriber.publish([VmSeen(T0, 1, 4001, "web-1"), VmGone(T0, 1)])
+    subscriber.publish(Sigbus(T0 + n, 4001, n, 4, 0x7F0000000000) for n in range(1000))
+    taken = subscriber.read(0)
     kept = sum(isinstance(event, Sigbus) for event in taken)
     assert 50 <= kept <= 100
     assert [vars_of(event) for event in taken[-1:]] == [("lost", "follower", 1000 - kept)]
     assert VmGone(T0, 1) in taken
-    assert follower.take(0) == []
+    assert subscriber.read(0) == []
 
 
 def vars_of(event: Event) -> tuple[object, ...]:
     return event.kind, getattr(event, "where", None), getattr(event, "count", None)
 
 
-def test_there_is_an_end_to_clients(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_are_limited(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "MAX_CLIENTS", 2)
     first, second = joined(), joined()
-    assert RemoteSource.join() is None
+    assert RemoteSource.connect() is None
     first.close()
-    until(lambda: serve.followers == 1)
+    until(lambda: serve.subscribers == 1)
     joined().close()
     second.close()
 
 
-def test_strangers_are_not_believed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "_trusted", lambda peer: False)
-    assert RemoteSource.join() is None
-    assert serve.followers == 0
+def test_a_serve_of_a_stranger_is_not_trusted(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_socket, "is_trusted_peer", lambda peer: False)
+    assert RemoteSource.connect() is None
+    assert serve.subscribers == 0
 
 
 @pytest.mark.parametrize(
@@ -208,16 +211,16 @@ def test_strangers_are_not_believed(serve: Serve, monkeypatch: pytest.MonkeyPatc
         '{"kvmtrace_recording":1,"name":"a","kernel":"b","source":"bpf"}\n',
     ],
 )
-def test_what_cannot_be_understood_is_as_if_nobody_were_there(said: str) -> None:
+def test_an_incompatible_serve_is_ignored(said: str) -> None:
     answering = feed.FeedServer(lambda client: client.sendall(said.encode()))
     try:
-        assert RemoteSource.join() is None
+        assert RemoteSource.connect() is None
     finally:
         answering.close()
 
 
 @pytest.mark.parametrize("said", ["hello", "[" * 100_000, '{"kind":"poison"}', '{"a":' * 100_000])
-def test_what_is_no_event_later_on_is_one_error(said: str) -> None:
+def test_a_malformed_event_is_one_error(said: str) -> None:
     header = (
         '{"kvmtrace_recording":1,"name":"a","kernel":"b","source":"bpf"}\n{"kind":"from_here_on"}\n'
     )
@@ -232,10 +235,12 @@ def test_what_is_no_event_later_on_is_one_error(said: str) -> None:
         answering.close()
 
 
-def test_one_name_one_door(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_serve_reports_that_it_is_not_found(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
     with open_door(serve.session):
         assert "will not find this one" in capsys.readouterr().err
-    assert RemoteSource.join() is not None
+    assert RemoteSource.connect() is not None
 
 
 # -- commands
@@ -264,7 +269,7 @@ def test_top_once(serve: Serve) -> None:
 
 def test_events_are_those_from_now_on(serve: Serve) -> None:
     def happen() -> None:
-        until(lambda: serve.followers)
+        until(lambda: serve.subscribers)
         serve.say(Exit(LATER, 1, 0, 133, 39, True, 77, gfn=8, count=5))
 
     happening = threading.Thread(target=happen)
@@ -277,20 +282,20 @@ def test_events_are_those_from_now_on(serve: Serve) -> None:
     assert f"watching by bpf (of kvmtrace serve, pid {os.getpid()})" in result.stderr
 
 
-def test_a_vm_that_ended_is_no_news(serve: Serve) -> None:
+def test_a_vm_that_ended_before_is_not_printed(serve: Serve) -> None:
     serve.say(VmGone(LATER, 1))
     result = run("events", "--json", "--duration", "0.3")
     assert [json.loads(line)["vm"]["name"] for line in result.stdout.splitlines()] == ["db-1"]
 
 
-def test_record_has_what_was_before(serve: Serve, tmp_path: Path) -> None:
+def test_record_has_the_backlog(serve: Serve, tmp_path: Path) -> None:
     file = tmp_path / "log.jsonl"
     assert run("record", str(file), "--duration", "0.3").exit_code == 0
     told = run("explain", "web-1", "--from", str(file)).stdout
     assert told == run("explain", "web-1").stdout
 
 
-def test_a_serve_that_ends_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_a_serve_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     serve = Serve()
     results: list[Result] = []
     listening = threading.Event()

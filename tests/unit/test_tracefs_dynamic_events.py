@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from kvmtrace.linux.tracefs import dynamic_events
-from kvmtrace.linux.tracefs.dynamic_events import Defined, DefineError, DynamicEvents
-from kvmtrace.sources.ftrace.fields import FIELDS, Field
+from kvmtrace.linux.tracefs.dynamic_events import Defined, DefineError, DynamicEvents, Field
+from kvmtrace.sources.ftrace import signals
 
 
 class Kernel(DynamicEvents):
-    """``refuses``: {word in a command: what error_log says}; ``ways``: probes it knows."""
+    """``refuses``: {word in a command: reason in error_log}; ``ways``: letters of known types."""
 
     def __init__(self, root: Path, refuses: dict[str, str], ways: str = "fpr") -> None:
         super().__init__(str(root), "kvmtrace_1_2_3")
@@ -119,7 +119,7 @@ def test_kretprobes_where_there_are_no_fprobes(tmp_path: Path) -> None:
     kernel = Kernel(tmp_path, {}, ways="pr")
     defined = kernel.define("run", "ioctl_run", "return", WANTED)
     assert isinstance(defined, Defined)
-    assert defined.way == "kretprobe event"
+    assert defined.probe_type == "kretprobe event"
     assert kernel.commands[-1].startswith("r4096:kvmtrace_1_2_3/run ioctl_run kvm=")
 
 
@@ -127,11 +127,11 @@ def test_registers_where_there_are_no_argument_names(tmp_path: Path) -> None:
     """Linux 6.1."""
     refuses = dict.fromkeys(("=code", "=addr", "=lsb", "=t->"), "Invalid fetch argument")
     kernel = Kernel(tmp_path, refuses, ways="pr")
-    lacking = kernel.define("sigbus", "send_sig_mceerr", "entry", FIELDS["sigbus"])
+    lacking = kernel.define("sigbus", "send_sig_mceerr", "entry", signals.PROBES["sigbus"].fields)
     assert isinstance(lacking, DefineError)
     assert "tid" in lacking.why
     kernel._offset = lambda _struct, member: {"pid": 1256, "tgid": 1260}[member]
-    defined = kernel.define("sigbus", "send_sig_mceerr", "entry", FIELDS["sigbus"])
+    defined = kernel.define("sigbus", "send_sig_mceerr", "entry", signals.PROBES["sigbus"].fields)
     assert isinstance(defined, Defined)
     assert kernel.commands[-1] == (
         "p:kvmtrace_1_2_3/sigbus send_sig_mceerr code=$arg1:s32 addr=$arg2:x64 lsb=$arg3:s16 "

@@ -131,11 +131,11 @@ def test_missed_events() -> None:
     some = event(1, b"abcd")
     assert ring_page.missed(page(some), LAYOUT) == 0
     assert ring_page.missed(page(some, flags=1 << 31), LAYOUT) == -1
-    told = bytearray(page(some, flags=3 << 30))
-    struct.pack_into("=Q", told, 16 + len(some), 4711)
-    assert ring_page.missed(bytes(told), LAYOUT) == 4711
-    assert ring_page.missed(bytes(told)[: 16 + len(some)], LAYOUT) == -1
-    assert stamps(bytes(told)) == [1001]
+    stored = bytearray(page(some, flags=3 << 30))
+    struct.pack_into("=Q", stored, 16 + len(some), 4711)
+    assert ring_page.missed(bytes(stored), LAYOUT) == 4711
+    assert ring_page.missed(bytes(stored)[: 16 + len(some)], LAYOUT) == -1
+    assert stamps(bytes(stored)) == [1001]
 
 
 @pytest.mark.parametrize("size", range(16))
@@ -187,7 +187,7 @@ def test_a_line_that_makes_no_sense_costs_that_field(line: str) -> None:
     assert known.fields == ("common_pid", "__probe_ip", "comm", "blob", "ret")
 
 
-def test_a_page_without_a_layout_is_said() -> None:
+def test_a_page_without_a_layout_is_an_error() -> None:
     with pytest.raises(ValueError, match="header_page"):
         PageLayout.parse("\tfield: u64 timestamp;\toffset:0;\tsize:8;\tsigned:0;\n")
 

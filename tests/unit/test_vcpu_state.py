@@ -1,4 +1,4 @@
-"""What /proc shows of vCPUs that were notified, with made-up threads and a clock that is turned."""
+"""States of notified vCPUs in a made-up /proc, with a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace.enrich.vcpu_state import LOOKS_NS, MAX_THREADS, VcpuFollowUp
+from kvmtrace.enrich.pipeline import EnrichedSource
+from kvmtrace.enrich.vcpu_state import MAX_THREADS, SAMPLES_NS, VcpuFollowUp
 from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone
 from tests.unit.fake import PROBES, SECOND, T0, FakeSource
 
 KVM_RUN = "16 0xd 0xae80 0x0 0x0 0x0 0x0 0x7ffc 0x7f3a"
 FUTEX = "202 0x7f3a 0x80 0x2 0x0 0x0 0x0 0x7ffc 0x7f3a"
-TOLD = Exit(T0, 1, 0, 133, 39, True, 77, gfn=8)
+DELIVERY = Exit(T0, 1, 0, 133, 39, True, 77, gfn=8)
 
 
 class World:
-    """/proc and a clock; ``pass_`` lets time pass and says what was seen."""
+    """/proc and a clock; ``pass_`` lets time pass and returns the states that were seen."""
 
     def __init__(self, proc: Path, *batches: Sequence[Event]) -> None:
         self.proc = proc
         self.now = T0
-        self.source = VcpuFollowUp(FakeSource(*batches), str(proc), lambda: self.now)
+        self.source = EnrichedSource(
+            FakeSource(*batches), [VcpuFollowUp(str(proc))], lambda: self.now
+        )
 
     def thread(
         self, state: str, syscall: str, cpu_ns: int = 0, tid: int = 77, start: int = 5
@@ -40,7 +43,7 @@ class World:
 
 
 def test_a_vcpu_that_ran_on(tmp_path: Path) -> None:
-    world = World(tmp_path, [TOLD])
+    world = World(tmp_path, [DELIVERY])
     world.thread("S", KVM_RUN, 100)
     assert world.pass_(0) == []
     world.thread("R", "running", 400)
@@ -68,43 +71,43 @@ def test_a_vcpu_that_ran_on(tmp_path: Path) -> None:
     ],
 )
 def test_states(tmp_path: Path, state: str, syscall: str, seen: str | None) -> None:
-    world = World(tmp_path, [TOLD])
+    world = World(tmp_path, [DELIVERY])
     world.thread("R", "running")
     world.pass_(0)
     world.thread(state, syscall)
     assert [look.state for look in world.pass_(1)] == ([seen] if seen else [])
 
 
-def test_a_thread_that_is_gone_is_told_once(tmp_path: Path) -> None:
-    world = World(tmp_path, [TOLD])
+def test_a_thread_that_is_gone_is_reported_once(tmp_path: Path) -> None:
+    world = World(tmp_path, [DELIVERY])
     assert world.pass_(0) == []
     assert [look.state for look in world.pass_(1)] == ["gone"]
     assert world.pass_(60) == []
 
 
 def test_a_tid_that_is_used_again_is_another_thread(tmp_path: Path) -> None:
-    world = World(tmp_path, [TOLD])
+    world = World(tmp_path, [DELIVERY])
     world.thread("R", "running", start=5)
     world.pass_(0)
     world.thread("R", "running", start=6)
     assert [look.state for look in world.pass_(1)] == ["gone"]
 
 
-def test_looks_end(tmp_path: Path) -> None:
-    world = World(tmp_path, [TOLD])
+def test_samples_end(tmp_path: Path) -> None:
+    world = World(tmp_path, [DELIVERY])
     world.thread("S", FUTEX)
     world.pass_(0)
-    assert sum(len(world.pass_(1)) for _ in range(1000)) == len(LOOKS_NS)
+    assert sum(len(world.pass_(1)) for _ in range(1000)) == len(SAMPLES_NS)
 
 
-def test_told_again_begins_again_but_a_storm_does_not_put_looks_off(tmp_path: Path) -> None:
-    world = World(tmp_path, [TOLD], *[[TOLD]] * 100)
+def test_another_delivery_starts_again_but_a_storm_does_not_delay_samples(tmp_path: Path) -> None:
+    world = World(tmp_path, [DELIVERY], *[[DELIVERY]] * 100)
     world.thread("R", "running")
     world.pass_(0)
     assert sum(len(world.pass_(0.1)) for _ in range(100)) >= 8
 
 
-def test_only_vcpus_that_were_told(tmp_path: Path) -> None:
+def test_only_notified_vcpus(tmp_path: Path) -> None:
     world = World(
         tmp_path,
         [
@@ -120,8 +123,8 @@ def test_only_vcpus_that_were_told(tmp_path: Path) -> None:
     assert [(look.tid, look.vcpu) for look in world.pass_(1)] == [(79, 3), (82, None)]
 
 
-def test_a_vm_that_is_gone_is_not_looked_at(tmp_path: Path) -> None:
-    world = World(tmp_path, [TOLD], [VmGone(T0, 1)])
+def test_a_vm_that_is_gone_is_not_followed(tmp_path: Path) -> None:
+    world = World(tmp_path, [DELIVERY], [VmGone(T0, 1)])
     world.pass_(0)
     assert world.pass_(1) == []
 
@@ -133,9 +136,9 @@ def test_bounded(tmp_path: Path) -> None:
     assert len(world.pass_(1)) == MAX_THREADS
 
 
-def test_it_is_the_source_it_is_around(tmp_path: Path) -> None:
+def test_everything_else_is_the_inner_sources(tmp_path: Path) -> None:
     inner = FakeSource()
-    source = VcpuFollowUp(inner, str(tmp_path))
+    source = EnrichedSource(inner, [VcpuFollowUp(str(tmp_path))])
     assert (source.name, source.why, source.probes()) == ("bpf", "a test", PROBES)
     assert source.probe_runs() == inner.probe_runs()
     source.close()

@@ -12,7 +12,8 @@ from kvmtrace.correlate.verdicts import (
     VcpuSample,
     judge,
 )
-from kvmtrace.model import Notification
+from kvmtrace.model import Notification, Verdict
+from kvmtrace.views.timeline import finding_text
 
 S = 1_000_000_000
 
@@ -23,6 +24,10 @@ def told(count: int = 1, first: int = 0, last: int = 0, vcpu: int | None = 0) ->
 
 def look(seconds: float, state: str, vcpu: int | None = 0, tid: int = 7) -> VcpuSample:
     return VcpuSample(int(seconds * S), tid, vcpu, state, 1000)
+
+
+def texts(verdict: Verdict) -> list[str]:
+    return [finding_text(finding) for finding in verdict.evidence]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +55,7 @@ def test_asleep_at_every_look_but_not_in_between() -> None:
     looks = tuple(VcpuSample(n * S, 7, 0, "outside", IDLE_NS) for n in (1, 2, 5))
     verdict = judge(Evidence(1, 6 * S, (told(),), looks))
     assert verdict.word == "unknown"
-    assert "ran in between" in verdict.evidence[0]
+    assert "ran in between" in texts(verdict)[0]
     mended = judge(Evidence(1, 6 * S, (told(),), looks, released=(0x7F0000,)))
     assert mended.word == "handled"
 
@@ -58,19 +63,19 @@ def test_asleep_at_every_look_but_not_in_between() -> None:
 def test_exited_says_how_long_after() -> None:
     verdict = judge(Evidence(1, 9 * S, (told(2, 0, S),), (look(2, "outside"),), gone_ts=3 * S))
     assert verdict.word == "exited"
-    assert verdict.evidence == (
-        "the VM was gone 3 s after it was first notified, 2 s after the last time",
-    )
+    assert texts(verdict) == [
+        "the VM was gone 3 s after it was first notified, 2 s after the last time"
+    ]
 
 
 def test_looping_has_a_rate_and_an_end() -> None:
     loop = told(LOOPING_AFTER * 100, 0, 4 * S)
     verdict = judge(Evidence(1, 5 * S, (loop,)))
     assert verdict.word == "looping"
-    assert verdict.evidence == ("vCPU 0 was notified 400 times in 4 s, 99.8 a second",)
+    assert texts(verdict) == ["vCPU 0 was notified 400 times in 4 s, 99.8 a second"]
     over = judge(Evidence(1, 4 * S + LOOP_OVER_NS + 1, (loop,), (look(6, "waiting"),)))
     assert over.word == "handled"
-    assert over.evidence[-1] == "vCPU 0 was notified 400 times in 4 s, then no more"
+    assert texts(over)[-1] == "vCPU 0 was notified 400 times in 4 s, then no more"
 
 
 def test_a_slow_loop_is_not_over_between_two_rounds() -> None:
@@ -81,4 +86,4 @@ def test_a_slow_loop_is_not_over_between_two_rounds() -> None:
 
 def test_only_a_warning() -> None:
     verdict = judge(Evidence(1, S, (told(vcpu=None),)))
-    assert verdict.evidence == ("no vCPU was notified, only another thread of the VMM",)
+    assert texts(verdict) == ["no vCPU was notified, only another thread of the VMM"]

@@ -1,4 +1,4 @@
-"""Whose a struct kvm is: its address is used again, and any beginning or end may be missed."""
+"""Keys of VMs: addresses are reused, and any creation or end may be missed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table() -> VmTable:
 
 
 def found(proc: Path, ts: int) -> VmTable:
-    """One that finds a process with a VM at ``ts``."""
+    """A table that finds a process with a VM at ``ts``."""
     directory = proc / str(PID) / "fd"
     directory.mkdir(parents=True)
     (directory / "3").symlink_to("anon_inode:kvm-vm")
@@ -42,18 +42,18 @@ def told(events: list[Event]) -> list[tuple[str, int]]:
     return [(type(e).__name__, e.vm) for e in events if isinstance(e, VmSeen | VmGone)]
 
 
-def test_a_beginning_tells_that_the_last_one_here_has_ended() -> None:
+def test_a_creation_ends_the_last_vm_at_the_address() -> None:
     for generations in ((0, 0), (4, 5)):
         vms = table()
         first, second = generations
-        assert told(vms.began(AT, PID, 1, generation=first)) == [("VmSeen", 1)]
-        assert told(vms.began(AT, PID, 2, generation=second)) == [("VmGone", 1), ("VmSeen", 2)]
-        assert told(vms.gone(AT, PID, 3, generation=second)) == [("VmGone", 2)]
+        assert told(vms.created(AT, PID, 1, generation=first)) == [("VmSeen", 1)]
+        assert told(vms.created(AT, PID, 2, generation=second)) == [("VmGone", 1), ("VmSeen", 2)]
+        assert told(vms.destroyed(AT, PID, 3, generation=second)) == [("VmGone", 2)]
         assert vms.pids() == {}
 
 
 def holding(proc: Path, *fds: str) -> VmTable:
-    """A process that holds these descriptors, before a table has looked."""
+    """A process that holds these descriptors before a table scans."""
     directory = proc / str(PID) / "fd"
     directory.mkdir(parents=True)
     for number, target in enumerate(fds):
@@ -67,20 +67,20 @@ def test_several_vms_of_one_process_are_several(tmp_path: Path) -> None:
     assert vms.scan(6) == []
     people = VmResolver(vms, lambda tid: PID)
     assert people.only_vm_of(PID) is None
-    assert told(vms.gone(AT, PID, 7)) == [("VmGone", 3)]
+    assert told(vms.destroyed(AT, PID, 7)) == [("VmGone", 3)]
     assert vms.of_pid(PID) == [1, 2]
     assert vms.key(AT + 4096, PID, 8) == (1, [])
-    assert told(vms.gone(AT + 4096, PID, 9)) == [("VmGone", 1)]
+    assert told(vms.destroyed(AT + 4096, PID, 9)) == [("VmGone", 1)]
     assert people.only_vm_of(PID) == 2
 
 
 def test_one_more_vm_of_a_process_is_found(tmp_path: Path) -> None:
-    """What was learnt of the first while it was alone stays the first's."""
+    """What was reported of the first VM while it was the only one remains with it."""
     vms = holding(tmp_path, "kvm-vm")
     assert told(vms.scan(5)) == [("VmSeen", 1)]
     (tmp_path / str(PID) / "fd" / "9").symlink_to("anon_inode:kvm-vm")
     assert told(vms.scan(6)) == [("VmSeen", 2)]
-    assert told(vms.gone(AT, PID, 7)) == [("VmGone", 2)]
+    assert told(vms.destroyed(AT, PID, 7)) == [("VmGone", 2)]
 
 
 def test_vcpus_alone_are_a_vm(tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_all_of_a_process_end_with_it(tmp_path: Path) -> None:
     vms = holding(tmp_path, "kvm-vm", "kvm-vm")
     vms.scan(5)
     shutil.rmtree(tmp_path / str(PID))
-    assert vms.missed(6) == []
-    assert told(vms.missed(6 + 3_000_000_000)) == [("VmGone", 1), ("VmGone", 2)]
+    assert vms.reap(6) == []
+    assert told(vms.reap(6 + 3_000_000_000)) == [("VmGone", 1), ("VmGone", 2)]
 
 
 def test_a_pid_that_is_used_again_is_another_process(tmp_path: Path) -> None:
@@ -114,22 +114,22 @@ def test_a_pid_that_is_used_again_is_another_process(tmp_path: Path) -> None:
     stat.write_text(f"{PID} (a b) c) S {' '.join(str(field) for field in range(4, 30))}\n")
     vms.scan(5)
     assert vms.key(AT, PID, 5)[0] == 1  # nothing but its end or its process's says that it ended
-    assert vms.missed(6) == vms.missed(6 + 9_000_000_000) == []
+    assert vms.reap(6) == vms.reap(6 + 9_000_000_000) == []
     stat.write_text(f"{PID} (vmm) S {' '.join(str(field) for field in range(5, 31))}\n")
-    ended = [event for n in range(20) for event in vms.missed(7 + n * 1_000_000_000)]
+    ended = [event for n in range(20) for event in vms.reap(7 + n * 1_000_000_000)]
     assert told(ended) == [("VmGone", 1)]
 
 
 def test_without_start_times_a_process_without_a_vm_is_another_one(tmp_path: Path) -> None:
     vms = found(tmp_path, 5)
     assert vms.key(AT, PID, 5)[0] == 1
-    assert vms.missed(6) == vms.missed(6 + 9_000_000_000) == []
+    assert vms.reap(6) == vms.reap(6 + 9_000_000_000) == []
     (tmp_path / str(PID) / "fd" / "3").unlink()
-    ended = [event for n in range(20) for event in vms.missed(7 + n * 1_000_000_000)]
+    ended = [event for n in range(20) for event in vms.reap(7 + n * 1_000_000_000)]
     assert told(ended) == [("VmGone", 1)]
 
 
-def test_a_look_searches_few_processes_and_all_in_turn(
+def test_each_round_searches_few_processes_and_all_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pids = range(PID, PID + 40)
@@ -148,20 +148,20 @@ def test_a_look_searches_few_processes_and_all_in_turn(
     looks = []
     for n in range(3):
         before = len(searched)
-        assert vms.missed(10 + n) == []
+        assert vms.reap(10 + n) == []
         looks.append(len(searched) - before)
     assert looks == [16, 16, 8]
     assert sorted(searched) == list(pids)
     # A suspect is asked again when the answer counts.
-    assert vms.missed(2_000_000_000) == []
+    assert vms.reap(2_000_000_000) == []
     assert len(searched) == 40
-    assert len(vms.missed(4_000_000_000)) == 40
+    assert len(vms.reap(4_000_000_000)) == 40
 
 
 def test_a_process_that_has_too_many_descriptors_is_not_searched_to_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a tenant could have the reader count hundreds of thousands of them each second."""
+    """Else a tenant could make the reader count hundreds of thousands each second."""
     holding(tmp_path, *["[eventfd]"] * 51)
     with pytest.raises(ValueError, match="more than 50"):
         identity.vm_descriptor(PID, str(tmp_path), 50)
@@ -171,8 +171,8 @@ def test_a_process_that_has_too_many_descriptors_is_not_searched_to_the_end(
         processes.vm_descriptor(PID, str(tmp_path))
 
 
-def test_a_thread_may_call_itself_anything() -> None:
-    """Its name stands before its process in what is read."""
+def test_a_thread_may_have_any_name() -> None:
+    """Its name comes before the fields that are read."""
     found: list[int | None] = []
 
     def look() -> None:
@@ -186,57 +186,57 @@ def test_a_thread_may_call_itself_anything() -> None:
     assert tgid_of(0) is None
 
 
-def test_what_told_of_it_first_does_not_matter() -> None:
+def test_the_order_of_first_events_does_not_matter() -> None:
     vms = table()
     assert vms.key(AT, PID, 2, generation=5)[0] == 1
-    assert vms.began(AT, PID, 1, generation=5) == []
+    assert vms.created(AT, PID, 1, generation=5) == []
     assert vms.generations(AT) == [5]
 
 
-def test_an_end_tells_of_a_vm_that_nobody_knew() -> None:
+def test_an_end_of_an_unknown_vm_adds_it_first() -> None:
     vms = table()
-    seen, gone = vms.gone(AT, PID, 3, comm="vmm")
+    seen, gone = vms.destroyed(AT, PID, 3, comm="vmm")
     assert isinstance(seen, VmSeen)
     assert (seen.pid, seen.name, seen.ts) == (PID, "vmm", 3)
     assert told([gone]) == [("VmGone", seen.vm)]
     assert vms.pids() == {}
 
 
-def test_one_found_by_its_process_may_have_begun_before(tmp_path: Path) -> None:
+def test_a_vm_found_by_its_process_may_have_been_created_before(tmp_path: Path) -> None:
     vms = found(tmp_path, 5)
-    assert vms.began(AT, PID, 4) == []
-    assert told(vms.began(AT + 4096, PID, 6)) == [("VmSeen", 2)]
-    assert told(vms.gone(AT, PID, 7)) == [("VmGone", 1)]
+    assert vms.created(AT, PID, 4) == []
+    assert told(vms.created(AT + 4096, PID, 6)) == [("VmSeen", 2)]
+    assert told(vms.destroyed(AT, PID, 7)) == [("VmGone", 1)]
 
 
-def test_one_that_begins_is_not_one_that_was_found_before(tmp_path: Path) -> None:
+def test_a_new_vm_is_not_one_that_was_found_before(tmp_path: Path) -> None:
     vms = found(tmp_path, 5)
-    assert told(vms.began(AT, PID, 6)) == [("VmSeen", 2)]
-    assert told(vms.gone(AT, PID, 7)) == [("VmGone", 2)]
+    assert told(vms.created(AT, PID, 6)) == [("VmSeen", 2)]
+    assert told(vms.destroyed(AT, PID, 7)) == [("VmGone", 2)]
     assert vms.of_pid(PID) == [1]
 
 
-def test_what_came_after_the_start_is_not_one_that_was_found_before(tmp_path: Path) -> None:
-    """Though its first fault is read before its beginning."""
+def test_a_vm_created_after_the_start_is_not_one_that_was_found_before(tmp_path: Path) -> None:
+    """Though its first fault is read before its creation."""
     vms = found(tmp_path, 5)
     assert vms.key(AT, PID, 8, generation=3)[0] == 2
-    assert vms.began(AT, PID, 7, generation=3) == []
-    assert told(vms.gone(AT, PID, 9, generation=3)) == [("VmGone", 2)]
+    assert vms.created(AT, PID, 7, generation=3) == []
+    assert told(vms.destroyed(AT, PID, 9, generation=3)) == [("VmGone", 2)]
     assert vms.key(AT + 4096, PID, 9)[0] == 1
 
 
-def test_one_found_in_the_moment_of_its_end_has_ended() -> None:
+def test_a_vm_found_while_it_ends_has_ended() -> None:
     """By its address; the end has changed the generation meanwhile."""
     vms = table()
     assert vms.key(AT, PID, 5, generation=4)[0] == 1
-    assert told(vms.gone(AT, PID, 4, generation=3)) == [("VmGone", 1)]
+    assert told(vms.destroyed(AT, PID, 4, generation=3)) == [("VmGone", 1)]
 
 
 @given(
     st.lists(st.tuples(st.sampled_from((AT, AT + 4096)), st.booleans(), st.booleans())),
     st.booleans(),
 )
-def test_two_vms_are_one_only_if_nothing_was_told_between_them(
+def test_two_vms_are_one_only_without_an_event_between_them(
     lives: list[tuple[int, bool, bool]], counts: bool
 ) -> None:
     """VMs that live one after the other at two addresses, of which ends and beginnings are missed.
@@ -250,13 +250,13 @@ def test_two_vms_are_one_only_if_nothing_was_told_between_them(
         events: list[Event] = []
         if begin_heard:
             generations[at] += counts
-            events += vms.began(at, PID, ts, generation=generations[at])
+            events += vms.created(at, PID, ts, generation=generations[at])
         key, seen = vms.key(at, PID, ts, generation=generations[at])
         assert (key == lasts.get(at)) == (not begin_heard and at in lasts)
         events += seen
         lasts[at] = key
         if end_heard:
-            events += vms.gone(at, PID, ts, generation=generations[at])
+            events += vms.destroyed(at, PID, ts, generation=generations[at])
             generations[at] += counts
             del lasts[at]
         for event in events:
@@ -272,9 +272,7 @@ def test_two_vms_are_one_only_if_nothing_was_told_between_them(
     st.lists(st.integers(0, 4), min_size=1, max_size=3),
     st.lists(st.tuples(st.sampled_from(["touch", "end", "begin"]), st.integers(0, 11))),
 )
-def test_there_are_as_many_vms_as_there_are(
-    before: list[int], story: list[tuple[str, int]]
-) -> None:
+def test_no_vm_is_missing_or_counted_twice(before: list[int], story: list[tuple[str, int]]) -> None:
     """Processes with VMs from before the start, of which then some do something, end or begin.
 
     ``before``: VMs of each process; 0 is one of which only a vCPU is held.
@@ -296,7 +294,7 @@ def test_there_are_as_many_vms_as_there_are(
             if what == "begin":
                 at = AT - (ts << 12)
                 living[at] = PID + choice % len(before)
-                events += vms.began(at, living[at], ts)
+                events += vms.created(at, living[at], ts)
             elif not living:
                 continue
             elif what == "touch":
@@ -304,7 +302,7 @@ def test_there_are_as_many_vms_as_there_are(
                 events += new
                 assert keys.setdefault(at, key) == key
             else:
-                gone = vms.gone(at, living[at], ts)
+                gone = vms.destroyed(at, living[at], ts)
                 events += gone
                 assert [type(one) for one in gone] == [VmGone]
                 if at in keys:
@@ -319,8 +317,8 @@ def test_there_are_as_many_vms_as_there_are(
             assert sorted(alive) == sorted(key for of in vms.pids().values() for key in of)
 
 
-def test_a_vm_that_cannot_be_looked_up_is_known_by_what_cannot_hang(tmp_path: Path) -> None:
-    """As where its process holds its memory map; it is looked up again later."""
+def test_a_vm_that_cannot_be_looked_up_is_named_by_reads_that_cannot_hang(tmp_path: Path) -> None:
+    """For instance if its process holds mmap_lock; it is looked up again later."""
     vms = holding(tmp_path, "kvm-vm")
     process = tmp_path / str(PID)
     (process / "comm").write_text("qemu-kvm\n")
@@ -331,12 +329,12 @@ def test_a_vm_that_cannot_be_looked_up_is_known_by_what_cannot_hang(tmp_path: Pa
     assert isinstance(seen, VmSeen)
     assert (seen.pid, seen.name) == (PID, "qemu-kvm")
     assert seen.unread == f"/proc/{PID} did not answer in time"
-    assert vms.missed(6) == []  # it hung a moment ago
+    assert vms.reap(6) == []  # it hung a moment ago
     cmdline.unlink()
     cmdline.write_bytes(b"qemu-kvm\0-name\0web-1\0")
     READER._hung.clear()
-    assert vms.missed(7) == [VmSeen(7, 1, PID, "web-1", None, "qemu")]
-    assert vms.missed(8) == []
+    assert vms.reap(7) == [VmSeen(7, 1, PID, "web-1", None, "qemu")]
+    assert vms.reap(8) == []
 
 
 def test_processes_behind_one_that_hangs_are_found(

@@ -1,8 +1,8 @@
-"""Dynamic events (``dynamic_events`` of tracefs): defined for us by the kernel, field by field.
+"""Dynamic events: define probes by writing to tracefs' ``dynamic_events``, field by field.
 
-The grammar is Documentation/trace/{fprobetrace,kprobetrace}.rst; what a kernel takes of it is
-found out by asking. Its refusals stand in ``error_log``, which belongs to everybody: it is read,
-never cleared, and our entries are known by the name of our group in them.
+The grammar is in Documentation/trace/{fprobetrace,kprobetrace}.rst. Which part of it a kernel takes
+is found by trying. The kernel writes its reasons to ``error_log``. That file belongs to all users
+of tracefs: it is read and never cleared, and our entries are found by the whole command.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvmtrace.sources.ftrace.fields import Field
+from kvmtrace.linux.read import read_text
 
 _ENTRY = re.compile(
     r"^\[ *[\d.]+\] \w+: error: (?P<reason>.*)\n +Command: (?P<command>.*)\n(?P<caret> *)\^",
@@ -23,33 +23,47 @@ _COMMAND_COLUMN = len("  Command: ")
 _OFFSET = re.compile(r"\{(\w+)\.([\w.]+)\}")
 
 # A kretprobe needs an instance for every call that is under way, and misses calls without; so does
-# an fprobe until it was made of function graphs (6.14). vCPUs sit in KVM_RUN by the hundred. As
-# many as kernel/trace/trace_kprobe.c and trace_fprobe.c allow.
+# an fprobe before 6.14. Threads may sleep in a function by the hundred, so this is the most that
+# kernel/trace/trace_kprobe.c and trace_fprobe.c allow.
 _INSTANCES = "4096"
 
-WAYS = {"f": "fprobe event", "p": "kprobe event", "r": "kretprobe event"}
+PROBE_TYPES = {"f": "fprobe event", "p": "kprobe event", "r": "kretprobe event"}
 
 Offset = Callable[[str, str], int | None]
 """(struct, member) → byte offset, or None."""
 
 
 @dataclass(frozen=True, slots=True)
+class Field:
+    """A field of a dynamic event, and the arguments that may yield it, best first.
+
+    ``needed``: the probe is useless without it. ``helper``: its value can be found in another way,
+    too, so a refusal need not be reported.
+    """
+
+    name: str
+    alternatives: tuple[str, ...]
+    needed: bool = False
+    helper: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Defined:
-    """A dynamic event that exists. ``missing``: fields that were refused, and why."""
+    """A dynamic event that exists. ``missing``: (field that was refused, reason)."""
 
     name: str
     target: str
-    way: str
+    probe_type: str
     fields: tuple[str, ...]
     missing: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class DefineError:
-    """``why``: the kernel's own words; ``way_unknown``: it does not know this kind of probe."""
+    """``why``: the kernel's own words. ``type_unknown``: it has no probes of this type."""
 
     why: str
-    way_unknown: bool = False
+    type_unknown: bool = False
 
 
 class DynamicEvents:
@@ -66,36 +80,37 @@ class DynamicEvents:
     ) -> Defined | DefineError:
         """Define ``name`` on a function, with all of ``fields`` that can be had.
 
-        Ways are tried in order: fprobe (exact at return), then kprobe or kretprobe.
+        ``at``: "entry" or "return". Types are tried in order: fprobe (exact at return), then kprobe
+        or kretprobe.
         """
         refused = DefineError("no kind of probe")
-        for way in ("f", "r" if at == "return" else "p"):
-            outcome = self._define(name, target, at, way, fields)
+        for probe_type in ("f", "r" if at == "return" else "p"):
+            outcome = self._define(name, target, at, probe_type, fields)
             if isinstance(outcome, Defined):
                 return outcome
-            if not outcome.way_unknown or way != "f":
+            if not outcome.type_unknown or probe_type != "f":
                 refused = outcome
-                # A function that fprobe cannot find, kprobe will not find either; a field that
-                # BTF cannot give at one it cannot give at the other.
-                if not outcome.way_unknown and way == "f":
+                # A kprobe would fail for the same reason: it finds the same functions, and has
+                # the same fields by BTF.
+                if not outcome.type_unknown and probe_type == "f":
                     break
         return refused
 
     def _define(
-        self, name: str, target: str, at: str, way: str, fields: Sequence[Field]
+        self, name: str, target: str, at: str, probe_type: str, fields: Sequence[Field]
     ) -> Defined | DefineError:
-        forms = {field.name: self._forms(field) for field in fields}
+        alternatives = {field.name: self._alternatives(field) for field in fields}
         missing: list[tuple[str, str]] = []
-        place = f"{target}%return" if way == "f" and at == "return" else target
+        place = f"{target}%return" if probe_type == "f" and at == "return" else target
         instances = _INSTANCES if at == "return" else ""
         while True:
-            taken = [field for field in fields if forms[field.name]]
-            lacking = next((f for f in fields if f.needed and not forms[f.name]), None)
+            taken = [field for field in fields if alternatives[field.name]]
+            lacking = next((f for f in fields if f.needed and not alternatives[f.name]), None)
             if lacking is not None:
-                why = dict(missing).get(lacking.name, "no form of it fits this kernel")
+                why = dict(missing).get(lacking.name, "none of its alternatives fits this kernel")
                 return DefineError(f"{target}: {lacking.name}: {why}")
-            head = f"{way}{instances}:{self._group}/{name} {place}"
-            arguments = [f"{field.name}={forms[field.name][0]}" for field in taken]
+            head = f"{probe_type}{instances}:{self._group}/{name} {place}"
+            arguments = [f"{field.name}={alternatives[field.name][0]}" for field in taken]
             command = " ".join([head, *arguments])
             try:
                 self._write(command)
@@ -104,40 +119,41 @@ class DynamicEvents:
                 refusal = error.strerror
             else:
                 names = tuple(field.name for field in taken)
-                return Defined(name, target, WAYS[way], names, tuple(missing))
+                return Defined(name, target, PROBE_TYPES[probe_type], names, tuple(missing))
             if reason is None:
-                # No word of it: this kernel does not parse this kind of probe at all.
-                return DefineError(f"{target}: {refusal}", way_unknown=True)
-            if instances and way == "f" and column <= len(way + instances):
-                instances = ""  # it needs none, and knows no number of them
+                # Nothing in error_log: this kernel does not parse this type of probe at all.
+                return DefineError(f"{target}: {refusal}", type_unknown=True)
+            if instances and probe_type == "f" and column <= len(probe_type + instances):
+                instances = ""  # this kernel's fprobes need none, and take no number
                 continue
             culprit = _at_column(head, arguments, column)
             if culprit is None:
-                lean = [field for field in taken if field.needed]
-                if len(lean) == len(taken):
+                required_only = [field for field in taken if field.needed]
+                if len(required_only) == len(taken):
                     return DefineError(f"{target}: {reason}")
                 for field in taken:
                     if not field.needed:
-                        forms[field.name] = ()
-                        _note(missing, field, reason)
+                        alternatives[field.name] = ()
+                        _record_missing(missing, field, reason)
                 continue
             field = taken[culprit]
-            if reason.startswith("No BTF entry") and len(forms[field.name]) == 1:
+            if reason.startswith("No BTF entry") and len(alternatives[field.name]) == 1:
                 return DefineError(f"{target}: {reason}")
-            forms[field.name] = forms[field.name][1:]
-            if not forms[field.name]:
-                _note(missing, field, reason)
+            alternatives[field.name] = alternatives[field.name][1:]
+            if not alternatives[field.name]:
+                _record_missing(missing, field, reason)
 
-    def _forms(self, field: Field) -> tuple[str, ...]:
-        return tuple(form for form in map(self._with_offsets, field.forms) if form is not None)
+    def _alternatives(self, field: Field) -> tuple[str, ...]:
+        found = map(self._with_offsets, field.alternatives)
+        return tuple(argument for argument in found if argument is not None)
 
-    def _with_offsets(self, form: str) -> str | None:
-        for match in _OFFSET.finditer(form):
+    def _with_offsets(self, argument: str) -> str | None:
+        for match in _OFFSET.finditer(argument):
             offset = self._offset(match[1], match[2])
             if offset is None:
                 return None
-            form = form.replace(match[0], str(offset))
-        return form
+            argument = argument.replace(match[0], str(offset))
+        return argument
 
     def _write(self, command: str) -> None:
         descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -147,14 +163,14 @@ class DynamicEvents:
             os.close(descriptor)
 
     def _refusal(self, command: str) -> tuple[str | None, int]:
-        """(reason, column in the command) of what ``error_log`` says last about this command."""
-        for entry in reversed(list(_ENTRY.finditer(_read(f"{self._root}/error_log")))):
+        """(reason, column in the command) from the last entry of this command in ``error_log``."""
+        for entry in reversed(list(_ENTRY.finditer(read_text(f"{self._root}/error_log")))):
             if entry["command"] == command:
                 return entry["reason"], len(entry["caret"]) - _COMMAND_COLUMN
         return None, 0
 
     def remove(self, name: str) -> bool:
-        """Remove one event; False where someone still uses it."""
+        """Remove one event; return False if it is still in use."""
         with contextlib.suppress(FileNotFoundError):
             try:
                 self._write(f"-:{self._group}/{name}")
@@ -165,17 +181,17 @@ class DynamicEvents:
         return True
 
     def names(self) -> list[str]:
-        """The events of this group that exist."""
+        """The names of this group's events that exist."""
         pattern = rf"^\w+:{re.escape(self._group)}/(\S+) "
-        return re.findall(pattern, _read(self._file), re.MULTILINE)
+        return re.findall(pattern, read_text(self._file), re.MULTILINE)
 
 
 def groups(root: str) -> set[str]:
-    """All groups that have dynamic events."""
-    return set(re.findall(r"^\w+:(\w+)/", _read(f"{root}/dynamic_events"), re.MULTILINE))
+    """All groups that have dynamic events in tracefs ``root``."""
+    return set(re.findall(r"^\w+:(\w+)/", read_text(f"{root}/dynamic_events"), re.MULTILINE))
 
 
-def _note(missing: list[tuple[str, str]], field: Field, reason: str) -> None:
+def _record_missing(missing: list[tuple[str, str]], field: Field, reason: str) -> None:
     if not field.helper:
         missing.append((field.name, reason))
 
@@ -187,11 +203,3 @@ def _at_column(head: str, arguments: list[str], column: int) -> int | None:
             return index
         start += len(argument) + 1
     return None
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""

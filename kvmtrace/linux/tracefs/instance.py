@@ -1,7 +1,7 @@
 """A tracing instance of our own: rings, filters, counters (Documentation/trace/ftrace.rst).
 
-What other users of tracefs do is never touched, and what they do (``tracing_on``, clocks, filters)
-does not reach into an instance.
+Other users' settings (``tracing_on``, clocks, filters) do not affect an instance, and an instance
+does not affect theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import resource
 import time
 from collections.abc import Iterator
 
+from kvmtrace.linux.read import read_text
 from kvmtrace.linux.tracefs.ring_page import PageLayout
 
 _CPUS = re.compile(r"(?<!\d)(\d{1,4})(?:-(\d{1,4}))?(?!\d)", re.ASCII)
@@ -31,13 +32,13 @@ class Instance:
         self._last: dict[int, int] = {}
         os.mkdir(self.path)
         try:
-            # The clock that BPF stamps with, too.
+            # CLOCK_MONOTONIC, as BPF has it.
             self.write("trace_clock", "mono")
             self.write("buffer_size_kb", str(kib_per_cpu))
-            # Full means: newer events are dropped and counted. What began a storm stays.
+            # A full ring drops and counts newer events, and keeps the first ones.
             self.write("options/overwrite", "0")
             with contextlib.suppress(OSError):
-                # Without them an entry is smaller; nothing here reads them.
+                # Entries are smaller without comms, which nothing here reads.
                 self.write("options/record-cmd", "0")
             with contextlib.suppress(OSError):
                 self.write("buffer_percent", "0")  # poll() wakes for the first event
@@ -46,10 +47,10 @@ class Instance:
             raise
 
     def open_cpus(self) -> list[int]:
-        """Open the rings of CPUs that came online since the last call; their descriptors.
+        """Open the rings of CPUs that came online since the last call; return their descriptors.
 
-        Raises OSError where there are no descriptors left for the first of them; CPUs that come
-        later are tried again, and their rings keep what is in them meanwhile.
+        Raises OSError if no descriptors are left in the first call. Later, a ring that cannot be
+        opened is tried again by the next call, and keeps its events meanwhile.
         """
         opened: list[int] = []
         begun = bool(self._fds)
@@ -67,9 +68,9 @@ class Instance:
         return list(self._fds.values())
 
     def drain(self) -> Iterator[bytes]:
-        """Every page that there is now, CPU by CPU; partly filled ones too."""
+        """Read every page that there is now, CPU by CPU, with those that are partly filled."""
         for fd in self._fds.values():
-            # A ring that is filled as fast as it is read must not hold us forever.
+            # A ring may be filled as fast as it is read: stop at some time.
             for _ in range(2 + 2 * self.capacity // self.layout.size):
                 try:
                     page = os.read(fd, self.layout.size)
@@ -82,7 +83,7 @@ class Instance:
                 yield page
 
     def dropped(self) -> int:
-        """Events that found no room since the last call, on all CPUs."""
+        """How many events found no room since the last call, on all CPUs."""
         fresh = 0
         for cpu in self._fds:
             total = sum(
@@ -115,14 +116,10 @@ class Instance:
 
     def read(self, file: str) -> str:
         """The text of a file of the instance; "" where it cannot be read."""
-        try:
-            with open(f"{self.path}/{file}", encoding="utf-8", errors="replace") as lines:
-                return lines.read()
-        except OSError:
-            return ""
+        return read_text(f"{self.path}/{file}")
 
     def close(self) -> None:
-        """Close the rings and remove the instance, with its triggers and filters."""
+        """Close the rings and remove the instance with its triggers and filters."""
         for fd in self._fds.values():
             with contextlib.suppress(OSError):
                 os.close(fd)
@@ -131,7 +128,7 @@ class Instance:
 
 
 def _open(path: str) -> int:
-    """A ring's descriptor. There is one for each CPU, and the usual limit is 1024 of them."""
+    """Open a ring. Each CPU needs a descriptor; the usual limit of 1024 is raised if needed."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         return os.open(path, flags)
@@ -139,7 +136,7 @@ def _open(path: str) -> int:
         if error.errno != errno.EMFILE:
             raise
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Where the hard limit is reached, root may go beyond it.
+    # Root may exceed the hard limit.
     wanted = (min(2 * soft, hard), hard) if soft < hard else (2 * soft, 2 * soft)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, wanted)
@@ -147,7 +144,7 @@ def _open(path: str) -> int:
 
 
 def remove(path: str, seconds: float = 1.0) -> bool:
-    """Remove an instance; tries again for a while, since the last reader may still be leaving."""
+    """Remove an instance; try again for ``seconds``, as the last reader may still hold it."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -163,7 +160,7 @@ def remove(path: str, seconds: float = 1.0) -> bool:
 
 
 def online_cpus(path: str = "/sys/devices/system/cpu/online") -> list[int]:
-    """``0-3,8`` → [0, 1, 2, 3, 8]; NR_CPUS is 8192 at most."""
+    """The CPUs that are online: ``0-3,8`` → [0, 1, 2, 3, 8]; NR_CPUS is 8192 at most."""
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             found = _CPUS.findall(file.read(4096))
@@ -174,23 +171,23 @@ def online_cpus(path: str = "/sys/devices/system/cpu/online") -> list[int]:
     return sorted({n for first, last in found for n in range(int(first), int(last or first) + 1)})
 
 
-# -- whose is it
+# -- ownership by name
 
 
 def own_name() -> str:
-    """The name of this process's group and, with a suffix, instances.
+    """The name of this process's group and, with a suffix, of its instances.
 
-    Process, its start in ticks since boot, and its PID namespace: a name that no other process
-    ever has, and from which another kvmtrace can see whether we still live.
+    It holds the pid, the start time in ticks since boot, and the PID namespace: no other process
+    ever has it, and another kvmtrace can check whether this process still runs.
     """
     pid = os.getpid()
     return f"kvmtrace_{pid}_{_started(pid)}_{_namespace():x}"
 
 
 def is_dead(name: str) -> bool:
-    """Whether ``name`` was given by a kvmtrace that is no more.
+    """Whether ``name`` is the name of a kvmtrace process that has ended.
 
-    Never true for one of another PID namespace: its processes cannot be seen from here.
+    Never true for another PID namespace, whose processes cannot be seen from here.
     """
     match = _NAME.fullmatch(name)
     if match is None or int(match[3], 16) != _namespace():
@@ -201,7 +198,7 @@ def is_dead(name: str) -> bool:
 def _started(pid: int) -> int | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            # The command name, in parentheses, may hold anything.
+            # The command name, in parentheses, may contain anything.
             return int(file.read().rpartition(b")")[2].split()[19])
     except (OSError, IndexError, ValueError):
         return None

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# kernel/trace/ring_buffer.c: the commit field's two top bits say that events were lost before
-# this page, and that their number follows the data.
+# kernel/trace/ring_buffer.c, top bits of the commit field: events were lost before this page, and
+# their number follows the data.
 _MISSED = 1 << 31
 _STORED = 1 << 30
 
@@ -66,7 +66,7 @@ class PageLayout:
 
     @classmethod
     def parse(cls, header_page: str) -> PageLayout:
-        """From the text of ``events/header_page``; raises ValueError where it has none."""
+        """Parse ``events/header_page``; raises ValueError if it declares no layout."""
         fields = {field.name: field for field in _fields(header_page)}
         data, commit = fields.get("data"), fields.get("commit")
         if data is None or commit is None or not commit.size or not data.size:
@@ -129,7 +129,7 @@ def event_id(entry: memoryview) -> int:
 
 
 def missed(page: bytes, layout: PageLayout) -> int:
-    """How many events were overwritten before this page; -1 where the kernel only knows "some"."""
+    """How many events were overwritten before this page; -1 if the number is unknown."""
     commit = _commit(page, layout)
     if not commit & _MISSED:
         return 0

@@ -1,9 +1,9 @@
 """What is filled into a compiled program before it is loaded: numbers that a compiler cannot know.
 
-The kernel skips a program that is preempted on the same CPU (kernel/bpf/trampoline.c), copies of it
-not. C asks for its copy's number by calling a helper that there is none of; before a copy is
-loaded, that call is made the number. Addresses of the kernel's variables differ from boot to boot:
-C has placeholders for them.
+The kernel skips a program while it is preempted on the same CPU (kernel/bpf/trampoline.c), but not
+its copies. In C a program gets its copy number by calling a helper that does not exist. Before a
+copy is loaded, that call is replaced by the number. Addresses of the kernel's variables differ from
+boot to boot: C has placeholders for them, which are replaced as well.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import struct
 from collections.abc import Iterator, Mapping
 
 COPY_NUMBER_HELPER = 0x6B000000
-"""The helper's number; beyond all that the kernel has."""
+"""The helper's number, beyond all helpers of the kernel."""
 
 COPIES = {"run": 3, "gmem": 3, "faultin": 3, "sigbus": 3}
 DEFAULT_COPIES = 2
-"""How many of each probe: as many threads of one CPU, all of them busy with it, lose nothing."""
+"""Copies by probe: no call is lost while fewer threads of a CPU are preempted in the program."""
 
 PLACEHOLDERS = {
     "kvm_running_vcpu": 0x6B766D7472616301,
@@ -35,7 +35,7 @@ _LOW = 0xFFFFFFFF
 
 
 class Code:
-    """A program as it was compiled, in place: ``code`` is the memory (bytes) it is loaded from."""
+    """A compiled program, changed in place: ``code`` is the memory that it is loaded from."""
 
     def __init__(self, code: memoryview) -> None:
         self._code = code
@@ -47,11 +47,11 @@ class Code:
         ]
 
     def copies(self, probe: str) -> int:
-        """How many there should be; 1 where it does not ask which it is."""
+        """How many copies to attach; 1 if the program does not use its copy number."""
         return COPIES.get(probe, DEFAULT_COPIES) if self._calls else 1
 
     def set_copy_number(self, copy: int) -> None:
-        """What is loaded next is this copy."""
+        """Make this the copy that is loaded next."""
         for at in self._calls:
             INSTRUCTION.pack_into(self._code, at, _MOV64_IMM, _RESULT, 0, copy)
 

@@ -71,9 +71,9 @@ class BpfHardware:
         if record.via == HW_MC_EVENT:
             addr = record.addr if record.valid else 0
             place = tuple(ctypes.c_int8(record.place >> shift).value for shift in (8, 16, 24))
-            said = (record.severity, addr, record.grain_bits, record.count, label, message)
-            told = cper.Edac(*said, (record.place & 0xFF, *place))
-            facts = cper.edac(told, self._firmware.alike)
+            head = (record.severity, addr, record.grain_bits, record.count, label, message)
+            error = cper.Edac(*head, (record.place & 0xFF, *place))
+            facts = cper.edac(error, self._firmware.alike)
         elif record.via in (HW_EXTLOG, HW_APEI):
             section = cper.MemoryErrorSection(
                 record.valid, record.addr, record.mask, record.place, record.kind

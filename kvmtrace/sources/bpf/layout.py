@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvmtrace import kvm
-from kvmtrace.linux import host
 from kvmtrace.linux.btf import SYS_BTF, Btf, FunctionType
 from kvmtrace.linux.kallsyms import Symbol, read_symbols
+from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import ProbeSpec
 from kvmtrace.sources.bpf import copies, lookup
 from kvmtrace.sources.bpf.copies import PLACEHOLDERS
@@ -94,8 +94,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
 class Layout:
     """Symbols, member offsets and argument lists for these probes, read once.
 
-    ``cache``: keeps them, per build of the kernel (types) and per boot (symbols). Raises
-    KvmtraceError where the kernel has no BTF.
+    ``cache`` keeps them, per build of the kernel (types) and per boot (symbols). Raises
+    KvmtraceError if the kernel has no BTF.
     """
 
     def __init__(self, specs: Iterable[ProbeSpec], cache: ProgramCache) -> None:
@@ -109,27 +109,24 @@ class Layout:
     def target(self, spec: ProbeSpec) -> str | None:
         """The first of a probe's targets that this kernel has.
 
-        Raw tracepoints are attached by the event's name alone, so whether a tracepoint is there
-        shows when that is tried. Only tracefs knows its system: without, that is left out where
-        kernels differ in it.
+        A raw tracepoint is attached by the event's name alone, and whether it exists shows then.
+        Only tracefs has the event's system. Without tracefs that is left out if kernels differ in
+        it.
         """
         if spec.is_tracepoint:
-            root = host.tracefs()
-            found = host.tracepoint(spec.targets, root) if root else None
+            root = mount.tracefs()
+            found = mount.tracepoint(spec.targets, root) if root else None
             event = spec.targets[0].partition(":")[2]
             return found or (spec.targets[0] if len(spec.targets) == 1 else event)
         return next((target for target in spec.targets if target in self.symbols), None)
 
     def missing(self, probe: str) -> str | None:
-        """A member that this probe cannot do without and BTF does not have."""
+        """A member that this probe needs and BTF does not have."""
         needs = NEEDS.get(f"{probe}/{os.uname().machine}", NEEDS.get(probe, ()))
         return next((name for name in needs if self.offsets.get(name) is None), None)
 
     def function(self, spec: ProbeSpec) -> FunctionType | None:
-        """What an fentry or fexit program is attached to.
-
-        None where there is no target or BTF does not know it: then there is no such program.
-        """
+        """What an fentry or fexit program is attached to; None if BTF has no target."""
         target = self.target(spec)
         return None if spec.is_tracepoint or target is None else self._types.functions.get(target)
 
@@ -156,7 +153,9 @@ class Layout:
             if function:
                 flags += [f"-DFN_{spec.name}=fn_{spec.name}"]
                 flags += [f"-DNARGS_{spec.name}={len(function.arguments)}"]
-        if all(name in self.symbols and self.symbols[name].address for name in PLACEHOLDERS):
+        # Addresses are zeros for those who may not see them.
+        per_cpu = self.symbols.get("__per_cpu_offset")
+        if "kvm_running_vcpu" in self.symbols and per_cpu and per_cpu.address:
             flags += [
                 f"-DSYM_{name.strip('_').upper()}={placeholder:#x}ULL"
                 for name, placeholder in PLACEHOLDERS.items()

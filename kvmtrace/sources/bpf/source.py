@@ -9,6 +9,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.linux import host
 from kvmtrace.linux.clock import epoch_offset_ns, now_ns
+from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources.bpf.guest_memory import BpfMemory
 from kvmtrace.sources.bpf.programs import Programs, Settling
@@ -31,7 +32,7 @@ class BpfSource:
                 "kernel lockdown (confidentiality) forbids BPF programs to read kernel memory",
                 "boot with lockdown=integrity or without; `kvmtrace doctor` shows it",
             )
-        self._translator = BpfTranslator(epoch_offset_ns(), host.memory_failure_names())
+        self._translator = BpfTranslator(epoch_offset_ns(), mount.memory_failure_names())
         self._programs = Programs()
         self._next_watch = 0.0
         self._settling: Settling | None = None  # no programs are attached meanwhile

@@ -136,7 +136,7 @@ class BpfTranslator:
 
     def housekeeping(self) -> list[Event]:
         """The end of VMs that no record reported."""
-        return self._vms.missed(self._now())
+        return self._vms.reap(self._now())
 
     def _vm_created(self, record: Any, maps: Maps) -> list[Event]:
         header = record.h
@@ -144,7 +144,7 @@ class BpfTranslator:
         for generation in self._vms.generations(header.kvm):
             if generation != header.gen:
                 events += self._flush_vm_counters((header.kvm, generation), maps)
-        return events + self._vms.began(
+        return events + self._vms.created(
             header.kvm,
             header.tgid,
             header.ts + self._offset,
@@ -154,7 +154,7 @@ class BpfTranslator:
 
     def _vm_gone(self, record: Any, maps: Maps) -> list[Event]:
         header = record.h
-        return self._flush_vm_counters((header.kvm, header.gen), maps) + self._vms.gone(
+        return self._flush_vm_counters((header.kvm, header.gen), maps) + self._vms.destroyed(
             header.kvm,
             header.tgid,
             header.ts + self._offset,

@@ -1,4 +1,4 @@
-"""Attaching the probes: each to its target, in its ring, by what this kernel accepts."""
+"""Attach the probes: each to its target and ring, with the fields that this kernel accepts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,33 @@ from kvmtrace.linux import kallsyms
 from kvmtrace.linux.btf import Btf
 from kvmtrace.linux.tracefs import dynamic_events, instance
 from kvmtrace.linux.tracefs.dynamic_events import Defined, DynamicEvents
+from kvmtrace.linux.tracefs.histogram import HistogramReader
 from kvmtrace.linux.tracefs.instance import Instance
 from kvmtrace.linux.tracefs.ring_page import EventFormat
 from kvmtrace.probes import NO_KVM, RUN_UNDER_WAY, Probe, ProbeSpec, context_specs, specs
-from kvmtrace.sources.ftrace import fields
-from kvmtrace.sources.ftrace import totals as hist
+from kvmtrace.sources import limits
+from kvmtrace.sources.ftrace import exits, hardware, memslots, poison, refusals, signals, vms
+from kvmtrace.sources.ftrace.totals import KernelTotals
 
-_KVM = "/sys/module/kvm"
+# In the order in which they are attached.
+PROBES = (
+    poison.PROBES
+    | hardware.PROBES
+    | vms.PROBES
+    | memslots.PROBES
+    | signals.PROBES
+    | refusals.PROBES
+    | exits.PROBES
+)
+# Several rings, so that many events of one kind cannot crowd out rare ones of another.
+RINGS = {
+    ring: tuple(name for name, request in PROBES.items() if request.ring == ring)
+    for ring in limits.RING_KIB
+}
+# Probes of a ring that have to be counted (by hist triggers); then a full ring loses nothing.
+COUNTED = {"signals": ("sigbus", "sigbus_forced"), "faults": ("run", "vncr")}
 
-# What the kernel says of a probe that it refuses (kernel/trace/trace_probe.h), for people.
+# The kernel's reasons to refuse a probe (kernel/trace/trace_probe.h), in plain words.
 _MEANING = (
     ("No BTF entry", "the kernel's BTF does not have this function"),
     ("BTF is not available", "this kernel's probes take no arguments by name (6.6 does)"),
@@ -30,7 +48,7 @@ _MEANING = (
     ("No BTF argument", "this kernel's function lacks an argument that is needed"),
     ("Invalid argument number", "this kernel's function lacks an argument that is needed"),
     ("field is not found", "this kernel's types lack a member that is needed"),
-    ("no form of it fits", "this kernel's types lack a member that is needed"),
+    ("none of its alternatives fits", "this kernel's types lack a member that is needed"),
     ("Failed to register", "the kernel does not let this function be traced"),
     ("Invalid probed address", "the kernel does not let this function be traced"),
     ("Invalid argument", "this kernel has no probes of this kind"),
@@ -38,7 +56,7 @@ _MEANING = (
 
 
 class Attacher:
-    """The probes in tracefs ``root``, in rings by name (fields.RINGS), all of one ``group``."""
+    """The probes in tracefs ``root``, as events of one ``group``. ``rings``: by name (RINGS)."""
 
     def __init__(self, root: str, group: str, rings: Mapping[str, Instance]) -> None:
         self.formats: dict[int, tuple[str, EventFormat]] = {}
@@ -47,21 +65,20 @@ class Attacher:
         self._rings = rings
         self._events = DynamicEvents(root, group, _offset)
         self._specs = {spec.name: spec for spec in specs() + context_specs()}
-        self._specs["slot"] = ProbeSpec("slot", (fields.SLOT_TARGET,), "entry", "")
-        self._specs[RUN_UNDER_WAY.name] = RUN_UNDER_WAY
-        self._helpers = {"slot", RUN_UNDER_WAY.name}
+        self._specs |= {spec.name: spec for spec in (memslots.SLOT, RUN_UNDER_WAY)}
+        self._helpers = {memslots.SLOT.name, RUN_UNDER_WAY.name}
         self._optional = {*self._helpers, *(spec.name for spec in context_specs())}
         self._probes: dict[str, Probe] = {}
         self._filters: dict[str, tuple[str, str]] = {}  # path and condition
         self._counted: set[str] = set()
-        # Those of all targets that this kernel has; read where a probe is refused.
+        # The targets that this kernel has; read when the first probe is refused.
         self._functions: set[str] | None = None
-        self._counts = hist.HistogramReader()
+        self._counts = HistogramReader()
 
     def probes(self) -> tuple[Probe, ...]:
         """The state of every probe, in the order of probes.specs.
 
-        Of the optional those that are attached, or that the kernel has and refuses.
+        Optional probes are left out if the kernel has none of their targets.
         """
         found = (self._probes[name] for name in self._specs if name in self._probes)
         return tuple(
@@ -76,19 +93,19 @@ class Attacher:
         return name in self._probes and self._probes[name].attached
 
     def counted(self, *names: str) -> bool:
-        """Whether the kernel counts what these probes see, as far as they are attached."""
+        """Whether the kernel counts the hits of those of these probes that are attached."""
         return all(name in self._counted for name in names if self.attached(name))
 
     def attach(self, has_kvm: bool) -> None:
-        """Attach what is not attached."""
+        """Attach the probes that are not attached yet."""
         self._functions = None
-        for ring, names in fields.RINGS.items():
+        for ring, names in RINGS.items():
             for name in names:
                 if name in self._specs and not self.attached(name):
                     self._probes[name] = self._one(self._rings[ring], self._specs[name], has_kvm)
 
     def detach(self) -> None:
-        """Remove all events on functions (tracepoints stay)."""
+        """Remove all events on functions. Tracepoints stay, except kvm's, which go with kvm."""
         for name in self._events.names():
             path = f"events/{self._group}/{name}"
             for ring in self._rings.values():
@@ -101,16 +118,15 @@ class Attacher:
         self._filters.clear()
         self._counted.clear()
         for name, probe in list(self._probes.items()):
-            # A module's tracepoints go with it.
             if probe.via != "tracepoint" or (probe.target or "").startswith("kvm:"):
                 del self._probes[name]
 
     def mute(self, excluded: Mapping[str, str]) -> bool | None:
-        """Keep some events out of the ring: {event: what to add to its filter}.
+        """Keep some events out of the ring. ``excluded``: {event: what to add to its filter}.
 
-        False where the kernel refuses one of the filters: then none of these events is kept out.
-        None where writing failed for another reason (no file descriptors left, for instance): some
-        may be kept out, so try again.
+        False: the kernel refused a filter, and none of these events is kept out. None: writing
+        failed for another reason (no file descriptors left, for instance), and some may be kept
+        out; try again.
         """
         filters = {name: self._filters[name] for name in excluded if name in self._filters}
         try:
@@ -122,23 +138,23 @@ class Attacher:
         else:
             return True
         try:
-            for name, (path, ordinary) in filters.items():  # the kernel took these before
+            for name, (path, ordinary) in filters.items():  # accepted before
                 self._ring_of(name).write(path, ordinary)
         except OSError:
             return None
         return False
 
-    def totals(self) -> hist.KernelTotals:
-        """The kernel's counts, now."""
-        totals = hist.KernelTotals()
-        # guest_memfd's failures after the exits that they lead to: see Totals.converts_only.
+    def totals(self) -> KernelTotals:
+        """Read the kernel's counts."""
+        totals = KernelTotals()
+        # gmem after the exits that its failures lead to: see KernelTotals.gmem_never_failed.
         for name in sorted(self._counted, key=lambda name: name == "gmem"):
             ring, path = self._ring_of(name), f"events/{self._group}/{name}/hist"
-            self._counts.read(name, functools.partial(ring.read, path), totals)
+            totals.add(name, self._counts.read(name, functools.partial(ring.read, path)))
         return totals
 
     def _ring_of(self, name: str) -> Instance:
-        return next(self._rings[ring] for ring, names in fields.RINGS.items() if name in names)
+        return next(self._rings[ring] for ring, names in RINGS.items() if name in names)
 
     def close(self) -> None:
         """Remove all events; the instances that use them must be gone."""
@@ -151,14 +167,14 @@ class Attacher:
             return self._tracepoint(ring, spec)
         if not has_kvm and any("kvm" in target for target in spec.targets):
             return Probe(spec.name, False, why=NO_KVM)
-        wanted = fields.FIELDS.get(f"{spec.name}/{os.uname().machine}", fields.FIELDS[spec.name])
-        ways = [(target, spec.at, wanted) for target in spec.targets]
-        at_entry = fields.FIELDS.get(f"{spec.name}/entry")
-        if at_entry is not None:
-            ways += [(target, "entry", at_entry) for target in spec.targets]
+        request = PROBES[spec.name]
+        fields = request.fields_on(os.uname().machine)
+        attempts = [(target, spec.at, fields) for target in spec.targets]
+        if request.at_entry:
+            attempts += [(target, "entry", request.at_entry) for target in spec.targets]
         refused: list[tuple[str, str]] = []
-        for target, at, asked in ways:
-            outcome = self._events.define(spec.name, target, at, asked)
+        for target, at, wanted in attempts:
+            outcome = self._events.define(spec.name, target, at, wanted)
             if not isinstance(outcome, Defined):
                 refused.append((target, outcome.why))
                 continue
@@ -173,15 +189,15 @@ class Attacher:
                 spec.name,
                 True,
                 target,
-                outcome.way,
+                outcome.probe_type,
                 f"without {without}" if without else None,
-                "; ".join(f"{name}: {said}" for name, said in outcome.missing) or None,
+                "; ".join(f"{name}: {reason}" for name, reason in outcome.missing) or None,
             )
         return self._not_attached(spec, refused)
 
     def _not_attached(self, spec: ProbeSpec, refused: Sequence[tuple[str, str]]) -> Probe:
-        """``refused``: (target, what the kernel said of it) in order; of absent ones, too."""
-        detail = "; ".join(said for _, said in refused)
+        """Give the reason. ``refused``: (target, kernel's reason) in order, absent ones too."""
+        detail = "; ".join(reason for _, reason in refused)
         if self._functions is None:
             functions = (x for one in self._specs.values() for x in one.targets if ":" not in x)
             symbols = kallsyms.symbols(functions)
@@ -189,21 +205,21 @@ class Attacher:
         here = [one for one in refused if one[0] in self._functions]
         if not here:
             return Probe(spec.name, False, why=spec.absent, detail=detail)
-        target, said = here[0]
-        meanings = (why for words, why in _MEANING if words in said)
+        target, reason = here[0]
+        meanings = (why for words, why in _MEANING if words in reason)
         why = next(meanings, "the kernel refuses the probe")
         return Probe(spec.name, False, target, why=why, detail=detail)
 
     def _enable(self, ring: Instance, event: Defined) -> None:
         path = f"events/{self._group}/{event.name}"
         self._filter(ring, event.name, path, event.fields)
-        triggers = hist.triggers(event.name, event.fields)
-        with contextlib.suppress(OSError):  # no CONFIG_HIST_TRIGGERS: events must do
+        triggers = PROBES[event.name].triggers(event.fields)
+        with contextlib.suppress(OSError):  # no CONFIG_HIST_TRIGGERS: by events only
             for trigger in triggers:
                 ring.append(f"{path}/trigger", trigger)
             if triggers:
                 self._counted.add(event.name)
-        self._learn(event.name, ring.read(f"{path}/format"))
+        self._add_format(event.name, ring.read(f"{path}/format"))
         ring.write(f"{path}/enable", "1")
 
     def _tracepoint(self, ring: Instance, spec: ProbeSpec) -> Probe:
@@ -216,7 +232,7 @@ class Attacher:
         if not text:
             return Probe(spec.name, False, why=spec.absent)
         try:
-            self._learn(spec.name, text)
+            self._add_format(spec.name, text)
             self._filter(ring, spec.name, path, ("errno",))
             ring.write(f"{path}/enable", "1")
         except (OSError, ValueError) as error:
@@ -225,19 +241,19 @@ class Attacher:
         return Probe(spec.name, True, target, "tracepoint")
 
     def _filter(self, ring: Instance, name: str, path: str, known: Collection[str]) -> None:
-        conditions = fields.FILTERS.get(name, ())
+        conditions = PROBES[name].filters
         condition = next((text for field, text in conditions if field in known), None)
         if condition:
             ring.write(f"{path}/filter", condition)
             self._filters[name] = f"{path}/filter", condition
 
-    def _learn(self, probe: str, text: str) -> None:
+    def _add_format(self, probe: str, text: str) -> None:
         known = EventFormat(text)
         self.formats[known.id] = (probe, known)
 
 
 def remove_dead(root: str) -> None:
-    """Remove what kvmtrace processes that are no more (kill -9) left in tracefs, nothing else."""
+    """Remove what kvmtrace processes that were killed (kill -9) left in tracefs; nothing else."""
     with contextlib.suppress(OSError):
         for name in os.listdir(f"{root}/instances"):
             if instance.is_dead(name):
@@ -248,27 +264,13 @@ def remove_dead(root: str) -> None:
 
 
 def remove_events(events: DynamicEvents, seconds: float = 1.0) -> None:
-    """Remove all events of a group; tries again for a while, since instances take their time."""
+    """Remove all events of a group; try again for ``seconds``, as instances may still use them."""
     end = time.monotonic() + seconds
     while True:
         removed = [events.remove(name) for name in events.names()]
         if all(removed) or time.monotonic() >= end:
             return
         time.sleep(0.02)
-
-
-def kvm_now() -> int | None:
-    """A number that changes when kvm is loaded anew; None while it is not loaded."""
-    try:
-        number = os.stat(_KVM).st_ino
-    except OSError:
-        return 0 if os.path.exists("/dev/kvm") else None
-    try:
-        with open(f"{_KVM}/initstate") as file:
-            return number if file.read().strip() == "live" else None
-    except OSError:
-        # Built in: a directory (of parameters) without a state. Just unloaded: no directory.
-        return number if os.path.isdir(_KVM) else None
 
 
 def _offset(struct: str, member: str) -> int | None:

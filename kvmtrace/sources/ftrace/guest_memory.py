@@ -1,7 +1,7 @@
-"""What can be looked up of VMs' memory at any time: slots that were seen, holders of guest_memfds.
+"""Look up guest memory at any time: memslots that were reported, processes with a guest_memfd.
 
 On kernels without typecasts in probe arguments (before 7.3) the probe on a poisoned guest_memfd
-page has its inode and nothing of its VM; but /proc shows which processes hold that inode.
+page has its inode but not its VM. /proc shows which processes have that inode open.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from kvmtrace.vmm import processes
 
 
 class FtraceMemory:
-    """guestmem.Memory of the ftrace source."""
+    """The ftrace source's implementation of sources.guest_memory.Memory."""
 
-    def __init__(self, people: VmResolver, guest: Memslots, proc: str = "/proc") -> None:
-        self._people = people
+    def __init__(self, vms: VmResolver, guest: Memslots, proc: str = "/proc") -> None:
+        self._vms = vms
         self._guest = guest
         self._proc = proc
 
     def slots(self, vm: int) -> tuple[guest_memory.Memslot, ...] | None:
-        """Memslots that were made, or faulted on, since the start; None where there are none."""
-        struct = self._people.struct_of(vm)
+        """The memslots that were created, changed, or faulted on since the start."""
+        struct = self._vms.struct_of(vm)
         known = self._guest.slots(struct) if struct is not None else {}
         return tuple(
             guest_memory.Memslot(None, slot.base, slot.npages, slot.hva or 0, space)
@@ -31,24 +31,24 @@ class FtraceMemory:
         )
 
     def huge_entry(self, vm: int, hva: int) -> int | None:
-        """Nothing: the VMM's page table cannot be read."""
+        """Return None: the VMM's page table cannot be read."""
         return None
 
     def page(self, pfn: int) -> tuple[guest_memory.Page, list[Event]] | None:
-        """Of a guest_memfd page: its VM, if one VM alone can have it."""
+        """A guest_memfd page with its VM, if only one VM can have it; else None."""
         page = self._guest.page(pfn)
         if page is None:
             return None
         inode, index = page
         devices: dict[int, int] = {}
         owners: list[Owner] = []
-        vms_of = self._people.vms.pids()
+        vms_of = self._vms.table.pids()
         for pid, held in processes.guest_memfds(vms_of, self._proc).items():
             if inode in held:
                 devices[pid] = held[inode]
                 owners += [Owner(vm, None) for vm in vms_of[pid]]
         if len(owners) != 1:
-            # Several: the descriptor was passed on, or a process runs more than one VM.
+            # Several owners: the descriptor was passed on, or a process runs several VMs.
             return None
         (device,) = devices.values()
         return guest_memory.Page(inode, device, index, tuple(owners)), []

@@ -1,7 +1,7 @@
-"""Where guest memory is: memslots as probes report them, and from there a page's owners.
+"""Memslots as probes report them (``slot``, ``gmem``), and the owners of pages by them.
 
-Pure. Slots are reported when they are made or changed, and by faults on them; those of VMs from
-before are not known until a fault fails, and nothing here pretends otherwise.
+Pure. A slot is reported when it is created or changed, and by a failed fault on it. Slots of VMs
+from before the start are unknown until such a fault.
 """
 
 from __future__ import annotations
@@ -12,13 +12,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmtrace import kvm
+from kvmtrace.bounded import BoundedDict
+from kvmtrace.probes import ProbeSpec
+from kvmtrace.sources.ftrace.fields import ProbeRequest, needed, optional, slot_fields
+from kvmtrace.sources.limits import MAX_POISONED_PAGES, MAX_SLOTS
 
 # include/uapi/linux/kvm.h
 _MEM_GUEST_MEMFD = 1 << 2
 _MR_DELETE = 1  # include/linux/kvm_host.h, enum kvm_mr_change
 
-MAX_SLOTS = 32768
-MAX_PAGES = 4096
+SLOT = ProbeSpec("slot", ("kvm_arch_commit_memory_region",), "entry", "")
+"""Not in probes.specs: it only serves other probes, and ``doctor`` does not list it."""
+PROBES = {
+    "slot": ProbeRequest(
+        "poison",
+        (
+            needed("kvm", "kvm:x64"),
+            needed("change", "change"),  # include/linux/kvm_host.h, enum kvm_mr_change
+            needed("old_base", "old->base_gfn"),
+            optional("old_as_id", "old->as_id"),
+            *slot_fields("new"),
+        ),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,32 +56,32 @@ class TracedSlot:
         return self.base + index - self.pgoff
 
     def hva_of_gfn(self, gfn: int) -> int | None:
-        """Where the VMM has that page mapped."""
+        """The VMM's address of that page; None if it has none."""
         return None if not self.hva else self.hva + ((gfn - self.base) << kvm.PAGE_SHIFT)
 
 
 class Memslots:
-    """Slots by VM (address of its ``struct kvm``), and poisoned guest_memfd pages by (ino, index).
+    """Slots by VM (address of ``struct kvm``), and poisoned guest_memfd pages by (ino, index).
 
-    Bounded: what came first is forgotten first.
+    Bounded: the oldest are forgotten first.
     """
 
     def __init__(self) -> None:
         self._slots: OrderedDict[int, dict[tuple[int, int], TracedSlot]] = OrderedDict()
         self._count = 0
-        self._poisoned: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._poisoned: BoundedDict[tuple[int, int], int] = BoundedDict(MAX_POISONED_PAGES)
 
-    def changed(self, fields: Mapping[str, Any]) -> None:
+    def apply_change(self, fields: Mapping[str, Any]) -> None:
         """A ``slot`` record: a memslot was created, deleted, moved, or its flags changed."""
         slots = self._slots.get(fields["kvm"], {})
         old = (fields.get("old_as_id") or 0, fields["old_base"])
         if slots.pop(old, None) is not None:
             self._count -= 1
         if fields["change"] != _MR_DELETE and fields.get("npages"):
-            self.learn(fields)
+            self.add(fields)
 
-    def learn(self, fields: Mapping[str, Any]) -> None:
-        """A record with the fields of a slot (``fields.py``, _slot) and ``kvm``."""
+    def add(self, fields: Mapping[str, Any]) -> None:
+        """Remember the slot of a record with ``kvm`` and fields.slot_fields."""
         base, npages = fields.get("base"), fields.get("npages")
         if base is None or not npages:
             return
@@ -81,7 +97,7 @@ class Memslots:
         key = (fields.get("as_id") or 0, base)
         known = slots.get(key)
         if known is not None and known.ino and not slot.ino:
-            # Its guest_memfd was closed: what was bound there still is what was poisoned.
+            # Its guest_memfd was closed. Poisoned pages are still found by the old binding.
             return
         self._count += known is None
         slots[key] = slot
@@ -90,7 +106,7 @@ class Memslots:
             self._count -= len(forgotten)
 
     def forget(self, vm: int) -> None:
-        """The VM is gone."""
+        """Forget a destroyed VM."""
         self._count -= len(self._slots.pop(vm, ()))
 
     def slot_of(self, vm: int, gfn: int) -> TracedSlot | None:
@@ -101,7 +117,7 @@ class Memslots:
         return None
 
     def slots(self, vm: int) -> dict[tuple[int, int], TracedSlot]:
-        """What is known of a VM's memslots: {(address space, first gfn): slot}."""
+        """The known memslots of a VM: {(address space, first gfn): slot}."""
         return self._slots.get(vm, {})
 
     def page(self, pfn: int) -> tuple[int, int] | None:
@@ -118,14 +134,12 @@ class Memslots:
                     found.append((vm, gfn, slot.hva_of_gfn(gfn)))
         return found
 
-    def poisoned(self, ino: int, index: int, pfn: int) -> None:
-        """A page of a guest_memfd was poisoned."""
+    def add_poisoned(self, ino: int, index: int, pfn: int) -> None:
+        """Remember a poisoned page of a guest_memfd."""
         self._poisoned[ino, index] = pfn
-        while len(self._poisoned) > MAX_PAGES:
-            self._poisoned.popitem(last=False)
 
     def poisoned_pfn(self, vm: int, gfn: int) -> tuple[int, int | None] | None:
-        """(pfn, hva) where the page at ``gfn`` is known to be poisoned."""
+        """(pfn, hva) of the page at ``gfn`` if it is known to be poisoned."""
         slot = self.slot_of(vm, gfn)
         if slot is None or slot.ino is None or slot.pgoff is None:
             return None

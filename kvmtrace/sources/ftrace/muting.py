@@ -1,8 +1,8 @@
-"""Storms: what comes too often to be reported one by one is muted in the ring, not in the count.
+"""Muting: keep keys that come too often out of the ring, while the kernel goes on counting them.
 
-A key that storms is excluded by the events' own filters, so that it costs neither room in the ring
-nor our time; the hist triggers, which do not look at the events' filter, go on counting it. When
-it has been quiet for a while its events are let through again.
+A muted key is excluded by the events' own filters, so that it takes no room in the ring and none of
+our time. Hist triggers do not look at these filters, and go on counting. A key that has been quiet
+for a while is let through again.
 """
 
 from __future__ import annotations
@@ -14,12 +14,7 @@ from typing import Generic, TypeVar
 
 from kvmtrace import kvm
 from kvmtrace.sources.ftrace.totals import ExitKey, SignalKey
-
-RATE = 200  # events of one key between two readings of the counts (one second)
-QUIET_READINGS = 3
-# Of exits, and as many of signals. What excludes them has to fit into one filter, and that into a
-# page of 4 KiB (kernel/trace/trace_events.c, event_filter_write), however large its numbers are.
-MAX_MUTED = 24
+from kvmtrace.sources.limits import MAX_MUTED, MUTE_AFTER, QUIET_READINGS
 
 K = TypeVar("K", bound=Hashable)
 
@@ -32,16 +27,16 @@ class _Muted:
 
 
 class Muting(Generic[K]):
-    """Which keys are muted. ``changed`` says that the filters have to be written again."""
+    """Which keys are muted. ``changed``: the filters have to be written again."""
 
     def __init__(self) -> None:
         self._window: Counter[K] = Counter()
         self._muted: dict[K, _Muted] = {}
         self.changed = False
         self.counted = True
-        """The kernel counts these: without that, muting would lose them."""
+        """The kernel counts these keys; otherwise muting would lose them."""
         self.refused = False
-        """The kernel did not take a filter: nothing is muted any more."""
+        """The kernel refused a filter: nothing is muted any more."""
 
     def __bool__(self) -> bool:
         return bool(self._muted)
@@ -50,10 +45,10 @@ class Muting(Generic[K]):
         return key in self._muted
 
     def event(self, key: K, struct: int | None) -> None:
-        """An event of this key came, in the VM at ``struct``."""
+        """Count an event of this key, of the VM at address ``struct``; mute the key if needed."""
         self._window[key] += 1
         if (
-            self._window[key] >= RATE
+            self._window[key] >= MUTE_AFTER
             and key not in self._muted
             and len(self._muted) < MAX_MUTED
             and self.counted
@@ -62,10 +57,10 @@ class Muting(Generic[K]):
             self._muted[key] = _Muted(struct, 0)
             self.changed = True
 
-    def reading(self, totals: Mapping[K, int]) -> None:
-        """The counts were read: keys that have been quiet are let through again.
+    def update_totals(self, totals: Mapping[K, int]) -> None:
+        """Let keys through again that have been quiet. ``totals``: the kernel's counts, just read.
 
-        So are those that the kernel has no entry for, since nothing but their events counts them.
+        Keys without an entry in them are let through, too: only their events count them.
         """
         self._window.clear()
         for key, muted in list(self._muted.items()):
@@ -77,35 +72,35 @@ class Muting(Generic[K]):
                 self.changed = True
 
     def refuse(self) -> None:
-        """The kernel refused the filters that were to mute these: all come through."""
+        """The kernel refused the filters: let all keys through, and mute none from now on."""
         self._muted.clear()
         self.refused = True
 
-    def gone(self, struct: int) -> None:
-        """The VM is gone; its addresses may be another's soon."""
+    def forget_vm(self, struct: int) -> None:
+        """Forget a destroyed VM: its addresses may be another VM's soon."""
         for key in [key for key, muted in self._muted.items() if muted.struct == struct]:
             del self._muted[key]
             self.changed = True
 
-    def in_vm(self, struct: int) -> bool:
+    def any_muted_in(self, struct: int) -> bool:
         """Whether some key of this VM is muted."""
         return any(muted.struct == struct for muted in self._muted.values())
 
 
 class ExitMuting(Muting[ExitKey]):
-    """Of failed exits."""
+    """Muting of failed exits."""
 
-    def mutes(self, struct: int, gfn: int) -> bool:
-        """Whether faults of this page are muted."""
+    def is_muted(self, struct: int, gfn: int) -> bool:
+        """Whether the faults of a page are muted."""
         return any(
             muted.struct == struct and key.gpa is not None and kvm.gfn_of(key.gpa) == gfn
             for key, muted in self._muted.items()
         )
 
     def conditions(self) -> dict[str, list[str]]:
-        """{event: what to leave out of it}."""
+        """{event: conditions of what to exclude from it}."""
         found: dict[str, list[str]] = {"run": [], "gmem": [], "faultin": []}
-        # For it a call that ``run`` was not there for looks like one that is muted.
+        # It cannot tell a call that bypassed ``run`` from a muted one.
         found["run_under_way"] = ["errno < 0"] if self._muted else []
         for key, muted in self._muted.items():
             ret = f"vcpu == {key.vcpu:#x} && ret == {key.ret}"
@@ -120,7 +115,7 @@ class ExitMuting(Muting[ExitKey]):
 
 
 class SignalMuting(Muting[SignalKey]):
-    """Of signals, and the faults in which KVM sends them."""
+    """Muting of signals, and of the faults and exits that come with them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,19 +123,19 @@ class SignalMuting(Muting[SignalKey]):
         self._returns: dict[SignalKey, int] = {}
 
     def fault(self, key: SignalKey, vcpu: int, gfn: int) -> None:
-        """The fault that such a signal was sent from."""
+        """Exclude the fault that a muted signal was sent from."""
         if key in self._muted and key not in self._faults:
             self._faults[key] = (vcpu, gfn)
             self.changed = True
 
     def returned(self, key: SignalKey, vcpu: int) -> None:
-        """The vCPU that left KVM_RUN for such a signal."""
+        """Exclude the return from KVM_RUN that a muted signal leads to."""
         if key in self._muted and key not in self._returns:
             self._returns[key] = vcpu
             self.changed = True
 
     def conditions(self) -> dict[str, list[str]]:
-        """{event: what to leave out of it}."""
+        """{event: conditions of what to exclude from it}."""
         found: dict[str, list[str]] = {"sigbus": [], "sigbus_forced": [], "faultin": [], "run": []}
         self._returns = {key: at for key, at in self._returns.items() if key in self._muted}
         found["run"] = [f"vcpu == {vcpu:#x} && ret == -4" for vcpu in self._returns.values()]
@@ -155,7 +150,7 @@ class SignalMuting(Muting[SignalKey]):
 
 
 def exclusions(*conditions: Mapping[str, list[str]]) -> dict[str, str]:
-    """{event: what to add to its filter}, from several storms."""
+    """{event: what to add to its filter}, from several ``conditions``."""
     found: dict[str, dict[str, None]] = {}
     for one in conditions:
         for event, excluded in one.items():

@@ -1,4 +1,4 @@
-"""Whether this host lets us trace, and if not: why, and what would help."""
+"""Check whether this host lets us trace, and explain why not."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import os
 
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host
+from kvmtrace.linux.tracefs import mount
 
 
 def tracefs() -> str:
-    """Where tracefs is; raises KvmtraceError where it cannot be used."""
+    """The path of tracefs. Raises KvmtraceError where it cannot be used."""
     if not host.privilege().may_trace:
         raise KvmtraceError("tracing the kernel needs root", "run it with sudo")
-    found = host.tracing()
+    found = mount.tracing()
     if found is None:
-        # Where it is locked down it cannot be mounted either.
+        # Under lockdown it cannot be mounted either.
         locked = _locked_down() if host.lockdown() == "confidentiality" else None
         raise locked or KvmtraceError(
             "tracefs is not mounted", "mount -t tracefs tracefs /sys/kernel/tracing"
@@ -32,8 +33,8 @@ def tracefs() -> str:
     return found.path
 
 
-def explained(error: OSError) -> KvmtraceError:
-    """The error, with its hint, for a control file that was refused."""
+def to_kvmtrace_error(error: OSError) -> KvmtraceError:
+    """Turn the error of a control file into one with a hint."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return KvmtraceError(
             "no file descriptors are left for the rings of all CPUs", "raise `ulimit -n`"

@@ -1,39 +1,75 @@
-"""guest_memfd's refusals (EHWPOISON): each is reported once, by its event or by the counts."""
+"""guest_memfd's failures (``gmem``), and its refusals of poisoned pages (EHWPOISON)."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from kvmtrace import kvm
 from kvmtrace.events import Event, GmemRefusal
+from kvmtrace.sources.ftrace.fields import (
+    RET,
+    TGID,
+    ProbeRequest,
+    helper,
+    needed,
+    slot_fields,
+    values,
+)
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.totals import KernelTotals, RefusalKey
 from kvmtrace.sources.ftrace.vms import VmResolver
+from kvmtrace.sources.limits import HIST_ENTRIES
 from kvmtrace.sources.tally import Tally
 
 
-class GmemRefusals:
-    """``gmem`` records and the kernel's counts → ``GmemRefusal``."""
+def _triggers(fields: Collection[str]) -> tuple[str, ...]:
+    size = f"size={HIST_ENTRIES}"
+    return (
+        f"hist:keys=kvm.hex,gfn.hex:{values(fields, 'tgid')}:{size} if ret == -133",
+        f"hist:keys=kvm.hex,ret:vals=hitcount:{size} if ret == -14",
+    )
 
-    def __init__(self, people: VmResolver) -> None:
+
+PROBES = {
+    "gmem": ProbeRequest(
+        "faults",
+        (
+            needed("kvm", "kvm:x64"),
+            needed("gfn", "gfn:x64"),
+            helper("tgid", TGID),
+            *slot_fields("slot"),
+            RET,
+        ),
+        filters=(("ret", "ret < 0"),),
+        triggers=_triggers,
+    ),
+}
+
+
+class GmemRefusals:
+    """Records and the kernel's counts → ``GmemRefusal``, each refusal once."""
+
+    def __init__(self, vms: VmResolver) -> None:
         self.tally: Tally[RefusalKey] = Tally()
-        self._people = people
+        self._vms = vms
         self._batch: dict[tuple[int, int], tuple[int, int]] = {}  # (VM, gfn) → (how many, when)
 
     def gmem(self, record: Record) -> None:
-        """kvm_gmem_get_pfn failed."""
+        """kvm_gmem_get_pfn failed; if for poison, this is a refusal."""
         fields = record.fields
         key = RefusalKey(fields["kvm"], fields["gfn"])
         if fields["ret"] == -kvm.EHWPOISON and self.tally.event(key):
-            self._add(self._people.key(record), key.gfn, 1, record.ts)
+            self._add(self._vms.key(record), key.gfn, 1, record.ts)
 
-    def settle(self, totals: KernelTotals, now: int, struct: int | None = None) -> None:
-        """The kernel's counts; of one VM, or all."""
-        wanted = {k: n for k, n in totals.refused.items() if struct in (None, k.kvm)}
+    def add_unreported(self, totals: KernelTotals, now: int, struct: int | None = None) -> None:
+        """Add refusals that the kernel counted and no event has reported; of one VM, or all."""
+        wanted = {k: n for k, n in totals.refusals.items() if struct in (None, k.kvm)}
         for key, count in self.tally.total(wanted):
-            vm = self._people.key_of(key.kvm, totals.refusers.get(key.kvm), now)
+            vm = self._vms.key_of(key.kvm, totals.refusal_pids.get(key.kvm), now)
             self._add(vm, key.gfn, count, now)
 
     def take(self) -> list[Event]:
-        """What is to be reported, one event for each page."""
+        """Take what was added: one event for each page."""
         batch, self._batch = self._batch, {}
         return [GmemRefusal(ts, vm, gfn, count) for (vm, gfn), (count, ts) in batch.items()]
 

@@ -1,6 +1,6 @@
 """The ftrace source: tracefs dynamic events; no compiler, no headers, no BPF.
 
-One group of events and three instances (fields.RINGS), all named after this process. See
+It has one group of events and three instances (attach.RINGS), all named after this process. See
 ``kvmtrace.sources.ftrace`` for its parts.
 """
 
@@ -15,12 +15,14 @@ from collections.abc import Mapping
 
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
-from kvmtrace.linux import clock, host
-from kvmtrace.linux.tracefs import instance, ring_page
+from kvmtrace.linux import clock, kvm_module
+from kvmtrace.linux.read import read_text
+from kvmtrace.linux.tracefs import instance, mount, ring_page
 from kvmtrace.linux.tracefs.instance import Instance
 from kvmtrace.linux.tracefs.missed import Missed
 from kvmtrace.probes import Probe, ProbeRuns
-from kvmtrace.sources.ftrace import attach, fields, preflight
+from kvmtrace.sources import limits
+from kvmtrace.sources.ftrace import attach, preflight
 from kvmtrace.sources.ftrace.attach import Attacher
 from kvmtrace.sources.ftrace.guest_memory import FtraceMemory
 from kvmtrace.sources.ftrace.records import Record
@@ -28,17 +30,11 @@ from kvmtrace.sources.ftrace.translator import FtraceTranslator
 from kvmtrace.sources.ftrace.vms import VmResolver, tgid_of
 from kvmtrace.sources.vm_table import VmTable
 
-COUNT_SECONDS = 1.0  # how often the kernel's counts are read while something is going on
-UPKEEP_SECONDS = 1.0  # how often kvm's coming and going, CPUs and missed VMs are looked at
-SCAN_SECONDS = 5.0  # how often /proc is searched for VMs where no probe reports new ones
-BATCH_SECONDS = 0.05  # how long faults may gather after some were read
-SIGNAL_SECONDS = 0.02  # how soon to look for the fault that a signal was sent from
-
-_NEVER_LOOKED = -1
+_NOT_CHECKED = -1
 
 
 class FtraceSource:
-    """Raises KvmtraceError where this host does not let us trace."""
+    """Events by ftrace. Raises KvmtraceError where this host does not let us trace."""
 
     name = "ftrace"
 
@@ -49,31 +45,31 @@ class FtraceSource:
         self._pending: list[tuple[int, int, Record]] = []
         self._serial = 0
         self._ready: list[Event] = []
-        self._kvm: int | None = _NEVER_LOOKED
+        self._kvm: int | None = _NOT_CHECKED
         self._counts_due = self._upkeep_due = self._scan_due = self._batch_until = 0.0
         self._active = False  # something may have been counted since the counts were read
-        self._doubt = 0  # batches in which a join may lack a record that was dropped
-        self._deaf = False  # signals were dropped in this batch
-        self._damaged = 0  # entries that are not as their format says, since that was reported
+        self._doubtful_batches = 0  # in which a join may lack a record that was dropped
+        self._signals_dropped = False  # in this batch
+        self._damaged = 0  # entries shorter than their format, not yet reported
         self._offset_ns = clock.epoch_offset_ns()
         root = preflight.tracefs()
         attach.remove_dead(root)
         group = instance.own_name()
-        names = host.memory_failure_names(root)
-        self._joiner = FtraceTranslator(VmResolver(VmTable(), tgid_of), names)
-        self.memory = FtraceMemory(self._joiner.people, self._joiner.poisons.memory)
+        names = mount.memory_failure_names(root)
+        self._translator = FtraceTranslator(VmResolver(VmTable(), tgid_of), names)
+        self.memory = FtraceMemory(self._translator.vms, self._translator.poisons.memory)
         self._attacher = Attacher(root, group, self._rings)
         self._missed = Missed(root, group)
         try:
-            layout = ring_page.PageLayout.parse(_read(f"{root}/events/header_page"))
-            for ring, kib in fields.RING_KIB.items():
+            layout = ring_page.PageLayout.parse(read_text(f"{root}/events/header_page"))
+            for ring, kib in limits.RING_KIB.items():
                 self._rings[ring] = Instance(root, f"{group}_{ring}", kib, layout)
-            self._ready += self._joiner.people.vms.scan(clock.now_ns())
-            self._scan_due = time.monotonic() + SCAN_SECONDS
+            self._ready += self._translator.vms.table.scan(clock.now_ns())
+            self._scan_due = time.monotonic() + limits.SCAN_SECONDS
             self._upkeep()
         except OSError as error:
             self.close()
-            raise preflight.explained(error) from error
+            raise preflight.to_kvmtrace_error(error) from error
         except ValueError as error:
             self.close()
             raise KvmtraceError(f"this kernel's rings cannot be read: {error}") from error
@@ -85,9 +81,9 @@ class FtraceSource:
     # -- the Source protocol
 
     def poll(self, timeout: float) -> list[Event]:
-        """Events since the last call, in order of time over all CPUs.
+        """Return events since the last call, in order of time over all CPUs.
 
-        ``timeout`` 0 reads all that the kernel has counted, and holds nothing back.
+        ``timeout`` 0: read all that the kernel has counted, and hold nothing back.
         """
         if timeout <= 0 and not self._closed:
             events, self._ready = self._ready, []
@@ -109,7 +105,7 @@ class FtraceSource:
         return self._attacher.probes()
 
     def probe_runs(self) -> Mapping[str, ProbeRuns]:
-        """Nothing: the kernel does not time these probes."""
+        """Return nothing: the kernel does not time these probes."""
         return {}
 
     def close(self) -> None:
@@ -125,29 +121,29 @@ class FtraceSource:
     # -- upkeep
 
     def _upkeep(self) -> None:
-        """Attach what can be had now; notice kvm's coming and going, new CPUs, VMs that ended."""
-        kvm = attach.kvm_now()
+        """Attach what can be attached now; find new CPUs, a new kvm, and VMs that ended."""
+        kvm = kvm_module.load_number()
         if kvm != self._kvm:
             self._kvm = kvm
-            # kvm's functions are other ones from now on: their events and their counts end here.
+            # kvm was loaded or unloaded: events on its functions, and their counts, end here.
             self._ready += self._collect(last=True)
             self._attacher.detach()
             self._attacher.attach(kvm is not None)
-            self._joiner.begin(
+            self._translator.begin(
                 watches_gmem=self._attacher.attached("gmem"),
-                counts_exits=self._attacher.counted(*fields.COUNTED["faults"]),
-                counts_signals=self._attacher.counted(*fields.COUNTED["signals"]),
+                counts_exits=self._attacher.counted(*attach.COUNTED["faults"]),
+                counts_signals=self._attacher.counted(*attach.COUNTED["signals"]),
             )
         for ring in self._rings.values():
             ring.open_cpus()
-        vms = self._joiner.people.vms
+        vms = self._translator.vms.table
         if not self._attacher.attached("vm_new") and time.monotonic() >= self._scan_due:
             self._ready += vms.scan(clock.now_ns())
-            self._scan_due = time.monotonic() + SCAN_SECONDS
-        self._ready += vms.missed(clock.now_ns())
-        if missed := self._missed.fresh():
+            self._scan_due = time.monotonic() + limits.SCAN_SECONDS
+        self._ready += vms.reap(clock.now_ns())
+        if missed := self._missed.newly_missed():
             self._ready.append(Lost(clock.now_ns(), "ftrace_missed", missed))
-        self._upkeep_due = time.monotonic() + UPKEEP_SECONDS
+        self._upkeep_due = time.monotonic() + limits.UPKEEP_SECONDS
 
     # -- waiting
 
@@ -159,10 +155,10 @@ class FtraceSource:
         now = time.monotonic()
         if self._pending:
             return
-        if self._joiner.signals:
-            end = min(end, now + SIGNAL_SECONDS)
+        if self._translator.signals.any_waiting:
+            end = min(end, now + limits.SIGNAL_SECONDS)
         if self._batch_until > now:
-            # Faults that come thick and fast are read in batches; all else wakes us at once.
+            # Faults in quick succession are read in batches; anything else wakes us at once.
             if self._poll(("poison", "signals"), min(end, self._batch_until) - now):
                 return
             now = time.monotonic()
@@ -179,13 +175,13 @@ class FtraceSource:
     # -- reading
 
     def _collect(self, *, last: bool = False) -> list[Event]:
-        """Everything up to now; the ``last`` time, nothing waits for what may still come."""
+        """Read everything up to now. ``last``: hold nothing back for records still to come."""
         now = time.monotonic()
-        # Read before the events: what it counts has its event in a ring, unless that was full.
+        # Read before the rings: what is counted here has its event there, unless a ring was full.
         totals = None
         if self._active and (last or now >= self._counts_due):
             totals = self._attacher.totals()
-            self._counts_due = now + COUNT_SECONDS
+            self._counts_due = now + limits.COUNT_SECONDS
             self._active = False
         until = time.monotonic_ns()
         faults, nearly_full = self._drain()
@@ -193,36 +189,37 @@ class FtraceSource:
             until = time.monotonic_ns()
         ts = until + self._offset_ns
         if faults:
-            self._batch_until = now + BATCH_SECONDS
+            self._batch_until = now + limits.BATCH_SECONDS
         events = self._dropped(ts) if nearly_full or totals is not None else []
         if self._damaged:
             events.append(Lost(ts, "ftrace_damaged", self._damaged))
             self._damaged = 0
         records = []
-        # What another CPU said meanwhile may be older than what was read last: it waits.
+        # Later records wait: another CPU's older records may not have been read yet.
         while self._pending and self._pending[0][0] <= until:
             records.append(heapq.heappop(self._pending)[2])
-        events += self._joiner.batch(
+        events += self._translator.batch(
             records,
             ts,
             totals=totals,
             read_totals=self._attacher.totals,
-            doubtful=self._doubt > 0,
-            deaf=self._deaf,
+            faults_dropped=self._doubtful_batches > 0,
+            signals_dropped=self._signals_dropped,
             last=last,
         )
-        self._doubt, self._deaf = max(0, self._doubt - 1), False
-        self._active |= self._doubt > 0 or self._joiner.behind
-        if (muted := self._joiner.muted()) is not None:
-            taken = self._attacher.mute(muted)
+        self._doubtful_batches = max(0, self._doubtful_batches - 1)
+        self._signals_dropped = False
+        self._active |= self._doubtful_batches > 0 or self._translator.counts_pending
+        if (exclusions := self._translator.filter_exclusions()) is not None:
+            taken = self._attacher.mute(exclusions)
             if taken is None:
-                self._joiner.mute_again()
+                self._translator.exclusions_not_written()
             elif not taken:
-                self._joiner.mute_nothing()
+                self._translator.exclusions_refused()
         return events
 
     def _drain(self) -> tuple[int, bool]:
-        """Read all rings into ``_pending``: (records of faults, whether a ring was nearly full)."""
+        """Read all rings into ``_pending``: (records of faults, whether one was nearly full)."""
         faults = 0
         nearly_full = False
         formats = self._attacher.formats
@@ -251,19 +248,11 @@ class FtraceSource:
         for name, ring in self._rings.items():
             dropped = ring.dropped()
             if dropped and name == "faults":
-                # Joins are in doubt, in this batch and for what was under way while it was read.
-                self._doubt = 2
-            self._deaf |= dropped > 0 and name == "signals"
-            # Exits and signals are reported all the same, where they are counted.
-            counted = fields.COUNTED.get(name)
+                # Joins may lack a record, in this batch and in the next, which began meanwhile.
+                self._doubtful_batches = 2
+            self._signals_dropped |= dropped > 0 and name == "signals"
+            # Exits and signals that are counted are not lost.
+            counted = attach.COUNTED.get(name)
             if dropped and not (counted and self._attacher.counted(*counted)):
                 events.append(Lost(ts, f"ftrace_{name}", dropped))
         return events
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""

@@ -1,31 +1,25 @@
-"""Exact counts, made in the kernel: hist triggers on the events that come in storms.
+"""Exact counts, made in the kernel by hist triggers (ProbeRequest.triggers) and read here.
 
 A trigger sees every event, whether or not the ring had room for it (kernel/trace/trace.h,
 __event_trigger_test_discard: triggers come before the filter, and with a filter the entry is built
-outside of the ring). Three keys are all that a trigger takes, so failed exits have several: one
-for all of them by vCPU and kind, one for each annotated kind by address, and one that names which
-VM and vCPU a ``struct kvm_vcpu`` is. Entries are never taken back (clearing would lose what is
-counted meanwhile): when one by address has none left, the first still counts the rest.
+outside of the ring). Entries are never removed, as clearing would lose hits of that moment. If a
+trigger by address has no entry left, the trigger by vCPU and kind still counts the exit: it is
+"unkeyed".
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvmtrace.sources.ftrace.fields import FAILED
-
-ENTRIES = 4096  # per trigger; a power of two, allocated at once by the kernel
-READINGS = 4  # at most, of one file, until two agree on its values
-
-_ANNOTATED = (-133, -14)  # with reason 39
+from kvmtrace.linux.tracefs.histogram import Block, signed
 
 
 class ExitKey(NamedTuple):
-    """What makes exits "the same". ``gpa``, ``flags``: only where the exit is annotated."""
+    """What exits are counted by. ``gpa``, ``flags``: of annotated exits only."""
 
     vcpu: int
     ret: int
@@ -34,13 +28,13 @@ class ExitKey(NamedTuple):
     flags: int | None = None
 
 
-def rest_of(key: ExitKey) -> ExitKey | None:
-    """Under which key an annotated exit is counted when there is no entry for its address."""
+def unkeyed_key_of(key: ExitKey) -> ExitKey | None:
+    """The key of an annotated exit that has no entry for its address; None for other exits."""
     return None if key.gpa is None else ExitKey(key.vcpu, key.ret, key.reason)
 
 
 class VcpuOwner(NamedTuple):
-    """``struct kvm`` and number of a vCPU, and its process (None: not known)."""
+    """The VM (address of ``struct kvm``), number and process of a vCPU; None is unknown."""
 
     kvm: int
     vid: int
@@ -48,14 +42,14 @@ class VcpuOwner(NamedTuple):
 
 
 class RefusalKey(NamedTuple):
-    """A page that guest_memfd refused: ``struct kvm`` and gfn."""
+    """A page that guest_memfd refused: address of ``struct kvm``, and gfn."""
 
     kvm: int
     gfn: int
 
 
 class SignalKey(NamedTuple):
-    """What makes signals "the same": by which function, to which thread, and for which address."""
+    """What signals are counted by: the function (probe), the thread, code and address."""
 
     probe: str
     tid: int
@@ -64,272 +58,139 @@ class SignalKey(NamedTuple):
 
 
 class SignalDetails(NamedTuple):
-    """What the counts hold beside; None where they do not."""
+    """What is counted along with signals; None where it is not."""
 
     lsb: int | None = None
     tgid: int | None = None
 
 
-def triggers(event: str, fields: Iterable[str]) -> tuple[str, ...]:
-    """The triggers for an event that has these fields; () where nothing counts it."""
-    have = set(fields)
-    size = f":size={ENTRIES}"
-
-    def values(*wanted: str) -> str:
-        return ",".join(["vals=hitcount", *(name for name in wanted if name in have)])
-
-    places = f"keys=vcpu.hex,gpa.hex,flags.hex:{values('size')}{size}"
-    match event:
-        case "gmem":
-            return (
-                f"hist:keys=kvm.hex,gfn.hex:{values('tgid')}{size} if ret == -133",
-                f"hist:keys=kvm.hex,ret:vals=hitcount{size} if ret == -14",
-            )
-        case "sigbus" | "sigbus_forced":
-            tid = "tid" if "tid" in have else "common_pid"
-            codes = "code == 4 || code == 5"
-            return (f"hist:keys={tid},code,addr.hex:{values('lsb', 'tgid')}{size} if {codes}",)
-        case "run":
-            found: tuple[str, ...] = (
-                f"hist:keys=vcpu.hex,ret,reason:vals=hitcount{size} if {FAILED}",
-                f"hist:keys=vcpu.hex,kvm.hex,vid:{values('tgid')}{size} if {FAILED}",
-            )
-            if {"gpa", "flags"} <= have:
-                for ret in _ANNOTATED:
-                    found += (f"hist:{places} if ret == {ret} && reason == 39",)
-            return found
-        case "vncr":
-            which = "if ret == 0 && reason == 39"
-            whose = f"keys=vcpu.hex,kvm.hex,vid:{values('tgid')}{size}"
-            return (f"hist:{places} {which}", f"hist:{whose} {which}")
-    return ()
-
-
 @dataclass(slots=True)
 class KernelTotals:
-    """One reading of all triggers: counts by key, who the vCPUs are, what no entry was left for."""
+    """One reading of all triggers. ``…_without_entry``: hits that the kernel had no entry for."""
 
     exits: dict[ExitKey, int] = field(default_factory=dict)
     sizes: dict[ExitKey, int] = field(default_factory=dict)
-    whose: dict[int, dict[VcpuOwner, int]] = field(default_factory=dict)
-    dropped: int = 0
-    refused: dict[RefusalKey, int] = field(default_factory=dict)
-    refusers: dict[int, int] = field(default_factory=dict)
-    """{struct kvm: process}"""
-    refused_dropped: int = 0
-    failing: set[int] | None = None
-    """``struct kvm`` of VMs of which guest_memfd failed with EFAULT; None: not all were counted."""
+    vcpu_owners: dict[int, dict[VcpuOwner, int]] = field(default_factory=dict)
+    exits_without_entry: int = 0
+    refusals: dict[RefusalKey, int] = field(default_factory=dict)
+    refusal_pids: dict[int, int] = field(default_factory=dict)
+    """{address of struct kvm: process}"""
+    refusals_without_entry: int = 0
+    gmem_efault_vms: set[int] | None = None
+    """Addresses of VMs whose guest_memfd failed with EFAULT; None if not all were counted."""
     signals: dict[SignalKey, int] = field(default_factory=dict)
-    facts: dict[SignalKey, SignalDetails] = field(default_factory=dict)
-    signals_dropped: int = 0
-    rests: dict[ExitKey, int] = field(default_factory=dict)
-    """Annotated exits that no entry was left for; 0 while there is room. Not in ``exits``."""
+    signal_details: dict[SignalKey, SignalDetails] = field(default_factory=dict)
+    signals_without_entry: int = 0
+    unkeyed: dict[ExitKey, int] = field(default_factory=dict)
+    """Annotated exits without an entry for their address; not in ``exits``."""
     full: bool = False
-    """Some were left without an entry: what is not in ``exits`` by now will never be."""
+    """No entries are left: a key that is not in ``exits`` now will never be."""
 
     def of(self, vcpus: Collection[int]) -> KernelTotals:
-        """Exits of some vCPUs only."""
+        """The same reading, with the exits of these vCPUs only."""
         exits = {key: count for key, count in self.exits.items() if key.vcpu in vcpus}
-        rests = {key: count for key, count in self.rests.items() if key.vcpu in vcpus}
-        return KernelTotals(exits, self.sizes, rests=rests, failing=self.failing)
+        unkeyed = {key: count for key, count in self.unkeyed.items() if key.vcpu in vcpus}
+        return KernelTotals(
+            exits, self.sizes, unkeyed=unkeyed, gmem_efault_vms=self.gmem_efault_vms
+        )
 
     def owner(self, vcpu: int) -> VcpuOwner | None:
-        """Whose a vCPU most likely is: its address may have been used before."""
-        candidates = self.whose.get(vcpu)
-        return max(candidates, key=lambda whose: candidates[whose]) if candidates else None
+        """The most frequent owner of a vCPU; its address may have been used before."""
+        candidates = self.vcpu_owners.get(vcpu)
+        return max(candidates, key=lambda owner: candidates[owner]) if candidates else None
 
     def add(self, event: str, blocks: Iterable[Block]) -> None:
-        """Add what the ``hist`` file of an event says."""
+        """Add the ``hist`` file of one event."""
         without_entry: dict[int, int] = {}  # by errno
         for block in blocks:
             match event:
                 case "run" | "vncr":
                     self._run(block, without_entry)
                 case "gmem" if ",ret" in block.keys:
-                    self._failing(block)
+                    self._gmem_failures(block)
                 case "gmem":
-                    self._refused(block)
+                    self._refusals(block)
                 case "sigbus" | "sigbus_forced":
                     self._signals(event, block)
 
-        self._split(without_entry)
+        self._subtract_keyed(without_entry)
 
     def _run(self, block: Block, without_entry: dict[int, int]) -> None:
-        whose = ",kvm" in block.keys
-        ret = None if whose else re.match(r"ret == (-?\d+)", block.condition)
+        names_owner = ",kvm" in block.keys
+        ret = None if names_owner else re.match(r"ret == (-?\d+)", block.condition)
         if ret is not None and int(ret[1]):
             without_entry[int(ret[1])] = block.dropped
-        elif not whose:
-            self.dropped += block.dropped
+        elif not names_owner:
+            self.exits_without_entry += block.dropped
         for parts, count, means in block.rows:
             try:
                 vcpu = int(parts[0], 16)
-                if whose:
-                    who = VcpuOwner(int(parts[1], 16), int(parts[2]), means.get("tgid") or None)
-                    self.whose.setdefault(vcpu, {})[who] = count
+                if names_owner:
+                    owner = VcpuOwner(int(parts[1], 16), int(parts[2]), means.get("tgid") or None)
+                    self.vcpu_owners.setdefault(vcpu, {})[owner] = count
                     continue
                 if ret is not None:
                     key = ExitKey(vcpu, int(ret[1]), 39, int(parts[1], 16), int(parts[2], 16))
                     if "size" in means:
                         self.sizes[key] = means["size"]
                 else:
-                    key = ExitKey(vcpu, _signed(int(parts[1])), int(parts[2]))
+                    key = ExitKey(vcpu, signed(int(parts[1])), int(parts[2]))
             except (ValueError, IndexError):
-                self.dropped += 0 if whose else count
+                self.exits_without_entry += 0 if names_owner else count
                 continue
             self.exits[key] = self.exits.get(key, 0) + count
 
-    def _split(self, without_entry: Mapping[int, int]) -> None:
-        """Of the exits by kind, keep what those by address do not count.
+    def _subtract_keyed(self, without_entry: Mapping[int, int]) -> None:
+        """Turn counts by kind into ``unkeyed``: subtract what is counted by address.
 
-        Exits go on while the blocks are read, so that the difference may be one too many; the
-        kernel's own account of what it had no entry for has the last word.
+        Exits go on while the blocks are read, so the difference may be too large. It is limited to
+        the number of hits that the kernel had no entry for.
         """
         left = dict(without_entry)
         self.full |= any(left.values())
-        placed: Counter[ExitKey | None] = Counter()
+        keyed: Counter[ExitKey | None] = Counter()
         for key, count in self.exits.items():
-            placed[rest_of(key)] += count
+            keyed[unkeyed_key_of(key)] += count
         for key in [key for key in self.exits if key.gpa is None and key.reason == 39]:
             if key.ret in left:
-                rest = min(max(0, self.exits.pop(key) - placed[key]), left[key.ret])
-                self.rests[key] = rest
-                left[key.ret] -= rest
+                count = min(max(0, self.exits.pop(key) - keyed[key]), left[key.ret])
+                self.unkeyed[key] = count
+                left[key.ret] -= count
 
-    def converts_only(self, struct: int) -> bool:
-        """Whether all annotated EFAULTs of this VM are conversions: its guest_memfd never failed.
+    def gmem_never_failed(self, struct: int) -> bool:
+        """Whether guest_memfd of this VM never failed: its annotated EFAULTs are conversions.
 
-        To be true of exits counted here, this has to be read after they are.
+        This holds for the exits counted here only if ``gmem`` was read after them.
         """
-        return self.failing is not None and struct not in self.failing
+        return self.gmem_efault_vms is not None and struct not in self.gmem_efault_vms
 
-    def _failing(self, block: Block) -> None:
+    def _gmem_failures(self, block: Block) -> None:
         try:
             found = {int(parts[0], 16) for parts, _, _ in block.rows}
         except (ValueError, IndexError):
             return
         if not block.dropped:
-            self.failing = found
+            self.gmem_efault_vms = found
 
-    def _refused(self, block: Block) -> None:
-        self.refused_dropped += block.dropped
+    def _refusals(self, block: Block) -> None:
+        self.refusals_without_entry += block.dropped
         for parts, count, means in block.rows:
             try:
                 key = RefusalKey(int(parts[0], 16), int(parts[1], 16))
             except (ValueError, IndexError):
-                self.refused_dropped += count
+                self.refusals_without_entry += count
                 continue
-            self.refused[key] = count
+            self.refusals[key] = count
             if means.get("tgid"):
-                self.refusers[key.kvm] = means["tgid"]
+                self.refusal_pids[key.kvm] = means["tgid"]
 
     def _signals(self, event: str, block: Block) -> None:
-        self.signals_dropped += block.dropped
+        self.signals_without_entry += block.dropped
         for parts, count, means in block.rows:
             try:
-                key = SignalKey(event, int(parts[0]), _signed(int(parts[1])), int(parts[2], 16))
+                key = SignalKey(event, int(parts[0]), signed(int(parts[1])), int(parts[2], 16))
             except (ValueError, IndexError):
-                self.signals_dropped += count
+                self.signals_without_entry += count
                 continue
             self.signals[key] = count
-            self.facts[key] = SignalDetails(means.get("lsb"), means.get("tgid"))
-
-
-class HistogramReader:
-    """Reads ``hist`` files, again where a row may have been caught in the middle of a hit.
-
-    A value is the sum over all hits: divided by them it is the number, if all were equal. But the
-    kernel prints hits and sum separately, and a hit in between counts in one of them only: a mean
-    is accepted when two readings have the same.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[str, dict[_Row, dict[str, int]]] = {}
-
-    def read(self, event: str, read: Callable[[], str], totals: KernelTotals) -> None:
-        """Add to ``totals`` what the file says; ``read`` gives its text as it is then."""
-        blocks = list(_blocks(read()))
-        said = dict(_means(blocks))
-        known = self._known.get(event, {})
-        # Of rows that there are now, and not of those that later readings bring.
-        doubtful = {
-            row: [means, *([known[row]] if row in known else [])]
-            for row, means in said.items()
-            if means != known.get(row)
-        }
-        for _ in range(READINGS - 1):
-            if not doubtful:
-                break
-            again = dict(_means(_blocks(read())))
-            for row, before in list(doubtful.items()):
-                means = again.get(row, {})
-                if means in before:
-                    said[row] = means
-                    del doubtful[row]
-                before.append(means)
-        said |= {row: {} for row in doubtful}
-        self._known[event] = said
-        totals.add(event, (block.believing(said) for block in blocks))
-
-
-_Row = tuple[str, str, tuple[str, ...]]  # the trigger's keys and condition, and the row's key
-
-
-_BLOCK = re.compile(r"^# trigger info: hist:(?P<spec>.*)$", re.MULTILINE)
-_ROW = re.compile(
-    r"^\{ (?P<key>[^}\n]*) \} hitcount: +(?P<count>\d{1,20})(?P<values>.*)$", re.MULTILINE
-)
-_VALUE = re.compile(r"\b(\w+): +(\d{1,20})\b")
-
-
-class Block(NamedTuple):
-    """One trigger's part of a ``hist`` file. ``rows``: (key's parts, count, {value: mean})."""
-
-    valued: bool
-    keys: str
-    condition: str
-    dropped: int
-    rows: list[tuple[tuple[str, ...], int, dict[str, int]]]
-
-    def believing(self, said: Mapping[_Row, dict[str, int]]) -> Block:
-        """The same, with the means that are to be believed."""
-        believed = [
-            (parts, count, said.get((self.keys, self.condition, parts), {}))
-            for parts, count, _ in self.rows
-        ]
-        return self._replace(rows=believed)
-
-
-def _means(blocks: Iterable[Block]) -> Iterator[tuple[_Row, dict[str, int]]]:
-    """Of the rows that have values."""
-    for block in blocks:
-        for parts, _count, means in block.rows if block.valued else ():
-            yield (block.keys, block.condition, parts), means
-
-
-def _blocks(text: str) -> Iterator[Block]:
-    blocks = list(_BLOCK.finditer(text))
-    for index, block in enumerate(blocks):
-        end = blocks[index + 1].start() if index + 1 < len(blocks) else len(text)
-        body = text[block.end() : end]
-        rows = []
-        for row in _ROW.finditer(body):
-            parts = tuple(part.partition(":")[2].strip() for part in row["key"].split(","))
-            count = int(row["count"])
-            sums = {name: int(total) for name, total in _VALUE.findall(row["values"])}
-            # None of the values counted is ever 0: that is a first hit which is not over.
-            means = {
-                name: total // count
-                for name, total in sums.items()
-                if count and total and not total % count
-            }
-            rows.append((parts, count, means))
-        dropped = re.search(r"^ +Dropped: (\d{1,20})", body, re.MULTILINE)
-        keys, _, values = block["spec"].partition(":vals=")
-        condition = block["spec"].partition(" if ")[2]
-        valued = values.startswith("hitcount,")
-        yield Block(valued, keys, condition, int(dropped[1]) if dropped else 0, rows)
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 64) if number >> 63 else number
+            self.signal_details[key] = SignalDetails(means.get("lsb"), means.get("tgid"))

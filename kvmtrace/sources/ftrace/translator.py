@@ -1,4 +1,4 @@
-"""Records of our probes → events: each kind to its own, and all in order of time."""
+"""Records of our probes → events: each record to its topic, and all events in order of time."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from kvmtrace import kvm
 from kvmtrace.events import Event, Lost
 from kvmtrace.linux import smbios
 from kvmtrace.sources.ftrace import hardware, records
-from kvmtrace.sources.ftrace.exits import FtraceExits
-from kvmtrace.sources.ftrace.fields import KVM_PFN_ERR_HWPOISON
+from kvmtrace.sources.ftrace.exits import KVM_PFN_ERR_HWPOISON, FtraceExits
 from kvmtrace.sources.ftrace.muting import exclusions
 from kvmtrace.sources.ftrace.poison import Poisons
 from kvmtrace.sources.ftrace.records import Record
 from kvmtrace.sources.ftrace.refusals import GmemRefusals
 from kvmtrace.sources.ftrace.signals import Signals
-from kvmtrace.sources.ftrace.totals import KernelTotals, rest_of
+from kvmtrace.sources.ftrace.totals import KernelTotals, unkeyed_key_of
 from kvmtrace.sources.ftrace.vms import VmResolver
 from kvmtrace.sources.tally import Tally
 
 
 class FtraceTranslator:
-    """Feed it batches of records; see ``batch``. Pure but for what ``people`` looks up."""
+    """Translates records in batches. Reads SMBIOS once; ``vms`` reads /proc; else pure.
+
+    ``names``: of memory_failure_event's ``type`` and ``result``.
+    """
 
     def __init__(
-        self, people: VmResolver, names: tuple[dict[int, str], dict[int, str]] = ({}, {})
+        self, vms: VmResolver, names: tuple[dict[int, str], dict[int, str]] = ({}, {})
     ) -> None:
-        self.people = people
-        self.faults = FtraceExits(people)
-        self.refusals = GmemRefusals(people)
-        self.poisons = Poisons(people, names)
-        self.signals = Signals(people)
+        self.vms = vms
+        self.exits = FtraceExits(vms)
+        self.refusals = GmemRefusals(vms)
+        self.poisons = Poisons(vms, names)
+        self.signals = Signals(vms)
         self._firmware = smbios.read()
 
     def batch(
@@ -41,20 +43,20 @@ class FtraceTranslator:
         *,
         totals: KernelTotals | None = None,
         read_totals: Callable[[], KernelTotals] = KernelTotals,
-        doubtful: bool = False,
-        deaf: bool = False,
+        faults_dropped: bool = False,
+        signals_dropped: bool = False,
         last: bool = False,
     ) -> list[Event]:
         """Events of all records (in order of time), up to ``now``.
 
-        ``totals``: the kernel's counts, read before the records were. ``doubtful``: some events of
-        the faults' ring were dropped, so that kvm_gmem_get_pfn said nothing proves nothing, and
-        that the counts of a VM have to be read (``read_totals``) before it is gone. ``deaf``:
-        likewise for the signals' ring. ``last``: nothing more will come.
+        ``totals``: the kernel's counts, read before the records were. ``faults_dropped``: records
+        of the faults' ring were dropped. A missing ``gmem`` record then means nothing, and the
+        counts of a VM have to be read (``read_totals``) before it is destroyed.
+        ``signals_dropped``: the same for the signals' ring. ``last``: nothing more will come.
         """
-        out = self.people.out = []
-        self.faults.begin(doubtful)
-        self.signals.behind |= deaf
+        out = self.vms.events = []
+        self.exits.begin(faults_dropped)
+        self.signals.counts_pending |= signals_dropped
         damaged = 0
         for record in batch:
             try:
@@ -64,12 +66,12 @@ class FtraceTranslator:
         if damaged:
             out.append(Lost(now, "ftrace_damaged", damaged))
         if totals is not None:
-            out += self._settle(totals, now)
-            # What was dropped after the counts were read is in the next ones.
-            self.faults.behind = doubtful
-            self.signals.behind = deaf
+            out += self._unreported(totals, now)
+            # Records dropped after the counts were read are in the next counts.
+            self.exits.counts_pending = faults_dropped
+            self.signals.counts_pending = signals_dropped
         out += self.signals.overdue(math.inf if last else now)
-        out += self.faults.end()
+        out += self.exits.end()
         out += self.refusals.take()
         out.sort(key=lambda event: event.ts)
         return out
@@ -77,57 +79,57 @@ class FtraceTranslator:
     def begin(
         self, *, watches_gmem: bool, counts_exits: bool = True, counts_signals: bool = True
     ) -> None:
-        """The probes are new: so are the kernel's counts, where it counts."""
-        self.faults.watches_gmem = watches_gmem
-        self.faults.storms.counted = counts_exits
-        self.signals.storms.counted = counts_signals
-        self.faults.storms.refused = self.signals.storms.refused = False
-        self.faults.tally = Tally(rest_of)
+        """Start anew: the probes were attached again, and the kernel's counts begin at 0."""
+        self.exits.watches_gmem = watches_gmem
+        self.exits.muting.counted = counts_exits
+        self.signals.muting.counted = counts_signals
+        self.exits.muting.refused = self.signals.muting.refused = False
+        self.exits.tally = Tally(unkeyed_key_of)
         self.refusals.tally, self.signals.tally = Tally(), Tally()
 
     @property
-    def behind(self) -> bool:
-        """The counts have, or will have, more than the events."""
-        muted = bool(self.faults.storms) or bool(self.signals.storms)
-        return muted or self.faults.behind or self.signals.behind
+    def counts_pending(self) -> bool:
+        """Whether the kernel's counts have, or will have, more than the events."""
+        muted = bool(self.exits.muting) or bool(self.signals.muting)
+        return muted or self.exits.counts_pending or self.signals.counts_pending
 
-    def muted(self) -> dict[str, str] | None:
+    def filter_exclusions(self) -> dict[str, str] | None:
         """{event: what to add to its filter}; None if that has not changed."""
-        storms = (self.faults.storms, self.signals.storms)
-        if not any(storm.changed for storm in storms):
+        both = (self.exits.muting, self.signals.muting)
+        if not any(muting.changed for muting in both):
             return None
-        for storm in storms:
-            storm.changed = False
-        return exclusions(*(storm.conditions() for storm in storms))
+        for muting in both:
+            muting.changed = False
+        return exclusions(*(muting.conditions() for muting in both))
 
-    def mute_again(self) -> None:
-        """What ``muted`` gave could not be written: it gives it once more."""
-        for storm in (self.faults.storms, self.signals.storms):
-            storm.changed = True
+    def exclusions_not_written(self) -> None:
+        """Writing ``filter_exclusions`` failed: return them again the next time."""
+        for muting in (self.exits.muting, self.signals.muting):
+            muting.changed = True
 
-    def mute_nothing(self) -> None:
-        """The kernel did not take what ``muted`` gave."""
-        for storm in (self.faults.storms, self.signals.storms):
-            storm.refuse()
+    def exclusions_refused(self) -> None:
+        """The kernel refused the filters: mute nothing until ``begin``."""
+        for muting in (self.exits.muting, self.signals.muting):
+            muting.refuse()
 
-    def _settle(self, totals: KernelTotals, now: int) -> list[Event]:
-        events = self.faults.settle(totals, now) + self.signals.settle(totals, now)
-        self.refusals.settle(totals, now)
-        self.faults.storms.reading(totals.exits)
-        self.signals.storms.reading(totals.signals)
+    def _unreported(self, totals: KernelTotals, now: int) -> list[Event]:
+        events = self.exits.unreported(totals, now) + self.signals.unreported(totals, now)
+        self.refusals.add_unreported(totals, now)
+        self.exits.muting.update_totals(totals.exits)
+        self.signals.muting.update_totals(totals.signals)
         for where, lost in (
-            ("exit_counts", self.faults.tally.lost(totals.dropped)),
-            ("refused_counts", self.refusals.tally.lost(totals.refused_dropped)),
-            ("signal_counts", self.signals.tally.lost(totals.signals_dropped)),
+            ("exit_counts", self.exits.tally.newly_lost(totals.exits_without_entry)),
+            ("refused_counts", self.refusals.tally.newly_lost(totals.refusals_without_entry)),
+            ("signal_counts", self.signals.tally.newly_lost(totals.signals_without_entry)),
         ):
             if lost:
                 events.append(Lost(now, where, lost))
-        if totals.full or totals.dropped:
-            self.faults.tally.fold(totals.exits)
-        if totals.refused_dropped:
-            self.refusals.tally.fold(totals.refused)
-        if totals.signals_dropped:
-            self.signals.tally.fold(totals.signals)
+        if totals.full or totals.exits_without_entry:
+            self.exits.tally.forget_unkeyed(totals.exits)
+        if totals.refusals_without_entry:
+            self.refusals.tally.forget_unkeyed(totals.refusals)
+        if totals.signals_without_entry:
+            self.signals.tally.forget_unkeyed(totals.signals)
         return events
 
     def _one(self, record: Record, read_totals: Callable[[], KernelTotals]) -> list[Event]:
@@ -135,15 +137,15 @@ class FtraceTranslator:
             case "run":
                 if record.fields["ret"] == -kvm.EINTR:
                     return self.signals.returned(record)
-                return self.faults.run(record)
+                return self.exits.run(record)
             case "run_under_way":
-                return self.faults.run_under_way(record)
+                return self.exits.run_under_way(record)
             case "arm_sea":
-                return [self.faults.arm_sea(record)]
+                return [self.exits.arm_sea(record)]
             case "vncr":
-                return self.faults.vncr(record)
+                return self.exits.vncr(record)
             case "gmem":
-                self.faults.gmem(record)
+                self.exits.gmem(record)
                 self.refusals.gmem(record)
                 return self.poisons.gmem(record)
             case "faultin":
@@ -157,7 +159,7 @@ class FtraceTranslator:
             case "sigbus_bare":
                 return [self.signals.bare(record)]
             case "mce":
-                return [self.poisons.mce(record)]
+                return [hardware.machine_check(record)]
             case "soft_offline" | "unpoison":
                 return self.poisons.page(record)
             case probe if probe in hardware.PROBES:
@@ -165,33 +167,35 @@ class FtraceTranslator:
             case "slot":
                 self.poisons.slot(record)
             case "vm_new":
-                if self.people.lives(record.fields["kvm"]):
-                    self._vm_gone(record, read_totals)  # it does not any more: its end was missed
-                self.people.began(record)
-                self.faults.vm(record)
+                if self.vms.is_alive(record.fields["kvm"]):
+                    self._vm_gone(
+                        record, read_totals
+                    )  # another VM had the address; its end was missed
+                self.vms.vm_created(record)
+                self.exits.note_private_memory(record)
             case "vm_gone":
                 self._vm_gone(record, read_totals)
         return []
 
     def _faultin(self, record: Record) -> list[Event]:
-        records.from_arm64(record.fields)
+        records.add_arm64_fields(record.fields)
         if record.fields["ret"] < 0:
-            self.faults.faultin(record)
+            self.exits.faultin(record)
         elif record.fields.get("pfn") == KVM_PFN_ERR_HWPOISON:
             return self.signals.fault(record)
         return []
 
     def _vm_gone(self, record: Record, read_totals: Callable[[], KernelTotals]) -> None:
         struct = record.fields["kvm"]
-        if self.faults.unsettled(struct) or self.signals.unsettled(struct):
+        if self.exits.needs_totals(struct) or self.signals.needs_totals(struct):
             totals = read_totals()
-            self.people.out += self.faults.settle_vm(struct, totals, record.ts)
-            self.refusals.settle(totals, record.ts, struct)
-            vm = self.people.known(struct)
+            self.vms.events += self.exits.unreported_of_vm(struct, totals, record.ts)
+            self.refusals.add_unreported(totals, record.ts, struct)
+            vm = self.vms.known_key(struct)
             if vm is not None:
-                self.people.out += self.signals.settle(totals, record.ts, vm)
-        self.people.out += self.refusals.take()
-        self.people.gone(record)
-        self.faults.forget(struct)
-        self.signals.storms.gone(struct)
+                self.vms.events += self.signals.unreported(totals, record.ts, vm)
+        self.vms.events += self.refusals.take()
+        self.vms.vm_destroyed(record)
+        self.exits.forget(struct)
+        self.signals.muting.forget_vm(struct)
         self.poisons.forget(struct)

@@ -99,7 +99,7 @@ def owner_name(vms: Mapping[int, Vm], key: int) -> str:
 
 def owners_name(incident: Incident, vms: Mapping[int, Vm], key: int) -> str:
     """The same for an owner in an incident, which remembers VMs that are gone."""
-    party = incident.parties.get(key)
+    party = incident.vm_identities.get(key)
     return party.label if party and key not in vms else owner_name(vms, key)
 
 

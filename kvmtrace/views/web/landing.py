@@ -136,7 +136,7 @@ def _by_urgency(incident: Incident) -> tuple[int, int]:
 
 
 def _owner(owner: Owner, incident: Incident, snapshot: Snapshot) -> str:
-    vm = snapshot.vms.get(owner.vm) or incident.parties.get(owner.vm)
+    vm = snapshot.vms.get(owner.vm) or incident.vm_identities.get(owner.vm)
     name = vm.label if vm is not None else "a VM not known by name"
     return name if owner.gfn is None else f"{name} {owner.gfn:#x}"
 

@@ -33,7 +33,7 @@ from prometheus_client.registry import Collector
 from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import clock, privileges
-from kvmtrace.model import LATENCY_BUCKETS, STATES, VERDICTS, Snapshot
+from kvmtrace.model import LATENCY_BUCKETS, IncidentStatus, Snapshot, VerdictWord
 from kvmtrace.views.web import landing as page
 from kvmtrace.views.web.server import DEFAULT_LISTEN, Answer, Headers, Server, Shared, start, text
 from kvmtrace.views.web.vm_labels import VmLabels, VmSeries, clean
@@ -187,7 +187,7 @@ class Exporter(Collector):
             "Incidents remembered, by state: a poisoned page with its owners and deliveries.",
             labels=["state"],
         )
-        states = dict.fromkeys(STATES, 0)
+        states = dict.fromkeys(IncidentStatus, 0)
         for incident in snapshot.incidents:
             states[incident.state] = states.get(incident.state, 0) + 1
         for state, count in states.items():
@@ -203,7 +203,7 @@ class Exporter(Collector):
             "Incidents of which a VMM was notified, by what it did then.",
             labels=["verdict"],
         )
-        words = dict.fromkeys(VERDICTS, 0)
+        words = dict.fromkeys(VerdictWord, 0)
         for incident in snapshot.incidents:
             if incident.verdict is not None:
                 words[incident.verdict] = words.get(incident.verdict, 0) + 1
