@@ -10,6 +10,7 @@ import pytest
 from kvmtrace.sources.bpf import kernel_map
 from kvmtrace.sources.bpf.compiler import MapDefinition
 from kvmtrace.sources.bpf.kernel_map import KernelMap
+from kvmtrace.sources.bpf.system_call import bpf
 
 HASH, ARRAY = 1, 2
 
@@ -59,13 +60,13 @@ def test_all_rows(rows: KernelMap, batches: bool) -> None:
 def test_a_call_that_the_kernel_lacks_is_tried_once(
     rows: KernelMap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, asked = kernel_map.bpf, []
+    asked: list[int] = []
 
     def older(command: int, attributes: kernel_map._Element) -> int:
         if isinstance(attributes, kernel_map._Batch):
             asked.append(command)
             raise OSError(22, "Invalid argument")
-        return real(command, attributes)
+        return bpf(command, attributes)
 
     monkeypatch.setattr(kernel_map, "bpf", older)
     rows.update(key(1), value(1))
@@ -77,7 +78,7 @@ def test_a_call_that_the_kernel_lacks_is_tried_once(
 def test_half_a_map_is_read_again(
     rows: KernelMap, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
-    real, asked = kernel_map.bpf, []
+    asked: list[int] = []
 
     def busy(command: int, attributes: kernel_map._Element) -> int:
         if isinstance(attributes, kernel_map._Batch):
@@ -85,7 +86,7 @@ def test_half_a_map_is_read_again(
             if error:
                 raise OSError(error, "No space left on device")
             return 0
-        return real(command, attributes)
+        return bpf(command, attributes)
 
     monkeypatch.setattr(kernel_map, "bpf", busy)
     rows.update(key(1), value(1))
