@@ -1,4 +1,4 @@
-"""Which source ``--source auto`` takes: the one that sees more of what a watch is for, and why."""
+"""Which source ``--source auto`` takes, and why: the one that sees more of what matters."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from kvmtrace.probes import NO_KVM, Probe, context_specs
 
-# What a watch is for comes first: exits, then poison, then what else notifies the VMM.
-_WEIGHT = ("run", "poison", "sigbus_forced", "sigbus", "gmem_error", "gmem", "faultin")
-_INDISPENSABLE = _WEIGHT[:2]
-_NAMED = 3
+# The most important first: exits, then poison, then what else notifies the VMM.
+_IMPORTANCE = ("run", "poison", "sigbus_forced", "sigbus", "gmem_error", "gmem", "faultin")
+_INDISPENSABLE = _IMPORTANCE[:2]
+_MAX_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """The outcome of opening a source: its probes, or why it ``refused`` and a ``hint``.
 
-    ``detail``: what a library or the kernel said of it, word for word.
+    ``detail``: the message of a library or of the kernel, word for word.
     """
 
     kind: str
@@ -37,9 +37,9 @@ class Attempt:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Names of probes that are not attached and that another source may be able to attach.
+        """Names of probes that are not attached, but might be by another source.
 
-        Not of those that wait for kvm, or have no place in this kernel.
+        Without those that wait for kvm, and those for which this kernel has no target.
         """
         return tuple(
             probe.name
@@ -51,16 +51,16 @@ class Attempt:
 
 
 def choose(attempts: Sequence[Attempt]) -> tuple[Attempt, str] | None:
-    """The one to take and the reason, for people; None where all refused.
+    """The attempt to use, and the reason in words; None if all refused.
 
-    ``attempts`` in order of preference, which decides where two see as much.
+    ``attempts`` in order of preference, which decides between two that see equally much.
     """
-    works = [attempt for attempt in attempts if attempt.refused is None]
-    if not works:
+    working = [attempt for attempt in attempts if attempt.refused is None]
+    if not working:
         return None
     first = attempts[0]
     complete = first.refused is None and not first.missing
-    best = first if complete else max(works, key=_sight)
+    best = first if complete else max(working, key=_coverage)
     missing = _listed(best.missing)
     if first.refused is not None:
         return best, f"{first.kind} does not work here: {first.refused}"
@@ -73,16 +73,16 @@ def choose(attempts: Sequence[Attempt]) -> tuple[Attempt, str] | None:
     return best, f"{why}, without {missing}" if missing else why
 
 
-def _sight(attempt: Attempt) -> tuple[bool | int, ...]:
-    # Context that only one of them has is no reason to prefer it.
+def _coverage(attempt: Attempt) -> tuple[bool | int, ...]:
+    # Context probes that only one source has are no reason to prefer it.
     expected = attempt.attached - {spec.name for spec in context_specs()}
-    return (*(name in expected for name in _WEIGHT), len(expected))
+    return (*(name in expected for name in _IMPORTANCE), len(expected))
 
 
 def _listed(names: Collection[str]) -> str:
-    """The weightiest by name, the others by number; "" for none."""
-    order = {name: place for place, name in enumerate(_WEIGHT)}
+    """The most important by name, the others as a number; "" for none."""
+    order = {name: rank for rank, name in enumerate(_IMPORTANCE)}
     ordered = sorted(names, key=lambda name: (order.get(name, len(order)), name))
-    shown = ", ".join(ordered[:_NAMED])
-    more = len(ordered) - _NAMED
+    shown = ", ".join(ordered[:_MAX_NAMED])
+    more = len(ordered) - _MAX_NAMED
     return f"{shown} and {more} more" if more > 0 else shown

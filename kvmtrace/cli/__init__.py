@@ -1,7 +1,7 @@
-"""The command line: commands, their options, and the one place where errors become text.
+"""The command line: a module for each command, and the one place where errors become text.
 
-The two views with libraries of their own are imported by the command that needs them, and sources
-by ``open_source``: ``events`` on a small host needs neither a TUI library nor bcc.
+Views with libraries of their own are imported by the command that needs them, and sources by
+``open_source``: ``events`` on a small host needs neither a TUI library nor bcc.
 """
 
 from __future__ import annotations
@@ -11,11 +11,17 @@ import os
 import click
 
 from kvmtrace import __version__
+from kvmtrace.cli.bundle import bundle
 from kvmtrace.cli.compile import compile_
 from kvmtrace.cli.doctor import doctor
-from kvmtrace.cli.errors import Group, stop
-from kvmtrace.cli.live import events, serve, top
-from kvmtrace.cli.logs import bundle, explain, record, replay
+from kvmtrace.cli.errors import Group
+from kvmtrace.cli.events import events
+from kvmtrace.cli.explain import explain
+from kvmtrace.cli.record import record
+from kvmtrace.cli.replay import replay
+from kvmtrace.cli.serve import serve
+from kvmtrace.cli.signals import stop
+from kvmtrace.cli.top import top
 
 
 def main() -> None:
@@ -33,7 +39,11 @@ def main() -> None:
 def cli() -> None:
     """Which VMs hold poisoned memory, was the VMM notified, and is it over?
 
-    Shell completion: eval "$(_KVMTRACE_COMPLETE=bash_source kvmtrace)" (or zsh_source).
+    A VMM is the process that runs a VM, for instance QEMU.
+
+    \b
+    Shell completion (or zsh_source):
+      eval "$(_KVMTRACE_COMPLETE=bash_source kvmtrace)"
     """
 
 

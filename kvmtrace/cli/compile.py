@@ -6,7 +6,7 @@ import os
 
 import click
 
-from kvmtrace.cli.errors import say
+from kvmtrace.cli.console import print_line
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host
 
@@ -35,4 +35,6 @@ def compile_() -> None:
             f"{after.path} has to be a directory of root's where nobody else may write",
         )
     word = "were kept already" if after is before else "are kept"
-    say(f"eBPF programs for Linux {os.uname().release} {word} in {after.path} (bcc {after.bcc})")
+    print_line(
+        f"eBPF programs for Linux {os.uname().release} {word} in {after.path} (bcc {after.bcc})"
+    )

@@ -1,4 +1,4 @@
-"""doctor: what this host offers."""
+"""``kvmtrace doctor``: check what this host offers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import click
 
 from kvmtrace import sources
 from kvmtrace.choice import Attempt
-from kvmtrace.cli.errors import as_kvmtrace_error, json_is_utf8, say
+from kvmtrace.cli.console import json_is_utf8, print_line
+from kvmtrace.cli.errors import as_kvmtrace_error
 from kvmtrace.cli.options import json_option, source_option
 from kvmtrace.linux import host
 from kvmtrace.views import doctor as doctor_view
@@ -20,28 +21,28 @@ WIDTH_WITHOUT_TERMINAL = 80
 
 @click.command()
 @json_option
-@click.option("--verbose", is_flag=True, help="With the kernel's and libraries' own messages.")
+@click.option("--verbose", is_flag=True, help="Include messages of the kernel and of libraries.")
 @source_option
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool, verbose: bool, source: str) -> None:
-    """What this host offers and what is missing, each with the fix.
+    """Check what this host offers, and how to fix what is missing.
 
-    Attaches for a moment to see what can be attached. Exit status 0 only if memory-fault exits
-    can be seen here.
+    Attaches all probes for a moment to see which ones can be attached. The exit status is 0 only
+    if memory-fault exits can be seen on this host.
     """
-    report = examined(source)
+    report = doctor_report(source)
     if as_json:
         json_is_utf8()
-        say(json.dumps(doctor_view.as_object(report), ensure_ascii=False))
+        print_line(json.dumps(doctor_view.as_object(report), ensure_ascii=False))
     else:
         width = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
         ascii_only = not _can_print("✓✗→")
-        say(doctor_view.render(report, ascii_only=ascii_only, width=width, verbose=verbose))
+        print_line(doctor_view.render(report, ascii_only=ascii_only, width=width, verbose=verbose))
     ctx.exit(0 if report.ok else 1)
 
 
-def examined(source: str) -> doctor_view.Report:
-    """What doctor says of this host and of these sources."""
+def doctor_report(source: str) -> doctor_view.Report:
+    """The report on this host and on these sources ("auto": both)."""
     kinds = _kinds(source)
     # Before the attempts, which compile what is not there.
     programs = _kept_programs() if "bpf" in kinds else None
@@ -60,7 +61,7 @@ def _kinds(source: str) -> tuple[str, ...]:
 
 
 def _attempt(kind: str) -> Attempt:
-    """Attach, look, detach. Whatever goes wrong is a finding here."""
+    """Attach, read once, detach. An error is a finding here."""
     try:
         source = sources.open_source(kind)
         try:

@@ -1,4 +1,4 @@
-"""From this host, a recording or a running serve to a session or a log."""
+"""Open what a command reads: this host, a running serve or a recording."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kvmtrace import __version__, sources
-from kvmtrace.cli.errors import always, nobody_writes, stop, tell
+from kvmtrace.cli.console import print_status
+from kvmtrace.cli.signals import always, nobody_writes, stop
 from kvmtrace.correlate import Correlator
 from kvmtrace.enrich.pipeline import EnrichedSource
 from kvmtrace.errors import KvmtraceError
@@ -30,7 +31,7 @@ POLL_SECONDS = 0.25
 
 
 class _Attached(EnrichedSource):
-    """Says when it begins to detach, which may take long."""
+    """Notes when it begins to detach, which may take long."""
 
     def close(self) -> None:
         """Detach."""
@@ -38,37 +39,37 @@ class _Attached(EnrichedSource):
         super().close()
 
 
-def attach(kind: str) -> sources.Source:
-    """This host's kernel: what its probes report, and what only /proc and page tables show."""
+def open_host(kind: str) -> sources.Source:
+    """Attach to this host's kernel; events from /proc and page tables are added."""
     READER.prepare()
     stop.clean_up.append(sources.close_opening)
     source = sources.open_source(kind)
     stop.clean_up.append(source.close)
     for note in sources.notes():
-        tell(f"kvmtrace: {note}")
+        print_status(f"kvmtrace: {note}")
     return _Attached(source)
 
 
-def here(kind: str) -> sources.Source:
-    """What this host's kernel reports: through the serve that runs here, unless a way is asked for.
+def open_host_or_remote(kind: str) -> sources.Source:
+    """Connect to the serve that runs on this host, or attach; a ``kind`` asked for is attached.
 
-    A second set of probes would cost every VM exit once more, and know nothing of what was before.
+    A second set of probes would slow down every VM exit again, and the serve has the history.
     """
-    joined = RemoteSource.connect() if kind == "auto" else None
-    return joined or attach(kind)
+    remote = RemoteSource.connect() if kind == "auto" else None
+    return remote or open_host(kind)
 
 
 def give_up_privileges() -> None:
-    """Keep what watching takes (``privileges.WATCHING``); print what cannot be given up.
+    """Keep the privileges of ``privileges.WATCHING``; report those that cannot be given up.
 
-    For commands that run long, when they have attached, listen and have opened their files, and
-    before they start threads: a thread keeps what it was started with.
+    For commands that run long. Call it once they have attached, listen and have opened their
+    files, and before they start threads: a thread keeps the privileges it was started with.
     """
     if not stop.owns_process:
         return
     for refused in privileges.give_up(privileges.WATCHING | _to_detach()):
-        tell(f"kvmtrace: privileges that are not needed any more stay: {refused}")
-    stop.watch_anew()
+        print_status(f"kvmtrace: cannot give up privileges: {refused}")
+    stop.restart_watchdog()
 
 
 def _to_detach() -> set[str]:
@@ -80,8 +81,8 @@ def _to_detach() -> set[str]:
 
 
 @contextlib.contextmanager
-def session_on(source: sources.Source) -> Iterator[Session]:
-    """A session, detached on every way out. Raises KvmtraceError if its reader goes on then."""
+def open_session(source: sources.Source) -> Iterator[Session]:
+    """A session that is closed on every way out. Raises KvmtraceError if its reader goes on."""
     session = Session(source)
     try:
         yield session
@@ -94,17 +95,37 @@ def session_on(source: sources.Source) -> Iterator[Session]:
             )
 
 
+def poll_timeouts(
+    duration: float | None, is_over: Callable[[], bool] = lambda: False
+) -> Iterator[float]:
+    """How long to wait for events, until ``duration`` seconds are over, a signal, or ``is_over()``.
+
+    The last one is 0: the kernel may have counted exits that were not emitted yet.
+    """
+    deadline = None if duration is None else time.monotonic() + duration
+    timeout = POLL_SECONDS
+    while not (stop.requested or is_over()):
+        if deadline is not None:
+            timeout = min(timeout, deadline - time.monotonic())
+        if timeout <= 0:
+            break
+        yield timeout
+    yield 0
+
+
 @contextlib.contextmanager
 def open_door(session: Session, *, started: bool = True) -> Iterator[feed.FeedServer | None]:
-    """Let other commands know what this session sees; None where another serve answers.
+    """Send this session's events to other commands; None, with a status line, if that fails.
 
-    Not ``started``: from its ``start()`` on.
+    Not ``started``: it answers from its ``start()`` on.
     """
     try:
         answering = feed.FeedServer(functools.partial(feed.send_log, session), started=started)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        tell(f"kvmtrace: other commands will not find this one: {where}{error.strerror or error}")
+        print_status(
+            f"kvmtrace: other commands will not find this one: {where}{error.strerror or error}"
+        )
         yield None
         return
     stop.clean_up.append(answering.close)
@@ -118,35 +139,35 @@ Batch = tuple[list[Event], tuple[Probe, ...]]
 """Events, and the state of the probes after them."""
 
 
-class Story(ABC):
-    """What a host reported, by which source and by which kvmtrace (None: not known)."""
+class EventLog(ABC):
+    """Events of a host, with the host and the version of kvmtrace that recorded them, if known."""
 
     host: Host
     version: str | None
 
     @abstractmethod
     def batches(self) -> Iterator[Batch]:
-        """All of it; each time from the beginning."""
+        """All batches, each time from the beginning."""
 
-    def whole(self) -> bool:
-        """Whether nothing is missing at the end, once all batches were read."""
+    def is_complete(self) -> bool:
+        """Whether the end is not missing; call it once all batches were read."""
         return True
 
-    def model(self, look: Callable[[Batch], None] | None = None) -> Snapshot:
-        """What it says when it is read from its beginning; ``look`` sees each batch, too."""
+    def model(self, on_batch: Callable[[Batch], None] | None = None) -> Snapshot:
+        """The snapshot after all batches; ``on_batch`` is called with each."""
         correlator = Correlator(page_shift=self.host.page_shift)
         probes: tuple[Probe, ...] = ()
         for events, probes in self.batches():
-            if look is not None:
-                look((events, probes))
+            if on_batch is not None:
+                on_batch((events, probes))
             for event in events:
                 correlator.feed(event)
         return correlator.snapshot().of_log(self.host, probes)
 
 
 @dataclass(frozen=True)
-class Log(Story):
-    """What was seen in a while, in memory."""
+class WatchedLog(EventLog):
+    """Events of a time of watching, in memory."""
 
     events: list[Event]
     host: Host
@@ -154,12 +175,12 @@ class Log(Story):
     version: str | None = __version__
 
     def batches(self) -> Iterator[Batch]:
-        """One."""
+        """One batch."""
         yield self.events, self.probes
 
 
-class RecordedLog(Story):
-    """A recording, which is read when it is asked for: it may be longer than memory."""
+class RecordedLog(EventLog):
+    """A recording, read batch by batch: it may not fit into memory."""
 
     def __init__(self, source: RecordingSource) -> None:
         self.host, self.version = source.recorded, source.version
@@ -167,23 +188,26 @@ class RecordedLog(Story):
         self._is_read = False
 
     def batches(self) -> Iterator[Batch]:
-        """As the file is read; a signal ends it early."""
+        """Batches as the file is read; a signal ends them early."""
         if self._is_read:
             self._source.rewind()
         self._is_read = True
-        while not self._source.done and not stop.asked:
+        while not self._source.done and not stop.requested:
             with reading(self._source):
                 events = self._source.poll(0)
             yield events, self._source.probes()
 
-    def whole(self) -> bool:
-        """Whether the end of the file was read, and is the recording's."""
+    def is_complete(self) -> bool:
+        """Whether the file was read to its end, and that is the recording's end."""
         return self._source.whole
 
 
 @contextlib.contextmanager
-def replaying(path: str, *, twice: bool = False) -> Iterator[RecordingSource]:
-    """A recording; that it was cut off or damaged is printed after all that it has."""
+def open_recording(path: str, *, twice: bool = False) -> Iterator[RecordingSource]:
+    """A recording. If it was cut off or damaged, that is reported after all of its events.
+
+    Raises KvmtraceError for a damaged one. ``twice``: it will be read a second time.
+    """
     with stop.waiting(always):
         source = RecordingSource(path, twice=twice)
     try:
@@ -191,13 +215,13 @@ def replaying(path: str, *, twice: bool = False) -> Iterator[RecordingSource]:
             yield source
         except KvmtraceError:
             for one in filter(None, (source.damage, source.doubt)):
-                tell(f"kvmtrace: {one.message}")
+                print_status(f"kvmtrace: {one.message}")
             raise
         finally:
             if source.truncated:
-                tell(f"kvmtrace: {path}: the last line is cut off; left out")
+                print_status(f"kvmtrace: {path}: the last line is cut off; left out")
         if source.damage and source.doubt:
-            tell(f"kvmtrace: {source.doubt.message}")
+            print_status(f"kvmtrace: {source.doubt.message}")
         if fault := source.damage or source.doubt:
             raise fault
     finally:
@@ -205,35 +229,32 @@ def replaying(path: str, *, twice: bool = False) -> Iterator[RecordingSource]:
 
 
 def reading(source: RecordingSource) -> contextlib.AbstractContextManager[None]:
-    """For what reads a recording: a signal ends it if nobody writes (a pipe)."""
+    """Around reads of a recording: a signal interrupts them if nobody writes (a pipe)."""
     return stop.waiting(lambda: nobody_writes(source.file))
 
 
 @contextlib.contextmanager
-def log_of(
+def load_log(
     recording: str | None, kind: str, duration: float, *, twice: bool = False
-) -> Iterator[Story]:
-    """All events of a recording, of a running serve, or else what this host says in a while.
+) -> Iterator[EventLog]:
+    """All events of a recording, of a running serve, or of this host for ``duration`` seconds.
 
-    ``twice``: the batches will be asked for a second time.
+    ``twice``: the batches will be read a second time.
     """
     if recording is None:
-        yield _log_here(kind, duration)
+        yield _watch_host(kind, duration)
         return
-    with replaying(recording, twice=twice) as source:
+    with open_recording(recording, twice=twice) as source:
         yield RecordedLog(source)
 
 
-def _log_here(kind: str, duration: float) -> Log:
-    batch: list[Event] = []
-    source = here(kind)
-    with session_on(source) as session:
+def _watch_host(kind: str, duration: float) -> WatchedLog:
+    source = open_host_or_remote(kind)
+    with open_session(source) as session:
+        timeouts = poll_timeouts(duration)
         if isinstance(source, RemoteSource):
-            tell(f"kvmtrace: as seen by {source.name} ({source.why})")
-        else:
-            deadline = time.monotonic() + duration
-            while not stop.asked and (left := deadline - time.monotonic()) > 0:
-                batch += session.poll(min(left, POLL_SECONDS))
-        batch += session.poll(0)
-        log = Log(batch, session.host(), session.probes())
+            print_status(f"kvmtrace: as seen by {source.name} ({source.why})")
+            timeouts = iter([0.0])  # it has the history
+        batch = [event for timeout in timeouts for event in session.poll(timeout)]
+        log = WatchedLog(batch, session.host(), session.probes())
         return replace(log, version=source.version) if isinstance(source, RemoteSource) else log

@@ -13,14 +13,13 @@ from kvmtrace import sources
 P = ParamSpec("P")
 R = TypeVar("R")
 
-
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 def seconds(value: str | float) -> float:
     """A duration in seconds, greater than zero: ``0.5``, ``10``, ``10s``, ``5m``, ``1h``.
 
-    A function, as click's own ParamType is generic in new releases only.
+    Raises click.BadParameter. A function, as click's ParamType is generic in new releases only.
     """
     if isinstance(value, float):
         return value
@@ -41,22 +40,23 @@ source_option = click.option(
     type=click.Choice(sources.CHOICES),
     default="auto",
     show_default=True,
-    help="How to attach: eBPF, or tracefs without BPF; auto takes the one that sees more.",
+    help="bpf: eBPF programs; ftrace: tracefs, without BPF; auto: the one that sees more.",
 )
 interval_option = click.option(
     "--interval",
     type=seconds,
     default=1.0,
     metavar="SECONDS",
-    help="Time between two looks. [default: 1]",
+    help="Time between two updates.  [default: 1]",
 )
 duration_option = click.option(
     "--duration", type=seconds, metavar="SECONDS", help="Stop after this long (10, 5m, 1h)."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
 def with_source(command: Callable[P, R]) -> Callable[P, R]:
+    """Add ``--source`` as the last option."""
     return functools.wraps(command)(source_option(command))
 
 
@@ -65,9 +65,9 @@ from_option = click.option(
     "recording",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="A recording, instead of this host.",
+    help="Read a recording instead of this host.",
 )
-look_option = click.option(
+watch_option = click.option(
     "--duration",
     type=seconds,
     default=5.0,

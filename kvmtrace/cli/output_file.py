@@ -1,4 +1,7 @@
-"""Files that commands write: recordings and bundles."""
+"""Files that commands write: recordings and bundles.
+
+They are on the disk when a command ends, without the reader of events waiting for the disk.
+"""
 
 from __future__ import annotations
 
@@ -14,35 +17,39 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import IO, Any, Self
 
-from kvmtrace.cli.errors import Interrupted, always, discard, nobody_reads, stop
+from kvmtrace.cli.console import discard
+from kvmtrace.cli.signals import Interrupted, always, nobody_reads, stop
 from kvmtrace.errors import KvmtraceError
 
-# How long a disk may take after a signal, in seconds; together with the rest less than 5.
+# How long a disk may take after a signal, in seconds; with all else that must be less than 5.
 SYNC_SECONDS = 2.0
 
 
 class Output:
-    """A file for its owner's eyes only: it holds addresses of other people's guests.
+    """A file that only its owner can read: it holds addresses of other people's guests.
 
-    Its directory is written to immediately so that errors show early. It gets its name, and with
-    ``force`` replaces what is there, only by ``place()``: until then it has no name where the file
-    system can do that (O_TMPFILE), so that even a killed command leaves nothing behind. What is
-    there must be ours: in a directory like /tmp, others may have put something at the path. What
-    is open already (/dev/stdout) and a pipe of our own are written to, not replaced.
+    The file is created immediately so that errors show early. ``place()`` gives it its name; with
+    ``force`` the old file is replaced only then. Before that it has no name where the file system
+    supports it (O_TMPFILE), so even a killed command leaves nothing behind.
+
+    An old file must belong to this user: in a directory like /tmp, others may have put something
+    at the path. /dev/stdout and pipes of this user are written to, not replaced.
+
+    Raises KvmtraceError if the file cannot be created.
     """
 
     def __init__(self, path: str, force: bool, *, binary: bool = False) -> None:
         self._path = path
         self._force = force
         self._is_new = False
-        self._made: str | None = None
+        self._temporary: str | None = None
         self._disk = _Disk(self._directory)
         try:
             descriptor = self._open()
         except FileExistsError:
-            raise self._is_there() from None
+            raise self._already_exists() from None
         except OSError as error:
-            raise self._refused(error) from error
+            raise self._cannot_write(error) from error
         stop.clean_up.append(self._remove)
         mode, encoding = ("wb", None) if binary else ("w", "utf-8")
         self.file: IO[Any] = open(descriptor, mode, encoding=encoding)  # noqa: SIM115 (a context)
@@ -54,22 +61,22 @@ class Output:
                 with stop.waiting(always):
                     return os.open(self._path, flags | os.O_TRUNC)
             if not _is_ours(self._path):
-                raise KvmtraceError(f"{self._path} is not a file of this user", _ANOTHER)
+                raise KvmtraceError(f"{self._path} is not a file of this user", _USE_ANOTHER_FILE)
             if _is_pipe(self._path):
                 with stop.waiting(always):
                     descriptor = os.open(self._path, flags | os.O_NOFOLLOW)
                 found = os.fstat(descriptor)
                 if found.st_uid != os.geteuid() or not stat.S_ISFIFO(found.st_mode):
                     os.close(descriptor)
-                    raise KvmtraceError(f"{self._path} has just been replaced", _ANOTHER)
+                    raise KvmtraceError(f"{self._path} has just been replaced", _USE_ANOTHER_FILE)
                 return descriptor
         else:
-            _must_be_free(self._path)
-        # A new one: the old one may be open to everybody, or a link to somebody else's.
+            _require_free(self._path)
+        # A new file: the old one may be readable by everybody, or a link to somebody else's.
         self._is_new = True
         with contextlib.suppress(OSError):  # not on every file system
             return os.open(self._directory, flags | os.O_TMPFILE, 0o600)
-        descriptor, self._made = tempfile.mkstemp(prefix=_PREFIX, dir=self._directory)
+        descriptor, self._temporary = tempfile.mkstemp(prefix=_PREFIX, dir=self._directory)
         return descriptor
 
     @property
@@ -78,7 +85,10 @@ class Output:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Around writes to ``file``: a signal ends them if nobody reads; errors name the path."""
+        """Around writes to ``file``: a signal interrupts them if nobody reads.
+
+        Errors become KvmtraceErrors with the path.
+        """
         try:
             with stop.waiting(lambda: nobody_reads(self.file)):
                 yield
@@ -88,7 +98,7 @@ class Output:
             raise self._failed(error) from error
 
     def place(self) -> None:
-        """From here on it is at its path, whatever happens."""
+        """Put the file at its path, where it stays whatever happens."""
         with self.writing():
             self.file.flush()
         if not self._is_new:
@@ -96,34 +106,35 @@ class Output:
         try:
             if self._force:
                 if not _is_ours(self._path):
-                    raise KvmtraceError(f"{self._path} has just been replaced", _ANOTHER)
-                self._made = self._made or _named(self.file.fileno(), self._directory)
-                os.replace(self._made, self._path)
-            elif self._made is None:
+                    raise KvmtraceError(f"{self._path} has just been replaced", _USE_ANOTHER_FILE)
+                if self._temporary is None:
+                    self._temporary = _link_temporary(self.file.fileno(), self._directory)
+                os.replace(self._temporary, self._path)
+            elif self._temporary is None:
                 _link(self.file.fileno(), self._path)
             else:
-                _rename_to_free(self._made, self._path)
+                _rename_to_free(self._temporary, self._path)
         except FileExistsError:
-            raise self._is_there() from None
+            raise self._already_exists() from None
         except OSError as error:
-            raise self._refused(error) from error
-        self._is_new, self._made = False, None
+            raise self._cannot_write(error) from error
+        self._is_new, self._temporary = False, None
 
     def sync_soon(self) -> None:
-        """Have what is flushed brought to the disk meanwhile; the caller does not wait."""
-        self._disk.ask(self.file.fileno())
+        """Begin to write what is flushed to the disk; return at once."""
+        self._disk.request(self.file.fileno())
 
     def sync(self) -> None:
-        """Bring it to the disk, so that it outlives the host.
+        """Write all to the disk and wait for it, so that it survives a crash of the host.
 
-        A signal ends the wait in a moment: most disks need no longer.
+        After a signal it waits ``SYNC_SECONDS`` at most.
         """
         with self.writing():
             self.file.flush()
-        self._disk.ask(self.file.fileno())
+        self._disk.request(self.file.fileno())
         given_up = None
         while not self._disk.wait(0.05):
-            if stop.asked:
+            if stop.requested:
                 given_up = given_up or time.monotonic() + SYNC_SECONDS
                 if time.monotonic() >= given_up:
                     raise KvmtraceError(
@@ -165,16 +176,16 @@ class Output:
                 raise self._failed(failure) from failure
 
     def _remove(self) -> None:
-        """Unless it was put in place."""
-        if self._made is not None:
+        """Remove the file unless it was put in place."""
+        if self._temporary is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._made)
+                os.unlink(self._temporary)
 
-    def _is_there(self) -> KvmtraceError:
-        hint = "--force replaces it" if _is_ours(self._path) else _ANOTHER
+    def _already_exists(self) -> KvmtraceError:
+        hint = "--force replaces it" if _is_ours(self._path) else _USE_ANOTHER_FILE
         return KvmtraceError(f"{self._path} is already there", hint)
 
-    def _refused(self, error: OSError) -> KvmtraceError:
+    def _cannot_write(self, error: OSError) -> KvmtraceError:
         return KvmtraceError(
             f"{self._path}: {error.strerror}", "name a file in a directory that can be written to"
         )
@@ -184,27 +195,27 @@ class Output:
         return KvmtraceError(f"{self._path}: {error.strerror}", hint)
 
 
-_ANOTHER = "name another file, or remove what is there"
+_USE_ANOTHER_FILE = "name another file, or remove what is there"
 _PREFIX = ".kvmtrace-"
 
 
 class _Disk:
-    """Brings a file and the directory that it is in to the disk, in a thread of its own.
+    """Writes a file and its directory to the disk (fsync), in a thread of its own.
 
-    A disk can take seconds, or hang: the thread that reads events cannot wait for it.
+    A disk can take seconds or hang; the thread that reads events must not wait for it.
     """
 
     def __init__(self, directory: str) -> None:
         self.error: OSError | None = None
         self._directory = directory
-        self._asked = False
+        self._requested = False
         self._busy = False
         self._changed = threading.Condition()
 
-    def ask(self, descriptor: int) -> None:
-        """Begin, or do it once more after what is under way."""
+    def request(self, descriptor: int) -> None:
+        """Begin an fsync, or do another one after the one under way."""
         with self._changed:
-            self._asked = True
+            self._requested = True
             if self._busy:
                 return
             own = os.dup(descriptor)
@@ -213,22 +224,22 @@ class _Disk:
             )
             try:
                 thread.start()
-            except RuntimeError:  # no thread is to be had: the kernel does it within a minute
-                self._asked = False
+            except RuntimeError:  # no thread can be started: the kernel writes within a minute
+                self._requested = False
                 os.close(own)
             else:
                 self._busy = True
 
     def wait(self, seconds: float) -> bool:
-        """Whether all that was asked for is done within so long."""
+        """Wait up to ``seconds``; whether everything requested is done."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._busy, seconds)
 
     def _work(self, descriptor: int) -> None:
         try:
-            while self._is_asked():
+            while self._take_request():
                 _fsync(descriptor)
-                with contextlib.suppress(PermissionError):  # may be written to, but not read
+                with contextlib.suppress(PermissionError):  # a directory that cannot be read
                     _fsync_directory(self._directory)
         except OSError as error:
             self.error = self.error or error
@@ -238,9 +249,9 @@ class _Disk:
         finally:
             os.close(descriptor)
 
-    def _is_asked(self) -> bool:
+    def _take_request(self) -> bool:
         with self._changed:
-            self._busy, self._asked = self._asked, False
+            self._busy, self._requested = self._requested, False
             self._changed.notify_all()
             return self._busy
 
@@ -249,7 +260,7 @@ def _fsync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Pipes, and file systems that cannot.
+        # Pipes, and file systems without fsync.
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS):
             raise
 
@@ -262,8 +273,8 @@ def _fsync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def _must_be_free(path: str) -> None:
-    """Raises OSError unless there is nothing at the path, and may be something."""
+def _require_free(path: str) -> None:
+    """Raise OSError if something is at the path, or nothing can be."""
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -274,19 +285,19 @@ def _must_be_free(path: str) -> None:
 
 
 def _link(descriptor: int, path: str) -> None:
-    """Name a file that has no name. Raises FileExistsError rather than replace anything."""
-    # A directory's descriptor has Python call linkat(), which can follow the link in /proc.
+    """Give a file without a name this one. Raises FileExistsError instead of replacing a file."""
+    # With a src_dir_fd Python calls linkat(), which can follow the link in /proc.
     os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
 
 
-def _named(descriptor: int, directory: str) -> str:
+def _link_temporary(descriptor: int, directory: str) -> str:
     path = os.path.join(directory, _PREFIX + secrets.token_hex(8))
     _link(descriptor, path)
     return path
 
 
 def _rename_to_free(path: str, new: str) -> None:
-    """Raises FileExistsError rather than replace anything."""
+    """Rename a file. Raises FileExistsError instead of replacing one."""
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     try:
         os.replace(path, new)
@@ -296,13 +307,13 @@ def _rename_to_free(path: str, new: str) -> None:
 
 
 def _is_open_elsewhere(path: str) -> bool:
-    """Whether it is something like /dev/stdout, also where that is a file: its opener reads it."""
+    """Whether the path is like /dev/stdout, which another process reads, even if it is a file."""
     directory = os.path.realpath(os.path.dirname(path))
     return directory == "/dev" or directory.startswith("/proc/")
 
 
 def _is_ours(path: str) -> bool:
-    """Whether nothing is there, or a file, a link or a pipe of this user."""
+    """Whether nothing is at the path, or a file, link or pipe of this user."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:

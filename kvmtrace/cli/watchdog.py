@@ -1,8 +1,8 @@
-"""That a signal ends a command even if its main thread hangs in the kernel, or computes.
+"""A thread that ends the command after a signal if the main thread hangs or computes.
 
-A read of another process can hang for as long as that process likes, and a signal handler of Python
-runs only in the main thread, once it is back from the kernel. So a second thread looks whether a
-signal waits, or was taken and not acted on, and ends the process.
+A read of another process can hang as long as that process likes, and Python runs signal handlers
+only in the main thread, once it is back from the kernel. So a second thread checks whether a signal
+is pending, or was received and not acted on, and ends the process.
 """
 
 from __future__ import annotations
@@ -17,34 +17,32 @@ from collections.abc import Callable, Iterable
 
 from kvmtrace.linux.thread_progress import Standstill
 
-# Seconds; LOOK, one of the next two and CLEAN_UP are less than 5 together. Only detaching may take
-# longer, as long as it moves.
-LOOK = 0.25
+# Seconds. CHECK, CLEAN_UP and one of STUCK and BUSY are less than 5 together: the time within which
+# a signal ends a command. Only detaching may take longer, up to DETACHING, while it makes progress.
+CHECK = 0.25
 STUCK = 2.5
-AWAKE = 3.0
+BUSY = 3.0
 CLEAN_UP = 1.25
-MOVING = 30.0
+DETACHING = 30.0
 
 
 class Watchdog:
-    """Ends the process if its main thread does not end after one of ``signals``.
+    """Ends the process if the main thread goes on after one of ``signals``, until ``stop``.
 
-    Until ``stop`` is called.
-
-    ``asked``: whether the main thread has taken a signal; ``detaching``: whether it detaches
-    probes by now. ``clean_up``: what to call then, the last one first (detach probes, remove
-    files), as far as that does not hang, too.
+    ``requested``: whether the main thread has received a signal. ``detaching``: whether it is
+    detaching probes. ``clean_up``: what to call before the end, the last one first (detach probes,
+    remove files); calls that hang are abandoned.
     """
 
     def __init__(
         self,
         signals: Iterable[int],
-        asked: Callable[[], bool],
+        requested: Callable[[], bool],
         clean_up: list[Callable[[], object]],
         detaching: Callable[[], bool] = lambda: False,
     ) -> None:
         self._signals = set(signals)
-        self._asked = asked
+        self._requested = requested
         self._clean_up = clean_up
         self._detaching = detaching
         self._stopped = threading.Event()
@@ -52,36 +50,36 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """The main thread is on its way out."""
+        """Stop watching: the main thread ends by itself."""
         self._stopped.set()
         self._thread.join()
 
     def _watch(self) -> None:
-        # Blocked here, so that sigpending() shows what the main thread has not taken.
+        # Blocked here, so that sigpending() shows signals that the main thread has not received.
         signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
-        while not (self._asked() or signal.sigpending() & self._signals):
-            if self._stopped.wait(LOOK):
+        while not (self._requested() or signal.sigpending() & self._signals):
+            if self._stopped.wait(CHECK):
                 return
         main = Standstill(threading.main_thread())
-        end = time.monotonic() + MOVING
+        end = time.monotonic() + DETACHING
         while not (hangs := main.seconds() >= STUCK) and time.monotonic() < end:
-            if main.awake >= AWAKE and not self._detaching():
+            if main.awake >= BUSY and not self._detaching():
                 break
-            if self._stopped.wait(LOOK):
+            if self._stopped.wait(CHECK):
                 return
         why = "something hangs in the kernel" if hangs else "it was still at work"
         end_by_force(self._clean_up, why)
 
 
 def end_by_force(clean_up: Iterable[Callable[[], object]], why: str) -> None:
-    """Clean up for a while, then end the process without regard to its threads: status 1."""
+    """Clean up for ``CLEAN_UP`` seconds at most, then end the process with status 1."""
 
     def work() -> None:
         for one in reversed(list(clean_up)):
             with contextlib.suppress(Exception):
                 one()
 
-    with contextlib.suppress(RuntimeError):  # no thread is to be had
+    with contextlib.suppress(RuntimeError):  # no thread can be started
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         worker.join(CLEAN_UP)

@@ -1,4 +1,4 @@
-"""A bundle: all that is known in one archive, without names if they must not leave."""
+"""A bundle: everything about the incidents of a host in one archive."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Text = TypeVar("Text", str, LongText)
 def contents(
     recording: Text, snapshot: Snapshot, version: str | None, bcc: str | None
 ) -> dict[str, str | Text]:
-    """{file name: text} of what the events say.
+    """{file name: text}, all from the events.
 
-    ``version``: of the kvmtrace that recorded them. ``bcc``: its version, None if it is not here.
+    ``version``: of the kvmtrace that recorded them. ``bcc``: the version installed here, or None.
     """
     host = snapshot.host
     here = json_output.known(kvmtrace=__version__, python=platform.python_version(), bcc=bcc)
@@ -38,17 +38,17 @@ def contents(
         source=host.source if host else None,
         hardware_corrupted_bytes=host.hardware_corrupted_bytes if host else None,
     )
-    told = [explain_text(incident, snapshot) for incident in snapshot.incidents]
+    stories = [explain_text(incident, snapshot) for incident in snapshot.incidents]
     return {
         "events.jsonl": recording,
-        "explain.txt": "\n\n\n".join(told) + "\n" if told else "no incidents\n",
+        "explain.txt": "\n\n\n".join(stories) + "\n" if stories else "no incidents\n",
         "top.json": json.dumps(json_output.top(snapshot), ensure_ascii=False, indent=1) + "\n",
         "versions.json": json.dumps(versions, indent=1) + "\n",
     }
 
 
 def write(file: IO[bytes], files: Mapping[str, str | LongText], mtime: int) -> None:
-    """A tar.gz with one directory."""
+    """Write a tar.gz with one directory. ``mtime``: of its files, in seconds since the epoch."""
     with tarfile.open(fileobj=file, mode="w:gz", compresslevel=6) as archive:
         for name, text in sorted(files.items()):
             if isinstance(text, LongText):

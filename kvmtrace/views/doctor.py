@@ -1,7 +1,7 @@
-"""``kvmtrace doctor``: what this host offers, what is missing, and the fix of each.
+"""``kvmtrace doctor``: what this host offers, what is missing, and how to fix it.
 
-A judgement over facts that others gathered (``host.Facts``, and what each source said when it was
-tried), so that every verdict can be tested without the host that deserves it.
+The report is made of facts only (``host.Facts``, and the outcome of opening each source), so that
+every verdict can be tested without such a host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvmtrace.linux.host import CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_RES
 from kvmtrace.probes import ProbeSpec, specs
 from kvmtrace.views import json_output
 
-_LEAST_WIDTH = 20  # for a text beside its name
+_MIN_TEXT_WIDTH = 20  # beside the name of a check
 
 _CAPABILITIES = {
     "CAP_BPF": CAP_BPF,
@@ -28,9 +28,9 @@ _CAPABILITIES = {
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line. ``ok``: True, False, or None for what is merely good to know.
+    """One line. ``ok``: True, False, or None for a note.
 
-    ``detail``: what a library or the kernel said of it, word for word.
+    ``detail``: the message of a library or of the kernel, word for word.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All checks and the verdict; ``ok``: memory-fault exits can be seen on this host."""
+    """All checks and the verdict. ``ok``: memory-fault exits can be seen on this host."""
 
     checks: tuple[Check, ...]
     attempts: tuple[Attempt, ...]
@@ -154,7 +154,7 @@ def _programs_check(programs: KeptPrograms) -> Check:
         "eBPF programs",
         None,
         f"compiled at each start: {programs.trouble}",
-        "a directory of root's where nobody else may write; KVMTRACE_CACHE names another one",
+        "a directory of root's where nobody else may write; KVMTRACE_CACHE_DIR names another one",
     )
 
 
@@ -194,7 +194,7 @@ def _tracefs_check(facts: Facts) -> Check:
 
 
 def _source_checks(attempts: Sequence[Attempt]) -> Iterator[Check]:
-    # One that works is enough: then the other one's troubles are news, not faults.
+    # One working source is enough: then errors of the other one are notes.
     works = any(attempt.refused is None for attempt in attempts)
     for attempt in attempts:
         if attempt.refused is not None:
@@ -242,7 +242,7 @@ def _untried(spec: ProbeSpec, facts: Facts) -> str:
 
 
 def with_texts(report: Report, change: Callable[[str], str]) -> Report:
-    """The report with what was found on the host changed; what doctor says of it is left."""
+    """The report with ``change`` applied to all texts from the host."""
     checks = (
         replace(
             check,
@@ -256,7 +256,7 @@ def with_texts(report: Report, change: Callable[[str], str]) -> Report:
 
 
 def as_object(report: Report) -> dict[str, Any]:
-    """What ``doctor --json`` prints."""
+    """The object that ``doctor --json`` prints."""
     return {
         "ok": report.ok,
         "verdict": report.verdict,
@@ -284,10 +284,10 @@ def _fix_of(check: Check) -> str | None:
 def render(
     report: Report, *, ascii_only: bool = False, width: int | None = None, verbose: bool = False
 ) -> str:
-    """The report for people: a sign and a word each, so that it reads without the sign too.
+    """The report as text. Each line has a sign and a word, so that it reads without the sign too.
 
-    ``width``: in columns, None for lines of any length. ``verbose``: with what libraries and the
-    kernel said.
+    ``width``: in columns; None: lines of any length. ``verbose``: with the messages of libraries
+    and of the kernel.
     """
     signs = (
         {True: "ok", False: "no", None: "--"} if ascii_only else {True: "✓", False: "✗", None: "–"}
@@ -314,7 +314,7 @@ def _wrapped(text: str, head: str, below: str, width: int | None) -> list[str]:
         return [head + text]
     return textwrap.wrap(
         text,
-        max(width, len(head) + _LEAST_WIDTH),
+        max(width, len(head) + _MIN_TEXT_WIDTH),
         initial_indent=head,
         subsequent_indent=below,
         break_long_words=False,

@@ -1,4 +1,4 @@
-"""One line per event: for people, and as JSON for programs."""
+"""One line per event, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -44,32 +44,32 @@ _WHAT = 22  # "EHWPOISON hwpoison", "EFAULT unannotated"
 _ACCESS = {"r": "read", "w": "write", "x": "exec"}
 
 
-def json_text(told: CorrelatedEvent) -> str | None:
+def json_text(correlated: CorrelatedEvent) -> str | None:
     """The line of ``events --json``; None for an event that only serves the correlator."""
-    line = event_line(told)
+    line = event_line(correlated)
     return None if line is None else json.dumps(line, ensure_ascii=False, separators=(",", ":"))
 
 
-def event_text(told: CorrelatedEvent, *, width: int | None = None) -> str | None:
-    """One aligned line for people; None for an event that only serves the correlator.
+def event_text(correlated: CorrelatedEvent, *, width: int | None = None) -> str | None:
+    """One aligned line of text; None for an event that only serves the correlator.
 
-    Time, kind, VM and what happened have columns; the rest follows as "name value", as far as it
-    is known. ``width``: cut there (a terminal), else as long as it needs to be.
+    Time, kind, VM and what happened have columns. What else is known follows as "name value".
+    ``width``: clip the line there; None: of any length.
     """
-    event = told.event
-    vm = _vm(told.vm)
+    event = correlated.event
+    vm = _vm(correlated.vm)
     match event:
         case Exit():
             outcome = kvm.outcome_name(event.errno, event.reason)
-            what = f"{outcome} {told.cause or '(cause unknown)'}"
+            what = f"{outcome} {correlated.cause or '(cause unknown)'}"
             facts = _exit_facts(event)
         case Poison():
-            owners = [f"{_vm(seen)} gfn {hex_of(owner.gfn)}" for owner, seen in told.owners]
-            vm = _vm(told.owners[0][1]) if len(told.owners) == 1 else UNKNOWN
+            owners = [f"{_vm(seen)} gfn {hex_of(owner.gfn)}" for owner, seen in correlated.owners]
+            vm = _vm(correlated.owners[0][1]) if len(correlated.owners) == 1 else UNKNOWN
             what = event.result
             facts = [f"pfn {hex(event.pfn)}", event.page_type, f"owners {listed(owners, 'none')}"]
         case Sigbus():
-            vm = vm if told.vm else _called(event.comm, event.pid)
+            vm = vm if correlated.vm else _name_and_pid(event.comm, event.pid)
             what = "SI_KERNEL"
             if event.code != kvm.SI_KERNEL:
                 what = f"BUS_MCEERR_{kvm.sigbus_code_name(event.code)}"
@@ -113,8 +113,8 @@ def event_text(told: CorrelatedEvent, *, width: int | None = None) -> str | None
             what, facts = "unpoisoned", [f"pfn {hex(event.pfn)}"]
         case Found():
             what, facts = "poisoned before start", [f"pfn {hex(event.pfn)}"]
-        case Owned() if told.owners:
-            owner = told.owners[0][0]
+        case Owned() if correlated.owners:
+            owner = correlated.owners[0][0]
             what, facts = "owner found", [f"pfn {hex(event.pfn)}", f"gfn {hex_of(owner.gfn)}"]
             if owner.hva is not None:
                 facts.append(f"hva {owner.hva:#x}")
@@ -133,38 +133,40 @@ def event_text(told: CorrelatedEvent, *, width: int | None = None) -> str | None
             facts = [f"at {event.where}"]
         case ClockStep():
             what = f"stepped by {shift_of(event.step_ns)}"
-            facts = [f"to {date_of(told.wall)}"]
+            facts = [f"to {date_of(correlated.wall)}"]
             if event.suspended_ns is not None:
                 facts.append(f"host suspended for {span_of(event.suspended_ns)}")
         case _:
             return None
-    if told.incident:
-        facts.append(f"incident {told.incident}")
-    head = f"{stamp_of(told.wall)} {_kind(told):<{_KIND}} {pad(vm, _VM)} {what:<{_WHAT}}"
+    if correlated.incident:
+        facts.append(f"incident {correlated.incident}")
+    head = (
+        f"{stamp_of(correlated.wall)} {_kind(correlated):<{_KIND}} {pad(vm, _VM)} {what:<{_WHAT}}"
+    )
     text = "  ".join([head, *filter(None, facts)]).rstrip()
     return text if width is None else clip(text, width)
 
 
-def _kind(told: CorrelatedEvent) -> str:
-    # The contract's names: both ends of a VM are of kind "vm", hardware errors all "mce".
-    if isinstance(told.event, (VmSeen, VmGone)):
+def _kind(correlated: CorrelatedEvent) -> str:
+    # As in JSON: both ends of a VM are of kind "vm", all hardware errors "mce".
+    if isinstance(correlated.event, (VmSeen, VmGone)):
         return "vm"
-    if isinstance(told.event, HwError):
+    if isinstance(correlated.event, HwError):
         return "mce"
-    if isinstance(told.event, (SoftOffline, Unpoison, Found, Owned)):
+    if isinstance(correlated.event, (SoftOffline, Unpoison, Found, Owned)):
         return "page"
-    return told.event.kind
+    return correlated.event.kind
 
 
 def _vm(seen: VmSeen | None) -> str:
-    """``name (pid)``; of a name that is too long the end goes, never the pid."""
+    """``name (pid)``; a long name is clipped, the pid is not."""
     if seen is None:
         return UNKNOWN
-    # Without a name the label has the pid already.
-    return _called(seen.label, seen.pid) if seen.name else seen.label
+    # A label without a name has the pid already.
+    return _name_and_pid(seen.label, seen.pid) if seen.name else seen.label
 
 
-def _called(name: str | None, pid: int) -> str:
+def _name_and_pid(name: str | None, pid: int) -> str:
     if not name:
         return f"pid {pid}"
     end = f" ({pid})"

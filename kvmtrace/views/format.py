@@ -1,4 +1,4 @@
-"""Text in terminal cells, and numbers, sizes and times as people read them."""
+"""Text in terminal cells, and numbers, sizes and times for people to read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _char_cells(char: str) -> int:
 
 
 def clip(text: str, width: int) -> str:
-    """``text`` in at most ``width`` cells; where something had to go, it ends in "…"."""
+    """``text`` in at most ``width`` cells; if it was cut, it ends in "…"."""
     if cells(text) <= width:
         return text
     if width <= 0:
@@ -51,7 +51,7 @@ def clip(text: str, width: int) -> str:
 
 
 def pad(text: str, width: int, *, right: bool = False) -> str:
-    """``text`` in exactly ``width`` cells, clipped or filled up; ``right``: aligned right."""
+    """``text`` in exactly ``width`` cells, clipped or padded; ``right``: aligned right."""
     text = clip(text, width)
     fill = " " * (width - cells(text))
     return fill + text if right else text + fill
@@ -69,7 +69,7 @@ def clip_line(line: Line, width: int) -> Line:
     kept: list[Span] = []
     for text, style in line:
         room = width - sum(cells(t) for t, _ in kept)
-        # One cell is kept for the "…" of what follows.
+        # One cell is reserved for a "…".
         if cells(text) < room:
             kept.append((text, style))
             continue
@@ -111,15 +111,15 @@ def span_of(nanoseconds: int | None) -> str:
 
 
 def shift_of(nanoseconds: int) -> str:
-    """How far, and in which direction: ``+1.2 s``, ``-5 min``."""
+    """A signed length of time: ``+1.2 s``, ``-5 min``."""
     return ("+" if nanoseconds >= 0 else "-") + span_of(abs(nanoseconds))
 
 
 def age_of(ts: int | None, now: int, steps: Sequence[ClockStep] = ()) -> str:
-    """How long ago: ``12 s``, ``5 min``, ``3 h``, ``4 d``; "-" if unknown.
+    """How long ago ``ts`` was: ``12 s``, ``5 min``, ``3 h``, ``4 d``; "-" if unknown.
 
-    A time ahead of ``now`` (clocks of two machines) is 0 s ago. ``steps``: of the wall clock; the
-    host may have been suspended meanwhile.
+    A time after ``now`` (clocks of two machines) is 0 s ago. ``steps``: of the wall clock, as the
+    host may have been suspended in between.
     """
     if ts is None:
         return UNKNOWN
@@ -137,7 +137,7 @@ def rate_of(rate: float | None) -> str:
     for limit, unit in ((9999.5, ""), (999.5e3, "k"), (999.5e6, "M")):
         if rate < limit:
             number = rate / {"": 1, "k": 1e3, "M": 1e6}[unit]
-            # 0.04 is not nothing: never round what happened down to 0.
+            # 0.04 is not 0: a rate above 0 is never rounded down to 0.
             whole = number == int(number) or number >= 9.95
             return f"{number:.0f}{unit}" if whole else f"{max(number, 0.1):.1f}{unit}"
     return f"{rate / 1e9:.1f}G"
@@ -159,7 +159,7 @@ def date_of(ts: int) -> str:
 
 
 def _local(ts: int) -> datetime.datetime:
-    # Whole seconds: a float of nanoseconds since 1970 rounds, and could show the next second.
+    # Whole seconds: nanoseconds since 1970 as a float could round up to the next second.
     return datetime.datetime.fromtimestamp(ts // _SECOND, datetime.UTC).astimezone()
 
 
@@ -174,7 +174,7 @@ def counted(number: int, what: str) -> str:
 
 
 def dimm_of(label: str) -> str:
-    """``"A1"`` → ``"DIMM A1"``; most labels say themselves what they name."""
+    """``"A1"`` → ``"DIMM A1"``; labels that contain what they name are left as they are."""
     match dimm_names.names(label):
         case "candidates":
             return f"one of {listed(map(dimm_of, dimm_names.candidates(label)))}"

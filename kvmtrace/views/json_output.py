@@ -1,7 +1,7 @@
 """The JSON contract: what ``events --json`` and ``top --once --json`` print.
 
-Integers stay integers, what is unknown is absent, VMs are named by pid, name and uuid: the keys
-and joins that kvmtrace uses inside never leave through here, except an incident's id.
+Integers are integers, fields with unknown values are absent, and VMs are named by pid, name and
+uuid. Internal keys are not printed, except the id of an incident.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ def known(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
+def event_line(correlated: CorrelatedEvent) -> dict[str, Any] | None:
     """One line of ``events --json``; None for events that only serve the correlator."""
-    event = told.event
-    head = {"ts": rfc3339(told.wall)}
+    event = correlated.event
+    head = {"ts": rfc3339(correlated.wall)}
     match event:
         case Exit():
             return head | known(
                 kind="exit",
-                vm=vm_name(told.vm),
+                vm=vm_name(correlated.vm),
                 vcpu=event.vcpu,
                 errno=kvm.outcome_name(event.errno, event.reason),
                 reason=event.reason,
@@ -73,9 +73,9 @@ def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
                 gfn=event.gfn,
                 size=event.size,
                 access=event.access,
-                cause=told.cause,
+                cause=correlated.cause,
                 count=event.count,
-                incident=told.incident,
+                incident=correlated.incident,
             )
         case Poison():
             return head | known(
@@ -85,15 +85,15 @@ def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
                 result=event.result,
                 owners=[
                     known(vm=vm_name(seen), gfn=owner.gfn, hva=owner.hva)
-                    for owner, seen in told.owners
+                    for owner, seen in correlated.owners
                 ],
-                incident=told.incident,
+                incident=correlated.incident,
             )
         case Sigbus():
             return head | known(
                 kind="sigbus",
-                vm=vm_name(told.vm),
-                process=None if told.vm else known(pid=event.pid, name=event.comm),
+                vm=vm_name(correlated.vm),
+                process=None if correlated.vm else known(pid=event.pid, name=event.comm),
                 tid=event.tid,
                 code=kvm.sigbus_code_name(event.code),
                 hva=event.hva,
@@ -101,7 +101,7 @@ def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
                 vcpu=event.vcpu,
                 gfn=event.gfn,
                 count=event.count if event.count > 1 else None,
-                incident=told.incident,
+                incident=correlated.incident,
             )
         case Mce():
             return head | known(
@@ -116,7 +116,7 @@ def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
                 fru=event.fru,
                 at=mce.at(event.status, event.vendor, event.bank, event.ipid),
                 count=event.count if event.count > 1 else None,
-                incident=told.incident,
+                incident=correlated.incident,
             )
         case HwError():
             return head | known(
@@ -132,10 +132,10 @@ def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
                 count=event.count,
                 via=event.via,
                 message=event.message,
-                incident=told.incident,
+                incident=correlated.incident,
             )
-        case Owned() if told.owners:
-            owner, seen = told.owners[0]
+        case Owned() if correlated.owners:
+            owner, seen = correlated.owners[0]
             return head | known(
                 kind="owner",
                 pfn=event.pfn,
@@ -143,26 +143,26 @@ def event_line(told: CorrelatedEvent) -> dict[str, Any] | None:
                 gfn=owner.gfn,
                 hva=owner.hva,
                 via=event.via,
-                incident=told.incident,
+                incident=correlated.incident,
             )
         case SoftOffline():
             return head | known(
                 kind="soft_offline",
                 pfn=event.pfn,
                 errno=kvm.errno_name(event.errno) if event.errno else None,
-                incident=told.incident,
+                incident=correlated.incident,
             )
         case Unpoison() | Found():
-            return head | known(kind=event.kind, pfn=event.pfn, incident=told.incident)
+            return head | known(kind=event.kind, pfn=event.pfn, incident=correlated.incident)
         case VmSeen():
             seen_as = known(vmm=event.vmm, unread=event.unread)
             return head | known(kind="vm", vm=vm_name(event), state="seen") | seen_as
         case VmGone():
-            return head | known(kind="vm", vm=vm_name(told.vm), state="gone")
+            return head | known(kind="vm", vm=vm_name(correlated.vm), state="gone")
         case Lost():
             return head | known(kind="lost", where=event.where, count=event.count)
         case ClockStep():
-            return head | {"kind": "clock"} | _clock_step(event, told.wall)
+            return head | {"kind": "clock"} | _clock_step(event, correlated.wall)
     return None
 
 
@@ -347,10 +347,10 @@ def _vm(vm: Vm, snapshot: Snapshot) -> dict[str, Any]:
 
 def _owner(owner: Owner, state: Incident, snapshot: Snapshot) -> dict[str, Any]:
     vm = vm_name(snapshot.vms.get(owner.vm)) or vm_name(state.vm_identities.get(owner.vm))
-    left = True if owner in state.released else None
+    released = True if owner in state.released else None
     party = state.vm_identities.get(owner.vm)
     gone = True if party is not None and party.gone_ts is not None else None
-    return known(vm=vm, gfn=owner.gfn, hva=owner.hva, released=left, gone=gone)
+    return known(vm=vm, gfn=owner.gfn, hva=owner.hva, released=released, gone=gone)
 
 
 def _when(ts: int | None, snapshot: Snapshot) -> str | None:

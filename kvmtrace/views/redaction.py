@@ -1,11 +1,10 @@
-"""Stand-ins for the names in a log, so that it may leave the house.
+"""Replace the names in a log by stand-ins, so that it can be given to others.
 
-Names of VMs, VMMs and processes, uuids and the host's name are replaced where they are fields, and
-looked for in every other text: what drivers, firmware and the kernel wrote may quote them. The log
-is redacted before anything is made of it, so whatever is made of it has no names either.
+Names of VMs, VMMs and processes, uuids and the host's name are replaced where they are fields. All
+other texts are searched for them, as texts of drivers, firmware and the kernel may quote them. The
+log is redacted first, and everything else in a bundle is made of the redacted log.
 
-The same name has the same stand-in everywhere. A VMM that kvmtrace knows keeps the name that it has
-here (``commandline.VMMS``).
+The same name has the same stand-in everywhere. VMMs of ``command_line.VMMS`` keep their names.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T", bound="DataclassInstance")
 
-# Bytes in UTF-8. Shorter names are words of their own or part of something else ("a", "vm", "db").
+# Bytes in UTF-8. Shorter names ("a", "vm", "db") are common words, or parts of words.
 _SHORT = 4
-# Names are cut, too: to 15 bytes by the kernel (comm), to 20 by libvirt. What is shorter than this
-# is rather a word that a name begins with.
+# Names may be cut: to 15 bytes by the kernel (comm), to 20 by libvirt. A shorter beginning of a
+# name is more likely another word.
 _CUT = 12
 _CUT_OFF = "…"  # by sanitize.clean
-_ANY = "…"  # in place of what no stand-in is for
+_ANY = "…"  # for a name without a stand-in, or one of several names
 _UUID_CUT = 8  # the first group
 _UUID = re.compile(r"[0-9a-f]{8}(?:[-_]?[0-9a-f]{4}){3}[-_]?[0-9a-f]{12}", re.IGNORECASE)
 _HEX = re.compile(r"[0-9a-f]+(?:[-_][0-9a-f]+)*")
@@ -62,7 +61,7 @@ class Redaction:
         self._of_host = host.name if host else ""
         self._stand_ins = _stand_ins(seen, self._of_host)
         self._host = _series("host", {*self._stand_ins, *numbers, self._of_host}) + "-1"
-        # A number of Proxmox VE's goes without a stand-in: the VM has one.
+        # Proxmox VE's number of a VM needs no stand-in of its own: the VM has one.
         self._needles = _Needles(
             {
                 **dict.fromkeys(_parts_of_host(self._of_host), self._host),
@@ -71,7 +70,7 @@ class Redaction:
             }
         )
         self.text = functools.lru_cache(maxsize=4096)(self._text)
-        """A text with every name in it replaced."""
+        """A text with all names in it replaced."""
 
     def events(self, events: Iterable[Event]) -> list[Event]:
         """The events with their names replaced."""
@@ -98,15 +97,15 @@ class Redaction:
         return dataclasses.replace(self._texts(host), name=self._host)
 
     def probes(self, probes: Iterable[Probe]) -> tuple[Probe, ...]:
-        """Probes, in what was said of which names may stand."""
+        """Probes with names replaced in their messages."""
         return tuple(self._texts(probe) for probe in probes)
 
     def _name(self, name: str | None) -> str | None:
-        # A recording that grows may bring another one meanwhile.
+        # A recording that is still written may have new names by now.
         return self._stand_ins.get(name, _ANY) if name else None
 
     def _texts(self, value: _T) -> _T:
-        """The dataclass with every text in it searched: a new field needs no word here."""
+        """The dataclass with all its texts searched, so that new fields are not forgotten."""
         changes = {name: self._any(getattr(value, name)) for name in _text_fields(type(value))}
         return dataclasses.replace(value, **changes) if changes else value
 
@@ -143,7 +142,7 @@ def _text_fields(cls: type[DataclassInstance]) -> tuple[str, ...]:
 
 
 def _stand_ins(seen: dict[str, dict[str, None]], host: str) -> dict[str, str]:
-    """{name: stand-in}, in order of appearance; a name in two roles has that of the first."""
+    """{name: stand-in}, in order of appearance; a name in two roles gets that of the first."""
     names = {name for words in seen.values() for name in words} | {host}
     begin = next(
         begin
@@ -159,7 +158,7 @@ def _stand_ins(seen: dict[str, dict[str, None]], host: str) -> dict[str, str]:
 
 
 def _series(role: str, names: Iterable[str]) -> str:
-    """What stand-ins are called, so that none of them has a name in it that somebody has."""
+    """The stem of stand-ins for ``role``, chosen so that no stand-in contains a real name."""
     stems = {re.sub(r"\d+$", "", fold(name)[0]) for name in names if len(name) > 1}
     stems.discard("")
     others = map("".join, itertools.product("xqzjk", repeat=3))
@@ -172,7 +171,7 @@ def _series(role: str, names: Iterable[str]) -> str:
 
 
 def _parts_of_host(name: str) -> Iterator[str]:
-    """The name, and of one with a domain its labels: they say whose host it is."""
+    """The name, and the labels of one with a domain: they identify the host's owner."""
     *labels, _ = name.split(".")
     yield name
     if not name.replace(".", "").isdigit():
@@ -183,7 +182,7 @@ def _parts_of_host(name: str) -> Iterator[str]:
 
 
 class _Needles:
-    """What to look for in texts."""
+    """The names to look for in texts, with their stand-ins."""
 
     def __init__(self, stand_ins: dict[str, str]) -> None:
         self._names: dict[str, str] = {}  # by what they are folded to
@@ -191,12 +190,12 @@ class _Needles:
         uuids: dict[str, str] = {}
         for name, stand_in in stand_ins.items():
             whole = name.removesuffix(_CUT_OFF)
-            # What looks like an escape in a name may be written as such, or be escaped.
+            # A name with what looks like an escape is looked for as it is and unescaped.
             for folded in (fold(whole)[0].strip(), fold(whole, escaped=False)[0].strip()):
                 if folded in command_line.VMMS:
                     continue
                 if folded.isdecimal() or len(folded.encode()) < _SHORT:
-                    # A number of few digits is everywhere.
+                    # Numbers of few digits are too common to replace.
                     if folded and (not folded.isdecimal() or len(folded) >= _SHORT):
                         self._words.setdefault(folded, {}).setdefault(whole, stand_in)
                     continue
@@ -213,7 +212,7 @@ class _Needles:
         self._word_lengths = sorted({len(word) for word in self._words}, reverse=True)
 
     def places(self, folded: str) -> list[int]:
-        """Where in a text a name may begin."""
+        """Positions in a text where a name may begin."""
         if folded.endswith(_CUT_OFF):
             return list(range(len(folded)))
         begin, short = self._begin, self._begin_short
@@ -224,7 +223,7 @@ class _Needles:
     def at(
         self, folded: str, at: int, text: str, spans: Sequence[tuple[int, int]]
     ) -> tuple[int, str]:
-        """How much of ``folded`` is a name from there on (0: nothing), and its stand-in."""
+        """The length of the name at this position (0: none), and its stand-in."""
         found = [(0, ""), *self._name(folded, at)]
         if folded[at : at + _UUID_CUT] in self._begin_uuid:
             found += self._uuid(folded, at)
@@ -267,7 +266,7 @@ class _Needles:
 
 
 class _Sorted:
-    """Names in order, in which the one that has most in common with a text is found."""
+    """Sorted names, to find the one with the longest common beginning with a text."""
 
     def __init__(self, stand_ins: dict[str, str]) -> None:
         self._sorted = sorted(stand_ins)
@@ -275,7 +274,7 @@ class _Sorted:
         self._longest = max(map(len, stand_ins), default=0)
 
     def common(self, text: str, at: int) -> tuple[int, str]:
-        """How much of ``text`` from there on is the beginning of a name, and which name's."""
+        """How many characters at ``at`` are the beginning of a name, and the name's stand-in."""
         part = text[at : at + self._longest]
         place = bisect_left(self._sorted, part)
         near = self._sorted[max(0, place - 1) : place + 1]
@@ -295,7 +294,7 @@ def _common(one: str, other: str) -> int:
 
 # -- how names are written
 
-# By JSON, systemd, /proc, URLs and HTML. Other backslashes mean what follows them.
+# Escapes of JSON, systemd, /proc, URLs and HTML. Other backslashes stand for what follows.
 _ESCAPES = re.compile(
     r"(?P<units>(?:\\+u[0-9a-fA-F]{4})+)"
     r"|(?P<bytes>(?:\\+x[0-9a-fA-F]{2}|\\+[0-3][0-7]{2}|%[0-9a-fA-F]{2})+)"
@@ -309,8 +308,7 @@ _BYTE = re.compile(r"(?:\\+x|%)([0-9a-fA-F]{2})|\\+([0-7]{3})")
 def fold(text: str, *, escaped: bool = True) -> tuple[str, list[tuple[int, int]]]:
     """``text`` for comparison: without escapes, case, accents, and what ``sanitize.clean`` drops.
 
-    → (folded text, where in ``text`` each of its characters is from). ``escaped``: it may have
-    escapes.
+    → (folded text, the span in ``text`` of each of its characters). ``escaped``: unescape it.
     """
     if _PLAIN.fullmatch(text):
         return text.lower(), [(n, n + 1) for n in range(len(text))]
@@ -353,7 +351,7 @@ def _meant(match: re.Match[str]) -> Iterator[tuple[str, tuple[int, int]]]:
         codes = list(pattern.finditer(text, match.start(), match.end()))
         raw = [bytes.fromhex(one[1]) if one[1] else bytes([int(one[2], 8)]) for one in codes]
         while raw:
-            # The shortest that is a character; a unit that belongs to none stands for nothing.
+            # The shortest sequence that is a character; a unit of none becomes "�".
             for size in range(1, min(4, len(raw)) + 1):
                 character = b"".join(raw[:size]).decode(encoding, "ignore")
                 if character:
@@ -368,11 +366,10 @@ def _meant(match: re.Match[str]) -> Iterator[tuple[str, tuple[int, int]]]:
     yield chr(code) if code < 0x110000 else "�", match.span()
 
 
-# -- what is no name
+# -- words that are no names
 
-# What kvmtrace says the same everywhere, and the kernel of pages (action_page_types, action_name in
-# mm/memory-failure.c). A VM may be called like one of these words; a text of such words only does
-# not speak of it.
+# Fixed words of kvmtrace, and the kernel's words for pages (action_page_types, action_name in
+# mm/memory-failure.c). A VM may have such a name, but a text of such words only does not mean it.
 _WORDS = frozenset(
     """
     already buddy clean compound dax delayed different dirty failed failure free high huge
@@ -395,6 +392,6 @@ _WORDS = frozenset(
 
 
 def is_fixed(text: str) -> bool:
-    """Whether it is made of words that are no names, and of small numbers."""
+    """Whether a text consists of ``_WORDS`` and small numbers only."""
     words = re.split("[ _:-]", text.lower())
     return all(word in _WORDS or (word.isdecimal() and len(word) < _SHORT) for word in words)

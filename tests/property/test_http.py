@@ -89,7 +89,7 @@ def ask(server: Server, request: bytes) -> bytes:
             client.sendall(request)
             client.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # it has heard enough
+            pass  # the server has closed the connection
         answer = b""
         try:
             while more := client.recv(1 << 16):

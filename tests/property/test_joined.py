@@ -25,8 +25,7 @@ from kvmtrace.sources.recording import RecordingSource, Writer
 from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines, explain, json_output
 from kvmtrace.views.tables import table
-from kvmtrace.views.web import landing
-from kvmtrace.views.web import metrics as exporter
+from kvmtrace.views.web import landing, metrics
 from tests.property import examples
 from tests.property.damage import placed
 from tests.property.stories import EVENTS as ANYTHING
@@ -167,7 +166,7 @@ def test_who_has_no_room_counts_the_same_or_says_what_is_lost(
         counted(serve, joiner)
 
 
-def _counters(snapshots: exporter.Exporter) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+def _counters(snapshots: metrics.Exporter) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for family in snapshots.collect()
@@ -181,7 +180,7 @@ def _counters(snapshots: exporter.Exporter) -> dict[tuple[str, frozenset[tuple[s
 def test_no_counter_goes_down(events: list[Event], at: int, max_vms: int) -> None:
     """Between two scrapes, whatever happens between them."""
     correlator = Correlator()
-    scraped = exporter.Exporter(correlator.snapshot, max_vms=max_vms)
+    scraped = metrics.Exporter(correlator.snapshot, max_vms=max_vms)
     before = _counters(scraped)
     for number, event in enumerate(events):
         correlator.feed(event)
@@ -222,10 +221,10 @@ def test_what_is_shown_is_fit_and_what_is_json_comes_back(events: list[Event]) -
         assert not unfit(text)
         assert check_json(text) == made
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(exporter.Exporter(lambda: shown))
-    metrics = generate_latest(registry).decode()
-    assert not unfit(metrics)
-    assert list(text_string_to_metric_families(metrics))
+    registry.register(metrics.Exporter(lambda: shown))
+    exposition = generate_latest(registry).decode()
+    assert not unfit(exposition)
+    assert list(text_string_to_metric_families(exposition))
 
 
 def test_quiet_is_no_news() -> None:

@@ -103,27 +103,27 @@ OTHERS = Names(
 
 def log(names: Names, writing: typing.Callable[[str], str], text: str) -> str:
     """A recording whose texts quote every name."""
-    said = iter([text.format(writing(name)) for name in names.all()] * 99)
+    texts = iter([text.format(writing(name)) for name in names.all()] * 99)
     events: list[Event] = []
     for n, name in enumerate(names.vms, 1):
         vmm = names.processes[n % len(names.processes)]
         uuid, number = (names.uuid, names.number) if n == 1 else (None, None)
         events += [
-            VmSeen(T0, n, 4000 + n, name, uuid, vmm, number, next(said)),
+            VmSeen(T0, n, 4000 + n, name, uuid, vmm, number, next(texts)),
             Owned(T0 + n, n, Owner(n, n, n << 12), "pagemap", 4096),
             Poison(T0 + n, n, "dirty LRU page", "Failed", tid=n),
             Exit(T0 + SECOND, n, 0, 133, 39, True, tid=n, gfn=n, gpa=n << 12, size=4096, flags=0),
         ]
     events.append(Sigbus(T0 + SECOND, 9, 9, 4, 0x7F0000000000, pfn=2, comm=names.processes[-1]))
     for _ in range(len(names.all())):
-        quoting = HwError(T0 + SECOND, next(said), next(said), pfn=1, label=next(said))
+        quoting = HwError(T0 + SECOND, next(texts), next(texts), pfn=1, label=next(texts))
         events += [
-            dataclasses.replace(quoting, message=next(said), label_from=next(said)),
-            Poison(T0 + SECOND, 77, f"of {next(said)}", f"by {next(said)}"),
-            Lost(T0 + SECOND, next(said), 1),
+            dataclasses.replace(quoting, message=next(texts), label_from=next(texts)),
+            Poison(T0 + SECOND, 77, f"of {next(texts)}", f"by {next(texts)}"),
+            Lost(T0 + SECOND, next(texts), 1),
         ]
-    probe = Probe("run", False, next(said), next(said), next(said), next(said))
-    of = Host(names.host, f"6.1 {next(said)}", "bpf", next(said))
+    probe = Probe("run", False, next(texts), next(texts), next(texts), next(texts))
+    of = Host(names.host, f"6.1 {next(texts)}", "bpf", next(texts))
     file = io.StringIO()
     Writer(file, of).write(events, (probe,))
     return file.getvalue()

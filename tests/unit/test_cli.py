@@ -28,7 +28,7 @@ from kvmtrace.events import Event, Lost, VmSeen
 from kvmtrace.linux import host
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import NO_KVM, Probe, specs
-from kvmtrace.views.web import metrics as exporter
+from kvmtrace.views.web import metrics
 from kvmtrace.vmm import identity, processes
 from tests.unit.command_line import invoke
 from tests.unit.fake import SECOND, STORY, T0, FakeSource
@@ -84,8 +84,8 @@ def test_help_names_every_command() -> None:
 
 def test_help_has_the_exporters_own_defaults() -> None:
     text = " ".join(invoke("serve", "--help").output.split())
-    assert f"[default: {exporter.DEFAULT_LISTEN}]" in text
-    assert f"[default: {exporter.DEFAULT_MAX_VMS}]" in text
+    assert f"[default: {metrics.DEFAULT_LISTEN}]" in text
+    assert f"[default: {metrics.DEFAULT_MAX_VMS}]" in text
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_wrong_usage_is_status_2(source: FakeSource, arguments: tuple[str, ...])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "command"),
+    ("arguments", "message", "command"),
     [
         (("--bogus",), "no such option", "kvmtrace"),
         (("nonsense",), "no such command", "kvmtrace"),
@@ -130,12 +130,12 @@ def test_wrong_usage_is_status_2(source: FakeSource, arguments: tuple[str, ...])
     ],
 )
 def test_wrong_usage_is_a_line_and_a_hint(
-    arguments: tuple[str, ...], said: str, command: str
+    arguments: tuple[str, ...], message: str, command: str
 ) -> None:
     result = invoke(*arguments)
     line, hint = result.stderr.splitlines()
     assert line.startswith("kvmtrace: ")
-    assert said in line
+    assert message in line
     assert hint == f"hint: `{command} --help` lists what there is"
     assert (result.exit_code, result.stdout) == (2, "")
 
@@ -167,7 +167,7 @@ def test_no_command_is_answered_with_the_help() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (KvmtraceError("a\x1b[31mb", "c\nd"), "kvmtrace: a?[31mb\nhint: c d\n"),
         (
@@ -177,10 +177,10 @@ def test_no_command_is_answered_with_the_help() -> None:
     ],
 )
 def test_errors_do_nothing_to_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     refuse(monkeypatch, error)
-    assert invoke("events").stderr.startswith(said)
+    assert invoke("events").stderr.startswith(message)
 
 
 def test_names_of_files_do_nothing_to_a_terminal(source: FakeSource, tmp_path: Path) -> None:
@@ -188,12 +188,12 @@ def test_names_of_files_do_nothing_to_a_terminal(source: FakeSource, tmp_path: P
     missing = invoke("replay", path)
     assert missing.stderr.startswith(f"kvmtrace: {tmp_path}/a?[31mb: No such file or directory\n")
     assert missing.stderr.splitlines()[1].startswith("hint: ")
-    said = invoke("record", path, "--duration", "0.1").stderr
+    message = invoke("record", path, "--duration", "0.1").stderr
     Path(path).write_bytes(Path(path).read_bytes()[:-5])
     for command in (("replay",), ("record",), ("bundle", "--force", "--from", path, "-o")):
-        said += invoke(*command, path).stderr
-    assert "\x1b" not in said
-    assert said.count(f"{tmp_path}/a?[31mb") == 5
+        message += invoke(*command, path).stderr
+    assert "\x1b" not in message
+    assert message.count(f"{tmp_path}/a?[31mb") == 5
 
 
 @pytest.mark.parametrize(("text", "number"), [("2", 2.0), ("1.5s", 1.5), ("2m", 120), ("1h", 3600)])
@@ -240,7 +240,7 @@ def test_not_root(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Path("/tmp/never").exists()
 
 
-def test_source_that_dies_is_closed_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_that_dies_is_closed_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     for command in (("events",), ("top", "--once"), ("serve", "--listen", "127.0.0.1:0")):
         dying = FakeSource(STORY, failure=KvmtraceError("the ring buffer is gone"))
         use(monkeypatch, dying)
@@ -350,7 +350,7 @@ def test_vm_known_from_proc_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_serve_until_a_signal(source: FakeSource) -> None:
-    metrics: list[str] = []
+    scraped: list[str] = []
     started = threading.Event()
 
     def scrape() -> None:
@@ -358,31 +358,31 @@ def test_serve_until_a_signal(source: FakeSource) -> None:
             assert started.wait(20)
             assert source.drained.wait(20)
             with urllib.request.urlopen(f"{servers[0].url}/metrics") as answer:
-                metrics.append(answer.read().decode())
+                scraped.append(answer.read().decode())
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def remembered(*arguments: Any, **options: Any) -> exporter.Server:
+    def remembered(*arguments: Any, **options: Any) -> metrics.Server:
         servers.append(serve(*arguments, **options))
         started.set()
         return servers[0]
 
-    servers: list[exporter.Server] = []
-    serve = exporter.serve
+    servers: list[metrics.Server] = []
+    serve = metrics.serve
     thread = threading.Thread(target=scrape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "serve", remembered)
+        patch.setattr(metrics, "serve", remembered)
         thread.start()
         result = invoke("serve", "--listen", "127.0.0.1:0")
     thread.join()
     assert result.exit_code == 0, result.output
-    assert 'errno="EHWPOISON"' in metrics[0]
+    assert 'errno="EHWPOISON"' in scraped[0]
     assert source.closed
     assert not source._batches
 
 
 def test_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = exporter.serve("127.0.0.1:0", FakeSession())
+    server = metrics.serve("127.0.0.1:0", FakeSession())
     try:
         listen = f"127.0.0.1:{server.address[1]}"
         source = use(monkeypatch, FakeSource())
@@ -568,7 +568,7 @@ def test_auto_with_nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.hint
 
 
-def test_what_was_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = opener(monkeypatch, bpf=KvmtraceError("no bcc", "install it"))
     with pytest.raises(KvmtraceError, match=r"^no bcc$"):
         sources.open_source("bpf")

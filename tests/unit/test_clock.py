@@ -32,8 +32,7 @@ from kvmtrace.events import (
 )
 from kvmtrace.linux import clock
 from kvmtrace.model import CorrelatedEvent, Snapshot
-from kvmtrace.session import session as live
-from kvmtrace.session.session import Session
+from kvmtrace.session.session import Session, host_of
 from kvmtrace.sources.recording import RecordingSource, Writer
 from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines, json_output
@@ -55,7 +54,7 @@ def test_nothing_but_the_clock_reads_the_wall_clock() -> None:
         if isinstance(node, ast.Attribute)
         and ast.unparse(node) in ("time.time", "time.time_ns", "datetime.now")
     }
-    assert users <= {"linux/clock.py", "cli/logs.py"}
+    assert users <= {"linux/clock.py", "cli/bundle.py"}
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def test_a_serves_events_have_the_serves_clock() -> None:
 
     session, own = Session(Joined()), Session(FakeSource())
     assert 3599 * SECOND < own.now() - session.now() < 3601 * SECOND
-    assert live.host_of(FakeSource()).epoch_offset_ns == clock.epoch_offset_ns()
+    assert host_of(FakeSource()).epoch_offset_ns == clock.epoch_offset_ns()
 
 
 def test_a_loss_by_another_clock_does_not_end_a_loop() -> None:
@@ -247,15 +246,15 @@ def stepped_session(
     """A page fails, the clock is stepped, another page fails, all seconds apart."""
     machine = Machine(clocks)
     session = Session(machine)
-    told = session.pump(0)
+    batch = session.pump(0)
     for pfn in (0x10, 0x20):
         clocks.tick(3 * SECOND)
         machine.poison(pfn)
-        told += session.pump(0)
+        batch += session.pump(0)
         if pfn == 0x10:
             clocks.tick(SECOND)
             clocks.realtime += request.param
-    return session, told, request.param
+    return session, batch, request.param
 
 
 def times(snapshot: Snapshot) -> dict[str, object]:
@@ -267,7 +266,7 @@ def times(snapshot: Snapshot) -> dict[str, object]:
 def test_new_events_have_the_new_time_and_old_ones_theirs(
     stepped_session: tuple[Session, list[CorrelatedEvent], int],
 ) -> None:
-    session, told, step = stepped_session
+    session, batch, step = stepped_session
     ts = {
         one["pfn"]: one["poisoned_ts"] for one in json_output.top(session.snapshot())["incidents"]
     }
@@ -276,7 +275,7 @@ def test_new_events_have_the_new_time_and_old_ones_theirs(
         0x10: json_output.rfc3339(T0 + 3 * SECOND),
         0x20: json_output.rfc3339(T0 + 7 * SECOND + SECOND // 5 + step),
     }
-    of_lines = [json.loads(line) for one in told if (line := event_lines.json_text(one))]
+    of_lines = [json.loads(line) for one in batch if (line := event_lines.json_text(one))]
     assert {one["pfn"]: one["ts"] for one in of_lines if one["kind"] == "poison"} == ts
     (line,) = (one for one in of_lines if one["kind"] == "clock")
     assert line == {
@@ -308,12 +307,12 @@ def test_ages_and_joins_do_not_see_the_step(
 
 
 def test_the_step_is_shown(stepped_session: tuple[Session, list[CorrelatedEvent], int]) -> None:
-    session, told, step = stepped_session
+    session, batch, step = stepped_session
     snapshot = session.snapshot()
     words = "stepped by " + ("+24 h" if step > 0 else "-60 min")
     assert words in landing.render(snapshot, session.now())
     assert words in table_text(snapshot, now=session.now(), width=120)
-    assert sum(words in (event_lines.event_text(one) or "") for one in told) == 1
+    assert sum(words in (event_lines.event_text(one) or "") for one in batch) == 1
     series = list(metrics.Exporter(lambda: snapshot).collect())
     (count,) = (one.samples[0].value for one in series if one.name == "kvmtrace_clock_steps")
     assert count == 1
@@ -341,10 +340,10 @@ def test_a_step_within_a_story_is_part_of_it(clocks: Clocks, step: int) -> None:
 def test_recordings_and_joiners_have_the_same_times(
     stepped_session: tuple[Session, list[CorrelatedEvent], int], tmp_path: Path
 ) -> None:
-    session, told, step = stepped_session
+    session, batch, step = stepped_session
     serve = session.snapshot()
     file = io.StringIO()
-    Writer(file, session.host()).write([one.event for one in told], ())
+    Writer(file, session.host()).write([one.event for one in batch], ())
     path = tmp_path / "recording"
     path.write_text(file.getvalue())
     source = RecordingSource(str(path))
@@ -373,7 +372,7 @@ def test_only_sources_of_this_host_follow_its_clock(clocks: Clocks, tmp_path: Pa
         epoch_offset_ns = clock.epoch_offset_ns()
 
     file = io.StringIO()
-    Writer(file, live.host_of(FakeSource())).write([Poison(T0, 5, "a", "x")], ())
+    Writer(file, host_of(FakeSource())).write([Poison(T0, 5, "a", "x")], ())
     (tmp_path / "r").write_text(file.getvalue())
     sources: list[Callable[[], Session]] = [
         lambda: Session(Joined()),

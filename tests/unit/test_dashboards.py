@@ -80,7 +80,7 @@ EXPECTED: dict[tuple[str, str], _V] = {
     ("Probes attached", "A"): {("run",): 1, ("gmem",): 1, ("mce",): 0},
     ("Lost", "A"): {
         ("ring",): None,
-        **{(where,): 0 for where in metrics.LOST_FROM_BIRTH if where != "ring"},
+        **{(where,): 0 for where in metrics.ZERO_LOST if where != "ring"},
     },
     ("Probe overhead", "A"): {("run",): None, ("gmem",): None},
     ("Probe time per run", "A"): {("run",): 200e-9, ("gmem",): 500e-9},

@@ -65,7 +65,7 @@ def test_one_source_is_enough() -> None:
     assert check(report, "probe run").found == "kvm_arch_vcpu_ioctl_run (fexit)"
 
 
-def test_what_auto_takes_is_not_told_where_it_was_not_asked_or_nothing_works() -> None:
+def test_the_choice_of_auto_is_not_shown_without_a_choice() -> None:
     for attempts in ([FTRACE], [REFUSED, dataclasses.replace(REFUSED, kind="ftrace")]):
         report = doctor.judge(HEALTHY, attempts)
         assert "--source auto" not in {check.name for check in report.checks}
@@ -86,7 +86,7 @@ def test_not_ok_unless_exits_can_be_seen(what: host.Facts, attempts: list[Attemp
     assert not doctor.judge(what, attempts).ok
 
 
-def test_old_kernel_is_told_what_still_works() -> None:
+def test_an_old_kernel_still_shows_poison_and_sigbus() -> None:
     report = doctor.judge(facts(kernel="6.1.0", types=host.Types(True, True, False)), [BPF])
     assert "no memory-fault exit; poison and SIGBUS can be seen" in report.verdict
     assert check(report, "memory-fault exit").fix == "run Linux 6.8 or newer"

@@ -14,7 +14,7 @@ import pytest
 
 from kvmtrace import sources
 from kvmtrace.events import Event, Lost
-from kvmtrace.session import session as live
+from kvmtrace.session import session as session_module
 from kvmtrace.session.session import Session
 from tests.unit.fake import STORY, FakeSource
 
@@ -99,14 +99,14 @@ def test_a_signal_ends_what_hangs_or_computes(
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
-    said = stderr.splitlines()
+    output = stderr.splitlines()
     if command[0] == "serve":  # its main thread is free
         what = "is still at work" if how == "computing" else "hangs in the kernel"
-        assert said[-2] == f"kvmtrace: the reader {what}, and was left there"
+        assert output[-2] == f"kvmtrace: the reader {what}, and was left there"
     else:
         what = "it was still at work" if how == "computing" else "something hangs in the kernel"
-        assert said[-1] == f"kvmtrace: ended by force: {what}"
-    assert ("closed" in said) == (where != "open")
+        assert output[-1] == f"kvmtrace: ended by force: {what}"
+    assert ("closed" in output) == (where != "open")
     assert not list(own_directory.iterdir())
     if command[0] == "bundle":
         assert not list(tmp_path.iterdir())
@@ -134,8 +134,8 @@ class Computing(FakeSource):
 
 
 def test_a_reader_that_computes_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "READER_SECONDS", 0.3)
-    monkeypatch.setattr(live, "BUSY_SECONDS", 600.0)
+    monkeypatch.setattr(session_module, "READER_SECONDS", 0.3)
+    monkeypatch.setattr(session_module, "BUSY_SECONDS", 600.0)
     source = Computing()
     session = Session(source)
     session.start()
@@ -184,15 +184,15 @@ class Short(FakeSource):
 
 def test_a_shortage_of_descriptors_is_survived_and_counted() -> None:
     session = Session(Short(2))
-    told = [session.pump(0) for _ in range(3)]
-    assert [[one.event.kind for one in batch] for batch in told[:2]] == [["lost"], ["lost"]]
-    assert isinstance(told[0][0].event, Lost)
-    assert len(told[2]) == len(STORY)
+    batches = [session.pump(0) for _ in range(3)]
+    assert [[one.event.kind for one in batch] for batch in batches[:2]] == [["lost"], ["lost"]]
+    assert isinstance(batches[0][0].event, Lost)
+    assert len(batches[2]) == len(STORY)
     assert session.snapshot().lost == {"descriptors": 2}
     session.close()
 
 
 def test_a_shortage_without_an_end_ends_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "SHORTAGE_SECONDS", -1.0)
+    monkeypatch.setattr(session_module, "SHORTAGE_SECONDS", -1.0)
     with pytest.raises(OSError, match="Too many open files"):
         Session(Short(float("inf"))).pump(0)

@@ -52,8 +52,8 @@ def _zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     time.tzset()
 
 
-def text(told: CorrelatedEvent, **options: int) -> str:
-    line = event_text(told, **options)
+def text(correlated: CorrelatedEvent, **options: int) -> str:
+    line = event_text(correlated, **options)
     assert line is not None
     return line
 
@@ -87,7 +87,7 @@ def test_fault() -> None:
     [
         (kvm.EFAULT, 0x10, "USERFAULT"),
         (kvm.EFAULT, 0x38, "PRIVATE|USERFAULT|0x20"),
-        (kvm.EHWPOISON, 0x10, "0x10"),  # the RFC that had HWPOISON there said it beside EHWPOISON
+        (kvm.EHWPOISON, 0x10, "0x10"),  # an RFC had HWPOISON there, beside EHWPOISON
     ],
 )
 def test_bit_4_of_the_flags(errno: int, flags: int, text_of_flags: str) -> None:
@@ -115,12 +115,12 @@ def test_unannotated_fault_says_only_what_is_known() -> None:
 def test_an_exit_counted_without_its_vcpu_and_address() -> None:
     unknown = {"gpa": None, "size": None, "gfn": None, "access": None}
     exit_ = replace(fault(**unknown, count=5000), vcpu=None)
-    told = CorrelatedEvent(exit_, WEB, "hwpoison")
-    assert text(told) == (
+    correlated = CorrelatedEvent(exit_, WEB, "hwpoison")
+    assert text(correlated) == (
         "16:13:20.123 exit   web-1 (4242)           EHWPOISON hwpoison      vcpu -"
         "  flags PRIVATE  x5000"
     )
-    line = json.loads(json_text(told) or "")
+    line = json.loads(json_text(correlated) or "")
     assert not {"vcpu", "gpa", "gfn", "size"} & line.keys()
     assert (line["reason"], line["annotated"], line["cause"]) == (39, True, "hwpoison")
     bare = replace(exit_, reason=None, annotated=None, flags=None, private=None)
@@ -149,7 +149,7 @@ def test_poison_names_its_owners() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("correlated", "expected"),
     [
         (
             CorrelatedEvent(Sigbus(TS, 7, 8, 4, 0x7F00, lsb=21, vcpu=2, gfn=0x1F), WEB),
@@ -199,8 +199,8 @@ def test_poison_names_its_owners() -> None:
         ),
     ],
 )
-def test_other_kinds(told: CorrelatedEvent, expected: str) -> None:
-    assert text(told) == f"16:13:20.123 {expected}"
+def test_other_kinds(correlated: CorrelatedEvent, expected: str) -> None:
+    assert text(correlated) == f"16:13:20.123 {expected}"
 
 
 EVERY_KIND: tuple[CorrelatedEvent, ...] = (
@@ -270,20 +270,22 @@ def test_proxmox_s_number_is_written_as_everywhere(name: str | None, vm: str) ->
     assert f" {vm} " in text(CorrelatedEvent(VmSeen(TS, 1, 4003, name, vmid="8006")))
 
 
-def test_people_and_programs_are_told_the_same() -> None:
-    assert {type(told.event) for told in EVERY_KIND} == set(KINDS.values())
-    for told in EVERY_KIND:
-        line, shown = json_text(told), event_text(told)
-        assert (line is None) == (shown is None), told
+def test_text_and_json_have_the_same_events() -> None:
+    assert {type(correlated.event) for correlated in EVERY_KIND} == set(KINDS.values())
+    for correlated in EVERY_KIND:
+        line, shown = json_text(correlated), event_text(correlated)
+        assert (line is None) == (shown is None), correlated
         if line is not None:
             record = json.loads(line)
             assert record["kind"]
-            assert record.get("incident") == told.incident
-            assert (shown or "").endswith(f"incident {told.incident}" if told.incident else "")
+            assert record.get("incident") == correlated.incident
+            assert (shown or "").endswith(
+                f"incident {correlated.incident}" if correlated.incident else ""
+            )
 
 
 @pytest.mark.parametrize(
-    ("told", "record"),
+    ("correlated", "record"),
     [
         (
             EVERY_KIND[6],
@@ -306,8 +308,10 @@ def test_people_and_programs_are_told_the_same() -> None:
         (CorrelatedEvent(Found(TS, 77)), {"kind": "found", "pfn": 77}),
     ],
 )
-def test_what_happens_to_a_page_as_json(told: CorrelatedEvent, record: dict[str, object]) -> None:
-    line = json.loads(json_text(told) or "null")
+def test_what_happens_to_a_page_as_json(
+    correlated: CorrelatedEvent, record: dict[str, object]
+) -> None:
+    line = json.loads(json_text(correlated) or "null")
     assert line == {"ts": "2026-09-21T14:13:20.123456789Z"} | record
 
 

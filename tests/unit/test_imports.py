@@ -1,11 +1,13 @@
-"""The architecture as a test: every foreign library has one home, and data flows one way."""
+"""The architecture as a test: imports go down the layers, and every library has one home."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,58 +16,120 @@ import kvmtrace
 
 PACKAGE = Path(kvmtrace.__file__).parent
 
-# library: the modules that may know it, and nothing else
+# A layer is a package, and the modules beside the packages are the vocabulary. From the bottom to
+# the top: what each may import besides itself. A module here stands for that module only.
+VOCABULARY = "vocabulary"
+MAY_IMPORT = {
+    VOCABULARY: (),
+    "linux": (VOCABULARY,),
+    "vmm": (VOCABULARY, "linux"),
+    "sources": (VOCABULARY, "linux", "vmm"),
+    "enrich": (VOCABULARY, "linux", "vmm", "sources"),
+    # Pure: a decoder is all that it takes from below.
+    "correlate": (VOCABULARY, "linux/mce.py"),
+    "session": (VOCABULARY, "linux", "sources", "enrich", "correlate"),
+    # Snapshots are all that they draw from.
+    "views": (VOCABULARY, "linux", "vmm/command_line.py"),
+    "cli": (VOCABULARY, "linux", "vmm", "sources", "enrich", "correlate", "session", "views"),
+}
+# library: where it may be imported, and nowhere else
 HOMES = {
-    "bcc": ("sources/bpf/compiler.py",),
-    "click": ("cli/",),
-    "prometheus_client": ("views/web/metrics.py",),
-    "textual": ("views/terminal/app.py",),
-    "rich": ("views/terminal/app.py",),
+    "bcc": "sources/bpf/compiler.py",
+    "click": "cli/",
+    "prometheus_client": "views/web/metrics.py",
+    "textual": "views/terminal/app.py",
+    "rich": "views/terminal/app.py",
 }
 # What knows where the tracing file system is.
 TRACEFS_HOMES = ("linux/tracefs/",)
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """{path in the package: its tree}."""
+    return {
+        path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text())
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
-    """Every imported module, also from within functions."""
+    """Every imported name, also from within functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "absolute imports only"
-            yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def at_home(module: str, homes: tuple[str, ...]) -> bool:
-    # A home may grow into several modules: views/top_keys.py, sources/ftrace_format.py, cli/.
-    return any(
-        module == home or module.startswith((home.removesuffix(".py") + "_", home))
-        for home in homes
-    )
+def module_of(name: str) -> str | None:
+    """The path of the module that an imported name is, or is in; None for other packages."""
+    while name.split(".", maxsplit=1)[0] == "kvmtrace":
+        path = "/".join(name.split(".")[1:])
+        for candidate in (f"{path}.py", f"{path}/__init__.py".lstrip("/")):
+            if candidate in modules():
+                return candidate
+        name = name.rpartition(".")[0]
+    return None
+
+
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """{module: modules of kvmtrace that it imports}, as paths."""
+    return {
+        module: {found for name in imports(tree) if (found := module_of(name))} - {module}
+        for module, tree in modules().items()
+    }
+
+
+def layer(module: str) -> str:
+    if module == "__main__.py":
+        return "cli"
+    return module.split("/", maxsplit=1)[0] if "/" in module else VOCABULARY
+
+
+def test_every_package_has_its_layer() -> None:
+    assert {layer(module) for module in modules()} == set(MAY_IMPORT)
+
+
+def test_imports_go_down() -> None:
+    wrong = {
+        (module, imported)
+        for module, found in graph().items()
+        for imported in found
+        if not {layer(imported), imported} & {layer(module), *MAY_IMPORT[layer(module)]}
+    }
+    assert not wrong
+
+
+def test_the_table_has_no_way_up() -> None:
+    below: set[str] = set()
+    for name, allowed in MAY_IMPORT.items():
+        assert {one.split("/")[0] for one in allowed} <= below
+        below.add(name)
+
+
+def test_imports_have_no_cycle() -> None:
+    TopologicalSorter(graph()).prepare()  # raises CycleError with the modules
 
 
 @pytest.mark.parametrize("library", HOMES)
 def test_library_has_one_home(library: str) -> None:
-    strangers = [
+    users = {
         module
-        for module, tree in modules()
-        if not at_home(module, HOMES[library])
-        and any(name.split(".")[0] == library for name in imports(tree))
-    ]
-    assert not strangers
+        for module, tree in modules().items()
+        if any(name.split(".")[0] == library for name in imports(tree))
+    }
+    assert users
+    assert all(user.startswith(HOMES[library]) for user in users), users
 
 
 def test_tracefs_has_its_homes() -> None:
     strangers = [
         module
-        for module, tree in modules()
-        if not at_home(module, TRACEFS_HOMES)
+        for module, tree in modules().items()
+        if not module.startswith(TRACEFS_HOMES)
         and any(
             isinstance(node, ast.Constant)
             and isinstance(node.value, str)
@@ -76,41 +140,15 @@ def test_tracefs_has_its_homes() -> None:
     assert not strangers
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [("sources", "views"), ("linux", "views"), ("views", "sources")],
-)
-def test_sources_and_views_never_meet(one: str, other: str) -> None:
-    for module, tree in modules():
-        if module.startswith(f"{one}/"):
-            assert not [name for name in imports(tree) if name.startswith(f"kvmtrace.{other}")], (
-                module
-            )
-
-
 CORE = [f"{name}.py" for name in "events kvm model session/history views/json_output".split()]
 CORE += [f"correlate/{path.name}" for path in (PACKAGE / "correlate").glob("*.py")]
 
 
 @pytest.mark.parametrize("module", CORE)
 def test_the_core_is_pure(module: str) -> None:
-    tree = ast.parse((PACKAGE / module).read_text())
-    impure = {
-        "time",
-        "threading",
-        "socket",
-        "subprocess",
-        "random",
-        "pathlib",
-        "kvmtrace.linux.host",
-    }
-    assert not impure & set(imports(tree))
-
-
-def test_only_the_command_line_is_above_both() -> None:
-    for module, tree in modules():
-        if not module.startswith("cli/") and module != "__main__.py":
-            assert "kvmtrace.cli" not in set(imports(tree)), module
+    assert "linux/host.py" not in graph()[module]
+    impure = {"time", "threading", "socket", "subprocess", "random", "pathlib"}
+    assert not impure & {name.split(".")[0] for name in imports(modules()[module])}
 
 
 @pytest.mark.parametrize(

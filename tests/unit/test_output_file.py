@@ -21,8 +21,7 @@ from pathlib import Path
 import pytest
 
 from kvmtrace import sources
-from kvmtrace.cli import errors
-from kvmtrace.cli import output_file as output_module
+from kvmtrace.cli import output_file, signals
 from kvmtrace.cli.output_file import Output
 from kvmtrace.events import Event, Exit, Host
 from kvmtrace.sources import recording as recording_module
@@ -63,6 +62,12 @@ def link_to_a_pipe(path: Path) -> None:
     path.symlink_to("elsewhere")
 
 
+def _unchanged(path: Path) -> tuple[int, ...]:
+    """What changes if a path is written to; following a link sets its access time."""
+    found = path.lstat()
+    return found.st_ino, found.st_mode, found.st_uid, found.st_size, found.st_mtime_ns
+
+
 @needs_root
 @pytest.mark.parametrize("make", [Path.touch, os.mkfifo, link, link_to_a_pipe])
 @pytest.mark.parametrize("command", [("record", "--duration", "0.1"), ("bundle", "-o")])
@@ -72,12 +77,12 @@ def test_what_somebody_else_put_there_is_left_alone(
     path = tmp_path / "case"
     make(path)
     os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
-    before = path.lstat()
+    before = _unchanged(path)
     for force in ((), ("--force",)):
         result = invoke(*command, str(path), *force)
         assert result.exit_code == 1
         assert "hint: name another file, or remove what is there" in result.stderr
-        assert path.lstat() == before
+        assert _unchanged(path) == before
     assert not source.polls
 
 
@@ -96,10 +101,10 @@ def test_a_link_of_ours_is_replaced_whatever_it_leads_to(
 WAITING = """
 import contextlib, os, sys
 from kvmtrace import cli, sources
-from kvmtrace.cli import errors
+from kvmtrace.cli import signals
 from tests.unit.fake import STORY, FakeSource
 
-waiting = errors.stop.waiting
+waiting = signals.stop.waiting
 
 @contextlib.contextmanager
 def announced(blocked):
@@ -107,7 +112,7 @@ def announced(blocked):
         os.write(2, b"waiting\\n")
         yield
 
-errors.stop.waiting = announced
+signals.stop.waiting = announced
 sources.open_source = lambda kind: FakeSource(STORY)
 cli.main()
 """
@@ -178,14 +183,14 @@ def test_a_signal_ends_a_recording_that_nobody_reads() -> None:
 
 
 @pytest.mark.parametrize("command", [("record", "--duration", "0.1"), ("bundle", "-o")])
-def test_a_full_disk_is_told_with_its_file(command: tuple[str, ...], recording: str) -> None:
+def test_a_full_disk_is_reported_with_its_file(command: tuple[str, ...], recording: str) -> None:
     given = ("--from", recording) if command[0] == "bundle" else ()
     result = invoke(*command, "/dev/full", "--force", *given)
     assert result.exit_code == 1
     assert "kvmtrace: /dev/full: No space left on device\n" in result.stderr
 
 
-def test_a_full_standard_output_is_told(recording: str) -> None:
+def test_a_full_standard_output_is_reported(recording: str) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "kvmtrace", "replay", recording],
@@ -304,7 +309,7 @@ def test_a_killed_command_leaves_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "none/", "x" * 300])
-def test_a_path_that_cannot_be_is_told_first(
+def test_an_impossible_path_is_reported_first(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: FakeSource
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -327,7 +332,7 @@ def test_a_slow_disk_does_not_hold_up_a_recording(
     def slow(descriptor: int) -> None:
         synced.append(source.drained.wait(20))
 
-    monkeypatch.setattr(output_module, "_fsync", slow)
+    monkeypatch.setattr(output_file, "_fsync", slow)
     monkeypatch.setattr(sources, "open_source", lambda kind: source)
     path = tmp_path / "r"
     assert invoke("record", str(path), "--duration", "0.5").exit_code == 0
@@ -351,7 +356,7 @@ def test_a_bundle_is_on_the_disk_before_it_has_its_name(
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-def test_a_disk_that_fails_is_told_with_its_file(
+def test_a_disk_that_fails_is_reported_with_its_file(
     recording: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def failing(descriptor: int) -> None:
@@ -399,9 +404,9 @@ def test_a_signal_ends_the_wait_for_a_disk(tmp_path: Path) -> None:
         cwd=ROOT,
     )
     assert process.stderr is not None
-    said = b""
-    while b"syncing\n" not in said:
-        said += process.stderr.readline()
+    output = b""
+    while b"syncing\n" not in output:
+        output += process.stderr.readline()
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
@@ -500,7 +505,7 @@ def test_a_signal_while_a_recording_is_read_leaves_no_bundle_of_a_part(
     poll = RecordingSource.poll
 
     def interrupted(source: RecordingSource, timeout: float) -> list[Event]:
-        errors.stop.asked = True
+        signals.stop.requested = True
         return poll(source, timeout)
 
     monkeypatch.setattr(recording_module, "BATCH", 2)

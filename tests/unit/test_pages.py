@@ -231,7 +231,7 @@ def test_every_view_shows_it_first_and_by_name() -> None:
     html = landing.render(snapshot, T0)
     assert '<td class="bad">kernel</td>' in html
     assert "<td>the kernel itself</td>" in html
-    assert "Host at risk" in html
+    assert "host at risk" in html
     top = json.loads(json.dumps(json_output.top(snapshot)))
     assert top["kernel_poisoned_pages"] == 1
     (told,) = [one for one in top["incidents"] if one["pfn"] == PFN]

@@ -14,7 +14,7 @@ import pytest
 
 from kvmtrace import sources
 from kvmtrace.cli import inputs
-from kvmtrace.cli.errors import stop
+from kvmtrace.cli.signals import stop
 from kvmtrace.linux import privileges
 from kvmtrace.linux.proc_reader import ProcReader
 from kvmtrace.linux.tracefs import mount

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace.cli.inputs import Log
+from kvmtrace.cli.inputs import WatchedLog
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import (
     KINDS,
@@ -231,7 +231,7 @@ def test_a_host_with_other_pages_is_replayed_with_its_own(tmp_path: Path) -> Non
     with path.open("w") as file:
         Writer(file, host).write(story, PROBES)
     events, source = replayed(path)
-    snapshot = Log(events, source.host, ()).model()
+    snapshot = WatchedLog(events, source.host, ()).model()
     (incident,) = snapshot.incidents
     assert incident.size == 1 << 14
     assert lookup.find(snapshot, "0x14000@web") == [incident]

@@ -10,7 +10,7 @@ import pytest
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.model import Snapshot
 from kvmtrace.views.format import cells
-from kvmtrace.views.terminal import app as top
+from kvmtrace.views.terminal.app import Canvas, TopApp, run
 from kvmtrace.views.terminal.screen import frame
 from kvmtrace.views.terminal.ui_state import UiState
 from tests.unit import snapshots
@@ -28,14 +28,14 @@ class Clock:
 
 def app_of(
     snapshot: Callable[[], Snapshot] | Snapshot, clock: Callable[[], int] | None = None
-) -> top.TopApp:
+) -> TopApp:
     source = snapshot if callable(snapshot) else lambda: snapshot
-    return top.TopApp(source, NEVER, clock or Clock())
+    return TopApp(source, NEVER, clock or Clock())
 
 
-def screen(app: top.TopApp) -> list[str]:
+def screen(app: TopApp) -> list[str]:
     """What the widget draws, as text."""
-    canvas = app.query_one(top.Canvas)
+    canvas = app.query_one(Canvas)
     return [canvas.render_line(y).text.rstrip() for y in range(canvas.size.height)]
 
 
@@ -104,7 +104,7 @@ async def test_only_changed_lines_are_redrawn(monkeypatch: pytest.MonkeyPatch) -
     async with app.run_test(size=(120, 30)) as pilot:
         await pilot.pause()
         app.tick()  # with rates
-        canvas = app.query_one(top.Canvas)
+        canvas = app.query_one(Canvas)
         redrawn: list[int] = []
         monkeypatch.setattr(
             canvas, "refresh", lambda *regions, **_: redrawn.extend(region.y for region in regions)
@@ -302,7 +302,7 @@ async def test_no_color(monkeypatch: pytest.MonkeyPatch, set_: bool) -> None:
     app = app_of(snapshots.small())
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.pause()
-        canvas = app.query_one(top.Canvas)
+        canvas = app.query_one(Canvas)
         segments = [segment for y in range(24) for segment in canvas.render_line(y)]
         coloured = {s.style.color.name for s in segments if s.style and s.style.color}
         assert coloured == (set() if set_ else {"red", "yellow", "cyan"})
@@ -310,5 +310,5 @@ async def test_no_color(monkeypatch: pytest.MonkeyPatch, set_: bool) -> None:
 
 def test_refuses_without_a_terminal() -> None:
     with pytest.raises(KvmtraceError) as refused:
-        top.run(snapshots.small, 1.0)  # pytest's stdin is no terminal
+        run(snapshots.small, 1.0)  # pytest's stdin is no terminal
     assert "--once" in refused.value.hint

@@ -173,7 +173,7 @@ def test_signals(shown: Terminal, number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("shown", [("fail",)], indirect=True)
-def test_failed_reader_is_told_on_a_restored_terminal(shown: Terminal) -> None:
+def test_failed_reader_is_reported_on_a_restored_terminal(shown: Terminal) -> None:
     shown.wait_for("raised: the reader failed")
     shown.wait_for("back in the shell")
     restored(shown)

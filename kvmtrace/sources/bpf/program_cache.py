@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 PATH = "/var/cache/kvmtrace"
-VARIABLE = "KVMTRACE_CACHE"
+VARIABLE = "KVMTRACE_CACHE_DIR"
 """Names another directory; empty: none."""
 
 MAX_FILES = 16

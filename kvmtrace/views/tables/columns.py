@@ -1,4 +1,4 @@
-"""The columns of the VM and incident tables: one home for the plain text and for the live table."""
+"""The columns of the VM and incident tables, for ``top``, ``top --once`` and the landing page."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ VERDICT_STYLES = {"looping": "bad", "stopped": "bad", "unknown": "warn"}
 def _name(row: VmRow, width: int | None) -> str:
     gone = " (gone)" if row.vm.gone else ""
     name = row.vm.label
-    # The state word outlives the end of a long name.
+    # A long name is clipped, "(gone)" is not.
     return name + gone if width is None else clip(name, width - len(gone)) + gone
 
 
 def _causes(row: VmRow, width: int | None) -> str:
-    # EHWPOISON has a column, and one cause. Exits without a known cause are shown.
+    # EHWPOISON has a column of its own, and one cause. Exits of unknown cause are shown.
     counts = row.vm.exits_by_cause()
     unknown = sum(count for (_, cause), count in row.vm.exits.items() if cause is None)
     named = [(c, counts[c]) for c in CAUSES if c != "hwpoison" and counts.get(c)]
@@ -59,18 +59,18 @@ def _causes(row: VmRow, width: int | None) -> str:
 
 
 def _ago(row: VmRow | IncidentRow, ts: int | None, width: int | None) -> str:
-    # By the width of the column, not of this cell: all rows read alike.
+    # By the width of the column, so that all rows look alike.
     age = age_of(ts, row.now, row.steps)
     return age if ts is None or (width is not None and width < _AGO) else f"{age} ago"
 
 
 def _result(row: IncidentRow, width: int | None) -> str:
-    # The result first: it says more, and the kernel's page types are long.
+    # The result comes first: it matters more, and the kernel's page types are long.
     parts = [part for part in (row.incident.result, row.incident.page_type) if part]
     if not parts and row.incident.before_start:
         parts = ["from before"]
     text = ": ".join(parts) or UNKNOWN
-    # A whole word, rather than two of which one is cut.
+    # One whole word instead of two of which one is cut.
     return text if width is None or cells(text) <= width or width > _BOTH else clip(parts[0], width)
 
 
@@ -83,6 +83,12 @@ def _owner(row: IncidentRow, width: int | None) -> str:
     more = f" +{len(owners) - 1}" if len(owners) > 1 else ""
     place = f" {hex_of(owners[0].gfn)}{more}"
     return name + place if width is None else clip(name, max(1, width - len(place))) + place
+
+
+def _all_owners(row: IncidentRow) -> str:
+    named = ((owners_name(row.incident, row.vms, one.vm), one.gfn) for one in row.incident.owners)
+    owners = ", ".join(f"{name} {hex_of(gfn)}" for name, gfn in named)
+    return owners or _owner(row, None)
 
 
 def _dimm(row: IncidentRow) -> str:
@@ -160,7 +166,7 @@ VM_COLUMNS: tuple[Column[VmRow], ...] = (
     _vm_count("AO", lambda row: row.vm.sigbus.get("AO", 0), "warn", drop=3, floor=3),
     Column(
         "PAGES",
-        # What was forgotten may have been replaced since, what is remembered not.
+        # Forgotten pages may have been replaced since, hence the "?".
         lambda row, width: f"{row.vm.poisoned_pages}{'?' if row.vm.forgotten_pages else ''}",
         lambda row: row.vm.poisoned_pages,
         lambda row: _vm_style(row, "warn" if row.vm.poisoned_pages else ""),
@@ -204,7 +210,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         falling=False,
         floor=9,
     ),
-    # Goes first: an incident's id begins with its pfn.
+    # Dropped first: an incident's id begins with its pfn.
     Column(
         "PFN",
         lambda row, width: hex_of(row.incident.pfn),
@@ -221,6 +227,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         right=False,
         falling=False,
         least=20,
+        full=_all_owners,
     ),
     Column(
         "EXITS", lambda row, width: str(row.incident.exits), lambda row: row.incident.exits, _closed

@@ -1,4 +1,4 @@
-"""Tables of any rows: which columns a terminal has room for, and their lines."""
+"""Tables of any rows: which columns fit into a width, and the lines of the table."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Column(Generic[Row]):
-    """``text(row, width)``: the cell, for ``width`` None as it would like to be.
+    """A column: how its cells look, sort and shrink.
 
-    ``floor``: never narrower by nature. ``least``: it may shrink, and how far; with ``brief`` it
-    shrinks first, because that loses nothing. ``drop``: where the terminal is too narrow, the
-    highest goes first; 0 stays. ``falling``: sorts from high to low at first.
+    ``text(row, width)``: the cell in ``width`` terminal cells, in its natural width for None.
+    ``full``: the cell on the landing page, where it may be of any length; by default ``text``.
+    ``floor``: the least natural width. ``least``: how far it may shrink; None: not at all. With
+    ``brief`` it shrinks first, because that loses nothing. ``drop``: the column with the highest
+    number goes first if the terminal is too narrow; 0 stays. ``falling``: sorts from high to low.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Column(Generic[Row]):
     brief: bool = False
     drop: int = 0
     floor: int = 0
+    full: Callable[[Row], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Fitted(Generic[Row]):
 
 
 def fit(columns: Iterable[Column[Row]], rows: Sequence[Row], width: int) -> Fitted[Row]:
-    """The columns that have room, and their widths. Numbers are never cut: columns go instead."""
+    """The columns that fit, and their widths. Columns are dropped before a number is cut."""
     chosen = list(columns)
     natural = {
         c.name: max([cells(c.name), c.floor, *(cells(c.text(row, None)) for row in rows)])
@@ -75,7 +78,7 @@ def fit(columns: Iterable[Column[Row]], rows: Sequence[Row], width: int) -> Fitt
             break
         chosen.remove(max(chosen, key=lambda c: c.drop))
     widths = {c.name: natural[c.name] for c in chosen}
-    # The widest of those that may shrink gives first: short ones stay whole.
+    # The widest of those that may shrink gives way first, so that short ones stay whole.
     while sum(widths.values()) > room:
         flexible = [c for c in chosen if c.least is not None and widths[c.name] > c.least]
         if not flexible:

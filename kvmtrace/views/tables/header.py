@@ -1,4 +1,4 @@
-"""Above the tables: which host and kernel, through which source, and what is not seen."""
+"""The lines above the tables: host, kernel, source, probes, and what was lost."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ from kvmtrace.views.format import (
     size_of,
     span_of,
 )
+
+
+def lines(snapshot: Snapshot) -> list[Line]:
+    """All lines above the tables, with one for each probe that is not attached."""
+    found = [
+        host_spans(snapshot),
+        probe_spans(snapshot),
+        *probe_lines(snapshot, only_missing=True),
+        memory_spans(snapshot),
+        kernel_spans(snapshot),
+        clock_spans(snapshot),
+    ]
+    return [line for line in found if line]
 
 
 def host_spans(snapshot: Snapshot) -> Line:
@@ -45,7 +58,7 @@ def probe_spans(snapshot: Snapshot) -> Line:
 
 
 def watching_text(snapshot: Snapshot) -> str:
-    """What is being watched and how, in one line, for when watching starts."""
+    """The source and the probes in one line, for when watching starts."""
     host = snapshot.host
     source = f"{host.source} ({host.source_why})" if host else UNKNOWN
     return f"watching by {source}, {plain(probe_spans(snapshot))}"
@@ -75,22 +88,22 @@ def memory_spans(snapshot: Snapshot) -> Line:
 
 
 def kernel_spans(snapshot: Snapshot) -> Line | None:
-    """The kernel's own count of memory failures, where kvmtrace did not see all of them."""
+    """The kernel's own count of memory failures if kvmtrace missed some; else None."""
     if snapshot.kernel is None or not snapshot.kernel.missed:
         return None
     handled, seen = snapshot.kernel.handled, snapshot.kernel.seen
-    said = f"the kernel handled {handled}, kvmtrace saw {seen}"
-    return ((f"memory failures: {said}", "bad"), ("; incidents are missing", "warn"))
+    counts = f"the kernel handled {handled}, kvmtrace saw {seen}"
+    return ((f"memory failures: {counts}", "bad"), ("; incidents are missing", "warn"))
 
 
 def clock_spans(snapshot: Snapshot) -> Line | None:
-    """The last step of the wall clock; None if it was not stepped."""
+    """The last step of the wall clock; None if there was none."""
     text = clock_text(snapshot)
     return None if text is None else (("wall clock ", "dim"), (text, "note"))
 
 
 def clock_text(snapshot: Snapshot) -> str | None:
-    """The same in words."""
+    """The last step of the wall clock in words; None if there was none."""
     if not snapshot.steps:
         return None
     last = snapshot.steps[-1]
@@ -102,14 +115,14 @@ def clock_text(snapshot: Snapshot) -> str | None:
 
 
 def probe_lines(snapshot: Snapshot, *, only_missing: bool = False) -> list[Line]:
-    """One line per probe: where it is attached, or why not and what is not seen without it."""
+    """A line for each probe: where it is attached, or why not and what is lost without it."""
     without = {spec.name: spec.without for spec in specs()}
-    wide = max([len(probe.name) for probe in snapshot.probes], default=0)
+    width = max([len(probe.name) for probe in snapshot.probes], default=0)
     lines: list[Line] = []
     for probe in snapshot.probes:
         if probe.attached and only_missing:
             continue
-        lines.append(((f"  {probe.name:<{wide}}  ", ""), *_probe(probe, without.get(probe.name))))
+        lines.append(((f"  {probe.name:<{width}}  ", ""), *_probe(probe, without.get(probe.name))))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The rows of the VM and incident tables, in the order in which an on-call engineer reads them."""
+"""The rows of the VM and incident tables, the most urgent first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvmtrace.events import ClockStep
 from kvmtrace.model import Incident, Snapshot, Vm
 from kvmtrace.views.format import UNKNOWN
 
-# What has to be looked at first comes first.
+# The states of incidents as tables show them, the most urgent first.
 SEVERITY = ("looping", "kernel", "delivered", "undeliv.", "latent", "unowned", "closed")
 
 KERNEL_ITSELF = "the kernel itself"
@@ -18,7 +18,7 @@ KERNEL_ITSELF = "the kernel itself"
 
 @dataclass(frozen=True, slots=True)
 class VmRow:
-    """A VM as the tables show it. ``rate``: exits per second; None without two snapshots."""
+    """A row of the VM table. ``rate``: exits per second; None without two snapshots."""
 
     vm: Vm
     rate: float | None
@@ -32,7 +32,7 @@ class VmRow:
 
 @dataclass(frozen=True, slots=True)
 class IncidentRow:
-    """An incident as the tables show it. ``vms``: to name the owners."""
+    """A row of the incident table. ``vms``: by key, to name the owners."""
 
     incident: Incident
     vms: Mapping[int, Vm]
@@ -56,7 +56,7 @@ class IncidentRow:
 
 
 def vm_rows(snapshot: Snapshot, now: int, rates: Mapping[int, float] | None = None) -> list[VmRow]:
-    """The VMs, those in most trouble first, those that are gone last."""
+    """The VMs with most poisoned pages, EHWPOISON exits and exits first, those gone last."""
     rates = rates or {}
     rows = [VmRow(vm, rates.get(vm.key), now, snapshot.steps) for vm in snapshot.vms.values()]
 
@@ -70,12 +70,12 @@ def vm_rows(snapshot: Snapshot, now: int, rates: Mapping[int, float] | None = No
 
 
 def incident_rows(snapshot: Snapshot, now: int) -> list[IncidentRow]:
-    """The incidents by state, newest first within one."""
+    """The incidents by ``severity``, the newest first within a state."""
     rows = [IncidentRow(one, snapshot.vms, now, snapshot.steps) for one in snapshot.incidents]
 
     def urgency(row: IncidentRow) -> Any:
         i = row.incident
-        # When it began, not what came last: rows must not change places at every delivery.
+        # By its begin, not by the last delivery, so that rows do not move at every delivery.
         return severity(i), -(i.poisoned_ts or i.first_delivery_ts or 0)
 
     return sorted(rows, key=urgency)
@@ -93,20 +93,21 @@ def rates(old: Snapshot, new: Snapshot, nanoseconds: int) -> dict[int, float]:
 
 
 def owner_name(vms: Mapping[int, Vm], key: int) -> str:
-    """What people call the VM with this key; "-" if it is forgotten."""
+    """The label of the VM with this key; "-" if it is forgotten."""
     return vms[key].label if key in vms else UNKNOWN
 
 
 def owners_name(incident: Incident, vms: Mapping[int, Vm], key: int) -> str:
-    """The same for an owner in an incident, which remembers VMs that are gone."""
+    """The label of an owner: incidents remember VMs that the model has forgotten."""
     party = incident.vm_identities.get(key)
     return party.label if party and key not in vms else owner_name(vms, key)
 
 
 def state_word(incident: Incident) -> str:
-    """The state as people see it: that of a page which no VM has, but the kernel, is "kernel".
+    """The state as tables show it: the incident's, "kernel" or "undeliv.".
 
-    That of a page which guest_memfd refused, and no VMM was notified of, is "undeliv.".
+    "kernel": no VM owns the page, and the kernel uses it or may. "undeliv.": guest_memfd refused
+    the page to a guest, and no VMM was notified.
     """
     if incident.host_at_risk and incident.state == "unowned":
         return "kernel"
@@ -116,6 +117,6 @@ def state_word(incident: Incident) -> str:
 
 
 def severity(incident: Incident) -> int:
-    """Rank of the state; one that is not known yet comes last."""
+    """The rank of the state in ``SEVERITY``; an unknown state comes last."""
     state = state_word(incident)
     return SEVERITY.index(state) if state in SEVERITY else len(SEVERITY)

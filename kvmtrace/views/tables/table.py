@@ -1,4 +1,4 @@
-"""A snapshot as plain text: ``top --once``."""
+"""A snapshot as plain text, for ``top --once`` and ``replay``."""
 
 from __future__ import annotations
 
@@ -21,24 +21,16 @@ def table_text(
     width: int | None = None,
     rates: Mapping[int, float] | None = None,
 ) -> str:
-    """The whole picture, no line longer than ``width`` cells (None: COLUMNS or the terminal's).
+    """The header and both tables, in lines of at most ``width`` cells (None: the terminal's).
 
-    ``now``: nanoseconds since the epoch, for "12 s ago". ``rates``: of ``rows.rates``.
+    ``now``: nanoseconds since the epoch, for "12 s ago". ``rates``: from ``rows.rates``.
     """
     width = width or shutil.get_terminal_size().columns
     vms = vm_rows(snapshot, now, rates)
     incidents = incident_rows(snapshot, now)
     vm_columns = [c for c in VM_COLUMNS if rates is not None or c.name != "EXITS/S"]
     lines = [
-        *_wrapped(plain(header.host_spans(snapshot)), width),
-        *_wrapped(plain(header.probe_spans(snapshot)), width),
-    ]
-    for line in header.probe_lines(snapshot, only_missing=True):
-        lines += _wrapped(plain(line), width)
-    lines += [
-        *_wrapped(plain(header.memory_spans(snapshot)), width),
-        *_wrapped(plain(header.kernel_spans(snapshot) or ()), width),
-        *_wrapped(plain(header.clock_spans(snapshot) or ()), width),
+        *(part for line in header.lines(snapshot) for part in _wrapped(plain(line), width)),
         "",
         *_table(vm_columns, vms, width, "no VMs seen"),
         "",
@@ -48,17 +40,17 @@ def table_text(
 
 
 def _table(
-    choice: Sequence[Column[Row]], rows: Sequence[Row], width: int, nothing: str
+    columns: Sequence[Column[Row]], rows: Sequence[Row], width: int, nothing: str
 ) -> list[str]:
     if not rows:
         return [clip(nothing, width)]
-    fitted = grid.fit(choice, rows, width)
+    fitted = grid.fit(columns, rows, width)
     lines = [fitted.head(), *map(fitted.row, rows)]
     return [clip(plain(line).rstrip(), width) for line in lines]
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    # Wrapped here, with an indent: a reason must not be cut, nor broken by the terminal.
+    # A reason must not be cut, nor wrapped by the terminal without an indent.
     indent = " " * min(4, max(width - 1, 0))
     lead = text[: len(text) - len(text.lstrip())]
     wrapped = textwrap.wrap(

@@ -1,8 +1,8 @@
-"""The live table on a terminal: Textual draws what ``frame`` says and hands keys to ``state``.
+"""The live table on a terminal: Textual draws the lines of ``screen`` and passes keys to a UiState.
 
-One widget draws its own lines and has only those redrawn that changed: over ssh that costs a
-hundredth of what a table widget sends. The mouse stays with the terminal, so that an address can
-be selected and copied.
+One widget draws all lines and redraws only those that changed: over ssh that is a hundredth of what
+a table widget sends. The mouse is left to the terminal, so that an address can be selected and
+copied.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvmtrace.views.tables.rows import rates
 from kvmtrace.views.terminal.screen import Drawn, frame
 from kvmtrace.views.terminal.ui_state import UiState
 
-# The terminal's own sixteen colours: legible on dark and on light. Words say the same.
+# The terminal's own sixteen colours: legible on dark and on light. No meaning is in colour alone.
 _STYLES = {
     "": Style.null(),
     "title": Style(bold=True),
@@ -46,7 +46,7 @@ _STYLES = {
 }
 _SELECTED = Style(reverse=True)
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-# Textual's driver sets these and leaves them set.
+# Textual's driver sets handlers for these and does not restore them.
 _BORROWED = (*_SIGNALS, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
 
 
@@ -63,7 +63,7 @@ class Canvas(Widget):
         }
 
     def draw(self, lines: list[Drawn]) -> None:
-        """Show these lines; only those that differ from what is shown are sent."""
+        """Show these lines; only those that changed are sent to the terminal."""
         old, self._lines = self._lines, lines
         if len(old) != len(lines):
             self.refresh()
@@ -87,17 +87,17 @@ class Canvas(Widget):
 
 
 class TopApp(App[None]):
-    """``run`` below is how to use it; tests drive it with Textual's pilot.
+    """The display; start it with ``run``. Tests drive it with Textual's pilot.
 
-    ``failure``: what ended it, if it was not the person.
+    ``failure``: the exception that ended it, if any.
     """
 
     ENABLE_COMMAND_PALETTE = False
     CSS = "Screen { background: ansi_default; overflow: hidden; }"
-    # Over Textual's own ctrl+c, which only explains how to quit.
+    # Textual's own ctrl+c only explains how to quit.
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+c", "leave", show=False, priority=True),
-        # A kernel's message on the console, a torn line over ssh.
+        # After a kernel message on the console, or a torn line over ssh.
         Binding("ctrl+l", "redraw", show=False, priority=True),
         Binding("ctrl+z", "suspend_process", show=False, priority=True),
     ]
@@ -124,9 +124,9 @@ class TopApp(App[None]):
 
     def on_mount(self) -> None:
         for number in _SIGNALS:
-            # The loop's handler, not signal.signal: it wakes a loop that waits.
+            # A handler of the loop, not of signal.signal: it wakes a loop that waits.
             asyncio.get_running_loop().add_signal_handler(number, self.exit)
-        # Back from ctrl+z: the terminal has forgotten what was on it.
+        # After ctrl+z the terminal no longer shows the screen.
         self.app_resume_signal.subscribe(self, lambda _: self.action_redraw())
         self.tick()
         self.set_interval(self._interval, self.tick)
@@ -136,7 +136,7 @@ class TopApp(App[None]):
             asyncio.get_running_loop().remove_signal_handler(number)
 
     def tick(self) -> None:
-        """Take a snapshot and draw it. Also while paused: a reader that failed is shown at once."""
+        """Take a snapshot and draw it unless paused. A failure of the source shows at once."""
         with self._failing():
             snapshot = self._first or self._snapshot()
             self._first = None
@@ -153,7 +153,7 @@ class TopApp(App[None]):
 
     def on_key(self, event: events.Key) -> None:
         event.stop()
-        event.prevent_default()  # no moving of the focus: there is nothing to focus
+        event.prevent_default()  # there is no focus to move
         with self._failing():
             if not self.state.press(event.key, event.character):
                 self.exit()
@@ -185,7 +185,7 @@ class TopApp(App[None]):
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        # Textual would print a traceback with all locals; the caller of run() decides instead.
+        # Textual would print a traceback with all locals; instead run() raises it.
         try:
             yield
         except Exception as failure:
@@ -199,17 +199,18 @@ def run(
     *,
     now: Callable[[], int] = clock.now_ns,
 ) -> None:
-    """Show ``snapshot()`` every ``interval`` seconds until the person quits or a signal comes.
+    """Show ``snapshot()`` every ``interval`` seconds until the user quits or a signal comes.
 
-    ``snapshot`` must return at once. What it raises ends the display and is raised here, with the
-    terminal as it was. SIGTERM, SIGHUP and SIGINT end it as "q" does.
+    ``snapshot`` must return at once. An exception of it ends the display and is raised here, with
+    the terminal restored. SIGTERM, SIGHUP and SIGINT end it as "q" does. Raises KvmtraceError if
+    there is no terminal.
     """
     if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
         raise KvmtraceError("top needs a terminal", "kvmtrace top --once prints the table once")
     first = snapshot()
     before = {number: signal.getsignal(number) for number in _BORROWED}
     try:
-        with _own_way_to_the_terminal():
+        with _own_terminal_descriptor():
             app = TopApp(snapshot, interval, now, first)
             app.run(mouse=False)
     finally:
@@ -222,11 +223,11 @@ def run(
 
 
 @contextlib.contextmanager
-def _own_way_to_the_terminal() -> Iterator[None]:
+def _own_terminal_descriptor() -> Iterator[None]:
     """Let Textual draw through a descriptor of its own.
 
-    It draws on ``sys.__stderr__``, descriptor 2, which a source in another thread may send
-    elsewhere for a moment, to catch what a C library prints: a repaint would be lost with it.
+    It draws on ``sys.__stderr__``, descriptor 2. A source in another thread may redirect that for a
+    moment to catch messages of a C library, and a repaint would be lost.
     """
     original = sys.__stderr__
     terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
@@ -239,7 +240,7 @@ def _own_way_to_the_terminal() -> Iterator[None]:
 
 
 def _changed_until(before: Drawn, after: Drawn, width: int) -> int:
-    """The column after the last change. Textual redraws a line from its start up to there."""
+    """The column after the last change; Textual redraws a line from its start up to it."""
     old, new = _cells(before), _cells(after)
     if old is None or new is None or before.selected != after.selected:
         return width
@@ -250,7 +251,7 @@ def _changed_until(before: Drawn, after: Drawn, width: int) -> int:
 
 
 def _cells(drawn: Drawn) -> list[tuple[str, str]] | None:
-    """(character, style) per cell; None where a character is not one cell wide."""
+    """[(character, style)] by cell; None if a character is not one cell wide."""
     found = []
     for text, style in drawn.line:
         if cells(text) != len(text) or not text.isprintable():

@@ -1,4 +1,4 @@
-"""The pages behind the tables: all that is known of one VM or one incident, and the help."""
+"""The pages behind the tables: details of one VM or one incident, and the help."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from kvmtrace.views.tables.rows import IncidentRow, incident_rows, state_word
 _LABEL = 18
 
 _STATES = (
-    ("looping", "the VMM is notified of the same page again and again: it does not cope"),
+    ("looping", "the VMM is notified of the same page again and again and does not recover"),
     ("kernel", "the kernel itself uses the page, or may: the host is at risk"),
     ("delivered", "the VMM was notified, by an EHWPOISON exit or by SIGBUS"),
     ("undeliv.", "guest_memfd refused the page to a guest, and no VMM was notified"),
-    ("latent", "a VM owns the page, its guest has not touched it yet"),
+    ("latent", "a VM owns the page, its guest has not accessed it yet"),
     ("unowned", "no VM is known to own the page"),
     ("closed", "the VM is gone, or the page is no longer poisoned"),
 )
 _CAUSES = (
     ("hwpoison", "EHWPOISON: the page is poisoned"),
     ("conversion", "private where it is shared, or the reverse: normal in confidential VMs"),
-    ("userfault", "EFAULT for a page that the VMM is to bring: demand paging, normal"),
-    ("backing", "guest_memfd was asked and failed: gone, unbound, out of memory"),
+    ("userfault", "EFAULT for a page that the VMM has to provide: demand paging, normal"),
+    ("backing", "guest_memfd could not provide the page: gone, unbound, out of memory"),
     ("unannotated", "EFAULT without a memory fault's address"),
-    ("other", "any other errno, or flags whose meaning is not known"),
+    ("other", "any other errno, or flags of unknown meaning"),
 )
 _HELP = (
     ("↑ ↓ j k, PgUp PgDn", "select a row"),
     ("tab ← →", "switch between VMs and incidents"),
-    ("enter", "all that is known of the selected row"),
+    ("enter", "details of the selected row"),
     ("s, S", "sort by the next column, reverse; after the last column: by urgency"),
     ("/", "show only VMs whose name or pid contains a text; esc shows all"),
     ("p", "pause and go on"),
-    ("i", "probes: where attached, what is not seen"),
+    ("i", "probes: where attached, what is lost without them"),
     ("ctrl+l", "draw the screen again"),
     ("q, ctrl+c", "quit (q: from here, back)"),
 )
@@ -98,16 +98,16 @@ def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
     state = state_word(incident)
     meaning = dict(_STATES).get(state, "")
     row = IncidentRow(incident, snapshot.vms, now)
-    told = explain_lines(incident, snapshot, WIDTH - 2)
+    story = explain_lines(incident, snapshot, WIDTH - 2)
     return [
-        ((f"  {next(told)}", "title"),),
+        ((f"  {next(story)}", "title"),),
         (
             (f"  {'state':<{_LABEL}}", "dim"),
             (state, STATE_STYLES.get(state, "")),
             (f"  {meaning}", "dim"),
         ),
         _fact("latency", f"{span_of(row.latency)} from poison to first delivery"),
-        *(((f"  {line}" if line else "", "head" if line in TITLES else ""),) for line in told),
+        *(((f"  {line}" if line else "", "head" if line in TITLES else ""),) for line in story),
     ]
 
 
@@ -124,8 +124,8 @@ def help_page() -> list[Line]:
     return lines
 
 
-def folded(line: Line, width: int) -> list[Line]:
-    """A line in as many as it needs, under its second span; one that is folded loses its styles."""
+def wrapped(line: Line, width: int) -> list[Line]:
+    """A line wrapped under its second span; a line that is wrapped loses its styles."""
     text = plain(line)
     if cells(text) <= width:
         return [line]
@@ -152,27 +152,27 @@ def _refusals(vm: Vm) -> str:
 def _exits(vm: Vm) -> list[Line]:
     if not vm.exits:
         return [(("  none", "dim"),)]
-    wide = max(len(str(count)) for count in vm.exits.values())
+    width = max(len(str(count)) for count in vm.exits.values())
     ordered = sorted(vm.exits.items(), key=lambda entry: -entry[1])
     return [
-        ((f"  {errno:<12}{cause or 'cause unknown':<14}{count:>{wide}}", ""),)
+        ((f"  {errno:<12}{cause or 'cause unknown':<14}{count:>{width}}", ""),)
         for (errno, cause), count in ordered
     ]
 
 
 def _brief(incident: Incident, vm: int) -> Line:
     places = listed(f"gfn {hex_of(owner.gfn)}" for owner in incident.owners if owner.vm == vm)
-    told = f"  exits {incident.exits}  SIGBUS {incident.sigbus}"
+    counts = f"  exits {incident.exits}  SIGBUS {incident.sigbus}"
     state = state_word(incident)
     return (
         (f"  {incident.id:<12}", ""),
         (f"{state:<10}", STATE_STYLES.get(state, "")),
-        (f"{places}{told}", ""),
+        (f"{places}{counts}", ""),
     )
 
 
 def _timeline(incidents: list[Incident], now: int, snapshot: Snapshot) -> list[Line]:
-    moments: list[tuple[int, str]] = []
+    entries: list[tuple[int, str]] = []
     for i in incidents:
         pfn = f"pfn {hex_of(i.pfn)} poisoned"
         for ts, what in (
@@ -181,12 +181,12 @@ def _timeline(incidents: list[Incident], now: int, snapshot: Snapshot) -> list[L
             (i.last_delivery_ts if i.exits + i.sigbus > 1 else None, "last delivery so far"),
         ):
             if ts is not None:
-                moments.append((ts, f"{what}  ({i.id})" if len(incidents) > 1 else what))
-    if not moments:
+                entries.append((ts, f"{what}  ({i.id})" if len(incidents) > 1 else what))
+    if not entries:
         return []
     return [
         (("  timeline, local time", "head"),),
-        *(((f"  {_when(ts, now, snapshot)}  ", "dim"), (what, "")) for ts, what in sorted(moments)),
+        *(((f"  {_when(ts, now, snapshot)}  ", "dim"), (what, "")) for ts, what in sorted(entries)),
     ]
 
 

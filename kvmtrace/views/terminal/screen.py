@@ -1,4 +1,4 @@
-"""The live table as lines of text: what stands where on a screen of a given size."""
+"""The live table as the lines of a screen of a given size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BACK = "q back  ↑↓ scroll  p pause  ctrl+c quit"
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One line of the screen; ``selected``: to be set off as a whole."""
+    """One line of the screen; ``selected``: highlighted as a whole."""
 
     line: Line = ()
     selected: bool = False
@@ -49,7 +49,7 @@ def frame(state: UiState, width: int, height: int) -> list[Drawn]:
 
 
 def _clock_line(state: UiState) -> Line:
-    # The clock comes first: a change at the end of a line would redraw all of it.
+    # The clock comes first, because a line is redrawn from its start to its last change.
     clock: Span = (clock_of(state.snapshot.wall(state.now)) + "  ", "dim")
     pause: Line = (("PAUSED  ", "warn"),) if state.paused else ()
     return (clock, *pause, *header.host_spans(state.snapshot))
@@ -62,9 +62,9 @@ def _main_foot(state: UiState) -> Line:
 
 
 def _tables(state: UiState, width: int, room: int) -> list[Drawn]:
-    # Two lines of titles each and one between; either may use what the other leaves.
+    # Two lines of titles each and one between. Each table may use what the other leaves.
     rows = room - 5
-    if rows < 4:  # no room for two: the one that keys act on
+    if rows < 4:  # no room for two: show the one that keys act on
         room = max(0, room - 2)
         if state.on_incidents:
             return _table(state, state.incidents, width, room)
@@ -86,7 +86,7 @@ def _table(state: UiState, table: Table[Row], width: int, height: int) -> list[D
         nothing = f"nothing matches {state.filter!r}" if table.total else table.nothing
         lines.append(Drawn(((f"  {nothing}", "dim"),)))
     else:
-        # Fitted to all rows: columns must not change their widths while one scrolls.
+        # Fitted to all rows, so that widths do not change while scrolling.
         fitted = fit(table.columns, table.rows, width)
         lines.append(Drawn(fitted.head(None if table.sort is None else table.by.name)))
         for row in visible:
@@ -97,7 +97,7 @@ def _table(state: UiState, table: Table[Row], width: int, height: int) -> list[D
 
 
 def _title(state: UiState, table: Table[Row], active: bool, shown: int) -> Line:
-    # What can be acted on has a mark, not only a colour.
+    # The active table has a mark, not only a colour.
     mark = "▶ " if active else "  "
     spans: list[Span] = [(mark, "title"), (table.title, "title" if active else "head")]
     total = len(table.rows)
@@ -126,6 +126,6 @@ def _page(state: UiState, width: int, room: int) -> list[Drawn]:
             ]
         case _:
             lines = pages.help_page()
-    folded = [part for line in lines for part in pages.folded(line, width)]
-    state.scroll = max(0, min(state.scroll, len(folded) - room))
-    return [Drawn(line) for line in folded[state.scroll :]]
+    parts = [part for line in lines for part in pages.wrapped(line, width)]
+    state.scroll = max(0, min(state.scroll, len(parts) - room))
+    return [Drawn(line) for line in parts[state.scroll :]]

@@ -1,4 +1,4 @@
-"""What the person at the live table has chosen, and what keys do to it. No terminal in here."""
+"""The choices of the user of the live table, and what keys do to them, without a terminal."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Row = TypeVar("Row", VmRow, IncidentRow)
 
 @dataclass
 class Table(Generic[Row]):
-    """One table: its rows as chosen, the selected one, and what of it is on the screen.
+    """One table: its rows as sorted and filtered, the selected row, and the part on the screen.
 
-    The selection is a row's id, not its place: rows move when counts change.
+    The selection is the id of a row, not its position: rows move when counts change.
     """
 
     title: str
@@ -33,11 +33,11 @@ class Table(Generic[Row]):
     page: int = 1
 
     def take(self, rows: Sequence[Row], keep: Callable[[Row], bool]) -> None:
-        """New rows, in their own order; sorted and filtered here."""
+        """Take new rows, in order of urgency; filter and sort them."""
         self.total = len(rows)
         self.rows = [row for row in rows if keep(row)]
         if self.sort is not None:
-            # Stable in both directions: equal ones stay in the order of urgency.
+            # Stable in both directions: equal rows stay in the order of urgency.
             self.rows.sort(key=self.by.sort, reverse=self.falling)
         elif self.reverse:
             self.rows.reverse()
@@ -49,24 +49,24 @@ class Table(Generic[Row]):
 
     @property
     def falling(self) -> bool:
-        """From high to low; what is most urgent counts as high."""
+        """Whether it sorts from high to low; the most urgent counts as high."""
         return (self.sort is None or self.by.falling) != self.reverse
 
     @property
-    def place(self) -> int:
-        """Where the selected row is now; the first if it is no more."""
+    def position(self) -> int:
+        """The position of the selected row; 0 if it is no longer there."""
         return next((n for n, row in enumerate(self.rows) if row.id == self.chosen), 0)
 
     @property
     def selected(self) -> Row | None:
-        return self.rows[self.place] if self.rows else None
+        return self.rows[self.position] if self.rows else None
 
     def move(self, by: int) -> None:
         if self.rows:
-            self.chosen = self.rows[max(0, min(self.place + by, len(self.rows) - 1))].id
+            self.chosen = self.rows[max(0, min(self.position + by, len(self.rows) - 1))].id
 
     def next_sort(self) -> None:
-        """The next column; after the last, the order of urgency again."""
+        """Sort by the next column; after the last one, by urgency again."""
         number = 0 if self.sort is None else self.sort + 1
         self.sort = None if number == len(self.columns) else number
         self.reverse = False
@@ -74,14 +74,14 @@ class Table(Generic[Row]):
     def visible(self, height: int) -> list[Row]:
         """The rows that ``height`` lines can show, the selected one among them."""
         self.page = max(1, height)
-        self.top = max(self.place - self.page + 1, min(self.top, self.place))
+        self.top = max(self.position - self.page + 1, min(self.top, self.position))
         self.top = max(0, min(self.top, len(self.rows) - self.page))
         return self.rows[self.top : self.top + self.page] if height > 0 else []
 
 
 @dataclass
 class UiState:
-    """All of it. ``page``: "main", "vm", "incident", "probes" or "help"."""
+    """The state of the display. ``page``: "main", "vm", "incident", "probes" or "help"."""
 
     snapshot: Snapshot = field(default_factory=Snapshot)
     now: int = 0
@@ -99,7 +99,7 @@ class UiState:
     rates: dict[int, float] = field(default_factory=dict)
 
     def take(self, snapshot: Snapshot, now: int, rates: dict[int, float]) -> None:
-        """What is true now."""
+        """Take a new snapshot."""
         self.snapshot, self.now, self.rates = snapshot, now, rates
         self._arrange()
 
@@ -122,11 +122,11 @@ class UiState:
 
     @property
     def table(self) -> Table[VmRow] | Table[IncidentRow]:
-        """The one that keys act on."""
+        """The table that keys act on."""
         return self.incidents if self.on_incidents else self.vms
 
     def press(self, key: str, character: str | None) -> bool:
-        """Take a key (by Textual's names); False: quit."""
+        """Handle a key (by Textual's name); False: quit."""
         if key == "ctrl+c":
             return False
         if self.typing:
@@ -138,7 +138,7 @@ class UiState:
         elif key in ("q", "escape", "enter", "backspace", "left") or key == self._opener():
             self.page, self.scroll = "main", 0
         else:
-            # The frame keeps it within the page.
+            # ``screen`` limits it to the length of the page.
             self.scroll = max(0, self.scroll + _STEPS.get(key, 0) * (10 if "page" in key else 1))
         if key == "p" and not self.typing:
             self.paused = not self.paused

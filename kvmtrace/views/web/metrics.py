@@ -1,10 +1,10 @@
 """The exporter: the model as Prometheus metrics, and the HTTP server around it.
 
-Names and labels are the contract in design.md. Nothing here is global: a collector draws from the
-snapshots it is given, so tests and several exporters in one process do not meet.
+Names and labels of metrics are a contract (README). Nothing here is global: a collector draws from
+the snapshots it is given, so several exporters can be in one process.
 
-Metrics carry no ``_created`` series: they would double the per-VM series on every Prometheus that
-does not know what to do with them. Counters are born at 0 instead.
+There are no ``_created`` series: they would double the series of each VM, and most Prometheus
+servers ignore them. Counters start at 0 instead.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import clock, privileges
 from kvmtrace.model import LATENCY_BUCKETS, IncidentStatus, Snapshot, VerdictWord
-from kvmtrace.views.web import landing as page
+from kvmtrace.views.web import landing
 from kvmtrace.views.web.server import DEFAULT_LISTEN, Answer, Headers, Server, Shared, start, text
 from kvmtrace.views.web.vm_labels import VmLabels, VmSeries, clean
 
@@ -42,22 +42,22 @@ __all__ = ["DEFAULT_LISTEN", "DEFAULT_MAX_VMS", "Exporter", "Server", "serve"]
 
 DEFAULT_MAX_VMS = 500
 
-# A reader that has not come round for so long is not watching; seconds. It should in a quarter.
+# Seconds since the source was last read after which /-/healthy fails. It is read every 0.25 s.
 STALE_SECONDS = 5.0
 
-# One snapshot serves all who ask within this time; seconds.
+# All requests within this time get the same snapshot; seconds.
 SNAPSHOT_SECONDS = 1.0
 
-# Page types and results that are exported as 0 where the kernel's own list is not given. Alerts
-# add up all kinds, so one of them at 0 is enough for the first poison of any kind to be seen.
+# Page types and results that are exported as 0 if the kernel's own list is not known. Alerts sum
+# all kinds, so one of them at 0 is enough for increase() to see the first poison of any kind.
 FALLBACK_KINDS = tuple(
     ("unknown page", result) for result in ("Ignored", "Failed", "Delayed", "Recovered")
 )
 
-# Where things are known to get lost, exported as 0 from the start: the BPF source's ring buffer and
+# Places where events can be lost, exported as 0 from the start: the BPF source's ring buffer and
 # maps, the ftrace source's rings, kprobes and counts, searches for owners that had no room, and
-# what the correlator has to forget. A test holds it against what they say.
-LOST_FROM_BIRTH = (
+# what the correlator has to forget. A test compares it with the places in the sources.
+ZERO_LOST = (
     *("ring", "exit_keys", "exit_counts", "refused_counts", "signal_counts"),
     *("ftrace_poison", "ftrace_signals", "ftrace_faults", "ftrace_missed", "ftrace_damaged"),
     *("owner_searches", "found_pages", "unknown_vms", "halves", "descriptors"),
@@ -69,20 +69,20 @@ Kinds = Callable[[], Iterable[tuple[str, str]]]
 
 
 class Snapshots(Protocol):
-    """What the exporter needs of a ``live.Session``; ``snapshot`` raises if the source ended."""
+    """What the exporter needs of a ``Session``; ``snapshot`` raises if the source ended."""
 
     def snapshot(self) -> Snapshot: ...
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """What a ``live.Session`` has besides: a heartbeat."""
+    """A ``Session`` with a heartbeat: ``age`` is the seconds since the source was last read."""
 
     def age(self) -> float: ...
 
 
 class _Recent:
-    """The last snapshot, taken anew if it is older than ``SNAPSHOT_SECONDS``."""
+    """A snapshot that is at most ``SNAPSHOT_SECONDS`` old."""
 
     def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
         self._take = snapshot
@@ -99,10 +99,10 @@ class _Recent:
 
 
 class Exporter(Collector):
-    """A collector over ``snapshot``. ``kinds``: the kernel's (page type, result) pairs, asked once.
+    """A collector over ``snapshot``. ``kinds``: the kernel's (page type, result), called once.
 
-    One part that fails does not take the others with it: it is left out, and its
-    ``kvmtrace_scrape_collector_success`` is 0. All but build info needs "snapshot".
+    A part that fails is left out, its ``kvmtrace_scrape_collector_success`` is 0, and the other
+    parts are exported. All but the build info needs the part "snapshot".
     """
 
     def __init__(
@@ -113,21 +113,21 @@ class Exporter(Collector):
         max_vms: int = DEFAULT_MAX_VMS,
     ) -> None:
         self._snapshot = snapshot
-        self._ask_kinds = kinds
+        self._kinds_of_kernel = kinds
         self._kinds: tuple[tuple[str, str], ...] | None = None
         self._labels = VmLabels(max_vms)
         self._lock = threading.Lock()
 
     def collect(self) -> Iterator[Metric]:
-        """Every family of the contract, from one snapshot."""
+        """Yield every family of the contract, from one snapshot."""
         success = GaugeMetricFamily(
             "kvmtrace_scrape_collector_success",
             "1 if this part of kvmtrace could be read for this scrape.",
             labels=["collector"],
         )
         yield InfoMetricFamily("kvmtrace_build", "Version of kvmtrace.", {"version": __version__})
-        # Snapshots are taken and labelled in one order: an older one after a newer one would
-        # show counters going down.
+        # One scrape at a time: if an older snapshot were labelled after a newer one, counters
+        # would go down.
         with self._lock:
             families = list(self._families(success))
         yield from families
@@ -136,12 +136,12 @@ class Exporter(Collector):
     def _families(self, success: GaugeMetricFamily) -> Iterator[Metric]:
         try:
             snapshot = self._snapshot()
-        except BaseException:  # whatever ended the source, an exit() too: /-/healthy says why
+        except BaseException:  # whatever ended the source, an exit() too: /-/healthy has the reason
             success.add_metric(["snapshot"], 0)
             return
         success.add_metric(["snapshot"], 1)
         for name, part in (
-            ("kinds", self._learn_kinds),
+            ("kinds", self._load_kinds),
             ("host", _host),
             ("probes", _probes),
             ("vms", self._vms),
@@ -149,16 +149,16 @@ class Exporter(Collector):
         ):
             try:
                 families = list(part(snapshot))
-            except Exception:  # half a family would be worse than none
+            except Exception:  # no family is better than half of one
                 success.add_metric([name], 0)
             else:
                 success.add_metric([name], 1)
                 yield from families
 
-    def _learn_kinds(self, _: Snapshot) -> Iterator[Metric]:
-        """No metrics, but no part either whose failure may take incidents with it."""
+    def _load_kinds(self, _: Snapshot) -> Iterator[Metric]:
+        """Call ``kinds`` once. A part of its own, so that its failure costs no other metrics."""
         if self._kinds is None:
-            self._kinds = tuple(self._ask_kinds())
+            self._kinds = tuple(self._kinds_of_kernel())
         return iter(())
 
     def _vms(self, snapshot: Snapshot) -> Iterator[Metric]:
@@ -223,7 +223,7 @@ def _host(snapshot: Snapshot) -> Iterator[Metric]:
     lost = CounterMetricFamily(
         "kvmtrace_events_lost", "What kvmtrace could not record, by place.", labels=["where"]
     )
-    places = Counter(dict.fromkeys(LOST_FROM_BIRTH, 0))
+    places = Counter(dict.fromkeys(ZERO_LOST, 0))
     for where, count in snapshot.lost.items():
         places[clean(where)] += count
     for where, count in places.items():
@@ -306,53 +306,53 @@ def serve(
     names: Iterable[str] = (),
     started: bool = True,
 ) -> Server:
-    """Serve ``/metrics``, ``/-/healthy`` and a landing page until ``close()`` of what it returns.
+    """Serve ``/metrics``, ``/-/healthy`` and a landing page until the server is closed.
 
     ``now``: ns since the epoch, by the clock that stamps the session's events. ``names``: further
-    names by which it may be asked on loopback. Not ``started``: it listens, and answers from its
+    host names for which it answers on loopback. Not ``started``: it listens, and answers from its
     ``start()`` on.
 
-    Raises UsageError if ``listen`` makes no sense, KvmtraceError if it cannot be listened on.
+    Raises UsageError if ``listen`` is malformed, KvmtraceError if it cannot listen there.
     """
     recent = _Recent(session.snapshot)
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Exporter(recent.snapshot, kinds=kinds, max_vms=max_vms))
-    ProcessCollector(registry=registry)  # what kvmtrace itself costs: process_cpu_seconds_total …
+    ProcessCollector(registry=registry)  # kvmtrace's own costs: process_cpu_seconds_total …
 
-    def metrics(variant: Hashable) -> Answer:
+    def all_metrics(variant: Hashable) -> Answer:
         assert isinstance(variant, _Format)
         return variant.answer(registry)
 
-    def ill() -> str | None:
-        """Why nobody is watching; None if the reader comes round."""
+    def failure() -> str | None:
+        """Why the source is not being read; None if it is."""
         try:
             if isinstance(session, Reader):
                 age = session.age()
             else:
                 recent.snapshot()
                 age = 0.0
-        except BaseException as failure:
-            return _reason(failure)
+        except BaseException as error:
+            return _reason(error)
         if age > STALE_SECONDS:
             return f"the source was last read {age:.0f} s ago"
         return None
 
     def healthy(_: Headers) -> Answer:
-        if (why := ill()) is not None:
+        if (why := failure()) is not None:
             return text(HTTPStatus.SERVICE_UNAVAILABLE, f"not healthy: {why}\n")
         return text(HTTPStatus.OK, "kvmtrace is healthy\n")
 
-    def landing(_: Hashable) -> Answer:
-        if (why := ill()) is not None:
-            return text(HTTPStatus.SERVICE_UNAVAILABLE, page.render_failure(why), "text/html")
-        return text(HTTPStatus.OK, page.render(recent.snapshot(), now()), "text/html")
+    def landing_page(_: Hashable) -> Answer:
+        if (why := failure()) is not None:
+            return text(HTTPStatus.SERVICE_UNAVAILABLE, landing.render_failure(why), "text/html")
+        return text(HTTPStatus.OK, landing.render(recent.snapshot(), now()), "text/html")
 
     server = start(
         listen,
         {
-            "/metrics": Shared(metrics, _Format.asked_for),
+            "/metrics": Shared(all_metrics, _Format.asked_for),
             "/-/healthy": healthy,
-            "/": Shared(landing),
+            "/": Shared(landing_page),
         },
         names,
         started=started,
@@ -362,7 +362,7 @@ def serve(
 
 
 class _Service(Collector):
-    """How kvmtrace itself fares, whatever becomes of its snapshots."""
+    """kvmtrace's own state, which is exported even if there are no snapshots."""
 
     def __init__(self, session: Snapshots, dropped: Mapping[str, int]) -> None:
         self._session = session
@@ -381,7 +381,7 @@ class _Service(Collector):
         if isinstance(self._session, Reader):
             try:
                 age = self._session.age()
-            except BaseException:  # /-/healthy says what
+            except BaseException:  # /-/healthy has the reason
                 return
             yield GaugeMetricFamily(
                 "kvmtrace_last_poll_timestamp_seconds",
@@ -391,7 +391,7 @@ class _Service(Collector):
 
 
 def _privileges() -> Metric:
-    """Those of the thread that answers, which are those of all."""
+    """Privileges of the thread that answers; all threads have the same."""
     now = privileges.held()
     return InfoMetricFamily(
         "kvmtrace_privileges",
@@ -405,14 +405,14 @@ def _privileges() -> Metric:
 
 
 class _Format(NamedTuple):
-    """How metrics are written."""
+    """The form in which metrics are written."""
 
     openmetrics: bool
     gzip: bool
 
     @classmethod
     def asked_for(cls, headers: Headers) -> _Format:
-        """OpenMetrics only for who asks for a version of it that we write."""
+        """OpenMetrics if the client accepts a version that prometheus_client writes."""
         kinds = _parts(headers.get("accept", ""))
         encodings = _parts(headers.get("accept-encoding", ""))
         return cls(
@@ -446,7 +446,7 @@ def _parts(header: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _reason(failure: BaseException) -> str:
-    """One line on what ended the source."""
+    """What ended the source, in one line."""
     if isinstance(failure, KvmtraceError):
         return failure.message
     return f"{type(failure).__name__}: {failure}".splitlines()[0]

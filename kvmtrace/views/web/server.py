@@ -1,13 +1,13 @@
 """A small HTTP server: loopback by default, and bounded for any client.
 
-One thread with asyncio, so that a connection costs a descriptor and some kilobytes, not a thread. A
-request has a deadline and a head of some kilobytes. Where there is no room for a connection, the
-oldest idle one is closed for it: somebody who asks at once is always answered. Sockets are used
-without asyncio's streams: each of their many system calls costs the reader a turn of Python's lock.
+One thread with asyncio, so that a connection costs a descriptor and some kilobytes, not a thread.
+Each request has a deadline and a limited size. If there is no room for a connection, the oldest
+idle one is closed, so a client that sends its request at once is always answered. Sockets are used
+without asyncio's streams: the reader has to wait for Python's lock at each of their system calls.
 
-Not ``prometheus_client.start_http_server``, which starts a thread for every connection and waits
-for its request without a limit. Nor uvicorn: it has no deadline for a request either (0.32: 128
-clients that send a byte now and then lock everybody out), and it would need most of this module.
+``prometheus_client.start_http_server`` starts a thread for every connection and waits for its
+request without a limit. uvicorn has no deadline for a request either (0.32: 128 clients that send
+a byte now and then lock out all others), and would need most of this module.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from http import HTTPStatus
 
 from kvmtrace.errors import KvmtraceError, UsageError
 
-# Core Lightning's on Prometheus' list of ports, which no longer has a free one below 10000: hardly
-# what else runs on a host full of VMs.
+# Prometheus' list of ports has no free one below 10000. This one is Core Lightning's, which hardly
+# runs on a host of VMs.
 LOOPBACK = "127.0.0.1"
 DEFAULT_LISTEN = f"{LOOPBACK}:9750"
 
@@ -42,8 +42,8 @@ HEAD_BYTES = 8192
 # peer, half of that.
 MAX_CLIENTS = 128
 
-# How long one costly answer serves all who ask for it: so long that making it takes no more than a
-# fiftieth of the time, which is taken from the reader (one Python thread runs at a time).
+# How long one costly answer is sent to all clients: long enough that making answers takes at most a
+# fiftieth of the time, which the reader lacks (one Python thread runs at a time).
 KEEP_SECONDS = 1.0
 MAX_KEEP_SECONDS = 5.0
 _KEEP_PER_COST = 50
@@ -53,16 +53,16 @@ _QUEUE = 128
 _RETRY = 0.1
 _LINGER = 1.0
 
-# What a connection is doing, in the order in which they are given up.
+# What a connection is doing; those with the lowest stage are dropped first.
 _READING, _WRITING, _ANSWERING = range(3)
 
 Headers = Mapping[str, str]
-"""By name in lower case."""
+"""Values of headers by their names in lower case."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a route answers. ``kind`` and ``encoding``: Content-Type and Content-Encoding."""
+    """An HTTP response. ``kind`` and ``encoding``: Content-Type and Content-Encoding."""
 
     status: HTTPStatus
     body: bytes
@@ -92,10 +92,10 @@ def text(status: HTTPStatus, body: str, kind: str = "text/plain") -> Answer:
 
 
 class Shared:
-    """A route whose answers cost something: one serves all who ask for it within a second.
+    """A route with costly answers: one is sent to all clients that ask within a second.
 
-    ``variant``: what of the headers an answer depends on. ``make``: the answer for that, called in
-    a thread of its own.
+    ``variant``: the part of the headers that the answer depends on. ``make``: makes the answer for
+    it, in a thread of its own.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Shared:
         self._kept: dict[Hashable, tuple[asyncio.Future[Answer], float]] = {}
 
     async def answer(self, headers: Headers) -> Answer:
-        """The answer that is kept, or being made, or a new one."""
+        """The answer that is cached or being made, else a new one."""
         variant = self._variant(headers)
         kept = self._kept.get(variant)
         if kept is None or (kept[0].done() and time.monotonic() >= kept[1]):
@@ -118,10 +118,10 @@ class Shared:
             )
             try:
                 work.start()
-            except RuntimeError:  # no thread is to be had (TasksMax)
+            except RuntimeError:  # no thread can be started (TasksMax)
                 return text(HTTPStatus.SERVICE_UNAVAILABLE, "no thread to answer with\n")
             kept = self._kept[variant] = future, 0.0
-        # One who leaves does not take the answer from the others.
+        # A client that leaves must not cancel the answer for the others.
         return await asyncio.shield(kept[0])
 
     def _work(self, variant: Hashable, future: asyncio.Future[Answer]) -> None:
@@ -180,9 +180,8 @@ class _Client:
 class Server:
     """A running server; ``address`` is (host, port) as bound. End it with ``close``.
 
-    ``dropped``: connections given up, by why: ``crowded`` (for a newer one), ``deadline``, and
-    ``descriptors`` (there was none left to accept one with). Not ``started``: connections wait
-    until ``start``.
+    ``dropped``: connections closed early, by reason: ``crowded`` (for a newer one), ``deadline``,
+    and ``descriptors`` (none was left to accept one with).
     """
 
     def __init__(
@@ -193,7 +192,7 @@ class Server:
         *,
         started: bool = True,
     ) -> None:
-        """``names``: of this host, by which it may be asked on loopback, besides its own.
+        """``names``: further host names for which it answers on loopback.
 
         Not ``started``: it listens, and answers from its ``start()`` on.
         """
@@ -229,7 +228,7 @@ class Server:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def close(self) -> None:
-        """Stop listening; answers under way are cut. Twice is fine."""
+        """Stop listening and cut answers under way. May be called twice."""
         if self._thread.is_alive():
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._loop.stop)
@@ -261,7 +260,7 @@ class Server:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError:
-            # No descriptors, or no memory: look again soon, with one connection less.
+            # No descriptors, or no memory: try again soon, with one connection less.
             self.dropped["descriptors"] += 1
             self._drop(self._clients)
             self._loop.remove_reader(self._listening)
@@ -278,7 +277,7 @@ class Server:
         client.task = self._loop.create_task(self._talk(client, connection))
 
     def _drop(self, crowd: set[_Client]) -> None:
-        """Give up who has waited longest for its own request, or else with its answer."""
+        """Close the oldest connection of those at the lowest stage."""
         if crowd:
             client = min(crowd, key=lambda one: (one.stage, one.since))
             self._clients.discard(client)
@@ -298,17 +297,17 @@ class Server:
                     if with_body:
                         await self._loop.sock_sendall(connection, answer.body)
                     if answer.status >= HTTPStatus.BAD_REQUEST:
-                        # What it still sends would reset the connection under the answer.
+                        # Closing with unread data would reset the connection and lose the answer.
                         await self._linger(connection)
             except TimeoutError:
                 self.dropped["deadline"] += 1
             except (OSError, EOFError, asyncio.CancelledError):
-                pass  # it left, or was given up
+                pass  # the client left, or was dropped
             finally:
                 self._clients.discard(client)
 
     async def _head(self, connection: socket.socket) -> bytes | None:
-        """A request up to its empty line; None if that is too far away."""
+        """Read a request up to its empty line; None if it is longer than ``HEAD_BYTES``."""
         head = b""
         while b"\r\n\r\n" not in head and b"\n\n" not in head:
             if len(head) > HEAD_BYTES:
@@ -327,7 +326,7 @@ class Server:
                     pass
 
     async def _answer(self, head: bytes | None) -> tuple[Answer, bool]:
-        """What to answer, and whether with its body."""
+        """The answer, and whether to send its body."""
         if head is None:
             answer = text(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too many headers\n")
             return answer, True
@@ -340,7 +339,7 @@ class Server:
             return text(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD\n"), True
         split = (line.partition(":") for line in lines)
         pairs = [(name.strip().lower(), value.strip()) for name, _, value in split]
-        if not all(self._is_asked_for(value) for name, value in pairs if name == "host"):
+        if not all(self._is_own_name(value) for name, value in pairs if name == "host"):
             return text(HTTPStatus.MISDIRECTED_REQUEST, _OTHER_NAME), method == "GET"
         route = self._routes.get(target.partition("?")[0])
         if route is None:
@@ -350,20 +349,20 @@ class Server:
             return await route.answer(headers), method == "GET"
         return route(headers), method == "GET"
 
-    def _is_asked_for(self, host: str) -> bool:
-        """Whether a Host header may lead here.
+    def _is_own_name(self, host: str) -> bool:
+        """Whether to answer a request with this Host header.
 
-        A page in a browser on this host can have its own name resolve to 127.0.0.1, and read what
-        is answered (DNS rebinding). Addresses cannot be made to, nor the names that are known here.
+        A web page can have its own name resolve to 127.0.0.1, and read the answers in a browser on
+        this host (DNS rebinding). It cannot do so with addresses or with the names known here.
         """
         if self._names is None or not host:
-            return True  # for others to reach, by whatever name
+            return True  # not on loopback: any name will do
         name = re.sub(r":[0-9]*$", "", host).lower().rstrip(".")
         return name in self._names or name.endswith(".localhost") or _is_address(name)
 
 
 _OTHER_NAME = (
-    "this is not that host: ask for an address or localhost, or see serve's --allow-host\n"
+    "not served under this host name: use an address or localhost, or serve --allow-host NAME\n"
 )
 
 
@@ -392,7 +391,7 @@ def start(
 
 
 def check_listen(listen: str) -> None:
-    """Raise what ``start`` would, before there is anything to serve."""
+    """Raise the error that ``start`` would raise, before there is anything to serve."""
     _listening(listen).close()
 
 

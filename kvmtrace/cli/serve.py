@@ -1,0 +1,82 @@
+"""``kvmtrace serve``: the exporter, and the feed for other commands."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import click
+
+from kvmtrace.cli.console import print_status
+from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_door, open_host, open_session
+from kvmtrace.cli.options import with_source
+from kvmtrace.cli.signals import stop
+from kvmtrace.linux.tracefs import mount
+from kvmtrace.views.web.server import check_listen
+
+
+@click.command()
+@click.option(
+    "--listen",
+    metavar="[HOST:]PORT",
+    help="Where to listen: PORT on loopback only, :PORT on every address. Port 0 picks a free "
+    "one.  [default: 127.0.0.1:9750]",
+)
+@click.option(
+    "--max-vms",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help='How many VMs get series of their own; the others share vm="other".  [default: 500]',
+)
+@click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="On loopback, also answer requests for this host name (for a proxy that passes it on).",
+)
+@with_source
+def serve(
+    listen: str | None, max_vms: int | None, allow_host: tuple[str, ...], source: str
+) -> None:
+    """Serve metrics for Prometheus, /-/healthy and a landing page.
+
+    Other commands on this host connect to it and do not attach probes of their own.
+    """
+    from kvmtrace.views.web import metrics  # noqa: PLC0415 (prometheus_client)
+
+    def kinds() -> list[tuple[str, str]]:
+        types, results = mount.memory_failure_names()
+        return [(kind, result) for kind in types.values() for result in results.values()]
+
+    listen = listen or metrics.DEFAULT_LISTEN
+    check_listen(listen)
+    with open_session(open_host(source)) as session, open_door(session, started=False) as answering:
+        server = metrics.serve(
+            listen,
+            session,
+            kinds=kinds,
+            max_vms=max_vms or metrics.DEFAULT_MAX_VMS,
+            now=session.now,
+            names=allow_host,
+            started=False,
+        )
+        try:
+            give_up_privileges()
+            server.start()
+            if answering is not None:
+                answering.start()
+            session.start()
+            print_status(f"serving {server.url}/metrics")
+            warned = False
+            while not stop.requested and session.failure is None:
+                time.sleep(POLL_SECONDS)
+                if not warned and (session.shortages or server.dropped["descriptors"]):
+                    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                    print_status(
+                        f"kvmtrace: no file descriptors left (limit {limit}): events may be lost"
+                    )
+                    warned = True
+            if session.failure is not None:
+                raise session.failure
+        finally:
+            server.close()
