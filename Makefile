@@ -1,6 +1,6 @@
 # Everything from a bare clone: each target does the set-up that it needs.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hw test fuzz lint format lab bench matrix clean
+.PHONY: help setup demo demo-hw test fuzz lint format lab bench matrix readme picture clean
 
 PY := .venv/bin/python
 SOURCE ?= auto
@@ -50,6 +50,15 @@ bench: setup ## overhead, start time and memory, measured in the lab
 
 matrix: setup ## every scenario on every kernel by every source, as a table
 	@$(PY) -m tests.lab.matrix $(ARGS)
+
+readme: ## README and docs/ anew: output of commands, tables of the last whole `make matrix` and `make bench`
+	@sh tests/setup.sh --no-system
+	@$(PY) -m tests.docs
+	@$(PY) -m tests.lab.readme
+
+picture: ## docs/top.svg anew, from a recording
+	@sh tests/setup.sh --no-system
+	@$(PY) -m tests.docs picture
 
 clean: ## remove what was built (the lab's downloads stay: ~/.cache/kvmtrace-lab)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv

@@ -22,7 +22,7 @@ from tests.lab.errors import status_of
 from tests.lab.harness import PATIENCE, Vmm
 from tests.lab.machine import DEFAULT, Job, Machine
 from tests.lab.progress import say
-from tests.lab.readme import keep
+from tests.lab.readme import keep, save
 
 _Stream = Literal["stdout", "stderr"]
 
@@ -150,7 +150,7 @@ def main() -> int:
     parser.add_argument("--exits", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--storm", type=int, default=100_000)
-    parser.add_argument("--readme", action="store_true", help="keep the result in README.md")
+    parser.add_argument("--readme", action="store_true", help="keep the result in docs/costs.md")
     options = parser.parse_args()
     with Machine.boot(DEFAULT) as machine:
         where = (
@@ -166,6 +166,7 @@ def main() -> int:
     parts += [asked.measure(8), idle.measure()]
     text = "\n\n".join("\n".join(part) for part in parts)
     print(text)
+    save("bench", text)
     if options.readme:
         keep("bench", text)
     return 0

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.lab import config
+from tests.lab import config, readme
 from tests.lab.errors import LabError, LabUnable, status_of
 from tests.lab.ghes import ghes
 from tests.lab.harness import Unstageable, end_following
@@ -27,7 +27,6 @@ from tests.lab.nested import NESTED
 from tests.lab.owners import owners_before_any_touch
 from tests.lab.progress import say
 from tests.lab.qemu_guest import qemu_advice, qemu_loses_a_page, qemu_with_a_page_gone
-from tests.lab.readme import keep
 from tests.lab.scenarios import SCENARIOS, SOURCES, Scenario
 
 BOTH = "both"
@@ -183,7 +182,7 @@ def main() -> int:
     parser.add_argument("--kernel", action="append", help="only this one (may be repeated)")
     parser.add_argument("--source", choices=SOURCES, help="only this one")
     parser.add_argument("--scenario", action="append", help="only this one (may be repeated)")
-    parser.add_argument("--readme", action="store_true", help="keep the table in README.md")
+    parser.add_argument("--readme", action="store_true", help="keep the table in docs/tested.md")
     parser.add_argument(
         "--collect",
         action="append",
@@ -205,9 +204,12 @@ def main() -> int:
             results[name] = run_kernel(name, sources, options.scenario)
             save(results)
     print(tables(results))
+    stamp = time.strftime("Run on %Y-%m-%d, under emulation (QEMU TCG).", time.gmtime())
+    text = f"{stamp}\n\n{tables(results)}"
+    if not (options.kernel or options.source or options.scenario):
+        readme.save("matrix", text)
     if options.readme:
-        stamp = time.strftime("Run on %Y-%m-%d, under emulation (QEMU TCG).", time.gmtime())
-        keep("matrix", f"{stamp}\n\n{tables(results)}")
+        readme.keep("matrix", text)
     return int(
         any(
             outcome.startswith("FAIL")

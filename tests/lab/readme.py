@@ -1,18 +1,40 @@
-"""What was measured last is kept in README.md, between two marks."""
+"""Tables of `make matrix` and `make bench`, and the pages of docs/ that show them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-README = Path("README.md")
+PAGES = {"matrix": Path("docs/tested.md"), "bench": Path("docs/costs.md")}
 
 
-def keep(what: str, text: str, readme: Path = README) -> None:
-    """Put ``text`` between the marks ``<!-- what -->`` and ``<!-- /what -->``.
+def save(what: str, text: str) -> None:
+    """Write ``text`` to build/, where `make readme` finds it."""
+    path = _saved(what)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text.rstrip() + "\n")
+
+
+def keep(what: str, text: str) -> None:
+    """Put ``text`` between the marks ``<!-- what -->`` and ``<!-- /what -->`` of its page.
 
     Raises ValueError where they are not there.
     """
-    old = readme.read_text()
+    old = PAGES[what].read_text()
     begin_mark = f"<!-- {what} -->\n"
     begin, end = old.index(begin_mark) + len(begin_mark), old.index(f"<!-- /{what} -->")
-    readme.write_text(old[:begin] + text.rstrip() + "\n" + old[end:])
+    PAGES[what].write_text(old[:begin] + text.rstrip() + "\n" + old[end:])
+
+
+def _saved(what: str) -> Path:
+    return Path("build") / f"{what}.md"
+
+
+def main() -> None:
+    """Keep what the last runs saved."""
+    for what in PAGES:
+        if _saved(what).exists():
+            keep(what, _saved(what).read_text())
+
+
+if __name__ == "__main__":
+    main()

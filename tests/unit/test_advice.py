@@ -402,7 +402,9 @@ def test_no_state_is_advised_what_reads_the_lost_page() -> None:
     assert len(seen) > 20
 
 
-@pytest.mark.parametrize("name", ["README.md", "dashboards/alerts.yml", "dashboards"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/runbook.md", "docs/using.md", "dashboards/alerts.yml", "dashboards"]
+)
 def test_no_other_place_advises_it(name: str) -> None:
     if name == "dashboards":
         board = json.loads(generate.render(generate.host_dashboard()))

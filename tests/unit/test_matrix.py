@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,16 @@ def test_runs_are_collected_and_each_architecture_has_its_table(
     matrix.save({"sid": ("7.4", {})})
     with pytest.raises(LabError, match=r"sid was 7\.4"):
         matrix.collected([*kept, tmp_path / "build/matrix.json"])
+
+
+@pytest.mark.parametrize(("arguments", "saved"), [((), True), (("--kernel", "sid"), False)])
+def test_only_a_whole_run_is_saved_for_make_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], saved: bool
+) -> None:
+    cells = {("storm", "bpf"): "pass"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(matrix, "run_kernel", lambda *_: ("7.2", cells))
+    monkeypatch.setattr(sys, "argv", ["matrix", *arguments])
+    assert matrix.main() == 0
+    assert Path("build/matrix.json").exists()
+    assert Path("build/matrix.md").exists() is saved
