@@ -45,7 +45,8 @@ def doctor_report(source: str) -> doctor_view.Report:
     """The report on this host and on these sources ("auto": both)."""
     kinds = _kinds(source)
     # Before the attempts, which compile what is not there.
-    programs = _kept_programs() if "bpf" in kinds else None
+    may_look = "bpf" in kinds and host.privilege().may_trace
+    programs = _kept_programs() if may_look else None
     return doctor_view.judge(host.examine(), [_attempt(kind) for kind in kinds], programs)
 
 
