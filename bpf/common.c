@@ -8,6 +8,7 @@
  *   ARG_event_name      position of a tracepoint's argument of that name, or -1
  *   NARGS_probe         number of arguments of the probe's target (its return value comes after)
  *   COPY_NUMBER_HELPER  the helper that a program calls for its copy number
+ *   RING_PAGES …        sizes and rate limits (sources/limits.py, IN_C)
  *   FN_probe            the name of the probe's fentry or fexit program, if its target is in BTF
  *   SYM_variable        what stands for the address of a kernel's variable: see sources/bpf/copies.py
  * Programs are named by their probe: FN_probe (fentry, fexit), kp_probe and kr_probe (kprobe and

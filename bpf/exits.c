@@ -9,11 +9,6 @@
 #define ARM_SEA_GPA_VALID 1
 #define KVM_PFN_ERR_HWPOISON_ 0x7ff0000000000001ULL /* include/linux/kvm_host.h */
 
-/* The first exit of a key is emitted at once, later ones at most this often. All are counted. */
-#define EMIT_INTERVAL_NS 200000000ULL
-/* Events of all keys together in 100 ms. */
-#define EMIT_BURST 200
-
 BPF_TABLE("hash", struct exit_key, struct exit_count, exits, MAX_KEYS);
 BPF_TABLE("hash", struct exit_key, struct exit_count, overflow, MAX_OVERFLOW);
 BPF_TABLE("hash", struct refusal_key, struct refusal_count, refusals, MAX_OVERFLOW);
@@ -63,7 +58,7 @@ static __always_inline int within_budget(u64 now)
 
 	if (!b)
 		return 0;
-	if (now - b->since > 100000000ULL) {
+	if (now - b->since > EMIT_WINDOW_NS) {
 		b->since = now;
 		b->left = EMIT_BURST;
 	}

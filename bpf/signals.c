@@ -2,9 +2,6 @@
 #define SIGBUS_ 7
 #define SI_KERNEL_ 0x80
 
-/* Records of one key in a second. All signals are counted. */
-#define SIGNAL_BURST 200
-
 BPF_TABLE("hash", struct sigbus_key, struct sigbus_count, signals, MAX_OVERFLOW);
 
 /* ---- sigbus: force_sig_mceerr(code, addr, lsb), send_sig_mceerr(code, addr, lsb, task) ---- */
@@ -32,7 +29,7 @@ static __always_inline int count_signal(struct sigbus_record *record, struct sig
 	count_activity();
 	count->last_ts = record->h.ts;
 	record->total = count->total;
-	if (record->h.ts - count->since > 1000000000ULL) {
+	if (record->h.ts - count->since > SIGNAL_WINDOW_NS) {
 		count->since = record->h.ts;
 		count->left = SIGNAL_BURST;
 	}

@@ -1,7 +1,7 @@
-"""For all tests: how long an example takes is the machine's affair, and no test's.
+"""Hypothesis settings for all tests: no deadline for an example, as machines differ in speed.
 
-In CI (``CI`` is set) property tests take the same examples every time, so that a change is judged
-by what it changed; each run elsewhere looks for new ones, and ``make fuzz`` for many.
+In CI (``CI`` is set) property tests use the same examples in each run, so that only a change of the
+code changes the result. Elsewhere each run tries new examples, and ``make fuzz`` tries many.
 """
 
 from __future__ import annotations

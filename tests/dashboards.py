@@ -1,4 +1,4 @@
-"""Reads the dashboards' JSON as Grafana would, so that tests can run every panel's query."""
+"""Read the dashboards' JSON, so that tests can run the query of every panel."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ HOST = DASHBOARDS / "kvmtrace-host.json"
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One query of one panel, with Grafana's variables still in it."""
+    """A query of a panel, with Grafana's variables unreplaced."""
 
     panel: str
     ref: str
     expr: str
 
     def filled(self, instance: str, window: str = "2m") -> str:
-        """The expression for one host, all of Grafana's intervals being ``window``."""
+        """The expression for one host, with ``window`` for all of Grafana's intervals."""
         values = {"$__rate_interval": window, "$__range": window, "$instance": instance}
         expr = self.expr
         for name, value in values.items():
@@ -32,13 +32,13 @@ class Query:
 
 
 def load(path: Path = HOST) -> dict[str, Any]:
-    """The dashboard."""
+    """Load a dashboard."""
     board: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return board
 
 
 def queries(board: dict[str, Any]) -> Iterator[Query]:
-    """Every query of every panel."""
+    """Yield every query of every panel."""
     for panel in board["panels"]:
         for target in panel["targets"]:
             yield Query(panel["title"], target["refId"], target["expr"])

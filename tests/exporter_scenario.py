@@ -1,6 +1,6 @@
-"""A story to show to every view: three VMs, four poisons, a conversion storm, some events lost.
+"""A scenario for all views: three VMs, four poisons, a storm of conversions, some events lost.
 
-Made of events through the real correlator, so it can only hold what a host could say.
+It is made of events that pass through the real correlator, so it is consistent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PROBES = (
 
 
 class Scenario:
-    """A session for views: ``snapshot()`` shows what ``begin`` and then ``happen`` fed."""
+    """A session for views: ``snapshot()`` shows the events fed by ``begin`` and ``happen``."""
 
     def __init__(self) -> None:
         self._correlator = Correlator()
@@ -35,13 +35,13 @@ class Scenario:
         self._runs: dict[str, ProbeRuns] = {}
 
     def snapshot(self) -> Snapshot:
-        """The model as of now, completed as ``live.Session`` does it."""
+        """The current model, completed as ``Session`` does it."""
         return dataclasses.replace(
             self._correlator.snapshot(), host=self._host, probes=_PROBES, probe_runs=self._runs
         )
 
     def begin(self) -> Scenario:
-        """Three VMs are known, and nothing has happened to them."""
+        """Three VMs start, without any events yet."""
         for event in (
             VmSeen(START, 1, 101, "web", "5b2f6a5e-0000-4000-8000-000000000001", "qemu"),
             VmSeen(START, 2, 102, "db", None, "cloud-hypervisor"),
@@ -52,11 +52,11 @@ class Scenario:
         return self
 
     def happen(self) -> Scenario:
-        """Four pages are poisoned, one VM loops on its own, another converts memory.
+        """Four pages are poisoned, one VM loops on its page, another converts memory.
 
         Then: web holds 1 page and has LOOPS exits EHWPOISON (looping, notified after 0.25 s); db
         holds 2, one latent, for the other it got a SIGBUS AO at once (delivered); the third VM has
-        CONVERSIONS conversions; the kernel goes on using a page of its own; 7 events were lost.
+        CONVERSIONS conversions; a poisoned page of the kernel stays in use; 7 events were lost.
         """
         ts = START + 10 * SECOND
         for event in (

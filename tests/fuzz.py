@@ -1,10 +1,10 @@
-"""``make fuzz [MINUTES=n] [SEED=n] [FROM=text]``: the laws of tests/property, for minutes.
+"""``make fuzz [MINUTES=n] [SEED=n] [FROM=text]``: run the tests of tests/property for minutes.
 
-Each file of tests/property is a target; all have the same time, two at once. A target is run by
-pytest in rounds, each with a seed of its own, in which its tests share the time. Seeds are fresh;
-with FROM they follow from that text, so that who runs it again finds the same. What is found is
-printed with the smallest input that shows it, and with the seed that finds it again; the exit
-status is then 1. Findings are kept as tests.
+Each file of tests/property is a target; all get the same time, and two run at once. pytest runs a
+target in rounds; each round has its own seed, and its tests share the time. Seeds are random; with
+FROM they are derived from that text, so that a run can be repeated. A failure is printed with the
+smallest input that shows it and the seed that finds it again, and the exit status is 1. Keep
+findings as tests.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ TARGETS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/proper
 WORKERS = 2
 ROUND_SECONDS = 90.0
 AT_WORK = 0.8
-"""Of a round; the rest for pytest's way in and out."""
+"""The share of a round for tests; the rest is for pytest's start and end."""
 
-# Examples of each test in a round at the most, times what a test run takes: hypothesis remembers
-# all of them. A seed gives the same ones as long as this stays as it is.
+# Limit of examples per test and round, as a multiple of those in a test run: hypothesis keeps all
+# of them in memory. Changing it changes the examples of a seed.
 FACTOR = 25
 
-# What does not come back by then waits for something that does not come. What computes without end
-# is ended by its CPU time (tests/property/conftest.py): on a busy machine a process has little.
+# A round that takes longer is stuck waiting. Endless computation is limited by CPU time instead
+# (tests/property/conftest.py), as a process may get little of it on a busy machine.
 GRACE_SECONDS = 1200.0
 
 
 @dataclass(frozen=True)
 class Round:
-    """One run of pytest: ``output`` only where something was found, ``failed``: by which tests."""
+    """A run of pytest. ``output``: None if nothing was found. ``failed``: tests that failed."""
 
     target: str
     seed: int
@@ -52,13 +52,11 @@ class Round:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 if nothing was found, 1 if something was."""
+    """Run the targets; return 0 if nothing was found, else 1."""
     parser = argparse.ArgumentParser(prog="make fuzz")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, help="one round of each target with this seed")
-    parser.add_argument(
-        "--from", dest="origin", help="what the seeds follow from, instead of chance"
-    )
+    parser.add_argument("--from", dest="origin", help="derive the seeds from this text")
     parser.add_argument("targets", nargs="*", default=TARGETS, help="files, or tests in them")
     options = parser.parse_args(arguments)
     if "CI" not in os.environ:
@@ -76,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for one in found:
         print(f"\n{one.output}")
         for test in one.failed:
-            print(f"found; once more: make fuzz SEED={one.seed} ARGS={test}")
+            print(f"found; to repeat: make fuzz SEED={one.seed} ARGS={test}")
     total = sum(executions.values())
     print(f"{len(found) or 'nothing'} found in {len(rounds)} rounds, {total} executions")
     return 1 if found else 0
@@ -87,7 +85,7 @@ def _rounds(targets: Sequence[str], seconds: float, origin: str | None) -> list[
     deadline = time.monotonic() + seconds
     each = max(1, round(seconds * WORKERS / len(targets) / ROUND_SECONDS))
     rounds = [(target, chance.randrange(1 << 32)) for target in [*targets] * each]
-    # The last rounds have the time that the others leave.
+    # The last rounds get the time that the others have left.
     chance.shuffle(rounds)
     left = deque(rounds)
     done: list[Round] = []
@@ -111,7 +109,7 @@ def _rounds(targets: Sequence[str], seconds: float, origin: str | None) -> list[
 
 
 def one_round(target: str, seed: int, seconds: float | None) -> Round:
-    """Run one target; for its whole number of examples if ``seconds`` is None."""
+    """Run a target; with all of its examples if ``seconds`` is None."""
     began = time.monotonic()
     command = [sys.executable, "-m", "pytest", f"--hypothesis-seed={seed}", target]
     with tempfile.NamedTemporaryFile("r", prefix="kvmtrace-fuzz-") as report:

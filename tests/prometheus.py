@@ -1,4 +1,4 @@
-"""A real Prometheus on loopback for tests: scrapes one target every second and answers queries.
+"""A real Prometheus on loopback for tests: it scrapes a target every second, and takes queries.
 
 Needs only the standard library and Debian's ``prometheus`` package, so lab tests use it as well.
 """
@@ -23,7 +23,7 @@ from typing import Any, Self
 
 JOB = "kvmtrace"
 SCRAPE_SECONDS = 1
-SCRAPES_FAIL_SECONDS = 30  # for so long a query waits for a scrape that answers
+SCRAPES_FAIL_SECONDS = 30  # how long a query waits for a successful scrape
 
 _CONFIG = """
 global: {{scrape_interval: {interval}s, scrape_timeout: {interval}s, evaluation_interval: 1s}}
@@ -37,12 +37,12 @@ Sample = tuple[dict[str, str], float]
 
 
 def required() -> bool:
-    """CI and lab runs must not pass by skipping."""
+    """Whether tests that need Prometheus must not be skipped (CI and lab runs)."""
     return os.environ.get("CI") == "true" or os.environ.get("KVMTRACE_LAB") == "1"
 
 
 def missing(*tools: str) -> str | None:
-    """Why tests with ``tools`` ("prometheus", "promtool") cannot run here; None if they can."""
+    """Reason why tests with ``tools`` ("prometheus", "promtool") cannot run; None if they can."""
     absent = [tool for tool in tools if shutil.which(tool) is None]
     if not absent:
         return None
@@ -50,44 +50,44 @@ def missing(*tools: str) -> str | None:
 
 
 class Queries(ABC):
-    """What can be asked of a Prometheus, however it is reached."""
+    """Queries to a Prometheus, however it is reached."""
 
     @abstractmethod
     def query(self, expr: str) -> list[Sample]:
-        """An instant query now: [(labels, value)]; AssertionError with its words if refused."""
+        """Run an instant query: [(labels, value)]; AssertionError with its error if refused."""
 
     def log(self) -> str:
-        """The last of what it logged, where that is known."""
+        """The end of its log, "" if unknown."""
         return ""
 
     def value(self, expr: str) -> float | None:
-        """The value of a query with one sample; None where there is none."""
+        """The value of a query with at most one sample; None if there is none."""
         samples = self.query(expr)
         assert len(samples) <= 1, f"{expr}: {samples}"
         return samples[0][1] if samples else None
 
     def alerts(self) -> set[str]:
-        """Names of the alerts that fire now."""
+        """Names of the alerts that are firing."""
         return {labels["alertname"] for labels, _ in self.query('ALERTS{alertstate="firing"}')}
 
     def wait(self, what: Callable[[], object], seconds: float = 60) -> None:
-        """Until ``what`` is true; AssertionError after ``seconds``."""
+        """Wait until ``what`` is true; AssertionError after ``seconds``."""
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, f"not within {seconds} s; Prometheus: {self.log()}"
             time.sleep(SCRAPE_SECONDS / 5)
 
     def wait_for_scrapes(self, count: int, seconds: float = 60) -> None:
-        """Until ``count`` more scrapes have answered."""
+        """Wait for ``count`` more successful scrapes."""
         seen = f"count_over_time(up{{job='{JOB}'}}[1h])"
         start = self.value(seen) or 0
         self.wait(lambda: (self.value(seen) or 0) >= start + count, seconds)
 
 
 class Prometheus(Queries):
-    """``with Prometheus("127.0.0.1:9750") as p: p.query("up")``; ended on leaving, by its pid.
+    """``with Prometheus("127.0.0.1:9750") as p: p.query("up")``; it ends with the block.
 
-    ``rules``: rule files to evaluate. Data lives in a directory of its own, and goes with it.
+    ``rules``: rule files to evaluate. Its data is in a temporary directory.
     """
 
     def __init__(self, target: str, *rules: Path) -> None:
@@ -114,15 +114,15 @@ class Prometheus(Queries):
         self.stop()
 
     def query(self, expr: str) -> list[Sample]:
-        answer = self._get("query", query=expr, time=self._answered())["data"]
+        answer = self._get("query", query=expr, time=self._time_of_scrape())["data"]
         if answer["resultType"] == "scalar":
             return [({}, float(answer["result"][1]))]
         return [(one["metric"], float(one["value"][1])) for one in answer["result"]]
 
-    def _answered(self) -> str:
-        """A time, now or soon, at which the last scrape had answered (unless none does).
+    def _time_of_scrape(self) -> str:
+        """Wait for a time at which the last scrape was successful; give up after a while.
 
-        One that is late on a busy machine makes every series stale until the next.
+        A failed scrape, as on a busy machine, makes all series stale until the next one.
         """
         deadline = time.monotonic() + SCRAPES_FAIL_SECONDS
         while True:
@@ -136,7 +136,7 @@ class Prometheus(Queries):
         return self._log.read_text(errors="replace")[-2000:] if self._log.exists() else ""
 
     def stop(self) -> None:
-        """End it and remove its data; twice is fine."""
+        """End it and remove its data; may be called twice."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -159,7 +159,7 @@ class Prometheus(Queries):
                 interval=SCRAPE_SECONDS, rules=json.dumps(self._rules), job=JOB, target=self._target
             )
         )
-        # Somebody may take the port between our asking for a free one and Prometheus' binding it.
+        # Another process may take the free port before Prometheus binds it.
         for _ in range(5):
             address = f"127.0.0.1:{_free_port()}"
             self.url = f"http://{address}"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes a clone ready: system packages (Debian 12, 13; root or sudo) and the virtual environment
-# .venv with the development tools. Does only what is missing, and goes on where it was interrupted.
+# Prepares a clone: system packages (Debian 12, 13; root or sudo) and the virtual environment .venv
+# with the development tools. Does only what is missing; can be run again after an interruption.
 # Usage: sh tests/setup.sh [--no-system]
 set -eu
 cd "$(dirname "$0")/.."
@@ -12,7 +12,7 @@ say() { echo "setup: $*" >&2; }
 system() {
     had_prometheus=$(command -v prometheus || true)
     sh tests/lab/setup.sh prometheus tmux
-    # Tests start their own on a port of their own; Debian's package starts one for everybody.
+    # Tests start their own on a free port; disable the service that Debian's package has just started.
     if [ -z "$had_prometheus" ] && [ -d /run/systemd/system ]; then
         as_root=""
         [ "$(id -u)" = 0 ] || as_root=sudo
@@ -22,7 +22,7 @@ system() {
 
 fits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-# The distribution's own Python first: it is the one whose packages can be shared.
+# Prefer the distribution's Python: only it can share the distribution's packages.
 find_python() {
     for candidate in ${PYTHON:-} /usr/bin/python3 python3 python3.14 python3.13 python3.12 python3.11; do
         if fits "$candidate"; then
@@ -35,9 +35,9 @@ find_python() {
 }
 
 if [ "${1:-}" != --no-system ] && ! system; then
-    # Unit tests need none of it; CI must not pass without.
+    # Unit tests do not need them, but CI must not pass without.
     [ "${KVMTRACE_LAB:-}" != 1 ] || exit 1
-    say "going on without the system packages: the lab cannot run"
+    say "continuing without the system packages: the lab cannot run"
 fi
 
 wanted=$(cksum pyproject.toml)

@@ -1,10 +1,14 @@
-"""Whether the kvm module is loaded, and whether it is still the same one."""
+"""Which of kvm's modules are loaded, and whether they are still the same ones."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 
 _KVM = "/sys/module/kvm"
+_MODULES = ("kvm", "kvm_amd", "kvm_intel")
+_SETTLE_SECONDS = 10.0
 
 
 def load_number() -> int | None:
@@ -19,3 +23,46 @@ def load_number() -> int | None:
     except OSError:
         # Built in: the directory has parameters only. Just unloaded: there is no directory.
         return number if os.path.isdir(_KVM) else None
+
+
+def loaded() -> tuple[str, ...]:
+    """The modules that are loaded, each with a number that changes when it is loaded again."""
+    found = []
+    for module in _MODULES:
+        with contextlib.suppress(OSError):
+            number = os.stat(f"/sys/module/{module}").st_ino
+            if _is_live(module):
+                found.append(f"{module}:{number}")
+    return tuple(found)
+
+
+class Settling:
+    """Waits until kvm's modules stay as they are; call ``is_over`` now and then.
+
+    They come and go one after the other. Programs that are compiled for a state in between seem to
+    fit and have to be made anew, and events are lost meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._seen = loaded()
+        self._end = time.monotonic() + _SETTLE_SECONDS
+
+    def is_over(self) -> bool:
+        """Whether nothing has changed since the last call; True after ten seconds anyway."""
+        before, self._seen = self._seen, loaded()
+        settled = before == self._seen and not _is_changing()
+        return settled or time.monotonic() >= self._end
+
+
+def _is_changing() -> bool:
+    """Whether a module is being loaded or unloaded."""
+    return any(os.path.exists(f"/sys/module/{one}") and not _is_live(one) for one in _MODULES)
+
+
+def _is_live(module: str) -> bool:
+    """Whether a module is loaded completely and not being unloaded (built in: always)."""
+    try:
+        with open(f"/sys/module/{module}/initstate") as file:
+            return file.read().strip() == "live"
+    except FileNotFoundError:
+        return True

@@ -50,6 +50,20 @@ EMIT_WINDOW_NS = 100_000_000
 SIGNAL_BURST = 200  # records of one signal key in one SIGNAL_WINDOW_NS
 SIGNAL_WINDOW_NS = 1_000_000_000
 
+IN_C = (
+    "RING_PAGES",
+    "MAX_KEYS",
+    "MAX_OVERFLOW",
+    "EMIT_INTERVAL_NS",
+    "EMIT_BURST",
+    "EMIT_WINDOW_NS",
+    "SIGNAL_BURST",
+    "SIGNAL_WINDOW_NS",
+)
+"""Names of those that the C code has as macros."""
+
 # -- bpf: in Python
 
-BPF_SIGNAL_WAIT_NS = 500_000_000  # until the fault that a signal was sent from has returned
+# A signal is held back for the fault that it was sent from, which adds the gfn. The fault returns
+# right after, but its thread may have to wait for a CPU in between.
+BPF_SIGNAL_WAIT_NS = 500_000_000

@@ -1,1 +1,1 @@
-"""The lab: disposable machines with a working /dev/kvm, whatever the host."""
+"""The lab: disposable emulated machines with a working /dev/kvm, on any host."""

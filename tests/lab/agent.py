@@ -1,10 +1,10 @@
-"""What runs in the machine: starts programs for the host and passes their bytes on.
+"""The agent, process 1 of a machine: starts programs for the host and forwards their output.
 
-Process 1 of the machine. It talks JSON lines over a virtio-serial port. The host sends `start`,
-`stdin`, `signal`, `resize`; the agent answers with `out`, `err` and `exit` for each job. When the
-host closes the port, the machine powers off: nothing outlives the one who started it.
+It exchanges JSON lines with the host over a virtio-serial port. The host sends `start`, `stdin`,
+`signal` and `resize`; the agent sends `out`, `err` and `exit` for each job. When the host closes
+the port, the machine powers off, so that no machine outlives the process that booted it.
 
-Only the standard library, and Python 3.11 or newer: it runs in every root the lab has.
+It needs Python 3.11 and the standard library only: every root of the lab has these.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ENVIRONMENT = {
 
 
 class Job:
-    """One program: its process and the descriptors of its input and output."""
+    """A program: its process and the descriptors of its input and output."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         command = request["command"]
@@ -75,7 +75,7 @@ class Job:
         self.eof = False
 
     def feed(self) -> None:
-        """Give the program what it takes of its input now: it may not be reading at all."""
+        """Write as much pending input as the program takes now; it may not be reading at all."""
         try:
             while self.pending:
                 self.pending = self.pending[os.write(self.input, self.pending) :]
@@ -88,14 +88,14 @@ class Job:
             self.eof = False
 
     def close_input(self) -> None:
-        """End of input for the program."""
+        """Close the program's input."""
         if self.input >= 0:
             os.close(self.input)
             self.input = -1
 
 
 def own(pipe: IO[bytes] | None) -> int:
-    """The descriptor of a pipe, ours to close."""
+    """Return a descriptor of the pipe that the caller has to close."""
     assert pipe is not None
     descriptor = os.dup(pipe.fileno())
     pipe.close()
@@ -103,12 +103,12 @@ def own(pipe: IO[bytes] | None) -> int:
 
 
 def take_terminal() -> None:
-    """In a new program: the terminal on its input is the one that controls it."""
+    """Make the terminal on stdin the controlling one (runs in the new program)."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def set_size(terminal: int, size: list[int]) -> None:
-    """Give a terminal its rows and columns; its programs get SIGWINCH."""
+    """Set the rows and columns of a terminal; its programs get SIGWINCH."""
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", size[0], size[1], 0, 0))
 
 
@@ -120,26 +120,26 @@ class Agent:
         self.jobs: dict[int, Job] = {}
         self.selector = selectors.DefaultSelector()
 
-    def tell(self, **message: object) -> None:
+    def send(self, **message: object) -> None:
         """Send one line to the host."""
         data = json.dumps(message).encode() + b"\n"
         while data:
             data = data[os.write(self.port, data) :]
 
     def start(self, identity: int, request: dict[str, Any]) -> None:
-        """Start a job; one that cannot be started ends at once as a shell would say it."""
+        """Start a job; if that fails, report status 127 and the error, as a shell does."""
         try:
             job = Job(request)
         except OSError as error:
-            self.tell(id=identity, err=base64.b64encode(f"{error}\n".encode()).decode())
-            self.tell(id=identity, exit=127)
+            self.send(id=identity, err=base64.b64encode(f"{error}\n".encode()).decode())
+            self.send(id=identity, exit=127)
             return
         self.jobs[identity] = job
         for stream, descriptor in job.outputs.items():
             self.selector.register(descriptor, selectors.EVENT_READ, (identity, stream))
 
-    def obey(self, request: dict[str, Any]) -> None:
-        """Do what one line of the host asks."""
+    def handle(self, request: dict[str, Any]) -> None:
+        """Carry out one request of the host."""
         identity = request["id"]
         if request["op"] == "start":
             self.start(identity, request)
@@ -159,25 +159,25 @@ class Agent:
             pass  # the program has just ended; its exit is on the way
 
     def pump(self, identity: int, stream: str, descriptor: int) -> None:
-        """Pass on what a job printed."""
+        """Forward output of a job."""
         try:
             data = os.read(descriptor, CHUNK)
         except OSError:  # a pty whose programs have ended
             data = b""
         if data:
-            self.tell(id=identity, **{stream: base64.b64encode(data).decode()})
+            self.send(id=identity, **{stream: base64.b64encode(data).decode()})
         else:
             self.selector.unregister(descriptor)
             os.close(descriptor)
             del self.jobs[identity].outputs[stream]
 
     def drain(self, identity: int, job: Job) -> None:
-        """Pass on what is left in the pipes of a job that has ended."""
+        """Forward what is left in the pipes of a job that has ended."""
         for stream, descriptor in list(job.outputs.items()):
             os.set_blocking(descriptor, False)
             try:
                 while data := os.read(descriptor, CHUNK):
-                    self.tell(id=identity, **{stream: base64.b64encode(data).decode()})
+                    self.send(id=identity, **{stream: base64.b64encode(data).decode()})
             except OSError:
                 pass  # empty, or held open by a program left in the background
             self.selector.unregister(descriptor)
@@ -191,17 +191,17 @@ class Agent:
             if status is not None:
                 self.drain(identity, job)
                 del self.jobs[identity]
-                self.tell(id=identity, exit=status)
+                self.send(id=identity, exit=status)
 
     def serve(self) -> None:
-        """Until the host closes the port."""
+        """Handle requests and output until the host closes the port."""
         wake, woken = os.pipe()
         os.set_blocking(woken, False)
         signal.set_wakeup_fd(woken)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self.selector.register(self.port, selectors.EVENT_READ, None)
         self.selector.register(wake, selectors.EVENT_READ, None)
-        self.tell(ready=os.uname().release)
+        self.send(ready=os.uname().release)
         pending = b""
         while True:
             waiting = any(job.pending or job.eof for job in self.jobs.values())
@@ -212,7 +212,7 @@ class Agent:
                         return
                     *lines, pending = (pending + data).split(b"\n")
                     for line in lines:
-                        self.obey(json.loads(line))
+                        self.handle(json.loads(line))
                 elif key.fd == wake:
                     os.read(wake, CHUNK)
                 else:
@@ -225,7 +225,7 @@ class Agent:
 
 
 def open_port() -> int:
-    """The port to the host, by its name: its number depends on the machine."""
+    """Open the port to the host; it is found by name, as its number differs by machine."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for name in Path("/sys/class/virtio-ports").glob("*/name"):
@@ -236,7 +236,7 @@ def open_port() -> int:
 
 
 def main() -> None:
-    """Serve in a child; as process 1, reap what is orphaned and end with the child."""
+    """Serve in a child; process 1 reaps orphans and powers off when the child ends."""
     child = os.fork()
     if child == 0:
         os.setsid()

@@ -1,7 +1,7 @@
-"""What kvmtrace costs, measured in one run in the lab: ``python -m tests.lab.bench`` (make bench).
+"""Cost of kvmtrace, measured in one run in the lab: ``python -m tests.lab.bench`` (make bench).
 
-Numbers of an emulated machine on a shared host say little by themselves; the ratios of one run do.
-Every way of watching gets its turn in every round, so that a noisy minute hits all of them.
+Absolute numbers of an emulated machine on a shared host mean little; the ratios within one run do.
+Each round measures every way of watching, so that a noisy minute affects all of them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from tests.lab import asked, idle
+from tests.lab import bench_idle, bench_scrapes
 from tests.lab.errors import status_of
 from tests.lab.harness import PATIENCE, Vmm
 from tests.lab.machine import DEFAULT, Job, Machine
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 from tests.lab.readme import keep, save
 
 _Stream = Literal["stdout", "stderr"]
 
-# The run probe as someone would write it by hand.
+# The equivalent of the `run` probe, written by hand.
 _BPFTRACE = {
     "bpftrace fexit": "fexit:kvm:kvm_arch_vcpu_ioctl_run /retval < 0/ "
     "{ @[retval, args.vcpu->vcpu_id] = count(); }",
@@ -65,7 +65,7 @@ def _bpftrace(program: str) -> Callable[[Machine], Any]:
 
 
 def overhead(machine: Machine, exits: int, rounds: int) -> list[str]:
-    """KVM_RUN exits per second by way of watching; ratios to nothing attached."""
+    """Measure KVM_RUN exits per second by way of watching, with the ratio to nothing attached."""
     ways: dict[str, Callable[[Machine], Any]] = {"nothing attached": _nothing}
     ways |= {f"kvmtrace {source}": _kvmtrace(source) for source in ("bpf", "ftrace")}
     ways |= {name: _bpftrace(program) for name, program in _BPFTRACE.items()}
@@ -79,7 +79,9 @@ def overhead(machine: Machine, exits: int, rounds: int) -> list[str]:
                 began = vmm.step("pid")["mono_ns"]
                 ended = vmm.step(f"pio v {exits}", patience=10 * PATIENCE)["mono_ns"]
             rates[name].append(exits * 1e9 / (ended - began))
-            say(f"bench: round {number + 1} of {rounds}: {name}: {rates[name][-1]:,.0f} exits/s")
+            print_status(
+                f"bench: round {number + 1} of {rounds}: {name}: {rates[name][-1]:,.0f} exits/s"
+            )
     vmm.end()
     base = statistics.median(rates["nothing attached"])
     rows = ["| watching by | KVM_RUN exits/s (median) | ratio |", "|---|---|---|"]
@@ -98,7 +100,7 @@ def _rss_mib(machine: Machine, job_pattern: str) -> str:
 
 
 def footprint(machine: Machine, repeats: int) -> list[str]:
-    """Seconds from start to the first sample, and memory then, by command and source."""
+    """Measure seconds from start to the first sample, and RSS then, by command and source."""
     rows = ["| command | source | start to first sample | RSS |", "|---|---|---|---|"]
     for source in ("bpf", "ftrace"):
         commands: tuple[tuple[str, str, _Stream, tuple[int, int] | None], ...] = (
@@ -117,12 +119,12 @@ def footprint(machine: Machine, repeats: int) -> list[str]:
                 job.signal(signal.SIGTERM)
                 job.wait(PATIENCE)
             rows.append(f"| {name} | {source} | {statistics.median(times):.1f} s | {rss} |")
-            say(f"bench: {rows[-1]}")
+            print_status(f"bench: {rows[-1]}")
     return rows
 
 
 def storm_cost(machine: Machine, rounds: int) -> list[str]:
-    """kvmtrace's own CPU time while a VMM takes ``rounds`` memory faults as fast as it can."""
+    """Measure kvmtrace's CPU time while a VMM takes ``rounds`` memory faults at full speed."""
     rows = ["| a storm, by source | faults/s | kvmtrace's CPU |", "|---|---|---|"]
     for source in ("bpf", "ftrace"):
         with _running(machine, f"kvmtrace events --json --source {source}", "watching", "stderr"):
@@ -135,7 +137,7 @@ def storm_cost(machine: Machine, rounds: int) -> list[str]:
             spent = _cpu_seconds(machine) - before
             vmm.end()
         rows.append(f"| {source} | {rounds / took:,.0f} | {100 * spent / took:.1f} % of a CPU |")
-        say(f"bench: {rows[-1]}")
+        print_status(f"bench: {rows[-1]}")
     return rows
 
 
@@ -150,7 +152,7 @@ def main() -> int:
     parser.add_argument("--exits", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--storm", type=int, default=100_000)
-    parser.add_argument("--readme", action="store_true", help="keep the result in docs/costs.md")
+    parser.add_argument("--readme", action="store_true", help="write the result into docs/costs.md")
     options = parser.parse_args()
     with Machine.boot(DEFAULT) as machine:
         where = (
@@ -163,7 +165,7 @@ def main() -> int:
             storm_cost(machine, options.storm),
             footprint(machine, 3),
         ]
-    parts += [asked.measure(8), idle.measure()]
+    parts += [bench_scrapes.measure(8), bench_idle.measure()]
     text = "\n\n".join("\n".join(part) for part in parts)
     print(text)
     save("bench", text)

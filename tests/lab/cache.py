@@ -1,8 +1,8 @@
-"""A cache of things that are slow to make: built once, complete or absent, shared by processes.
+"""A cache of things that are slow to make: built once and shared by processes.
 
-An entry is a directory named after what it is and a digest of what it was made from. It is built
-beside its final place and renamed into it, so an interrupted build leaves nothing that could be
-taken for a finished one, and a lock keeps two processes from building the same thing.
+An entry is a directory named after its kind and a digest of its inputs. It is built under a
+temporary name and then renamed, so an entry is complete or absent even if a build is interrupted. A
+lock keeps two processes from building the same entry.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 
 
 def directory() -> Path:
-    """Where everything the lab keeps lives: KVMTRACE_LAB_CACHE, or below the user's cache."""
+    """The cache's directory: KVMTRACE_LAB_CACHE, else kvmtrace-lab in the user's cache."""
     chosen = os.environ.get("KVMTRACE_LAB_CACHE")
     if chosen:
         path = Path(chosen)
@@ -33,29 +33,29 @@ def directory() -> Path:
 
 
 def digest(*inputs: object) -> str:
-    """A short name for `inputs`, the same in every process."""
+    """Hash `inputs` to a short name that is the same in every process."""
     text = json.dumps(inputs, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @contextmanager
 def lock(name: str) -> Iterator[None]:
-    """Hold the lock called `name`; waits for its holder, in any process."""
+    """Hold the lock called `name`; wait while another process holds it."""
     locks = directory() / "locks"
     locks.mkdir(exist_ok=True)
     with (locks / name).open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process to finish {name}")
+            print_status(f"waiting for another process to finish {name}")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
 def entry(kind: str, key: str, build: Callable[[Path], None], *, keep: int = 2) -> Path:
-    """The directory of `kind` made from `key`, filled by `build(directory)` if it is not there.
+    """Return the directory of `kind` for `key`; `build(directory)` fills it if it is missing.
 
-    The last `keep` generations stay: a machine may be running on an older one.
+    The newest `keep` generations are kept: a machine may be running on an older one.
     """
     final = directory() / f"{kind}@{key}"
     if not final.is_dir():

@@ -1,4 +1,4 @@
-"""The host's end of the agent's port: jobs in the machine, their bytes and their exit."""
+"""The host's end of the agent's port: jobs in the machine, their output and exit status."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POLL = 0.2
 
 
 class Channel:
-    """A connection to the agent; a thread reads, `changed` wakes those who wait."""
+    """A connection to the agent. A thread reads from it; `changed` wakes waiting threads."""
 
     def __init__(self, connection: socket.socket, alive: Callable[[], None]) -> None:
         self.connection = connection
@@ -51,17 +51,17 @@ class Channel:
             self.changed.notify_all()
 
     def send(self, **message: object) -> None:
-        """One line to the agent."""
+        """Send one line to the agent; LabError if the machine is gone."""
         data = json.dumps(message).encode() + b"\n"
         try:
             with self._sending:
                 self.connection.sendall(data)
         except OSError as error:
             self.alive()
-            raise LabError(f"the machine does not listen any more: {error}") from error
+            raise LabError(f"the machine closed its connection: {error}") from error
 
     def wait(self, done: Callable[[], bool], timeout: float, what: str) -> None:
-        """Until `done()`; raises when time is up or the machine has died."""
+        """Wait until `done()`; raise LabTimeout in time, or LabError if the machine has died."""
         deadline = time.monotonic() + timeout
         with self.changed:
             while not done():
@@ -90,7 +90,7 @@ class Channel:
         return job
 
     def close(self) -> None:
-        """Hang up; the agent then powers the machine off."""
+        """Close the connection; the agent then powers the machine off."""
         self.connection.close()
 
 
@@ -112,7 +112,7 @@ class Job:
         self.on_output = on_output
 
     def take(self, message: dict[str, object]) -> None:
-        """What the agent said about this job."""
+        """Take in a message of the agent about this job."""
         if "exit" in message:
             self.status = int(str(message["exit"]))
         for stream in self.output.keys() & message.keys():
@@ -136,27 +136,27 @@ class Job:
         return self.status
 
     def send(self, text: str | bytes) -> None:
-        """Text to its standard input."""
+        """Write to its standard input."""
         data = text.encode() if isinstance(text, str) else text
-        self._ask("stdin", data=base64.b64encode(data).decode())
+        self._request("stdin", data=base64.b64encode(data).decode())
 
     def close_stdin(self) -> None:
-        """End of its standard input."""
-        self._ask("stdin", eof=True)
+        """Close its standard input."""
+        self._request("stdin", eof=True)
 
     def signal(self, number: int) -> None:
-        """A signal to it and to the programs it started."""
-        self._ask("signal", signal=int(number))
+        """Send a signal to it and to the programs that it started."""
+        self._request("signal", signal=int(number))
 
     def resize(self, rows: int, columns: int) -> None:
-        """Another size for its terminal."""
-        self._ask("resize", size=[rows, columns])
+        """Change the size of its terminal."""
+        self._request("resize", size=[rows, columns])
 
-    def _ask(self, operation: str, **more: object) -> None:
+    def _request(self, operation: str, **more: object) -> None:
         self.channel.send(op=operation, id=self.identity, **more)
 
     def wait(self, timeout: float = 60) -> int:
-        """Its exit status, when it ends in time."""
+        """Wait for its exit status; LabTimeout if it does not end in time."""
         self.channel.wait(lambda: self.status is not None, timeout, f"end of `{self.command}`")
         assert self.status is not None
         return self.status
@@ -167,7 +167,7 @@ class Job:
         timeout: float = 60,
         stream: Stream = "stdout",
     ) -> str:
-        """Until its output matches a regular expression or satisfies a callable; the output."""
+        """Wait until its output matches a regular expression or a callable; return the output."""
 
         def text() -> str:
             return self.stdout if stream == "stdout" else self.stderr
@@ -195,10 +195,10 @@ class Job:
         return text()
 
     def tail(self) -> str:
-        """The end of what it printed, for messages."""
+        """The end of its output, for messages."""
         return f"stdout ends {self.stdout[-500:]!r}, stderr ends {self.stderr[-500:]!r}"
 
     def kill(self) -> None:
-        """End it for certain; nothing if it has ended."""
+        """Send it SIGKILL unless it has ended."""
         if self.status is None:
             self.signal(signal.SIGKILL)

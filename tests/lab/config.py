@@ -1,4 +1,4 @@
-"""kernels.toml as objects."""
+"""The contents of kernels.toml."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROJECT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Arch:
-    """How QEMU is to look for one architecture."""
+    """How to run QEMU for an architecture."""
 
     name: str
     qemu: str
@@ -33,13 +33,13 @@ class Arch:
 
     @property
     def foreign(self) -> bool:
-        """Whether this host cannot run its programs."""
+        """Whether this host cannot run programs of the architecture."""
         return self.name != host_arch()
 
 
 @dataclass(frozen=True)
 class Root:
-    """A root file system: a suite and what is installed."""
+    """A root file system: a Debian suite and the packages installed in it."""
 
     name: str
     suite: str
@@ -48,10 +48,10 @@ class Root:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the matrix: a kernel and the root it runs.
+    """A kernel of kernels.toml and the root that it runs.
 
-    ``modules``: its module package is needed. Without, it is taken where the suite has none, and
-    the machine has its root in its initramfs.
+    ``modules``: False for a kernel whose module package the suite no longer has; the machine's root
+    is then its initramfs.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Row:
 
 @functools.cache
 def host_arch() -> str:
-    """Debian's name of this host's architecture."""
+    """Debian's name for this host's architecture."""
     return programs.output(["dpkg", "--print-architecture"]).strip()
 
 
@@ -79,7 +79,7 @@ def _keywords(table: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def rows() -> dict[str, Row]:
-    """Every kernel of kernels.toml by name."""
+    """All kernels of kernels.toml by name."""
     data = tomllib.loads(FILE.read_text())
     arches = {name: Arch(name=name, **_keywords(table)) for name, table in data["arch"].items()}
     roots = {name: Root(name=name, **_keywords(table)) for name, table in data["roots"].items()}
@@ -93,7 +93,7 @@ def rows() -> dict[str, Row]:
 
 
 def row(name: str) -> Row:
-    """The kernel called `name`."""
+    """The kernel called `name`; LabError if there is none."""
     try:
         return rows()[name]
     except KeyError:

@@ -1,7 +1,7 @@
-"""Fixtures for tests that run in a machine, and the switch KVMTRACE_LAB.
+"""Fixtures for tests that run in a machine, and the environment variable KVMTRACE_LAB.
 
-Unset: they run where the lab can start, and are skipped with the reason where it cannot. "1": a
-lab that cannot start is a failure, so that no green run has skipped it. "0": never.
+Unset: these tests run if the lab can start, else they are skipped with the reason. "1": a lab that
+cannot start is a failure, so that no green run has skipped it. "0": they are always skipped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.lab.errors import LabError
-from tests.lab.harness import PATIENCE, followers
+from tests.lab.harness import PATIENCE, followed_jobs
 from tests.lab.machine import DEFAULT, Machine, prepare
 
 SWITCH = os.environ.get("KVMTRACE_LAB", "")
@@ -24,7 +24,7 @@ Boot = Callable[..., Machine]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """KVMTRACE_LAB=0 skips what is marked `lab`."""
+    """Skip tests marked `lab` if KVMTRACE_LAB=0."""
     if SWITCH == "0":
         for item in items:
             if item.get_closest_marker("lab"):
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @contextmanager
 def needed() -> Iterator[None]:
-    """What the lab cannot get (LabError): skips the test, or fails it where the lab must run."""
+    """Skip the test on LabError, or fail it if the lab must run."""
     try:
         yield
     except LabError as error:
@@ -46,7 +46,7 @@ def needed() -> Iterator[None]:
 
 
 def prepared(config: pytest.Config, kernel: str) -> None:
-    """Make sure that `kernel` can be booted; downloading it may take minutes, so show it."""
+    """Prepare `kernel`; progress is printed, as downloads may take minutes."""
     capture = config.pluginmanager.get_plugin("capturemanager")
     with needed():
         if capture is None:
@@ -58,7 +58,7 @@ def prepared(config: pytest.Config, kernel: str) -> None:
 
 @pytest.fixture
 def boot(pytestconfig: pytest.Config) -> Iterator[Boot]:
-    """Boot machines of one's own: `boot("trixie", modules=())`; they end with the test."""
+    """Boot machines for this test only: `boot("trixie", modules=())`."""
     with ExitStack() as machines:
 
         def booted(kernel: str = DEFAULT, **options: Any) -> Machine:
@@ -69,7 +69,7 @@ def boot(pytestconfig: pytest.Config) -> Iterator[Boot]:
 
 
 class Shared:
-    """The machine that tests of a session share; a new one when it has died."""
+    """The machine that the tests of a session share; it is replaced if it has died."""
 
     def __init__(self) -> None:
         self.machine: Machine | None = None
@@ -89,7 +89,7 @@ class Shared:
 
 @pytest.fixture(scope="session")
 def shared_machine(pytestconfig: pytest.Config) -> Iterator[Shared]:
-    """For fixtures that outlive a test; tests take `machine`."""
+    """The shared machine for fixtures that outlive a test; tests take `machine`."""
     prepared(pytestconfig, DEFAULT)
     shared = Shared()
     yield shared
@@ -98,16 +98,16 @@ def shared_machine(pytestconfig: pytest.Config) -> Iterator[Shared]:
 
 @pytest.fixture
 def machine(shared_machine: Shared) -> Iterator[Machine]:
-    """The newest kernel, booted once for the session: leave it as you found it.
+    """The newest kernel, booted once for the session; tests must leave it as they found it.
 
-    Programs that a test which failed left running are ended: the next one is not to see them.
+    Programs that a failed test left running are ended, so that the next test does not see them.
     """
     machine = shared_machine.get()
     before = set(machine.channel.jobs)
     yield machine
     if not machine.alive:
         return
-    followed = followers(machine)
+    followed = followed_jobs(machine)
     for identity, job in list(machine.channel.jobs.items()):
         if identity not in before and job not in followed and job.poll() is None:
             job.signal(signal.SIGTERM)

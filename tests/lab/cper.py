@@ -1,8 +1,8 @@
-"""Hardware errors as firmware reports them to the kernel: CPER records for QEMU's injection.
+"""Hardware errors as firmware reports them: CPER records that QEMU injects.
 
 A record is a Generic Error Status Block with one section (ACPI 6.5, 18.3.2.7.1; the sections: UEFI
-2.10, appendix N.2). QEMU puts it where firmware would and raises the interrupt that a GHES has;
-from there on the kernel does what it does on hardware.
+2.10, appendix N.2). QEMU writes it where firmware would and raises the GHES interrupt; the kernel
+then handles it as on real hardware.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ ARM_PROCESSOR = uuid.UUID("e19e3d16-bc11-11e4-9caa-c2051d5d46b0")
 UNKNOWN = uuid.UUID("6b766d74-7261-6365-2d6c-61622d746573")
 
 THRESHOLD_EXCEEDED = 1 << 3
-"""Flag of a section: more corrected errors there than firmware tolerates."""
+"""Flag of a section: the number of corrected errors exceeds the firmware's threshold."""
 
 PACE = 1.6
-"""Seconds between two records: the kernel looks at one before QEMU may write the next."""
+"""Seconds between two records: the kernel has to read one before QEMU writes the next."""
 
 _UNCORRECTABLE, _CORRECTABLE, _ONE_ENTRY = 1 << 0, 1 << 1, 1 << 4
 
 
 class Severity(IntEnum):
-    """In CPER's numbers."""
+    """Severities by CPER's numbers."""
 
     RECOVERABLE = 0
     FATAL = 1
@@ -39,7 +39,7 @@ class Severity(IntEnum):
 
 @dataclass(frozen=True)
 class Dimm:
-    """Where a memory error was, as far as firmware says so."""
+    """Location of a memory error as firmware reports it."""
 
     node: int
     card: int
@@ -48,7 +48,7 @@ class Dimm:
 
 
 def memory(address: int, *, dimm: Dimm | None = None) -> bytes:
-    """A memory error section: `address` is physical, exact to 64 bytes."""
+    """Build a memory error section; `address` is physical and exact to 64 bytes."""
     valid = 1 << 1 | 1 << 2  # physical address and its mask
     node = card = module = handle = 0
     if dimm is not None:
@@ -63,9 +63,9 @@ def memory(address: int, *, dimm: Dimm | None = None) -> bytes:
 
 
 def arm_processor(address: int) -> bytes:
-    """An Arm processor error section: a cache error at a physical address, behind a TLB's.
+    """Build an Arm processor error section: a TLB error, then a cache error at `address`.
 
-    The kernel takes only the cache's page out of use.
+    The kernel poisons only the page of the cache error.
     """
     tlb, cache = 1 << 2, 1 << 1
     infos = b"".join(
@@ -77,7 +77,7 @@ def arm_processor(address: int) -> bytes:
 
 
 def record(kind: uuid.UUID, section: bytes, severity: Severity, flags: int = 0) -> bytes:
-    """The whole block around a section."""
+    """Build the status block around a section."""
     entry = struct.pack(
         "<16sIHBBI16s20sQ", kind.bytes_le, severity, 0x300, 0, flags, len(section), b"", b"", 0
     )
@@ -89,7 +89,7 @@ def record(kind: uuid.UUID, section: bytes, severity: Severity, flags: int = 0) 
 def inject(
     machine: Machine, kind: uuid.UUID, section: bytes, severity: Severity, flags: int = 0
 ) -> None:
-    """Have firmware notify the machine's kernel, and leave it the time to take it up."""
+    """Inject a record and give the kernel time to read it."""
     cper = base64.b64encode(record(kind, section, severity, flags)).decode()
     machine.qmp("inject-ghes-v2-error", cper=cper)
     time.sleep(PACE)
@@ -103,5 +103,5 @@ def memory_error(
     flags: int = 0,
     dimm: Dimm | None = None,
 ) -> None:
-    """A memory error at a physical address."""
+    """Inject a memory error at a physical address."""
     inject(machine, MEMORY, memory(address, dimm=dimm), severity, flags)

@@ -1,7 +1,7 @@
-"""`make demo-hw`: memory fails in (virtual) hardware, and `top` and `explain` show what came of it.
+"""`make demo-hw`: (virtual) memory hardware fails; `top` and `explain` show the consequences.
 
-An arm64 host with firmware that reports errors. `kvmtrace serve` watches from the start, as it does
-on a real host; `top` and then `explain` read what it saw.
+The machine is an arm64 host whose firmware reports errors. `kvmtrace serve` runs from the start, as
+on a real host; `top` and then `explain` connect to it.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ import sys
 from collections.abc import Callable, Iterator
 
 from tests.lab import cper
-from tests.lab.demo import DRESSING_ROOM, FOREVER, Step, Story, steps
+from tests.lab.demo import DISGUISES, FOREVER, Step, Story, steps
 from tests.lab.errors import status_of
-from tests.lab.harness import PATIENCE
+from tests.lab.harness import PATIENCE, start_serve
 from tests.lab.machine import Machine, prepare
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 
 KERNEL = "arm64-newest"
 
 INTRODUCTION = """\
-lab: two VMs run in the machine, and its memory controller reports errors while you watch:
-lab:   web-1 (dressed as QEMU)        loses a page, and its vCPU stops
-lab:   db-1 (anonymous memory)        has a page moved in time, loses another, and copes
-lab: in `kvmtrace top`: tab and enter to look closer, ? for help, q to end"""
+lab: two VMs run in the machine, whose memory controller will report errors:
+lab:   web-1 (disguised as QEMU)    loses a page, and its vCPU stops
+lab:   db-1 (anonymous memory)      one page is moved in time; another is lost and replaced
+lab: in `kvmtrace top`: tab and enter for details, ? for help, q to quit"""
 
-DIMM = cper.Dimm(node=0, card=0, module=1, handle=0x1100)  # the handle that QEMU's SMBIOS has
+DIMM = cper.Dimm(node=0, card=0, module=1, handle=0x1100)  # the handle in QEMU's SMBIOS
 
 
 class HardwareStory(Story):
-    """Errors come from the memory controller; what follows is the kernel's."""
+    """The memory controller reports errors, and the kernel handles them."""
 
     def start_vms(self) -> None:
-        """Two VMs, whose second vCPU has ordinary work."""
-        qemu = f"{DRESSING_ROOM}/qemu-system-aarch64 -uuid 7f6b8a52-3c1d-4c9e-9a44-0d2f5e6b7c81"
+        """Start two VMs, whose second vCPUs make ordinary exits."""
+        qemu = f"{DISGUISES}/qemu-system-aarch64 -uuid 7f6b8a52-3c1d-4c9e-9a44-0d2f5e6b7c81"
         for name, how, backing in (("web-1", qemu, "gmem"), ("db-1", "vmm", "anon")):
             touched = [f"touch v +{page}" for page in (5, 6, 7)]
             ordinary = f"pio v {FOREVER} gap_us=100000 vcpu=1 bg=1"
@@ -49,20 +49,23 @@ class HardwareStory(Story):
                 self._fails("web-1", 5, corrected),
             )
         yield (
-            "web-1: it cannot correct the next one; the kernel poisons the page",
+            "web-1: the next error is uncorrected; the kernel poisons the page",
             self._fails("web-1", 5, lost),
         )
         yield (
-            "db-1: too many corrected errors in a page; the kernel moves it away",
+            "db-1: too many corrected errors in a page; the kernel moves its contents",
             self._fails("db-1", 6, corrected, cper.THRESHOLD_EXCEEDED),
         )
         yield "web-1: its guest touches the page; the VMM is notified", steps(web, "touch v +5")
-        yield "db-1: a page is lost", self._fails("db-1", 7, lost)
         yield (
-            "db-1: its guest touches it; the VMM gets a SIGBUS, maps new memory and goes on",
+            "db-1: an uncorrected error; the kernel poisons the page",
+            self._fails("db-1", 7, lost),
+        )
+        yield (
+            "db-1: its guest touches the page; the VMM gets a SIGBUS and maps new memory",
             steps(db, "touch v +7", "remap v +7", f"pio v {FOREVER} gap_us=100000 bg=1"),
         )
-        yield "and then?", lambda: self._machine.run("sleep 8")
+        yield "kvmtrace observes what the VMMs do", lambda: self._machine.run("sleep 8")
 
     def _fails(
         self, name: str, page: int, severity: cper.Severity, flags: int = 0
@@ -75,23 +78,23 @@ class HardwareStory(Story):
         return fail
 
 
-def shown(machine: Machine, *, live: bool) -> int:
-    """`top`, on this terminal until the person quits or once at the end, and `explain`."""
-    tell = (lambda _: None) if live else (lambda text: say(f"  {text}"))
-    story = HardwareStory(machine, tell)
+def show(machine: Machine, *, live: bool) -> int:
+    """Run `top`, live or once at the end, then `explain`; return the exit status."""
+    announce = (lambda _: None) if live else (lambda text: print_status(f"  {text}"))
+    story = HardwareStory(machine, announce)
     story.start_vms()
     if live:
         print(INTRODUCTION, file=sys.stderr)
-        with story.told():
+        with story.running():
             status = machine.attach("exec kvmtrace top")
         if status:
             return status
     else:
-        say("no terminal: the final table will be printed")
-        with story.told():
+        print_status("no terminal: only the final table is printed")
+        with story.running():
             machine.channel.wait(lambda: story.ended, PATIENCE * 5, "end of the story")
         _print(machine, "kvmtrace top --once")
-    say("kvmtrace explain web-1")
+    print_status("kvmtrace explain web-1")
     _print(machine, "kvmtrace explain web-1")
     return 0
 
@@ -104,20 +107,19 @@ def _print(machine: Machine, command: str) -> None:
 
 
 def main() -> int:
-    """Boot, and show."""
+    """Boot a machine and run the demo in it."""
     parser = argparse.ArgumentParser(prog="python -m tests.lab.demo_hw", description=__doc__)
     parser.add_argument("--source", choices=("auto", "bpf", "ftrace"), default="auto")
     parser.add_argument("--kernel", default=KERNEL, metavar="NAME")
     chosen = parser.parse_args()
-    say("preparing (the first time that means minutes of downloads and building) ...")
+    print_status("preparing (the first run downloads and builds for minutes) ...")
     prepare(chosen.kernel)
-    say("booting an arm64 machine of its own, emulated, with firmware ...")
+    print_status("booting an emulated arm64 machine with firmware ...")
     with Machine.boot(chosen.kernel, ras=True) as machine:
-        say(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
-        say("starting kvmtrace serve (compiling for eBPF takes up to a minute) ...")
-        serve = machine.start(f"exec kvmtrace serve --source {chosen.source} --listen 127.0.0.1:0")
-        serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
-        status = shown(machine, live=sys.stdin.isatty() and sys.stdout.isatty())
+        print_status(f"Linux {machine.release} is up after {machine.boot_seconds:.0f} s")
+        print_status("starting kvmtrace serve (compiling for eBPF takes up to a minute) ...")
+        serve = start_serve(machine, f"--source {chosen.source}")
+        status = show(machine, live=sys.stdin.isatty() and sys.stdout.isatty())
         serve.signal(signal.SIGTERM)
         return status or serve.wait(PATIENCE)
 

@@ -1,4 +1,4 @@
-"""A QEMU process: started, watched, limited in time, asked over QMP, ended."""
+"""A QEMU process: its life, its time limit, its console and its QMP monitor."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from typing import Any
 from tests.lab.errors import LabError, LabPanic
 
 WORK = "kvmtrace-lab-"
-DYING = re.compile(
+PANIC = re.compile(
     r"Kernel panic - not syncing|^.{0,40}\bOops: |BUG: unable to handle", re.MULTILINE
 )
-LAST_WORDS = 6000
+CONSOLE_TAIL = 6000
 
 
 def work_directory() -> Path:
-    """A directory for one machine, named after this process; those of dead ones are removed.
+    """Make a directory for a machine, named after this process; remove those of dead processes.
 
-    A process that is killed leaves its directory, but no QEMU: the agent in the machine powers off
-    when nobody listens any more.
+    A killed process leaves its directory but no QEMU: the agent in the machine powers off when the
+    connection closes.
     """
     for left in Path(tempfile.gettempdir()).glob(f"{WORK}[0-9]*-*"):
         owner = left.name.removeprefix(WORK).partition("-")[0]
@@ -38,7 +38,7 @@ def work_directory() -> Path:
 
 
 class Emulator:
-    """QEMU, running in a work directory where its sockets and logs are."""
+    """A running QEMU, with its sockets and logs in a work directory."""
 
     def __init__(self, name: str, work: Path, command: list[str], life: float) -> None:
         self.name = name
@@ -54,12 +54,12 @@ class Emulator:
                 start_new_session=True,
             )
         self._scanned = 0
-        self._outlived = ""
+        self._ended_because = ""
         self._life: threading.Timer | None = None
         self.limit(life)
 
     def connect(self, path: Path) -> socket.socket:
-        """A connection to a socket that QEMU makes when it starts."""
+        """Connect to a socket that QEMU creates when it starts; LabError if it does not."""
         connection = socket.socket(socket.AF_UNIX)
         deadline = time.monotonic() + 15
         while True:
@@ -68,18 +68,18 @@ class Emulator:
             except OSError:
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     connection.close()
-                    said = self._qemu_said()
+                    errors = self._qemu_errors()
                     self.close()
-                    raise LabError(f"QEMU does not start: {said}") from None
+                    raise LabError(f"QEMU does not start: {errors}") from None
                 time.sleep(0.02)
             else:
                 return connection
 
     def limit(self, seconds: float) -> None:
-        """End the machine in `seconds` from now, whatever it does then."""
+        """Kill the machine `seconds` from now."""
 
         def end() -> None:
-            self._outlived = f"its {seconds:g} s are over"
+            self._ended_because = f"its {seconds:g} s are over"
             self.process.kill()
 
         if self._life is not None:
@@ -88,7 +88,7 @@ class Emulator:
         self._life.daemon = True
         self._life.start()
 
-    def _qemu_said(self) -> str:
+    def _qemu_errors(self) -> str:
         with contextlib.suppress(OSError):
             lines = (self.work / "qemu.log").read_text().splitlines()
             return " ".join(line for line in lines if "warning:" not in line)[-500:]
@@ -96,35 +96,35 @@ class Emulator:
 
     @property
     def console(self) -> str:
-        """What the kernel and the firmware have said on the console so far."""
+        """Everything printed on the console so far by the kernel and the firmware."""
         with contextlib.suppress(OSError):
             return self._log.read_text(errors="replace")
         return ""
 
     def check(self) -> None:
-        """Raise if the kernel has died or QEMU is gone."""
+        """Raise LabPanic if the kernel has died, LabError if QEMU has ended."""
         status = self.process.poll()
         written = self._log.stat().st_size if self._log.exists() else 0
         if status is None and written == self._scanned:
             return
-        said = self.console
-        dying = DYING.search(said)
+        console = self.console
+        panic = PANIC.search(console)
         self._scanned = written
-        if dying is None and status is None:
+        if panic is None and status is None:
             return
-        if dying is not None:
+        if panic is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(10)  # the kernel reboots after a panic, and QEMU ends then
-            said = self.console
-            line = said[said.rfind("\n", 0, dying.start()) + 1 :].partition("\n")[0].strip()
-            raise LabPanic(f"the kernel of {self.name} died: {line}", said[-LAST_WORDS:])
+            console = self.console
+            line = console[console.rfind("\n", 0, panic.start()) + 1 :].partition("\n")[0].strip()
+            raise LabPanic(f"the kernel of {self.name} died: {line}", console[-CONSOLE_TAIL:])
         raise LabError(
             f"the machine {self.name} ended (QEMU's status {status}): "
-            f"{self._outlived or self._qemu_said() or said.strip()[-300:]}"
+            f"{self._ended_because or self._qemu_errors() or console.strip()[-300:]}"
         )
 
     def qmp(self, command: str, **arguments: object) -> dict[str, Any]:
-        """One QMP command to QEMU itself; its answer."""
+        """Send a QMP command to QEMU and return its answer; LabError if it is refused."""
         with self.connect(self.work / "qmp.sock") as connection:
             connection.settimeout(30)
             with connection.makefile("rw") as lines:
@@ -143,7 +143,7 @@ class Emulator:
         return answer
 
     def close(self) -> None:
-        """End it and remove its directory."""
+        """Kill it and remove its directory."""
         if self._life is not None:
             self._life.cancel()
         if self.process.poll() is None:

@@ -1,26 +1,26 @@
-"""What can go wrong with the lab, each said in one line."""
+"""Errors of the lab; each is a message of one line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 
 
 class LabError(Exception):
-    """The lab could not do what was asked; the message is one line for a person."""
+    """The lab failed to do something; the message is one line for people."""
 
 
 class LabTimeout(LabError):
-    """Something in the machine took longer than it was given."""
+    """Something in the machine took longer than its time limit."""
 
 
 class LabUnable(LabError):
-    """No machine of this kind can be had that way, whatever one does."""
+    """Machines of this kind do not support an option of `Machine.boot`."""
 
 
 class LabPanic(LabError):
-    """The kernel under test died; `console` holds the end of what it said."""
+    """The kernel under test died; `console` is the end of its console output."""
 
     def __init__(self, message: str, console: str) -> None:
         super().__init__(message)
@@ -31,15 +31,15 @@ class LabPanic(LabError):
 
 
 class CommandFailed(LabError):
-    """A command run with `check=True` ended with another status than 0."""
+    """A command run with `check=True` ended with a status other than 0."""
 
 
 def status_of(work: Callable[[], int]) -> int:
-    """The exit status of a command's work."""
+    """Run a command's main function and return the exit status; errors are printed."""
     try:
         return work()
     except LabError as error:
-        say(f"error: {error}")
+        print_status(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130

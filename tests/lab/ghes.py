@@ -1,13 +1,12 @@
-"""Errors that begin in hardware: firmware notifies an arm64 host, and the kernel does the rest.
+"""Hardware errors that firmware reports to an arm64 host (ACPI's GHES), from error to delivery.
 
-One machine and one recording by each source at once: the story happens once and has to be the same
-in both, and what the VMMs say. As scenarios.py: for the test and for the matrix.
+Both sources record at once, and both recordings have to agree with what the VMMs were notified of.
+The test and the matrix run the same function.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -15,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tests.lab import cper
-from tests.lab.harness import PATIENCE, Line, Unstageable, Vmm
+from tests.lab.harness import PATIENCE, Line, Unstageable, Vmm, replayed, replayed_lines
 from tests.lab.machine import Machine
 
 SOURCES = ("bpf", "ftrace")
-DIMM = cper.Dimm(node=0, card=2, module=3, handle=0x1100)  # the handle that QEMU's SMBIOS has
+DIMM = cper.Dimm(node=0, card=2, module=3, handle=0x1100)  # the handle in QEMU's SMBIOS
 
 
 def _log(source: str) -> str:
@@ -35,7 +34,7 @@ def _recorded(machine: Machine) -> Iterator[None]:
     for job in jobs:
         job.wait_for("recording to", timeout=PATIENCE, stream="stderr")
     yield
-    time.sleep(3)  # the vCPUs that were notified are looked at
+    time.sleep(3)  # kvmtrace samples the vCPUs that were notified
     for job in jobs:
         job.signal(signal.SIGINT)
         assert job.wait(PATIENCE) == 0, job.stderr
@@ -43,7 +42,7 @@ def _recorded(machine: Machine) -> Iterator[None]:
 
 @dataclass
 class Page:
-    """A page of a VM, where it was and how the VMM was notified of it."""
+    """A page of a VM, its place, and the VMM's answer to a touch after the error."""
 
     vmm: Vmm
     gfn: int
@@ -52,7 +51,7 @@ class Page:
 
 
 class Host:
-    """VMs on the machine, whose pages fail."""
+    """VMs on the machine whose pages will fail."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -62,7 +61,7 @@ class Host:
             vmm.step(f"create v backing={backing} pages=64")
 
     def page(self, name: str, number: int) -> Page:
-        """A page that the guest has touched."""
+        """Let the guest touch a page, and return it."""
         vmm = self.vmms[name]
         vmm.step(f"touch v +{number}")
         where = vmm.step(f"pfn v +{number}")
@@ -75,39 +74,26 @@ class Host:
         page.touch = page.vmm.step(f"touch v {page.gfn}")
 
 
-def _incidents(machine: Machine, source: str) -> dict[int, Line]:
-    result = machine.run(
-        ["kvmtrace", "replay", _log(source), "--json"], timeout=PATIENCE, check=True
-    )
-    return {one["pfn"]: one for one in json.loads(result.stdout)["incidents"]}
-
-
-def _lines(machine: Machine, source: str) -> list[Line]:
-    command = ["kvmtrace", "replay", _log(source), "--events", "--json"]
-    result = machine.run(command, timeout=PATIENCE, check=True)
-    return [json.loads(line) for line in result.stdout.splitlines()]
-
-
 def _explained(machine: Machine, source: str, target: str) -> str:
     command = ["kvmtrace", "explain", target, "--from", _log(source)]
     return machine.run(command, timeout=PATIENCE, check=True).stdout
 
 
 def ghes(machine: Machine, _source: str = "both", *, may_know_less: bool = True) -> None:
-    """Every kind of error once; ``may_know_less``: what some kernels' tracepoints do not have."""
+    """Inject each kind of error. ``may_know_less``: tracepoints of some kernels lack fields."""
     if machine.run("ls -d /sys/devices/platform/GHES.*").status:
         raise Unstageable("this machine has no firmware that reports errors (ACPI's GHES)")
     if "error" in Vmm(machine, "probe").step("create v backing=gmem pages=4", may_fail=True):
         raise Unstageable("guest_memfd that can be mapped: this kernel has none")
     host = Host(machine)
     with _recorded(machine):
-        # Corrected first, then not: the same place, so its history.
+        # Two corrected errors, then an uncorrected one in the same place: its history.
         lost = host.page("gmem", 3)
         for _ in range(2):
             cper.memory_error(machine, host.address(lost), cper.Severity.CORRECTED, dimm=DIMM)
         cper.memory_error(machine, host.address(lost), dimm=DIMM)
         host.touch(lost)
-        cper.memory_error(machine, host.address(lost, 0x80), dimm=DIMM)  # the page again
+        cper.memory_error(machine, host.address(lost, 0x80), dimm=DIMM)  # the same page again
 
         plain = host.page("hva", 4)
         cper.memory_error(machine, host.address(plain))
@@ -139,7 +125,7 @@ def ghes(machine: Machine, _source: str = "both", *, may_know_less: bool = True)
         cper.memory_error(machine, host.address(nobodys))
     host.vmms["gmem"].end()
 
-    # The VMMs were notified as they should be; kvmtrace is held against it.
+    # First check that the VMMs were notified as expected; then compare kvmtrace with that.
     assert (lost.touch["errno"], lost.touch["reason"]) == ("EHWPOISON", 39)
     assert [x["code"] for x in plain.touch["sigbus"]] == ["AR"]
     assert [x["code"] for x in cached.touch["sigbus"]] == ["AR"]
@@ -151,8 +137,11 @@ def ghes(machine: Machine, _source: str = "both", *, may_know_less: bool = True)
 
 
 class Pages(NamedTuple):
-    """Poisoned and touched: of guest_memfd, of ordinary memory, by a cache error. Poisoned and not
-    touched. Poisoned after its VM. Taken out of use in time.
+    """The pages by what happened to them.
+
+    ``lost`` (guest_memfd), ``plain`` (anonymous) and ``cached`` (by a cache error) were poisoned
+    and touched, ``untouched`` was only poisoned, ``nobodys`` was poisoned after its VM had ended,
+    and ``worn`` was soft-offlined.
     """
 
     lost: Page
@@ -164,29 +153,30 @@ class Pages(NamedTuple):
 
 
 def _check(machine: Machine, source: str, pages: Pages, may_know_less: bool) -> None:
-    def if_told(value: object) -> tuple[object, ...]:
+    def if_known(value: object) -> tuple[object, ...]:
         return (value, None) if may_know_less else (value,)
 
     lost, plain, cached, untouched, nobodys, worn = pages
-    incidents = _incidents(machine, source)
-    lines = _lines(machine, source)
+    model = replayed(machine, _log(source))
+    incidents = {one["pfn"]: one for one in model["incidents"]}
+    lines = replayed_lines(machine, _log(source))
     assert set(incidents) == {p.pfn for p in (lost, plain, cached, untouched, nobodys)}, source
     assert [x for x in lines if x["kind"] == "lost"] == []
-    attached = _attached(machine, source)
+    attached = {probe["name"] for probe in model["probes"] if probe["attached"]}
     assert {"apei", "arm_event", "non_standard"} <= attached
-    # QEMU's TCG raises no synchronous external abort: that its probe is there is all to be seen.
+    # TCG raises no synchronous external abort, so only check that its probe is attached.
     assert "arm_sea" in attached or may_know_less
 
-    story = incidents[lost.pfn]
-    assert (story["state"], story["deliveries"]) == ("delivered", {"exits": 1, "sigbus": 0})
-    origin = story["origin"]
+    incident = incidents[lost.pfn]
+    assert (incident["state"], incident["deliveries"]) == ("delivered", {"exits": 1, "sigbus": 0})
+    origin = incident["origin"]
     assert (origin["via"], origin["severity"], origin["node"]) == (["GHES"], "recoverable", 0)
     assert "DIMM" in origin["label"]
     assert "card 2, module 3" in origin["message"]
     assert (origin["errors"]["count"], origin["errors"]["corrected"]) == (4, 2)
-    assert origin["dimm"]["count"] == 5  # the worn page is on it too
+    assert origin["dimm"]["count"] == 5  # the worn page is on the same DIMM
     assert origin["addr"] >> machine.page_shift == lost.pfn
-    _owned(story, lost, gfn=True)
+    _owned(incident, lost, gfn=True)
     poisons = [x for x in lines if x["kind"] == "poison" and x["pfn"] == lost.pfn]
     assert [x["page_type"] == "already poisoned" for x in poisons] == [False, True]
     assert _owner_pids(poisons[0]) == {lost.vmm.pid}, "the owner is known before any touch"
@@ -198,31 +188,31 @@ def _check(machine: Machine, source: str, pages: Pages, may_know_less: bool) -> 
     assert origin["label"] in text
 
     for page, via in ((plain, "GHES"), (cached, "ras:arm_event")):
-        story = incidents[page.pfn]
-        assert story["deliveries"] == {"exits": 0, "sigbus": 1}
-        origin = story.get("origin") or {"via": [via]}
+        incident = incidents[page.pfn]
+        assert incident["deliveries"] == {"exits": 0, "sigbus": 1}
+        origin = incident.get("origin") or {"via": [via]}
         assert origin["via"] == [via]
-        assert origin.get("severity") in if_told("recoverable")
+        assert origin.get("severity") in if_known("recoverable")
         assert origin.get("addr", -1) >> machine.page_shift in (
             (page.pfn, -1) if may_know_less else (page.pfn,)
         )
-        _owned(story, page, gfn=source == "bpf")
+        _owned(incident, page, gfn=source == "bpf")
         (poison,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == page.pfn]
         assert _owner_pids(poison) == {page.vmm.pid}
-        (signal_,) = [x for x in lines if x["kind"] == "sigbus" and x["incident"] == story["id"]]
+        (signal_,) = [x for x in lines if x["kind"] == "sigbus" and x["incident"] == incident["id"]]
         assert signal_["tid"] == page.touch["tid"]
-        assert signal_.get("vcpu") in if_told(0)
+        assert signal_.get("vcpu") in if_known(0)
         assert signal_["hva"] == page.touch["sigbus"][0]["hva"]
 
-    story = incidents[untouched.pfn]
-    assert (story["state"], story["deliveries"]) == ("latent", {"exits": 0, "sigbus": 0})
-    _owned(story, untouched, gfn=source == "bpf")
+    incident = incidents[untouched.pfn]
+    assert (incident["state"], incident["deliveries"]) == ("latent", {"exits": 0, "sigbus": 0})
+    _owned(incident, untouched, gfn=source == "bpf")
 
-    story = incidents[nobodys.pfn]
-    assert (story["state"], story["owners"]) == ("unowned", [])
-    assert story["origin"]["via"] == ["GHES"]
+    incident = incidents[nobodys.pfn]
+    assert (incident["state"], incident["owners"]) == ("unowned", [])
+    assert incident["origin"]["via"] == ["GHES"]
 
-    (page_line,) = [x for x in _replayed(machine, source) if x["pfn"] == worn.pfn]
+    (page_line,) = [x for x in model["soft_offlined"] if x["pfn"] == worn.pfn]
     assert "errno" not in page_line
     text = _explained(machine, source, hex(worn.pfn))
     assert "soft-offlined" in text
@@ -231,20 +221,8 @@ def _check(machine: Machine, source: str, pages: Pages, may_know_less: bool) -> 
     assert vendor["severity"] == "recoverable"
 
 
-def _attached(machine: Machine, source: str) -> set[str]:
-    """Probes that were there."""
-    command = ["kvmtrace", "replay", _log(source), "--json"]
-    probes = json.loads(machine.run(command, timeout=PATIENCE, check=True).stdout)["probes"]
-    return {probe["name"] for probe in probes if probe["attached"]}
-
-
-def _replayed(machine: Machine, source: str) -> list[Line]:
-    command = ["kvmtrace", "replay", _log(source), "--json"]
-    return list(json.loads(machine.run(command, timeout=PATIENCE).stdout)["soft_offlined"])
-
-
-def _owned(story: Line, page: Page, *, gfn: bool) -> None:
-    (owner,) = story["owners"]
+def _owned(incident: Line, page: Page, *, gfn: bool) -> None:
+    (owner,) = incident["owners"]
     assert owner["vm"]["pid"] == page.vmm.pid
     assert owner.get("gfn") in ([page.gfn] if gfn else [None, page.gfn])
 

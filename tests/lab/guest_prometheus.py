@@ -1,7 +1,7 @@
-"""Runs inside a machine, beside a copy of tests/prometheus.py: a Prometheus, and one query a line.
+"""Run Prometheus in a machine and answer queries; needs a copy of tests/prometheus.py beside it.
 
-Usage: guest_prometheus.py TARGET RULES... A line of stdin is a PromQL query; it is answered by one
-line of JSON, [[labels, value], ...]. End of input ends Prometheus.
+Usage: guest_prometheus.py TARGET RULES... A line of stdin is a PromQL query (a JSON string). The
+answer is one line of JSON, [[labels, value], ...]. Prometheus ends with stdin.
 """
 
 from __future__ import annotations

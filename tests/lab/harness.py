@@ -1,4 +1,4 @@
-"""Drive the lab's VMM and kvmtrace inside a machine, and hold what one says against the other."""
+"""Run the lab's VMM and kvmtrace in a machine, and compare what the two report."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.lab.machine import Job, Machine, Result
 
 Line = dict[str, Any]
 
-PATIENCE = 300.0  # seconds; emulation on a shared machine is slow, and a test that waits is not
+PATIENCE = 300.0  # seconds; generous, as emulation on a shared machine is slow
 
 
 class Vmm:
-    """One VMM process, given one step after the other."""
+    """A VMM process that is sent one step after the other."""
 
     def __init__(self, machine: Machine, name: str = "vm", *, program: str = "vmm") -> None:
         self.name = name
@@ -30,17 +30,17 @@ class Vmm:
         self.pid = int(self.step("pid")["pid"])
 
     def step(self, text: str, *, may_fail: bool = False, patience: float = PATIENCE) -> Line:
-        """Send one step, wait for its answer. A step that failed fails the test unless it may."""
+        """Send a step and return the answer. AssertionError if it failed, unless ``may_fail``."""
         self.begin(text)
         return self.finish(text, may_fail=may_fail, patience=patience)
 
     def begin(self, text: str) -> None:
-        """Send one step, to be waited for with ``finish`` before the next one."""
+        """Send a step; ``finish`` has to be called before the next one."""
         self.job.send(text + "\n")
         self._answers += 1
 
     def finish(self, text: str, *, may_fail: bool = False, patience: float = PATIENCE) -> Line:
-        """The answer to a step that was begun; see ``step``."""
+        """Return the answer to a step sent by ``begin``; see ``step``."""
         answer = self._answer(patience)
         if "error" in answer and not may_fail:
             if answer.get("unsupported"):
@@ -49,7 +49,7 @@ class Vmm:
         return answer
 
     def end(self) -> Line:
-        """Close stdin and return the final report; the process has ended then."""
+        """Close stdin, wait for the end of the process and return its final report."""
         self.job.close_stdin()
         self._answers += 1
         report = self._answer(PATIENCE)
@@ -70,39 +70,39 @@ class Vmm:
 
 
 class Unstageable(Exception):
-    """This kernel or machine cannot make that happen; the text says why."""
+    """This kernel or machine cannot stage a scenario; the text is the reason."""
 
 
-def _within(change: str, command: str) -> str:
-    """A command on a host that looks otherwise: after ``change``, in mounts of its own."""
+def _with_mounts(change: str, command: str) -> str:
+    """Build a command that runs in a mount namespace of its own, after ``change``."""
     return f"exec unshare -m sh -c {shlex.quote(f'{change} && exec {command}')}"
 
 
 def kvmtrace(
-    machine: Machine, command: str, env: dict[str, str] | None = None, *, within: str = ""
+    machine: Machine, command: str, env: dict[str, str] | None = None, *, mount_change: str = ""
 ) -> Result:
-    """Run kvmtrace to its end. ``within``: a change to the mounts that only it sees."""
+    """Run kvmtrace to its end. ``mount_change``: shell that changes mounts for it only."""
     command = f"kvmtrace {command}"
-    line = _within(within, command) if within else f"exec {command}"
+    line = _with_mounts(mount_change, command) if mount_change else f"exec {command}"
     return machine.run(line, timeout=PATIENCE, env=env)
 
 
-def refused(result: Result, message: str, hint: str = "") -> None:
-    """Exit status 1, one line that matches and at most a hint, nothing on stdout."""
+def assert_refused(result: Result, message: str, hint: str = "") -> None:
+    """Fail unless status is 1, stderr has a matching line and at most a hint, stdout nothing."""
     assert result.status == 1, result
     assert result.stdout == ""
-    said = result.stderr.splitlines()
-    assert 1 <= len(said) <= 2, said
-    assert re.search(message, said[0]), said
-    assert said[0].startswith("kvmtrace: ")
+    lines = result.stderr.splitlines()
+    assert 1 <= len(lines) <= 2, lines
+    assert re.search(message, lines[0]), lines
+    assert lines[0].startswith("kvmtrace: ")
     if hint:
-        assert re.search(f"^hint: .*{hint}", said[-1]), said
+        assert re.search(f"^hint: .*{hint}", lines[-1]), lines
 
 
 class Watch:
-    """``kvmtrace events --json``, attached; a ``job`` that runs is followed from here on.
+    """An attached ``kvmtrace events --json``; with ``job``, the lines of a running one from now on.
 
-    ``within``: a change to the mounts that only this kvmtrace sees.
+    ``mount_change``: a shell command that changes mounts for this kvmtrace only.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class Watch:
         extra: str = "",
         *,
         job: Job | None = None,
-        within: str = "",
+        mount_change: str = "",
     ) -> None:
         self.source = source
         command = f"kvmtrace events --json --source {source} {extra}"
-        line = _within(within, command) if within else f"exec {command}"
+        line = _with_mounts(mount_change, command) if mount_change else f"exec {command}"
         self.job = job or machine.start(line)
         self.job.wait_for(r"kvmtrace: watching", timeout=PATIENCE, stream="stderr")
         self._begin = len(self._text()) if job else 0
@@ -126,21 +126,21 @@ class Watch:
         return text[: text.rfind("\n") + 1]
 
     def not_attached(self) -> list[str]:
-        """Names of the probes that kvmtrace says are not attached."""
-        said = re.search(
+        """Names of the probes that kvmtrace reports as not attached."""
+        found = re.search(
             r"kvmtrace: watching .* not attached: (.*)$", self.job.stderr, re.MULTILINE
         )
-        return said[1].split(", ") if said else []
+        return found[1].split(", ") if found else []
 
     def lines(self, kind: str | None = None) -> list[Line]:
-        """Complete lines since this watch began; of one kind."""
+        """Complete lines since this watch began, of one kind or all."""
         lines = [json.loads(line) for line in self._text()[self._begin :].splitlines()]
         return [line for line in lines if kind in (None, line["kind"])]
 
     def until(
         self, condition: Callable[[list[Line]], object], what: str, patience: float = PATIENCE
     ) -> list[Line]:
-        """Wait until the lines fulfil a condition; returns them all."""
+        """Wait until the lines fulfil ``condition``; return them all."""
         deadline = time.monotonic() + patience
         while True:
             lines = self.lines()
@@ -152,7 +152,7 @@ class Watch:
             time.sleep(0.1)
 
     def end(self) -> list[Line]:
-        """Stop kvmtrace as Ctrl-C does; everything it reported."""
+        """Stop kvmtrace by SIGINT; return everything that it reported."""
         self.job.signal(signal.SIGINT)
         status = self.job.wait(PATIENCE)
         assert status == 0, (status, self.job.stderr)
@@ -162,10 +162,10 @@ class Watch:
 
 @contextlib.contextmanager
 def watching(
-    machine: Machine, source: str, extra: str = "", *, within: str = ""
+    machine: Machine, source: str, extra: str = "", *, mount_change: str = ""
 ) -> Iterator[Watch]:
-    """A kvmtrace of one's own, ended with the block whatever happens in it."""
-    watch = Watch(machine, source, extra, within=within)
+    """Run a kvmtrace during the block; it is ended even if the block raises."""
+    watch = Watch(machine, source, extra, mount_change=mount_change)
     try:
         yield watch
     finally:
@@ -177,17 +177,17 @@ def watching(
 _followed: weakref.WeakKeyDictionary[Machine, dict[str, Watch]] = weakref.WeakKeyDictionary()
 
 
-def injects(machine: Machine) -> bool:
-    """Whether any page can be poisoned by its pfn (hwpoison-inject)."""
+def can_inject_poison(machine: Machine) -> bool:
+    """Whether hwpoison-inject is there: it poisons any page by pfn."""
     return machine.run("test -e /sys/kernel/debug/hwpoison/corrupt-pfn").status == 0
 
 
 @contextlib.contextmanager
 def following(machine: Machine, *sources: str) -> Iterator[list[Watch]]:
-    """What kvmtrace reports by each of these sources from here on.
+    """Watch what kvmtrace reports by each of these sources from now on.
 
-    It goes on running from one scenario to the next, as it does on a host: starting it takes longer
-    than most of them. kvmtraces by other sources are ended, so that nobody measures two at once.
+    It keeps running for the next scenario, as starting it takes longer than most scenarios.
+    kvmtraces by other sources are ended first.
     """
     followed = _followed.setdefault(machine, {})
     for source in [s for s in followed if s not in sources]:
@@ -201,21 +201,35 @@ def following(machine: Machine, *sources: str) -> Iterator[list[Watch]]:
         assert watch.job.poll() is None, (watch.job.poll(), watch.job.stderr)
 
 
-def followers(machine: Machine) -> list[Job]:
-    """The kvmtraces that go on running for ``following``."""
+def followed_jobs(machine: Machine) -> list[Job]:
+    """The kvmtraces that ``following`` keeps running."""
     return [watch.job for watch in _followed.get(machine, {}).values()]
 
 
 def end_following(machine: Machine) -> None:
-    """End what ``following`` started; AssertionError where it does not end well."""
+    """End the kvmtraces that ``following`` started; AssertionError if one fails."""
     for watch in _followed.pop(machine, {}).values():
         watch.end()
 
 
+def start_serve(machine: Machine, options: str = "") -> Job:
+    """Start ``kvmtrace serve`` on a free port and wait until it serves."""
+    job = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 {options}")
+    job.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+    return job
+
+
+def metrics_of(machine: Machine, serve: Job) -> str:
+    """The text of /metrics of a running serve."""
+    url = serve.stderr.partition("serving ")[2].split()[0]
+    fetch = f"import urllib.request as u; print(u.urlopen({url!r}).read().decode())"
+    return machine.run(["python3", "-c", fetch], timeout=PATIENCE, check=True).stdout
+
+
 @contextlib.contextmanager
-def recorded(machine: Machine, source: str) -> Iterator[str]:
-    """What happens in the block is in this file afterwards."""
-    log = f"/tmp/{source}.jsonl"
+def recorded(machine: Machine, source: str, log: str = "") -> Iterator[str]:
+    """Record during the block into ``log`` (default: a file of the source); yield its path."""
+    log = log or f"/tmp/{source}.jsonl"
     job = machine.start(f"exec kvmtrace record {log} --force --source {source}")
     job.wait_for(r"recording to", timeout=PATIENCE, stream="stderr")
     try:
@@ -227,27 +241,27 @@ def recorded(machine: Machine, source: str) -> Iterator[str]:
 
 
 def replayed(machine: Machine, log: str) -> Line:
-    """A recording's final table."""
+    """The model of a recording: ``kvmtrace replay --json``."""
     shown = machine.run(["kvmtrace", "replay", log, "--json"], timeout=PATIENCE, check=True)
     return dict(json.loads(shown.stdout))
 
 
 def replayed_lines(machine: Machine, log: str) -> list[Line]:
-    """A recording's event lines."""
+    """The event lines of a recording."""
     command = ["kvmtrace", "replay", log, "--events", "--json"]
     shown = machine.run(command, timeout=PATIENCE, check=True)
     return [json.loads(line) for line in shown.stdout.splitlines()]
 
 
-CorrelatedEvent = Counter[tuple[Any, ...]]
+ExitCounts = Counter[tuple[Any, ...]]
 """{(pid, vcpu, errno, reason, annotated, gpa, flags, size): exits}"""
 
 
-def told_by(report: Line) -> CorrelatedEvent:
-    """What KVM_RUN returned to the VMM: the truth."""
-    told: CorrelatedEvent = Counter()
+def exits_returned(report: Line) -> ExitCounts:
+    """Count what KVM_RUN returned, by the VMM's report: the truth."""
+    returned: ExitCounts = Counter()
     for row in report["failed"]:
-        told[
+        returned[
             (
                 report["pid"],
                 row["vcpu"],
@@ -259,15 +273,15 @@ def told_by(report: Line) -> CorrelatedEvent:
                 row.get("size"),
             )
         ] += row["count"]
-    return told
+    return returned
 
 
-def seen_by(lines: list[Line], *pids: int) -> CorrelatedEvent:
-    """What those processes were notified of, by kvmtrace."""
-    seen: CorrelatedEvent = Counter()
+def exits_reported(lines: list[Line], *pids: int) -> ExitCounts:
+    """Count the exits of these processes that kvmtrace reported."""
+    reported: ExitCounts = Counter()
     for line in lines:
         if line["kind"] == "exit" and line["vm"]["pid"] in pids:
-            seen[
+            reported[
                 (
                     line["vm"]["pid"],
                     line["vcpu"],
@@ -279,7 +293,7 @@ def seen_by(lines: list[Line], *pids: int) -> CorrelatedEvent:
                     line.get("size"),
                 )
             ] += line["count"]
-    return seen
+    return reported
 
 
 def top(machine: Machine, source: str, interval: float = 1) -> Line:

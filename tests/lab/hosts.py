@@ -1,7 +1,7 @@
-"""Hosts that are not as one would like, without another kernel: what kvmtrace makes of each.
+"""Scenarios about the host: what it lacks or refuses, and what changes while kvmtrace runs.
 
-As scenarios.py: the same functions for the tests and the matrix, AssertionError where kvmtrace is
-wrong, Unstageable where a host cannot be like that.
+As in scenarios.py, tests and the matrix run the same functions. They raise AssertionError if
+kvmtrace is wrong, Unstageable if the kernel cannot be put into that state.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from tests.lab.harness import (
     Unstageable,
     Vmm,
     Watch,
+    assert_refused,
     end_following,
+    exits_reported,
+    exits_returned,
     kvmtrace,
-    refused,
-    seen_by,
-    told_by,
     watching,
 )
 from tests.lab.machine import Machine
-from tests.lab.scenarios import Scenario, gone, storm
+from tests.lab.scenarios import Scenario, storm, vms_gone
 
 # Where a kernel is linked to run (x86: PHYSICAL_START of arch/x86/Kconfig; arm64: KIMAGE_VADDR of
 # arch/arm64/include/asm/memory.h with addresses of 48 or 47 bits): KASLR moves it from there.
@@ -34,15 +34,15 @@ LINKED_AT = {
     "aarch64": (0xFFFF800080000000, 0xFFFFC00080000000),
 }
 
-HIDDEN_TYPES = "mount --bind /dev/null /sys/kernel/btf/kvm"
-NO_TRACEFS = "umount -R /sys/kernel/tracing /sys/kernel/debug"  # debugfs would bring it back
+HIDE_KVM_BTF = "mount --bind /dev/null /sys/kernel/btf/kvm"
+NO_TRACEFS = "umount -R /sys/kernel/tracing /sys/kernel/debug"  # debugfs contains tracefs
 NOBODY = "setpriv --reuid=65534 --regid=65534 --clear-groups"
 
 
-def both_ways(machine: Machine, watch: Watch, *, exits: bool | None = None) -> None:
-    """A VMM is notified by a SIGBUS and by an exit, and kvmtrace reports both.
+def reports_sigbus_and_exit(machine: Machine, watch: Watch, *, exits: bool | None = None) -> None:
+    """Notify a VMM by a SIGBUS and by an exit, and check that kvmtrace reports both.
 
-    Every kernel can do that. ``exits``: whether this source sees exits here.
+    Any kernel can stage this. ``exits``: whether this source sees exits here.
     """
     if exits is None:
         exits = "run" not in watch.not_attached()
@@ -55,7 +55,7 @@ def both_ways(machine: Machine, watch: Watch, *, exits: bool | None = None) -> N
         "the poison",
     )
     touch = vmm.step("touch v +3")
-    # Whose memory it was is looked up while the VMM lives.
+    # kvmtrace looks up the owner, which needs the VMM to be running.
     watch.until(
         lambda ls: [x for x in ls if x["kind"] == "sigbus" and x["tid"] == touch["tid"]],
         "the SIGBUS",
@@ -63,13 +63,13 @@ def both_ways(machine: Machine, watch: Watch, *, exits: bool | None = None) -> N
     vmm.step("unmap v +5")
     vmm.step("touch v +5")
     report = vmm.end()
-    lines = watch.until(gone(vmm.pid), "the VM's end")
-    (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
+    lines = watch.until(vms_gone(vmm.pid), "the VM's end")
+    (reported,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
     (signal,) = [x for x in lines if x["kind"] == "sigbus" and x["tid"] == touch["tid"]]
     assert signal["vm"]["name"] == "bothways"
     assert (signal["code"], signal["hva"]) == ("AR", touch["sigbus"][0]["hva"])
-    assert signal["incident"] == told["incident"]
-    assert seen_by(lines, vmm.pid) == (told_by(report) if exits else {})
+    assert signal["incident"] == reported["incident"]
+    assert exits_reported(lines, vmm.pid) == (exits_returned(report) if exits else {})
     assert [line for line in lines if line["kind"] == "lost"] == []
 
 
@@ -86,37 +86,37 @@ def _linked_at(machine: Machine) -> tuple[int, ...]:
 
 
 def kaslr(machine: Machine, source: str) -> None:
-    """The kernel moved itself at boot, as they do by default."""
+    """KASLR is on, as it is by default."""
     if _text_address(machine) in _linked_at(machine):
-        raise Unstageable("this kernel did not move itself")
+        raise Unstageable("this kernel was not moved by KASLR")
     with watching(machine, source) as watch:
-        both_ways(machine, watch)
+        reports_sigbus_and_exit(machine, watch)
 
 
 def nokaslr(machine: Machine, source: str) -> None:
-    """The kernel stayed where it was linked to run."""
+    """KASLR is off: the kernel runs at the address that it was linked for."""
     assert _text_address(machine) in _linked_at(machine), hex(_text_address(machine))
     with watching(machine, source) as watch:
-        both_ways(machine, watch)
+        reports_sigbus_and_exit(machine, watch)
 
 
 def no_kvm_types(machine: Machine, source: str) -> None:
-    """kvm's BTF is not there (vmlinux's is): what does not need it goes on."""
+    """kvm's BTF is missing (vmlinux's is there): probes that do not need it still attach."""
     if machine.run("test -s /sys/kernel/btf/kvm").status:
-        raise Unstageable("kvm has no types of its own here: it is built in, or a module without")
-    with watching(machine, source, within=HIDDEN_TYPES) as watch:
-        both_ways(machine, watch)
+        raise Unstageable("kvm has no BTF of its own here: it is built in, or a module without")
+    with watching(machine, source, mount_change=HIDE_KVM_BTF) as watch:
+        reports_sigbus_and_exit(machine, watch)
 
 
 def no_tracefs(machine: Machine, source: str) -> None:
-    """tracefs is not mounted: ftrace says how to mount it, bpf does not need it."""
+    """tracefs is not mounted: the ftrace source prints how to mount it, bpf does not need it."""
     if source == "bpf":
-        with watching(machine, source, within=NO_TRACEFS) as watch:
-            both_ways(machine, watch)
+        with watching(machine, source, mount_change=NO_TRACEFS) as watch:
+            reports_sigbus_and_exit(machine, watch)
     else:
-        result = kvmtrace(machine, "events --source ftrace", within=NO_TRACEFS)
-        refused(result, "tracefs", "mount -t tracefs")
-    judged = kvmtrace(machine, f"doctor --source {source}", within=NO_TRACEFS)
+        result = kvmtrace(machine, "events --source ftrace", mount_change=NO_TRACEFS)
+        assert_refused(result, "tracefs", "mount -t tracefs")
+    judged = kvmtrace(machine, f"doctor --source {source}", mount_change=NO_TRACEFS)
     assert re.search(r"✗ NO +tracefs", judged.stdout), judged.stdout
     assert "mount -t tracefs" in judged.stdout
     assert judged.stderr == "", judged.stderr
@@ -125,10 +125,10 @@ def no_tracefs(machine: Machine, source: str) -> None:
 
 
 def unprivileged(machine: Machine, source: str) -> None:
-    """Somebody without any capability: one line that says so, and doctor works."""
+    """Run without any capability: commands fail with one line, and doctor works."""
     for command in ("events", "top --once", "serve"):
         result = machine.run(f"{NOBODY} kvmtrace {command} --source {source}", timeout=PATIENCE)
-        refused(result, "needs root", "sudo")
+        assert_refused(result, "needs root", "sudo")
     judged = machine.run(f"{NOBODY} kvmtrace doctor --source {source}", timeout=PATIENCE)
     assert judged.status == 1
     assert re.search(r"✗ NO +privilege", judged.stdout), judged
@@ -136,36 +136,40 @@ def unprivileged(machine: Machine, source: str) -> None:
 
 
 def lockdown(machine: Machine, source: str) -> None:
-    """lockdown=confidentiality: the kernel refuses all tracing, and kvmtrace says why."""
+    """lockdown=confidentiality: the kernel refuses all tracing, and the error names lockdown."""
     state = machine.run(["cat", "/sys/kernel/security/lockdown"]).stdout
     if "[confidentiality]" not in state:
         raise Unstageable(f"this kernel has no such lockdown: {state.strip() or 'no lockdown'}")
     before = leftovers.attached(machine)
     for kind in (source, "auto"):
-        refused(kvmtrace(machine, f"events --source {kind}"), "lockdown")
+        assert_refused(kvmtrace(machine, f"events --source {kind}"), "lockdown")
     judged = kvmtrace(machine, f"doctor --source {source}")
     assert judged.status == 1
     assert re.search(r"✗ NO +lockdown +confidentiality", judged.stdout), judged.stdout
     assert judged.stderr == "", judged.stderr
-    leftovers.nothing_but(machine, before)
+    leftovers.assert_only(machine, before)
 
 
 def without_bcc(machine: Machine, source: str, rounds: int = 200_000) -> None:
-    """bcc is not installed, nor libbpf: bpf names the package, auto takes ftrace and says why."""
+    """Without bcc and libbpf, bpf's hint names the package, and auto falls back to ftrace."""
     if source == "bpf":
-        refused(kvmtrace(machine, "events --source bpf"), "bcc is not installed", "python3-bpfcc")
+        assert_refused(
+            kvmtrace(machine, "events --source bpf"), "bcc is not installed", "python3-bpfcc"
+        )
         return
     with watching(machine, "auto") as watch:
-        said = watch.job.stderr.splitlines()[0]
-        assert said.startswith("kvmtrace: watching by ftrace (bpf does not work here: bcc is"), said
-        both_ways(machine, watch)
+        status_line = watch.job.stderr.splitlines()[0]
+        assert status_line.startswith(
+            "kvmtrace: watching by ftrace (bpf does not work here: bcc is"
+        ), status_line
+        reports_sigbus_and_exit(machine, watch)
     if "run" not in watch.not_attached():
         storm(machine, "ftrace", rounds)
         end_following(machine)
 
 
 def doctor(machine: Machine, source: str) -> Line:
-    """``kvmtrace doctor --json``; its exit status is its verdict."""
+    """Run ``kvmtrace doctor --json``; its exit status has to match its verdict."""
     result = kvmtrace(machine, f"doctor --source {source} --json")
     report: Line = json.loads(result.stdout)
     assert result.status == (0 if report["ok"] else 1)
@@ -178,13 +182,13 @@ def _attached(report: Line) -> set[str]:
 
 
 def doctor_knows(machine: Machine, source: str) -> None:
-    """doctor's verdict is the kernel's own: whether it has the exit, as KVM's capability says.
+    """doctor agrees with KVM's capability on whether the kernel has the memory-fault exit.
 
-    Whatever the kernel lacks, the SIGBUS path works.
+    The SIGBUS path works on every kernel.
     """
     if machine.row.arch.name != "amd64":
-        raise Unstageable("KVM's capability says nothing of it on this architecture")
-    vmm = Vmm(machine, "asked")
+        raise Unstageable("KVM has no such capability on this architecture")
+    vmm = Vmm(machine, "caps")
     has_exit = vmm.step("caps")["memory_fault_info"] > 0
     vmm.end()
     report = doctor(machine, source)
@@ -198,49 +202,49 @@ def doctor_knows(machine: Machine, source: str) -> None:
         assert wanted in report["verdict"]
     assert {"poison", "sigbus", "vm_gone"} <= _attached(report)
     with watching(machine, source) as watch:
-        both_ways(machine, watch, exits=sees_exits)
+        reports_sigbus_and_exit(machine, watch, exits=sees_exits)
 
 
 def kvm_comes_and_goes(machine: Machine, source: str) -> None:
-    """kvm is loaded after kvmtrace's start, unloaded and loaded again, and kvmtrace goes along.
+    """kvm is loaded after kvmtrace has started, unloaded and loaded again; kvmtrace re-attaches.
 
-    It has given up by then what watching does not take.
+    By then it has given up the privileges that watching does not need.
     """
-    away = f"modprobe -r {_vendor(machine)} kvm && ! test -e /sys/module/kvm"
+    away = f"modprobe -r {_kvm_modules(machine)} kvm && ! test -e /sys/module/kvm"
     if machine.run("test -e /sys/module/kvm && ! test -e /sys/module/kvm/initstate").status == 0:
-        raise Unstageable("kvm is built in: it does not come and go")
-    _until(machine, away)  # what was attached to it before may hold it a moment longer
+        raise Unstageable("kvm is built in: it cannot be unloaded")
+    _wait_until(machine, away)  # probes attached before may hold it a moment longer
     sees_exits: bool | None = None
     with watching(machine, source) as watch:
         for _ in range(2):
-            machine.run(f"modprobe {_vendor(machine)} && test -c /dev/kvm", check=True)
+            machine.run(f"modprobe {_kvm_modules(machine)} && test -c /dev/kvm", check=True)
             if sees_exits is None:
                 sees_exits = "run" in _attached(doctor(machine, source))
-            _awake(machine, watch, "exit" if sees_exits else "vm")
-            both_ways(machine, watch, exits=sees_exits)
-            privileges.only_what_watching_takes(machine)
+            _wait_for_probes(machine, watch, "exit" if sees_exits else "vm")
+            reports_sigbus_and_exit(machine, watch, exits=sees_exits)
+            privileges.assert_given_up(machine)
             # kvmtrace must not keep an admin from unloading kvm.
-            _until(machine, away)
+            _wait_until(machine, away)
 
 
-def _vendor(machine: Machine) -> str:
+def _kvm_modules(machine: Machine) -> str:
     return " ".join(machine.row.arch.kvm_modules)
 
 
-def _until(machine: Machine, command: str) -> None:
+def _wait_until(machine: Machine, command: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while (result := machine.run(command, timeout=PATIENCE)).status:
         assert time.monotonic() < deadline, f"never: {command}: {result.stderr}"
         time.sleep(0.5)
 
 
-def _awake(machine: Machine, watch: Watch, kind: str) -> None:
-    """Wait until the probes on kvm are there, which takes bpf a while: until a VM's line comes."""
+def _wait_for_probes(machine: Machine, watch: Watch, kind: str) -> None:
+    """Wait until the probes on kvm are attached: until a line about a new VM comes."""
     deadline = time.monotonic() + PATIENCE
     seen: list[Line] = []
     while not seen:
         assert watch.job.poll() is None, watch.job.stderr
-        assert time.monotonic() < deadline, f"kvm is there, and no {kind} is seen"
+        assert time.monotonic() < deadline, f"kvm is loaded, but no {kind} is reported"
         vmm = Vmm(machine, "canary")
         vmm.step("create v backing=anon")
         vmm.step("unmap v +5")
@@ -249,11 +253,11 @@ def _awake(machine: Machine, watch: Watch, kind: str) -> None:
         time.sleep(2)
         seen = [x for x in watch.lines(kind) if x["vm"]["pid"] == vmm.pid]
     if kind == "vm":
-        # The last of its probes, so all are attached once it has reported one.
-        watch.until(gone(vmm.pid), "the canary's end")
+        # The probe for this is attached last.
+        watch.until(vms_gone(vmm.pid), "the canary's end")
 
 
-CONDITIONS = (
+HOSTS = (
     Scenario(doctor_knows),
     Scenario(kaslr),
     Scenario(no_kvm_types),

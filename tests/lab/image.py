@@ -1,4 +1,4 @@
-"""Directories as read-only ext4 images: what a machine mounts from its disks."""
+"""Read-only ext4 images of directories: the disks of a machine."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ MKE2FS = ("mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0", "
 
 
 def _size(content: int) -> str:
-    """Room for `content` bytes of files, as mke2fs takes it."""
+    """Size of an image for `content` bytes of files, in mke2fs's notation."""
     return f"{(content * 5 // 4 >> 10) + 16384}k"
 
 
 def of_directory(tree: Path, into: Path) -> None:
-    """An image of a directory."""
+    """Make an image of a directory."""
     content = sum(path.stat().st_size + 4096 for path in tree.rglob("*") if path.is_file())
     programs.output([*MKE2FS, tree, into, _size(content)])
 
 
 def of_archive(archive: Path, tree: Path, into: Path) -> None:
-    """An image of a root's tar archive, by way of `tree`.
+    """Make an image of a root's tar archive; it is unpacked in `tree` for that.
 
-    Owners and devices are those of the archive: where we are not root, fakeroot remembers them.
+    Owners and devices are those of the archive; without root, fakeroot keeps track of them.
     """
     tree.mkdir()
     script = 'tar --numeric-owner -xpf "$0" -C "$1" && shift && exec "$@"'
@@ -34,6 +34,6 @@ def of_archive(archive: Path, tree: Path, into: Path) -> None:
 
 
 def unpack(disk: Path, into: Path) -> None:
-    """What is in an image, as files. Owners are not kept."""
+    """Extract the files of an image. Owners are not kept."""
     into.mkdir()
     programs.output(["debugfs", "-R", f"rdump / {into}", disk])

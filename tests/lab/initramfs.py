@@ -1,4 +1,4 @@
-"""The initramfs of a machine: busybox, a few modules, and a script that puts the root together."""
+"""The initramfs of a machine: busybox, a few modules, and a script that mounts the root."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ mount -t sysfs sys /root/sys
 exec switch_root /root /usr/bin/python3 -S /opt/lab/agent.py
 """
 
-# Where the root is in the initramfs: for kernels that have no driver for a disk built in.
+# For an initramfs that holds the whole root: kernels whose disk driver is not built in.
 WHOLE_INIT = """#!/bin/sh
 PATH=/usr/sbin:/usr/bin
 mount -t devtmpfs dev /dev
@@ -52,7 +52,7 @@ exec python3 -S /opt/lab/agent.py
 
 
 def busybox(row: Row) -> Path:
-    """A static busybox for the architecture of `row`, from its root's suite."""
+    """Return a static busybox for the architecture of `row`, from its root's suite."""
 
     def build(directory: Path) -> None:
         suite = Suite(row.root.suite, row.arch.name)
@@ -64,7 +64,7 @@ def busybox(row: Row) -> Path:
 
 
 def write(row: Row, kernel: Kernel, path: Path) -> None:
-    """Make the initramfs that boots `kernel` for `row`."""
+    """Write the initramfs that boots `kernel` for `row`."""
     archive = Archive()
     for name in ("bin", "dev", "proc", "modules", "lower", "layer", "rw", "root"):
         archive.directory(name)
@@ -81,7 +81,7 @@ def write(row: Row, kernel: Kernel, path: Path) -> None:
 
 
 def write_whole(row: Row, images: Sequence[Path], path: Path) -> None:
-    """Make an initramfs that is the root: all that is in `images`, the later over the earlier."""
+    """Write an initramfs that is the root: the contents of `images`, later ones on top."""
     archive = Archive()
     archive.file("init", WHOLE_INIT.encode(), 0o755)
     archive.directory("opt/lab")
@@ -94,7 +94,7 @@ def write_whole(row: Row, images: Sequence[Path], path: Path) -> None:
 
 
 def _unpacked(row: Row, disk: Path) -> Path:
-    """What is in an image, as an archive of the kind that the kernel unpacks."""
+    """Return the contents of an image as a cpio archive."""
 
     def build(directory: Path) -> None:
         tree = directory / "tree"
@@ -110,7 +110,7 @@ def _unpacked(row: Row, disk: Path) -> Path:
 
 
 class Archive:
-    """A cpio archive of the "newc" kind, as the kernel unpacks it."""
+    """A cpio archive in the "newc" format, which the kernel unpacks."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -137,7 +137,7 @@ class Archive:
         self._add(name, stat.S_IFREG | mode, content)
 
     def add(self, name: str, path: Path) -> None:
-        """Add what is at `path`, if that is a file, a directory or a link."""
+        """Add the file, directory or link at `path`; other kinds are skipped."""
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode):
             self._add(name, mode, bytes(path.readlink()))
@@ -147,6 +147,6 @@ class Archive:
             self._add(name, mode, path.read_bytes())
 
     def finish(self) -> bytes:
-        """The whole archive."""
+        """Return the finished archive."""
         self._add("TRAILER!!!", 0, b"")
         return bytes(self.data)

@@ -14,7 +14,7 @@ from tests.lab import cache, image, programs
 from tests.lab.config import Row
 from tests.lab.errors import LabError
 from tests.lab.mirror import Suite
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 from tests.lab.resolve import Resolved, resolve
 
 BOOT_MODULES = (
@@ -27,15 +27,15 @@ BOOT_MODULES = (
     "ext4",
     "overlay",
 )
-"""What a machine needs before it has its root; those that a kernel has built in are skipped."""
+"""Modules needed before the root is mounted; those that are built in are skipped."""
 
 FORMAT = 1
-"""To be raised when `_arrange` changes what it makes."""
+"""Raise this when the output of `_arrange` changes."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """An unpacked kernel: `release` as uname says it, and where its parts are."""
+    """An unpacked kernel: its release (`uname -r`) and the paths of its parts."""
 
     release: str
     image: Path
@@ -50,17 +50,17 @@ class Kernel:
 
 
 def resolved(row: Row) -> Resolved:
-    """Which packages `row` means today."""
+    """Find the packages that `row` stands for today."""
     packages = Suite(row.suite, row.arch.name).packages("^linux-(image|binary|modules|base)-[0-9]")
     where = f"{row.suite} ({row.arch.name})"
     found = resolve(packages, row.flavour, row.version, where, modules=row.modules)
     if found.note:
-        say(found.note)
+        print_status(found.note)
     return found
 
 
 def fetch(row: Row) -> Kernel:
-    """The kernel of `row`, downloaded if it is not there."""
+    """Return the kernel of `row`; download it if it is missing."""
     found = resolved(row)
     names = [f"{package.name}={package.version}" for package in found.packages]
 
@@ -76,7 +76,7 @@ def fetch(row: Row) -> Kernel:
 
 
 def _arrange(directory: Path, release: str, *, modules: bool) -> None:
-    """Image and modules to where `Kernel` has them: packages differ in where they put them."""
+    """Move image and modules to where `Kernel` expects them; packages differ in their layout."""
     deb = directory / "deb"
     trees = [path for path in deb.glob(f"**/lib/modules/{release}") if path.is_dir()]
     images = [*deb.glob(f"boot/vmlinu[xz]-{release}"), *(tree / "vmlinuz" for tree in trees)]
@@ -96,7 +96,7 @@ def _arrange(directory: Path, release: str, *, modules: bool) -> None:
 
 
 def boot_modules(modules: Path) -> Iterator[Path]:
-    """The modules of `BOOT_MODULES` and what they depend on, in the order to load them."""
+    """Yield the modules of `BOOT_MODULES` and their dependencies, in the order to load them."""
     depends: dict[str, tuple[Path, list[str]]] = {}
     listed = modules / "modules.dep"
     for line in listed.read_text().splitlines() if listed.exists() else ():
@@ -106,7 +106,7 @@ def boot_modules(modules: Path) -> Iterator[Path]:
     for wanted in BOOT_MODULES:
         if wanted not in depends:
             continue
-        # modules.dep has the whole closure, each before those that it needs.
+        # modules.dep lists all dependencies, each before its own.
         for name in (*reversed(depends[wanted][1]), wanted):
             if name not in seen:
                 seen.add(name)
@@ -118,7 +118,7 @@ def _name(path: str) -> str:
 
 
 def module_bytes(path: Path) -> bytes:
-    """A module as the kernel takes it, unpacked."""
+    """Return the decompressed module."""
     if path.suffix == ".xz":
         return lzma.decompress(path.read_bytes())
     if path.suffix == ".zst":

@@ -1,4 +1,4 @@
-"""Pages that memory_failure cannot take out of use: the kernel's own, and the VMs' zero page."""
+"""Pages that memory_failure cannot isolate: the kernel's own, and the shared zero page."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import contextlib
 import json
 from collections.abc import Collection, Mapping
 
-from tests.lab.harness import PATIENCE, Line, Unstageable, Vmm, injects, recorded, replayed
+from tests.lab.harness import (
+    PATIENCE,
+    Line,
+    Unstageable,
+    Vmm,
+    can_inject_poison,
+    recorded,
+    replayed,
+)
 from tests.lab.machine import Machine
 from tests.lab.scenarios import Scenario
 
 # Poisons one page of each kind, and prints {kind: pfn}. Bits of /proc/kpageflags
 # (include/uapi/linux/kernel-page-flags.h): 7 slab, 10 free (buddy), 26 a page table.
-# The zero page can be poisoned once, so all sources watch at the same time.
+# The zero page can be poisoned only once, so all sources record at the same time.
 _POISON = '''
 import json, mmap, os, struct
 
@@ -38,11 +46,11 @@ def poison(pfn):
         with open("/sys/kernel/debug/hwpoison/corrupt-pfn", "w") as corrupt:
             corrupt.write(f"{pfn:#x}")
     except OSError:
-        pass  # "EBUSY": it is poisoned, and could not be handled
+        pass  # EBUSY: it is poisoned, but the kernel could not handle it
     return pfn
 
 def of_kind(bit):
-    """The kernel may free a page between the look and the poison: then another one."""
+    """Poison a page of a kind; if the kernel frees it before that, try the next one."""
     pfn = poison(first(bit))
     while first(bit, pfn) != pfn:
         pfn = poison(first(bit, pfn))
@@ -59,8 +67,8 @@ print(json.dumps(pages))
 
 
 def kernel_pages(machine: Machine, source: str) -> None:
-    """One of each kind is poisoned: the host is at risk, and no VM is said to have lost a page."""
-    if not injects(machine):
+    """Poison a page of each kind: the host is reported at risk, and no VM as having lost a page."""
+    if not can_inject_poison(machine):
         raise Unstageable("no hwpoison-inject")
     vmms = [Vmm(machine, name) for name in ("left", "right")]
     for vmm in vmms:
@@ -100,5 +108,5 @@ def _explain(machine: Machine, log: str, pfn: int) -> Line:
     return dict(incident)
 
 
-# A machine of its own: the pages stay lost.
+# These need a machine of their own: the pages stay poisoned.
 KERNEL_PAGES = Scenario(kernel_pages, boot={"memory": "2G"}, sources=("both",))

@@ -1,4 +1,4 @@
-"""kvmtrace as it is in the tree now, as a layer over a root: built from its wheel in seconds."""
+"""The layer over a root: kvmtrace's wheel of the current tree and the lab's VMM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.lab import cache, image, programs
 from tests.lab.config import PROJECT, Arch
 from tests.lab.errors import LabError
-from tests.lab.progress import say, step
+from tests.lab.progress import print_status, step
 from tests.lab.root import LIBRARY
 
 VMM = PROJECT / "tests/lab/vmm"
@@ -28,23 +28,23 @@ sys.exit({attribute}())
 
 
 def vmm(arch: Arch) -> Path:
-    """The VMM of the workloads, once `_make_vmm` has built it."""
+    """Path of the lab's VMM, once `_make_vmm` has built it."""
     return VMM / "build" / arch.name / "vmm"
 
 
 def _make_vmm(arch: Arch) -> None:
-    """Build what is not up to date. Another architecture's is left out without a compiler."""
+    """Build the VMM if it is not up to date. For another architecture, no compiler means no VMM."""
     with cache.lock("vmm"):
         try:
             programs.output(["make", "-s", "-C", str(VMM), f"ARCH={arch.name}"])
         except LabError as error:
             if arch.qemu.endswith(platform.machine()):
                 raise
-            say(f"no vmm for {arch.name}: {error}")
+            print_status(f"no vmm for {arch.name}: {error}")
 
 
 def clone_files() -> list[Path]:
-    """The files a wheel is made of."""
+    """List the files that a wheel is made of."""
     found = []
     for name in SOURCES:
         path = PROJECT / name
@@ -62,7 +62,7 @@ def _key(arch: Arch) -> str:
 
 
 def fetch(arch: Arch) -> Path:
-    """The image of the layer for what is in the tree now."""
+    """Return the layer's image for the current tree."""
     _make_vmm(arch)
     home = cache.entry(f"layer-{arch.name}", _key(arch), lambda path: _build(arch, path), keep=50)
     return home / "layer.img"
@@ -93,7 +93,7 @@ def _fill(arch: Arch, into: Path) -> None:
 
 
 def wheel(into: Path) -> Path:
-    """The wheel of the tree. With hatchling at hand pip need not fetch it for each build."""
+    """Build the wheel of the tree. If hatchling is installed, pip does not fetch it."""
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(into)]
     command.append("--disable-pip-version-check")
     if importlib.util.find_spec("hatchling"):
@@ -103,7 +103,7 @@ def wheel(into: Path) -> Path:
 
 
 def _launchers(entry_points: Path, commands: Path) -> None:
-    """The wheel's commands, for the Python of the machine."""
+    """Write the wheel's commands for the machine's Python."""
     parser = configparser.ConfigParser()
     parser.read(entry_points)
     if not parser.has_section("console_scripts"):

@@ -1,4 +1,4 @@
-"""What of kvmtrace is attached to a machine's kernel, as the kernel itself lists it."""
+"""Everything attached to a machine's kernel for tracing, as the kernel lists it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 from tests.lab.harness import PATIENCE
 from tests.lab.machine import Machine
 
-# As bpftool would ask: every BPF object has an id that BPF_*_GET_NEXT_ID walks, for any holder.
-_ASK = """
+# As bpftool does: BPF_*_GET_NEXT_ID walks the ids of all BPF objects, whoever holds them.
+_LIST_ATTACHED = """
 import ctypes, glob, json, os, platform, struct
 libc = ctypes.CDLL(None, use_errno=True)
 number = {"x86_64": 321, "aarch64": 280}[platform.machine()]
@@ -43,24 +43,24 @@ Attached = dict[str, list[object]]
 
 
 def attached(machine: Machine) -> Attached:
-    """BPF programs, links and maps, traced functions, kprobes, tracefs events and instances."""
-    found = json.loads(machine.run(["python3", "-c", _ASK], check=True).stdout)
+    """List BPF objects, traced functions, kprobes, and tracefs events and instances."""
+    found = json.loads(machine.run(["python3", "-c", _LIST_ATTACHED], check=True).stdout)
     return {what: list(listed) for what, listed in found.items()}
 
 
-def probing(machine: Machine) -> Attached:
-    """As ``attached``, without programs and maps: those that answer questions are attached to
-    nothing, and loaded when the first question comes.
+def attached_probes(machine: Machine) -> Attached:
+    """As ``attached``, without programs and maps: lookup programs are loaded on first use and are
+    attached to nothing.
     """
     found = attached(machine)
     return {what: found[what] for what in found if what not in ("programs", "maps")}
 
 
-def nothing_but(machine: Machine, before: Attached) -> None:
-    """Fail unless all is as it was. The kernel frees a BPF object a while after its last user."""
+def assert_only(machine: Machine, before: Attached) -> None:
+    """Wait until only ``before`` is attached. The kernel frees BPF objects after a delay."""
     deadline = time.monotonic() + PATIENCE
     while (now := attached(machine)) != before:
         if time.monotonic() > deadline:
             left = {what: now[what] for what in now if now[what] != before[what]}
-            raise AssertionError(f"left behind: {left}, before it was {before}")
+            raise AssertionError(f"left behind: {left}; before: {before}")
         time.sleep(0.5)

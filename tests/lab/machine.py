@@ -1,11 +1,10 @@
-"""A machine: boot it, run things in it, notice when it dies.
+"""A machine: boot it, run programs in it, and detect that its kernel has died.
 
-Why not virtme-ng, which was tried first and boots these kernels as fast: a machine here serves many
-tests, so it needs a channel that carries many programs, their input, signals and exit status at
-once, where virtme-ng runs one script (and, without udev in the root, finds no port for it and
-loses its status); it wants the kernel's modules copied into each root; and a panic, another
-QEMU beside the system's, a read-only root shared by machines, and firmware on arm64 would each be
-worked in around it. What is left of the plumbing is qemu.py and initramfs.py.
+virtme-ng was tried first; it boots these kernels as fast. It was not chosen because it runs one
+script, while a machine of the lab serves many tests and needs a channel for many programs at once,
+with input, signals and exit status. Without udev in the root, virtme-ng finds no port for the
+script's status. It needs the kernel's modules copied into each root. Panics, a second QEMU, a
+read-only root shared by machines, and firmware on arm64 would each have needed a workaround.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from tests.lab.channel import Channel, Job
 from tests.lab.config import Row, row
 from tests.lab.emulator import Emulator, work_directory
 from tests.lab.errors import CommandFailed, LabError, LabPanic, LabTimeout
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 
 __all__ = ["DEFAULT", "MOUNTS", "Job", "Machine", "Prepared", "Result", "prepare"]
 
@@ -44,7 +43,7 @@ INJECTORS = ("hwpoison-inject", "mce-inject")
 
 @dataclass(frozen=True)
 class Result:
-    """How a program in the machine ended: -N is signal N."""
+    """The end of a program in the machine; status -N means signal N."""
 
     status: int
     stdout: str
@@ -53,7 +52,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything a machine is made from, in the cache."""
+    """Everything that a machine is made from, in the cache."""
 
     row: Row
     qemu: qemu.Qemu
@@ -63,7 +62,7 @@ class Prepared:
 
 @functools.cache
 def prepare(name: str) -> Prepared:
-    """Download and build what the machine called `name` needs; asked once per process."""
+    """Download and build what the machine called `name` needs, once per process."""
     wanted = row(name)
     found = qemu.find(wanted.arch)
     initramfs.busybox(wanted)
@@ -71,7 +70,7 @@ def prepare(name: str) -> Prepared:
 
 
 class Machine:
-    """A running machine; use `Machine.boot` in a `with` statement."""
+    """A running machine: `with Machine.boot(...) as machine`."""
 
     def __init__(
         self,
@@ -131,13 +130,13 @@ class Machine:
     ) -> Self:
         """Boot a kernel of kernels.toml and wait until programs can be run in it.
 
-        `modules` are loaded at boot (default: KVM and the error injectors, those that the kernel
-        has); `mounts` are names of MOUNTS; `lacking`: what is taken out of the root, names of
-        without.py ("bcc", "textual"). A boot that dies of the int3 oops that old QEMUs
-        cause is tried a second time. `ras`: the machine has firmware that reports to the kernel
-        hardware errors (ACPI's GHES; arm64 only): see cper.py. `nested`: guests of its guests can
-        be hypervisors (arm64 only). `cpu`: one of another maker ("intel"; amd64 only), which has no
-        KVM.
+        `modules`: loaded at boot (default: KVM and the error injectors that the kernel has).
+        `mounts`: names of MOUNTS. `lacking`: what is removed from the root, names of without.py
+        ("bcc", "textual"). `ras`: the machine's firmware reports hardware errors (ACPI's GHES;
+        arm64 only), see cper.py. `nested`: its guests can be hypervisors (arm64 only). `cpu`:
+        another vendor's ("intel"; amd64 only), which has no KVM.
+
+        A boot that dies of the int3 oops of old QEMUs is retried once.
         """
         prepared = prepare(kernel)
         for attempt in (1, 2):
@@ -148,7 +147,9 @@ class Machine:
                 machine.close()
                 if attempt == 2 or not STATIC_KEY_OOPS.search(error.console):
                     raise
-                say(f"{kernel}: the boot died of the int3 oops (QEMU's doing): trying once more")
+                print_status(
+                    f"{kernel}: the boot died of an int3 oops, a bug of old QEMUs: retrying"
+                )
             except BaseException:
                 machine.close()
                 raise
@@ -175,32 +176,32 @@ class Machine:
 
     @functools.cached_property
     def page_shift(self) -> int:
-        """Pages of this machine are 2**page_shift bytes."""
+        """Base-2 logarithm of the machine's page size."""
         return int(self.run("getconf PAGESIZE", check=True).stdout).bit_length() - 1
 
     @property
     def share(self) -> Path:
-        """A directory here that is /mnt/share there; it ends with the machine."""
+        """A directory of this host that is /mnt/share in the machine; removed with it."""
         if not self._shares:
             raise LabError(f"the kernel of {self.row.name} has no 9p: it cannot share files")
         return self._share
 
     @property
     def console(self) -> str:
-        """What the kernel and the firmware have said on the console so far."""
+        """Everything printed on the console so far by the kernel and the firmware."""
         return self.emulator.console
 
     def limit(self, seconds: float) -> None:
-        """End the machine in `seconds` from now, whatever it does then."""
+        """Kill the machine `seconds` from now."""
         self.emulator.limit(seconds)
 
     def qmp(self, command: str, **arguments: object) -> dict[str, Any]:
-        """One QMP command to QEMU itself; its answer."""
+        """Send a QMP command to QEMU and return its answer; LabError if it is refused."""
         return self.emulator.qmp(command, **arguments)
 
     @property
     def alive(self) -> bool:
-        """Whether programs can still be run in it."""
+        """Whether it can still run programs."""
         try:
             self.emulator.check()
         except LabError:
@@ -217,12 +218,12 @@ class Machine:
     ) -> Job:
         """Start a program in the background, with `pty=(rows, columns)` on a terminal.
 
-        `on_output` gets its bytes as they come, in the thread that reads them.
+        `on_output` is called with its output, in the thread that reads it.
         """
         return self.channel.start(command, pty=pty, env=env, on_output=on_output)
 
     def attach(self, command: str | list[str]) -> int:
-        """Run a program on this process's terminal, to its end; its status."""
+        """Run a program on this process's terminal and return its exit status."""
         return terminal.attach(self.channel, command)
 
     def run(
@@ -234,7 +235,7 @@ class Machine:
         stdin: str = "",
         env: dict[str, str] | None = None,
     ) -> Result:
-        """Run a program to its end; it is killed when time is up, and LabTimeout raised."""
+        """Run a program to its end. On timeout it is killed and LabTimeout raised."""
         job = self.start(command, env=env)
         if stdin:
             job.send(stdin)
@@ -246,12 +247,12 @@ class Machine:
             raise LabTimeout(f"{error}; {job.tail()}") from None
         result = Result(job.status or 0, job.stdout, job.stderr)
         if check and result.status:
-            said = (result.stderr or result.stdout).strip()[-1000:]
-            raise CommandFailed(f"`{job.command}` ended with status {result.status}: {said}")
+            output = (result.stderr or result.stdout).strip()[-1000:]
+            raise CommandFailed(f"`{job.command}` ended with status {result.status}: {output}")
         return result
 
     def close(self) -> None:
-        """End the machine. What it left in `share` goes with it."""
+        """End the machine and remove its `share`."""
         self.emulator.close()
         self.channel.close()
 

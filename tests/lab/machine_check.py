@@ -1,8 +1,8 @@
-"""Errors that begin in the hardware of an x86 host: a machine check, and the kernel does the rest.
+"""Hardware errors of an x86 host: machine checks, from the error to the VMM's reaction.
 
-`kvmtrace serve` watches, as it does on a host, and is asked by `events`, `top` and `explain`. As
-scenarios.py: for the tests and for the matrix. After an error of the hardware's the kernel
-unpoisons no page any more, so these want a machine apart.
+`kvmtrace serve` runs, as it does on a host; `events`, `top` and `explain` connect to it. Tests and
+the matrix run the same functions. After a hardware error the kernel refuses to unpoison any page,
+so these scenarios need a machine of their own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,21 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tests.lab import mca
-from tests.lab.harness import PATIENCE, Line, Unstageable, Vmm, Watch, seen_by, told_by
+from tests.lab.harness import (
+    PATIENCE,
+    Line,
+    Unstageable,
+    Vmm,
+    Watch,
+    exits_reported,
+    exits_returned,
+    start_serve,
+)
 from tests.lab.machine import Job, Machine
 from tests.lab.owners import owners_of, poison_of
-from tests.lab.scenarios import Scenario, gone
+from tests.lab.scenarios import Scenario, vms_gone
 
-# The machine has nothing that poisons pages by software.
+# Without the modules that inject poison.
 BOOT: dict[str, Any] = {"modules": ("kvm-amd",)}
 INTEL_BOOT: dict[str, Any] = {"modules": (), "cpu": "intel"}
 
@@ -37,18 +46,17 @@ _served: weakref.WeakKeyDictionary[Machine, _Served] = weakref.WeakKeyDictionary
 
 @contextlib.contextmanager
 def served(machine: Machine, source: str) -> Iterator[Watch]:
-    """What a serve that sees by ``source`` reports from here on; it stays for the next scenario."""
+    """Watch what a serve with ``source`` reports; it keeps running for the next scenario."""
     now = _served.get(machine)
     if now is None or now.source != source:
         end_serving(machine)
-        serve = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 --source {source}")
-        serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
+        serve = start_serve(machine, f"--source {source}")
         now = _served[machine] = _Served(source, serve, Watch(machine, "auto").job)
     yield Watch(machine, "auto", job=now.events)
 
 
 def end_serving(machine: Machine) -> None:
-    """End it, and what follows it."""
+    """End the serve and the `events` connected to it."""
     now = _served.pop(machine, None)
     for job in () if now is None else (now.events, now.serve):
         job.signal(signal.SIGINT)
@@ -64,7 +72,7 @@ def _checked(address: int, times: int) -> Callable[[list[Line]], bool]:
 
 
 def _incident(machine: Machine, pfn: int) -> Line | None:
-    """The one that `top --once --json` shows of a page."""
+    """The incident of a page by `top --once --json`; None if there is none."""
     shown = machine.run("kvmtrace top --once --json", timeout=PATIENCE, check=True)
     found = [x for x in json.loads(shown.stdout)["incidents"] if x.get("pfn") == pfn]
     assert len(found) < 2, found
@@ -78,7 +86,7 @@ def _explained(machine: Machine, pfn: int) -> Line:
 
 
 def _verdict(machine: Machine, pfn: int) -> Line:
-    """The incident when it is known what the VMM did: its vCPU is looked at for some seconds."""
+    """Wait for the incident's verdict: kvmtrace samples the vCPU for some seconds."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         incident = _explained(machine, pfn)
@@ -88,7 +96,7 @@ def _verdict(machine: Machine, pfn: int) -> Line:
 
 
 def machine_check(machine: Machine, source: str, backing: str = "anon") -> None:
-    """Corrected twice, then lost: poison, owner before any touch, delivery and verdict, joined."""
+    """Two corrected errors and an uncorrected one: all up to the verdict is one incident."""
     mca.poll_often(machine)
     with served(machine, source) as watch:
         vmm = Vmm(machine, f"failing-{backing}")
@@ -98,34 +106,34 @@ def machine_check(machine: Machine, source: str, backing: str = "anon") -> None:
         pfn, address = page["pfn"], mca.address_in(machine, page["pfn"])
 
         for number in (1, 2):
-            mca.report(machine, mca.CORRECTED, address)
+            mca.inject(machine, mca.CORRECTED, address)
             watch.until(_checked(address, number), f"error {number}")
         assert _incident(machine, pfn) is None, "corrected errors are no incident"
 
-        mca.report(machine, mca.LOST, address)
+        mca.inject(machine, mca.LOST, address)
         (poison,) = poison_of(pfn)(watch.until(poison_of(pfn), "the poison"))
         latent = _incident(machine, pfn)
         touch = vmm.step("touch v +3", may_fail=True)
         incident = _verdict(machine, pfn)
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid), "the VM's end")
+        lines = watch.until(vms_gone(vmm.pid), "the VM's end")
 
-    # What hardware said, each of it; AMD's register counts nothing.
+    # Every error that hardware reported; AMD's register has no count.
     checks = _checks(lines, address)
     assert [(x["pfn"], x["bank"], x["cpu"], x["status"], x.get("count", 1)) for x in checks] == [
         (pfn, record.bank, mca.CPU, record.status, 1)
         for record in (mca.CORRECTED, mca.CORRECTED, mca.LOST)
     ]
     assert checks[-1]["ts"] < poison["ts"]
-    # The owner, before its guest touches the page.
+    # The owner is known before the guest touches the page.
     owners = set(owners_of(poison["incident"], lines))
     assert owners <= {(vmm.pid, page["gfn"]), (vmm.pid, None)}
     assert source == "ftrace" or owners == {(vmm.pid, page["gfn"])}
     assert latent is not None
     assert (latent["id"], latent["state"]) == (poison["incident"], "latent")
     assert latent["deliveries"] == {"exits": 0, "sigbus": 0}
-    # The delivery: what the VMM prints that it was notified of, and nothing else.
-    assert seen_by(lines, vmm.pid) == told_by(report)
+    # The delivery, exactly as the VMM was notified.
+    assert exits_reported(lines, vmm.pid) == exits_returned(report)
     (delivery,) = [
         line
         for line in lines
@@ -160,12 +168,12 @@ def machine_check(machine: Machine, source: str, backing: str = "anon") -> None:
 
 
 def machine_check_gmem(machine: Machine, source: str) -> None:
-    """The same with a page of guest_memfd."""
+    """``machine_check`` with a page of guest_memfd."""
     machine_check(machine, source, "gmem")
 
 
 def machine_check_elsewhere(machine: Machine, source: str) -> None:
-    """An address that is not physical says nothing of the page of that number."""
+    """An error whose address is not physical is not related to a page."""
     mca.poll_often(machine)
     with served(machine, source) as watch:
         vmm = Vmm(machine, "elsewhere")
@@ -174,10 +182,10 @@ def machine_check_elsewhere(machine: Machine, source: str) -> None:
         pfn = vmm.step("pfn v +3")["pfn"]
         address = mca.address_in(machine, pfn)
         for number, record in enumerate((mca.NOT_PHYSICAL, mca.CORRECTED_NOT_PHYSICAL), 1):
-            mca.report(machine, record, address)
+            mca.inject(machine, record, address)
             watch.until(_checked(address, number), f"error {number}")
-        # What the kernel makes of a record comes before the next one.
-        mca.report(machine, mca.POISON_ELSEWHERE, address)
+        # The kernel handles a record before it reads the next one.
+        mca.inject(machine, mca.POISON_ELSEWHERE, address)
         watch.until(_checked(address, 3), "error 3")
         lines = watch.until(poison_of(pfn), "the poison")
         *others, lost = _checks(lines, address)
@@ -188,13 +196,13 @@ def machine_check_elsewhere(machine: Machine, source: str) -> None:
         assert not {"pfn", "incident"} & set(check), check
     assert lost["pfn"] == pfn
     if poison["ts"] < lost["ts"]:
-        raise Unstageable("this kernel takes every address in an AMD bank for a physical one")
+        raise Unstageable("this kernel treats every address in an AMD bank as physical")
     origin = incident["origin"]
     assert origin["status"] == mca.POISON_ELSEWHERE.status
     assert (origin["errors"]["count"], origin["errors"].get("corrected", 0)) == (1, 0)
 
 
-# An ordinary program: there is no KVM on this host.
+# An ordinary program instead of a VM: this machine has no KVM.
 _PROGRAM = """
 import ctypes, mmap, struct, sys
 memory = mmap.mmap(-1, mmap.PAGESIZE)
@@ -208,7 +216,7 @@ sys.stdin.read()
 
 
 def machine_check_intel(machine: Machine, source: str) -> None:
-    """Intel's registers say how many errors, and which addresses are physical. No VM: no SVM."""
+    """Intel's registers have a count and the kind of address. No VM: the CPU has no SVM."""
     mca.poll_often(machine)
     program = machine.start(["python3", "-c", _PROGRAM])
     pfn = int(program.wait_for(r"pfn \d+\n", timeout=PATIENCE).split()[1])
@@ -216,7 +224,7 @@ def machine_check_intel(machine: Machine, source: str) -> None:
     records = (mca.INTEL_LINEAR, mca.INTEL_UNKNOWN_MODE, mca.INTEL_THREE_CORRECTED, mca.INTEL_LOST)
     with served(machine, source) as watch:
         for number, record in enumerate(records, 1):
-            mca.report(machine, record, address)
+            mca.inject(machine, record, address)
             watch.until(_checked(address, number), f"error {number}")
         lines = watch.until(poison_of(pfn), "the poison")
         incident = _explained(machine, pfn)

@@ -1,7 +1,7 @@
-"""Everything on every kernel by every source: ``python -m tests.lab.matrix`` (make matrix).
+"""Run every scenario on every kernel by every source: ``python -m tests.lab.matrix`` (make matrix).
 
-Each cell is a scenario or a condition that ran on a real kernel: "pass", "FAIL", or the reason why
-that kernel cannot stage it. Exit status 1 if any failed.
+A cell of the table is "pass", "FAIL", or the reason why that kernel cannot stage the scenario. The
+exit status is 1 if any failed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tests.lab import config, readme
 from tests.lab.errors import LabError, LabUnable, status_of
 from tests.lab.ghes import ghes
 from tests.lab.harness import Unstageable, end_following
-from tests.lab.hosts import CONDITIONS
+from tests.lab.hosts import HOSTS
 from tests.lab.kernel_pages import KERNEL_PAGES
 from tests.lab.machine import Machine
 from tests.lab.machine_check import SCENARIOS as MACHINE_CHECKS
 from tests.lab.nested import NESTED
 from tests.lab.owners import owners_before_any_touch
-from tests.lab.progress import say
+from tests.lab.progress import print_status
 from tests.lab.qemu_guest import qemu_advice, qemu_loses_a_page, qemu_with_a_page_gone
 from tests.lab.scenarios import SCENARIOS, SOURCES, Scenario
 
@@ -46,11 +46,11 @@ EVERYTHING = (
     KERNEL_PAGES,
     HARDWARE,
     NESTED,
-    *CONDITIONS,
+    *HOSTS,
 )
 
-# The same stories at a size that a whole matrix can afford under emulation; test_sources.py runs
-# them at full size on the newest kernel.
+# Sizes that a whole matrix can afford under emulation; test_sources.py runs the full sizes on the
+# newest kernel.
 SMALLER: dict[str, dict[str, int]] = {
     "storm": {"rounds": 20_000},
     "crowd": {"rounds": 3_000},
@@ -67,7 +67,7 @@ Cells = dict[tuple[str, str], str]
 def run_kernel(
     name: str, sources: tuple[str, ...], only: Sequence[str] | None
 ) -> tuple[str, Cells]:
-    """Boot one kernel, in all the ways that are needed, and run everything on it."""
+    """Boot a kernel, once per set of boot options, and run everything on it: (release, cells)."""
     cells: Cells = {}
     machine: Machine | None = None
     booted: Mapping[str, Any] = {}
@@ -84,7 +84,7 @@ def run_kernel(
                     cells[scenario.name, source] = f"{UNSTAGED}{reason}"
                     continue
                 except LabError as error:
-                    say(f"{name} {source} {scenario.name}: {error}")
+                    print_status(f"{name} {source} {scenario.name}: {error}")
                     cells[scenario.name, source] = f"FAIL: {error}"
                     continue
                 release = machine.release
@@ -96,7 +96,7 @@ def run_kernel(
 
 
 def _plan(sources: tuple[str, ...], only: Sequence[str] | None) -> Iterator[tuple[Scenario, str]]:
-    """What to run, in an order that boots and starts kvmtrace as seldom as can be."""
+    """Yield what to run, ordered for as few boots and starts of kvmtrace as possible."""
     chosen = [scenario for scenario in EVERYTHING if only is None or scenario.name in only]
     boots = [scenario.boot for scenario in chosen]
     for boot in [boot for at, boot in enumerate(boots) if boot not in boots[:at]]:
@@ -110,7 +110,7 @@ def _plan(sources: tuple[str, ...], only: Sequence[str] | None) -> Iterator[tupl
 def _run(kernel: str, machine: Machine, scenario: Scenario, source: str) -> str:
     began = time.monotonic()
     try:
-        if scenario in CONDITIONS:  # these start kvmtrace themselves, each in its own way
+        if scenario in HOSTS:  # these start their own kvmtrace
             end_following(machine)
         scenario.run(machine, source, **SMALLER.get(scenario.name, {}))
         outcome = "pass"
@@ -119,14 +119,14 @@ def _run(kernel: str, machine: Machine, scenario: Scenario, source: str) -> str:
     except Exception as error:
         traceback.print_exc()
         outcome = f"FAIL: {type(error).__name__}"
-    say(f"{kernel} {source} {scenario.name}: {outcome} ({time.monotonic() - began:.0f} s)")
+    print_status(f"{kernel} {source} {scenario.name}: {outcome} ({time.monotonic() - began:.0f} s)")
     return outcome
 
 
 def table(results: Mapping[str, tuple[str, Cells]]) -> str:
-    """Markdown: a row per scenario, a column per kernel, reasons as notes below.
+    """Format as Markdown: a row per scenario, a column per kernel, reasons as notes below.
 
-    Sources of which the same is to be said share a row.
+    Sources with equal cells share a row.
     """
     notes: list[str] = []
 
@@ -156,7 +156,7 @@ def table(results: Mapping[str, tuple[str, Cells]]) -> str:
 
 
 def tables(results: Mapping[str, tuple[str, Cells]]) -> str:
-    """One table for each architecture."""
+    """Format one table per architecture."""
     rows = config.rows()
     arches = list(dict.fromkeys(rows[name].arch.name for name in results))
     return "\n\n".join(
@@ -166,29 +166,29 @@ def tables(results: Mapping[str, tuple[str, Cells]]) -> str:
 
 
 def collected(paths: Sequence[Path]) -> dict[str, tuple[str, Cells]]:
-    """Results that earlier runs kept, in the order of kernels.toml; of a cell, the last one."""
+    """Merge results of earlier runs, in the order of kernels.toml; a cell's last run wins."""
     found: dict[str, tuple[str, Cells]] = {}
     for path in paths:
         for name, of in json.loads(path.read_text()).items():
             cells = found.setdefault(name, (of["release"], {}))[1]
             if found[name][0] != of["release"]:
-                raise LabError(f"{path}: {name} was {of['release']}, and {found[name][0]} before")
-            cells.update({(scenario, source): said for scenario, source, said in of["cells"]})
+                raise LabError(f"{path}: {name} was {of['release']}, but {found[name][0]} before")
+            cells.update({(scenario, source): outcome for scenario, source, outcome in of["cells"]})
     return {name: found[name] for name in config.rows() if name in found}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.lab.matrix", description=__doc__)
-    parser.add_argument("--kernel", action="append", help="only this one (may be repeated)")
-    parser.add_argument("--source", choices=SOURCES, help="only this one")
-    parser.add_argument("--scenario", action="append", help="only this one (may be repeated)")
-    parser.add_argument("--readme", action="store_true", help="keep the table in docs/tested.md")
+    parser.add_argument("--kernel", action="append", help="only this kernel (may be repeated)")
+    parser.add_argument("--source", choices=SOURCES, help="only this source")
+    parser.add_argument("--scenario", action="append", help="only this scenario (may be repeated)")
+    parser.add_argument("--readme", action="store_true", help="write the table into docs/tested.md")
     parser.add_argument(
         "--collect",
         action="append",
         type=Path,
         metavar="FILE",
-        help="run nothing: the table of earlier runs' build/matrix.json, the last word of a cell",
+        help="run nothing; merge the build/matrix.json of earlier runs, a cell's last run wins",
     )
     options = parser.parse_args()
     kernels = options.kernel or list(config.rows())
@@ -220,7 +220,7 @@ def main() -> int:
 
 
 def save(results: Mapping[str, tuple[str, Cells]]) -> None:
-    """Keep what there is so far in build/matrix.json."""
+    """Write the results so far to build/matrix.json."""
     build = Path("build")
     build.mkdir(exist_ok=True)
     saved = {

@@ -1,8 +1,8 @@
 """Machine checks on x86: QEMU's monitor writes a record into a bank of the (virtual) CPU.
 
-From there on the kernel does what it does on hardware: it finds the record (by its poll, or by the
-exception that an uncorrected error raises), traces it, and poisons the page where the record says
-that its data is lost and that the address is physical.
+The kernel then acts as on hardware. It finds the record by polling, or by the exception that an
+uncorrected error raises, and traces it. It poisons the page if the record's status means that data
+is lost and its address is physical.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.lab.harness import PATIENCE, Unstageable
 from tests.lab.machine import Machine
 
 CPU = 1
-"""In whose banks errors are reported, of two."""
+"""The CPU, of two, whose banks get the records."""
 
 _CHECK_INTERVAL = "/sys/devices/system/machinecheck/machinecheck*/check_interval"
 
@@ -28,9 +28,9 @@ _ERROR = _VALID | _ENABLED | _ADDRV
 
 
 class Record(NamedTuple):
-    """What a bank says of an error, but for its address; ``misc`` and ``mcg_status``: registers.
+    """The registers of a bank that describe an error, without its address.
 
-    ``options``: of the monitor's command.
+    ``options``: options of the monitor's `mce` command.
     """
 
     bank: int
@@ -40,9 +40,9 @@ class Record(NamedTuple):
     options: str = ""
 
 
-# AMD, without SMCA as the lab's EPYC is. The address is physical in a memory error of the
-# northbridge's bank (4, extended error code 8), and in the other banks where POISON is set
-# (amd_mce_usable_address; 6.1 asks for nothing). Bits 52:38 are no count.
+# AMD without SMCA, like the lab's EPYC. The address is physical for memory errors of the
+# northbridge (bank 4, extended error code 8), and in other banks if POISON is set
+# (amd_mce_usable_address; 6.1 does not check). Bits 52:38 are not a count.
 _AT_MEMORY, _ELSEWHERE = 0x080A13, 0x0135
 CORRECTED = Record(4, _ERROR | 3 << 38 | _AT_MEMORY)
 LOST = Record(4, _ERROR | _DEFERRED | _POISON | _AT_MEMORY)
@@ -50,7 +50,7 @@ POISON_ELSEWHERE = Record(9, _ERROR | _DEFERRED | _POISON | _ELSEWHERE)
 NOT_PHYSICAL = Record(9, _ERROR | _DEFERRED | _ELSEWHERE)
 CORRECTED_NOT_PHYSICAL = Record(9, _ERROR | _ELSEWHERE)
 
-# Intel: MCi_MISC says what kind of address it is (mode 2: physical) and how exact (2^6 bytes).
+# Intel: MCi_MISC has the kind of the address (mode 2: physical) and its granularity (2^6 bytes).
 # Bits 52:38 of a corrected error's status are a count.
 INTEL_BANK = 5
 _PHYSICAL, _LINEAR = 2 << 6 | 6, 1 << 6 | 6
@@ -62,49 +62,49 @@ INTEL_LOST = Record(
     INTEL_BANK,
     _ERROR | _UNCORRECTED | _MISCV | _SIGNALLED | _SCRUBBED,
     _PHYSICAL,
-    mcg_status=5,  # in progress; where it was interrupted it can go on
-    options="-b",  # Intel's CPUs all take the exception
+    mcg_status=5,  # in progress; the interrupted program can be restarted
+    options="-b",  # on Intel all CPUs take the exception
 )
 
 
 def poll_often(machine: Machine) -> None:
-    """Have the kernel look into the banks every second; its default is every five minutes."""
+    """Let the kernel poll the banks every second; its default is every five minutes."""
     if machine.run(f"ls {_CHECK_INTERVAL}").status:
-        raise Unstageable("this machine has no machine check banks: they are x86's")
+        raise Unstageable("this machine has no machine check banks: only x86 has them")
     machine.run(f"echo 1 | tee {_CHECK_INTERVAL}", check=True)
 
 
-def report(machine: Machine, record: Record, address: int) -> None:
-    """An error at this address, which the kernel has read from the bank when this returns."""
+def inject(machine: Machine, record: Record, address: int) -> None:
+    """Inject an error at this address, and wait until the kernel has read it from the bank."""
     bank, status, misc, mcg_status, options = record
     line = f"mce {options} {CPU} {bank} {status:#x} {mcg_status:#x} {address:#x} {misc:#x}"
-    said = machine.qmp("human-monitor-command", **{"command-line": line})["return"]
-    assert not said, said
+    answer = machine.qmp("human-monitor-command", **{"command-line": line})["return"]
+    assert not answer, answer
     before = _polls(machine)
     _wait(lambda: _polls(machine) > before, "a poll of the machine check banks")
 
 
-def lose(machine: Machine, address: int) -> None:
-    """The data at this address, in a page that is poisoned when this returns."""
+def inject_poison(machine: Machine, address: int) -> None:
+    """Inject the loss of the data at this address, and wait until its page is poisoned."""
     before = _corrupted(machine)
-    report(machine, LOST, address)
+    inject(machine, LOST, address)
     _wait(lambda: _corrupted(machine) > before, "the page's poison")
 
 
 def address_in(machine: Machine, pfn: int, at: int = 0x240) -> int:
-    """The physical address of a byte of that page."""
+    """Physical address of a byte of that page."""
     return (pfn << machine.page_shift) + at
 
 
 def _polls(machine: Machine) -> int:
-    """How often that CPU's banks were looked into: asked on that CPU, so none is under way."""
+    """Number of polls of that CPU's banks; read on that CPU, so that no poll is in progress."""
     command = f"taskset -c {CPU} grep MCP: /proc/interrupts"
     return int(machine.run(command, check=True).stdout.split()[1 + CPU])
 
 
 def _corrupted(machine: Machine) -> int:
-    told = machine.run("grep HardwareCorrupted: /proc/meminfo", check=True).stdout
-    return int(told.split()[1])
+    line = machine.run("grep HardwareCorrupted: /proc/meminfo", check=True).stdout
+    return int(line.split()[1])
 
 
 def _wait(over: Callable[[], bool], what: str) -> None:

@@ -1,8 +1,8 @@
-"""Debian packages of any suite, through apt, beside the host's own configuration.
+"""Debian packages of any suite, fetched by apt without touching the host's configuration.
 
-Each (suite, architecture) has an apt directory of its own in the cache: lists, trust and nothing
-else. The mirror is the one the host's apt uses (or KVMTRACE_LAB_MIRROR); apt checks every
-signature against debian-archive-keyring. Nothing is installed on the host.
+Each (suite, architecture) has its own apt directory in the cache, with lists and trust settings.
+The mirror is that of the host's apt, or KVMTRACE_LAB_MIRROR. apt checks every signature against
+debian-archive-keyring. Nothing is installed on the host.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pathlib import Path
 
 from tests.lab import cache, programs
 from tests.lab.errors import LabError
-from tests.lab.progress import megabytes, say, step
+from tests.lab.progress import megabytes, print_status, step
 from tests.lab.resolve import Package, parse
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 FRESH = 24 * 3600
-# A mirror that stands still. "Not valid yet" means that a clock is wrong: that is an error.
+# A mirror that is no longer updated. "Not valid yet" means a wrong clock, which is an error.
 EXPIRED = re.compile(r"\bis expired \(invalid since ")
 UNKNOWN_KEY = re.compile(r"NO_PUBKEY|is not signed|Missing key|couldn't be verified")
 
 
 def uri() -> str:
-    """The Debian mirror: KVMTRACE_LAB_MIRROR, or the one apt is configured with."""
+    """URI of the Debian mirror: KVMTRACE_LAB_MIRROR, or that of the host's apt."""
     chosen = os.environ.get("KVMTRACE_LAB_MIRROR")
     if chosen:
         return chosen.rstrip("/")
@@ -40,7 +40,7 @@ def uri() -> str:
         own_release = codename is not None and release == codename[1] and not origin
         if component == "main" and ((origin, label) == ("Debian", "Debian") or own_release):
             return address.rstrip("/")
-    raise LabError("apt here has no Debian mirror: name one in KVMTRACE_LAB_MIRROR")
+    raise LabError("apt is not configured with a Debian mirror: set KVMTRACE_LAB_MIRROR")
 
 
 def _os_release() -> str:
@@ -49,7 +49,7 @@ def _os_release() -> str:
 
 
 class Suite:
-    """One suite of the mirror for one architecture."""
+    """A suite of the mirror for one architecture."""
 
     def __init__(self, name: str, arch: str) -> None:
         self.name = name
@@ -59,7 +59,7 @@ class Suite:
         self._updated = False
 
     def source(self, *, expired: bool = False) -> str:
-        """The line of sources.list for this suite."""
+        """The suite's line of sources.list."""
         options = f"signed-by={KEYRING}"
         if expired:
             options += " check-valid-until=no"
@@ -67,7 +67,7 @@ class Suite:
 
     @property
     def current_source(self) -> str:
-        """The line in use, after `update`."""
+        """The line in use; the package list is fetched first."""
         self.update()
         return (self.home / "etc/sources.list").read_text().strip()
 
@@ -81,7 +81,7 @@ class Suite:
             (self.home / directory).mkdir(parents=True, exist_ok=True)
         (self.home / "status").touch()
         (self.home / "etc/sources.list").write_text(source + "\n")
-        # Proxies, certificates and credentials of the host's apt; nothing of its policy.
+        # Keep proxies, certificates and credentials of the host's apt, but not its policy.
         transport = [
             line
             for line in programs.output(["apt-config", "dump"]).splitlines()
@@ -105,7 +105,7 @@ class Suite:
         return programs.output(command, env={"APT_CONFIG": str(self.config)}, cwd=cwd)
 
     def update(self) -> None:
-        """Fetch the suite's package list, unless that was done in the last day."""
+        """Fetch the suite's package list unless it is younger than a day."""
         if self._updated:
             return
         if not KEYRING.exists():
@@ -120,9 +120,9 @@ class Suite:
                         self._fetch_lists(source)
                 except LabError as error:
                     if known != source:
-                        stamp.unlink(missing_ok=True)  # the lists are of another mirror
+                        stamp.unlink(missing_ok=True)  # the lists are those of another mirror
                         raise
-                    say(f"{error}; going on with the list of {self.name} fetched earlier")
+                    print_status(f"{error}; using the list of {self.name} that was fetched earlier")
                 else:
                     stamp.write_text(source)
         self._updated = True
@@ -135,23 +135,23 @@ class Suite:
         except LabError as error:
             if UNKNOWN_KEY.search(str(error)):
                 raise LabError(
-                    f"debian-archive-keyring here does not know {self.name}'s keys: upgrade it"
+                    f"debian-archive-keyring has no key of {self.name}: upgrade it"
                 ) from error
             if not EXPIRED.search(str(error)):
                 raise
-            say(f"{self.name}'s release file here is past its date; its signature is still checked")
+            print_status(f"{self.name}'s release file has expired; its signature is still checked")
             self._configure(self.source(expired=True))
             self._apt(*command)
 
     def packages(self, pattern: str) -> list[Package]:
-        """The packages whose names match a regular expression; none is no error."""
+        """List the packages whose names match a regular expression, maybe none."""
         self.update()
         with contextlib.suppress(LabError):
             return list(parse(self._apt("apt-cache", "show", pattern)))
         return []
 
     def download(self, names: list[str], into: Path) -> list[Path]:
-        """The .deb files of `names` ("package" or "package=version"), checked, in `into`."""
+        """Download and verify `names` ("package" or "package=version"); return the .deb files."""
         self.update()
         into.mkdir(parents=True, exist_ok=True)
         self._apt("apt-get", "download", "-q", *names, cwd=into)

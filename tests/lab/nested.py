@@ -1,7 +1,7 @@
 """A guest that is itself a hypervisor loses a page that KVM reads on its behalf (arm64, NV2).
 
-kvm_handle_vncr_abort annotates the fault and KVM_RUN returns 0, against api.rst: the one memory
-fault that has no errno.
+kvm_handle_vncr_abort annotates the fault but KVM_RUN returns 0, contrary to api.rst. All other
+memory faults have an errno.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EHWPOISON = 133
 
 
 def nested(machine: Machine, source: str) -> None:
-    """The page that VNCR_EL2 names is poisoned: KVM_RUN reports it without an errno."""
+    """The page in VNCR_EL2 is poisoned: KVM_RUN reports a memory fault without an errno."""
     with recorded(machine, source) as log:
         vmm = Vmm(machine, "hypervisor")
         vmm.step("create w backing=gmem pages=32 nested=1 base=0x400")
@@ -25,9 +25,9 @@ def nested(machine: Machine, source: str) -> None:
         vmm.step("create v backing=gmem pages=32 nested=1")
         vmm.step("touch v +3")
         vmm.step("poison v +3")
-        told = vmm.step("loop v +3 4 op=nested")["told"]
+        returns = vmm.step("loop v +3 4 op=nested")["returns"]
         vmm.end()
-    (fault,) = told
+    (fault,) = returns
     assert (fault["ret"], fault["reason"], fault["annotated"], fault["count"]) == (0, 39, True, 4)
     lines = machine.run(["cat", log], check=True).stdout.splitlines()
     events: list[dict[str, Any]] = [json.loads(line) for line in lines[1:]]  # after the header

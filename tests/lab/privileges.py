@@ -1,4 +1,4 @@
-"""What kvmtrace's processes may do in a machine, as the kernel says."""
+"""Capabilities of kvmtrace's processes in a machine, as /proc shows them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from kvmtrace.linux import privileges
 from tests.lab.harness import PATIENCE, Line
 from tests.lab.machine import Machine
 
-# Of each process of kvmtrace, and of each of its threads.
-_ASK = r"""
+# Lists the capability sets of every thread of every kvmtrace process.
+_LIST_THREADS = r"""
 import json, os, re
 found = []
 for pid in filter(str.isdecimal, os.listdir("/proc")):
@@ -33,14 +33,14 @@ def _bits(names: frozenset[str]) -> int:
     return sum(1 << privileges._NAMES.index(name) for name in names)
 
 
-def only_what_watching_takes(machine: Machine) -> None:
-    """Fail unless every kvmtrace that runs, with its workers, has given up all else.
+def assert_given_up(machine: Machine) -> None:
+    """Fail unless each running kvmtrace and its workers have only the capabilities they need.
 
-    A worker does so when it has started, which may take a while.
+    This waits for workers, which drop theirs some time after their start.
     """
     deadline = time.monotonic() + PATIENCE
     while True:
-        text = machine.run(["python3", "-c", _ASK], check=True).stdout
+        text = machine.run(["python3", "-c", _LIST_THREADS], check=True).stdout
         threads: list[Line] = json.loads(text)
         more = [thread for thread in threads if not _has_given_up(thread)]
         if not more and {thread["worker"] for thread in threads} == {False, True}:
@@ -53,7 +53,7 @@ def only_what_watching_takes(machine: Machine) -> None:
 def _has_given_up(thread: Line) -> bool:
     watching = _bits(privileges.WATCHING)
     kept = _bits(privileges.READING) if thread["worker"] else watching
-    # A worker that was started later has its command's bounding set: it may not change it.
+    # A worker inherits its command's bounding set, and may not be allowed to change it.
     return bool(
         thread["CapEff"] == thread["CapPrm"] == kept
         and thread["CapBnd"] & ~watching == thread["CapInh"] == thread["CapAmb"] == 0

@@ -1,4 +1,4 @@
-"""Programs of the host, with failures said in one line."""
+"""Run programs of the host; failures become LabErrors of one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def output(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> str:
-    """What `command` prints; an absent program or another status than 0 is a LabError."""
+    """Return what `command` prints; LabError if it is missing or its status is not 0."""
     name = Path(command[0]).name
     environment = os.environ | {"LC_ALL": "C"} | dict(env or {})
     try:
@@ -26,7 +26,7 @@ def output(
     except FileNotFoundError:
         raise LabError(f"{name} is not installed: run `sh tests/lab/setup.sh`") from None
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        errors = [line for line in said if line.startswith(("E:", "ERROR:", "W: GPG"))]
-        raise LabError(f"{name} failed: {' '.join(errors or said)[-600:]}")
+        printed = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        errors = [line for line in printed if line.startswith(("E:", "ERROR:", "W: GPG"))]
+        raise LabError(f"{name} failed: {' '.join(errors or printed)[-600:]}")
     return done.stdout

@@ -1,4 +1,4 @@
-"""Progress on stderr: what is being done, how much of it, how long it took."""
+"""Progress messages on stderr."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def say(text: str) -> None:
-    """Print one line for people who are waiting."""
+def print_status(text: str) -> None:
+    """Print a line."""
     print(f"lab: {text}", file=sys.stderr, flush=True)
 
 
 def megabytes(size: int) -> str:
-    """`size` bytes as people read it."""
+    """Format `size` bytes in megabytes."""
     return f"{size / 1e6:.1f} MB"
 
 
 @contextmanager
 def step(text: str) -> Iterator[None]:
-    """Say what starts, and after it how long it took."""
-    say(f"{text} ...")
+    """Print a line before the block, and its duration after it."""
+    print_status(f"{text} ...")
     start = time.monotonic()
     yield
-    say(f"{text}: done in {time.monotonic() - start:.1f} s")
+    print_status(f"{text}: done in {time.monotonic() - start:.1f} s")

@@ -1,12 +1,12 @@
-"""Which QEMU to run and with what arguments.
+"""Choose a QEMU and build its command line.
 
-A machine of another architecture runs in the newest QEMU of its `qemu-suites`, unpacked with all of
-its libraries and started by their own ld.so: so it is the same on every host, and can inject
-hardware errors, which QEMU learned in 10.2.
+An architecture with `qemu-suites` uses the newest QEMU of these. It is unpacked with all of its
+libraries and started by their ld.so. It is therefore the same on every host, and can inject
+hardware errors, which needs QEMU 10.2.
 
-Debian 12's QEMU 7.2 kills some boots of 7.3 kernels (an int3 oops where static keys are patched),
-so there the one of bookworm-backports is used: unpacked in the cache, beside the system's, never
-installed. Elsewhere the host's own serves.
+Other machines use the host's QEMU. Debian 12's QEMU 7.2 kills some boots of 7.3 kernels (an int3
+oops where static keys are patched), so there the one of bookworm-backports is unpacked into the
+cache and used; nothing is installed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from tests.lab import cache, programs, root
 from tests.lab.config import Arch, Row, host_arch
 from tests.lab.errors import LabError, LabUnable
 from tests.lab.mirror import Suite
-from tests.lab.progress import say, step
+from tests.lab.progress import print_status, step
 from tests.lab.resolve import numbers
 
-GOOD = 10
+OLDEST_GOOD = 10
 BACKPORTS = "bookworm-backports"
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a machine has beside the row's options; see `Machine.boot`."""
+    """Options of a machine beyond those of its row; see `Machine.boot`."""
 
     ras: bool = False
     nested: bool = False
@@ -38,7 +38,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Qemu:
-    """A QEMU that runs here."""
+    """A QEMU that runs on this host."""
 
     program: Path
     version: str
@@ -47,13 +47,13 @@ class Qemu:
 
     @property
     def command(self) -> list[str]:
-        """The program and where its firmware is."""
+        """The start of the command line: program and firmware directories."""
         options = [("-L", str(path)) for path in self.firmware]
         words = [str(self.program), *(word for option in options for word in option)]
         return words if self.home is None else [*_loader(self.home), *words]
 
     def options(self, row: Row, choices: Choices) -> list[str]:
-        """How the machine of `row` looks to QEMU."""
+        """Options for machine and CPU; LabUnable if the architecture cannot do what is chosen."""
         arch = row.arch
         if choices.nested and not arch.nested_options:
             raise LabUnable(f"no CPU for guests that are hypervisors on {arch.name}")
@@ -68,7 +68,7 @@ class Qemu:
 
 
 def _loader(home: Path) -> list[str]:
-    """How programs of an unpacked root are started: by its dynamic linker, with its libraries."""
+    """Command prefix that starts a program of an unpacked root with its ld.so and libraries."""
     found = sorted((home / "usr/lib").glob("*/ld-linux-*.so.*"))
     if not found:
         raise LabError(f"{home} has no dynamic linker")
@@ -78,28 +78,30 @@ def _loader(home: Path) -> list[str]:
 
 
 def _version(*program: str | Path) -> str:
-    """The version a QEMU says it is, "" if it does not run."""
+    """The version that a QEMU prints, "" if it does not run."""
     try:
-        said = programs.output([*program, "--version"])
+        printed = programs.output([*program, "--version"])
     except LabError:
         return ""
-    found = re.search(r"version (\d+[\d.]*)", said)
+    found = re.search(r"version (\d+[\d.]*)", printed)
     return found[1] if found else ""
 
 
 def find(arch: Arch) -> Qemu:
-    """The QEMU for machines of `arch`."""
+    """Find the QEMU for machines of `arch`; LabError if there is none."""
     if arch.qemu_suites:
         return _unpacked(arch)
     own = shutil.which(arch.qemu)
     version = _version(own) if own else ""
-    if own and int(version.partition(".")[0] or 0) >= GOOD:
+    if own and int(version.partition(".")[0] or 0) >= OLDEST_GOOD:
         return Qemu(Path(own), version)
     if not own:
         raise LabError(f"{arch.qemu} is not installed: run `sh tests/lab/setup.sh`")
     os_release = Path("/etc/os-release")
     if not os_release.exists() or "VERSION_CODENAME=bookworm" not in os_release.read_text():
-        say(f"QEMU {version} here is older than {GOOD}: newest kernels may die in it")
+        print_status(
+            f"this host's QEMU {version} is older than {OLDEST_GOOD}: new kernels may die in it"
+        )
         return Qemu(Path(own), version)
     return _backported(arch)
 
@@ -121,7 +123,7 @@ def _backported(arch: Arch) -> Qemu:
     program = home / "usr/bin" / arch.qemu
     version = _version(program)
     if not version:
-        raise LabError(f"QEMU of {BACKPORTS} does not run here: see `{program} --version`")
+        raise LabError(f"QEMU of {BACKPORTS} does not run: try `{program} --version`")
     share = [home / "usr/share/qemu", Path("/usr/share/seabios"), Path("/usr/share/qemu")]
     return Qemu(program, version, tuple(path for path in share if path.exists()))
 
@@ -143,16 +145,16 @@ def _unpacked(arch: Arch) -> Qemu:
 
     home = cache.entry(f"qemu-{arch.name}", cache.digest(version, packages), build) / "root"
     program = home / "usr/bin" / arch.qemu
-    told = _version(*_loader(home), program)
-    if not told:
-        raise LabError(f"QEMU of {newest.name} does not run here: see {program}")
+    runs_as = _version(*_loader(home), program)
+    if not runs_as:
+        raise LabError(f"QEMU of {newest.name} does not run: {program}")
     share = [home / "usr/share/qemu", home / "usr/share/seabios"]
-    return Qemu(program, told, tuple(path for path in share if path.exists()), home)
+    return Qemu(program, runs_as, tuple(path for path in share if path.exists()), home)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The files a machine is made of; everything but `work` is shared between machines."""
+    """The files that a machine is made of; only `work` is not shared between machines."""
 
     image: Path
     initramfs: Path
@@ -169,7 +171,7 @@ def arguments(  # noqa: PLR0917 (each is a part of the machine)
     cmdline: str,
     choices: Choices,
 ) -> list[str]:
-    """The whole command line of a machine."""
+    """Build the command line of a machine."""
     kernel_arguments = f"console={row.arch.console} panic=-1 oops=panic {cmdline}".strip()
     command = [
         *qemu.command,

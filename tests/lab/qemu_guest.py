@@ -1,7 +1,7 @@
-"""A VMM that nobody here wrote: Debian's QEMU, nested, with ordinary memory, loses a page.
+"""A real VMM loses a page: Debian's QEMU, run nested, with ordinary memory.
 
-What it does then, and what people may therefore be advised to do, per kind of memory:
-``views/vmm_advice.py`` says only what is shown here.
+These scenarios establish how QEMU reacts by kind of memory. ``views/vmm_advice.py`` advises only
+what is tested here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tests.lab.harness import PATIENCE, Line, Unstageable, end_following, following
+from tests.lab.harness import PATIENCE, Line, Unstageable, end_following, following, start_serve
 from tests.lab.machine import Machine
 
 NAME, UUID = "tenant-7", "6f2c1f0e-93a5-4b0e-9d53-2d0f4c1f5a77"
@@ -28,17 +28,17 @@ MEMORY = {
     "hugetlb": "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M",
 }
 
-# Where the guest never is, so that only the VMM can meet the lost page.
+# A guest address that the guest never touches, so that only the VMM can access the lost page.
 UNTOUCHED = 16 * MIB
 
 
 def _firmware() -> tuple[bytes, bytes]:
-    """The guest: the begin of its ROM, and what is at the reset vector, 16 bytes below the end.
+    """Assemble the guest: the start of its ROM, and the reset vector's code (the last 16 bytes).
 
-    It touches its first page, says "up" on the debug console, then counts in that page about once a
-    second, so that it seldom does while memory_failure is still at work on it. "r" on its serial
-    line makes it reboot, "s" shut down. SeaBIOS will not do: under two emulations it spun in its
-    timeouts for minutes, in 2 of 200 starts.
+    It touches its first page, prints "up" on the debug console, then increments a word in that page
+    about once a second; that is slow, so that it rarely interferes with memory_failure. "r" on its
+    serial line makes it reboot, "s" shut down. SeaBIOS was not usable: in 2 of 200 starts under
+    double emulation it spun in its timeouts for minutes.
     """
 
     def hexadecimal(*lines: str) -> bytes:
@@ -58,7 +58,7 @@ def _firmware() -> tuple[bytes, bytes]:
     )  # inc word [0x500]; "up\n"
     again = len(code)
     code += hexadecimal("ff060005", "66b900000004", "67e2fd")  # mov ecx, 1 << 26; addr32 loop $
-    code += hexadecimal("bafd03", "ec", "a801")  # has the serial line got a byte?
+    code += hexadecimal("bafd03", "ec", "a801")  # does the serial line have a byte?
     code += back(0x74)  # jz
     code += hexadecimal("baf803", "ec")  # which one?
     code += hexadecimal("3c72", "7506", "baf90c", "b006", "ee")  # "r": out 0xcf9, 6
@@ -78,7 +78,7 @@ code, reset = (bytes.fromhex(text) for text in sys.argv[2:])
 open(sys.argv[1], "wb").write(code.ljust(0xfff0, b"\\0") + reset.ljust(16, b"\\0"))
 """
 
-# Poisons a page of the guest, by its address in the guest.
+# Poisons a page of the guest: PID, size of the guest's memory, guest physical address.
 _POISON = """
 import json, os, struct, sys
 pid, size, gpa = map(int, sys.argv[1:])
@@ -101,7 +101,7 @@ print(json.dumps({"pfn": pfn, "hva": hva}))
 
 
 class Qemu:
-    """One QEMU with that guest, asked over QMP. ``memory``: one of ``MEMORY``."""
+    """A QEMU with that guest and a QMP connection. ``memory``: a key of ``MEMORY``."""
 
     def __init__(
         self, machine: Machine, memory: str = "anonymous", *, reboots: bool = True
@@ -125,19 +125,19 @@ class Qemu:
         )
         self._read = 0
         self._line()  # the greeting
-        self.ask("qmp_capabilities")
+        self.qmp("qmp_capabilities")
         self.pid = int(machine.run("cat /tmp/qemu.pid", check=True).stdout)
-        self.boots(1)
+        self.wait_for_boots(1)
 
-    def ask(self, command: str, **arguments: object) -> Any:
-        """What it answers to a command: the value, or in {"error"} why it will not."""
-        self.begin(command, **arguments)
+    def qmp(self, command: str, **arguments: object) -> Any:
+        """Send a command; return the value of the answer, or {"error": text}."""
+        self.send_qmp(command, **arguments)
         while "event" in (answer := self._line()):
             pass
         return answer.get("return", {"error": answer.get("error", {}).get("desc")})
 
-    def begin(self, command: str, **arguments: object) -> None:
-        """A command that it does not live to answer."""
+    def send_qmp(self, command: str, **arguments: object) -> None:
+        """Send a command without waiting for an answer."""
         self.job.send(json.dumps({"execute": command, "arguments": arguments}) + "\n")
 
     def _line(self) -> Line:
@@ -147,61 +147,61 @@ class Qemu:
         return dict(json.loads(line))
 
     def monitor(self, command: str) -> Any:
-        """What its monitor for people answers."""
-        return self.ask("human-monitor-command", **{"command-line": command})
+        """Send a command to its human monitor; return the answer."""
+        return self.qmp("human-monitor-command", **{"command-line": command})
 
-    def say(self, letter: str) -> None:
-        """A letter on the guest's serial line."""
+    def send_serial(self, letter: str) -> None:
+        """Send a letter to the guest's serial line."""
         self._machine.run(f"echo -n {letter} > /tmp/qemu.serial", check=True)
 
-    def boots(self, times: int) -> None:
-        """Wait until the guest has come up so often."""
+    def wait_for_boots(self, times: int) -> None:
+        """Wait until the guest has booted that many times."""
         deadline = time.monotonic() + PATIENCE
         while self._machine.run("grep -c up /tmp/qemu.console").stdout.strip() != str(times):
-            assert time.monotonic() < deadline, "the guest does not come up"
+            assert time.monotonic() < deadline, "the guest does not boot"
             assert self.job.poll() is None, (self.job.poll(), self.job.stderr)
             time.sleep(0.1)
 
-    def loses(self, gpa: int) -> Line:
-        """Poison a page; its pfn and hva."""
+    def poison(self, gpa: int) -> Line:
+        """Poison a page; return its pfn and hva."""
         words = ["python3", "-c", _POISON, str(self.pid), str(SIZE), str(gpa)]
         return dict(json.loads(self._machine.run(words, check=True, timeout=PATIENCE).stdout))
 
-    def runs(self) -> bool:
-        """Whether the VM runs."""
-        return bool(self.ask("query-status")["running"])
+    def is_running(self) -> bool:
+        """Whether the VM is running."""
+        return bool(self.qmp("query-status")["running"])
 
-    def migrates(self) -> str | None:
-        """Migrate it away; None if that works, else what QEMU says."""
-        refused = self.ask("migrate", uri="exec:cat >/dev/null")
+    def migrate(self) -> str | None:
+        """Migrate it; None on success, else QEMU's error."""
+        refused = self.qmp("migrate", uri="exec:cat >/dev/null")
         if refused:
             return str(refused["error"])
         deadline = time.monotonic() + PATIENCE
-        while (state := self.ask("query-migrate"))["status"] not in ("completed", "failed"):
+        while (state := self.qmp("query-migrate"))["status"] not in ("completed", "failed"):
             assert time.monotonic() < deadline, state
             time.sleep(0.1)
         return None if state["status"] == "completed" else str(state.get("error-desc"))
 
-    def dumps(self) -> str | None:
-        """Dump its memory; None if that works, else what QEMU says."""
+    def dump(self) -> str | None:
+        """Dump its memory; None on success, else QEMU's error."""
         arguments = {"paging": False, "protocol": "file:/tmp/qemu.dump"}
-        said = self.ask("dump-guest-memory", **arguments)
-        return str(said["error"]) if said else None
+        answer = self.qmp("dump-guest-memory", **arguments)
+        return str(answer["error"]) if answer else None
 
-    def gets_a_disk(self) -> None:
-        """One that can hold a snapshot of the whole VM."""
+    def add_disk(self) -> None:
+        """Attach a disk that can hold a snapshot of the VM."""
         self._machine.run(": > /tmp/qemu.disk", check=True)
         file = {"driver": "file", "node-name": "file", "filename": "/tmp/qemu.disk"}
         image = {"driver": "qcow2", "file": "file"}
-        assert self.ask("blockdev-add", **file) == {}
-        made = self.ask("blockdev-create", **{"job-id": "disk", "options": image | {"size": MIB}})
+        assert self.qmp("blockdev-add", **file) == {}
+        made = self.qmp("blockdev-create", **{"job-id": "disk", "options": image | {"size": MIB}})
         assert made == {}
         deadline = time.monotonic() + PATIENCE
-        while (job := self.ask("query-jobs")[0])["status"] != "concluded":
+        while (job := self.qmp("query-jobs")[0])["status"] != "concluded":
             assert time.monotonic() < deadline, job
             time.sleep(0.1)
         assert "error" not in job, job
-        assert self.ask("blockdev-add", **image, **{"node-name": "disk"}) == {}
+        assert self.qmp("blockdev-add", **image, **{"node-name": "disk"}) == {}
 
     def end(self) -> None:
         """End it as ``virsh destroy`` does."""
@@ -220,7 +220,7 @@ def _qemu(machine: Machine, memory: str, *, reboots: bool = True) -> Iterator[Qe
 
 @contextlib.contextmanager
 def _huge_pages(machine: Machine) -> Iterator[None]:
-    """Huge pages for one QEMU and one more; all are as before afterwards."""
+    """Provide huge pages for one QEMU and one more page; restore the number afterwards."""
     setting = "/proc/sys/vm/nr_hugepages"
     before = machine.run(f"cat {setting}", check=True).stdout.strip()
     wanted = int(before) - _free_huge_pages(machine) + HUGE_PAGES + 1
@@ -240,58 +240,58 @@ def _free_huge_pages(machine: Machine) -> int:
 
 
 def qemu_with_a_page_gone(machine: Machine, _source: str) -> None:
-    """What can be asked of QEMU while a page of its memory is gone, of each kind of memory."""
+    """Which commands QEMU can carry out while a page of its memory is lost, for each kind."""
     for memory in MEMORY:
-        page_gone(machine, memory)
+        check_with_page_gone(machine, memory)
 
 
-def page_gone(machine: Machine, memory: str) -> None:
-    """The same for one kind. The guest has not touched the page."""
+def check_with_page_gone(machine: Machine, memory: str) -> None:
+    """Check this for one kind of memory. The guest has not touched the page."""
     lost: list[int] = []
 
-    def loses(qemu: Qemu) -> None:
-        lost.append(qemu.loses(UNTOUCHED)["pfn"])
+    def poison(qemu: Qemu) -> None:
+        lost.append(qemu.poison(UNTOUCHED)["pfn"])
 
-    def all_is_well(qemu: Qemu) -> None:
+    def assert_all_is_well(qemu: Qemu) -> None:
         assert qemu.monitor(f"xp /1wx {UNTOUCHED:#x}").split()[-1] == "0x00000000"
-        assert qemu.dumps() is None
-        assert qemu.migrates() is None
+        assert qemu.dump() is None
+        assert qemu.migrate() is None
 
     with contextlib.ExitStack() as stack:
         if memory == "hugetlb":
             stack.enter_context(_huge_pages(machine))
         stack.callback(_unpoison, machine, lost)
         with _qemu(machine, memory) as qemu:
-            loses(qemu)
-            assert "hardware poisoned memory" in (qemu.migrates() or "")
-            assert "Bad address" in (qemu.dumps() or "")
-            qemu.ask("stop")
-            qemu.ask("cont")
-            assert qemu.runs()
-            assert "hardware poisoned memory" in (qemu.migrates() or "")  # that mends nothing
+            poison(qemu)
+            assert "hardware poisoned memory" in (qemu.migrate() or "")
+            assert "Bad address" in (qemu.dump() or "")
+            qemu.qmp("stop")
+            qemu.qmp("cont")
+            assert qemu.is_running()
+            assert "hardware poisoned memory" in (qemu.migrate() or "")  # stop and cont do not help
             qemu.monitor("system_reset")
-            qemu.boots(2)
-            all_is_well(qemu)
+            qemu.wait_for_boots(2)
+            assert_all_is_well(qemu)
         _unpoison(machine, lost)
         with _qemu(machine, memory) as qemu:
-            loses(qemu)
-            qemu.say("r")
-            qemu.boots(2)
-            all_is_well(qemu)
+            poison(qemu)
+            qemu.send_serial("r")
+            qemu.wait_for_boots(2)
+            assert_all_is_well(qemu)
         _unpoison(machine, lost)
         with _qemu(machine, memory) as qemu:
-            loses(qemu)
-            qemu.say("s")
+            poison(qemu)
+            qemu.send_serial("s")
             assert qemu.job.wait(PATIENCE) == 0
         with _qemu(machine, memory) as qemu:  # started again
-            all_is_well(qemu)
+            assert_all_is_well(qemu)
         _unpoison(machine, lost)
-        # Whatever reads the page in QEMU kills it: a shell shows 135.
+        # Any read of the page in QEMU kills it with SIGBUS (a shell shows status 135).
         for command in (f"xp /1wx {UNTOUCHED:#x}", "savevm one"):
             with _qemu(machine, memory) as qemu:
-                qemu.gets_a_disk()
-                loses(qemu)
-                qemu.begin("human-monitor-command", **{"command-line": command})
+                qemu.add_disk()
+                poison(qemu)
+                qemu.send_qmp("human-monitor-command", **{"command-line": command})
                 assert qemu.job.wait(PATIENCE) == -signal.SIGBUS, command
             _unpoison(machine, lost)
         if memory == "hugetlb":
@@ -299,11 +299,11 @@ def page_gone(machine: Machine, memory: str) -> None:
                 "echo $(($(cat /proc/sys/vm/nr_hugepages) - 1)) > /proc/sys/vm/nr_hugepages"
             )
             with _qemu(machine, memory) as qemu:
-                loses(qemu)
+                poison(qemu)
                 assert _free_huge_pages(machine) == 0
                 qemu.monitor("system_reset")
-                qemu.boots(2)
-                qemu.begin("human-monitor-command", **{"command-line": f"xp {UNTOUCHED:#x}"})
+                qemu.wait_for_boots(2)
+                qemu.send_qmp("human-monitor-command", **{"command-line": f"xp {UNTOUCHED:#x}"})
                 assert qemu.job.wait(PATIENCE) == -signal.SIGBUS
             again = machine.run(
                 f"qemu-system-x86_64 -m 64 -object {MEMORY[memory]},id=ram,size=64M,prealloc=on "
@@ -314,9 +314,9 @@ def page_gone(machine: Machine, memory: str) -> None:
 
 
 def _unpoison(machine: Machine, pfns: list[int]) -> None:
-    """Give the pages back, or huge ones would be missing to who comes next.
+    """Unpoison the pages, so that later scenarios have enough huge pages.
 
-    The kernel refuses (EIO) as long as the process that was killed has not let go of a page.
+    The kernel refuses with EIO until the killed process has released a page.
     """
     while pfns:
         command = f"echo {pfns.pop():#x} > /sys/kernel/debug/hwpoison/unpoison-pfn"
@@ -329,21 +329,23 @@ def _unpoison(machine: Machine, pfns: list[int]) -> None:
 
 
 def qemu_loses_a_page(machine: Machine, source: str) -> None:
-    """QEMU is named by its -name, its vCPU thread gets the SIGBUS, and it ends."""
+    """kvmtrace names QEMU by its -name; its vCPU thread gets the SIGBUS, and QEMU ends."""
     with (
         following(machine, source) as (watch,),
         _qemu(machine, "anonymous", reboots=False) as qemu,
     ):
-        poisoned = qemu.loses(0)
+        poisoned = qemu.poison(0)
 
-        def told(lines: list[Line]) -> list[Line]:
+        def vcpu_signals(lines: list[Line]) -> list[Line]:
             signals = [
                 x for x in lines if x["kind"] == "sigbus" and x.get("vm", {}).get("pid") == qemu.pid
             ]
             return [x for x in signals if x["code"] == "AR"]
 
-        watch.until(told, "QEMU's vCPU thread is notified", patience=PATIENCE)
-        status = qemu.job.wait(PATIENCE)  # its guest handles no machine check: reset, -no-reboot
+        watch.until(vcpu_signals, "QEMU's vCPU thread is notified", patience=PATIENCE)
+        status = qemu.job.wait(
+            PATIENCE
+        )  # the guest cannot handle the machine check and resets: -no-reboot
 
         def gone(lines: list[Line]) -> bool:
             ends = [x for x in lines if x["kind"] == "vm" and x["state"] == "gone"]
@@ -351,7 +353,7 @@ def qemu_loses_a_page(machine: Machine, source: str) -> None:
 
         lines = watch.until(gone, "QEMU's end")
     (poison,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poisoned["pfn"]]
-    sent = told(lines)[0]
+    sent = vcpu_signals(lines)[0]
     assert (sent["vm"]["name"], sent["vm"]["uuid"]) == (NAME, UUID)
     assert sent["hva"] == poisoned["hva"]
     assert sent.get("gfn") == 0
@@ -361,11 +363,10 @@ def qemu_loses_a_page(machine: Machine, source: str) -> None:
 
 
 def qemu_advice(machine: Machine, source: str) -> None:
-    """What people are advised to do about a page that QEMU has lost: done, it helps."""
+    """Following kvmtrace's advice about a page that QEMU has lost resolves the incident."""
     end_following(machine)
-    serve = machine.start(f"exec kvmtrace serve --listen 127.0.0.1:0 --source {source}")
+    serve = start_serve(machine, f"--source {source}")
     try:
-        serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
         for memory in MEMORY:
             _follow_advice(machine, memory)
     finally:
@@ -380,7 +381,7 @@ def _follow_advice(machine: Machine, memory: str) -> None:
         lost: list[int] = []
         stack.callback(_unpoison, machine, lost)
         qemu = stack.enter_context(_qemu(machine, memory))
-        pfn = qemu.loses(UNTOUCHED)["pfn"]
+        pfn = qemu.poison(UNTOUCHED)["pfn"]
         lost.append(pfn)
         steps = _advice(machine, pfn, "monitor: system_reset")
         assert steps[0].startswith(f"shut {NAME} down from inside the guest and start it again")
@@ -388,20 +389,20 @@ def _follow_advice(machine: Machine, memory: str) -> None:
         assert steps[-1].startswith(f"until then do not migrate, save, snapshot or dump {NAME}")
         assert ("free huge page" in steps[2]) == (memory == "hugetlb"), steps
         qemu.monitor("system_reset")
-        qemu.boots(2)
-        if memory != "hugetlb":  # whose page table does not show it
+        qemu.wait_for_boots(2)
+        if memory != "hugetlb":  # its page table does not show that
             _advice(machine, pfn, "nothing: another page was put in place of the lost one")
-        assert qemu.migrates() is None
+        assert qemu.migrate() is None
 
 
 def _advice(machine: Machine, pfn: int, words: str) -> list[str]:
-    """The steps that `explain` prints for a page, once they have these words."""
+    """Wait until the steps that `explain` prints for a page contain ``words``."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        said = machine.run(["kvmtrace", "explain", f"{pfn:#x}", "--json"], timeout=PATIENCE)
-        incidents = json.loads(said.stdout) if said.status == 0 else []
+        answer = machine.run(["kvmtrace", "explain", f"{pfn:#x}", "--json"], timeout=PATIENCE)
+        incidents = json.loads(answer.stdout) if answer.status == 0 else []
         steps = [step for incident in incidents for step in incident["next"]]
         if any(words in step for step in steps):
             return steps
-        assert time.monotonic() < deadline, (said, steps)
+        assert time.monotonic() < deadline, (answer, steps)
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Which kernel packages to take, given what a suite lists. Pure: no network, no files."""
+"""Choose kernel packages from a suite's package list. Pure: no network, no files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The kernel chosen: its release, and the packages that together hold it."""
+    """The chosen kernel: its release and its packages."""
 
     release: str
     packages: tuple[Package, ...]
@@ -36,7 +36,7 @@ class Resolved:
 
 
 def parse(text: str) -> Iterator[Package]:
-    """Packages from the text of `apt-cache show` or of a Packages file."""
+    """Parse the output of `apt-cache show`, or a Packages file."""
     for stanza in text.split("\n\n"):
         fields = dict(re.findall(r"^([A-Za-z-]+): (.*)$", stanza, re.MULTILINE))
         if "Package" in fields:
@@ -52,7 +52,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def _distance(abi: str, wanted: tuple[int, ...]) -> tuple[int, int, bool]:
-    """How far a kernel is from the one wanted: small is near; of two as near, newer is nearer."""
+    """Distance of a kernel from the wanted version; of two equally near, the newer is nearer."""
     have = numbers(abi)
     for index, number in enumerate(wanted):
         other = have[index] if index < len(have) else 0
@@ -64,9 +64,9 @@ def _distance(abi: str, wanted: tuple[int, ...]) -> tuple[int, int, bool]:
 def _parts(
     image: Package, abi: str, listed: dict[str, Package], may_lack: tuple[str, ...]
 ) -> tuple[Package, ...] | None:
-    """The image's package and those of the same kernel it depends on; None if one is missing.
+    """The image's package and its dependencies of the same kernel; None if one is missing.
 
-    ``may_lack``: what the names of those begin with that may be missing.
+    ``may_lack``: prefixes of the names of packages that may be missing.
     """
     found = {image.name: image}
     pending = [image]
@@ -84,10 +84,10 @@ def _parts(
 def resolve(
     packages: Iterable[Package], flavour: str, version: str, where: str, *, modules: bool = True
 ) -> Resolved:
-    """The newest kernel of `flavour` that is `version`, else the nearest one there is.
+    """Choose the newest kernel of `flavour` and `version`, else the nearest one; LabError if none.
 
     linux-base-* may be missing: it holds the config, and the mirror drops it before the image.
-    Without ``modules`` their package may be, too.
+    Without ``modules``, linux-modules-* may be missing too.
     """
     may_lack = ("linux-base-",) if modules else ("linux-base-", "linux-modules-")
     listed: dict[str, Package] = {}

@@ -1,7 +1,7 @@
 """Root file systems: Debian packages and kvmtrace's dependencies, as read-only ext4 images.
 
-An image rather than a directory over 9p: Python and LLVM open hundreds of files, and each of them
-would be a round trip through the emulated machine. Any number of machines share one image.
+Images are faster than a directory over 9p: Python and LLVM open hundreds of files, and each would
+be a round trip out of the emulated machine. Any number of machines share an image.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from tests.lab.mirror import Suite
 from tests.lab.progress import step
 
 LIBRARY = "/opt/kvmtrace/lib"
-"""Where kvmtrace and what it depends on are in a machine; a .pth file makes Python look there."""
+"""Directory of kvmtrace and its dependencies in a machine; a .pth file adds it to sys.path."""
 
 PTH = "usr/lib/python3/dist-packages/kvmtrace-lab.pth"
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 FORMAT = 1
-"""To be raised when `_build` changes what it makes."""
+"""Raise this when the output of `_build` changes."""
 
 
 COMPILE = "python3 -m compileall -q"
 FINISH = (
-    # What the scripts of packages that are only unpacked would have done.
+    # Packages that are only unpacked do not run the scripts that would do this.
     'cp "$1"/usr/share/base-passwd/passwd.master "$1"/etc/passwd',
     'cp "$1"/usr/share/base-passwd/group.master "$1"/etc/group',
 )
 
 
 def dependencies() -> list[str]:
-    """What kvmtrace's wheel requires from PyPI, as pyproject.toml says."""
+    """Requirements of kvmtrace's wheel from PyPI, by pyproject.toml."""
     path = PROJECT / "pyproject.toml"
     if not path.exists():
         return []
@@ -50,7 +50,7 @@ def dependencies() -> list[str]:
 
 
 def fetch(row: Row) -> Path:
-    """The root image of `row`, made if it is not there."""
+    """Return the root image of `row`; build it if it is missing."""
     suite = Suite(row.root.suite, row.arch.name)
     key = cache.digest(FORMAT, row.root.packages, row.root.suite, row.arch.name, dependencies())
     home = cache.entry(
@@ -62,8 +62,8 @@ def fetch(row: Row) -> Path:
 def pip_install(arguments: list[str], target: Path) -> None:
     """Install from PyPI into a directory, wheels only.
 
-    Without hashes, as they would pin what is meant to be the newest. None of it is run on the host:
-    what a wheel brings is run in the lab's machines.
+    Hashes would pin versions, but the newest are wanted. Code of these wheels runs only in
+    machines, not on the host.
     """
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     programs.output([*pip, "--no-compile", "--only-binary=:all:", f"--target={target}", *arguments])
@@ -104,9 +104,9 @@ def extract(
     *options: str,
     variant: str = "extract",
 ) -> None:
-    """Packages with all that they depend on as a file system (by mmdebstrap).
+    """Make a file system of packages and their dependencies, by mmdebstrap.
 
-    "extract": unpacked, and none of their code is run, so of whatever architecture.
+    ``variant="extract"`` only unpacks them: none of their code runs, so any architecture works.
     """
     programs.output(
         [

@@ -1,8 +1,7 @@
-"""What happens to VMs when memory goes bad, each checked against the VMM's own account.
+"""Scenarios: memory of VMs fails, and kvmtrace's report is compared with the VMM's.
 
-One function per scenario; the same ones run on every kernel and with every source (test_sources.py,
-matrix.py). Each raises AssertionError where kvmtrace is wrong, Unstageable where the kernel cannot
-do that to a VM.
+Each scenario is a function; test_sources.py and matrix.py run the same ones. It raises
+AssertionError if kvmtrace is wrong, Unstageable if the kernel cannot do that to a VM.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from tests.lab.harness import (
     Vmm,
     Watch,
     end_following,
+    exits_reported,
+    exits_returned,
     following,
     recorded,
     replayed,
     replayed_lines,
-    seen_by,
-    told_by,
     top,
     watching,
 )
@@ -41,8 +40,8 @@ def _exit_of(lines: list[Line], pid: int, errno: str) -> list[Line]:
     ]
 
 
-def gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
-    """For Watch.until: the end of so many VMs of a process was reported."""
+def vms_gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
+    """For Watch.until: the ends of that many VMs of a process have been reported."""
 
     def over(lines: list[Line]) -> bool:
         ends = [x for x in lines if x["kind"] == "vm" and x["state"] == "gone"]
@@ -51,14 +50,16 @@ def gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
     return over
 
 
-def _same(lines: list[Line], pid: int, report: Line) -> None:
-    """What a process was notified of by kvmtrace's account and by its own must be the same."""
-    seen, told = seen_by(lines, pid), told_by(report)
-    assert seen == told, f"only kvmtrace: {seen - told}; only the VMM: {told - seen}"
+def _assert_same_exits(lines: list[Line], pid: int, report: Line) -> None:
+    """kvmtrace has to report exactly the exits that KVM_RUN returned to the process."""
+    reported, returned = exits_reported(lines, pid), exits_returned(report)
+    assert reported == returned, (
+        f"only kvmtrace: {reported - returned}; only the VMM: {returned - reported}"
+    )
 
 
 def _needs_exits(*watches: Watch) -> None:
-    """Not every source sees exits on every kernel, and it says so."""
+    """Unstageable if a source cannot see exits on this kernel, which it reports."""
     for watch in watches:
         if "run" in watch.not_attached():
             raise Unstageable(
@@ -66,12 +67,12 @@ def _needs_exits(*watches: Watch) -> None:
             )
 
 
-def _nothing_lost(lines: list[Line]) -> None:
+def _assert_nothing_lost(lines: list[Line]) -> None:
     assert [line for line in lines if line["kind"] == "lost"] == []
 
 
 def gmem_poison(machine: Machine, source: str) -> None:
-    """A guest_memfd page is poisoned, then touched: poison, exit and incident are one story."""
+    """A guest_memfd page is poisoned, then touched: poison and exit are one incident."""
     with following(machine, source) as (watch,):
         vmm = Vmm(machine, "gmem-poison")
         vmm.step("create v backing=gmem pages=32")
@@ -81,15 +82,15 @@ def gmem_poison(machine: Machine, source: str) -> None:
         touch = vmm.step("touch v +3")
         assert (touch["errno"], touch["reason"]) == ("EHWPOISON", 39), touch
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid), "the VM's end")
+        lines = watch.until(vms_gone(vmm.pid), "the VM's end")
 
-    (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
-    assert told["owners"], told
-    owner = told["owners"][0]
+    (reported,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
+    assert reported["owners"], reported
+    owner = reported["owners"][0]
     assert (owner["vm"]["pid"], owner["gfn"]) == (vmm.pid, poison["gfn"])
     assert owner["vm"]["name"] == "gmem-poison"
-    assert not told["page_type"].isdecimal()
-    assert told["result"] in ("Failed", "Delayed", "Recovered", "Ignored")
+    assert not reported["page_type"].isdecimal()
+    assert reported["result"] in ("Failed", "Delayed", "Recovered", "Ignored")
     exits = _exit_of(lines, vmm.pid, "EHWPOISON")
     assert sum(x["count"] for x in exits) == 1
     (fault,) = exits
@@ -101,14 +102,14 @@ def gmem_poison(machine: Machine, source: str) -> None:
         False,
     )
     assert (fault["cause"], fault["annotated"], fault["reason"]) == ("hwpoison", True, 39)
-    assert fault["incident"] == told["incident"]
-    assert told["ts"] < fault["ts"]
-    _same(lines, vmm.pid, report)
-    _nothing_lost(lines)
+    assert fault["incident"] == reported["incident"]
+    assert reported["ts"] < fault["ts"]
+    _assert_same_exits(lines, vmm.pid, report)
+    _assert_nothing_lost(lines)
 
 
 def under_way(machine: Machine, source: str) -> None:
-    """The vCPU is in KVM_RUN before kvmtrace starts, and comes back with the poison."""
+    """The vCPU enters KVM_RUN before kvmtrace starts, and returns because of the poison."""
     end_following(machine)
     vmm = Vmm(machine, "old")
     vmm.step("create v backing=gmem pages=32")
@@ -116,23 +117,23 @@ def under_way(machine: Machine, source: str) -> None:
     with watching(machine, source) as watch:
         _needs_exits(watch)
         poison = vmm.step("poison v +3")
-        told = vmm.step("wait")
+        answer = vmm.step("wait")
         lines = watch.until(lambda ls: _exit_of(ls, vmm.pid, "EHWPOISON"), "the exit")
         (exit_,) = _exit_of(lines, vmm.pid, "EHWPOISON")
         assert (exit_["count"], exit_["vcpu"], exit_["gfn"]) == (1, 0, poison["gfn"]), exit_
         assert (exit_["annotated"], exit_["cause"]) == (True, "hwpoison")
-        assert ("gpa" in exit_) == (source == "bpf")  # the tracepoint does not have it
-        # From here on it is like any other.
+        assert ("gpa" in exit_) == (source == "bpf")  # the tracepoint has no gpa
+        # Later exits of this vCPU are seen in the ordinary way.
         vmm.step("touch v +3")
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid), "the VM's end")
+        lines = watch.until(vms_gone(vmm.pid), "the VM's end")
     assert sum(x["count"] for x in _exit_of(lines, vmm.pid, "EHWPOISON")) == 2
-    assert sum(row["count"] for row in report["failed"]) == 2, (report, told)
-    _nothing_lost(lines)
+    assert sum(row["count"] for row in report["failed"]) == 2, (report, answer)
+    _assert_nothing_lost(lines)
 
 
 def efault(machine: Machine, source: str) -> None:
-    """EFAULT in its two honest forms, and neither is an incident."""
+    """EFAULT with and without annotation: neither is an incident."""
     with following(machine, source) as (watch,):
         vmm = Vmm(machine, "efault")
         vmm.step("create bare backing=anon")
@@ -145,21 +146,25 @@ def efault(machine: Machine, source: str) -> None:
         closed = vmm.step("touch v +9")
         assert (closed["errno"], closed["reason"]) == ("EFAULT", 39), closed
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid, 2), "the VMs' end")
+        lines = watch.until(vms_gone(vmm.pid, 2), "the VMs' end")
 
     exits = _exit_of(lines, vmm.pid, "EFAULT")
-    (told,) = [x for x in exits if x["annotated"]]
-    assert (told["cause"], told["gpa"], told["gfn"]) == ("backing", closed["gpa"], closed["gfn"])
+    (reported,) = [x for x in exits if x["annotated"]]
+    assert (reported["cause"], reported["gpa"], reported["gfn"]) == (
+        "backing",
+        closed["gpa"],
+        closed["gfn"],
+    )
     (unannotated,) = [x for x in exits if not x["annotated"]]
     assert unannotated["cause"] == "unannotated"
     assert not {"gpa", "size", "flags"} & set(unannotated)
     assert unannotated.get("gfn") in (None, bare["page"])
     assert not any("incident" in x for x in exits)
-    _same(lines, vmm.pid, report)
+    _assert_same_exits(lines, vmm.pid, report)
 
 
 def unannotated(machine: Machine, source: str) -> None:
-    """An unmapped HVA: EFAULT without reason 39. Every kernel can do it."""
+    """An unmapped hva: EFAULT without reason 39, on every kernel."""
     with following(machine, source) as (watch,):
         _needs_exits(watch)
         vmm = Vmm(machine, "unmapped")
@@ -168,15 +173,15 @@ def unannotated(machine: Machine, source: str) -> None:
         vmm.step("unmap v +5")
         vmm.step("touch v +5")
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid), "the VM's end")
-    (told,) = _exit_of(lines, vmm.pid, "EFAULT")
-    assert (told["cause"], told["annotated"]) == ("unannotated", False)
-    assert not {"gpa", "size", "flags", "incident"} & set(told)
-    _same(lines, vmm.pid, report)
+        lines = watch.until(vms_gone(vmm.pid), "the VM's end")
+    (reported,) = _exit_of(lines, vmm.pid, "EFAULT")
+    assert (reported["cause"], reported["annotated"]) == ("unannotated", False)
+    assert not {"gpa", "size", "flags", "incident"} & set(reported)
+    _assert_same_exits(lines, vmm.pid, report)
 
 
 def no_crosstalk(machine: Machine, source: str) -> None:
-    """Three VMs with two vCPUs each, every vCPU with a poison of its own, all at once."""
+    """Three VMs of two vCPUs; each vCPU loops on its own poisoned page, all at once."""
     with following(machine, source) as (watch,):
         vmms = [Vmm(machine, f"vm{n}") for n in range(3)]
         poisons = {}
@@ -193,21 +198,21 @@ def no_crosstalk(machine: Machine, source: str) -> None:
             vmm.step("wait")
         reports = {vmm.pid: vmm.end() for vmm in vmms}
         for vmm in vmms:
-            lines = watch.until(gone(vmm.pid), f"the end of {vmm.name}")
+            lines = watch.until(vms_gone(vmm.pid), f"the end of {vmm.name}")
 
     for (pid, _), poison in poisons.items():
-        (told,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
-        assert [(o["vm"]["pid"], o["gfn"]) for o in told["owners"]] == [(pid, poison["gfn"])]
+        (reported,) = [x for x in lines if x["kind"] == "poison" and x["pfn"] == poison["pfn"]]
+        assert [(o["vm"]["pid"], o["gfn"]) for o in reported["owners"]] == [(pid, poison["gfn"])]
         exits = [x for x in lines if x["kind"] == "exit" and x["vm"]["pid"] == pid]
-        assert {x["incident"] for x in exits if x["gfn"] == poison["gfn"]} == {told["incident"]}
+        assert {x["incident"] for x in exits if x["gfn"] == poison["gfn"]} == {reported["incident"]}
     for pid, report in reports.items():
-        _same(lines, pid, report)
+        _assert_same_exits(lines, pid, report)
 
 
 def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
-    """A VMM loops on a lost page while another makes ordinary exits: exact to the last one.
+    """A VMM loops on a lost page while another makes ordinary exits: counts are exact.
 
-    Poisoned guest_memfd where the kernel has it for ordinary VMs, else an unmapped HVA.
+    The page is poisoned guest_memfd if the kernel has it for ordinary VMs, else an unmapped hva.
     """
     with following(machine, source) as (watch,):
         _needs_exits(watch)
@@ -215,7 +220,7 @@ def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
         calm.step("create v backing=anon")
         ends = 1
         if "error" in mad.step("create v backing=gmem pages=32", may_fail=True):
-            ends = 2  # the VM that could not have it is gone at once
+            ends = 2  # the VM that could not be created ends at once
             mad.step("create v backing=anon")
             mad.step("unmap v +3")
         else:
@@ -225,16 +230,16 @@ def storm(machine: Machine, source: str, rounds: int = 200_000) -> None:
         mad.step(f"loop v +3 {rounds}", patience=10 * PATIENCE)
         calm.step("wait", patience=10 * PATIENCE)
         report, quiet = mad.end(), calm.end()
-        lines = watch.until(gone(mad.pid, ends), "the VM's end")
+        lines = watch.until(vms_gone(mad.pid, ends), "the VM's end")
     assert sum(row["count"] for row in report["failed"]) == rounds
-    _same(lines, mad.pid, report)
+    _assert_same_exits(lines, mad.pid, report)
     assert quiet["failed"] == []
-    _same(lines, calm.pid, quiet)
-    _nothing_lost(lines)
+    _assert_same_exits(lines, calm.pid, quiet)
+    _assert_nothing_lost(lines)
 
 
-def _at_once(vmms: Sequence[Vmm], step: str) -> dict[int, Line]:
-    """All of them do it, and end; {pid: report}."""
+def _run_at_once(vmms: Sequence[Vmm], step: str) -> dict[int, Line]:
+    """Let all VMMs do a step at the same time, then end; {pid: report}."""
     for vmm in vmms:
         vmm.begin(step)
     for vmm in vmms:
@@ -243,7 +248,7 @@ def _at_once(vmms: Sequence[Vmm], step: str) -> dict[int, Line]:
 
 
 def crowd(machine: Machine, source: str, vmms: int = 5, rounds: int = 10_000) -> None:
-    """More VMMs loop at once than there are CPUs: exits and their causes are exact all the same."""
+    """More VMMs than CPUs loop at once: counts and causes of exits are exact."""
     with following(machine, source) as (watch,):
         _needs_exits(watch)
         all_ = [Vmm(machine, f"crowd-{n}") for n in range(vmms)]
@@ -255,25 +260,25 @@ def crowd(machine: Machine, source: str, vmms: int = 5, rounds: int = 10_000) ->
                 vmm.step("unmap v +3")
             else:
                 vmm.step("close-gmem v")
-        reports = _at_once(all_, f"loop v +3 {rounds}")
+        reports = _run_at_once(all_, f"loop v +3 {rounds}")
         lines = watch.until(
-            lambda lines: all(gone(pid, ends)(lines) for pid in reports), "the VMs' end"
+            lambda lines: all(vms_gone(pid, ends)(lines) for pid in reports), "the VMs' end"
         )
     for pid, report in reports.items():
         assert sum(row["count"] for row in report["failed"]) == rounds
-        _same(lines, pid, report)
+        _assert_same_exits(lines, pid, report)
         causes = Counter[str]()
-        for told in _exit_of(lines, pid, "EFAULT"):
-            causes[told["cause"]] += told["count"]
+        for reported in _exit_of(lines, pid, "EFAULT"):
+            causes[reported["cause"]] += reported["count"]
         assert causes == {backing: rounds}
-    _nothing_lost(lines)
+    _assert_nothing_lost(lines)
 
 
 def churn(machine: Machine, source: str, vmms: int = 4, vms: int = 250) -> None:
-    """VMs come and go by the thousand, more at once than there are CPUs: none is missed."""
+    """A thousand VMs are created and destroyed, by more VMMs than CPUs: none is missed."""
     with following(machine, source) as (watch,):
         all_ = [Vmm(machine, f"churn-{n}") for n in range(vmms)]
-        _at_once(all_, f"churn {vms}")
+        _run_at_once(all_, f"churn {vms}")
 
         def states(lines: list[Line]) -> Counter[tuple[int, str]]:
             return Counter((x["vm"]["pid"], x["state"]) for x in lines if x["kind"] == "vm")
@@ -287,7 +292,7 @@ def churn(machine: Machine, source: str, vmms: int = 4, vms: int = 250) -> None:
 
 
 def stale_join(machine: Machine, source: str) -> None:
-    """A guest_memfd failure outside KVM_RUN lends nothing to the thread's next exit."""
+    """A guest_memfd failure outside KVM_RUN is not joined to the thread's next exit."""
     with following(machine, source) as (watch,):
         vmm = Vmm(machine, "stale")
         vmm.step("create v backing=gmem pages=32")
@@ -298,22 +303,23 @@ def stale_join(machine: Machine, source: str) -> None:
         vmm.step("unmap w +5")
         bare = vmm.step("touch w +5")
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid, 2), "the VMs' end")
-    (told,) = _exit_of(lines, vmm.pid, "EFAULT")
-    assert told["cause"] == "unannotated"
-    assert told.get("gfn") in (None, bare["page"])
-    assert "incident" not in told
+        lines = watch.until(vms_gone(vmm.pid, 2), "the VMs' end")
+    (reported,) = _exit_of(lines, vmm.pid, "EFAULT")
+    assert reported["cause"] == "unannotated"
+    assert reported.get("gfn") in (None, bare["page"])
+    assert "incident" not in reported
     assert _exit_of(lines, vmm.pid, "EHWPOISON") == []
-    _same(lines, vmm.pid, report)
+    _assert_same_exits(lines, vmm.pid, report)
 
 
 def _hva(
     machine: Machine, source: str, backing: str, lsb: int, pages: int, *, huge: bool = False
 ) -> None:
-    """``huge``: that it really was a huge page is a part of the story.
+    """Poison and touch a page of ordinary memory: the vCPU thread gets a SIGBUS.
 
-    ``lsb``: of memory_failure's own SIGBUS, which has the loss right; KVM's may not. The kernels
-    differ in whether madvise's caller gets one; the VMM says.
+    ``lsb``: of the SIGBUS that memory_failure sends, which is exact; that of KVM's SIGBUS may not
+    be. Kernels differ in whether the caller of madvise gets one, which the VMM reports. ``huge``:
+    the page has to be a huge page.
     """
     with following(machine, source) as (watch,):
         vmm = Vmm(machine, f"hva-{backing}")
@@ -329,48 +335,50 @@ def _hva(
             "the SIGBUS",
         )
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid), "the VM's end")
+        lines = watch.until(vms_gone(vmm.pid), "the VM's end")
     (signal,) = touch["sigbus"]
-    told = [x for x in lines if x["kind"] == "sigbus" and x["tid"] == touch["tid"]]
-    assert [(x["code"], x["hva"], x["lsb"]) for x in told] == [("AR", signal["hva"], signal["lsb"])]
+    reported = [x for x in lines if x["kind"] == "sigbus" and x["tid"] == touch["tid"]]
+    assert [(x["code"], x["hva"], x["lsb"]) for x in reported] == [
+        ("AR", signal["hva"], signal["lsb"])
+    ]
     at_poison = [x["lsb"] for x in lines if x["kind"] == "sigbus" and x["tid"] == vmm.pid]
     assert at_poison == [x["lsb"] for x in poison["sigbus"]]
     assert set(at_poison) <= {lsb}
-    assert told[0]["vm"]["pid"] == vmm.pid
-    assert told[0].get("gfn") in (None, touch["page"])
+    assert reported[0]["vm"]["pid"] == vmm.pid
+    assert reported[0].get("gfn") in (None, touch["page"])
     assert poison["pfn"] in {x["pfn"] for x in lines if x["kind"] == "poison"}
     assert _exit_of(lines, vmm.pid, "EINTR") == []
-    _same(lines, vmm.pid, report)
+    _assert_same_exits(lines, vmm.pid, report)
 
 
 def hva_anon(machine: Machine, source: str) -> None:
-    """Anonymous memory: a SIGBUS for the vCPU thread; KVM_RUN's EINTR is no error."""
+    """Anonymous memory: the vCPU thread gets a SIGBUS; EINTR of KVM_RUN is no error."""
     _hva(machine, source, "anon", machine.page_shift, 64)
 
 
 def hva_thp(machine: Machine, source: str) -> None:
-    """A transparent huge page: the kernel splits it, one page is lost."""
-    told = machine.run("cat /sys/kernel/mm/transparent_hugepage/hpage_pmd_size", check=True)
-    pages = 2 * int(told.stdout) >> machine.page_shift
+    """A transparent huge page: the kernel splits it, and one small page is lost."""
+    result = machine.run("cat /sys/kernel/mm/transparent_hugepage/hpage_pmd_size", check=True)
+    pages = 2 * int(result.stdout) >> machine.page_shift
     _hva(machine, source, "thp", machine.page_shift, pages, huge=True)
 
 
 def hva_hugetlb(machine: Machine, source: str) -> None:
-    """A 2 MiB hugetlb page: all of it is lost."""
+    """A hugetlb page of 2 MiB: all of it is lost."""
     pages = 4 << 20 >> machine.page_shift
     _hva(machine, source, "hugetlb2m", 21, pages, huge=True)
 
 
 def hva_hugetlb1g(machine: Machine, source: str) -> None:
-    """A 1 GiB hugetlb page, set aside at boot: all of it is lost."""
+    """A hugetlb page of 1 GiB, reserved at boot: all of it is lost."""
     pages = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
     if machine.run(["cat", pages]).stdout.strip() in ("", "0"):
-        raise Unstageable("the kernel could not set aside a page of 1 GiB")
+        raise Unstageable("the kernel could not reserve a page of 1 GiB")
     _hva(machine, source, "hugetlb1g", 30, 1 << 30 >> machine.page_shift, huge=True)
 
 
 def hva_early_kill(machine: Machine, source: str) -> None:
-    """VMMs that want to know early get SIGBUS AO before their guests touch the page."""
+    """VMMs with the early-kill policy get SIGBUS AO before their guests touch the page."""
     machine.run("echo 8 > /proc/sys/vm/nr_hugepages", check=True)
     poisons = {}
     with recorded(machine, source) as log:
@@ -379,7 +387,7 @@ def hva_early_kill(machine: Machine, source: str) -> None:
             vmm.step("earlykill on")
             vmm.step(f"create v backing={backing} pages={4 << 20 >> machine.page_shift}")
             place = vmm.step("pfn v +3")
-            # Not by the VMM itself: a signal by a thread's own poisoning is no delivery.
+            # By another process: a signal from a thread's own madvise is no delivery.
             hammer = Vmm(machine, "hammer")
             hammer.step(f"poison pfn={place['pfn']}")
             hammer.end()
@@ -390,12 +398,14 @@ def hva_early_kill(machine: Machine, source: str) -> None:
         vmm, place = poisons[name]
         (signal,) = vmm.end()["sigbus"]
         assert (signal["code"], signal["tid"], signal["count"]) == ("AO", vmm.pid, 1), signal
-        told = [x for x in lines if x["kind"] == "sigbus" and x.get("vm", {}).get("pid") == vmm.pid]
-        assert [(x["code"], x["tid"], x["hva"], x["lsb"]) for x in told] == [
+        reported = [
+            x for x in lines if x["kind"] == "sigbus" and x.get("vm", {}).get("pid") == vmm.pid
+        ]
+        assert [(x["code"], x["tid"], x["hva"], x["lsb"]) for x in reported] == [
             ("AO", vmm.pid, signal["hva"], lsb)
         ]
         assert signal["lsb"] == lsb
-        assert "vcpu" not in told[0]  # nobody was in the guest for it
+        assert "vcpu" not in reported[0]  # no vCPU accessed the page
         order = lsb - machine.page_shift
         (incident,) = [x for x in incidents if x["pfn"] >> order == place["pfn"] >> order]
         assert incident["state"] == "delivered", incident
@@ -404,7 +414,7 @@ def hva_early_kill(machine: Machine, source: str) -> None:
 
 
 def hva_looping(machine: Machine, source: str) -> None:
-    """A VMM that ignores SIGBUS takes it again and again."""
+    """A VMM that ignores SIGBUS gets it again and again."""
     with following(machine, source) as (watch,):
         vmm = Vmm(machine, "deaf")
         vmm.step("create v backing=anon")
@@ -412,44 +422,46 @@ def hva_looping(machine: Machine, source: str) -> None:
         poison = vmm.step("poison v +3")
         vmm.step("loop v +3 50")
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid), "the VM's end")
-    told = [
+        lines = watch.until(vms_gone(vmm.pid), "the VM's end")
+    reported = [
         x
         for x in lines
         if x["kind"] == "sigbus" and x["hva"] == poison["hva"] and x["tid"] != vmm.pid
     ]
-    truth = [s for s in report["sigbus"] if s["tid"] != vmm.pid]
-    assert sum(x.get("count", 1) for x in told) == sum(s["count"] for s in truth) == 50
-    _same(lines, vmm.pid, report)
+    returned = [s for s in report["sigbus"] if s["tid"] != vmm.pid]
+    assert sum(x.get("count", 1) for x in reported) == sum(s["count"] for s in returned) == 50
+    _assert_same_exits(lines, vmm.pid, report)
 
 
 def deaf_crowd(machine: Machine, source: str, vmms: int = 4, rounds: int = 2_000) -> None:
-    """More VMMs ignore SIGBUS at once than there are CPUs."""
+    """More VMMs than CPUs ignore SIGBUS at the same time."""
     with following(machine, source) as (watch,):
         all_ = [Vmm(machine, f"deaf-{n}") for n in range(vmms)]
         for vmm in all_:
             for step in ("create v backing=anon", "touch v +3", "poison v +3"):
                 vmm.step(step)
-        reports = _at_once(all_, f"loop v +3 {rounds}")
-        lines = watch.until(lambda lines: all(gone(pid)(lines) for pid in reports), "the VMs' end")
+        reports = _run_at_once(all_, f"loop v +3 {rounds}")
+        lines = watch.until(
+            lambda lines: all(vms_gone(pid)(lines) for pid in reports), "the VMs' end"
+        )
     for pid, report in reports.items():
-        told = sum(
+        reported = sum(
             x.get("count", 1)
             for x in lines
             if x["kind"] == "sigbus" and x.get("vm", {}).get("pid") == pid and x["tid"] != pid
         )
-        truth = sum(s["count"] for s in report["sigbus"] if s["tid"] != pid)
-        assert told == truth == rounds
-        _same(lines, pid, report)
-    _nothing_lost(lines)
+        returned = sum(s["count"] for s in report["sigbus"] if s["tid"] != pid)
+        assert reported == returned == rounds
+        _assert_same_exits(lines, pid, report)
+    _assert_nothing_lost(lines)
 
 
 def looping_in_top(machine: Machine, source: str) -> None:
-    """Who logs in while VMMs do not cope sees that they loop, and on which page.
+    """A `top` started while VMMs already loop shows that, and on which page.
 
-    One ignores SIGBUS; another, where guest_memfd can be had, enters KVM_RUN again and again.
+    One VMM ignores SIGBUS. Another, if the kernel has guest_memfd, re-enters KVM_RUN in a loop.
     """
-    end_following(machine)  # who follows all that happens would need the CPUs as well
+    end_following(machine)  # a running kvmtrace would compete for the CPUs
     looping = []
     for backing in ("anon", "gmem"):
         vmm = Vmm(machine, f"deaf-{backing}")
@@ -474,14 +486,14 @@ def looping_in_top(machine: Machine, source: str) -> None:
         assert incident["pfn"] == poison["pfn"], incident
         assert incident["state"] == "looping", incident
         assert [owner["hva"] for owner in incident["owners"]] == [poison["hva"]]
-        told = incident["deliveries"]
-        assert told["sigbus"] == vm["sigbus"].get("AR", 0)
-        assert told["exits"] == vm["exits"].get("EHWPOISON", 0)
-        assert told["sigbus"] + told["exits"] > 1
+        deliveries = incident["deliveries"]
+        assert deliveries["sigbus"] == vm["sigbus"].get("AR", 0)
+        assert deliveries["exits"] == vm["exits"].get("EHWPOISON", 0)
+        assert deliveries["sigbus"] + deliveries["exits"] > 1
 
 
 def parity(machine: Machine, _source: str = "both") -> None:
-    """Both sources side by side over one workload report the same, and it is the VMM's account."""
+    """Both sources report the same of one workload, and what the VMM reports."""
     with following(machine, "bpf", "ftrace") as watches:
         _needs_exits(*watches)
         vmm = Vmm(machine, "parity")
@@ -501,37 +513,37 @@ def parity(machine: Machine, _source: str = "both") -> None:
             vmm.step("close-gmem g")
             vmm.step("touch g +9")
         report = vmm.end()
-        stories = [watch.until(gone(vmm.pid, 2), "the VMs' end") for watch in watches]
+        stories = [watch.until(vms_gone(vmm.pid, 2), "the VMs' end") for watch in watches]
     for lines in stories:
-        _same(lines, vmm.pid, report)
-        _nothing_lost(lines)
-    bpf, ftrace = (_story(lines, vmm.pid) for lines in stories)
+        _assert_same_exits(lines, vmm.pid, report)
+        _assert_nothing_lost(lines)
+    bpf, ftrace = (_reported_by_kind(lines, vmm.pid) for lines in stories)
     assert set(bpf) == set(ftrace)
     for kind in bpf:
         assert bpf[kind] == ftrace[kind], kind
 
 
-def _story(lines: list[Line], pid: int) -> dict[str, list[tuple[object, ...]]]:
-    """What a source reported, without times, and in how many events."""
-    story: dict[str, list[tuple[object, ...]]] = {}
+def _reported_by_kind(lines: list[Line], pid: int) -> dict[str, list[tuple[object, ...]]]:
+    """Reduce lines to what both sources have to agree on: {kind: sorted events}, without times."""
+    found: dict[str, list[tuple[object, ...]]] = {}
     for line in lines:
         if (line.get("vm") or line.get("process") or {}).get("pid", pid) != pid:
             continue
-        what: tuple[object, ...]
+        event: tuple[object, ...]
         if line["kind"] == "exit":
-            what = (line["errno"], line["reason"], line["vcpu"], line.get("gpa"), line["cause"])
+            event = (line["errno"], line["reason"], line["vcpu"], line.get("gpa"), line["cause"])
         elif line["kind"] == "poison":
-            what = (line["pfn"], line["page_type"], line["result"])
+            event = (line["pfn"], line["page_type"], line["result"])
         elif line["kind"] == "sigbus":
-            what = (line["tid"], line["code"], line["hva"], line["lsb"])
+            event = (line["tid"], line["code"], line["hva"], line["lsb"])
         elif line["kind"] == "vm" and line["state"] == "gone":
-            what = (line["vm"]["name"],)
+            event = (line["vm"]["name"],)
         else:
             continue
-        story.setdefault(line["kind"], []).append(what)
-    # Exits that are the same may come in any number of lines (their counts are compared before).
-    story["exit"] = list(dict.fromkeys(story.get("exit", [])))
-    return {kind: sorted(whats, key=repr) for kind, whats in story.items()}
+        found.setdefault(line["kind"], []).append(event)
+    # Equal exits may come in any number of lines; their counts have been compared already.
+    found["exit"] = list(dict.fromkeys(found.get("exit", [])))
+    return {kind: sorted(events, key=repr) for kind, events in found.items()}
 
 
 @dataclass(frozen=True)
@@ -563,7 +575,7 @@ SCENARIOS = (
     Scenario(hva_early_kill),
     Scenario(hva_looping),
     Scenario(deaf_crowd),
-    # These end what is followed: they come last.
+    # These end the kvmtraces that are followed, so they come last.
     Scenario(looping_in_top),
     Scenario(under_way),
     Scenario(parity, sources=("both",)),

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What the lab needs from Debian 12 or 13 (root or sudo): installs what is missing, nothing else.
+# Installs the Debian 12 or 13 packages that the lab needs and that are missing (root or sudo).
 # Usage: sh tests/lab/setup.sh [MORE_PACKAGES...]
 set -eu
 
@@ -22,7 +22,7 @@ for package in $packages; do
     [ "$state" = installed ] || missing="$missing $package"
 done
 if [ -z "$missing" ]; then
-    echo "lab: system packages: all there" >&2
+    echo "lab: system packages: all installed" >&2
     exit 0
 fi
 if [ -n "$as_root" ] && ! command -v sudo >/dev/null; then
@@ -40,7 +40,7 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 echo "lab: installing$missing ..." >&2
 if ! install >"$log" 2>&1; then
-    echo "lab: fetching package lists, then again ..." >&2
+    echo "lab: fetching package lists, then retrying ..." >&2
     $as_root apt-get update -q >"$log" 2>&1 || { tail -n 5 "$log" >&2; exit 1; }
     install >"$log" 2>&1 || { tail -n 5 "$log" >&2; exit 1; }
 fi

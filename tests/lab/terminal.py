@@ -1,4 +1,4 @@
-"""A program of the machine on the terminal of the person at the host."""
+"""Run a program of a machine on the host's terminal."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.lab.channel import Channel
 from tests.lab.errors import LabError
 
 LEAVE = b"\x1b[?1049l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?25h\x1b[0m\r\n"
-"""Alternate screen, mouse reports and the rest off: for a program that died with its machine."""
+"""Resets terminal modes (alternate screen, mouse reports, …) after a machine has died."""
 
 
 def attach(channel: Channel, command: str | list[str]) -> int:
-    """Run `command` on this process's terminal until it ends; its exit status."""
+    """Run `command` on this process's terminal and return its exit status."""
     keys, screen = sys.stdin.fileno(), sys.stdout.fileno()
     if not (os.isatty(keys) and os.isatty(screen)):
-        raise LabError("this needs a terminal")
+        raise LabError("stdin and stdout have to be a terminal")
     environment = {name: os.environ[name] for name in ("TERM", "COLORTERM") if name in os.environ}
     saved = termios.tcgetattr(keys)
     resized = False

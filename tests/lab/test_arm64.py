@@ -1,6 +1,6 @@
-"""arm64: the kernel and both sources there, and errors that begin in hardware.
+"""arm64: both sources on its kernels, and hardware errors reported by firmware.
 
-``make matrix`` has every scenario on every arm64 kernel.
+``make matrix`` runs every scenario on every arm64 kernel.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def test_pages_of_another_size(boot: Boot) -> None:
 
 
 def test_the_poison_event_in_a_system_of_its_own(boot: Boot) -> None:
-    """Linux 6.19 to 7.1: it is found there, and the names of page types with it.
+    """Linux 6.19 to 7.1: kvmtrace finds the event and the names of page types.
 
-    By ftrace; compiling takes a minute more, so that ``make matrix`` has it by eBPF.
+    By ftrace only: compiling takes another minute, so ``make matrix`` covers bpf.
     """
     machine = boot("arm64-7.0")
     events = machine.run(

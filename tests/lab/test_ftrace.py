@@ -1,6 +1,6 @@
-"""What only the ftrace source has to show: its traces in tracefs.
+"""Tests of the ftrace source only, above all of its traces in tracefs.
 
-The scenarios themselves run with both sources in test_sources.py.
+The scenarios run with both sources in test_sources.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.lab.harness import PATIENCE, Vmm, Watch, seen_by, told_by, watching
+from tests.lab.harness import PATIENCE, Vmm, Watch, exits_reported, exits_returned, watching
 from tests.lab.machine import Machine
-from tests.lab.scenarios import gone
+from tests.lab.scenarios import vms_gone
 
 pytestmark = pytest.mark.lab
 
@@ -22,7 +22,7 @@ TRACEFS = "/sys/kernel/tracing"
 
 
 def traces(machine: Machine) -> tuple[set[str], set[str]]:
-    """(instances, groups of dynamic events) that there are."""
+    """The existing (instances, groups of dynamic events)."""
     instances = machine.run(["ls", f"{TRACEFS}/instances"], check=True).stdout.split()
     events = machine.run(["cat", f"{TRACEFS}/dynamic_events"], check=True).stdout.splitlines()
     return set(instances), {line.split(":")[1].split("/")[0] for line in events}
@@ -35,8 +35,8 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.2)
 
 
-def bare_efault(machine: Machine, watch: Watch) -> None:
-    """One unannotated EFAULT, delivered and seen."""
+def assert_efault_reported(machine: Machine, watch: Watch) -> None:
+    """Cause an unannotated EFAULT and check that it is reported."""
     vmm = Vmm(machine, "probe")
     vmm.step("create v backing=anon")
     vmm.step("unmap v +5")
@@ -46,7 +46,7 @@ def bare_efault(machine: Machine, watch: Watch) -> None:
         lambda ls: [x for x in ls if x["kind"] == "exit" and x["vm"]["pid"] == vmm.pid],
         "the exit",
     )
-    assert seen_by(lines, vmm.pid) == told_by(report)
+    assert exits_reported(lines, vmm.pid) == exits_returned(report)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -78,7 +78,7 @@ def test_the_next_start_removes_what_a_killed_one_left_and_only_that(machine: Ma
                     assert {name for name in left & still if "kvmtrace" in name} == set()
                 assert "mine" in now[0]
                 assert "mine" in now[1]
-            bare_efault(machine, living)
+            assert_efault_reported(machine, living)
     finally:
         machine.run(f"rmdir {TRACEFS}/instances/mine; echo -:mine/gone >> {TRACEFS}/dynamic_events")
     assert traces(machine) == before
@@ -86,7 +86,7 @@ def test_the_next_start_removes_what_a_killed_one_left_and_only_that(machine: Ma
 
 def test_two_at_once_see_the_same(machine: Machine) -> None:
     with watching(machine, "ftrace") as one, watching(machine, "ftrace") as other:
-        bare_efault(machine, one)
+        assert_efault_reported(machine, one)
         wait_for(lambda: other.lines("exit"), "the exit at the other")
         found = [
             [{k: v for k, v in x.items() if k != "ts"} for x in watch.lines("exit")]
@@ -104,9 +104,9 @@ def test_everybody_elses_error_log_is_left_alone(machine: Machine) -> None:
 
 
 def test_more_places_than_the_kernel_has_entries_for(machine: Machine) -> None:
-    """The kernel counts 4096 addresses one by one; beyond, exits lose their address, and no more.
+    """The kernel counts 4096 addresses separately; exits beyond lose their address, nothing else.
 
-    As on a host of confidential VMs, where each conversion is an exit of its own.
+    Hosts of confidential VMs have that many: each conversion is an exit.
     """
     pages, each = 6000, 20
     steps = [f"create v backing=gmem pages={pages}", "close-gmem v"]
@@ -116,17 +116,17 @@ def test_more_places_than_the_kernel_has_entries_for(machine: Machine) -> None:
         job = machine.start("exec vmm --name many --steps /mnt/share/steps")
         assert job.wait(5 * PATIENCE) == 0
         report = json.loads(job.stdout.splitlines()[-1])
-        lines = watch.until(gone(report["pid"]), "the VM's end")
-    told, seen = told_by(report), seen_by(lines, report["pid"])
-    assert len(told) == pages
-    assert seen.total() == told.total() == pages * each
-    nameless = seen - told
+        lines = watch.until(vms_gone(report["pid"]), "the VM's end")
+    returned, reported = exits_returned(report), exits_reported(lines, report["pid"])
+    assert len(returned) == pages
+    assert reported.total() == returned.total() == pages * each
+    nameless = reported - returned
     assert {key[2:6] for key in nameless} == {("EFAULT", 39, True, None)}
     assert [line for line in lines if line["kind"] == "lost"] == []
 
 
 def test_the_kernel_takes_all_that_can_be_muted(machine: Machine) -> None:
-    """As many keys as are muted at once, and their numbers as long as can be; beyond, none is."""
+    """The longest filter that muting can build is accepted; a longer one changes nothing."""
     code = """
 from kvmtrace.sources.ftrace.totals import ExitKey, SignalKey
 from kvmtrace.sources.ftrace.muting import ExitMuting, SignalMuting, exclusions
@@ -157,8 +157,8 @@ try:
 finally:
     source.close()
 """
-    said = machine.run(["python3", "-c", code], timeout=PATIENCE, check=True).stdout
-    assert said.split() == ["True", "True", "False", "True"]
+    output = machine.run(["python3", "-c", code], timeout=PATIENCE, check=True).stdout
+    assert output.split() == ["True", "True", "False", "True"]
 
 
 def test_types_are_read_as_libbpf_reads_them(machine: Machine) -> None:

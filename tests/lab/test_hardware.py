@@ -1,6 +1,6 @@
-"""Errors that start in the hardware, and those that hit the kernel itself.
+"""Hardware errors in pages of VMs, and poison in the kernel's own pages.
 
-``make matrix`` has them on every kernel, and on an Intel CPU.
+``make matrix`` runs these on every kernel, and on an Intel CPU.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.lab
 WEDGE = Path(__file__).parent / "vmm/wedge.py"
 NOBODY = "setpriv --reuid 65534 --regid 65534 --clear-groups"
 
-# A VM's process that maps files whose names are lines of /proc/PID/maps to some readers.
+# A VM's process that maps files whose names some readers take for lines of /proc/PID/maps.
 EVIL_NAMES = r"""
 import ctypes, fcntl, mmap, os, signal
 fcntl.ioctl(os.open("/dev/kvm", os.O_RDWR), 0xAE01, 0)
@@ -37,7 +37,7 @@ signal.pause()
 
 @pytest.fixture
 def hostile(machine: Machine) -> Iterator[Callable[[str], int]]:
-    """Start a program as nobody; its pid, once it has done what it does."""
+    """Start a program as nobody; return its pid once it is ready."""
     machine.run(
         "modprobe -q fuse; chmod 666 /dev/fuse /dev/kvm && mkdir -m 777 -p /tmp/wedge", check=True
     )
@@ -56,7 +56,7 @@ def hostile(machine: Machine) -> Iterator[Callable[[str], int]]:
 
 
 def owned_and_notified(pid: int) -> Callable[[list[Line]], bool]:
-    """A poison that this process owns, found at once or later, and the signal for it."""
+    """For Watch.until: the process owns a poisoned page and got a signal for it."""
 
     def seen(lines: list[Line]) -> bool:
         owners = [owner for x in lines for owner in x.get("owners", ())]
@@ -69,7 +69,7 @@ def owned_and_notified(pid: int) -> Callable[[list[Line]], bool]:
 
 @pytest.mark.parametrize("source", ["bpf", "ftrace"])
 def test_nobody_can_blind_it(machine: Machine, hostile: Callable[[str], int], source: str) -> None:
-    """Tenants that hold their memory map, and name files as they like: others' poison is seen."""
+    """A VM's poison is reported while tenants block reads of /proc and choose odd file names."""
     victim = Vmm(machine, "victim")
     victim.step("create v backing=anon pages=64")
     victim.step("touch v +3")

@@ -1,4 +1,4 @@
-"""Installed as users do: with Debian's own Python packages, and with the lowest versions."""
+"""Install as users do: with Debian's own Python packages, and with the lowest versions."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 Shell = Callable[[str], list[str]]
-"""From a line of shell to the command that runs it in an environment, in a directory where
-``tests`` can be imported and the tree's own ``kvmtrace`` cannot."""
+"""Builds the command that runs a line of shell in an environment. Its directory has ``tests``, but
+not the tree's own ``kvmtrace``."""
 
 
 def run(command: list[str], status: int = 0, cwd: Path | None = None) -> str:
-    """Run a command to its end, which must be with this status; its output."""
+    """Run a command, check its exit status and return its stdout."""
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, cwd=cwd
     )
@@ -44,11 +44,11 @@ def run(command: list[str], status: int = 0, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-# -- a command of each kind, on a host that is made up
+# -- a command of each kind, on a made-up host
 
 
 def one_of_each_kind(shell: Shell, python: str) -> None:
-    """Every command works with what is installed there. ``python``: whose kvmtrace is installed."""
+    """Check that every command works. ``python``: the interpreter that has kvmtrace installed."""
     fake = f"{python} -m tests.unit.fake_host"
     assert "version" in run(shell("kvmtrace --version"))
     lines = run(shell(f"{fake} events --json --count 5 --source bpf")).splitlines()
@@ -110,7 +110,7 @@ def shown_on_a_terminal(command: list[str]) -> None:
 
 
 def lowest() -> dict[str, str]:
-    """What pyproject.toml declares as the least: {package: version}."""
+    """The lower bounds in pyproject.toml: {package: version}."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found = [re.fullmatch(r"([\w-]+)>=([\d.]+)", one) for one in project["dependencies"]]
     assert all(found), "each dependency has a lower bound and nothing else"
@@ -124,7 +124,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lowest_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with kvmtrace and the lowest of what it needs; test tools are borrowed from ours."""
+    """A Python with kvmtrace and its dependencies' lowest versions; test tools are this venv's."""
     home = tmp_path_factory.mktemp("lowest")
     venv.create(home, with_pip=False, symlinks=True)
     python = home / "bin/python"
@@ -133,7 +133,7 @@ def lowest_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     with needed():
         programs.output([*pip, "install", "--only-binary=:all:", str(wheel), *pins])
     (site,) = home.glob("lib/python*/site-packages")
-    # Looked at after this environment's own; .pth files in it (our editable kvmtrace) are not read.
+    # Comes last in sys.path; its .pth files (our editable kvmtrace) are not read.
     (site / "borrowed.pth").write_text(str(Path(pytest.__file__).parents[1]) + "\n")
     (home / "tests").symlink_to(ROOT / "tests")
     return python
@@ -173,20 +173,20 @@ def test_unit_tests_with_the_lowest_versions(lowest_python: Path) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
 
 
-# -- Debian, by the README's words
+# -- Debian, by the README's commands
 
 
 def words(pattern: str) -> str:
-    """The lines of the README's blocks of shell that match, as they stand there."""
+    """Return the matching lines of the README's shell blocks."""
     blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if re.search(pattern, line)]
-    assert lines, f"the README says nothing of {pattern}"
+    assert lines, f"the README has no shell line with {pattern}"
     return "\n".join(lines)
 
 
 APT = tuple(words("^apt install").partition("#")[0].split()[2:])
 WAYS = {"venv": words("/opt/kvmtrace"), "pipx": words("^pipx install")}
-# What users may have from Debian, and kvmtrace is to go along with.
+# Debian packages that users may have installed, and that kvmtrace has to work with.
 DEBIAN = {
     "bookworm": ("python3-click", "python3-prometheus-client"),
     "trixie": ("python3-click", "python3-prometheus-client", "python3-textual"),
@@ -195,7 +195,7 @@ DEBIAN = {
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What pip has to find there, fetched by the pip that is configured here."""
+    """The wheels that pip needs in the Debian root, downloaded on this host."""
     into = tmp_path_factory.mktemp("wheels")
     with needed():
         userland.pip_download([*userland.TOOLS, *root.dependencies()], into)

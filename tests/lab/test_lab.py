@@ -1,4 +1,4 @@
-"""The lab itself: what a machine offers, and that it never hangs or lies about how things ended."""
+"""The lab itself: what machines offer, and that they neither hang nor report a wrong status."""
 
 from __future__ import annotations
 

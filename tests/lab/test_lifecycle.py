@@ -1,8 +1,7 @@
-"""From start to end on a real kernel: kvm comes late, signals of all kinds, what is in the way.
+"""Start and end on a real kernel: kvm loaded late, signals, and errors at the start.
 
-Hosts that refuse are in test_conditions.py.
-
-A start with eBPF compiles for many seconds under emulation, so what needs no BPF runs on tracefs.
+Hosts that refuse are in test_hosts.py. A start with eBPF compiles for many seconds under emulation,
+so tests that need no BPF use the ftrace source.
 """
 
 from __future__ import annotations
@@ -16,13 +15,22 @@ import pytest
 
 from tests.lab import leftovers, privileges
 from tests.lab.conftest import Boot
-from tests.lab.harness import PATIENCE, Line, Vmm, Watch, kvmtrace, refused, seen_by, told_by
+from tests.lab.harness import (
+    PATIENCE,
+    Line,
+    Vmm,
+    Watch,
+    assert_refused,
+    exits_reported,
+    exits_returned,
+    kvmtrace,
+)
 from tests.lab.machine import Machine
 
 pytestmark = pytest.mark.lab
 
 
-# -- kvm comes after kvmtrace
+# -- kvm is loaded after kvmtrace has started
 
 
 def test_started_before_kvm_it_waits_and_attaches(boot: Boot) -> None:
@@ -34,12 +42,12 @@ def test_started_before_kvm_it_waits_and_attaches(boot: Boot) -> None:
     assert "not attached: " in first
     assert re.search(r"not attached:.*\brun\b", first), first
     attached = leftovers.attached(machine)
-    assert len(attached["programs"]) > len(before["programs"])  # poison is watched meanwhile
-    privileges.only_what_watching_takes(machine)
+    assert len(attached["programs"]) > len(before["programs"])  # other probes are attached already
+    privileges.assert_given_up(machine)
 
     machine.run("modprobe kvm-amd && test -c /dev/kvm", check=True)
     run_probe = re.compile(r"kvm_arch_vcpu_ioctl_run\b")
-    _until(
+    _wait_until(
         lambda: any(run_probe.match(str(one)) for one in leftovers.attached(machine)["functions"]),
         "kvm's functions probed",
     )
@@ -52,26 +60,26 @@ def test_started_before_kvm_it_waits_and_attaches(boot: Boot) -> None:
     def exits(lines: list[Line]) -> list[Line]:
         return [x for x in lines if x["kind"] == "exit"]
 
-    (told,) = exits(watch.until(exits, "the exit"))
-    assert (told["errno"], told["cause"]) == ("EHWPOISON", "hwpoison")
-    assert told["incident"]
+    (reported,) = exits(watch.until(exits, "the exit"))
+    assert (reported["errno"], reported["cause"]) == ("EHWPOISON", "hwpoison")
+    assert reported["incident"]
     report = vmm.end()
     lines = watch.end()  # SIGINT
-    assert seen_by(lines, vmm.pid) == told_by(report)
-    leftovers.nothing_but(machine, before)
+    assert exits_reported(lines, vmm.pid) == exits_returned(report)
+    leftovers.assert_only(machine, before)
 
-    # kvm goes only if nobody holds it: neither a probe nor a program
+    # kvm can be unloaded only if no probe and no program holds it
     machine.run("modprobe -r kvm-amd kvm && ! test -e /sys/module/kvm", check=True)
 
 
-def _until(condition: Callable[[], object], what: str) -> None:
+def _wait_until(condition: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}"
         time.sleep(0.5)
 
 
-# -- however it ends
+# -- every kind of end
 
 
 def test_no_signal_leaves_anything_attached(machine: Machine) -> None:
@@ -82,14 +90,14 @@ def test_no_signal_leaves_anything_attached(machine: Machine) -> None:
     killed = Watch(machine, "bpf")
     top.wait_for("attached", timeout=PATIENCE)
     assert len(leftovers.attached(machine)["links"]) > len(before["links"])
-    # Nothing is detached by another one's end.
+    # The end of one kvmtrace detaches nothing of the other.
     killed.job.signal(signal.SIGKILL)
     assert killed.job.wait(PATIENCE) == -signal.SIGKILL
     assert len(leftovers.attached(machine)["links"]) > len(before["links"])
     top.signal(signal.SIGTERM)
     assert top.wait(PATIENCE) == 0, top.tail()
     assert "Traceback" not in top.stdout
-    leftovers.nothing_but(machine, before)
+    leftovers.assert_only(machine, before)
 
 
 def test_a_reader_that_leaves_is_no_error(machine: Machine) -> None:
@@ -106,23 +114,23 @@ def test_a_reader_that_leaves_is_no_error(machine: Machine) -> None:
     assert [x for x in result.stderr.splitlines() if not x.startswith("kvmtrace: watching")] == []
 
 
-# -- what is in the way
+# -- errors at the start
 
 
 def test_with_bcc_out_of_sight(machine: Machine) -> None:
-    # Without site the distribution's packages are out of sight, as in a venv.
+    # Without site, the distribution's packages are not importable, as in a venv.
     result = machine.run(
         "exec python3 -S -m kvmtrace events --source bpf",
         timeout=PATIENCE,
         env={"PYTHONPATH": "/opt/kvmtrace/lib"},
     )
-    refused(result, "out of this Python's sight", "--system-site-packages")
+    assert_refused(result, "out of this Python's sight", "--system-site-packages")
 
 
 def test_with_the_bcc_of_pypi(machine: Machine) -> None:
     machine.run("mkdir -p /tmp/pypi/bcc && echo 'class Lattice: ...' > /tmp/pypi/bcc/__init__.py")
     result = kvmtrace(machine, "events --source bpf", {"PYTHONPATH": "/tmp/pypi"})
-    refused(result, "another project", "python3-bpfcc")
+    assert_refused(result, "another project", "python3-bpfcc")
     doctor = kvmtrace(machine, "doctor --source bpf", {"PYTHONPATH": "/tmp/pypi"})
     assert doctor.status == 1
     assert "python3-bpfcc" in doctor.stdout
@@ -134,7 +142,7 @@ def test_port_in_use(machine: Machine) -> None:
     try:
         taken.wait_for("Serving", timeout=PATIENCE)
         result = kvmtrace(machine, "serve --listen 127.0.0.1:9751 --source ftrace")
-        refused(result, "9751.*in use")
+        assert_refused(result, "9751.*in use")
     finally:
         taken.kill()
 

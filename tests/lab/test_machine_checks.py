@@ -1,6 +1,6 @@
-"""Machine checks as a real kernel traces them, judged by its own rules for its CPU.
+"""Machine checks as a real kernel traces them: physical addresses, and whose socket it is.
 
-That is an AMD one without Scalable MCA: mce-inject takes no IPID there.
+The CPU is AMD's, without Scalable MCA: mce-inject takes no IPID for it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CHECK = 0x9C0000000000011B
 
 
 def injected(machine: Machine, bank: int, status: int, addr: int) -> None:
-    said = {"flags": "sw", "cpu": 1, "status": hex(status), "misc": 0x46, "addr": hex(addr)}
-    writes = [f"echo {value} > {INJECT}/{name}" for name, value in said.items()]
+    values = {"flags": "sw", "cpu": 1, "status": hex(status), "misc": 0x46, "addr": hex(addr)}
+    writes = [f"echo {value} > {INJECT}/{name}" for name, value in values.items()]
     machine.run(" && ".join([*writes, f"echo {bank} > {INJECT}/bank"]), check=True)
 
 
@@ -33,7 +33,7 @@ def _of(addr: int, lines: list[Line]) -> list[Line]:
 
 @pytest.mark.parametrize("source", ["bpf", "ftrace"])
 def test_what_an_address_and_a_socket_are(machine: Machine, source: str) -> None:
-    cases = (  # bank, status; the address is physical; whose the socket is
+    cases = (  # bank, status, whether the address is physical, what the socket belongs to
         (NORTHBRIDGE, CHECK | DRAM_ECC, True, "memory"),
         (NORTHBRIDGE, CHECK | POISON, False, None),
         (7, CHECK, False, None),
@@ -44,8 +44,8 @@ def test_what_an_address_and_a_socket_are(machine: Machine, source: str) -> None
         for number, (bank, status, physical, at) in enumerate(cases):
             addr = 0x123456000 + 0x1000 * number
             injected(machine, bank, status, addr)
-            told = functools.partial(_of, addr)
-            (line,) = told(watch.until(told, f"machine check {number}"))
+            at_address = functools.partial(_of, addr)
+            (line,) = at_address(watch.until(at_address, f"machine check {number}"))
             assert line.get("pfn") == (addr >> 12 if physical else None), line
             assert line.get("at") == at, line
             assert (line["bank"], line["cpu"], line["status"]) == (bank, 1, status)

@@ -1,7 +1,7 @@
-"""More exits than the eBPF source has counters for: their errno and their cause stay exact.
+"""More kinds of exits than the eBPF source has counters: errno and cause stay exact.
 
-With few counters; conversions, of which there may be more than the real number, are in
-test_verdicts.py, and ftrace, which has room for fewer, in test_ftrace.py.
+Here the number of counters is reduced. test_verdicts.py exceeds the real number by conversions;
+test_ftrace.py does it for ftrace.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections import Counter
 
 import pytest
 
-from tests.lab.harness import Line, Vmm, Watch, seen_by, told_by
+from tests.lab.harness import Line, Vmm, Watch, exits_reported, exits_returned
 from tests.lab.machine import Machine
-from tests.lab.scenarios import gone
+from tests.lab.scenarios import vms_gone
 
 pytestmark = pytest.mark.lab
 
 FEW = 16
 
-# kvmtrace with room for that many exits of different kinds only.
+# kvmtrace with room for that many different exits only.
 SMALL = f"""
 import sys
-from kvmtrace.sources import bpf
-bpf.MAX_KEYS = {FEW}
+from kvmtrace.sources import limits
+limits.MAX_KEYS = {FEW}
 from kvmtrace.cli import main
 sys.argv = ["kvmtrace", "events", "--json", "--source", "bpf"]
 main()
@@ -40,7 +40,7 @@ def causes(lines: list[Line], pid: int) -> Counter[tuple[str, str | None]]:
 
 
 def test_exits_beyond_the_last_counter(machine: Machine) -> None:
-    """Pages that guest_memfd lost, and one that is poisoned when all counters are taken."""
+    """Closed guest_memfd takes all counters; a poisoned page then is counted by cause."""
     pages, each = 3 * FEW, 5
     watch = Watch(machine, "bpf", job=machine.start(["python3", "-c", SMALL]))
     try:
@@ -54,10 +54,10 @@ def test_exits_beyond_the_last_counter(machine: Machine) -> None:
             vmm.step(f"loop v +{page} {each} vcpu={page % 2}")
         vmm.step("loop w +3 7")
         report = vmm.end()
-        lines = watch.until(gone(vmm.pid, 2), "the VMs' end")
+        lines = watch.until(vms_gone(vmm.pid, 2), "the VMs' end")
     finally:
         watch.end()
-    truth = told_by(report)
+    truth = exits_returned(report)
     assert truth.total() == pages * each + 7
     assert causes(lines, vmm.pid) == {
         ("EFAULT", "backing"): pages * each,
@@ -68,9 +68,9 @@ def test_exits_beyond_the_last_counter(machine: Machine) -> None:
     unknown = [x for x in exits if "vcpu" not in x]
     assert unknown, json.dumps(exits[-5:])
     assert not {"gpa", "gfn", "size", "access"} & {name for x in unknown for name in x}
-    seen = seen_by([x for x in lines if x["kind"] != "exit" or "vcpu" in x], vmm.pid)
+    seen = exits_reported([x for x in lines if x["kind"] != "exit" or "vcpu" in x], vmm.pid)
     assert len(seen) == FEW
     assert seen == Counter({key: truth[key] for key in seen})
-    # What was counted without its address is reported as that.
+    # Exits counted without their address are reported under `lost`.
     lost = {x["where"]: 0 for x in lines if x["kind"] == "lost"}
     assert lost.keys() == {"exit_keys"}

@@ -1,6 +1,4 @@
-"""Whose memory a poisoned page is, before the guest touches it: VM first, kvmtrace second, poison
-third; and poison that was there before kvmtrace.
-"""
+"""Owners of a poisoned page, found before the guest touches it; see owners.py."""
 
 from __future__ import annotations
 
@@ -24,9 +22,9 @@ def test_owners_before_any_touch(machine: Machine) -> None:
 
 
 def test_an_older_guest_memfd_by_ftrace(boot: Callable[..., Machine]) -> None:
-    """Where probes cannot follow the page to its VM, /proc shows who holds its guest_memfd.
+    """If no probe leads from the page to its VM, /proc shows who has its guest_memfd open.
 
-    Not only by page tables: one page is mapped, of the other nothing is.
+    One VM has the page mapped, so that page tables would do; the other has unmapped it.
     """
     machine = boot("trixie-6.18")
     mapped, unmapped, bystander = (Vmm(machine, name) for name in ("mapped", "unmapped", "other"))
@@ -54,7 +52,7 @@ def test_an_older_guest_memfd_by_ftrace(boot: Callable[..., Machine]) -> None:
 
 
 def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
-    """Both own it, by their page tables; so says the loss."""
+    """Both VMs own it, by their page tables, and `explain` says so."""
     source = "bpf"
     vmms = [Vmm(machine, name) for name in ("left", "right")]
     for vmm in vmms:
@@ -68,20 +66,15 @@ def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
     )
     (pfn,) = {vmm.step("merge v +3 wait=60")["pfn"] for vmm in vmms}
     machine.run("echo 0 > /sys/kernel/mm/ksm/run", check=True)
-    log = "/tmp/merged.jsonl"
-    recorder = machine.start(f"exec kvmtrace record {log} --force --source {source}")
-    recorder.wait_for("recording to", timeout=PATIENCE, stream="stderr")
-    with watching(machine, source) as watch:
+    with recorded(machine, source) as log, watching(machine, source) as watch:
         vmms[0].step(f"poison pfn={pfn}", may_fail=True)
-        (told,) = poison_of(pfn)(watch.until(poison_of(pfn), "the poison"))
-        assert {owner["vm"]["pid"] for owner in told["owners"]} == {vmm.pid for vmm in vmms}
-        for owner in told["owners"]:
+        (reported,) = poison_of(pfn)(watch.until(poison_of(pfn), "the poison"))
+        assert {owner["vm"]["pid"] for owner in reported["owners"]} == {vmm.pid for vmm in vmms}
+        for owner in reported["owners"]:
             assert owner.get("gfn", source) in (0x103, "ftrace")
         for vmm in vmms:
             assert vmm.step("touch v +3", may_fail=True)["sigbus"]
-        watch.until(lambda ls: len(deliveries(ls, told["incident"])) >= 2, "both deliveries")
-    recorder.signal(signal.SIGINT)
-    assert recorder.wait(PATIENCE) == 0, recorder.stderr
+        watch.until(lambda ls: len(deliveries(ls, reported["incident"])) >= 2, "both deliveries")
     story = machine.run(
         f"kvmtrace explain {pfn:#x} --from {log}", timeout=PATIENCE, check=True
     ).stdout
@@ -90,14 +83,14 @@ def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
         vmm.end()
 
 
-# Maps a file and reads a page of it: path, offset. It is notified of the loss early, or killed by
-# the next read.
+# Maps a file and reads a page of it: PATH OFFSET [early]. With "early" it gets a SIGBUS at the
+# poisoning, otherwise its next read kills it.
 _READER = """
 import ctypes, mmap, os, signal, sys
 early = len(sys.argv) > 3
 if early:
     ctypes.CDLL(None).prctl(33, 1, 1, 0, 0)  # PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY
-    signal.signal(signal.SIGBUS, lambda number, frame: print("told", flush=True))
+    signal.signal(signal.SIGBUS, lambda number, frame: print("notified", flush=True))
 memory = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 0)
 at = int(sys.argv[2])
 memory[at]
@@ -110,7 +103,7 @@ if not early:
 
 @pytest.mark.parametrize("source", ["bpf", "ftrace"])
 def test_a_program_that_has_a_vms_page_mapped_is_no_vm(machine: Machine, source: str) -> None:
-    """One gets a SIGBUS early, one dies of its read; the VM's guest has not touched the page."""
+    """One reader gets SIGBUS early, one dies of its read; the guest has not touched the page."""
     machine.run("cat > /tmp/reader.py", stdin=_READER, check=True)
     vmm = Vmm(machine, "shares")
     vmm.step("create v backing=memfd pages=64")
@@ -125,27 +118,27 @@ def test_a_program_that_has_a_vms_page_mapped_is_no_vm(machine: Machine, source:
         hammer = Vmm(machine, "hammer")
         hammer.step(f"poison pfn={place['pfn']}")
         hammer.end()
-        reader.wait_for("told", timeout=PATIENCE)
+        reader.wait_for("notified", timeout=PATIENCE)
         for job in (victim, reader):
             job.close_stdin()
         assert victim.wait(PATIENCE) in (-signal.SIGBUS, 128 + signal.SIGBUS)
         assert reader.wait(PATIENCE) == 0
     signals = [x for x in replayed_lines(machine, log) if x["kind"] == "sigbus"]
     assert not [x for x in signals if "vm" in x], signals
-    told = {x["code"]: x["process"] for x in signals}
-    assert told["AO"] == {"pid": int(reader.stdout.split()[1]), "name": "python3"}
-    assert told["AR"] == {"pid": int(victim.stdout.split()[1]), "name": "python3"}
+    killed = {x["code"]: x["process"] for x in signals}
+    assert killed["AO"] == {"pid": int(reader.stdout.split()[1]), "name": "python3"}
+    assert killed["AR"] == {"pid": int(victim.stdout.split()[1]), "name": "python3"}
     incidents = replayed(machine, log)["incidents"]
     (incident,) = [x for x in incidents if x["pfn"] == place["pfn"]]
     assert (incident["state"], incident["deliveries"]) == ("latent", {"exits": 0, "sigbus": 0})
-    # It may be too late to see by which page the other one died.
+    # The page by which the other one died may be unknown.
     assert incident["sigbus_to_others"] in (1, 2)
     assert {owner["vm"]["pid"] for owner in incident["owners"]} == {vmm.pid}
     vmm.end()
 
 
 def test_a_large_sparse_vm_holds_nobody_up(machine: Machine) -> None:
-    """Owners of a page in 3 GiB of address space come as fast as in 256 KiB."""
+    """Owners in 3 GiB of address space are found as fast as in 256 KiB."""
     vmm = Vmm(machine, "large")
     vmm.step(f"create v backing=anon pages={3 << 18}")
     vmm.step("touch v +3")
@@ -154,7 +147,7 @@ def test_a_large_sparse_vm_holds_nobody_up(machine: Machine) -> None:
         poison = vmm.step("poison v +3 how=inject")
         lines = watch.until(poison_of(poison["pfn"]), "the poison")
         assert time.monotonic() - begin < 10
-        (told,) = poison_of(poison["pfn"])(lines)
-        watch.until(functools.partial(owners_of, told["incident"]), "its owner")
-        assert set(owners_of(told["incident"], watch.lines())) == {(vmm.pid, poison["gfn"])}
+        (reported,) = poison_of(poison["pfn"])(lines)
+        watch.until(functools.partial(owners_of, reported["incident"]), "its owner")
+        assert set(owners_of(reported["incident"], watch.lines())) == {(vmm.pid, poison["gfn"])}
     vmm.end()

@@ -1,6 +1,7 @@
-"""`kvmtrace serve` on a real kernel, scraped by a real Prometheus, against the VMMs' own account.
+"""`kvmtrace serve` on a real kernel, scraped by a real Prometheus and compared with the VMMs.
 
-One story for the whole module: VMs are known, then memory goes bad, then everything is asked.
+The module stages one sequence of events: VMs start, their memory fails, then all panels and alerts
+are queried.
 """
 
 from __future__ import annotations
@@ -20,31 +21,31 @@ from kvmtrace import probes
 from tests import dashboards, prometheus
 from tests.lab import leftovers
 from tests.lab.conftest import Shared
-from tests.lab.harness import PATIENCE, Line, Vmm, end_following
+from tests.lab.harness import PATIENCE, Line, Vmm, end_following, metrics_of
 from tests.lab.machine import Job, Machine
 
 pytestmark = pytest.mark.lab
 
 INSTANCE = "127.0.0.1:9750"
-WINDOW = "30m"  # of increases: longer than the story takes on a busy machine
+WINDOW = "30m"  # for increase(): longer than all of this takes on a busy machine
 STORM = 5000
-ASKER = Path(__file__).with_name("guest_prometheus.py")
+QUERY_SCRIPT = Path(__file__).with_name("guest_prometheus.py")
 
 QUERIES = list(dashboards.queries(dashboards.load()))
 VMS = ("web", "loop", "closed", "bare", "anon")
 
 
 class GuestPrometheus(prometheus.Queries):
-    """A Prometheus in the machine, driven through guest_prometheus.py."""
+    """A Prometheus in the machine, queried through guest_prometheus.py."""
 
     def __init__(self, machine: Machine, directory: str, target: str) -> None:
         here = machine.share / directory
         here.mkdir()
-        for path in (Path(prometheus.__file__), ASKER, dashboards.ALERTS):
+        for path in (Path(prometheus.__file__), QUERY_SCRIPT, dashboards.ALERTS):
             shutil.copy(path, here)
         there = f"/mnt/share/{directory}"
         self.job = machine.start(
-            f"exec python3 {there}/{ASKER.name} {target} {there}/{dashboards.ALERTS.name}"
+            f"exec python3 {there}/{QUERY_SCRIPT.name} {target} {there}/{dashboards.ALERTS.name}"
         )
         self.job.wait_for("^ready$", timeout=PATIENCE)
         self._answers = 1
@@ -68,7 +69,7 @@ Exits = dict[tuple[str, str, str], float]
 
 @dataclass
 class Story:
-    """What happened, by those who know: the VMMs and the kernel's log."""
+    """What happened, by the VMMs' reports and the kernel's log."""
 
     machine: Machine
     serve: Job
@@ -85,26 +86,26 @@ class Story:
 
     @property
     def exits(self) -> Exits:
-        """What KVM_RUN returned, with the zeros that every VM is born with."""
-        told = {(vm, *kind): 0.0 for vm in VMS for kind in BORN}
+        """Returns of KVM_RUN, and the series that every VM has at 0."""
+        returned = {(vm, *kind): 0.0 for vm in VMS for kind in BORN_AT_ZERO}
         for vm, report in self.reports.items():
             for row in report["failed"]:
-                told[vm, row["errno"], cause_of(row)] += row["count"]
-        return told
+                returned[vm, row["errno"], cause_of(row)] += row["count"]
+        return returned
 
-    def told(self, vm: str, *causes: str) -> float:
+    def exits_by(self, vm: str, *causes: str) -> float:
         """Exits of a VM by these causes."""
         return sum(n for (who, _, cause), n in self.exits.items() if who == vm and cause in causes)
 
     def sigbus(self, vm: str, code: str) -> float:
-        """Signals that the VMM took."""
+        """Signals that the VMM received."""
         report = self.reports[vm]
         assert report["sigbus_not_listed"] == 0
         return float(sum(one["count"] for one in report["sigbus"] if one["code"] == code))
 
 
 CODES = ("AR", "AO", "KERNEL")
-BORN = (
+BORN_AT_ZERO = (
     ("EHWPOISON", "hwpoison"),
     ("EFAULT", "conversion"),
     ("EFAULT", "userfault"),
@@ -115,7 +116,7 @@ BORN = (
 
 
 def cause_of(row: Line) -> str:
-    """The cause of a failed KVM_RUN of this story, in which nobody converts memory."""
+    """The cause of a failed KVM_RUN; no conversions happen here."""
     if row["errno"] == "EHWPOISON":
         return "hwpoison"
     assert row["errno"] == "EFAULT", row
@@ -130,7 +131,7 @@ def exits_in(samples: list[prometheus.Sample]) -> Exits:
 @pytest.fixture(scope="module")
 def story(shared_machine: Shared) -> Iterator[Story]:
     machine = shared_machine.get()
-    end_following(machine)  # what other tests left running would be counted as ours
+    end_following(machine)  # kvmtraces of other tests would be counted as well
     before = leftovers.attached(machine)
     machine.run("sysctl -q kernel.bpf_stats_enabled=1", check=True)
     serve = machine.start(f"exec kvmtrace serve --listen {INSTANCE}")
@@ -144,10 +145,10 @@ def story(shared_machine: Shared) -> Iterator[Story]:
             vmm.step("touch v +3")
         scraper = GuestPrometheus(machine, "serve", INSTANCE)
         exits = "kvmtrace_memory_fault_exits_total"
-        scraper.wait(lambda: len(scraper.query(exits)) >= len(VMS) * len(BORN), PATIENCE)
+        scraper.wait(lambda: len(scraper.query(exits)) >= len(VMS) * len(BORN_AT_ZERO), PATIENCE)
         scraper.wait_for_scrapes(3, PATIENCE)
         born, alerts = exits_in(scraper.query(exits)), scraper.alerts()
-        # Pages that other tests poisoned in the same machine: their VMs are gone.
+        # Pages poisoned by earlier tests, whose VMs are gone.
         old = scraper.value('kvmtrace_incidents{state="unowned"}') or 0
 
         pfns = happen(vmms)
@@ -186,10 +187,10 @@ def story(shared_machine: Shared) -> Iterator[Story]:
 
 
 def happen(vmms: Mapping[str, Vmm]) -> set[int]:
-    """Of everything one; the pfns that were poisoned.
+    """Stage one event of each kind; return the pfns that were poisoned.
 
-    web holds two poisoned pages and has touched one of them, loop does not cope with its own, anon
-    was notified by SIGBUS, closed has lost its guest_memfd and bare a mapping.
+    web has two poisoned pages and has touched one, loop loops on its page, anon gets a SIGBUS,
+    closed has lost its guest_memfd and bare a mapping.
     """
     poisons = [vmms["web"].step("poison v +3"), vmms["web"].step("poison v +7")]
     vmms["web"].step("touch v +3")
@@ -214,11 +215,11 @@ def meminfo(machine: Machine, field: str) -> int:
 
 
 def test_series_of_a_vm_are_there_at_0_before_its_first_event(story: Story) -> None:
-    assert story.born == {(vm, *kind): 0 for vm in VMS for kind in BORN}
+    assert story.born == {(vm, *kind): 0 for vm in VMS for kind in BORN_AT_ZERO}
 
 
-def test_the_story_is_the_one_to_be_told(story: Story) -> None:
-    """The VMMs' account has something of everything, or the tests below compare zeros."""
+def test_the_story_has_something_of_everything(story: Story) -> None:
+    """The VMMs report every kind of event; otherwise the tests below would compare zeros."""
     assert {key: count for key, count in story.exits.items() if count} == {
         ("web", "EHWPOISON", "hwpoison"): 1,
         ("loop", "EHWPOISON", "hwpoison"): STORM,
@@ -230,8 +231,8 @@ def test_the_story_is_the_one_to_be_told(story: Story) -> None:
 
 
 def test_prometheus_agrees_with_the_vmms(story: Story) -> None:
-    told = exits_in(story.prometheus.query("kvmtrace_memory_fault_exits_total"))
-    assert told == story.exits
+    shown = exits_in(story.prometheus.query("kvmtrace_memory_fault_exits_total"))
+    assert shown == story.exits
     signals = story.prometheus.query("kvmtrace_sigbus_total")
     assert {(at["vm"], at["code"]): value for at, value in signals} == {
         (vm, code): story.sigbus(vm, code) for vm in VMS for code in CODES
@@ -241,14 +242,11 @@ def test_prometheus_agrees_with_the_vmms(story: Story) -> None:
 
 
 def test_metrics_agree_with_the_vmms(story: Story) -> None:
-    """The text itself, asked for as a person would."""
-    ask = (
-        f"import urllib.request as u; print(u.urlopen('http://{INSTANCE}/metrics').read().decode())"
-    )
-    text = story.machine.run(["python3", "-c", ask], timeout=PATIENCE, check=True).stdout
+    """The text of /metrics itself."""
+    text = metrics_of(story.machine, story.serve)
     line = r'^kvmtrace_memory_fault_exits_total\{cause="(.*)",errno="(.*)",vm="(.*)"\} (.*)$'
-    told = re.findall(line, text, re.MULTILINE)
-    assert {(vm, errno, cause): float(n) for cause, errno, vm, n in told} == story.exits
+    rows = re.findall(line, text, re.MULTILINE)
+    assert {(vm, errno, cause): float(n) for cause, errno, vm, n in rows} == story.exits
 
 
 def test_nothing_was_lost_and_every_scrape_answered(story: Story) -> None:
@@ -272,7 +270,7 @@ def exactly(expected: Callable[[Story], Shown]) -> Check:
 
 
 def roughly(expected: Callable[[Story], Shown]) -> Check:
-    """Increases, which Prometheus extrapolates: what is 0 is 0, the others within a quarter."""
+    """Increases, which Prometheus extrapolates: 0 is exact, others are within a quarter."""
 
     def check(story: Story, shown: Shown) -> None:
         wanted = {tuple(sorted(key)): value for key, value in expected(story).items()}
@@ -285,7 +283,7 @@ def roughly(expected: Callable[[Story], Shown]) -> Check:
 
 
 def rates(positive: Callable[[Story], set[tuple[str, ...]]]) -> Check:
-    """Above 0 are exactly these."""
+    """Exactly these are above 0."""
 
     def check(story: Story, shown: Shown) -> None:
         above = {tuple(sorted(key)) for key in positive(story)}
@@ -295,7 +293,7 @@ def rates(positive: Callable[[Story], set[tuple[str, ...]]]) -> Check:
 
 
 def between(low: float, high: float, *keys: tuple[str, ...]) -> Check:
-    """The values of these keys (default: the only one), whatever else is shown."""
+    """The values of these keys (default: the only one) are within these limits."""
 
     def check(_: Story, shown: Shown) -> None:
         for key in keys or ((),):
@@ -307,7 +305,7 @@ def between(low: float, high: float, *keys: tuple[str, ...]) -> Check:
 def _latency(_: Story, shown: Shown) -> None:
     counts = [shown[(le,)] for le in "0.001 0.01 0.1 1.0 10.0 60.0 600.0 3600.0 +Inf".split()]
     assert counts == sorted(counts)
-    # web's first page, loop's and anon's; all at once, as people see it
+    # web's first page, loop's and anon's, all delivered within a minute
     assert counts[-1] == pytest.approx(3, rel=0.25)
     assert counts[5] == counts[-1]
 
@@ -329,10 +327,10 @@ CHECKS: dict[tuple[str, str], Check] = {
     ("VMs", "pages"): exactly(
         lambda _: {("web",): 2, ("loop",): 1, ("anon",): 1, ("closed",): 0, ("bare",): 0}
     ),
-    ("VMs", "poison"): exactly(lambda s: {(vm,): s.told(vm, "hwpoison") for vm in VMS}),
+    ("VMs", "poison"): exactly(lambda s: {(vm,): s.exits_by(vm, "hwpoison") for vm in VMS}),
     ("VMs", "conversion"): exactly(lambda _: {(vm,): 0 for vm in VMS}),
     ("VMs", "failed"): exactly(
-        lambda s: {(vm,): s.told(vm, "backing", "unannotated") for vm in VMS}
+        lambda s: {(vm,): s.exits_by(vm, "backing", "unannotated") for vm in VMS}
     ),
     ("VMs", "sigbus"): exactly(lambda s: {(vm,): s.sigbus(vm, "AR") for vm in VMS}),
     ("VMs", "info"): exactly(lambda s: {(vm, str(s.vmms[vm].pid), "vmm"): 1 for vm in VMS}),
@@ -391,10 +389,10 @@ def test_incidents_close_with_their_vms_and_the_counts_stay(story: Story) -> Non
     for vmm in story.vmms.values():
         if vmm.job.poll() is None:
             vmm.end()
-    ask = story.prometheus
-    ask.wait(lambda: ask.value('kvmtrace_incidents{state="closed"}') == 4, PATIENCE)
-    ask.wait(lambda: "KvmtraceVmmLooping" not in ask.alerts(), PATIENCE)
-    assert exits_in(ask.query("kvmtrace_memory_fault_exits_total > 0")) == {
+    server = story.prometheus
+    server.wait(lambda: server.value('kvmtrace_incidents{state="closed"}') == 4, PATIENCE)
+    server.wait(lambda: "KvmtraceVmmLooping" not in server.alerts(), PATIENCE)
+    assert exits_in(server.query("kvmtrace_memory_fault_exits_total > 0")) == {
         key: count for key, count in story.exits.items() if count
     }
 
@@ -404,4 +402,4 @@ def test_sigterm_ends_it_and_nothing_stays_attached(story: Story) -> None:
     story.serve.signal(signal.SIGTERM)
     assert story.serve.wait(PATIENCE) == 0
     assert story.serve.stderr == f"serving http://{INSTANCE}/metrics\n"
-    leftovers.nothing_but(story.machine, story.before)
+    leftovers.assert_only(story.machine, story.before)

@@ -1,7 +1,7 @@
-"""Every scenario on the newest kernel by bpf and by both side by side; on others what differs.
+"""Scenarios on the newest kernel by bpf, and by both sources at once; a few on other kernels.
 
-By ftrace they run in test_without.py, on a machine without bcc. ``make matrix`` runs all of them
-everywhere, those too that want a machine of another kind.
+test_without.py runs them by ftrace, on a machine without bcc. ``make matrix`` runs all on every
+kernel, including those that need other boot options.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.lab
 
 ORDINARY = [scenario for scenario in SCENARIOS if not scenario.boot]
 
-# Kernels on which the sources work in another way than on the newest.
+# Kernels on which the sources work differently than on the newest.
 OTHER_KERNELS = {
     "bookworm": "6.1: no memory-fault exit, BTF arguments, fprobe; bcc 0.26",
     "trixie": "kvm_gmem_get_pfn with five arguments",
@@ -39,15 +39,15 @@ OTHER_KERNELS = {
 
 CASES = [
     pytest.param(scenario, source, id=f"{source}-{scenario.name}")
-    for source in ("both", "bpf")  # what follows both goes on with one of them
+    for source in ("both", "bpf")  # bpf is still followed after both
     for scenario in ORDINARY
     if source in scenario.sources
 ]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_goes_on(shared_machine: Shared) -> Iterator[None]:
-    """Other tests look at what is attached."""
+def _end_followed(shared_machine: Shared) -> Iterator[None]:
+    """End the followed kvmtraces: other tests check what is attached."""
     yield
     if shared_machine.machine is not None and shared_machine.machine.alive:
         end_following(shared_machine.machine)
@@ -60,14 +60,14 @@ def test_every_probe_attaches(machine: Machine, source: str) -> None:
 
 
 def test_functions_are_probed_by_trampolines(machine: Machine) -> None:
-    """A program that fentry refuses goes on by kprobe, which costs more and is not reported."""
+    """If fentry refuses a function, a kprobe is used, which costs more and is not reported."""
     ways = ways_of_bpf(machine)
     assert ways["run"] == "fexit+raw_tracepoint"
     assert {name: via for name, via in ways.items() if "probe" in via} == {}
 
 
 def ways_of_bpf(machine: Machine) -> dict[str, str]:
-    """{probe: how it is attached} of those that are."""
+    """{probe: how it is attached}, of the attached probes."""
     (tried,) = doctor(machine, "bpf")["sources"]
     return {probe["name"]: probe["via"] for probe in tried["probes"] if probe["attached"]}
 
@@ -123,17 +123,17 @@ def test_scenario(machine: Machine, scenario: Scenario, source: str) -> None:
     scenario.run(machine, source)
 
 
-# What these kernels do not have; by bpf all else attaches.
+# Probes that these kernels do not support; by bpf all others attach.
 NOT_THERE = {"bookworm": {"gmem", "gmem_error"}}
 
 
 @pytest.mark.parametrize("kernel", OTHER_KERNELS)
 def test_other_kernel(boot: Boot, kernel: str) -> None:
-    """The half of the story that does not need guest_memfd, and it must not be all unstageable."""
+    """Scenarios that do not need guest_memfd; only the expected ones are unstageable."""
     machine = boot(kernel)
     blind = {"ftrace"} if kernel == "bookworm" else set()  # no BTF arguments, so no run probe
     if not blind:
-        parity(machine)  # first: what it starts is followed on, and bcc takes a minute to start
+        parity(machine)  # first: its kvmtraces are used on, and bcc takes a minute to start
     for source in SOURCES:
         hva_anon(machine, source)
         if source == "bpf":

@@ -1,4 +1,4 @@
-"""`kvmtrace top` on a real kernel: live in a real terminal (tmux), and the table printed once."""
+"""`kvmtrace top` on a real kernel: live in a terminal (tmux), and with --once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TMUX = "tmux -L kvmtrace"
 
 @dataclass
 class Tmux:
-    """A shell in tmux, on a terminal of its own: what is on its screen, and its keyboard."""
+    """A shell in tmux: its screen and its keyboard."""
 
     machine: Machine
     job: Job
@@ -31,11 +31,11 @@ class Tmux:
         return self.machine.run(f"{TMUX} capture-pane -p", check=True).stdout
 
     def keys(self, *keys: str) -> None:
-        """Keys by tmux's names."""
+        """Press keys, by tmux's names."""
         self.machine.run([*TMUX.split(), "send-keys", *keys], check=True)
 
     def until(self, pattern: str) -> str:
-        """The screen, as soon as it matches."""
+        """Wait until the screen matches; return it."""
         deadline = time.monotonic() + PATIENCE
         while not re.search(pattern, seen := self.screen(), re.MULTILINE):
             assert time.monotonic() < deadline, f"never on the screen: {pattern}\n{seen}"
@@ -43,7 +43,7 @@ class Tmux:
         return seen
 
     def modes(self) -> str:
-        """What a program may leave behind: modes of the terminal, and of its line."""
+        """Modes of the terminal and its tty, which a program may leave changed."""
         names = "alternate_on cursor_flag mouse_any_flag keypad_flag wrap_flag".split()
         form = " ".join(f"#{{{name}}}" for name in names)
         tty = self.machine.run(f"{TMUX} display -p '#{{pane_tty}}'", check=True).stdout.strip()
@@ -63,7 +63,7 @@ def sick(machine: Machine) -> Iterator[Vmm]:
 
 
 def test_the_live_table(machine: Machine, sick: Vmm) -> None:
-    """One start, everything a person does with it."""
+    """Use all functions of `top` in one run."""
     other = Vmm(machine, "well")
     other.step("create v backing=anon")
     env = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
@@ -76,7 +76,7 @@ def test_the_live_table(machine: Machine, sick: Vmm) -> None:
         tmux.until("attached(?s:.*)sick(?s:.*)no incidents")
         assert "well" in tmux.screen()
 
-        # It happens, and is shown
+        # Events show up
         poison = sick.step("poison v +3")
         place = f"sick {poison['gfn']:#x}"  # 80 columns have no room for the pfn
         tmux.until(f"latent +{place} +0 ")
@@ -102,7 +102,7 @@ def test_the_live_table(machine: Machine, sick: Vmm) -> None:
         tmux.keys("Escape")
         tmux.until("sick")
 
-        # Paused is paused; going on catches up
+        # A paused table does not change; it catches up when resumed
         tmux.keys("p")
         tmux.until("PAUSED")
         counted = re.search(r"sick +\d+ .*", tmux.screen())
@@ -114,7 +114,7 @@ def test_the_live_table(machine: Machine, sick: Vmm) -> None:
         tmux.keys("p")
         tmux.until(rf"(?s)\A(?!.*{re.escape(counted[0])}).*sick")
 
-        # Another size, and the end
+        # Resize, and quit
         tmux.job.resize(40, 120)
         tmux.until(f"looping +{poison['pfn']:#x} +{place} ")
         tmux.until(r"\A(.*\n){39}.*q quit")
@@ -129,7 +129,7 @@ def test_the_live_table(machine: Machine, sick: Vmm) -> None:
 
 
 def test_printed_once(machine: Machine) -> None:
-    """As text and as JSON, of what happens while it looks; both agree with the VMM."""
+    """Text and JSON of events during the interval; both agree with the VMM."""
     vmm = Vmm(machine, "once")
     vmm.step("create v backing=gmem pages=32")
     vmm.step("touch v +3")
@@ -164,7 +164,7 @@ def test_printed_once(machine: Machine) -> None:
 
 
 def _until_they_wait(machine: Machine, watchers: int) -> None:
-    """Until that many run and each was seen asleep in poll with its rings open."""
+    """Wait until that many kvmtraces sleep in poll with their rings open."""
     waiting = (
         f"until [ $(pgrep -cx kvmtrace) = {watchers} ]; do sleep 0.2; done; "
         "for p in $(pgrep -x kvmtrace); do"

@@ -1,38 +1,34 @@
-"""From the machine check to the VMM's reaction: each verdict staged by a VMM that behaves so."""
+"""From machine check to verdict: each verdict is staged by a VMM with that behaviour."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from kvmtrace.model import VerdictWord
-from kvmtrace.sources.bpf import programs
-from tests.lab.harness import PATIENCE, Line, Vmm, told_by
+from kvmtrace.sources import limits
+from tests.lab.harness import (
+    PATIENCE,
+    Line,
+    Vmm,
+    exits_returned,
+    metrics_of,
+    recorded,
+    replayed,
+    replayed_lines,
+    start_serve,
+)
 from tests.lab.machine import Machine
 from tests.lab.vmm import private_vms
 
 pytestmark = pytest.mark.lab
 
 LOG = "/tmp/verdicts.jsonl"
-
-
-@contextlib.contextmanager
-def recorded(machine: Machine, source: str = "bpf") -> Iterator[None]:
-    """What happens in the block is in ``LOG`` afterwards."""
-    job = machine.start(f"exec kvmtrace record {LOG} --force --source {source}")
-    job.wait_for(r"recording to", timeout=PATIENCE, stream="stderr")
-    try:
-        yield
-        time.sleep(1)
-    finally:
-        job.signal(signal.SIGINT)
-        assert job.wait(PATIENCE) == 0, job.stderr
 
 
 def explain(machine: Machine, target: str) -> Line:
@@ -60,14 +56,14 @@ def poisoned(machine: Machine, name: str, backing: str = "gmem") -> tuple[Vmm, L
 
 
 def test_each_verdict(machine: Machine) -> None:
-    with recorded(machine):
+    with recorded(machine, "bpf", LOG):
         vmms = {name: poisoned(machine, name) for name in ("exits", "stops", "copes", "loops")}
         vmms["mends"] = poisoned(machine, "mends", "anon")
         for name in ("exits", "stops", "copes"):
             assert vmms[name][0].step("touch v +3")["errno"] == "EHWPOISON"
         mends = vmms["mends"][0]
         assert mends.step("touch v +3", may_fail=True)["sigbus"]
-        time.sleep(2)  # what is replaced at once was never seen to be there
+        time.sleep(2)  # a page that is replaced at once is missed
         mends.step("remap v +3")
         assert mends.step("touch v +3")["ok"]
         mends.step("pio v 1000000000 bg=1")
@@ -76,7 +72,7 @@ def test_each_verdict(machine: Machine) -> None:
         vmms["loops"][0].step("loop v +3 1000000 gap_us=20000 bg=1")
         time.sleep(8)
     for vmm, _ in vmms.values():
-        vmm.job.kill()  # or they take the CPUs from who explains
+        vmm.job.kill()  # they would compete with `explain` for the CPUs
     for name, verdict in (
         ("exits", "exited"),
         ("stops", "stopped"),
@@ -84,11 +80,11 @@ def test_each_verdict(machine: Machine) -> None:
         ("mends", "handled"),
         ("loops", "looping"),
     ):
-        told = explain(machine, name)
-        assert told["verdict"] == verdict, told
-        assert told["pfn"] == vmms[name][1]["pfn"]
-        assert [owner["gfn"] for owner in told["owners"]] == [vmms[name][1]["gfn"]]
-        evidence = " ".join(told["verdicts"][0]["evidence"])
+        incident = explain(machine, name)
+        assert incident["verdict"] == verdict, incident
+        assert incident["pfn"] == vmms[name][1]["pfn"]
+        assert [owner["gfn"] for owner in incident["owners"]] == [vmms[name][1]["gfn"]]
+        evidence = " ".join(incident["verdicts"][0]["evidence"])
         assert re.search(EVIDENCE[verdict], evidence), evidence
     mended = explain(machine, "mends")
     assert [owner["released"] for owner in mended["owners"]] == [True]
@@ -99,7 +95,7 @@ def test_each_verdict(machine: Machine) -> None:
 
 
 def test_a_machine_check_and_the_poison_that_follows(machine: Machine) -> None:
-    with recorded(machine):
+    with recorded(machine, "bpf", LOG):
         vmm = Vmm(machine, "checked")
         vmm.step("create v backing=gmem pages=32")
         vmm.step("touch v +3")
@@ -108,27 +104,23 @@ def test_a_machine_check_and_the_poison_that_follows(machine: Machine) -> None:
         poison = vmm.step("poison v +3")
         time.sleep(1)
         vmm.end()
-    told = explain(machine, hex(poison["pfn"]))
-    assert told["pfn"] == poison["pfn"]
-    assert told["origin"]["bank"] == 7
-    assert told["origin"]["severity"] == "recoverable"
-    assert told["origin"]["consumer_cpu"] == told["origin"]["cpu"]
-    assert "socket" not in told["origin"]
-    whats = [moment["what"] for moment in told["timeline"]]
+    incident = explain(machine, hex(poison["pfn"]))
+    assert incident["pfn"] == poison["pfn"]
+    assert incident["origin"]["bank"] == 7
+    assert incident["origin"]["severity"] == "recoverable"
+    assert incident["origin"]["consumer_cpu"] == incident["origin"]["cpu"]
+    assert "socket" not in incident["origin"]
+    whats = [moment["what"] for moment in incident["timeline"]]
     assert "machine check" in whats[0]
     assert any("poisoned" in what for what in whats[1:])
 
 
 def test_what_is_never_delivered(machine: Machine) -> None:
-    """guest_memfd refuses the page, and no KVM_RUN says so: a counter born 0, and in the story."""
-    serve = machine.start("exec kvmtrace serve --listen 127.0.0.1:0 --source bpf")
-    serve.wait_for("serving http", timeout=PATIENCE, stream="stderr")
-    url = serve.stderr.partition("serving ")[2].split()[0]
-    fetch = f"import urllib.request as u; print(u.urlopen('{url}').read().decode())"
+    """guest_memfd refuses the page outside KVM_RUN: a counter that starts at 0, and `explain`."""
+    serve = start_serve(machine, "--source bpf")
 
     def metrics() -> set[str]:
-        text = machine.run(["python3", "-c", fetch], timeout=PATIENCE, check=True).stdout
-        return set(text.splitlines())
+        return set(metrics_of(machine, serve).splitlines())
 
     try:
         vmm, poison = poisoned(machine, "swallowed")
@@ -140,22 +132,24 @@ def test_what_is_never_delivered(machine: Machine) -> None:
         for number in (1, 2):
             assert vmm.step("prefault v +3", may_fail=True)["errno"] == "EHWPOISON"
             deadline = time.monotonic() + PATIENCE
-            # Nothing else happens on this host: only time passes.
+            # No other events happen meanwhile.
             while f"{series}{number}.0" not in metrics():
                 assert time.monotonic() < deadline
                 time.sleep(0.5)
-        asked = ["kvmtrace", "explain", hex(poison["pfn"])]
-        (told,) = json.loads(machine.run([*asked, "--json"], timeout=PATIENCE, check=True).stdout)
-        assert (told["undelivered"], told["deliveries"]) == (2, {"exits": 0, "sigbus": 0})
-        assert told["state"] == "latent"
+        explain_command = ["kvmtrace", "explain", hex(poison["pfn"])]
+        (incident,) = json.loads(
+            machine.run([*explain_command, "--json"], timeout=PATIENCE, check=True).stdout
+        )
+        assert (incident["undelivered"], incident["deliveries"]) == (2, {"exits": 0, "sigbus": 0})
+        assert incident["state"] == "latent"
         page = f"the lost page (gfn {poison['gfn']:#x})"
-        assert told["next"] == [
+        assert incident["next"] == [
             "shut swallowed down from inside the guest and start it again: guest_memfd refused "
             f"{page} 2 times, and no VMM was notified",
             "until then do not migrate, save, snapshot or dump swallowed: each of these reads "
             "every page, the lost one too",
         ]
-        text = machine.run(asked, timeout=PATIENCE, check=True).stdout
+        text = machine.run(explain_command, timeout=PATIENCE, check=True).stdout
         assert "2 refusals by guest_memfd of which KVM_RUN did not notify the VMM" in text
         assert all(len(line) <= 80 for line in text.splitlines())
         vmm.end()
@@ -165,8 +159,8 @@ def test_what_is_never_delivered(machine: Machine) -> None:
 
 
 def test_pages_that_are_moved_or_mended(machine: Machine) -> None:
-    """Soft-offlined, and unpoisoned: not counted as poison, and no incident that goes on."""
-    with recorded(machine):
+    """Soft-offlined and unpoisoned pages: the first is no poison, the second a closed incident."""
+    with recorded(machine, "bpf", LOG):
         moved, mended = Vmm(machine, "moved"), Vmm(machine, "mended")
         for vmm in (moved, mended):
             vmm.step("create v backing=anon pages=32")
@@ -181,18 +175,18 @@ def test_pages_that_are_moved_or_mended(machine: Machine) -> None:
             vmm.end()
     story = machine.run(f"kvmtrace explain {soft:#x} --from {LOG}", timeout=PATIENCE, check=True)
     assert "soft-offlined; its contents were moved, no guest is harmed" in story.stdout
-    told = explain(machine, hex(poison["pfn"]))
-    assert (told["state"], told.get("verdict")) == ("closed", None)
-    assert any("unpoisoned" in moment["what"] for moment in told["timeline"])
-    assert told["next"] == ["nothing: the page is no longer poisoned"]
+    incident = explain(machine, hex(poison["pfn"]))
+    assert (incident["state"], incident.get("verdict")) == ("closed", None)
+    assert any("unpoisoned" in moment["what"] for moment in incident["timeline"])
+    assert incident["next"] == ["nothing: the page is no longer poisoned"]
 
 
 def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
-    """Of one page over and over, and of more pages than the eBPF source has counters."""
+    """Conversions of one page repeatedly, and of more pages than the eBPF source has counters."""
     machine = boot()
     private_vms.offer(machine)
-    pages = programs.MAX_KEYS + 600
-    with recorded(machine):
+    pages = limits.MAX_KEYS + 600
+    with recorded(machine, "bpf", LOG):
         busy = Vmm(machine, "confidential")
         busy.step(f"create p private=1 backing=gmem pages={pages + 8}")
         busy.step(f"convert p +1 1 pages={pages}", patience=10 * PATIENCE)
@@ -202,31 +196,27 @@ def test_conversions_beside_a_real_poison(boot: Callable[..., Machine]) -> None:
         busy.step("convert p +2 5000", patience=10 * PATIENCE)
         truth = busy.end()
         report = vmm.end()
-    told = explain(machine, "sick")
-    assert (told["pfn"], told["deliveries"]) == (poison["pfn"], {"exits": 1, "sigbus": 0})
-    shown = json.loads(
-        machine.run(f"kvmtrace replay {LOG} --json", timeout=PATIENCE, check=True).stdout
-    )
+    incident = explain(machine, "sick")
+    assert (incident["pfn"], incident["deliveries"]) == (poison["pfn"], {"exits": 1, "sigbus": 0})
+    shown = replayed(machine, LOG)
     assert len(shown["incidents"]) == 1
     causes = {vm["name"]: vm["causes"] for vm in shown["vms"]}
-    assert sum(told_by(truth).values()) == pages + 55_000
+    assert sum(exits_returned(truth).values()) == pages + 55_000
     assert causes["confidential"] == {"conversion": pages + 55_000}
-    assert causes["sick"] == {"hwpoison": sum(told_by(report).values())}
+    assert causes["sick"] == {"hwpoison": sum(exits_returned(report).values())}
     assert shown["lost"] == {}
-    told_one_by_one = _exits(machine, "confidential")
-    addresses = {key[5] for key in told_by(truth)}
-    for line in told_one_by_one:
+    exit_lines = _exits(machine, "confidential")
+    addresses = {key[5] for key in exits_returned(truth)}
+    for line in exit_lines:
         assert (line["vcpu"], line["reason"], line["annotated"]) == (0, 39, True)
-        # A line has an address if that is the one of all exits that it stands for.
+        # A line has an address only if all exits that it counts have that one.
         assert line.get("gpa") in (addresses if line["count"] == 1 else {None, *addresses})
-    assert any("gpa" not in line for line in told_one_by_one)
+    assert any("gpa" not in line for line in exit_lines)
     (of_sick,) = _exits(machine, "sick")
     assert (of_sick["gfn"], of_sick["vcpu"]) == (poison["gfn"], 0)
 
 
 def _exits(machine: Machine, name: str) -> list[Line]:
     """The exits of a VM, from the recording."""
-    command = f"kvmtrace replay {LOG} --events --json"
-    lines = machine.run(command, timeout=PATIENCE, check=True).stdout.splitlines()
-    events = [json.loads(line) for line in lines]
+    events = replayed_lines(machine, LOG)
     return [x for x in events if x["kind"] == "exit" and x["vm"]["name"] == name]

@@ -1,4 +1,4 @@
-"""A host without bcc and without a TUI library: everything by ftrace, and it says why."""
+"""A host without bcc and Textual: commands use ftrace and report the reason."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ import pytest
 
 from tests.lab import demo, without
 from tests.lab.conftest import prepared
-from tests.lab.harness import PATIENCE, end_following, kvmtrace, watching
-from tests.lab.hosts import both_ways, doctor
+from tests.lab.harness import (
+    PATIENCE,
+    end_following,
+    kvmtrace,
+    metrics_of,
+    start_serve,
+    watching,
+)
+from tests.lab.hosts import doctor, reports_sigbus_and_exit
 from tests.lab.machine import DEFAULT, Machine
 from tests.lab.scenarios import SCENARIOS, Scenario
 
@@ -47,29 +54,26 @@ def test_auto_takes_ftrace_and_says_why(bare: Machine) -> None:
     (chosen,) = [x["found"] for x in report["checks"] if x["name"] == "--source auto"]
     assert chosen.startswith(f"ftrace ({WHY}")
 
-    serve = bare.start("exec kvmtrace serve --listen 127.0.0.1:0")
-    url = re.search(r"http\S+", serve.wait_for("serving", timeout=PATIENCE, stream="stderr"))
-    assert url is not None
-    get = f"import urllib.request as u; print(u.urlopen({url[0]!r}).read().decode())"
-    metrics = bare.run(["python3", "-c", get], timeout=PATIENCE, check=True).stdout
+    serve = start_serve(bare)
+    metrics = metrics_of(bare, serve)
     assert re.search(rf'^kvmtrace_source_info{{source="ftrace",why="{WHY}.*"}} 1', metrics, re.M)
     serve.signal(2)
     assert serve.wait(PATIENCE) == 0
 
 
 def test_the_demo(bare: Machine, capfd: pytest.CaptureFixture[str]) -> None:
-    assert demo.printed(bare, "ftrace") == 0
+    assert demo.print_final_table(bare, "ftrace") == 0
     shown = capfd.readouterr().out
     assert "source ftrace (asked for)" in shown
     assert re.search(r"^\S+ +looping +0x\S+ +web-1", shown, re.MULTILINE), shown
 
 
 def test_what_needs_no_library_at_all(bare: Machine) -> None:
-    """events and top --once: Python and click. Last: serve needs what is taken away here."""
+    """events and top --once need only click. Last test: it removes what serve needs."""
     for line in without.commands(("prometheus_client", "rich")):
         bare.run(line, check=True)
     with watching(bare, "ftrace") as watch:
-        both_ways(bare, watch)
+        reports_sigbus_and_exit(bare, watch)
     assert "source ftrace" in kvmtrace(bare, "top --once --source ftrace").stdout
     refusal = kvmtrace(bare, "serve --source ftrace")
     assert refusal.status == 1

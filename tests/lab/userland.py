@@ -1,8 +1,8 @@
-"""Debian as users have it: a root directory in which the README's installation is run word by word.
+"""A Debian root directory in which the README's installation commands are run literally.
 
-No machine and no kernel: a chroot in a mount namespace of its own. There is no /sys in it, so
-nothing that runs there finds the host's kernel to attach to. What is written goes into directories
-that are laid over the root, which stays as it was made.
+This is a chroot in a mount namespace, not a machine. It has no /sys, so nothing in it can attach
+to the host's kernel. Writes go into directories that are mounted over the root, which is never
+changed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tests.lab.progress import step
 from tests.lab.root import LEFT_OUT, extract
 
 LAID_OVER = ("root", "opt", "tmp", "run", "usr/local/bin")
-"""What is empty at first, and is this system's own."""
+"""Directories that are empty at first and belong to one system."""
 
 CLONE = "root/kvmtrace"
 WHEELS = "opt/wheels"
 TOOLS = ("hatchling", "pip", "setuptools", "wheel")
-"""For pip's build environments, and for pipx, which keeps the last three in one of its own."""
+"""For pip's build environments, and for pipx's shared environment (the last three)."""
 
 _ENTER = """
 set -e
@@ -47,16 +47,16 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 def alone(command: list[str]) -> list[str]:
-    """The command with a loopback and a /run of its own.
+    """Prefix a command so that it runs with a loopback and a /run of its own.
 
-    Commands find a `serve` of the host by a socket, and these are not to find each other's.
+    Commands find a running `serve` by its socket, and these must not find each other's.
     """
     as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
     return ["unshare", "--net", "--mount", *as_root, sys.executable, "-c", _ALONE, *command]
 
 
 def root(suite: str, packages: tuple[str, ...]) -> Path:
-    """The root directory with these packages of a Debian release, made if it is not there."""
+    """Return a root directory with these packages of a Debian release; build it if missing."""
     key = cache.digest(suite, packages, host_arch())
     return (
         cache.entry(f"userland-{suite}", key, lambda path: _build(suite, packages, path)) / "root"
@@ -75,21 +75,21 @@ def _build(suite: str, packages: tuple[str, ...], into: Path) -> None:
             variant="apt",
         )
         tree.mkdir()
-        # Devices are the host's, see _ENTER; files are ours, whoever we are.
+        # Devices are the host's (see _ENTER); files belong to this user.
         programs.output(["tar", "--no-same-owner", "--exclude=./dev/*", "-xf", archive, "-C", tree])
         archive.unlink()
 
 
 def pip_download(requirements: list[str], into: Path) -> None:
-    """Wheels of these and of all that they need, by the pip and the index configured here."""
+    """Download wheels of these and of their dependencies, from the configured index."""
     pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
     programs.output([*pip, "--only-binary=:all:", "-d", into, *requirements])
 
 
 class Userland:
-    """One user's system: a root with directories of its own over it, in ``work``.
+    """A system of one user: a root, with the directories of ``work`` mounted over it.
 
-    It has a clone of the project in ``CLONE``; programs start in a directory with our tests.
+    It has a clone of the project in ``CLONE``; programs start in a directory with tests/unit.
     """
 
     def __init__(self, root: Path, work: Path, wheels: Path) -> None:
@@ -104,7 +104,7 @@ class Userland:
         shutil.copytree(PROJECT / "tests/unit", work / "tmp/tests/unit")
 
     def command(self, line: str) -> list[str]:
-        """What runs a line of shell in it, as root."""
+        """Build the command that runs a line of shell in it, as root."""
         enter = ["sh", "-c", _ENTER.format(places=" ".join(LAID_OVER)), "sh"]
         environment = [
             "HOME=/root",

@@ -1,4 +1,4 @@
-"""Laws that hold for any input and any order of events. ``make fuzz`` tries them for minutes."""
+"""Properties that hold for any input and any order of events; see also ``make fuzz``."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _FACTOR = int(os.environ.get("KVMTRACE_FUZZ", "1"))
 
 
 def examples(count: int) -> settings:
-    """So many examples for a test; with KVMTRACE_FUZZ=n, at most n times as many."""
+    """Settings for ``count`` examples; with KVMTRACE_FUZZ=n, at most n times as many."""
     return settings(max_examples=count * _FACTOR)
 
 
 class TooSlow(Failed):
-    """No Exception, which the command line would turn into a message."""
+    """An example took too long. Not an Exception: the command line would handle that."""
 
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Fail what takes ``CPU_SECONDS``: its work grows with the square of its input, or has no end.
+    """Fail if the block takes ``CPU_SECONDS``: its work is quadratic or endless.
 
-    CPU time, so that a busy machine changes nothing.
+    CPU time does not depend on how busy the machine is.
     """
 
     def end(_number: int, _frame: FrameType | None) -> None:

@@ -1,6 +1,6 @@
-"""What ``make fuzz`` asks of each property test: how long it may try, and how often it did.
+"""For ``make fuzz``: limit the time of each property test, and report its number of examples.
 
-In any run, an example that takes long is a failure: see ``bounded``.
+In any run, an example that takes too long is a failure: see ``bounded``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tests.property import bounded
 MEMORY = 4 << 30
 
 LEAST = 3
-"""Examples that a test has, however late it is."""
+"""Examples that each test gets, however little time is left."""
 
-# Of CPU time: hypothesis looks for a smaller example for up to five minutes.
+# CPU time: hypothesis shrinks an example for up to five minutes.
 GRACE_SECONDS = 400
 
-# Set by tests/fuzz.py: until when to try (monotonic seconds), and where to note how often.
+# Set by tests/fuzz.py: when to stop (monotonic seconds), and the file for the counts.
 _UNTIL = float(os.environ.get("KVMTRACE_FUZZ_UNTIL", "0"))
 _REPORT = os.environ.get("KVMTRACE_FUZZ_REPORT")
 
@@ -38,7 +38,7 @@ if _UNTIL:
 
 
 class TimeIsOver(unittest.SkipTest):
-    """Hypothesis passes it on at once, and looks for no smaller example that raises it."""
+    """Raised when time is up. Hypothesis passes a SkipTest on at once, without shrinking."""
 
 
 class _Tries:
@@ -55,18 +55,18 @@ class _Tries:
         late = self._until and self.count >= LEAST and time.monotonic() >= self._until
         if late and not self.failed:
             self.over = True
-            raise TimeIsOver("others want their share")
+            raise TimeIsOver("this test's share of the time is over")
         self.count += 1
         try:
             with bounded():
                 return self._test(*arguments, **named)
         except (Exception, Failed):
-            self.failed = True  # from here on a smaller example is looked for
+            self.failed = True  # from now on hypothesis shrinks the example
             raise
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """``make fuzz`` runs what takes examples, and nothing else."""
+    """Let ``make fuzz`` run property tests only."""
     if _UNTIL or "KVMTRACE_FUZZ" in os.environ:
         others = [item for item in items if not _takes_examples(item)]
         config.hook.pytest_deselected(items=others)
@@ -84,7 +84,7 @@ def _takes_examples(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """Run a property test within its share of the time that is left."""
+    """Run a property test within its share of the remaining time."""
     if not _takes_examples(pyfuncitem):
         return (yield)
     now = time.monotonic()
@@ -97,11 +97,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     def bounded(*arguments: Any, **named: Any) -> Any:
         return tries(*arguments, **named)
 
-    handle.inner_test = bounded  # as hypothesis offers it to those who run tests
+    handle.inner_test = bounded  # hypothesis' interface for test runners
     try:
         return (yield)
     except BaseException:
-        # A test that draws for itself has drawn less than in other runs, which is an error too.
+        # Ending a test that draws data itself early looks like an error to hypothesis.
         if not tries.over:
             raise
         return True

@@ -1,7 +1,7 @@
-"""Valid input, damaged: for what is read from kernels, firmware, files and peers.
+"""Damaged input for parsers of data from kernels, firmware, files and peers.
 
-Everything is drawn as arguments of a test, so that what it finds is printed in a form that can be
-kept as an ``@example``.
+All data is drawn as arguments of a test, so that a failure is printed in a form that can be kept as
+an ``@example``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 LONG = 1 << 17
-"""Bytes of a long input; what takes a millisecond for a kilobyte may take a second for it."""
+"""Bytes of a long input, which shows work that grows faster than the input."""
 
 TOKENS = (
     *(b"", b"\0", b"\n", b"\r", b"\t", b" ", b" " * 70, b"\xff", b"\x80", b"\x1b[2J", b"\x0b"),
@@ -34,12 +34,12 @@ _NUMBER = re.compile(rb"(?:0x)?[0-9a-f]+")
 def damaged(draw: st.DrawFn, seeds: Sequence[bytes], tokens: Sequence[bytes] = TOKENS) -> bytes:
     """One of ``seeds``, changed at a few places, cut, or spliced with another one."""
     seed = draw(st.sampled_from(seeds))
-    # One draw: each takes longer than most parsers do.
+    # One draw only: a draw takes longer than most parsers.
     return _changed(seed, draw(st.binary(max_size=5 * _STEP)), seeds, tokens)
 
 
 def _changed(seed: bytes, changes: bytes, seeds: Sequence[bytes], tokens: Sequence[bytes]) -> bytes:
-    """``changes``: six bytes each: kind, place (two), length, and what to put there."""
+    """Apply ``changes``, six bytes each: kind, place (two bytes), length, token, value."""
     data = bytearray(seed)
     for kind, high, low, length, which, value in zip(
         *(changes[at::_STEP] for at in range(_STEP)), strict=False
@@ -64,7 +64,7 @@ def _changed(seed: bytes, changes: bytes, seeds: Sequence[bytes], tokens: Sequen
             case 7:
                 data[end:end] = data[start:end] * (value % 20)
             case 8:
-                # A number that the parser reads.
+                # Replace a number that the parser reads.
                 number = _NUMBER.search(data, start)
                 if number is not None:
                     data[number.start() : number.end()] = tokens[which % len(tokens)]
@@ -73,7 +73,7 @@ def _changed(seed: bytes, changes: bytes, seeds: Sequence[bytes], tokens: Sequen
 
 @st.composite
 def long(draw: st.DrawFn, seeds: Sequence[bytes], tokens: Sequence[bytes] = TOKENS) -> bytes:
-    """A piece of a seed again and again, ``LONG`` bytes of it: work that grows faster shows."""
+    """Repeat a piece of a seed up to ``LONG`` bytes, to find work that grows faster."""
     seed = draw(damaged(seeds, tokens))
     start = draw(st.integers(0, len(seed)))
     unit = seed[start : start + draw(st.integers(1, 60))] + draw(st.sampled_from(tokens)) or b" "
@@ -87,7 +87,7 @@ def _directory() -> tempfile.TemporaryDirectory[str]:
 
 
 def placed(data: bytes, name: str = "file") -> str:
-    """The path of a file with this content, the same for every example."""
+    """Write a file and return its path, which is the same for every example."""
     path = Path(_directory().name, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -95,5 +95,5 @@ def placed(data: bytes, name: str = "file") -> str:
 
 
 def directory() -> str:
-    """Where ``placed`` puts its files."""
+    """The directory of ``placed``."""
     return _directory().name

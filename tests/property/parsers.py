@@ -1,4 +1,4 @@
-"""Laws for whatever reads text and bytes of others, and how to state them for a parser."""
+"""Properties of parsers of foreign input, and how to state them for a parser."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from tests.property.damage import damaged, long
 
 @dataclass(frozen=True, repr=False)
 class Parser:
-    """``read`` takes bytes, and raises nothing but ``refuses``. ``seeds``: what it is made for.
+    """A parser: ``read`` takes bytes and raises nothing but ``refuses``.
 
-    ``found``: what once went wrong, as ``make fuzz`` printed it ("Draw 1 (input)").
+    ``seeds``: valid inputs. ``found``: inputs that failed once, as ``make fuzz`` printed them
+    ("Draw 1 (input)").
     """
 
     read: Callable[[bytes], object]
@@ -29,12 +30,12 @@ class Parser:
 
 
 def text(read: Callable[[str], object]) -> Callable[[bytes], object]:
-    """A parser of text, given what it reads from a file."""
+    """Adapt a parser of text to bytes, decoded as from a file."""
     return lambda data: read(data.decode("utf-8", "replace"))
 
 
 def laws(parsers: Mapping[str, Parser]) -> tuple[Callable[..., Any], ...]:
-    """Tests: any input is read or refused, a long one in bounded time (``conftest``)."""
+    """Make tests: any input is read or refused, and in bounded time (``conftest``)."""
 
     @pytest.mark.parametrize(
         "parser", [pytest.param(one, id=name) for name, one in parsers.items()]

@@ -1,4 +1,4 @@
-"""Events as recordings and serves tell them, good and evil, as lines of JSON."""
+"""Events as the JSON lines of recordings and serves, valid and malicious."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ PROBE_LINE: dict[str, Any] = {
 
 
 def written(events: Iterable[Event]) -> bytes:
-    """A recording as it is written."""
+    """A recording as the current version writes it."""
     file = io.StringIO()
     Writer(file, HOST).write(events, PROBES)
     return file.getvalue().encode()
 
 
 def lines(records: Iterable[object]) -> bytes:
-    """A recording as versions before checksums wrote it, whatever is in it."""
+    """A recording as versions before checksums wrote it, of any records."""
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
@@ -43,7 +43,7 @@ def _deep(what: str, depth: int, end: str) -> bytes:
     return (what * depth + "1" + end * depth).encode() + b"\n"
 
 
-# What a line may be that no kvmtrace wrote.
+# Lines that no kvmtrace has written.
 ODD_LINES = [
     *(_deep("[", 2_000, "]"), _deep("[", 100_000, "]"), _deep('{"kind":', 30_000, "}")),
     *(b"[" * 200_000 + b"\n", b"null\n", b"[]\n", b'"x"\n', b"1e999\n", b"NaN\n", b"\n", b"\0\n"),
@@ -70,7 +70,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
 
 @st.composite
 def records(draw: st.DrawFn, most: int = 12) -> list[dict[str, Any]]:
-    """Of a header and events, with an evil value here and there."""
+    """A header and events, with some malicious values."""
     events = [*draw(st.sampled_from([STORY, SHORT, ()])), *draw(st.lists(EVENTS, max_size=most))]
     found: list[dict[str, Any]] = [dict(HEADER), PROBE_LINE, *map(to_record, events)]
     for _ in range(draw(st.integers(0, 4))):
@@ -82,7 +82,7 @@ def records(draw: st.DrawFn, most: int = 12) -> list[dict[str, Any]]:
 
 @st.composite
 def recordings(draw: st.DrawFn, seeds: Sequence[bytes]) -> bytes:
-    """Recordings of all kinds of wrong, and right ones."""
+    """Valid recordings, and invalid ones of all kinds."""
     match draw(st.integers(0, 4)):
         case 0:
             return lines(draw(records()))

@@ -1,4 +1,4 @@
-"""What eBPF programs send and what BTF says, damaged."""
+"""Damaged records of eBPF programs, and damaged BTF."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _filled(record: ctypes.Structure, numbers: Iterator[int]) -> None:
 
 @st.composite
 def _records(draw: st.DrawFn) -> list[bytes]:
-    """A record, and what the same thread says next."""
+    """A record, and the next one of the same thread."""
     made: list[Any] = []
     for kind in draw(st.sampled_from(_KINDS)):
         record: Any = RECORDS[kind]()
@@ -121,7 +121,7 @@ def _records(draw: st.DrawFn) -> list[bytes]:
     counted=st.lists(st.tuples(st.integers(0, 2), st.integers(-200, 0), _COUNT), max_size=3),
 )
 @examples(200)
-def test_records_are_told_or_lost(
+def test_records_are_reported_or_lost(
     told: list[list[bytes]], counted: list[tuple[int, int, int]]
 ) -> None:
     """``counted``: (VM, ret, how often)."""

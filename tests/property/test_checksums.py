@@ -1,4 +1,4 @@
-"""Whatever one fault does to a recording is noticed, or changes no event."""
+"""A single fault in a recording is detected, or changes no event."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Read = tuple[Host, tuple[Probe, ...], list[Event]]
 
 
 def read(data: bytes) -> tuple[Read | None, bool]:
-    """What is read of it (None: it is refused), and whether something was said of a fault."""
+    """The events read (None: the recording is refused), and whether a fault was reported."""
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(data)
         try:
@@ -64,7 +64,7 @@ def test_nothing_is_said_of_what_is_intact() -> None:
 
 
 def check(data: bytes) -> None:
-    """It is noticed, or all the same; and what else was recorded is read all the same."""
+    """The fault is detected or harmless, and all other events are still read."""
     assert INTACT is not None
     found, said = read(data)
     assert said or found == INTACT

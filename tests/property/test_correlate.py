@@ -248,7 +248,7 @@ def test_an_owner_is_somebody_whom_an_event_named(events: list[Event]) -> None:
 
 
 def _half_of_nothing(event: Event, poisons: list[Poison]) -> bool:
-    """What memory_failure does before it traces, without a poison of that thread just after it."""
+    """An event of memory_failure before it traces, without a poison of that thread after it."""
     match event:
         case GmemPoison():
             thread = event.tid
@@ -312,7 +312,7 @@ def test_a_signal_without_more_is_joined_by_an_address_of_its_own_vm(events: lis
 @given(LOGS)
 @examples(400)
 def test_vms_do_not_leak_into_each_other(events: list[Event]) -> None:
-    """What is reported of VM 1 alone is the same when the others' faults are left out."""
+    """The report about VM 1 does not change if the other VMs' faults are left out."""
     others = [
         event
         for event in events
@@ -393,7 +393,7 @@ def test_what_is_shown_makes_sense(events: list[Event]) -> None:
 
 
 def size(value: Any, seen: set[int]) -> int:
-    """Elements in all containers that can be reached from here."""
+    """Number of elements in all reachable containers."""
     if id(value) in seen or isinstance(value, Event | Limits | str | bytes | int | float):
         return 0
     seen.add(id(value))
@@ -475,7 +475,7 @@ FLOODS: dict[str, Callable[[int], list[Event]]] = {
 
 @pytest.mark.parametrize("flood", FLOODS)
 def test_no_flood_takes_memory(flood: str) -> None:
-    """Once what there is room for is full, a thousand more change nothing."""
+    """Once all bounds are reached, a thousand more events do not add memory."""
     correlator = Correlator(TIGHT)
     for event in BEGIN:
         correlator.feed(event)
@@ -514,7 +514,7 @@ def test_memory_stays_bounded(events: list[Event]) -> None:
 @given(st.lists(EVENTS, min_size=10, max_size=40))
 @examples(30)
 def test_memory_does_not_grow_with_time(events: list[Event]) -> None:
-    """The same events over and over, on other pages and VMs each time: it levels off."""
+    """Repeating the same events on new pages and VMs does not add memory forever."""
     correlator = Correlator(TIGHT)
     sizes = []
     for turn in range(12):
@@ -534,7 +534,7 @@ def test_memory_does_not_grow_with_time(events: list[Event]) -> None:
 @given(LOGS)
 @examples(400)
 def test_vms_never_meet_in_an_incident_that_no_event_shares(events: list[Event]) -> None:
-    """A notified VM of an incident has a claim of its own to it: an owner, or the pfn itself."""
+    """Each notified VM of an incident is related to it by an owner entry, or by the pfn itself."""
     named = {event.vm for event in events if isinstance(event, Sigbus) and event.pfn is not None}
     named |= {e.vm for e in events if isinstance(e, Sigbus) and e.sender is not None}
     for incident in snapshot(events).incidents:
@@ -562,7 +562,7 @@ def test_verdicts_and_their_evidence(events: list[Event]) -> None:
 @given(LOGS)
 @examples(300)
 def test_harmless_events_change_no_state(events: list[Event]) -> None:
-    """Soft offlines, hardware errors and looks explain; none opens, closes or delivers."""
+    """Soft offlines, hardware errors and vCPU samples do not open, close or deliver incidents."""
     harmless = SoftOffline | Mce | HwError | KernelCounts
     with_ = snapshot(events)
     kept = [event for event in events if not isinstance(event, harmless)]

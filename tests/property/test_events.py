@@ -1,4 +1,4 @@
-"""Whatever an event holds survives a recording, or is lost alone: writers check what readers do."""
+"""Any event survives a recording, or is lost alone: writers check the same as readers."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_an_owner_is_checked_as_well() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 def test_true_is_no_number(kind: str, data: st.DataObject) -> None:
-    """Also not within an owner or a count of the kernel's."""
+    """Neither within an owner nor in a count of the kernel's."""
     record = to_record(data.draw(whole(KINDS[kind], SANE)))
     for place, key in _numbers(record):
         number, place[key] = place[key], True
@@ -116,7 +116,7 @@ def test_true_is_no_number(kind: str, data: st.DataObject) -> None:
 
 
 def _numbers(place: Any) -> Iterator[tuple[Any, Any]]:
-    """Where a record has integers: in which dict or list, and its key there."""
+    """Places of the integers in a record: (dict or list, key)."""
     for key, item in place.items() if isinstance(place, dict) else enumerate(place):
         if isinstance(item, dict | list):
             yield from _numbers(item)

@@ -1,4 +1,4 @@
-"""What firmware and hardware report, damaged: SMBIOS, CPER, machine checks, EDAC's words."""
+"""Damaged reports of firmware and hardware: SMBIOS, CPER, machine checks, EDAC."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ test_any_input, test_long_input, test_what_is_known = laws(
 
 
 def _fit(error: HwError) -> None:
-    """As a recording takes it: every fact of its type and in range."""
+    """Whether a recording would accept it: every field has its type and is in range."""
     assert checked(error).addr == error.addr
     assert error.grain is None or 0 < error.grain < 1 << 64
 

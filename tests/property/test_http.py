@@ -1,4 +1,4 @@
-"""Requests to the exporter, damaged: each is answered or dropped, and the next is answered."""
+"""Damaged requests to the exporter: each is answered or dropped, and the next is answered."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def server() -> Iterator[Server]:
 
 
 def ask(server: Server, request: bytes) -> bytes:
-    """All that is answered; b"" where the connection was closed."""
+    """The whole answer; b"" if the connection was closed."""
     with socket.create_connection(server.address, timeout=SECONDS) as client:
         try:
             client.sendall(request)
@@ -100,7 +100,7 @@ def ask(server: Server, request: bytes) -> bytes:
 
 
 def check(answer: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of what must be one whole answer."""
+    """Parse an answer, which must be complete: (status, headers, body)."""
     head = HEAD.fullmatch(answer)
     assert head is not None, answer[:300]
     lines = head["fields"].decode("ascii").splitlines()
@@ -150,7 +150,7 @@ def test_where_to_listen_is_understood_or_refused(listen: str) -> None:
 
 
 def test_an_answer_is_read_by_a_client(server: Server) -> None:
-    """What ``check`` takes for an answer is one."""
+    """``check`` accepts what a real client does."""
 
     class Sent(io.BytesIO):
         def makefile(self, _mode: str) -> Sent:

@@ -1,4 +1,4 @@
-"""What /proc and /sys say of processes, memory and this host, damaged.
+"""Damaged text of /proc and /sys about processes, memory and the host.
 
 Names in it were chosen by tenants; the numbers beside them are the kernel's.
 """
@@ -89,7 +89,7 @@ def _identify(cmdline: bytes = CMDLINES[0], comm: bytes = b"qemu\n", cgroup: byt
 
 
 def fit(name: str) -> bool:
-    """For a terminal and for a label of a metric."""
+    """Fit for a terminal and for a metric's label."""
     categories = {unicodedata.category(character) for character in name}
     return 0 < len(name) <= sanitize.NAME_LIMIT and not categories & {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
@@ -220,7 +220,7 @@ def test_poisoned_pages_are_those_with_the_flag(flags: list[int]) -> None:
 @given(iomem=damaged([IOMEM]))
 @examples(150)
 def test_all_of_memory_can_be_looked_at(iomem: bytes) -> None:
-    """Offsets into /proc/kpageflags, 8 bytes a page, are ones that the kernel takes."""
+    """The kernel accepts all offsets into /proc/kpageflags, 8 bytes a page."""
     for first, end in page_flags.ram_ranges(placed(iomem, "iomem")):
         assert 0 <= 8 * first <= 8 * end < 1 << 63
 

@@ -1,4 +1,4 @@
-"""Recordings and what a serve says, damaged in every way: through each command that reads them."""
+"""Damaged recordings and damaged output of a serve, through every command that reads them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _no_kernel() -> Iterator[None]:
 
 
 def run(*arguments: str) -> Result:
-    """A command that ends as it should, whatever it was given."""
+    """Run a command; it has to end in a defined way, whatever its input."""
     result = invoke(*arguments)
     said = result.stdout + result.stderr
     assert result.exception is None or isinstance(result.exception, SystemExit)
@@ -86,7 +86,7 @@ def run(*arguments: str) -> Result:
 
 
 def unfit(text: str) -> set[str]:
-    """What must not reach a terminal."""
+    """Characters that must not reach a terminal."""
     bad = {"Cc", "Cf", "Cs", "Zl", "Zp"}
     return {c for c in text if c != "\n" and unicodedata.category(c) in bad}
 
@@ -96,7 +96,7 @@ def _no_number(word: str) -> Any:
 
 
 def check_json(text: str) -> Any:
-    """The object of a line: JSON by its standard, numbers that are numbers."""
+    """Parse a line as strict JSON, with finite numbers."""
     found = json.loads(text, parse_constant=_no_number)
     _check_flags(found)
     return found
@@ -142,7 +142,7 @@ def test_a_recording_is_read_or_refused(command: tuple[str, ...], recording: byt
 @example(recording=lines([HEADER]) + b'{"kind":"probes","probes":')
 @examples(60)
 def test_what_was_bundled_is_a_recording_of_the_same(recording: bytes) -> None:
-    """A bundle's events lead to the incidents that it shows."""
+    """Replaying a bundle's events gives the incidents that it shows."""
     path, bundle = placed(recording, "recording"), f"{directory()}/{BUNDLE}"
     if run("bundle", "-o", bundle, "--force", "--from", path).exit_code:
         return
@@ -160,7 +160,7 @@ def test_what_was_bundled_is_a_recording_of_the_same(recording: bytes) -> None:
 
 @st.composite
 def _said(draw: st.DrawFn) -> bytes:
-    """What a serve says: as a recording, a mark after what happened before."""
+    """The output of a serve: a recording with a mark after the backlog."""
     found: list[Any] = draw(records(6))
     found.insert(draw(st.integers(0, len(found))), {"kind": BACKLOG_END})
     text = lines(found)
@@ -195,7 +195,7 @@ def _say(client: socket.socket, said: bytes) -> None:
 
 
 def test_every_command_is_there(tmp_path: Path) -> None:
-    """The laws would hold for a command that does nothing, too."""
+    """Otherwise these tests would hold for a command that does nothing."""
     path = tmp_path / "recording"
     path.write_bytes(SEEDS[0])
     for command in COMMANDS:

@@ -1,4 +1,4 @@
-"""A redacted bundle has none of the names that went in, however they were written, and still works.
+"""A redacted bundle contains no name of its recording, in any form, and can still be replayed.
 
 Names are letters that other words have as well, so bytes are counted: there must be no more of them
 than in the bundle of the same story with other names.
@@ -60,7 +60,7 @@ def _octal(name: str) -> str:
 
 
 def _comm(name: str) -> str:
-    """As the kernel cuts it; a cut letter goes."""
+    """As the kernel truncates it; a truncated character is dropped."""
     return name.encode()[:15].decode("utf-8", "ignore")
 
 
@@ -80,7 +80,7 @@ TEXTS = ("{}", "seen while {} ran", "/run/kvm/{}.sock", "'{}':4711", "domain-3-{
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """What goes in: of VMs, of their processes, uuids, numbers, and of the host."""
+    """Names in the input: of VMs and their processes, uuids, numbers, and of the host."""
 
     vms: tuple[str, ...]
     processes: tuple[str, ...]
@@ -137,7 +137,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def redacted(recording: str, place: Path) -> str:
-    """All that is in the bundle of a recording, its archive's own bytes included."""
+    """All contents of a recording's bundle, including the bytes of the archive."""
     path, out = place / "story.jsonl", place / "out.tar.gz"
     path.write_text(recording)
     result = invoke("bundle", "--redact", "--force", "-o", str(out), "--from", str(path))
@@ -217,7 +217,7 @@ def model(recording: str) -> Snapshot:
 @settings(deadline=None)
 @given(names=NAMES)
 def test_what_happened_is_the_same(names: Names) -> None:
-    """And two have one stand-in if they had one name."""
+    """Equal names have equal replacements."""
     before = model(recording := log(names, str, "{}"))
     decoder = Decoder()
     events = [decoder.event(json.loads(line)) for line in recording.splitlines()[1:]]
@@ -238,7 +238,7 @@ def test_what_happened_is_the_same(names: Names) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_text_of_an_event_is_searched(kind: str) -> None:
-    """A field that is added is, too."""
+    """Including fields that are added later."""
     hints = typing.get_type_hints(KINDS[kind])
     fields = [field.name for field in dataclasses.fields(KINDS[kind])]
     given: dict[str, typing.Any] = dict.fromkeys(fields, 1)
@@ -253,7 +253,7 @@ def test_every_text_of_an_event_is_searched(kind: str) -> None:
 
 @given(name=NAME)
 def test_fixed_words_are_no_names(name: str) -> None:
-    """A VM may be called like what the kernel or kvmtrace always says: that stays as it is."""
+    """A VM may be named like a word that the kernel or kvmtrace uses: that word is not replaced."""
     assume(clean(name))
     names = Redaction(
         [VmSeen(T0, 1, 1, clean(name)), VmSeen(T0, 2, 2, "ring"), VmSeen(T0, 3, 3, "page")]

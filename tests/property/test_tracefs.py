@@ -1,4 +1,4 @@
-"""What tracefs says, damaged: formats, ring pages, counts, messages."""
+"""Damaged contents of tracefs: formats, ring pages, counts, messages."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_an_entry_is_decoded_or_refused(entry: bytes, said: bytes) -> None:
 
 
 def _same_kinds(one: EventFormat, other: EventFormat) -> bool:
-    """Whether no field is text in one and a number in the other: no kernel has such."""
+    """Whether no field is text in one format and a number in the other; no kernel has that."""
     nothing = memoryview(bytes(1 << 17))
     known, before = one.decode(nothing), other.decode(nothing)
     return all(type(known[name]) is type(before[name]) for name in known.keys() & before.keys())

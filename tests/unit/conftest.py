@@ -1,4 +1,4 @@
-"""For unit tests: no test meets the serve of another one, of another run, or of this host."""
+"""Isolation of unit tests: none finds a serve of another test, another run, or the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvmtrace.sources.bpf import program_cache
 def own_directory(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Where a serve that this test starts, also in a process of its own, has its socket."""
+    """Give the test and processes that it starts their own directory for a serve's socket."""
     path = tmp_path_factory.mktemp("run")
     monkeypatch.setenv(feed_socket.VARIABLE, str(path))
     monkeypatch.setenv(program_cache.VARIABLE, "")  # nothing is kept on this host

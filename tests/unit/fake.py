@@ -1,4 +1,4 @@
-"""A source without a kernel: the events it was given, in order."""
+"""A source without a kernel: it returns given events in order."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ PROBES = (
 
 
 class FakeSource:
-    """Gives ``batches`` one per poll, then nothing (slowly), or raises ``failure``.
+    """Return ``batches``, one per poll, then nothing (slowly), or raise ``failure``.
 
-    ``drained`` is set by the first poll that has nothing to give: what was given before has been
-    taken in.
+    ``drained`` is set by the first poll without a batch: all events have been processed by then.
     """
 
     name = "bpf"

@@ -1,6 +1,6 @@
-"""kvmtrace's commands on a host where a story happens: ``python -m tests.unit.fake_host top``.
+"""kvmtrace's commands on a made-up host: ``python -m tests.unit.fake_host top``.
 
-For what is to be run where there is no kernel to watch, by a Python that has kvmtrace installed.
+This runs commands of an installed kvmtrace where no kernel can be watched.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def empty() -> Snapshot:
 
 
 def small() -> Snapshot:
-    """Three VMs; incidents in every state."""
+    """Four VMs, and an incident in every state."""
     vms = [
         vm(
             1,
@@ -124,7 +124,7 @@ def many(count: int = 300) -> Snapshot:
 
 
 def odd() -> Snapshot:
-    """Names that are wide, long or look like markup, and fields that nobody knows."""
+    """Names that are wide, long or look like markup, and many unknown fields."""
     names = ["数据库" * 12, "[red]x[/red]", "x" * 200, "naïve-e\u0301-ü", None, "🦊🦊"]
     vms = {
         key: vm(key, name, vmm=None, exits={("EFAULT", None): 10**12 * (key % 2)})

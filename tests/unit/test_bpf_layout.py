@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvmtrace import probes
+from kvmtrace.linux import kvm_module
 from kvmtrace.linux.btf import FunctionType
 from kvmtrace.linux.kallsyms import Symbol
 from kvmtrace.sources.bpf import layout
@@ -31,7 +32,7 @@ class Host:
         self.modules: tuple[str, ...] = ("kvm:7",)
         monkeypatch.setattr(layout, "Btf", lambda: self)
         monkeypatch.setattr(layout, "read_symbols", self.symbols)
-        monkeypatch.setattr(layout, "kvm_modules", lambda: self.modules)
+        monkeypatch.setattr(kvm_module, "loaded", lambda: self.modules)
         monkeypatch.setattr(layout, "_bytes", lambda _path: self.build)
         monkeypatch.setattr(layout, "SYS_BTF", str(directory))
         (directory / "kvm").write_bytes(b"types")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kvmtrace.events import Event, VmSeen
-from kvmtrace.linux import host
-from kvmtrace.sources.bpf import programs, records
+from kvmtrace.linux import host, kvm_module
+from kvmtrace.sources.bpf import records
 from kvmtrace.sources.bpf import source as bpf
 from kvmtrace.sources.bpf.translator import BpfTranslator
 from tests.unit.test_bpf_translator import Kernel
@@ -96,7 +96,7 @@ def test_while_kvm_comes_and_goes_no_poll_takes_longer_than_it_may(
     made: list[Any] = [Before, lambda: FakePrograms(tmp_path)]
     slept: list[float] = []
     monkeypatch.setattr(bpf, "_WATCH_SECONDS", 0.0)
-    monkeypatch.setattr(programs, "kvm_modules", lambda: modules.pop(0))
+    monkeypatch.setattr(kvm_module, "loaded", lambda: modules.pop(0))
     monkeypatch.setattr(bpf, "Programs", lambda: made.pop(0)())  # noqa: PLW0108 (popped anew by each call)
     monkeypatch.setattr(bpf, "BpfTranslator", lambda *_: BpfTranslator(0, ({}, {}), str(tmp_path)))
     monkeypatch.setattr(time, "sleep", slept.append)

@@ -22,6 +22,7 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
+from kvmtrace.sources import limits
 from kvmtrace.sources.bpf import records
 from kvmtrace.sources.bpf.exits import (
     GMEM_NOT_WATCHED,
@@ -38,7 +39,6 @@ from kvmtrace.sources.bpf.exits import (
 from kvmtrace.sources.bpf.maps import Maps
 from kvmtrace.sources.bpf.poison import OwnerRecord, PageRecord, PoisonRecord
 from kvmtrace.sources.bpf.signals import (
-    SIGNAL_WAIT_NS,
     FaultRecord,
     SigbusCount,
     SigbusKey,
@@ -355,7 +355,7 @@ def test_a_signal_waits_for_its_fault_no_longer_than_it_may(
     now = [9]
     monkeypatch.setattr("kvmtrace.sources.bpf.translator.time.monotonic_ns", lambda: now[0])
     translator.translate([sigbus()], Kernel())
-    now[0] += SIGNAL_WAIT_NS - 1
+    now[0] += limits.BPF_SIGNAL_WAIT_NS - 1
     assert translator.translate([], Kernel()) == []
     now[0] += 1
     assert [one.gfn for one in signals_in(translator.translate([], Kernel()))] == [None]

@@ -1,4 +1,4 @@
-"""Dashboards and alerts: generated as committed, complete, and true against a real Prometheus."""
+"""Dashboards and alerts: up to date, complete, and correct against a real Prometheus."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_alert_rules(command: tuple[str, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def scraped() -> Iterator[tuple[Prometheus, str]]:
-    """A Prometheus that saw the scenario happen, and the instance it scraped."""
+    """A Prometheus that scraped the scenario, and the scraped instance."""
     scenario = Scenario().begin()
     server = metrics.serve("127.0.0.1:0", scenario, kinds=lambda: KINDS)
     instance = f"127.0.0.1:{server.address[1]}"

@@ -1,4 +1,4 @@
-"""Names of memory: placeholders are none, and not all of the others name a DIMM."""
+"""Names of memory modules: which are placeholders, and which name a DIMM."""
 
 from __future__ import annotations
 

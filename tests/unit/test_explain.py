@@ -1,4 +1,4 @@
-"""One incident's story as `explain` and `bundle` show it, from a recording."""
+"""`explain` and `bundle` of an incident, from a recording."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def named(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("key", range(1, len(NAMED) + 1))
 def test_any_name_is_a_vm_s(named: str, key: int) -> None:
-    """A pid is one where no VM has it for a name."""
+    """A number is a pid only if no VM has it as its name."""
     result = invoke("explain", f"{key << kvm.PAGE_SHIFT:#x}@{NAMED[key - 1]}", "--from", named)
     assert (result.exit_code, result.output.split(":")[0]) == (0, f"Incident {0x100 + key:x}-1")
 
@@ -290,7 +290,7 @@ def test_bundle(recording: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("redact", [(), ("--redact",)])
 def test_a_bundle_is_of_whoever_recorded(tmp_path: Path, redact: tuple[str, ...]) -> None:
-    """Not of the user who bundles, nor of a file whose name may be a tenant's."""
+    """Not of the user who makes the bundle, nor of a file whose name a tenant may have chosen."""
     path, out = tmp_path / "acme-corp.jsonl", tmp_path / "out.tar.gz"
     host = Host("sick", "6.18.15", "ftrace", "asked for", 4096)
     with path.open("w") as file:
@@ -324,7 +324,7 @@ def test_a_bundle_is_of_whoever_recorded(tmp_path: Path, redact: tuple[str, ...]
 
 
 def test_a_log_has_the_memory_that_it_told_of_last(tmp_path: Path) -> None:
-    """Its header is from when recording began."""
+    """The header holds what was known when recording began."""
     path = tmp_path / "poisoned.jsonl"
     counts = (
         KernelCounts(T0, (), 4096, True),
@@ -379,7 +379,7 @@ def unpacked(path: Path) -> dict[str, str]:
 
 
 def test_a_huge_page_takes_its_neighbours(tmp_path: Path) -> None:
-    """Each of them leads to the incident, and the story says how far it goes."""
+    """Each of its pages leads to the incident, and the size of the loss is shown."""
     path = tmp_path / "huge.jsonl"
     events: list[Event] = [
         VmSeen(T0, 1, 4001, "web-1"),

@@ -1,4 +1,4 @@
-"""The log that a later comer gets."""
+"""The backlog that a client of a serve gets."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_of_many_vms_that_were_notified_the_latest_are_remembered() -> None:
 
 
 def test_signals_and_machine_checks_are_counted() -> None:
-    """Not the last few of them: `top` through a serve shows what its /metrics say."""
+    """All of them: `top` through a serve and /metrics show the same counts."""
     hva, pfn = 0x7F0000008000, 0x103275
     story: list[Event] = [VmSeen(T0, 1, 4001, "web-1")]
     for n in range(1000):
@@ -358,7 +358,7 @@ def test_a_vm_that_only_exits_tell_of_is_settled_not_traffic() -> None:
 
 
 def test_a_vm_that_was_named_before_the_log_began_lives() -> None:
-    """The sums of a follower: it knows its VMs already."""
+    """Totals of a subscriber that already has its VMs."""
     log = CompactLog(64, forget=False, where="follower")
     mine: list[Event] = [
         Owned(T0, 7, Owner(1, 8), "pagemap", 4096),
@@ -399,8 +399,8 @@ def test_any_log_can_be_kept(events: list[Event]) -> None:
 
 @given(LOGS)
 @settings(max_examples=300)
-def test_a_late_joiner_knows_what_the_serve_knows(events: list[Event]) -> None:
-    """In the order in which the clock has it, as sources give them."""
+def test_a_late_client_has_the_model_of_the_serve(events: list[Event]) -> None:
+    """Events come in the order of their times, as sources report them."""
     events = sorted(events, key=lambda event: event.ts)
     now, later = model(events), model(log_of(events))
     assert later.incidents == now.incidents

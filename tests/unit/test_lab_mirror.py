@@ -1,4 +1,4 @@
-"""Which release files the lab takes: those of a mirror that stands still, not of a wrong clock."""
+"""The lab accepts expired release files of a frozen mirror, but not a wrong clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which kernel packages the lab takes, from what suites really listed on 23 November 2026."""
+"""Choice of kernel packages, from real package lists of 23 November 2026."""
 
 from __future__ import annotations
 

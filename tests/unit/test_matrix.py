@@ -1,4 +1,4 @@
-"""The plan and the table of the matrix; what is in its cells is found out in the lab."""
+"""The plan and the table of the matrix, without running any scenario."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machine check registers, judged as arch/x86/kernel/cpu/mce does for each vendor."""
+"""Machine check registers, interpreted as arch/x86/kernel/cpu/mce does for each vendor."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_a_page_of_a_vm_is_the_vms_whatever_the_kernel_could_not_do(page_type: s
     assert (incident.page_class, incident.state) == ("vm", "latent")
     snapshot, _ = tell(seen(1), gmem(T0), failed)
     assert (only(snapshot).page_class, only(snapshot).state) == ("vm", "unowned")
-    assert as_object(only(snapshot), snapshot)["next"][0].startswith("find the VM: ")
+    assert as_object(only(snapshot), snapshot)["next"][0].startswith("find the VM that owns page ")
 
 
 def test_what_a_guest_ran_into_is_guest_memory() -> None:

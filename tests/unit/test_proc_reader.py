@@ -1,4 +1,4 @@
-"""Reads of other processes that hang, fail, or end their worker: the reader goes on."""
+"""Reads of other processes that hang, fail or kill their worker: kvmtrace continues."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_read_happens_in_another_process(reader: ProcReader) -> None:
 
 
 def test_the_first_worker_of_all_is_waited_for() -> None:
-    """Else the first search of a poison that comes early finds nothing."""
+    """Otherwise the search for the owner of an early poison would find nothing."""
     reader = ProcReader()
     stream = reader.stream(time.monotonic() - 1, iter, (1, 2))
     assert stream.next(time.monotonic() + 60)[0] or stream.done
@@ -71,7 +71,7 @@ def test_a_read_that_hangs_is_given_up_and_others_go_on(reader: ProcReader) -> N
 
 
 def _called(reader: ProcReader, pid: int) -> int:
-    """A worker that was just started may still be starting."""
+    """A worker may still be starting when it is first used."""
     while True:
         try:
             return int(reader.call(pid, os.getpid))
@@ -119,7 +119,7 @@ def test_a_worker_that_was_killed_is_replaced(reader: ProcReader) -> None:
 
 
 def test_workers_are_bounded(reader: ProcReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where not even SIGKILL ends them: a FUSE server has the request."""
+    """Even if SIGKILL does not end them, because a FUSE server holds the request."""
     monkeypatch.setattr(subprocess.Popen, "poll", lambda process: None)
     monkeypatch.setattr(proc_reader, "MAX_WORKERS", 3)
     said: list[str] = []
@@ -142,7 +142,7 @@ LOW_MAPS = b"00010000-00020000 rw-p 00000000 00:00 0 \n"
 
 
 def process(tmp_path: Path, pid: int, maps: bytes = LOW_MAPS) -> None:
-    """One whose page at 0x13000 is poisoned."""
+    """A process whose page at 0x13000 is poisoned."""
     directory = tmp_path / str(pid)
     directory.mkdir()
     (directory / "maps").write_bytes(maps)
@@ -182,7 +182,7 @@ SHARED_MAPS = b"00010000-00020000 rw-s 00000000 00:01 1029 /memfd:guest (deleted
 def test_a_process_that_hangs_hides_no_mapping_of_those_before_it(
     tmp_path: Path, reader: ProcReader
 ) -> None:
-    """The page is found in the last process; 7 maps the same file and has not touched it."""
+    """The last process has the page; process 7 maps the same file but has not touched it."""
     for pid in (7, 9):
         process(tmp_path, pid, SHARED_MAPS)
     with (tmp_path / "7/pagemap").open("r+b") as file:
@@ -213,7 +213,7 @@ def test_a_ready_worker_is_taken_before_one_that_starts(reader: ProcReader) -> N
     ],
 )
 def test_names_of_files_make_no_areas(tmp_path: Path, reader: ProcReader, name: bytes) -> None:
-    """The kernel escapes the newline in maps and nothing else."""
+    """In maps the kernel escapes newlines only."""
     evil = b"00030000-00031000 rw-s 00000000 00:01 1029 /memfd:" + name + b" (deleted)\n"
     process(tmp_path, 7, evil + b"no line of maps\n" + LOW_MAPS)
     search = page_tables.PageTableSearch([0x104CAA], [7], str(tmp_path), reader=reader)

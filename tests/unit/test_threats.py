@@ -1,4 +1,4 @@
-"""The tests that docs/threats.md names are there."""
+"""All tests that docs/threats.md names exist."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_what_shows_it_is_there(path: str, name: str) -> None:
 
 
 def test_every_cannot_is_shown() -> None:
-    """By a test, or by a rule of the kernel."""
+    """Each claim names a test or a rule of the kernel."""
     tables = [part for part in TEXT.split("\n\n") if re.match(r"\| (cannot|shown)\b", part)]
     assert len(tables) == len(re.findall("^## ", TEXT, re.MULTILINE))
     for row in [row for table in tables for row in table.splitlines()[2:]]:

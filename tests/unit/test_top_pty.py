@@ -1,4 +1,4 @@
-"""The live table in a real pseudo-terminal: whatever ends it, the terminal is as it was."""
+"""The live table in a pseudo-terminal: every kind of end restores the terminal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ print("back in the shell")
 
 
 class Terminal:
-    """A program in a pseudo-terminal, and all that it wrote."""
+    """A program in a pseudo-terminal, and its output."""
 
     def __init__(self, *arguments: str) -> None:
         self.pid, self.fd = pty.fork()
@@ -65,7 +65,7 @@ class Terminal:
         os.write(self.fd, keys)
 
     def read(self) -> bool:
-        """Take in what there is; False at the end."""
+        """Read available output; False at the end."""
         if not select.select([self.fd], [], [], 0.1)[0]:
             return True
         try:
@@ -84,7 +84,7 @@ class Terminal:
         return len(self.output)
 
     def wait(self) -> int:
-        """Until it ends; its exit status."""
+        """Wait for its end; return the exit status."""
         deadline = time.monotonic() + PATIENCE
         while self.read():
             assert time.monotonic() < deadline, self.output
@@ -109,7 +109,7 @@ def shown(request: pytest.FixtureRequest) -> Iterator[Terminal]:
 
 
 def restored(terminal: Terminal) -> None:
-    """Every mode that was set was reset after it was last set, and the line discipline too."""
+    """Whether each mode was reset after it was last set, and the line discipline restored."""
     modes = terminal.output
     assert b"\x1b[?1049h" in modes  # or this test sees nothing
     for on, off in (

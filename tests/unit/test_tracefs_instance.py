@@ -1,4 +1,4 @@
-"""Whose traces in tracefs are whose, and which CPUs there are."""
+"""Ownership of traces in tracefs, and the CPUs of an instance."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_online_cpus(tmp_path: Path, text: str, cpus: list[int]) -> None:
 def test_more_cpus_than_descriptors_are_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The soft limit is raised as far as it takes; CPUs that come when none is left are tried."""
+    """The soft limit is raised as far as needed; CPUs that come when none is left are tried."""
     (tmp_path / "instances").mkdir()
     monkeypatch.setattr(instance.Instance, "write", lambda *_: None)
     ring = instance.Instance(str(tmp_path), "one", 4, PageLayout(8, 16, 4096))

@@ -1,4 +1,4 @@
-"""Names of VMs, from processes that are made up here as directories."""
+"""Names of VMs, from made-up processes (directories in the form of /proc)."""
 
 from __future__ import annotations
 
@@ -492,7 +492,7 @@ PROXMOX = (
 
 
 def test_proxmox(proc: Proc) -> None:
-    """Two VMs may have one name there; the number distinguishes them."""
+    """Proxmox allows equal names; the VM's number distinguishes them."""
     proc.add(1, "/usr/bin/kvm", *PROXMOX.split(), exe=QEMU, comm="kvm")
     proc.add(2, "kvm", "-name", "simple", cgroup="0::/qemu.slice/8007.scope")
     proc.add(3, "kvm", "-id", "8008", exe=QEMU, comm="kvm", cgroup="0::/qemu.slice/8008.scope")
@@ -524,7 +524,7 @@ def test_cgroup_names_a_vmm_that_its_socket_does_not(proc: Proc, cgroup: str, na
 
 
 def test_what_a_jail_or_a_directory_hides(proc: Proc, tmp_path: Path) -> None:
-    """A socket's path as the process has it is the same for all of them."""
+    """The path of the socket, as the process sees it, is equal for all of them."""
     for pid, (link, socket) in enumerate(
         [
             ("root", "/run/firecracker.socket"),
@@ -645,7 +645,7 @@ def test_vm_processes(proc: Proc, tmp_path: Path) -> None:
 
 
 def descriptors(tmp_path: Path, held: dict[int, str]) -> None:
-    """A /proc of our namespace in which we hold these descriptors of KVM's."""
+    """A /proc of our namespace, in which this process holds these KVM descriptors."""
     (tmp_path / "self").symlink_to(str(os.getpid()))
     directory = tmp_path / str(os.getpid()) / "fd"
     directory.mkdir(parents=True)
@@ -655,7 +655,7 @@ def descriptors(tmp_path: Path, held: dict[int, str]) -> None:
 
 @pytest.fixture
 def pipes() -> Iterator[list[int]]:
-    """Two open files, of three and two descriptors; skips where they may not be compared."""
+    """Two open files with three and two descriptors; skips if the kernel cannot compare them."""
     one, other = os.pipe()
     held = [one, os.dup(one), other, os.dup(one), os.dup(other)]
     try:
@@ -672,7 +672,7 @@ def pipes() -> Iterator[list[int]]:
 
 
 def test_descriptors_of_one_vm_are_one(pipes: list[int], tmp_path: Path) -> None:
-    """crosvm duplicates the VM's descriptor for each interrupt controller."""
+    """crosvm duplicates a VM's descriptor for each interrupt controller."""
     one, again, other, third, more = pipes
     descriptors(tmp_path, dict.fromkeys((one, again, third), "kvm-vm"))
     assert vm_processes(str(tmp_path)) == {os.getpid(): 1}
@@ -692,14 +692,14 @@ def test_descriptors_of_one_vcpu_are_one(pipes: list[int], tmp_path: Path) -> No
 def test_two_vms_without_a_second_vcpu_of_a_number_are_two(
     pipes: list[int], tmp_path: Path
 ) -> None:
-    """The kernel compares them, so nothing is concluded from their vCPUs."""
+    """The kernel compares descriptors, so vCPUs are not used to tell VMs apart."""
     one, again, other, _, _ = pipes
     descriptors(tmp_path, {one: "kvm-vm", again: "kvm-vm", other: "kvm-vm", 4000: "kvm-vcpu:0"})
     assert vm_processes(str(tmp_path)) == {os.getpid(): 2}
 
 
 def test_descriptors_that_are_not_compared(proc: Proc, tmp_path: Path) -> None:
-    """Another namespace's: a process of ours may have the same pid, and descriptors of its own."""
+    """In another namespace a process of ours may have the same pid, but other descriptors."""
     vm = "anon_inode:kvm-vm"
     proc.add(1, fds=(vm, vm, vm, "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vcpu:1"))
     proc.add(2, fds=(vm, vm, vm, "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vcpu:0"))

@@ -1,4 +1,4 @@
-"""What users get: the wheel, installed with the tree out of reach."""
+"""The wheel, installed where the tree cannot be imported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built by the build backend itself: nothing is downloaded."""
+    """Build the wheel by the build backend itself; nothing is downloaded."""
     out = tmp_path_factory.mktemp("wheel")
     code = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
     run([sys.executable, "-c", code, str(out)], cwd=ROOT)
@@ -28,7 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the wheel in it, and what it depends on borrowed from ours."""
+    """A virtual environment with the wheel; its dependencies are those of ours."""
     home = tmp_path_factory.mktemp("venv")
     venv.create(home, with_pip=False, symlinks=True)
     (site,) = home.glob("lib/python*/site-packages")
@@ -103,7 +103,7 @@ def test_data_files_are_in_it_and_found(installed: Path, what: str) -> None:
 
 
 def tracked(what: str) -> list[Path]:
-    """Files of the tree that belong to it, as far as git knows; all of them otherwise."""
+    """Tracked files of the tree; all files if there is no git."""
     done = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "-z", what], capture_output=True, text=True, check=False
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvmtrace import kvm
+from kvmtrace.linux import kvm_module
 from kvmtrace.linux.btf import SYS_BTF, Btf, FunctionType
 from kvmtrace.linux.kallsyms import Symbol, read_symbols
 from kvmtrace.linux.tracefs import mount
@@ -240,7 +241,7 @@ def _types_name(wanted: str, with_kvm: bool) -> str:
 
 def _symbols(names: Sequence[str], cache: ProgramCache) -> dict[str, Symbol]:
     """As ``read_symbols``. They stay where they are until kvm is loaded anew."""
-    loaded = kvm_modules()
+    loaded = kvm_module.loaded()
     words = (*names, *os.uname(), _bytes("/proc/sys/kernel/random/boot_id").decode(), *loaded)
     name = f"symbols-{hashlib.sha256(repr(words).encode()).hexdigest()}"
     # Without kvm they may be read while it is being loaded.
@@ -251,29 +252,9 @@ def _symbols(names: Sequence[str], cache: ProgramCache) -> dict[str, Symbol]:
         cache.distrust(name)
     found = read_symbols(names)
     shown = any(symbol.address for symbol in found.values())
-    if loaded and shown and kvm_modules() == loaded:
+    if loaded and shown and kvm_module.loaded() == loaded:
         cache.write(name, {one: (symbol.module, symbol.address) for one, symbol in found.items()})
     return found
-
-
-def kvm_modules() -> tuple[str, ...]:
-    """kvm's loaded modules, each with a number that changes when it is loaded anew."""
-    found = []
-    for module in ("kvm", "kvm_amd", "kvm_intel"):
-        with contextlib.suppress(OSError):
-            inode = os.stat(f"/sys/module/{module}").st_ino
-            if _is_live(module):
-                found.append(f"{module}:{inode}")
-    return tuple(found)
-
-
-def _is_live(module: str) -> bool:
-    """Whether a module is loaded completely and not being unloaded (built in: always)."""
-    try:
-        with open(f"/sys/module/{module}/initstate") as file:
-            return file.read().strip() == "live"
-    except FileNotFoundError:
-        return True
 
 
 def _bytes(path: str) -> bytes:

@@ -9,30 +9,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kvmtrace import probes, sources
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
-from kvmtrace.linux import host
+from kvmtrace.linux import host, kvm_module
 from kvmtrace.linux.btf import FunctionType
 from kvmtrace.probes import Probe, ProbeRuns
+from kvmtrace.sources import limits
 from kvmtrace.sources.bpf import attach_errors
 from kvmtrace.sources.bpf.attach_errors import AttachFailure
 from kvmtrace.sources.bpf.compiler import CompiledPrograms, bcc_version, compiled, fingerprint
-from kvmtrace.sources.bpf.layout import OFFSETS, Layout, kvm_modules
+from kvmtrace.sources.bpf.layout import OFFSETS, Layout
 from kvmtrace.sources.bpf.loader import Loader
 from kvmtrace.sources.bpf.lookup import KernelLookup
 from kvmtrace.sources.bpf.maps import Maps
 from kvmtrace.sources.bpf.program_cache import ProgramCache
-
-RING_PAGES = 512
-MAX_KEYS = 16384
-MAX_OVERFLOW = 4096
-
-_SETTLE_LIMIT = 10.0  # seconds
 
 
 def _fdinfo(descriptor: int) -> dict[str, int]:
@@ -58,12 +52,15 @@ class Programs:
     """
 
     def __init__(self) -> None:
-        self._kvm = kvm_modules()
+        self._kvm: tuple[str, ...] | None = None
         self._attached: dict[str, list[int]] = {}  # descriptors of programs, by probe
         self._missed: dict[str, int] = {}  # by probe
         self._copies: dict[str, int] = {}  # by probe, where there are several
         cache = ProgramCache()
-        self._layout = _layout(cache)
+        # What is read while kvm is being loaded belongs to neither state.
+        while self._kvm != (now := kvm_module.loaded()):
+            self._kvm = now
+            self._layout = _layout(cache)
         programs = _compiled(self._layout, cache)
         if cache.trouble and cache.path:
             sources.note(f"the cache of eBPF programs: {cache.trouble}")
@@ -222,7 +219,7 @@ class Programs:
         A vendor module that is loaded after kvm brings nothing to attach to. To attach anew because
         of it would lose events while the programs are compiled.
         """
-        now = kvm_modules()
+        now = kvm_module.loaded()
         if self._kvm and set(self._kvm) <= set(now):
             self._kvm = now
         return now != self._kvm
@@ -243,9 +240,7 @@ def _layout(cache: ProgramCache) -> Layout:
 
 def _cflags(layout: Layout) -> list[str]:
     return [
-        f"-DRING_PAGES={RING_PAGES}",
-        f"-DMAX_KEYS={MAX_KEYS}",
-        f"-DMAX_OVERFLOW={MAX_OVERFLOW}",
+        *(f"-D{name}={getattr(limits, name)}" for name in limits.IN_C),
         *layout.cflags(),
     ]
 
@@ -316,20 +311,3 @@ def _no_target(spec: probes.ProbeSpec, has_kvm: bool) -> dict[str, str]:
     if not has_kvm and "kvm" in spec.targets[0]:
         return {"why": probes.NO_KVM}
     return {"why": spec.absent, "detail": f"not in /proc/kallsyms: {', '.join(spec.targets)}"}
-
-
-class Settling:
-    """Waits until kvm's modules stay as they are; call ``is_over`` now and then.
-
-    They come and go one after the other. Programs that are compiled for a state in between seem to
-    fit and have to be made anew, and events are lost meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._seen = kvm_modules()
-        self._end = time.monotonic() + _SETTLE_LIMIT
-
-    def is_over(self) -> bool:
-        """Whether nothing changed since the last call, or it takes too long."""
-        before, self._seen = self._seen, kvm_modules()
-        return before == self._seen or time.monotonic() >= self._end

@@ -14,12 +14,9 @@ from typing import Any, NamedTuple
 
 from kvmtrace import kvm
 from kvmtrace.events import Event, Sigbus
+from kvmtrace.sources import limits
 from kvmtrace.sources.bpf import records
 from kvmtrace.sources.vm_table import VmTable
-
-# A signal is held back for the fault that it was sent from, which adds the gfn. The fault returns
-# right after, but its thread may have to wait for a CPU in between.
-SIGNAL_WAIT_NS = 500_000_000
 
 _MAX_KINDS = 4096
 
@@ -130,7 +127,7 @@ class BpfSignals:
         return [
             event
             for tid, pending in list(self._pending.items())
-            if now - pending.ts >= SIGNAL_WAIT_NS
+            if now - pending.ts >= limits.BPF_SIGNAL_WAIT_NS
             for event in self.flush(tid)
         ]
 

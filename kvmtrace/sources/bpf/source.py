@@ -9,10 +9,11 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.linux import host
 from kvmtrace.linux.clock import epoch_offset_ns, now_ns
+from kvmtrace.linux.kvm_module import Settling
 from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources.bpf.guest_memory import BpfMemory
-from kvmtrace.sources.bpf.programs import Programs, Settling
+from kvmtrace.sources.bpf.programs import Programs
 from kvmtrace.sources.bpf.translator import BpfTranslator
 
 # How often to check whether kvm was loaded or unloaded, in seconds.

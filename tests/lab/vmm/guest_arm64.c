@@ -1,9 +1,9 @@
 /*
- * The guest, arm64: the same loop as on x86 (x0: address, x1: op), MMU off; it reports by writing to an address that is
- * never memory (x2), which is an MMIO exit.
+ * The guest on arm64: the same loop as on x86 (x0: address, x1: operation), with the MMU off. It reports by writing to
+ * the address in x2, which is never memory: an MMIO exit.
  *
- * OP_NESTED, for a VM with nested=1, whose guest is a hypervisor (EL2): a guest within the guest (EL1, NV2) reads HCR_EL2,
- * which then is a load from the page that VNCR_EL2 names, x0. KVM faults that page in by kvm_handle_vncr_abort.
+ * OP_NESTED is for a VM with nested=1, whose guest is a hypervisor (EL2). A guest within the guest (EL1, NV2) reads
+ * HCR_EL2, which becomes a load from the page in VNCR_EL2 (x0). KVM faults that page in by kvm_handle_vncr_abort.
  */
 #include <stddef.h>
 #include <string.h>
@@ -78,7 +78,7 @@ int guest_vcpu_init(struct vm *vm, struct vcpu *vcpu)
 	return ioctl(vcpu->fd, KVM_ARM_VCPU_INIT, &init);
 }
 
-/* A hypervisor gets its interrupts from a GIC, and KVM runs none without. */
+/* KVM does not run a hypervisor without a GIC, which gives it its interrupts. */
 int guest_make_nested(struct vm *vm)
 {
 	struct kvm_create_device gic = { .type = KVM_DEV_TYPE_ARM_VGIC_V3 };
@@ -94,7 +94,7 @@ int guest_make_nested(struct vm *vm)
 	for (size_t i = 0; i < sizeof(attr) / sizeof(attr[0]); i++)
 		if (ioctl((int)gic.fd, KVM_SET_DEVICE_ATTR, &attr[i]) < 0)
 			return -1;
-	return 0; /* the VM has it; the descriptor is this process's to its end */
+	return 0; /* the descriptor stays open to the end of the process */
 }
 
 int guest_set(struct vcpu *vcpu, enum op op, uint64_t gpa, bool restart)

@@ -1,7 +1,7 @@
 /*
- * The guest, x86: flat 32-bit protected mode without paging, so that every gfn below 4 GiB can be reached. One loop: do
- * what the host put into the registers (edi: address, ecx: op), say so by writing to a port, again. The host changes the
- * registers between two entries; after a failed access it also puts the guest back to the start of the loop.
+ * The guest on x86: flat 32-bit protected mode without paging, so that it reaches every gfn below 4 GiB. It is a loop:
+ * do the operation in ecx on the address in edi, then report by writing to a port. The host sets the registers between
+ * two entries; after a failed access it also sets the guest back to the start of the loop.
  */
 #include <errno.h>
 #include <string.h>
@@ -72,7 +72,7 @@ int guest_set(struct vcpu *vcpu, enum op op, uint64_t gpa, bool restart)
 	if (restart) {
 		r.rip = 0;
 		r.rflags = 2;
-		r.rsp = vcpu->vm->code_bytes - 64 * vcpu->id; /* a few words of stack each */
+		r.rsp = vcpu->vm->code_bytes - 64 * vcpu->id; /* a few words of stack for each vCPU */
 	}
 	r.rdi = gpa;
 	r.rcx = op;

@@ -1,4 +1,4 @@
-/* Answers: one JSON object on one line, integers as integers, flushed. */
+/* Answers: a JSON object on a line, flushed. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,4 +1,4 @@
-/* What newer kernels' uapi headers have and the build host's may not. Each is guarded: a newer header wins. */
+/* Definitions of newer uapi headers that the build host may lack. Each is guarded, so that a newer header wins. */
 #ifndef KVM_EXTRA_H
 #define KVM_EXTRA_H
 

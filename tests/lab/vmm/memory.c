@@ -1,4 +1,4 @@
-/* Guest memory: what backs it, who is behind an address, and how it is broken and mended. */
+/* Guest memory: its backings, the pfn of an address, and its replacement. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -26,7 +26,7 @@ int kind_of(const char *name, enum kind *kind, uint64_t *page_bytes)
 			return 0;
 		}
 	}
-	if (!strncmp(name, "hugetlb=", 8)) { /* any size the kernel has, in bytes: 32 MiB on a 16k arm64 kernel */
+	if (!strncmp(name, "hugetlb=", 8)) { /* any size of the kernel's, in bytes: 32 MiB on arm64 with 16 KiB pages */
 		*kind = HUGETLB;
 		*page_bytes = strtoull(name + 8, NULL, 0);
 		return *page_bytes ? 0 : -1;
@@ -70,7 +70,7 @@ static void reserve_huge_pages(uint64_t bytes, uint64_t page_bytes)
 	}
 }
 
-/* Of a transparent huge page: 2 MiB, but 32 MiB on a 16k arm64 kernel. */
+/* Size of a transparent huge page: 2 MiB, but 32 MiB on arm64 with 16 KiB pages. */
 static uint64_t thp_size(void)
 {
 	FILE *f = fopen("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", "re");
@@ -84,7 +84,7 @@ static uint64_t thp_size(void)
 	return bytes ? bytes : 2 << 20;
 }
 
-/* An area whose address is aligned to the huge page that is hoped for. */
+/* Map an area whose address is aligned to a huge page. */
 static uint8_t *map_aligned(uint64_t bytes, uint64_t align)
 {
 	uint8_t *area = mmap(NULL, bytes + align, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
@@ -120,7 +120,7 @@ struct backing *backing_new(enum kind kind, uint64_t bytes, uint64_t page_bytes,
 	switch (kind) {
 	case GMEM:
 		b->fd = ioctl(vm_fd, KVM_CREATE_GUEST_MEMFD, &gmem);
-		if (b->fd >= 0 && private_vm) /* not mappable: userspace_addr is ordinary memory beside it */
+		if (b->fd >= 0 && private_vm) /* cannot be mapped: userspace_addr is ordinary memory */
 			map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		break;
 	case MEMFD:
@@ -163,7 +163,7 @@ struct backing *backing_new(enum kind kind, uint64_t bytes, uint64_t page_bytes,
 	return b;
 }
 
-/* The mapping holds the file too: both have to go for a guest_memfd to be gone under its slot. */
+/* The mapping holds a reference as well: only without both is the guest_memfd released under its slot. */
 void backing_close(struct backing *b)
 {
 	if (b->map)
@@ -195,7 +195,7 @@ uint64_t pfn_of(const void *hva)
 	return entry >> 63 ? entry & ((1ULL << 55) - 1) : 0;
 }
 
-/* So that a test of huge pages can see that it had one. */
+/* For tests of huge pages, which check that they had one. */
 uint64_t thp_bytes(const struct backing *b)
 {
 	FILE *f = fopen("/proc/self/smaps", "re");
@@ -216,7 +216,7 @@ uint64_t thp_bytes(const struct backing *b)
 	return sum;
 }
 
-/* Through the kernel's own copy: on a poisoned or unmapped page it fails, and no SIGBUS is raised. */
+/* The kernel copies: on a poisoned or unmapped page that fails without a SIGBUS. */
 void plant_code(void *hva)
 {
 	struct iovec from = { .iov_base = (void *)(uintptr_t)guest_return, .iov_len = guest_return_bytes };
@@ -226,7 +226,7 @@ void plant_code(void *hva)
 		return;
 }
 
-/* What a VMM that copes does: fresh memory where the poisoned page was. */
+/* What a VMM that copes does: map fresh memory in place of the poisoned page. */
 int replace_page(struct backing *b, uint64_t offset)
 {
 	uint64_t start = offset & ~(b->page_bytes - 1);

@@ -1,11 +1,11 @@
-"""Conversion exits on a kernel that offers no private memory: one bit in it is set, from outside.
+"""Conversion exits on a kernel without private memory: a bit of KVM's data is set from outside.
 
-Debian's kernels are built without CONFIG_KVM_SW_PROTECTED_VM, and the other VM types with private
-memory need SEV-SNP or TDX hardware. But KVM has all the code (memory attributes, the check that
-annotates a mismatch): what is missing is the bit in `kvm_caps.supported_vm_types`. QEMU's gdbstub
-can write a machine's memory, so a lab test sets it there, and then
-`vmm "create p private=1" "convert p +1 1000"` gets 1000 annotated EFAULTs that never asked
-guest_memfd. `flags` is 0 in them: what sets KVM_MEMORY_EXIT_FLAG_PRIVATE is compiled out.
+Debian's kernels are built without CONFIG_KVM_SW_PROTECTED_VM, and other VM types with private
+memory need SEV-SNP or TDX hardware. KVM still has the code (memory attributes, and the check that
+annotates a mismatch); only the bit in `kvm_caps.supported_vm_types` is missing. QEMU's gdbstub can
+write a machine's memory, so lab tests set it there. Then `vmm "create p private=1" "convert p +1
+1000"` gets 1000 annotated EFAULTs for which guest_memfd was not called. Their `flags` are 0,
+because the code that sets KVM_MEMORY_EXIT_FLAG_PRIVATE is compiled out.
 
     offer(machine)    # a tests.lab.machine.Machine; before the first VM
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 SW_PROTECTED_VM = 1 << 1
 
-# Run inside the machine: the variable's address by kallsyms, the member's offset by BTF (libbpf
+# Runs in the machine: address of the variable by kallsyms, offset of the member by BTF (libbpf
 # comes with bcc).
 _WHERE = r"""
 import ctypes, struct
@@ -38,7 +38,7 @@ print(*(line for line in open("/proc/kallsyms") if line.split()[2] == "kvm_caps"
 
 
 class GdbStub:
-    """The remote protocol's four words that are needed: the machine stands still in between."""
+    """The few commands of gdb's remote protocol needed; the machine is stopped meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -54,14 +54,14 @@ class GdbStub:
 
     def _ask(self, command: str) -> str:
         self._socket.sendall(f"${command}#{sum(command.encode()) % 256:02x}".encode())
-        said = b""
-        while not re.search(rb"\$[^#]*#..", said):
+        output = b""
+        while not re.search(rb"\$[^#]*#..", output):
             more = self._socket.recv(4096)
             if not more:
                 raise ConnectionError("QEMU's gdbstub closed the connection")
-            said += more
+            output += more
         self._socket.sendall(b"+")
-        return said.partition(b"$")[2].partition(b"#")[0].decode()
+        return output.partition(b"$")[2].partition(b"#")[0].decode()
 
     def read_u32(self, address: int) -> int:
         return int.from_bytes(bytes.fromhex(self._ask(f"m{address:x},4")), "little")
@@ -73,12 +73,12 @@ class GdbStub:
 
 
 def offer(machine: Any) -> None:
-    """Let this machine's KVM create KVM_X86_SW_PROTECTED_VM machines."""
-    said = machine.run(["python3", "-c", _WHERE], timeout=60, check=True).stdout
-    base = re.search(r"^([0-9a-f]+) \w kvm_caps\s", said, re.MULTILINE)
-    offset = re.search(r"^offset (\d+)", said, re.MULTILINE)
+    """Let the machine's KVM create VMs of type KVM_X86_SW_PROTECTED_VM."""
+    output = machine.run(["python3", "-c", _WHERE], timeout=60, check=True).stdout
+    base = re.search(r"^([0-9a-f]+) \w kvm_caps\s", output, re.MULTILINE)
+    offset = re.search(r"^offset (\d+)", output, re.MULTILINE)
     if not base or not offset:
-        raise LookupError(f"kvm_caps.supported_vm_types is not to be found: {said!r}")
+        raise LookupError(f"kvm_caps.supported_vm_types was not found: {output!r}")
     address = int(base[1], 16) + int(offset[1])
     path = machine.work / "gdb.sock"
     machine.qmp(

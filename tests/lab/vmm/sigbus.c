@@ -1,6 +1,6 @@
 /*
- * SIGBUS: recorded as it came, by whichever thread took it. For a vCPU thread it comes out of KVM_RUN (which then says
- * EINTR); for the main thread out of MADV_HWPOISON, a guarded access, or as an "action optional" notice.
+ * SIGBUS is recorded by the thread that gets it. A vCPU thread gets it in KVM_RUN, which then returns EINTR; the main
+ * thread gets it from MADV_HWPOISON, from a guarded access, or as an "action optional" notice.
  */
 #include <errno.h>
 #include <stdatomic.h>
@@ -19,7 +19,7 @@ _Thread_local sigjmp_buf *tl_guard;
 static struct sigbus all[MAX_SIGBUS];
 static unsigned nr_all;
 static uint64_t lost;
-static atomic_flag busy = ATOMIC_FLAG_INIT; /* taken in the handler: every other taker blocks SIGBUS first */
+static atomic_flag busy = ATOMIC_FLAG_INIT; /* taken in the handler, so others block SIGBUS before they take it */
 
 static bool note(struct sigbus *list, unsigned *n, unsigned max, const struct sigbus *one)
 {

@@ -1,7 +1,7 @@
 /*
- * vCPUs: a thread each, which does one job at a time and keeps the truth that kvmtrace is compared with: what KVM_RUN
- * returned. An entry is a `struct outcome`, read off errno and kvm_run at once and never interpreted further than the
- * kernel's contract goes: memory_fault is valid with reason 39 and errno EFAULT or EHWPOISON, and only then.
+ * vCPUs: each has a thread that does one job at a time and records what KVM_RUN returned, with which kvmtrace is
+ * compared. Each return is a `struct outcome`, read from errno and kvm_run at once. It is interpreted only as far as the
+ * kernel's contract goes: memory_fault is valid only with reason 39 and errno EFAULT or EHWPOISON.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -20,7 +20,7 @@ static struct outcome enter(struct vcpu *vcpu)
 	o.ret = ioctl(vcpu->fd, KVM_RUN, 0);
 	o.err = o.ret < 0 ? errno : 0;
 	o.reason = run->exit_reason;
-	/* With no errno: arm64's nested virtualization, arch/arm64/kvm/nested.c. */
+	/* Without errno: nested virtualization on arm64, arch/arm64/kvm/nested.c. */
 	o.annotated = o.reason == KVM_EXIT_MEMORY_FAULT && (!o.err || o.err == EFAULT || o.err == EHWPOISON);
 	if (o.annotated) {
 		const struct vmm_memory_fault *fault = memory_fault_of(run);
@@ -57,7 +57,7 @@ static void pause_us(uint64_t us)
 		nanosleep(&t, NULL);
 }
 
-/* After an MMIO exit of a gfn without memory, a shutdown …: let KVM finish the instruction, then forget it all. */
+/* After an MMIO exit of a gfn without memory, a shutdown …: let KVM finish the instruction, then reset the vCPU. */
 static int start_over(struct vcpu *vcpu)
 {
 	if (!vcpu->strange)
@@ -73,7 +73,7 @@ static void prefault(struct vcpu *vcpu, struct job *job)
 	struct kvm_pre_fault_memory range = { .gpa = job->gfn * page_size, .size = job->n * page_size };
 	int ret = ioctl(vcpu->fd, KVM_PRE_FAULT_MEMORY, &range);
 
-	/* Not KVM_RUN: told here, kept out of the totals. kvm_run's reason may be stale or set by this very call. */
+	/* Not a KVM_RUN: reported here, but not in the totals. The reason in kvm_run may be stale, or of this call. */
 	job->last = (struct outcome){ .ret = ret, .err = ret < 0 ? errno : 0, .reason = vcpu->run->exit_reason };
 	job->ok = ret == 0;
 }
@@ -99,13 +99,13 @@ static void run_job(struct vcpu *vcpu, struct job *job)
 
 			job->last = enter(vcpu);
 			job->runs++;
-			outcomes_add(&job->told, &job->last);
+			outcomes_add(&job->returns, &job->last);
 			job->ok = vcpu->io_pending;
 			if (job->kind == JOB_TOUCH) {
 				bool nothing = job->last.err == EAGAIN ||
 					       (job->last.err == EINTR && tl_sigbus_total == sigbus_before);
 
-				if (!nothing) /* interrupted for no reason of the guest's: once more */
+				if (!nothing) /* not interrupted because of the guest: enter again */
 					break;
 			}
 			pause_us(job->gap_us);
@@ -200,7 +200,7 @@ int vcpu_post(struct vcpu *vcpu, const struct job *job)
 	return ret;
 }
 
-/* The lock is held. A kick can fall between two entries, so it is repeated until the thread has noticed. */
+/* Call with the lock held. A kick may come between two entries, so it is repeated until the thread has reacted. */
 static void kick_until_done(struct vcpu *vcpu)
 {
 	while (vcpu->state == POSTED) {
@@ -253,7 +253,7 @@ void vcpu_stop(struct vcpu *vcpu)
 	pthread_mutex_lock(&vcpu->lock);
 	kick_until_done(vcpu);
 	if (vcpu->state == DONE)
-		free(vcpu->job.told.v);
+		free(vcpu->job.returns.v);
 	vcpu->job = (struct job){ .kind = JOB_QUIT };
 	vcpu->state = POSTED;
 	pthread_cond_broadcast(&vcpu->changed);

@@ -1,4 +1,4 @@
-/* VMs: made of slots over backings, a page of guest code in a slot of its own, and vCPUs. */
+/* VMs: slots over backings, the guest's code in a slot of its own, and vCPUs. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -79,8 +79,8 @@ static int set_region(struct vm *vm, uint32_t id, uint64_t gfn, uint64_t bytes, 
 }
 
 /*
- * Slots are laid out so that nothing lines up by accident: between two of them `gap` gfns are missing, and they lie in
- * the file in the opposite order, `pgoff` pages into it.
+ * The layout keeps gfn, hva and file offset from matching by accident: `gap` gfns are missing between two slots, and the
+ * slots' order in the file is reversed and starts at page `pgoff`.
  */
 static int add_slots(struct vm *vm, const struct layout *l, const char **what, bool *unsupported)
 {
@@ -183,7 +183,7 @@ struct vm *vm_create(const struct layout *l, const char **what, bool *unsupporte
 		goto failed;
 	if (add_slots(vm, l, what, unsupported) < 0)
 		goto failed;
-	/* By write faults: whatever reads first has the huge zero page, which its write then splits. */
+	/* By write faults: a read would map the huge zero page, which a later write splits. */
 	for (uint32_t i = 0; l->prefault && i < vm->nr_slots; i++)
 		madvise(vm->slots[i].backing->map + vm->slots[i].offset, vm->slots[i].pages * page_size,
 			MADV_POPULATE_WRITE);

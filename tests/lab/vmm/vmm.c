@@ -1,11 +1,11 @@
 /*
- * The lab's VMM: small VMs whose memory is poisoned, taken away and mended on command, and the exact account of what
- * KVM_RUN told. That account is the truth kvmtrace is compared with, so nothing here interprets: see vcpu.c.
+ * The lab's VMM: small VMs whose memory is poisoned, taken away and mended on command, and an exact account of what
+ * KVM_RUN returned. kvmtrace is compared with that account, so nothing here interprets it: see vcpu.c.
  *
  * vmm.c     the step language (this file; the text below is also `vmm --help`)
  * vm.c      VMs and their slots            vcpu.c    vCPU threads, KVM_RUN and the counts
  * memory.c  what backs a slot              sigbus.c  who got which SIGBUS
- * guest_*.c the guest's one loop           json.c    answers
+ * guest_*.c the guest's loop               json.c    answers
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -19,11 +19,11 @@
 static const char help[] =
 "usage: vmm [--name NAME] [--steps FILE|-] [STEP...]\n"
 "\n"
-"Runs STEPs (each one argument, quoted), then those of FILE, one a line; with no STEP at all, those of stdin.\n"
+"Runs each STEP (one quoted argument), then those of FILE, one per line; without any STEP, those of stdin.\n"
 "Every step is answered by exactly one line of JSON on stdout; the last line is {\"step\":\"final\",...}, a report.\n"
 "A step that fails answers {\"step\":...,\"error\":...,\"errno\":...}, with \"unsupported\":true where this kernel or\n"
 "machine can't do it at all, and the next step runs. Empty lines and lines starting with # are skipped, unanswered.\n"
-"-name X, -uuid X, --id X, --platform X are taken and ignored, so that tests can dress it as another VMM.\n"
+"-name X, -uuid X, --id X, --platform X are accepted and ignored, so that tests can disguise it as another VMM.\n"
 "\n"
 "GFN is a guest frame number (8, 0x108) or +N, the Nth page of that VM's memory. VM is the name given to create.\n"
 "\n"
@@ -34,36 +34,36 @@ static const char help[] =
 "          shared= uses a VM's memory of this process; slots= splits the memory, gap= gfns apart, in reverse order\n"
 "          in the file, with files=each over one file per slot; private= asks for KVM_X86_SW_PROTECTED_VM,\n"
 "          nested= for a guest that is a hypervisor (arm64, kvm-arm.mode=nested)\n"
-"touch VM GFN [op=read|write|exec|spin|nested]     enter the guest until its access succeeded or KVM_RUN failed once;\n"
-"                                      spin: it reads and never returns until it fails; nested: a guest within it reads\n"
-"loop VM GFN N [op=] [gap_us=0]        N KVM_RUNs on that access, whatever they say: the VMM that doesn't cope\n"
+"touch VM GFN [op=read|write|exec|spin|nested]     enter the guest until its access succeeded or KVM_RUN failed;\n"
+"                                      spin: reads until it fails; nested: a guest within the guest reads\n"
+"loop VM GFN N [op=] [gap_us=0]        N KVM_RUNs on that access, whatever they return: a VMM that loops\n"
 "pio VM N [gap_us=0]                   N ordinary exits (a port on x86, MMIO on arm64)\n"
-"prefault VM GFN [n=1]                 KVM_PRE_FAULT_MEMORY: a guest_memfd failure that no KVM_RUN tells\n"
-"    these four take [vcpu=0] [timeout=S] (touch, prefault: 10; else none: then the vCPU is kicked, \"timed_out\") and\n"
-"    [bg=1]: answered at once, the result comes with\n"
-"wait [VM]                             results of what runs in the background\n"
+"prefault VM GFN [n=1]                 KVM_PRE_FAULT_MEMORY: a guest_memfd failure outside KVM_RUN\n"
+"    these four take [vcpu=0] [timeout=S] (default: 10 for touch and prefault, else none; on timeout the vCPU is\n"
+"    kicked: \"timed_out\") and [bg=1]: the answer comes at once, the result with\n"
+"wait [VM]                             results of the steps in the background\n"
 "poison VM GFN [how=madvise|inject]    MADV_HWPOISON, or the pfn into hwpoison/corrupt-pfn; answers pfn and hva\n"
 "poison pfn=PFN | unpoison pfn=PFN | unpoison VM GFN     by debugfs; VM GFN: the pfn that poison had there\n"
-"pfn VM GFN                            where that page is now (it is touched for that)\n"
-"merge VM GFN [wait=0]                 the page's content is a pattern, and KSM may merge it; wait: until it did, or S\n"
+"pfn VM GFN                            pfn and hva of that page now (touches it)\n"
+"merge VM GFN [wait=0]                 write a pattern and let KSM merge the page; wait: at most that many seconds\n"
 "soft-offline VM GFN                   MADV_SOFT_OFFLINE\n"
 "mce VM GFN | mce addr=BYTES  [status=N] [misc=N] [bank=4] [cpu=0]     software machine check by mce-inject\n"
 "close-gmem VM [slot=ID]               unmap and close the guest_memfd under its slot(s)\n"
 "unmap VM GFN                          munmap that page's HVA\n"
-"remap VM GFN                          fresh memory there: the VMM that copes\n"
+"remap VM GFN                          map fresh memory there: a VMM that copes\n"
 "attr VM GFN private|shared [n=1]      KVM_SET_MEMORY_ATTRIBUTES\n"
 "convert VM GFN N [pages=1]            mark private, N accesses, mark shared, one access: N conversion exits;\n"
-"                                      pages: on each of so many pages, answered for the last of them\n"
-"sigbus ignore|count|default           SIGBUS policy of the process; count, the default, records it and goes on\n"
+"                                      pages: on each of that many pages; the answer is that of the last\n"
+"sigbus ignore|count|default           SIGBUS policy of the process; count (default) records it and continues\n"
 "earlykill on|off                      PR_MCE_KILL of the main thread: SIGBUS AO as soon as a page is poisoned\n"
-"report [VM]                           totals of everything KVM_RUN told so far\n"
+"report [VM]                           totals of everything that KVM_RUN returned so far\n"
 "churn N [backing=anon] [pages=4] [vcpus=1] [touch=1]     create, touch, destroy N VMs (kept out of the report)\n"
 "destroy VM | info VM | caps | pid | sleep S | exit N\n"
 "\n"
-"Answers: \"errno\" is a name and \"errno_nr\" the number; \"reason\" is kvm_run.exit_reason as it was found, and means\n"
-"something with ret 0, or with \"annotated\" (reason 39 and EFAULT, EHWPOISON or no errno): only then gpa, gfn, flags, size are\n"
-"there. \"mono_ns\" and \"real_ns\" are the clocks at the answer. \"sigbus\" lists what the acting thread took meanwhile.\n"
-"The report's \"failed\" has every KVM_RUN that failed, but for EINTR and EAGAIN, which \"vcpus\" count.\n";
+"Answers: \"errno\" is a name, \"errno_nr\" the number. \"reason\" is kvm_run.exit_reason; it is valid with ret 0 or with\n"
+"\"annotated\" (reason 39 and EFAULT, EHWPOISON or no errno). Only annotated answers have gpa, gfn, flags and size.\n"
+"\"mono_ns\" and \"real_ns\" are the clocks at the answer. \"sigbus\" lists the signals of the acting thread meanwhile.\n"
+"The report's \"failed\" has every KVM_RUN that failed, but EINTR and EAGAIN are only counted in \"vcpus\".\n";
 
 /* ---- a step's words ---- */
 enum { MAX_WORDS = 24 };
@@ -309,7 +309,7 @@ static void step_churn(void)
 		}
 		if (touch && vm->nr_vcpus && !vcpu_post(vm->vcpus[0], &job)) {
 			vcpu_wait(vm->vcpus[0], 10, &job);
-			free(job.told.v);
+			free(job.returns.v);
 		}
 		vm_destroy(vm);
 		vm_forget(vm);
@@ -328,7 +328,7 @@ static void json_job(struct vcpu *vcpu, struct job *job)
 	json_uint("vcpu", vcpu->id);
 	json_int("tid", vcpu->tid);
 	if (job->kind != JOB_PIO)
-		json_uint("page", job->gfn); /* what was asked for; gfn is what the kernel said */
+		json_uint("page", job->gfn); /* the page of the step; gfn is the kernel's */
 	json_bool("ok", job->ok);
 	if (job->kind == JOB_PREFAULT) {
 		json_int("ret", job->last.ret);
@@ -343,11 +343,11 @@ static void json_job(struct vcpu *vcpu, struct job *job)
 			json_outcome(&job->last);
 		} else {
 			json_uint("ns", job->ns);
-			json_open("told", '[');
-			for (size_t i = 0; i < job->told.n; i++) {
+			json_open("returns", '[');
+			for (size_t i = 0; i < job->returns.n; i++) {
 				json_open(NULL, '{');
-				json_outcome(&job->told.v[i]);
-				json_uint("count", job->told.v[i].count);
+				json_outcome(&job->returns.v[i]);
+				json_uint("count", job->returns.v[i].count);
 				json_close('}');
 			}
 			json_close(']');
@@ -356,7 +356,7 @@ static void json_job(struct vcpu *vcpu, struct job *job)
 	if (job->timed_out)
 		json_bool("timed_out", true);
 	json_sigbus_list("sigbus", job->sigbus, job->nr_sigbus);
-	free(job->told.v);
+	free(job->returns.v);
 }
 
 static bool parse_job(enum job_kind kind, struct job *job, struct vcpu **vcpu, double *timeout)
@@ -458,7 +458,7 @@ static bool page_flag(uint64_t pfn, int bit)
 }
 enum { KPF_THP = 22, KPF_HUGE = 17, KPF_HWPOISON = 19, KPF_KSM = 21 };
 
-/* pfns that `poison` saw, for `unpoison VM GFN`: the page table has forgotten them by then */
+/* pfns of `poison`, for `unpoison VM GFN`: by then the page table no longer has them */
 static struct { char vm[NAME_BYTES]; uint64_t gfn, pfn; } poisoned[256];
 static unsigned nr_poisoned;
 
@@ -552,7 +552,7 @@ static void step_pfn(void)
 		json_uint("pfn", pfn);
 }
 
-/* Every VMM's page looks alike: with KSM running, they become one page. It is not written to after that. */
+/* All VMMs write the same content, so a running KSM merges the pages. They are not written to after that. */
 static void step_merge(void)
 {
 	uint64_t wait = number_option("wait", 0), gfn, pfn = 0;
@@ -623,7 +623,7 @@ static void step_soft_offline(void)
 
 static void step_mce(void)
 {
-	/* valid, uncorrected, enabled, with address and misc: a memory read error, as a memory controller would say it */
+	/* valid, uncorrected, enabled, with address and misc: a memory read error as memory controllers report it */
 	uint64_t addr = number_option("addr", 0), status = number_option("status", 0xbc00000000000135), gfn;
 	uint64_t values[] = { number_option("cpu", 0), status, number_option("misc", 0x8c), 0, number_option("bank", 4) };
 	static const char *const files[] = { "cpu", "status", "misc", "addr", "bank" }; /* bank last: it triggers */
@@ -725,19 +725,19 @@ static void step_attr(void)
 
 static void step_convert(void)
 {
-	struct job asked, job, after;
+	struct job base, job, after;
 	struct vcpu *vcpu;
 	double timeout;
 	uint64_t pages = number_option("pages", 1);
 
-	if (!parse_job(JOB_LOOP, &asked, &vcpu, &timeout))
+	if (!parse_job(JOB_LOOP, &base, &vcpu, &timeout))
 		return;
-	if (set_private(vcpu->vm, asked.gfn, pages, true) < 0) {
+	if (set_private(vcpu->vm, base.gfn, pages, true) < 0) {
 		fail("KVM_SET_MEMORY_ATTRIBUTES", errno, errno == EINVAL || errno == ENOTTY);
 		return;
 	}
 	for (uint64_t i = 0; i < pages; i++) {
-		job = asked;
+		job = base;
 		job.gfn += i;
 		if (vcpu_post(vcpu, &job) < 0) {
 			fail("the vCPU is busy: wait first", 0, false);
@@ -745,15 +745,15 @@ static void step_convert(void)
 		}
 		vcpu_wait(vcpu, timeout, &job);
 		if (i + 1 < pages)
-			free(job.told.v);
+			free(job.returns.v);
 	}
 	after = (struct job){ .kind = JOB_TOUCH, .op = job.op, .gfn = job.gfn };
 	json_job(vcpu, &job);
-	set_private(vcpu->vm, asked.gfn, pages, false);
+	set_private(vcpu->vm, base.gfn, pages, false);
 	vcpu_post(vcpu, &after);
 	vcpu_wait(vcpu, 10, &after);
 	json_bool("shared_again_ok", after.ok);
-	free(after.told.v);
+	free(after.returns.v);
 }
 
 /* ---- the process ---- */

@@ -1,4 +1,4 @@
-/* What the parts of the lab's VMM share. vmm.c has the step language; start reading there. */
+/* Shared by the parts of the lab's VMM. Start reading at vmm.c, which has the step language. */
 #ifndef VMM_H
 #define VMM_H
 
@@ -27,11 +27,11 @@ void json_end(void); /* adds the times, writes the line, flushes */
 const char *errno_name(int nr);
 void json_errno(int nr); /* "errno" by name and "errno_nr" */
 
-/* ---- what KVM_RUN said ---- */
+/* ---- returns of KVM_RUN ---- */
 struct outcome {
 	int ret, err;       /* err 0 where ret >= 0 */
 	uint32_t reason;    /* kvm_run.exit_reason, raw */
-	bool annotated;     /* reason 39 and errno EFAULT, EHWPOISON or none: only then are the next three anything */
+	bool annotated;     /* reason 39 and errno EFAULT, EHWPOISON or none: only then are the next three valid */
 	uint64_t flags, gpa, size;
 	uint32_t suberror;  /* of KVM_EXIT_INTERNAL_ERROR */
 	uint64_t count;
@@ -50,7 +50,7 @@ struct sigbus {
 	pid_t tid;
 	uint64_t count;
 };
-extern _Thread_local struct sigbus tl_sigbus[JOB_SIGBUS]; /* since sigbus_forget(), this thread's */
+extern _Thread_local struct sigbus tl_sigbus[JOB_SIGBUS]; /* of this thread, since sigbus_forget() */
 extern _Thread_local unsigned tl_sigbus_n;
 extern _Thread_local uint64_t tl_sigbus_total;
 extern _Thread_local sigjmp_buf *tl_guard;
@@ -58,11 +58,11 @@ int sigbus_policy(const char *name); /* 0, or -1: no such policy */
 void sigbus_forget(void);
 void json_sigbus_list(const char *key, const struct sigbus *list, unsigned n);
 void json_sigbus_report(void);
-bool touch_hva(volatile uint8_t *hva, bool write); /* false: it raised SIGBUS (which is recorded) */
+bool touch_hva(volatile uint8_t *hva, bool write); /* false: it raised a SIGBUS, which is recorded */
 
 /* ---- memory.c ---- */
 enum kind { GMEM, ANON, THP, HUGETLB, MEMFD };
-struct backing {            /* one file or anonymous area; slots and VMs may share it */
+struct backing {            /* a file or an anonymous area; slots and VMs may share it */
 	enum kind kind;
 	int fd;             /* -1: none */
 	uint8_t *map;       /* NULL: not mapped */
@@ -84,7 +84,7 @@ void backing_put(struct backing *b);
 void backing_close(struct backing *b);
 uint64_t pfn_of(const void *hva); /* 0: unknown */
 uint64_t thp_bytes(const struct backing *b);
-void plant_code(void *hva);       /* a `return` for op=exec, without touching a page that can't be touched */
+void plant_code(void *hva);       /* a `return` for op=exec; no SIGBUS if the page is poisoned */
 int replace_page(struct backing *b, uint64_t offset);
 int write_file(const char *path, const char *text);
 
@@ -96,7 +96,7 @@ struct layout {
 	enum kind kind;
 	uint64_t page_bytes;
 	const char *path;      /* memfd: an existing file instead of a new one */
-	struct vm *share;      /* another VM's memory instead of one's own */
+	struct vm *share;      /* another VM's memory instead of its own */
 	uint64_t pages, base, pgoff, slots, gap, vcpus;
 	bool file_per_slot, private_type, nested, prefault;
 };
@@ -106,7 +106,7 @@ int kvm_open(void); /* -1: errno */
 struct vm *vm_find(const char *name);
 /* NULL: *what failed, with errno; *unsupported: this kernel can't */
 struct vm *vm_create(const struct layout *layout, const char **what, bool *unsupported);
-void vm_destroy(struct vm *vm); /* it stays in the list, with its totals */
+void vm_destroy(struct vm *vm); /* the VM stays in the list, with its totals */
 void vm_forget(struct vm *vm);
 struct slot *slot_of(struct vm *vm, uint64_t gfn);
 uint64_t nth_gfn(struct vm *vm, uint64_t n);
@@ -119,7 +119,7 @@ struct vm {
 	bool nested; /* the guest is a hypervisor */
 	uint32_t nr_slots, nr_vcpus;
 	struct slot *slots;
-	void *code; /* the guest's program and stack, in a slot of its own: never poisoned */
+	void *code; /* the guest's program and stack; in a slot of its own, which is never poisoned */
 	uint64_t code_bytes;
 	struct vcpu *vcpus[MAX_VCPUS];
 	struct vm *next;
@@ -138,7 +138,7 @@ struct job {
 	bool ok, timed_out;
 	uint64_t runs;
 	struct outcome last;
-	struct outcomes told;      /* every return of KVM_RUN in this job, ordinary ones too */
+	struct outcomes returns;    /* every return of KVM_RUN in this job, ordinary ones too */
 	struct sigbus sigbus[JOB_SIGBUS];
 	unsigned nr_sigbus;
 	uint64_t ns;
@@ -156,7 +156,7 @@ struct vcpu {
 	enum { IDLE, POSTED, DONE } state;
 	volatile bool kick;
 	bool io_pending;           /* the last exit was the guest's own report: KVM completes it at the next entry */
-	bool strange;              /* the last exit was none of the guest's program: start it from scratch */
+	bool strange;              /* the last exit was not caused by the guest's program: restart it */
 	struct job job;
 	/* totals for the report */
 	struct outcomes failed;

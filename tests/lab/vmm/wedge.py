@@ -1,9 +1,9 @@
-"""A VMM that nobody can look into: it holds its own mmap_lock, as a user without privilege.
+"""A VMM whose /proc files cannot be read: it holds its own mmap_lock, without any privilege.
 
-In a user and a mount namespace of its own it mounts a FUSE file system that it serves itself, lets
-a page fault on a file there go unanswered (the lock is held for reading) and maps something in
-another thread (which waits for writing). A reader of its /proc/PID/cmdline or pagemap waits from
-then on, pgrep and ps too. Usage: wedge.py DIRECTORY; prints "wedged PID" just before that.
+In its own user and mount namespace it mounts a FUSE file system that it serves itself. It never
+answers a page fault on a file there, which holds the lock for reading; another thread maps memory
+and waits for the lock for writing. From then on, readers of its /proc/PID/cmdline or pagemap hang,
+including pgrep and ps. Usage: wedge.py DIRECTORY; prints "wedged PID" just before that.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def attributes(node: int) -> bytes:
 
 
 def answer(opcode: int, node: int) -> bytes | None:
-    """What the file system says; None: nothing, for ever."""
+    """The file system's answer to a request; None: it never answers."""
     forever = struct.pack("<Q", 1 << 30)
     match opcode:
         case 26:  # INIT
@@ -52,9 +52,9 @@ def answer(opcode: int, node: int) -> bytes | None:
 
 
 def serve(fuse: int) -> None:
-    """Answer all but reads; the first of them fails.
+    """Answer everything but reads; the first read fails.
 
-    The kernel waits for a fault's first read without the lock (mm/filemap.c), for its second with.
+    The kernel holds the lock only during the second read of a fault (mm/filemap.c).
     """
     reads = 0
     while True:
@@ -97,7 +97,7 @@ def main(directory: str) -> None:
     area = mmap.mmap(os.open(f"{directory}/file", os.O_RDWR), 4096, access=mmap.ACCESS_COPY)
     at = ctypes.addressof(ctypes.c_char.from_buffer(area))
     byte = ctypes.create_string_buffer(1)
-    # ctypes lets go of Python's lock while these wait.
+    # ctypes releases the GIL while these wait.
     threading.Thread(target=libc.memcpy, args=(byte, ctypes.c_void_p(at), 1), daemon=True).start()
     time.sleep(1)
     print(f"wedged {os.getpid()}", flush=True)
