@@ -17,10 +17,10 @@ from tests.lab.conftest import Boot, Shared
 from tests.lab.harness import (
     PATIENCE,
     Unstageable,
+    assert_refused,
     end_following,
     following,
     kvmtrace,
-    refused,
 )
 from tests.lab.hosts import doctor
 from tests.lab.machine import Machine
@@ -99,11 +99,11 @@ WITHOUT_BCC = "for d in /usr/lib/python3*/dist-packages/bcc; do mount -t tmpfs n
 def test_what_was_compiled_needs_no_bcc(machine: Machine) -> None:
     machine.run("rm -rf /var/cache/kvmtrace", check=True)
     end_following(machine)
-    refused(kvmtrace(machine, "events --source bpf", within=WITHOUT_BCC), "bcc")
+    assert_refused(kvmtrace(machine, "events --source bpf", mount_change=WITHOUT_BCC), "bcc")
     first = kvmtrace(machine, "compile")
     assert re.search(r"are kept in /var/cache/kvmtrace \(bcc [0-9.]+\)", first.stdout), first
-    assert "were kept already" in kvmtrace(machine, "compile", within=WITHOUT_BCC).stdout
-    judged = kvmtrace(machine, "doctor --source bpf", within=WITHOUT_BCC)
+    assert "were kept already" in kvmtrace(machine, "compile", mount_change=WITHOUT_BCC).stdout
+    judged = kvmtrace(machine, "doctor --source bpf", mount_change=WITHOUT_BCC)
     assert re.search(r"✓ yes +eBPF programs +compiled for this kernel", judged.stdout), judged
     assert re.search(r"✓ yes +source bpf", judged.stdout), judged
 
