@@ -1,5 +1,6 @@
 /* Maps and helpers of the eBPF programs. bcc compiles them without kernel headers (see stubs/), as one
- * text: common.c, exits.c, signals.c, poison.c, hardware.c, vms.c (sources/bpf/programs.py).
+ * text: common.c, exits.c, signals.c, poison.c, hardware.c, vms.c, lookup.bpf.c
+ * (sources/bpf/compiler.py).
  *
  * sources/bpf/layout.py passes, as -D macros read from BTF:
  *   OFF_struct_member   byte offset, or -1 if this kernel has no such member
@@ -8,22 +9,14 @@
  *   NARGS_probe         number of arguments of the probe's target (its return value comes after)
  *   COPY_NUMBER_HELPER  the helper that a program calls for its copy number
  *   RING_PAGES …        sizes and rate limits (sources/limits.py, IN_C)
- *   FN_probe            the name of the probe's fentry or fexit program, if its target is in BTF;
- *                       bcc attaches by it: see ON_FUNCTION
+ *   FN_probe            the name of the probe's fentry or fexit program, if its target is in BTF
+ *   SYM_variable        what stands for the address of a kernel's variable: see sources/bpf/copies.py
  * Programs are named by their probe: FN_probe (fentry, fexit), kp_probe and kr_probe (kprobe and
  * kretprobe), tp_probe (raw tracepoint).
  */
 #include <asm/ptrace.h>
 #include "record.h"
 #include "kernel_objects.h"
-
-/* The name that bcc needs an fentry or fexit program to have: the function's and, since 0.29 (when it
- * got MODULE_KFUNC_PROBE), its module's. */
-#ifdef MODULE_KFUNC_PROBE
-#define ON_FUNCTION(kind, module, function) kind##__##module##__##function
-#else
-#define ON_FUNCTION(kind, module, function) kind##__##function
-#endif
 
 BPF_RINGBUF_OUTPUT(ring, RING_PAGES);
 BPF_TABLE("array", u32, u64, activity, 1); /* everything that the counters count */

@@ -12,6 +12,7 @@ import click
 
 from kvmtrace import __version__
 from kvmtrace.cli.bundle import bundle
+from kvmtrace.cli.compile import compile_
 from kvmtrace.cli.doctor import doctor
 from kvmtrace.cli.errors import Group
 from kvmtrace.cli.events import events
@@ -46,5 +47,5 @@ def cli() -> None:
     """
 
 
-for command in (top, events, serve, record, replay, explain, bundle, doctor):
+for command in (top, events, serve, record, replay, explain, bundle, doctor, compile_):
     cli.add_command(command)

@@ -43,7 +43,18 @@ def doctor(ctx: click.Context, as_json: bool, verbose: bool, source: str) -> Non
 
 def doctor_report(source: str) -> doctor_view.Report:
     """The report on this host and on these sources ("auto": both)."""
-    return doctor_view.judge(host.examine(), [_attempt(kind) for kind in _kinds(source)])
+    kinds = _kinds(source)
+    # Before the attempts, which compile what is not there.
+    may_look = "bpf" in kinds and host.privilege().may_trace
+    programs = _kept_programs() if may_look else None
+    return doctor_view.judge(host.examine(), [_attempt(kind) for kind in kinds], programs)
+
+
+def _kept_programs() -> doctor_view.KeptPrograms | None:
+    from kvmtrace.sources.bpf import programs  # noqa: PLC0415 (only what watches needs it)
+
+    kept = programs.kept()
+    return doctor_view.KeptPrograms(kept.path, kept.bcc, kept.trouble) if kept else None
 
 
 def _kinds(source: str) -> tuple[str, ...]:

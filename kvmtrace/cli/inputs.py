@@ -45,6 +45,8 @@ def open_host(kind: str) -> sources.Source:
     stop.clean_up.append(sources.close_opening)
     source = sources.open_source(kind)
     stop.clean_up.append(source.close)
+    for note in sources.notes():
+        print_status(f"kvmtrace: {note}")
     return _Attached(source)
 
 

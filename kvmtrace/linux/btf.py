@@ -10,6 +10,7 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from kvmtrace.errors import KvmtraceError
 
@@ -47,6 +48,18 @@ _AFTER = {
 _MAX_DEPTH = 32  # of types in types; damaged BTF may have circles
 
 
+@dataclass(frozen=True, slots=True)
+class FunctionType:
+    """A function that BTF knows. ``module``: None if built in. ``type_id``: in that BTF.
+
+    ``arguments``: the names of its parameters.
+    """
+
+    module: str | None
+    type_id: int
+    arguments: tuple[str, ...]
+
+
 class Btf:
     """The types of the running kernel and of its kvm module.
 
@@ -71,6 +84,11 @@ class Btf:
         # There is none where kvm is built in or not loaded.
         with contextlib.suppress(OSError, ValueError):
             self._blobs.append(_Blob(f"{root}/kvm", vmlinux))
+
+    @property
+    def has_kvm(self) -> bool:
+        """Whether kvm is a module that is loaded."""
+        return len(self._blobs) > 1
 
     def offset(self, struct: str, path: str) -> int | None:
         """Byte offset of ``path`` ("a.b.c", nested structs, not pointers) in ``struct``.
@@ -98,8 +116,19 @@ class Btf:
 
     def arguments(self, function: str) -> tuple[str, ...] | None:
         """Names of a function's parameters in order; None if BTF does not have it."""
-        found = self._find(function, _FUNC)
-        return found[0].parameters(found[0].size_or_type(found[1])) if found else None
+        found = self.function(function)
+        return found.arguments if found else None
+
+    def function(self, name: str) -> FunctionType | None:
+        """What BTF says of a function; None if it does not have it."""
+        found = self._find(name, _FUNC)
+        if found is None:
+            return None
+        blob, type_id = found
+        arguments = blob.parameters(blob.size_or_type(type_id))
+        if arguments is None:
+            return None
+        return FunctionType("kvm" if blob is not self._blobs[0] else None, type_id, arguments)
 
     def _find(self, name: str, kind: int) -> tuple[_Blob, int] | None:
         for blob in self._blobs:

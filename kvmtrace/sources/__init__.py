@@ -98,6 +98,20 @@ def _attempt(kind: str, opened: dict[str, Source]) -> Attempt:
     return Attempt(kind, opened[kind].probes())
 
 
+_notes: list[str] = []
+
+
+def note(text: str) -> None:
+    """Let people know something that a source found while it was opened, once."""
+    if text not in _notes:
+        _notes.append(text)
+
+
+def notes() -> tuple[str, ...]:
+    """What ``note`` was called with."""
+    return tuple(_notes)
+
+
 _opening: list[Source] = []
 
 

@@ -50,7 +50,22 @@ class Report:
     verdict: str
 
 
-def judge(facts: Facts, attempts: Sequence[Attempt]) -> Report:
+@dataclass(frozen=True, slots=True)
+class KeptPrograms:
+    """Compiled eBPF programs for this kernel, in the directory ``path`` ("": there is to be none).
+
+    ``bcc``: the version that compiled them; None if there are none. ``trouble``: why what is there
+    is not used, or nothing can be kept.
+    """
+
+    path: str
+    bcc: str | None
+    trouble: str | None
+
+
+def judge(
+    facts: Facts, attempts: Sequence[Attempt], programs: KeptPrograms | None = None
+) -> Report:
     """The report on a host. ``attempts`` in order of preference."""
     choice = choose(attempts)
     chosen = choice[0] if choice else None
@@ -64,11 +79,15 @@ def judge(facts: Facts, attempts: Sequence[Attempt]) -> Report:
         verdict = "KVM_RUN can be watched, but whether it reports memory faults is not known"
     else:
         verdict = "memory-fault exits cannot be seen here"
-    checks = (*_host_checks(facts), *_source_checks(attempts), *_probe_checks(facts, chosen))
+    checks = (
+        *_host_checks(facts, programs),
+        *_source_checks(attempts),
+        *_probe_checks(facts, chosen),
+    )
     return Report(checks, tuple(attempts), ok, verdict)
 
 
-def _host_checks(facts: Facts) -> Iterator[Check]:
+def _host_checks(facts: Facts, programs: KeptPrograms | None) -> Iterator[Check]:
     privilege = facts.privilege
     held = [name for name, number in _CAPABILITIES.items() if privilege.has(number)]
     yield Check(
@@ -109,17 +128,34 @@ def _host_checks(facts: Facts) -> Iterator[Check]:
         "read from this kernel" if facts.poison_names else "not readable: numbers are shown",
         "mount tracefs",
     )
+    is_needed = programs is None or programs.bcc is None
     yield Check(
         "bcc",
-        facts.bcc.version is not None,
+        True if facts.bcc.version is not None else False if is_needed else None,
         facts.bcc.version or facts.bcc.why,
         facts.bcc.fix,
         facts.bcc.detail,
     )
+    if programs is not None:
+        yield _programs_check(programs)
     if facts.ras_cec:
         yield Check(
             "corrected errors", None, "this kernel collects them without an event (RAS_CEC)"
         )
+
+
+def _programs_check(programs: KeptPrograms) -> Check:
+    if programs.bcc is not None:
+        return Check("eBPF programs", True, f"compiled for this kernel, in {programs.path}")
+    compiles = "`kvmtrace compile` keeps them; until then each start compiles"
+    if programs.trouble is None:
+        return Check("eBPF programs", None, "not compiled for this kernel yet", compiles)
+    return Check(
+        "eBPF programs",
+        None,
+        f"compiled at each start: {programs.trouble}",
+        "a directory of root's where nobody else may write; KVMTRACE_CACHE_DIR names another one",
+    )
 
 
 def _kvm_check(facts: Facts) -> Check:

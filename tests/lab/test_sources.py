@@ -7,12 +7,21 @@ kernel, including those that need other boot options.
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from collections.abc import Iterator
 
 import pytest
 
 from tests.lab.conftest import Boot, Shared
-from tests.lab.harness import Unstageable, end_following, following
+from tests.lab.harness import (
+    PATIENCE,
+    Unstageable,
+    assert_refused,
+    end_following,
+    following,
+    kvmtrace,
+)
 from tests.lab.hosts import doctor
 from tests.lab.machine import Machine
 from tests.lab.scenarios import SCENARIOS, SOURCES, Scenario, hva_anon, parity, unannotated
@@ -23,7 +32,7 @@ ORDINARY = [scenario for scenario in SCENARIOS if not scenario.boot]
 
 # Kernels on which the sources work differently than on the newest.
 OTHER_KERNELS = {
-    "bookworm": "6.1: no memory-fault exit, BTF arguments, fprobe; bcc without kfuncs on modules",
+    "bookworm": "6.1: no memory-fault exit, BTF arguments, fprobe; bcc 0.26",
     "trixie": "kvm_gmem_get_pfn with five arguments",
 }
 
@@ -63,6 +72,52 @@ def ways_of_bpf(machine: Machine) -> dict[str, str]:
     return {probe["name"]: probe["via"] for probe in tried["probes"] if probe["attached"]}
 
 
+# No function has a type: then none has a trampoline.
+BY_KPROBES = """
+import sys
+from kvmtrace.cli import main
+from kvmtrace.sources.bpf.layout import Layout
+Layout.function = lambda self, spec: None
+sys.argv[1:] = ["doctor", "--json", "--source", "bpf"]
+main()
+"""
+
+
+def test_without_trampolines_kprobes_do(machine: Machine) -> None:
+    answer = json.loads(machine.run(["python3", "-c", BY_KPROBES], timeout=PATIENCE).stdout)
+    (tried,) = answer["sources"]
+    ways = {probe["name"]: probe.get("via") for probe in tried["probes"]}
+    assert ways["run"] == "kprobe+raw_tracepoint"
+    assert {ways["faultin"], ways["gmem"], ways["vm_new"]} == {"kretprobe"}
+    assert {ways["sigbus"], ways["vm_gone"]} == {"kprobe"}
+
+
+# As root of this host, but with nothing of bcc's that Python could find.
+WITHOUT_BCC = "for d in /usr/lib/python3*/dist-packages/bcc; do mount -t tmpfs none $d; done"
+
+
+def test_what_was_compiled_needs_no_bcc(machine: Machine) -> None:
+    machine.run("rm -rf /var/cache/kvmtrace", check=True)
+    end_following(machine)
+    assert_refused(kvmtrace(machine, "events --source bpf", mount_change=WITHOUT_BCC), "bcc")
+    first = kvmtrace(machine, "compile")
+    assert re.search(r"are kept in /var/cache/kvmtrace \(bcc [0-9.]+\)", first.stdout), first
+    assert "were kept already" in kvmtrace(machine, "compile", mount_change=WITHOUT_BCC).stdout
+    judged = kvmtrace(machine, "doctor --source bpf", mount_change=WITHOUT_BCC)
+    assert re.search(r"✓ yes +eBPF programs +compiled for this kernel", judged.stdout), judged
+    assert re.search(r"✓ yes +source bpf", judged.stdout), judged
+
+
+def test_a_cache_that_others_may_write_to_is_not_used(machine: Machine) -> None:
+    machine.run("kvmtrace compile && chmod 777 /var/cache/kvmtrace", check=True)
+    try:
+        told = kvmtrace(machine, "events --source bpf --duration 1s")
+        assert "/var/cache/kvmtrace is not used" in told.stderr, told
+        assert told.status == 0
+    finally:
+        machine.run("chmod 755 /var/cache/kvmtrace", check=True)
+
+
 @pytest.mark.parametrize(("scenario", "source"), CASES)
 def test_scenario(machine: Machine, scenario: Scenario, source: str) -> None:
     scenario.run(machine, source)
@@ -87,8 +142,5 @@ def test_other_kernel(boot: Boot, kernel: str) -> None:
         with pytest.raises(Unstageable) if source in blind else contextlib.nullcontext():
             unannotated(machine, source)
     end_following(machine)
-    if kernel == "bookworm":
-        # This bcc does not support modules: only built-in functions have trampolines.
-        ways = ways_of_bpf(machine)
-        assert ways["run"].startswith("kprobe")
-        assert {ways["sigbus"], ways["sigbus_forced"]} == {"fentry"}
+    # Whatever its bcc knows of modules, trampolines are the loader's business.
+    assert ways_of_bpf(machine)["run"] == "fexit+raw_tracepoint"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -17,13 +18,16 @@ from kvmtrace.linux import host
 from kvmtrace.linux.btf import Btf
 from kvmtrace.linux.kallsyms import read_symbols
 from kvmtrace.sources.bpf import attach_errors, records
+from kvmtrace.sources.bpf.compiler import CompiledPrograms
 from kvmtrace.sources.bpf.exits import ExitKeyRecord
+from kvmtrace.sources.bpf.loader import _last_word
 from kvmtrace.sources.bpf.translator import RECORDS, BpfTranslator
 from kvmtrace.sources.codec import DECODE_ERRORS, checked
 from kvmtrace.views import json_output
 from tests.property import examples
 from tests.property.damage import placed
 from tests.property.parsers import Parser, laws, text
+from tests.unit.test_bpf_compiler import COMPILED
 from tests.unit.test_bpf_translator import Kernel
 from tests.unit.test_btf import BEFORE, INT, STRINGS, TASK, blob
 
@@ -58,9 +62,15 @@ test_any_input, test_long_input, test_what_is_known = laws(
                 b"ffffffff8126d1c0 t memory_failure\n0000000000000000 T kvm_gmem_get_pfn\t[kvm]\n",
             ],
         ),
-        "libbpf": Parser(
-            text(lambda said: attach_errors.explain("fexit", said, said.split("\n"))),
-            [b"Failed to attach BPF program b'x' to kprobe b'y'\nInvalid argument"],
+        "compiler": Parser(
+            text(attach_errors.errno_in),
+            [b"could not open bpf map: exits, error: Operation not permitted"],
+        ),
+        "verifier": Parser(_last_word, [b"0: (95) exit\nR0 !read_ok\nprocessed 1 insns\n"]),
+        "programs": Parser(
+            lambda data: CompiledPrograms.from_object(json.loads(data)),
+            [json.dumps(COMPILED.as_object()).encode()],
+            (ValueError, RecursionError),
         ),
     }
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvmtrace import feed_socket
+from kvmtrace.sources.bpf import program_cache
 
 
 @pytest.fixture(autouse=True)
@@ -16,4 +17,5 @@ def own_directory(
     """Give the test and processes that it starts their own directory for a serve's socket."""
     path = tmp_path_factory.mktemp("run")
     monkeypatch.setenv(feed_socket.VARIABLE, str(path))
+    monkeypatch.setenv(program_cache.VARIABLE, "")  # nothing is kept on this host
     return path

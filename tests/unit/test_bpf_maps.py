@@ -1,120 +1,71 @@
-"""Maps: rows that changed, and all rows in one call or, where that is refused, one by one."""
+"""Counters: rows that changed since they were read last."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from kvmtrace.sources.bpf import maps as bpf_maps
 from kvmtrace.sources.bpf.exits import ExitCount, ExitKeyRecord
-from kvmtrace.sources.bpf.maps import Maps, Rows
-
-KEYS = [b"key%d" % n for n in range(3)]
-VALUES = [b"value%d  " % n for n in range(3)]
+from kvmtrace.sources.bpf.maps import Maps
 
 
-class Table:
-    """bcc's: four bytes to eight."""
+class Rows(dict[bytes, bytes]):
+    """A map of the kernel's."""
 
-    Key, Leaf, max_entries, map_fd = ctypes.c_char * 4, ctypes.c_char * 8, 8, 42
+    fd, definition = 42, SimpleNamespace(max_entries=4096)
 
-    def __init__(self) -> None:
-        self.walked = 0
+    def rows(self) -> Iterator[tuple[bytes, bytes]]:
+        yield from self.items()
 
-    def items(self) -> Iterator[tuple[Any, Any]]:
-        self.walked += 1
-        for key, value in zip(KEYS, VALUES, strict=True):
-            yield self.Key.from_buffer_copy(key), self.Leaf.from_buffer_copy(value)
+    def lookup(self, key: bytes) -> bytes | None:
+        return self.get(key)
 
-
-class Lib:
-    """libbcc, with a kernel behind it that answers ``error``."""
-
-    def __init__(self, error: int) -> None:
-        self.error, self.calls = error, 0
-
-    def bpf_lookup_batch(self, *arguments: Any) -> int:
-        self.calls += 1
-        fd, at, _, keys, values, count = arguments
-        assert (fd, at, count._obj.value) == (42, None, 8)
-        ctypes.memmove(keys._obj, b"".join(KEYS), 12)
-        ctypes.memmove(values._obj, b"".join(VALUES), 24)
-        count._obj.value = 3
-        ctypes.set_errno(self.error)
-        return -1 if self.error else 0
+    def delete(self, key: bytes) -> None:
+        self.pop(key, None)
 
 
-WANTED = list(zip(KEYS, VALUES, strict=True))
+def made(monkeypatch: pytest.MonkeyPatch, **maps: Any) -> Maps:
+    monkeypatch.setattr(bpf_maps, "RingBuffer", lambda *_: None)
+    return Maps({"ring": Rows(), **maps})  # type: ignore[dict-item]
 
 
-def test_one_call_reads_a_map() -> None:
-    lib, table = Lib(errno.ENOENT), Table()
-    rows = Rows(lib, table)
-    assert list(rows.rows()) == list(rows.rows()) == WANTED
-    assert (lib.calls, table.walked) == (2, 0)
+def rows(*pairs: tuple[ctypes.Structure, ctypes.Structure]) -> Rows:
+    return Rows({bytes(key): bytes(count) for key, count in pairs})
 
 
-def test_a_call_that_the_kernel_lacks_is_tried_once() -> None:
-    lib, table = Lib(errno.EINVAL), Table()
-    rows = Rows(lib, table)
-    assert list(rows.rows()) == list(rows.rows()) == WANTED
-    assert (lib.calls, table.walked) == (1, 2)
-
-
-def test_half_a_map_is_read_again() -> None:
-    for error in (0, errno.ENOSPC):
-        lib, table = Lib(error), Table()
-        rows = Rows(lib, table)
-        assert list(rows.rows()) == list(rows.rows()) == WANTED
-        assert (lib.calls, table.walked) == (2, 2)
-
-
-def test_an_older_libbcc_has_no_such_call() -> None:
-    table = Table()
-    assert list(Rows(object(), table).rows()) == WANTED
-    assert table.walked == 1
-
-
-class Dictionary(dict[Any, Any]):
-    """bcc's table of ``exits`` or ``overflow``, by the bytes of keys."""
-
-    Key, Leaf, max_entries, map_fd = ExitKeyRecord, ExitCount, 8, 42
-
-    def items(self) -> Any:
-        return [(self.Key.from_buffer_copy(key), value) for key, value in super().items()]
-
-    def __delitem__(self, key: Any) -> None:
-        super().__delitem__(bytes(key))
-
-
-def test_rows_that_did_not_change_are_not_read_again() -> None:
+def test_rows_that_did_not_change_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other, rest = (ExitKeyRecord(vcpu=vcpu) for vcpu in (1, 2, 3))
-    exits = Dictionary({bytes(one): ExitCount(1), bytes(other): ExitCount(1)})
-    overflow = Dictionary({bytes(rest): ExitCount(7)})
-    maps = Maps(object(), {"exits": exits, "overflow": overflow})
+    exits = rows((one, ExitCount(1)), (other, ExitCount(1)))
+    overflow = rows((rest, ExitCount(7)))
+    maps = made(monkeypatch, exits=exits, overflow=overflow)
 
     def read() -> list[tuple[int, int]]:
         return [(key.vcpu, count.total) for key, count in maps.exits()]
 
     assert read() == [(1, 1), (2, 1), (3, 7)]
     assert read() == []
-    exits[bytes(other)] = ExitCount(2)
+    exits[bytes(other)] = bytes(ExitCount(2))
     assert read() == [(2, 2)]
     # Once deleted, a row with the same key is a new one. One that is not there is no error.
     maps.forget_exits([other, rest, ExitKeyRecord(vcpu=4)])
     assert (list(exits), list(overflow)) == ([bytes(one)], [])
-    exits[bytes(other)] = ExitCount(2)
+    exits[bytes(other)] = bytes(ExitCount(2))
     assert read() == [(2, 2)]
 
 
-def test_records_are_taken_once() -> None:
-    class Ring:
-        def open_ring_buffer(self, receive: Any) -> None:
-            for record in (b"first", b"second"):
-                receive(None, ctypes.addressof(ctypes.create_string_buffer(record)), len(record))
-
-    maps = Maps(object(), {"ring": Ring()})
-    maps.open_ring()
-    assert maps.take() == [b"first", b"second"]
-    assert maps.take() == []
+def test_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = 0xFFFF800000000000
+    places = {place.to_bytes(4, "little"): (10 + place).to_bytes(8, "little") for place in range(3)}
+    maps = made(
+        monkeypatch,
+        activity=Rows({bytes(4): (7).to_bytes(8, "little")}),
+        lost=Rows(places),
+        generation=Rows({at.to_bytes(8, "little"): (3).to_bytes(8, "little")}),
+    )
+    assert (maps.activity(), maps.lost()) == (7, [10, 11, 12])
+    assert (maps.generation(at), maps.generation(at + 1)) == (3, 0)

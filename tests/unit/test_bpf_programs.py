@@ -1,14 +1,25 @@
-"""The programs' names: what attaches them follows from them."""
+"""The programs' names, from which follows what attaches them; compiled ones are kept."""
 
 from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kvmtrace import probes
-from kvmtrace.sources.bpf.programs import PARTS, bpf_dir, joined, program_names
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.sources.bpf import program_cache, programs
+from kvmtrace.sources.bpf.compiler import PARTS, CompiledPrograms, bpf_dir, joined
+from kvmtrace.sources.bpf.program_cache import ProgramCache
+from kvmtrace.sources.bpf.programs import Kept
+from tests.unit.test_bpf_compiler import COMPILED
 
-TEXT = joined(PARTS)
-NAMES = program_names(TEXT)
+TEXT = joined()
+NAMES = frozenset(re.findall(r"^int ((?:tp|kp|kr)_\w+)\(", TEXT, re.MULTILINE))
 SPECS = {
     spec.name: spec
     for spec in (*probes.specs("x86_64"), *probes.specs("aarch64"), *probes.context_specs())
@@ -45,6 +56,88 @@ def test_errors_name_the_part() -> None:
         assert f'#line 1 "{part}"\n{first}\n' in TEXT
 
 
-def test_only_what_a_probe_names_is_a_program() -> None:
-    text = "int tp_a(x)\n{\n}\nint kp_b_c(x)\nstatic int kr_d(x)\n int kr_e(x)\nint FN_f(x)\n"
-    assert program_names(text) == {"tp_a", "kp_b_c"}
+# -- kept for the next start
+
+
+class Compiler:
+    """Counts how often it is asked."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.times = 0
+        self.version: str | None = COMPILED.bcc
+        self.path = tmp_path / "kept"
+        layout = SimpleNamespace(cflags=lambda: ["-DX=1"])
+        monkeypatch.setattr(programs, "_layout", lambda _cache: layout)
+        monkeypatch.setattr(programs, "compiled", self.compiled)
+        monkeypatch.setattr(programs, "bcc_version", lambda: self.version)
+        monkeypatch.setenv(program_cache.VARIABLE, str(self.path))
+        if os.geteuid():
+            monkeypatch.setattr(ProgramCache.__init__, "__defaults__", (None, os.geteuid()))
+
+    def compiled(self, cflags: list[str]) -> CompiledPrograms:
+        assert "-DX=1" in cflags
+        self.times += 1
+        if self.version is None:
+            raise KvmtraceError("bcc is not installed", "apt install it")
+        return replace(COMPILED, bcc=self.version)
+
+    def start(self) -> str | None:
+        """As a source does; what was wrong with the cache."""
+        cache = ProgramCache()
+        made = programs._compiled(programs._layout(cache), cache)
+        assert made.programs == COMPILED.programs
+        return cache.trouble
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    return Compiler(tmp_path, monkeypatch)
+
+
+def test_the_second_start_compiles_nothing(compiler: Compiler) -> None:
+    assert programs.kept() == Kept(str(compiler.path), None, None)
+    assert (compiler.start(), compiler.start(), compiler.times) == (None, None, 1)
+    assert programs.kept() == Kept(str(compiler.path), COMPILED.bcc, None)
+
+
+def test_another_bcc_compiles_anew_and_none_at_all_is_not_needed(compiler: Compiler) -> None:
+    compiler.start()
+    compiler.version = None
+    assert (compiler.start(), compiler.times) == (None, 1)
+    compiler.version = "0.99"
+    assert (compiler.start(), compiler.times) == (None, 2)
+    assert programs.kept() == Kept(str(compiler.path), "0.99", None)
+
+
+def test_without_either_it_is_the_compilers_error(compiler: Compiler) -> None:
+    compiler.version = None
+    with pytest.raises(KvmtraceError, match="bcc is not installed") as raised:
+        compiler.start()
+    assert raised.value.hint == "apt install it"
+
+
+def test_what_is_damaged_is_said_once_and_compiled_anew(compiler: Compiler) -> None:
+    compiler.start()
+    (kept,) = compiler.path.iterdir()
+    kept.write_bytes(kept.read_bytes()[:-5])
+    assert compiler.start() == f"{kept} is not used: it is damaged"
+    assert (compiler.start(), compiler.times) == (None, 2)
+    ProgramCache().write(kept.name, {"bcc": COMPILED.bcc})
+    assert compiler.start() == f"{kept} is not used: it is damaged"
+    assert (compiler.start(), compiler.times) == (None, 3)
+
+
+def test_where_nothing_can_be_kept_each_start_compiles(compiler: Compiler) -> None:
+    compiler.path.write_text("a file")
+    assert compiler.start()
+    assert compiler.start()
+    assert compiler.times == 2
+    found = programs.kept()
+    assert found is not None
+    assert (found.bcc, programs.keep().bcc) == (None, None)
+    assert found.trouble
+
+
+def test_compiling_ahead(compiler: Compiler) -> None:
+    assert programs.keep() == Kept(str(compiler.path), COMPILED.bcc, None)
+    assert (compiler.start(), compiler.times) == (None, 1)

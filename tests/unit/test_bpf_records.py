@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvmtrace.sources.bpf import exits, hardware, lookup, poison, records, signals, translator
-from kvmtrace.sources.bpf.programs import bpf_dir
+from kvmtrace.sources.bpf.compiler import bpf_dir
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 

@@ -17,9 +17,11 @@ import pytest
 
 from kvmtrace import cli, model, sources
 from kvmtrace.events import Event
-from kvmtrace.linux import clock
+from kvmtrace.linux import clock, host
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import context_specs, specs
+from kvmtrace.sources.bpf import programs
+from kvmtrace.sources.bpf.programs import Kept
 from kvmtrace.sources.recording import RecordingSource
 from kvmtrace.views.web import metrics
 from kvmtrace.vmm import identity
@@ -102,6 +104,9 @@ def story(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     (tmp_path / "tests").symlink_to(docs.ROOT / "tests")
     (tmp_path / "sick.jsonl").write_bytes(docs.STORY.read_bytes())
     monkeypatch.setattr(identity, "vm_processes", lambda: {})
+    monkeypatch.setattr(host, "privilege", lambda: host.Privilege(0, (1 << 41) - 1))
+    monkeypatch.setattr(host, "kvm", lambda: host.Kvm(True, "kvm_intel", True, 1))
+    monkeypatch.setattr(programs, "kept", lambda: Kept("/var/cache/kvmtrace", "0.31.0", None))
     ends = SimpleNamespace(by_signal=False)
     monkeypatch.setattr(sources, "open_source", lambda kind: Story(ends=ends.by_signal))
     return ends

@@ -155,6 +155,30 @@ def test_text_is_aligned_and_has_words_beside_signs() -> None:
     assert len(columns) == 1
 
 
+NO_BCC = host.Bcc(None, "not installed", "apt install it")
+
+
+@pytest.mark.parametrize(
+    ("programs", "bcc_ok", "found", "fix"),
+    [
+        (doctor.KeptPrograms("/kept", "0.31.0", None), None, "compiled for this kernel", ""),
+        (doctor.KeptPrograms("/kept", None, None), False, "not compiled", "kvmtrace compile"),
+        (doctor.KeptPrograms("/kept", None, "/kept: full"), False, "/kept: full", "root's"),
+    ],
+)
+def test_kept_programs(
+    programs: doctor.KeptPrograms, bcc_ok: bool | None, found: str, fix: str
+) -> None:
+    """Where they are, bcc is not needed; where they are not, nothing is wrong, but slow."""
+    report = doctor.judge(facts(bcc=NO_BCC), [BPF], programs)
+    assert check(report, "bcc").ok is bcc_ok
+    line = check(report, "eBPF programs")
+    assert line.ok is (True if programs.bcc else None)
+    assert found in line.found
+    assert fix in line.fix
+    assert line.found in doctor.render(report)
+
+
 BCC_SAYS = (
     "Failed to load BPF program b'kretfunc__kvm__kvm_arch_vcpu_ioctl_run': No such process "
     "(bpf: kvm__kvm_arch_vcpu_ioctl_run is not found in vmlinux BTF)"

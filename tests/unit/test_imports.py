@@ -34,7 +34,7 @@ MAY_IMPORT = {
 }
 # library: where it may be imported, and nowhere else
 HOMES = {
-    "bcc": "sources/bpf/programs.py",
+    "bcc": "sources/bpf/compiler.py",
     "click": "cli/",
     "prometheus_client": "views/web/metrics.py",
     "textual": "views/terminal/app.py",

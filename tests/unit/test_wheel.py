@@ -91,7 +91,7 @@ def test_bcc_is_no_dependency(wheel: Path) -> None:
 @pytest.mark.parametrize("what", ["bpf", "dashboards"])
 def test_data_files_are_in_it_and_found(installed: Path, what: str) -> None:
     code = {
-        "bpf": "from kvmtrace.sources.bpf import programs; print(programs.bpf_dir())",
+        "bpf": "from kvmtrace.sources.bpf import compiler; print(compiler.bpf_dir())",
         "dashboards": "import kvmtrace; print(kvmtrace.__path__[0] + '/dashboards')",
     }
     found = Path(python(installed, code[what]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 _ENOTSUPP = 524  # include/linux/errno.h: internal to the kernel, but the BPF system call returns it
@@ -25,9 +24,9 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class AttachFailure:
-    """``why``: for people. ``detail``: bcc's text; None if bcc was not called.
+    """``why``: for people. ``detail``: the kernel's words; None if it was not asked.
 
-    ``number``: the errno behind it; None where bcc does not say.
+    ``number``: the errno behind it.
     """
 
     why: str
@@ -35,16 +34,12 @@ class AttachFailure:
     number: int | None = None
 
 
-def explain(way: str, error: str, stderr: Sequence[str]) -> AttachFailure:
-    """The failure behind an exception of bcc's (``error``) and what its libraries wrote."""
-    lines = [line.strip() for line in stderr if line.strip()]
-    words = " ".join(error.split())
-    detail = f"{words} ({lines[0]})" if lines else words
-    number = errno_in(" ".join((words, *lines)))
-    reason = _REASONS.get(number) if number is not None else None
-    return AttachFailure(
-        (reason or "bcc cannot attach a {way} program").format(way=way), detail, number
-    )
+def explain(way: str, error: OSError) -> AttachFailure:
+    """The failure behind an error of the loader's, with the verifier's word if it has one."""
+    words = f"{way}: {error.strerror or error}"
+    log = getattr(error, "log", "")
+    reason = _REASONS.get(error.errno or 0, "the kernel refuses the {way} program")
+    return AttachFailure(reason.format(way=way), f"{words} ({log})" if log else words, error.errno)
 
 
 def errno_in(text: str) -> int | None:

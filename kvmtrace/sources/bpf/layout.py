@@ -5,16 +5,21 @@ All of it is read from kallsyms and BTF; bpf/common.c lists the macros.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvmtrace import kvm
-from kvmtrace.linux.btf import Btf
-from kvmtrace.linux.kallsyms import read_symbols
+from kvmtrace.linux import kvm_module
+from kvmtrace.linux.btf import SYS_BTF, Btf, FunctionType
+from kvmtrace.linux.kallsyms import Symbol, read_symbols
 from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import ProbeSpec
 from kvmtrace.sources.bpf import copies, lookup
+from kvmtrace.sources.bpf.copies import PLACEHOLDERS
+from kvmtrace.sources.bpf.program_cache import ProgramCache
 
 # By the name of the macro (OFF_name in bpf/*.c): struct and member in BTF, the newest names first.
 OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -87,51 +92,20 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Trampoline:
-    """A function that an fentry or fexit program can be attached to."""
-
-    kind: str  # bcc's name: kfunc (fentry) or kretfunc (fexit)
-    module: str | None  # None: built in
-    function: str
-
-    @property
-    def macro(self) -> str:
-        """The program's name in C: bpf/common.c makes it the one that this bcc needs."""
-        return f"ON_FUNCTION({self.kind},{self.module or 'vmlinux'},{self.function})"
-
-    @property
-    def full_name(self) -> str:
-        """The name for a bcc that can attach to modules."""
-        return f"{self.kind}__{self.module or 'vmlinux'}__{self.function}"
-
-    @property
-    def plain_name(self) -> str:
-        """The name for a bcc that can attach to vmlinux only."""
-        return f"{self.kind}__{self.function}"
-
-
 class Layout:
     """Symbols, member offsets and argument lists for these probes, read once.
 
-    Raises KvmtraceError if the kernel has no BTF.
+    ``cache`` keeps them, per build of the kernel (types) and per boot (symbols). Raises
+    KvmtraceError if the kernel has no BTF.
     """
 
-    def __init__(self, specs: Iterable[ProbeSpec]) -> None:
+    def __init__(self, specs: Iterable[ProbeSpec], cache: ProgramCache) -> None:
         self.specs = tuple(specs)
         names = {target for spec in self.specs for target in spec.targets}
-        variables = {"kvm_running_vcpu", "__per_cpu_offset", *lookup.SYMBOLS}
-        self.symbols = read_symbols(names | variables)
-        btf = Btf()
-        members = OFFSETS | lookup.OFFSETS
-        self.offsets = {name: _offset(btf, where) for name, where in members.items()}
-        self._sizes = {name: btf.size(name) or 0 for name in SIZES}
-        self._places = {
-            f"{event}_{name}": _place(btf, event, name) for event, name in TRACEPOINT_ARGUMENTS
-        }
-        self._arguments = {
-            target: btf.arguments(target) for target in names if target in self.symbols
-        }
+        self.symbols = _symbols(sorted(names | {*PLACEHOLDERS, *lookup.SYMBOLS}), cache)
+        types = _types(sorted(names), cache)
+        self.offsets = types.offsets
+        self._types = types
 
     def target(self, spec: ProbeSpec) -> str | None:
         """The first of a probe's targets that this kernel has.
@@ -152,35 +126,144 @@ class Layout:
         needs = NEEDS.get(f"{probe}/{os.uname().machine}", NEEDS.get(probe, ()))
         return next((name for name in needs if self.offsets.get(name) is None), None)
 
-    def trampoline(self, spec: ProbeSpec) -> Trampoline | None:
+    def function(self, spec: ProbeSpec) -> FunctionType | None:
         """What an fentry or fexit program is attached to; None if BTF has no target."""
         target = self.target(spec)
-        if spec.is_tracepoint or target is None or self._arguments.get(target) is None:
-            return None
-        kind = "kfunc" if spec.at == "entry" else "kretfunc"
-        return Trampoline(kind, self.symbols[target].module, target)
+        return None if spec.is_tracepoint or target is None else self._types.functions.get(target)
+
+    def addresses(self) -> dict[int, int]:
+        """By placeholder: the address that belongs there."""
+        return {
+            placeholder: self.symbols[name].address
+            for name, placeholder in PLACEHOLDERS.items()
+            if name in self.symbols
+        }
 
     def cflags(self) -> list[str]:
-        """The macros that bpf/*.c are compiled with."""
+        """The macros that bpf/*.c are compiled with; the same for every boot of a kernel."""
+        types = self._types
         flags = [
             f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}",
             f"-DCOPY_NUMBER_HELPER={copies.COPY_NUMBER_HELPER}",
         ]
-        flags += [f"-DOFF_{name}={-1 if at is None else at}" for name, at in self.offsets.items()]
-        flags += [f"-DSIZE_{name}={size}" for name, size in self._sizes.items()]
-        flags += [f"-DARG_{name}={place}" for name, place in self._places.items()]
+        flags += [f"-DOFF_{name}={-1 if at is None else at}" for name, at in types.offsets.items()]
+        flags += [f"-DSIZE_{name}={size}" for name, size in types.sizes.items()]
+        flags += [f"-DARG_{name}={place}" for name, place in types.places.items()]
         for spec in self.specs:
-            place = self.trampoline(spec)
-            if place:
-                arguments = self._arguments[place.function] or ()
-                flags += [f"-DFN_{spec.name}={place.macro}"]
-                flags += [f"-DNARGS_{spec.name}={len(arguments)}"]
-        running = self.symbols.get("kvm_running_vcpu")
+            function = self.function(spec)
+            if function:
+                flags += [f"-DFN_{spec.name}=fn_{spec.name}"]
+                flags += [f"-DNARGS_{spec.name}={len(function.arguments)}"]
+        # Addresses are zeros for those who may not see them.
         per_cpu = self.symbols.get("__per_cpu_offset")
-        if running and per_cpu and per_cpu.address:
-            flags.append(f"-DSYM_KVM_RUNNING_VCPU={running.address:#x}ULL")
-            flags.append(f"-DSYM_PER_CPU_OFFSET={per_cpu.address:#x}ULL")
+        if "kvm_running_vcpu" in self.symbols and per_cpu and per_cpu.address:
+            flags += [
+                f"-DSYM_{name.strip('_').upper()}={placeholder:#x}ULL"
+                for name, placeholder in PLACEHOLDERS.items()
+            ]
         return flags
+
+
+@dataclass(frozen=True, slots=True)
+class _Types:
+    """What BTF says: members and structs by macro name, functions by their own."""
+
+    offsets: dict[str, int | None]
+    sizes: dict[str, int]
+    places: dict[str, int]
+    functions: dict[str, FunctionType]
+
+
+def _types(functions: Sequence[str], cache: ProgramCache) -> _Types:
+    members = OFFSETS | lookup.OFFSETS
+    wanted = repr((members, SIZES, TRACEPOINT_ARGUMENTS, functions))
+    with_kvm = os.path.exists(f"{SYS_BTF}/kvm")
+    name = _types_name(wanted, with_kvm)
+    kept = cache.read(name) if name else None
+    if kept is not None:
+        with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):
+            return _Types(
+                {**kept["offsets"]},
+                {**kept["sizes"]},
+                {**kept["places"]},
+                {
+                    function: FunctionType(module, type_id, tuple(arguments))
+                    for function, (module, type_id, arguments) in kept["functions"].items()
+                },
+            )
+        cache.distrust(name)
+    btf = Btf()
+    found = _Types(
+        {macro: _offset(btf, where) for macro, where in members.items()},
+        {struct: btf.size(struct) or 0 for struct in SIZES},
+        {f"{event}_{name}": _place(btf, event, name) for event, name in TRACEPOINT_ARGUMENTS},
+        {one: known for one in functions if (known := btf.function(one))},
+    )
+    # kvm may have come or gone meanwhile.
+    if name and btf.has_kvm == with_kvm and name == _types_name(wanted, with_kvm):
+        cache.write(
+            name,
+            {
+                "offsets": found.offsets,
+                "sizes": found.sizes,
+                "places": found.places,
+                "functions": {
+                    one: (known.module, known.type_id, known.arguments)
+                    for one, known in found.functions.items()
+                },
+            },
+        )
+    return found
+
+
+def _types_name(wanted: str, with_kvm: bool) -> str:
+    """The file with the types of this build of the kernel and of its module kvm, if it has one.
+
+    "" where one build cannot be told from another.
+    """
+    uname = os.uname()
+    taken = hashlib.sha256("\0".join((wanted, *uname)).encode())
+    builds = [_bytes("/sys/kernel/notes")]
+    if with_kvm:
+        module = "/sys/module/kvm"
+        builds.append(
+            _bytes(f"{module}/notes/.note.gnu.build-id") or _bytes(f"{module}/srcversion")
+        )
+    for build in builds:
+        if not build:
+            return ""
+        taken.update(build + b"\0")
+    for blob in ("vmlinux", "kvm"):
+        with contextlib.suppress(OSError):
+            taken.update(str(os.stat(f"{SYS_BTF}/{blob}").st_size).encode())
+    return f"types-{taken.hexdigest()}"
+
+
+def _symbols(names: Sequence[str], cache: ProgramCache) -> dict[str, Symbol]:
+    """As ``read_symbols``. They stay where they are until kvm is loaded anew."""
+    loaded = kvm_module.loaded()
+    words = (*names, *os.uname(), _bytes("/proc/sys/kernel/random/boot_id").decode(), *loaded)
+    name = f"symbols-{hashlib.sha256(repr(words).encode()).hexdigest()}"
+    # Without kvm they may be read while it is being loaded.
+    kept = cache.read(name) if loaded else None
+    if kept is not None:
+        with contextlib.suppress(TypeError, ValueError, AttributeError):
+            return {one: Symbol(module, int(at)) for one, (module, at) in kept.items()}
+        cache.distrust(name)
+    found = read_symbols(names)
+    shown = any(symbol.address for symbol in found.values())
+    if loaded and shown and kvm_module.loaded() == loaded:
+        cache.write(name, {one: (symbol.module, symbol.address) for one, symbol in found.items()})
+    return found
+
+
+def _bytes(path: str) -> bytes:
+    """Empty where there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _offset(btf: Btf, candidates: tuple[tuple[str, str], ...]) -> int | None:

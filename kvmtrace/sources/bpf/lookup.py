@@ -1,6 +1,6 @@
 """Lookups in the kernel, as it is now: VMs, memslots, owners of a page.
 
-The programs of bpf/lookup.bpf.c are loaded and never attached: libbpf runs each on demand
+The programs of bpf/lookup.bpf.c are loaded and never attached: each is run on demand
 (BPF_PROG_TEST_RUN, Linux 5.10) with the arguments in its context. Nothing is locked, so results
 are checked: a set of slots that changed meanwhile is read again.
 """
@@ -8,14 +8,13 @@ are checked: a set of slots that changed meanwhile is read again.
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 from collections.abc import Callable, Mapping
-from ctypes import c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import c_uint64
 from typing import Any
 
-from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux.pagemap import SPECIAL_TYPES
+from kvmtrace.sources.bpf.loader import Loader
 from kvmtrace.sources.bpf.poison import GmemWalk
 from kvmtrace.sources.guest_memory import Memslot
 
@@ -114,44 +113,16 @@ class PageResult(ctypes.Structure):
     _fields_ = (("file", c_uint64), ("device", c_uint64), ("gmem", GmemWalk))
 
 
-class _TestRun(ctypes.Structure):
-    """struct bpf_test_run_opts of libbpf."""
-
-    _fields_ = (
-        ("sz", c_size_t),
-        ("data_in", c_void_p),
-        ("data_out", c_void_p),
-        ("data_size_in", c_uint32),
-        ("data_size_out", c_uint32),
-        ("ctx_in", c_void_p),
-        ("ctx_out", c_void_p),
-        ("ctx_size_in", c_uint32),
-        ("ctx_size_out", c_uint32),
-        ("retval", c_uint32),
-        ("repeat", c_int),
-        ("duration", c_uint32),
-        ("flags", c_uint32),
-        ("cpu", c_uint32),
-        ("batch_size", c_uint32),
-    )
-
-
 class KernelLookup:
     """Looks up VMs, memslots and pages; None for what cannot be looked up on this kernel.
 
-    ``bpf``: lookup.bpf.c as bcc compiled it. ``load``: loads a program by name and returns its file
-    descriptor, or raises. ``offsets`` by macro name, ``symbols``: addresses of variables.
+    ``loader`` has the programs. ``offsets`` by macro name, ``symbols``: addresses of variables.
     """
 
     def __init__(
-        self,
-        bpf: Any,
-        load: Callable[[str], int],
-        offsets: Mapping[str, int | None],
-        symbols: Mapping[str, int],
+        self, loader: Loader, offsets: Mapping[str, int | None], symbols: Mapping[str, int]
     ) -> None:
-        self._bpf = bpf
-        self._load = load
+        self._loader = loader
         self._symbols = symbols
         self._programs: dict[str, int | None] = {}
         self.why: dict[str, str] = {}
@@ -239,41 +210,19 @@ class KernelLookup:
     ) -> Any | None:
         if program not in self._programs:
             try:
-                self._programs[program] = self._load(program)
-            except Exception as error:  # bcc raises bare Exception
-                self.why[program] = str(error)
+                self._programs[program] = self._loader.load(program)
+            except OSError as error:
+                self.why[program] = f"{error.strerror} {getattr(error, 'log', '')}".strip()
                 self._programs[program] = None
         fd = self._programs[program]
-        if fd is None or run(fd, arguments) < 0:
+        if fd is None:
             return None
-        return kind.from_buffer_copy(bytes(self._bpf[table][c_int(0)]))
-
-
-def run(fd: int, arguments: tuple[int, ...]) -> int:
-    """Run a raw-tracepoint program once; negative if the kernel refused."""
-    context = (c_uint64 * 12)(*arguments)
-    options = _TestRun(
-        sz=ctypes.sizeof(_TestRun),
-        ctx_in=ctypes.addressof(context),
-        ctx_size_in=ctypes.sizeof(context),
-    )
-    return int(libbpf().bpf_prog_test_run_opts(fd, ctypes.byref(options)))
-
-
-@functools.cache
-def libbpf() -> ctypes.CDLL:
-    """libbpf, silenced. Raises KvmtraceError if it is missing."""
-    for name in ("libbpf.so.1", "libbpf.so.0"):
         try:
-            lib = ctypes.CDLL(name)
+            self._loader.run(fd, arguments)
         except OSError:
-            continue
-        lib.libbpf_set_print(None)
-        return lib
-    raise KvmtraceError(
-        "libbpf is not installed, so VMs and pages cannot be looked up",
-        "it comes with bcc: apt install python3-bpfcc (or dnf install python3-bcc)",
-    )
+            return None
+        value = self._loader.maps[table].lookup(bytes(4))
+        return kind.from_buffer_copy(value) if value else None
 
 
 def poisoned_x86(entry: int) -> int | None:

@@ -2,48 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import errno
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 
 from kvmtrace.sources.bpf.exits import ExitCount, ExitKeyRecord, RefusalCount, RefusalKeyRecord
+from kvmtrace.sources.bpf.kernel_map import KernelMap
 from kvmtrace.sources.bpf.records import LOST_PLACES
+from kvmtrace.sources.bpf.ring import RingBuffer
 from kvmtrace.sources.bpf.signals import SigbusCount, SigbusKey
+
+_FIRST = bytes(4)  # the key of an array's first row
 
 
 class Maps:
     """The maps of the attached programs: counters that changed since the last call, and records.
 
-    ``lib``: libbcc. ``tables``: bcc's tables, by name.
+    ``maps``: as they were loaded, by name. Raises OSError if the ring buffer cannot be mapped.
     """
 
-    def __init__(self, lib: Any, tables: Any) -> None:
-        self._lib, self._tables = lib, tables
-        self._received: list[bytes] = []
-        self._rows: dict[str, Rows] = {}  # by map
+    def __init__(self, maps: Mapping[str, KernelMap]) -> None:
+        self._maps = maps
+        self._ring = RingBuffer(maps["ring"].fd, maps["ring"].definition.max_entries)
         self._last: dict[str, dict[bytes, bytes]] = {}  # by map: its rows as they were read last
 
     def set_gmem_watched(self) -> None:
         """Record that kvm_gmem_get_pfn has a probe, so that its failures are seen."""
-        self._tables["watching_gmem"][ctypes.c_int(0)] = ctypes.c_uint32(1)
-
-    def open_ring(self) -> None:
-        """Map the ring buffer."""
-        self._tables["ring"].open_ring_buffer(self._receive)
-
-    def _receive(self, _context: Any, data: int, size: int) -> None:
-        self._received.append(ctypes.string_at(data, size))
+        self._maps["watching_gmem"].update(_FIRST, (1).to_bytes(4, sys.byteorder))
 
     def wait(self, timeout: float) -> None:
-        """Wait for records, at most ``timeout`` seconds; ``take`` returns them."""
-        self._tables.ring_buffer_poll(int(timeout * 1000))
+        """Wait for records, at most ``timeout`` seconds."""
+        self._ring.wait(timeout)
 
     def take(self) -> list[bytes]:
-        """The records received since the last call."""
-        received, self._received = self._received, []
-        return received
+        """The records since the last call."""
+        return self._ring.read()
 
     def exits(self) -> list[tuple[ExitKeyRecord, ExitCount]]:
         """Failed KVM_RUNs."""
@@ -69,10 +62,8 @@ class Maps:
 
     def _changed(self, name: str) -> Iterator[tuple[bytes, bytes]]:
         """The rows of a map whose value differs from the one that was read last."""
-        if name not in self._rows:
-            self._rows[name] = Rows(self._lib, self._tables[name])
         last = self._last.setdefault(name, {})
-        for key, value in self._rows[name].rows():
+        for key, value in self._maps[name].rows():
             if last.get(key) != value:
                 last[key] = value
                 yield key, value
@@ -89,79 +80,29 @@ class Maps:
         self._delete("signals", keys)
 
     def _delete(self, name: str, keys: Sequence[ctypes.Structure]) -> None:
-        table, last = self._tables[name], self._last.get(name, {})
-        for key in keys:
-            last.pop(bytes(key), None)
-            with contextlib.suppress(KeyError):
-                del table[table.Key.from_buffer_copy(key)]
+        last = self._last.get(name, {})
+        for key in map(bytes, keys):
+            last.pop(key, None)
+            self._maps[name].delete(key)
 
     def activity(self) -> int:
         """A number that changes with everything that is counted."""
-        return int(self._tables["activity"][ctypes.c_int(0)].value)
+        return _number(self._maps["activity"].lookup(_FIRST))
 
     def lost(self) -> list[int]:
         """Counts in the order of ``records.LOST_PLACES``."""
-        table = self._tables["lost"]
-        return [int(table[ctypes.c_int(place)].value) for place in range(len(LOST_PLACES))]
+        places = (place.to_bytes(4, sys.byteorder) for place in range(len(LOST_PLACES)))
+        return [_number(self._maps["lost"].lookup(place)) for place in places]
 
     def generation(self, struct: int) -> int:
         """What generation_of() in bpf/common.c returns for this struct kvm; 0 if unknown."""
-        try:
-            return int(self._tables["generation"][ctypes.c_uint64(struct)].value)
-        except KeyError:
-            return 0
+        return _number(self._maps["generation"].lookup(struct.to_bytes(8, sys.byteorder)))
+
+    def close(self) -> None:
+        """Unmap the ring buffer."""
+        self._ring.close()
 
 
-class Rows:
-    """Reads all rows of one of bcc's tables. ``lib``: libbcc.
-
-    By BPF_MAP_LOOKUP_BATCH (kernel/bpf/hashtab.c, Linux 5.6) with room for the whole map. If the
-    kernel or libbcc do not have it: key by key, which costs two system calls a row.
-    """
-
-    def __init__(self, lib: Any, table: Any) -> None:
-        self._lookup = getattr(lib, "bpf_lookup_batch", None)
-        self._table = table
-        self._sizes = ctypes.sizeof(table.Key), ctypes.sizeof(table.Leaf)
-        self._room = int(table.max_entries)
-        self._buffers: tuple[Any, Any] | None = None
-
-    def rows(self) -> Iterator[tuple[bytes, bytes]]:
-        """(key, value) of every row, as bytes."""
-        found = None if self._lookup is None else self._batch(self._lookup)
-        if found is None:
-            found = [(bytes(key), bytes(value)) for key, value in self._table.items()]
-        yield from found
-
-    def _batch(self, lookup: Callable[..., int]) -> list[tuple[bytes, bytes]] | None:
-        key_size, value_size = self._sizes
-        if self._buffers is None:
-            self._buffers = (
-                (ctypes.c_char * (key_size * self._room))(),
-                (ctypes.c_char * (value_size * self._room))(),
-            )
-        keys, values = self._buffers
-        begun, count = ctypes.c_uint32(0), ctypes.c_uint32(self._room)
-        failed = lookup(
-            self._table.map_fd,
-            None,
-            ctypes.byref(begun),
-            ctypes.byref(keys),
-            ctypes.byref(values),
-            ctypes.byref(count),
-        )
-        why = ctypes.get_errno() if failed else 0
-        # ENOENT: the end of the map was reached. Otherwise rows were added meanwhile, and some are
-        # not in the buffers.
-        if why != errno.ENOENT:
-            if why not in (0, errno.ENOSPC):
-                self._lookup = None
-            return None
-        of_keys, of_values = memoryview(keys).cast("B"), memoryview(values).cast("B")
-        return [
-            (
-                bytes(of_keys[n * key_size : (n + 1) * key_size]),
-                bytes(of_values[n * value_size : (n + 1) * value_size]),
-            )
-            for n in range(count.value)
-        ]
+def _number(value: bytes | None) -> int:
+    """0 for a row that is not there."""
+    return int.from_bytes(value or b"", sys.byteorder)
