@@ -6,6 +6,8 @@ One thread uses a source: it calls ``poll`` until done, then ``close`` (which ma
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 from collections.abc import Mapping
 from typing import Protocol, cast
@@ -55,11 +57,20 @@ def open_source(kind: str = "auto") -> Source:
     """
     if not host.privilege().may_trace:
         raise KvmtraceError("tracing the kernel needs root", "run it with sudo")
-    if kind != "auto":
-        source = _open(kind)
-        source.why = "asked for"
-        return source
-    return _best_of("bpf", "ftrace")
+    try:
+        if kind != "auto":
+            source = _open(kind)
+            source.why = "asked for"
+            return source
+        return _best_of("bpf", "ftrace")
+    finally:
+        _return_free_memory()
+
+
+def _return_free_memory() -> None:
+    """Give back what was needed to attach: the kernel's types and symbols take some 20 MiB."""
+    with contextlib.suppress(AttributeError):  # a libc without it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _best_of(*kinds: str) -> Source:
