@@ -116,22 +116,26 @@ def test_a_reader_that_leaves_is_no_error(machine: Machine) -> None:
 
 # -- errors at the start
 
+# With the programs of an earlier test in the cache, no bcc is needed.
+NO_CACHE = {"KVMTRACE_CACHE_DIR": ""}
+
 
 def test_with_bcc_out_of_sight(machine: Machine) -> None:
     # Without site, the distribution's packages are not importable, as in a venv.
     result = machine.run(
         "exec python3 -S -m kvmtrace events --source bpf",
         timeout=PATIENCE,
-        env={"PYTHONPATH": "/opt/kvmtrace/lib"},
+        env={"PYTHONPATH": "/opt/kvmtrace/lib", **NO_CACHE},
     )
     assert_refused(result, "out of this Python's sight", "--system-site-packages")
 
 
 def test_with_the_bcc_of_pypi(machine: Machine) -> None:
     machine.run("mkdir -p /tmp/pypi/bcc && echo 'class Lattice: ...' > /tmp/pypi/bcc/__init__.py")
-    result = kvmtrace(machine, "events --source bpf", {"PYTHONPATH": "/tmp/pypi"})
+    pypi = {"PYTHONPATH": "/tmp/pypi", **NO_CACHE}
+    result = kvmtrace(machine, "events --source bpf", pypi)
     assert_refused(result, "another project", "python3-bpfcc")
-    doctor = kvmtrace(machine, "doctor --source bpf", {"PYTHONPATH": "/tmp/pypi"})
+    doctor = kvmtrace(machine, "doctor --source bpf", pypi)
     assert doctor.status == 1
     assert "python3-bpfcc" in doctor.stdout
     assert doctor.stderr == ""
