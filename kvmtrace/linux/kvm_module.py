@@ -50,11 +50,11 @@ class Settling:
     def is_over(self) -> bool:
         """Whether nothing has changed since the last call; True after ten seconds anyway."""
         before, self._seen = self._seen, loaded()
-        settled = before == self._seen and not _is_changing()
+        settled = before == self._seen and not is_changing()
         return settled or time.monotonic() >= self._end
 
 
-def _is_changing() -> bool:
+def is_changing() -> bool:
     """Whether a module is being loaded or unloaded."""
     return any(os.path.exists(f"/sys/module/{one}") and not _is_live(one) for one in _MODULES)
 

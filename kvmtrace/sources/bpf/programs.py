@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,9 @@ def counts_in(fdinfo: str) -> dict[str, int]:
 _FIELD = re.compile(r"^(\w+):[ \t]*([0-9]{1,20})[ \t]*$", re.MULTILINE)
 
 
+_LOAD_SECONDS = 2.0  # a signal has to end the process within five
+
+
 class Programs:
     """One loaded and attached set of programs, for the kvm module that is loaded now.
 
@@ -52,15 +56,23 @@ class Programs:
     """
 
     def __init__(self) -> None:
-        self._kvm: tuple[str, ...] | None = None
+        self._kvm: tuple[str, ...] = ()
         self._attached: dict[str, list[int]] = {}  # descriptors of programs, by probe
         self._missed: dict[str, int] = {}  # by probe
         self._copies: dict[str, int] = {}  # by probe, where there are several
         cache = ProgramCache()
-        # What is read while kvm is being loaded belongs to neither state.
-        while self._kvm != (now := kvm_module.loaded()):
-            self._kvm = now
+        # What is read while kvm is being loaded belongs to neither state: its functions are there
+        # before it counts as loaded.
+        deadline = time.monotonic() + _LOAD_SECONDS
+        while True:
+            self._kvm = kvm_module.loaded()
             self._layout = _layout(cache)
+            is_changing = kvm_module.is_changing()
+            if self._kvm == kvm_module.loaded() and not is_changing:
+                break
+            if time.monotonic() >= deadline:
+                break  # ``outdated`` notices what comes of it
+            time.sleep(0.1)
         programs = _compiled(self._layout, cache)
         if cache.trouble and cache.path:
             sources.note(f"the cache of eBPF programs: {cache.trouble}")
