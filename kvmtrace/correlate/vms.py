@@ -40,7 +40,7 @@ class UndeliveredRefusals:
 
 
 @dataclass(slots=True)
-class VmRecord:
+class TrackedVm:
     """One VM and its counts."""
 
     seen: VmSeen
@@ -85,15 +85,15 @@ class VmRegistry:
     def __init__(self, limits: Limits, count_lost: CountLost) -> None:
         self._limits = limits
         self._count_lost = count_lost
-        self._vms: dict[int, VmRecord] = {}
+        self._vms: dict[int, TrackedVm] = {}
         self._gone: BoundedDict[int, None] = BoundedDict(limits.gone_vms, self._drop_gone)
         self._departed: BoundedDict[int, VmIdentity] = BoundedDict(limits.departed)
 
-    def get(self, key: int | None) -> VmRecord | None:
+    def get(self, key: int | None) -> TrackedVm | None:
         """Return a VM that is known in full."""
         return self._vms.get(key) if key is not None else None
 
-    def items(self) -> Iterator[tuple[int, VmRecord]]:
+    def items(self) -> Iterator[tuple[int, TrackedVm]]:
         """All VMs that are known in full, by key."""
         return iter(self._vms.items())
 
@@ -124,7 +124,7 @@ class VmRegistry:
         """Add a VM, or what more is known of it."""
         known = self._vms.get(event.vm)
         if known is None:
-            self._vms[event.vm] = VmRecord(event)
+            self._vms[event.vm] = TrackedVm(event)
         else:
             known.seen = event
 
@@ -176,7 +176,7 @@ class VmRegistry:
 
     # -- what happened to them
 
-    def _counted(self, key: int, count: int) -> VmRecord | None:
+    def _counted(self, key: int, count: int) -> TrackedVm | None:
         """The VM that an event is of; None, and the event counted as lost, if it is not known.
 
         The last counts are read after the end of a VM, which may have had no events until then.
@@ -184,7 +184,7 @@ class VmRegistry:
         vm = self._vms.get(key)
         seen = self.seen(key)
         if vm is None and seen is not None:
-            vm = self._vms[key] = VmRecord(seen, gone_ts=self._departed.pop(key).gone_ts)
+            vm = self._vms[key] = TrackedVm(seen, gone_ts=self._departed.pop(key).gone_ts)
             self._gone[key] = None
         elif vm is None:
             self._count_lost("unknown_vms", count)
@@ -223,7 +223,7 @@ class VmRegistry:
         if refusals is not None:
             refusals.add(event.ts, refused=event.count)
 
-    def _refusals(self, vm: VmRecord, gfn: int) -> UndeliveredRefusals | None:
+    def _refusals(self, vm: TrackedVm, gfn: int) -> UndeliveredRefusals | None:
         known = vm.refusals.get(gfn)
         if known is None:
             if len(vm.refusals) >= self._limits.kinds:
