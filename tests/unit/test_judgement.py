@@ -410,6 +410,7 @@ def every_incident(vm: VmIdentity) -> Iterator[Incident]:
         yield replace(judged(vm=vm, **fields), owners=())
         for word in VerdictWord:
             yield judged(word, vm=vm, origin=DIMM, **fields)
+            yield judged(word, vm=vm, early=True, **fields)
             yield judged(word, VerdictWord.HANDLED, vm=vm, **fields)
 
 
