@@ -91,3 +91,10 @@ def tracepoint(targets: Iterable[str], root: str) -> str | None:
 def event_format(target: str, root: str) -> str:
     """The ``format`` of ``system:event``; "" where it cannot be read."""
     return read_text(f"{root}/events/{target.replace(':', '/')}/format")
+
+
+def event_id(target: str, root: str | None = None) -> int | None:
+    """The number of ``system:event`` that perf_event_open(2) takes; None where it is not shown."""
+    root = root or tracefs()
+    text = read_text(f"{root}/events/{target.replace(':', '/')}/id").strip() if root else ""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None

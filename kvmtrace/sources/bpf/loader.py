@@ -189,8 +189,9 @@ class Loader:
         self._keep(bpf(_RAW_TRACEPOINT_OPEN, _RawTracepoint(0, program)))
         return program
 
-    def attach_raw_tracepoint(self, name: str, event: str) -> int:
+    def attach_raw_tracepoint(self, name: str, event: str, *, copy: int = 0) -> int:
         """At an event, by its name without the system."""
+        self._programs[name].code.set_copy_number(copy)
         program = self.load(name)
         text = ctypes.create_string_buffer(event.encode())
         self._keep(bpf(_RAW_TRACEPOINT_OPEN, _RawTracepoint(ctypes.addressof(text), program)))

@@ -18,6 +18,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
 from kvmtrace.linux import host, kvm_module
 from kvmtrace.linux.btf import FunctionType
+from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources import limits
 from kvmtrace.sources.bpf import attach_errors
@@ -47,6 +48,9 @@ _FIELD = re.compile(r"^(\w+):[ \t]*([0-9]{1,20})[ \t]*$", re.MULTILINE)
 
 _LOAD_SECONDS = 2.0  # a signal has to end the process within five
 
+# What an exit shows that has no errno: `run` sees it where it sees all others.
+_SEEN_BY_RUN = ("arm_sea", "vncr")
+
 
 class Programs:
     """One loaded and attached set of programs, for the kvm module that is loaded now.
@@ -60,6 +64,7 @@ class Programs:
         self._attached: dict[str, list[int]] = {}  # descriptors of programs, by probe
         self._missed: dict[str, int] = {}  # by probe
         self._copies: dict[str, int] = {}  # by probe, where there are several
+        self._run = Probe("run", False)
         cache = ProgramCache()
         # What is read while kvm is being loaded belongs to neither state: its functions are there
         # before it counts as loaded.
@@ -117,6 +122,10 @@ class Programs:
         if missing:
             member = ".".join(OFFSETS[missing][0])
             return Probe(spec.name, False, target, why=f"the kernel's BTF has no {member}")
+        if spec.name == "run":
+            return self._attach_run(spec)
+        if spec.name in _SEEN_BY_RUN:
+            return replace(self._run, name=spec.name)
         if spec.is_tracepoint:
             return self._attach_tracepoint(spec, target)
         failure = AttachFailure("the kernel's BTF does not have this function")
@@ -125,8 +134,6 @@ class Programs:
             via = "fentry" if spec.at == "entry" else "fexit"
             failed = self._attach_trampoline(spec, function, via)
             if failed is None:
-                if spec.name == "run" and self._attach_userspace_exit("tp_run_under_way") is None:
-                    via = "fexit+raw_tracepoint"
                 return Probe(spec.name, True, target, via)
             failure = failed
         if f"kp_{spec.name}" in self._loader:
@@ -137,6 +144,48 @@ class Programs:
                 failed = replace(failed, why="this kernel has no kprobes")
             failure = attach_errors.both(failure, failed)
         return Probe(spec.name, False, target, why=failure.why, detail=failure.detail)
+
+    def _attach_run(self, spec: probes.ProbeSpec) -> Probe:
+        """One program for all exits, in the cheapest way in which this kernel never skips it."""
+        if not self._kvm:
+            return Probe(spec.name, False, why=probes.NO_KVM)
+        ways = [self._run_by_raw_tracepoint, self._run_by_event]
+        if self._layout.skips_raw_tracepoints:
+            ways.reverse()
+        for way in ways:
+            self._run = way(spec.targets[0])
+            if self._run.attached:
+                break
+        return self._run
+
+    def _run_by_raw_tracepoint(self, target: str) -> Probe:
+        failed = self._attach_copy_of_run(0)
+        if failed is not None:
+            return Probe("run", False, target, why=failed.why, detail=failed.detail)
+        if self._layout.skips_raw_tracepoints:
+            self._attach_copies_of_run()
+        return Probe("run", True, target, "raw_tracepoint")
+
+    def _attach_copies_of_run(self) -> None:
+        """Against skipping: the first copy is attached."""
+        for copy in range(1, self._loader.copies("tp_run", "run")):
+            if self._attach_copy_of_run(copy) is None:
+                self._copies["run"] = copy + 1
+
+    def _attach_copy_of_run(self, copy: int) -> AttachFailure | None:
+        event = probes.USERSPACE_EXIT.partition(":")[2]
+        return self._attach_raw_tracepoint("run", event, "tp_run", copy)
+
+    def _run_by_event(self, target: str) -> Probe:
+        number = mount.event_id(target)
+        if number is None:
+            return Probe("run", False, target, why="tracefs does not show this event")
+        failed = self._try(
+            "run", "tracepoint", lambda: self._loader.attach_tracepoint("te_run", number)
+        )
+        if failed is not None:
+            return Probe("run", False, target, why=failed.why, detail=failed.detail)
+        return Probe("run", True, target, "tracepoint")
 
     def _attach_tracepoint(self, spec: probes.ProbeSpec, target: str) -> Probe:
         event = target.rpartition(":")[2]
@@ -171,8 +220,6 @@ class Programs:
         failed = self._try(
             spec.name, "kprobe", lambda: self._loader.attach_kprobe(entry, target, entry=True)
         )
-        if spec.name == "run":
-            return failed or self._attach_userspace_exit("tp_run"), "kprobe+raw_tracepoint"
         if leave not in self._loader:
             return failed, "kprobe"
         failed = failed or self._try(
@@ -180,12 +227,13 @@ class Programs:
         )
         return failed, "kretprobe"
 
-    def _attach_userspace_exit(self, program: str) -> AttachFailure | None:
-        return self._attach_raw_tracepoint("run", "kvm_userspace_exit", program)
-
-    def _attach_raw_tracepoint(self, probe: str, event: str, program: str) -> AttachFailure | None:
+    def _attach_raw_tracepoint(
+        self, probe: str, event: str, program: str, copy: int = 0
+    ) -> AttachFailure | None:
         return self._try(
-            probe, "raw_tracepoint", lambda: self._loader.attach_raw_tracepoint(program, event)
+            probe,
+            "raw_tracepoint",
+            lambda: self._loader.attach_raw_tracepoint(program, event, copy=copy),
         )
 
     def _try(
@@ -215,7 +263,7 @@ class Programs:
         Calls that another copy of the program may have handled are not counted.
         """
         events: list[Event] = []
-        for probe, programs in self._attached.items():
+        for probe, programs in list(self._attached.items()):
             if self._copies.get(probe, 1) > 1:
                 continue
             total = sum(_fdinfo(program).get("recursion_misses", 0) for program in programs)
@@ -223,6 +271,8 @@ class Programs:
             self._missed[probe] = total
             if more > 0:
                 events.append(Lost(now, f"{probe}_missed", more))
+                if probe == "run":
+                    self._attach_copies_of_run()  # ``skips_raw_tracepoints`` was wrong
         return events
 
     def outdated(self) -> bool:
@@ -247,7 +297,10 @@ class Programs:
 
 
 def _layout(cache: ProgramCache) -> Layout:
-    return Layout((*probes.specs(), *probes.context_specs()), cache)
+    specs = (*probes.specs(), *probes.context_specs())
+    # The function's return has more, but to be there costs more.
+    at_exit = {"targets": (probes.USERSPACE_EXIT,), "at": "entry"}
+    return Layout((replace(one, **at_exit) if one.name == "run" else one for one in specs), cache)
 
 
 def _cflags(layout: Layout) -> list[str]:
