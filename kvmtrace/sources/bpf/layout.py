@@ -158,7 +158,7 @@ class Layout:
 
         True also where kallsyms has no variables, and so does not show it.
         """
-        return _ANY_VARIABLE not in self.symbols or _PREEMPTED_TRACEPOINTS <= set(self.symbols)
+        return _ANY_VARIABLE not in self.symbols or set(self.symbols) >= _PREEMPTED_TRACEPOINTS
 
     def addresses(self) -> dict[int, int]:
         """By placeholder: the address that belongs there."""

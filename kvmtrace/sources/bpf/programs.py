@@ -18,7 +18,6 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost
 from kvmtrace.linux import host, kvm_module
 from kvmtrace.linux.btf import FunctionType
-from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources import limits
 from kvmtrace.sources.bpf import attach_errors
@@ -29,6 +28,7 @@ from kvmtrace.sources.bpf.loader import Loader
 from kvmtrace.sources.bpf.lookup import KernelLookup
 from kvmtrace.sources.bpf.maps import Maps
 from kvmtrace.sources.bpf.program_cache import ProgramCache
+from kvmtrace.sources.bpf.run_probe import RunProbe
 
 
 def _fdinfo(descriptor: int) -> dict[str, int]:
@@ -48,8 +48,8 @@ _FIELD = re.compile(r"^(\w+):[ \t]*([0-9]{1,20})[ \t]*$", re.MULTILINE)
 
 _LOAD_SECONDS = 2.0  # a signal has to end the process within five
 
-# What an exit shows that has no errno: `run` sees it where it sees all others.
-_SEEN_BY_RUN = ("arm_sea", "vncr")
+# Exits without an errno: `run`, which comes before them, sees these as well.
+_IN_RUN = ("arm_sea", "vncr")
 
 
 class Programs:
@@ -64,7 +64,6 @@ class Programs:
         self._attached: dict[str, list[int]] = {}  # descriptors of programs, by probe
         self._missed: dict[str, int] = {}  # by probe
         self._copies: dict[str, int] = {}  # by probe, where there are several
-        self._run = Probe("run", False)
         cache = ProgramCache()
         # What is read while kvm is being loaded belongs to neither state: its functions are there
         # before it counts as loaded.
@@ -83,13 +82,15 @@ class Programs:
             sources.note(f"the cache of eBPF programs: {cache.trouble}")
         try:
             self._loader = Loader(programs, self._layout.addresses())
-            self.maps = Maps(self._loader.maps)
+            self._run = RunProbe(self._loader, skips_raw=self._layout.skips_raw_tracepoints)
+            self.maps = Maps(self._loader.maps, self._run.guard)
         except PermissionError as error:
             raise KvmtraceError(
                 "the kernel does not permit BPF",
                 "a missing capability or this host's policy: see `kvmtrace doctor`",
                 str(error),
             ) from error
+        self._attached["run"] = self._run.programs
         states = [self._attach(spec) for spec in self._layout.specs]
         if any(state.attached and state.name == "gmem" for state in states):
             self.maps.set_gmem_watched()
@@ -122,10 +123,10 @@ class Programs:
         if missing:
             member = ".".join(OFFSETS[missing][0])
             return Probe(spec.name, False, target, why=f"the kernel's BTF has no {member}")
+        if spec.name in _IN_RUN:
+            return replace(self._run.state, name=spec.name)
         if spec.name == "run":
-            return self._attach_run(spec)
-        if spec.name in _SEEN_BY_RUN:
-            return replace(self._run, name=spec.name)
+            return self._run.attach() if self._kvm else Probe("run", False, why=probes.NO_KVM)
         if spec.is_tracepoint:
             return self._attach_tracepoint(spec, target)
         failure = AttachFailure("the kernel's BTF does not have this function")
@@ -144,48 +145,6 @@ class Programs:
                 failed = replace(failed, why="this kernel has no kprobes")
             failure = attach_errors.both(failure, failed)
         return Probe(spec.name, False, target, why=failure.why, detail=failure.detail)
-
-    def _attach_run(self, spec: probes.ProbeSpec) -> Probe:
-        """One program for all exits, in the cheapest way in which this kernel never skips it."""
-        if not self._kvm:
-            return Probe(spec.name, False, why=probes.NO_KVM)
-        ways = [self._run_by_raw_tracepoint, self._run_by_event]
-        if self._layout.skips_raw_tracepoints:
-            ways.reverse()
-        for way in ways:
-            self._run = way(spec.targets[0])
-            if self._run.attached:
-                break
-        return self._run
-
-    def _run_by_raw_tracepoint(self, target: str) -> Probe:
-        failed = self._attach_copy_of_run(0)
-        if failed is not None:
-            return Probe("run", False, target, why=failed.why, detail=failed.detail)
-        if self._layout.skips_raw_tracepoints:
-            self._attach_copies_of_run()
-        return Probe("run", True, target, "raw_tracepoint")
-
-    def _attach_copies_of_run(self) -> None:
-        """Against skipping: the first copy is attached."""
-        for copy in range(1, self._loader.copies("tp_run", "run")):
-            if self._attach_copy_of_run(copy) is None:
-                self._copies["run"] = copy + 1
-
-    def _attach_copy_of_run(self, copy: int) -> AttachFailure | None:
-        event = probes.USERSPACE_EXIT.partition(":")[2]
-        return self._attach_raw_tracepoint("run", event, "tp_run", copy)
-
-    def _run_by_event(self, target: str) -> Probe:
-        number = mount.event_id(target)
-        if number is None:
-            return Probe("run", False, target, why="tracefs does not show this event")
-        failed = self._try(
-            "run", "tracepoint", lambda: self._loader.attach_tracepoint("te_run", number)
-        )
-        if failed is not None:
-            return Probe("run", False, target, why=failed.why, detail=failed.detail)
-        return Probe("run", True, target, "tracepoint")
 
     def _attach_tracepoint(self, spec: probes.ProbeSpec, target: str) -> Probe:
         event = target.rpartition(":")[2]
@@ -227,13 +186,9 @@ class Programs:
         )
         return failed, "kretprobe"
 
-    def _attach_raw_tracepoint(
-        self, probe: str, event: str, program: str, copy: int = 0
-    ) -> AttachFailure | None:
+    def _attach_raw_tracepoint(self, probe: str, event: str, program: str) -> AttachFailure | None:
         return self._try(
-            probe,
-            "raw_tracepoint",
-            lambda: self._loader.attach_raw_tracepoint(program, event, copy=copy),
+            probe, "raw_tracepoint", lambda: self._loader.attach_raw_tracepoint(program, event)
         )
 
     def _try(
@@ -258,21 +213,21 @@ class Programs:
         return found
 
     def missed(self, now: int) -> list[Event]:
-        """``Lost`` for calls that a program was skipped for, as it was preempted on that CPU.
+        """``Lost`` for calls that a program was skipped for, as one was preempted on that CPU.
 
         Calls that another copy of the program may have handled are not counted.
         """
         events: list[Event] = []
-        for probe, programs in list(self._attached.items()):
-            if self._copies.get(probe, 1) > 1:
-                continue
+        for probe, programs in self._attached.items():
             total = sum(_fdinfo(program).get("recursion_misses", 0) for program in programs)
             more = total - self._missed.get(probe, 0)
             self._missed[probe] = total
-            if more > 0:
+            may_miss = self._run.may_miss if probe == "run" else self._copies.get(probe, 1) == 1
+            if more > 0 and may_miss:
                 events.append(Lost(now, f"{probe}_missed", more))
                 if probe == "run":
-                    self._attach_copies_of_run()  # ``skips_raw_tracepoints`` was wrong
+                    self._run.missed()
+        self._run.end_guard()
         return events
 
     def outdated(self) -> bool:
@@ -297,10 +252,11 @@ class Programs:
 
 
 def _layout(cache: ProgramCache) -> Layout:
-    specs = (*probes.specs(), *probes.context_specs())
-    # The function's return has more, but to be there costs more.
-    at_exit = {"targets": (probes.USERSPACE_EXIT,), "at": "entry"}
-    return Layout((replace(one, **at_exit) if one.name == "run" else one for one in specs), cache)
+    specs = [*probes.specs(), *probes.context_specs()]
+    # By eBPF it is not at the return of the function, which the other source probes.
+    at = next(number for number, spec in enumerate(specs) if spec.name == "run")
+    specs[at] = replace(specs[at], targets=(probes.USERSPACE_EXIT,), at="entry")
+    return Layout(specs, cache)
 
 
 def _cflags(layout: Layout) -> list[str]:
