@@ -87,9 +87,10 @@ TRACEPOINT_ARGUMENTS = (("arm_event", "sev"),)
 SIZES = ("cper_sec_proc_arm", "page")
 
 _TASK_PT_REGS = "bpf_task_pt_regs"
-# Both: tracepoints are guarded by SRCU, and by the kind of it that needs no preemption to be off.
-# Then programs on raw tracepoints are preempted, and skipped meanwhile.
-_PREEMPTED_TRACEPOINTS = frozenset({"tracepoint_srcu", "init_srcu_struct_fast"})
+# A kernel that has both guards tracepoints by SRCU, and by the kind of it that lets readers be
+# preempted (include/linux/srcu.h). The function has another name where locking is debugged.
+_SRCU_FAST = frozenset({"init_srcu_struct_fast", "__init_srcu_struct_fast"})
+_TRACEPOINT_SRCU = "tracepoint_srcu"
 _ANY_VARIABLE = "__per_cpu_offset"
 
 # Without these, a probe has nothing to report.
@@ -122,7 +123,7 @@ class Layout:
     def __init__(self, specs: Iterable[ProbeSpec], cache: ProgramCache) -> None:
         self.specs = tuple(specs)
         names = {target for spec in self.specs for target in spec.targets}
-        facts = {_TASK_PT_REGS, _ANY_VARIABLE, *_PREEMPTED_TRACEPOINTS}
+        facts = {_TASK_PT_REGS, _ANY_VARIABLE, _TRACEPOINT_SRCU, *_SRCU_FAST}
         self.symbols = _symbols(sorted({*names, *facts, *PLACEHOLDERS, *lookup.SYMBOLS}), cache)
         types = _types(sorted(names), cache)
         self.offsets = types.offsets
@@ -154,11 +155,14 @@ class Layout:
 
     @property
     def skips_raw_tracepoints(self) -> bool:
-        """Whether this kernel may skip a program on a raw tracepoint, as others preempt it.
+        """Whether this kernel may skip a program on a raw tracepoint, as it can be preempted.
 
-        True also where kallsyms has no variables, and so does not show it.
+        True also where kallsyms has no variables, and so cannot tell.
         """
-        return _ANY_VARIABLE not in self.symbols or set(self.symbols) >= _PREEMPTED_TRACEPOINTS
+        names = self.symbols.keys()
+        return bool(_SRCU_FAST & names) and (
+            _TRACEPOINT_SRCU in names or _ANY_VARIABLE not in names
+        )
 
     def addresses(self) -> dict[int, int]:
         """By placeholder: the address that belongs there."""
