@@ -260,3 +260,13 @@ def test_kernel_option(tmp_path: Path) -> None:
 
 def test_this_host_can_be_examined() -> None:
     assert host.examine().kernel
+
+
+def test_the_number_of_an_event(tmp_path: Path) -> None:
+    event = tmp_path / "events" / "kvm" / "kvm_userspace_exit"
+    event.mkdir(parents=True)
+    assert mount.event_id("kvm:kvm_userspace_exit", str(tmp_path)) is None
+    (event / "id").write_text("1723\n")
+    assert mount.event_id("kvm:kvm_userspace_exit", str(tmp_path)) == 1723
+    (event / "id").write_text("many\n")
+    assert mount.event_id("kvm:kvm_userspace_exit", str(tmp_path)) is None
