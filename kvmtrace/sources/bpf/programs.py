@@ -56,7 +56,7 @@ class Programs:
     """One loaded and attached set of programs, for the kvm module that is loaded now.
 
     ``states``: every probe, attached or not. ``maps``: counters and records. ``lookup``: what looks
-    up VMs and pages. Raises KvmtraceError if nothing can be attached.
+    up VMs and pages. ``run``: what all exits run. Raises KvmtraceError if nothing can be attached.
     """
 
     def __init__(self) -> None:
@@ -82,15 +82,15 @@ class Programs:
             sources.note(f"the cache of eBPF programs: {cache.trouble}")
         try:
             self._loader = Loader(programs, self._layout.addresses())
-            self._run = RunProbe(self._loader, skips_raw=self._layout.skips_raw_tracepoints)
-            self.maps = Maps(self._loader.maps, self._run.guard)
+            self.run = RunProbe(self._loader, skips_raw=self._layout.skips_raw_tracepoints)
+            self.maps = Maps(self._loader.maps, self.run.guard)
         except PermissionError as error:
             raise KvmtraceError(
                 "the kernel does not permit BPF",
                 "a missing capability or this host's policy: see `kvmtrace doctor`",
                 str(error),
             ) from error
-        self._attached["run"] = self._run.programs
+        self._attached["run"] = self.run.programs
         states = [self._attach(spec) for spec in self._layout.specs]
         if any(state.attached and state.name == "gmem" for state in states):
             self.maps.set_gmem_watched()
@@ -124,9 +124,9 @@ class Programs:
             member = ".".join(OFFSETS[missing][0])
             return Probe(spec.name, False, target, why=f"the kernel's BTF has no {member}")
         if spec.name in _IN_RUN:
-            return replace(self._run.state, name=spec.name)
+            return replace(self.run.state, name=spec.name)
         if spec.name == "run":
-            return self._run.attach() if self._kvm else Probe("run", False, why=probes.NO_KVM)
+            return self.run.attach() if self._kvm else Probe("run", False, why=probes.NO_KVM)
         if spec.is_tracepoint:
             return self._attach_tracepoint(spec, target)
         failure = AttachFailure("the kernel's BTF does not have this function")
@@ -222,12 +222,12 @@ class Programs:
             total = sum(_fdinfo(program).get("recursion_misses", 0) for program in programs)
             more = total - self._missed.get(probe, 0)
             self._missed[probe] = total
-            may_miss = self._run.may_miss if probe == "run" else self._copies.get(probe, 1) == 1
+            may_miss = self.run.may_miss if probe == "run" else self._copies.get(probe, 1) == 1
             if more > 0 and may_miss:
                 events.append(Lost(now, f"{probe}_missed", more))
                 if probe == "run":
-                    self._run.missed()
-        self._run.end_guard()
+                    self.run.missed()
+        self.run.end_guard()
         return events
 
     def outdated(self) -> bool:
