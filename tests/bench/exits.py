@@ -30,6 +30,14 @@ EXITS, ROUNDS = 20_000, 9
 VMM = Path(__file__).parents[1] / "lab" / "vmm"
 _ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 _ENABLE_STATS = 32  # enum bpf_cmd
+
+
+class _EnableStats(ctypes.Structure):
+    """``type`` 0: run time."""
+
+    _fields_ = (("type", ctypes.c_uint32),)
+
+
 Attached = Callable[[], AbstractContextManager[list[int]]]
 """Attaches programs for a while; their descriptors."""
 
@@ -55,7 +63,7 @@ def _kvmtrace() -> Iterator[list[int]]:
 @contextlib.contextmanager
 def _counted() -> Iterator[None]:
     """The kernel counts runs and time of all programs meanwhile (BPF_ENABLE_STATS, Linux 5.8)."""
-    descriptor = bpf(_ENABLE_STATS, ctypes.c_uint32(0))
+    descriptor = bpf(_ENABLE_STATS, _EnableStats())
     try:
         yield
     finally:
