@@ -13,12 +13,12 @@ import shlex
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
-from tests.lab.errors import status_of
+from tests.lab.errors import LabError, status_of
 from tests.lab.harness import PATIENCE, Vmm
 from tests.lab.machine import DEFAULT, Job, Machine
 from tests.lab.progress import print_status
@@ -26,6 +26,7 @@ from tests.lab.progress import print_status
 Stream = Literal["stdout", "stderr"]
 Way = Callable[[Machine], AbstractContextManager[object]]
 
+NOTHING = "nothing attached"
 MINIMAL = Path(__file__).with_name("minimal.py")
 
 # The equivalent of the `run` probe, written by hand.
@@ -92,11 +93,26 @@ def _minimal(arguments: str) -> Way:
     return lambda machine: running(machine, command, r"attached", "stdout")
 
 
-def _ways() -> dict[str, Way]:
-    ways: dict[str, Way] = {"nothing attached": _nothing}
+def _ways(only: Sequence[str]) -> dict[str, Way]:
+    ways: dict[str, Way] = {NOTHING: _nothing}
     ways |= {f"kvmtrace {source}": _kvmtrace(source) for source in ("bpf", "ftrace")}
     ways |= {name: _bpftrace(program) for name, program in _BPFTRACE.items()}
-    return ways | {name: _minimal(arguments) for name, arguments in _MINIMAL.items()}
+    ways |= {name: _minimal(arguments) for name, arguments in _MINIMAL.items()}
+    return {
+        name: way
+        for name, way in ways.items()
+        if not only or name == NOTHING or any(part in name for part in only)
+    }
+
+
+def _entered(stack: ExitStack, way: Way, machine: Machine) -> bool:
+    """Whether this kernel, or what is installed there, has that way of watching."""
+    try:
+        stack.enter_context(way(machine))
+    except LabError as error:
+        print_status(f"bench: {error}")
+        return False
+    return True
 
 
 def _cpu_ns(machine: Machine) -> int:
@@ -112,14 +128,19 @@ def _vmm(machine: Machine, exits: int) -> Vmm:
     return vmm
 
 
-def overhead(machine: Machine, exits: int, rounds: int) -> list[str]:
-    """Measure KVM_RUN exits per CPU second by way of watching, with the ratio to nothing."""
-    ways = _ways()
+def overhead(machine: Machine, exits: int, rounds: int, only: Sequence[str] = ()) -> list[str]:
+    """Measure KVM_RUN exits per CPU second by way of watching, with the ratio to nothing.
+
+    ``only``: parts of the names of what is measured beside nothing attached.
+    """
+    ways = _ways(only)
     spent: dict[str, list[float]] = {name: [] for name in ways}
     vmm = _vmm(machine, exits)
     for number in range(rounds):
         for name, way in ways.items():
-            with way(machine):
+            with ExitStack() as stack:
+                if not _entered(stack, way, machine):
+                    continue
                 # What is attached changes code, which the emulator translates anew.
                 vmm.step(f"pio v {exits // 4}", patience=10 * PATIENCE)
                 before = _cpu_ns(machine)
@@ -129,10 +150,13 @@ def overhead(machine: Machine, exits: int, rounds: int) -> list[str]:
                 f"bench: round {number + 1} of {rounds}: {name}: {spent[name][-1]:,.0f} ns an exit"
             )
     vmm.end()
-    base = spent["nothing attached"]
+    base = spent[NOTHING]
     rows = ["| watching by | KVM_RUN exits per CPU second (median) | ratio | ns more |"]
     rows += ["|---|---|---|---|"]
     for name, values in spent.items():
+        if len(values) < rounds:
+            rows.append(f"| {name} | not on this kernel | | |")
+            continue
         one = statistics.median(values)
         # Pairs of one round, so that what changes from round to round does not count.
         ratio = statistics.median(a / b for a, b in zip(base, values, strict=True))
@@ -141,15 +165,17 @@ def overhead(machine: Machine, exits: int, rounds: int) -> list[str]:
     return rows
 
 
-def run_time(machine: Machine, exits: int) -> list[str]:
+def run_time(machine: Machine, exits: int, only: Sequence[str] = ()) -> list[str]:
     """Measure by the kernel's own account (bpf_stats) what programs an ordinary exit runs."""
-    ways = {name: way for name, way in _ways().items() if name != "nothing attached"}
+    ways = {name: way for name, way in _ways(only).items() if name != NOTHING}
     rows = ["| watching by | programs that an ordinary exit runs | their time, ns an exit |"]
     rows += ["|---|---|---|"]
     machine.run("sysctl -q kernel.bpf_stats_enabled=1", check=True)
     vmm = _vmm(machine, exits)
     for name, way in ways.items():
-        with way(machine):
+        with ExitStack() as stack:
+            if not _entered(stack, way, machine):
+                continue
             before = _program_runs(machine)
             vmm.step(f"pio v {exits}", patience=10 * PATIENCE)
             after = _program_runs(machine)
@@ -175,12 +201,17 @@ def main() -> int:
     parser.add_argument("--kernel", default=DEFAULT)
     parser.add_argument("--exits", type=int, default=25_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", action="append", default=[], help="part of a way's name")
     options = parser.parse_args()
     with Machine.boot(options.kernel) as machine:
         machine.run("kvmtrace compile", timeout=PATIENCE)
         print(f"Linux {machine.release}:\n")
-        print("\n".join(overhead(machine, options.exits, options.rounds)), "\n", flush=True)
-        print("\n".join(run_time(machine, options.exits)))
+        print(
+            "\n".join(overhead(machine, options.exits, options.rounds, options.only)),
+            "\n",
+            flush=True,
+        )
+        print("\n".join(run_time(machine, options.exits, options.only)))
     return 0
 
 
