@@ -47,6 +47,19 @@ class FakeLoader:
         del self.attached[program]
 
 
+FORMAT = """name: kvm_userspace_exit
+ID: 1723
+format:
+\tfield:unsigned short common_type;\toffset:0;\tsize:2;\tsigned:0;
+\tfield:unsigned char common_flags;\toffset:2;\tsize:1;\tsigned:0;
+\tfield:unsigned char common_preempt_count;\toffset:3;\tsize:1;\tsigned:0;
+\tfield:int common_pid;\toffset:4;\tsize:4;\tsigned:1;
+
+\tfield:__u32 reason;\toffset:8;\tsize:4;\tsigned:0;
+\tfield:int errno;\toffset:12;\tsize:4;\tsigned:1;
+
+print fmt: "reason %s (%d)", REC->errno < 0 ? "error" : "unknown", REC->reason
+"""
 RAW, EVENT = ("tp_run", 0), ("te_run", 0)
 COPIES = [("tp_run", 1), ("tp_run", 2)]
 
@@ -64,7 +77,8 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(run_probe, "time", made)
-    monkeypatch.setattr(mount, "event_id", {TARGET: 1723}.get)
+    monkeypatch.setattr(mount, "tracefs", lambda: "/tracefs")
+    monkeypatch.setattr(mount, "event_format", lambda *asked: {(TARGET, "/tracefs"): FORMAT}[asked])
     return made
 
 
@@ -130,14 +144,16 @@ def test_a_trace_event_that_was_skipped_is_guarded_from_then_on(clock: Clock) ->
     assert attached(loader, probe) == [EVENT, *COPIES]
 
 
-@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("how", ["refused", "not shown", "another event"])
 def test_without_the_trace_event_there_are_copies(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch, *, shown: bool
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    loader = FakeLoader("te_run")
-    if not shown:
-        loader.refuses = ()
-        monkeypatch.setattr(mount, "event_id", lambda _target: None)
+    loader = FakeLoader(*(["te_run"] if how == "refused" else []))
+    if how == "not shown":
+        monkeypatch.setattr(mount, "tracefs", lambda: None)
+    if how == "another event":
+        other = FORMAT.replace("offset:12", "offset:16")
+        monkeypatch.setattr(mount, "event_format", lambda *_: other)
     probe = made(loader, skips_raw=True)
     assert probe.state == Probe("run", True, TARGET, "raw_tracepoint")
     clock.now += 2 * GUARD_SECONDS

@@ -27,6 +27,8 @@ from kvmtrace.sources.bpf.loader import Loader
 
 GUARD_SECONDS = 60.0
 
+_PLACES = {"reason": (8, 4), "errno": (12, 4)}  # struct userspace_exit in bpf/common.c
+
 
 class RunProbe:
     """``state``: what became of ``attach``. ``programs``: descriptors of its programs.
@@ -85,9 +87,11 @@ class RunProbe:
             self._guard.clear()
 
     def _attach_event(self) -> int:
-        number = mount.event_id(USERSPACE_EXIT)
-        if number is None:
-            raise FileNotFoundError(errno.ENOENT, "tracefs does not show this event")
+        root = mount.tracefs()
+        text = mount.event_format(USERSPACE_EXIT, root) if root else ""
+        number, places = mount.event_id(text), mount.field_places(text)
+        if number is None or any(places.get(name) != place for name, place in _PLACES.items()):
+            raise FileNotFoundError(errno.ENOENT, "tracefs does not show this event as expected")
         return self._loader.attach_tracepoint("te_run", number)
 
     def _attach_copies(self) -> list[int]:
