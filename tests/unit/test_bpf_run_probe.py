@@ -47,8 +47,9 @@ class FakeLoader:
         del self.attached[program]
 
 
+# /sys/kernel/tracing/events/kvm/kvm_userspace_exit/format of Linux 7.3.4, the names cut short
 FORMAT = """name: kvm_userspace_exit
-ID: 1723
+ID: 1798
 format:
 \tfield:unsigned short common_type;\toffset:0;\tsize:2;\tsigned:0;
 \tfield:unsigned char common_flags;\toffset:2;\tsize:1;\tsigned:0;
@@ -58,7 +59,8 @@ format:
 \tfield:__u32 reason;\toffset:8;\tsize:4;\tsigned:0;
 \tfield:int errno;\toffset:12;\tsize:4;\tsigned:1;
 
-print fmt: "reason %s (%d)", REC->errno < 0 ? "error" : "unknown", REC->reason
+print fmt: "reason %s (%d)", REC->errno < 0 ? (REC->errno == -4 ? "restart" : "error") :\
+ __print_symbolic(REC->reason, { 0, "KVM_EXIT_" "UNKNOWN" }), REC->errno < 0 ? -REC->errno : 0
 """
 RAW, EVENT = ("tp_run", 0), ("te_run", 0)
 COPIES = [("tp_run", 1), ("tp_run", 2)]
