@@ -33,7 +33,7 @@ class FakeLoader:
         return self._attach(name, copy)
 
     def attach_tracepoint(self, name: str, event_id: int) -> int:
-        assert event_id == 1723
+        assert event_id == 1798
         return self._attach(name, 0)
 
     def _attach(self, name: str, copy: int) -> int:
