@@ -27,34 +27,41 @@ BPF_TABLE("lru_hash", u64, u64, generation, 65536);
 /* Threads that sent a signal with a record, until the fault that it was sent from returns. The value is
  * the running vCPU's count of exits at that time, or 0. */
 BPF_TABLE("lru_hash", u32, u64, signalled, 8192);
-BPF_TABLE("array", u32, u64, nr_signalled, 1); /* rows of `signalled`, or more if it was full */
+#ifdef __aarch64__
+/* Rows of `signalled`, or more if it was full. There, each fault that KVM handles asks: an array is read
+ * without a call, and this one is nearly always zero. */
+BPF_TABLE("array", u32, u64, nr_signalled, 1);
 
-/* An array is read without a call, and this one is nearly always zero. */
-static __always_inline int signals_pending(void)
+static __always_inline void count_signalled(u32 tid, u64 more)
+{
+	u32 zero = 0;
+	u64 *count = nr_signalled.lookup(&zero);
+
+	if (count && !signalled.lookup(&tid) == (more == 1))
+		__sync_fetch_and_add(count, more);
+}
+
+static __always_inline int is_any_signalled(void)
 {
 	u32 zero = 0;
 	u64 *count = nr_signalled.lookup(&zero);
 
 	return count && *count;
 }
+#else
+#define count_signalled(tid, more)
+#define is_any_signalled() 1
+#endif
 
 static __always_inline void remember_signal(u32 tid, u64 exits)
 {
-	u32 zero = 0;
-	u64 *count = nr_signalled.lookup(&zero);
-
-	if (count && !signalled.lookup(&tid))
-		__sync_fetch_and_add(count, 1);
+	count_signalled(tid, 1);
 	signalled.update(&tid, &exits);
 }
 
 static __always_inline void forget_signal(u32 tid)
 {
-	u32 zero = 0;
-	u64 *count = nr_signalled.lookup(&zero);
-
-	if (count && signalled.lookup(&tid))
-		__sync_fetch_and_add(count, -1ULL);
+	count_signalled(tid, -1ULL);
 	signalled.delete(&tid);
 }
 

@@ -390,7 +390,7 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret, u32 copy)
 		struct fault_record record = {};
 		u64 slot, *sent;
 
-		if (!signals_pending())
+		if (!is_any_signalled())
 			return 0;
 		tid = (u32)bpf_get_current_pid_tgid();
 		sent = signalled.lookup(&tid);
