@@ -258,7 +258,8 @@ int tp_run(struct bpf_raw_tracepoint_args *ctx)
 	return on_run((int)ctx->args[1], copy_number());
 }
 
-/* The same as a trace event. Preemption is off while such a program runs, so it needs no copies. */
+/* The same as a trace event. Preemption is off while such a program runs: it stands for the first copy, and
+ * others are needed for a while only (sources/bpf/run_probe.py). */
 int te_run(struct userspace_exit *event)
 {
 	if (is_ordinary(event->reason, event->error))

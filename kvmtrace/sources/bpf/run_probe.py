@@ -7,8 +7,8 @@ not skip it:
 - as a trace event (perf's), where they are preempted, and skipped meanwhile in the other threads of
   that CPU. A program on a trace event is not preempted. It is skipped while a process on its CPU
   reads or writes a map by bpf(2) and is preempted in the middle (kernel/bpf/syscall.c,
-  bpf_disable_instrumentation). kvmtrace itself does so when something was counted: until it has
-  read nothing for a minute, copies on the raw tracepoint guard the program, which do not mind.
+  bpf_disable_instrumentation). kvmtrace itself does so when something was counted. Until it has
+  read nothing for a minute, copies on the raw tracepoint handle what the program is skipped for;
 - by copies on the raw tracepoint, where it can be no trace event (no tracefs).
 """
 
