@@ -86,6 +86,7 @@ class VmRegistry:
         self._limits = limits
         self._count_lost = count_lost
         self._vms: dict[int, TrackedVm] = {}
+        self._of_pid: dict[int, set[int]] = {}
         self._gone: BoundedDict[int, None] = BoundedDict(limits.gone_vms, self._drop_gone)
         self._departed: BoundedDict[int, VmIdentity] = BoundedDict(limits.departed)
 
@@ -99,15 +100,15 @@ class VmRegistry:
 
     def of_process(self, pid: int) -> set[int]:
         """Keys of the VMs of a process."""
-        return {key for key, vm in self._vms.items() if vm.seen.pid == pid}
+        return set(self._of_pid.get(pid, ()))
 
     def vmm(self, pid: int, ts: int) -> VmSeen | None:
         """Identify a process that ran VMs at ``ts``; of several VMs, what they have in common."""
-        found: dict[int, VmSeen | VmIdentity] = {
-            key: vm.seen
-            for key, vm in self._vms.items()
-            if vm.seen.pid == pid and (vm.gone_ts is None or ts <= vm.gone_ts)
-        }
+        found: dict[int, VmSeen | VmIdentity] = {}
+        for key in sorted(self._of_pid.get(pid, ())):
+            vm = self._vms[key]
+            if vm.gone_ts is None or ts <= vm.gone_ts:
+                found[key] = vm.seen
         for key, identity in self._departed.items():
             if identity.pid == pid and ts <= (identity.gone_ts or 0):
                 found[key] = identity
@@ -124,9 +125,22 @@ class VmRegistry:
         """Add a VM, or what more is known of it."""
         known = self._vms.get(event.vm)
         if known is None:
-            self._vms[event.vm] = TrackedVm(event)
+            self._track(event.vm, TrackedVm(event))
         else:
+            self._untrack(event.vm)
             known.seen = event
+            self._track(event.vm, known)
+
+    def _track(self, key: int, vm: TrackedVm) -> None:
+        self._vms[key] = vm
+        self._of_pid.setdefault(vm.seen.pid, set()).add(key)
+
+    def _untrack(self, key: int) -> None:
+        pid = self._vms[key].seen.pid
+        mine = self._of_pid[pid]
+        mine.discard(key)
+        if not mine:
+            del self._of_pid[pid]
 
     def mark_gone(self, key: int, ts: int) -> None:
         """Note the end of a VM; its counts stay."""
@@ -146,6 +160,7 @@ class VmRegistry:
 
     def _forget(self, key: int) -> None:
         identity = self.vm_identity(key)
+        self._untrack(key)
         del self._vms[key]
         if identity is not None:
             self._departed[key] = identity
@@ -184,7 +199,8 @@ class VmRegistry:
         vm = self._vms.get(key)
         seen = self.seen(key)
         if vm is None and seen is not None:
-            vm = self._vms[key] = TrackedVm(seen, gone_ts=self._departed.pop(key).gone_ts)
+            vm = TrackedVm(seen, gone_ts=self._departed.pop(key).gone_ts)
+            self._track(key, vm)
             self._gone[key] = None
         elif vm is None:
             self._count_lost("unknown_vms", count)

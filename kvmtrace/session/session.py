@@ -40,12 +40,15 @@ class Session:
     and ``unsubscribe`` may be called from any thread.
     """
 
-    def __init__(self, source: Source, page_shift: int = kvm.PAGE_SHIFT) -> None:
+    def __init__(
+        self, source: Source, page_shift: int = kvm.PAGE_SHIFT, *, is_joined: bool = True
+    ) -> None:
+        """``is_joined``: ``subscribe`` may be called, for which the events so far are kept."""
         self._source = source
         # A recording or a serve has its own clock, whose steps are among its events.
         self._steps = None if hasattr(source, "epoch_offset_ns") else clock.Steps()
         self._correlator = Correlator(page_shift=page_shift)
-        self._log = CompactLog()
+        self._log = CompactLog() if is_joined else None
         self._subscribers: list[Subscriber] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -62,8 +65,9 @@ class Session:
         """Wait up to ``timeout`` seconds for events and correlate all there are."""
         events = self.poll(timeout)
         with self._lock:
-            for event in events:
-                self._log.add(event)
+            if self._log is not None:
+                for event in events:
+                    self._log.add(event)
             for subscriber in self._subscribers:
                 subscriber.publish(events)
             return [self._correlator.feed(event) for event in events]
@@ -95,6 +99,7 @@ class Session:
 
     def subscribe(self) -> Subscriber:
         """Return the events so far, and those from now on."""
+        assert self._log is not None, "made without is_joined"
         with self._lock:
             subscriber = Subscriber(self._log.events())
             self._subscribers.append(subscriber)

@@ -7,7 +7,7 @@ what else runs on it adds to them, so each is the best of several.
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import os
 import platform
 import sys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import unittest.mock
 from typing import Any
 
 from kvmtrace.sources.bpf import kernel_map, system_call
@@ -59,9 +60,6 @@ def _calls(made: KernelMap) -> int:
         calls += 1
         return system_call.bpf(*arguments)
 
-    kernel_map.bpf = counting
-    try:
+    with unittest.mock.patch.object(kernel_map, "bpf", counting):
         list(made.rows())
-    finally:
-        kernel_map.bpf = system_call.bpf
     return calls

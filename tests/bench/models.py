@@ -26,10 +26,16 @@ def poisons(count: int, of: int) -> Iterator[Event]:
         ts, vm, pfn = T0 + 1_000_000 * (number + 1), 1 + number % of, 0x100000 + number
         yield Owned(ts, pfn, Owner(vm, number, 0x7F0000000000 + (number << 12)), via="pagemap")
         yield Poison(ts, pfn, "dirty LRU page", "Recovered", 9, 3, tid=4000 + vm)
-        yield Sigbus(ts + 1, 4000 + vm, 4000 + vm, 4, 0x7F0000000000 + (number << 12), vm=vm, vcpu=0)
+        yield Sigbus(
+            ts + 1, 4000 + vm, 4000 + vm, 4, 0x7F0000000000 + (number << 12), vm=vm, vcpu=0
+        )
         yield Exit(
             *(ts + 2, vm, 0, 133, 39, True, 4000 + vm),
-            **{"flags": 0, "gpa": number << 12, "size": 4096, "gfn": number, "gmem": 133},
+            flags=0,
+            gpa=number << 12,
+            size=4096,
+            gfn=number,
+            gmem=133,
         )
 
 

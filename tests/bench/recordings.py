@@ -57,7 +57,11 @@ def _rest() -> Iterator[Event]:
             case _:
                 yield Exit(
                     *(ts, vm, 0, 133, 39, True, 4000 + vm),
-                    **{"flags": 0, "gpa": vm << 12, "size": 4096, "gfn": vm, "gmem": 133},
+                    flags=0,
+                    gpa=vm << 12,
+                    size=4096,
+                    gfn=vm,
+                    gmem=133,
                 )
 
 

@@ -40,7 +40,11 @@ def _events() -> list[tuple[str, str]]:
             one_vm,
             lambda n: Exit(
                 *(last + n, 1, 0, 133, 39, True, 4001),
-                **{"flags": 0, "gpa": 7 << 12, "size": 4096, "gfn": 7, "gmem": 133},
+                flags=0,
+                gpa=7 << 12,
+                size=4096,
+                gfn=7,
+                gmem=133,
             ),
         ),
         "SIGBUS to a VM with 100 incidents, the last of them": (

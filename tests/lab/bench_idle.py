@@ -94,7 +94,10 @@ def _cpu_seconds(parent: int) -> float:
 
 def measure() -> list[str]:
     """Measure the share of a CPU, once every process has been scanned."""
-    with made_vms(VMS, DESCRIPTORS) as pids, serving(_SERVE, ",".join(map(str, pids))) as (serve, _):
+    with (
+        made_vms(VMS, DESCRIPTORS) as pids,
+        serving(_SERVE, ",".join(map(str, pids))) as (serve, _),
+    ):
         time.sleep(SETTLED)
         before = _cpu_seconds(serve)
         began = time.monotonic()
