@@ -39,7 +39,7 @@ class MalformedLine(ValueError):
     """A line that cannot be decoded; the text says why."""
 
 
-class _Field(typing.NamedTuple):
+class CheckedField(typing.NamedTuple):
     """A field as it is declared. ``default``: ``_MISSING`` if it has none."""
 
     name: str
@@ -63,20 +63,20 @@ _MISSING = object()
 
 
 @functools.cache
-def fields(cls: type[DataclassInstance]) -> tuple[_Field, ...]:
+def fields(cls: type[DataclassInstance]) -> tuple[CheckedField, ...]:
     """Return the fields of a class, in their order."""
     hints = typing.get_type_hints(cls)
     return tuple(_fields(cls, hints))
 
 
-def _fields(cls: type[DataclassInstance], hints: Mapping[str, Any]) -> Iterator[_Field]:
+def _fields(cls: type[DataclassInstance], hints: Mapping[str, Any]) -> Iterator[CheckedField]:
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         within = _RANGES.get(field.name, _ANY)
         if field.name == "count" and issubclass(cls, HwError):
             within = _ANY  # drivers pass on a register's value, 0 included
         default = _MISSING if field.default is dataclasses.MISSING else field.default
-        yield _Field(field.name, hint, _kinds(hint), within, default)
+        yield CheckedField(field.name, hint, _kinds(hint), within, default)
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -151,7 +151,7 @@ def _made(name: str, lines: list[str], names: Mapping[str, Any]) -> Any:
     return found[name]
 
 
-def _doubt(field: _Field) -> str:
+def _doubt(field: CheckedField) -> str:
     """Return when ``item`` needs more than a glance: an expression."""
     kinds = set(field.kinds) - {types.NoneType}
     if kinds == {int}:
@@ -167,7 +167,7 @@ def _doubt(field: _Field) -> str:
     return f"item is not None and ({doubt})" if field.is_optional else doubt
 
 
-def _read(field: _Field, item: Any) -> Any:
+def _read(field: CheckedField, item: Any) -> Any:
     """Return the checked value of a field; ``item``: as JSON has it, or a default."""
     if item is _MISSING:
         raise TypeError(f"{field.name} is missing")
@@ -183,7 +183,7 @@ def _read(field: _Field, item: Any) -> Any:
     return _checked(field, item)
 
 
-def _checked(field: _Field, item: Any) -> Any:
+def _checked(field: CheckedField, item: Any) -> Any:
     return _checked_item(field.name, item, field.hint, field.within)
 
 

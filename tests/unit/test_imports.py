@@ -37,7 +37,7 @@ MAY_IMPORT = {
 HOMES = {
     "bcc": "sources/bpf/compiler.py",
     "click": "cli/",
-    "prometheus_client": "views/web/metrics.py",
+    "prometheus_client": ("views/web/metrics.py", "views/web/exposition.py"),
     "textual": "views/terminal/app.py",
     "rich": "views/terminal/app.py",
 }
