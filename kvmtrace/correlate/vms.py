@@ -49,6 +49,10 @@ class TrackedVm:
     refusals: dict[int, UndeliveredRefusals] = field(default_factory=dict)
     last_ts: int | None = None
     gone_ts: int | None = None
+    version: int = 0
+    """Changes with every count, and with what is known of it."""
+    kept: tuple[object, Vm] | None = None
+    """The last copy, and what it depends on."""
 
     @property
     def has_events(self) -> bool:
@@ -56,12 +60,22 @@ class TrackedVm:
         return bool(self.exits or self.sigbus or self.refusals)
 
     def touch(self, ts: int) -> None:
-        """Something happened to it at ``ts``."""
+        """Something happened to it at ``ts``, and was counted."""
+        self.version += 1
         self.last_ts = ts if self.last_ts is None else max(self.last_ts, ts)
 
     def frozen(self, pages: int, forgotten: int, now: int) -> Vm:
-        """An immutable copy. ``pages``: poisoned ones; ``forgotten``: those without an incident."""
-        return Vm(
+        """An immutable copy, the last one if nothing has changed.
+
+        ``pages``: poisoned ones; ``forgotten``: those without an incident.
+        """
+        undelivered = (
+            sum(r.undelivered(now) for r in self.refusals.values()) if self.refusals else 0
+        )
+        of = (self.version, self.gone_ts, pages, forgotten, undelivered)
+        if self.kept is not None and self.kept[0] == of:
+            return self.kept[1]
+        copy = Vm(
             key=self.seen.vm,
             pid=self.seen.pid,
             name=self.seen.name,
@@ -72,11 +86,13 @@ class TrackedVm:
             poisoned_pages=pages,
             last_ts=self.last_ts,
             gone=self.gone_ts is not None,
-            undelivered=sum(r.undelivered(now) for r in self.refusals.values()),
+            undelivered=undelivered,
             vmid=self.seen.vmid,
             forgotten_pages=forgotten,
             unread=self.seen.unread,
         )
+        self.kept = of, copy
+        return copy
 
 
 class VmRegistry:
@@ -129,6 +145,7 @@ class VmRegistry:
         else:
             self._untrack(event.vm)
             known.seen = event
+            known.version += 1
             self._track(event.vm, known)
 
     def _track(self, key: int, vm: TrackedVm) -> None:

@@ -23,6 +23,10 @@ from kvmtrace.sources import Source
 
 POLL_SECONDS = 0.25
 
+# The correlator takes so many events before a snapshot may be taken: some milliseconds.
+_SLICE = 256
+_YIELD_SECONDS = 0.001
+
 # Seconds that ``close`` waits for a reader that makes no progress, for any reader, and for the
 # source. The first two are below the watchdog's limit for the thread that waits.
 READER_SECONDS = 1.25
@@ -50,7 +54,9 @@ class Session:
         self._correlator = Correlator(page_shift=page_shift)
         self._log = CompactLog() if is_joined else None
         self._subscribers: list[Subscriber] = []
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the log and the subscribers
+        self._model_lock = threading.Lock()  # of the correlator
+        self._asking: set[int] = set()  # threads that wait for a snapshot
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._polled = time.monotonic()
@@ -70,7 +76,15 @@ class Session:
                     self._log.add(event)
             for subscriber in self._subscribers:
                 subscriber.publish(events)
-            return [self._correlator.feed(event) for event in events]
+        correlated: list[CorrelatedEvent] = []
+        for first in range(0, len(events), _SLICE):
+            if self._asking and first:
+                # A lock that is released and taken again at once goes to nobody else.
+                time.sleep(_YIELD_SECONDS)
+            with self._model_lock:
+                feed = self._correlator.feed
+                correlated += [feed(event) for event in events[first : first + _SLICE]]
+        return correlated
 
     def poll(self, timeout: float) -> list[Event]:
         """As ``Source.poll``, with steps of the wall clock; the events are not correlated.
@@ -125,8 +139,7 @@ class Session:
 
     def probes(self) -> tuple[Probe, ...]:
         """Return the state of every probe."""
-        with self._lock:
-            return self._source.probes()
+        return self._source.probes()
 
     def start(self) -> None:
         """Run ``pump`` in a thread of its own until ``close``."""
@@ -141,17 +154,24 @@ class Session:
             self.failure = failure
 
     def snapshot(self) -> Snapshot:
-        """Return the model, with host and probes; raise what ended the reader, if anything."""
+        """Return the model, with host and probes; raise what ended the reader, if anything.
+
+        The reader waits only while the correlator's part is taken, not for /proc or the kernel.
+        """
         self._check()
-        with self._lock:
-            model = self._correlator.snapshot()
-            host = host_of(self._source)
-            return dataclasses.replace(
-                model,
-                host=host,
-                probes=self._source.probes(),
-                probe_runs=self._source.probe_runs(),
-            )
+        thread = threading.get_ident()
+        self._asking.add(thread)
+        try:
+            with self._model_lock:
+                model = self._correlator.snapshot()
+        finally:
+            self._asking.discard(thread)
+        return dataclasses.replace(
+            model,
+            host=host_of(self._source),
+            probes=self._source.probes(),
+            probe_runs=self._source.probe_runs(),
+        )
 
     def _check(self) -> None:
         if self.failure is not None:

@@ -124,8 +124,8 @@ def test_records_in_quick_succession_are_read_together(
     monkeypatch.setattr(bpf, "Programs", lambda **_: programs)
     monkeypatch.setattr(bpf, "BpfTranslator", lambda *_: BpfTranslator(0, ({}, {}), str(tmp_path)))
     monkeypatch.setattr(host, "lockdown", lambda: None)
-    monkeypatch.setattr(bpf.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(bpf.time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", sleep)
     source = bpf.BpfSource()
     source.poll(0)
     for _ in range(50):

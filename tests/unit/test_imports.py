@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "cli": (VOCABULARY, "linux", "vmm", "sources", "enrich", "correlate", "session", "views"),
 }
 # library: where it may be imported, and nowhere else
-HOMES = {
+HOMES: dict[str, str | tuple[str, ...]] = {
     "bcc": "sources/bpf/compiler.py",
     "click": "cli/",
     "prometheus_client": ("views/web/metrics.py", "views/web/exposition.py"),
