@@ -28,6 +28,8 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
+from kvmtrace.judgement.actions import ActionKind, actions
+from kvmtrace.model import Incident
 from kvmtrace.session.session import Session
 from kvmtrace.views.web import metrics
 from tests import dashboards
@@ -127,6 +129,7 @@ class Site:
     """A host with kvmtrace on it, and those who are notified."""
 
     kernel: Kernel
+    session: Session
     prometheus: Prometheus
     webhook: Webhook
 
@@ -170,7 +173,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
                 target, rules, instance=instance, alertmanager=alertmanager.address
             ) as prometheus,
         ):
-            yield Site(kernel, prometheus, webhook)
+            yield Site(kernel, session, prometheus, webhook)
     finally:
         server.close()
         session.close()
@@ -202,6 +205,15 @@ SMS = {
     ),
     ("KvmtraceFirstPoison", ""): "Memory of hv-17 was poisoned: look for a failing DIMM",
 }
+# What kvmtrace advises first in these cases: the alerts read the same.
+ADVISED = {
+    ("KvmtraceLooping", "web-prod-01"): ActionKind.STOP_AND_START,
+    ("KvmtraceStopped", "pg-primary"): ActionKind.STOP_AND_START,
+    ("KvmtraceUndelivered", "conf-vm-snp-01"): ActionKind.SHUT_DOWN,
+    ("KvmtraceLatent", "redis; reboot"): ActionKind.SHUT_DOWN,
+    ("KvmtraceUnclear", "k8s-node-17"): ActionKind.CHECK,
+    ("KvmtraceKernelPage", ""): ActionKind.MOVE_AWAY,
+}
 OF_VMS = [key for key in SMS if key[1]]
 # FakeSource has a probe that is not attached.
 ALWAYS = {("KvmtraceProbeMissing", "")}
@@ -222,6 +234,11 @@ def test_who_is_notified_of_what_until_it_is_over(site: Site) -> None:
     assert {key: firing[key]["annotations"]["summary"] for key in SMS} == SMS
     for alert, name in OF_VMS:
         _what_it_names_is_answered(firing[alert, name], name)
+    snapshot = site.session.snapshot()
+    for (alert, name), kind in ADVISED.items():
+        (incident,) = (one for one in snapshot.incidents if _is_of(one, name))
+        first = actions(incident, snapshot)[0]
+        assert (first.kind, first.vm.name if first.vm else "") == (kind, name), alert
 
     # The VMs are stopped and started; those that hold no page are left alone.
     now = T0 + 60 * SECOND
@@ -235,6 +252,12 @@ def test_who_is_notified_of_what_until_it_is_over(site: Site) -> None:
     # The kernel's page is still there, and nobody is notified of a VM that was started anew.
     left = {("KvmtraceKernelPage", ""), ("KvmtraceFirstPoison", "")}
     assert site.firing().keys() == left | ALWAYS
+
+
+def _is_of(incident: Incident, name: str) -> bool:
+    """Whether it is the incident of the VM with this name; the kernel's if there is no name."""
+    names = {identity.name for identity in incident.vm_identities.values()}
+    return name in names if name else incident.host_at_risk
 
 
 def _what_it_names_is_answered(alert: Notification, name: str) -> None:
