@@ -134,7 +134,10 @@ class Site:
     webhook: Webhook
 
     def firing(self) -> dict[tuple[str, str], Notification]:
-        """{(alert, VM's name or ""): the last that was received of it}, if that is firing."""
+        """{(alert, VM or ""): the last that was received of it}, if that is firing.
+
+        A VM that was started anew is "NAME anew": a name is not a VM.
+        """
         return {key: one for key, one in self._last().items() if one["status"] == "firing"}
 
     def resolved(self) -> set[tuple[str, str]]:
@@ -144,9 +147,10 @@ class Site:
         last = {}
         for one in self.webhook.notifications():
             labels = one["labels"]
-            key = labels["alertname"], labels.get("name", "")
-            # A name is not a VM: one that was started anew has another pid.
-            last[key if labels.get("pid") in (None, pid_of(key[1])) else (*key, "anew")] = one
+            name = labels.get("name", "")
+            if labels.get("pid") != pid_of(name):
+                name += " anew"
+            last[labels["alertname"], name] = one
         return last
 
 
