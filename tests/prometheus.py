@@ -44,6 +44,12 @@ alerting:
     - static_configs: [{{targets: {alertmanagers}}}]
 """
 
+INHIBITION = """inhibit_rules:
+  - source_matchers: ['severity = critical', 'vm != ""']
+    target_matchers: ['severity = warning', 'vm != ""']
+    equal: [job, instance, vm]
+"""
+
 # As short as they can be: a person would be notified far less often.
 _ROUTE = """
 route:
@@ -272,7 +278,7 @@ class Alertmanager(_Daemon):
 
     def command(self, address: str) -> list[str]:
         config = self.root / "alertmanager.yml"
-        config.write_text(_ROUTE.format(url=self._webhook))
+        config.write_text(_ROUTE.format(url=self._webhook) + INHIBITION)
         return [
             "prometheus-alertmanager",
             f"--config.file={config}",
