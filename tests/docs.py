@@ -19,6 +19,7 @@ from kvmtrace.correlate import Correlator
 from kvmtrace.model import Snapshot
 from kvmtrace.sources.recording import RecordingSource
 from kvmtrace.views.terminal.app import TopApp
+from kvmtrace.views.terminal.watched import Watched
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md")

@@ -22,7 +22,7 @@ _NOT_PASSED_ON = ("COLUMNS", "LINES", "NO_COLOR")
 
 PROGRAM = """
 import sys
-from kvmtrace.views.terminal import app
+from kvmtrace.views.terminal import app, watched
 from tests.unit import snapshots
 calls = 0
 def snapshot():
@@ -32,7 +32,7 @@ def snapshot():
         raise RuntimeError("the reader failed")
     return snapshots.small()
 try:
-    app.run(snapshot, 0.1)
+    app.run(watched.Watched(snapshot), 0.1)
 except RuntimeError as failure:
     print(f"raised: {failure}")
 print("back in the shell")
@@ -129,9 +129,9 @@ def restored(terminal: Terminal) -> None:
 
 def test_keys_resize_and_quit(shown: Terminal) -> None:
     at = shown.wait_for("looping")
-    shown.send(b"\r")
+    shown.send(b"2\r")
     at = shown.wait_for("exits by errno and cause", at)
-    shown.send(b"q")
+    shown.send(b"q1")
     at = shown.wait_for("INCIDENT", at)
     shown.resize(120, 30)
     shown.wait_for("database-with-a-long-name", at)

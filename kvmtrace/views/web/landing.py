@@ -13,7 +13,7 @@ from kvmtrace import __version__
 from kvmtrace.model import Snapshot
 from kvmtrace.views.format import Span
 from kvmtrace.views.tables import header
-from kvmtrace.views.tables.columns import INCIDENT_COLUMNS, VM_COLUMNS
+from kvmtrace.views.tables.columns import INCIDENT_COLUMNS, LIVE_ONLY, VM_COLUMNS
 from kvmtrace.views.tables.grid import Column, Row
 from kvmtrace.views.tables.rows import incident_rows, vm_rows
 
@@ -39,11 +39,12 @@ td { border-bottom: 1px solid color-mix(in srgb, currentColor 15%, transparent);
 
 def render(snapshot: Snapshot, now: int) -> str:
     """The page for ``snapshot`` at ``now`` (nanoseconds since the epoch, by the events' clock)."""
-    vm_columns = [column for column in VM_COLUMNS if column.name != "EXITS/S"]
+    vm_columns = [column for column in VM_COLUMNS if column.name not in LIVE_ONLY]
+    incident_columns = [column for column in INCIDENT_COLUMNS if column.name not in LIVE_ONLY]
     return _document(
         "".join(f"<p>{_spans(line)}</p>" for line in header.lines(snapshot))
         + _section("VMs", "no VMs seen", vm_columns, vm_rows(snapshot, now))
-        + _section("Incidents", "no incidents", INCIDENT_COLUMNS, incident_rows(snapshot, now))
+        + _section("Incidents", "no incidents", incident_columns, incident_rows(snapshot, now))
         + _probes(snapshot)
     )
 
