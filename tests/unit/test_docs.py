@@ -17,6 +17,7 @@ import pytest
 
 from kvmtrace import cli, model, sources
 from kvmtrace.events import Event
+from kvmtrace.judgement.urgency import Urgency
 from kvmtrace.linux import clock, host
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import context_specs, specs
@@ -37,7 +38,7 @@ LINES_OF_README = 180
 
 # Commands that no unit test can run, and what runs them instead.
 ELSEWHERE = {
-    "kvmtrace top": "needs a terminal: tests/unit/test_top_pty.py; the picture is drawn by it",
+    "kvmtrace top": "needs a terminal: tests/unit/test_top_pty.py; the pictures are drawn by it",
 }
 DOCTOR = "depends on this host: its status may be 1"
 
@@ -172,9 +173,11 @@ def test_shown_output_is_current(page: str) -> None:
     assert docs.with_output(TEXTS[page]) == TEXTS[page]
 
 
-def test_the_picture_is_current() -> None:
-    """If it is not: `make picture`."""
-    assert docs.words(docs.picture()) == docs.words(docs.PICTURE.read_text())
+@pytest.mark.parametrize("path", docs.PICTURES, ids=lambda path: path.name)
+def test_the_pictures_are_current(path: Path) -> None:
+    """If they are not: `make picture`."""
+    size = docs.PICTURES[path]
+    assert docs.words(docs.picture(*size)) == docs.words(path.read_text())
 
 
 def test_the_readme_is_short() -> None:
@@ -243,9 +246,9 @@ def test_words_of_the_contract() -> None:
     verdicts = labels("kvmtrace_incident_verdicts", "verdict")
     words = section("docs/json.md", "## Words")
     rows = set(re.findall(r"^\| `([^`]+)` \|", words, re.MULTILINE))
-    assert rows == {*model.CAUSES, *states, *verdicts, *PAGE_CLASSES}
+    assert rows == {*model.CAUSES, *states, *verdicts, *PAGE_CLASSES, *Urgency}
     for page, heading in TABLES:
-        assert {*states, *verdicts, "kernel", "undeliv."} <= codes(section(page, heading))
+        assert {*states, *verdicts, "kernel", "undelivered"} <= codes(section(page, heading))
 
 
 @pytest.mark.parametrize(("page", "heading"), TABLES)

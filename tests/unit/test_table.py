@@ -130,7 +130,6 @@ def test_what_guest_memfd_refused_and_nobody_was_notified_of() -> None:
 
 
 def test_colours_are_the_level() -> None:
-    assert columns.LEVEL_STYLES == {"now": "bad", "soon": "warn", "watch": "note", "over": "dim"}
     rows = incident_rows(snapshots.small(), snapshots.NOW)
     state = columns.INCIDENT_COLUMNS[0]
     assert [state.style(row) for row in rows] == ["bad", "warn", "warn", "note", "dim"]

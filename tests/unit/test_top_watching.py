@@ -90,7 +90,7 @@ def test_a_serve_that_restarts(follow: Watching) -> None:
         follow.start()
         until(lambda: ids(follow) == ["103275-1"])
         assert follow.status() == ""
-    until(lambda: "has ended" in (follow.snapshot() and follow.status() or ""))
+    until(lambda: "has ended" in ((follow.snapshot() and follow.status()) or ""))
     now = follow.now()
     # What it knew last stands, and its time.
     assert ids(follow) == ["103275-1"]
@@ -102,7 +102,7 @@ def test_a_serve_that_restarts(follow: Watching) -> None:
     again = Serve()
     again.say(VmSeen(LATER, 9, 4009, "new-1"))
     with open_door(again.session):
-        until(lambda: "began meanwhile" in (follow.snapshot() and follow.status() or ""))
+        until(lambda: "began meanwhile" in ((follow.snapshot() and follow.status()) or ""))
         until(lambda: 9 in (snapshot.vms if (snapshot := follow.snapshot()) else ()))
         # And on: what happens now is seen.
         again.say(VmSeen(LATER, 10, 4010, "new-2"))

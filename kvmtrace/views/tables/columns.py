@@ -7,7 +7,7 @@ from typing import Any
 
 from kvmtrace.judgement.urgency import Level
 from kvmtrace.model import CAUSES
-from kvmtrace.views.format import UNKNOWN, age_of, cells, clip, hex_of, rate_of, span_of
+from kvmtrace.views.format import UNKNOWN, age_of, cells, clip, hex_of, rate_of, span_of, style_of
 from kvmtrace.views.tables.grid import Column
 from kvmtrace.views.tables.rows import KERNEL_ITSELF, IncidentRow, VmRow, owners_name
 
@@ -23,8 +23,6 @@ _BRIEF = {
     "unannotated": "unann",
     "unknown": "?",
 }
-
-LEVEL_STYLES = {Level.NOW: "bad", Level.SOON: "warn", Level.WATCH: "note", Level.OVER: "dim"}
 
 
 def _name(row: VmRow, width: int | None) -> str:
@@ -120,7 +118,7 @@ def _vm_style(row: VmRow, style: str = "") -> str:
 
 
 def _state_style(row: IncidentRow) -> str:
-    return LEVEL_STYLES[row.urgency.level]
+    return style_of(row.urgency)
 
 
 def _over(row: IncidentRow, style: str = "") -> str:

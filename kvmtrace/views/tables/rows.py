@@ -12,9 +12,6 @@ from kvmtrace.judgement.urgency import Urgency, by_urgency, urgency_of
 from kvmtrace.model import Incident, Snapshot, Vm
 from kvmtrace.views.format import UNKNOWN
 
-# The states of incidents as tables show them, the most urgent first.
-SEVERITY = ("looping", "kernel", "delivered", "undeliv.", "latent", "unowned", "closed")
-
 KERNEL_ITSELF = "the kernel itself"
 
 
@@ -126,22 +123,3 @@ def owners_name(incident: Incident, vms: Mapping[int, Vm], key: int) -> str:
     """The label of an owner: incidents remember VMs that the model has forgotten."""
     party = incident.vm_identities.get(key)
     return party.label if party and key not in vms else owner_name(vms, key)
-
-
-def state_word(incident: Incident) -> str:
-    """The state as tables show it: the incident's, "kernel" or "undeliv.".
-
-    "kernel": no VM owns the page, and the kernel uses it or may. "undeliv.": guest_memfd refused
-    the page to a guest, and no VMM was notified.
-    """
-    if incident.host_at_risk and incident.state == "unowned":
-        return "kernel"
-    if incident.undelivered and incident.state == "latent":
-        return "undeliv."
-    return incident.state
-
-
-def severity(incident: Incident) -> int:
-    """The rank of the state in ``SEVERITY``; an unknown state comes last."""
-    state = state_word(incident)
-    return SEVERITY.index(state) if state in SEVERITY else len(SEVERITY)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from kvmtrace.judgement.actions import actions
 from kvmtrace.judgement.urgency import Level, Urgency, by_urgency, urgency_of
 from kvmtrace.model import Incident, Snapshot
-from kvmtrace.views.format import Line, Span, age_of, counted
-from kvmtrace.views.tables.columns import LEVEL_STYLES
+from kvmtrace.views.format import Line, Span, age_of, counted, style_of
 from kvmtrace.views.tables.rows import owners_name
 
 
@@ -20,7 +19,7 @@ def count_spans(snapshot: Snapshot) -> Line:
     for urgency in Urgency:
         if urgency in counts and urgency is not Urgency.CLOSED:
             gap = "  " if spans else ""
-            spans.append((f"{gap}{counts[urgency]} {urgency}", LEVEL_STYLES[urgency.level]))
+            spans.append((f"{gap}{counts[urgency]} {urgency}", style_of(urgency)))
     return tuple(spans)
 
 
@@ -31,7 +30,7 @@ def summary_spans(snapshot: Snapshot, now: int) -> Line:
         return ((_nothing(snapshot), ""),)
     first = worst[0]
     return (
-        (f"{_what(first, snapshot, now)}: ", LEVEL_STYLES[urgency_of(first).level]),
+        (f"{_what(first, snapshot, now)}: ", style_of(urgency_of(first))),
         (actions(first, snapshot)[0].brief, "title"),
     )
 

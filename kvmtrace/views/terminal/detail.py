@@ -88,14 +88,21 @@ def _named(vm: VmIdentity) -> str:
 
 
 def _incident(incident: Incident, snapshot: Snapshot) -> _Told:
-    for number, action in enumerate(actions(incident, snapshot), 1):
-        yield ("Do" if number == 1 else ""), f"{number}. {action.text}", ""
-        for command in action.commands:
-            yield "", f"   {command}", "title"
-        for never in action.never:
-            yield "", f"   {never}", "warn"
+    found = actions(incident, snapshot)
+    for number, text in enumerate(dict.fromkeys(action.text for action in found), 1):
+        yield f"{'Do' if number == 1 else '':<6}{number}. ", text, ""
+        # Of several VMs with one step each has its command.
+        for action in (one for one in found if one.text == text):
+            for command in action.commands:
+                yield "", command, "title"
+            if action.commands and action.how:
+                yield "", f"({action.how})", "dim"
+    for never in dict.fromkeys(never for action in found for never in action.never):
+        yield "", never, "warn"
     yield from _page_facts(incident, snapshot)
     yield from _happened(incident, snapshot)
+    if incident.origin is not None:
+        yield "hardware", listed(origin_parts(incident.origin)), ""
 
 
 def _page_facts(incident: Incident, snapshot: Snapshot) -> _Told:
@@ -110,8 +117,6 @@ def _page_facts(incident: Incident, snapshot: Snapshot) -> _Told:
             facts.append(f"hva {hex_of(owner.hva)}")
         name = owners_name(incident, snapshot.vms, owner.vm)
         yield "guest", f"{name}: {listed(facts)}", ""
-    if incident.origin is not None:
-        yield "hardware", listed(origin_parts(incident.origin)), ""
 
 
 def _happened(incident: Incident, snapshot: Snapshot) -> _Told:
@@ -123,9 +128,9 @@ def _happened(incident: Incident, snapshot: Snapshot) -> _Told:
         if begin is not None and entry.ts > begin:
             when = shift_of(entry.ts - begin)
         times = f", {entry.count:,} times" if entry.count > 1 else ""
-        yield "", f"{when:>12}  {timeline.description(entry)}{times}", ""
+        yield f"{when:>12}  ", f"{timeline.description(entry)}{times}", ""
     if left_out > 0:
-        yield "", f"{'':>12}  … and {left_out} more", "dim"
+        yield "", f"… and {left_out} more: enter", "dim"
 
 
 def _vm(vm: Vm, state: UiState) -> _Told:

@@ -18,8 +18,8 @@ from kvmtrace.views.format import (
     listed,
     rate_of,
     span_of,
+    style_of,
 )
-from kvmtrace.views.tables.columns import LEVEL_STYLES
 from kvmtrace.views.tables.rows import incident_rows
 from kvmtrace.views.terminal import detail
 from kvmtrace.views.terminal.ui_state import UiState
@@ -162,7 +162,7 @@ def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
         ((f"  {next(story)}", "title"),),
         (
             (f"  {'state':<{_LABEL}}", "dim"),
-            (urgency, LEVEL_STYLES[urgency.level]),
+            (urgency, style_of(urgency)),
             (f"  {_MEANING[urgency]}", "dim"),
         ),
         _fact("latency", f"{span_of(row.latency)} from poison to first delivery"),
@@ -193,7 +193,7 @@ def help_page(state: UiState) -> list[Line]:
     ):
         lines.append(((f"  {title}", "title"),))
         for word, meaning in entries:
-            style = LEVEL_STYLES[Urgency(word).level] if title.startswith("STATE") else ""
+            style = style_of(Urgency(word)) if title.startswith("STATE") else ""
             lines.append(((f"  {word:<20}", style), (meaning, "dim")))
     return lines
 
@@ -224,7 +224,7 @@ def _brief(incident: Incident, vm: int) -> Line:
     urgency = urgency_of(incident)
     return (
         (f"  {incident.id:<12}", ""),
-        (f"{urgency:<12}", LEVEL_STYLES[urgency.level]),
+        (f"{urgency:<12}", style_of(urgency)),
         (f"{places}{counts}", ""),
     )
 
