@@ -344,7 +344,7 @@ def test_top_once(source: FakeSource, monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoke("top", "--once", "--interval", "0.1")
     assert result.exit_code == 0
     assert "web-1" in result.stdout
-    assert "0x103275" in result.stdout
+    assert "103275-1" in result.stdout
     assert source.closed
 
 

@@ -45,7 +45,7 @@ def _causes(row: VmRow, width: int | None) -> str:
     return clip(" ".join(f"{_BRIEF.get(name, name)} {count}" for name, count in named), width)
 
 
-def _ago(row: VmRow, ts: int | None, width: int | None) -> str:
+def _ago(row: VmRow | IncidentRow, ts: int | None, width: int | None) -> str:
     # By the width of the column, so that all rows look alike.
     age = age_of(ts, row.now, row.steps)
     return age if ts is None or (width is not None and width < _AGO) else f"{age} ago"
@@ -256,6 +256,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         _over,
         drop=3,
         floor=6,
+        full=lambda row: _ago(row, row.since, None),
         key="t",
     ),
     Column(

@@ -57,19 +57,27 @@ def lines(state: UiState, row: AnyRow, width: int) -> list[Line]:
 
 
 def wrapped(line: Line, width: int) -> list[Line]:
-    """A line wrapped under its second span; a line that is wrapped loses its styles."""
+    """A line wrapped under its second span; one of more than two spans loses its styles."""
     text = plain(line)
     if cells(text) <= width:
         return [line]
-    lead = text[: len(text) - len(text.lstrip())]
-    under = cells(line[0][0]) if len(line) > 1 else len(lead) + 2
+    lead = cells(line[0][0]) if len(line) > 1 else len(text) - len(text.lstrip())
+    if len(line) == 2 and lead < width // 2:
+        (first, lead_style), (rest, style) = line
+        parts = textwrap.wrap(rest, max(width - lead, 1))
+        leads = [first, *[" " * lead] * (len(parts) - 1)]
+        return [
+            ((one, lead_style), (part, style)) for one, part in zip(leads, parts, strict=True)
+        ]
+    under = lead if len(line) > 1 else lead + 2
     parts = textwrap.wrap(
         text.strip(),
         max(width, 1),
-        initial_indent=lead,
+        initial_indent=text[: len(text) - len(text.lstrip())],
         subsequent_indent=" " * (under if under < width // 2 else 2),
     )
-    return [((part, ""),) for part in parts]
+    style = line[0][1] if len(line) == 1 else ""
+    return [((part, style),) for part in parts]
 
 
 _Told = Iterator[tuple[str, str, str]]  # lead, text, style
