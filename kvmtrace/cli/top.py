@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 import click
 
+from kvmtrace.cli.bundle import write_bundle
 from kvmtrace.cli.console import show_snapshot
 from kvmtrace.cli.inputs import (
+    EventLog,
+    RecordedLog,
     give_up_privileges,
     open_host_or_remote,
     open_recording,
@@ -19,6 +23,8 @@ from kvmtrace.cli.options import from_option, interval_option, json_option, utc_
 from kvmtrace.cli.tape import RecordedTape
 from kvmtrace.cli.watching import Watching
 from kvmtrace.errors import UsageError
+from kvmtrace.model import Snapshot
+from kvmtrace.views.format import date_of
 
 
 @click.command()
@@ -75,23 +81,44 @@ def _show_recording(
             return
         from kvmtrace.views.terminal import app, watched  # noqa: PLC0415 (a TUI library)
 
-        app.run(watched.Watched(tape.snapshot, tape.now, tape.recent, tape=tape), interval)
+        def bundle() -> str:
+            with open_recording(path) as whole:
+                return _bundle(RecordedLog(whole), tape.snapshot(), tape.now())
+
+        shown = watched.Watched(
+            tape.snapshot,
+            tape.now,
+            tape.recent,
+            tape=tape,
+            # A pipe cannot be read again.
+            bundle=bundle if os.path.isfile(path) else None,
+        )
+        app.run(shown, interval)
 
 
 def _watch(kind: str, interval: float) -> None:
     from kvmtrace.views.terminal import app, watched  # noqa: PLC0415 (a TUI library)
 
     watching = Watching(kind)
+
+    def bundle() -> str:
+        return _bundle(watching.log(), watching.snapshot(), watching.now())
+
+    shown = watched.Watched(
+        watching.snapshot, watching.now, watching.recent, watching.status, bundle
+    )
     watching.start()
     try:
         # The thread gives its own up once it has attached.
         give_up_privileges()
-        app.run(
-            watched.Watched(watching.snapshot, watching.now, watching.recent, watching.status),
-            interval,
-        )
+        app.run(shown, interval)
     finally:
         watching.close()
+
+
+def _bundle(log: EventLog, snapshot: Snapshot | None, now: int) -> str:
+    wall = now if snapshot is None else snapshot.wall(now)
+    return write_bundle(log, log.host.name, re.sub("[^0-9]", "", date_of(wall))[:14])
 
 
 def _top_once(source: str, interval: float, as_json: bool) -> None:

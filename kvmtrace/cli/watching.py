@@ -9,10 +9,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvmtrace import sources
-from kvmtrace.cli.inputs import give_up_privileges, open_host, open_session
+from kvmtrace.cli.inputs import (
+    EventLog,
+    WatchedLog,
+    give_up_privileges,
+    open_host,
+    open_session,
+)
 from kvmtrace.cli.signals import stop
+from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import clock
 from kvmtrace.model import CorrelatedEvent, Snapshot
 from kvmtrace.probes import specs
@@ -41,6 +49,7 @@ class Watching:
         self._stop = threading.Event()
         self._began = time.monotonic()
         self._session: Session | None = None
+        self._source: sources.Source | None = None
         self._failure: BaseException | None = None
         self._last: tuple[Snapshot, int, Sequence[CorrelatedEvent]] | None = None
         self._gone: tuple[str, float] | None = None  # the serve's end: its message, and when
@@ -98,6 +107,16 @@ class Watching:
             return f"attaching {probes}{_BY[self._kind]} … {seconds} s"
         return self._returned
 
+    def log(self) -> EventLog:
+        """All events so far. Raises KvmtraceError where there are none to be had."""
+        session, source = self._session, self._source
+        if session is None:
+            raise KvmtraceError("nothing is watched at the moment", "try again when it is")
+        subscriber = session.subscribe()
+        session.unsubscribe(subscriber)
+        log = WatchedLog(subscriber.backlog, session.host(), session.probes())
+        return replace(log, version=source.version) if isinstance(source, RemoteSource) else log
+
     # -- the thread
 
     def _run(self) -> None:
@@ -116,7 +135,7 @@ class Watching:
             session.pump(0)
             session.start()
             with self._lock:
-                self._session, self._gone = session, None
+                self._session, self._source, self._gone = session, source, None
             try:
                 while not self._stop.wait(0.25):
                     session.age()

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tarfile
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from kvmtrace import sources
+from kvmtrace.cli import output_file
 from kvmtrace.cli import watching as watching_module
-from kvmtrace.cli.inputs import open_door
+from kvmtrace.cli.bundle import write_bundle
+from kvmtrace.cli.inputs import RecordedLog, open_door
 from kvmtrace.cli.signals import stop
 from kvmtrace.cli.watching import Watching
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import VmSeen
+from kvmtrace.sources.recording import RecordingSource
+from tests import docs
+from tests.unit.command_line import invoke
 from tests.unit.fake import FakeSource
 from tests.unit.test_explain import STORY
 from tests.unit.test_remote import LATER, Serve, until
@@ -115,3 +124,42 @@ def test_it_ends_while_it_waits(follow: Watching) -> None:
         follow.start()
         until(lambda: ids(follow) == ["103275-1"])
     until(lambda: follow.snapshot() is not None and "has ended" in follow.status())
+
+
+def test_a_bundle_of_what_was_seen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, follow: Watching
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KvmtraceError, match="nothing is watched"):
+        follow.log()
+    serve = Serve()
+    with open_door(serve.session):
+        follow.start()
+        until(lambda: ids(follow) == ["103275-1"])
+        told = write_bundle(follow.log(), "host/../17", "20260921155650")
+    path = "kvmtrace-host-..-17-20260921155650.tar.gz"
+    assert told.startswith(f"{path}: events.jsonl, explain.txt")
+    with tarfile.open(path) as archive:
+        archive.extract("kvmtrace-bundle/events.jsonl")
+    shown = json.loads(invoke("replay", "--json", "kvmtrace-bundle/events.jsonl").stdout)
+    assert [one["id"] for one in shown["incidents"]] == ["103275-1"]
+
+
+def test_a_bundle_where_the_directory_is_not_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    source = RecordingSource(str(docs.STORY))
+    log = RecordedLog(source)
+    real = output_file.Output._open
+
+    def refuse(self: output_file.Output) -> int:
+        if "/" not in self._path:
+            raise PermissionError(13, "Permission denied")
+        return real(self)
+
+    monkeypatch.setattr(output_file.Output, "_open", refuse)
+    told = write_bundle(log, "h", "1")
+    assert told.startswith(f"{tmp_path}/kvmtrace-h-1.tar.gz: ")
+    assert (tmp_path / "kvmtrace-h-1.tar.gz").stat().st_size > 0
+    source.close()

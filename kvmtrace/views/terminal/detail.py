@@ -66,9 +66,7 @@ def wrapped(line: Line, width: int) -> list[Line]:
         (first, lead_style), (rest, style) = line
         parts = textwrap.wrap(rest, max(width - lead, 1))
         leads = [first, *[" " * lead] * (len(parts) - 1)]
-        return [
-            ((one, lead_style), (part, style)) for one, part in zip(leads, parts, strict=True)
-        ]
+        return [((one, lead_style), (part, style)) for one, part in zip(leads, parts, strict=True)]
     under = lead if len(line) > 1 else lead + 2
     parts = textwrap.wrap(
         text.strip(),
