@@ -32,6 +32,7 @@ RECENT = 500
 """Events that are kept for the table of events."""
 
 _RETRY_SECONDS = 1.0
+_TOLD_SECONDS = 60.0
 _END_SECONDS = 3.0
 _BY = {"auto": "", "bpf": " by eBPF", "ftrace": " by ftrace"}
 
@@ -49,11 +50,12 @@ class Watching:
         self._stop = threading.Event()
         self._began = time.monotonic()
         self._session: Session | None = None
+        self._opened: Session | None = None  # the last one that there was
         self._source: sources.Source | None = None
         self._failure: BaseException | None = None
         self._last: tuple[Snapshot, int, Sequence[CorrelatedEvent]] | None = None
         self._gone: tuple[str, float] | None = None  # the serve's end: its message, and when
-        self._returned = ""
+        self._returned: tuple[int, float] | None = None  # the next serve's pid, and when
         self._thread = threading.Thread(target=self._run, name="kvmtrace-open", daemon=True)
 
     def start(self) -> None:
@@ -99,19 +101,22 @@ class Watching:
             gone = self._gone
         if gone is not None:
             message, when = gone
-            span = age_of(0, int((time.monotonic() - when) * 1e9))
-            return f"{message}, {span} ago: waiting for it; what it knew last is below"
+            return f"{message}, {_ago(when)}: waiting for it; what it knew last is below"
         if self._last is None:
             seconds = int(time.monotonic() - self._began)
             probes = counted(len(specs()), "probe")
             return f"attaching {probes}{_BY[self._kind]} … {seconds} s"
-        return self._returned
+        if self._returned is not None and time.monotonic() - self._returned[1] < _TOLD_SECONDS:
+            pid, when = self._returned
+            return f"another kvmtrace serve (pid {pid}) took over {_ago(when)}"
+        return ""
 
     def log(self) -> EventLog:
         """All events so far. Raises KvmtraceError where there are none to be had."""
-        session, source = self._session, self._source
+        # Also of a serve that has ended.
+        session, source = self._opened, self._source
         if session is None:
-            raise KvmtraceError("nothing is watched at the moment", "try again when it is")
+            raise KvmtraceError("nothing is watched yet", "try again when it is")
         subscriber = session.subscribe()
         session.unsubscribe(subscriber)
         log = WatchedLog(subscriber.backlog, session.host(), session.probes())
@@ -135,7 +140,8 @@ class Watching:
             session.pump(0)
             session.start()
             with self._lock:
-                self._session, self._source, self._gone = session, source, None
+                self._session = self._opened = session
+                self._source, self._gone = source, None
             try:
                 while not self._stop.wait(0.25):
                     session.age()
@@ -154,6 +160,10 @@ class Watching:
     def _serve_again(self) -> sources.Source | None:
         while not self._stop.wait(_RETRY_SECONDS):
             if (again := RemoteSource.connect()) is not None:
-                self._returned = f"another kvmtrace serve (pid {again.pid}) began meanwhile"
+                self._returned = again.pid, time.monotonic()
                 return again
         return None
+
+
+def _ago(when: float) -> str:
+    return f"{age_of(0, int((time.monotonic() - when) * 1e9))} ago"

@@ -111,7 +111,7 @@ def test_a_serve_that_restarts(follow: Watching) -> None:
     again = Serve()
     again.say(VmSeen(LATER, 9, 4009, "new-1"))
     with open_door(again.session):
-        until(lambda: "began meanwhile" in ((follow.snapshot() and follow.status()) or ""))
+        until(lambda: "took over" in ((follow.snapshot() and follow.status()) or ""))
         until(lambda: 9 in (snapshot.vms if (snapshot := follow.snapshot()) else ()))
         # And on: what happens now is seen.
         again.say(VmSeen(LATER, 10, 4010, "new-2"))
@@ -130,13 +130,15 @@ def test_a_bundle_of_what_was_seen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, follow: Watching
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(KvmtraceError, match="nothing is watched"):
+    with pytest.raises(KvmtraceError, match="nothing is watched yet"):
         follow.log()
     serve = Serve()
     with open_door(serve.session):
         follow.start()
         until(lambda: ids(follow) == ["103275-1"])
-        told = write_bundle(follow.log(), "host/../17", "20260921155650")
+    # Also when it is gone.
+    until(lambda: follow.snapshot() is not None and "has ended" in follow.status())
+    told = write_bundle(follow.log(), "host/../17", "20260921155650")
     path = "kvmtrace-host-..-17-20260921155650.tar.gz"
     assert told.startswith(f"{path}: events.jsonl, explain.txt")
     with tarfile.open(path) as archive:
