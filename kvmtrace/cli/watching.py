@@ -20,6 +20,7 @@ from kvmtrace.cli.inputs import (
     open_session,
 )
 from kvmtrace.cli.signals import stop
+from kvmtrace.cli.watchdog import DETACHING
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import clock
 from kvmtrace.model import CorrelatedEvent, Snapshot
@@ -33,7 +34,7 @@ RECENT = 500
 
 _RETRY_SECONDS = 1.0
 _TOLD_SECONDS = 60.0
-_END_SECONDS = 3.0
+_END_SECONDS = 4.0
 _BY = {"auto": "", "bpf": " by eBPF", "ftrace": " by ftrace"}
 
 
@@ -53,6 +54,7 @@ class Watching:
         self._opened: Session | None = None  # the last one that there was
         self._source: sources.Source | None = None
         self._failure: BaseException | None = None
+        self._is_told = False  # whether that was raised already
         self._last: tuple[Snapshot, int, Sequence[CorrelatedEvent]] | None = None
         self._gone: tuple[str, float] | None = None  # the serve's end: its message, and when
         self._returned: tuple[int, float] | None = None  # the next serve's pid, and when
@@ -63,12 +65,21 @@ class Watching:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop, and detach. What is still being attached is detached as far as it is."""
+        """Stop, and detach; a source that is still being attached, as far as it is.
+
+        Raises KvmtraceError if the reader goes on, as ``open_session``.
+        """
         self._stop.set()
-        self._thread.join(_END_SECONDS)
+        end = time.monotonic() + _END_SECONDS
+        while self._thread.is_alive() and (time.monotonic() < end or stop.detaching):
+            self._thread.join(0.1)
+            if time.monotonic() > end + DETACHING:
+                break
         if self._thread.is_alive():
             sources.close_opening()
             stop.hung = True
+        elif self._failure is not None and not self._is_told:
+            raise self._failure.with_traceback(None)
 
     # -- what is shown
 
@@ -78,6 +89,7 @@ class Watching:
         Raises what ended it, if it was not the end of a serve.
         """
         if self._failure is not None:
+            self._is_told = True
             raise self._failure.with_traceback(None)
         session = self._session
         if session is not None:

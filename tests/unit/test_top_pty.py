@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -138,6 +139,23 @@ def test_keys_resize_and_quit(shown: Terminal) -> None:
     shown.send(b"q")
     shown.wait_for("back in the shell")
     restored(shown)
+    assert shown.wait() == 0
+
+
+def test_an_idle_table_sends_its_clock_and_no_more(shown: Terminal) -> None:
+    """As over ssh, where a whole screen a second would be felt."""
+
+    def after(ticks: int, begin: int) -> bytes:
+        deadline = time.monotonic() + PATIENCE
+        while len(re.findall(rb"\d\d:\d\d:\d\d", shown.output[begin:])) < ticks:
+            assert time.monotonic() < deadline
+            assert shown.read()
+        return shown.output[begin:]
+
+    after(3, shown.wait_for("q quit"))  # with rates, which come with the second snapshot
+    assert len(after(4, len(shown.output))) < 4 * 100
+    shown.send(b"q")
+    shown.wait_for("back in the shell")
     assert shown.wait() == 0
 
 

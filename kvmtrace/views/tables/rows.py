@@ -36,18 +36,29 @@ class VmRow:
 
 @dataclass(frozen=True, slots=True)
 class IncidentRow:
-    """A row of the incident table. ``vms``: by key, to name the owners.
+    """A row of the incident table; ``rate``, ``bars``: as those of a ``VmRow``, of notifications.
 
-    ``action``: the most urgent one. ``rate``, ``bars``: as those of a ``VmRow``, of notifications.
+    ``snapshot``: of the host, which names the owners.
     """
 
     incident: Incident
-    vms: Mapping[int, Vm]
+    snapshot: Snapshot
     now: int
-    action: Action
-    steps: tuple[ClockStep, ...] = ()
     rate: float | None = None
     bars: str = ""
+
+    @property
+    def vms(self) -> Mapping[int, Vm]:
+        return self.snapshot.vms
+
+    @property
+    def steps(self) -> tuple[ClockStep, ...]:
+        return self.snapshot.steps
+
+    @property
+    def action(self) -> Action:
+        """The most urgent one. Not computed for rows that nobody looks at."""
+        return actions(self.incident, self.snapshot)[0]
 
     @property
     def id(self) -> str:
@@ -101,15 +112,7 @@ def incident_rows(
     """The incidents by urgency, the newest first within one. ``rates``, ``bars``: by id."""
     rates, bars = rates or {}, bars or {}
     return [
-        IncidentRow(
-            one,
-            snapshot.vms,
-            now,
-            actions(one, snapshot)[0],
-            snapshot.steps,
-            rates.get(one.id),
-            bars.get(one.id, ""),
-        )
+        IncidentRow(one, snapshot, now, rates.get(one.id), bars.get(one.id, ""))
         for one in by_urgency(snapshot.incidents)
     ]
 
