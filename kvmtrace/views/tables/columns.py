@@ -307,7 +307,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         _over,
         right=False,
         falling=False,
-        least=8,
+        least=15,
         drop=5,
         key="d",
     ),
@@ -326,7 +326,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         _over,
         right=False,
         falling=False,
-        least=9,
+        least=12,
         drop=7,
     ),
 )
