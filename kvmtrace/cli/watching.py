@@ -1,7 +1,7 @@
-"""A host as the live table watches it: opened behind its back, and followed over restarts.
+"""A host as the live table watches it: opened in a thread, and followed over restarts.
 
 Probes take seconds to attach, and a serve may restart under a command that follows it. Both happen
-in a thread of their own, so that the table shows meanwhile what is going on, and takes keys.
+in a thread of their own, so that the table shows what is going on and takes keys meanwhile.
 """
 
 from __future__ import annotations
@@ -114,12 +114,12 @@ class Watching:
         return () if self._last is None else self._last[2]
 
     def status(self) -> str:
-        """What has to be known of the source."""
+        """What a person has to know of the source; "" if nothing."""
         with self._lock:
             gone = self._gone
         if gone is not None:
             message, when = gone
-            return f"{message}, {_ago(when)}: waiting for it; what it knew last is below"
+            return f"{message}, {_ago(when)}: waiting for it; its last report is below"
         if self._last is None:
             seconds = int(time.monotonic() - self._began)
             probes = counted(len(specs()), "probe")

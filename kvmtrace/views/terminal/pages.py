@@ -54,12 +54,12 @@ _DELIVERIES = (
     ("EHWPOISON", "KVM_RUN returned it to the VMM: the guest accessed the page"),
     ("AR", "SIGBUS, action required: a thread accessed the page and cannot go on"),
     ("AO", "SIGBUS, action optional: a page was lost that nobody is accessing right now"),
-    ("not notified", "the guest was refused the page, and its VMM knows nothing of it"),
+    ("not notified", "the guest was refused the page, and its VMM was not notified"),
     ("PAGES", "poisoned pages that the VM has now; with a ?, some may have been replaced since"),
 )
 _LOST = (
     ("lost", "events that were not seen, counted where they were lost: numbers may be too low"),
-    ("not attached", "a probe that this kernel lacks; the tab Probes says what is not seen"),
+    ("not attached", "a probe that this kernel lacks; the tab Probes shows what is not seen"),
 )
 _CAUSES = (
     ("hwpoison", "EHWPOISON: the page is poisoned"),
