@@ -398,8 +398,12 @@ async def test_events_newest_first() -> None:
         await pilot.press("4")
         lines = [line for line in screen(app) if " EFAULT" in line or " Failed" in line]
         assert [" exit " in line for line in lines[:2]] == [True, False]
-        await pilot.press("slash", *"poison", "enter")
+        await pilot.press("slash", *"Failed", "enter")
         assert any(line.startswith("── event") for line in screen(app))
+        await pilot.press("enter")  # the story of its incident
+        assert any("103275-1" in line for line in screen(app)[2:5])
+        await pilot.press("q")
+        assert "[Events]" in tabs(screen(app))
 
 
 async def test_dimms() -> None:
