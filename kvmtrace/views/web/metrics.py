@@ -36,6 +36,7 @@ from kvmtrace.linux import clock, privileges
 from kvmtrace.model import LATENCY_BUCKETS, IncidentStatus, Snapshot, VerdictWord
 from kvmtrace.views.web import landing
 from kvmtrace.views.web.server import DEFAULT_LISTEN, Answer, Headers, Server, Shared, start, text
+from kvmtrace.views.web.vm_incidents import by_label
 from kvmtrace.views.web.vm_labels import VmLabels, VmSeries, clean
 
 __all__ = ["DEFAULT_LISTEN", "DEFAULT_MAX_VMS", "Exporter", "Server", "serve"]
@@ -167,6 +168,7 @@ class Exporter(Collector):
             "kvmtrace_vms_folded", 'VMs without series of their own, summed in vm="other".', folded
         )
         yield from _vm_families(series)
+        yield from _vm_incidents(series, snapshot)
 
     def _incidents(self, snapshot: Snapshot) -> Iterator[Metric]:
         poisons = CounterMetricFamily(
@@ -197,6 +199,11 @@ class Exporter(Collector):
             "kvmtrace_kernel_poisoned_pages",
             "Poisoned pages that the kernel uses itself or could not get hold of: host at risk.",
             snapshot.kernel_pages,
+        )
+        yield GaugeMetricFamily(
+            "kvmtrace_host_at_risk",
+            "1 while the kernel uses a poisoned page, or may: the host can go down with its VMs.",
+            float(snapshot.kernel_pages > 0),
         )
         verdicts = GaugeMetricFamily(
             "kvmtrace_incident_verdicts",
@@ -294,6 +301,25 @@ def _vm_families(series: list[VmSeries]) -> Iterator[Metric]:
         pages.add_metric([one.label], one.poisoned_pages)
         undelivered.add_metric([one.label], one.undelivered)
     return iter((info, exits, sigbus, pages, undelivered))
+
+
+def _vm_incidents(series: list[VmSeries], snapshot: Snapshot) -> Iterator[Metric]:
+    by_state = GaugeMetricFamily(
+        "kvmtrace_vm_incidents",
+        "Poisoned pages of the VM that are remembered, by how far the incident is for this VM.",
+        labels=["vm", "state"],
+    )
+    by_verdict = GaugeMetricFamily(
+        "kvmtrace_vm_verdicts",
+        "Incidents of which the VM's VMM was notified, by what it did then.",
+        labels=["vm", "verdict"],
+    )
+    for label, states, verdicts in by_label(series, snapshot.vms, snapshot.incidents):
+        for state, count in states.items():
+            by_state.add_metric([label, state], count)
+        for verdict, count in verdicts.items():
+            by_verdict.add_metric([label, verdict], count)
+    return iter((by_state, by_verdict))
 
 
 def serve(
