@@ -42,7 +42,7 @@ def picture() -> str:
 
 async def _drawn() -> str:
     # Of two snapshots, so that rates are known. The app takes the first of them when it starts.
-    *_, before, after = _snapshots()
+    *_, before, after = snapshots()
     shown = [before, after]
     clock = [one.last_ts or 0 for one in shown]
     app = TopApp(lambda: shown.pop(0), 3600, lambda: clock.pop(0))
@@ -52,7 +52,7 @@ async def _drawn() -> str:
         return app.export_screenshot(title="kvmtrace top")
 
 
-def _snapshots() -> Iterator[Snapshot]:
+def snapshots() -> Iterator[Snapshot]:
     """Yield the state of the host after each event of the story."""
     source = RecordingSource(str(STORY))
     try:

@@ -27,9 +27,10 @@ from kvmtrace.probes import Probe
 from kvmtrace.views.explain import explain_text
 from kvmtrace.views.web import document, incident_page, landing, metrics
 from kvmtrace.views.web.server import Server
-from tests import browser
+from tests import browser, docs, page_pictures, png
 from tests.unit.snapshots import HOST, NOW, PROBES, many, odd, small, vm
 
+DOCS = docs.ROOT / "docs"
 HOSTILE = "<script>alert(1)</script>&\"'" + "x" * 90 + "\N{HEBREW LETTER ALEF}"
 needs_browser = pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
 
@@ -302,6 +303,21 @@ def test_when_nothing_is_watched_no_page_pretends() -> None:
 
 
 # -- how they look
+
+
+@pytest.mark.parametrize("picture", page_pictures.PICTURES, ids=lambda one: one.path.stem)
+def test_the_pictures_are_current_and_small(picture: page_pictures.Picture) -> None:
+    """If one is not: `make page-pictures`."""
+    taken = picture.path.read_bytes()
+    assert png.about_of(taken) == picture.about()
+    assert len(taken) < 64 << 10
+
+
+def test_no_picture_is_left_over() -> None:
+    found = {path for kind in ("page", "incident") for path in DOCS.glob(f"{kind}-*.png")}
+    assert found == {picture.path for picture in page_pictures.PICTURES}
+    using = (DOCS / "using.md").read_text(encoding="utf-8")
+    assert all(f"({picture.path.name})" in using for picture in page_pictures.PICTURES)
 
 
 def _light(color: str) -> float:

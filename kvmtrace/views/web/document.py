@@ -49,7 +49,8 @@ a { color: var(--link); } footer { margin: 2rem 0 0; } footer, .small { font-siz
 pre { font: .8rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
 background: var(--card); border: 1px solid var(--line); border-radius: .3rem; padding: .6rem;
 margin: .4rem 0 .8rem; }
-.answer, pre { max-width: 60rem; } .never { font-weight: 600; }
+.answer, pre { max-width: 60rem; } .answer a { display: inline-block; padding: .3rem 0; }
+.answer li:first-child { font-weight: 600; } .answer .lead, pre { font-weight: 400; }
 .lead { margin: .4rem 0 0; }
 pre.command { font-size: .9rem; user-select: all; } pre.narrow { display: none; }
 
@@ -67,7 +68,8 @@ tbody { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill,
 minmax(min(100%, 20rem), 1fr)); }
 tr { display: flex; flex-wrap: wrap; align-content: flex-start; column-gap: .9rem;
 background: var(--card); border: 1px solid var(--line); border-left: .3rem solid var(--line);
-border-radius: .3rem; padding: .5rem .8rem; }
+border-radius: .3rem; padding: .5rem .8rem; position: relative; }
+td.name a::after { content: ""; position: absolute; inset: 0; }
 tr.now { border-left-color: var(--now); } tr.soon { border-left-color: var(--soon); }
 tr.watch { border-left-color: var(--watch); }
 td { border: 0; padding: 0; min-width: 0; max-width: 100%; font-size: .9rem;

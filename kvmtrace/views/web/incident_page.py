@@ -38,7 +38,7 @@ def render(incident: Incident, snapshot: Snapshot, now: int) -> str:
         f'<p class="small"><a href="/">{html.escape(host)}</a></p>'
         f"<h1>{badge(urgency)} {html.escape(who)}</h1>{stamp(snapshot, now)}",
         f'<section class="answer {urgency.level}"><ol>{"".join(map(_step, steps.values()))}</ol>'
-        + "".join(f'<p class="never">{html.escape(sentence(one))}</p>' for one in never)
+        + "".join(f"<p>{html.escape(sentence(one))}</p>" for one in never)
         + f"</section><h2>The whole story</h2>{_story(incident, snapshot)}",
     )
 

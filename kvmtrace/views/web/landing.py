@@ -161,7 +161,8 @@ def who_has(incident: Incident, snapshot: Snapshot) -> str:
     if not keys:
         return KERNEL_ITSELF if incident.host_at_risk else "no VM"
     keys = list(dict.fromkeys(keys))
-    names = listed(owners_name(incident, snapshot.vms, key) for key in keys[:_NAMES])
+    found = (owners_name(incident, snapshot.vms, key) for key in keys[:_NAMES])
+    names = listed("a VM not known by name" if name == UNKNOWN else name for name in found)
     return names + (f" +{len(keys) - _NAMES}" if keys[_NAMES:] else "")
 
 
