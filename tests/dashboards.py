@@ -51,6 +51,12 @@ def load(path: Path = HOST) -> dict[str, Any]:
     return board
 
 
+def quick_alerts() -> str:
+    """The alert rules with a second for each ``for`` and ``keep_firing_for``."""
+    text = ALERTS.read_text(encoding="utf-8")
+    return re.sub(r"^( +(?:keep_firing_)?for): \w+$", r"\1: 1s", text, flags=re.MULTILINE)
+
+
 def queries(board: dict[str, Any]) -> Iterator[Query]:
     """Yield every query: of panels, of annotations, and the series that variables are made of."""
     for variable in board["templating"]["list"]:

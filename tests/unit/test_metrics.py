@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvmtrace.errors import KvmtraceError, UsageError
 from kvmtrace.events import Owner
+from kvmtrace.judgement.urgency import Urgency
 from kvmtrace.model import (
     CAUSES,
     Incident,
@@ -57,6 +58,7 @@ CONTRACT = {
     "kvmtrace_incidents": {"state"},
     "kvmtrace_kernel_poisoned_pages": set(),
     "kvmtrace_host_at_risk": set(),
+    "kvmtrace_incident_urgencies": {"urgency"},
     "kvmtrace_vm_incidents": {"vm", "state"},
     "kvmtrace_vm_verdicts": {"vm", "verdict"},
     "kvmtrace_sigbus_total": {"vm", "code"},
@@ -145,6 +147,8 @@ def test_scenario_in_numbers() -> None:
     assert value(series, "kvmtrace_vm_poisoned_pages", vm="db") == 2
     assert value(series, "kvmtrace_kernel_poisoned_pages") == 1
     assert value(series, "kvmtrace_host_at_risk") == 1
+    urgencies = {(word,): 1 for word in ("looping", "unclear", "latent", "kernel")}
+    assert above_0(series, "kvmtrace_incident_urgencies") == urgencies
     assert above_0(series, "kvmtrace_vm_incidents") == {
         ("looping", "web"): 1,
         ("delivered", "db"): 1,
@@ -210,6 +214,8 @@ def test_counters_of_a_vm_are_there_before_anything_happens() -> None:
 def test_counters_of_the_host_are_there_before_anything_happens() -> None:
     series = scrape(metrics.Exporter(Snapshot))
     assert value(series, "kvmtrace_host_at_risk") == 0
+    for urgency in Urgency:
+        assert value(series, "kvmtrace_incident_urgencies", urgency=urgency) == 0
     for state in IncidentStatus:
         assert value(series, "kvmtrace_incidents", state=state) == 0
     rings = [f"ftrace_{ring}" for ring in RING_KIB]
@@ -368,6 +374,10 @@ def notified(vm: int) -> Notification:
     return Notification(vm, 0, 1, {}, START, START)
 
 
+def signalled(vm: int) -> Notification:
+    return Notification(vm, None, 0, {"AO": 1}, START, START)
+
+
 def shared(state: IncidentStatus, *owners: int, **fields: object) -> Incident:
     """A page that these VMs own, each at its own place."""
     page = Incident("1-1", state, 1, None, None, None, tuple(Owner(n, n, n << 12) for n in owners))
@@ -411,11 +421,25 @@ def shared(state: IncidentStatus, *owners: int, **fields: object) -> Incident:
             shared(
                 IncidentStatus.DELIVERED,
                 1,
+                exits=1,
                 undelivered=3,
                 notifications=(notified(1),),
                 first_delivery_ts=START,
             ),
             {1: "delivered"},
+        ),
+        # Notified ahead of time by a signal, and then refused.
+        (
+            shared(
+                IncidentStatus.DELIVERED,
+                1,
+                undelivered=3,
+                sigbus=1,
+                notifications=(signalled(1),),
+                verdicts=(Verdict(1, VerdictWord.UNKNOWN, ()),),
+                first_delivery_ts=START,
+            ),
+            {1: "undelivered"},
         ),
         # A process was notified, and it is not known for which of its VMs.
         (
@@ -425,6 +449,18 @@ def shared(state: IncidentStatus, *owners: int, **fields: object) -> Incident:
         # It has another page in place of the poisoned one.
         (shared(IncidentStatus.UNOWNED, 1, released=(Owner(1, 1, 1 << 12),)), {1: "unowned"}),
         (shared(IncidentStatus.UNOWNED), {}),
+        # The same after it was notified: nothing is left to do, whatever it did.
+        (
+            shared(
+                IncidentStatus.DELIVERED,
+                1,
+                released=(Owner(1, 1, 1 << 12),),
+                notifications=(signalled(1),),
+                verdicts=(Verdict(1, VerdictWord.UNKNOWN, ()),),
+                first_delivery_ts=START,
+            ),
+            {1: "delivered"},
+        ),
     ],
 )
 def test_the_state_of_an_incident_for_each_vm(incident: Incident, expected: dict[int, str]) -> None:
@@ -434,7 +470,8 @@ def test_the_state_of_an_incident_for_each_vm(incident: Incident, expected: dict
     series = scrape(metrics.Exporter(lambda: snapshot))
     exported = above_0(series, "kvmtrace_vm_incidents")
     assert exported == {(state, f"v{key}"): 1 for key, state in expected.items()}
-    words = {(str(one.word), f"v{one.vm}"): 1.0 for one in incident.verdicts}
+    judged = () if incident.released else incident.verdicts
+    words = {(str(one.word), f"v{one.vm}"): 1.0 for one in judged}
     assert above_0(series, "kvmtrace_vm_verdicts") == words
 
 

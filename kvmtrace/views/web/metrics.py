@@ -32,6 +32,7 @@ from prometheus_client.registry import Collector
 
 from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
+from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.linux import clock, privileges
 from kvmtrace.model import LATENCY_BUCKETS, IncidentStatus, Snapshot, VerdictWord
 from kvmtrace.views.web import incident_page, landing
@@ -226,6 +227,16 @@ class Exporter(Collector):
         for word, count in words.items():
             verdicts.add_metric([word], count)
         yield verdicts
+        by_urgency = GaugeMetricFamily(
+            "kvmtrace_incident_urgencies",
+            "Incidents remembered, by urgency: state and verdicts together.",
+            labels=["urgency"],
+        )
+        urgencies = Counter(dict.fromkeys(Urgency, 0))
+        urgencies.update(map(urgency_of, snapshot.incidents))
+        for urgency, count in urgencies.items():
+            by_urgency.add_metric([urgency], count)
+        yield by_urgency
         bounds = [*(repr(float(bound)) for bound in LATENCY_BUCKETS), "+Inf"]
         yield HistogramMetricFamily(
             "kvmtrace_poison_to_delivery_seconds",
@@ -320,7 +331,7 @@ def _vm_incidents(series: list[VmSeries], snapshot: Snapshot) -> Iterator[Metric
     )
     by_verdict = GaugeMetricFamily(
         "kvmtrace_vm_verdicts",
-        "Incidents of which the VM's VMM was notified, by what it did then.",
+        "Incidents of which the VM's VMM was notified, by what it did; without replaced pages.",
         labels=["vm", "verdict"],
     )
     for label, states, verdicts in by_label(series, snapshot.vms, snapshot.incidents):

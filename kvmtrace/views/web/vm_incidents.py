@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from kvmtrace.judgement.urgency import has_page, is_gone
 from kvmtrace.model import Incident, IncidentStatus, VerdictWord
 from kvmtrace.views.web.vm_labels import VmSeries
 
@@ -19,7 +20,6 @@ UNDELIVERED = "undelivered"
 # Exported as 0 for every VM: an alert can only be tested, and a panel only be drawn, with a series.
 ZERO_STATES = (*IncidentStatus, UNDELIVERED)
 ZERO_VERDICTS = tuple(VerdictWord)
-
 
 Counts = Mapping[str, int]
 """{state or verdict: incidents}, the zeros included."""
@@ -37,38 +37,44 @@ def by_label(
     by_state, by_verdict = _counts(incidents)
     for one in series:
         keys = folded if one.vm is None else [one.vm.key]
-        yield (
-            one.label,
-            _sum(by_state, keys, ZERO_STATES),
-            _sum(by_verdict, keys, ZERO_VERDICTS),
-        )
+        yield one.label, _sum(by_state, keys, ZERO_STATES), _sum(by_verdict, keys, ZERO_VERDICTS)
 
 
 def states(incident: Incident) -> dict[int, str]:
     """The state of the incident for each of its VMs, by key."""
     notified = {one.vm for one in incident.notifications}
-    looping = {one.vm for one in incident.verdicts if one.word == VerdictWord.LOOPING}
-    holders = {owner.vm for owner in incident.owners if owner not in incident.released}
+    words = {one.vm: one.word for one in incident.verdicts}
     vms = dict.fromkeys([*(owner.vm for owner in incident.owners), *notified])
-    return {vm: _state(incident, vm, notified, looping, holders) for vm in vms}
+    return {vm: _state(incident, vm, notified, words.get(vm)) for vm in vms}
 
 
-def _state(
-    incident: Incident, vm: int, notified: set[int], looping: set[int], holders: set[int]
-) -> str:
-    identity = incident.vm_identities.get(vm)
-    is_gone = identity is not None and identity.gone_ts is not None
-    if is_gone or incident.state == IncidentStatus.CLOSED:
+def verdicts(incident: Incident) -> dict[int, str]:
+    """The verdict on each of its VMs that matters, by key.
+
+    None on a VM that has another page in place of the poisoned one, unless it is stuck
+    nevertheless: nothing is left to do for it.
+    """
+    judged = {one.vm: str(one.word) for one in incident.verdicts}
+    return {
+        vm: word for vm, word in judged.items() if is_gone(incident, vm) or has_page(incident, vm)
+    }
+
+
+def _state(incident: Incident, vm: int, notified: set[int], word: VerdictWord | None) -> str:
+    if is_gone(incident, vm) or incident.state == IncidentStatus.CLOSED:
         return IncidentStatus.CLOSED
-    if vm in looping:
+    if word == VerdictWord.LOOPING:
         return IncidentStatus.LOOPING
+    has = has_page(incident, vm)
+    # As urgency_of judges: a signal ahead of time does not help a guest that is refused the page.
+    is_refused = incident.undelivered and not incident.exits
+    if has and is_refused and word != VerdictWord.STOPPED:
+        return UNDELIVERED
     if vm in notified:
         return IncidentStatus.DELIVERED
     if not notified and incident.first_delivery_ts is not None:
         return incident.state  # a process with several VMs was notified: one of them
-    if vm not in holders:
-        return IncidentStatus.UNOWNED  # it has another page in place of the poisoned one
-    return UNDELIVERED if incident.undelivered and not notified else IncidentStatus.LATENT
+    return IncidentStatus.LATENT if has else IncidentStatus.UNOWNED
 
 
 _CountsByVm = Mapping[int, Counter[str]]
@@ -81,8 +87,8 @@ def _counts(incidents: Iterable[Incident]) -> tuple[_CountsByVm, _CountsByVm]:
     for incident in incidents:
         for vm, state in states(incident).items():
             by_state[vm][state] += 1
-        for verdict in incident.verdicts:
-            by_verdict[verdict.vm][verdict.word] += 1
+        for vm, word in verdicts(incident).items():
+            by_verdict[vm][word] += 1
     return by_state, by_verdict
 
 
