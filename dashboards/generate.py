@@ -325,18 +325,16 @@ def _coloured(color: str) -> list[models.DynamicConfigValue]:
 def _over_time() -> list[timeseries.Panel]:
     return [
         series_panel(
-            "Incidents by state",
-            "Poisoned pages with their owners and deliveries. latent: no guest has touched it yet. "
-            "delivered: the VMM was notified. looping: it is notified again and again. unowned: no "
-            "VM is known to own the page. "
-            "closed: the VM is gone or the page was mended.",
-            f"sum by (state) (kvmtrace_incidents{{{HOST}}})",
-            "{{state}}",
+            "Incidents by urgency",
+            "How soon somebody has to act, by state and verdict together. looping, stopped, "
+            "undelivered and kernel: now. unclear and latent: soon. unowned and handled: at most "
+            "watch them. closed: it is over.",
+            f"sum by (urgency) (kvmtrace_incident_urgencies{{{HOST}}})",
+            "{{urgency}}",
             colors={
-                "looping": NOW,
-                "delivered": SOON,
-                "latent": SOON,
-                "unowned": WATCH,
+                **dict.fromkeys(("looping", "stopped", "undelivered", "kernel"), NOW),
+                **dict.fromkeys(("unclear", "latent"), SOON),
+                **dict.fromkeys(("unowned", "handled"), WATCH),
                 "closed": OVER,
             },
         ),
@@ -354,6 +352,30 @@ def _over_time() -> list[timeseries.Panel]:
                 "handled": WATCH,
                 "exited": OVER,
             },
+        ),
+        series_panel(
+            "Incidents by state",
+            "Poisoned pages with their owners and deliveries. latent: no guest has touched it yet. "
+            "delivered: the VMM was notified. looping: it is notified again and again. unowned: no "
+            "VM is known to own the page. "
+            "closed: the VM is gone or the page was mended.",
+            f"sum by (state) (kvmtrace_incidents{{{HOST}}})",
+            "{{state}}",
+            colors={
+                "looping": NOW,
+                "delivered": SOON,
+                "latent": SOON,
+                "unowned": WATCH,
+                "closed": OVER,
+            },
+        ),
+        series_panel(
+            "Undelivered by VM",
+            "Times that guest_memfd refused a poisoned page to a guest, and KVM_RUN did not notify "
+            "the VMM.",
+            f"sum by (vm) (increase(kvmtrace_undelivered_total{{{VM}}}[$__rate_interval]))",
+            "{{vm}}",
+            bars=True,
         ),
         series_panel(
             "Memory-fault exits by errno and cause",
@@ -387,14 +409,6 @@ def _over_time() -> list[timeseries.Panel]:
             "VMM is notified early and may act.",
             f"sum by (vm, code) (increase(kvmtrace_sigbus_total{{{VM}}}[$__rate_interval]))",
             "{{vm}} {{code}}",
-            bars=True,
-        ),
-        series_panel(
-            "Undelivered by VM",
-            "Times that guest_memfd refused a poisoned page to a guest, and KVM_RUN did not notify "
-            "the VMM.",
-            f"sum by (vm) (increase(kvmtrace_undelivered_total{{{VM}}}[$__rate_interval]))",
-            "{{vm}}",
             bars=True,
         ),
         series_panel(

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from kvmtrace import probes
+from kvmtrace.judgement.urgency import Urgency
 from kvmtrace.model import VerdictWord
 from tests import dashboards, prometheus
 from tests.lab import leftovers
@@ -363,6 +364,14 @@ def _verdicts(story: Story, shown: Shown) -> None:
     assert shown == {(word,): found[word] for word in VerdictWord}
 
 
+def _urgencies(story: Story, shown: Shown) -> None:
+    assert shown.keys() == {(urgency,) for urgency in Urgency}
+    assert shown[("looping",)] == 1
+    # Those that earlier tests poisoned belong to no VM any more.
+    assert sum(shown.values()) == story.poisons.total() + story.old
+    assert shown[("kernel",)] == shown[("undelivered",)] == 0
+
+
 def _poisons(story: Story, shown: Shown) -> None:
     # Of the last two minutes, which may be over on a slow machine.
     kinds = {tuple(sorted(kind)) for kind in story.poisons}
@@ -414,6 +423,7 @@ CHECKS: dict[tuple[str, str], Check] = {
             ("closed",): 0,
         }
     ),
+    ("Incidents by urgency", "A"): _urgencies,
     ("Incidents by verdict", "A"): _verdicts,
     ("Undelivered by VM", "A"): exactly(lambda _: {(vm,): 0 for vm in VMS}),
     ("Pages poisoned", "A"): roughly(lambda s: {kind: float(n) for kind, n in s.poisons.items()}),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
 
 from dashboards import generate, panels
+from kvmtrace.judgement.urgency import Level, Urgency
 from kvmtrace.model import IncidentStatus, VerdictWord
 from kvmtrace.views.web import metrics
 from tests import dashboards
@@ -78,6 +80,17 @@ EXPECTED: dict[tuple[str, str], _V] = {
         ("delivered",): 1,
         ("latent",): 1,
         ("unowned",): 1,
+        ("closed",): 0,
+    },
+    ("Incidents by urgency", "A"): {
+        ("looping",): 1,
+        ("stopped",): 0,
+        ("undelivered",): 0,
+        ("kernel",): 1,
+        ("unclear",): 1,
+        ("latent",): 1,
+        ("unowned",): 0,
+        ("handled",): 0,
         ("closed",): 0,
     },
     ("Incidents by verdict", "A"): {
@@ -179,20 +192,23 @@ def test_all_that_is_known_by_vm_depends_on_the_vm() -> None:
 
 def test_words_have_the_colour_of_their_meaning() -> None:
     """What a word calls for is the same in all panels, and as in the landing page."""
-    seen: dict[str, set[str]] = {}
+    seen: defaultdict[str, set[str]] = defaultdict(set)
     for panel in BOARD["panels"]:
         for one in panel["fieldConfig"]["overrides"]:
             for value in one["properties"]:
                 if value["id"] == "color":
                     word = one["matcher"]["options"]
-                    seen.setdefault(word, set()).add(value["value"]["fixedColor"])
-    assert {word: one.pop() for word, one in seen.items() if len(one) == 1} == {
-        **dict.fromkeys(("looping", "stopped"), panels.NOW),
-        **dict.fromkeys(("delivered", "unknown", "latent"), panels.SOON),
-        **dict.fromkeys(("unowned", "handled"), panels.WATCH),
-        **dict.fromkeys(("closed", "exited"), panels.OVER),
+                    seen[word].add(value["value"]["fixedColor"])
+    colours = {
+        Level.NOW: panels.NOW,
+        Level.SOON: panels.SOON,
+        Level.WATCH: panels.WATCH,
+        Level.OVER: panels.OVER,
     }
-    assert set(seen) == {*IncidentStatus, *VerdictWord}
+    expected = {str(urgency): {colours[urgency.level]} for urgency in Urgency}
+    expected |= {"delivered": {panels.SOON}, "unknown": {panels.SOON}, "exited": {panels.OVER}}
+    assert seen == expected
+    assert set(seen) == {*Urgency, *IncidentStatus, *VerdictWord}
 
 
 def test_links_lead_into_the_runbook() -> None:
