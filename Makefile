@@ -56,7 +56,7 @@ readme: ## README and docs/ anew: output of commands, tables of the last whole `
 	@$(PY) -m tests.docs
 	@$(PY) -m tests.lab.readme
 
-picture: ## docs/top.svg anew, from a recording
+picture: ## docs/top*.svg anew, from a recording: each size of `top`
 	@sh tests/setup.sh --no-system
 	@$(PY) -m tests.docs picture
 

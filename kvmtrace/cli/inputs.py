@@ -81,9 +81,9 @@ def _to_detach() -> set[str]:
 
 
 @contextlib.contextmanager
-def open_session(source: sources.Source) -> Iterator[Session]:
+def open_session(source: sources.Source, *, recent: int = 0) -> Iterator[Session]:
     """A session that is closed on every way out. Raises KvmtraceError if its reader goes on."""
-    session = Session(source)
+    session = Session(source, recent=recent)
     try:
         yield session
     finally:

@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 import time
+from collections import deque
 
 from kvmtrace import kvm
 from kvmtrace.correlate import Correlator
@@ -36,17 +37,21 @@ SHORTAGE_SECONDS = 30.0
 class Session:
     """Feeds a source's events to a correlator: ``pump`` here, or ``start`` in a thread of its own.
 
-    One thread opens, polls and closes the source. ``snapshot``, ``age``, ``probes``, ``subscribe``
-    and ``unsubscribe`` may be called from any thread.
+    One thread opens, polls and closes the source. ``snapshot``, ``recent``, ``age``, ``probes``,
+    ``subscribe`` and ``unsubscribe`` may be called from any thread.
     """
 
-    def __init__(self, source: Source, page_shift: int = kvm.PAGE_SHIFT) -> None:
+    def __init__(
+        self, source: Source, page_shift: int = kvm.PAGE_SHIFT, *, recent: int = 0
+    ) -> None:
+        """``recent``: how many of the last events to keep for ``recent``."""
         self._source = source
         # A recording or a serve has its own clock, whose steps are among its events.
         self._steps = None if hasattr(source, "epoch_offset_ns") else clock.Steps()
         self._correlator = Correlator(page_shift=page_shift)
         self._log = CompactLog()
         self._subscribers: list[Subscriber] = []
+        self._recent: deque[CorrelatedEvent] = deque(maxlen=recent)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -66,7 +71,14 @@ class Session:
                 self._log.add(event)
             for subscriber in self._subscribers:
                 subscriber.publish(events)
-            return [self._correlator.feed(event) for event in events]
+            correlated = [self._correlator.feed(event) for event in events]
+            self._recent.extend(correlated)
+            return correlated
+
+    def recent(self) -> tuple[CorrelatedEvent, ...]:
+        """Return the last events, oldest first, as many as the session was asked to keep."""
+        with self._lock:
+            return tuple(self._recent)
 
     def poll(self, timeout: float) -> list[Event]:
         """As ``Source.poll``, with steps of the wall clock; the events are not correlated.

@@ -76,7 +76,7 @@ def test_ages_go_by_the_clock_of_the_events() -> None:
             html = answer.read().decode()
     finally:
         server.close()
-    assert re.search(r'<td data-head="since"[^>]*>\d+ s</td>', html)
+    assert re.search(r'<td data-head="SINCE"[^>]*>\d+ s</td>', html)
     assert " d ago" not in html
 
 
@@ -296,7 +296,7 @@ def test_ages_and_joins_do_not_see_the_step(
     clocks.tick(2 * SECOND)
     snapshot, now = session.snapshot(), session.now()
     html = landing.render(snapshot, now)
-    ages = re.findall(r'<td data-head="since"[^>]*>(.*?)</td>', html)
+    ages = re.findall(r'<td data-head="SINCE"[^>]*>(.*?)</td>', html)
     assert sorted(ages) == ["2 s", "6 s"]
     assert " d ago" not in html
     assert " h ago" not in html

@@ -218,7 +218,7 @@ def shown() -> tuple[Incident, Snapshot]:
 def test_every_view_shows_it_first_and_by_name() -> None:
     incident, snapshot = shown()
     table = table_text(snapshot, now=T0, width=160)
-    (row,) = [line for line in table.splitlines() if line.startswith(incident.id)]
+    (row,) = [line for line in table.splitlines() if f" {incident.id} " in line]
     assert "kernel  " in row
     assert "the kernel itself" in row
     assert "host at risk: 1 poisoned page of the kernel's" in table

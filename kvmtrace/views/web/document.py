@@ -12,7 +12,6 @@ import html
 from collections.abc import Iterable
 
 from kvmtrace import __version__
-from kvmtrace.judgement.urgency import Urgency
 from kvmtrace.model import Snapshot
 from kvmtrace.views.format import Span
 
@@ -57,10 +56,10 @@ pre.command { font-size: .9rem; user-select: all; } pre.narrow { display: none; 
 table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .4rem 1rem .4rem 0; }
 th { color: var(--dim); font-size: .8rem; font-weight: 600; white-space: nowrap; }
-td { border-top: 1px solid var(--line); overflow-wrap: break-word; } .n { text-align: right; }
+td { border-top: 1px solid var(--line); } .n { text-align: right; }
 .name, .do { font-weight: 600; } .none { color: var(--dim); }
-.do, .short { white-space: nowrap; } .name, .label { overflow-wrap: anywhere; min-width: 16ch; }
-.label { min-width: 20ch; } tr[class] { color: inherit; }
+td { white-space: nowrap; } td.name { min-width: 16ch; } td.label { min-width: 20ch; }
+td.name, td.label { white-space: normal; overflow-wrap: anywhere; } tr[class] { color: inherit; }
 
 @media (max-width: 76rem) {
 thead { display: none; } table, td { display: block; }
@@ -73,11 +72,11 @@ td.name a::after { content: ""; position: absolute; inset: 0; }
 tr.now { border-left-color: var(--now); } tr.soon { border-left-color: var(--soon); }
 tr.watch { border-left-color: var(--watch); }
 td { border: 0; padding: 0; min-width: 0; max-width: 100%; font-size: .9rem;
-overflow-wrap: anywhere; }
+white-space: normal; overflow-wrap: anywhere; }
 td.none, td.same { display: none; }
-td[data-head]::before { content: attr(data-head) " "; color: var(--dim); }
+td[data-head]::before { content: attr(data-head) " "; color: var(--dim); font-size: .75rem; }
 td.name { flex: 1 1 50%; font-size: 1.05rem; }
-td.do { flex: 1 0 100%; font-size: 1.05rem; padding-bottom: .2rem; white-space: normal; }
+td.do { flex: 1 0 100%; font-size: 1.05rem; padding-bottom: .2rem; }
 }
 @media (max-width: 44rem) {
 pre.wide { display: none; } pre.narrow { display: block; font-size: .74rem; padding: .5rem; }
@@ -123,9 +122,9 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
-def badge(urgency: Urgency, before: str = "") -> str:
-    """HTML of an urgency in its colour, after ``before``."""
-    return span(f"{before}{urgency}", f"badge {urgency.level}")
+def badge(text: str, style: str) -> str:
+    """HTML of an urgency in its colour."""
+    return span(text, f"badge {style}")
 
 
 def spans(line: Iterable[Span]) -> str:

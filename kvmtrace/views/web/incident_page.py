@@ -11,6 +11,7 @@ from kvmtrace.model import MAX_INCIDENTS, Incident, Snapshot
 from kvmtrace.sanitize import clean
 from kvmtrace.views.explain import explain_text
 from kvmtrace.views.format import clip
+from kvmtrace.views.tables.rows import IncidentRow
 from kvmtrace.views.web.document import badge, document, host_name, sentence, stamp
 from kvmtrace.views.web.landing import who_has
 
@@ -27,7 +28,7 @@ _SHOWN = 64
 def render(incident: Incident, snapshot: Snapshot, now: int) -> str:
     """The page for an incident of ``snapshot``; ``now`` as for the landing page."""
     urgency = urgency_of(incident)
-    host, who = host_name(snapshot), who_has(incident, snapshot)
+    host, who = host_name(snapshot), who_has(IncidentRow(incident, snapshot, now))
     todo = actions(incident, snapshot)
     steps: dict[str, list[Action]] = {}
     for action in todo:
@@ -36,7 +37,7 @@ def render(incident: Incident, snapshot: Snapshot, now: int) -> str:
     return document(
         f"{urgency}: {who} on {host}",
         f'<p class="small"><a href="/">{html.escape(host)}</a></p>'
-        f"<h1>{badge(urgency)} {html.escape(who)}</h1>{stamp(snapshot, now)}",
+        f"<h1>{badge(urgency, urgency.level)} {html.escape(who)}</h1>{stamp(snapshot, now)}",
         f'<section class="answer {urgency.level}"><ol>{"".join(map(_step, steps.values()))}</ol>'
         + "".join(f"<p>{html.escape(sentence(one))}</p>" for one in never)
         + f"</section><h2>The whole story</h2>{_story(incident, snapshot)}",
