@@ -48,7 +48,7 @@ def picture(width: int, height: int) -> str:
 
 async def _drawn(size: tuple[int, int]) -> str:
     # Of the last snapshots, so that rates are known.
-    shown = list(_snapshots())[-9:]
+    shown = list(snapshots())[-9:]
     clock = [one.last_ts or 0 for one in shown]
     app = TopApp(Watched(lambda: shown[0], lambda: clock[0]), 3600)
     async with app.run_test(size=size) as pilot:
@@ -59,7 +59,7 @@ async def _drawn(size: tuple[int, int]) -> str:
         return app.export_screenshot(title="kvmtrace top")
 
 
-def _snapshots() -> Iterator[Snapshot]:
+def snapshots() -> Iterator[Snapshot]:
     """Yield the state of the host after each event of the story."""
     source = RecordingSource(str(STORY))
     try:
