@@ -74,3 +74,6 @@ watch_option = click.option(
     metavar="SECONDS",
     help="How long to watch this host.  [default: 5]",
 )
+utc_option = click.option(
+    "--utc", is_flag=True, help="Show times in UTC.  [default: local time, with its offset]"
+)

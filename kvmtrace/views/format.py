@@ -9,14 +9,19 @@ from functools import lru_cache
 
 from kvmtrace import dimm_names
 from kvmtrace.events import ClockStep, elapsed
+from kvmtrace.judgement.urgency import Level, Urgency
 
 Span = tuple[str, str]
 """Text, and the name of its style ("" plain, "title", "head", "bad", "warn", "note", "dim")."""
 
 Line = tuple[Span, ...]
 
+_LEVEL_STYLES = {Level.NOW: "bad", Level.SOON: "warn", Level.WATCH: "note", Level.OVER: "dim"}
+
 UNKNOWN = "-"
 ELLIPSIS = "…"
+
+_MIN_ROOM = 20
 
 _SECOND = 1_000_000_000
 
@@ -57,6 +62,11 @@ def pad(text: str, width: int, *, right: bool = False) -> str:
     return fill + text if right else text + fill
 
 
+def style_of(urgency: Urgency) -> str:
+    """The name of the style that shows how soon somebody must act."""
+    return _LEVEL_STYLES[urgency.level]
+
+
 def plain(line: Line) -> str:
     """The text of a line."""
     return "".join(text for text, _ in line)
@@ -76,6 +86,40 @@ def clip_line(line: Line, width: int) -> Line:
         kept.append((clip(text + ELLIPSIS, room), style))
         break
     return tuple(kept)
+
+
+def fold(text: str, width: int, lead: str = "", under: int | None = None) -> list[str]:
+    """``lead`` and ``text`` in lines of at most ``width`` cells, folded between words.
+
+    Further lines are indented by ``under`` cells (the width of ``lead``). A word that is too long
+    for a line is cut; where ``lead`` leaves hardly any room, lines are longer than ``width``.
+    """
+    indent = " " * (cells(lead) if under is None else under)
+    width = max(width, cells(lead) + _MIN_ROOM, len(indent) + _MIN_ROOM)
+    lines, line, is_empty = [], lead, True
+    for whole in text.split():
+        word = whole
+        while word:
+            gap = "" if is_empty else " "
+            if cells(line) + len(gap) + cells(word) <= width:
+                line, word, is_empty = line + gap + word, "", False
+            elif is_empty:
+                kept = _beginning(word, width - cells(line))
+                line, word = line + kept, word[len(kept) :]
+                lines.append(line)
+                line = indent
+            else:
+                lines.append(line)
+                line, is_empty = indent, True
+    return [*lines, line.rstrip()] if not is_empty or not lines else lines
+
+
+def _beginning(word: str, width: int) -> str:
+    """As many characters of a word as fit, at least one."""
+    for end in range(len(word), 1, -1):
+        if cells(word[:end]) <= width:
+            return word[:end]
+    return word[:1]
 
 
 def hex_of(number: int | None) -> str:
@@ -158,9 +202,20 @@ def date_of(ts: int) -> str:
     return f"{_local(ts):%Y-%m-%d} {stamp_of(ts)}"
 
 
-def _local(ts: int) -> datetime.datetime:
+def time_in(ts: int, zone: datetime.tzinfo | None) -> datetime.datetime:
+    """The time of day in a zone, to the second; ``zone`` None: local time."""
     # Whole seconds: nanoseconds since 1970 as a float could round up to the next second.
-    return datetime.datetime.fromtimestamp(ts // _SECOND, datetime.UTC).astimezone()
+    return datetime.datetime.fromtimestamp(ts // _SECOND, datetime.UTC).astimezone(zone)
+
+
+def zone_of(ts: int, zone: datetime.tzinfo | None) -> str:
+    """The zone's name at a time: ``UTC``, else its offset, ``+02:00``."""
+    when = time_in(ts, zone)
+    return when.isoformat()[-6:] if when.utcoffset() else "UTC"
+
+
+def _local(ts: int) -> datetime.datetime:
+    return time_in(ts, None)
 
 
 def listed(parts: Iterable[str], none: str = UNKNOWN) -> str:
