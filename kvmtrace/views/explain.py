@@ -123,10 +123,7 @@ def sections(
 def as_object(incident: Incident, snapshot: Snapshot, now: int | None = None) -> dict[str, Any]:
     """The same as JSON: the incident of the contract and what explains it."""
     incident = named(incident, snapshot)
-    urgency = urgency_of(incident)
     return json_output.incident(incident, snapshot) | {
-        "urgency": urgency.value,
-        "level": urgency.level.value,
         "answer": answer(incident, snapshot, Showing(now=now).end(snapshot)),
         "timeline": [
             json_output.known(

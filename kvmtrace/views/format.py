@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
-from kvmtrace import dimm_names
 from kvmtrace.events import ClockStep, elapsed
 from kvmtrace.judgement.urgency import Level, Urgency
+from kvmtrace.wording import UNKNOWN, counted, dimm_of, hex_of, listed
+
+# What views take from here, with what is shared with ``judgement``.
+__all__ = ["UNKNOWN", "counted", "dimm_of", "hex_of", "listed"]
 
 Span = tuple[str, str]
 """Text, and the name of its style ("" plain, "title", "head", "bad", "warn", "note", "dim")."""
@@ -18,7 +21,6 @@ Line = tuple[Span, ...]
 
 _LEVEL_STYLES = {Level.NOW: "bad", Level.SOON: "warn", Level.WATCH: "note", Level.OVER: "dim"}
 
-UNKNOWN = "-"
 ELLIPSIS = "…"
 
 _MIN_ROOM = 20
@@ -122,11 +124,6 @@ def _beginning(word: str, width: int) -> str:
     return word[:1]
 
 
-def hex_of(number: int | None) -> str:
-    """``0x1f000``; "-" if unknown."""
-    return UNKNOWN if number is None else hex(number)
-
-
 def size_of(size: int | None) -> str:
     """``4 KiB``, ``1.5 GiB``; "-" if unknown. Exact up to a MiB: pages are counted in KiB."""
     if size is None:
@@ -216,24 +213,3 @@ def zone_of(ts: int, zone: datetime.tzinfo | None) -> str:
 
 def _local(ts: int) -> datetime.datetime:
     return time_in(ts, None)
-
-
-def listed(parts: Iterable[str], none: str = UNKNOWN) -> str:
-    """``a, b, c``."""
-    return ", ".join(parts) or none
-
-
-def counted(number: int, what: str) -> str:
-    """``1 exit``, ``2 exits``."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def dimm_of(label: str) -> str:
-    """``"A1"`` → ``"DIMM A1"``; labels that contain what they name are left as they are."""
-    match dimm_names.names(label):
-        case "candidates":
-            return f"one of {listed(map(dimm_of, dimm_names.candidates(label)))}"
-        case "dimm":
-            return label if "dimm" in label.lower() else f"DIMM {label}"
-        case kind:
-            return f"{kind} {label}"
