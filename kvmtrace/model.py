@@ -464,9 +464,7 @@ class Snapshot:
         """Return the wall clock's time at ``ts``, in nanoseconds since the epoch."""
         return wall_time(ts, self.steps)
 
-    def of_log(
-        self, host: Host, probes: tuple[Probe, ...], since: int | None = None
-    ) -> Snapshot:
+    def of_log(self, host: Host, probes: tuple[Probe, ...], since: int | None = None) -> Snapshot:
         """Return a copy with the host of a recording, and its memory as last reported there."""
         corrupted = self.kernel.hardware_corrupted_bytes if self.kernel else None
         if corrupted is not None:

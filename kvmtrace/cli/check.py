@@ -49,7 +49,7 @@ def check(recording: str | None, as_json: bool) -> None:
     """
     try:
         found = _check(recording)
-    except Exception as error:  # noqa: BLE001 (any failure is UNKNOWN: other numbers have meanings)
+    except Exception as error:  # any failure is UNKNOWN: other numbers have meanings
         failure = as_kvmtrace_error(error)
         found = check_view.unknown(": ".join(filter(None, (failure.message, failure.hint))))
     if as_json:
@@ -83,5 +83,5 @@ def _lately(lost: Mapping[str, int], losses: list[Lost], now: int) -> dict[str, 
     recent: Counter[str] = Counter()
     for one in losses:
         recent[one.where] += one.count if now - one.ts < _LATELY_NS else 0
-    found = {where: recent[where] if where in recent else count for where, count in lost.items()}
+    found = {where: recent.get(where, count) for where, count in lost.items()}
     return {where: count for where, count in found.items() if count}

@@ -52,9 +52,9 @@ def print_line(text: str) -> None:
 
 
 def print_lines(lines: Iterable[Line]) -> None:
-    """Print lines on stdout as ``print_line`` does; on a terminal in colour, unless NO_COLOR is set.
+    """Print lines as ``print_line`` does; on a terminal in colour, unless NO_COLOR is set.
 
-    As https://no-color.org asks, an empty NO_COLOR counts as none.
+    An empty NO_COLOR counts as none (https://no-color.org).
     """
     is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     is_coloured &= os.environ.get("TERM", "dumb") != "dumb"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import shlex
 from typing import Any
@@ -18,6 +17,7 @@ from kvmtrace.sanitize import clean
 from kvmtrace.views import explain as explain_view
 from kvmtrace.views import explain_screen, json_output, lookup
 from kvmtrace.views.lookup import Target, TargetKind
+from kvmtrace.views.stamp import Stamp
 
 
 @click.command()
@@ -34,7 +34,6 @@ def explain(
     evidence: bool,
     recording: str | None,
     as_json: bool,
-    utc: bool,
     duration: float,
     source: str,
 ) -> None:
@@ -55,17 +54,14 @@ def explain(
             objects = _objects(found, snapshot, log.now)
             print_line(json.dumps(objects, ensure_ascii=False))
             return
-        showing = _showing(log, recording, evidence=evidence, utc=utc)
-        stamp = explain_screen.Stamp(log.version, log.via)
+        showing = _showing(log, recording, evidence=evidence)
         if found is None:
-            print_lines(explain_screen.of_all(snapshot, stamp, showing))
+            print_lines(explain_screen.of_all(snapshot, showing))
         else:
-            print_lines(explain_screen.of_target(found, snapshot, stamp, showing))
+            print_lines(explain_screen.of_target(found, snapshot, showing))
 
 
-def _showing(
-    log: EventLog, recording: str | None, *, evidence: bool, utc: bool
-) -> explain_view.Showing:
+def _showing(log: EventLog, recording: str | None, *, evidence: bool) -> explain_view.Showing:
     suffix = ""
     if recording is not None:
         # A name that is not safe to print is not printed.
@@ -73,7 +69,7 @@ def _showing(
     return explain_view.Showing(
         width=terminal_width(explain_view.WIDTH),
         now=log.now,
-        zone=datetime.UTC if utc else None,
+        stamp=Stamp(log.version, log.via),
         evidence=evidence,
         command=suffix,
         # Who has a recording has what a ticket needs.

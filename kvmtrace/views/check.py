@@ -15,9 +15,9 @@ from typing import Any
 from kvmtrace.judgement.actions import actions, named
 from kvmtrace.judgement.urgency import Level, Urgency, by_urgency, host_urgency, urgency_of
 from kvmtrace.model import Incident, Snapshot
+from kvmtrace.views.advice import kernel_difference
 from kvmtrace.views.answer import answer
 from kvmtrace.views.format import age_of, counted, listed
-from kvmtrace.views.advice import kernel_difference
 
 SERVICE = "KVMTRACE"
 
@@ -33,7 +33,10 @@ class CheckState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The state of a host, why, and its numbers: {label: value}; ``c`` after those that only grow."""
+    """The state of a host and why.
+
+    ``numbers``: {label: value}; the value of one that only grows ends in ``c``.
+    """
 
     state: CheckState
     summary: str

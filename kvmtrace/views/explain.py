@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,7 +25,9 @@ from kvmtrace.views.answer import answer, word
 from kvmtrace.views.format import (
     Line,
     cells,
+    clock_of,
     counted,
+    day_of,
     dimm_of,
     fold,
     hex_of,
@@ -35,9 +36,9 @@ from kvmtrace.views.format import (
     size_of,
     span_of,
     style_of,
-    time_in,
     zone_of,
 )
+from kvmtrace.views.stamp import Stamp
 from kvmtrace.views.tables.rows import KERNEL_ITSELF
 
 WIDTH = 80
@@ -56,15 +57,15 @@ _COMMAND = " " * 9
 class Showing:
     """How an incident is shown.
 
-    ``now``: the time that ages are counted to; None: the snapshot's last event. ``zone``: of all
-    times; None: local time. ``evidence``: with what each statement rests on. ``command``: what
-    commands that are shown need besides a target (``" --from sick.jsonl"``); None: none is shown.
-    ``bundle``: the command that makes a bundle.
+    ``now``: the time that ages are counted to; None: the snapshot's last event. ``stamp``: of the
+    whole screen. ``evidence``: with what each statement rests on. ``command``: what commands that
+    are shown need besides a target (``" --from sick.jsonl"``); None: none is shown. ``bundle``: the
+    command that makes a bundle.
     """
 
     width: int = WIDTH
     now: int | None = None
-    zone: datetime.tzinfo | None = datetime.UTC
+    stamp: Stamp = dataclasses.field(default_factory=Stamp)
     evidence: bool = True
     command: str | None = None
     bundle: str | None = None
@@ -99,12 +100,14 @@ def headline(incident: Incident, snapshot: Snapshot, showing: Showing) -> list[L
 
 
 def headed(head: str, style: str, text: str, width: int) -> list[Line]:
-    """A word in its style, and text that is folded to the right of it."""
-    first, *others = fold(text, width, f"{head}  ")
-    # A head of several words is no margin.
-    if len(head) > _MARGIN:
-        first, *others = fold(text, width, f"{head}  ", 2)
-    return [((head, style), (first[len(head) :], "")), *(((line, ""),) for line in others)]
+    """A head in its style, and text that is folded to the right of it; below it if it is long."""
+    if len(head) <= _MARGIN:
+        lines = fold(text, width, f"{head}  ")
+    else:
+        lines = fold(f"{head} {text}", width, under=2)
+    if not lines[0].startswith(head):  # a head that takes several lines
+        return [((line, ""),) for line in lines]
+    return [((head, style), (lines[0][len(head) :], "")), *(((line, ""),) for line in lines[1:])]
 
 
 def sections(
@@ -211,20 +214,19 @@ def _what_happened(incident: Incident, snapshot: Snapshot, showing: Showing) -> 
     if not entries:
         return
     first = snapshot.wall(entries[0].ts)
-    date = f"{time_in(first, showing.zone):%Y-%m-%d}"
+    date = day_of(first)
     yield ()
-    zone = zone_of(first, showing.zone)
-    yield (("What happened", "head"), (f" ({date}, {zone})", "dim"))
+    yield (("What happened", "head"), (f" ({date}, {zone_of(first)})", "dim"))
     several = len(incident.vm_identities) > 1
     anchor: TimelineEntry | None = None
     for entry in entries:
-        when = time_in(snapshot.wall(entry.ts), showing.zone)
-        if f"{when:%Y-%m-%d}" != date:
-            date, anchor = f"{when:%Y-%m-%d}", None
+        when = snapshot.wall(entry.ts)
+        if day_of(when) != date:
+            date, anchor = day_of(when), None
             yield ((f"  {date}", "dim"),)
         is_close = anchor is not None and entry.ts - anchor.ts < _CLOSE_NS
         if anchor is None or not is_close or entry.kind == EntryKind.CLOCK_STEP:
-            shown, anchor = f"{when:%H:%M:%S}", entry
+            shown, anchor = clock_of(when), entry
         else:
             shown = f"+{span_of(entry.ts - anchor.ts)}"
             shown = "" if shown == _AT_ONCE else shown
@@ -251,10 +253,9 @@ def _entry(
         return f"{text}{again} within {span_of(last - entry.ts)}"
     if now - last < _CLOSE_NS and urgency_of(incident) == Urgency.LOOPING:
         return f"{text}{again} until now"
-    end = time_in(snapshot.wall(last), showing.zone)
-    begin = time_in(snapshot.wall(entry.ts), showing.zone)
-    date = "" if begin.date() == end.date() else f"{end:%Y-%m-%d} "
-    return f"{text}{again} until {date}{end:%H:%M:%S}"
+    begin, end = snapshot.wall(entry.ts), snapshot.wall(last)
+    date = "" if day_of(begin) == day_of(end) else f"{day_of(end)} "
+    return f"{text}{again} until {date}{clock_of(end)}"
 
 
 def _the_page(incident: Incident, showing: Showing) -> Iterator[Line]:

@@ -184,32 +184,49 @@ def rate_of(rate: float | None) -> str:
     return f"{rate / 1e9:.1f}G"
 
 
+# Times of day are in the zone of this process: the host's, or UTC where a command was given --utc
+# (``cli.options``). So that a reader need not guess, every screen names it once, by ``zone_of``.
+
+
 def clock_of(ts: int) -> str:
-    """Local wall time, ``HH:MM:SS``."""
+    """Wall time, ``HH:MM:SS``."""
     return f"{_local(ts):%H:%M:%S}"
 
 
 def stamp_of(ts: int) -> str:
-    """Local wall time with milliseconds, ``HH:MM:SS.mmm``."""
+    """Wall time with milliseconds, ``HH:MM:SS.mmm``."""
     return f"{_local(ts):%H:%M:%S}.{ts % _SECOND // 1_000_000:03d}"
 
 
+def day_of(ts: int) -> str:
+    """The date, ``YYYY-MM-DD``."""
+    return f"{_local(ts):%Y-%m-%d}"
+
+
 def date_of(ts: int) -> str:
-    """Local date and wall time with milliseconds."""
-    return f"{_local(ts):%Y-%m-%d} {stamp_of(ts)}"
+    """Date and wall time with milliseconds."""
+    return f"{day_of(ts)} {stamp_of(ts)}"
 
 
-def time_in(ts: int, zone: datetime.tzinfo | None) -> datetime.datetime:
-    """The time of day in a zone, to the second; ``zone`` None: local time."""
-    # Whole seconds: nanoseconds since 1970 as a float could round up to the next second.
-    return datetime.datetime.fromtimestamp(ts // _SECOND, datetime.UTC).astimezone(zone)
+def zone_of(ts: int) -> str:
+    """The zone of all of these at that time: ``UTC``, ``UTC+02:00``."""
+    offset = _offset(ts)
+    return f"UTC{offset}" if offset else "UTC"
 
 
-def zone_of(ts: int, zone: datetime.tzinfo | None) -> str:
-    """The zone's name at a time: ``UTC``, else its offset, ``+02:00``."""
-    when = time_in(ts, zone)
-    return when.isoformat()[-6:] if when.utcoffset() else "UTC"
+def rfc3339_of(ts: int) -> str:
+    """Date, wall time with milliseconds and its offset: ``2026-09-21T16:13:20.123+02:00``."""
+    return f"{day_of(ts)}T{stamp_of(ts)}{_offset(ts) or 'Z'}"
+
+
+def _offset(ts: int) -> str:
+    """``+02:00``; "" for UTC. In minutes, as RFC 3339 has it."""
+    offset = _local(ts).utcoffset() or datetime.timedelta()
+    minutes = round(offset.total_seconds() / 60)
+    hours, rest = divmod(abs(minutes), 60)
+    return f"{'-' if minutes < 0 else '+'}{hours:02d}:{rest:02d}" if minutes else ""
 
 
 def _local(ts: int) -> datetime.datetime:
-    return time_in(ts, None)
+    # Whole seconds: nanoseconds since 1970 as a float could round up to the next second.
+    return datetime.datetime.fromtimestamp(ts // _SECOND, datetime.UTC).astimezone()

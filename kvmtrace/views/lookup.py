@@ -1,4 +1,4 @@
-"""Look up what a person names in a snapshot: an incident, a page, a guest address, a VM or a DIMM."""
+"""Look up what a person names in a snapshot: an incident, page, guest address, VM or DIMM."""
 
 from __future__ import annotations
 
@@ -275,9 +275,7 @@ def _other_names(snapshot: Snapshot, keys: set[int], page: str) -> str:
 
 def _dimm(snapshot: Snapshot, text: str, labels: list[str], reading: str | None = None) -> Target:
     found = tuple(
-        one
-        for one in snapshot.incidents
-        if one.origin is not None and one.origin.label in labels
+        one for one in snapshot.incidents if one.origin is not None and one.origin.label in labels
     )
     return Target(TargetKind.DIMM, clean(text), found, dimms=tuple(labels), reading=reading)
 
