@@ -16,7 +16,7 @@ from kvmtrace.cli.inputs import Batch, EventLog, ask_serve, load_log
 from kvmtrace.cli.options import from_option, json_option
 from kvmtrace.events import Lost
 from kvmtrace.views import check as check_view
-from kvmtrace.views.check import Check, CheckState
+from kvmtrace.views.check import CheckResult, CheckState
 
 # What was lost longer ago does not warn any more.
 _LATELY_NS = 3600 * 1_000_000_000
@@ -60,14 +60,14 @@ def check(recording: str | None, as_json: bool) -> None:
     sys.exit(found.state)
 
 
-def _check(recording: str | None) -> Check:
+def _check(recording: str | None) -> CheckResult:
     if recording is None:
         return _judged(ask_serve())
     with load_log(recording, "auto", 0) as log:
         return _judged(log)
 
 
-def _judged(log: EventLog) -> Check:
+def _judged(log: EventLog) -> CheckResult:
     losses: list[Lost] = []
 
     def note(batch: Batch) -> None:

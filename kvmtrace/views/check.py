@@ -32,7 +32,7 @@ class CheckState(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class CheckResult:
     """The state of a host and why.
 
     ``numbers``: {label: value}; the value of one that only grows ends in ``c``.
@@ -59,12 +59,12 @@ class Check:
         }
 
 
-def unknown(why: str) -> Check:
+def unknown(why: str) -> CheckResult:
     """A host that could not be checked."""
-    return Check(CheckState.UNKNOWN, why, {})
+    return CheckResult(CheckState.UNKNOWN, why, {})
 
 
-def check(snapshot: Snapshot, now: int, lost: Mapping[str, int]) -> Check:
+def check(snapshot: Snapshot, now: int, lost: Mapping[str, int]) -> CheckResult:
     """Judge a host at ``now``: critical if somebody must act now, warning if soon.
 
     ``lost``: what was lost lately, {where: count}. What was lost long ago is only counted.
@@ -80,7 +80,7 @@ def check(snapshot: Snapshot, now: int, lost: Mapping[str, int]) -> Check:
     else:
         state = CheckState.OK
     parts = [_incidents(by_urgency(here), snapshot, now), *gaps]
-    return Check(state, "; ".join(parts), _numbers(here, snapshot))
+    return CheckResult(state, "; ".join(parts), _numbers(here, snapshot))
 
 
 def _incidents(here: list[Incident], snapshot: Snapshot, now: int) -> str:

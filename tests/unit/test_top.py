@@ -196,16 +196,17 @@ async def test_exits_of_a_vm_most_frequent_first() -> None:
 
 async def test_incident_details() -> None:
     app = app_of(snapshots.small())
-    async with app.run_test(size=(100, 40)) as pilot:
+    async with app.run_test(size=(100, 60)) as pilot:
         await pilot.press("tab", "down", "enter")
         text = "\n".join(screen(app))
         for part in (
-            "Incident 200-1: delivered",
+            "UNCLEAR  database-with-a-long-name was notified of a poisoned page 5 min ago; what",
             "state             unclear  a VMM was notified, and what",
-            "page       pfn 0x200, dirty unevictable LRU page, Recovered",
+            "The page (incident 200-1)",
+            "pfn 0x200, size not known, dirty unevictable LRU page, Recovered",
             "latency           90 s from poison to first delivery",
-            "owner      database-with-a-long-name (pid 4002, qemu): gfn 0x1234",
-            "owner      a VM not known by name: gfn not known",
+            "gfn 0x1234 of database-with-a-long-name (pid 4002, qemu)",
+            "unknown gfn of a VM not known by name",
         ):
             assert part in text
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.model import Incident, Snapshot, Vm
-from kvmtrace.views.explain import TITLES, WIDTH, explain_lines
+from kvmtrace.views.explain import WIDTH, Showing, story
 from kvmtrace.views.format import (
     UNKNOWN,
     Line,
@@ -100,16 +100,17 @@ def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
         return [(("  this incident is no longer remembered", "warn"),)]
     urgency = urgency_of(incident)
     row = IncidentRow(incident, snapshot.vms, now)
-    story = explain_lines(incident, snapshot, WIDTH - 2)
+    told = [(("  ", ""), *line) for line in story(incident, snapshot, Showing(WIDTH - 2, now))]
+    end = next(number for number, line in enumerate(told) if len(line) == 1)
     return [
-        ((f"  {next(story)}", "title"),),
+        *told[:end],
         (
             (f"  {'state':<{_LABEL}}", "dim"),
             (urgency, style_of(urgency)),
             (f"  {_STATES[urgency]}", "dim"),
         ),
         _fact("latency", f"{span_of(row.latency)} from poison to first delivery"),
-        *(((f"  {line}" if line else "", "head" if line in TITLES else ""),) for line in story),
+        *told[end:],
     ]
 
 
