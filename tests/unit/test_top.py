@@ -346,11 +346,13 @@ async def test_incident_details() -> None:
         await pilot.press("down", "enter")
         text = "\n".join(screen(app))
         for part in (
-            "200-1",
-            "state             unclear  a VMM was notified",
-            "dirty unevictable LRU page",
+            "UNCLEAR  database-with-a-long-name was notified of a poisoned page 5 min ago; what",
+            "state             unclear  a VMM was notified, and what",
+            "The page (incident 200-1)",
+            "pfn 0x200, size not known, dirty unevictable LRU page, Recovered",
             "latency           90 s from poison to first delivery",
-            "database-with-a-long-name",
+            "gfn 0x1234 of database-with-a-long-name (pid 4002, qemu)",
+            "unknown gfn of a VM not known by name",
         ):
             assert part in text
 
