@@ -346,7 +346,7 @@ async def test_incident_details() -> None:
         await pilot.press("down", "enter")
         text = "\n".join(screen(app))
         for part in (
-            "UNCLEAR  database-with-a-long-name was notified of a poisoned page 5 min ago; what",
+            "UNCLEAR  database-with-a-long-name ",
             "state             unclear  a VMM was notified, and what",
             "The page (incident 200-1)",
             "pfn 0x200, size not known, dirty unevictable LRU page, Recovered",
@@ -403,7 +403,7 @@ async def test_events_newest_first() -> None:
         await pilot.press("slash", *"Failed", "enter")
         assert any(line.startswith("── event") for line in screen(app))
         await pilot.press("enter")  # the story of its incident
-        assert any("103275-1" in line for line in screen(app)[2:5])
+        assert any("(incident 103275-1)" in line for line in screen(app))
         await pilot.press("q")
         assert "[Events]" in tabs(screen(app))
 
