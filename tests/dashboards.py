@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.prometheus import JOB
+
+_LABEL_VALUES = re.compile(r"label_values\((?P<series>.+), (?P<label>\w+)\)")
+
 DASHBOARDS = Path(__file__).resolve().parent.parent / "dashboards"
 ALERTS = DASHBOARDS / "alerts.yml"
 HOST = DASHBOARDS / "kvmtrace-host.json"
@@ -22,9 +26,18 @@ class Query:
     ref: str
     expr: str
 
-    def filled(self, instance: str, window: str = "2m") -> str:
-        """The expression for one host, with ``window`` for all of Grafana's intervals."""
-        values = {"$__rate_interval": window, "$__range": window, "$instance": instance}
+    def filled(self, instance: str, window: str = "2m", *, job: str = JOB, vm: str = ".*") -> str:
+        """The expression for one host, with ``window`` for all of Grafana's intervals.
+
+        ``vm``: a regular expression, as Grafana makes it of the chosen VMs.
+        """
+        values = {
+            "$__rate_interval": window,
+            "$__range": window,
+            "$instance": instance,
+            "$job": job,
+            "$vm": vm,
+        }
         expr = self.expr
         for name, value in values.items():
             expr = expr.replace(name, value)
@@ -45,7 +58,15 @@ def quick_alerts() -> str:
 
 
 def queries(board: dict[str, Any]) -> Iterator[Query]:
-    """Yield every query of every panel."""
+    """Yield every query: of panels, of annotations, and the series that variables are made of."""
+    for variable in board["templating"]["list"]:
+        if variable["type"] == "query":
+            found = _LABEL_VALUES.fullmatch(variable["query"])
+            assert found, variable
+            expr = f"count by ({found['label']}) ({found['series']})"
+            yield Query(f"variable {variable['name']}", "A", expr)
+    for annotation in board["annotations"]["list"]:
+        yield Query(f"annotation {annotation['name']}", "A", annotation["expr"])
     for panel in board["panels"]:
         for target in panel["targets"]:
             yield Query(panel["title"], target["refId"], target["expr"])

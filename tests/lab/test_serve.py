@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 from kvmtrace import probes
+from kvmtrace.judgement.urgency import Urgency
+from kvmtrace.model import VerdictWord
 from tests import dashboards, prometheus
 from tests.lab import leftovers
 from tests.lab.conftest import Shared
@@ -122,6 +124,15 @@ class Story:
         report = self.reports[vm]
         assert report["sigbus_not_listed"] == 0
         return float(sum(one["count"] for one in report["sigbus"] if one["code"] == code))
+
+    def verdicts(self) -> list[tuple[str, str]]:
+        """Name and verdict of each VM of each incident, as other commands show them."""
+        top = json.loads(self.machine.run("kvmtrace top --once --json", check=True).stdout)
+        return [
+            (one["vm"]["name"], one["verdict"])
+            for incident in top["incidents"]
+            for one in incident.get("verdicts", ())
+        ]
 
 
 CODES = ("AR", "AO", "KERNEL")
@@ -336,8 +347,51 @@ def _attached(_: Story, shown: Shown) -> None:
     assert shown.keys() >= {(spec.name,) for spec in probes.specs()}
 
 
+def judged(word: str, *, by_vm: bool = False) -> Check:
+    """As many verdicts of this word as `kvmtrace top` has, of all VMs or by VM."""
+
+    def check(story: Story, shown: Shown) -> None:
+        found = Counter(vm for vm, one in story.verdicts() if one == word)
+        expected = {(vm,): found[vm] for vm in VMS} if by_vm else {(): found.total()}
+        assert shown == expected
+
+    return check
+
+
+def _verdicts(story: Story, shown: Shown) -> None:
+    found = Counter(word for _, word in story.verdicts())
+    assert found.total() == 3  # loop's, web's and anon's
+    assert shown == {(word,): found[word] for word in VerdictWord}
+
+
+def _urgencies(story: Story, shown: Shown) -> None:
+    assert shown.keys() == {(urgency,) for urgency in Urgency}
+    assert shown[("looping",)] == 1
+    # Those that earlier tests poisoned belong to no VM any more.
+    assert sum(shown.values()) == story.poisons.total() + story.old
+    assert shown[("kernel",)] == shown[("undelivered",)] == 0
+
+
+def _poisons(story: Story, shown: Shown) -> None:
+    # Of the last two minutes, which may be over on a slow machine.
+    kinds = {tuple(sorted(kind)) for kind in story.poisons}
+    assert {kind for kind, value in shown.items() if value > 0} <= kinds
+
+
 CHECKS: dict[tuple[str, str], Check] = {
+    ("variable job", "A"): exactly(lambda _: {(prometheus.JOB,): 1}),
+    ("variable instance", "A"): exactly(lambda _: {(INSTANCE,): 1}),
+    ("variable vm", "A"): exactly(lambda _: {(vm,): 1 for vm in VMS}),
+    ("annotation Page poisoned", "A"): _poisons,
     ("VMMs looping", "A"): exactly(lambda _: {(): 1}),
+    ("VMs stopped", "A"): judged("stopped"),
+    ("Undelivered", "A"): exactly(lambda _: {(): 0}),
+    ("Host at risk", "A"): exactly(lambda _: {(): 0}),
+    ("Unclear", "A"): judged("unknown"),
+    ("VMs", "looping"): exactly(lambda _: {(vm,): float(vm == "loop") for vm in VMS}),
+    ("VMs", "stopped"): judged("stopped", by_vm=True),
+    ("VMs", "undelivered"): exactly(lambda _: {(vm,): 0 for vm in VMS}),
+    ("VMs", "unclear"): judged("unknown", by_vm=True),
     ("Poisoned pages in VMs", "A"): exactly(lambda _: {(): 4}),
     ("Poisoned pages of the kernel", "A"): exactly(lambda _: {(): 0}),
     ("Hardware corrupted", "A"): exactly(lambda s: {(): s.corrupted}),
@@ -369,6 +423,9 @@ CHECKS: dict[tuple[str, str], Check] = {
             ("closed",): 0,
         }
     ),
+    ("Incidents by urgency", "A"): _urgencies,
+    ("Incidents by verdict", "A"): _verdicts,
+    ("Undelivered by VM", "A"): exactly(lambda _: {(vm,): 0 for vm in VMS}),
     ("Pages poisoned", "A"): roughly(lambda s: {kind: float(n) for kind, n in s.poisons.items()}),
     ("SIGBUS to VMMs", "A"): roughly(
         lambda s: {(vm, code): s.sigbus(vm, code) for vm in VMS for code in CODES}

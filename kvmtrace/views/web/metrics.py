@@ -34,9 +34,18 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.linux import clock, privileges
 from kvmtrace.model import LATENCY_BUCKETS, IncidentStatus, Snapshot, VerdictWord
-from kvmtrace.views.web import landing
+from kvmtrace.views.web import incident_page, landing
 from kvmtrace.views.web.exposition import Heads, filled, render
-from kvmtrace.views.web.server import DEFAULT_LISTEN, Answer, Headers, Server, Shared, start, text
+from kvmtrace.views.web.server import (
+    DEFAULT_LISTEN,
+    Answer,
+    Headers,
+    Server,
+    Shared,
+    Tree,
+    start,
+    text,
+)
 from kvmtrace.views.web.vm_incidents import by_label
 from kvmtrace.views.web.vm_labels import VmLabels, VmSeries, clean
 
@@ -367,7 +376,7 @@ def serve(
     names: Iterable[str] = (),
     started: bool = True,
 ) -> Server:
-    """Serve ``/metrics``, ``/-/healthy`` and a landing page until the server is closed.
+    """Serve ``/metrics``, ``/-/healthy`` and pages for people until the server is closed.
 
     ``now``: ns since the epoch, by the clock that stamps the session's events. ``names``: further
     host names for which it answers on loopback. Not ``started``: it listens, and answers from its
@@ -408,12 +417,23 @@ def serve(
             return text(HTTPStatus.SERVICE_UNAVAILABLE, landing.render_failure(why), "text/html")
         return text(HTTPStatus.OK, landing.render(recent.snapshot(), now()), "text/html")
 
+    def page_of_incident(name: str) -> Answer:
+        if (why := failure()) is not None:
+            return text(HTTPStatus.SERVICE_UNAVAILABLE, landing.render_failure(why), "text/html")
+        snapshot = recent.snapshot()
+        for incident in snapshot.incidents:
+            if incident.id == name:
+                page = incident_page.render(incident, snapshot, now())
+                return text(HTTPStatus.OK, page, "text/html")
+        return text(HTTPStatus.NOT_FOUND, incident_page.render_unknown(name), "text/html")
+
     server = start(
         listen,
         {
             "/metrics": Shared(all_metrics, _Format.asked_for),
             "/-/healthy": healthy,
             "/": Shared(landing_page),
+            "/incident/": Tree(page_of_incident),
         },
         names,
         started=started,
