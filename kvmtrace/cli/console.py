@@ -40,6 +40,14 @@ def print_line(text: str) -> None:
         raise KvmtraceError(f"standard output: {error.strerror}") from error
 
 
+def stdout_is_terminal() -> bool:
+    """Whether a person reads stdout as it is printed."""
+    try:
+        return sys.stdout.isatty()
+    except (AttributeError, ValueError):  # none, or closed
+        return False
+
+
 def escape_unencodable(stream: IO[str]) -> None:
     """Have characters that the locale lacks printed as escapes, not raise UnicodeEncodeError."""
     if isinstance(stream, io.TextIOWrapper):
