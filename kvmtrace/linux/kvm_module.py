@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Collection
 
 _KVM = "/sys/module/kvm"
 _MODULES = ("kvm", "kvm_amd", "kvm_intel")
-_SETTLE_SECONDS = 10.0
+
+SETTLE_SECONDS = 10.0
+"""How long to wait for kvm's modules to stay as they are."""
 
 
 def load_number() -> int | None:
@@ -36,6 +39,10 @@ def loaded() -> tuple[str, ...]:
     return tuple(found)
 
 
+class Changing(Exception):
+    """kvm is being loaded or unloaded: what is read now belongs to neither state."""
+
+
 class Settling:
     """Waits until kvm's modules stay as they are; call ``is_over`` now and then.
 
@@ -45,18 +52,30 @@ class Settling:
 
     def __init__(self) -> None:
         self._seen = loaded()
-        self._end = time.monotonic() + _SETTLE_SECONDS
+        self._end = time.monotonic() + SETTLE_SECONDS
 
     def is_over(self) -> bool:
-        """Whether nothing has changed since the last call; True after ten seconds anyway."""
+        """Whether nothing has changed since the last call; True once it is given up."""
         before, self._seen = self._seen, loaded()
         settled = before == self._seen and not is_changing()
-        return settled or time.monotonic() >= self._end
+        return settled or self.is_given_up
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether they have changed for ten seconds."""
+        return time.monotonic() >= self._end
 
 
-def is_changing() -> bool:
-    """Whether a module is being loaded or unloaded."""
-    return any(os.path.exists(f"/sys/module/{one}") and not _is_live(one) for one in _MODULES)
+def is_changing(has_symbols: Collection[str] = ()) -> bool:
+    """Whether a module is being loaded or unloaded.
+
+    ``has_symbols``: modules that /proc/kallsyms shows. It does so before there is anything in /sys
+    (kernel/module/main.c, load_module: complete_formation, mod_sysfs_setup).
+    """
+    return any(
+        not _is_live(one) if os.path.exists(f"/sys/module/{one}") else one in has_symbols
+        for one in _MODULES
+    )
 
 
 def _is_live(module: str) -> bool:

@@ -82,8 +82,8 @@ class _Group:
 class CompactLog:
     """A log of all events that are added, which leads to the same incidents and counts.
 
-    ``forget``: drop a VM without other events when it ends. It is kept briefly, because its last
-    counts may be read later. ``where``: the place of the ``Lost`` for events that are dropped.
+    ``forget``: drop a VM without other events when it ends. The last ones are kept, because their
+    last counts may be read later. ``where``: the place of the ``Lost`` for events that are dropped.
     """
 
     def __init__(
@@ -139,7 +139,10 @@ class CompactLog:
 
     def events(self) -> list[Event]:
         """Return the log, in the order in which events were added."""
-        kept = [self._log[serial] for serial in sorted(self._log)]
+        log = dict(self._log)
+        for came_and_went in self._forgotten.values():
+            log |= came_and_went
+        kept = [log[serial] for serial in sorted(log)]
         last_kept = max((e.ts for e in kept if not isinstance(e, Lost)), default=-1)
         if self._dropped:
             kept.append(Lost(max(0, self._last_ts), self._where, self._dropped))

@@ -9,13 +9,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvmtrace.correlate import Correlator
-from kvmtrace.events import Event, Host, Lost, Tick, VmGone, VmSeen
+from kvmtrace.events import Event, Exit, Host, Lost, Tick, VmGone, VmSeen
 from kvmtrace.model import Snapshot
 from kvmtrace.session.history import CompactLog
 from kvmtrace.session.subscriber import Subscriber
@@ -119,6 +119,11 @@ def counted(one: Snapshot, other: Snapshot) -> None:
     assert other.poisons == one.poisons
 
 
+# The last counts of a VM are read after its end, and after a command has joined.
+_LATE = [VmSeen(0, 1, 4001), VmGone(0, 1), Exit(1, 1, 1, 133, 39, True, gfn=1)]
+
+
+@example(events=_LATE, cut=2)
 @given(events=TOLD, cut=st.integers(0, 60))
 @examples(150)
 def test_serve_joiner_and_replay_know_the_same(events: list[Event], cut: int) -> None:

@@ -26,7 +26,7 @@ from kvmtrace.events import (
     VmSeen,
 )
 from kvmtrace.model import Snapshot
-from kvmtrace.session.history import CompactLog
+from kvmtrace.session.history import MAX_FORGOTTEN, CompactLog
 from tests.property.test_correlate import LOGS
 from tests.unit.fake import SECOND, T0, machine_check
 from tests.unit.test_explain import STORY
@@ -78,8 +78,23 @@ def test_a_long_loop_does_not_push_its_poison_out() -> None:
     assert incident.state == "looping"
 
 
-def test_uneventful_vms_leave_nothing() -> None:
-    assert log_of([VmSeen(T0, 1, 4001), VmGone(T0, 1)]) == []
+def test_uneventful_vms_leave_nothing_once_others_ended() -> None:
+    """Until then their last counts may come: who reads them must know that the VM has ended."""
+    first: list[Event] = [VmSeen(T0, 1, 4001), VmGone(T0, 1)]
+    assert log_of(first) == first
+    others: list[Event] = [
+        event
+        for n in range(2, MAX_FORGOTTEN + 2)
+        for event in (VmSeen(T0 + n, n, n), VmGone(T0 + n, n))
+    ]
+    assert log_of([*first, *others]) == others
+
+
+def test_last_counts_that_come_after_a_joiner_open_no_incident_there_either() -> None:
+    story: list[Event] = [VmSeen(T0, 1, 4001, "mad"), VmGone(T0 + 1, 1)]
+    late = Exit(T0 + 2, 1, 0, 133, 39, True, 7, gfn=8, count=3)
+    assert model([*log_of(story), late]) == model([*story, late])
+    assert model([*log_of(story), late]).incidents == ()
 
 
 def test_what_is_told_of_a_vm_after_its_end_is_told_with_its_vm() -> None:
@@ -90,7 +105,10 @@ def test_what_is_told_of_a_vm_after_its_end_is_told_with_its_vm() -> None:
     assert model(log_of(story)) == model(story)
     many: list[Event] = [VmSeen(T0, n, n) for n in range(1, 2000)]
     many += [VmGone(T0 + 1, n) for n in range(1, 2000)]
-    assert log_of([*many, late]) == [late]  # of so many, the first is forgotten for good
+    kept = log_of([*many, late])
+    assert kept[-1] == late
+    # Of so many, the first is forgotten for good.
+    assert not [event for event in kept if isinstance(event, (VmSeen, VmGone)) and event.vm == 1]
 
 
 def test_of_many_vms_that_were_notified_the_latest_are_remembered() -> None:
@@ -372,12 +390,15 @@ def test_a_vm_that_was_named_before_the_log_began_lives() -> None:
     assert later[:2] == mine
 
 
-def test_uneventful_vms_leave_nothing_also_after_room_was_made() -> None:
+def test_uneventful_vms_take_no_room_also_after_room_was_made() -> None:
     vms: list[Event] = [VmSeen(T0, n, n) for n in range(1, 11)]
     vms += [Sigbus(T0 + n, 99, n, 4, 0x1000, sender=n) for n in range(20)]
     vms += [VmGone(T0 + SECOND, n) for n in range(1, 11)]
+    vms += [VmSeen(T0 + SECOND, n, n) for n in range(100, 100 + MAX_FORGOTTEN)]
+    vms += [VmGone(T0 + SECOND, n) for n in range(100, 100 + MAX_FORGOTTEN)]
     later = log_of(vms, limit=64)
-    assert not [event for event in later if isinstance(event, (VmSeen, VmGone))]
+    ended = {event.vm for event in later if isinstance(event, (VmSeen, VmGone))}
+    assert not ended & set(range(1, 11))
 
 
 def test_a_vm_whose_process_got_a_signal_is_kept_also_after_room_was_made() -> None:
