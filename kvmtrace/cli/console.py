@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import click
@@ -17,6 +19,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.model import Snapshot
 from kvmtrace.sanitize import clean
 from kvmtrace.views import json_output
+from kvmtrace.views.format import clip
 from kvmtrace.views.tables.table import table_text
 
 WIDTH_WITHOUT_TERMINAL = 160
@@ -24,9 +27,64 @@ WIDTH_WITHOUT_TERMINAL = 160
 _MAX_LINE = 8192
 
 
+SLOW_SECONDS = 1.0
+_ERASE = "\r\x1b[K"
+# Held while something is written on stderr; the list is empty if no line of ``busy`` is there.
+_writing = threading.RLock()
+_shown: list[str] = []
+
+
 def print_status(text: str) -> None:
     """Print a line on stderr, made safe for a terminal: it may quote file names and arguments."""
-    click.echo(clean(" ".join(text.split()), _MAX_LINE), err=True)
+    with _writing:
+        _erase()
+        click.echo(clean(" ".join(text.split()), _MAX_LINE), err=True)
+
+
+@contextlib.contextmanager
+def busy(what: str | Callable[[], str]) -> Iterator[None]:
+    """Show on the terminal what takes longer than a second, while it does.
+
+    ``what``: as in "attaching probes"; called each second if it may change. Nothing is shown if
+    stderr is a file or a pipe: what reads that expects errors.
+    """
+    if not _is_terminal(sys.stderr):
+        yield
+        return
+    done = threading.Event()
+
+    def show() -> None:
+        while not done.wait(SLOW_SECONDS):
+            text = what if isinstance(what, str) else what()
+            with _writing, contextlib.suppress(OSError, ValueError):
+                if not done.is_set() and _shown != [text]:
+                    _erase()
+                    columns = shutil.get_terminal_size().columns
+                    sys.stderr.write(clip(clean(f"kvmtrace: {text} ..."), columns - 1))
+                    sys.stderr.flush()
+                    _shown[:] = [text]
+
+    thread = threading.Thread(target=show, name="kvmtrace-busy", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # no thread can be started
+        yield
+        return
+    try:
+        yield
+    finally:
+        done.set()
+        with _writing:
+            _erase()
+        thread.join()
+
+
+def _erase() -> None:
+    if _shown:
+        _shown.clear()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(_ERASE)
+            sys.stderr.flush()
 
 
 def print_line(text: str) -> None:
@@ -42,8 +100,12 @@ def print_line(text: str) -> None:
 
 def stdout_is_terminal() -> bool:
     """Whether a person reads stdout as it is printed."""
+    return _is_terminal(sys.stdout)
+
+
+def _is_terminal(stream: IO[str]) -> bool:
     try:
-        return sys.stdout.isatty()
+        return stream.isatty()
     except (AttributeError, ValueError):  # none, or closed
         return False
 

@@ -9,16 +9,19 @@ from typing import ParamSpec, TypeVar
 import click
 
 from kvmtrace import sanitize
+from kvmtrace.cli.completion import complete_vm
 from kvmtrace.errors import UsageError
 from kvmtrace.events import VmSeen
-from kvmtrace.model import CorrelatedEvent, Snapshot
+from kvmtrace.judgement.urgency import Urgency, urgency_of
+from kvmtrace.model import CorrelatedEvent, IncidentStatus, Snapshot
 from kvmtrace.views.event_lines import KINDS, kinds_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _MAX_NAMED = 8
-STATES = ("latent", "delivered", "looping", "unowned", "closed")
+# As the tables show them, and as JSON has them.
+STATES = tuple(dict.fromkeys([*map(str, Urgency), *map(str, IncidentStatus)]))
 
 
 def _words(among: Collection[str], what: str) -> Callable[[str], tuple[str, ...]]:
@@ -42,6 +45,7 @@ def filter_options(command: Callable[P, R]) -> Callable[P, R]:
         click.option(
             "--vm",
             metavar="PID|NAME",
+            shell_complete=complete_vm,
             help="Print only events of this VM, and what was lost. The VM must be known at the "
             "start, or be given as the pid of a live process.",
         ),
@@ -93,8 +97,12 @@ class EventFilter:
         found = [one for one in batch if self._is_of_kind(one) and self._concerns(one)]
         if not (self.states and found):
             return found
-        states = {incident.id: incident.state for incident in snapshot().incidents}
-        return [one for one in found if one.incident and states.get(one.incident) in self.states]
+        ids = {
+            incident.id
+            for incident in snapshot().incidents
+            if self.states & {str(incident.state), str(urgency_of(incident))}
+        }
+        return [one for one in found if one.incident in ids]
 
     def _is_of_kind(self, correlated: CorrelatedEvent) -> bool:
         return not self.kinds or bool(self.kinds.intersection(kinds_of(correlated.event)))

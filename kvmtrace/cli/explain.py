@@ -6,6 +6,7 @@ import json
 
 import click
 
+from kvmtrace.cli.completion import complete_target
 from kvmtrace.cli.console import json_is_utf8, print_line
 from kvmtrace.cli.inputs import load_log
 from kvmtrace.cli.options import from_option, json_option, watch_option, with_source
@@ -14,7 +15,7 @@ from kvmtrace.views import json_output, lookup
 
 
 @click.command()
-@click.argument("target", metavar="PFN|GPA@VM|VM|INCIDENT")
+@click.argument("target", metavar="PFN|GPA@VM|VM|INCIDENT", shell_complete=complete_target)
 @from_option
 @json_option
 @watch_option
