@@ -14,7 +14,7 @@ from kvmtrace.errors import UsageError
 from kvmtrace.events import VmSeen
 from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.model import CorrelatedEvent, IncidentStatus, Snapshot
-from kvmtrace.views.event_lines import KINDS, kinds_of
+from kvmtrace.views.event_lines import LINE_KINDS, kinds_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,7 +61,7 @@ def filter_options(command: Callable[P, R]) -> Callable[P, R]:
             "--kind",
             "kinds",
             multiple=True,
-            type=_words(KINDS, "kind"),
+            type=_words(LINE_KINDS, "kind"),
             metavar="KIND,…",
             help="Print only events of this kind: exit, poison, sigbus, mce, vm, page (or owner, "
             "found, soft_offline, unpoison), lost, clock.",
@@ -115,7 +115,9 @@ class EventFilter:
             or is_named(correlated.vm, vm)
             or any(is_named(seen, vm) for _, seen in correlated.owners)
             or correlated.event.kind in ("lost", "clock")
-            or (correlated.event.kind == "sigbus" and vm == str(getattr(correlated.event, "pid", 0)))
+            or (
+                correlated.event.kind == "sigbus" and vm == str(getattr(correlated.event, "pid", 0))
+            )
         )
 
 

@@ -1,8 +1,9 @@
-"""Help of the whole command line: commands in groups, an example for each, environment variables."""
+"""Help of the command line: commands in groups with examples, variables for their options."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -16,7 +17,7 @@ _FOR_ALL = ("SOURCE", "UTC")
 class GroupedCommands(Group):
     """Commands in sections of the help. Each has examples, and variables for its options."""
 
-    def __init__(self, *arguments: object, **settings: object) -> None:
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.examples: dict[str, Sequence[str]] = {}
         self._sections: dict[str, list[click.Command]] = {}

@@ -21,9 +21,9 @@ _READ_ALL, _SIZE_BUFFER = 3, 10  # syslog(2)
 
 # mm/memory-failure.c, arch/x86/kernel/cpu/mce, drivers/acpi/apei, drivers/edac, drivers/ras
 _ABOUT_MEMORY = re.compile(
-    r"memory failure|soft[- ]?offlin|hardware error|machine check|\bmce\b|\bedac\b|\bghes\b|\bbert\b"
-    r"|\bhest\b|hwpoison|poison|corrected error|uncorrect|hardware memory corruption|\bcec\b"
-    r"|sigbus|\bras\b|sea\b.*(?:abort|memory)|synchronous (?:external )?abort",
+    r"memory failure|soft[- ]?offlin|hardware error|machine check|poison|uncorrect|sigbus"
+    r"|corrected error|hardware memory corruption|synchronous (?:external )?abort"
+    r"|\b(?:mce|edac|ghes|bert|hest|ras|cec)\b",
     re.IGNORECASE,
 )
 
@@ -34,21 +34,18 @@ def memory_errors(path: str = "/dev/kmsg") -> list[str]:
     Lines that programs wrote are left out. Raises OSError if the log cannot be read.
     """
     try:
-        records = list(_about_memory(of_kmsg(_kmsg(path))))
+        return _about_memory(of_kmsg(_kmsg(path)))
     except OSError:
-        records = list(_about_memory(of_syslog(_syslog())))
-    return records
+        return _about_memory(of_syslog(_syslog()))
 
 
-def _about_memory(lines: Iterable[tuple[str, str]]) -> Iterable[str]:
-    kept = deque(
-        (f"[{seconds}] {text}" for seconds, text in lines if _ABOUT_MEMORY.search(text)), MAX_LINES
-    )
-    return kept
+def _about_memory(lines: Iterable[tuple[str, str]]) -> list[str]:
+    about = (f"[{seconds}] {text}" for seconds, text in lines if _ABOUT_MEMORY.search(text))
+    return list(deque(about, MAX_LINES))
 
 
 def of_kmsg(records: Iterable[bytes]) -> Iterator[tuple[str, str]]:
-    """Yield (seconds, text) of the kernel's own records of /dev/kmsg (Documentation/ABI/dev-kmsg)."""
+    """Yield (seconds, text) of the kernel's own records (Documentation/ABI/testing/dev-kmsg)."""
     for record in records:
         head, _, text = record.split(b"\n")[0].partition(b";")
         fields = head.split(b",")
@@ -88,7 +85,10 @@ def _kmsg(path: str) -> Iterator[bytes]:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno not in (errno.EPIPE, errno.EINVAL):  # overwritten meanwhile; too long
+                if error.errno not in (
+                    errno.EPIPE,
+                    errno.EINVAL,
+                ):  # overwritten meanwhile; too long
                     raise
                 continue
             if not record or time.monotonic() > deadline:

@@ -134,7 +134,7 @@ def stage() -> str:
 @contextlib.contextmanager
 def in_stage(text: str) -> Iterator[None]:
     """Around a part of opening a source that may take long: ``stage`` returns its name."""
-    global _stage  # noqa: PLW0603 (one source is opened at a time, and another thread looks)
+    global _stage  # one source is opened at a time, and another thread looks
     before, _stage = _stage, text
     try:
         yield

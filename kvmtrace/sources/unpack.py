@@ -10,6 +10,7 @@ import os
 import sys
 import tarfile
 import zlib
+from collections.abc import Iterator
 from typing import IO, Any, cast
 
 STANDARD_INPUT = "-"
@@ -51,7 +52,7 @@ def _unpacked(file: IO[bytes]) -> IO[bytes]:
         start, file = _look(file, len(_GZIP))
         if start != _GZIP:
             break
-        file = io.BufferedReader(_Reader(gzip.GzipFile(fileobj=file), file))
+        file = io.BufferedReader(_Reader(cast(IO[bytes], gzip.GzipFile(fileobj=file)), file))
     if start[:1] in (b"{", b""):
         return file
     start, file = _look(file, _TAR_MAGIC_AT + len(_TAR_MAGIC))
@@ -70,7 +71,7 @@ def _look(file: IO[bytes], size: int) -> tuple[bytes, IO[bytes]]:
 def _member(file: IO[bytes]) -> IO[bytes]:
     try:
         mode = "r:" if file.seekable() else "r|"
-        archive = tarfile.open(fileobj=file, mode=cast(Any, mode))
+        archive = tarfile.open(fileobj=file, mode=cast(Any, mode))  # noqa: SIM115 (read later)
         for number, member in enumerate(archive):
             if os.path.basename(member.name) == MEMBER and member.isfile():
                 content = archive.extractfile(member)
@@ -129,7 +130,7 @@ class _Reader(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _as_os_error() -> Any:
+def _as_os_error() -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, tarfile.TarError) as error:

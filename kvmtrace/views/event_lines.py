@@ -51,12 +51,12 @@ _ACCESS = {"r": "read", "w": "write", "x": "exec"}
 
 _OF_PAGES = {Owned: "owner", SoftOffline: "soft_offline", Unpoison: "unpoison", Found: "found"}
 
-KINDS = "exit poison sigbus mce vm page owner found soft_offline unpoison lost clock".split()
+LINE_KINDS = "exit poison sigbus mce vm page owner found soft_offline unpoison lost clock".split()
 """Words for kinds of lines: those of JSON, and "page" for the four that text calls so."""
 
 
 def kinds_of(event: Event) -> tuple[str, ...]:
-    """The words of ``KINDS`` for an event: JSON's first, then that of text if it is another."""
+    """The words of ``LINE_KINDS`` for an event: JSON's first, then that of text if it is another."""
     # Both ends of a VM are of kind "vm", all hardware errors "mce".
     if isinstance(event, (VmSeen, VmGone)):
         return ("vm",)
@@ -198,9 +198,7 @@ def event_text(
             return None
     if correlated.incident:
         facts.append(f"incident {correlated.incident}")
-    head = (
-        f"{stamp(correlated.wall)} {kinds_of(event)[-1]:<{_KIND}} {pad(vm, _VM)} {what:<{_WHAT}}"
-    )
+    head = f"{stamp(correlated.wall)} {kinds_of(event)[-1]:<{_KIND}} {pad(vm, _VM)} {what:<{_WHAT}}"
     text = "  ".join([head, *filter(None, facts)]).rstrip()
     return text if width is None else clip(text, width)
 

@@ -217,7 +217,8 @@ def test_durations(text: str, number: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "m", "1x", "1h30", "-1s", "1 h", "0ms", "1e9", "nan", "²", "1hh", "1e9d", "9" * 400]
+    "text",
+    ["", "m", "1x", "1h30", "-1s", "1 h", "0ms", "1e9", "nan", "²", "1hh", "1e9d", "9" * 400],
 )
 def test_no_durations(text: str) -> None:
     with pytest.raises(click.BadParameter):
