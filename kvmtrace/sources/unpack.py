@@ -19,6 +19,7 @@ MEMBER = "events.jsonl"
 
 _GZIP = b"\x1f\x8b"
 _TAR_MAGIC_AT, _TAR_MAGIC = 257, b"ustar"
+_BLOCK = tarfile.BLOCKSIZE
 _MAX_MEMBERS = 1000
 _PACKED_TWICE = 2  # a bundle that was compressed once more
 
@@ -69,29 +70,57 @@ def _look(file: IO[bytes], size: int) -> tuple[bytes, IO[bytes]]:
 
 
 def _member(file: IO[bytes]) -> IO[bytes]:
-    try:
-        mode = "r:" if file.seekable() else "r|"
-        archive = tarfile.open(fileobj=file, mode=cast(Any, mode))  # noqa: SIM115 (read later)
-        for number, member in enumerate(archive):
-            if os.path.basename(member.name) == MEMBER and member.isfile():
-                content = archive.extractfile(member)
-                assert content is not None
-                return io.BufferedReader(_Reader(content, file))
-            if number >= _MAX_MEMBERS:
-                break
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise OSError(errno.EIO, f"a damaged archive: {error}") from error
+    """The recording in an archive.
+
+    Not by ``tarfile.open``, which loses what it has read where an archive is cut off.
+    """
+    at = 0
+    for _ in range(_MAX_MEMBERS):
+        header = _exactly(file, _BLOCK)
+        at += _BLOCK
+        if not header.strip(b"\0"):
+            break
+        try:
+            entry = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.TarError as error:
+            raise OSError(errno.EIO, f"a damaged archive: {error}") from error
+        if os.path.basename(entry.name) == MEMBER and entry.isreg():
+            return io.BufferedReader(_Reader(file, file, begin=at, size=entry.size))
+        blocks = -(-entry.size // _BLOCK)
+        for _ in range(blocks):
+            _exactly(file, _BLOCK)
+        at += blocks * _BLOCK
     raise OSError(errno.ENOENT, f"an archive without {MEMBER}")
+
+
+def _exactly(file: IO[bytes], size: int) -> bytes:
+    data = file.read(size)
+    if len(data) < size:
+        raise OSError(errno.EIO, _CUT_OFF)
+    return data
+
+
+_CUT_OFF = "it is cut off or damaged"
 
 
 class _Reader(io.RawIOBase):
     """What a file has after ``start``, with OSError for whatever its unpacking raises.
 
-    ``outer``: the file that everything comes from, which is closed with it.
+    ``outer``: the file that everything comes from, which is closed with it. ``begin``, ``size``:
+    only these bytes of ``inner``, which is there now.
     """
 
-    def __init__(self, inner: IO[bytes], outer: IO[bytes], start: bytes = b"") -> None:
+    def __init__(
+        self,
+        inner: IO[bytes],
+        outer: IO[bytes],
+        start: bytes = b"",
+        *,
+        begin: int = 0,
+        size: int | None = None,
+    ) -> None:
         self._inner, self._outer, self._start = inner, outer, start
+        self._begin, self._size, self._left = begin, size, size
 
     def readable(self) -> bool:
         return True
@@ -100,11 +129,15 @@ class _Reader(io.RawIOBase):
         return not self._start and self._outer.seekable() and self._inner.seekable()
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence != os.SEEK_SET:
+            raise io.UnsupportedOperation
         with _as_os_error():
-            return self._inner.seek(offset, whence)
+            self._inner.seek(self._begin + offset)
+        self._left = None if self._size is None else max(0, self._size - offset)
+        return offset
 
     def tell(self) -> int:
-        return self._inner.tell()
+        return self._inner.tell() - self._begin
 
     def fileno(self) -> int:
         return self._outer.fileno()
@@ -114,10 +147,17 @@ class _Reader(io.RawIOBase):
             size = min(len(buffer), len(self._start))
             buffer[:size], self._start = self._start[:size], self._start[size:]
             return size
+        size = len(buffer) if self._left is None else min(len(buffer), self._left)
+        if not size:
+            return 0
         with _as_os_error():
             # Not more than there is now, of a pipe.
             read = getattr(self._inner, "read1", self._inner.read)
-            data = read(len(buffer))
+            data = read(size)
+        if self._left is not None:
+            if not data:
+                raise OSError(errno.EIO, _CUT_OFF)
+            self._left -= len(data)
         buffer[: len(data)] = data
         return len(data)
 
@@ -133,5 +173,5 @@ class _Reader(io.RawIOBase):
 def _as_os_error() -> Iterator[None]:
     try:
         yield
-    except (EOFError, zlib.error, tarfile.TarError) as error:
-        raise OSError(errno.EIO, "what is compressed is cut off or damaged") from error
+    except (EOFError, zlib.error) as error:
+        raise OSError(errno.EIO, _CUT_OFF) from error

@@ -110,7 +110,7 @@ def judge(
     if serving and seen:
         # What a command would need to attach by itself is no fault where none has to.
         checks = [
-            replace(one, ok=None, fix="") if one.name in _TO_ATTACH and one.ok is False else one
+            replace(one, ok=None, fix="") if one.name in _TO_ATTACH and not one.ok else one
             for one in checks
         ]
     checks += _memory_failure_checks(facts.memory_failure, vmms)

@@ -56,7 +56,7 @@ LINE_KINDS = "exit poison sigbus mce vm page owner found soft_offline unpoison l
 
 
 def kinds_of(event: Event) -> tuple[str, ...]:
-    """The words of ``LINE_KINDS`` for an event: JSON's first, then that of text if it is another."""
+    """The words of ``LINE_KINDS`` for an event: JSON's, then that of text if it is another."""
     # Both ends of a VM are of kind "vm", all hardware errors "mce".
     if isinstance(event, (VmSeen, VmGone)):
         return ("vm",)

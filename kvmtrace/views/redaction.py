@@ -110,7 +110,13 @@ class Redaction:
 
     def log_line(self, line: str) -> str:
         """A line of the kernel's log without names, those of processes included."""
-        return self.text(_PROCESS.sub(_without_process, line))
+        return self.text(_PROCESS.sub(self._without_process, line))
+
+    def _without_process(self, match: re.Match[str]) -> str:
+        before, comm, after = (part for part in match.groups() if part is not None)
+        if comm not in command_line.VMMS and not _KNOWN_PROCESS.fullmatch(comm):
+            comm = self._stand_ins.get(comm, _ANY)
+        return before + comm + after
 
     def host(self, host: Host) -> Host:
         """A host without its name."""
@@ -150,12 +156,6 @@ class Redaction:
                     pieces += [text[done : spans[at][0]], stand_in]
                     done = spans[at + length - 1][1]
         return "".join([*pieces, text[done:]]) if pieces else text
-
-
-def _without_process(match: re.Match[str]) -> str:
-    before, comm, after = filter(None.__ne__, match.groups())
-    is_known = comm in command_line.VMMS or _KNOWN_PROCESS.fullmatch(comm)
-    return before + (comm if is_known else _ANY) + after
 
 
 @functools.cache

@@ -88,16 +88,17 @@ def test_every_form_is_read_twice(
     source.close()
 
 
-@pytest.mark.parametrize("form", ["gz", "tar.gz"])
+@pytest.mark.parametrize("form", ["gz", "tar", "tar.gz"])
 def test_what_is_cut_off_is_read_up_to_there(form: str, tmp_path: Path) -> None:
     whole = read_all(RecordingSource(str(docs.STORY)))
     content = FORMS[form]
-    source = RecordingSource(from_file(content[: len(content) - 300], tmp_path / "cut"))
+    end = content.index(b'"kind":"sigbus"') if form == "tar" else len(content) - 300
+    source = RecordingSource(from_file(content[:end], tmp_path / "cut"))
     events = read_all(source)
     assert 0 < len(events) < len(whole)
     assert events == whole[: len(events)]
     assert source.damage is not None
-    assert "compressed is cut off or damaged" in source.damage.message
+    assert "cut off or damaged" in source.damage.message
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_what_is_cut_off_is_read_up_to_there(form: str, tmp_path: Path) -> None:
         (tar({"events.jsonl": b"no recording"}), "is not a recording"),
         (gzip.compress(b""), "is not a recording"),
         (b"\x1f\x8b\x08\0\0\n", "cut off or damaged"),
-        (BUNDLE[:700], "without events.jsonl"),
+        (BUNDLE[:700], "cut off or damaged"),
         (b"", "is not a recording"),
         (b"{", "is not a recording"),
     ],
@@ -121,7 +122,7 @@ def test_no_recordings(content: bytes, message: str, tmp_path: Path) -> None:
     assert (result.exit_code, len(result.stderr.splitlines())) == (1, 2)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["plain", "tar.gz"])
 @pytest.mark.parametrize(
     "command",
     [
