@@ -74,7 +74,7 @@ cli.add(
     "kvmtrace replay sick.jsonl",
     "kvmtrace replay --events --state looping sick.jsonl",
 )
-cli.add("Run", serve, "kvmtrace serve", "kvmtrace serve --listen 127.0.0.1:9751 --max-vms 1000")
+cli.add("Run", serve, "kvmtrace serve", "kvmtrace serve --max-vms 1000")
 cli.add("Run", compile_, "kvmtrace compile")
 cli.add("Keep", record, "kvmtrace record sick.jsonl --duration 1h --force")
 cli.add(
