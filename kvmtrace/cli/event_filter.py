@@ -39,6 +39,12 @@ def _words(among: Collection[str], what: str) -> Callable[[str], tuple[str, ...]
     return words
 
 
+def _completing(
+    among: Collection[str],
+) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    return lambda _ctx, _option, begun: [word for word in among if word.startswith(begun)]
+
+
 def filter_options(command: Callable[P, R]) -> Callable[P, R]:
     """Add the options."""
     for option in (
@@ -54,6 +60,7 @@ def filter_options(command: Callable[P, R]) -> Callable[P, R]:
             "states",
             multiple=True,
             type=_words(STATES, "state"),
+            shell_complete=_completing(STATES),
             metavar="STATE,…",
             help=f"Print only events of incidents that are in this state: {', '.join(STATES)}.",
         ),
@@ -62,6 +69,7 @@ def filter_options(command: Callable[P, R]) -> Callable[P, R]:
             "kinds",
             multiple=True,
             type=_words(LINE_KINDS, "kind"),
+            shell_complete=_completing(LINE_KINDS),
             metavar="KIND,…",
             help="Print only events of this kind: exit, poison, sigbus, mce, vm, page (or owner, "
             "found, soft_offline, unpoison), lost, clock.",

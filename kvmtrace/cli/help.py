@@ -40,7 +40,7 @@ class GroupedCommands(Group):
             for command in commands:
                 name = command.name or ""
                 rows.append((name.ljust(width), command.get_short_help_str(limit=1000)))
-                rows.append(("", f"$ {self.examples[name][0]}"))
+                rows += [("", f"$ {one}") for one in self.examples[name][:1]]
             with formatter.section(section):
                 formatter.write_dl(rows)
 

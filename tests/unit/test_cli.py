@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from click.testing import CliRunner, Result
 from kvmtrace import cli, sources
 from kvmtrace.cli.options import point_in_time, seconds, utc_option
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Event, Found, Lost, Owned, Owner, VmSeen
+from kvmtrace.events import Event, Found, Lost, Owned, Owner, VmGone, VmSeen
 from kvmtrace.linux import host
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import NO_KVM, Probe, specs
+from kvmtrace.session.feed import FeedServer, send_log
+from kvmtrace.session.session import Session
 from kvmtrace.views.format import zone_of
 from kvmtrace.views.web import metrics
 from kvmtrace.vmm import identity, processes
@@ -425,6 +428,57 @@ def test_what_is_lost_is_reported_whatever_is_printed(monkeypatch: pytest.Monkey
     result = invoke("events", "--kind", "poison", "--duration", "0.2")
     assert "kvmtrace: 3 lost at ringbuf\n" in result.stderr
     assert "lost" not in result.stdout
+
+
+@contextmanager
+def serving(directory: Path, *events: Event) -> Iterator[None]:
+    """A serve that has seen these events."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVMTRACE_RUNTIME_DIR", str(directory))
+        patch.setattr(sources, "open_source", lambda kind: pytest.fail("probes were attached"))
+        session = Session(FakeSource(events))
+        session.pump(0)
+        feed = FeedServer(lambda client: send_log(session, client))
+        try:
+            yield
+        finally:
+            feed.close()
+            session.close()
+
+
+def test_since_when_a_serve_has_seen_it(tmp_path: Path) -> None:
+    def kinds(*arguments: str) -> list[tuple[str, bool]]:
+        result = invoke("events", "--json", "--duration", "0.2", *arguments)
+        assert result.exit_code == 0, result.stderr
+        lines = map(json.loads, result.stdout.splitlines())
+        return [(line["kind"], line.get("before", False)) for line in lines]
+
+    with serving(tmp_path, *STORY, VmGone(T0 + 4 * SECOND, 2)):
+        assert kinds() == [("vm", True)]
+        since = f"--since={(T0 + 2 * SECOND) // SECOND}"
+        assert invoke("events", since).exit_code == 2  # no duration of so many years
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime((T0 + 2 * SECOND) // SECOND))
+        recent = [("exit", False), ("exit", False), ("vm", False)]
+        assert kinds("--since", at) == [("vm", True), *recent]
+        assert kinds("--since", at, "--count", "2") == [("vm", True), *recent[:2]]
+        everything = kinds("--since", "2020-01-01")
+        assert everything == [("vm", False), ("vm", False), ("poison", False), *recent]
+
+
+def test_doctor_beside_a_serve_attaches_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(processes, "vm_processes", lambda: {})
+    with serving(tmp_path, *STORY):
+        report = json.loads(invoke("doctor", "--json").stdout)
+        (serve,) = [one for one in report["checks"] if one["name"] == "serve"]
+        assert serve["found"].startswith(f"runs (pid {os.getpid()}, kvmtrace ")
+        (own,) = report["sources"]
+        assert (own["name"], own["works"]) == ("bpf", True)
+        assert {probe["name"]: probe["attached"] for probe in own["probes"]} == {
+            "run": True,
+            "mce": False,
+        }
 
 
 def test_since_needs_a_serve(source: FakeSource) -> None:

@@ -16,11 +16,11 @@ import pytest
 from click.shell_completion import ShellComplete
 
 from kvmtrace import cli, sources
-from kvmtrace.cli import completion
 from kvmtrace.events import Event, VmGone, VmSeen
 from kvmtrace.linux import clock
 from kvmtrace.session.feed import FeedServer, send_log
 from kvmtrace.session.session import Session
+from kvmtrace.sources.remote import RemoteSource
 from tests import docs
 from tests.unit.command_line import invoke
 from tests.unit.fake import STORY, FakeSource
@@ -149,7 +149,7 @@ def test_completion_without_a_serve_is_silent(
 ) -> None:
     monkeypatch.setenv("KVMTRACE_RUNTIME_DIR", str(tmp_path))
     assert completed("explain", "") == []
-    monkeypatch.setattr(completion.RemoteSource, "connect", lambda: 1 / 0)
+    monkeypatch.setattr(RemoteSource, "connect", lambda: 1 / 0)
     assert completed("explain", "") == []
     assert capfd.readouterr() == ("", "")
 
