@@ -61,7 +61,7 @@ def bundle(
         names = None
         if redact:
             all_events = (event for batch, _ in log.batches() for event in batch)
-            serials = (dimm.serial_number for dimm in (records.dimms if records else ()))
+            serials = (dimm.serial_number for dimm in ((records and records.dimms) or ()))
             names = bundle_view.Redaction(all_events, log.host, filter(None, serials))
             log = _RedactedLog(log, names)  # noqa: PLW2901 (the log with names must not be used)
         files = _files(log, events)

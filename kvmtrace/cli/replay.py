@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import click
 
-from kvmtrace.cli.console import show_snapshot
+from kvmtrace.cli.console import busy, show_snapshot
 from kvmtrace.cli.event_filter import EventFilter, filter_options, require_vm
 from kvmtrace.cli.events import EventPrinter
 from kvmtrace.cli.inputs import open_recording, reading
@@ -42,14 +44,15 @@ def replay(
         session = Session(source, source.host.page_shift)
         lines = EventPrinter(as_json) if as_events else None
         seen: dict[str, VmSeen] = {}
-        while not source.done and not stop.requested:
-            with reading(source):
-                batch = session.pump(0)
-            if lines is not None:
-                for correlated in wanted.chosen(batch, session.snapshot):
-                    lines.print(correlated)
-            if vm is not None:
-                seen |= {one.vm.label: one.vm for one in batch if one.vm}
+        with busy(f"reading {source.path}") if lines is None else contextlib.nullcontext():
+            while not source.done and not stop.requested:
+                with reading(source):
+                    batch = session.pump(0)
+                if lines is not None:
+                    for correlated in wanted.chosen(batch, session.snapshot):
+                        lines.print(correlated)
+                if vm is not None:
+                    seen |= {one.vm.label: one.vm for one in batch if one.vm}
         if vm is not None and not stop.requested:
             require_vm(vm, seen.values())
         if lines is None:

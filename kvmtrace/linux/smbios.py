@@ -75,12 +75,12 @@ class MemoryDevice:
     speed: int | None = None
 
 
-def memory_devices(path: str = f"/sys{TABLE}") -> tuple[MemoryDevice, ...]:
-    """Return the DIMMs that are installed; () if the table cannot be read (only root may)."""
+def memory_devices(path: str = f"/sys{TABLE}") -> tuple[MemoryDevice, ...] | None:
+    """Return the DIMMs that are installed; None if the table cannot be read (only root may)."""
     try:
         table = Path(path).read_bytes()
     except OSError:
-        return ()
+        return None
     labels = dimm_labels(path)
     found = []
     for handle, fields, strings in _structures(table):

@@ -39,6 +39,8 @@ def open_packed(path: str) -> IO[bytes]:
 
 
 def _standard_input() -> IO[bytes]:
+    if sys.stdin is not None and sys.stdin.isatty():
+        raise OSError(errno.EINVAL, "a terminal: nothing is piped in")
     try:
         # Not sys.stdin's own buffer: closing the recording must not close that.
         return open(os.dup(sys.stdin.fileno()), "rb")

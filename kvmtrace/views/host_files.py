@@ -18,14 +18,14 @@ from kvmtrace.views.redaction import Redaction
 class HostRecords:
     """What this host has on memory and its failures.
 
-    ``kernel_log``: lines about memory errors; None if it could not be read, with ``log_error``.
-    ``failures``: {node: {counter: pages}}.
+    ``dimms``: None if they could not be read. ``kernel_log``: lines about memory errors; None if it
+    could not be read, with ``log_error``. ``failures``: {node: {counter: pages}}.
     """
 
     command_line: str | None
     settings: Mapping[str, int]
     failures: Mapping[str, Mapping[str, int]]
-    dimms: tuple[MemoryDevice, ...]
+    dimms: tuple[MemoryDevice, ...] | None
     edac: tuple[EdacCount, ...]
     kernel_log: tuple[str, ...] | None
     log_error: str | None = None
@@ -44,8 +44,9 @@ def _hardware(records: HostRecords, names: Redaction | None) -> dict[str, Any]:
     def text(value: str | None) -> str | None:
         return names.text(value) if value and names else value
 
-    return {
-        "dimms": [
+    dimms = None
+    if records.dimms is not None:
+        dimms = [
             json_output.known(
                 label=text(dimm.label),
                 manufacturer=text(dimm.manufacturer),
@@ -56,19 +57,18 @@ def _hardware(records: HostRecords, names: Redaction | None) -> dict[str, Any]:
                 smbios_handle=dimm.handle,
             )
             for dimm in records.dimms
-        ],
-        "edac": [
-            json_output.known(
-                place=count.place,
-                name=text(count.name),
-                location=text(count.location),
-                corrected=count.corrected,
-                uncorrected=count.uncorrected,
-            )
-            for count in records.edac
-        ],
-        "memory_failure": records.failures,
-    }
+        ]
+    counts = [
+        json_output.known(
+            place=count.place,
+            name=text(count.name),
+            location=text(count.location),
+            corrected=count.corrected,
+            uncorrected=count.uncorrected,
+        )
+        for count in records.edac
+    ]
+    return json_output.known(dimms=dimms, edac=counts, memory_failure=records.failures)
 
 
 def _kernel(records: HostRecords, names: Redaction | None) -> dict[str, Any]:

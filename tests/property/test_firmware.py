@@ -66,7 +66,7 @@ def _dmi(table: bytes) -> None:
     labels = smbios.dimm_labels(path)
     assert len(set(labels.values())) == len(labels)
     assert all(0 <= handle < 1 << 16 for handle in labels)
-    for device in smbios.memory_devices(path):
+    for device in smbios.memory_devices(path) or ():
         texts = (device.manufacturer, device.part_number, device.serial_number)
         assert all(one is None or one == clean(one, len(one)) != "" for one in texts)
         assert device.size_bytes is None or 0 < device.size_bytes < 1 << 52

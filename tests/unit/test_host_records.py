@@ -47,7 +47,7 @@ def test_installed_dimms_have_their_numbers(tmp_path: Path) -> None:
         MemoryDevice(0x1101, "BANK 0 A2", None, None, None, 16 << 20, 3200),
         MemoryDevice(0x1103, "BANK 1 A4", "Micron", None, "x?[31m7", None, 3200),
     )
-    assert smbios.memory_devices(str(tmp_path / "none")) == ()
+    assert smbios.memory_devices(str(tmp_path / "none")) is None
 
 
 def test_edac_counts(tmp_path: Path) -> None:
@@ -228,7 +228,8 @@ def test_redacted_host_files_name_nobody() -> None:
 def test_a_log_that_cannot_be_read_is_no_empty_log() -> None:
     refused = HostRecords(None, {}, {}, (), (), None, "Operation not permitted")
     assert "could not be read: Operation not permitted" in host_files(refused, None)["dmesg.txt"]
-    empty = HostRecords(None, {}, {}, (), (), ())
+    empty = HostRecords(None, {}, {}, None, (), ())
+    assert "dimms" not in json.loads(host_files(empty, None)["hardware.json"])
     assert "nothing about memory errors" in host_files(empty, None)["dmesg.txt"]
 
 
