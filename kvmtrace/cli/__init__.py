@@ -76,11 +76,11 @@ cli.add(
 )
 cli.add("Run", serve, "kvmtrace serve", "kvmtrace serve --max-vms 1000")
 cli.add("Run", compile_, "kvmtrace compile")
-cli.add("Keep", record, "kvmtrace record sick.jsonl --duration 1h --force")
+cli.add("Keep", record, "kvmtrace record sick.jsonl --duration 1h30m")
 cli.add(
     "Keep",
     bundle,
-    "kvmtrace bundle -o case.tar.gz --redact --force",
-    "kvmtrace bundle -o case.tar.gz --from sick.jsonl --force",
+    "kvmtrace bundle -o case.tar.gz --redact",
+    "kvmtrace bundle -o case.tar.gz --from sick.jsonl",
 )
 cli.add("Check", doctor, "kvmtrace doctor", "kvmtrace doctor --verbose")

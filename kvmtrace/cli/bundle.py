@@ -26,7 +26,12 @@ from kvmtrace.views.host_files import HostRecords, host_files
 
 @click.command()
 @click.option(
-    "-o", "--output", type=click.Path(dir_okay=False), required=True, metavar="FILE.tar.gz"
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    required=True,
+    metavar="FILE.tar.gz",
+    help="Where to write it.",
 )
 @click.option(
     "--redact",
