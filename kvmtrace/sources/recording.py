@@ -130,6 +130,7 @@ class RecordingSource:
         self.path = "standard input" if path == STANDARD_INPUT else path
         self._copy: IO[bytes] | None = None
         self._left: int | None = None
+        self._end = 0
         try:
             self.file: IO[bytes] = open_packed(path)
         except OSError as error:
@@ -162,11 +163,16 @@ class RecordingSource:
             raise KvmtraceError(f"{self.path}: {error.strerror}") from error
 
     def rewind(self) -> None:
-        """Start again, and end where reading ended, though the file may have grown."""
-        self._left = self.file.tell() if self._copy is None else None
+        """Start again, and end where reading ended, though the file may have grown.
+
+        May be called again, also before the end; what was not read before the first time is left
+        out.
+        """
         if self._copy is not None:
             self.file.close()
             self.file, self._copy = self._copy, None
+        self._end = max(self._end, self.file.tell())
+        self._left = self._end
         with spooling():
             self.file.seek(0)
         self._begin()

@@ -15,6 +15,7 @@ import pytest
 
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
+from kvmtrace.sources import recording
 from kvmtrace.sources.recording import RecordingSource
 from tests import docs
 from tests.unit.command_line import invoke
@@ -41,10 +42,10 @@ BUNDLE = tar(
 )
 FORMS = {
     "plain": STORY,
-    "gz": gzip.compress(STORY),
+    "gz": gzip.compress(STORY, mtime=0),
     "tar": BUNDLE,
-    "tar.gz": gzip.compress(BUNDLE),
-    "twice": gzip.compress(gzip.compress(STORY)),
+    "tar.gz": gzip.compress(BUNDLE, mtime=0),
+    "twice": gzip.compress(gzip.compress(STORY, mtime=0), mtime=0),
 }
 
 
@@ -74,16 +75,23 @@ def from_pipe(content: bytes, path: Path) -> str:
 
 @pytest.mark.parametrize("given", [from_file, from_pipe])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_is_read_twice(
-    form: str, given: Callable[[bytes, Path], str], tmp_path: Path
+def test_every_form_is_read_again(
+    form: str,
+    given: Callable[[bytes, Path], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(recording, "BATCH", 5)
     expected = read_all(RecordingSource(str(docs.STORY)))
     source = RecordingSource(given(FORMS[form], tmp_path / "sick"), twice=True)
     assert read_all(source) == expected
     assert source.whole
-    source.rewind()
-    assert read_all(source) == expected
-    assert source.whole
+    for _ in range(2):
+        source.rewind()
+        assert len(source.poll(0)) > 0
+        source.rewind()
+        assert read_all(source) == expected
+        assert source.whole
     assert (source.damage, source.doubt) == (None, None)
     source.close()
 
@@ -106,7 +114,7 @@ def test_what_is_cut_off_is_read_up_to_there(form: str, tmp_path: Path) -> None:
     [
         (tar({"other": b"x"}), "an archive without events.jsonl"),
         (tar({"events.jsonl": b"no recording"}), "is not a recording"),
-        (gzip.compress(b""), "is not a recording"),
+        (gzip.compress(b"", mtime=0), "is not a recording"),
         (b"\x1f\x8b\x08\0\0\n", "cut off or damaged"),
         (BUNDLE[:700], "cut off or damaged"),
         (b"", "is not a recording"),
