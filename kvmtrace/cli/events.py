@@ -24,7 +24,7 @@ from kvmtrace.events import Found, Lost, Owned, VmSeen
 from kvmtrace.model import CorrelatedEvent, Snapshot
 from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines
-from kvmtrace.views.format import counted, listed
+from kvmtrace.views.format import counted, date_of, listed, zone_of
 from kvmtrace.views.tables.header import watching_text
 from kvmtrace.vmm import processes
 
@@ -73,8 +73,8 @@ def events(
         if vm is not None:
             _require_vm(vm, batch)
         print_status(f"kvmtrace: {watching_text(start)}")
-        if since is not None and not is_remote:
-            print_status("kvmtrace: no serve runs here: what happened before now is not known")
+        if since is not None:
+            _report_gap(since, batch if is_remote else None)
         there = _There()
         before, batch = there.split(batch, start, since, is_remote=is_remote)
         if (text := _already_here(start, is_remote=is_remote)) and not as_json:
@@ -130,7 +130,7 @@ class EventPrinter:
 
 
 class _There:
-    """Tells what was there before the command from what happens."""
+    """Separates what was there before the command from what happens."""
 
     def __init__(self) -> None:
         self._vms: set[int] = set()
@@ -176,6 +176,15 @@ class _There:
             case Owned():
                 return one.incident in self._incidents
         return False
+
+
+def _report_gap(since: int, history: list[CorrelatedEvent] | None) -> None:
+    """Report from when on events are known, if that is later than what was asked for."""
+    if history is None:
+        print_status("kvmtrace: no serve runs here: what happened before now is not known")
+    elif (first := min((one.wall for one in history), default=since)) > since:
+        known = f"{date_of(first)} {zone_of(first)}"
+        print_status(f"kvmtrace: the history of the serve begins at {known}")
 
 
 def _already_here(start: Snapshot, *, is_remote: bool) -> str | None:

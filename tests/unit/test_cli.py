@@ -463,6 +463,8 @@ def test_since_when_a_serve_has_seen_it(tmp_path: Path) -> None:
         assert kinds("--since", at, "--count", "2") == [("vm", True), *recent[:2]]
         everything = kinds("--since", "2020-01-01")
         assert everything == [("vm", False), ("vm", False), ("poison", False), *recent]
+        gap = invoke("events", "--utc", "--since", "2020-01-01", "--count", "1").stderr
+        assert "the history of the serve begins at 2026-09-21 14:13:20.000 UTC\n" in gap
 
 
 def test_doctor_beside_a_serve_attaches_nothing(
