@@ -1,4 +1,4 @@
-"""Completion of VMs and incidents, as a running serve knows them.
+"""Completion of VMs and incidents, as a running serve has them.
 
 It is quick and silent: no serve, an old one or a slow one means that nothing is offered.
 """
@@ -64,7 +64,7 @@ def _open_incidents(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
 
 
 def _snapshot() -> Snapshot | None:
-    """What the serve of this host knows; None if that takes longer than ``SECONDS``."""
+    """What the serve of this host has; None if that takes longer than ``SECONDS``."""
     found: list[Snapshot] = []
 
     def look() -> None:

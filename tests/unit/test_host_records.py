@@ -78,7 +78,7 @@ KMSG = [
     b"4,339,5140900,-;Memory failure: 0x103275: recovery action for dirty LRU page: Recovered\n",
     b"6,340,5140901,-;EXT4-fs (sda1): mounted\n SUBSYSTEM=x\n",
     b"3,341,65140902,-;mce: [Hardware Error]: Machine check events logged\n DEVICE=+x\n",
-    b"30,342,65140903,-;mcelog[1]: hardware error, says a program\n",
+    b"30,342,65140903,-;mcelog[1]: hardware error, by a program\n",
     b"nonsense about poison\n",
     b"4,343,x,-;poison\n",
     b"4,344,75140904,-;EDAC MC0: 1 CE \x1b[2Jon A1\n",
