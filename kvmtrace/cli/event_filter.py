@@ -98,6 +98,11 @@ class EventFilter:
             vm,
         )
 
+    @property
+    def has_lost(self) -> bool:
+        """Whether what was lost is printed."""
+        return not self.states and (not self.kinds or "lost" in self.kinds)
+
     def chosen(
         self, batch: Iterable[CorrelatedEvent], snapshot: Callable[[], Snapshot]
     ) -> list[CorrelatedEvent]:

@@ -77,8 +77,10 @@ def events(
             _report_gap(since, batch if is_remote else None)
         there = _There()
         before, batch = there.split(batch, start, since, is_remote=is_remote)
-        if (text := _already_here(start, is_remote=is_remote)) and not as_json:
-            print_status(f"kvmtrace: {text}")
+        if not as_json:
+            before = []  # counted in this line
+            if text := _already_here(start, is_remote=is_remote):
+                print_status(f"kvmtrace: {text}")
         timeouts = poll_timeouts(duration, reader_gone)
         while True:
             snapshot = functools.cache(session.snapshot)
@@ -89,7 +91,7 @@ def events(
                     count -= 1
                     if not count:
                         return
-            if wanted.kinds and "lost" not in wanted.kinds:
+            if not wanted.has_lost:
                 _report_lost(batch)
             timeout = next(timeouts, None)
             if timeout is None:

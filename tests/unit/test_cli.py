@@ -428,6 +428,10 @@ def test_what_is_lost_is_reported_whatever_is_printed(monkeypatch: pytest.Monkey
     result = invoke("events", "--kind", "poison", "--duration", "0.2")
     assert "kvmtrace: 3 lost at ringbuf\n" in result.stderr
     assert "lost" not in result.stdout
+    use(monkeypatch, Complete(STORY, [Lost(T0 + 9 * SECOND, "ringbuf", 3)]))
+    assert "3 lost at" in invoke("events", "--state", "latent", "--duration", "0.2").stderr
+    use(monkeypatch, Complete(STORY, [Lost(T0 + 9 * SECOND, "ringbuf", 3)]))
+    assert "lost at" not in invoke("events", "--duration", "0.2").stderr
 
 
 @contextmanager
