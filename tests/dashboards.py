@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,12 @@ def load(path: Path = HOST) -> dict[str, Any]:
     """Load a dashboard."""
     board: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return board
+
+
+def quick_alerts() -> str:
+    """The alert rules with a second for each ``for`` and ``keep_firing_for``."""
+    text = ALERTS.read_text(encoding="utf-8")
+    return re.sub(r"^( +(?:keep_firing_)?for): \w+$", r"\1: 1s", text, flags=re.MULTILINE)
 
 
 def queries(board: dict[str, Any]) -> Iterator[Query]:

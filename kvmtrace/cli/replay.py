@@ -41,7 +41,7 @@ def replay(
         raise UsageError("--vm, --state and --kind choose lines of --events", "add --events")
     wanted = EventFilter.of_options(kinds, states, vm)
     with open_recording(file) as source:
-        session = Session(source, source.host.page_shift)
+        session = Session(source, source.host.page_shift, is_joined=False)
         lines = EventPrinter(as_json) if as_events else None
         seen: dict[str, VmSeen] = {}
         with busy(f"reading {source.path}") if lines is None else contextlib.nullcontext():

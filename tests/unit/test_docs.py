@@ -233,7 +233,7 @@ def section(page: str, heading: str) -> str:
 # The tables state x verdict -> what to do.
 TABLES = [
     ("README.md", "## An alert brought you here"),
-    ("docs/runbook.md", "## KvmtracePagePoisoned"),
+    ("docs/runbook.md", "## What to do, by state and verdict"),
 ]
 PAGE_CLASSES = {"vm", "kernel", "process", "handled"}
 
