@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -71,7 +72,8 @@ def _of_kvmtrace(line: str) -> str:
     return shlex.join(next(part for part in parts if part[:1] == ["kvmtrace"]))
 
 
-COMMANDS = list(dict.fromkeys(commands()))
+EXAMPLES = [("--help", one) for examples in cli.cli.examples.values() for one in examples]
+COMMANDS = list(dict.fromkeys([*commands(), *EXAMPLES]))
 
 
 # -- commands
@@ -104,7 +106,10 @@ def story(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
     (tmp_path / "tests").symlink_to(docs.ROOT / "tests")
-    (tmp_path / "sick.jsonl").write_bytes(docs.STORY.read_bytes())
+    recording = docs.STORY.read_bytes()
+    (tmp_path / "sick.jsonl").write_bytes(recording)
+    (tmp_path / "sick.jsonl.gz").write_bytes(gzip.compress(recording))
+    (tmp_path / "case.tar.gz").write_bytes(gzip.compress(recording))
     monkeypatch.setattr(identity, "vm_processes", lambda: {})
     monkeypatch.setattr(host, "privilege", lambda: host.Privilege(0, (1 << 41) - 1))
     monkeypatch.setattr(host, "kvm", lambda: host.Kvm(True, "kvm_intel", True, 1))
@@ -120,8 +125,8 @@ def test_commands_run(page: str, command: str, story: SimpleNamespace) -> None:
         pytest.skip(ELSEWHERE[command])
     arguments = shlex.split(command)[1:]
     name = arguments[0]
-    arguments = ["sick.jsonl" if one == "/dev/stdin" else one for one in arguments]
-    if name == "record":
+    arguments = ["sick.jsonl" if one == "-" else one for one in arguments]
+    if name in ("record", "bundle"):
         arguments.append("--force")
     if name in ("explain", "bundle") and "--from" not in arguments:
         arguments.append("--duration=0.2")

@@ -287,7 +287,8 @@ def _compiled(layout: Layout, cache: ProgramCache) -> CompiledPrograms:
     """The programs for this kernel, from ``cache`` or compiled and kept there."""
     programs = _kept(layout, cache)
     if programs is None:
-        programs = compiled(_cflags(layout))
+        with sources.in_stage("compiling the eBPF programs for this kernel"):
+            programs = compiled(_cflags(layout))
         cache.write(_name(layout), programs.as_object())
     return programs
 
