@@ -38,11 +38,11 @@ class _Plugin(click.Command):
 @from_option
 @json_option
 def check(recording: str | None, as_json: bool) -> None:
-    """Print this host's state in one line, for cron and Nagios-like monitors.
+    """Print a line and a status for cron and monitors.
 
-    Asks the running `kvmtrace serve`, and attaches nothing. The status is 0 if all is fine, 1
-    (warning) if somebody must act soon, or something may go unseen; 2 (critical) if somebody must
-    act now; 3 (unknown) if no serve answers.
+    For Nagios, Icinga and the like. Asks the running `kvmtrace serve`, and attaches nothing. The
+    status is 0 if nobody needs to act; 1 (warning) if somebody must act soon, or something may go
+    unseen; 2 (critical) if somebody must act now; 3 (unknown) if no serve answers.
 
     \b
     Example: kvmtrace check || mail -s "$(hostname)" oncall@example.org

@@ -40,7 +40,8 @@ def answer(incident: Incident, snapshot: Snapshot, now: int) -> str:
             return f"{who} {has} been hit by a poisoned page: {a_vcpu} stopped {since} ago."
         case Urgency.UNDELIVERED:
             times = "once" if incident.undelivered == 1 else f"{incident.undelivered:,} times"
-            return f"{who} was refused a poisoned page {times}, and its VMM was not notified."
+            were = "were" if several else "was"
+            return f"{who} {were} refused a poisoned page {times}, and no VMM was notified."
         case Urgency.KERNEL:
             return f"The host can go down at any time: its kernel may use a page {poisoned}."
         case Urgency.UNCLEAR:
@@ -63,7 +64,7 @@ def answer(incident: Incident, snapshot: Snapshot, now: int) -> str:
             run = "run" if several else "runs"
             return f"{who} {run} on without a page {poisoned}."
         case Urgency.HANDLED:
-            return f"No VM has a page any more {poisoned}."
+            return f"No VM has the page any more {poisoned}."
         case Urgency.CLOSED if incident.unpoisoned_ts is not None:
             return f"It is over: a page {poisoned} no longer is."
         case Urgency.CLOSED:
