@@ -96,7 +96,7 @@ def output_of(command: str) -> str:
     done = subprocess.run(
         ["sh", "-ec", command],
         cwd=ROOT,
-        env=os.environ | {"PATH": path, "COLUMNS": _COLUMNS, "LC_ALL": "C.UTF-8"},
+        env=os.environ | {"PATH": path, "COLUMNS": _COLUMNS, "LC_ALL": "C.UTF-8", "TZ": "UTC"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

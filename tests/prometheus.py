@@ -44,6 +44,12 @@ alerting:
     - static_configs: [{{targets: {alertmanagers}}}]
 """
 
+INHIBITION = """inhibit_rules:
+  - source_matchers: ['severity = critical', 'vm != ""']
+    target_matchers: ['severity = warning', 'vm != ""']
+    equal: [job, instance, vm]
+"""
+
 # As short as they can be: a person would be notified far less often.
 _ROUTE = """
 route:
@@ -262,17 +268,20 @@ class Prometheus(_Daemon, Queries):
 
 
 class Alertmanager(_Daemon):
-    """``with Alertmanager(webhook.url) as a: a.address``; it notifies the webhook at once."""
+    """``with Alertmanager(webhook.url) as a: a.address``; it notifies the webhook at once.
+
+    Unless it ``inhibits``, of all alerts: also of those of a VM that has a worse one.
+    """
 
     name = "Alertmanager"
 
-    def __init__(self, webhook: str) -> None:
+    def __init__(self, webhook: str, *, inhibits: bool = True) -> None:
         super().__init__()
-        self._webhook = webhook
+        self._config = _ROUTE.format(url=webhook) + (INHIBITION if inhibits else "")
 
     def command(self, address: str) -> list[str]:
         config = self.root / "alertmanager.yml"
-        config.write_text(_ROUTE.format(url=self._webhook))
+        config.write_text(self._config)
         return [
             "prometheus-alertmanager",
             f"--config.file={config}",

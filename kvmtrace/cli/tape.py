@@ -1,4 +1,4 @@
-"""A recording with time: what was known at any moment of it, played, stepped and sought."""
+"""A recording with time: the model at any moment of it, played, stepped and sought."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class RecordedTape:
     # -- what is shown
 
     def snapshot(self) -> Snapshot:
-        """What was known at this moment. Playing, time has gone on since the last call."""
+        """The model at this moment. While it plays, time has gone on since the last call."""
         if self._played is not None:
             now = self._monotonic()
             elapsed, self._played = now - self._played, now
@@ -153,6 +153,8 @@ class RecordedTape:
         Times are in the zone that is shown. Raises UsageError, also if the recording is elsewhere.
         """
         self._played = None
+        if not self._moments:
+            raise UsageError("the recording has no events", "leave out --at")
         ts = self._moment(text)
         if not self.first <= ts < self.last + _SECOND:
             first, last = (f"{date_of(one)} {zone_of(one)}" for one in (self.first, self.last))

@@ -1,7 +1,7 @@
-"""A host as the live table watches it: opened behind its back, and followed over restarts.
+"""A host as the live table watches it: opened in a thread, and followed over restarts.
 
 Probes take seconds to attach, and a serve may restart under a command that follows it. Both happen
-in a thread of their own, so that the table shows meanwhile what is going on, and takes keys.
+in a thread of their own, so that the table shows what is going on and takes keys meanwhile.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ RECENT = 500
 
 _RETRY_SECONDS = 1.0
 _TOLD_SECONDS = 60.0
+_MOMENT = 0.3
 _END_SECONDS = 4.0
 _BY = {"auto": "", "bpf": " by eBPF", "ftrace": " by ftrace"}
 
@@ -49,6 +50,7 @@ class Watching:
         self._kind = kind
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._settled = threading.Event()  # opened, or failed
         self._began = time.monotonic()
         self._session: Session | None = None
         self._opened: Session | None = None  # the last one that there was
@@ -61,8 +63,12 @@ class Watching:
         self._thread = threading.Thread(target=self._run, name="kvmtrace-open", daemon=True)
 
     def start(self) -> None:
-        """Begin to open it, with the privileges of this thread."""
+        """Begin to open it, with the privileges of this thread; wait a moment for that.
+
+        What fails at once can be raised before anything is drawn.
+        """
         self._thread.start()
+        self._settled.wait(_MOMENT)
 
     def close(self) -> None:
         """Stop, and detach; a source that is still being attached, as far as it is.
@@ -108,12 +114,12 @@ class Watching:
         return () if self._last is None else self._last[2]
 
     def status(self) -> str:
-        """What has to be known of the source."""
+        """What a person has to know of the source; "" if nothing."""
         with self._lock:
             gone = self._gone
         if gone is not None:
             message, when = gone
-            return f"{message}, {_ago(when)}: waiting for it; what it knew last is below"
+            return f"{message}, {_ago(when)}: waiting for it; its last report is below"
         if self._last is None:
             seconds = int(time.monotonic() - self._began)
             probes = counted(len(specs()), "probe")
@@ -144,6 +150,8 @@ class Watching:
                 source = self._watch(source)
         except BaseException as failure:  # raised in ``snapshot``
             self._failure = failure
+        finally:
+            self._settled.set()
 
     def _watch(self, source: sources.Source) -> sources.Source | None:
         """Follow a source to its end; the next one, or None if there shall be none."""
@@ -154,6 +162,7 @@ class Watching:
             with self._lock:
                 self._session = self._opened = session
                 self._source, self._gone = source, None
+            self._settled.set()
             try:
                 while not self._stop.wait(0.25):
                     session.age()

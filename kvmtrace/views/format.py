@@ -23,6 +23,8 @@ _LEVEL_STYLES = {Level.NOW: "bad", Level.SOON: "warn", Level.WATCH: "note", Leve
 
 ELLIPSIS = "…"
 
+_MIN_ROOM = 20
+
 _SECOND = 1_000_000_000
 
 
@@ -86,6 +88,40 @@ def clip_line(line: Line, width: int) -> Line:
         kept.append((clip(text + ELLIPSIS, room), style))
         break
     return tuple(kept)
+
+
+def fold(text: str, width: int, lead: str = "", under: int | None = None) -> list[str]:
+    """``lead`` and ``text`` in lines of at most ``width`` cells, folded between words.
+
+    Further lines are indented by ``under`` cells (the width of ``lead``). A word that is too long
+    for a line is cut; where ``lead`` leaves hardly any room, lines are longer than ``width``.
+    """
+    indent = " " * (cells(lead) if under is None else under)
+    width = max(width, cells(lead) + _MIN_ROOM, len(indent) + _MIN_ROOM)
+    lines, line, is_empty = [], lead, True
+    for whole in text.split():
+        word = whole
+        while word:
+            gap = "" if is_empty else " "
+            if cells(line) + len(gap) + cells(word) <= width:
+                line, word, is_empty = line + gap + word, "", False
+            elif is_empty:
+                kept = _beginning(word, width - cells(line))
+                line, word = line + kept, word[len(kept) :]
+                lines.append(line)
+                line = indent
+            else:
+                lines.append(line)
+                line, is_empty = indent, True
+    return [*lines, line.rstrip()] if not is_empty or not lines else lines
+
+
+def _beginning(word: str, width: int) -> str:
+    """As many characters of a word as fit, at least one."""
+    for end in range(len(word), 1, -1):
+        if cells(word[:end]) <= width:
+            return word[:end]
+    return word[:1]
 
 
 def size_of(size: int | None) -> str:

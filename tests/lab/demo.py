@@ -156,7 +156,7 @@ class PoisonStory(Story):
             self._start(name, how, f"create v vcpus=2 {more}", *touched, ordinary)
 
     def _wait_until_attached(self) -> bool:
-        """Wait until the run probe is attached and no more probes follow; False if stopped first.
+        """Wait until one of the last probes is attached and no more follow; False if stopped first.
 
         An event in between would be seen by some probes only.
         """
@@ -164,7 +164,7 @@ class PoisonStory(Story):
         while not self.stopped.wait(PACE):
             now = leftovers.attached_probes(self._machine)
             functions = map(str, now["functions"])
-            watched = any(one.startswith("kvm_arch_vcpu_ioctl_run") for one in functions)
+            watched = any(one.startswith("kvm_destroy_vm") for one in functions)
             if watched and now == before:
                 return True
             before = now

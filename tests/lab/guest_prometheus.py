@@ -20,7 +20,7 @@ from prometheus import (  # type: ignore[import-not-found] # the copy beside thi
 target, instance, *rules = sys.argv[1:]
 with (
     Webhook() as webhook,
-    Alertmanager(webhook.url) as alertmanager,
+    Alertmanager(webhook.url, inhibits=False) as alertmanager,
     Prometheus(
         target, *map(Path, rules), instance=instance, alertmanager=alertmanager.address
     ) as server,

@@ -50,11 +50,12 @@ def vms_gone(pid: int, vms: int = 1) -> Callable[[list[Line]], bool]:
     return over
 
 
-def _assert_same_exits(lines: list[Line], pid: int, report: Line) -> None:
+def _assert_same_exits(lines: list[Line], pid: int, report: Line, source: str = "") -> None:
     """kvmtrace has to report exactly the exits that KVM_RUN returned to the process."""
     reported, returned = exits_reported(lines, pid), exits_returned(report)
     assert reported == returned, (
-        f"only kvmtrace: {reported - returned}; only the VMM: {returned - reported}"
+        f"{source} only kvmtrace: {reported - returned}; only the VMM: {returned - reported};"
+        f" lost: {[line for line in lines if line['kind'] == 'lost']}"
     )
 
 
@@ -429,7 +430,8 @@ def hva_looping(machine: Machine, source: str) -> None:
         if x["kind"] == "sigbus" and x["hva"] == poison["hva"] and x["tid"] != vmm.pid
     ]
     returned = [s for s in report["sigbus"] if s["tid"] != vmm.pid]
-    assert sum(x.get("count", 1) for x in reported) == sum(s["count"] for s in returned) == 50
+    counts = sum(x.get("count", 1) for x in reported), sum(s["count"] for s in returned)
+    assert counts == (50, 50), (counts, lines)
     _assert_same_exits(lines, vmm.pid, report)
 
 
@@ -514,8 +516,8 @@ def parity(machine: Machine, _source: str = "both") -> None:
             vmm.step("touch g +9")
         report = vmm.end()
         stories = [watch.until(vms_gone(vmm.pid, 2), "the VMs' end") for watch in watches]
-    for lines in stories:
-        _assert_same_exits(lines, vmm.pid, report)
+    for source, lines in zip(SOURCES, stories, strict=True):
+        _assert_same_exits(lines, vmm.pid, report, source)
         _assert_nothing_lost(lines)
     bpf, ftrace = (_reported_by_kind(lines, vmm.pid) for lines in stories)
     assert set(bpf) == set(ftrace)

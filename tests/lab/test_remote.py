@@ -151,7 +151,7 @@ def _step_of_the_clock(machine: Machine, vmm: Vmm) -> None:
 
 @pytest.mark.parametrize("serve", ["ftrace"], indirect=True)
 def test_a_serve_that_restarts_under_a_live_top(machine: Machine, serve: Job) -> None:
-    """`top` says so, waits, goes on with the next one, and restores the terminal at its end."""
+    """`top` reports it, waits, goes on with the next one, and restores the terminal at its end."""
     env = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
     shell = machine.start(
         "before=$(stty -g); kvmtrace top; echo status $?; [ $(stty -g) = $before ] && echo same",

@@ -331,7 +331,9 @@ def test_a_step_within_a_story_is_part_of_it(clocks: Clocks, step: int) -> None:
     session.pump(0)
     snapshot = session.snapshot()
     text = explain_text(snapshot.incidents[0], snapshot)
-    assert f"+200 ms  the wall clock was stepped by {'+' if step > 0 else '-'}" in text
+    clock = "14:13:20" if step > 0 else "13:13:20"
+    assert f"  {clock}  the wall clock was stepped by {'+' if step > 0 else '-'}" in text
+    assert ("\n  2026-09-22\n" in text) == (step > 0)
     moments = as_object(snapshot.incidents[0], snapshot)["timeline"]
     (at,) = (moment["ts"] for moment in moments if "stepped" in moment["what"])
     assert at == json_output.rfc3339(T0 + SECOND // 5 + step)

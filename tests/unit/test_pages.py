@@ -224,7 +224,8 @@ def test_every_view_shows_it_first_and_by_name() -> None:
     assert "host at risk: 1 poisoned page of the kernel's" in table
     assert table.index(incident.id) < table.index("7-1")
     text = explain_text(incident, snapshot)
-    assert text.startswith(f"Incident {incident.id}: kernel\n")
+    assert text.startswith("KERNEL  The host can go down at any time: its kernel may use a page")
+    assert f"\nThe page (incident {incident.id})\n" in text
     assert "the kernel itself" in text
     html = landing.render(snapshot, T0)
     assert ">1 kernel</span>" in html

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from kvmtrace.judgement.actions import actions
-from kvmtrace.model import KernelAccount, Snapshot
+from kvmtrace.model import ErrorHistory, KernelAccount, Origin, Snapshot
 from kvmtrace.probes import Probe
+from kvmtrace.views.explain import explain_lines
 from kvmtrace.views.format import (
     age_of,
     cells,
@@ -121,6 +122,7 @@ def test_what_guest_memfd_refused_and_nobody_was_notified_of() -> None:
     (row,) = [line for line in lines(world, 120) if " 9-1 " in line]
     assert row.split()[0] == "undelivered"
     assert " 3 refused " in row
+    assert next(explain_lines(refused, world)).startswith("UNDELIVERED  web-1 was refused ")
     page = map(plain, pages.incident_page(world, "9-1", snapshots.NOW))
     assert any(line.split()[:2] == ["state", "undelivered"] for line in page)
     vm = dataclasses.replace(small.vms[1], undelivered=3)
@@ -133,6 +135,25 @@ def test_colours_are_the_level() -> None:
     rows = incident_rows(snapshots.small(), snapshots.NOW)
     state = columns.INCIDENT_COLUMNS[0]
     assert [state.style(row) for row in rows] == ["bad", "warn", "warn", "note", "dim"]
+
+
+@pytest.mark.parametrize(
+    ("width", "text"),
+    [
+        (None, "CPU_SrcID#0_Chan#1_DIMM#0  37 CE 2 UE"),
+        (30, "…ID#0_Chan#1_DIMM#0 37 CE 2 UE"),
+        (20, "…1_DIMM#0 37 CE 2 UE"),
+        (12, "…an#1_DIMM#0"),
+    ],
+)
+def test_a_long_label_is_clipped_its_errors_are_not(width: int | None, text: str) -> None:
+    label, dimm = "CPU_SrcID#0_Chan#1_DIMM#0", ErrorHistory(39, 37, 0, 0)
+    origin = Origin(("mce",), ErrorHistory(1, 0, 0, 0), label=label, dimm=dimm)
+    small = snapshots.small()
+    bad = dataclasses.replace(small.incidents[1], origin=origin)
+    (row,) = incident_rows(dataclasses.replace(small, incidents=(bad,)), snapshots.NOW)
+    (column,) = [one for one in columns.INCIDENT_COLUMNS if one.name == "DIMM"]
+    assert column.text(row, width) == text
 
 
 def test_zeros_are_dim() -> None:

@@ -346,11 +346,13 @@ async def test_incident_details() -> None:
         await pilot.press("down", "enter")
         text = "\n".join(screen(app))
         for part in (
-            "200-1",
-            "state             unclear  a VMM was notified",
-            "dirty unevictable LRU page",
+            "UNCLEAR  database-with-a-long-name ",
+            "state             unclear  a VMM was notified, and what",
+            "The page (incident 200-1)",
+            "pfn 0x200, size not known, dirty unevictable LRU page, Recovered",
             "latency           90 s from poison to first delivery",
-            "database-with-a-long-name",
+            "gfn 0x1234 of database-with-a-long-name (pid 4002, qemu)",
+            "unknown gfn of a VM not known by name",
         ):
             assert part in text
 
@@ -398,8 +400,12 @@ async def test_events_newest_first() -> None:
         await pilot.press("4")
         lines = [line for line in screen(app) if " EFAULT" in line or " Failed" in line]
         assert [" exit " in line for line in lines[:2]] == [True, False]
-        await pilot.press("slash", *"poison", "enter")
+        await pilot.press("slash", *"Failed", "enter")
         assert any(line.startswith("── event") for line in screen(app))
+        await pilot.press("enter")  # the story of its incident
+        assert any("(incident 103275-1)" in line for line in screen(app))
+        await pilot.press("q")
+        assert "[Events]" in tabs(screen(app))
 
 
 async def test_dimms() -> None:

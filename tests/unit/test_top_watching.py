@@ -47,7 +47,7 @@ def ids(watching: Watching) -> list[str]:
     return [] if snapshot is None else [one.id for one in snapshot.incidents]
 
 
-def test_it_says_what_is_being_attached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_being_attached_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     may_open = threading.Event()
     opened = FakeSource(STORY)
 
@@ -101,11 +101,11 @@ def test_a_serve_that_restarts(follow: Watching) -> None:
         assert follow.status() == ""
     until(lambda: "has ended" in ((follow.snapshot() and follow.status()) or ""))
     now = follow.now()
-    # What it knew last stands, and its time.
+    # Its last report stands, and the time of it.
     assert ids(follow) == ["103275-1"]
     assert follow.status() == (
         f"kvmtrace serve (pid {os.getpid()}) has ended, 0 s ago: waiting for it;"
-        " what it knew last is below"
+        " its last report is below"
     )
     assert follow.now() == now
     again = Serve()

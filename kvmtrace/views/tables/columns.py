@@ -16,6 +16,7 @@ NOTIFICATIONS_PER_SECOND = "NOTIFIED/S"
 
 _BOTH = len("Recovered: dirty")
 _AGO = len("99 min ago")
+_LABEL = 6  # of a DIMM, beside its counts
 _BRIEF = {
     "conversion": "conv",
     "userfault": "uffd",
@@ -99,9 +100,22 @@ def _rate(row: IncidentRow | VmRow, width: int | None) -> str:
     return f"{row.bars} {number}" if row.bars else number
 
 
-def _dimm(row: IncidentRow) -> str:
+def _dimm(row: IncidentRow, width: int | None) -> str:
+    """The DIMM, and how many errors of it were corrected (CE) and not (UE)."""
     origin = row.incident.origin
-    return (origin.label if origin else None) or UNKNOWN
+    if origin is None:
+        return UNKNOWN
+    history = origin.dimm or origin.history
+    numbers = {"CE": history.corrected, "UE": history.count - history.corrected}
+    counts = " ".join(f"{count} {kind}" for kind, count in numbers.items() if count)
+    label = origin.label or "not named"
+    if width is None:
+        return f"{label}  {counts}".rstrip()
+    # A long label is clipped, the numbers are not. Its end says which of a channel it is.
+    room = width - cells(counts) - 1
+    if not counts or room < _LABEL:
+        return clip(label[::-1], width)[::-1]
+    return f"{clip(label[::-1], room)[::-1]} {counts}"
 
 
 def _errno(row: VmRow, errno: str) -> int:
@@ -288,12 +302,12 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
     ),
     Column(
         "DIMM",
-        lambda row, width: _dimm(row),
         _dimm,
+        lambda row: _dimm(row, None),
         _over,
         right=False,
         falling=False,
-        least=8,
+        least=15,
         drop=5,
         key="d",
     ),
@@ -312,7 +326,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         _over,
         right=False,
         falling=False,
-        least=9,
+        least=12,
         drop=7,
     ),
 )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from kvmtrace.judgement.actions import actions
+from kvmtrace.judgement.actions import actions, named
 from kvmtrace.judgement.urgency import Level, Urgency, by_urgency, urgency_of
-from kvmtrace.model import Incident, Snapshot
-from kvmtrace.views.format import Line, Span, age_of, counted, style_of
-from kvmtrace.views.tables.rows import owners_name
+from kvmtrace.model import Snapshot
+from kvmtrace.views.answer import answer
+from kvmtrace.views.format import Line, Span, counted, style_of
 
 
 def count_spans(snapshot: Snapshot) -> Line:
@@ -29,8 +29,9 @@ def summary_spans(snapshot: Snapshot, now: int) -> Line:
     if not worst:
         return ((_nothing(snapshot), ""),)
     first = worst[0]
+    what = answer(named(first, snapshot), snapshot, now).rstrip(".")
     return (
-        (f"{_what(first, snapshot, now)}: ", style_of(urgency_of(first))),
+        (f"{what}: ", style_of(urgency_of(first))),
         (actions(first, snapshot)[0].brief, "title"),
     )
 
@@ -39,40 +40,6 @@ def _nothing(snapshot: Snapshot) -> str:
     if snapshot.incidents:
         return f"nothing to do: {counted(len(snapshot.incidents), 'incident')}, all over"
     return "nothing to do: no poisoned page is known"
-
-
-def _what(incident: Incident, snapshot: Snapshot, now: int) -> str:
-    who = _who(incident, snapshot)
-    began = incident.first_delivery_ts or incident.poisoned_ts
-    span = age_of(began, now, snapshot.steps)
-    ago, long = (f" {span} ago", f" for {span}") if began is not None else ("", "")
-    match urgency_of(incident):
-        case Urgency.LOOPING:
-            return f"{who} has been stuck on a poisoned page{long}"
-        case Urgency.STOPPED:
-            return f"{who} stopped on a poisoned page{ago}"
-        case Urgency.UNDELIVERED:
-            times = counted(incident.undelivered, "time")
-            return f"{who} touched a poisoned page {times} and was not notified"
-        case Urgency.KERNEL:
-            return f"the kernel uses a poisoned page{long}: this host may crash"
-        case Urgency.UNCLEAR:
-            return f"{who} was notified of a poisoned page{ago}, and may not cope"
-        case Urgency.LATENT:
-            return f"{who} has a poisoned page that its guest has not touched yet"
-        case Urgency.UNOWNED:
-            return f"a page of no known VM is poisoned{long}"
-    return f"{who} goes on without a page that was lost{ago}"
-
-
-def _who(incident: Incident, snapshot: Snapshot) -> str:
-    keys = list(dict.fromkeys(owner.vm for owner in incident.owners)) or list(
-        incident.vm_identities
-    )
-    if not keys:
-        return "a VM not known by name"
-    more = f" and {counted(len(keys) - 1, 'other VM')}" if len(keys) > 1 else ""
-    return owners_name(incident, snapshot.vms, keys[0]) + more
 
 
 def note_spans(snapshot: Snapshot) -> Line:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from kvmtrace.judgement.urgency import Level, Urgency, urgency_of
 from kvmtrace.model import Incident, Snapshot, Vm
-from kvmtrace.views.explain import TITLES, WIDTH, explain_lines
+from kvmtrace.views.explain import WIDTH, Showing
+from kvmtrace.views.explain import story as incident_story
 from kvmtrace.views.format import (
     UNKNOWN,
     Line,
@@ -54,12 +55,12 @@ _DELIVERIES = (
     ("EHWPOISON", "KVM_RUN returned it to the VMM: the guest accessed the page"),
     ("AR", "SIGBUS, action required: a thread accessed the page and cannot go on"),
     ("AO", "SIGBUS, action optional: a page was lost that nobody is accessing right now"),
-    ("not notified", "the guest was refused the page, and its VMM knows nothing of it"),
+    ("not notified", "the guest was refused the page, and its VMM was not notified"),
     ("PAGES", "poisoned pages that the VM has now; with a ?, some may have been replaced since"),
 )
 _LOST = (
     ("lost", "events that were not seen, counted where they were lost: numbers may be too low"),
-    ("not attached", "a probe that this kernel lacks; the tab Probes says what is not seen"),
+    ("not attached", "a probe that this kernel lacks; the tab Probes shows what is not seen"),
 )
 _CAUSES = (
     ("hwpoison", "EHWPOISON: the page is poisoned"),
@@ -157,16 +158,18 @@ def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
         return [(("  this incident is no longer remembered", "warn"),)]
     urgency = urgency_of(incident)
     (row,) = incident_rows(replace(snapshot, incidents=(incident,)), now)
-    story = explain_lines(incident, snapshot, WIDTH - 2)
+    showing = Showing(WIDTH - 2, now)
+    told = [(("  ", ""), *line) for line in incident_story(incident, snapshot, showing)]
+    end = next(number for number, line in enumerate(told) if len(line) == 1)
     return [
-        ((f"  {next(story)}", "title"),),
+        *told[:end],
         (
             (f"  {'state':<{_LABEL}}", "dim"),
             (urgency, style_of(urgency)),
             (f"  {_MEANING[urgency]}", "dim"),
         ),
         _fact("latency", f"{span_of(row.latency)} from poison to first delivery"),
-        *(((f"  {line}" if line else "", "head" if line in TITLES else ""),) for line in story),
+        *told[end:],
     ]
 
 

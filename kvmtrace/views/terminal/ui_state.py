@@ -298,6 +298,10 @@ class UiState:
             case "enter" if table.selected is not None:
                 table.chosen = table.selected.id
                 self.page, self.shown = "story", (self.tab, table.chosen)
+                # The story of an event is that of its incident.
+                event = table.selected.correlated if table is self.events else None
+                if event is not None and event.incident is not None:
+                    self.shown = self.tables.index(self.incidents), event.incident
             case "question_mark" | "h":
                 self.page = "help"
             case _ if key in _STEPS:

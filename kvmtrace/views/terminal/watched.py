@@ -36,9 +36,9 @@ class Watched:
     """Where the display gets everything from. The functions must return at once.
 
     ``snapshot``: None while there is nothing to show yet. ``now``: by the clock of its events.
-    ``recent``: the last events, oldest first. ``status``: what is to be known of the source now,
-    "" if nothing. ``bundle``: write a bundle and return what to print about it; it may take long,
-    and may raise KvmtraceError or OSError. ``tape``: the recording, if it is one.
+    ``recent``: the last events, oldest first. ``status``: what a person has to know of the
+    source now, "" if nothing. ``bundle``: write a bundle and return what to print about
+    it; it may take long, and raise KvmtraceError or OSError. ``tape``: the recording, if it is one.
     """
 
     snapshot: Callable[[], Snapshot | None]
