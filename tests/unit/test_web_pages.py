@@ -90,7 +90,8 @@ def test_what_to_do_comes_first() -> None:
     snapshot = small()
     page = of(snapshot)
     (worst,) = [one for one in snapshot.incidents if one.state == IncidentStatus.LOOPING]
-    first = document.sentence(plain(summary_spans(snapshot, NOW)))
+    first = plain(summary_spans(snapshot, NOW))
+    assert first.startswith("web-1 ")
     text = page.text
     assert text.index("db-host-17") < text.index(first) < text.index("What is watched")
     assert "as of 2026-09-21 14:13:20 UTC" in text
@@ -144,7 +145,7 @@ def test_an_empty_page_is_not_calm_about_a_page_of_the_kernel() -> None:
 
 def test_what_may_be_missing_stands_beside_the_answer() -> None:
     text = of(small()).text
-    doubt = "May be incomplete: 7 lost (ring buffer)  mce not attached"
+    doubt = "May be incomplete: 7 lost (ring buffer); mce not attached"
     assert text.index(doubt) < text.index("VMs: ")
 
 

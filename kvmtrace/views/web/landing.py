@@ -23,7 +23,6 @@ from kvmtrace.views.web.document import (
     classes,
     document,
     host_name,
-    sentence,
     spans,
     stamp,
     utc,
@@ -107,7 +106,7 @@ def _answer(opened: Sequence[IncidentRow], snapshot: Snapshot, now: int) -> str:
     counts = " · ".join(badge(text.strip(), style) for text, style in count_spans(snapshot))
     return _box(
         worst.urgency.level,
-        sentence(plain(summary_spans(snapshot, now))),
+        plain(summary_spans(snapshot, now)),  # it may begin with a name: no capital letter
         f"<p>{counts}</p>",
         f'<p><a href="{path_of(worst.incident)}">Commands, and the whole story</a></p>',
     )
@@ -122,7 +121,7 @@ def _box(level: Level, todo: str, before: str = "", after: str = "") -> str:
 
 def _doubts(snapshot: Snapshot) -> str:
     """Why the answer may be incomplete; empty if nothing is known to be missing."""
-    notes = note_spans(snapshot)
+    notes = [("; " if text == "  " else text, style) for text, style in note_spans(snapshot)]
     return f'<p class="small">May be incomplete: {spans(notes)}</p>' if notes else ""
 
 
