@@ -11,6 +11,7 @@ import os
 import click
 
 from kvmtrace import __version__
+from kvmtrace.cli.assets import assets
 from kvmtrace.cli.bundle import bundle
 from kvmtrace.cli.compile import compile_
 from kvmtrace.cli.doctor import doctor
@@ -47,5 +48,5 @@ def cli() -> None:
     """
 
 
-for command in (top, events, serve, record, replay, explain, bundle, doctor, compile_):
+for command in (top, events, serve, record, replay, explain, bundle, doctor, compile_, assets):
     cli.add_command(command)

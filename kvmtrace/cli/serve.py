@@ -34,15 +34,29 @@ from kvmtrace.views.web.server import check_listen
     metavar="NAME",
     help="On loopback, also answer requests for this host name (for a proxy that passes it on).",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(["auto", "text", "json", "journal"]),
+    default="auto",
+    show_default=True,
+    help="A log line for each change of an incident; auto: the journal where stderr leads there.",
+)
 @with_source
 def serve(
-    listen: str | None, max_vms: int | None, allow_host: tuple[str, ...], source: str
+    listen: str | None,
+    max_vms: int | None,
+    allow_host: tuple[str, ...],
+    log_format: str,
+    source: str,
 ) -> None:
     """Serve metrics for Prometheus, /-/healthy and a landing page.
 
-    Other commands on this host connect to it and do not attach probes of their own.
+    Other commands on this host connect to it and do not attach probes of their own. Each change of
+    an incident is logged on stderr, or in the journal.
     """
-    from kvmtrace.views.web import metrics  # noqa: PLC0415 (prometheus_client)
+    # Other commands need neither the log nor prometheus_client.
+    from kvmtrace.cli.service import Service  # noqa: PLC0415
+    from kvmtrace.views.web import metrics  # noqa: PLC0415
 
     def kinds() -> list[tuple[str, str]]:
         types, results = mount.memory_failure_names()
@@ -66,16 +80,20 @@ def serve(
             if answering is not None:
                 answering.start()
             session.start()
+            service = Service(session, log_format)
             print_status(f"serving {server.url}/metrics")
+            service.ready()
             warned = False
             while not stop.requested and session.failure is None:
                 time.sleep(POLL_SECONDS)
+                service.look()
                 if not warned and (session.shortages or server.dropped["descriptors"]):
                     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
                     print_status(
                         f"kvmtrace: no file descriptors left (limit {limit}): events may be lost"
                     )
                     warned = True
+            service.ending()
             if session.failure is not None:
                 raise session.failure
         finally:

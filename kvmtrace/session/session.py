@@ -51,6 +51,8 @@ class Session:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._polled = time.monotonic()
+        self.fed = 0
+        """How many events came; a snapshot changes only with them."""
         self.shortages = 0
         """How often the source found no file descriptor."""
         self.failure: BaseException | None = None
@@ -62,6 +64,7 @@ class Session:
         """Wait up to ``timeout`` seconds for events and correlate all there are."""
         events = self.poll(timeout)
         with self._lock:
+            self.fed += len(events)
             for event in events:
                 self._log.add(event)
             for subscriber in self._subscribers:
