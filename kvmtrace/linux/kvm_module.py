@@ -8,7 +8,9 @@ import time
 
 _KVM = "/sys/module/kvm"
 _MODULES = ("kvm", "kvm_amd", "kvm_intel")
-_SETTLE_SECONDS = 10.0
+
+SETTLE_SECONDS = 10.0
+"""How long to wait for kvm's modules to stay as they are."""
 
 
 def load_number() -> int | None:
@@ -36,6 +38,10 @@ def loaded() -> tuple[str, ...]:
     return tuple(found)
 
 
+class Changing(Exception):
+    """kvm is being loaded or unloaded: what is read now belongs to neither state."""
+
+
 class Settling:
     """Waits until kvm's modules stay as they are; call ``is_over`` now and then.
 
@@ -45,13 +51,18 @@ class Settling:
 
     def __init__(self) -> None:
         self._seen = loaded()
-        self._end = time.monotonic() + _SETTLE_SECONDS
+        self._end = time.monotonic() + SETTLE_SECONDS
 
     def is_over(self) -> bool:
-        """Whether nothing has changed since the last call; True after ten seconds anyway."""
+        """Whether nothing has changed since the last call; True once it is given up."""
         before, self._seen = self._seen, loaded()
         settled = before == self._seen and not is_changing()
-        return settled or time.monotonic() >= self._end
+        return settled or self.is_given_up
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether they have changed for ten seconds."""
+        return time.monotonic() >= self._end
 
 
 def is_changing() -> bool:

@@ -79,7 +79,7 @@ def test_a_vm_that_begins_while_programs_are_attached_is_one(
     if later:
         made.insert(0, Before)
     monkeypatch.setattr(bpf, "_WATCH_SECONDS", 0.0)
-    monkeypatch.setattr(bpf, "Programs", lambda: made.pop(0)())  # noqa: PLW0108 (popped anew by each call)
+    monkeypatch.setattr(bpf, "Programs", lambda **_: made.pop(0)())
     monkeypatch.setattr(bpf, "BpfTranslator", lambda *_: BpfTranslator(0, ({}, {}), str(tmp_path)))
     monkeypatch.setattr(host, "lockdown", lambda: None)
     source = bpf.BpfSource()
@@ -97,7 +97,7 @@ def test_while_kvm_comes_and_goes_no_poll_takes_longer_than_it_may(
     slept: list[float] = []
     monkeypatch.setattr(bpf, "_WATCH_SECONDS", 0.0)
     monkeypatch.setattr(kvm_module, "loaded", lambda: modules.pop(0))
-    monkeypatch.setattr(bpf, "Programs", lambda: made.pop(0)())  # noqa: PLW0108 (popped anew by each call)
+    monkeypatch.setattr(bpf, "Programs", lambda **_: made.pop(0)())
     monkeypatch.setattr(bpf, "BpfTranslator", lambda *_: BpfTranslator(0, ({}, {}), str(tmp_path)))
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(host, "lockdown", lambda: None)
@@ -107,3 +107,29 @@ def test_while_kvm_comes_and_goes_no_poll_takes_longer_than_it_may(
     assert (modules, made) == ([], [])
     assert len(slept) == 2
     assert max(slept) <= 0.01
+
+
+def test_programs_that_met_kvm_half_loaded_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be replaced later, and what happens meanwhile would be lost."""
+    asked: list[bool] = []
+
+    def programs(*, whatever_kvm_is: bool = False) -> FakePrograms:
+        asked.append(whatever_kvm_is)
+        if len(asked) == 1:
+            return Before()
+        if len(asked) == 2:
+            raise kvm_module.Changing
+        return FakePrograms(tmp_path)
+
+    monkeypatch.setattr(bpf, "_WATCH_SECONDS", 0.0)
+    monkeypatch.setattr(kvm_module, "loaded", lambda: ("kvm",))
+    monkeypatch.setattr(kvm_module, "is_changing", lambda: False)
+    monkeypatch.setattr(bpf, "Programs", programs)
+    monkeypatch.setattr(bpf, "BpfTranslator", lambda *_: BpfTranslator(0, ({}, {}), str(tmp_path)))
+    monkeypatch.setattr(host, "lockdown", lambda: None)
+    source = bpf.BpfSource()
+    assert [event.kind for _ in range(2) for event in source.poll(0)] == []
+    assert [event.kind for event in source.poll(0)] == ["vm_seen"]
+    assert asked == [False, False, False]

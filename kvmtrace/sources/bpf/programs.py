@@ -52,10 +52,11 @@ class Programs:
     """One loaded and attached set of programs, for the kvm module that is loaded now.
 
     ``states``: every probe, attached or not. ``maps``: counters and records. ``lookup``: what looks
-    up VMs and pages. Raises KvmtraceError if nothing can be attached.
+    up VMs and pages. Raises KvmtraceError if nothing can be attached, and ``kvm_module.Changing``
+    if kvm is being loaded or unloaded, unless ``whatever_kvm_is``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, whatever_kvm_is: bool = False) -> None:
         self._kvm: tuple[str, ...] = ()
         self._attached: dict[str, list[int]] = {}  # descriptors of programs, by probe
         self._missed: dict[str, int] = {}  # by probe
@@ -71,6 +72,8 @@ class Programs:
             if self._kvm == kvm_module.loaded() and not is_changing:
                 break
             if time.monotonic() >= deadline:
+                if not whatever_kvm_is:
+                    raise kvm_module.Changing
                 break  # ``outdated`` notices what comes of it
             time.sleep(0.1)
         programs = _compiled(self._layout, cache)

@@ -9,7 +9,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.linux import host
 from kvmtrace.linux.clock import epoch_offset_ns, now_ns
-from kvmtrace.linux.kvm_module import Settling
+from kvmtrace.linux.kvm_module import SETTLE_SECONDS, Changing, Settling
 from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources.bpf.guest_memory import BpfMemory
@@ -34,7 +34,7 @@ class BpfSource:
                 "boot with lockdown=integrity or without; `kvmtrace doctor` shows it",
             )
         self._translator = BpfTranslator(epoch_offset_ns(), mount.memory_failure_names())
-        self._programs = Programs()
+        self._programs = _settled_programs()
         self._next_watch = 0.0
         self._settling: Settling | None = None  # no programs are attached meanwhile
         self._closed = False
@@ -98,10 +98,22 @@ class BpfSource:
             self._programs.close()
             self._settling = Settling()
         elif self._settling.is_over():
-            self._programs = Programs()
+            try:
+                self._programs = Programs(whatever_kvm_is=self._settling.is_given_up)
+            except Changing:
+                return []
             self._settling = None
             self._find_vms()
             # VmSeen comes before other events of these VMs.
             events += self._backlog
             self._backlog.clear()
         return events
+
+
+def _settled_programs() -> Programs:
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        try:
+            return Programs(whatever_kvm_is=time.monotonic() >= deadline)
+        except Changing:
+            pass
