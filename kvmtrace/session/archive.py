@@ -33,7 +33,7 @@ QUEUE = 65536
 
 _EVERY = 1.0
 _TRIM_EVERY = 60.0
-_TRIM_EVENTS = 4096
+_TRIM_EVENTS = 1024
 _SAY_EVERY = 60.0
 _CLOSE_SECONDS = 1.0
 _NOISE = -7  # digits: 10 ms
@@ -149,7 +149,8 @@ class Archive:
                 self._trim(self._database)
             self._database.execute("COMMIT")
             if due:
-                self._database.execute("PRAGMA incremental_vacuum").fetchall()
+                # ``execute`` would free one page only.
+                self._database.executescript("PRAGMA incremental_vacuum;")
                 self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 self._next_trim = time.monotonic() + _TRIM_EVERY
         except (sqlite3.Error, OSError, archive_file.Unusable) as error:
