@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Collection
 
 _KVM = "/sys/module/kvm"
 _MODULES = ("kvm", "kvm_amd", "kvm_intel")
@@ -65,9 +66,16 @@ class Settling:
         return time.monotonic() >= self._end
 
 
-def is_changing() -> bool:
-    """Whether a module is being loaded or unloaded."""
-    return any(os.path.exists(f"/sys/module/{one}") and not _is_live(one) for one in _MODULES)
+def is_changing(has_symbols: Collection[str] = ()) -> bool:
+    """Whether a module is being loaded or unloaded.
+
+    ``has_symbols``: modules that /proc/kallsyms shows. It does so before there is anything in /sys
+    (kernel/module/main.c, load_module: complete_formation, mod_sysfs_setup).
+    """
+    return any(
+        not _is_live(one) if os.path.exists(f"/sys/module/{one}") else one in has_symbols
+        for one in _MODULES
+    )
 
 
 def _is_live(module: str) -> bool:

@@ -125,7 +125,7 @@ def test_programs_that_met_kvm_half_loaded_are_not_used(
 
     monkeypatch.setattr(bpf, "_WATCH_SECONDS", 0.0)
     monkeypatch.setattr(kvm_module, "loaded", lambda: ("kvm",))
-    monkeypatch.setattr(kvm_module, "is_changing", lambda: False)
+    monkeypatch.setattr(kvm_module, "is_changing", lambda *_: False)
     monkeypatch.setattr(bpf, "Programs", programs)
     monkeypatch.setattr(bpf, "BpfTranslator", lambda *_: BpfTranslator(0, ({}, {}), str(tmp_path)))
     monkeypatch.setattr(host, "lockdown", lambda: None)

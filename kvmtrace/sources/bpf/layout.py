@@ -107,6 +107,10 @@ class Layout:
         self.offsets = types.offsets
         self._types = types
 
+    def modules(self) -> set[str]:
+        """Modules that have some of the symbols."""
+        return {symbol.module for symbol in self.symbols.values() if symbol.module}
+
     def target(self, spec: ProbeSpec) -> str | None:
         """The first of a probe's targets that this kernel has.
 

@@ -68,7 +68,7 @@ class Programs:
         while True:
             self._kvm = kvm_module.loaded()
             self._layout = _layout(cache)
-            is_changing = kvm_module.is_changing()
+            is_changing = kvm_module.is_changing(self._layout.modules())
             if self._kvm == kvm_module.loaded() and not is_changing:
                 break
             if time.monotonic() >= deadline:
