@@ -148,9 +148,16 @@ def runs(database: sqlite3.Connection) -> list[Run]:
 
 
 def events_of(
-    database: sqlite3.Connection, numbers: Sequence[int], since: int = 0, until: int = LAST_NS
+    database: sqlite3.Connection,
+    numbers: Sequence[int],
+    since: int = 0,
+    until: int = LAST_NS,
+    *,
+    only_vms: bool = False,
 ) -> Iterator[tuple[int, Event]]:
     """Events of these runs in the order in which they were written, as (run, event).
+
+    ``only_vms``: those that VMs begin and end with.
 
     Their times are by the wall clock, so steps of the clock are left out: each run had its own. An
     event that is not understood is a Lost.
@@ -159,7 +166,7 @@ def events_of(
     marks = ",".join("?" * len(numbers))
     rows = database.execute(
         f"SELECT run, ts, record FROM events WHERE run IN ({marks}) AND ts BETWEEN ? AND ?"
-        " ORDER BY id",
+        f"{_VMS if only_vms else ''} ORDER BY id",
         (*numbers, since, until),
     )
     for run, ts, record in rows:
@@ -169,6 +176,10 @@ def events_of(
             event = Lost(ts, UNREADABLE, 1)
         if event is not None and not isinstance(event, ClockStep):
             yield run, event
+
+
+# As ``archive`` writes them: the kind comes first.
+_VMS = """ AND (record LIKE '{"kind":"vm_seen"%' OR record LIKE '{"kind":"vm_gone"%')"""
 
 
 def as_json(value: Any) -> str:

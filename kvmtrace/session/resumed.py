@@ -32,7 +32,7 @@ class ResumedSource:
         for event in past:
             if isinstance(event, VmGone):
                 self._running.pop(event.vm, None)
-        keys = [key for event in past for key in _keys_of(event)]
+        keys = [key for event in past for key in keys_of(event)]
         self._base = max(keys, default=-1) + 1
         self._counts_go_on = any(isinstance(event, KernelCounts) for event in past)
 
@@ -96,7 +96,8 @@ def rekeyed(event: Event, key: Callable[[int], int]) -> Event:
     return dataclasses.replace(event, **changes) if changes else event
 
 
-def _keys_of(event: Event) -> list[int]:
+def keys_of(event: Event) -> list[int]:
+    """The keys of the VMs that an event names."""
     keys: list[int] = []
 
     def note(vm: int) -> int:

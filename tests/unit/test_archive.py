@@ -11,11 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from kvmtrace import __version__
+from kvmtrace.cli import cli
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event, Exit, Found, Host, KernelCounts, Lost, VmGone, VmSeen
 from kvmtrace.session import archive as archives
-from kvmtrace.session import archive_file
+from kvmtrace.session import archive_export, archive_file
 from kvmtrace.session.archive import Archive
 from kvmtrace.session.resumed import ResumedSource, rekeyed
 from tests.unit.fake import SECOND, STORY, T0, FakeSource
@@ -37,6 +40,7 @@ def path(tmp_path: Path) -> str:
 def one_boot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive_file, "boot_id", lambda: "this")
     monkeypatch.setattr(archives, "_EVERY", 0.01)
+    monkeypatch.setattr(archives, "_CLOSE_SECONDS", 60.0)
 
 
 def archive(path: str, said: list[str] | None = None, **options: object) -> Archive:
@@ -262,3 +266,57 @@ def test_keys_are_changed_wherever_they_stand() -> None:
         changed = rekeyed(event, lambda vm: vm + 100)
         assert rekeyed(changed, lambda vm: vm - 100) == event
     assert rekeyed(SEEN, lambda vm: vm + 1) != SEEN
+
+
+# -- export
+
+
+def test_a_story_over_a_reboot_has_each_vm_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = [SEEN, Exit(T0 + SECOND, 7, 0, 133, 39, True, 7, gfn=8, count=5)]
+    keep(path, list(first))
+    monkeypatch.setattr(archive_file, "boot_id", lambda: "the next")
+    second = [
+        VmSeen(T0 + 100 * SECOND, 7, 501, "web-1"),
+        Exit(T0 + 101 * SECOND, 7, 0, 133, 39, True, 7, gfn=8),
+    ]
+    keep(path, list(second))
+    database = archive_file.reading(path)
+    everything = list(archive_export.story(database, 0, T0 + 1000 * SECOND))
+    assert everything[:2] == first
+    assert everything[2] == VmGone(T0 + SECOND, 7)
+    assert [event.vm for event in everything[3:]] == [15, 15]  # type: ignore[attr-defined]
+    later = list(archive_export.story(database, T0 + SECOND, T0 + 2 * SECOND))
+    assert later == [VmSeen(T0 + SECOND, 7, 4001, "web-1", "u-1", "qemu"), first[1], everything[2]]
+    assert archive_export.host_of(database) == (HOST, __version__)
+    database.close()
+
+
+def test_what_was_kept_is_exported_and_replayed(path: str, tmp_path: Path) -> None:
+    keep(path, list(STORY))
+    runner = CliRunner()
+    target = str(tmp_path / "sick.jsonl")
+    ago = f"{(time.time_ns() - T0) / 1e9 + 3600:.0f}"
+    done = runner.invoke(cli, ["record", "--since", ago, "--history", path, "-o", target])
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert f"{len(STORY)} events" in done.stderr
+    assert runner.invoke(cli, ["replay", target]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "one FILE is needed"),
+        (["a", "-o", "b"], "one FILE is needed"),
+        (["a", "--until", "1h"], "--until needs --since"),
+        (["a", "--since", "1h", "--history", "/nonexistent/x.db"], "No such file"),
+        (["a", "--since", "1h", "--history", __file__], "not a database"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["record", *arguments])
+    assert done.exit_code in (1, 2)
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())
