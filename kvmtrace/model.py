@@ -101,6 +101,11 @@ class Vm:
         """See ``vm_label``."""
         return vm_label(self.pid, self.name, self.vmid)
 
+    @property
+    def identity(self) -> VmIdentity:
+        """The VM as incidents remember it."""
+        return VmIdentity(self.key, self.pid, self.name, self.uuid, self.vmm, vmid=self.vmid)
+
 
 @dataclass(frozen=True, slots=True)
 class VmIdentity:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from kvmtrace import dimm_names
+from kvmtrace.judgement.actions import named, next_steps
 from kvmtrace.model import (
     EntryKind,
     ErrorHistory,
     Incident,
+    IncidentStatus,
     Join,
     JoinedBy,
     Origin,
@@ -22,7 +23,7 @@ from kvmtrace.model import (
 )
 from kvmtrace.views import advice, json_output, timeline
 from kvmtrace.views.format import counted, dimm_of, hex_of, listed, shift_of, size_of, span_of
-from kvmtrace.views.tables.rows import KERNEL_ITSELF, state_word
+from kvmtrace.views.tables.rows import KERNEL_ITSELF
 
 WIDTH = 80
 _LABEL = 11
@@ -40,23 +41,13 @@ def explain_text(incident: Incident, snapshot: Snapshot, width: int = WIDTH) -> 
 
 def explain_lines(incident: Incident, snapshot: Snapshot, width: int = WIDTH) -> Iterator[str]:
     """The same, line by line; the first one is its title."""
-    for part in _parts(_named(incident, snapshot), snapshot):
+    for part in _parts(named(incident, snapshot), snapshot):
         yield from _fold(part, width)
-
-
-def _named(incident: Incident, snapshot: Snapshot) -> Incident:
-    """Return a copy with the names of all VMs that are known."""
-    known = {
-        key: VmIdentity(key, vm.pid, vm.name, vm.uuid, vm.vmm, vmid=vm.vmid)
-        for owner in incident.owners
-        if (vm := snapshot.vms.get(key := owner.vm)) is not None
-    }
-    return dataclasses.replace(incident, vm_identities={**known, **incident.vm_identities})
 
 
 def as_object(incident: Incident, snapshot: Snapshot) -> dict[str, Any]:
     """The same as JSON: the incident of the contract and what explains it."""
-    incident = _named(incident, snapshot)
+    incident = named(incident, snapshot)
     return json_output.incident(incident, snapshot) | {
         "timeline": [
             json_output.known(
@@ -74,7 +65,7 @@ def as_object(incident: Incident, snapshot: Snapshot) -> dict[str, Any]:
             for entry in _timeline(incident, snapshot)
         ],
         "not_known": advice.not_known(incident, snapshot),
-        "next": advice.next_steps(incident, snapshot),
+        "next": next_steps(incident, snapshot),
     }
 
 
@@ -104,7 +95,7 @@ def _parts(incident: Incident, snapshot: Snapshot) -> Iterator[_Part]:
                 yield "    - ", timeline.finding_text(finding)
     for title, lines in (
         ("Not known", advice.not_known(incident, snapshot)),
-        ("Next", advice.next_steps(incident, snapshot)),
+        ("Next", next_steps(incident, snapshot)),
     ):
         if lines:
             yield "", ""
@@ -114,8 +105,11 @@ def _parts(incident: Incident, snapshot: Snapshot) -> Iterator[_Part]:
 
 
 def _state(incident: Incident) -> str:
-    word = state_word(incident)
-    return "latent, undelivered" if word == "undeliv." else word
+    if incident.host_at_risk and incident.state == IncidentStatus.UNOWNED:
+        return "kernel"
+    if incident.undelivered and incident.state == IncidentStatus.LATENT:
+        return "latent, undelivered"
+    return incident.state
 
 
 def _facts(incident: Incident) -> Iterator[tuple[str, str]]:

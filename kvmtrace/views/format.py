@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import datetime
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
-from kvmtrace import dimm_names
 from kvmtrace.events import ClockStep, elapsed
+from kvmtrace.judgement.urgency import Level, Urgency
+from kvmtrace.wording import UNKNOWN, counted, dimm_of, hex_of, listed
+
+# What views take from here, with what is shared with ``judgement``.
+__all__ = ["UNKNOWN", "counted", "dimm_of", "hex_of", "listed"]
 
 Span = tuple[str, str]
 """Text, and the name of its style ("" plain, "title", "head", "bad", "warn", "note", "dim")."""
 
 Line = tuple[Span, ...]
 
-UNKNOWN = "-"
+_LEVEL_STYLES = {Level.NOW: "bad", Level.SOON: "warn", Level.WATCH: "note", Level.OVER: "dim"}
+
 ELLIPSIS = "…"
 
 _SECOND = 1_000_000_000
@@ -57,6 +62,11 @@ def pad(text: str, width: int, *, right: bool = False) -> str:
     return fill + text if right else text + fill
 
 
+def style_of(urgency: Urgency) -> str:
+    """The name of the style that shows how soon somebody must act."""
+    return _LEVEL_STYLES[urgency.level]
+
+
 def plain(line: Line) -> str:
     """The text of a line."""
     return "".join(text for text, _ in line)
@@ -76,11 +86,6 @@ def clip_line(line: Line, width: int) -> Line:
         kept.append((clip(text + ELLIPSIS, room), style))
         break
     return tuple(kept)
-
-
-def hex_of(number: int | None) -> str:
-    """``0x1f000``; "-" if unknown."""
-    return UNKNOWN if number is None else hex(number)
 
 
 def size_of(size: int | None) -> str:
@@ -161,24 +166,3 @@ def date_of(ts: int) -> str:
 def _local(ts: int) -> datetime.datetime:
     # Whole seconds: nanoseconds since 1970 as a float could round up to the next second.
     return datetime.datetime.fromtimestamp(ts // _SECOND, datetime.UTC).astimezone()
-
-
-def listed(parts: Iterable[str], none: str = UNKNOWN) -> str:
-    """``a, b, c``."""
-    return ", ".join(parts) or none
-
-
-def counted(number: int, what: str) -> str:
-    """``1 exit``, ``2 exits``."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def dimm_of(label: str) -> str:
-    """``"A1"`` → ``"DIMM A1"``; labels that contain what they name are left as they are."""
-    match dimm_names.names(label):
-        case "candidates":
-            return f"one of {listed(map(dimm_of, dimm_names.candidates(label)))}"
-        case "dimm":
-            return label if "dimm" in label.lower() else f"DIMM {label}"
-        case kind:
-            return f"{kind} {label}"

@@ -26,6 +26,8 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
+from kvmtrace.judgement.actions import Action, actions
+from kvmtrace.judgement.urgency import urgency_of
 from kvmtrace.linux import mce
 from kvmtrace.model import (
     CorrelatedEvent,
@@ -259,6 +261,7 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
         unpoisoned_ts=_when(state.unpoisoned_ts, snapshot),
         origin=_origin(state.origin, snapshot),
         told=[_notification(one, state, snapshot) for one in state.notifications] or None,
+        urgency=urgency_of(state),
         verdict=state.verdict,
         verdicts=[
             known(
@@ -269,6 +272,20 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
             for verdict in state.verdicts
         ]
         or None,
+        actions=[_action(one) for one in actions(state, snapshot)],
+    )
+
+
+def _action(one: Action) -> dict[str, Any]:
+    return known(
+        kind=one.kind,
+        vm=vm_name(one.vm),
+        text=one.text,
+        brief=one.brief,
+        reason=one.reason,
+        how=one.how or None,
+        commands=list(one.commands),
+        never=list(one.never),
     )
 
 

@@ -32,6 +32,8 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
+from kvmtrace.judgement import commands
+from kvmtrace.judgement.actions import next_steps
 from kvmtrace.model import (
     ErrorHistory,
     Finding,
@@ -46,7 +48,6 @@ from kvmtrace.model import (
     VerdictWord,
     VmIdentity,
 )
-from kvmtrace.views import advice, vmm_advice
 from kvmtrace.views.explain import as_object, explain_text
 from tests.unit.fake import SECOND, T0
 
@@ -62,6 +63,14 @@ AO = Sigbus(T0 + 1, 900, 900, 5, HVA, 12, vm=1, pfn=PFN)
 AR = Sigbus(T0 + 1, 900, 70, 4, HVA, 12, vm=1, vcpu=0, gfn=GFN, pfn=PFN)
 EXIT = Exit(T0 + 1, 1, 0, 133, 39, True, 70, 0, GFN << 12, 4096, GFN, False, gmem=133)
 LATER = VmSeen(T0 + 60 * SECOND, 9, 990, "bystander")
+
+EACH_COMMAND = (
+    commands.stop_and_start,
+    commands.stop,
+    commands.shut_down,
+    commands.reset,
+    commands.ways_to_reset,
+)
 
 WHERE = f"the lost page (gfn {GFN:#x})"
 SHUT_DOWN = "shut web-1 down from inside the guest and start it again: "
@@ -195,7 +204,7 @@ CASES: dict[str, tuple[list[Event], list[str]]] = {
 
 @pytest.mark.parametrize(("events", "steps"), CASES.values(), ids=CASES)
 def test_what_to_do(events: list[Event], steps: list[str]) -> None:
-    assert advice.next_steps(told(*events)) == steps
+    assert next_steps(told(*events)) == steps
 
 
 KERNEL_PAGE = replace(POISON, page_type="reserved kernel page", result="Ignored")
@@ -225,7 +234,7 @@ AWAY = (
 def test_a_page_of_the_kernel_has_one_step(events: list[Event], step: str) -> None:
     """Not both to move VMs and not to: the kernel's verdict is that no VM has the page."""
     incident = told(QEMU, KERNEL_PAGE, *events[1:], LATER)
-    assert advice.next_steps(incident) == [step]
+    assert next_steps(incident) == [step]
 
 
 def test_vms_that_lost_pages_of_their_own_are_not_moved_off_a_host_at_risk() -> None:
@@ -253,37 +262,37 @@ def test_programs_learn_which_owners_are_gone() -> None:
 
 def test_proxmox_has_commands_of_its_own() -> None:
     party = VmIdentity(1, 900, "web-1", UUID, "qemu", vmid="8006")
-    assert vmm_advice.stop_and_start(party) == "with Proxmox VE: qm stop 8006 && qm start 8006"
-    assert vmm_advice.reset(party) == "Proxmox VE: qm reset 8006"
+    assert commands.stop_and_start(party).lines == ("qm stop 8006 && qm start 8006",)
+    assert commands.reset(party).lines == ("qm reset 8006",)
     other = replace(party, vmid="8006; reboot")  # a recording's
-    assert "reboot" not in f"{vmm_advice.stop_and_start(other)} {vmm_advice.reset(other)}"
+    assert "reboot" not in str([one(other) for one in EACH_COMMAND])
 
 
 def test_the_hardware_that_failed_is_no_place_to_start_it_again() -> None:
     error = HwError(T0, "GHES", "recoverable", PFN << 12, PFN, 64, 1, "DIMM A1")
-    step, *_ = advice.next_steps(told(QEMU, OWNED, error, POISON))
+    step, *_ = next_steps(told(QEMU, OWNED, error, POISON))
     assert step.startswith(
         "shut web-1 down from inside the guest and start it again, best on another host: "
     )
-    step, *_ = advice.next_steps(told(QEMU, OWNED, replace(error, severity="corrected"), POISON))
+    step, *_ = next_steps(told(QEMU, OWNED, replace(error, severity="corrected"), POISON))
     assert step.startswith(SHUT_DOWN)
 
 
 def test_vms_that_share_a_page_share_the_advice() -> None:
     vms = [VmSeen(T0, key, 900 + key, f"vm-{key}", UUID, "qemu") for key in range(1, 13)]
     owned = [Owned(T0, PFN, Owner(vm.vm, GFN + vm.vm, HVA), "pagemap") for vm in vms]
-    some = advice.next_steps(told(*vms[:3], *owned[:3], POISON))
+    some = next_steps(told(*vms[:3], *owned[:3], POISON))
     assert some == [
         "shut each of vm-1, vm-2, vm-3 down from inside the guest and start it again: its guest "
         "has not touched the lost page yet",
         RESET.replace("; libvirt: virsh reset web-1", ""),
         NOT_QEMU.replace("web-1", "vm-1, vm-2, vm-3"),
     ]
-    many = advice.next_steps(told(*vms, *owned, POISON))
+    many = next_steps(told(*vms, *owned, POISON))
     assert "vm-8 and 4 more down" in many[0]
     # Not those that are gone, and each as it is: one was notified.
     signal = replace(AR, pid=902, hva=HVA, vm=2, gfn=GFN + 2)
-    mixed = advice.next_steps(told(*vms[:3], *owned[:3], POISON, VmGone(T0, 1), signal))
+    mixed = next_steps(told(*vms[:3], *owned[:3], POISON, VmGone(T0, 1), signal))
     assert mixed[0].startswith("look at vm-2 again")
     assert any(step.startswith("shut vm-3 down from inside") for step in mixed)
     assert "vm-1" not in " ".join(mixed)
@@ -308,14 +317,17 @@ def test_what_is_pasted_into_a_shell(
     name: str | None, uuid: str | None, expected: str | None
 ) -> None:
     party = VmIdentity(1, 900, name, uuid, "qemu")
-    command = (
-        expected
-        and f"with libvirt, if persistent: virsh destroy {expected} && virsh start {expected}"
-    )
-    assert vmm_advice.stop_and_start(party) == command
-    virsh = f"; libvirt: virsh reset {expected}" if expected else ""
-    assert vmm_advice.reset(party) == f"monitor: system_reset{virsh}"
-    assert vmm_advice.stop_and_start(replace(party, vmm="crosvm")) is None
+    if expected is None:
+        assert commands.stop_and_start(party).lines == ("kill 900",)
+        assert commands.ways_to_reset(party) == "monitor: system_reset"
+    else:
+        assert commands.stop_and_start(party).lines == (
+            f"virsh destroy {expected} && virsh start {expected}",
+        )
+        assert commands.ways_to_reset(party) == (
+            f"monitor: system_reset; libvirt: virsh reset {expected}"
+        )
+    assert commands.stop_and_start(replace(party, vmm="crosvm")).lines == ("kill 900",)
 
 
 def every_incident() -> Iterator[Incident]:
@@ -385,7 +397,7 @@ def test_harm_is_seen() -> None:
 def test_no_state_is_advised_what_reads_the_lost_page() -> None:
     seen = set()
     for incident in every_incident():
-        steps = advice.next_steps(incident)
+        steps = next_steps(incident)
         assert steps
         seen |= set(steps)
         assert all(step[0].islower() and not step.endswith(".") for step in steps)

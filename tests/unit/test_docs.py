@@ -17,6 +17,7 @@ import pytest
 
 from kvmtrace import cli, model, sources
 from kvmtrace.events import Event
+from kvmtrace.judgement.urgency import Urgency
 from kvmtrace.linux import clock, host
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import context_specs, specs
@@ -243,9 +244,9 @@ def test_words_of_the_contract() -> None:
     verdicts = labels("kvmtrace_incident_verdicts", "verdict")
     words = section("docs/json.md", "## Words")
     rows = set(re.findall(r"^\| `([^`]+)` \|", words, re.MULTILINE))
-    assert rows == {*model.CAUSES, *states, *verdicts, *PAGE_CLASSES}
+    assert rows == {*model.CAUSES, *states, *verdicts, *PAGE_CLASSES, *Urgency}
     for page, heading in TABLES:
-        assert {*states, *verdicts, "kernel", "undeliv."} <= codes(section(page, heading))
+        assert {*states, *verdicts, "kernel", "undelivered"} <= codes(section(page, heading))
 
 
 @pytest.mark.parametrize(("page", "heading"), TABLES)

@@ -13,6 +13,7 @@ from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.enrich.machine_checks import MachineChecks
 from kvmtrace.events import Event, HwError, Poison
+from kvmtrace.judgement.actions import next_steps
 from kvmtrace.linux import cper, mce, smbios
 from kvmtrace.linux.smbios import Firmware
 from kvmtrace.model import Incident, Origin, Snapshot
@@ -90,7 +91,7 @@ def origin_of(snapshot: Snapshot) -> Origin:
 
 
 def next_of(snapshot: Snapshot) -> str:
-    return " ".join(advice.next_steps(only(snapshot)))
+    return " ".join(next_steps(only(snapshot)))
 
 
 # -- which DIMM

@@ -29,9 +29,14 @@ MAY_IMPORT = {
     # Pure: a decoder is all that it takes from below.
     "correlate": (VOCABULARY, "linux/mce.py"),
     "session": (VOCABULARY, "linux", "sources", "enrich", "correlate"),
-    # Snapshots are all that they draw from.
-    "views": (VOCABULARY, "linux", "vmm/command_line.py"),
-    "cli": (VOCABULARY, "linux", "vmm", "sources", "enrich", "correlate", "session", "views"),
+    # Snapshots are all that it judges by.
+    "judgement": (VOCABULARY,),
+    # Snapshots, and what is judged of them, are all that they draw from.
+    "views": (VOCABULARY, "linux", "vmm/command_line.py", "judgement"),
+    "cli": (
+        *(VOCABULARY, "linux", "vmm", "sources", "enrich", "correlate", "session"),
+        *("judgement", "views"),
+    ),
 }
 # library: where it may be imported, and nowhere else
 HOMES = {
@@ -142,7 +147,11 @@ def test_tracefs_has_its_homes() -> None:
 
 
 CORE = [f"{name}.py" for name in "events kvm model session/history views/json_output".split()]
-CORE += [f"correlate/{path.name}" for path in (PACKAGE / "correlate").glob("*.py")]
+CORE += [
+    f"{layer}/{path.name}"
+    for layer in ("correlate", "judgement")
+    for path in (PACKAGE / layer).glob("*.py")
+]
 
 
 @pytest.mark.parametrize("module", CORE)

@@ -22,9 +22,9 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
+from kvmtrace.judgement.actions import next_steps
 from kvmtrace.linux.proc_reader import ProcReader
 from kvmtrace.model import Finding, FindingKind, Snapshot
-from kvmtrace.views import advice
 from tests.unit.fake import SECOND, T0, FakeSource
 from tests.unit.test_owners import ANON, PRESENT, proc_with
 
@@ -178,7 +178,7 @@ def test_what_becomes_of_the_incident() -> None:
 
     (untold,) = model(*BEGIN, poison, left).incidents
     assert untold.state == "unowned"
-    assert advice.next_steps(untold)[0].startswith("nothing")
+    assert next_steps(untold)[0].startswith("nothing")
 
     # Not of another VM, nor of another address
     for stranger in (PageReplaced(T0, 2, PFN, HVA), PageReplaced(T0, 1, PFN, HVA + 0x1000)):

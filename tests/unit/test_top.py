@@ -170,7 +170,7 @@ async def test_vm_details() -> None:
             "uuid              11111111-2222-3333-4444-555555555555",
             "EHWPOISON   hwpoison      200000",
             "EFAULT      conversion        12",
-            "103275-1    looping   gfn 0x1f000  exits 200000  SIGBUS 2",
+            "103275-1    looping     gfn 0x1f000  exits 200000  SIGBUS 2",
             "pfn 0x103275 poisoned: Failed  (103275-1)",
             "last delivery so far",
         ):
@@ -201,7 +201,7 @@ async def test_incident_details() -> None:
         text = "\n".join(screen(app))
         for part in (
             "Incident 200-1: delivered",
-            "state             delivered  the VMM was notified",
+            "state             unclear  a VMM was notified, and what",
             "page       pfn 0x200, dirty unevictable LRU page, Recovered",
             "latency           90 s from poison to first delivery",
             "owner      database-with-a-long-name (pid 4002, qemu): gfn 0x1234",

@@ -6,15 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from kvmtrace.model import CAUSES
-from kvmtrace.views.format import UNKNOWN, age_of, cells, clip, hex_of, rate_of, span_of
+from kvmtrace.views.format import UNKNOWN, age_of, cells, clip, hex_of, rate_of, span_of, style_of
 from kvmtrace.views.tables.grid import Column
 from kvmtrace.views.tables.rows import (
     KERNEL_ITSELF,
     IncidentRow,
     VmRow,
     owners_name,
-    severity,
-    state_word,
 )
 
 _BOTH = len("Recovered: dirty")
@@ -26,16 +24,6 @@ _BRIEF = {
     "unannotated": "unann",
     "unknown": "?",
 }
-
-STATE_STYLES = {
-    "looping": "bad",
-    "kernel": "bad",
-    "delivered": "warn",
-    "undeliv.": "warn",
-    "latent": "note",
-    "closed": "dim",
-}
-VERDICT_STYLES = {"looping": "bad", "stopped": "bad", "unknown": "warn"}
 
 
 def _name(row: VmRow, width: int | None) -> str:
@@ -109,8 +97,8 @@ def _vm_style(row: VmRow, style: str = "") -> str:
     return "dim" if row.vm.gone else style
 
 
-def _state_style(row: IncidentRow) -> str:
-    return STATE_STYLES.get(state_word(row.incident), "")
+def _urgency_style(row: IncidentRow) -> str:
+    return style_of(row.urgency)
 
 
 def _closed(row: IncidentRow) -> str:
@@ -203,9 +191,9 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
     ),
     Column(
         "STATE",
-        lambda row, width: state_word(row.incident),
-        lambda row: severity(row.incident),
-        _state_style,
+        lambda row, width: row.urgency,
+        lambda row: row.urgency.rank,
+        _urgency_style,
         right=False,
         falling=False,
         floor=9,
@@ -258,7 +246,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         "VERDICT",
         lambda row, width: row.incident.verdict or UNKNOWN,
         lambda row: row.incident.verdict or "",
-        lambda row: VERDICT_STYLES.get(row.incident.verdict or "", _closed(row)),
+        lambda row: _urgency_style(row) if row.incident.verdict else _closed(row),
         right=False,
         falling=False,
         drop=3,

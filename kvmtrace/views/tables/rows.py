@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmtrace.events import ClockStep
+from kvmtrace.judgement.urgency import Urgency, by_urgency, urgency_of
 from kvmtrace.model import Incident, Snapshot, Vm
 from kvmtrace.views.format import UNKNOWN
-
-# The states of incidents as tables show them, the most urgent first.
-SEVERITY = ("looping", "kernel", "delivered", "undeliv.", "latent", "unowned", "closed")
 
 KERNEL_ITSELF = "the kernel itself"
 
@@ -44,6 +42,11 @@ class IncidentRow:
         return self.incident.id
 
     @property
+    def urgency(self) -> Urgency:
+        """How urgent it is."""
+        return urgency_of(self.incident)
+
+    @property
     def last_ts(self) -> int | None:
         return self.incident.last_delivery_ts or self.incident.poisoned_ts
 
@@ -70,15 +73,9 @@ def vm_rows(snapshot: Snapshot, now: int, rates: Mapping[int, float] | None = No
 
 
 def incident_rows(snapshot: Snapshot, now: int) -> list[IncidentRow]:
-    """The incidents by ``severity``, the newest first within a state."""
-    rows = [IncidentRow(one, snapshot.vms, now, snapshot.steps) for one in snapshot.incidents]
-
-    def urgency(row: IncidentRow) -> Any:
-        i = row.incident
-        # By its begin, not by the last delivery, so that rows do not move at every delivery.
-        return severity(i), -(i.poisoned_ts or i.first_delivery_ts or 0)
-
-    return sorted(rows, key=urgency)
+    """The incidents by urgency."""
+    found = by_urgency(snapshot.incidents)
+    return [IncidentRow(one, snapshot.vms, now, snapshot.steps) for one in found]
 
 
 def rates(old: Snapshot, new: Snapshot, nanoseconds: int) -> dict[int, float]:
@@ -101,22 +98,3 @@ def owners_name(incident: Incident, vms: Mapping[int, Vm], key: int) -> str:
     """The label of an owner: incidents remember VMs that the model has forgotten."""
     party = incident.vm_identities.get(key)
     return party.label if party and key not in vms else owner_name(vms, key)
-
-
-def state_word(incident: Incident) -> str:
-    """The state as tables show it: the incident's, "kernel" or "undeliv.".
-
-    "kernel": no VM owns the page, and the kernel uses it or may. "undeliv.": guest_memfd refused
-    the page to a guest, and no VMM was notified.
-    """
-    if incident.host_at_risk and incident.state == "unowned":
-        return "kernel"
-    if incident.undelivered and incident.state == "latent":
-        return "undeliv."
-    return incident.state
-
-
-def severity(incident: Incident) -> int:
-    """The rank of the state in ``SEVERITY``; an unknown state comes last."""
-    state = state_word(incident)
-    return SEVERITY.index(state) if state in SEVERITY else len(SEVERITY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 
+from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.model import Incident, Snapshot, Vm
 from kvmtrace.views.explain import TITLES, WIDTH, explain_lines
 from kvmtrace.views.format import (
@@ -19,21 +20,23 @@ from kvmtrace.views.format import (
     plain,
     rate_of,
     span_of,
+    style_of,
 )
-from kvmtrace.views.tables.columns import STATE_STYLES
-from kvmtrace.views.tables.rows import IncidentRow, incident_rows, state_word
+from kvmtrace.views.tables.rows import IncidentRow, incident_rows
 
 _LABEL = 18
 
-_STATES = (
-    ("looping", "the VMM is notified of the same page again and again and does not recover"),
-    ("kernel", "the kernel itself uses the page, or may: the host is at risk"),
-    ("delivered", "the VMM was notified, by an EHWPOISON exit or by SIGBUS"),
-    ("undeliv.", "guest_memfd refused the page to a guest, and no VMM was notified"),
-    ("latent", "a VM owns the page, its guest has not accessed it yet"),
-    ("unowned", "no VM is known to own the page"),
-    ("closed", "the VM is gone, or the page is no longer poisoned"),
-)
+_STATES = {
+    Urgency.LOOPING: "the VMM is notified of the same page again and again and does not recover",
+    Urgency.STOPPED: "a vCPU that was notified of the page no longer runs",
+    Urgency.UNDELIVERED: "guest_memfd refused the page to a guest, and no VMM was notified",
+    Urgency.KERNEL: "the kernel itself uses the page, or may: the host is at risk",
+    Urgency.UNCLEAR: "a VMM was notified, and what it did is not known",
+    Urgency.LATENT: "a VM owns the page, its guest has not accessed it yet",
+    Urgency.UNOWNED: "no VM is known to own the page",
+    Urgency.HANDLED: "the guest runs on, or no VM has the page any more",
+    Urgency.CLOSED: "the VM is gone, or the page is no longer poisoned",
+}
 _CAUSES = (
     ("hwpoison", "EHWPOISON: the page is poisoned"),
     ("conversion", "private where it is shared, or the reverse: normal in confidential VMs"),
@@ -95,16 +98,15 @@ def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
     incident = next((i for i in snapshot.incidents if i.id == key), None)
     if incident is None:
         return [(("  this incident is no longer remembered", "warn"),)]
-    state = state_word(incident)
-    meaning = dict(_STATES).get(state, "")
+    urgency = urgency_of(incident)
     row = IncidentRow(incident, snapshot.vms, now)
     story = explain_lines(incident, snapshot, WIDTH - 2)
     return [
         ((f"  {next(story)}", "title"),),
         (
             (f"  {'state':<{_LABEL}}", "dim"),
-            (state, STATE_STYLES.get(state, "")),
-            (f"  {meaning}", "dim"),
+            (urgency, style_of(urgency)),
+            (f"  {_STATES[urgency]}", "dim"),
         ),
         _fact("latency", f"{span_of(row.latency)} from poison to first delivery"),
         *(((f"  {line}" if line else "", "head" if line in TITLES else ""),) for line in story),
@@ -116,7 +118,7 @@ def help_page() -> list[Line]:
     lines: list[Line] = []
     for title, entries in (
         ("keys", _HELP),
-        ("states of an incident", _STATES),
+        ("states of an incident", tuple(_STATES.items())),
         ("causes", _CAUSES),
     ):
         lines.append(((f"  {title}", "title"),))
@@ -163,10 +165,10 @@ def _exits(vm: Vm) -> list[Line]:
 def _brief(incident: Incident, vm: int) -> Line:
     places = listed(f"gfn {hex_of(owner.gfn)}" for owner in incident.owners if owner.vm == vm)
     counts = f"  exits {incident.exits}  SIGBUS {incident.sigbus}"
-    state = state_word(incident)
+    urgency = urgency_of(incident)
     return (
         (f"  {incident.id:<12}", ""),
-        (f"{state:<10}", STATE_STYLES.get(state, "")),
+        (f"{urgency:<12}", style_of(urgency)),
         (f"{places}{counts}", ""),
     )
 
