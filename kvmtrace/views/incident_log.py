@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from kvmtrace.judgement.actions import actions
+from kvmtrace.judgement.actions import actions, named
 from kvmtrace.judgement.urgency import Level, Urgency, by_urgency, urgency_of
 from kvmtrace.model import Incident, IncidentStatus, Snapshot
 from kvmtrace.sanitize import clean
-from kvmtrace.views.format import counted, dimm_of, hex_of, listed
 from kvmtrace.views.json_output import rfc3339
+from kvmtrace.wording import counted, dimm_of, hex_of, listed
 
 INCIDENT_ID = "59ab29b3b5ee449aa03098f914edc16e"
 STORM_ID = "aba01dccef95403e8006cb94692f7968"
@@ -150,7 +150,7 @@ def _look(incident: Incident) -> tuple[object, ...]:
 
 
 def _entry(incident: Incident, snapshot: Snapshot, *, new: bool) -> LogEntry:
-    urgency = urgency_of(incident)
+    urgency, incident = urgency_of(incident), named(incident, snapshot)
     first = actions(incident, snapshot)[0]
     keys = dict.fromkeys(
         [owner.vm for owner in incident.owners] + [verdict.vm for verdict in incident.verdicts]

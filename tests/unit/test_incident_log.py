@@ -18,6 +18,8 @@ from kvmtrace.views.incident_log import (
 )
 from tests.unit.fake import PROBES, SECOND, STORY, T0
 
+ATTACHED = tuple(probe for probe in PROBES if probe.attached)
+
 
 class Host:
     """Events in, entries out, as serve does once a second."""
@@ -25,7 +27,7 @@ class Host:
     def __init__(self, burst: int = 20) -> None:
         self._correlator = Correlator()
         self._log = IncidentLog(burst)
-        self.probes = PROBES
+        self.probes = ATTACHED
         self.now = T0
 
     @property
@@ -106,11 +108,11 @@ def test_what_is_lost_is_logged_at_a_bounded_rate() -> None:
 def test_a_probe_that_goes_and_comes_is_logged() -> None:
     host = Host()
     host.after()
-    host.probes = (Probe("run", False, why="kvm is not loaded"), *PROBES[1:])
+    host.probes = (Probe(ATTACHED[0].name, False, why="kvm is not loaded"), *ATTACHED[1:])
     (gone,) = host.after()
     assert (gone.message_id, gone.priority) == (PROBE_ID, 4)
     assert "kvm is not loaded" in gone.message
-    host.probes = PROBES
+    host.probes = ATTACHED
     (back,) = host.after()
     assert "attached again" in back.message
 
