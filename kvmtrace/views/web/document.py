@@ -117,11 +117,6 @@ def utc(wall: int) -> str:
     return f"{when:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def sentence(text: str) -> str:
-    """``text`` with a capital letter and a full stop."""
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
-
-
 def badge(text: str, style: str) -> str:
     """HTML of an urgency in its colour."""
     return span(text, f"badge {style}")
