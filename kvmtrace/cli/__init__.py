@@ -12,6 +12,7 @@ import click
 
 from kvmtrace import __version__
 from kvmtrace.cli.bundle import bundle
+from kvmtrace.cli.check import check
 from kvmtrace.cli.compile import compile_
 from kvmtrace.cli.doctor import doctor
 from kvmtrace.cli.errors import Group
@@ -47,5 +48,5 @@ def cli() -> None:
     """
 
 
-for command in (top, events, serve, record, replay, explain, bundle, doctor, compile_):
+for command in (top, events, serve, record, replay, explain, check, bundle, doctor, compile_):
     cli.add_command(command)

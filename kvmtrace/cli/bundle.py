@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -14,6 +17,7 @@ from kvmtrace.cli.inputs import Batch, EventLog, load_log
 from kvmtrace.cli.options import from_option, watch_option, with_source
 from kvmtrace.cli.output_file import Output
 from kvmtrace.cli.signals import Interrupted, stop
+from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host
 from kvmtrace.sources.recording import Writer
 from kvmtrace.spool import LongText, spooling
@@ -66,6 +70,31 @@ def bundle(
         archive.sync()
         archive.place()
         print_status(f"{output}: {', '.join(sorted(files))}")
+
+
+def write_bundle(log: EventLog, host: str, stamp: str) -> str:
+    """Write a bundle of a log, without a report on this host; what to print about it.
+
+    Into the current directory or, where that does not let us, the one for temporary files: a
+    command that watches has given up the privilege to write anywhere. Raises KvmtraceError.
+    """
+    name = f"kvmtrace-{re.sub('[^A-Za-z0-9.-]+', '-', host)}-{stamp}.tar.gz"
+    try:
+        return _write(name, log)
+    except KvmtraceError as error:
+        if not isinstance(error.__cause__, PermissionError):
+            raise
+        return _write(os.path.join(tempfile.gettempdir(), name), log)
+
+
+def _write(path: str, log: EventLog) -> str:
+    with Output(path, False, binary=True) as archive, contextlib.closing(LongText()) as events:
+        files = _files(log, events)
+        with archive.writing():
+            bundle_view.write(archive.file, files, int(time.time()))
+        archive.sync()
+        archive.place()
+        return f"{path}: {', '.join(sorted(files))}"
 
 
 class _RedactedLog(EventLog):

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from typing import IO, Any
 
 import click
@@ -17,11 +18,21 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.model import Snapshot
 from kvmtrace.sanitize import clean
 from kvmtrace.views import json_output
+from kvmtrace.views.format import Line, plain
 from kvmtrace.views.tables.table import table_text
 
 WIDTH_WITHOUT_TERMINAL = 160
 # Room for the longest path and a message about it.
 _MAX_LINE = 8192
+
+_STYLES: dict[str, dict[str, Any]] = {
+    "title": {"bold": True},
+    "head": {"bold": True},
+    "bad": {"fg": "red", "bold": True},
+    "warn": {"fg": "yellow", "bold": True},
+    "note": {"fg": "cyan"},
+    "dim": {"dim": True},
+}
 
 
 def print_status(text: str) -> None:
@@ -38,6 +49,29 @@ def print_line(text: str) -> None:
     except OSError as error:
         discard(sys.stdout)
         raise KvmtraceError(f"standard output: {error.strerror}") from error
+
+
+def print_lines(lines: Iterable[Line]) -> None:
+    """Print lines as ``print_line`` does; on a terminal in colour, unless NO_COLOR is set.
+
+    An empty NO_COLOR counts as none (https://no-color.org).
+    """
+    is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    is_coloured &= os.environ.get("TERM", "dumb") != "dumb"
+    shown = (styled(line) if is_coloured else plain(line).rstrip() for line in lines)
+    print_line("\n".join(shown))
+
+
+def styled(line: Line) -> str:
+    """A line with escape sequences for its styles."""
+    return "".join(click.style(text, **_STYLES.get(style, {})) for text, style in line)
+
+
+def terminal_width(most: int) -> int:
+    """The width of the terminal, at most ``most``; that where stdout is no terminal."""
+    if not sys.stdout.isatty():
+        return most
+    return min(most, shutil.get_terminal_size((most, 24)).columns)
 
 
 def escape_unencodable(stream: IO[str]) -> None:

@@ -81,9 +81,9 @@ def _to_detach() -> set[str]:
 
 
 @contextlib.contextmanager
-def open_session(source: sources.Source) -> Iterator[Session]:
+def open_session(source: sources.Source, *, recent: int = 0) -> Iterator[Session]:
     """A session that is closed on every way out. Raises KvmtraceError if its reader goes on."""
-    session = Session(source)
+    session = Session(source, recent=recent)
     try:
         yield session
     finally:
@@ -140,10 +140,18 @@ Batch = tuple[list[Event], tuple[Probe, ...]]
 
 
 class EventLog(ABC):
-    """Events of a host, with the host and the version of kvmtrace that recorded them, if known."""
+    """Events of a host, with the host and the version of kvmtrace that recorded them, if known.
+
+    ``began``: when watching did; None: with the first event. ``now``: the time by the clock of the
+    events; None: that of the last one. ``via``: where they were read from, if not from this host's
+    kernel.
+    """
 
     host: Host
     version: str | None
+    began: int | None = None
+    now: int | None = None
+    via: str | None = None
 
     @abstractmethod
     def batches(self) -> Iterator[Batch]:
@@ -157,12 +165,14 @@ class EventLog(ABC):
         """The snapshot after all batches; ``on_batch`` is called with each."""
         correlator = Correlator(page_shift=self.host.page_shift)
         probes: tuple[Probe, ...] = ()
+        since = self.began
         for events, probes in self.batches():
             if on_batch is not None:
                 on_batch((events, probes))
             for event in events:
+                since = event.ts if since is None else min(since, event.ts)
                 correlator.feed(event)
-        return correlator.snapshot().of_log(self.host, probes)
+        return correlator.snapshot().of_log(self.host, probes, since)
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,9 @@ class WatchedLog(EventLog):
     host: Host
     probes: tuple[Probe, ...]
     version: str | None = __version__
+    began: int | None = None
+    now: int | None = None
+    via: str | None = None
 
     def batches(self) -> Iterator[Batch]:
         """One batch."""
@@ -184,6 +197,7 @@ class RecordedLog(EventLog):
 
     def __init__(self, source: RecordingSource) -> None:
         self.host, self.version = source.recorded, source.version
+        self.via = "a recording"
         self._source = source
         self._is_read = False
 
@@ -248,13 +262,32 @@ def load_log(
         yield RecordedLog(source)
 
 
+def ask_serve() -> EventLog:
+    """All events of the serve that runs on this host. Raises KvmtraceError if none answers."""
+    source = RemoteSource.connect()
+    if source is None:
+        raise KvmtraceError(
+            "no kvmtrace serve answers on this host",
+            "start `kvmtrace serve`; root and members of its group may ask it",
+        )
+    return _watch(source, 0)
+
+
 def _watch_host(kind: str, duration: float) -> WatchedLog:
-    source = open_host_or_remote(kind)
+    return _watch(open_host_or_remote(kind), duration)
+
+
+def _watch(source: sources.Source, duration: float) -> WatchedLog:
     with open_session(source) as session:
+        began = session.now()
         timeouts = poll_timeouts(duration)
         if isinstance(source, RemoteSource):
-            print_status(f"kvmtrace: as seen by {source.name} ({source.why})")
+            if duration:
+                print_status(f"kvmtrace: as seen by {source.name} ({source.why})")
             timeouts = iter([0.0])  # it has the history
         batch = [event for timeout in timeouts for event in session.poll(timeout)]
-        log = WatchedLog(batch, session.host(), session.probes())
-        return replace(log, version=source.version) if isinstance(source, RemoteSource) else log
+        log = WatchedLog(batch, session.host(), session.probes(), began=began, now=session.now())
+        if isinstance(source, RemoteSource):
+            via = f"serve, pid {source.pid}"
+            return replace(log, version=source.version, began=None, via=via)
+        return log

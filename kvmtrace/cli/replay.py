@@ -25,7 +25,7 @@ def replay(file: str, as_events: bool, as_json: bool) -> None:
         json_is_utf8()
     text = event_lines.json_text if as_json else event_lines.event_text
     with open_recording(file) as source:
-        session = Session(source, source.host.page_shift)
+        session = Session(source, source.host.page_shift, is_joined=False)
         while not source.done and not stop.requested:
             with reading(source):
                 batch = session.pump(0)

@@ -186,7 +186,7 @@ class Correlator:
     def _page_replaced(self, event: PageReplaced) -> CorrelatedEvent:
         incident = self._incidents.find_by_pfn(event.pfn)
         self._incidents.forgotten.discard_pfn(event.pfn, event.vm)
-        if incident is not None and incident.release(event.vm, event.hva):
+        if incident is not None and self._incidents.release(incident, event.vm, event.hva):
             join = Join(JoinedBy.PAGE_TABLE_CHANGED)
             entry = TimelineEntry(event.ts, EntryKind.PAGE_REPLACED, event, join, event.vm)
             incident.note(entry, event.vm, event.hva)
@@ -264,7 +264,10 @@ class Correlator:
         elif incident.before_start and page_types.is_newly_lost(event.page_type):
             incident.not_before_start(event.ts)
         incident.guest_memfd |= gmem is not None
+        rank = incident.rank
         incident.judge(event)
+        if incident.rank < rank:
+            self._incidents.rank_anew()
         if incident.owners and (incident.is_kernels or incident.has_many_places()):
             self._incidents.give_to_kernel(incident)
         if not page_types.is_huge(event.page_type):
@@ -487,7 +490,8 @@ class Correlator:
     ) -> None:
         was_over = incident.over
         # A VM that is notified still has the page.
-        incident.released = {place for place in incident.released if place[0] != vm}
+        if incident.released:
+            incident.released = {place for place in incident.released if place[0] != vm}
         first = incident.deliver(ts, vm, vcpu, exits=exits, signals=signals, page=page)
         self._incidents.add_notified_vm(incident, vm)
         if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:

@@ -255,12 +255,7 @@ class IncidentState:
         key = (entry.kind, *distinct)
         known = self.entries.get(key)
         if known is not None:
-            self.entries[key] = replace(
-                known,
-                ts=min(known.ts, entry.ts),
-                last_ts=max(known.last_ts or known.ts, entry.ts),
-                count=known.count + entry.count,
-            )
+            self.entries[key] = known.and_again(entry.ts, entry.count)
         elif len(self.entries) < self.limits.timeline or self._drop_minor(entry.kind):
             self.entries[key] = entry
         else:

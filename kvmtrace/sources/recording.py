@@ -21,14 +21,13 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import ClockStep, Event, Host, Lost, wall_time
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sanitize import clean
+from kvmtrace.sources.checkers import TIMES, MalformedLine
 from kvmtrace.sources.checksums import EXACT, ODD, Broken, Checker, Places, Sealer
 from kvmtrace.sources.codec import (
     DECODE_ERRORS,
-    TIMES,
     UNSTEPPED,
     UNWRITABLE,
     Decoder,
-    MalformedLine,
     checked,
     dataclass_from,
     to_record,
@@ -283,7 +282,7 @@ class RecordingSource:
             self.done = not line
             return None
         try:
-            record = json.loads(line)
+            record = _parsed(line)
         except (ValueError, RecursionError) as error:
             whole = line.endswith(b"\n") or len(line) >= MAX_LINE
             if not whole and self._number > 1:
@@ -370,6 +369,22 @@ class _Faults:
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + "s" * (number != 1)
+
+
+_decode = json.JSONDecoder().raw_decode
+
+
+def _parsed(line: bytes) -> Any:
+    """As ``json.loads``, for which most of the time is what surrounds the parser.
+
+    Raises ValueError or RecursionError.
+    """
+    if line.startswith(b'{"') and line.endswith(b"}\n"):
+        text = line.decode("utf-8", "surrogatepass")
+        record, end = _decode(text)
+        if end == len(text) - 1:
+            return record
+    return json.loads(line)
 
 
 def _readable(event: Event) -> Event:

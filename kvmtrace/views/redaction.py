@@ -87,6 +87,8 @@ class Redaction:
                     uuid=self._name(event.uuid and event.uuid.lower()),
                     vmm=vmm,
                     vmid=None,
+                    unit=None,
+                    api_socket=None,
                 )
             case Sigbus():
                 return dataclasses.replace(self._texts(event), comm=self._name(event.comm))

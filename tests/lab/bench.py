@@ -36,7 +36,7 @@ def footprint(machine: Machine, repeats: int) -> list[str]:
     rows = ["| command | source | start to first sample | RSS |", "|---|---|---|---|"]
     for source in ("bpf", "ftrace"):
         commands: tuple[tuple[str, str, Stream, tuple[int, int] | None], ...] = (
-            ("top", "probes", "stdout", (24, 80)),
+            ("top", "Probes [1-9]", "stdout", (24, 80)),
             ("serve", "serving", "stderr", None),
             ("events", "watching", "stderr", None),
         )

@@ -28,7 +28,7 @@ lab: three VMs run in the machine, whose hardware will report memory errors:
 lab:   web-1 (disguised as QEMU)        is notified of a poisoned page, and loops
 lab:   db-1 (disguised as Firecracker)  holds a poisoned page, loses other memory
 lab:   cache-1 (anonymous memory)       loses a mapping, and gets a SIGBUS
-lab: in `kvmtrace top`: tab and enter for details, ? for help, q to quit"""
+lab: in `kvmtrace top`: enter for the whole story, tab for VMs, ? for help, q to quit"""
 
 DISGUISES = "/tmp/demo"
 VMM_COMMANDS = {

@@ -13,21 +13,22 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-from click.testing import Result
+from click.testing import CliRunner, Result
 
 from kvmtrace import cli, sources
-from kvmtrace.cli.options import seconds
+from kvmtrace.cli.options import point_in_time, seconds, utc_option
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Lost, VmSeen
 from kvmtrace.linux import host
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import NO_KVM, Probe, specs
+from kvmtrace.views.format import zone_of
 from kvmtrace.views.web import metrics
 from kvmtrace.vmm import identity, processes
 from tests.unit.command_line import invoke
@@ -124,7 +125,7 @@ def test_wrong_usage_is_status_2(source: FakeSource, arguments: tuple[str, ...])
         (("nonsense",), "no such command", "kvmtrace"),
         (("events", "--bogus"), "no such option", "kvmtrace events"),
         (("events", "a\x1b[31mb\n"), "unexpected extra argument (a?[31mb )", "kvmtrace events"),
-        (("top", "--interval", "soon"), "'soon' is not a number of seconds", "kvmtrace top"),
+        (("top", "--interval", "soon"), "'soon' is not a duration", "kvmtrace top"),
         (("record",), "missing argument 'FILE'", "kvmtrace record"),
         (("bundle",), "missing option '-o'", "kvmtrace bundle"),
     ],
@@ -143,6 +144,8 @@ def test_wrong_usage_is_a_line_and_a_hint(
 def test_every_option_complains_in_one_line(source: FakeSource) -> None:
     """Whatever click makes of it: its words, and where it has them from, change by release."""
     for name, command in cli.cli.commands.items():
+        if name == "check":  # its status has a meaning of its own: tests/unit/test_check.py
+            continue
         for parameter in command.params:
             if not isinstance(parameter, click.Option):
                 continue
@@ -196,9 +199,87 @@ def test_names_of_files_do_nothing_to_a_terminal(source: FakeSource, tmp_path: P
     assert message.count(f"{tmp_path}/a?[31mb") == 5
 
 
-@pytest.mark.parametrize(("text", "number"), [("2", 2.0), ("1.5s", 1.5), ("2m", 120), ("1h", 3600)])
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2", 2.0),
+        ("1.5s", 1.5),
+        ("2m", 120),
+        ("1h", 3600),
+        ("2d", 172800),
+        ("1h30m", 5400),
+        ("500ms", 0.5),
+        ("1.5H", 5400),
+        (".5", 0.5),
+        ("1e3", 1000),
+    ],
+)
 def test_durations(text: str, number: float) -> None:
     assert seconds(text) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "m", "1x", "1h30", "-1s", "1 h", "0ms", "1e9", "nan", "²", "1hh", "1e9d", "9" * 400],
+)
+def test_no_durations(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        seconds(text)
+
+
+NOW = 1_790_000_000  # 2026-09-21T14:13:20Z
+
+
+@pytest.fixture
+def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two hours east of UTC."""
+    monkeypatch.setenv("TZ", "XYZ-2")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("text", "when"),
+    [
+        ("2026-09-21T16:13:20", NOW),
+        ("2026-09-21 16:13:20", NOW),
+        ("2026-09-21T14:13:20Z", NOW),
+        ("2026-09-21T10:13:20-04:00", NOW),
+        ("2026-09-21", NOW - 16 * 3600 - 13 * 60 - 20),
+    ],
+)
+def test_points_in_time(zone: None, text: str, when: int) -> None:
+    assert point_in_time(text) == when * SECOND
+
+
+def test_times_of_day_are_the_last_ones(zone: None) -> None:
+    now = time.time()
+    for ago in (0, 60, 86100):
+        shown = time.strftime("%H:%M:%S", time.localtime(now - ago))
+        assert abs(now - ago - point_in_time(shown) / SECOND) < 2
+    assert 3600 <= (time.time_ns() - point_in_time("1h")) / SECOND < 3660
+    assert point_in_time("7:05") == point_in_time("07:05")
+
+
+@pytest.mark.parametrize("text", ["", "25:00", "yesterday", "2026-13-01", "99999-01-01", "²:00"])
+def test_no_points_in_time(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        point_in_time(text)
+
+
+def test_utc_ends_with_its_command(zone: None) -> None:
+    shown: list[str] = []
+
+    @click.command()
+    @utc_option
+    def command() -> None:
+        shown.append(zone_of(NOW * SECOND))
+
+    for arguments in (["--utc"], []):
+        CliRunner().invoke(command, arguments)
+    assert shown == ["UTC", "UTC+02:00"]
 
 
 # -- errors
@@ -265,7 +346,7 @@ def test_top_once(source: FakeSource, monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoke("top", "--once", "--interval", "0.1")
     assert result.exit_code == 0
     assert "web-1" in result.stdout
-    assert "0x103275" in result.stdout
+    assert "103275-1" in result.stdout
     assert source.closed
 
 
