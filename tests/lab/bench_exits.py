@@ -49,7 +49,8 @@ _MINIMAL = {
     "perf stat of kvm:*": "perf 0",
 }
 
-_SETTLED_SECONDS = 1.0  # a command has done what it does at its start
+_SETTLING_SECONDS = 30.0  # at most, until a command has done what it does at its start
+_SETTLED = 0.05  # of a CPU
 _IDLE_SECONDS = 2.0
 
 # Programs that are loaded, once each, however many descriptors they have: {id: (runs, ns)}.
@@ -126,10 +127,17 @@ def _cpu_ns(machine: Machine) -> int:
     return sum(int((tasks / tid / "schedstat").read_text().split()[0]) for tid in os.listdir(tasks))
 
 
-def _ns_an_exit(machine: Machine, vmm: Vmm, exits: int) -> float:
+def _idle(machine: Machine) -> float:
+    """CPU nanoseconds a second that it uses by itself."""
     began, before = time.monotonic(), _cpu_ns(machine)
     time.sleep(_IDLE_SECONDS)
-    idle = (_cpu_ns(machine) - before) / (time.monotonic() - began)
+    return (_cpu_ns(machine) - before) / (time.monotonic() - began)
+
+
+def _ns_an_exit(machine: Machine, vmm: Vmm, exits: int) -> float:
+    deadline = time.monotonic() + _SETTLING_SECONDS
+    while (idle := _idle(machine)) > _SETTLED * 1e9 and time.monotonic() < deadline:
+        pass
     began, before = time.monotonic(), _cpu_ns(machine)
     vmm.step(f"pio v {exits}", patience=10 * PATIENCE)
     return (_cpu_ns(machine) - before - idle * (time.monotonic() - began)) / exits
@@ -157,7 +165,6 @@ def overhead(machine: Machine, exits: int, rounds: int, only: Sequence[str] = ()
                     continue
                 # What is attached changes code, which the emulator translates anew.
                 vmm.step(f"pio v {exits // 4}", patience=10 * PATIENCE)
-                time.sleep(_SETTLED_SECONDS)
                 spent[name].append(_ns_an_exit(machine, vmm, exits))
             print_status(
                 f"bench: round {number + 1} of {rounds}: {name}: {spent[name][-1]:,.0f} ns an exit"
