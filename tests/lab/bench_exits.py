@@ -50,7 +50,7 @@ _MINIMAL = {
 }
 
 _SETTLING_SECONDS = 30.0  # at most, until a command has done what it does at its start
-_SETTLED = 0.05  # of a CPU
+_SETTLED = 0.15  # of a CPU
 _IDLE_SECONDS = 2.0
 
 # Programs that are loaded, once each, however many descriptors they have: {id: (runs, ns)}.
