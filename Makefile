@@ -1,6 +1,6 @@
 # Everything from a bare clone: each target does the set-up that it needs.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hw test fuzz lint format lab bench matrix readme picture clean
+.PHONY: help setup demo demo-hw test fuzz lint format lab bench bench-native matrix readme picture clean
 
 PY := .venv/bin/python
 SOURCE ?= auto
@@ -11,7 +11,7 @@ FROM ?=
 ARGS ?=
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## system packages and .venv, nothing else
 	@sh tests/setup.sh
@@ -47,6 +47,10 @@ lab: setup ## a root shell in a machine of the lab (KERNEL=name, see tests/lab/k
 
 bench: setup ## overhead, start time and memory, measured in the lab
 	@$(PY) -m tests.lab.bench $(ARGS)
+
+bench-native: ## costs that need no lab, in seconds (ARGS="scrapes snapshots": these parts; --readme: into docs/costs.md)
+	@sh tests/setup.sh --no-system
+	@$(PY) -m tests.bench $(ARGS)
 
 matrix: setup ## every scenario on every kernel by every source, as a table
 	@$(PY) -m tests.lab.matrix $(ARGS)
