@@ -1,4 +1,4 @@
-"""Tables of `make matrix`, `make bench` and `make bench-native`, and the pages of docs/ that show them."""
+"""Tables of `make matrix` and of the two `make bench`, and the pages of docs/ that show them."""
 
 from __future__ import annotations
 
