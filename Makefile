@@ -1,6 +1,6 @@
 # Everything from a bare clone: each target does the set-up that it needs.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hw test fuzz lint format lab bench bench-native matrix readme picture clean
+.PHONY: help setup demo demo-hw test fuzz lint format lab bench bench-native matrix readme picture page-pictures clean
 
 PY := .venv/bin/python
 SOURCE ?= auto
@@ -11,7 +11,7 @@ FROM ?=
 ARGS ?=
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## system packages and .venv, nothing else
 	@sh tests/setup.sh
@@ -60,9 +60,13 @@ readme: ## README and docs/ anew: output of commands, tables of the last whole `
 	@$(PY) -m tests.docs
 	@$(PY) -m tests.lab.readme
 
-picture: ## docs/top.svg anew, from a recording
+picture: ## docs/top*.svg anew, from a recording: each size of `top`
 	@sh tests/setup.sh --no-system
 	@$(PY) -m tests.docs picture
+
+page-pictures: ## docs/page-*.png and docs/incident-*.png anew, from a recording (needs Debian's chromium)
+	@sh tests/setup.sh --no-system
+	@$(PY) -m tests.page_pictures
 
 clean: ## remove what was built (the lab's downloads stay: ~/.cache/kvmtrace-lab)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv

@@ -80,6 +80,8 @@ class Vm:
     vmid: str | None = None
     forgotten_pages: int = 0
     unread: str | None = None
+    unit: str | None = None
+    api_socket: str | None = None
 
     def exits_by_errno(self) -> dict[str, int]:
         """{errno name: exits}."""
@@ -104,7 +106,16 @@ class Vm:
     @property
     def identity(self) -> VmIdentity:
         """The VM as incidents remember it."""
-        return VmIdentity(self.key, self.pid, self.name, self.uuid, self.vmm, vmid=self.vmid)
+        return VmIdentity(
+            self.key,
+            self.pid,
+            self.name,
+            self.uuid,
+            self.vmm,
+            vmid=self.vmid,
+            unit=self.unit,
+            api_socket=self.api_socket,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +129,8 @@ class VmIdentity:
     vmm: str | None = None
     gone_ts: int | None = None
     vmid: str | None = None
+    unit: str | None = None
+    api_socket: str | None = None
 
     @property
     def label(self) -> str:
@@ -454,7 +467,7 @@ class Snapshot:
     by DIMM label. ``reported``: those by pfn, if a report named one page, poisoned or not.
     ``kernel_pages``: poisoned pages of the class KERNEL, including those whose incidents were
     forgotten. ``steps``: of the wall clock, in order. All times are by a clock that is not stepped;
-    ``wall`` gives the time of day.
+    ``wall`` gives the time of day. ``since``: when watching began, as far as is known.
     """
 
     vms: Mapping[int, Vm] = field(default_factory=dict)
@@ -473,17 +486,18 @@ class Snapshot:
     kernel_pages: int = 0
     reported: Mapping[int, Reported] = field(default_factory=dict)
     steps: tuple[ClockStep, ...] = ()
+    since: int | None = None
 
     def wall(self, ts: int) -> int:
         """Return the wall clock's time at ``ts``, in nanoseconds since the epoch."""
         return wall_time(ts, self.steps)
 
-    def of_log(self, host: Host, probes: tuple[Probe, ...]) -> Snapshot:
+    def of_log(self, host: Host, probes: tuple[Probe, ...], since: int | None = None) -> Snapshot:
         """Return a copy with the host of a recording, and its memory as last reported there."""
         corrupted = self.kernel.hardware_corrupted_bytes if self.kernel else None
         if corrupted is not None:
             host = replace(host, hardware_corrupted_bytes=corrupted)
-        return replace(self, host=host, probes=probes)
+        return replace(self, host=host, probes=probes, since=since)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,44 +1,101 @@
-"""``kvmtrace explain``: what happened to a page or a VM, and what to do."""
+"""``kvmtrace explain``: what is open, or what happened to a page or a VM, and what to do."""
 
 from __future__ import annotations
 
 import json
+import shlex
+from typing import Any
 
 import click
 
-from kvmtrace.cli.console import json_is_utf8, print_line
-from kvmtrace.cli.inputs import load_log
-from kvmtrace.cli.options import from_option, json_option, watch_option, with_source
+from kvmtrace.cli.completion import complete_target
+from kvmtrace.cli.console import json_is_utf8, print_line, print_lines, terminal_width
+from kvmtrace.cli.inputs import EventLog, load_log
+from kvmtrace.cli.options import from_option, json_option, utc_option, watch_option, with_source
+from kvmtrace.judgement.urgency import Urgency, by_urgency, urgency_of
+from kvmtrace.model import Snapshot
+from kvmtrace.sanitize import clean
 from kvmtrace.views import explain as explain_view
-from kvmtrace.views import json_output, lookup
+from kvmtrace.views import explain_screen, json_output, lookup
+from kvmtrace.views.lookup import Target, TargetKind
+from kvmtrace.views.stamp import Stamp
 
 
 @click.command()
-@click.argument("target", metavar="PFN|GPA@VM|VM|INCIDENT")
+@click.argument(
+    "target",
+    required=False,
+    metavar="[INCIDENT|PFN|ADDRESS@VM|VM|DIMM]",
+    shell_complete=complete_target,
+)
+@click.option("--evidence", is_flag=True, help="Show what each statement rests on.")
 @from_option
 @json_option
+@utc_option
 @watch_option
 @with_source
 def explain(
-    target: str, recording: str | None, as_json: bool, duration: float, source: str
+    *,
+    target: str | None,
+    evidence: bool,
+    recording: str | None,
+    as_json: bool,
+    duration: float,
+    source: str,
 ) -> None:
-    """Explain a page, VM or incident: what failed and what to do.
+    """Explain what is open: what to do first, then what happened.
 
-    Also which VMM was notified, and what it did. Numbers are page frames of the host (PFN:
-    0x103275) or, with @VM, guest physical addresses (GPA: 0x8000@web-1).
+    Of a target: an incident's id or its beginning; a page frame of the host (PFN, 0x103275); a
+    guest physical address or a gfn (0x8000@web-1); a VM by name, uuid, pid or part of its name; a
+    DIMM by its label. What is not known to be poisoned is told so, with status 0.
+
+    \b
+    Example: kvmtrace explain web-1
     """
     with load_log(recording, source, duration) as log:
         snapshot = log.model()
-        found = lookup.find(snapshot, target)
+        found = None if target is None else lookup.find(snapshot, target)
         if as_json:
             json_is_utf8()
-            objects = [explain_view.as_object(incident, snapshot) for incident in found]
-            if not found:
-                pages = lookup.soft_offlined(snapshot, target)
-                objects = [json_output.soft_offlined(page, snapshot) for page in pages]
-                errors = lookup.reported(snapshot, target)
-                objects = objects or [json_output.reported(*one, snapshot) for one in errors]
+            objects = _objects(found, snapshot, log.now)
             print_line(json.dumps(objects, ensure_ascii=False))
             return
-        texts = [explain_view.explain_text(incident, snapshot) for incident in found]
-        print_line("\n\n".join(texts) or lookup.about_nothing(snapshot, target))
+        showing = _showing(log, recording, evidence=evidence)
+        if found is None:
+            print_lines(explain_screen.of_all(snapshot, showing))
+        else:
+            print_lines(explain_screen.of_target(found, snapshot, showing))
+
+
+def _showing(log: EventLog, recording: str | None, *, evidence: bool) -> explain_view.Showing:
+    suffix = ""
+    if recording is not None:
+        # A name that is not safe to print is not printed.
+        suffix = f" --from {shlex.quote(recording) if clean(recording) == recording else 'FILE'}"
+    return explain_view.Showing(
+        width=terminal_width(explain_view.WIDTH),
+        now=log.now,
+        stamp=Stamp(log.version, log.via),
+        evidence=evidence,
+        command=suffix,
+        # Who has a recording has what a ticket needs.
+        bundle="kvmtrace bundle -o case.tar.gz" if recording is None else None,
+    )
+
+
+def _objects(found: Target | None, snapshot: Snapshot, now: int | None) -> list[dict[str, Any]]:
+    """A JSON object for each incident; without any, for what was reported of the page."""
+    if found is None:
+        incidents = [one for one in snapshot.incidents if urgency_of(one) != Urgency.CLOSED]
+    else:
+        incidents = list(found.incidents)
+    if incidents:
+        shown = by_urgency(incidents)
+        return [explain_view.as_object(incident, snapshot, now) for incident in shown]
+    if found is None or found.kind != TargetKind.PAGE:
+        return []
+    moved = [page for page in snapshot.soft_offlines if page.pfn == found.pfn]
+    if moved:
+        return [json_output.soft_offlined(page, snapshot) for page in moved]
+    pfn, told = found.pfn or 0, snapshot.reported.get(found.pfn or 0)
+    return [json_output.reported(pfn, told, snapshot)] if told is not None else []

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kvmtrace import __version__, sources
-from kvmtrace.cli.console import print_status
+from kvmtrace.cli.console import busy, print_status
 from kvmtrace.cli.signals import always, nobody_writes, stop
 from kvmtrace.correlate import Correlator
 from kvmtrace.enrich.pipeline import EnrichedSource
@@ -43,7 +43,8 @@ def open_host(kind: str) -> sources.Source:
     """Attach to this host's kernel; events from /proc and page tables are added."""
     READER.prepare()
     stop.clean_up.append(sources.close_opening)
-    source = sources.open_source(kind)
+    with busy(lambda: sources.stage() or "attaching probes"):
+        source = sources.open_source(kind)
     stop.clean_up.append(source.close)
     for note in sources.notes():
         print_status(f"kvmtrace: {note}")
@@ -55,8 +56,13 @@ def open_host_or_remote(kind: str) -> sources.Source:
 
     A second set of probes would slow down every VM exit again, and the serve has the history.
     """
-    remote = RemoteSource.connect() if kind == "auto" else None
-    return remote or open_host(kind)
+    return (connect() if kind == "auto" else None) or open_host(kind)
+
+
+def connect() -> RemoteSource | None:
+    """Connect to the serve that runs on this host; None if there is none."""
+    with busy("reading the history of kvmtrace serve"):
+        return RemoteSource.connect()
 
 
 def give_up_privileges() -> None:
@@ -81,13 +87,15 @@ def _to_detach() -> set[str]:
 
 
 @contextlib.contextmanager
-def open_session(source: sources.Source) -> Iterator[Session]:
+def open_session(source: sources.Source, *, recent: int = 0) -> Iterator[Session]:
     """A session that is closed on every way out. Raises KvmtraceError if its reader goes on."""
-    session = Session(source)
+    session = Session(source, recent=recent)
     try:
         yield session
     finally:
-        if not session.close():
+        with busy("detaching probes"):
+            is_closed = session.close()
+        if not is_closed:
             stop.hung = True
             raise KvmtraceError(
                 f"the reader {session.left}, and was left there",
@@ -140,10 +148,18 @@ Batch = tuple[list[Event], tuple[Probe, ...]]
 
 
 class EventLog(ABC):
-    """Events of a host, with the host and the version of kvmtrace that recorded them, if known."""
+    """Events of a host, with the host and the version of kvmtrace that recorded them, if known.
+
+    ``began``: when watching did; None: with the first event. ``now``: the time by the clock of the
+    events; None: that of the last one. ``via``: where they were read from, if not from this host's
+    kernel.
+    """
 
     host: Host
     version: str | None
+    began: int | None = None
+    now: int | None = None
+    via: str | None = None
 
     @abstractmethod
     def batches(self) -> Iterator[Batch]:
@@ -157,12 +173,14 @@ class EventLog(ABC):
         """The snapshot after all batches; ``on_batch`` is called with each."""
         correlator = Correlator(page_shift=self.host.page_shift)
         probes: tuple[Probe, ...] = ()
+        since = self.began
         for events, probes in self.batches():
             if on_batch is not None:
                 on_batch((events, probes))
             for event in events:
+                since = event.ts if since is None else min(since, event.ts)
                 correlator.feed(event)
-        return correlator.snapshot().of_log(self.host, probes)
+        return correlator.snapshot().of_log(self.host, probes, since)
 
 
 @dataclass(frozen=True)
@@ -173,6 +191,9 @@ class WatchedLog(EventLog):
     host: Host
     probes: tuple[Probe, ...]
     version: str | None = __version__
+    began: int | None = None
+    now: int | None = None
+    via: str | None = None
 
     def batches(self) -> Iterator[Batch]:
         """One batch."""
@@ -184,6 +205,7 @@ class RecordedLog(EventLog):
 
     def __init__(self, source: RecordingSource) -> None:
         self.host, self.version = source.recorded, source.version
+        self.via = "a recording"
         self._source = source
         self._is_read = False
 
@@ -192,10 +214,11 @@ class RecordedLog(EventLog):
         if self._is_read:
             self._source.rewind()
         self._is_read = True
-        while not self._source.done and not stop.requested:
-            with reading(self._source):
-                events = self._source.poll(0)
-            yield events, self._source.probes()
+        with busy(f"reading {self._source.path}"):
+            while not self._source.done and not stop.requested:
+                with reading(self._source):
+                    events = self._source.poll(0)
+                yield events, self._source.probes()
 
     def is_complete(self) -> bool:
         """Whether the file was read to its end, and that is the recording's end."""
@@ -248,13 +271,33 @@ def load_log(
         yield RecordedLog(source)
 
 
+def ask_serve() -> EventLog:
+    """All events of the serve that runs on this host. Raises KvmtraceError if none answers."""
+    source = RemoteSource.connect()
+    if source is None:
+        raise KvmtraceError(
+            "no kvmtrace serve answers on this host",
+            "start `kvmtrace serve`; root and members of its group may ask it",
+        )
+    return _watch(source, 0)
+
+
 def _watch_host(kind: str, duration: float) -> WatchedLog:
-    source = open_host_or_remote(kind)
+    return _watch(open_host_or_remote(kind), duration)
+
+
+def _watch(source: sources.Source, duration: float) -> WatchedLog:
     with open_session(source) as session:
+        began = session.now()
         timeouts = poll_timeouts(duration)
         if isinstance(source, RemoteSource):
-            print_status(f"kvmtrace: as seen by {source.name} ({source.why})")
+            if duration:
+                print_status(f"kvmtrace: as seen by {source.name} ({source.why})")
             timeouts = iter([0.0])  # it has the history
-        batch = [event for timeout in timeouts for event in session.poll(timeout)]
-        log = WatchedLog(batch, session.host(), session.probes())
-        return replace(log, version=source.version) if isinstance(source, RemoteSource) else log
+        with busy(f"watching this host for {duration:g} s"):
+            batch = [event for timeout in timeouts for event in session.poll(timeout)]
+        log = WatchedLog(batch, session.host(), session.probes(), began=began, now=session.now())
+        if isinstance(source, RemoteSource):
+            via = f"serve, pid {source.pid}"
+            return replace(log, version=source.version, began=None, via=via)
+        return log

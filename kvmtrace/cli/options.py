@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
+import os
+import re
+import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -13,28 +17,87 @@ from kvmtrace import sources
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_UNITS = {"s": 1, "m": 60, "h": 3600}
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_PART = r"(\d+(?:\.\d*)?|\.\d+)(ms|s|m|h|d)"
+_PARTS = re.compile(rf"(?:{_PART})+", re.ASCII)
+_NUMBER = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?", re.ASCII)
 
 
 def seconds(value: str | float) -> float:
-    """A duration in seconds, greater than zero: ``0.5``, ``10``, ``10s``, ``5m``, ``1h``.
+    """A duration in seconds, greater than zero: ``0.5``, ``10``, ``500ms``, ``1h30m``, ``2d``.
 
     Raises click.BadParameter. A function, as click's ParamType is generic in new releases only.
     """
     if isinstance(value, float):
         return value
-    text, unit = value, 1
-    if text[-1:] in _UNITS:
-        text, unit = text[:-1], _UNITS[text[-1]]
-    try:
-        number = float(text) * unit
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a number of seconds") from None
-    if not 0 < number < 1e9:  # NaN too
+    text = value.strip().lower()
+    if _NUMBER.fullmatch(text):
+        number = float(text)
+    elif _PARTS.fullmatch(text):
+        number = sum(float(part) * _UNITS[unit] for part, unit in re.findall(_PART, text))
+    else:
+        raise click.BadParameter(f"{value!r} is not a duration: 10, 500ms, 5m, 1h30m, 2d")
+    if not 0 < number < 1e9:
         raise click.BadParameter(f"{value!r} is not between 0 and 1e9 seconds")
     return number
 
 
+def point_in_time(value: str | int) -> int:
+    """A time in nanoseconds since the epoch: so long ago (``2d``), ``20:15``, or a date and time.
+
+    Without an offset it is in the zone that the command prints. Raises click.BadParameter.
+    """
+    if isinstance(value, int):
+        return value
+    now = datetime.datetime.now(datetime.UTC).astimezone()
+    text = value.strip()
+    try:
+        return time.time_ns() - round(seconds(text) * 1e9)
+    except click.BadParameter:
+        pass
+    try:
+        if re.fullmatch(r"\d\d?:\d\d(:\d\d)?", text, re.ASCII):
+            when = datetime.datetime.combine(now, datetime.time.fromisoformat(text.zfill(5)))
+            if when.astimezone() > now:
+                when -= datetime.timedelta(days=1)
+        else:
+            when = datetime.datetime.fromisoformat(text)
+        return round(when.timestamp()) * 1_000_000_000
+    except (ValueError, OverflowError, OSError):
+        raise click.BadParameter(
+            f"{value!r} is no time: 2h (ago), 20:15, 2026-09-21T20:15, 2026-09-21T20:15:00+02:00"
+        ) from None
+
+
+def _use_utc(ctx: click.Context, _option: click.Parameter, given: bool) -> bool:
+    """Make UTC the zone of this process until the command ends.
+
+    One place instead of an argument of every view: a screen with times of two zones would mislead.
+    """
+    if given:
+        before = os.environ.get("TZ")
+        os.environ["TZ"] = "UTC0"
+        time.tzset()
+        ctx.call_on_close(functools.partial(_set_zone, before))
+    return given
+
+
+def _set_zone(name: str | None) -> None:
+    if name is None:
+        os.environ.pop("TZ", None)
+    else:
+        os.environ["TZ"] = name
+    time.tzset()
+
+
+utc_option = click.option(
+    "--utc",
+    is_flag=True,
+    is_eager=True,  # before options that are times
+    expose_value=False,
+    callback=_use_utc,
+    help="Show times in UTC instead of this host's zone.",
+)
 source_option = click.option(
     "--source",
     type=click.Choice(sources.CHOICES),
@@ -46,11 +109,11 @@ interval_option = click.option(
     "--interval",
     type=seconds,
     default=1.0,
-    metavar="SECONDS",
-    help="Time between two updates.  [default: 1]",
+    metavar="DURATION",
+    help="Time between two updates.  [default: 1s]",
 )
 duration_option = click.option(
-    "--duration", type=seconds, metavar="SECONDS", help="Stop after this long (10, 5m, 1h)."
+    "--duration", type=seconds, metavar="DURATION", help="Stop after this long (10s, 1h30m, 2d)."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
@@ -63,14 +126,14 @@ def with_source(command: Callable[P, R]) -> Callable[P, R]:
 from_option = click.option(
     "--from",
     "recording",
-    type=click.Path(dir_okay=False),
+    type=click.Path(dir_okay=False, allow_dash=True),
     metavar="FILE",
-    help="Read a recording instead of this host.",
+    help="Read a recording or a bundle (also .gz; - is standard input) instead of this host.",
 )
 watch_option = click.option(
     "--duration",
     type=seconds,
     default=5.0,
-    metavar="SECONDS",
-    help="How long to watch this host.  [default: 5]",
+    metavar="DURATION",
+    help="How long to watch this host.  [default: 5s]",
 )

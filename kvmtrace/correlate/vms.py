@@ -90,6 +90,8 @@ class TrackedVm:
             vmid=self.seen.vmid,
             forgotten_pages=forgotten,
             unread=self.seen.unread,
+            unit=self.seen.unit,
+            api_socket=self.seen.api_socket,
         )
         self.kept = of, copy
         return copy
@@ -188,7 +190,17 @@ class VmRegistry:
         if vm is None:
             return self._departed.get(key)
         seen = vm.seen
-        return VmIdentity(key, seen.pid, seen.name, seen.uuid, seen.vmm, vm.gone_ts, seen.vmid)
+        return VmIdentity(
+            key,
+            seen.pid,
+            seen.name,
+            seen.uuid,
+            seen.vmm,
+            vm.gone_ts,
+            seen.vmid,
+            seen.unit,
+            seen.api_socket,
+        )
 
     def seen(self, key: int | None) -> VmSeen | None:
         """The latest VmSeen of a VM, also a while after its end: the last counts are read then."""

@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 import time
+from collections import deque
 
 from kvmtrace import kvm
 from kvmtrace.correlate import Correlator
@@ -40,14 +41,22 @@ SHORTAGE_SECONDS = 30.0
 class Session:
     """Feeds a source's events to a correlator: ``pump`` here, or ``start`` in a thread of its own.
 
-    One thread opens, polls and closes the source. ``snapshot``, ``age``, ``probes``, ``subscribe``
-    and ``unsubscribe`` may be called from any thread.
+    One thread opens, polls and closes the source. ``snapshot``, ``recent``, ``age``, ``probes``,
+    ``subscribe`` and ``unsubscribe`` may be called from any thread.
     """
 
     def __init__(
-        self, source: Source, page_shift: int = kvm.PAGE_SHIFT, *, is_joined: bool = True
+        self,
+        source: Source,
+        page_shift: int = kvm.PAGE_SHIFT,
+        *,
+        is_joined: bool = True,
+        recent: int = 0,
     ) -> None:
-        """``is_joined``: ``subscribe`` may be called, for which the events so far are kept."""
+        """``is_joined``: ``subscribe`` may be called, for which the events so far are kept.
+
+        ``recent``: how many of the last events to keep for ``recent``.
+        """
         self._source = source
         # A recording or a serve has its own clock, whose steps are among its events.
         self._steps = None if hasattr(source, "epoch_offset_ns") else clock.Steps()
@@ -55,8 +64,9 @@ class Session:
         self._log = CompactLog() if is_joined else None
         self._subscribers: list[Subscriber] = []
         self._lock = threading.Lock()  # of the log and the subscribers
-        self._model_lock = threading.Lock()  # of the correlator
+        self._model_lock = threading.Lock()  # of the correlator, and of what comes from it
         self._asking: set[int] = set()  # threads that wait for a snapshot
+        self._recent: deque[CorrelatedEvent] = deque(maxlen=recent)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._polled = time.monotonic()
@@ -83,8 +93,15 @@ class Session:
                 time.sleep(_YIELD_SECONDS)
             with self._model_lock:
                 feed = self._correlator.feed
-                correlated += [feed(event) for event in events[first : first + _SLICE]]
+                fed = [feed(event) for event in events[first : first + _SLICE]]
+                self._recent.extend(fed)
+            correlated += fed
         return correlated
+
+    def recent(self) -> tuple[CorrelatedEvent, ...]:
+        """Return the last events, oldest first, as many as the session was asked to keep."""
+        with self._model_lock:
+            return tuple(self._recent)
 
     def poll(self, timeout: float) -> list[Event]:
         """As ``Source.poll``, with steps of the wall clock; the events are not correlated.

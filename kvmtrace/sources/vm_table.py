@@ -263,7 +263,16 @@ class VmTable:
         entry.named, entry.unread = who.name is not None, found.unread is not None
         name = who.name or (sanitize.clean(comm) if comm else None)
         return VmSeen(
-            ts, entry.key, entry.pid, name, who.uuid, who.vmm, who.vmid, unread=found.unread
+            ts,
+            entry.key,
+            entry.pid,
+            name,
+            who.uuid,
+            who.vmm,
+            who.vmid,
+            unread=found.unread,
+            unit=who.unit,
+            api_socket=who.api_socket,
         )
 
     def _remove(self, entry: _Entry, ts: int) -> VmGone:

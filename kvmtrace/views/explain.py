@@ -1,19 +1,18 @@
-"""Everything known of one incident, in order, for a terminal of 80 columns or as JSON."""
+"""An incident explained, the answer first, for 80 columns; and the same as JSON."""
 
 from __future__ import annotations
 
-import datetime
-import textwrap
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvmtrace import dimm_names
-from kvmtrace.judgement.actions import named, next_steps
+from kvmtrace.judgement.actions import Action, actions, named, next_steps
+from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.model import (
     EntryKind,
     ErrorHistory,
     Incident,
-    IncidentStatus,
     Join,
     JoinedBy,
     Origin,
@@ -22,16 +21,58 @@ from kvmtrace.model import (
     VmIdentity,
 )
 from kvmtrace.views import advice, json_output, timeline
-from kvmtrace.views.format import counted, dimm_of, hex_of, listed, shift_of, size_of, span_of
+from kvmtrace.views.answer import answer, word
+from kvmtrace.views.format import (
+    Line,
+    cells,
+    clock_of,
+    counted,
+    day_of,
+    dimm_of,
+    fold,
+    hex_of,
+    listed,
+    plain,
+    size_of,
+    span_of,
+    style_of,
+    zone_of,
+)
+from kvmtrace.views.stamp import Stamp
 from kvmtrace.views.tables.rows import KERNEL_ITSELF
 
 WIDTH = 80
-_LABEL = 11
-_TIME = 11
+TITLES = ("Do", "What happened", "The page", "How we know", "Not known")
+
 _SECOND = 1_000_000_000
+# Times this close to the one before are shown as the difference.
+_CLOSE_NS = 10 * _SECOND
+_AT_ONCE = f"+{span_of(0)}"
+_TIME = len("23:59:59")
+_MARGIN = 13
+_COMMAND = " " * 9
 
 
-TITLES = ("Verdict", "Not known", "Next")
+@dataclasses.dataclass(frozen=True, slots=True)
+class Showing:
+    """How an incident is shown.
+
+    ``now``: the time that ages are counted to; None: the snapshot's last event. ``stamp``: of the
+    whole screen. ``evidence``: with what each statement rests on. ``command``: what commands that
+    are shown need besides a target (``" --from sick.jsonl"``); None: none is shown. ``bundle``: the
+    command that makes a bundle.
+    """
+
+    width: int = WIDTH
+    now: int | None = None
+    stamp: Stamp = dataclasses.field(default_factory=Stamp)
+    evidence: bool = True
+    command: str | None = None
+    bundle: str | None = None
+
+    def end(self, snapshot: Snapshot) -> int:
+        """The time that ages are counted to."""
+        return self.now if self.now is not None else snapshot.last_ts or 0
 
 
 def explain_text(incident: Incident, snapshot: Snapshot, width: int = WIDTH) -> str:
@@ -40,15 +81,53 @@ def explain_text(incident: Incident, snapshot: Snapshot, width: int = WIDTH) -> 
 
 
 def explain_lines(incident: Incident, snapshot: Snapshot, width: int = WIDTH) -> Iterator[str]:
-    """The same, line by line; the first one is its title."""
-    for part in _parts(named(incident, snapshot), snapshot):
-        yield from _fold(part, width)
+    """The same, line by line; the first one begins with the incident's urgency."""
+    return map(plain, story(incident, snapshot, Showing(width)))
 
 
-def as_object(incident: Incident, snapshot: Snapshot) -> dict[str, Any]:
+def story(incident: Incident, snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
+    """The same, with styles."""
+    incident = named(incident, snapshot)
+    yield from headline(incident, snapshot, showing)
+    yield from sections(incident, snapshot, showing)
+
+
+def headline(incident: Incident, snapshot: Snapshot, showing: Showing) -> list[Line]:
+    """The urgency and the answer."""
+    urgency = urgency_of(incident)
+    text = answer(named(incident, snapshot), snapshot, showing.end(snapshot))
+    return headed(word(urgency), style_of(urgency), text, showing.width)
+
+
+def headed(head: str, style: str, text: str, width: int) -> list[Line]:
+    """A head in its style, and text that is folded to the right of it; below it if it is long."""
+    if len(head) <= _MARGIN:
+        lines = fold(text, width, f"{head}  ")
+    else:
+        lines = fold(f"{head} {text}", width, under=2)
+    if not lines[0].startswith(head):  # a head that takes several lines
+        return [((line, ""),) for line in lines]
+    return [((head, style), (lines[0][len(head) :], "")), *(((line, ""),) for line in lines[1:])]
+
+
+def sections(
+    incident: Incident, snapshot: Snapshot, showing: Showing, after_do: Iterable[Line] = ()
+) -> Iterator[Line]:
+    """All but the answer, an empty line before each section; ``after_do``: what follows Do."""
+    incident = named(incident, snapshot)
+    yield from _do(incident, snapshot, showing)
+    yield from after_do
+    yield from _what_happened(incident, snapshot, showing)
+    yield from _the_page(incident, showing)
+    yield from _how_we_know(incident, showing)
+    yield from listing("Not known", advice.not_known(incident, snapshot), showing.width)
+
+
+def as_object(incident: Incident, snapshot: Snapshot, now: int | None = None) -> dict[str, Any]:
     """The same as JSON: the incident of the contract and what explains it."""
     incident = named(incident, snapshot)
     return json_output.incident(incident, snapshot) | {
+        "answer": answer(incident, snapshot, Showing(now=now).end(snapshot)),
         "timeline": [
             json_output.known(
                 ts=json_output.rfc3339(snapshot.wall(entry.ts)),
@@ -69,84 +148,192 @@ def as_object(incident: Incident, snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-_Part = tuple[str, str]  # a lead, and the text that is folded to the right of it
+def listing(title: str, items: list[str], width: int) -> Iterator[Line]:
+    """A section with an item in each paragraph; nothing without items."""
+    if items:
+        yield ()
+        yield ((title, "head"),)
+        for item in items:
+            yield from paragraph(item, width, "  - ")
 
 
-def _parts(incident: Incident, snapshot: Snapshot) -> Iterator[_Part]:
-    words = [_state(incident)]
-    if incident.verdict is not None and incident.verdict.value != incident.state.value:
-        words.append(incident.verdict)
-    yield "", f"Incident {incident.id}: {listed(words)}"
-    for label, value in _facts(incident):
-        yield f"  {label:<{_LABEL}}", value
-    yield "", ""
-    yield "", f"Timeline, from {_timeline_from(incident, snapshot)}"
-    begin = _begin(incident)
-    for entry in _timeline(incident, snapshot):
-        yield f"  {_relative(entry.ts, begin):>{_TIME}}  ", _entry(entry, incident, begin)
-        if how := timeline.joined_by(entry):
-            yield " " * (_TIME + 4), f"by: {how}"
-    if incident.verdicts:
-        yield "", ""
-        yield "", "Verdict"
-        for one in incident.verdicts:
-            yield "  ", f"{_name(incident.vm_identities.get(one.vm))}: {one.word}"
-            for finding in one.evidence:
-                yield "    - ", timeline.finding_text(finding)
-    for title, lines in (
-        ("Not known", advice.not_known(incident, snapshot)),
-        ("Next", next_steps(incident, snapshot)),
-    ):
-        if lines:
-            yield "", ""
-            yield "", title
-            for line in lines:
-                yield "  - ", line
+def paragraph(text: str, width: int, lead: str = "  ", style: str = "") -> Iterator[Line]:
+    """Folded text."""
+    for line in fold(text, width, lead):
+        yield ((line, style),)
 
 
-def _state(incident: Incident) -> str:
-    if incident.host_at_risk and incident.state == IncidentStatus.UNOWNED:
-        return "kernel"
-    if incident.undelivered and incident.state == IncidentStatus.LATENT:
-        return "latent, undelivered"
-    return incident.state
+# -- sections
 
 
-def _facts(incident: Incident) -> Iterator[tuple[str, str]]:
+def _do(incident: Incident, snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
+    # Actions with one text are one step.
+    steps: dict[str, list[Action]] = {}
+    for action in actions(incident, snapshot):
+        steps.setdefault(action.text, []).append(action)
+    is_over = urgency_of(incident) == Urgency.CLOSED
+    bundle = None if is_over else showing.bundle
+    yield ()
+    yield (("Do", "head"),)
+    said: set[str] = set()
+    for number, (text, parts) in enumerate(steps.items(), 1):
+        lead = f"  {number}. " if len(steps) > 1 or bundle else "  "
+        yield from paragraph(sentence(text), showing.width, lead)
+        yield from _commands(parts)
+        for line in dict.fromkeys(never for part in parts for never in part.never):
+            if line not in said:
+                yield from paragraph(sentence(line), showing.width, " " * len(lead), "warn")
+                said.add(line)
+    if bundle:
+        yield from paragraph("For the ticket:", showing.width, f"  {len(steps) + 1}. ")
+        yield ((_COMMAND, ""), (bundle, "title"))
+
+
+def _commands(parts: list[Action]) -> Iterator[Line]:
+    """Commands, each whole on a line of its own, as they are copied from here."""
+    several = len({part.vm for part in parts if part.commands}) > 1
+    shown = ""
+    for part in parts:
+        whose = _name(part.vm) if several and part.vm is not None else ""
+        head = listed(filter(None, (whose, part.how)), "")
+        if part.commands and head and head != shown:
+            yield ((f"       {head}:", "dim"),)
+            shown = head
+        for command in part.commands:
+            yield ((_COMMAND, ""), (command, "title"))
+
+
+def sentence(text: str) -> str:
+    """The text with a capital at its begin and a full stop."""
+    end = "" if text.endswith((".", "!", "?")) else "."
+    return text[:1].upper() + text[1:] + end
+
+
+def _what_happened(incident: Incident, snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
+    entries = _timeline(incident, snapshot)
+    if not entries:
+        return
+    first = snapshot.wall(entries[0].ts)
+    date = day_of(first)
+    yield ()
+    yield (("What happened", "head"), (f" ({date}, {zone_of(first)})", "dim"))
+    several = len(incident.vm_identities) > 1
+    anchor: TimelineEntry | None = None
+    for entry in entries:
+        when = snapshot.wall(entry.ts)
+        if day_of(when) != date:
+            date, anchor = day_of(when), None
+            yield ((f"  {date}", "dim"),)
+        is_close = anchor is not None and entry.ts - anchor.ts < _CLOSE_NS
+        if anchor is None or not is_close or entry.kind == EntryKind.CLOCK_STEP:
+            shown, anchor = clock_of(when), entry
+        else:
+            shown = f"+{span_of(entry.ts - anchor.ts)}"
+            shown = "" if shown == _AT_ONCE else shown
+        text = _entry(entry, incident, snapshot, showing, several=several)
+        lines = fold(text, showing.width, f"  {shown:>{_TIME}}  ")
+        yield ((lines[0][: _TIME + 2], "dim"), (lines[0][_TIME + 2 :], ""))
+        yield from (((line, ""),) for line in lines[1:])
+        if showing.evidence and (how := timeline.joined_by(entry)):
+            yield from paragraph(f"by: {how}", showing.width, " " * (_TIME + 4), "dim")
+
+
+def _entry(
+    entry: TimelineEntry, incident: Incident, snapshot: Snapshot, showing: Showing, *, several: bool
+) -> str:
+    who = _name(incident.vm_identities.get(entry.vm)) if entry.vm is not None else ""
+    text = f"{who}: {timeline.description(entry)}" if who else timeline.description(entry)
+    if entry.count <= 1:
+        return text
+    again = f", {entry.count:,} times"
+    last, now = entry.last_ts, showing.end(snapshot)
+    if last is None or last <= entry.ts:
+        return text + again
+    if last - entry.ts < _CLOSE_NS:
+        return f"{text}{again} within {span_of(last - entry.ts)}"
+    if now - last < _CLOSE_NS and urgency_of(incident) == Urgency.LOOPING:
+        return f"{text}{again} until now"
+    begin, end = snapshot.wall(entry.ts), snapshot.wall(last)
+    date = "" if day_of(begin) == day_of(end) else f"{day_of(end)} "
+    return f"{text}{again} until {date}{clock_of(end)}"
+
+
+def _the_page(incident: Incident, showing: Showing) -> Iterator[Line]:
+    yield ()
+    yield (("The page", "head"), (f" (incident {incident.id})", "dim"))
+    for fact in _facts(incident):
+        yield from paragraph(fact, showing.width)
+
+
+def _facts(incident: Incident) -> Iterator[str]:
     page = [f"pfn {hex_of(incident.pfn)}" if incident.pfn is not None else "pfn not known"]
+    page.append(f"{size_of(incident.size)} lost" if incident.size is not None else "size not known")
     page += [part for part in (incident.page_type, incident.result) if part]
-    yield "page", ", ".join(page)
-    shared = len({owner.vm for owner in incident.owners})
-    lost = f"{size_of(incident.size)} lost" if incident.size is not None else "size not known"
-    yield "loss", lost + (f", shared by {shared} VMs" if shared > 1 else "")
+    yield listed(page)
     if incident.host_at_risk:
-        yield "owner", f"{KERNEL_ITSELF}, which could not take the page out of use"
+        yield f"used by {KERNEL_ITSELF}, which could not take it out of use"
+    shared = len({owner.vm for owner in incident.owners})
+    if shared > 1:
+        yield f"shared by {shared} VMs:"
     for owner in incident.owners:
-        hva = f", hva {hex_of(owner.hva)}" if owner.hva is not None else ""
-        gfn = f"gfn {hex_of(owner.gfn)}" if owner.gfn is not None else "gfn not known"
+        gfn = f"gfn {hex_of(owner.gfn)}" if owner.gfn is not None else "unknown gfn"
         first, last = incident.lost_gfns(owner) or (0, 0)
         if first != last:
             gfn += f" (lost up to {first:#x}-{last:#x})"
+        hva = f", hva {hex_of(owner.hva)}" if owner.hva is not None else ""
         left = ", no longer there" if owner in incident.released else ""
-        yield "owner", f"{_name(incident.vm_identities.get(owner.vm), full=True)}: {gfn}{hva}{left}"
+        yield f"{gfn} of {full_name(incident.vm_identities.get(owner.vm))}{hva}{left}"
     if incident.origin is not None:
-        yield "origin", listed(origin_parts(incident.origin))
+        parts = list(origin_parts(incident.origin))
+        counts = 1 if incident.origin.dimm is None else 2
+        if parts[:-counts]:
+            yield f"error: {listed(parts[:-counts])}"
+        yield listed(parts[-counts:])
+    yield from _notified(incident)
+
+
+def _notified(incident: Incident) -> Iterator[str]:
     signals: dict[str, int] = {}
     for notification in incident.notifications:
         for code, count in notification.sigbus.items():
             signals[code] = signals.get(code, 0) + count
-    by = [f"{counted(incident.exits, 'exit')} of KVM_RUN"] if incident.exits else []
-    by += [f"{count} SIGBUS {code}" for code, count in sorted(signals.items())]
+    exits = "1 exit" if incident.exits == 1 else f"{incident.exits:,} exits"
+    by = [f"{exits} of KVM_RUN"] if incident.exits else []
+    by += [f"{count:,} SIGBUS {code}" for code, count in sorted(signals.items())]
     if others := incident.sigbus - sum(signals.values()):
         by.append(f"{others} SIGBUS to a process of which no VM, or several, are known")
-    not_yet = "not since kvmtrace started" if incident.before_start else "not yet"
-    yield "notified", f"by {listed(by)}" if by else not_yet
+    if by:
+        yield f"VMM notified by {listed(by)}"
+    elif incident.owners:
+        since = "since kvmtrace started" if incident.before_start else "yet"
+        yield f"VMM not notified {since}"
     if incident.sigbus_to_others:
         to = "a process" if incident.sigbus_to_others == 1 else "processes"
-        yield "others", f"{counted(incident.sigbus_to_others, 'signal')} to {to} without a VM"
+        yield f"{counted(incident.sigbus_to_others, 'signal')} to {to} without a VM"
     if incident.undelivered:
         refusals = counted(incident.undelivered, "refusal")
-        yield "undeliv.", f"{refusals} by guest_memfd of which KVM_RUN did not notify the VMM"
+        yield f"{refusals} by guest_memfd of which KVM_RUN did not notify the VMM"
+
+
+def _how_we_know(incident: Incident, showing: Showing) -> Iterator[Line]:
+    if not showing.evidence:
+        if showing.command is not None:
+            command = f"kvmtrace explain {incident.id}{showing.command} --evidence"
+            yield ()
+            if len("How we know") + 2 + cells(command) > showing.width:
+                yield (("How we know", "head"),)
+                yield ((f"  {command}", ""),)
+            else:
+                yield (("How we know", "head"), (f"  {command}", ""))
+        return
+    if incident.verdicts:
+        yield ()
+        yield (("How we know", "head"),)
+    for one in incident.verdicts:
+        who = _name(incident.vm_identities.get(one.vm))
+        yield from paragraph(f"{who}: {one.word}", showing.width)
+        for finding in one.evidence:
+            yield from paragraph(timeline.finding_text(finding), showing.width, "    - ")
 
 
 def origin_parts(origin: Origin) -> Iterator[str]:
@@ -185,23 +372,6 @@ def counted_errors(history: ErrorHistory, where: str) -> str:
     return f"{counted(history.count, 'error')} {where}{within}{corrected}"
 
 
-def _entry(entry: TimelineEntry, incident: Incident, begin: int) -> str:
-    who = f"{_name(incident.vm_identities.get(entry.vm))}: " if entry.vm is not None else ""
-    again = ""
-    if entry.count > 1:
-        again = f" (x{entry.count}"
-        if entry.last_ts is not None and entry.last_ts > entry.ts:
-            again += f", last {_relative(entry.last_ts, begin)}"
-        again += ")"
-    return f"{who}{timeline.description(entry)}{again}"
-
-
-def _begin(incident: Incident) -> int:
-    if incident.poisoned_ts is not None:
-        return incident.poisoned_ts
-    return incident.timeline[0].ts if incident.timeline else 0
-
-
 def _timeline(incident: Incident, snapshot: Snapshot) -> list[TimelineEntry]:
     """The timeline with the steps of the wall clock, which explain jumps in times of day."""
     entries = incident.timeline
@@ -214,36 +384,15 @@ def _timeline(incident: Incident, snapshot: Snapshot) -> list[TimelineEntry]:
     return sorted([*entries, *steps], key=lambda entry: entry.ts) if steps else list(entries)
 
 
-def _timeline_from(incident: Incident, snapshot: Snapshot) -> str:
-    if not incident.timeline:
-        return "nothing"
-    what = "the poison" if incident.poisoned_ts is not None else "what was seen first"
-    begin = snapshot.wall(_begin(incident))
-    when = datetime.datetime.fromtimestamp(begin // _SECOND, datetime.UTC)
-    return f"{what} at {when:%Y-%m-%d %H:%M:%S} UTC"
+def _name(vm: VmIdentity | None) -> str:
+    return "a VM not known by name" if vm is None else vm.label
 
 
-def _relative(ts: int, begin: int) -> str:
-    return shift_of(ts - begin)
-
-
-def _name(vm: VmIdentity | None, *, full: bool = False) -> str:
+def full_name(vm: VmIdentity | None) -> str:
+    """A VM's name, and what else identifies it."""
     if vm is None:
-        return "a VM not known by name"
-    if not full:
-        return vm.label
+        return _name(vm)
     number = f"VMID {vm.vmid}" if vm.vmid else None
     facts = listed([f"pid {vm.pid}", *filter(None, [number, vm.vmm, vm.uuid])])
     gone = ", gone" if vm.gone_ts is not None else ""
     return f"{vm.name or 'no name'} ({facts}{gone})"
-
-
-def _fold(part: _Part, width: int) -> list[str]:
-    lead, text = part
-    return textwrap.wrap(
-        text,
-        max(width, len(lead) + 20),
-        initial_indent=lead,
-        subsequent_indent=" " * (len(lead) + (2 if not lead else 0)),
-        break_on_hyphens=False,
-    ) or [lead.rstrip()]

@@ -23,6 +23,8 @@ _LEVEL_STYLES = {Level.NOW: "bad", Level.SOON: "warn", Level.WATCH: "note", Leve
 
 ELLIPSIS = "…"
 
+_MIN_ROOM = 20
+
 _SECOND = 1_000_000_000
 
 
@@ -88,6 +90,40 @@ def clip_line(line: Line, width: int) -> Line:
     return tuple(kept)
 
 
+def fold(text: str, width: int, lead: str = "", under: int | None = None) -> list[str]:
+    """``lead`` and ``text`` in lines of at most ``width`` cells, folded between words.
+
+    Further lines are indented by ``under`` cells (the width of ``lead``). A word that is too long
+    for a line is cut; where ``lead`` leaves hardly any room, lines are longer than ``width``.
+    """
+    indent = " " * (cells(lead) if under is None else under)
+    width = max(width, cells(lead) + _MIN_ROOM, len(indent) + _MIN_ROOM)
+    lines, line, is_empty = [], lead, True
+    for whole in text.split():
+        word = whole
+        while word:
+            gap = "" if is_empty else " "
+            if cells(line) + len(gap) + cells(word) <= width:
+                line, word, is_empty = line + gap + word, "", False
+            elif is_empty:
+                kept = _beginning(word, width - cells(line))
+                line, word = line + kept, word[len(kept) :]
+                lines.append(line)
+                line = indent
+            else:
+                lines.append(line)
+                line, is_empty = indent, True
+    return [*lines, line.rstrip()] if not is_empty or not lines else lines
+
+
+def _beginning(word: str, width: int) -> str:
+    """As many characters of a word as fit, at least one."""
+    for end in range(len(word), 1, -1):
+        if cells(word[:end]) <= width:
+            return word[:end]
+    return word[:1]
+
+
 def size_of(size: int | None) -> str:
     """``4 KiB``, ``1.5 GiB``; "-" if unknown. Exact up to a MiB: pages are counted in KiB."""
     if size is None:
@@ -148,19 +184,47 @@ def rate_of(rate: float | None) -> str:
     return f"{rate / 1e9:.1f}G"
 
 
+# Times of day are in the zone of this process: the host's, or UTC where a command was given --utc
+# (``cli.options``). So that a reader need not guess, every screen names it once, by ``zone_of``.
+
+
 def clock_of(ts: int) -> str:
-    """Local wall time, ``HH:MM:SS``."""
+    """Wall time, ``HH:MM:SS``."""
     return f"{_local(ts):%H:%M:%S}"
 
 
 def stamp_of(ts: int) -> str:
-    """Local wall time with milliseconds, ``HH:MM:SS.mmm``."""
+    """Wall time with milliseconds, ``HH:MM:SS.mmm``."""
     return f"{_local(ts):%H:%M:%S}.{ts % _SECOND // 1_000_000:03d}"
 
 
+def day_of(ts: int) -> str:
+    """The date, ``YYYY-MM-DD``."""
+    return f"{_local(ts):%Y-%m-%d}"
+
+
 def date_of(ts: int) -> str:
-    """Local date and wall time with milliseconds."""
-    return f"{_local(ts):%Y-%m-%d} {stamp_of(ts)}"
+    """Date and wall time with milliseconds."""
+    return f"{day_of(ts)} {stamp_of(ts)}"
+
+
+def zone_of(ts: int) -> str:
+    """The zone of all of these at that time: ``UTC``, ``UTC+02:00``."""
+    offset = _offset(ts)
+    return f"UTC{offset}" if offset else "UTC"
+
+
+def rfc3339_of(ts: int) -> str:
+    """Date, wall time with milliseconds and its offset: ``2026-09-21T16:13:20.123+02:00``."""
+    return f"{day_of(ts)}T{stamp_of(ts)}{_offset(ts) or 'Z'}"
+
+
+def _offset(ts: int) -> str:
+    """``+02:00``; "" for UTC. In minutes, as RFC 3339 has it."""
+    offset = _local(ts).utcoffset() or datetime.timedelta()
+    minutes = round(offset.total_seconds() / 60)
+    hours, rest = divmod(abs(minutes), 60)
+    return f"{'-' if minutes < 0 else '+'}{hours:02d}:{rest:02d}" if minutes else ""
 
 
 def _local(ts: int) -> datetime.datetime:

@@ -78,7 +78,7 @@ def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
     story = machine.run(
         f"kvmtrace explain {pfn:#x} --from {log}", timeout=PATIENCE, check=True
     ).stdout
-    assert re.search(r"^  loss +4 KiB lost, shared by 2 VMs$", story, re.MULTILINE)
+    assert re.search(r"^  shared by 2 VMs:$", story, re.MULTILINE)
     for vmm in vmms:
         vmm.end()
 

@@ -301,8 +301,8 @@ def test_a_host_with_other_pages_is_replayed_with_its_own(tmp_path: Path) -> Non
     snapshot = WatchedLog(events, source.host, ()).model()
     (incident,) = snapshot.incidents
     assert incident.size == 1 << 14
-    assert lookup.find(snapshot, "0x14000@web") == [incident]
-    assert lookup.find(snapshot, "0x5000@web") == []
+    assert lookup.find(snapshot, "0x14000@web").incidents == (incident,)
+    assert lookup.find(snapshot, "0x5000@web").incidents == ()
     path.write_text(path.read_text().replace('"page_shift":14', '"page_shift":400'))
     with pytest.raises(KvmtraceError, match=r"2\*\*400 bytes"):
         RecordingSource(str(path))

@@ -45,6 +45,11 @@ def output(*arguments: str) -> str:
     return result.stdout
 
 
+def words_of(*explain: str) -> str:
+    """The words of a screen of `explain`, without how lines are folded."""
+    return " ".join(output(*explain, "--evidence").split())
+
+
 def shown(recording: Path) -> dict[str, Any]:
     """Everything that commands show of a recording: the model, event lines, each incident."""
     path = str(recording)
@@ -54,7 +59,7 @@ def shown(recording: Path) -> dict[str, Any]:
     for incident in model["incidents"]:
         explain = ("explain", incident["id"], "--from", path)
         (one,) = json.loads(output(*explain, "--json"))
-        incidents[incident["id"]] = {"json": one, "text": " ".join(output(*explain).split())}
+        incidents[incident["id"]] = {"json": one, "text": words_of(*explain)}
     return {"replay": model, "events": [json.loads(x) for x in lines], "explain": incidents}
 
 

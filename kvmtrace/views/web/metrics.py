@@ -31,11 +31,22 @@ from prometheus_client.registry import Collector
 
 from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
+from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.linux import clock, privileges
 from kvmtrace.model import LATENCY_BUCKETS, IncidentStatus, Snapshot, VerdictWord
-from kvmtrace.views.web import landing
+from kvmtrace.views.web import incident_page, landing
 from kvmtrace.views.web.exposition import Heads, filled, render
-from kvmtrace.views.web.server import DEFAULT_LISTEN, Answer, Headers, Server, Shared, start, text
+from kvmtrace.views.web.server import (
+    DEFAULT_LISTEN,
+    Answer,
+    Headers,
+    Server,
+    Shared,
+    Tree,
+    start,
+    text,
+)
+from kvmtrace.views.web.vm_incidents import by_label
 from kvmtrace.views.web.vm_labels import VmLabels, VmSeries, clean
 
 __all__ = ["DEFAULT_LISTEN", "DEFAULT_MAX_VMS", "Exporter", "Server", "serve"]
@@ -172,6 +183,7 @@ class Exporter(Collector):
             "kvmtrace_vms_folded", 'VMs without series of their own, summed in vm="other".', folded
         )
         yield from self._by_vm.families(series)
+        yield from self._by_vm.incidents(series, snapshot)
 
     def _incidents(self, snapshot: Snapshot) -> Iterator[Metric]:
         poisons = CounterMetricFamily(
@@ -203,6 +215,11 @@ class Exporter(Collector):
             "Poisoned pages that the kernel uses itself or could not get hold of: host at risk.",
             snapshot.kernel_pages,
         )
+        yield GaugeMetricFamily(
+            "kvmtrace_host_at_risk",
+            "1 while the kernel uses a poisoned page, or may: the host can go down with its VMs.",
+            float(snapshot.kernel_pages > 0),
+        )
         verdicts = GaugeMetricFamily(
             "kvmtrace_incident_verdicts",
             "Incidents of which a VMM was notified, by what it did then.",
@@ -215,6 +232,16 @@ class Exporter(Collector):
         for word, count in words.items():
             verdicts.add_metric([word], count)
         yield verdicts
+        by_urgency = GaugeMetricFamily(
+            "kvmtrace_incident_urgencies",
+            "Incidents remembered, by urgency: state and verdicts together.",
+            labels=["urgency"],
+        )
+        urgencies = Counter(dict.fromkeys(Urgency, 0))
+        urgencies.update(map(urgency_of, snapshot.incidents))
+        for urgency, count in urgencies.items():
+            by_urgency.add_metric([urgency], count)
+        yield by_urgency
         bounds = [*(repr(float(bound)) for bound in LATENCY_BUCKETS), "+Inf"]
         yield HistogramMetricFamily(
             "kvmtrace_poison_to_delivery_seconds",
@@ -298,6 +325,18 @@ class _ByVm:
             "counter",
             ("vm",),
         )
+        self._states = Heads(
+            "kvmtrace_vm_incidents",
+            "Poisoned pages of the VM that are remembered, by how far the incident is for this VM.",
+            "gauge",
+            ("vm", "state"),
+        )
+        self._verdicts = Heads(
+            "kvmtrace_vm_verdicts",
+            "Incidents of which the VM's VMM was notified, by what it did; without replaced pages.",
+            "gauge",
+            ("vm", "verdict"),
+        )
 
     def families(self, series: list[VmSeries]) -> Iterator[Metric]:
         """Yield them for one scrape."""
@@ -316,6 +355,16 @@ class _ByVm:
             undelivered.add_metric((label,), one.undelivered)
         yield from (info, exits, sigbus, pages, undelivered)
 
+    def incidents(self, series: list[VmSeries], snapshot: Snapshot) -> Iterator[Metric]:
+        """Yield those that count the VMs' incidents."""
+        by_state, by_verdict = self._states.family(), self._verdicts.family()
+        for label, states, verdicts in by_label(series, snapshot.vms, snapshot.incidents):
+            for state, count in states.items():
+                by_state.add_metric((label, state), count)
+            for verdict, count in verdicts.items():
+                by_verdict.add_metric((label, verdict), count)
+        yield from (by_state, by_verdict)
+
 
 def serve(
     listen: str,
@@ -327,7 +376,7 @@ def serve(
     names: Iterable[str] = (),
     started: bool = True,
 ) -> Server:
-    """Serve ``/metrics``, ``/-/healthy`` and a landing page until the server is closed.
+    """Serve ``/metrics``, ``/-/healthy`` and pages for people until the server is closed.
 
     ``now``: ns since the epoch, by the clock that stamps the session's events. ``names``: further
     host names for which it answers on loopback. Not ``started``: it listens, and answers from its
@@ -368,12 +417,23 @@ def serve(
             return text(HTTPStatus.SERVICE_UNAVAILABLE, landing.render_failure(why), "text/html")
         return text(HTTPStatus.OK, landing.render(recent.snapshot(), now()), "text/html")
 
+    def page_of_incident(name: str) -> Answer:
+        if (why := failure()) is not None:
+            return text(HTTPStatus.SERVICE_UNAVAILABLE, landing.render_failure(why), "text/html")
+        snapshot = recent.snapshot()
+        for incident in snapshot.incidents:
+            if incident.id == name:
+                page = incident_page.render(incident, snapshot, now())
+                return text(HTTPStatus.OK, page, "text/html")
+        return text(HTTPStatus.NOT_FOUND, incident_page.render_unknown(name), "text/html")
+
     server = start(
         listen,
         {
             "/metrics": Shared(all_metrics, _Format.asked_for),
             "/-/healthy": healthy,
             "/": Shared(landing_page),
+            "/incident/": Tree(page_of_incident),
         },
         names,
         started=started,
