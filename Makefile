@@ -1,6 +1,6 @@
 # Everything from a bare clone: each target does the set-up that it needs.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hw test fuzz lint format lab bench matrix readme picture page-pictures clean
+.PHONY: help setup demo demo-hw test fuzz lint format lab bench bench-native matrix readme picture page-pictures deb clean
 
 PY := .venv/bin/python
 SOURCE ?= auto
@@ -63,6 +63,13 @@ picture: ## docs/top*.svg anew, from a recording: each size of `top`
 page-pictures: ## docs/page-*.png and docs/incident-*.png anew, from a recording (needs Debian's chromium)
 	@sh tests/setup.sh --no-system
 	@$(PY) -m tests.page_pictures
+
+# Debian's own Python builds it, not another one in PATH.
+deb: ## build/kvmtrace_*_all.deb; needs what `apt build-dep ./` installs
+	@rm -rf build/deb && mkdir -p build/deb/kvmtrace
+	@git ls-files -z | tar --create --null --files-from=- | tar --extract --directory=build/deb/kvmtrace
+	@cd build/deb/kvmtrace && env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME="$$HOME" dpkg-buildpackage -us -uc -b
+	@mv build/deb/*.deb build/ && ls build/*.deb
 
 clean: ## remove what was built (the lab's downloads stay: ~/.cache/kvmtrace-lab)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv

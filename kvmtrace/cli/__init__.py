@@ -11,6 +11,7 @@ import os
 import click
 
 from kvmtrace import __version__
+from kvmtrace.cli.assets import assets
 from kvmtrace.cli.bundle import bundle
 from kvmtrace.cli.check import check
 from kvmtrace.cli.compile import compile_
@@ -83,7 +84,15 @@ cli.add(
 )
 cli.add("Run", serve, "kvmtrace serve", "kvmtrace serve --max-vms 1000")
 cli.add("Run", compile_, "kvmtrace compile")
-cli.add("Keep", record, "kvmtrace record sick.jsonl --duration 1h30m")
+cli.add(
+    "Run", assets, "kvmtrace assets unit --to DIR", "kvmtrace assets rules --to /etc/prometheus"
+)
+cli.add(
+    "Keep",
+    record,
+    "kvmtrace record sick.jsonl --duration 1h30m",
+    "kvmtrace record --since 2h -o case.jsonl",
+)
 cli.add(
     "Keep",
     bundle,

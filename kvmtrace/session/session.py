@@ -70,6 +70,8 @@ class Session:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._polled = time.monotonic()
+        self.fed = 0
+        """How many events came; a snapshot changes only with them."""
         self.shortages = 0
         """How often the source found no file descriptor."""
         self.failure: BaseException | None = None
@@ -95,6 +97,7 @@ class Session:
                 feed = self._correlator.feed
                 fed = [feed(event) for event in events[first : first + _SLICE]]
                 self._recent.extend(fed)
+                self.fed += len(fed)
             correlated += fed
         return correlated
 
