@@ -55,7 +55,13 @@ def cli() -> None:
     """
 
 
-cli.add("Look", top, "kvmtrace top", "kvmtrace top --once")
+cli.add(
+    "Look",
+    top,
+    "kvmtrace top",
+    "kvmtrace top --once",
+    "kvmtrace top --once --from sick.jsonl --at 5m",
+)
 cli.add(
     "Look",
     explain,

@@ -89,24 +89,28 @@ def bundle(
         print_status(f"{output}: {', '.join(sorted(files))}")
 
 
-def write_bundle(log: EventLog, host: str, stamp: str) -> str:
-    """Write a bundle of a log, without a report on this host; what to print about it.
+def write_bundle(log: EventLog, name: str, *, here: bool) -> str:
+    """Write ``name``.tar.gz, a bundle of a log without doctor's report; what to print about it.
+
+    ``here``: the log is of this host, whose records of its memory are added.
 
     Into the current directory or, where that does not let us, the one for temporary files: a
     command that watches has given up the privilege to write anywhere. Raises KvmtraceError.
     """
-    name = f"kvmtrace-{re.sub('[^A-Za-z0-9.-]+', '-', host)}-{stamp}.tar.gz"
+    name = f"{re.sub('[^A-Za-z0-9.-]+', '-', name)}.tar.gz"
     try:
-        return _write(name, log)
+        return _write(name, log, here=here)
     except KvmtraceError as error:
         if not isinstance(error.__cause__, PermissionError):
             raise
-        return _write(os.path.join(tempfile.gettempdir(), name), log)
+        return _write(os.path.join(tempfile.gettempdir(), name), log, here=here)
 
 
-def _write(path: str, log: EventLog) -> str:
+def _write(path: str, log: EventLog, *, here: bool) -> str:
     with Output(path, False, binary=True) as archive, contextlib.closing(LongText()) as events:
         files = _files(log, events)
+        if here:
+            files |= host_files(_host_records(), None)
         with archive.writing():
             bundle_view.write(archive.file, files, int(time.time()))
         archive.sync()

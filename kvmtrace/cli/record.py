@@ -12,6 +12,7 @@ from kvmtrace.cli.inputs import give_up_privileges, open_host_or_remote, open_se
 from kvmtrace.cli.options import duration_option, point_in_time, utc_option, with_source
 from kvmtrace.cli.output_file import Output
 from kvmtrace.events import Event, HwError, Poison
+from kvmtrace.linux import clock
 from kvmtrace.sources.recording import Writer
 
 # Syncing while recording keeps the wait at the end short.
@@ -61,7 +62,7 @@ def record(
         raise click.UsageError("one FILE is needed")
     path = file or output_file or ""
     if since is not None:
-        _export(path, force, history, since, time.time_ns() if until is None else until)
+        _export(path, force, history, since, clock.now_ns() if until is None else until)
     elif until is not None:
         raise click.UsageError("--until needs --since")
     else:

@@ -83,7 +83,7 @@ def _show_recording(
 
         def bundle() -> str:
             with open_recording(path) as whole:
-                return _bundle(RecordedLog(whole), tape.snapshot(), tape.now())
+                return _bundle(RecordedLog(whole), tape.snapshot(), tape.now(), here=False)
 
         shown = watched.Watched(
             tape.snapshot,
@@ -102,7 +102,7 @@ def _watch(kind: str, interval: float) -> None:
     watching = Watching(kind)
 
     def bundle() -> str:
-        return _bundle(watching.log(), watching.snapshot(), watching.now())
+        return _bundle(watching.log(), watching.snapshot(), watching.now(), here=True)
 
     shown = watched.Watched(
         watching.snapshot, watching.now, watching.recent, watching.status, bundle
@@ -116,9 +116,10 @@ def _watch(kind: str, interval: float) -> None:
         watching.close()
 
 
-def _bundle(log: EventLog, snapshot: Snapshot | None, now: int) -> str:
+def _bundle(log: EventLog, snapshot: Snapshot | None, now: int, *, here: bool) -> str:
     wall = now if snapshot is None else snapshot.wall(now)
-    return write_bundle(log, log.host.name, re.sub("[^0-9]", "", date_of(wall))[:14])
+    stamp = re.sub("[^0-9]", "", date_of(wall))[:14]
+    return write_bundle(log, f"kvmtrace-{log.host.name}-{stamp}", here=here)
 
 
 def _top_once(source: str, interval: float, as_json: bool) -> None:

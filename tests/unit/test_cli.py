@@ -263,7 +263,8 @@ def test_times_of_day_are_the_last_ones(zone: None) -> None:
         shown = time.strftime("%H:%M:%S", time.localtime(now - ago))
         assert abs(now - ago - point_in_time(shown) / SECOND) < 2
     an_hour_ago = point_in_time("1h")
-    assert 3600 <= (time.time_ns() - an_hour_ago) / SECOND < 3660
+    # By a clock that is not stepped nor slewed.
+    assert 3599 < (time.time_ns() - an_hour_ago) / SECOND < 3660
     assert point_in_time("7:05") == point_in_time("07:05")
 
 

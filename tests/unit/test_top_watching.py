@@ -138,9 +138,10 @@ def test_a_bundle_of_what_was_seen(
         until(lambda: ids(follow) == ["103275-1"])
     # Also when it is gone.
     until(lambda: follow.snapshot() is not None and "has ended" in follow.status())
-    told = write_bundle(follow.log(), "host/../17", "20260921155650")
+    told = write_bundle(follow.log(), "kvmtrace-host/../17-20260921155650", here=True)
     path = "kvmtrace-host-..-17-20260921155650.tar.gz"
-    assert told.startswith(f"{path}: events.jsonl, explain.txt")
+    assert told.startswith(f"{path}: ")
+    assert {"events.jsonl,", "explain.txt,"} <= set(told.split())
     with tarfile.open(path) as archive:
         archive.extract("kvmtrace-bundle/events.jsonl")
     shown = json.loads(invoke("replay", "--json", "kvmtrace-bundle/events.jsonl").stdout)
@@ -161,7 +162,7 @@ def test_a_bundle_where_the_directory_is_not_ours(
         return real(self)
 
     monkeypatch.setattr(output_file.Output, "_open", refuse)
-    told = write_bundle(log, "h", "1")
+    told = write_bundle(log, "kvmtrace-h-1", here=False)
     assert told.startswith(f"{tmp_path}/kvmtrace-h-1.tar.gz: ")
     assert (tmp_path / "kvmtrace-h-1.tar.gz").stat().st_size > 0
     source.close()

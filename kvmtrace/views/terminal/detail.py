@@ -95,16 +95,20 @@ def _named(vm: VmIdentity) -> str:
 
 def _incident(incident: Incident, snapshot: Snapshot) -> _Told:
     found = actions(incident, snapshot)
+    warned: set[str] = set()
     for number, text in enumerate(dict.fromkeys(action.text for action in found), 1):
         yield f"{'Do' if number == 1 else '':<6}{number}. ", text, ""
         # Of several VMs with one step each has its command.
-        for action in (one for one in found if one.text == text):
+        step = [action for action in found if action.text == text]
+        for action in step:
             for command in action.commands:
                 yield "", command, "title"
             if action.commands and action.how:
                 yield "", f"({action.how})", "dim"
-    for never in dict.fromkeys(never for action in found for never in action.never):
-        yield "", never, "warn"
+        for never in dict.fromkeys(never for action in step for never in action.never):
+            if never not in warned:
+                yield "", never, "warn"
+            warned.add(never)
     yield from _page_facts(incident, snapshot)
     yield from _happened(incident, snapshot)
     if incident.origin is not None:
