@@ -126,6 +126,7 @@ class Archive:
         while not self._is_closing:
             self._wake.wait(_EVERY)
             self._write()
+        self._write()  # what came during the last one
         database, self._database = self._database, None
         if database is not None:
             database.close()
