@@ -48,6 +48,10 @@ lab: setup ## a root shell in a machine of the lab (KERNEL=name, see tests/lab/k
 bench: setup ## overhead, start time and memory, measured in the lab
 	@$(PY) -m tests.lab.bench $(ARGS)
 
+bench-native: ## costs that need no lab, in seconds (ARGS="scrapes snapshots": these parts; --readme: into docs/costs.md)
+	@sh tests/setup.sh --no-system
+	@$(PY) -m tests.bench $(ARGS)
+
 matrix: setup ## every scenario on every kernel by every source, as a table
 	@$(PY) -m tests.lab.matrix $(ARGS)
 

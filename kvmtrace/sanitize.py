@@ -36,7 +36,7 @@ def clean(text: str, limit: int = NAME_LIMIT) -> str:
     Control characters become ``?``, format characters (bidi, zero-width) vanish, blanks of all
     kinds become single spaces.
     """
-    if is_clean(text, limit):
+    if not text or is_clean(text, limit):
         return text
     # A hostile command line has megabytes: bound the work too.
     kept = "".join(_clean_characters(text[: 8 * limit]))

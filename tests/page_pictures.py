@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +54,9 @@ PICTURES = (
 
 
 def main() -> None:
-    """Take all pictures anew."""
+    """Take all pictures anew, in UTC."""
+    os.environ["TZ"] = "UTC"
+    time.tzset()
     with browser.browser() as chromium:
         for one in PICTURES:
             chromium.show(one.html(), one.width, height=400, dark=one.dark)

@@ -206,9 +206,13 @@ class Correlator:
             if incident is not None:
                 incident.exits += event.count
                 incident.guest_memfd |= event.errno == kvm.EHWPOISON  # others get a SIGBUS
-                join = _by_place(event.gfn, gfn)
-                entry = TimelineEntry(event.ts, EntryKind.EXIT, event, join, event.vm, event.count)
-                incident.note(entry, event.vm, event.vcpu)
+                distinct = EntryKind.EXIT, event.vm, event.vcpu
+                if not incident.note_again(event.ts, event.count, distinct):
+                    join = _by_place(event.gfn, gfn)
+                    kind, of = EntryKind.EXIT, event.vm
+                    incident.note(
+                        TimelineEntry(event.ts, kind, event, join, of, event.count), of, event.vcpu
+                    )
                 self._deliver(
                     incident, event.ts, event.vm, event.vcpu, exits=event.count, page=event.gfn
                 )
@@ -426,13 +430,17 @@ class Correlator:
         own = by_poison and event.vcpu is None and event.tid == event.sender
         own = own and not incident.consumed_by_access
         kind = EntryKind.OWN_SIGNAL if own else EntryKind.SIGNAL
-        entry = TimelineEntry(event.ts, kind, event, join, event.vm, event.count, vmm=is_vmm)
+
+        def entry() -> TimelineEntry:
+            return TimelineEntry(event.ts, kind, event, join, event.vm, event.count, vmm=is_vmm)
+
         if own:
             incident.sigbus_at_poison += event.count
             incident.own_signals = [*incident.own_signals[-3:], event]
-            incident.note(entry, event.tid)
+            incident.note(entry(), event.tid)
             return event.vm
-        incident.note(entry, event.vm, event.tid, code)
+        if not incident.note_again(event.ts, event.count, (kind, event.vm, event.tid, code)):
+            incident.note(entry(), event.vm, event.tid, code)
         if not is_vmm:
             incident.sigbus_to_others += event.count
             return None

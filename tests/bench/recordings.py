@@ -24,13 +24,15 @@ VMS = 200
 HOST = Host("bench", "6.12.0", "bpf", "a benchmark", epoch_offset_ns=0)
 
 _REPLAY = """
-import resource, sys
+import re, resource, sys
 from kvmtrace.cli import main
 try:
     main()
 finally:
     spent = resource.getrusage(resource.RUSAGE_SELF)
-    print(spent.ru_utime + spent.ru_stime, spent.ru_maxrss, file=sys.stderr)
+    with open("/proc/self/status") as status:
+        most = re.search("VmHWM:[^0-9]*([0-9]+)", status.read())
+    print(spent.ru_utime + spent.ru_stime, most[1], file=sys.stderr)
 """
 
 

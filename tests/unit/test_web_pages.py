@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -24,7 +25,7 @@ from kvmtrace.model import (
     VmIdentity,
 )
 from kvmtrace.probes import Probe
-from kvmtrace.views.explain import explain_text
+from kvmtrace.views.explain import explain_text, sentence
 from kvmtrace.views.format import plain
 from kvmtrace.views.tables.summary import summary_spans
 from kvmtrace.views.web import document, incident_page, landing, metrics
@@ -35,6 +36,16 @@ from tests.unit.snapshots import HOST, NOW, PROBES, many, odd, small, vm
 DOCS = docs.ROOT / "docs"
 HOSTILE = "<script>alert(1)</script>&\"'" + "x" * 90 + "\N{HEBREW LETTER ALEF}"
 needs_browser = pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
+
+
+@pytest.fixture(autouse=True)
+def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The host's zone, in which pages have their times."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
 
 
 class Page(HTMLParser):
@@ -96,6 +107,12 @@ def test_what_to_do_comes_first() -> None:
     assert text.index("db-host-17") < text.index(first) < text.index("What is watched")
     assert "as of 2026-09-21 14:13:20 UTC" in text
     assert page.links[0] == f"/incident/{worst.id}"
+
+
+def test_times_have_the_zone_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "XYZ-2")  # two hours east of UTC
+    time.tzset()
+    assert "as of 2026-09-21 16:13:20 UTC+02:00" in of(small()).text
 
 
 def test_incidents_come_by_urgency_and_what_is_over_last() -> None:
@@ -224,9 +241,9 @@ def test_an_incident_page_has_what_to_do_with_commands_and_the_story() -> None:
     commands = [command for action in todo for command in action.commands]
     assert commands
     for shown in (
-        *(document.sentence(action.text) for action in todo),
+        *(sentence(action.text) for action in todo),
         *commands,
-        *(document.sentence(one) for action in todo for one in action.never),
+        *(sentence(one) for action in todo for one in action.never),
         explain_text(incident, snapshot, incident_page.WIDE),
         explain_text(incident, snapshot, incident_page.NARROW),
     ):

@@ -7,15 +7,12 @@ word is there, too.
 
 from __future__ import annotations
 
-import datetime
 import html
 from collections.abc import Iterable
 
 from kvmtrace import __version__
 from kvmtrace.model import Snapshot
-from kvmtrace.views.format import Span
-
-_SECOND = 1_000_000_000
+from kvmtrace.views.format import Span, clock_of, day_of, zone_of
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -104,22 +101,12 @@ def host_name(snapshot: Snapshot) -> str:
 
 def stamp(snapshot: Snapshot, now: int) -> str:
     """HTML: when the document was made, and of what. ``now``: by the events' clock."""
-    parts = [f"as of {utc(snapshot.wall(now))}"]
+    wall = snapshot.wall(now)
+    parts = [f"as of {day_of(wall)} {clock_of(wall)} {zone_of(wall)}"]
     if (host := snapshot.host) is not None:
         why = f" ({host.source_why})" if host.source_why else ""
         parts += [f"Linux\N{NO-BREAK SPACE}{host.kernel}", f"source {host.source}{why}"]
     return f'<p class="dim small">{html.escape(" · ".join(parts))}</p>'
-
-
-def utc(wall: int) -> str:
-    """``2026-09-21 15:56:50 UTC``; ``wall`` in nanoseconds since the epoch."""
-    when = datetime.datetime.fromtimestamp(wall // _SECOND, datetime.UTC)
-    return f"{when:%Y-%m-%d %H:%M:%S} UTC"
-
-
-def sentence(text: str) -> str:
-    """``text`` with a capital letter and a full stop."""
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 def badge(text: str, style: str) -> str:

@@ -9,10 +9,10 @@ from kvmtrace.judgement.actions import Action, actions
 from kvmtrace.judgement.urgency import urgency_of
 from kvmtrace.model import MAX_INCIDENTS, Incident, Snapshot
 from kvmtrace.sanitize import clean
-from kvmtrace.views.explain import explain_text
+from kvmtrace.views.explain import explain_text, sentence
 from kvmtrace.views.format import clip
 from kvmtrace.views.tables.rows import IncidentRow
-from kvmtrace.views.web.document import badge, document, host_name, sentence, stamp
+from kvmtrace.views.web.document import badge, document, host_name, stamp
 from kvmtrace.views.web.landing import who_has
 
 # Columns of the story where the window is wide, and on a phone.

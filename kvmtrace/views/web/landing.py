@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from kvmtrace.judgement.urgency import Level, Urgency
 from kvmtrace.model import Incident, Snapshot
-from kvmtrace.views.format import UNKNOWN, counted, plain, shift_of
+from kvmtrace.views.format import UNKNOWN, counted, plain
 from kvmtrace.views.tables import header
 from kvmtrace.views.tables.columns import INCIDENT_COLUMNS, LIVE_ONLY, VM_COLUMNS
 from kvmtrace.views.tables.grid import Column, Row
@@ -25,7 +25,6 @@ from kvmtrace.views.web.document import (
     host_name,
     spans,
     stamp,
-    utc,
 )
 
 MAX_ROWS = 200
@@ -167,13 +166,12 @@ def _cell(column: Column[Row], row: Row) -> str:
 
 
 def _watched(snapshot: Snapshot) -> str:
-    lines = [header.probe_spans(snapshot), header.memory_spans(snapshot)]
-    if snapshot.steps:
-        # In UTC as all of the page: readers need not be where the host is.
-        last = snapshot.steps[-1]
-        at = utc(snapshot.wall(last.ts))
-        lines.append(((f"wall clock stepped by {shift_of(last.step_ns)}, to {at}", "note"),))
-    text = "".join(f"<p>{spans(line)}</p>" for line in lines)
+    lines = [
+        header.probe_spans(snapshot),
+        header.memory_spans(snapshot),
+        header.clock_spans(snapshot),
+    ]
+    text = "".join(f"<p>{spans(line)}</p>" for line in lines if line)
     probes = [f"<li>{spans(line)}</li>" for line in header.probe_lines(snapshot)]
     return f"{text}<ul>{''.join(probes)}</ul>" if probes else text
 
