@@ -1,6 +1,6 @@
 # Everything from a bare clone: each target does the set-up that it needs.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hw test fuzz lint format lab bench matrix readme picture clean
+.PHONY: help setup demo demo-hw test fuzz lint format lab bench bench-native matrix readme picture page-pictures deb clean
 
 PY := .venv/bin/python
 SOURCE ?= auto
@@ -11,7 +11,7 @@ FROM ?=
 ARGS ?=
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## system packages and .venv, nothing else
 	@sh tests/setup.sh
@@ -48,6 +48,10 @@ lab: setup ## a root shell in a machine of the lab (KERNEL=name, see tests/lab/k
 bench: setup ## overhead, start time and memory, measured in the lab
 	@$(PY) -m tests.lab.bench $(ARGS)
 
+bench-native: ## costs that need no lab, in seconds (ARGS="scrapes snapshots": these parts; --readme: into docs/costs.md)
+	@sh tests/setup.sh --no-system
+	@$(PY) -m tests.bench $(ARGS)
+
 matrix: setup ## every scenario on every kernel by every source, as a table
 	@$(PY) -m tests.lab.matrix $(ARGS)
 
@@ -56,9 +60,20 @@ readme: ## README and docs/ anew: output of commands, tables of the last whole `
 	@$(PY) -m tests.docs
 	@$(PY) -m tests.lab.readme
 
-picture: ## docs/top.svg anew, from a recording
+picture: ## docs/top*.svg anew, from a recording: each size of `top`
 	@sh tests/setup.sh --no-system
 	@$(PY) -m tests.docs picture
+
+page-pictures: ## docs/page-*.png and docs/incident-*.png anew, from a recording (needs Debian's chromium)
+	@sh tests/setup.sh --no-system
+	@$(PY) -m tests.page_pictures
+
+# Debian's own Python builds it, not another one in PATH.
+deb: ## build/kvmtrace_*_all.deb; needs what `apt build-dep ./` installs
+	@rm -rf build/deb && mkdir -p build/deb/kvmtrace
+	@git ls-files -z | tar --create --null --files-from=- | tar --extract --directory=build/deb/kvmtrace
+	@cd build/deb/kvmtrace && env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME="$$HOME" dpkg-buildpackage -us -uc -b
+	@mv build/deb/*.deb build/ && ls build/*.deb
 
 clean: ## remove what was built (the lab's downloads stay: ~/.cache/kvmtrace-lab)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv

@@ -11,8 +11,9 @@
  *   RING_PAGES …        sizes and rate limits (sources/limits.py, IN_C)
  *   FN_probe            the name of the probe's fentry or fexit program, if its target is in BTF
  *   SYM_variable        what stands for the address of a kernel's variable: see sources/bpf/copies.py
+ *   HAS_TASK_PT_REGS    the kernel has the helper of that name (Linux 5.15)
  * Programs are named by their probe: FN_probe (fentry, fexit), kp_probe and kr_probe (kprobe and
- * kretprobe), tp_probe (raw tracepoint).
+ * kretprobe), tp_probe (raw tracepoint), te_probe (trace event).
  */
 #include <asm/ptrace.h>
 #include "record.h"
@@ -26,6 +27,43 @@ BPF_TABLE("lru_hash", u64, u64, generation, 65536);
 /* Threads that sent a signal with a record, until the fault that it was sent from returns. The value is
  * the running vCPU's count of exits at that time, or 0. */
 BPF_TABLE("lru_hash", u32, u64, signalled, 8192);
+#ifdef __aarch64__
+/* Rows of `signalled`, or more if it was full. There, each fault that KVM handles asks: an array is read
+ * without a call, and this one is nearly always zero. */
+BPF_TABLE("array", u32, u64, nr_signalled, 1);
+
+static __always_inline void count_signalled(u32 tid, u64 more)
+{
+	u32 zero = 0;
+	u64 *count = nr_signalled.lookup(&zero);
+
+	if (count && !signalled.lookup(&tid) == (more == 1))
+		__sync_fetch_and_add(count, more);
+}
+
+static __always_inline int is_any_signalled(void)
+{
+	u32 zero = 0;
+	u64 *count = nr_signalled.lookup(&zero);
+
+	return count && *count;
+}
+#else
+#define count_signalled(tid, more)
+#define is_any_signalled() 1
+#endif
+
+static __always_inline void remember_signal(u32 tid, u64 exits)
+{
+	count_signalled(tid, 1);
+	signalled.update(&tid, &exits);
+}
+
+static __always_inline void forget_signal(u32 tid)
+{
+	count_signalled(tid, -1ULL);
+	signalled.delete(&tid);
+}
 
 /* Per thread and kind of call: the last one, and a bit for each copy of the program that ran in it. */
 struct handled_call {
@@ -45,7 +83,6 @@ static __always_inline void count_lost(u32 place)
 
 /* Number of this copy. To bcc it is a helper call; sources/bpf/copies.py replaces it by the number. */
 static u64 (*copy_number)(void) = (void *)COPY_NUMBER_HELPER;
-#define COPY_UNDER_WAY 31
 
 /* Returns 1 if another copy already handled this call.
  *
@@ -132,13 +169,24 @@ static __always_inline void count_activity(void)
 
 typedef unsigned long long args_t;
 
+/* bpf_get_current_task_btf (Linux 5.11), bpf_task_pt_regs */
+static u64 (*current_task)(void) = (void *)158;
+static u64 (*user_registers)(u64 task) = (void *)175;
+
+/* The trace event kvm:kvm_userspace_exit, see its `format`. */
+struct userspace_exit {
+	u64 common;
+	u32 reason;
+	s32 error;
+};
+
 /* A kretprobe has no arguments: the kprobe at the entry saves them, per thread and probe. */
 struct saved_args {
 	u64 a, b, c;
 };
 BPF_TABLE("lru_hash", u64, struct saved_args, saved, 32768);
 
-enum saved_for { SAVED_RUN, SAVED_GMEM, SAVED_FAULTIN, SAVED_VM_NEW, SAVED_SOFT_OFFLINE, SAVED_UNPOISON };
+enum saved_for { SAVED_GMEM, SAVED_FAULTIN, SAVED_VM_NEW, SAVED_SOFT_OFFLINE, SAVED_UNPOISON };
 
 static __always_inline u64 saved_key(u64 probe)
 {

@@ -68,7 +68,7 @@ static __always_inline int within_budget(u64 now)
 	return 1;
 }
 
-/* ---- run: KVM_RUN returned ---- */
+/* ---- run: kvm:kvm_userspace_exit(reason, errno), after each return of kvm_arch_vcpu_ioctl_run ---- */
 
 /* Exits that are part of normal operation: guest_memfd was not called (a conversion), or a flag that
  * mainline does not have asks for the page to be fetched. They come by the ten thousand, page after
@@ -100,7 +100,7 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	run = read_u64(vcpu + OFF_kvm_vcpu_run);
 	key.reason = read_u32(run + OFF_kvm_run_exit_reason);
 	/* Only then does the union hold a memory_fault (api.rst), else leftovers of another exit. 0: see
-	 * on_vncr. */
+	 * is_ordinary. */
 	if (key.reason == KVM_EXIT_MEMORY_FAULT_ &&
 	    (ret == -EFAULT_ || ret == -EHWPOISON_ || !ret) && OFF_kvm_run_memory_fault >= 0) {
 		key.annotated = 1;
@@ -126,7 +126,7 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 		}
 		faults.delete(&tid);
 	}
-	/* on_vncr: guest_memfd was called in this thread, for this page. */
+	/* kvm_handle_vncr_abort: guest_memfd was called in this thread, for this page. */
 	gmem = gmem_fails.lookup(&tid);
 	if (!ret && key.annotated && gmem && gmem->kvm == key.kvm &&
 	    gmem->gfn == key.gpa >> PAGE_SHIFT_)
@@ -139,7 +139,7 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	    (!key.gmem || key.gmem == GMEM_NOT_WATCHED))
 		key.gmem = ret;
 
-	/* No errno; arm64 only: see on_arm_sea. struct { flags, esr, gva, gpa } */
+	/* struct { flags, esr, gva, gpa } */
 	if (!ret && key.reason == KVM_EXIT_ARM_SEA_ && OFF_kvm_run_arm_sea >= 0 &&
 	    read_u64(run + OFF_kvm_run_arm_sea) & ARM_SEA_GPA_VALID)
 		key.gfn = read_u64(run + OFF_kvm_run_arm_sea + 24) >> PAGE_SHIFT_;
@@ -189,93 +189,83 @@ static __always_inline int on_run_failed(u64 vcpu, int ret)
 	return 0;
 }
 
-static __always_inline int on_run(u64 vcpu, int ret, u32 copy)
+/* The vCPU of the ioctl whose file descriptor is the argument at `at` of the current system call. It is
+ * believed if this thread ran it last: kvm_vcpu_ioctl notes the thread before it calls
+ * kvm_arch_vcpu_ioctl_run, under a lock that is held until the tracepoint. A descriptor that another
+ * thread has given to another file meanwhile does not pass. */
+static __always_inline u64 vcpu_of_argument(u64 task, u64 at)
 {
-	if (ret >= 0)
+	u64 files = read_u64(task + OFF_task_struct_files);
+	u64 table = read_u64(read_u64(files + OFF_files_struct_fdt) + OFF_fdtable_fd);
+	u64 file = read_u64(table + 8ULL * read_u32(at));
+	u64 vcpu = read_u64(file + OFF_file_private_data), pid = read_u64(task + OFF_task_struct_thread_pid);
+
+	return pid && read_u64(vcpu + OFF_kvm_vcpu_pid) == pid ? vcpu : 0;
+}
+
+/* The vCPU whose KVM_RUN returns; 0 if not known. The tracepoint does not have it, and it is no longer
+ * the one that this CPU runs. */
+static __always_inline u64 returning_vcpu(void)
+{
+	u32 tid = (u32)bpf_get_current_pid_tgid();
+	struct fault *fault;
+#ifdef HAS_TASK_PT_REGS
+	u64 task = current_task(), registers = user_registers(task), vcpu;
+
+#ifdef __aarch64__
+	vcpu = vcpu_of_argument(task, registers + OFF_pt_regs_orig_x0);
+#else
+	vcpu = vcpu_of_argument(task, registers + OFF_pt_regs_di);
+	if (!vcpu) /* a program of 32 bits */
+		vcpu = vcpu_of_argument(task, registers + OFF_pt_regs_bx);
+#endif
+	if (vcpu)
+		return vcpu;
+#endif
+	/* The fault that failed, if the guest was not entered since. */
+	fault = faults.lookup(&tid);
+	return fault && fault->exits == exits_of(fault->vcpu) ? fault->vcpu : 0;
+}
+
+/* What KVM_RUN ordinarily returns. Of failures it is a pending signal and a vCPU that is not started yet.
+ * arm64 has memory faults without an errno: against api.rst those that kvm_handle_vncr_abort finds, and
+ * KVM_EXIT_ARM_SEA. */
+static __always_inline int is_ordinary(u32 reason, int ret)
+{
+#ifdef __aarch64__
+	if (!ret)
+		return reason != KVM_EXIT_MEMORY_FAULT_ && reason != KVM_EXIT_ARM_SEA_;
+#endif
+	return ret >= 0 || ret == -EINTR_ || ret == -EAGAIN_;
+}
+
+static __always_inline int on_run(int ret, u32 copy)
+{
+	u64 vcpu = returning_vcpu();
+
+	if (!vcpu) {
+		count_lost(LOST_COUNTS);
 		return 0;
-	/* Normal operation: a signal is pending, or the vCPU is not started yet. */
-	if (ret == -EINTR_ || ret == -EAGAIN_)
-		return 0;
+	}
 	return already_handled(CALL_RUN, vcpu, exits_of(vcpu), copy) ? 0 : on_run_failed(vcpu, ret);
 }
 
-/* A KVM_RUN that was in progress when the probes were attached bypasses probes on its return, but still
- * hits kvm:kvm_userspace_exit(reason, errno). The vCPU comes from the fault recorded last on this
- * thread. If `run` saw this exit, it has already deleted that fault. */
-static __always_inline int on_run_under_way(int ret)
-{
-	u32 tid = (u32)bpf_get_current_pid_tgid();
-	struct fault *fault = faults.lookup(&tid);
-
-	if (!fault || fault->exits != exits_of(fault->vcpu))
-		return 0;
-	return on_run(fault->vcpu, ret, COPY_UNDER_WAY);
-}
-
-#ifdef FN_run
-int FN_run(args_t *ctx)
-{
-	return on_run(ctx[0], (int)ctx[NARGS_run], copy_number());
-}
-#endif
-
-int kp_run(struct pt_regs *ctx)
-{
-	return save_args(SAVED_RUN, PT_REGS_PARM1(ctx), 0, 0);
-}
-
-/* kvm:kvm_userspace_exit(reason, errno) comes right after KVM_RUN's return, in the same thread. A
- * kretprobe would miss returns, because many vCPUs in KVM_RUN use up its instances. */
+/* All exits of all VMs come through here: nothing precedes the first comparison. */
 int tp_run(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct saved_args *args;
-
-	if ((int)ctx->args[1] >= 0)
+	if (is_ordinary((u32)ctx->args[0], (int)ctx->args[1]))
 		return 0;
-	args = saved_args(SAVED_RUN);
-	return args ? on_run(args->a, (int)ctx->args[1], 0) : on_run_under_way((int)ctx->args[1]);
+	return on_run((int)ctx->args[1], copy_number());
 }
 
-int tp_run_under_way(struct bpf_raw_tracepoint_args *ctx)
+/* The same as a trace event. Preemption is off while such a program runs: it stands for the first copy, and
+ * others are needed for a while only (sources/bpf/run_probe.py). */
+int te_run(struct userspace_exit *event)
 {
-	return (int)ctx->args[1] >= 0 ? 0 : on_run_under_way((int)ctx->args[1]);
-}
-
-/* ---- arm_sea: kvm_handle_guest_sea(vcpu) returned. After 0 KVM_RUN returns 0, too, with
- * KVM_EXIT_ARM_SEA. ---- */
-
-static __always_inline int on_arm_sea(u64 vcpu, int ret)
-{
-	if (ret || read_u32(read_u64(vcpu + OFF_kvm_vcpu_run) + OFF_kvm_run_exit_reason) != KVM_EXIT_ARM_SEA_)
+	if (is_ordinary(event->reason, event->error))
 		return 0;
-	return on_run_failed(vcpu, 0);
+	return on_run(event->error, 0);
 }
-
-#ifdef FN_arm_sea
-int FN_arm_sea(args_t *ctx)
-{
-	return on_arm_sea(ctx[0], (int)ctx[NARGS_arm_sea]);
-}
-#endif
-
-/* ---- vncr: kvm_handle_vncr_abort(vcpu) returned. After 0 KVM_RUN returns 0, too: with a memory fault,
- * which against api.rst has no errno, or as above. A check here costs other returns of KVM_RUN
- * nothing. ---- */
-
-static __always_inline int on_vncr(u64 vcpu, int ret)
-{
-	if (ret || read_u32(read_u64(vcpu + OFF_kvm_vcpu_run) + OFF_kvm_run_exit_reason) !=
-			   KVM_EXIT_MEMORY_FAULT_)
-		return 0;
-	return on_run_failed(vcpu, 0);
-}
-
-#ifdef FN_vncr
-int FN_vncr(args_t *ctx)
-{
-	return on_vncr(ctx[0], (int)ctx[NARGS_vncr]);
-}
-#endif
 
 /* ---- gmem: kvm_gmem_get_pfn(kvm, slot, gfn, pfn, ...) failed ---- */
 
@@ -397,14 +387,17 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret, u32 copy)
 
 	if (ret == 0) /* RET_PF_CONTINUE */
 		return 0;
-	tid = (u32)bpf_get_current_pid_tgid();
 	if (ret > 0) {
 		struct fault_record record = {};
-		u64 slot, *sent = signalled.lookup(&tid);
+		u64 slot, *sent;
 
+		if (!is_any_signalled())
+			return 0;
+		tid = (u32)bpf_get_current_pid_tgid();
+		sent = signalled.lookup(&tid);
 		if (!sent || !is_poisoned(vcpu, fault, sent))
 			return 0;
-		signalled.delete(&tid);
+		forget_signal(tid);
 		fill_header(&record.h, RECORD_FAULT, read_u64(vcpu + OFF_kvm_vcpu_kvm));
 		record.vcpu = read_u32(vcpu + OFF_kvm_vcpu_vcpu_id);
 		record.gfn = gfn_of(vcpu, fault);
@@ -417,6 +410,7 @@ static __always_inline int on_faultin(u64 vcpu, u64 fault, int ret, u32 copy)
 		emit(&record, sizeof(record));
 		return 0;
 	}
+	tid = (u32)bpf_get_current_pid_tgid();
 	state.vcpu = vcpu;
 	state.exits = exits_of(vcpu);
 	if (already_handled(CALL_FAULTIN, vcpu, state.exits, copy))

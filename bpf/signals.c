@@ -62,10 +62,13 @@ static __always_inline int on_sigbus(int code, u64 hva, int lsb, u64 task, u32 c
 	record.target_tid = target;
 	record.target_tgid = task ? read_u32(task + OFF_task_struct_tgid) : record.h.tgid;
 	if (!count_signal(&record, &count)) {
-		signalled.delete(&record.h.tid);
+		forget_signal(record.h.tid);
 		return 0;
 	}
-	signalled.update(&record.h.tid, &exits);
+#ifdef SYM_KVM_RUNNING_VCPU
+	if (vcpu) /* else no fault will return in this thread */
+#endif
+		remember_signal(record.h.tid, exits);
 	if (!task)
 		bpf_get_current_comm(record.comm, sizeof(record.comm));
 	else if (OFF_task_struct_comm >= 0)

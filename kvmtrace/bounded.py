@@ -31,5 +31,8 @@ class BoundedDict(OrderedDict[K, V]):
 
     def renew(self, key: K, value: V) -> None:
         """Assign ``value`` and make ``key`` the newest."""
-        self.pop(key, None)
-        self[key] = value
+        if key in self:
+            super().__setitem__(key, value)
+            self.move_to_end(key)
+        else:
+            self[key] = value

@@ -54,8 +54,10 @@ def label(text: str | None) -> str | None:
     A name that occurs twice ("DIMM0 or DIMM0", two ranks of it) is returned once. All memory of a
     controller ("mc#0memory#0") is not a name.
     """
+    if not text:
+        return None
     names = []
-    for name in sanitize.clean(text or "").split(_OR):
+    for name in sanitize.clean(text).split(_OR):
         before = None
         while name != before and not _ONLY.fullmatch(name):
             before, name = name, _AT_AN_END.sub("", name).strip()  # noqa: PLW2901

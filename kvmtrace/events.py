@@ -46,8 +46,10 @@ class Event:
 class VmSeen(Event):
     """A VM was discovered; comes again, with the same key, when more is known of it.
 
-    ``vmid``: Proxmox VE's number for it. ``unread``: why its process could not be looked up; only
-    what can be read without a risk of hanging is known then (``linux.proc_reader``).
+    ``vmid``: Proxmox VE's number for it. ``unit``: the systemd unit that is this VM alone.
+    ``api_socket``: the path of its VMM's API on the host. ``unread``: why its process could not be
+    looked up; only what can be read without a risk of hanging is known then
+    (``linux.proc_reader``).
     """
 
     kind: ClassVar[str] = "vm_seen"
@@ -58,6 +60,8 @@ class VmSeen(Event):
     vmm: str | None = None
     vmid: str | None = None
     unread: str | None = None
+    unit: str | None = None
+    api_socket: str | None = None
 
     @property
     def label(self) -> str:

@@ -80,6 +80,8 @@ class Vm:
     vmid: str | None = None
     forgotten_pages: int = 0
     unread: str | None = None
+    unit: str | None = None
+    api_socket: str | None = None
 
     def exits_by_errno(self) -> dict[str, int]:
         """{errno name: exits}."""
@@ -104,7 +106,16 @@ class Vm:
     @property
     def identity(self) -> VmIdentity:
         """The VM as incidents remember it."""
-        return VmIdentity(self.key, self.pid, self.name, self.uuid, self.vmm, vmid=self.vmid)
+        return VmIdentity(
+            self.key,
+            self.pid,
+            self.name,
+            self.uuid,
+            self.vmm,
+            vmid=self.vmid,
+            unit=self.unit,
+            api_socket=self.api_socket,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +129,8 @@ class VmIdentity:
     vmm: str | None = None
     gone_ts: int | None = None
     vmid: str | None = None
+    unit: str | None = None
+    api_socket: str | None = None
 
     @property
     def label(self) -> str:
@@ -309,6 +322,21 @@ class TimelineEntry:
     last_ts: int | None = None
     owner: Owner | None = None
     vmm: bool = True
+
+    def and_again(self, ts: int, count: int) -> TimelineEntry:
+        """Return the entry with ``count`` more, at ``ts``; there may be millions of them."""
+        last = self.last_ts or self.ts
+        return TimelineEntry(
+            ts if ts < self.ts else self.ts,
+            self.kind,
+            self.event,
+            self.joined_by,
+            self.vm,
+            self.count + count,
+            ts if ts > last else last,
+            self.owner,
+            self.vmm,
+        )
 
 
 @dataclass(frozen=True, slots=True)

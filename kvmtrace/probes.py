@@ -119,9 +119,12 @@ def context_specs() -> tuple[ProbeSpec, ...]:
     )
 
 
+USERSPACE_EXIT = "kvm:kvm_userspace_exit"
+"""Every return of KVM_RUN: its exit reason and errno (virt/kvm/kvm_main.c)."""
+
 # What a source needs beside `run`, to see those that were in KVM_RUN when it attached.
 RUN_UNDER_WAY = ProbeSpec(
-    "run_under_way", ("kvm:kvm_userspace_exit",), "entry", "exits that began before the start"
+    "run_under_way", (USERSPACE_EXIT,), "entry", "exits that began before the start"
 )
 
 

@@ -36,10 +36,24 @@ def clean(text: str, limit: int = NAME_LIMIT) -> str:
     Control characters become ``?``, format characters (bidi, zero-width) vanish, blanks of all
     kinds become single spaces.
     """
+    if not text or is_clean(text, limit):
+        return text
     # A hostile command line has megabytes: bound the work too.
     kept = "".join(_clean_characters(text[: 8 * limit]))
     kept = " ".join(kept.split())
     return kept if len(kept) <= limit else kept[: limit - 1].rstrip() + "…"
+
+
+def is_clean(text: str, limit: int = NAME_LIMIT) -> bool:
+    """Whether ``clean`` is known to return ``text`` as it is: most names are plain ASCII."""
+    return (
+        len(text) <= limit
+        and text.isascii()
+        and text.isprintable()
+        and "  " not in text
+        and text[:1] not in ("", " ")
+        and text[-1] != " "
+    )
 
 
 def _clean_characters(text: str) -> Iterator[str]:

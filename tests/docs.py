@@ -19,40 +19,47 @@ from kvmtrace.correlate import Correlator
 from kvmtrace.model import Snapshot
 from kvmtrace.sources.recording import RecordingSource
 from kvmtrace.views.terminal.app import TopApp
+from kvmtrace.views.terminal.watched import Watched
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md")
 STORY = ROOT / "tests/recordings/story.jsonl"
-PICTURE = ROOT / "docs/top.svg"
+# `kvmtrace top` in each of its sizes; README.md shows the first one.
+PICTURES = {
+    ROOT / "docs/top.svg": (120, 27),
+    ROOT / "docs/top-160.svg": (160, 27),
+    ROOT / "docs/top-80.svg": (80, 24),
+    ROOT / "docs/top-40.svg": (40, 24),
+}
 
-_SIZE = (124, 17)
 _COLUMNS = "100"
 _CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FONTS = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 _TEXT = re.compile(r"<text[^>]*>(.*?)</text>")
 
 
-# -- the picture of `kvmtrace top`
+# -- the pictures of `kvmtrace top`
 
 
-def picture() -> str:
+def picture(width: int, height: int) -> str:
     """Return `kvmtrace top` at the end of the story, as SVG without fonts of its own."""
-    return _FONTS.sub("", asyncio.run(_drawn()))
+    return _FONTS.sub("", asyncio.run(_drawn((width, height))))
 
 
-async def _drawn() -> str:
-    # Of two snapshots, so that rates are known. The app takes the first of them when it starts.
-    *_, before, after = _snapshots()
-    shown = [before, after]
+async def _drawn(size: tuple[int, int]) -> str:
+    # Of the last snapshots, so that rates are known.
+    shown = list(snapshots())[-9:]
     clock = [one.last_ts or 0 for one in shown]
-    app = TopApp(lambda: shown.pop(0), 3600, lambda: clock.pop(0))
-    async with app.run_test(size=_SIZE) as pilot:
-        app.tick()
+    app = TopApp(Watched(lambda: shown[0], lambda: clock[0]), 3600)
+    async with app.run_test(size=size) as pilot:
+        while len(shown) > 1:
+            del shown[0], clock[0]
+            app.tick()
         await pilot.pause()
         return app.export_screenshot(title="kvmtrace top")
 
 
-def _snapshots() -> Iterator[Snapshot]:
+def snapshots() -> Iterator[Snapshot]:
     """Yield the state of the host after each event of the story."""
     source = RecordingSource(str(STORY))
     try:
@@ -101,8 +108,9 @@ def output_of(command: str) -> str:
 
 
 def main() -> None:
-    """Draw the picture and, unless the argument is ``picture``, renew the output of commands."""
-    PICTURE.write_text(picture())
+    """Draw the pictures and, unless the argument is ``picture``, renew the output of commands."""
+    for path, size in PICTURES.items():
+        path.write_text(picture(*size))
     if sys.argv[1:] != ["picture"]:
         for page in PAGES:
             page.write_text(with_output(page.read_text()))

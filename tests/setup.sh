@@ -10,13 +10,17 @@ ready=$venv/.ready-for
 say() { echo "setup: $*" >&2; }
 
 system() {
-    had_prometheus=$(command -v prometheus || true)
-    sh tests/lab/setup.sh prometheus tmux
-    # Tests start their own on a free port; disable the service that Debian's package has just started.
-    if [ -z "$had_prometheus" ] && [ -d /run/systemd/system ]; then
+    services=""
+    for service in prometheus prometheus-alertmanager; do
+        command -v "$service" >/dev/null || services="$services $service"
+    done
+    sh tests/lab/setup.sh prometheus prometheus-alertmanager tmux
+    # Tests start their own on free ports; disable the services that Debian's packages have just started.
+    if [ -n "$services" ] && [ -d /run/systemd/system ]; then
         as_root=""
         [ "$(id -u)" = 0 ] || as_root=sudo
-        $as_root systemctl disable --quiet --now prometheus 2>/dev/null || true
+        # shellcheck disable=SC2086
+        $as_root systemctl disable --quiet --now $services 2>/dev/null || true
     fi
 }
 

@@ -11,13 +11,14 @@ import os
 import click
 
 from kvmtrace import __version__
+from kvmtrace.cli.assets import assets
 from kvmtrace.cli.bundle import bundle
 from kvmtrace.cli.check import check
 from kvmtrace.cli.compile import compile_
 from kvmtrace.cli.doctor import doctor
-from kvmtrace.cli.errors import Group
 from kvmtrace.cli.events import events
 from kvmtrace.cli.explain import explain
+from kvmtrace.cli.help import GroupedCommands
 from kvmtrace.cli.record import record
 from kvmtrace.cli.replay import replay
 from kvmtrace.cli.serve import serve
@@ -35,18 +36,68 @@ def main() -> None:
             os._exit(1)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="kvmtrace")
+@click.group(
+    cls=GroupedCommands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""
+    Each option can also be set by a variable of its name: KVMTRACE_TOP_INTERVAL=2s, KVMTRACE_UTC=1.
+
+    \b
+    Shell completion, also of VMs and incidents (or zsh_source, fish_source):
+      eval "$(_KVMTRACE_COMPLETE=bash_source kvmtrace)"
+    """,
+)
+@click.version_option(__version__, prog_name="kvmtrace", allow_from_autoenv=False)
 def cli() -> None:
     """Which VMs hold poisoned memory, was the VMM notified, and is it over?
 
     A VMM is the process that runs a VM, for instance QEMU.
-
-    \b
-    Shell completion (or zsh_source):
-      eval "$(_KVMTRACE_COMPLETE=bash_source kvmtrace)"
     """
 
 
-for command in (top, events, serve, record, replay, explain, check, bundle, doctor, compile_):
-    cli.add_command(command)
+cli.add(
+    "Look",
+    top,
+    "kvmtrace top",
+    "kvmtrace top --once",
+    "kvmtrace top --once --from sick.jsonl --at 5m",
+)
+cli.add(
+    "Look",
+    explain,
+    "kvmtrace explain web-1",
+    "kvmtrace explain 0x4f2311",
+    "kvmtrace explain 0x1f000000@web-1 --from sick.jsonl",
+)
+cli.add(
+    "Look",
+    events,
+    "kvmtrace events --since 2h --kind poison,sigbus",
+    "kvmtrace events --count 1 --duration 1h30m",
+    "kvmtrace events --vm web-1 --json",
+)
+cli.add(
+    "Look",
+    replay,
+    "kvmtrace replay sick.jsonl",
+    "kvmtrace replay --events --state looping sick.jsonl",
+)
+cli.add("Run", serve, "kvmtrace serve", "kvmtrace serve --max-vms 1000")
+cli.add("Run", compile_, "kvmtrace compile")
+cli.add(
+    "Run", assets, "kvmtrace assets unit --to DIR", "kvmtrace assets rules --to /etc/prometheus"
+)
+cli.add(
+    "Keep",
+    record,
+    "kvmtrace record sick.jsonl --duration 1h30m",
+    "kvmtrace record --since 2h -o case.jsonl",
+)
+cli.add(
+    "Keep",
+    bundle,
+    "kvmtrace bundle -o case.tar.gz --redact",
+    "kvmtrace bundle -o case.tar.gz --from sick.jsonl",
+)
+cli.add("Check", check, "kvmtrace check", "kvmtrace check --from sick.jsonl")
+cli.add("Check", doctor, "kvmtrace doctor", "kvmtrace doctor --verbose")

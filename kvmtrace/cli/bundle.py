@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -14,18 +17,31 @@ from kvmtrace.cli.inputs import Batch, EventLog, load_log
 from kvmtrace.cli.options import from_option, watch_option, with_source
 from kvmtrace.cli.output_file import Output
 from kvmtrace.cli.signals import Interrupted, stop
-from kvmtrace.linux import host
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.linux import edac, host, kernel_log, memory_failure, smbios
+from kvmtrace.linux.read import read_text
+from kvmtrace.sanitize import clean
 from kvmtrace.sources.recording import Writer
 from kvmtrace.spool import LongText, spooling
 from kvmtrace.views import bundle as bundle_view
 from kvmtrace.views import doctor as doctor_view
+from kvmtrace.views.host_files import HostRecords, host_files
 
 
 @click.command()
 @click.option(
-    "-o", "--output", type=click.Path(dir_okay=False), required=True, metavar="FILE.tar.gz"
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    required=True,
+    metavar="FILE.tar.gz",
+    help="Where to write it.",
 )
-@click.option("--redact", is_flag=True, help="Replace names of VMs, processes and the host.")
+@click.option(
+    "--redact",
+    is_flag=True,
+    help="Replace names of VMs, processes and the host, and serial numbers.",
+)
 @click.option("--force", is_flag=True, help="Replace FILE.tar.gz if it exists.")
 @from_option
 @watch_option
@@ -41,31 +57,87 @@ def bundle(
 ) -> None:
     """Put everything about this host's incidents into one archive.
 
-    For a ticket or an RMA: the events as a recording, all incidents explained, the report of
-    `kvmtrace doctor`, versions.
+    For a ticket or an RMA: the events as a recording, all incidents explained, versions; of this
+    host also the report of `kvmtrace doctor`, its DIMMs with part and serial numbers, counters of
+    memory errors, and what the kernel logged of them.
     """
     with (
         Output(output, force, binary=True) as archive,
         load_log(recording, source, duration, twice=redact) as log,
         contextlib.closing(LongText()) as events,
     ):
+        records = _host_records() if recording is None else None
+        names = None
         if redact:
             all_events = (event for batch, _ in log.batches() for event in batch)
-            names = bundle_view.Redaction(all_events, log.host)
+            serials = (dimm.serial_number for dimm in ((records and records.dimms) or ()))
+            names = bundle_view.Redaction(all_events, log.host, filter(None, serials))
             log = _RedactedLog(log, names)  # noqa: PLW2901 (the log with names must not be used)
         files = _files(log, events)
         if recording is not None and stop.requested:
             raise Interrupted  # before the whole recording was read
-        if recording is None:
-            report = doctor_report(source)
-            if redact:
+        if records is not None:
+            report = doctor_report(source, with_names=not redact)
+            if names is not None:
                 report = doctor_view.with_texts(report, names.text)
             files["doctor.txt"] = doctor_view.render(report, verbose=True)
+            files |= host_files(records, names)
         with archive.writing():
             bundle_view.write(archive.file, files, int(time.time()))
         archive.sync()
         archive.place()
         print_status(f"{output}: {', '.join(sorted(files))}")
+
+
+def write_bundle(log: EventLog, name: str, *, here: bool) -> str:
+    """Write ``name``.tar.gz, a bundle of a log without doctor's report; what to print about it.
+
+    ``here``: the log is of this host, whose records of its memory are added.
+
+    Into the current directory or, where that does not let us, the one for temporary files: a
+    command that watches has given up the privilege to write anywhere. Raises KvmtraceError.
+    """
+    name = f"{re.sub('[^A-Za-z0-9.-]+', '-', name)}.tar.gz"
+    try:
+        return _write(name, log, here=here)
+    except KvmtraceError as error:
+        if not isinstance(error.__cause__, PermissionError):
+            raise
+        return _write(os.path.join(tempfile.gettempdir(), name), log, here=here)
+
+
+def _write(path: str, log: EventLog, *, here: bool) -> str:
+    with Output(path, False, binary=True) as archive, contextlib.closing(LongText()) as events:
+        files = _files(log, events)
+        if here:
+            files |= host_files(_host_records(), None)
+        with archive.writing():
+            bundle_view.write(archive.file, files, int(time.time()))
+        archive.sync()
+        archive.place()
+        return f"{path}: {', '.join(sorted(files))}"
+
+
+def _host_records() -> HostRecords:
+    """What this host has on its memory, as far as this user may read it."""
+    log, error = None, None
+    try:
+        log = tuple(kernel_log.memory_errors())
+    except OSError as failure:
+        error = failure.strerror or str(failure)
+    return HostRecords(
+        command_line=clean(read_text("/proc/cmdline", _MAX_COMMAND_LINE).strip(), _MAX_COMMAND_LINE)
+        or None,
+        settings=memory_failure.settings(),
+        failures=memory_failure.failures_by_node(),
+        dimms=smbios.memory_devices(),
+        edac=edac.counts(),
+        kernel_log=log,
+        log_error=error,
+    )
+
+
+_MAX_COMMAND_LINE = 8192
 
 
 class _RedactedLog(EventLog):

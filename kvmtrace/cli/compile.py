@@ -6,7 +6,8 @@ import os
 
 import click
 
-from kvmtrace.cli.console import print_line
+from kvmtrace import sources
+from kvmtrace.cli.console import busy, print_line
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host
 
@@ -28,7 +29,8 @@ def compile_() -> None:
             "modprobe kvm_intel or kvm_amd",
         )
     before = programs.kept()
-    after = before if before and before.bcc else programs.keep()
+    with busy(lambda: sources.stage() or "compiling"):
+        after = before if before and before.bcc else programs.keep()
     if after.bcc is None:
         raise KvmtraceError(
             f"the programs compile, but cannot be kept: {after.trouble}",

@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 import click
@@ -18,7 +19,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.model import Snapshot
 from kvmtrace.sanitize import clean
 from kvmtrace.views import json_output
-from kvmtrace.views.format import Line, plain
+from kvmtrace.views.format import Line, clip, plain
 from kvmtrace.views.tables.table import table_text
 
 WIDTH_WITHOUT_TERMINAL = 160
@@ -35,9 +36,64 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 
 
+SLOW_SECONDS = 1.0
+_ERASE = "\r\x1b[K"
+# Held while something is written on stderr; the list is empty if no line of ``busy`` is there.
+_writing = threading.RLock()
+_shown: list[str] = []
+
+
 def print_status(text: str) -> None:
     """Print a line on stderr, made safe for a terminal: it may quote file names and arguments."""
-    click.echo(clean(" ".join(text.split()), _MAX_LINE), err=True)
+    with _writing:
+        _erase()
+        click.echo(clean(" ".join(text.split()), _MAX_LINE), err=True)
+
+
+@contextlib.contextmanager
+def busy(what: str | Callable[[], str]) -> Iterator[None]:
+    """Show on the terminal what takes longer than a second, while it does.
+
+    ``what``: as in "attaching probes"; called each second if it may change. Nothing is shown if
+    stderr is a file or a pipe: what reads that expects errors.
+    """
+    if not _is_terminal(sys.stderr):
+        yield
+        return
+    done = threading.Event()
+
+    def show() -> None:
+        while not done.wait(SLOW_SECONDS):
+            text = what if isinstance(what, str) else what()
+            with _writing, contextlib.suppress(OSError, ValueError):
+                if not done.is_set() and _shown != [text]:
+                    _erase()
+                    columns = shutil.get_terminal_size().columns
+                    sys.stderr.write(clip(clean(f"kvmtrace: {text} ..."), columns - 1))
+                    sys.stderr.flush()
+                    _shown[:] = [text]
+
+    thread = threading.Thread(target=show, name="kvmtrace-busy", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # no thread can be started
+        yield
+        return
+    try:
+        yield
+    finally:
+        done.set()
+        with _writing:
+            _erase()
+        thread.join()
+
+
+def _erase() -> None:
+    if _shown:
+        _shown.clear()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(_ERASE)
+            sys.stderr.flush()
 
 
 def print_line(text: str) -> None:
@@ -56,7 +112,7 @@ def print_lines(lines: Iterable[Line]) -> None:
 
     An empty NO_COLOR counts as none (https://no-color.org).
     """
-    is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    is_coloured = stdout_is_terminal() and not os.environ.get("NO_COLOR")
     is_coloured &= os.environ.get("TERM", "dumb") != "dumb"
     shown = (styled(line) if is_coloured else plain(line).rstrip() for line in lines)
     print_line("\n".join(shown))
@@ -69,9 +125,21 @@ def styled(line: Line) -> str:
 
 def terminal_width(most: int) -> int:
     """The width of the terminal, at most ``most``; that where stdout is no terminal."""
-    if not sys.stdout.isatty():
+    if not stdout_is_terminal():
         return most
     return min(most, shutil.get_terminal_size((most, 24)).columns)
+
+
+def stdout_is_terminal() -> bool:
+    """Whether a person reads stdout as it is printed."""
+    return _is_terminal(sys.stdout)
+
+
+def _is_terminal(stream: IO[str]) -> bool:
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # none, or closed
+        return False
 
 
 def escape_unencodable(stream: IO[str]) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 
 import click
 
 from kvmtrace import sources
 from kvmtrace.choice import Attempt
-from kvmtrace.cli.console import json_is_utf8, print_line
+from kvmtrace.cli.console import busy, json_is_utf8, print_line
 from kvmtrace.cli.errors import as_kvmtrace_error
+from kvmtrace.cli.inputs import connect
 from kvmtrace.cli.options import json_option, source_option
-from kvmtrace.linux import host
+from kvmtrace.events import vm_label
+from kvmtrace.linux import host, memory_failure
 from kvmtrace.views import doctor as doctor_view
+from kvmtrace.vmm import processes
+from kvmtrace.vmm.identity import Identity
 
 WIDTH_WITHOUT_TERMINAL = 80
 
@@ -27,8 +33,8 @@ WIDTH_WITHOUT_TERMINAL = 80
 def doctor(ctx: click.Context, as_json: bool, verbose: bool, source: str) -> None:
     """Check what this host offers, and how to fix what is missing.
 
-    Attaches all probes for a moment to see which ones can be attached. The exit status is 0 only
-    if memory-fault exits can be seen on this host.
+    Attaches all probes for a moment to see which ones can be attached; if a serve runs here, looks
+    at that one's instead. The exit status is 0 only if memory-fault exits can be seen on this host.
     """
     report = doctor_report(source)
     if as_json:
@@ -41,13 +47,39 @@ def doctor(ctx: click.Context, as_json: bool, verbose: bool, source: str) -> Non
     ctx.exit(0 if report.ok else 1)
 
 
-def doctor_report(source: str) -> doctor_view.Report:
-    """The report on this host and on these sources ("auto": both)."""
+def doctor_report(source: str, *, with_names: bool = True) -> doctor_view.Report:
+    """The report on this host and on these sources ("auto": a running serve's, or both).
+
+    Beside a serve nothing is attached: a second set of probes would slow down every VM exit.
+    Without ``with_names`` VMs are called by their pids.
+    """
+    with busy("looking at this host"):
+        facts, vmms = host.examine(), list(_notified_vmms(with_names))
+    if source == "auto" and (remote := connect()) is not None:
+        with contextlib.closing(remote):
+            serving = doctor_view.Serving(remote.pid, remote.version)
+            own = [Attempt(remote.name, remote.probes())]
+            return doctor_view.judge(facts, own, None, serving=serving, vmms=vmms)
     kinds = _kinds(source)
     # Before the attempts, which compile what is not there.
     may_look = "bpf" in kinds and host.privilege().may_trace
     programs = _kept_programs() if may_look else None
-    return doctor_view.judge(host.examine(), [_attempt(kind) for kind in kinds], programs)
+    attempts = [_attempt(kind) for kind in kinds]
+    return doctor_view.judge(facts, attempts, programs, vmms=vmms)
+
+
+def _notified_vmms(with_names: bool) -> Iterator[doctor_view.NotifiedVmm]:
+    """The VMMs that can be read, by pid."""
+    settings = memory_failure.settings()
+    pids = sorted(processes.vm_processes())
+    wishes = processes.memory_failure_wishes(pids)
+    for pid in pids:
+        found = processes.identify(pid).identity if with_names else Identity()
+        label = vm_label(pid, found.name, found.vmid)
+        yield doctor_view.NotifiedVmm(
+            f"{label} ({pid})" if found.name else label,
+            memory_failure.is_notified_early(wishes.get(pid, ()), settings),
+        )
 
 
 def _kept_programs() -> doctor_view.KeptPrograms | None:
@@ -64,7 +96,8 @@ def _kinds(source: str) -> tuple[str, ...]:
 def _attempt(kind: str) -> Attempt:
     """Attach, read once, detach. An error is a finding here."""
     try:
-        source = sources.open_source(kind)
+        with busy(lambda: sources.stage() or f"attaching probes by {kind}"):
+            source = sources.open_source(kind)
         try:
             source.poll(0)
             return Attempt(kind, source.probes())

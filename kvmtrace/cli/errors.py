@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 import click
+from click.core import ParameterSource
 
 from kvmtrace.cli.console import discard, escape_unencodable, print_status
 from kvmtrace.cli.signals import Interrupted, stop
@@ -75,8 +76,20 @@ def _click_as_failure(group: click.Context | None = None) -> Iterator[None]:
             path = error.ctx.command_path
         else:
             path = f"kvmtrace {group.invoked_subcommand}" if group else "kvmtrace"
-        hint = f"`{path} --help` lists what there is"
+        hint = _from_environment(error) or f"`{path} --help` lists what there is"
         raise Failure(UsageError(what[:1].lower() + what[1:], hint)) from error
+
+
+def _from_environment(error: click.UsageError) -> str | None:
+    """A hint, if what is wrong is the value of an environment variable."""
+    option = getattr(error, "param", None)
+    if not isinstance(option, click.Option) or error.ctx is None or option.name is None:
+        return None
+    if error.ctx.get_parameter_source(option.name) != ParameterSource.ENVIRONMENT:
+        return None
+    names = [option.envvar] if isinstance(option.envvar, str) else option.envvar or []
+    given = next((name for name in names if os.environ.get(name)), "a variable")
+    return f"{given} in the environment has that value: unset it, or give {option.opts[-1]}"
 
 
 def as_kvmtrace_error(error: Exception) -> KvmtraceError:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kvmtrace.cli.completion import complete_target
 from kvmtrace.cli.console import json_is_utf8, print_line, print_lines, terminal_width
 from kvmtrace.cli.inputs import EventLog, load_log
 from kvmtrace.cli.options import from_option, json_option, utc_option, watch_option, with_source
@@ -21,7 +22,12 @@ from kvmtrace.views.stamp import Stamp
 
 
 @click.command()
-@click.argument("target", required=False, metavar="[INCIDENT|PFN|ADDRESS@VM|VM|DIMM]")
+@click.argument(
+    "target",
+    required=False,
+    metavar="[INCIDENT|PFN|ADDRESS@VM|VM|DIMM]",
+    shell_complete=complete_target,
+)
 @click.option("--evidence", is_flag=True, help="Show what each statement rests on.")
 @from_option
 @json_option

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kvmtrace import __version__, sources
-from kvmtrace.cli.console import print_status
+from kvmtrace.cli.console import busy, print_status
 from kvmtrace.cli.signals import always, nobody_writes, stop
 from kvmtrace.correlate import Correlator
 from kvmtrace.enrich.pipeline import EnrichedSource
@@ -43,7 +43,8 @@ def open_host(kind: str) -> sources.Source:
     """Attach to this host's kernel; events from /proc and page tables are added."""
     READER.prepare()
     stop.clean_up.append(sources.close_opening)
-    source = sources.open_source(kind)
+    with busy(lambda: sources.stage() or "attaching probes"):
+        source = sources.open_source(kind)
     stop.clean_up.append(source.close)
     for note in sources.notes():
         print_status(f"kvmtrace: {note}")
@@ -55,8 +56,13 @@ def open_host_or_remote(kind: str) -> sources.Source:
 
     A second set of probes would slow down every VM exit again, and the serve has the history.
     """
-    remote = RemoteSource.connect() if kind == "auto" else None
-    return remote or open_host(kind)
+    return (connect() if kind == "auto" else None) or open_host(kind)
+
+
+def connect() -> RemoteSource | None:
+    """Connect to the serve that runs on this host; None if there is none."""
+    with busy("reading the history of kvmtrace serve"):
+        return RemoteSource.connect()
 
 
 def give_up_privileges() -> None:
@@ -81,13 +87,15 @@ def _to_detach() -> set[str]:
 
 
 @contextlib.contextmanager
-def open_session(source: sources.Source) -> Iterator[Session]:
+def open_session(source: sources.Source, *, recent: int = 0) -> Iterator[Session]:
     """A session that is closed on every way out. Raises KvmtraceError if its reader goes on."""
-    session = Session(source)
+    session = Session(source, recent=recent)
     try:
         yield session
     finally:
-        if not session.close():
+        with busy("detaching probes"):
+            is_closed = session.close()
+        if not is_closed:
             stop.hung = True
             raise KvmtraceError(
                 f"the reader {session.left}, and was left there",
@@ -206,10 +214,11 @@ class RecordedLog(EventLog):
         if self._is_read:
             self._source.rewind()
         self._is_read = True
-        while not self._source.done and not stop.requested:
-            with reading(self._source):
-                events = self._source.poll(0)
-            yield events, self._source.probes()
+        with busy(f"reading {self._source.path}"):
+            while not self._source.done and not stop.requested:
+                with reading(self._source):
+                    events = self._source.poll(0)
+                yield events, self._source.probes()
 
     def is_complete(self) -> bool:
         """Whether the file was read to its end, and that is the recording's end."""
@@ -285,7 +294,8 @@ def _watch(source: sources.Source, duration: float) -> WatchedLog:
             if duration:
                 print_status(f"kvmtrace: as seen by {source.name} ({source.why})")
             timeouts = iter([0.0])  # it has the history
-        batch = [event for timeout in timeouts for event in session.poll(timeout)]
+        with busy(f"watching this host for {duration:g} s"):
+            batch = [event for timeout in timeouts for event in session.poll(timeout)]
         log = WatchedLog(batch, session.host(), session.probes(), began=began, now=session.now())
         if isinstance(source, RemoteSource):
             via = f"serve, pid {source.pid}"

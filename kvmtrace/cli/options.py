@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 import click
 
 from kvmtrace import sources
+from kvmtrace.linux import clock
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,7 +53,7 @@ def point_in_time(value: str | int) -> int:
     now = datetime.datetime.now(datetime.UTC).astimezone()
     text = value.strip()
     try:
-        return time.time_ns() - round(seconds(text) * 1e9)
+        return clock.now_ns() - round(seconds(text) * 1e9)
     except click.BadParameter:
         pass
     try:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import click
 
 from kvmtrace.cli.console import print_status
 from kvmtrace.cli.inputs import give_up_privileges, open_host_or_remote, open_session, poll_timeouts
-from kvmtrace.cli.options import duration_option, with_source
+from kvmtrace.cli.options import duration_option, point_in_time, utc_option, with_source
 from kvmtrace.cli.output_file import Output
 from kvmtrace.events import Event, HwError, Poison
+from kvmtrace.linux import clock
 from kvmtrace.sources.recording import Writer
 
 # Syncing while recording keeps the wait at the end short.
@@ -18,15 +20,74 @@ _SYNC_SECONDS = 5.0
 
 
 @click.command()
-@click.argument("file", type=click.Path(dir_okay=False))
+@click.argument("file", type=click.Path(dir_okay=False), required=False)
+@click.option("-o", "output_file", type=click.Path(dir_okay=False), help="The same as FILE.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @duration_option
+@click.option(
+    "--since",
+    type=point_in_time,
+    metavar="TIME",
+    help="Export what serve has kept from then on, and do not watch: 2h (ago), 2026-09-21T20:15.",
+)
+@click.option(
+    "--until", type=point_in_time, metavar="TIME", help="With --since: up to then.  [default: now]"
+)
+@click.option(
+    "--history",
+    type=click.Path(dir_okay=False),
+    default="/var/lib/kvmtrace/history.db",
+    show_default=True,
+    metavar="DB",
+    help="With --since: where serve keeps it.",
+)
+@utc_option
 @with_source
-def record(file: str, force: bool, duration: float | None, source: str) -> None:
+def record(
+    *,
+    file: str | None,
+    output_file: str | None,
+    force: bool,
+    duration: float | None,
+    since: int | None,
+    until: int | None,
+    history: str,
+    source: str,
+) -> None:
     """Write the event log to FILE, for `kvmtrace replay`.
 
     Each line of FILE is a JSON object.
     """
+    if (file is None) == (output_file is None):
+        raise click.UsageError("one FILE is needed")
+    path = file or output_file or ""
+    if since is not None:
+        _export(path, force, history, since, clock.now_ns() if until is None else until)
+    elif until is not None:
+        raise click.UsageError("--until needs --since")
+    else:
+        _watch(path, force, duration, source)
+
+
+def _export(file: str, force: bool, history: str, since: int, until: int) -> None:
+    # Only this needs SQLite.
+    from kvmtrace.session import archive_export, archive_file  # noqa: PLC0415
+
+    with contextlib.closing(archive_file.reading(history)) as database:
+        host, version = archive_export.host_of(database)
+        number = 0
+        with Output(file, force) as output:
+            with output.writing():
+                writer = Writer(output.file, host, version, ends=True)
+                for event in archive_export.story(database, since, until):
+                    writer.write((event,), ())
+                    number += 1
+                writer.end()
+            output.place()
+    print_status(f"{number} events")
+
+
+def _watch(file: str, force: bool, duration: float | None, source: str) -> None:
     with Output(file, force) as output, open_session(open_host_or_remote(source)) as session:
         number, sync_at = 0, 0.0
         with output.writing():

@@ -11,7 +11,10 @@ from kvmtrace.cli.console import print_status
 from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_door, open_host, open_session
 from kvmtrace.cli.options import with_source
 from kvmtrace.cli.signals import stop
+from kvmtrace.linux import clock
 from kvmtrace.linux.tracefs import mount
+from kvmtrace.session.session import host_of
+from kvmtrace.sources import Source
 from kvmtrace.views.web.server import check_listen
 
 
@@ -34,15 +37,59 @@ from kvmtrace.views.web.server import check_listen
     metavar="NAME",
     help="On loopback, also answer requests for this host name (for a proxy that passes it on).",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(["auto", "text", "json", "journal"]),
+    default="auto",
+    show_default=True,
+    help="A log line for each change of an incident; auto: the journal where stderr leads there.",
+)
+@click.option(
+    "--history",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Keep all events there, and go on after a restart.  [default: history.db in the service's "
+    "state directory, if it has one]",
+)
+@click.option(
+    "--history-days",
+    type=click.FloatRange(min=0, min_open=True),
+    default=90,
+    show_default=True,
+    metavar="DAYS",
+    help="Delete older events.",
+)
+@click.option(
+    "--history-size",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    metavar="MIB",
+    help="Delete the oldest events of a larger file.",
+)
 @with_source
 def serve(
-    listen: str | None, max_vms: int | None, allow_host: tuple[str, ...], source: str
+    *,
+    listen: str | None,
+    max_vms: int | None,
+    allow_host: tuple[str, ...],
+    log_format: str,
+    history: str | None,
+    history_days: float,
+    history_size: int,
+    source: str,
 ) -> None:
     """Serve metrics for Prometheus, /-/healthy and a landing page.
 
-    Other commands on this host connect to it and do not attach probes of their own.
+    Other commands on this host connect to it and do not attach probes of their own. Each change of
+    an incident is logged on stderr, or in the journal.
     """
-    from kvmtrace.views.web import metrics  # noqa: PLC0415 (prometheus_client)
+    # Other commands need neither the log, nor SQLite, nor prometheus_client.
+    from kvmtrace.cli.service import Service  # noqa: PLC0415
+    from kvmtrace.session import archive_file  # noqa: PLC0415
+    from kvmtrace.session.archive import Archive  # noqa: PLC0415
+    from kvmtrace.session.resumed import ResumedSource  # noqa: PLC0415
+    from kvmtrace.views.web import metrics  # noqa: PLC0415
 
     def kinds() -> list[tuple[str, str]]:
         types, results = mount.memory_failure_names()
@@ -50,7 +97,15 @@ def serve(
 
     listen = listen or metrics.DEFAULT_LISTEN
     check_listen(listen)
-    with open_session(open_host(source)) as session, open_door(session, started=False) as answering:
+    watched: Source = open_host(source)
+    archive = None
+    if path := history or archive_file.default_path():
+        archive = Archive(
+            path, host_of(watched), print_status, days=history_days, size=history_size << 20
+        )
+        stop.clean_up.append(archive.close)
+        watched = ResumedSource(watched, archive.begin(), archive, clock.now_ns)
+    with open_session(watched) as session, open_door(session, started=False) as answering:
         server = metrics.serve(
             listen,
             session,
@@ -65,17 +120,23 @@ def serve(
             server.start()
             if answering is not None:
                 answering.start()
+            if archive is not None:
+                archive.start()
             session.start()
+            service = Service(session, log_format)
             print_status(f"serving {server.url}/metrics")
+            service.ready()
             warned = False
             while not stop.requested and session.failure is None:
                 time.sleep(POLL_SECONDS)
+                service.look()
                 if not warned and (session.shortages or server.dropped["descriptors"]):
                     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
                     print_status(
                         f"kvmtrace: no file descriptors left (limit {limit}): events may be lost"
                     )
                     warned = True
+            service.ending()
             if session.failure is not None:
                 raise session.failure
         finally:

@@ -1,43 +1,125 @@
-"""``kvmtrace top``: the table of VMs and incidents, live or once."""
+"""``kvmtrace top``: the table of incidents and VMs, live, once, or of a recording."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 import click
 
+from kvmtrace.cli.bundle import write_bundle
 from kvmtrace.cli.console import show_snapshot
-from kvmtrace.cli.inputs import give_up_privileges, open_host_or_remote, open_session, poll_timeouts
-from kvmtrace.cli.options import interval_option, json_option, with_source
+from kvmtrace.cli.inputs import (
+    EventLog,
+    RecordedLog,
+    give_up_privileges,
+    open_host_or_remote,
+    open_recording,
+    open_session,
+    poll_timeouts,
+)
+from kvmtrace.cli.options import from_option, interval_option, json_option, utc_option, with_source
+from kvmtrace.cli.tape import RecordedTape
+from kvmtrace.cli.watching import Watching
 from kvmtrace.errors import UsageError
+from kvmtrace.model import Snapshot
+from kvmtrace.views.format import date_of
 
 
 @click.command()
 @click.option("--once", is_flag=True, help="Watch for one interval, print the table and exit.")
 @json_option
+@from_option
+@click.option(
+    "--at",
+    metavar="TIME",
+    help="With --from: begin at a time of day (20:07:15), or so long before the end (5m).",
+)
 @interval_option
+@utc_option
 @with_source
-def top(once: bool, as_json: bool, interval: float, source: str) -> None:
-    """Show a live table of VMs and poison incidents.
+def top(
+    *,
+    once: bool,
+    as_json: bool,
+    recording: str | None,
+    at: str | None,
+    interval: float,
+    source: str,
+) -> None:
+    """Show a live table of poison incidents and VMs, and what to do.
 
     The live table needs a terminal; --once does not. --json needs --once and prints one object.
+    With --from it shows a recording: space plays it, < and > step through it.
     """
     if as_json and not once:
         raise UsageError("--json goes with --once", "`kvmtrace events --json` streams")
-    if once:
-        _top_once(source, interval, as_json)
-        return
-    if not on_terminal():
+    if at is not None and recording is None:
+        raise UsageError("--at goes with --from", "`kvmtrace record FILE` makes a recording")
+    if not once and not on_terminal():
         raise UsageError(
             "top needs a terminal", "`kvmtrace top --once` prints the table, `events` follows"
         )
-    from kvmtrace.views.terminal import app  # noqa: PLC0415 (a TUI library)
+    if recording is not None:
+        _show_recording(recording, at, interval, once=once, as_json=as_json)
+    elif once:
+        _top_once(source, interval, as_json)
+    else:
+        _watch(source, interval)
 
-    with open_session(open_host_or_remote(source)) as session:
+
+def _show_recording(
+    path: str, at: str | None, interval: float, *, once: bool, as_json: bool
+) -> None:
+    with open_recording(path, twice=True) as source:
+        tape = RecordedTape(source)
+        if at is not None:
+            tape.seek(at)
+        if once:
+            show_snapshot(tape.snapshot(), tape.now(), as_json)
+            return
+        from kvmtrace.views.terminal import app, watched  # noqa: PLC0415 (a TUI library)
+
+        def bundle() -> str:
+            with open_recording(path) as whole:
+                return _bundle(RecordedLog(whole), tape.snapshot(), tape.now(), here=False)
+
+        shown = watched.Watched(
+            tape.snapshot,
+            tape.now,
+            tape.recent,
+            tape=tape,
+            # A pipe cannot be read again.
+            bundle=bundle if os.path.isfile(path) else None,
+        )
+        app.run(shown, interval)
+
+
+def _watch(kind: str, interval: float) -> None:
+    from kvmtrace.views.terminal import app, watched  # noqa: PLC0415 (a TUI library)
+
+    watching = Watching(kind)
+
+    def bundle() -> str:
+        return _bundle(watching.log(), watching.snapshot(), watching.now(), here=True)
+
+    shown = watched.Watched(
+        watching.snapshot, watching.now, watching.recent, watching.status, bundle
+    )
+    watching.start()
+    try:
+        # The thread gives its own up once it has attached.
         give_up_privileges()
-        session.start()
-        app.run(session.snapshot, interval, now=session.now)
+        app.run(shown, interval)
+    finally:
+        watching.close()
+
+
+def _bundle(log: EventLog, snapshot: Snapshot | None, now: int, *, here: bool) -> str:
+    wall = now if snapshot is None else snapshot.wall(now)
+    stamp = re.sub("[^0-9]", "", date_of(wall))[:14]
+    return write_bundle(log, f"kvmtrace-{log.host.name}-{stamp}", here=here)
 
 
 def _top_once(source: str, interval: float, as_json: bool) -> None:

@@ -186,7 +186,7 @@ class Correlator:
     def _page_replaced(self, event: PageReplaced) -> CorrelatedEvent:
         incident = self._incidents.find_by_pfn(event.pfn)
         self._incidents.forgotten.discard_pfn(event.pfn, event.vm)
-        if incident is not None and incident.release(event.vm, event.hva):
+        if incident is not None and self._incidents.release(incident, event.vm, event.hva):
             join = Join(JoinedBy.PAGE_TABLE_CHANGED)
             entry = TimelineEntry(event.ts, EntryKind.PAGE_REPLACED, event, join, event.vm)
             incident.note(entry, event.vm, event.hva)
@@ -206,9 +206,13 @@ class Correlator:
             if incident is not None:
                 incident.exits += event.count
                 incident.guest_memfd |= event.errno == kvm.EHWPOISON  # others get a SIGBUS
-                join = _by_place(event.gfn, gfn)
-                entry = TimelineEntry(event.ts, EntryKind.EXIT, event, join, event.vm, event.count)
-                incident.note(entry, event.vm, event.vcpu)
+                distinct = EntryKind.EXIT, event.vm, event.vcpu
+                if not incident.note_again(event.ts, event.count, distinct):
+                    join = _by_place(event.gfn, gfn)
+                    kind, of = EntryKind.EXIT, event.vm
+                    incident.note(
+                        TimelineEntry(event.ts, kind, event, join, of, event.count), of, event.vcpu
+                    )
                 self._deliver(
                     incident, event.ts, event.vm, event.vcpu, exits=event.count, page=event.gfn
                 )
@@ -264,7 +268,10 @@ class Correlator:
         elif incident.before_start and page_types.is_newly_lost(event.page_type):
             incident.not_before_start(event.ts)
         incident.guest_memfd |= gmem is not None
+        rank = incident.rank
         incident.judge(event)
+        if incident.rank < rank:
+            self._incidents.rank_anew()
         if incident.owners and (incident.is_kernels or incident.has_many_places()):
             self._incidents.give_to_kernel(incident)
         if not page_types.is_huge(event.page_type):
@@ -423,13 +430,17 @@ class Correlator:
         own = by_poison and event.vcpu is None and event.tid == event.sender
         own = own and not incident.consumed_by_access
         kind = EntryKind.OWN_SIGNAL if own else EntryKind.SIGNAL
-        entry = TimelineEntry(event.ts, kind, event, join, event.vm, event.count, vmm=is_vmm)
+
+        def entry() -> TimelineEntry:
+            return TimelineEntry(event.ts, kind, event, join, event.vm, event.count, vmm=is_vmm)
+
         if own:
             incident.sigbus_at_poison += event.count
             incident.own_signals = [*incident.own_signals[-3:], event]
-            incident.note(entry, event.tid)
+            incident.note(entry(), event.tid)
             return event.vm
-        incident.note(entry, event.vm, event.tid, code)
+        if not incident.note_again(event.ts, event.count, (kind, event.vm, event.tid, code)):
+            incident.note(entry(), event.vm, event.tid, code)
         if not is_vmm:
             incident.sigbus_to_others += event.count
             return None
@@ -487,7 +498,8 @@ class Correlator:
     ) -> None:
         was_over = incident.over
         # A VM that is notified still has the page.
-        incident.released = {place for place in incident.released if place[0] != vm}
+        if incident.released:
+            incident.released = {place for place in incident.released if place[0] != vm}
         first = incident.deliver(ts, vm, vcpu, exits=exits, signals=signals, page=page)
         self._incidents.add_notified_vm(incident, vm)
         if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:

@@ -147,12 +147,7 @@ class ErrorSite:
                 last_ts=event.ts,
             )
         else:
-            self.entries[key] = replace(
-                known,
-                ts=min(known.ts, event.ts),
-                last_ts=max(known.last_ts or 0, event.ts),
-                count=known.count + max(1, event.count),
-            )
+            self.entries[key] = known.and_again(event.ts, max(1, event.count))
 
     def add_name(self, name: Name) -> None:
         """Add a name that a report has for the memory."""

@@ -250,18 +250,20 @@ class IncidentState:
 
     # -- what happened
 
+    def note_again(self, ts: int, count: int, key: tuple[object, ...]) -> bool:
+        """Count again what is in the timeline; False if it is not. ``key``: kind and facts."""
+        known = self.entries.get(key)
+        if known is None:
+            return False
+        self.entries[key] = known.and_again(ts, count)
+        return True
+
     def note(self, entry: TimelineEntry, *distinct: object) -> None:
         """Add to the timeline, or count again what has the same kind and ``distinct`` facts."""
         key = (entry.kind, *distinct)
-        known = self.entries.get(key)
-        if known is not None:
-            self.entries[key] = replace(
-                known,
-                ts=min(known.ts, entry.ts),
-                last_ts=max(known.last_ts or known.ts, entry.ts),
-                count=known.count + entry.count,
-            )
-        elif len(self.entries) < self.limits.timeline or self._drop_minor(entry.kind):
+        if self.note_again(entry.ts, entry.count, key):
+            return
+        if len(self.entries) < self.limits.timeline or self._drop_minor(entry.kind):
             self.entries[key] = entry
         else:
             self.omitted += 1
@@ -330,15 +332,19 @@ class IncidentState:
                 self.count_lost("told", 1)
                 return first
             delivery = self.deliveries[vm, vcpu] = _Delivery(first_ts=ts, last_ts=ts)
-        delivery.first_ts, delivery.last_ts = min(delivery.first_ts, ts), max(delivery.last_ts, ts)
+        delivery.first_ts = min(delivery.first_ts, ts)
+        delivery.last_ts = max(delivery.last_ts, ts)
         delivery.exits += exits
         page = page if self.huge else None
-        count = exits + sum((signals or {}).values())
+        signals = signals or {}
+        count = exits + sum(signals.values()) if signals else exits
         delivery.pages.renew(page, delivery.pages.get(page, 0) + count)
-        for code, count in (signals or {}).items():
+        for code, count in signals.items():
             if code not in delivery.sigbus and len(delivery.sigbus) >= _CODES_KEPT:
                 code = "other"  # noqa: PLW2901 (there are two; the rest is damage)
             delivery.sigbus[code] = delivery.sigbus.get(code, 0) + count
+        if not self.samples:
+            return first
         # Earlier samples do not show how the VMM reacted to this.
         for key in [k for k, seen in self.samples.items() if k[0] == vm and seen[-1].vcpu == vcpu]:
             self.samples[key] = [
@@ -350,10 +356,12 @@ class IncidentState:
 
     def mark_delivered(self, ts: int) -> bool:
         """Note that a VMM was notified; True if for the first time."""
-        first = self.first_delivery_ts is None
-        self.first_delivery_ts = ts if first else min(self.first_delivery_ts or ts, ts)
-        self.last_delivery_ts = max(self.last_delivery_ts or ts, ts)
-        return first
+        before, last = self.first_delivery_ts, self.last_delivery_ts
+        if before is None or ts < before:
+            self.first_delivery_ts = ts
+        if last is None or ts > last:
+            self.last_delivery_ts = ts
+        return before is None
 
     def add_sample(self, event: VcpuState) -> bool:
         """Add a sample of a vCPU; False if it was not notified of this page."""

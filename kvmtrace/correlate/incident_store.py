@@ -44,6 +44,7 @@ class IncidentStore:
         self._of_vm: dict[int, dict[str, IncidentState]] = {}
         self._serial: BoundedDict[str, int] = BoundedDict(4 * limits.incidents)
         self._victims: list[_Victim] = []  # the next one last
+        self._lowest = RANK_OVER  # no incident but the newest has a lower rank, as far as known
         self.forgotten = Forgotten(4 * limits.incidents)
 
     def __iter__(self) -> Iterator[IncidentState]:
@@ -125,8 +126,11 @@ class IncidentStore:
             ):
                 return newest if newest.rank < victim.rank else incident
             self._victims.pop()
+        if newest.rank < self._lowest:
+            return newest  # it alone, as the last time: the others need not be ranked again
         ranks = {key: incident.rank for key, incident in self._all.items()}
         lowest = min(ranks.values())
+        self._lowest = min((rank for key, rank in ranks.items() if key != newest.id), default=0)
         # The oldest goes first. The list is kept, so as not to rank all incidents each time.
         if lowest < RANK_OF_A_VM:
             chosen = [_Victim(lowest, key, False) for key, rank in ranks.items() if rank == lowest]
@@ -206,6 +210,7 @@ class IncidentStore:
     def give_to_kernel(self, incident: IncidentState) -> None:
         """Drop the owners: the page is the kernel's, and VMs only have it mapped."""
         incident.in_many_places = True
+        self.rank_anew()
         self._unindex_places(incident)
         incident.owners.clear()
         for vm in [vm for vm, of in self._of_vm.items() if incident.id in of]:
@@ -225,7 +230,8 @@ class IncidentStore:
 
     def add_notified_vm(self, incident: IncidentState, vm: int) -> None:
         """Note a VM that was notified of the page, whether it owns it or not."""
-        if vm in incident.vms:
+        known = self._of_vm.get(vm)
+        if (known is None or incident.id not in known) and vm in incident.vms:
             self._of_vm.setdefault(vm, {})[incident.id] = incident
 
     def unpoison(self, incident: IncidentState) -> None:
@@ -234,12 +240,22 @@ class IncidentStore:
         Its VMs may still be notified of the old poison.
         """
         self._unindex_page(incident)
+        self.rank_anew()
+
+    def release(self, incident: IncidentState, vm: int, hva: int) -> bool:
+        """As ``IncidentState.release``."""
+        self.rank_anew()
+        return incident.release(vm, hva)
+
+    def rank_anew(self) -> None:
+        """Rank all incidents when the next one is to be forgotten: a rank has become lower."""
         self._victims.clear()
+        self._lowest = RANK_OVER
 
     def close(self, incident: IncidentState) -> None:
         """Close an incident: nothing joins it any more."""
         self._close(incident)
-        self._victims.clear()
+        self.rank_anew()
 
     def _close(self, incident: IncidentState) -> None:
         incident.closed = True

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import fields, replace
+from operator import attrgetter
 
 from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.limits import CountLost, Limits
 from kvmtrace.events import JOIN_NS, Owned, Poison, Sigbus
 
-_T = TypeVar("_T", Owned, Sigbus)
+_Like = tuple[object, ...]
+"""What two signals have in common that differ in time and count only."""
 
 
 class PendingEvents:
@@ -24,15 +26,23 @@ class PendingEvents:
         self._last_ts = 0
         limit = limits.pending
         # By sending thread, by pfn: senders of signals for it, and its owners.
-        self._signals: BoundedDict[int, list[Sigbus]] = BoundedDict(limit, self._count_dropped)
+        self._signals: BoundedDict[int, dict[_Like, Sigbus]] = BoundedDict(
+            limit, lambda _, dropped: self._count_dropped(list(dropped.values()))
+        )
         self._senders: BoundedDict[int, dict[int, None]] = BoundedDict(limit)
-        self._owned: BoundedDict[int, list[Owned]] = BoundedDict(limit, self._count_dropped)
+        self._owned: BoundedDict[int, list[Owned]] = BoundedDict(
+            limit, lambda _, dropped: self._count_dropped(dropped)
+        )
 
     def add(self, event: Sigbus | Owned) -> None:
         """Keep an event that came before its poison."""
         match event:
             case Owned():
-                self._keep(self._owned, event.pfn, event)
+                self._last_ts = event.ts
+                owned = self._owned.setdefault(event.pfn, [])
+                owned.append(event)
+                if len(owned) > self._limits.pending_each:  # more than a page can plausibly have
+                    del owned[0]
             case Sigbus(sender=int(sender)):
                 # memory_failure sends it before it traces the poison; or the page was poisoned
                 # before kvmtrace started and is not found yet.
@@ -42,25 +52,25 @@ class PendingEvents:
         """Take the signals that the same thread sent just before this poison."""
         if poison.tid is None:
             return []
-        sent = self._signals.pop(poison.tid, [])
+        sent = self._signals.pop(poison.tid, {})
         # A later signal is of the thread's next poison, one with a pfn is of that page.
-        others = [
-            signal
-            for signal in sent
+        others = {
+            like: signal
+            for like, signal in sent.items()
             if signal.ts > poison.ts
             or (signal.pfn is not None and not _just_before(signal.ts, poison.ts))
-        ]
+        }
         if others:
             self._signals[poison.tid] = others
-        return [signal for signal in sent if _just_before(signal.ts, poison.ts)]
+        return [signal for signal in sent.values() if _just_before(signal.ts, poison.ts)]
 
     def take_signals_of(self, pfn: int) -> list[Sigbus]:
         """Take the signals at whose address the page table has the pfn."""
-        found = []
+        found: list[Sigbus] = []
         for sender in self._senders.pop(pfn, {}):
-            kept = self._signals.pop(sender, [])
-            found += [signal for signal in kept if signal.pfn == pfn]
-            if others := [signal for signal in kept if signal.pfn != pfn]:
+            kept = self._signals.pop(sender, {})
+            found += [signal for signal in kept.values() if signal.pfn == pfn]
+            if others := {like: signal for like, signal in kept.items() if signal.pfn != pfn}:
                 self._signals[sender] = others
         return found
 
@@ -77,27 +87,30 @@ class PendingEvents:
         self.take_signals_of(pfn)
 
     def _keep_signal(self, sender: int, event: Sigbus) -> None:
-        kept = self._signals.get(sender, [])
-        for at, known in enumerate(kept):
-            if known == replace(event, ts=known.ts, count=known.count):
-                # A VMM that ignores signals gets the same one many times over.
-                kept[at] = replace(event, count=known.count + event.count)
-                break
+        kept = self._signals.setdefault(sender, {})
+        like = _like(event)
+        known = kept.get(like)
+        if known is not None:
+            # A VMM that ignores signals gets the same one many times over.
+            kept[like] = replace(event, count=known.count + event.count)
         else:
-            self._keep(self._signals, sender, event)
+            self._last_ts = event.ts
+            kept[like] = event
+            if len(kept) > self._limits.pending_each:
+                del kept[next(iter(kept))]
         if event.pfn is not None:
             self._senders.setdefault(event.pfn, {})[sender] = None
 
-    def _keep(self, pending: BoundedDict[int, list[_T]], key: int, item: _T) -> None:
-        self._last_ts = item.ts
-        items = pending.setdefault(key, [])
-        items.append(item)
-        if len(items) > self._limits.pending_each:  # more than a page can plausibly have
-            del items[0]
-
-    def _count_dropped(self, _: int, dropped: Sequence[Owned | Sigbus]) -> None:
+    def _count_dropped(self, dropped: Sequence[Owned | Sigbus]) -> None:
         if young := sum(_just_before(one.ts, self._last_ts) for one in dropped):
             self._count_lost("halves", young)
+
+
+_DISTINCT = attrgetter(*(f.name for f in fields(Sigbus) if f.name not in ("ts", "count")))
+
+
+def _like(event: Sigbus) -> _Like:
+    return typing.cast("_Like", _DISTINCT(event))
 
 
 def _just_before(ts: int, poisoned_ts: int) -> bool:

@@ -49,6 +49,10 @@ class TrackedVm:
     refusals: dict[int, UndeliveredRefusals] = field(default_factory=dict)
     last_ts: int | None = None
     gone_ts: int | None = None
+    version: int = 0
+    """Changes with every count, and with what is known of it."""
+    kept: tuple[object, Vm] | None = None
+    """The last copy, and what it depends on."""
 
     @property
     def has_events(self) -> bool:
@@ -56,12 +60,22 @@ class TrackedVm:
         return bool(self.exits or self.sigbus or self.refusals)
 
     def touch(self, ts: int) -> None:
-        """Something happened to it at ``ts``."""
+        """Something happened to it at ``ts``, and was counted."""
+        self.version += 1
         self.last_ts = ts if self.last_ts is None else max(self.last_ts, ts)
 
     def frozen(self, pages: int, forgotten: int, now: int) -> Vm:
-        """An immutable copy. ``pages``: poisoned ones; ``forgotten``: those without an incident."""
-        return Vm(
+        """An immutable copy, the last one if nothing has changed.
+
+        ``pages``: poisoned ones; ``forgotten``: those without an incident.
+        """
+        undelivered = (
+            sum(r.undelivered(now) for r in self.refusals.values()) if self.refusals else 0
+        )
+        of = (self.version, self.gone_ts, pages, forgotten, undelivered)
+        if self.kept is not None and self.kept[0] == of:
+            return self.kept[1]
+        copy = Vm(
             key=self.seen.vm,
             pid=self.seen.pid,
             name=self.seen.name,
@@ -72,11 +86,15 @@ class TrackedVm:
             poisoned_pages=pages,
             last_ts=self.last_ts,
             gone=self.gone_ts is not None,
-            undelivered=sum(r.undelivered(now) for r in self.refusals.values()),
+            undelivered=undelivered,
             vmid=self.seen.vmid,
             forgotten_pages=forgotten,
             unread=self.seen.unread,
+            unit=self.seen.unit,
+            api_socket=self.seen.api_socket,
         )
+        self.kept = of, copy
+        return copy
 
 
 class VmRegistry:
@@ -86,6 +104,7 @@ class VmRegistry:
         self._limits = limits
         self._count_lost = count_lost
         self._vms: dict[int, TrackedVm] = {}
+        self._of_pid: dict[int, set[int]] = {}
         self._gone: BoundedDict[int, None] = BoundedDict(limits.gone_vms, self._drop_gone)
         self._departed: BoundedDict[int, VmIdentity] = BoundedDict(limits.departed)
 
@@ -99,15 +118,15 @@ class VmRegistry:
 
     def of_process(self, pid: int) -> set[int]:
         """Keys of the VMs of a process."""
-        return {key for key, vm in self._vms.items() if vm.seen.pid == pid}
+        return set(self._of_pid.get(pid, ()))
 
     def vmm(self, pid: int, ts: int) -> VmSeen | None:
         """Identify a process that ran VMs at ``ts``; of several VMs, what they have in common."""
-        found: dict[int, VmSeen | VmIdentity] = {
-            key: vm.seen
-            for key, vm in self._vms.items()
-            if vm.seen.pid == pid and (vm.gone_ts is None or ts <= vm.gone_ts)
-        }
+        found: dict[int, VmSeen | VmIdentity] = {}
+        for key in sorted(self._of_pid.get(pid, ())):
+            vm = self._vms[key]
+            if vm.gone_ts is None or ts <= vm.gone_ts:
+                found[key] = vm.seen
         for key, identity in self._departed.items():
             if identity.pid == pid and ts <= (identity.gone_ts or 0):
                 found[key] = identity
@@ -124,9 +143,23 @@ class VmRegistry:
         """Add a VM, or what more is known of it."""
         known = self._vms.get(event.vm)
         if known is None:
-            self._vms[event.vm] = TrackedVm(event)
+            self._track(event.vm, TrackedVm(event))
         else:
+            self._untrack(event.vm)
             known.seen = event
+            known.version += 1
+            self._track(event.vm, known)
+
+    def _track(self, key: int, vm: TrackedVm) -> None:
+        self._vms[key] = vm
+        self._of_pid.setdefault(vm.seen.pid, set()).add(key)
+
+    def _untrack(self, key: int) -> None:
+        pid = self._vms[key].seen.pid
+        mine = self._of_pid[pid]
+        mine.discard(key)
+        if not mine:
+            del self._of_pid[pid]
 
     def mark_gone(self, key: int, ts: int) -> None:
         """Note the end of a VM; its counts stay."""
@@ -146,6 +179,7 @@ class VmRegistry:
 
     def _forget(self, key: int) -> None:
         identity = self.vm_identity(key)
+        self._untrack(key)
         del self._vms[key]
         if identity is not None:
             self._departed[key] = identity
@@ -156,7 +190,17 @@ class VmRegistry:
         if vm is None:
             return self._departed.get(key)
         seen = vm.seen
-        return VmIdentity(key, seen.pid, seen.name, seen.uuid, seen.vmm, vm.gone_ts, seen.vmid)
+        return VmIdentity(
+            key,
+            seen.pid,
+            seen.name,
+            seen.uuid,
+            seen.vmm,
+            vm.gone_ts,
+            seen.vmid,
+            seen.unit,
+            seen.api_socket,
+        )
 
     def seen(self, key: int | None) -> VmSeen | None:
         """The latest VmSeen of a VM, also a while after its end: the last counts are read then."""
@@ -184,7 +228,8 @@ class VmRegistry:
         vm = self._vms.get(key)
         seen = self.seen(key)
         if vm is None and seen is not None:
-            vm = self._vms[key] = TrackedVm(seen, gone_ts=self._departed.pop(key).gone_ts)
+            vm = TrackedVm(seen, gone_ts=self._departed.pop(key).gone_ts)
+            self._track(key, vm)
             self._gone[key] = None
         elif vm is None:
             self._count_lost("unknown_vms", count)

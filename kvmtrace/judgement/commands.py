@@ -1,17 +1,21 @@
-"""Shell commands for a VM, by who runs it: libvirt, Proxmox VE or nobody that is known.
+"""Shell commands for a VM, by who runs it: libvirt, Proxmox VE, systemd or nobody that is known.
 
-kvmtrace prints them and runs none. virsh was tried (libvirt 11.3); qm's are those of qm(1). What a
-tenant can name is quoted, or replaced by a UUID or a number.
+kvmtrace prints them and runs none. virsh was tried (libvirt 11.3). qm's commands are those of
+qm(1), an API's those of the documentation of Cloud Hypervisor (vm.power-button) and Firecracker
+(SendCtrlAltDel, x86 only). What a tenant can name is quoted, or replaced by a UUID or a number.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 
 from kvmtrace.model import VmIdentity
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+# What systemd.unit(5) allows; not a dash in front, which would be an option.
+_UNIT = re.compile(r"[A-Za-z0-9:_.\\][A-Za-z0-9:_.\\@-]{0,255}")
 # virsh takes digits for the number of a running domain, and a dash for an option.
 _PLAIN_NAME = re.compile(r"(?=.*[A-Za-z_])[A-Za-z0-9_][\w.+-]{0,23}", re.ASCII)
 
@@ -27,6 +31,20 @@ class Commands:
 # A transient domain is gone once it is destroyed: there is nothing to start.
 _LIBVIRT = "with libvirt, if persistent"
 _PROXMOX = "with Proxmox VE"
+_SYSTEMD = "with systemd"
+
+# {VMM: the request that asks its guest to shut down, and by what}
+_POWER_BUTTONS = {
+    "cloud-hypervisor": (
+        "http://localhost/api/v1/vm.power-button",
+        "with Cloud Hypervisor's API",
+    ),
+    "firecracker": (
+        "http://localhost/actions -H 'Content-Type: application/json'"
+        """ -d '{"action_type": "SendCtrlAltDel"}'""",
+        "with Firecracker's API, on x86",
+    ),
+}
 
 
 def stop_and_start(vm: VmIdentity | None) -> Commands:
@@ -35,6 +53,8 @@ def stop_and_start(vm: VmIdentity | None) -> Commands:
         return Commands((f"qm stop {vmid} && qm start {vmid}",), _PROXMOX)
     if virsh := _for_virsh(vm):
         return Commands((f"virsh destroy {virsh} && virsh start {virsh}",), _LIBVIRT)
+    if unit := _unit(vm):
+        return Commands((f"systemctl restart {unit}",), _SYSTEMD)
     return stop(vm)
 
 
@@ -44,6 +64,8 @@ def stop(vm: VmIdentity | None) -> Commands:
         return Commands((f"qm stop {vmid}",), _PROXMOX)
     if virsh := _for_virsh(vm):
         return Commands((f"virsh destroy {virsh}",), "with libvirt")
+    if unit := _unit(vm):
+        return Commands((f"systemctl stop {unit}",), _SYSTEMD)
     return Commands((f"kill {vm.pid}",)) if vm is not None else Commands()
 
 
@@ -54,7 +76,12 @@ def shut_down(vm: VmIdentity | None) -> Commands:
     if virsh := _for_virsh(vm):
         # virsh shutdown does not wait; start fails until the guest is down.
         return Commands((f"virsh shutdown {virsh}", f"virsh start {virsh}"), _LIBVIRT)
-    return Commands()
+    socket = (vm.api_socket if vm else None) or ""
+    if vm is None or vm.vmm not in _POWER_BUTTONS or not socket.startswith("/"):
+        return Commands()
+    request, how = _POWER_BUTTONS[vm.vmm]
+    start = (f"systemctl start {unit}",) if (unit := _unit(vm)) else ()
+    return Commands((f"curl --unix-socket {shlex.quote(socket)} -X PUT {request}", *start), how)
 
 
 def reset(vm: VmIdentity | None) -> Commands:
@@ -72,6 +99,12 @@ def ways_to_reset(vm: VmIdentity | None) -> str:
     if _of_proxmox(vm):
         return f"Proxmox VE: {lines}"
     return "monitor: system_reset" + (f"; libvirt: {lines}" if lines else "")
+
+
+def _unit(vm: VmIdentity | None) -> str | None:
+    """The systemd unit that is this VM alone, quoted; None if there is none."""
+    unit = (vm.unit if vm is not None else None) or ""
+    return shlex.quote(unit) if _UNIT.fullmatch(unit) else None
 
 
 def _of_proxmox(vm: VmIdentity | None) -> str | None:

@@ -10,10 +10,11 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.linux import kallsyms
+from kvmtrace.linux import kallsyms, memory_failure
 from kvmtrace.linux.btf import Btf
 from kvmtrace.linux.read import read_text
 from kvmtrace.linux.tracefs import mount
@@ -304,6 +305,8 @@ class Facts:
     poison_names: bool
     bcc: Bcc
     ras_cec: bool | None = None
+    memory_failure: Mapping[str, int] = field(default_factory=dict)
+    """``memory_failure.settings``."""
 
 
 def examine() -> Facts:
@@ -321,4 +324,5 @@ def examine() -> Facts:
         poison_names=all(mount.memory_failure_names()),
         bcc=bcc(),
         ras_cec=corrected_errors_collector(),
+        memory_failure=memory_failure.settings(),
     )

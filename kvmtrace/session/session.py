@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 import time
+from collections import deque
 
 from kvmtrace import kvm
 from kvmtrace.correlate import Correlator
@@ -23,6 +24,10 @@ from kvmtrace.sources import Source
 
 POLL_SECONDS = 0.25
 
+# The correlator takes so many events before a snapshot may be taken: some milliseconds.
+_SLICE = 256
+_YIELD_SECONDS = 0.001
+
 # Seconds that ``close`` waits for a reader that makes no progress, for any reader, and for the
 # source. The first two are below the watchdog's limit for the thread that waits.
 READER_SECONDS = 1.25
@@ -36,21 +41,37 @@ SHORTAGE_SECONDS = 30.0
 class Session:
     """Feeds a source's events to a correlator: ``pump`` here, or ``start`` in a thread of its own.
 
-    One thread opens, polls and closes the source. ``snapshot``, ``age``, ``probes``, ``subscribe``
-    and ``unsubscribe`` may be called from any thread.
+    One thread opens, polls and closes the source. ``snapshot``, ``recent``, ``age``, ``probes``,
+    ``subscribe`` and ``unsubscribe`` may be called from any thread.
     """
 
-    def __init__(self, source: Source, page_shift: int = kvm.PAGE_SHIFT) -> None:
+    def __init__(
+        self,
+        source: Source,
+        page_shift: int = kvm.PAGE_SHIFT,
+        *,
+        is_joined: bool = True,
+        recent: int = 0,
+    ) -> None:
+        """``is_joined``: ``subscribe`` may be called, for which the events so far are kept.
+
+        ``recent``: how many of the last events to keep for ``recent``.
+        """
         self._source = source
         # A recording or a serve has its own clock, whose steps are among its events.
         self._steps = None if hasattr(source, "epoch_offset_ns") else clock.Steps()
         self._correlator = Correlator(page_shift=page_shift)
-        self._log = CompactLog()
+        self._log = CompactLog() if is_joined else None
         self._subscribers: list[Subscriber] = []
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the log and the subscribers
+        self._model_lock = threading.Lock()  # of the correlator, and of what comes from it
+        self._asking: set[int] = set()  # threads that wait for a snapshot
+        self._recent: deque[CorrelatedEvent] = deque(maxlen=recent)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._polled = time.monotonic()
+        self.fed = 0
+        """How many events came; a snapshot changes only with them."""
         self.shortages = 0
         """How often the source found no file descriptor."""
         self.failure: BaseException | None = None
@@ -62,11 +83,28 @@ class Session:
         """Wait up to ``timeout`` seconds for events and correlate all there are."""
         events = self.poll(timeout)
         with self._lock:
-            for event in events:
-                self._log.add(event)
+            if self._log is not None:
+                for event in events:
+                    self._log.add(event)
             for subscriber in self._subscribers:
                 subscriber.publish(events)
-            return [self._correlator.feed(event) for event in events]
+        correlated: list[CorrelatedEvent] = []
+        for first in range(0, len(events), _SLICE):
+            if self._asking and first:
+                # A lock that is released and taken again at once goes to nobody else.
+                time.sleep(_YIELD_SECONDS)
+            with self._model_lock:
+                feed = self._correlator.feed
+                fed = [feed(event) for event in events[first : first + _SLICE]]
+                self._recent.extend(fed)
+                self.fed += len(fed)
+            correlated += fed
+        return correlated
+
+    def recent(self) -> tuple[CorrelatedEvent, ...]:
+        """Return the last events, oldest first, as many as the session was asked to keep."""
+        with self._model_lock:
+            return tuple(self._recent)
 
     def poll(self, timeout: float) -> list[Event]:
         """As ``Source.poll``, with steps of the wall clock; the events are not correlated.
@@ -95,6 +133,7 @@ class Session:
 
     def subscribe(self) -> Subscriber:
         """Return the events so far, and those from now on."""
+        assert self._log is not None, "made without is_joined"
         with self._lock:
             subscriber = Subscriber(self._log.events())
             self._subscribers.append(subscriber)
@@ -120,8 +159,7 @@ class Session:
 
     def probes(self) -> tuple[Probe, ...]:
         """Return the state of every probe."""
-        with self._lock:
-            return self._source.probes()
+        return self._source.probes()
 
     def start(self) -> None:
         """Run ``pump`` in a thread of its own until ``close``."""
@@ -136,17 +174,24 @@ class Session:
             self.failure = failure
 
     def snapshot(self) -> Snapshot:
-        """Return the model, with host and probes; raise what ended the reader, if anything."""
+        """Return the model, with host and probes; raise what ended the reader, if anything.
+
+        The reader waits only while the correlator's part is taken, not for /proc or the kernel.
+        """
         self._check()
-        with self._lock:
-            model = self._correlator.snapshot()
-            host = host_of(self._source)
-            return dataclasses.replace(
-                model,
-                host=host,
-                probes=self._source.probes(),
-                probe_runs=self._source.probe_runs(),
-            )
+        thread = threading.get_ident()
+        self._asking.add(thread)
+        try:
+            with self._model_lock:
+                model = self._correlator.snapshot()
+        finally:
+            self._asking.discard(thread)
+        return dataclasses.replace(
+            model,
+            host=host_of(self._source),
+            probes=self._source.probes(),
+            probe_runs=self._source.probe_runs(),
+        )
 
     def _check(self) -> None:
         if self.failure is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol, cast
 
 from kvmtrace.choice import Attempt, choose
@@ -123,6 +123,25 @@ def notes() -> tuple[str, ...]:
     return tuple(_notes)
 
 
+_stage = ""
+
+
+def stage() -> str:
+    """What is being done to open a source, as text for the user; "" before and after."""
+    return _stage
+
+
+@contextlib.contextmanager
+def in_stage(text: str) -> Iterator[None]:
+    """Around a part of opening a source that may take long: ``stage`` returns its name."""
+    global _stage  # one source is opened at a time, and another thread looks
+    before, _stage = _stage, text
+    try:
+        yield
+    finally:
+        _stage = before
+
+
 _opening: list[Source] = []
 
 
@@ -132,7 +151,8 @@ def _open(kind: str) -> Source:
     source = cast(Source, class_.__new__(class_))
     _opening.append(source)
     try:
-        class_.__init__(source)
+        with in_stage(f"attaching probes by {kind}"):
+            class_.__init__(source)
     finally:
         _opening.remove(source)
     return source

@@ -64,6 +64,7 @@ IN_C = (
 
 # -- bpf: in Python
 
+GATHER_SECONDS = 0.02  # from one reading of records to the next, if they come in quick succession
 # A signal is held back for the fault that it was sent from, which adds the gfn. The fault returns
 # right after, but its thread may have to wait for a CPU in between.
 BPF_SIGNAL_WAIT_NS = 500_000_000

@@ -21,19 +21,19 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import ClockStep, Event, Host, Lost, wall_time
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sanitize import clean
+from kvmtrace.sources.checkers import TIMES, MalformedLine
 from kvmtrace.sources.checksums import EXACT, ODD, Broken, Checker, Places, Sealer
 from kvmtrace.sources.codec import (
     DECODE_ERRORS,
-    TIMES,
     UNSTEPPED,
     UNWRITABLE,
     Decoder,
-    MalformedLine,
     checked,
     dataclass_from,
     to_record,
     version_of,
 )
+from kvmtrace.sources.unpack import STANDARD_INPUT, open_packed
 from kvmtrace.spool import spooling
 
 FORMAT = 1
@@ -47,6 +47,8 @@ MAX_LINE = 1 << 20
 BATCH = 4096
 MAX_STEPS = 256
 _PAGE_SHIFTS = range(12, 21)
+# xz, zstd, bzip2: gzip is unpacked.
+_PACKED = (b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"BZh")
 
 
 class Writer:
@@ -109,6 +111,8 @@ _END = b'{"kind":"probes","end":true,'
 class RecordingSource:
     """A recording as a source: ``poll`` returns the next events at once, until ``done``.
 
+    It may be in a bundle, and compressed (``unpack``).
+
     ``recorded``: the host in the header, written by kvmtrace ``version`` (None: not given).
     ``host``: the same as a replay shows it. ``truncated``: the last line was cut off (the writer
     was killed) and is left out. ``whole``: all was read, including the end.
@@ -122,14 +126,16 @@ class RecordingSource:
 
     def __init__(self, path: str, *, twice: bool = False) -> None:
         """``twice``: ``rewind`` will be called, for which the content of a pipe is kept."""
-        self.path = path
+        self.path = "standard input" if path == STANDARD_INPUT else path
         self._copy: IO[bytes] | None = None
         self._left: int | None = None
+        self._end = 0
         try:
-            self.file: IO[bytes] = open(path, "rb")  # noqa: SIM115 (lives as long as the source)
+            self.file: IO[bytes] = open_packed(path)
         except OSError as error:
             raise KvmtraceError(
-                f"{path}: {error.strerror}", "name a file that `kvmtrace record` made"
+                f"{self.path}: {error.strerror or error}",
+                "name a file that `kvmtrace record` or `kvmtrace bundle` made",
             ) from error
         try:
             if twice and not self.file.seekable():
@@ -139,7 +145,7 @@ class RecordingSource:
         except BaseException:
             self.close()
             raise
-        name = clean(os.path.basename(path))
+        name = clean(os.path.basename(self.path))
         self.why: str | None = f"replay of {name}, from {self.recorded.source}"
         self.host = dataclasses.replace(self.recorded, source=self.name, source_why=self.why)
 
@@ -156,11 +162,16 @@ class RecordingSource:
             raise KvmtraceError(f"{self.path}: {error.strerror}") from error
 
     def rewind(self) -> None:
-        """Start again, and end where reading ended, though the file may have grown."""
-        self._left = self.file.tell() if self._copy is None else None
+        """Start again, and end where reading ended, though the file may have grown.
+
+        May be called again, also before the end; what was not read before the first time is left
+        out.
+        """
         if self._copy is not None:
             self.file.close()
             self.file, self._copy = self._copy, None
+        self._end = max(self._end, self.file.tell())
+        self._left = self._end
         with spooling():
             self.file.seek(0)
         self._begin()
@@ -236,12 +247,12 @@ class RecordingSource:
         record = self._record()
         self._head = dict(record or {})
         if record is None or "kvmtrace_recording" not in record:
-            packed = self._line.startswith(b"\x1f\x8b")
+            packed = self._line.startswith(_PACKED)
             raise KvmtraceError(
                 f"{self.path} is not a recording",
                 "it is compressed: unpack it first"
                 if packed
-                else "`kvmtrace record FILE` makes one",
+                else "`kvmtrace record FILE` makes one; a bundle has one, too",
             )
         number = record["kvmtrace_recording"]
         if type(number) is not int or number > FORMAT:
@@ -283,7 +294,7 @@ class RecordingSource:
             self.done = not line
             return None
         try:
-            record = json.loads(line)
+            record = _parsed(line)
         except (ValueError, RecursionError) as error:
             whole = line.endswith(b"\n") or len(line) >= MAX_LINE
             if not whole and self._number > 1:
@@ -370,6 +381,22 @@ class _Faults:
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + "s" * (number != 1)
+
+
+_decode = json.JSONDecoder().raw_decode
+
+
+def _parsed(line: bytes) -> Any:
+    """As ``json.loads``, for which most of the time is what surrounds the parser.
+
+    Raises ValueError or RecursionError.
+    """
+    if line.startswith(b'{"') and line.endswith(b"}\n"):
+        text = line.decode("utf-8", "surrogatepass")
+        record, end = _decode(text)
+        if end == len(text) - 1:
+            return record
+    return json.loads(line)
 
 
 def _readable(event: Event) -> Event:

@@ -26,6 +26,10 @@ _READ = 1 << 16
 _MANY = 1 << 16
 
 
+class ServeEnded(KvmtraceError):
+    """The serve has ended, or closed the connection."""
+
+
 class RemoteSource:
     """The events of a serve; made by ``connect``. The first ``poll`` returns the backlog alone."""
 
@@ -62,7 +66,7 @@ class RemoteSource:
             return None
 
     def poll(self, timeout: float) -> list[Event]:
-        """Events since the last call; raises KvmtraceError when the serve has ended.
+        """Events since the last call. Raises ServeEnded, or KvmtraceError for what is no event.
 
         With ``timeout`` 0, everything that the serve has sent by now.
         """
@@ -89,7 +93,7 @@ class RemoteSource:
             try:
                 self._receive()
             except (EOFError, OSError) as error:
-                raise KvmtraceError(
+                raise ServeEnded(
                     f"kvmtrace serve (pid {self.pid}) has ended",
                     "start it again, or run this again to attach without it",
                 ) from error

@@ -19,10 +19,15 @@ from kvmtrace.vmm import identity, processes
 # kvm_destroy_vm runs after the process has closed its files. If the process has been gone for this
 # long, no probe reported it.
 _REAP_NS = 3_000_000_000
-_ROUNDS = 8  # the start time of a process is read in one of so many calls of ``reap``
+_ROUNDS = 8  # the start time of a process is read in one of so many looks at a VM
+# In one call of ``reap`` so many VMs are looked at, in turn, whatever their number.
+_LOOKS = 512
 # In one call of ``reap`` so many processes are searched for a descriptor, however many VMs there
 # are: a search costs 4 µs for each descriptor that the process holds.
 _SEARCHES = 16
+# A process that could not be searched to the end is searched again after so many calls, and later:
+# a tenant's process may have any number of descriptors.
+_PAUSE, _MAX_PAUSE = 8, 256
 
 
 @dataclass(slots=True)
@@ -37,6 +42,10 @@ class _Entry:
     gone_since: int | None = None
     descriptor: str | None = None
     """The descriptor by which its process was last seen to hold a VM."""
+    searched_at: int = 0
+    """Before this call of ``reap`` its process is not searched again."""
+    pause: int = _PAUSE
+    looks: int = 0
     unread: bool = False
     """Whether its process could not be looked up."""
 
@@ -54,6 +63,8 @@ class VmTable:
         self._by_pid: dict[int, list[_Entry]] = {}
         self._rounds = 0
         self._searches = 0  # in this round
+        self._next = 0  # in this round the first VM to be looked at
+        self._ending: dict[int, _Entry] = {}  # by key: VMs that are not there any more, it seems
 
     def scan(self, ts: int) -> list[Event]:
         """Add the VMs that exist already, as many as their processes have descriptors of.
@@ -168,19 +179,28 @@ class VmTable:
                 continue
             if self._is_there(entry):
                 entry.gone_since = None
+                self._ending.pop(entry.key, None)
                 if entry.unread:
                     events += self._identify_again(entry, ts)
             elif entry.gone_since is None:
                 entry.gone_since = ts
+                self._ending[entry.key] = entry
             else:
                 events.append(self._remove(entry, ts))
         return events
 
     def _in_turn(self) -> list[_Entry]:
-        """Return all VMs; if there are many, different ones come first each time."""
+        """Return the VMs to look at: those that may have ended, and others in turn."""
         all_ = [entry for of_pid in self._by_pid.values() for entry in of_pid]
-        first = self._rounds * _SEARCHES % len(all_) if len(all_) > _SEARCHES else 0
-        return all_[first:] + all_[:first]
+        if len(all_) <= _SEARCHES:
+            return all_
+        if len(all_) <= _LOOKS:
+            first = self._rounds * _SEARCHES % len(all_)
+            return all_[first:] + all_[:first]
+        first = self._next % len(all_)
+        self._next = first + _LOOKS
+        others = [*all_[first : self._next], *all_[: max(0, self._next - len(all_))]]
+        return [*self._ending.values(), *(e for e in others if e.key not in self._ending)]
 
     def _is_there(self, entry: _Entry) -> bool:
         """Whether the VM exists, as far as is known."""
@@ -193,13 +213,18 @@ class VmTable:
         return self._is_same_process(entry) and self._holds_vm(entry)
 
     def _holds_vm(self, entry: _Entry) -> bool:
-        if entry.gone_since is None and self._searches >= _SEARCHES:
+        if entry.gone_since is None and (
+            self._searches >= _SEARCHES or self._rounds < entry.searched_at
+        ):
             return True
         self._searches += 1
         try:
             entry.descriptor = processes.vm_descriptor(entry.pid, self._proc)
         except Unreadable:
+            entry.searched_at = self._rounds + entry.pause
+            entry.pause = min(2 * entry.pause, _MAX_PAUSE)
             return True
+        entry.pause = _PAUSE
         return entry.descriptor is not None
 
     def _identify_again(self, entry: _Entry, ts: int) -> list[Event]:
@@ -209,7 +234,8 @@ class VmTable:
     def _is_same_process(self, entry: _Entry, *, exists: bool = False) -> bool:
         if not exists and not os.path.exists(f"{self._proc}/{entry.pid}"):
             return False
-        if entry.gone_since is None and (self._rounds + entry.key) % _ROUNDS:
+        entry.looks += 1
+        if entry.gone_since is None and (entry.looks + entry.key) % _ROUNDS:
             return True
         begun = identity.begun(entry.pid, self._proc)
         return begun is None or entry.begun is None or begun == entry.begun
@@ -237,10 +263,20 @@ class VmTable:
         entry.named, entry.unread = who.name is not None, found.unread is not None
         name = who.name or (sanitize.clean(comm) if comm else None)
         return VmSeen(
-            ts, entry.key, entry.pid, name, who.uuid, who.vmm, who.vmid, unread=found.unread
+            ts,
+            entry.key,
+            entry.pid,
+            name,
+            who.uuid,
+            who.vmm,
+            who.vmid,
+            unread=found.unread,
+            unit=who.unit,
+            api_socket=who.api_socket,
         )
 
     def _remove(self, entry: _Entry, ts: int) -> VmGone:
+        self._ending.pop(entry.key, None)
         if entry.struct is not None:
             self._by_struct.pop(entry.struct, None)
         all_ = self._by_pid[entry.pid]

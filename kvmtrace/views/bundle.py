@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import IO, TypeVar
 
 from kvmtrace import __version__
-from kvmtrace.model import Snapshot
+from kvmtrace.model import Incident, Snapshot
 from kvmtrace.spool import LongText
 from kvmtrace.views import json_output
 from kvmtrace.views.explain import explain_text
@@ -38,13 +38,18 @@ def contents(
         source=host.source if host else None,
         hardware_corrupted_bytes=host.hardware_corrupted_bytes if host else None,
     )
-    stories = [explain_text(incident, snapshot) for incident in snapshot.incidents]
+    newest_first = sorted(snapshot.incidents, key=_begin, reverse=True)
+    stories = [explain_text(incident, snapshot) for incident in newest_first]
     return {
         "events.jsonl": recording,
         "explain.txt": "\n\n\n".join(stories) + "\n" if stories else "no incidents\n",
         "top.json": json.dumps(json_output.top(snapshot), ensure_ascii=False, indent=1) + "\n",
         "versions.json": json.dumps(versions, indent=1) + "\n",
     }
+
+
+def _begin(incident: Incident) -> int:
+    return incident.poisoned_ts or incident.first_delivery_ts or 0
 
 
 def write(file: IO[bytes], files: Mapping[str, str | LongText], mtime: int) -> None:

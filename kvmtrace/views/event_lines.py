@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 from kvmtrace import dimm_names, kvm
 from kvmtrace.events import (
     ClockStep,
+    Event,
     Exit,
     Found,
     HwError,
@@ -26,14 +28,17 @@ from kvmtrace.views.format import (
     UNKNOWN,
     clip,
     date_of,
+    day_of,
     dimm_of,
     hex_of,
     listed,
     pad,
+    rfc3339_of,
     shift_of,
     size_of,
     span_of,
     stamp_of,
+    zone_of,
 )
 from kvmtrace.views.json_output import event_line
 
@@ -44,17 +49,70 @@ _WHAT = 22  # "EHWPOISON hwpoison", "EFAULT unannotated"
 _ACCESS = {"r": "read", "w": "write", "x": "exec"}
 
 
-def json_text(correlated: CorrelatedEvent) -> str | None:
-    """The line of ``events --json``; None for an event that only serves the correlator."""
+_OF_PAGES = {Owned: "owner", SoftOffline: "soft_offline", Unpoison: "unpoison", Found: "found"}
+
+LINE_KINDS = "exit poison sigbus mce vm page owner found soft_offline unpoison lost clock".split()
+"""Words for kinds of lines: those of JSON, and "page" for the four that text calls so."""
+
+
+def kinds_of(event: Event) -> tuple[str, ...]:
+    """The words of ``LINE_KINDS`` for an event: JSON's, then that of text if it is another."""
+    # Both ends of a VM are of kind "vm", all hardware errors "mce".
+    if isinstance(event, (VmSeen, VmGone)):
+        return ("vm",)
+    if isinstance(event, HwError):
+        return ("mce",)
+    if of_page := _OF_PAGES.get(type(event)):
+        return of_page, "page"
+    return (event.kind,)
+
+
+def json_text(correlated: CorrelatedEvent, *, before: bool = False) -> str | None:
+    """The line of ``events --json``; None for an event that only serves the correlator.
+
+    ``before``: mark it as what was there before the command was started.
+    """
     line = event_line(correlated)
-    return None if line is None else json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+    if line is None:
+        return None
+    if before:
+        line["before"] = True
+    return json.dumps(line, ensure_ascii=False, separators=(",", ":"))
 
 
-def event_text(correlated: CorrelatedEvent, *, width: int | None = None) -> str | None:
+class EventText:
+    """Lines of text of events in order, so that every time has its date and zone.
+
+    ``dated``: each line has them (RFC 3339), for pipes and files. Else a line with date and zone
+    stands before the first event, and where they change.
+    """
+
+    def __init__(self, *, dated: bool) -> None:
+        self._dated = dated
+        self._day = ""
+
+    def lines(self, correlated: CorrelatedEvent) -> list[str]:
+        """The event's line, with what has to stand before it; empty as ``event_text`` is None."""
+        line = event_text(correlated, stamp=rfc3339_of if self._dated else stamp_of)
+        if line is None:
+            return []
+        day = f"{day_of(correlated.wall)}, {zone_of(correlated.wall)}"
+        if self._dated or day == self._day:
+            return [line]
+        self._day = day
+        return [f"-- {day}", line]
+
+
+def event_text(
+    correlated: CorrelatedEvent,
+    *,
+    width: int | None = None,
+    stamp: Callable[[int], str] = stamp_of,
+) -> str | None:
     """One aligned line of text; None for an event that only serves the correlator.
 
     Time, kind, VM and what happened have columns. What else is known follows as "name value".
-    ``width``: clip the line there; None: of any length.
+    ``width``: clip the line there; None: of any length. ``stamp``: prints the time.
     """
     event = correlated.event
     vm = _vm(correlated.vm)
@@ -140,22 +198,9 @@ def event_text(correlated: CorrelatedEvent, *, width: int | None = None) -> str 
             return None
     if correlated.incident:
         facts.append(f"incident {correlated.incident}")
-    head = (
-        f"{stamp_of(correlated.wall)} {_kind(correlated):<{_KIND}} {pad(vm, _VM)} {what:<{_WHAT}}"
-    )
+    head = f"{stamp(correlated.wall)} {kinds_of(event)[-1]:<{_KIND}} {pad(vm, _VM)} {what:<{_WHAT}}"
     text = "  ".join([head, *filter(None, facts)]).rstrip()
     return text if width is None else clip(text, width)
-
-
-def _kind(correlated: CorrelatedEvent) -> str:
-    # As in JSON: both ends of a VM are of kind "vm", all hardware errors "mce".
-    if isinstance(correlated.event, (VmSeen, VmGone)):
-        return "vm"
-    if isinstance(correlated.event, HwError):
-        return "mce"
-    if isinstance(correlated.event, (SoftOffline, Unpoison, Found, Owned)):
-        return "page"
-    return correlated.event.kind
 
 
 def _vm(seen: VmSeen | None) -> str:

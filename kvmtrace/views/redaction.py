@@ -1,6 +1,7 @@
 """Replace the names in a log by stand-ins, so that it can be given to others.
 
-Names of VMs, VMMs and processes, uuids and the host's name are replaced where they are fields. All
+Names of VMs, VMMs and processes, uuids, the host's name and serial numbers are replaced where they
+are fields. All
 other texts are searched for them, as texts of drivers, firmware and the kernel may quote them. The
 log is redacted first, and everything else in a bundle is made of the redacted log.
 
@@ -38,14 +39,25 @@ _CUT_OFF = "…"  # by sanitize.clean
 _ANY = "…"  # for a name without a stand-in, or one of several names
 _UUID_CUT = 8  # the first group
 _UUID = re.compile(r"[0-9a-f]{8}(?:[-_]?[0-9a-f]{4}){3}[-_]?[0-9a-f]{12}", re.IGNORECASE)
+_ROLES = ("vm", "vmm", "process", "serial")
+# mm/memory-failure.c, arch/x86/mm/fault.c; show_regs_print_info. A name of 15 bytes may be a VM's.
+_PROCESS = re.compile(
+    r"(?P<before>\b(?:SIGBUS to|signal to|killing) )(?P<comm>.{1,64})(?P<after>:\d+\b)"
+    r"|(?P<before_2>\bComm: )(?P<comm_2>.{1,64}?)(?P<after_2> (?:Not tainted|Tainted|Kdump)|$)",
+    re.IGNORECASE,
+)
+_KNOWN_PROCESS = re.compile(r"qemu-system-[a-z0-9_]{1,8}|qemu-kvm|CPU \d{1,4}/KVM")
 _HEX = re.compile(r"[0-9a-f]+(?:[-_][0-9a-f]+)*")
 
 
 class Redaction:
-    """Stand-ins for the names in ``events``, and for the host's."""
+    """Stand-ins for the names in ``events``, for the host's, and for serial numbers."""
 
-    def __init__(self, events: Iterable[Event], host: Host | None = None) -> None:
-        seen: dict[str, dict[str, None]] = {role: {} for role in ("vm", "vmm", "process", "uuid")}
+    def __init__(
+        self, events: Iterable[Event], host: Host | None = None, serials: Iterable[str] = ()
+    ) -> None:
+        seen: dict[str, dict[str, None]] = {role: {} for role in (*_ROLES, "uuid")}
+        seen["serial"] = dict.fromkeys(serials)
         numbers: dict[str, None] = {}
         for event in events:
             match event:
@@ -87,10 +99,26 @@ class Redaction:
                     uuid=self._name(event.uuid and event.uuid.lower()),
                     vmm=vmm,
                     vmid=None,
+                    unit=None,
+                    api_socket=None,
                 )
             case Sigbus():
                 return dataclasses.replace(self._texts(event), comm=self._name(event.comm))
         return self._texts(event)
+
+    def serial(self, number: str | None) -> str | None:
+        """The stand-in for a serial number."""
+        return self._name(number)
+
+    def log_line(self, line: str) -> str:
+        """A line of the kernel's log without names, those of processes included."""
+        return self.text(_PROCESS.sub(self._without_process, line))
+
+    def _without_process(self, match: re.Match[str]) -> str:
+        before, comm, after = (part for part in match.groups() if part is not None)
+        if comm not in command_line.VMMS and not _KNOWN_PROCESS.fullmatch(comm):
+            comm = self._stand_ins.get(comm, _ANY)
+        return before + comm + after
 
     def host(self, host: Host) -> Host:
         """A host without its name."""
@@ -154,7 +182,7 @@ def _stand_ins(seen: dict[str, dict[str, None]], host: str) -> dict[str, str]:
         if not any(name.startswith(begin) for name in names)
     )
     given = {uuid: f"{begin}{number:012d}" for number, uuid in enumerate(seen["uuid"], 1)}
-    for role in ("vm", "vmm", "process"):
+    for role in _ROLES:
         series = _series(role, names)
         new = [name for name in seen[role] if name not in given]
         given |= {name: f"{series}-{number}" for number, name in enumerate(new, 1)}

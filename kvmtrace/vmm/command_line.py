@@ -19,7 +19,7 @@ class Options:
     """The options of a command line that identify its VM.
 
     ``paths``: files that only this VM can have (its sockets). ``disks``: disks that it writes to,
-    and its configuration file, in their order.
+    and its configuration file, in their order. ``api_sockets``: at most one path.
     """
 
     name: str | None = None
@@ -27,6 +27,7 @@ class Options:
     vmid: str | None = None
     paths: tuple[str, ...] = ()
     disks: tuple[str, ...] = ()
+    api_sockets: tuple[str, ...] = ()
 
 
 # VMMs whose command lines are parsed here, by program. Builds append to the name
@@ -99,6 +100,9 @@ _PATHS = tuple(
 )
 
 
+# Of VMMs for which judgement.commands has commands.
+_APIS = {"cloud-hypervisor": "api-socket", "firecracker": "api-sock"}
+
 _DISKS = tuple("drive hda blockdev disk block rwdisk rwroot root-disk".split())
 _DISKS_OF: dict[str | None, tuple[str, ...]] = {
     "crosvm": ("b",),
@@ -139,11 +143,13 @@ def options(kind: str | None, words: Sequence[str]) -> Options:
     paths = (_path_in(given.last(key)) for key in _PATHS)
     keys = (*_DISKS, *_DISKS_OF.get(kind, ()))
     disks = (_disk_in(key, value) for key in keys for value in given.all(key))
+    api = _path_in(given.last(_APIS[kind])) if kind in _APIS else None
     common = Options(
         _name_in(given.last(*_NAMES)),
         given.last(*_UUIDS),
         paths=tuple(filter(None, paths)),
         disks=tuple(filter(None, disks)),
+        api_sockets=(api,) if api else (),
     )
     return _SPECIAL[kind](given, common) if kind in _SPECIAL else common
 

@@ -24,6 +24,7 @@ from kvmtrace.vmm.paths import (
     machine_of_cgroup,
     name_of_disk,
     name_of_path,
+    unit_of_cgroup,
     vmid_of_cgroup,
 )
 
@@ -34,13 +35,16 @@ MAX_COMMAND_LINE = 1 << 20
 class Identity:
     """Names of a VMM process; None for those that it does not have.
 
-    ``vmid``: Proxmox VE's number of the VM, where names need not differ.
+    ``vmid``: Proxmox VE's number of the VM, where names need not differ. ``unit``: the systemd
+    unit that is this VM alone. ``api_socket``: the path of the VMM's API on the host.
     """
 
     name: str | None = None
     uuid: str | None = None
     vmm: str | None = None
     vmid: str | None = None
+    unit: str | None = None
+    api_socket: str | None = None
 
 
 def identify(pid: int, proc: str = "/proc", *, command_line: bool = True) -> Identity:
@@ -71,7 +75,14 @@ def identify(pid: int, proc: str = "/proc", *, command_line: bool = True) -> Ide
         clean(given.uuid.lower()) or None if given.uuid else None,
         clean(kind or name or comm) or None,
         given.vmid or vmid_of_cgroup(cgroup),
+        _unchanged(unit_of_cgroup(cgroup)),
+        next(map(_unchanged, _absolute(given.api_sockets, f"{proc}/{pid}")), None),
     )
+
+
+def _unchanged(name: str | None) -> str | None:
+    """Return a name for commands: None for one that cannot be shown as it is."""
+    return name if name and clean(name) == name else None
 
 
 def process_name(pid: int, proc: str = "/proc") -> str | None:

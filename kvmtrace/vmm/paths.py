@@ -155,6 +155,18 @@ def instance_of_cgroup(text: str) -> str | None:
     return _systemd_unescape(units[-1][1]) if units else None
 
 
+def unit_of_cgroup(text: str) -> str | None:
+    """Return the systemd unit that is an instance of a template: nothing but this VM.
+
+    None for any other unit: that of a daemon may have all VMs. None for units of users, whom the
+    system's systemd does not know.
+    """
+    units = _UNIT.findall(text)
+    if not units or any(name in _LOGINS for name, _ in units):
+        return None
+    return "{}@{}.service".format(*units[-1])
+
+
 def vmid_of_cgroup(text: str) -> str | None:
     """Return Proxmox VE's number of the VM."""
     vmid = _PROXMOX.search(text)

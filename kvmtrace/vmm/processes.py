@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from kvmtrace.linux import memory_failure
 from kvmtrace.linux.proc_reader import READER, ProcReader, Unreadable
 from kvmtrace.vmm import identity
 from kvmtrace.vmm.identity import Identity
@@ -61,6 +62,13 @@ def vm_descriptor(pid: int, proc: str = "/proc", reader: ProcReader = READER) ->
     """
     found: str | None = reader.call(pid, identity.vm_descriptor, pid, proc, MAX_DESCRIPTORS)
     return found
+
+
+def memory_failure_wishes(
+    pids: Iterable[int], proc: str = "/proc", reader: ProcReader = READER
+) -> dict[int, frozenset[str | None]]:
+    """Return {pid: ``memory_failure.wishes``}, as far as they can be read."""
+    return _of_each(memory_failure.wishes, list(pids), proc, LOOKUP_SECONDS, reader)
 
 
 def each(

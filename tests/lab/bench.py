@@ -13,82 +13,14 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
 
-from tests.lab import bench_idle, bench_scrapes
+from tests.lab import bench_exits, bench_idle, bench_scrapes
+from tests.lab.bench_exits import Stream, running
 from tests.lab.errors import status_of
 from tests.lab.harness import PATIENCE, Vmm
-from tests.lab.machine import DEFAULT, Job, Machine
+from tests.lab.machine import DEFAULT, Machine
 from tests.lab.progress import print_status
 from tests.lab.readme import keep, save
-
-_Stream = Literal["stdout", "stderr"]
-
-# The equivalent of the `run` probe, written by hand.
-_BPFTRACE = {
-    "bpftrace fexit": "fexit:kvm:kvm_arch_vcpu_ioctl_run /retval < 0/ "
-    "{ @[retval, args.vcpu->vcpu_id] = count(); }",
-    "bpftrace kretprobe": "kretprobe:kvm_arch_vcpu_ioctl_run /(int32)retval < 0/ "
-    "{ @[retval] = count(); }",
-}
-
-
-@contextmanager
-def _running(machine: Machine, command: str, ready: str, stream: _Stream) -> Iterator[Job]:
-    job = machine.start(f"exec {command}")
-    try:
-        job.wait_for(ready, timeout=PATIENCE, stream=stream)
-        yield job
-    finally:
-        job.signal(signal.SIGINT)
-        job.wait(PATIENCE)
-
-
-@contextmanager
-def _nothing(_machine: Machine) -> Iterator[None]:
-    yield None
-
-
-def _kvmtrace(source: str) -> Callable[[Machine], Any]:
-    return lambda machine: _running(
-        machine,
-        f"kvmtrace events --json --source {source} >/dev/null",
-        r"kvmtrace: watching",
-        "stderr",
-    )
-
-
-def _bpftrace(program: str) -> Callable[[Machine], Any]:
-    return lambda machine: _running(machine, f"bpftrace -e '{program}'", r"Attach", "stdout")
-
-
-def overhead(machine: Machine, exits: int, rounds: int) -> list[str]:
-    """Measure KVM_RUN exits per second by way of watching, with the ratio to nothing attached."""
-    ways: dict[str, Callable[[Machine], Any]] = {"nothing attached": _nothing}
-    ways |= {f"kvmtrace {source}": _kvmtrace(source) for source in ("bpf", "ftrace")}
-    ways |= {name: _bpftrace(program) for name, program in _BPFTRACE.items()}
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    vmm = Vmm(machine, "bench")
-    vmm.step("create v backing=anon")
-    vmm.step(f"pio v {exits}")  # warm
-    for number in range(rounds):
-        for name, way in ways.items():
-            with way(machine):
-                began = vmm.step("pid")["mono_ns"]
-                ended = vmm.step(f"pio v {exits}", patience=10 * PATIENCE)["mono_ns"]
-            rates[name].append(exits * 1e9 / (ended - began))
-            print_status(
-                f"bench: round {number + 1} of {rounds}: {name}: {rates[name][-1]:,.0f} exits/s"
-            )
-    vmm.end()
-    base = statistics.median(rates["nothing attached"])
-    rows = ["| watching by | KVM_RUN exits/s (median) | ratio |", "|---|---|---|"]
-    for name, values in rates.items():
-        rate = statistics.median(values)
-        rows.append(f"| {name} | {rate:,.0f} | {rate / base:.2f} |")
-    return rows
 
 
 def _rss_mib(machine: Machine, job_pattern: str) -> str:
@@ -103,8 +35,8 @@ def footprint(machine: Machine, repeats: int) -> list[str]:
     """Measure seconds from start to the first sample, and RSS then, by command and source."""
     rows = ["| command | source | start to first sample | RSS |", "|---|---|---|---|"]
     for source in ("bpf", "ftrace"):
-        commands: tuple[tuple[str, str, _Stream, tuple[int, int] | None], ...] = (
-            ("top", "probes", "stdout", (24, 80)),
+        commands: tuple[tuple[str, str, Stream, tuple[int, int] | None], ...] = (
+            ("top", "Probes [1-9]", "stdout", (24, 80)),
             ("serve", "serving", "stderr", None),
             ("events", "watching", "stderr", None),
         )
@@ -127,7 +59,7 @@ def storm_cost(machine: Machine, rounds: int) -> list[str]:
     """Measure kvmtrace's CPU time while a VMM takes ``rounds`` memory faults at full speed."""
     rows = ["| a storm, by source | faults/s | kvmtrace's CPU |", "|---|---|---|"]
     for source in ("bpf", "ftrace"):
-        with _running(machine, f"kvmtrace events --json --source {source}", "watching", "stderr"):
+        with running(machine, f"kvmtrace events --json --source {source}", "watching", "stderr"):
             vmm = Vmm(machine, "storm")
             vmm.step("create v backing=gmem pages=32")
             vmm.step("touch v +3")
@@ -149,7 +81,7 @@ def _cpu_seconds(machine: Machine) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.lab.bench", description=__doc__)
-    parser.add_argument("--exits", type=int, default=100_000)
+    parser.add_argument("--exits", type=int, default=25_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--storm", type=int, default=100_000)
     parser.add_argument("--readme", action="store_true", help="write the result into docs/costs.md")
@@ -161,7 +93,8 @@ def main() -> int:
         )
         parts = [
             [f"Measured in one run: {where}."],
-            overhead(machine, options.exits, options.rounds),
+            bench_exits.overhead(machine, options.exits, options.rounds),
+            bench_exits.run_time(machine, options.exits),
             storm_cost(machine, options.storm),
             footprint(machine, 3),
         ]

@@ -66,9 +66,10 @@ cli.main()
 
 
 @contextlib.contextmanager
-def _vms() -> Iterator[list[int]]:
+def made_vms(vms: int, descriptors: int) -> Iterator[list[int]]:
+    """Run so many processes with so many descriptors each: their pids."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _VMS, str(VMS), str(DESCRIPTORS)],
+        [sys.executable, "-c", _VMS, str(vms), str(descriptors)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -93,7 +94,10 @@ def _cpu_seconds(parent: int) -> float:
 
 def measure() -> list[str]:
     """Measure the share of a CPU, once every process has been scanned."""
-    with _vms() as pids, serving(_SERVE, ",".join(map(str, pids))) as (serve, _):
+    with (
+        made_vms(VMS, DESCRIPTORS) as pids,
+        serving(_SERVE, ",".join(map(str, pids))) as (serve, _),
+    ):
         time.sleep(SETTLED)
         before = _cpu_seconds(serve)
         began = time.monotonic()

@@ -28,7 +28,7 @@ lab: three VMs run in the machine, whose hardware will report memory errors:
 lab:   web-1 (disguised as QEMU)        is notified of a poisoned page, and loops
 lab:   db-1 (disguised as Firecracker)  holds a poisoned page, loses other memory
 lab:   cache-1 (anonymous memory)       loses a mapping, and gets a SIGBUS
-lab: in `kvmtrace top`: tab and enter for details, ? for help, q to quit"""
+lab: in `kvmtrace top`: enter for the whole story, tab for VMs, ? for help, q to quit"""
 
 DISGUISES = "/tmp/demo"
 VMM_COMMANDS = {
@@ -156,7 +156,7 @@ class PoisonStory(Story):
             self._start(name, how, f"create v vcpus=2 {more}", *touched, ordinary)
 
     def _wait_until_attached(self) -> bool:
-        """Wait until the run probe is attached and no more probes follow; False if stopped first.
+        """Wait until one of the last probes is attached and no more follow; False if stopped first.
 
         An event in between would be seen by some probes only.
         """
@@ -164,7 +164,7 @@ class PoisonStory(Story):
         while not self.stopped.wait(PACE):
             now = leftovers.attached_probes(self._machine)
             functions = map(str, now["functions"])
-            watched = any(one.startswith("kvm_arch_vcpu_ioctl_run") for one in functions)
+            watched = any(one.startswith("kvm_destroy_vm") for one in functions)
             if watched and now == before:
                 return True
             before = now

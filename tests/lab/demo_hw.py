@@ -24,7 +24,7 @@ INTRODUCTION = """\
 lab: two VMs run in the machine, whose memory controller will report errors:
 lab:   web-1 (disguised as QEMU)    loses a page, and its vCPU stops
 lab:   db-1 (anonymous memory)      one page is moved in time; another is lost and replaced
-lab: in `kvmtrace top`: tab and enter for details, ? for help, q to quit"""
+lab: in `kvmtrace top`: enter for the whole story, tab for VMs, ? for help, q to quit"""
 
 DIMM = cper.Dimm(node=0, card=0, module=1, handle=0x1100)  # the handle in QEMU's SMBIOS
 

@@ -1,7 +1,8 @@
-"""Run Prometheus in a machine and answer queries; needs a copy of tests/prometheus.py beside it.
+"""Run Prometheus and Alertmanager in a machine; needs a copy of tests/prometheus.py beside it.
 
-Usage: guest_prometheus.py TARGET RULES... A line of stdin is a PromQL query (a JSON string). The
-answer is one line of JSON, [[labels, value], ...]. Prometheus ends with stdin.
+Usage: guest_prometheus.py TARGET INSTANCE RULES... A line of stdin is a PromQL query (a JSON
+string), or null for the notifications that a webhook has received. The answer is one line of JSON:
+[[labels, value], ...] or [alert, ...]. All of it ends with stdin.
 """
 
 from __future__ import annotations
@@ -10,13 +11,25 @@ import json
 import sys
 from pathlib import Path
 
-from prometheus import Prometheus  # type: ignore[import-not-found] # the copy beside this file
+from prometheus import (  # type: ignore[import-not-found] # the copy beside this file
+    Alertmanager,
+    Prometheus,
+    Webhook,
+)
 
-with Prometheus(sys.argv[1], *map(Path, sys.argv[2:])) as server:
+target, instance, *rules = sys.argv[1:]
+with (
+    Webhook() as webhook,
+    Alertmanager(webhook.url, inhibits=False) as alertmanager,
+    Prometheus(
+        target, *map(Path, rules), instance=instance, alertmanager=alertmanager.address
+    ) as server,
+):
     print("ready", flush=True)
     for line in sys.stdin:
         try:
-            answer = server.query(json.loads(line))
+            asked = json.loads(line)
+            answer = webhook.notifications() if asked is None else server.query(asked)
         except (AssertionError, OSError) as error:
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)

@@ -221,7 +221,16 @@ def start_serve(machine: Machine, options: str = "") -> Job:
 
 def metrics_of(machine: Machine, serve: Job) -> str:
     """The text of /metrics of a running serve."""
+    return _fetched(machine, serve.stderr.partition("serving ")[2].split()[0])
+
+
+def page_of(machine: Machine, serve: Job) -> str:
+    """The landing page of a running serve."""
     url = serve.stderr.partition("serving ")[2].split()[0]
+    return _fetched(machine, url.removesuffix("metrics"))
+
+
+def _fetched(machine: Machine, url: str) -> str:
     fetch = f"import urllib.request as u; print(u.urlopen({url!r}).read().decode())"
     return machine.run(["python3", "-c", fetch], timeout=PATIENCE, check=True).stdout
 

@@ -18,11 +18,10 @@ from tests.lab.harness import (
 from tests.lab.machine import Machine
 from tests.lab.scenarios import Scenario
 
-# Poisons one page of each kind, and prints {kind: pfn}. Bits of /proc/kpageflags
+# What poisons pages by kind. Bits of /proc/kpageflags
 # (include/uapi/linux/kernel-page-flags.h): 7 slab, 10 free (buddy), 26 a page table.
-# The zero page can be poisoned only once, so all sources record at the same time.
 _POISON = '''
-import json, mmap, os, re, struct, subprocess
+import json, mmap, os, re, struct, subprocess, sys
 
 def first(bit, at=0x8000):
     with open("/proc/kpageflags", "rb") as flags:
@@ -59,14 +58,23 @@ def of_kind(bit):
             break
     return pfn
 
-pages = {
-    "zero": poison(entry & (1 << 55) - 1),
-    "slab": of_kind(7),
-    "table": of_kind(26),
-    "free": poison(first(10)),
+KINDS = {
+    "zero": lambda: poison(entry & (1 << 55) - 1),
+    "slab": lambda: of_kind(7),
+    "table": lambda: of_kind(26),
+    "free": lambda: poison(first(10)),
 }
-print(json.dumps(pages))
+print(json.dumps({kind: KINDS[kind]() for kind in sys.argv[1:]}))
 '''
+
+
+def poisoned(machine: Machine, *kinds: str) -> dict[str, int]:
+    """Poison a page of each kind, one of "zero", "slab", "table", "free"; {kind: pfn}.
+
+    The zero page can be poisoned only once.
+    """
+    found = machine.run(["python3", "-c", _POISON, *kinds], check=True).stdout
+    return dict(json.loads(found))
 
 
 def kernel_pages(machine: Machine, source: str) -> None:
@@ -81,7 +89,7 @@ def kernel_pages(machine: Machine, source: str) -> None:
     with contextlib.ExitStack() as stack:
         sources = ("bpf", "ftrace") if source == "both" else (source,)
         logs = [stack.enter_context(recorded(machine, one)) for one in sources]
-        pages = json.loads(machine.run(["python3", "-c", _POISON], check=True).stdout)
+        pages = poisoned(machine, "zero", "slab", "table", "free")
     for log in logs:
         _judge(machine, log, pages, {vmm.pid for vmm in vmms})
     for vmm in vmms:
@@ -111,5 +119,5 @@ def _explain(machine: Machine, log: str, pfn: int) -> Line:
     return dict(incident)
 
 
-# These need a machine of their own: the pages stay poisoned.
+# These need a machine of their own: the pages stay poisoned. Sources record at the same time.
 KERNEL_PAGES = Scenario(kernel_pages, boot={"memory": "2G"}, sources=("both",))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab import config, readme
+from tests.lab.all_at_once import ALL_AT_ONCE
 from tests.lab.errors import LabError, LabUnable, status_of
 from tests.lab.ghes import ghes
 from tests.lab.harness import Unstageable, end_following
@@ -44,6 +45,7 @@ EVERYTHING = (
     *QEMU,
     *MACHINE_CHECKS,
     KERNEL_PAGES,
+    ALL_AT_ONCE,
     HARDWARE,
     NESTED,
     *HOSTS,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.lab.all_at_once import ALL_AT_ONCE, all_at_once
 from tests.lab.conftest import Boot, prepared
 from tests.lab.kernel_pages import KERNEL_PAGES, kernel_pages
 from tests.lab.machine import DEFAULT, Machine
@@ -41,3 +42,7 @@ def test_from_the_hardware_to_the_verdict(failing: Machine, source: str) -> None
 
 def test_the_kernels_own_pages(boot: Boot) -> None:
     kernel_pages(boot(DEFAULT, **KERNEL_PAGES.boot), "bpf")
+
+
+def test_the_worst_of_many_comes_first(boot: Boot) -> None:
+    all_at_once(boot(DEFAULT, **ALL_AT_ONCE.boot), "bpf")

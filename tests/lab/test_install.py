@@ -51,11 +51,11 @@ def one_of_each_kind(shell: Shell, python: str) -> None:
     """Check that every command works. ``python``: the interpreter that has kvmtrace installed."""
     fake = f"{python} -m tests.unit.fake_host"
     assert "version" in run(shell("kvmtrace --version"))
-    lines = run(shell(f"{fake} events --json --count 5 --source bpf")).splitlines()
+    lines = run(shell(f"{fake} events --json --count 3 --source bpf")).splitlines()
     assert [json.loads(line)["kind"] for line in lines][-3:] == ["poison", "exit", "exit"]
     shown = json.loads(run(shell(f"{fake} top --once --json --source bpf")))
     assert "delivered" in [incident["state"] for incident in shown["incidents"]]
-    assert "delivered" in run(shell(f"{fake} top --once --source bpf"))
+    assert "unclear " in run(shell(f"{fake} top --once --source bpf"))
     doctor = json.loads(run(shell(f"{fake} doctor --json --source bpf || true")))
     assert doctor["sources"][0]["works"] is True
     run(shell(f"{fake} record story.jsonl --force --duration 1s --source bpf"))

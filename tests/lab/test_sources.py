@@ -22,7 +22,7 @@ from tests.lab.harness import (
     following,
     kvmtrace,
 )
-from tests.lab.hosts import doctor
+from tests.lab.hosts import NO_TRACEFS, doctor
 from tests.lab.machine import Machine
 from tests.lab.scenarios import SCENARIOS, SOURCES, Scenario, hva_anon, parity, unannotated
 
@@ -62,7 +62,7 @@ def test_every_probe_attaches(machine: Machine, source: str) -> None:
 def test_functions_are_probed_by_trampolines(machine: Machine) -> None:
     """If fentry refuses a function, a kprobe is used, which costs more and is not reported."""
     ways = ways_of_bpf(machine)
-    assert ways["run"] == "fexit+raw_tracepoint"
+    assert ways["run"] == "tracepoint"  # raw ones are preempted on this kernel
     assert {name: via for name, via in ways.items() if "probe" in via} == {}
 
 
@@ -70,6 +70,14 @@ def ways_of_bpf(machine: Machine) -> dict[str, str]:
     """{probe: how it is attached}, of the attached probes."""
     (tried,) = doctor(machine, "bpf")["sources"]
     return {probe["name"]: probe["via"] for probe in tried["probes"] if probe["attached"]}
+
+
+def test_without_tracefs_run_is_on_the_raw_tracepoint(machine: Machine) -> None:
+    """By copies, because programs there are preempted on this kernel."""
+    answer = kvmtrace(machine, "doctor --json --source bpf", mount_change=NO_TRACEFS)
+    (tried,) = json.loads(answer.stdout)["sources"]
+    (run,) = [probe for probe in tried["probes"] if probe["name"] == "run"]
+    assert (run["attached"], run["via"]) == (True, "raw_tracepoint")
 
 
 # No function has a type: then none has a trampoline.
@@ -87,7 +95,7 @@ def test_without_trampolines_kprobes_do(machine: Machine) -> None:
     answer = json.loads(machine.run(["python3", "-c", BY_KPROBES], timeout=PATIENCE).stdout)
     (tried,) = answer["sources"]
     ways = {probe["name"]: probe.get("via") for probe in tried["probes"]}
-    assert ways["run"] == "kprobe+raw_tracepoint"
+    assert ways["run"] == "tracepoint"
     assert {ways["faultin"], ways["gmem"], ways["vm_new"]} == {"kretprobe"}
     assert {ways["sigbus"], ways["vm_gone"]} == {"kprobe"}
 
@@ -142,5 +150,7 @@ def test_other_kernel(boot: Boot, kernel: str) -> None:
         with pytest.raises(Unstageable) if source in blind else contextlib.nullcontext():
             unannotated(machine, source)
     end_following(machine)
+    ways = ways_of_bpf(machine)
+    assert ways["run"] == "raw_tracepoint"
     # Whatever its bcc knows of modules, trampolines are the loader's business.
-    assert ways_of_bpf(machine)["run"] == "fexit+raw_tracepoint"
+    assert ways["faultin"] == "fexit"

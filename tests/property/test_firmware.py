@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvmtrace import dimm_names
 from kvmtrace.events import HwError
-from kvmtrace.linux import cper, mce, smbios
+from kvmtrace.linux import cper, kernel_log, mce, smbios
 from kvmtrace.sanitize import clean
 from kvmtrace.sources.codec import checked
 from kvmtrace.sources.ftrace import hardware
@@ -27,13 +27,28 @@ def structure(kind: int, handle: int, fields: bytes, *strings: str) -> bytes:
 
 
 _DEVICE = bytes(12) + b"\1\2" + bytes(66)
+_NUMBERED = bytes(8) + b"\xff\x7f" + bytes(2) + b"\1\2" + bytes(5) + b"\3\4\0\5" + bytes(60)
 DMI = [
     structure(0, 0, bytes(20), "vendor", "1.0")
     + structure(17, 0x1100, _DEVICE, "DIMM_A1", "BANK 0")
     + structure(17, 0x1101, _DEVICE, "DIMM_A1", "Not Specified")
     + structure(127, 0x7F00, b""),
     structure(17, 9, _DEVICE, "CPU0_DIMM_G1", "NODE 3"),
+    structure(17, 9, _NUMBERED, "A1", "NODE 3", "Samsung", "S4E5R6I7AL", "M393A4K40DB3-CWE"),
 ]
+KMSG = [
+    b"4,339,5140900,-;Memory failure: 0x103275: recovery action for dirty LRU page: Recovered\n",
+    b"6,1,0,c;mce: x\n SUBSYSTEM=y\n",
+    b"<4>[    5.140900] Memory failure: x\n<30>[ 6.0] mce: a program\n",
+]
+
+
+def _logged(data: bytes) -> None:
+    for lines in (kernel_log.of_kmsg([data]), kernel_log.of_syslog(data)):
+        for _, logged in lines:
+            assert logged == clean(logged, len(logged))
+
+
 NAMES = [
     *(b"CPU_SrcID#0_MC#2_Chan#0_DIMM#0", b"any memory", b"DIMM0 or DIMM0 or unknown memory"),
     *(b"Card01, ChnG, DIMM0", b"mc#0csrow#2channel#1", b"[Not Specified] DIMM_A1 None"),
@@ -51,6 +66,10 @@ def _dmi(table: bytes) -> None:
     labels = smbios.dimm_labels(path)
     assert len(set(labels.values())) == len(labels)
     assert all(0 <= handle < 1 << 16 for handle in labels)
+    for device in smbios.memory_devices(path) or ():
+        texts = (device.manufacturer, device.part_number, device.serial_number)
+        assert all(one is None or one == clean(one, len(one)) != "" for one in texts)
+        assert device.size_bytes is None or 0 < device.size_bytes < 1 << 52
     smbios.read(f"{directory()}/sys")
 
 
@@ -65,6 +84,7 @@ def _name(name: str) -> None:
 test_any_input, test_long_input, test_what_is_known = laws(
     {
         "SMBIOS": Parser(_dmi, DMI),
+        "kernel_log": Parser(_logged, KMSG),
         "DIMM": Parser(text(_name), NAMES),
         "Arm": Parser(cper.arm_address, [ARM_INFO, ARM_INFO * 3]),
         "extlog": Parser(

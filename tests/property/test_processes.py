@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvmtrace import sanitize
 from kvmtrace.enrich import page_tables, vcpu_state
-from kvmtrace.linux import host, kallsyms, page_flags
+from kvmtrace.linux import host, kallsyms, memory_failure, page_flags
 from kvmtrace.linux.pagemap import SPECIAL_TYPES, parse_maps, referenced_pfn
 from kvmtrace.sources.bpf import programs
 from kvmtrace.sources.ftrace.vms import tgid_of
@@ -143,6 +143,7 @@ test_any_input, test_long_input, test_what_is_known = laws(
         "status": Parser(
             lambda said: tgid_of(PID, _proc(said)), [STATUS], found=[b"Tgid:\n", b"Tgid:\t\x007\n"]
         ),
+        "flags": Parser(text(memory_failure.flags_of), [STAT, b"123 45 6\n"]),
         "stat": Parser(_stat, [STAT, b"123 45 6\n"]),
         "iomem": Parser(lambda said: page_flags.ram_ranges(placed(said, "iomem")), [IOMEM]),
         "meminfo": Parser(

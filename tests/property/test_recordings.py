@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import socket
@@ -32,6 +33,7 @@ from tests.property.stories import (
     records,
 )
 from tests.unit.command_line import invoke
+from tests.unit.test_unpack import tar
 
 FILE = "FILE"
 BUNDLE = "bundle.tar.gz"
@@ -56,7 +58,7 @@ JOINING = (
 )
 
 # Of the JSON contract, what is no number although Python takes it for one.
-FLAGS = {"annotated", "private", "attached", "gone", "before_start", "released"}
+FLAGS = {"annotated", "before", "private", "attached", "gone", "before_start", "released"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -136,6 +138,16 @@ def test_a_recording_is_read_or_refused(command: tuple[str, ...], recording: byt
                     check_json(text)
     left = {name for name in os.listdir(directory()) if name.startswith(".kvmtrace-")}
     assert not left
+
+
+_PACKED = [gzip.compress(SEEDS[0], mtime=0), tar({"kvmtrace-bundle/events.jsonl": SEEDS[0]})]
+
+
+@given(packed=damaged([*_PACKED, gzip.compress(_PACKED[1], mtime=0)]))
+@examples(60)
+def test_what_is_packed_is_read_or_refused(packed: bytes) -> None:
+    path = placed(packed, "packed")
+    run("replay", path, "--events")
 
 
 @given(recording=RECORDINGS)

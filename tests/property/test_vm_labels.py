@@ -5,9 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace.model import Vm
+from kvmtrace.events import Owner
+from kvmtrace.model import Incident, IncidentStatus, Vm
+from kvmtrace.views.web.vm_incidents import by_label
 from kvmtrace.views.web.vm_labels import OTHER, VmLabels
 
+LATENT = IncidentStatus.LATENT
 POISON = ("EHWPOISON", "hwpoison")
 
 # One step: (VM key, what happens to it), several between two scrapes.
@@ -85,3 +88,10 @@ def test_series_mean_one_vm_and_never_go_down(
             if label == OTHER or (count and key in vms):
                 assert now[label][0] == key
         before = now
+
+        # Each VM's incident is counted once, under its own label or under "other".
+        pages = [Incident("1-1", LATENT, key, None, None, None, (Owner(key, 1),)) for key in vms]
+        states = {label: counts for label, counts, _ in by_label(series, vms, pages)}
+        assert {label: counts["latent"] for label, counts in states.items()} == {
+            one.label: folded if one.vm is None else 1 for one in series
+        }

@@ -30,6 +30,8 @@ class Host:
         self.address = 0xFFFFFFFF81000000
         self.build = b"build one"
         self.modules: tuple[str, ...] = ("kvm:7",)
+        self.more: tuple[str, ...] = ()
+        self.variables: tuple[str, ...] = tuple(PLACEHOLDERS)
         monkeypatch.setattr(layout, "Btf", lambda: self)
         monkeypatch.setattr(layout, "read_symbols", self.symbols)
         monkeypatch.setattr(kvm_module, "loaded", lambda: self.modules)
@@ -40,7 +42,8 @@ class Host:
 
     def symbols(self, names: Iterable[str]) -> dict[str, Symbol]:
         self.asked.append("symbols")
-        found = {name: Symbol(None, self.address and self.address + 8) for name in PLACEHOLDERS}
+        names = (*self.variables, *self.more)
+        found = {name: Symbol(None, self.address and self.address + 8) for name in names}
         return {**found, RUN: Symbol("kvm", self.address)}
 
     def offset(self, struct: str, path: str) -> int | None:
@@ -141,3 +144,29 @@ def test_what_is_no_layout_is_made_anew(host: Host) -> None:
     assert set(host.asked) == BOTH
     assert cache.trouble
     assert facts(second) == facts(first)
+
+
+@pytest.mark.parametrize(
+    ("skips", "more", "variables"),
+    [
+        (False, ("tracepoint_srcu",), True),  # 6.12
+        (False, (), True),  # 6.18
+        (True, ("tracepoint_srcu", "init_srcu_struct_fast"), True),  # 7.3
+        (True, ("tracepoint_srcu", "__init_srcu_struct_fast"), True),  # with lockdep
+        (False, ("init_srcu_struct_fast",), True),  # it is for others
+        (True, ("init_srcu_struct_fast",), False),  # who knows
+        (False, (), False),
+    ],
+)
+def test_raw_tracepoint_programs_that_are_preempted(
+    host: Host, more: tuple[str, ...], *, skips: bool, variables: bool
+) -> None:
+    host.more = more
+    host.variables = tuple(PLACEHOLDERS) if variables else ()
+    assert host.layout()[0].skips_raw_tracepoints is skips
+
+
+def test_a_kernel_without_the_helper_for_registers(host: Host) -> None:
+    assert "-DHAS_TASK_PT_REGS" not in host.layout()[0].cflags()
+    host.more, host.modules = ("bpf_task_pt_regs",), ("kvm:9",)
+    assert "-DHAS_TASK_PT_REGS" in host.layout()[0].cflags()

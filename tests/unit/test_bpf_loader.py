@@ -92,6 +92,17 @@ def test_a_tracepoint_that_there_is_and_one_that_there_is_not(loader: Loader) ->
         loader.attach_raw_tracepoint("store", "no_such_event")
 
 
+def test_one_program_is_detached(loader: Loader) -> None:
+    before = descriptors()
+    first, second = (loader.attach_raw_tracepoint("store", "sched_switch") for _ in range(2))
+    loader.detach(first)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(first)
+    os.fstat(second)
+    loader.detach(second)
+    assert descriptors() == before
+
+
 def test_what_cannot_be_attached_is_an_error_of_its_own(loader: Loader) -> None:
     with pytest.raises(OSError, match="No such file"):
         loader.attach_function("fn_x", FunctionType("no_such_module", 1, ()), entry=True, copy=0)

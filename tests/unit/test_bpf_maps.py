@@ -69,3 +69,13 @@ def test_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert (maps.activity(), maps.lost()) == (7, [10, 11, 12])
     assert (maps.generation(at), maps.generation(at + 1)) == (3, 0)
+
+
+def test_whoever_wants_to_know_knows_before_counters_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bpf_maps, "RingBuffer", lambda *_: None)
+    exits = Rows()
+    parts: Any = {"ring": Rows(), "exits": exits, "overflow": Rows()}
+    maps = Maps(parts, lambda: exits.update(rows((ExitKeyRecord(), ExitCount(1)))))
+    assert [count.total for _, count in maps.exits()] == [1]

@@ -109,6 +109,38 @@ def test_while_kvm_comes_and_goes_no_poll_takes_longer_than_it_may(
     assert max(slept) <= 0.01
 
 
+def test_records_in_quick_succession_are_read_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a wake-up for each; the first one after a pause is read at once, and so is the last."""
+    programs = FakePrograms(tmp_path)
+    record = programs.raw[0]
+    now, slept = [100.0], list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(bpf, "Programs", lambda **_: programs)
+    monkeypatch.setattr(bpf, "BpfTranslator", lambda *_: BpfTranslator(0, ({}, {}), str(tmp_path)))
+    monkeypatch.setattr(host, "lockdown", lambda: None)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    source = bpf.BpfSource()
+    source.poll(0)
+    for _ in range(50):
+        programs.raw = [record]
+        source.poll(0.25)
+    assert len(slept) == 50
+    assert now[0] - 100 >= 50 * 0.019
+    now[0] += 1
+    programs.raw = [record]
+    source.poll(0.25)
+    assert len(slept) == 50
+    source.poll(0)
+    assert len(slept) == 50
+
+
 def test_programs_that_met_kvm_half_loaded_are_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

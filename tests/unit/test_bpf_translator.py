@@ -73,13 +73,14 @@ class Kernel(Maps):
 
     def __init__(self, *rows: tuple[ExitKeyRecord, int]) -> None:
         self.rows = list(rows)
-        self.readings = self.active = 0
+        self.readings = self.active = self.calls = 0
         self.places: dict[bytes, tuple[int, int]] = {}
         self.refused: list[tuple[RefusalKeyRecord, RefusalCount]] = []
         self.signalled: list[tuple[SigbusKey, SigbusCount]] = []
         self.losses = [0] * len(records.LOST_PLACES)
 
     def activity(self) -> int:
+        self.calls += 1
         return self.active
 
     def exits(self) -> list[tuple[ExitKeyRecord, ExitCount]]:
@@ -96,6 +97,7 @@ class Kernel(Maps):
         return self.signalled
 
     def lost(self) -> list[int]:
+        self.calls += 1
         return list(self.losses)
 
     def forget_exits(self, keys: list[ExitKeyRecord]) -> None:
@@ -241,6 +243,21 @@ def test_counters_are_read_once_a_second(
     clock(200)
     assert translator.counters(kernel) == []
     assert kernel.readings == 5  # nothing was counted since
+
+
+def test_a_storm_costs_the_same_however_fast_it_is(
+    translator: BpfTranslator, clock: Callable[[float], None]
+) -> None:
+    """Every record of the ring ends a wait, after which counters could be read."""
+    for rate in (10, 1000):
+        kernel = Kernel()
+        for number in range(3 * rate):
+            clock(1000 * rate + number / rate)
+            kernel.count(key(), number + 1)
+            kernel.losses[0] += 1
+            translator.counters(kernel)
+        assert (kernel.readings, kernel.calls) == (3, 6)
+        translator._start_over()
 
 
 def test_what_is_due_is_read_though_nothing_more_is_counted(
@@ -436,7 +453,8 @@ def test_losses_are_reported_once(translator: BpfTranslator) -> None:
     assert [(one.where, one.count) for one in lost] == [("ring", 2), ("exit_counts", 1)]
     assert translator.counters(kernel) == []
     kernel.losses[0] = 3
-    assert [one.count for one in translator.counters(kernel) if isinstance(one, Lost)] == [1]
+    more = translator.counters(kernel, at_once=True)
+    assert [one.count for one in more if isinstance(one, Lost)] == [1]
 
 
 def test_a_vm_at_the_address_of_one_whose_end_was_missed(translator: BpfTranslator) -> None:

@@ -215,8 +215,8 @@ def test_a_recording_without_its_end(path: Path) -> None:
 
 
 def test_a_compressed_recording_is_recognized(tmp_path: Path) -> None:
-    path = tmp_path / "r.gz"
-    path.write_bytes(b"\x1f\x8b\x08\0\0\n")
+    path = tmp_path / "r.xz"
+    path.write_bytes(b"\xfd7zXZ\0\0\n")
     assert "hint: it is compressed: unpack it first\n" in invoke("replay", str(path)).stderr
 
 

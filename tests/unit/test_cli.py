@@ -13,21 +13,25 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-from click.testing import Result
+from click.testing import CliRunner, Result
 
 from kvmtrace import cli, sources
-from kvmtrace.cli.options import seconds
+from kvmtrace.cli.options import point_in_time, seconds, utc_option
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.events import Event, Lost, VmSeen
+from kvmtrace.events import Event, Found, Lost, Owned, Owner, VmGone, VmSeen
 from kvmtrace.linux import host
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import NO_KVM, Probe, specs
+from kvmtrace.session.feed import FeedServer, send_log
+from kvmtrace.session.session import Session
+from kvmtrace.views.format import zone_of
 from kvmtrace.views.web import metrics
 from kvmtrace.vmm import identity, processes
 from tests.unit.command_line import invoke
@@ -124,7 +128,7 @@ def test_wrong_usage_is_status_2(source: FakeSource, arguments: tuple[str, ...])
         (("nonsense",), "no such command", "kvmtrace"),
         (("events", "--bogus"), "no such option", "kvmtrace events"),
         (("events", "a\x1b[31mb\n"), "unexpected extra argument (a?[31mb )", "kvmtrace events"),
-        (("top", "--interval", "soon"), "'soon' is not a number of seconds", "kvmtrace top"),
+        (("top", "--interval", "soon"), "'soon' is not a duration", "kvmtrace top"),
         (("record",), "missing argument 'FILE'", "kvmtrace record"),
         (("bundle",), "missing option '-o'", "kvmtrace bundle"),
     ],
@@ -198,9 +202,89 @@ def test_names_of_files_do_nothing_to_a_terminal(source: FakeSource, tmp_path: P
     assert message.count(f"{tmp_path}/a?[31mb") == 5
 
 
-@pytest.mark.parametrize(("text", "number"), [("2", 2.0), ("1.5s", 1.5), ("2m", 120), ("1h", 3600)])
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2", 2.0),
+        ("1.5s", 1.5),
+        ("2m", 120),
+        ("1h", 3600),
+        ("2d", 172800),
+        ("1h30m", 5400),
+        ("500ms", 0.5),
+        ("1.5H", 5400),
+        (".5", 0.5),
+        ("1e3", 1000),
+    ],
+)
 def test_durations(text: str, number: float) -> None:
     assert seconds(text) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "m", "1x", "1h30", "-1s", "1 h", "0ms", "1e9", "nan", "²", "1hh", "1e9d", "9" * 400],
+)
+def test_no_durations(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        seconds(text)
+
+
+NOW = 1_790_000_000  # 2026-09-21T14:13:20Z
+
+
+@pytest.fixture
+def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two hours east of UTC."""
+    monkeypatch.setenv("TZ", "XYZ-2")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("text", "when"),
+    [
+        ("2026-09-21T16:13:20", NOW),
+        ("2026-09-21 16:13:20", NOW),
+        ("2026-09-21T14:13:20Z", NOW),
+        ("2026-09-21T10:13:20-04:00", NOW),
+        ("2026-09-21", NOW - 16 * 3600 - 13 * 60 - 20),
+    ],
+)
+def test_points_in_time(zone: None, text: str, when: int) -> None:
+    assert point_in_time(text) == when * SECOND
+
+
+def test_times_of_day_are_the_last_ones(zone: None) -> None:
+    now = time.time()
+    for ago in (0, 60, 86100):
+        shown = time.strftime("%H:%M:%S", time.localtime(now - ago))
+        assert abs(now - ago - point_in_time(shown) / SECOND) < 2
+    an_hour_ago = point_in_time("1h")
+    # By a clock that is not stepped nor slewed.
+    assert 3599 < (time.time_ns() - an_hour_ago) / SECOND < 3660
+    assert point_in_time("7:05") == point_in_time("07:05")
+
+
+@pytest.mark.parametrize("text", ["", "25:00", "yesterday", "2026-13-01", "99999-01-01", "²:00"])
+def test_no_points_in_time(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        point_in_time(text)
+
+
+def test_utc_ends_with_its_command(zone: None) -> None:
+    shown: list[str] = []
+
+    @click.command()
+    @utc_option
+    def command() -> None:
+        shown.append(zone_of(NOW * SECOND))
+
+    for arguments in (["--utc"], []):
+        CliRunner().invoke(command, arguments)
+    assert shown == ["UTC", "UTC+02:00"]
 
 
 # -- errors
@@ -267,7 +351,7 @@ def test_top_once(source: FakeSource, monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoke("top", "--once", "--interval", "0.1")
     assert result.exit_code == 0
     assert "web-1" in result.stdout
-    assert "0x103275" in result.stdout
+    assert "103275-1" in result.stdout
     assert source.closed
 
 
@@ -291,14 +375,125 @@ def test_top_once_lasts_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_events(source: FakeSource) -> None:
     result = invoke("events", "--duration", "0.2")
     assert result.exit_code == 0
-    assert len(result.stdout.splitlines()) == 5
+    assert [line.split()[1] for line in result.stdout.splitlines()] == ["poison", "exit", "exit"]
+    assert "already here: 2 VMs\n" in result.stderr
     assert source.closed
 
 
 def test_events_json_count(source: FakeSource) -> None:
-    lines = invoke("events", "--json", "--count", "4").stdout.splitlines()
-    assert [json.loads(line)["kind"] for line in lines] == ["vm", "vm", "poison", "exit"]
+    lines = invoke("events", "--json", "--count", "2").stdout.splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [one["kind"] for one in found] == ["vm", "vm", "poison", "exit"]
+    assert [one.get("before") for one in found] == [True, True, None, None]
     assert source.closed
+
+
+class Slow(FakeSource):
+    """Batches come one by one, also to a poll that does not wait."""
+
+
+def test_what_was_there_is_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--count 1` waits for the first thing that happens."""
+    there = [
+        *STORY[:2],
+        Found(T0, 0x7),
+        Owned(T0, 0x7, Owner(1, 9), "pagemap"),
+    ]
+    later = [
+        VmSeen(T0 + SECOND, 1, 4001, "web-1", "c7a5fdbd-edaf-9455-926a-d65c16db1809", "qemu"),
+        Found(T0 + SECOND, 0x8),
+        Owned(T0 + SECOND, 0x8, Owner(2, 9), "pagemap"),
+        VmSeen(T0 + 2 * SECOND, 3, 4003, "new"),
+    ]
+    use(monkeypatch, Slow(there, [], later))
+    result = invoke("events", "--count", "1")
+    (line,) = result.stdout.splitlines()
+    assert line.split()[1:5] == ["vm", "new", "(4003)", "seen"]
+    assert "already here: 2 VMs and 1 open incident" in result.stderr
+    assert "1 page poisoned before now: 0x8" in result.stderr
+
+
+def test_events_of_a_kind_and_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kinds(*arguments: str) -> list[str]:
+        use(monkeypatch, Complete(STORY, [Lost(T0 + 9 * SECOND, "ringbuf", 3)]))
+        lines = invoke("events", "--json", "--duration", "0.2", *arguments).stdout.splitlines()
+        return [json.loads(line)["kind"] for line in lines]
+
+    assert kinds("--kind", "poison,lost") == ["poison", "lost"]
+    assert kinds("--kind", "exit", "--kind", "VM") == ["vm", "vm", "exit", "exit"]
+    assert kinds("--state", "delivered") == ["exit"]  # the poison's own owner is not known
+    assert kinds("--state", "unowned,delivered") == ["poison", "exit"]
+    assert kinds("--state", "unowned", "--kind", "exit") == []
+
+
+def test_what_is_lost_is_reported_whatever_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Complete(STORY, [Lost(T0 + 9 * SECOND, "ringbuf", 3)]))
+    result = invoke("events", "--kind", "poison", "--duration", "0.2")
+    assert "kvmtrace: 3 lost at ringbuf\n" in result.stderr
+    assert "lost" not in result.stdout
+    use(monkeypatch, Complete(STORY, [Lost(T0 + 9 * SECOND, "ringbuf", 3)]))
+    assert "3 lost at" in invoke("events", "--state", "latent", "--duration", "0.2").stderr
+    use(monkeypatch, Complete(STORY, [Lost(T0 + 9 * SECOND, "ringbuf", 3)]))
+    assert "lost at" not in invoke("events", "--duration", "0.2").stderr
+
+
+@contextmanager
+def serving(directory: Path, *events: Event) -> Iterator[None]:
+    """A serve that has seen these events."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVMTRACE_RUNTIME_DIR", str(directory))
+        patch.setattr(sources, "open_source", lambda kind: pytest.fail("probes were attached"))
+        session = Session(FakeSource(events))
+        session.pump(0)
+        feed = FeedServer(lambda client: send_log(session, client))
+        try:
+            yield
+        finally:
+            feed.close()
+            session.close()
+
+
+def test_since_when_a_serve_has_seen_it(tmp_path: Path) -> None:
+    def kinds(*arguments: str) -> list[tuple[str, bool]]:
+        result = invoke("events", "--json", "--duration", "0.2", *arguments)
+        assert result.exit_code == 0, result.stderr
+        lines = map(json.loads, result.stdout.splitlines())
+        return [(line["kind"], line.get("before", False)) for line in lines]
+
+    with serving(tmp_path, *STORY, VmGone(T0 + 4 * SECOND, 2)):
+        assert kinds() == [("vm", True)]
+        since = f"--since={(T0 + 2 * SECOND) // SECOND}"
+        assert invoke("events", since).exit_code == 2  # no duration of so many years
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime((T0 + 2 * SECOND) // SECOND))
+        recent = [("exit", False), ("exit", False), ("vm", False)]
+        assert kinds("--since", at) == [("vm", True), *recent]
+        assert kinds("--since", at, "--count", "2") == [("vm", True), *recent[:2]]
+        everything = kinds("--since", "2020-01-01")
+        assert everything == [("vm", False), ("vm", False), ("poison", False), *recent]
+        gap = invoke("events", "--utc", "--since", "2020-01-01", "--count", "1").stderr
+        assert "the history of the serve begins at 2026-09-21 14:13:20.000 UTC\n" in gap
+
+
+def test_doctor_beside_a_serve_attaches_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(processes, "vm_processes", lambda: {})
+    with serving(tmp_path, *STORY):
+        report = json.loads(invoke("doctor", "--json").stdout)
+        (serve,) = [one for one in report["checks"] if one["name"] == "serve"]
+        assert serve["found"].startswith(f"runs (pid {os.getpid()}, kvmtrace ")
+        (own,) = report["sources"]
+        assert (own["name"], own["works"]) == ("bpf", True)
+        assert {probe["name"]: probe["attached"] for probe in own["probes"]} == {
+            "run": True,
+            "mce": False,
+        }
+
+
+def test_since_needs_a_serve(source: FakeSource) -> None:
+    result = invoke("events", "--since", "1h", "--count", "1")
+    assert result.exit_code == 0
+    assert "no serve runs here: what happened before now is not known" in result.stderr
 
 
 @pytest.mark.parametrize("vm", ["web-1", "4001", "C7A5fdbd-edaf-9455-926a-d65c16db1809"])
@@ -306,6 +501,7 @@ def test_events_of_one_vm(monkeypatch: pytest.MonkeyPatch, vm: str) -> None:
     use(monkeypatch, Complete(STORY[:2], (*STORY[2:], Lost(T0 + 9 * SECOND, "ringbuf", 3))))
     lines = invoke("events", "--json", "--vm", vm, "--duration", "0.2").stdout.splitlines()
     assert [json.loads(line)["kind"] for line in lines] == ["vm", "exit", "lost"]
+    assert json.loads(lines[0])["before"] is True
 
 
 def test_unknown_vm(source: FakeSource) -> None:
@@ -718,7 +914,8 @@ def child(
 def assert_quiet(stderr: str) -> None:
     *before, last = stderr.splitlines()
     assert last == "closed"
-    assert not [line for line in before if not line.startswith("kvmtrace: watching by bpf")]
+    usual = ("kvmtrace: watching by bpf", "kvmtrace: already here: ")
+    assert not [line for line in before if not line.startswith(usual)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -786,13 +983,14 @@ def test_a_signal_does_not_cost_the_last_lines() -> None:
     process.send_signal(signal.SIGTERM)
     read += process.stdout.readlines()  # somebody reads: all of the last look arrives
     process.communicate(timeout=20)
-    assert len(read) % len(STORY) == 0
+    # The first two events are VMs that are there already.
+    assert len(read) % (len(STORY) - 2) == 0
     assert process.returncode == 0
 
 
 def test_lines_come_as_they_happen() -> None:
     process = child("events")
     assert process.stdout is not None
-    assert "web-1" in process.stdout.readline()
+    assert "poison" in process.stdout.readline()
     process.terminate()
     process.communicate(timeout=20)

@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
 
-from dashboards import generate
+from dashboards import generate, panels
+from kvmtrace.judgement.urgency import Level, Urgency
+from kvmtrace.model import IncidentStatus, VerdictWord
 from kvmtrace.views.web import metrics
 from tests import dashboards
 from tests.exporter_scenario import CONVERSIONS, LOOPS, Scenario
-from tests.prometheus import Prometheus, missing, required
+from tests.prometheus import JOB, Prometheus, missing, required
 
 needs_prometheus = pytest.mark.skipif(
     missing("prometheus", "promtool") is not None and not required(),
     reason=str(missing("prometheus", "promtool")),
 )
 
+RUNBOOK = dashboards.DASHBOARDS.parent / "docs/runbook.md"
 BOARD = dashboards.load()
 QUERIES = list(dashboards.queries(BOARD))
 _IDS = [f"{query.panel}-{query.ref}" for query in QUERIES]
+
+HERE = "this host"  # stands for the scraped instance
 
 # What each panel shows after the scenario: {sorted label values: value}, every query by panel and
 # ref. None: a rate, of which only the series and that it is above 0 can be foretold.
 _V = dict[tuple[str, ...], float | None]
 EXPECTED: dict[tuple[str, str], _V] = {
+    ("variable job", "A"): {(JOB,): 1},
+    ("variable instance", "A"): {(HERE,): 1},
+    ("variable vm", "A"): {("web",): 1, ("db",): 1, ("vm-103",): 1},
+    ("annotation Page poisoned", "A"): {
+        ("dirty LRU page", "Recovered"): None,
+        ("guest_memfd page", "Recovered"): None,
+        ("reserved kernel page", "Ignored"): None,
+    },
     ("VMMs looping", "A"): {(): 1},
+    ("VMs stopped", "A"): {(): 0},
+    ("Undelivered", "A"): {(): 0},
+    ("Host at risk", "A"): {(): 1},
+    ("Unclear", "A"): {(): 1},
     ("Poisoned pages in VMs", "A"): {(): 3},
     ("Poisoned pages of the kernel", "A"): {(): 1},
     ("Hardware corrupted", "A"): {(): 8192},
     ("Poison to delivery, median", "A"): {(): 0.001},
     ("Poison to delivery, 95 %", "A"): {(): None},
     ("Probes not attached", "A"): {(): 1},
+    ("VMs", "looping"): {("web",): 1, ("db",): 0, ("vm-103",): 0},
+    ("VMs", "stopped"): {("web",): 0, ("db",): 0, ("vm-103",): 0},
+    ("VMs", "undelivered"): {("web",): 0, ("db",): 0, ("vm-103",): 0},
+    ("VMs", "unclear"): {("web",): 0, ("db",): 1, ("vm-103",): 0},
     ("VMs", "pages"): {("web",): 1, ("db",): 2, ("vm-103",): 0},
     ("VMs", "poison"): {("web",): LOOPS, ("db",): 0, ("vm-103",): 0},
     ("VMs", "conversion"): {("web",): 0, ("db",): 0, ("vm-103",): CONVERSIONS},
@@ -59,6 +82,25 @@ EXPECTED: dict[tuple[str, str], _V] = {
         ("unowned",): 1,
         ("closed",): 0,
     },
+    ("Incidents by urgency", "A"): {
+        ("looping",): 1,
+        ("stopped",): 0,
+        ("undelivered",): 0,
+        ("kernel",): 1,
+        ("unclear",): 1,
+        ("latent",): 1,
+        ("unowned",): 0,
+        ("handled",): 0,
+        ("closed",): 0,
+    },
+    ("Incidents by verdict", "A"): {
+        ("looping",): 1,
+        ("stopped",): 0,
+        ("unknown",): 1,
+        ("exited",): 0,
+        ("handled",): 0,
+    },
+    ("Undelivered by VM", "A"): {("web",): 0, ("db",): 0, ("vm-103",): 0},
     ("Pages poisoned", "A"): {
         ("dirty LRU page", "Recovered"): None,
         ("guest_memfd page", "Recovered"): None,
@@ -87,6 +129,11 @@ EXPECTED: dict[tuple[str, str], _V] = {
     ("kvmtrace's own CPU", "A"): {(): None},
     ("Source", "source"): {("bpf", "bpf works here"): 1},
 }
+# {family: its labels}, by what is exported of the scenario
+LABELS = {
+    family.name: set().union(*(sample.labels for sample in family.samples))
+    for family in metrics.Exporter(Scenario().begin().happen().snapshot).collect()
+}
 KINDS = [
     ("guest_memfd page", "Recovered"),
     ("dirty LRU page", "Recovered"),
@@ -110,7 +157,7 @@ def test_every_panel_is_complete(panel: dict[str, object]) -> None:
     assert panel["targets"]
     for target in panel["targets"]:  # type: ignore[attr-defined]
         assert target["datasource"] == source
-        assert 'instance="$instance"' in target["expr"]
+        assert 'job="$job", instance="$instance"' in target["expr"]
 
 
 def test_titles_are_unique_and_panels_do_not_overlap() -> None:
@@ -125,10 +172,52 @@ def test_titles_are_unique_and_panels_do_not_overlap() -> None:
         taken |= cells
 
 
-def test_the_host_is_a_variable() -> None:
+def test_job_host_and_vm_are_variables() -> None:
+    """Links of alerts name them."""
     variables = {one["name"]: one for one in BOARD["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"
-    assert variables["instance"]["query"] == "label_values(kvmtrace_build_info, instance)"
+    assert list(variables) == ["datasource", "job", "instance", "vm"]
+    assert variables["vm"]["includeAll"]
+    assert variables["vm"]["allValue"] == ".*"
+
+
+def test_all_that_is_known_by_vm_depends_on_the_vm() -> None:
+    """Host-wide metrics do not have the label; a query with it would show nothing."""
+    for query in QUERIES:
+        for metric, selector in re.findall(r"(kvmtrace_\w+)\{(.*?)\}", query.expr):
+            family = re.sub("_(total|bucket|info)$", "", metric)
+            by_vm = "vm" in LABELS[family] and query.panel != "variable vm"
+            assert ('vm=~"$vm"' in selector) == by_vm, query
+
+
+def test_words_have_the_colour_of_their_meaning() -> None:
+    """What a word calls for is the same in all panels, and as in the landing page."""
+    seen: defaultdict[str, set[str]] = defaultdict(set)
+    for panel in BOARD["panels"]:
+        for one in panel["fieldConfig"]["overrides"]:
+            for value in one["properties"]:
+                if value["id"] == "color":
+                    word = one["matcher"]["options"]
+                    seen[word].add(value["value"]["fixedColor"])
+    colours = {
+        Level.NOW: panels.NOW,
+        Level.SOON: panels.SOON,
+        Level.WATCH: panels.WATCH,
+        Level.OVER: panels.OVER,
+    }
+    expected = {str(urgency): {colours[urgency.level]} for urgency in Urgency}
+    expected |= {"delivered": {panels.SOON}, "unknown": {panels.SOON}, "exited": {panels.OVER}}
+    assert seen == expected
+    assert set(seen) == {*Urgency, *IncidentStatus, *VerdictWord}
+
+
+def test_links_lead_into_the_runbook() -> None:
+    found = [link["url"] for panel in BOARD["panels"] for link in panel.get("links", [])]
+    assert len(found) >= 6
+    headings = re.findall(r"^## (\w+)$", RUNBOOK.read_text(encoding="utf-8"), re.MULTILINE)
+    pages = {f"{panels.DOCS}/runbook.md#{heading.lower()}" for heading in headings}
+    assert set(found) <= pages
+    assert [link["url"] for link in BOARD["links"]] == [f"{panels.DOCS}/runbook.md"]
 
 
 def test_every_query_has_an_expectation() -> None:
@@ -152,17 +241,19 @@ def test_alert_rules(command: tuple[str, ...]) -> None:
 
 
 @pytest.fixture(scope="module")
-def scraped() -> Iterator[tuple[Prometheus, str]]:
+def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Prometheus, str]]:
     """A Prometheus that scraped the scenario, and the scraped instance."""
+    rules = tmp_path_factory.mktemp("rules") / "alerts.yml"
+    rules.write_text(dashboards.quick_alerts())
     scenario = Scenario().begin()
     server = metrics.serve("127.0.0.1:0", scenario, kinds=lambda: KINDS)
     instance = f"127.0.0.1:{server.address[1]}"
     try:
-        with Prometheus(instance, dashboards.ALERTS) as prometheus:
+        with Prometheus(instance, rules) as prometheus:
             prometheus.wait_for_scrapes(2)
             exits = 'sum(kvmtrace_memory_fault_exits_total{cause="hwpoison"})'
             assert prometheus.value(exits) == 0  # the series is there before the first event
-            assert not prometheus.alerts()
+            assert prometheus.alerts() <= {"KvmtraceProbeMissing"}
             scenario.happen()
             prometheus.wait(lambda: prometheus.value(exits) == LOOPS)
             prometheus.wait_for_scrapes(2)
@@ -178,7 +269,7 @@ def test_every_panel_shows_the_scenario(
 ) -> None:
     prometheus, instance = scraped
     shown = {
-        tuple(sorted(labels.values())): value
+        tuple(sorted(HERE if one == instance else one for one in labels.values())): value
         for labels, value in prometheus.query(query.filled(instance))
     }
     expected = {
@@ -193,20 +284,40 @@ def test_every_panel_shows_the_scenario(
 
 
 @needs_prometheus
-def test_no_other_host_is_shown(scraped: tuple[Prometheus, str]) -> None:
-    prometheus, _ = scraped
+@pytest.mark.parametrize("other", [{"instance": "elsewhere:9750"}, {"job": "another"}])
+def test_no_other_host_is_shown(scraped: tuple[Prometheus, str], other: dict[str, str]) -> None:
+    prometheus, instance = scraped
     for query in QUERIES:
-        values = [value for _, value in prometheus.query(query.filled("elsewhere:9750"))]
-        assert values == ([0] if query.panel == "Probes not attached" else []), query
+        expr = query.filled(**({"instance": instance} | other))
+        values = [value for _, value in prometheus.query(expr)]
+        if query.panel.startswith("variable "):
+            assert not values or query.panel == "variable job" or "instance" in other
+        else:
+            assert values == ([0] if query.panel == "Probes not attached" else []), query
+
+
+@needs_prometheus
+def test_no_other_vm_is_shown(scraped: tuple[Prometheus, str]) -> None:
+    prometheus, instance = scraped
+    for query in QUERIES:
+        if "$vm" in query.expr:
+            shown = prometheus.query(query.filled(instance, vm="web|other"))
+            assert shown, query
+            assert {labels.get("vm", "web") for labels, _ in shown} == {"web"}, query
+    (pages,) = [query for query in QUERIES if query.panel == "Poisoned pages in VMs"]
+    assert prometheus.value(pages.filled(instance, vm="db")) == 2
 
 
 @needs_prometheus
 def test_the_alerts_fire(scraped: tuple[Prometheus, str]) -> None:
     prometheus, _ = scraped
     expected = {
-        "KvmtracePagePoisoned",
-        "KvmtraceHostAtRisk",
-        "KvmtraceVmmLooping",
+        "KvmtraceLooping",
+        "KvmtraceKernelPage",
+        "KvmtraceUnclear",
+        "KvmtraceLatent",
+        "KvmtraceProbeMissing",
         "KvmtraceEventsLost",
+        "KvmtraceFirstPoison",
     }
     prometheus.wait(lambda: prometheus.alerts() == expected)

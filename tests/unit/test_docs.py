@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -38,7 +39,7 @@ LINES_OF_README = 180
 
 # Commands that no unit test can run, and what runs them instead.
 ELSEWHERE = {
-    "kvmtrace top": "needs a terminal: tests/unit/test_top_pty.py; the picture is drawn by it",
+    "kvmtrace top": "needs a terminal: tests/unit/test_top_pty.py; the pictures are drawn by it",
 }
 CHECK = "critical, as the story is; without a serve its state is unknown"
 DOCTOR = "depends on this host: its status may be 1"
@@ -71,7 +72,8 @@ def _of_kvmtrace(line: str) -> str:
     return shlex.join(next(part for part in parts if part[:1] == ["kvmtrace"]))
 
 
-COMMANDS = list(dict.fromkeys(commands()))
+EXAMPLES = [("--help", one) for examples in cli.cli.examples.values() for one in examples]
+COMMANDS = list(dict.fromkeys([*commands(), *EXAMPLES]))
 
 
 # -- commands
@@ -104,7 +106,10 @@ def story(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
     (tmp_path / "tests").symlink_to(docs.ROOT / "tests")
-    (tmp_path / "sick.jsonl").write_bytes(docs.STORY.read_bytes())
+    recording = docs.STORY.read_bytes()
+    (tmp_path / "sick.jsonl").write_bytes(recording)
+    (tmp_path / "sick.jsonl.gz").write_bytes(gzip.compress(recording))
+    (tmp_path / "case.tar.gz").write_bytes(gzip.compress(recording))
     monkeypatch.setattr(identity, "vm_processes", lambda: {})
     monkeypatch.setattr(host, "privilege", lambda: host.Privilege(0, (1 << 41) - 1))
     monkeypatch.setattr(host, "kvm", lambda: host.Kvm(True, "kvm_intel", True, 1))
@@ -120,8 +125,8 @@ def test_commands_run(page: str, command: str, story: SimpleNamespace) -> None:
         pytest.skip(ELSEWHERE[command])
     arguments = shlex.split(command)[1:]
     name = arguments[0]
-    arguments = ["sick.jsonl" if one == "/dev/stdin" else one for one in arguments]
-    if name == "record":
+    arguments = ["sick.jsonl" if one == "-" else one for one in arguments]
+    if name in ("record", "bundle"):
         arguments.append("--force")
     if name in ("explain", "bundle") and "--from" not in arguments:
         arguments.append("--duration=0.2")
@@ -147,7 +152,7 @@ def _keeps_its_promise(name: str, arguments: list[str], output: str) -> None:
             states = [one["state"] for one in json.loads(output)["incidents"]]
             assert states == ["looping", "delivered", "latent"]
         case "top" | "replay" if "--events" not in arguments:
-            assert re.search(r"looping .* web-1 .* looping ", output)
+            assert re.search(r"^looping +web-1 .* stop and start the VM", output, re.MULTILINE)
         case "explain":
             assert output.startswith("LOOPING ")
             assert "\nDo\n" in output
@@ -177,9 +182,11 @@ def test_shown_output_is_current(page: str) -> None:
     assert docs.with_output(TEXTS[page]) == TEXTS[page]
 
 
-def test_the_picture_is_current() -> None:
-    """If it is not: `make picture`."""
-    assert docs.words(docs.picture()) == docs.words(docs.PICTURE.read_text())
+@pytest.mark.parametrize("path", docs.PICTURES, ids=lambda path: path.name)
+def test_the_pictures_are_current(path: Path) -> None:
+    """If they are not: `make picture`."""
+    size = docs.PICTURES[path]
+    assert docs.words(docs.picture(*size)) == docs.words(path.read_text())
 
 
 def test_the_readme_is_short() -> None:
@@ -232,7 +239,7 @@ def section(page: str, heading: str) -> str:
 # The tables state x verdict -> what to do.
 TABLES = [
     ("README.md", "## An alert brought you here"),
-    ("docs/runbook.md", "## KvmtracePagePoisoned"),
+    ("docs/runbook.md", "## What to do, by state and verdict"),
 ]
 PAGE_CLASSES = {"vm", "kernel", "process", "handled"}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvmtrace import sources
+from kvmtrace import __version__, sources
 from kvmtrace.choice import Attempt
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host, kallsyms
@@ -104,11 +104,18 @@ def test_the_capability_never_decides() -> None:
         ({"kvm": host.Kvm(False, None, False)}, "kvm", "modprobe"),
         ({"kvm": host.Kvm(True, "kvm_amd", False)}, "kvm", "firmware"),
         ({"types": host.Types(False, False, None)}, "types (BTF)", "CONFIG_DEBUG_INFO_BTF"),
-        ({"types": host.Types(True, False, None)}, "memory-fault exit", "load kvm"),
+        ({"types": host.Types(True, False, None)}, "memory-fault exit", "DEBUG_INFO_BTF_MODULES"),
         ({"tracefs": None}, "tracefs", "mount -t tracefs"),
         ({"tracefs": mount.Tracefs("/t", False, False, False)}, "tracefs", "lockdown"),
         ({"tracefs": mount.Tracefs("/t", True, False, True)}, "tracefs", "CONFIG_KPROBE_EVENTS"),
-        ({"poison_names": False}, "poison's names", "mount tracefs"),
+        ({"poison_names": False}, "poison's names", "tracefs mounted"),
+        ({"memory_failure": {"memory_failure_recovery": 0}}, "memory recovery", "recovery=1"),
+        ({"memory_failure": {"enable_soft_offline": 0}}, "soft offline", "soft_offline=1"),
+        (
+            {"memory_failure": {"panic_on_unrecoverable_memory_failure": 1}},
+            "memory panic",
+            "vm.panic_on_unrecoverable_memory_failure=0",
+        ),
         ({"bcc": host.Bcc(None, "not installed", "apt install python3-bpfcc")}, "bcc", "bpfcc"),
     ],
 )
@@ -148,7 +155,7 @@ def test_corrected_errors_are_a_note() -> None:
 
 def test_text_is_aligned_and_has_words_beside_signs() -> None:
     report = doctor.judge(facts(tracefs=None), [REFUSED])
-    text = doctor.render(report)
+    text = doctor.render(report, verbose=True)
     rows = [line for line in text.splitlines() if line[:1] in "✓✗–" and "  " in line]
     assert {line[2:6].strip() for line in rows} == {"yes", "NO"}
     columns = {line.index(c.found) for line, c in zip(rows, report.checks, strict=False)}
@@ -162,7 +169,7 @@ NO_BCC = host.Bcc(None, "not installed", "apt install it")
     ("programs", "bcc_ok", "found", "fix"),
     [
         (doctor.KeptPrograms("/kept", "0.31.0", None), None, "compiled for this kernel", ""),
-        (doctor.KeptPrograms("/kept", None, None), False, "not compiled", "kvmtrace compile"),
+        (doctor.KeptPrograms("/kept", None, None), False, "not compiled", "see bcc"),
         (doctor.KeptPrograms("/kept", None, "/kept: full"), False, "/kept: full", "root's"),
     ],
 )
@@ -219,6 +226,108 @@ def test_the_source_that_auto_takes_is_the_one_that_sees_more() -> None:
     assert report.verdict.endswith("by ftrace")
     assert check(report, "--source auto").found == "ftrace (bpf does not see run here)"
     assert check(report, "probe run").ok
+
+
+# -- one fact, one cure
+
+
+def test_each_cure_is_named_once() -> None:
+    nothing = facts(
+        tracefs=None,
+        poison_names=False,
+        bcc=NO_BCC,
+        kvm=host.Kvm(False, None, False),
+        types=host.Types(True, False, None),
+    )
+    refused = [
+        Attempt("bpf", refused="bcc is not installed", hint=NO_BCC.fix),
+        Attempt("ftrace", refused="tracefs is not mounted", hint=doctor._MOUNT_TRACEFS),
+    ]
+    report = doctor.judge(nothing, refused, doctor.KeptPrograms("/kept", None, None))
+    fixes = [one["fix"] for one in doctor.as_object(report)["checks"] if "fix" in one]
+    named = [fix for fix in fixes if not fix.startswith(("see ", "not seen without it: "))]
+    assert len(named) == len(set(named)) == 3
+    assert check(report, "poison's names").fix == "see tracefs"
+    assert check(report, "memory-fault exit").fix == "see kvm"
+    assert check(report, "eBPF programs").fix == check(report, "source bpf").fix == "see bcc"
+    assert check(report, "source ftrace").fix == "see tracefs"
+
+
+def test_probes_missing_for_one_reason_are_one_line() -> None:
+    report = doctor.judge(HEALTHY, [REFUSED])
+    lines = doctor.render(report).splitlines()
+    assert [line for line in lines if " probe " in line] == []
+    (line,) = [line for line in lines if f"{len(ALL)} probes" in line]
+    assert "not tried: no source works: run, gmem, faultin" in line
+    assert doctor.render(report, verbose=True).count("not seen without it") == len(ALL)
+    waiting = tuple(Probe(p.name, p.name == "mce", p.target, None, "kvm is gone") for p in ALL)
+    text = doctor.render(doctor.judge(HEALTHY, [Attempt("bpf", waiting)]))
+    assert "kvm is gone: run, gmem" in text
+    assert "probe mce " in text
+
+
+# -- what the kernel does about poison
+
+
+def test_usual_settings_are_fine() -> None:
+    settings = {
+        "memory_failure_recovery": 1,
+        "memory_failure_early_kill": 1,
+        "enable_soft_offline": 1,
+        "panic_on_unrecoverable_memory_failure": 0,
+    }
+    report = doctor.judge(facts(memory_failure=settings), [BPF])
+    found = {one.name: one.ok for one in report.checks}
+    assert found["memory recovery"] is found["soft offline"] is True
+    assert found["early notification"] is True
+    assert "memory panic" not in found
+
+
+def test_who_is_notified_early() -> None:
+    vmms = [
+        doctor.NotifiedVmm("web-1 (4001)", True),
+        doctor.NotifiedVmm("db-1 (4002)", False),
+        doctor.NotifiedVmm("pid 4003", None),
+    ]
+    settings = {"memory_failure_early_kill": 0}
+    report = doctor.judge(facts(memory_failure=settings), [BPF], vmms=vmms)
+    early = check(report, "early notification")
+    assert early.ok is None
+    assert early.found == (
+        "when a page is poisoned: web-1 (4001); only when a guest accesses it: db-1 (4002); "
+        "not known: pid 4003"
+    )
+    assert "cannot avoid the page" in early.fix
+    assert report.ok
+    report = doctor.judge(facts(memory_failure=settings), [BPF], vmms=vmms[:1])
+    assert check(report, "early notification").ok is True
+    many = [doctor.NotifiedVmm(f"pid {n}", False) for n in range(100)]
+    assert "pid 7 and 92 more" in doctor.render(doctor.judge(HEALTHY, [BPF], vmms=many))
+
+
+# -- beside a serve
+
+
+def test_a_serve_is_what_is_judged() -> None:
+    unable = facts(privilege=host.Privilege(1000, 0), tracefs=None, poison_names=False, bcc=NO_BCC)
+    serving = doctor.Serving(144, __version__)
+    report = doctor.judge(unable, [BPF], serving=serving)
+    assert report.ok
+    assert report.verdict == "memory-fault exits are seen here, by bpf of kvmtrace serve"
+    assert "pid 144" in check(report, "serve").found
+    text = doctor.render(report)
+    assert "NO" not in text
+    assert "→" not in text
+    other = doctor.judge(HEALTHY, [BPF], serving=doctor.Serving(144, "0.0.7"))
+    assert f"this is kvmtrace {__version__}" in check(other, "serve").fix
+
+
+def test_a_serve_that_does_not_see_exits_is_no_excuse() -> None:
+    blind = Attempt("bpf", NO_RUN)
+    report = doctor.judge(facts(bcc=NO_BCC), [blind], serving=doctor.Serving(144, __version__))
+    assert not report.ok
+    assert check(report, "bcc").ok is False
+    assert check(report, "probe run").ok is False
 
 
 def test_ascii() -> None:

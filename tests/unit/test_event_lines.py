@@ -33,8 +33,8 @@ from kvmtrace.events import (
     VmSeen,
 )
 from kvmtrace.model import CorrelatedEvent
-from kvmtrace.views.event_lines import event_text, json_text
-from kvmtrace.views.format import cells
+from kvmtrace.views.event_lines import LINE_KINDS, EventText, event_text, json_text, kinds_of
+from kvmtrace.views.format import cells, rfc3339_of, zone_of
 from tests.unit.fake import machine_check
 
 SECOND = 1_000_000_000
@@ -51,8 +51,8 @@ def _zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     time.tzset()
 
 
-def text(correlated: CorrelatedEvent, **options: int) -> str:
-    line = event_text(correlated, **options)
+def text(correlated: CorrelatedEvent, width: int | None = None) -> str:
+    line = event_text(correlated, width=width)
     assert line is not None
     return line
 
@@ -373,3 +373,60 @@ def test_a_signal_is_to_a_vm_or_to_a_process(
 ) -> None:
     line = json.loads(json_text(CorrelatedEvent(signal, vm)) or "")
     assert {key: line[key] for key in ("vm", "process") if key in line} == dict([who])
+
+
+def test_each_line_has_its_date_and_zone_in_a_pipe() -> None:
+    lines = EventText(dated=True).lines(CorrelatedEvent(VmGone(TS, 1), WEB))
+    assert lines == ["2026-09-21T16:13:20.123+02:00 vm     web-1 (4242)           gone"]
+
+
+def test_the_date_stands_once_a_day_on_a_terminal() -> None:
+    printer = EventText(dated=False)
+    day = 86400 * SECOND
+    lines = [printer.lines(CorrelatedEvent(VmGone(TS + n * day // 2, 1), WEB)) for n in range(4)]
+    assert [len(one) for one in lines] == [2, 2, 1, 2]
+    assert lines[0] == [
+        "-- 2026-09-21, UTC+02:00",
+        "16:13:20.123 vm     web-1 (4242)           gone",
+    ]
+    assert lines[1][0] == "-- 2026-09-22, UTC+02:00"
+    assert printer.lines(CorrelatedEvent(Tick(TS))) == []
+
+
+@pytest.mark.parametrize(
+    ("zone", "shown", "stamp"),
+    [
+        ("UTC0", "UTC", "14:13:20.123Z"),
+        ("IST-5:30", "UTC+05:30", "19:43:20.123+05:30"),
+        ("NST3:30", "UTC-03:30", "10:43:20.123-03:30"),
+    ],
+)
+def test_zones(monkeypatch: pytest.MonkeyPatch, zone: str, shown: str, stamp: str) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    assert zone_of(TS) == shown
+    assert rfc3339_of(TS) == f"2026-09-21T{stamp}"
+
+
+def test_kinds_are_those_of_json() -> None:
+    for correlated in (
+        CorrelatedEvent(fault(), WEB),
+        CorrelatedEvent(Poison(TS, 1, "a", "b")),
+        CorrelatedEvent(Owned(TS, 1, Owner(1, 2), "pagemap"), owners=((Owner(1, 2), WEB),)),
+        CorrelatedEvent(SoftOffline(TS, 1, 0)),
+        CorrelatedEvent(Found(TS, 1)),
+        CorrelatedEvent(Unpoison(TS, 1)),
+        CorrelatedEvent(machine_check(TS, None, None, 1, 2, 3, 4)),
+        CorrelatedEvent(VmGone(TS, 1), WEB),
+        CorrelatedEvent(Lost(TS, "ring", 1)),
+        CorrelatedEvent(ClockStep(TS, 1, 1)),
+        CorrelatedEvent(Sigbus(TS, 1, 1, 4, 0)),
+    ):
+        line = json.loads(json_text(correlated) or "")
+        assert line["kind"] == kinds_of(correlated.event)[0]
+        assert set(kinds_of(correlated.event)) <= set(LINE_KINDS)
+
+
+def test_what_was_there_is_marked() -> None:
+    line = json.loads(json_text(CorrelatedEvent(WEB, WEB), before=True) or "")
+    assert line["before"] is True

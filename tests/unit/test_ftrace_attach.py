@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -107,3 +109,52 @@ def test_a_filter_that_cannot_be_written_now_is_written_again(tmp_path: Path) ->
     assert made.mute({"run_under_way": " && !(errno < 0)"}) is None
     ring.limit = 4095
     assert made.mute({"run_under_way": " && !(errno < 0)"}) is True
+
+
+def with_kvm(
+    root: Path, monkeypatch: pytest.MonkeyPatch, *, sifts: bool, machine: str = "x86_64"
+) -> tuple[Probe, list[str]]:
+    """The state of ``run`` where every probe is accepted; its commands."""
+    monkeypatch.setattr(Attacher, "_offset", lambda *_: 8 if sifts else None)
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine=machine))
+    made, ring = attacher(root)
+    path = ring.path / "events" / "group" / "run"
+    path.mkdir(parents=True)
+    (path / "format").write_text(FORMAT.format(name="run", id=700))
+    for file in ("enable", "filter", "trigger"):
+        (path / file).write_text("")
+    made.attach(True)
+    assert ring.read("events/group/run/enable") == "1"
+    assert made.formats[700][0] == "run"
+    assert made.counted("run")
+    commands = (root / "dynamic_events").read_text().splitlines()
+    return state(made, "run"), [one for one in commands if re.search(r"\S*run [kg]", one)]
+
+
+@pytest.mark.parametrize(
+    ("machine", "private"),
+    [("x86_64", "has_private=+8(+8($vcpu)):u8"), ("aarch64", "has_private=\\0:u8")],
+)
+def test_what_matters_of_a_return_is_fetched_if_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, private: str
+) -> None:
+    probe, (every, run) = with_kvm(tmp_path, monkeypatch, sifts=True, machine=machine)
+    assert probe == Probe("run", True, "kvm_arch_vcpu_ioctl_run", "fprobe event")
+    assert every == (
+        "f4096:group/every_run kvm_arch_vcpu_ioctl_run%return"
+        " vcpu=vcpu:x64 pending=$current->pending.signal.sig:x64 ret=$retval:s32"
+    )
+    head, _, condition = run.partition(" if ")
+    assert head.startswith("e:group/run group.every_run vcpu=$vcpu:x64 kvm=+8($vcpu):x64 ")
+    assert {"reason=+8(+8($vcpu)):u32", "pending=$pending:x64", private} <= set(head.split())
+    assert condition == "ret < 0 && ret != -11 && (ret != -4 || pending & 0x40)"
+
+
+def test_without_offsets_all_is_fetched_at_each_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe, commands = with_kvm(tmp_path, monkeypatch, sifts=False)
+    assert (probe.target, probe.via) == ("kvm_arch_vcpu_ioctl_run", "fprobe event")
+    assert commands[0].startswith("f4096:group/every_run ")
+    assert commands[-1].startswith("f4096:group/run ")
+    assert "reason=vcpu->run->exit_reason:u32" in commands[-1].split()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import sys
 from pathlib import Path
 
@@ -260,3 +261,14 @@ def test_kernel_option(tmp_path: Path) -> None:
 
 def test_this_host_can_be_examined() -> None:
     assert host.examine().kernel
+
+
+def test_number_and_fields_of_a_recorded_event() -> None:
+    recorded = Path(__file__).parent.parent / "recordings" / "ftrace" / "7.3.4-amd64.json"
+    text = json.loads(recorded.read_text())["formats"]["poison"]
+    assert f"ID: {mount.event_id(text)}\n" in text
+    places = mount.field_places(text)
+    assert (places["common_pid"], places["pfn"], places["result"]) == ((4, 4), (8, 8), (20, 4))
+    assert (mount.event_id(""), mount.field_places("")) == (None, {})
+    assert mount.event_id("ID: many\n") is None
+    assert mount.field_places("\tfield:int errno;\toffset:x;\tsize:4;\n") == {}

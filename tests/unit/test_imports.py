@@ -39,10 +39,10 @@ MAY_IMPORT = {
     ),
 }
 # library: where it may be imported, and nowhere else
-HOMES = {
+HOMES: dict[str, str | tuple[str, ...]] = {
     "bcc": "sources/bpf/compiler.py",
     "click": "cli/",
-    "prometheus_client": "views/web/metrics.py",
+    "prometheus_client": ("views/web/metrics.py", "views/web/exposition.py"),
     "textual": "views/terminal/app.py",
     "rich": "views/terminal/app.py",
 }

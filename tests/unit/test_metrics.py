@@ -22,11 +22,23 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvmtrace.errors import KvmtraceError, UsageError
 from kvmtrace.events import Owner
-from kvmtrace.model import CAUSES, Incident, IncidentStatus, Latency, Snapshot, Vm, VmIdentity
+from kvmtrace.judgement.urgency import Urgency
+from kvmtrace.model import (
+    CAUSES,
+    Incident,
+    IncidentStatus,
+    Latency,
+    Notification,
+    Snapshot,
+    Verdict,
+    VerdictWord,
+    Vm,
+    VmIdentity,
+)
 from kvmtrace.session.session import Session
 from kvmtrace.sources.bpf.records import LOST_PLACES
 from kvmtrace.sources.limits import RING_KIB
-from kvmtrace.views.web import metrics
+from kvmtrace.views.web import metrics, vm_incidents
 from kvmtrace.views.web import server as server_module
 from kvmtrace.views.web.server import Answer, Server, parse_listen
 from kvmtrace.views.web.vm_labels import VmLabels
@@ -45,6 +57,10 @@ CONTRACT = {
     "kvmtrace_vm_poisoned_pages": {"vm"},
     "kvmtrace_incidents": {"state"},
     "kvmtrace_kernel_poisoned_pages": set(),
+    "kvmtrace_host_at_risk": set(),
+    "kvmtrace_incident_urgencies": {"urgency"},
+    "kvmtrace_vm_incidents": {"vm", "state"},
+    "kvmtrace_vm_verdicts": {"vm", "verdict"},
     "kvmtrace_sigbus_total": {"vm", "code"},
     "kvmtrace_poison_to_delivery_seconds_bucket": {"le"},
     "kvmtrace_poison_to_delivery_seconds_sum": set(),
@@ -90,6 +106,15 @@ def labels_of(series: Series, metric: str) -> set[str]:
     return {dict(labels)["vm"] for name, labels in series if name == metric}
 
 
+def above_0(series: Series, metric: str) -> dict[tuple[str, ...], float]:
+    """{label values, in the order of the labels' names: value}, without zeros."""
+    return {
+        tuple(value for _, value in sorted(labels)): count
+        for (name, labels), count in series.items()
+        if name == metric and count
+    }
+
+
 class Changing:
     """A snapshot callable whose snapshot is set by the test."""
 
@@ -121,6 +146,15 @@ def test_scenario_in_numbers() -> None:
     assert value(series, "kvmtrace_vm_poisoned_pages", vm="web") == 1
     assert value(series, "kvmtrace_vm_poisoned_pages", vm="db") == 2
     assert value(series, "kvmtrace_kernel_poisoned_pages") == 1
+    assert value(series, "kvmtrace_host_at_risk") == 1
+    urgencies = {(word,): 1 for word in ("looping", "unclear", "latent", "kernel")}
+    assert above_0(series, "kvmtrace_incident_urgencies") == urgencies
+    assert above_0(series, "kvmtrace_vm_incidents") == {
+        ("looping", "web"): 1,
+        ("delivered", "db"): 1,
+        ("latent", "db"): 1,
+    }
+    assert above_0(series, "kvmtrace_vm_verdicts") == {("looping", "web"): 1, ("unknown", "db"): 1}
     assert value(series, "kvmtrace_incidents", state=IncidentStatus.UNOWNED) == 1
     assert value(series, "kvmtrace_incidents", state=IncidentStatus.DELIVERED) == 1
     assert value(series, "kvmtrace_incidents", state=IncidentStatus.LOOPING) == 1
@@ -171,10 +205,17 @@ def test_counters_of_a_vm_are_there_before_anything_happens() -> None:
         for code in ("AR", "AO", "KERNEL"):
             assert value(series, "kvmtrace_sigbus_total", vm=label, code=code) == 0
         assert value(series, "kvmtrace_vm_poisoned_pages", vm=label) == 0
+        for state in (*IncidentStatus, "undelivered"):
+            assert value(series, "kvmtrace_vm_incidents", vm=label, state=state) == 0
+        for verdict in VerdictWord:
+            assert value(series, "kvmtrace_vm_verdicts", vm=label, verdict=verdict) == 0
 
 
 def test_counters_of_the_host_are_there_before_anything_happens() -> None:
     series = scrape(metrics.Exporter(Snapshot))
+    assert value(series, "kvmtrace_host_at_risk") == 0
+    for urgency in Urgency:
+        assert value(series, "kvmtrace_incident_urgencies", urgency=urgency) == 0
     for state in IncidentStatus:
         assert value(series, "kvmtrace_incidents", state=state) == 0
     rings = [f"ftrace_{ring}" for ring in RING_KIB]
@@ -304,10 +345,134 @@ def test_vms_beyond_the_limit_are_summed_and_it_says_so() -> None:
     assert value(series, "kvmtrace_vms_folded") == 1
 
 
+def test_incidents_of_vms_beyond_the_limit_are_summed() -> None:
+    pages = [Incident(f"{n}-1", LATENT, n, None, None, None, (Owner(n, n),)) for n in range(5)]
+    now = Changing(vms(*(vm(key, f"v{key}") for key in range(5))))
+    now.now = dataclasses.replace(now.now, incidents=tuple(pages))
+    collector = metrics.Exporter(now, max_vms=2)
+    latent = {("latent", "v0"): 1, ("latent", "v1"): 1, ("latent", "other"): 3}
+    assert above_0(scrape(collector), "kvmtrace_vm_incidents") == latent
+
+    # v3 is forgotten, and v4 has the place of v0.
+    now.now = dataclasses.replace(now.now, vms={key: now.now.vms[key] for key in (1, 2, 4)})
+    latent = {("latent", "v1"): 1, ("latent", "v2"): 1, ("latent", "other"): 1}
+    assert above_0(scrape(collector), "kvmtrace_vm_incidents") == latent
+
+
 def test_no_other_without_need() -> None:
     series = scrape(metrics.Exporter(lambda: vms(vm(1, "a")), max_vms=1))
     assert value(series, "kvmtrace_vms_folded") == 0
     assert labels_of(series, "kvmtrace_vm_poisoned_pages") == {"a"}
+
+
+# -- incidents by VM
+
+LATENT = IncidentStatus.LATENT
+
+
+def notified(vm: int) -> Notification:
+    return Notification(vm, 0, 1, {}, START, START)
+
+
+def signalled(vm: int) -> Notification:
+    return Notification(vm, None, 0, {"AO": 1}, START, START)
+
+
+def shared(state: IncidentStatus, *owners: int, **fields: object) -> Incident:
+    """A page that these VMs own, each at its own place."""
+    page = Incident("1-1", state, 1, None, None, None, tuple(Owner(n, n, n << 12) for n in owners))
+    return dataclasses.replace(page, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("incident", "expected"),
+    [
+        # One of two VMs loops; the other has not touched the page.
+        (
+            shared(
+                IncidentStatus.LOOPING,
+                1,
+                2,
+                notifications=(notified(1),),
+                verdicts=(Verdict(1, VerdictWord.LOOPING, ()),),
+                first_delivery_ts=START,
+            ),
+            {1: "looping", 2: "latent"},
+        ),
+        # Only one of them is gone.
+        (
+            shared(LATENT, 1, 2, vm_identities={1: VmIdentity(1, 7, gone_ts=START)}),
+            {1: "closed", 2: "latent"},
+        ),
+        (shared(IncidentStatus.CLOSED, 1), {1: "closed"}),
+        # A VM without a place that is known was notified.
+        (
+            shared(
+                IncidentStatus.DELIVERED,
+                notifications=(notified(1),),
+                verdicts=(Verdict(1, VerdictWord.STOPPED, ()),),
+                first_delivery_ts=START,
+            ),
+            {1: "delivered"},
+        ),
+        (shared(LATENT, 1, undelivered=3), {1: "undelivered"}),
+        # Refused, and then the VMM was notified after all.
+        (
+            shared(
+                IncidentStatus.DELIVERED,
+                1,
+                exits=1,
+                undelivered=3,
+                notifications=(notified(1),),
+                first_delivery_ts=START,
+            ),
+            {1: "delivered"},
+        ),
+        # Notified ahead of time by a signal, and then refused.
+        (
+            shared(
+                IncidentStatus.DELIVERED,
+                1,
+                undelivered=3,
+                sigbus=1,
+                notifications=(signalled(1),),
+                verdicts=(Verdict(1, VerdictWord.UNKNOWN, ()),),
+                first_delivery_ts=START,
+            ),
+            {1: "undelivered"},
+        ),
+        # A process was notified, and it is not known for which of its VMs.
+        (
+            shared(IncidentStatus.DELIVERED, 1, 2, sigbus=1, first_delivery_ts=START),
+            {1: "delivered", 2: "delivered"},
+        ),
+        # It has another page in place of the poisoned one.
+        (shared(IncidentStatus.UNOWNED, 1, released=(Owner(1, 1, 1 << 12),)), {1: "unowned"}),
+        (shared(IncidentStatus.UNOWNED), {}),
+        # The same after it was notified: nothing is left to do, whatever it did.
+        (
+            shared(
+                IncidentStatus.DELIVERED,
+                1,
+                released=(Owner(1, 1, 1 << 12),),
+                notifications=(signalled(1),),
+                verdicts=(Verdict(1, VerdictWord.UNKNOWN, ()),),
+                first_delivery_ts=START,
+            ),
+            {1: "delivered"},
+        ),
+    ],
+)
+def test_the_state_of_an_incident_for_each_vm(incident: Incident, expected: dict[int, str]) -> None:
+    assert vm_incidents.states(incident) == expected
+    some = vms(*(vm(key, f"v{key}") for key in (1, 2)))
+    snapshot = dataclasses.replace(some, incidents=(incident,))
+    series = scrape(metrics.Exporter(lambda: snapshot))
+    exported = above_0(series, "kvmtrace_vm_incidents")
+    assert exported == {(state, f"v{key}"): 1 for key, state in expected.items()}
+    judged = () if incident.released else incident.verdicts
+    words = {(str(one.word), f"v{one.vm}"): 1.0 for one in judged}
+    assert above_0(series, "kvmtrace_vm_verdicts") == words
 
 
 # -- what fails
@@ -442,7 +607,14 @@ def test_the_page_tells_the_story_and_escapes_it() -> None:
     assert response.getheader("Content-Type") == "text/html; charset=utf-8"
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
-    for word in ("host1", "6.18.0-test", "bpf works here", "0xabc123", "looping", "web 0x105"):
+    for word in (
+        "host1",
+        "6.18.0-test",
+        "bpf works here",
+        "looping",
+        ">web</a>",
+        "abc123-1",
+    ):
         assert word in page
     assert page.index("looping") < page.index("latent")
 
@@ -462,7 +634,7 @@ def test_the_page_names_an_owner_that_is_gone() -> None:
         page = ask(server, "/")[1].decode()
     finally:
         server.close()
-    assert "mail 0x77, - 0x78" in page
+    assert "mail +1" in page
 
 
 def test_vms_of_one_name_have_labels_with_their_number() -> None:
@@ -852,6 +1024,114 @@ def test_one_answer_serves_all() -> None:
     finally:
         server.close()
     assert bodies == [b"1"] * 8
+
+
+# -- answers by name
+
+
+class Made:
+    """What makes the answers of a tree: it counts, and waits for ``go``."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.at_once = 0
+        self.most_at_once = 0
+        self.go = threading.Event()
+
+    def __call__(self, name: str) -> Answer:
+        self.names.append(name)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        self.go.wait(20)
+        self.at_once -= 1
+        if name == "broken":
+            raise ZeroDivisionError
+        return server_module.text(HTTPStatus.OK, f"this is {name}")
+
+
+@pytest.fixture
+def tree() -> Iterator[tuple[Server, Made]]:
+    made = Made()
+    running = server_module.start("127.0.0.1:0", {"/a/": server_module.Tree(made)})
+    yield running, made
+    made.go.set()
+    running.close()
+
+
+def test_a_tree_answers_for_what_is_directly_below_it(tree: tuple[Server, Made]) -> None:
+    running, made = tree
+    made.go.set()
+    assert ask(running, "/a/one?x=2")[1] == b"this is one"
+    assert ask(running, "/a/")[1] == b"this is "
+    response, body = ask(running, "/a/broken")
+    assert (response.status, body) == (500, b"internal error: ZeroDivisionError\n")
+    for path in ("/a", "/a/b/c", "/b/one", "/", "a/one"):
+        assert ask(running, path)[0].status == 404
+    response, body = ask(running, "/a/one", "HEAD")
+    assert (response.status, body) == (200, b"")
+    assert ask(running, "/a/one", "POST")[0].status == 405
+
+
+def test_names_are_answered_one_at_a_time_and_not_without_end(tree: tuple[Server, Made]) -> None:
+    running, made = tree
+    room = server_module.WAITING_NAMES
+    bodies: list[bytes] = []
+
+    def client(name: str) -> None:
+        bodies.append(ask(running, f"/a/{name}")[1])
+
+    # Each name is asked for twice, and made once.
+    threads = [threading.Thread(target=client, args=(str(n % room),)) for n in range(2 * room)]
+    for thread in threads:
+        thread.start()
+    until(lambda: [one.stage for one in running._clients] == [server_module._ANSWERING] * 2 * room)
+    response, body = ask(running, "/a/more")
+    assert (response.status, body) == (503, b"busy: try again in some seconds\n")
+    made.go.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(bodies) == sorted(2 * [b"this is %d" % n for n in range(room)])
+    assert sorted(made.names) == [str(n) for n in range(room)]
+    assert made.most_at_once == 1
+    assert ask(running, "/a/more")[1] == b"this is more"
+
+
+def test_few_answers_are_kept(tree: tuple[Server, Made]) -> None:
+    running, made = tree
+    made.go.set()
+    route = running._routes["/a/"]
+    assert isinstance(route, server_module.Tree)
+    for number in range(3 * server_module.KEPT_NAMES):
+        assert ask(running, f"/a/{number}")[0].status == 200
+    assert len(route._kept) == server_module.KEPT_NAMES
+    assert not route._waiting
+
+
+def test_many_names_take_no_more_of_the_readers_time_than_one(
+    tree: tuple[Server, Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an answer, none is made for fifty times as long as it took."""
+    running, made = tree
+    made.go.set()
+    route = running._routes["/a/"]
+    assert isinstance(route, server_module.Tree)
+    monkeypatch.setattr(server_module, "_made", lambda make, name: (make(name), 3600.0))
+    monkeypatch.setattr(server_module, "MAX_KEEP_SECONDS", 3600.0)
+    assert ask(running, "/a/one")[1] == b"this is one"
+    with connect(running) as second:
+        second.sendall(b"GET /a/two HTTP/1.0\r\n\r\n")
+        until(lambda: "two" in route._waiting)
+        assert ask(running, "/a/one")[1] == b"this is one"
+        assert made.names == ["one"]
+
+
+def test_a_client_that_leaves_does_not_keep_others_waiting(tree: tuple[Server, Made]) -> None:
+    running, made = tree
+    with connect(running) as gone:
+        gone.sendall(b"GET /a/one HTTP/1.0\r\n\r\n")
+        until(lambda: made.names)
+    made.go.set()
+    assert ask(running, "/a/two")[1] == b"this is two"
 
 
 def test_health_is_the_heartbeat_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

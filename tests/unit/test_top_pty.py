@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -22,7 +23,7 @@ _NOT_PASSED_ON = ("COLUMNS", "LINES", "NO_COLOR")
 
 PROGRAM = """
 import sys
-from kvmtrace.views.terminal import app
+from kvmtrace.views.terminal import app, watched
 from tests.unit import snapshots
 calls = 0
 def snapshot():
@@ -32,7 +33,7 @@ def snapshot():
         raise RuntimeError("the reader failed")
     return snapshots.small()
 try:
-    app.run(snapshot, 0.1)
+    app.run(watched.Watched(snapshot), 0.1)
 except RuntimeError as failure:
     print(f"raised: {failure}")
 print("back in the shell")
@@ -129,15 +130,32 @@ def restored(terminal: Terminal) -> None:
 
 def test_keys_resize_and_quit(shown: Terminal) -> None:
     at = shown.wait_for("looping")
-    shown.send(b"\r")
+    shown.send(b"2\r")
     at = shown.wait_for("exits by errno and cause", at)
-    shown.send(b"q")
+    shown.send(b"q1")
     at = shown.wait_for("INCIDENT", at)
     shown.resize(120, 30)
     shown.wait_for("database-with-a-long-name", at)
     shown.send(b"q")
     shown.wait_for("back in the shell")
     restored(shown)
+    assert shown.wait() == 0
+
+
+def test_an_idle_table_sends_its_clock_and_no_more(shown: Terminal) -> None:
+    """As over ssh, where a whole screen a second would be felt."""
+
+    def after(ticks: int, begin: int) -> bytes:
+        deadline = time.monotonic() + PATIENCE
+        while len(re.findall(rb"\d\d:\d\d:\d\d", shown.output[begin:])) < ticks:
+            assert time.monotonic() < deadline
+            assert shown.read()
+        return shown.output[begin:]
+
+    after(3, shown.wait_for("q quit"))  # with rates, which come with the second snapshot
+    assert len(after(4, len(shown.output))) < 4 * 100
+    shown.send(b"q")
+    shown.wait_for("back in the shell")
     assert shown.wait() == 0
 
 

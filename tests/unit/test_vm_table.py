@@ -158,6 +158,65 @@ def test_each_round_searches_few_processes_and_all_in_turn(
     assert len(vms.reap(4_000_000_000)) == 40
 
 
+def test_a_quiet_second_costs_the_same_whatever_the_number_of_vms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids = range(PID, PID + 1300)
+    for pid in pids:
+        (tmp_path / str(pid) / "fd").mkdir(parents=True)
+        (tmp_path / str(pid) / "fd" / "3").symlink_to("anon_inode:kvm-vm")
+    vms = VmTable(str(tmp_path))
+    vms.scan(5)
+    monkeypatch.setattr(processes, "vm_descriptor", lambda pid, proc: "3")
+    reads: Counter[int] = Counter()
+
+    def is_vm(pid: int, descriptor: str, proc: str) -> bool:
+        reads[pid] += 1
+        return real(pid, descriptor, proc)
+
+    begun: list[int] = []
+    monkeypatch.setattr(identity, "begun", lambda pid, proc: begun.append(pid))
+    now = 10
+    for _ in range(300):  # all are searched once
+        now += 1_000_000_000
+        assert vms.reap(now) == []
+    assert set(begun) == set(pids)
+    real = identity.is_vm_descriptor
+    monkeypatch.setattr(identity, "is_vm_descriptor", is_vm)
+    for _ in range(3):
+        before = reads.total(), len(begun)
+        now += 1_000_000_000
+        assert vms.reap(now) == []
+        assert reads.total() - before[0] <= 512
+        assert len(begun) - before[1] <= 512 // 4
+    assert set(reads) == set(pids)
+    assert max(reads.values()) <= 2
+    for pid in pids[:3]:
+        shutil.rmtree(tmp_path / str(pid))
+    ended: list[Event] = []
+    for _ in range(8):
+        now += 1_000_000_000
+        ended += vms.reap(now)
+    assert told(ended) == [("VmGone", 1), ("VmGone", 2), ("VmGone", 3)]
+    assert vms._ending == {}
+
+
+def test_a_process_that_cannot_be_searched_to_the_end_is_left_alone_for_longer_and_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vms = found(tmp_path, 5)
+    searched: list[int] = []
+
+    def search(pid: int, proc: str) -> str | None:
+        searched.append(pid)
+        raise Unreadable("more than 4096 descriptors")
+
+    monkeypatch.setattr(processes, "vm_descriptor", search)
+    for n in range(400):
+        assert vms.reap(10 + n * 1_000_000_000) == []
+    assert 2 <= len(searched) <= 7
+
+
 def test_a_process_that_has_too_many_descriptors_is_not_searched_to_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

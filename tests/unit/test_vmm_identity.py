@@ -6,6 +6,7 @@ import errno
 import os
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,13 @@ class Proc:
             (directory / "fd" / str(number)).symlink_to(target)
 
     def identify(self, pid: int = 1) -> Identity:
-        return identify(pid, str(self.root))
+        """Its names; ``run_by`` has the rest."""
+        return replace(identify(pid, str(self.root)), unit=None, api_socket=None)
+
+    def run_by(self, pid: int = 1) -> tuple[str | None, str | None]:
+        """The unit and the API's socket."""
+        found = identify(pid, str(self.root))
+        return found.unit, found.api_socket
 
 
 @pytest.fixture
@@ -521,6 +528,50 @@ def test_cgroup_names_a_vmm_that_its_socket_does_not(proc: Proc, cgroup: str, na
         1, "ch", "--api-socket", "/run/ch/api.sock", exe="/bin/own", comm="comm", cgroup=cgroup
     )
     assert proc.identify() == Identity(name, None, "own")
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "unit"),
+    [
+        ("0::/system.slice/system-microvm.slice/microvm@web.service", "microvm@web.service"),
+        (r"0::/system.slice/microvm@a\x2db.service", r"microvm@a\x2db.service"),
+        ("0::/system.slice/vm@web.service/vcpu0", "vm@web.service"),
+        # These run other VMs, too, or are not the system's.
+        ("0::/system.slice/libvirtd.service", None),
+        ("0::/user.slice/user-1000.slice/user@1000.service/app.slice/vm@web.service", None),
+        ("0::/system.slice/system-getty.slice/getty@tty1.service", None),
+        ("0::/system.slice/vm@\x1b[2J.service", None),
+    ],
+)
+def test_the_unit_that_is_one_vm(proc: Proc, cgroup: str, unit: str | None) -> None:
+    proc.add(1, "ch", exe="/bin/own", comm="comm", cgroup=cgroup)
+    assert proc.run_by() == (unit, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "api"),
+    [
+        (("firecracker", "--api-sock", "/run/fc/web.sock"), "/run/fc/web.sock"),
+        (("firecracker", "--api-sock=fc.sock"), "/srv/vms/fc.sock"),
+        (("cloud-hypervisor", "--api-socket", "path=/run/ch.sock"), "/run/ch.sock"),
+        (("cloud-hypervisor", "--api-socket", "fd=3"), None),
+        (("cloud-hypervisor", "--api-socket", "/run/\x1b[2J.sock"), None),
+        (("cloud-hypervisor", "--api-socket", f"/run/{'x' * NAME_LIMIT}"), None),
+        (("firecracker", "--no-api"), None),
+        (("qemu-system-x86_64", "--api-sock", "/run/fc/web.sock"), None),
+    ],
+)
+def test_the_socket_of_the_api(proc: Proc, argv: tuple[str, ...], api: str | None) -> None:
+    proc.add(1, *argv, exe=f"/bin/{argv[0]}", comm="comm")
+    (proc.root / "1/cwd").symlink_to("/srv/vms")
+    (proc.root / "1/root").symlink_to("/")
+    assert proc.run_by() == (None, api)
+
+
+def test_the_socket_of_a_jail(proc: Proc) -> None:
+    proc.add(1, "firecracker", "--api-sock", "/run/fc.sock", exe="/firecracker", comm="comm")
+    (proc.root / "1/root").symlink_to("/srv/jailer/firecracker/web/root")
+    assert proc.run_by() == (None, "/srv/jailer/firecracker/web/root/run/fc.sock")
 
 
 def test_what_a_jail_or_a_directory_hides(proc: Proc, tmp_path: Path) -> None:

@@ -27,7 +27,12 @@ _OFFSET = re.compile(r"\{(\w+)\.([\w.]+)\}")
 # kernel/trace/trace_kprobe.c and trace_fprobe.c allow.
 _INSTANCES = "4096"
 
-PROBE_TYPES = {"f": "fprobe event", "p": "kprobe event", "r": "kretprobe event"}
+PROBE_TYPES = {
+    "f": "fprobe event",
+    "p": "kprobe event",
+    "r": "kretprobe event",
+    "e": "event probe",
+}
 
 Offset = Callable[[str, str], int | None]
 """(struct, member) → byte offset, or None."""
@@ -96,8 +101,23 @@ class DynamicEvents:
                     break
         return refused
 
+    def define_from(
+        self, name: str, event: str, condition: str, fields: Sequence[Field]
+    ) -> Defined | DefineError:
+        """Define ``name`` on another of these events, for its hits that meet ``condition``.
+
+        ``fields``: of that event (``$field``), and what they point to (Linux 6.2).
+        """
+        return self._define(name, f"{self._group}.{event}", "entry", "e", fields, f"if {condition}")
+
     def _define(
-        self, name: str, target: str, at: str, probe_type: str, fields: Sequence[Field]
+        self,
+        name: str,
+        target: str,
+        at: str,
+        probe_type: str,
+        fields: Sequence[Field],
+        *tail: str,
     ) -> Defined | DefineError:
         alternatives = {field.name: self._alternatives(field) for field in fields}
         missing: list[tuple[str, str]] = []
@@ -111,7 +131,7 @@ class DynamicEvents:
                 return DefineError(f"{target}: {lacking.name}: {why}")
             head = f"{probe_type}{instances}:{self._group}/{name} {place}"
             arguments = [f"{field.name}={alternatives[field.name][0]}" for field in taken]
-            command = " ".join([head, *arguments])
+            command = " ".join([head, *arguments, *tail])
             try:
                 self._write(command)
             except OSError as error:

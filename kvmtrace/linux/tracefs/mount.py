@@ -91,3 +91,21 @@ def tracepoint(targets: Iterable[str], root: str) -> str | None:
 def event_format(target: str, root: str) -> str:
     """The ``format`` of ``system:event``; "" where it cannot be read."""
     return read_text(f"{root}/events/{target.replace(':', '/')}/format")
+
+
+def event_id(event_format: str) -> int | None:
+    """The number of an event that perf_event_open(2) takes; None if its ``format`` has none."""
+    match = _ID.search(event_format)
+    return int(match[1]) if match else None
+
+
+def field_places(event_format: str) -> dict[str, tuple[int, int]]:
+    """{field: (offset, size)} in an event's ``format`` text."""
+    fields = event_format.partition("print fmt:")[0]
+    return {name: (int(offset), int(size)) for name, offset, size in _FIELD.findall(fields)}
+
+
+_ID = re.compile(r"^ID: ([0-9]{1,9})$", re.MULTILINE)
+_FIELD = re.compile(
+    r"^\s*field:[^;\n]*?(\w+);\s*offset:([0-9]{1,9});\s*size:([0-9]{1,9});", re.MULTILINE
+)

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmtrace import data_files
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host
 from kvmtrace.sources.bpf import attach_errors
@@ -120,15 +121,8 @@ class CompiledPrograms:
 
 
 def bpf_dir() -> Path:
-    """The directory with the BPF programs and the stand-in kernel headers.
-
-    A wheel has it inside the package; a checkout (and an editable install of it) beside it.
-    """
-    package = Path(__file__).resolve().parents[2]
-    for parent in (package, package.parent):
-        if (parent / "bpf").is_dir():
-            return parent / "bpf"
-    raise KvmtraceError("this installation has no bpf/ directory", "install kvmtrace again")
+    """The directory with the BPF programs and the stand-in kernel headers."""
+    return data_files.directory("bpf")
 
 
 def joined(parts: Sequence[str] = PARTS) -> str:

@@ -27,6 +27,16 @@ OFFSETS: dict[str, tuple[tuple[str, str], ...]] = {
     "kvm_vcpu_vcpu_id": (("kvm_vcpu", "vcpu_id"),),
     "kvm_vcpu_run": (("kvm_vcpu", "run"),),
     "kvm_vcpu_stat_exits": (("kvm_vcpu", "stat.exits"),),
+    "kvm_vcpu_pid": (("kvm_vcpu", "pid"),),
+    "task_struct_thread_pid": (("task_struct", "thread_pid"),),
+    "task_struct_files": (("task_struct", "files"),),
+    "files_struct_fdt": (("files_struct", "fdt"),),
+    "fdtable_fd": (("fdtable", "fd"),),
+    "file_private_data": (("file", "private_data"),),
+    # The first argument of a system call: on x86-64 of 64 and of 32 bits, on arm64.
+    "pt_regs_di": (("pt_regs", "di"),),
+    "pt_regs_bx": (("pt_regs", "bx"),),
+    "pt_regs_orig_x0": (("pt_regs", "orig_x0"),),
     "kvm_vcpu_hpfar": (("kvm_vcpu", "arch.fault.hpfar_el2"),),
     "kvm_vcpu_esr": (("kvm_vcpu", "arch.fault.esr_el2"),),
     "kvm_run_exit_reason": (("kvm_run", "exit_reason"),),
@@ -76,9 +86,20 @@ TRACEPOINT_ARGUMENTS = (("arm_event", "sev"),)
 
 SIZES = ("cper_sec_proc_arm", "page")
 
+_TASK_PT_REGS = "bpf_task_pt_regs"
+# A kernel that has both guards tracepoints by SRCU, and by the kind of it that lets readers be
+# preempted (include/linux/srcu.h). The function has another name where locking is debugged.
+_SRCU_FAST = frozenset({"init_srcu_struct_fast", "__init_srcu_struct_fast"})
+_TRACEPOINT_SRCU = "tracepoint_srcu"
+_ANY_VARIABLE = "__per_cpu_offset"
+
 # Without these, a probe has nothing to report.
 NEEDS: dict[str, tuple[str, ...]] = {
-    "run": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run", "kvm_run_exit_reason"),
+    "run": (
+        *("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run", "kvm_vcpu_pid"),
+        *("kvm_run_exit_reason", "file_private_data", "task_struct_thread_pid"),
+        *("task_struct_files", "files_struct_fdt", "fdtable_fd"),
+    ),
     "faultin": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_page_fault_gfn"),
     "faultin/aarch64": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_hpfar"),
     "arm_sea": ("kvm_vcpu_kvm", "kvm_vcpu_vcpu_id", "kvm_vcpu_run", "kvm_run_arm_sea"),
@@ -102,7 +123,8 @@ class Layout:
     def __init__(self, specs: Iterable[ProbeSpec], cache: ProgramCache) -> None:
         self.specs = tuple(specs)
         names = {target for spec in self.specs for target in spec.targets}
-        self.symbols = _symbols(sorted(names | {*PLACEHOLDERS, *lookup.SYMBOLS}), cache)
+        facts = {_TASK_PT_REGS, _ANY_VARIABLE, _TRACEPOINT_SRCU, *_SRCU_FAST}
+        self.symbols = _symbols(sorted({*names, *facts, *PLACEHOLDERS, *lookup.SYMBOLS}), cache)
         types = _types(sorted(names), cache)
         self.offsets = types.offsets
         self._types = types
@@ -135,6 +157,17 @@ class Layout:
         target = self.target(spec)
         return None if spec.is_tracepoint or target is None else self._types.functions.get(target)
 
+    @property
+    def skips_raw_tracepoints(self) -> bool:
+        """Whether this kernel may skip a program on a raw tracepoint, as it can be preempted.
+
+        True also where kallsyms has no variables, and so cannot tell.
+        """
+        names = self.symbols.keys()
+        return bool(_SRCU_FAST & names) and (
+            _TRACEPOINT_SRCU in names or _ANY_VARIABLE not in names
+        )
+
     def addresses(self) -> dict[int, int]:
         """By placeholder: the address that belongs there."""
         return {
@@ -158,6 +191,8 @@ class Layout:
             if function:
                 flags += [f"-DFN_{spec.name}=fn_{spec.name}"]
                 flags += [f"-DNARGS_{spec.name}={len(function.arguments)}"]
+        if _TASK_PT_REGS in self.symbols:
+            flags += ["-DHAS_TASK_PT_REGS"]
         # Addresses are zeros for those who may not see them.
         per_cpu = self.symbols.get("__per_cpu_offset")
         if "kvm_running_vcpu" in self.symbols and per_cpu and per_cpu.address:

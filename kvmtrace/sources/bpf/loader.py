@@ -156,6 +156,7 @@ class Loader:
         self.maps: dict[str, KernelMap] = {}
         self._programs: dict[str, _Program] = {}
         self._descriptors: list[int] = []
+        self._links: dict[int, int] = {}  # by program on a raw tracepoint
         self._types: dict[str, int] = {}  # descriptor of a module's BTF, by module
         try:
             for name, definition in compiled.maps.items():
@@ -189,11 +190,13 @@ class Loader:
         self._keep(bpf(_RAW_TRACEPOINT_OPEN, _RawTracepoint(0, program)))
         return program
 
-    def attach_raw_tracepoint(self, name: str, event: str) -> int:
+    def attach_raw_tracepoint(self, name: str, event: str, *, copy: int = 0) -> int:
         """At an event, by its name without the system."""
+        self._programs[name].code.set_copy_number(copy)
         program = self.load(name)
         text = ctypes.create_string_buffer(event.encode())
-        self._keep(bpf(_RAW_TRACEPOINT_OPEN, _RawTracepoint(ctypes.addressof(text), program)))
+        link = bpf(_RAW_TRACEPOINT_OPEN, _RawTracepoint(ctypes.addressof(text), program))
+        self._links[program] = self._keep(link)
         return program
 
     def attach_tracepoint(self, name: str, event_id: int) -> int:
@@ -275,6 +278,12 @@ class Loader:
     def _keep(self, descriptor: int) -> int:
         self._descriptors.append(descriptor)
         return descriptor
+
+    def detach(self, program: int) -> None:
+        """Undo ``attach_raw_tracepoint``."""
+        for descriptor in (self._links.pop(program), program):
+            self._descriptors.remove(descriptor)
+            os.close(descriptor)
 
     def close(self) -> None:
         """Detach all programs, and delete the maps."""

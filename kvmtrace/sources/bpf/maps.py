@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from kvmtrace.sources.bpf.exits import ExitCount, ExitKeyRecord, RefusalCount, RefusalKeyRecord
 from kvmtrace.sources.bpf.kernel_map import KernelMap
@@ -18,11 +18,15 @@ _FIRST = bytes(4)  # the key of an array's first row
 class Maps:
     """The maps of the attached programs: counters that changed since the last call, and records.
 
-    ``maps``: as they were loaded, by name. Raises OSError if the ring buffer cannot be mapped.
+    ``maps``: as they were loaded, by name. ``before_reading`` is called before counters are read.
+    Raises OSError if the ring buffer cannot be mapped.
     """
 
-    def __init__(self, maps: Mapping[str, KernelMap]) -> None:
+    def __init__(
+        self, maps: Mapping[str, KernelMap], before_reading: Callable[[], None] = lambda: None
+    ) -> None:
         self._maps = maps
+        self._before_reading = before_reading
         self._ring = RingBuffer(maps["ring"].fd, maps["ring"].definition.max_entries)
         self._last: dict[str, dict[bytes, bytes]] = {}  # by map: its rows as they were read last
 
@@ -40,6 +44,7 @@ class Maps:
 
     def exits(self) -> list[tuple[ExitKeyRecord, ExitCount]]:
         """Failed KVM_RUNs."""
+        self._before_reading()
         return [
             (ExitKeyRecord.from_buffer_copy(key), ExitCount.from_buffer_copy(count))
             for name in ("exits", "overflow")

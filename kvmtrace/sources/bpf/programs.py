@@ -28,6 +28,7 @@ from kvmtrace.sources.bpf.loader import Loader
 from kvmtrace.sources.bpf.lookup import KernelLookup
 from kvmtrace.sources.bpf.maps import Maps
 from kvmtrace.sources.bpf.program_cache import ProgramCache
+from kvmtrace.sources.bpf.run_probe import RunProbe
 
 
 def _fdinfo(descriptor: int) -> dict[str, int]:
@@ -47,13 +48,16 @@ _FIELD = re.compile(r"^(\w+):[ \t]*([0-9]{1,20})[ \t]*$", re.MULTILINE)
 
 _LOAD_SECONDS = 2.0  # a signal has to end the process within five
 
+# Exits without an errno: `run`, which comes before them, sees these as well.
+_IN_RUN = ("arm_sea", "vncr")
+
 
 class Programs:
     """One loaded and attached set of programs, for the kvm module that is loaded now.
 
     ``states``: every probe, attached or not. ``maps``: counters and records. ``lookup``: what looks
-    up VMs and pages. Raises KvmtraceError if nothing can be attached, and ``kvm_module.Changing``
-    if kvm is being loaded or unloaded, unless ``whatever_kvm_is``.
+    up VMs and pages. ``run``: what all exits run. Raises KvmtraceError if nothing can be attached,
+    and ``kvm_module.Changing`` if kvm is being loaded or unloaded, unless ``whatever_kvm_is``.
     """
 
     def __init__(self, *, whatever_kvm_is: bool = False) -> None:
@@ -81,13 +85,15 @@ class Programs:
             sources.note(f"the cache of eBPF programs: {cache.trouble}")
         try:
             self._loader = Loader(programs, self._layout.addresses())
-            self.maps = Maps(self._loader.maps)
+            self.run = RunProbe(self._loader, skips_raw=self._layout.skips_raw_tracepoints)
+            self.maps = Maps(self._loader.maps, self.run.guard)
         except PermissionError as error:
             raise KvmtraceError(
                 "the kernel does not permit BPF",
                 "a missing capability or this host's policy: see `kvmtrace doctor`",
                 str(error),
             ) from error
+        self._attached["run"] = self.run.programs
         states = [self._attach(spec) for spec in self._layout.specs]
         if any(state.attached and state.name == "gmem" for state in states):
             self.maps.set_gmem_watched()
@@ -120,6 +126,10 @@ class Programs:
         if missing:
             member = ".".join(OFFSETS[missing][0])
             return Probe(spec.name, False, target, why=f"the kernel's BTF has no {member}")
+        if spec.name in _IN_RUN:
+            return replace(self.run.state, name=spec.name)
+        if spec.name == "run":
+            return self.run.attach() if self._kvm else Probe("run", False, why=probes.NO_KVM)
         if spec.is_tracepoint:
             return self._attach_tracepoint(spec, target)
         failure = AttachFailure("the kernel's BTF does not have this function")
@@ -128,8 +138,6 @@ class Programs:
             via = "fentry" if spec.at == "entry" else "fexit"
             failed = self._attach_trampoline(spec, function, via)
             if failed is None:
-                if spec.name == "run" and self._attach_userspace_exit("tp_run_under_way") is None:
-                    via = "fexit+raw_tracepoint"
                 return Probe(spec.name, True, target, via)
             failure = failed
         if f"kp_{spec.name}" in self._loader:
@@ -174,17 +182,12 @@ class Programs:
         failed = self._try(
             spec.name, "kprobe", lambda: self._loader.attach_kprobe(entry, target, entry=True)
         )
-        if spec.name == "run":
-            return failed or self._attach_userspace_exit("tp_run"), "kprobe+raw_tracepoint"
         if leave not in self._loader:
             return failed, "kprobe"
         failed = failed or self._try(
             spec.name, "kretprobe", lambda: self._loader.attach_kprobe(leave, target, entry=False)
         )
         return failed, "kretprobe"
-
-    def _attach_userspace_exit(self, program: str) -> AttachFailure | None:
-        return self._attach_raw_tracepoint("run", "kvm_userspace_exit", program)
 
     def _attach_raw_tracepoint(self, probe: str, event: str, program: str) -> AttachFailure | None:
         return self._try(
@@ -213,19 +216,21 @@ class Programs:
         return found
 
     def missed(self, now: int) -> list[Event]:
-        """``Lost`` for calls that a program was skipped for, as it was preempted on that CPU.
+        """``Lost`` for calls that a program was skipped for, as one was preempted on that CPU.
 
         Calls that another copy of the program may have handled are not counted.
         """
         events: list[Event] = []
         for probe, programs in self._attached.items():
-            if self._copies.get(probe, 1) > 1:
-                continue
             total = sum(_fdinfo(program).get("recursion_misses", 0) for program in programs)
             more = total - self._missed.get(probe, 0)
             self._missed[probe] = total
-            if more > 0:
+            may_miss = self.run.may_miss if probe == "run" else self._copies.get(probe, 1) == 1
+            if more > 0 and may_miss:
                 events.append(Lost(now, f"{probe}_missed", more))
+                if probe == "run":
+                    self.run.missed()
+        self.run.end_guard()
         return events
 
     def outdated(self) -> bool:
@@ -250,7 +255,11 @@ class Programs:
 
 
 def _layout(cache: ProgramCache) -> Layout:
-    return Layout((*probes.specs(), *probes.context_specs()), cache)
+    specs = [*probes.specs(), *probes.context_specs()]
+    # By eBPF it is not at the return of the function, which the other source probes.
+    at = next(number for number, spec in enumerate(specs) if spec.name == "run")
+    specs[at] = replace(specs[at], targets=(probes.USERSPACE_EXIT,), at="entry")
+    return Layout(specs, cache)
 
 
 def _cflags(layout: Layout) -> list[str]:
@@ -278,7 +287,8 @@ def _compiled(layout: Layout, cache: ProgramCache) -> CompiledPrograms:
     """The programs for this kernel, from ``cache`` or compiled and kept there."""
     programs = _kept(layout, cache)
     if programs is None:
-        programs = compiled(_cflags(layout))
+        with sources.in_stage("compiling the eBPF programs for this kernel"):
+            programs = compiled(_cflags(layout))
         cache.write(_name(layout), programs.as_object())
     return programs
 

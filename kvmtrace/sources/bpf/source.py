@@ -12,6 +12,7 @@ from kvmtrace.linux.clock import epoch_offset_ns, now_ns
 from kvmtrace.linux.kvm_module import SETTLE_SECONDS, Changing, Settling
 from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import Probe, ProbeRuns
+from kvmtrace.sources import limits
 from kvmtrace.sources.bpf.guest_memory import BpfMemory
 from kvmtrace.sources.bpf.programs import Programs
 from kvmtrace.sources.bpf.translator import BpfTranslator
@@ -35,7 +36,7 @@ class BpfSource:
             )
         self._translator = BpfTranslator(epoch_offset_ns(), mount.memory_failure_names())
         self._programs = _settled_programs()
-        self._next_watch = 0.0
+        self._next_watch = self._next_records = 0.0
         self._settling: Settling | None = None  # no programs are attached meanwhile
         self._closed = False
         self._backlog: list[Event] = []
@@ -53,6 +54,7 @@ class BpfSource:
             events += self._programs.missed(now_ns())
         if self._settling is None:
             self._programs.maps.wait(0 if events else timeout)
+            self._gather(0 if events else timeout)
             events += self._drain(last=timeout == 0)
         elif not events:
             time.sleep(max(0.0, min(timeout, self._next_watch - time.monotonic())))
@@ -80,9 +82,18 @@ class BpfSource:
         self.memory.use(self._programs.lookup, self._programs.maps.generation)
         self._backlog += self._translator.reset()
 
+    def _gather(self, timeout: float) -> None:
+        """Wait until the next records may be read: a reading costs more than a record."""
+        left = min(timeout, self._next_records - time.monotonic())
+        if left > 0:
+            time.sleep(left)
+
     def _drain(self, *, last: bool = False) -> list[Event]:
         maps = self._programs.maps
-        events = self._translator.translate(maps.take(), maps)
+        records = maps.take()
+        if records:
+            self._next_records = time.monotonic() + limits.GATHER_SECONDS
+        events = self._translator.translate(records, maps)
         events += self._translator.counters(maps, at_once=last)
         return events
 

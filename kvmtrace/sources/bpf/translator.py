@@ -45,7 +45,7 @@ class BpfTranslator:
         self._vms = VmTable(proc)
         self._poison = BpfPoison(self._vms, offset_ns, names)
         self._hardware = BpfHardware(offset_ns)
-        self._next_read = 0.0
+        self._next_read = self._next_losses = 0.0
         self._flushed = False
         self._start_over()
 
@@ -107,11 +107,13 @@ class BpfTranslator:
     def counters(self, maps: Maps, *, at_once: bool = False) -> list[Event]:
         """Events of what was counted and not reported, and of what was lost.
 
-        Counters are read once a second at most, or ``at_once`` if they will not be read again.
+        Both are read once a second at most, or ``at_once`` if they will not be read again: there
+        may be a call for every record, and each number is a system call.
         """
         events: list[Event] = []
-        active, now = maps.activity(), time.monotonic()
-        if active != self._activity and (at_once or now >= self._next_read):
+        now = time.monotonic()
+        is_due = at_once or now >= self._next_read
+        if is_due and (active := maps.activity()) != self._activity:
             self._activity = active
             self._next_read = now + READ_SECONDS
             for key, count in maps.exits():
@@ -119,6 +121,9 @@ class BpfTranslator:
             for gfn, refused in maps.refusals():
                 events += self._exits.refusal(gfn, refused)
             events += self._signals.counted(maps.signals())
+        if not at_once and now < self._next_losses:
+            return events
+        self._next_losses = now + READ_SECONDS
         lost = maps.lost()
         for place, total, before in zip(records.LOST_PLACES, lost, self._lost, strict=True):
             if total > before:

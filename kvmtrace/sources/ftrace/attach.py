@@ -8,6 +8,7 @@ import functools
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import kallsyms
@@ -20,6 +21,7 @@ from kvmtrace.linux.tracefs.ring_page import EventFormat
 from kvmtrace.probes import NO_KVM, RUN_UNDER_WAY, Probe, ProbeSpec, context_specs, specs
 from kvmtrace.sources import limits
 from kvmtrace.sources.ftrace import exits, hardware, memslots, poison, refusals, signals, vms
+from kvmtrace.sources.ftrace.fields import Sift
 from kvmtrace.sources.ftrace.totals import KernelTotals
 
 # In the order in which they are attached.
@@ -63,7 +65,8 @@ class Attacher:
         """{event ID: (probe, format)}"""
         self._group = group
         self._rings = rings
-        self._events = DynamicEvents(root, group, _offset)
+        self._events = DynamicEvents(root, group, self._offset)
+        self._types: Btf | None = None  # read when the first offset is asked for
         self._specs = {spec.name: spec for spec in specs() + context_specs()}
         self._specs |= {spec.name: spec for spec in (memslots.SLOT, RUN_UNDER_WAY)}
         self._helpers = {memslots.SLOT.name, RUN_UNDER_WAY.name}
@@ -98,7 +101,7 @@ class Attacher:
 
     def attach(self, has_kvm: bool) -> None:
         """Attach the probes that are not attached yet."""
-        self._functions = None
+        self._functions = self._types = None
         for ring, names in RINGS.items():
             for name in names:
                 if name in self._specs and not self.attached(name):
@@ -160,6 +163,13 @@ class Attacher:
         """Remove all events; the instances that use them must be gone."""
         remove_events(self._events)
 
+    def _offset(self, struct: str, member: str) -> int | None:
+        try:
+            self._types = self._types or Btf()
+        except KvmtraceError:
+            return None
+        return self._types.offset(struct, member)
+
     # -- one probe
 
     def _one(self, ring: Instance, spec: ProbeSpec, has_kvm: bool) -> Probe:
@@ -173,6 +183,10 @@ class Attacher:
         if request.at_entry:
             attempts += [(target, "entry", request.at_entry) for target in spec.targets]
         refused: list[tuple[str, str]] = []
+        if request.sift is not None:
+            sifted = self._sifted(ring, spec, request.sift)
+            if sifted is not None:
+                return sifted
         for target, at, wanted in attempts:
             outcome = self._events.define(spec.name, target, at, wanted)
             if not isinstance(outcome, Defined):
@@ -184,16 +198,27 @@ class Attacher:
                 refused.append((target, f"{target}: {error}"))
                 self._events.remove(spec.name)
                 continue
-            without = ", ".join(name for name, _ in outcome.missing)
-            return Probe(
-                spec.name,
-                True,
-                target,
-                outcome.probe_type,
-                f"without {without}" if without else None,
-                "; ".join(f"{name}: {reason}" for name, reason in outcome.missing) or None,
-            )
+            return _attached(outcome)
         return self._not_attached(spec, refused)
+
+    def _sifted(self, ring: Instance, spec: ProbeSpec, sift: Sift) -> Probe | None:
+        """Attach a probe by two events; None where this kernel has no such events."""
+        for target in spec.targets:
+            base = self._events.define(f"every_{spec.name}", target, spec.at, sift.every)
+            if not isinstance(base, Defined):
+                continue
+            condition = next(text for field, text in sift.conditions if field in base.fields)
+            fields = sift.fields_on(os.uname().machine, base.fields)
+            made = self._events.define_from(spec.name, base.name, condition, fields)
+            if isinstance(made, Defined):
+                try:
+                    self._enable(ring, made)
+                except (OSError, ValueError):
+                    self._events.remove(spec.name)
+                else:
+                    return _attached(replace(made, target=target, probe_type=base.probe_type))
+            self._events.remove(base.name)
+        return None
 
     def _not_attached(self, spec: ProbeSpec, refused: Sequence[tuple[str, str]]) -> Probe:
         """Give the reason. ``refused``: (target, kernel's reason) in order, absent ones too."""
@@ -252,6 +277,18 @@ class Attacher:
         self.formats[known.id] = (probe, known)
 
 
+def _attached(event: Defined) -> Probe:
+    without = ", ".join(name for name, _ in event.missing)
+    return Probe(
+        event.name,
+        True,
+        event.target,
+        event.probe_type,
+        f"without {without}" if without else None,
+        "; ".join(f"{name}: {reason}" for name, reason in event.missing) or None,
+    )
+
+
 def remove_dead(root: str) -> None:
     """Remove what kvmtrace processes that were killed (kill -9) left in tracefs; nothing else."""
     with contextlib.suppress(OSError):
@@ -271,10 +308,3 @@ def remove_events(events: DynamicEvents, seconds: float = 1.0) -> None:
         if all(removed) or time.monotonic() >= end:
             return
         time.sleep(0.02)
-
-
-def _offset(struct: str, member: str) -> int | None:
-    try:
-        return Btf().offset(struct, member)
-    except KvmtraceError:
-        return None

@@ -22,6 +22,7 @@ from kvmtrace.sources.ftrace.fields import (
     RET,
     VCPU,
     ProbeRequest,
+    Sift,
     helper,
     needed,
     optional,
@@ -40,6 +41,7 @@ KVM_PFN_ERR_HWPOISON = 0x7FF0000000000001  # include/linux/kvm_host.h: KVM_PFN_E
 # keeps them out of the ring. With a SIGBUS pending, EINTR shows which vCPU the signal was sent to.
 _FAILED = "ret < 0 && ret != -4 && ret != -11"
 _SIGBUS_PENDING = f"pending & {1 << signal.SIGBUS - 1:#x}"
+_PENDING = "$current->pending.signal.sig:x64"
 _WITHOUT_ERRNO = f"ret == 0 && reason == {kvm.EXIT_MEMORY_FAULT}"
 
 _RUN = (
@@ -49,8 +51,37 @@ _RUN = (
     optional("flags", "vcpu->run->memory_fault.flags:x64"),
     optional("size", "vcpu->run->memory_fault.size:x64"),
     optional("exits", "vcpu->stat.exits"),
-    helper("pending", "$current->pending.signal.sig:x64"),
+    helper("pending", _PENDING),
     RET,
+)
+_HAS_PRIVATE_MEM = HAS_PRIVATE.partition(":")[0]
+_NO_PRIVATE_MEMORY = helper("has_private", "\\0:u8")  # no VM of arm64 has any
+
+# To fetch these at each return, and to try five filters, costs more than the probe itself.
+_KVM = "+{kvm_vcpu.kvm}($vcpu)"
+_KVM_RUN = "+{kvm_vcpu.run}($vcpu)"
+_SIFT = Sift(
+    every=(needed("vcpu", "vcpu:x64"), helper("pending", _PENDING), RET),
+    conditions=(
+        ("pending", f"ret < 0 && ret != -11 && (ret != -4 || {_SIGBUS_PENDING})"),
+        ("ret", _FAILED),
+    ),
+    fields=(
+        needed("vcpu", "$vcpu:x64"),
+        needed("kvm", f"{_KVM}:x64"),
+        needed("vid", "+{kvm_vcpu.vcpu_id}($vcpu):s32"),
+        helper("tgid", f"+{{task_struct.tgid}}(+{{mm_struct.owner}}(+{{kvm.mm}}({_KVM}))):s32"),
+        helper("maker", f"+{{kvm.userspace_pid}}({_KVM}):s32"),
+        needed("reason", f"+{{kvm_run.exit_reason}}({_KVM_RUN}):u32"),
+        optional("gpa", f"+{{kvm_run.memory_fault.gpa}}({_KVM_RUN}):x64"),
+        optional("flags", f"+{{kvm_run.memory_fault.flags}}({_KVM_RUN}):x64"),
+        optional("size", f"+{{kvm_run.memory_fault.size}}({_KVM_RUN}):u64"),
+        optional("exits", "+{kvm_vcpu.stat.exits}($vcpu):u64"),
+        helper("pending", "$pending:x64"),
+        needed("ret", "$ret:s32"),
+    ),
+    x86=(helper("has_private", f"+{{kvm.{_HAS_PRIVATE_MEM}}}({_KVM}):u8"),),
+    arm64=(_NO_PRIVATE_MEMORY,),
 )
 
 # A trigger takes three keys at most, so failed exits have several triggers: one counts all exits by
@@ -84,9 +115,10 @@ PROBES = {
     "run": ProbeRequest(
         "faults",
         (*_RUN, helper("has_private", f"vcpu->kvm->{HAS_PRIVATE}")),
-        arm64=(*_RUN, helper("has_private", "\\0:u8")),  # no VM has private memory there
+        arm64=(*_RUN, _NO_PRIVATE_MEMORY),
         filters=(("pending", f"({_FAILED}) || (ret == -4 && {_SIGBUS_PENDING})"), ("ret", _FAILED)),
         triggers=_run_triggers,
+        sift=_SIFT,
     ),
     "vncr": ProbeRequest(
         "faults",

@@ -8,10 +8,36 @@ alternative fits, which costs one fact. Only a missing ``needed`` field costs th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from kvmtrace.linux.tracefs.dynamic_events import Field
+
+
+@dataclass(frozen=True, slots=True)
+class Sift:
+    """Two events: one of every call, with little to fetch, and the probe's own, made from it.
+
+    ``every``: fields of the former. ``conditions``: (field that it needs, condition); the first
+    whose field there is limits which calls are made into the latter. ``fields``: of the latter, and
+    ``arm64`` in addition, or ``x86``.
+    """
+
+    every: tuple[Field, ...]
+    conditions: tuple[tuple[str, str], ...]
+    fields: tuple[Field, ...]
+    arm64: tuple[Field, ...] = ()
+    x86: tuple[Field, ...] = ()
+
+    def fields_on(self, machine: str, known: Collection[str]) -> tuple[Field, ...]:
+        """The latter's fields for an architecture, of those ``known`` in the former."""
+        found = (*self.fields, *(self.arm64 if machine == "aarch64" else self.x86))
+        return tuple(
+            one
+            for one in found
+            if all(name in known for name in re.findall(r"\$(\w+)", one.alternatives[0]))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +48,8 @@ class ProbeRequest:
     ``arm64``: the fields there, if they differ. ``at_entry``: fields at the function's entry, for
     kernels that refuse the others. ``filters``: (field that it needs, condition); the first whose
     field there is limits what goes into the ring. ``triggers``: fields that there are → hist
-    triggers, which totals.KernelTotals reads.
+    triggers, which totals.KernelTotals reads. ``sift``: replaces ``fields`` where the kernel takes
+    it, for a function that mostly returns what does not matter.
     """
 
     ring: str
@@ -31,6 +58,7 @@ class ProbeRequest:
     at_entry: tuple[Field, ...] = ()
     filters: tuple[tuple[str, str], ...] = ()
     triggers: Callable[[Collection[str]], tuple[str, ...]] = lambda _fields: ()
+    sift: Sift | None = None
 
     def fields_on(self, machine: str) -> tuple[Field, ...]:
         """The fields for an architecture (``os.uname().machine``)."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kvmtrace.judgement.urgency import Level
 from kvmtrace.model import CAUSES
 from kvmtrace.views.format import UNKNOWN, age_of, cells, clip, hex_of, rate_of, span_of, style_of
 from kvmtrace.views.tables.grid import Column
-from kvmtrace.views.tables.rows import (
-    KERNEL_ITSELF,
-    IncidentRow,
-    VmRow,
-    owners_name,
-)
+from kvmtrace.views.tables.rows import KERNEL_ITSELF, IncidentRow, VmRow, owners_name
+
+EXITS_PER_SECOND = "EXITS/S"
+NOTIFICATIONS_PER_SECOND = "NOTIFIED/S"
 
 _BOTH = len("Recovered: dirty")
 _AGO = len("99 min ago")
+_LABEL = 6  # of a DIMM, beside its counts
 _BRIEF = {
     "conversion": "conv",
     "userfault": "uffd",
@@ -63,14 +63,15 @@ def _result(row: IncidentRow, width: int | None) -> str:
 
 
 def _owner(row: IncidentRow, width: int | None) -> str:
-    owners = row.incident.owners
-    if not owners:
-        who = KERNEL_ITSELF if row.incident.host_at_risk else UNKNOWN
+    incident = row.incident
+    keys = list(dict.fromkeys([owner.vm for owner in incident.owners] or incident.vm_identities))
+    if not keys:
+        who = KERNEL_ITSELF if incident.host_at_risk else "no VM"
         return who if width is None else clip(who, width)
-    name = owners_name(row.incident, row.vms, owners[0].vm)
-    more = f" +{len(owners) - 1}" if len(owners) > 1 else ""
-    place = f" {hex_of(owners[0].gfn)}{more}"
-    return name + place if width is None else clip(name, max(1, width - len(place))) + place
+    name = owners_name(incident, row.vms, keys[0])
+    # A long name is clipped, the number of further VMs is not.
+    more = f" +{len(keys) - 1}" if len(keys) > 1 else ""
+    return name + more if width is None else clip(name, max(1, width - len(more))) + more
 
 
 def _all_owners(row: IncidentRow) -> str:
@@ -79,9 +80,42 @@ def _all_owners(row: IncidentRow) -> str:
     return owners or _owner(row, None)
 
 
-def _dimm(row: IncidentRow) -> str:
+def _notified(row: IncidentRow, width: int | None) -> str:
+    """How often; or by what, if it was once."""
+    incident = row.incident
+    count = incident.exits + incident.sigbus
+    if not count:
+        if incident.undelivered:
+            return f"{incident.undelivered:,} refused"
+        return "not yet" if incident.owners else UNKNOWN
+    if count > 1:
+        return f"{count:,}×"
+    codes = {code for one in incident.notifications for code in one.sigbus}
+    return f"SIGBUS {codes.pop()}" if len(codes) == 1 else "once"
+
+
+def _rate(row: IncidentRow | VmRow, width: int | None) -> str:
+    # The bars first: the number is aligned with those of other rows.
+    number = rate_of(row.rate)
+    return f"{row.bars} {number}" if row.bars else number
+
+
+def _dimm(row: IncidentRow, width: int | None) -> str:
+    """The DIMM, and how many errors of it were corrected (CE) and not (UE)."""
     origin = row.incident.origin
-    return (origin.label if origin else None) or UNKNOWN
+    if origin is None:
+        return UNKNOWN
+    history = origin.dimm or origin.history
+    numbers = {"CE": history.corrected, "UE": history.count - history.corrected}
+    counts = " ".join(f"{count} {kind}" for kind, count in numbers.items() if count)
+    label = origin.label or "not named"
+    if width is None:
+        return f"{label}  {counts}".rstrip()
+    # A long label is clipped, the numbers are not. Its end says which of a channel it is.
+    room = width - cells(counts) - 1
+    if not counts or room < _LABEL:
+        return clip(label[::-1], width)[::-1]
+    return f"{clip(label[::-1], room)[::-1]} {counts}"
 
 
 def _errno(row: VmRow, errno: str) -> int:
@@ -97,12 +131,16 @@ def _vm_style(row: VmRow, style: str = "") -> str:
     return "dim" if row.vm.gone else style
 
 
-def _urgency_style(row: IncidentRow) -> str:
+def _state_style(row: IncidentRow) -> str:
     return style_of(row.urgency)
 
 
-def _closed(row: IncidentRow) -> str:
-    return "dim" if row.incident.state == "closed" else ""
+def _over(row: IncidentRow, style: str = "") -> str:
+    return "dim" if row.urgency.level == Level.OVER else style
+
+
+def _rate_style(row: IncidentRow | VmRow) -> str:
+    return "" if row.rate else "dim"
 
 
 def _vm_count(
@@ -112,7 +150,7 @@ def _vm_count(
         name,
         lambda row, width: str(count(row)),
         count,
-        lambda row: _vm_style(row, style if count(row) else ""),
+        lambda row: _vm_style(row, style if count(row) else "dim"),
         **options,
     )
 
@@ -127,9 +165,15 @@ VM_COLUMNS: tuple[Column[VmRow], ...] = (
         falling=False,
         least=12,
         floor=8,
+        key="v",
     ),
     Column(
-        "PID", lambda row, width: str(row.vm.pid), lambda row: row.vm.pid, _vm_style, falling=False
+        "PID",
+        lambda row, width: str(row.vm.pid),
+        lambda row: row.vm.pid,
+        _vm_style,
+        falling=False,
+        drop=6,
     ),
     Column(
         "VMM",
@@ -138,26 +182,29 @@ VM_COLUMNS: tuple[Column[VmRow], ...] = (
         _vm_style,
         right=False,
         falling=False,
-        drop=9,
+        drop=10,
     ),
-    _vm_count("EHWPOISON", lambda row: _errno(row, "EHWPOISON"), "bad"),
-    _vm_count("EFAULT", lambda row: _errno(row, "EFAULT")),
-    _vm_count("OTHER", _others, drop=8),
+    _vm_count("EHWPOISON", lambda row: _errno(row, "EHWPOISON"), "bad", drop=1, key="n"),
+    _vm_count("EFAULT", lambda row: _errno(row, "EFAULT"), drop=5, key="f"),
+    _vm_count("OTHER", _others, drop=9, key="o"),
     Column(
-        "EXITS/S",
-        lambda row, width: rate_of(row.rate),
+        EXITS_PER_SECOND,
+        _rate,
         lambda row: -1 if row.rate is None else row.rate,
-        _vm_style,
-        drop=5,
+        lambda row: _vm_style(row, _rate_style(row)),
+        drop=7,
+        key="r",
     ),
-    _vm_count("AR", lambda row: row.vm.sigbus.get("AR", 0), "warn", drop=3, floor=3),
-    _vm_count("AO", lambda row: row.vm.sigbus.get("AO", 0), "warn", drop=3, floor=3),
+    _vm_count("AR", lambda row: row.vm.sigbus.get("AR", 0), "warn", drop=4, floor=3),
+    _vm_count("AO", lambda row: row.vm.sigbus.get("AO", 0), "warn", drop=4, floor=3),
     Column(
         "PAGES",
         # Forgotten pages may have been replaced since, hence the "?".
         lambda row, width: f"{row.vm.poisoned_pages}{'?' if row.vm.forgotten_pages else ''}",
         lambda row: row.vm.poisoned_pages,
-        lambda row: _vm_style(row, "warn" if row.vm.poisoned_pages else ""),
+        lambda row: _vm_style(row, "warn" if row.vm.poisoned_pages else "dim"),
+        drop=2,
+        key="g",
     ),
     Column(
         "LAST",
@@ -167,6 +214,8 @@ VM_COLUMNS: tuple[Column[VmRow], ...] = (
         least=6,
         brief=True,
         floor=_AGO,
+        drop=3,
+        key="t",
     ),
     Column(
         "CAUSES",
@@ -175,100 +224,112 @@ VM_COLUMNS: tuple[Column[VmRow], ...] = (
         _vm_style,
         right=False,
         least=12,
-        drop=4,
+        drop=8,
         floor=12,
     ),
 )
 
+# The columns on the right go first, never the state, the VM and what to do.
 INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
+    Column(
+        "STATE",
+        lambda row, width: row.urgency if width is None else clip(row.urgency, width),
+        lambda row: row.urgency.rank,
+        _state_style,
+        right=False,
+        falling=False,
+        least=8,
+        firm=11,
+    ),
+    Column(
+        "VM",
+        _owner,
+        lambda row: _owner(row, None).casefold(),
+        _over,
+        right=False,
+        falling=False,
+        least=12,
+        firm=28,
+        full=_all_owners,
+        key="v",
+    ),
+    # Its id begins with the pfn, and is what `explain` takes.
     Column(
         "INCIDENT",
         lambda row, width: row.incident.id,
         lambda row: row.id,
-        _closed,
+        _over,
         right=False,
         falling=False,
+        drop=2,
     ),
     Column(
-        "STATE",
-        lambda row, width: row.urgency,
-        lambda row: row.urgency.rank,
-        _urgency_style,
+        "SINCE",
+        lambda row, width: age_of(row.since, row.now, row.steps),
+        lambda row: row.since or 0,
+        _over,
+        drop=3,
+        floor=6,
+        full=lambda row: _ago(row, row.since, None),
+        key="t",
+    ),
+    Column(
+        "NOTIFIED",
+        _notified,
+        lambda row: row.incident.exits + row.incident.sigbus,
+        lambda row: _over(row, "" if row.incident.exits + row.incident.sigbus else "dim"),
+        drop=4,
+        key="n",
+    ),
+    Column(
+        NOTIFICATIONS_PER_SECOND,
+        _rate,
+        lambda row: -1 if row.rate is None else row.rate,
+        lambda row: _over(row, _rate_style(row)),
+        drop=6,
+        key="r",
+    ),
+    Column(
+        "WHAT TO DO",
+        lambda row, width: row.action.brief if width is None else clip(row.action.brief, width),
+        lambda row: row.action.brief,
+        lambda row: _over(row, "title" if row.urgency.level == Level.NOW else ""),
         right=False,
         falling=False,
-        floor=9,
-    ),
-    # Dropped first: an incident's id begins with its pfn.
-    Column(
-        "PFN",
-        lambda row, width: hex_of(row.incident.pfn),
-        lambda row: row.incident.pfn or 0,
-        _closed,
-        falling=False,
-        drop=9,
+        least=10,
+        firm=30,
+        full=lambda row: row.action.text,
     ),
     Column(
-        "OWNER, GFN",
-        _owner,
-        lambda row: _owner(row, None).casefold(),
-        _closed,
+        "DIMM",
+        _dimm,
+        lambda row: _dimm(row, None),
+        _over,
         right=False,
         falling=False,
-        least=20,
-        full=_all_owners,
-    ),
-    Column(
-        "EXITS", lambda row, width: str(row.incident.exits), lambda row: row.incident.exits, _closed
-    ),
-    Column(
-        "SIGBUS",
-        lambda row, width: str(row.incident.sigbus),
-        lambda row: row.incident.sigbus,
-        _closed,
+        least=15,
+        drop=5,
+        key="d",
     ),
     Column(
         "LATENCY",
         lambda row, width: span_of(row.latency),
         lambda row: -1 if row.latency is None else row.latency,
-        _closed,
-        drop=7,
-    ),
-    Column(
-        "LAST",
-        lambda row, width: _ago(row, row.last_ts, width),
-        lambda row: row.last_ts or 0,
-        _closed,
-        least=6,
-        brief=True,
-        floor=_AGO,
-    ),
-    Column(
-        "VERDICT",
-        lambda row, width: row.incident.verdict or UNKNOWN,
-        lambda row: row.incident.verdict or "",
-        lambda row: _urgency_style(row) if row.incident.verdict else _closed(row),
-        right=False,
-        falling=False,
-        drop=3,
-    ),
-    Column(
-        "DIMM",
-        lambda row, width: _dimm(row),
-        _dimm,
-        _closed,
-        right=False,
-        falling=False,
-        least=6,
+        _over,
         drop=8,
+        key="l",
     ),
     Column(
         "RESULT: PAGE",
         _result,
         lambda row: _result(row, None),
-        _closed,
+        _over,
         right=False,
         falling=False,
-        least=9,
-        drop=4,
+        least=12,
+        drop=7,
     ),
 )
+
+# What is known only of several snapshots.
+LIVE_ONLY = (EXITS_PER_SECOND, NOTIFICATIONS_PER_SECOND)

@@ -20,6 +20,8 @@ class Column(Generic[Row]):
     ``floor``: the least natural width. ``least``: how far it may shrink; None: not at all. With
     ``brief`` it shrinks first, because that loses nothing. ``drop``: the column with the highest
     number goes first if the terminal is too narrow; 0 stays. ``falling``: sorts from high to low.
+    ``key``: the key that sorts by it in ``top``. ``firm``: others are
+    dropped before it is narrower than that.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Column(Generic[Row]):
     drop: int = 0
     floor: int = 0
     full: Callable[[Row], str] | None = None
+    key: str = ""
+    firm: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,21 @@ def fit(columns: Iterable[Column[Row]], rows: Sequence[Row], width: int) -> Fitt
     gap = 2 if sum(natural.values()) + 2 * (len(chosen) - 1) <= width else 1
     while True:
         room = width - gap * (len(chosen) - 1)
-        least = sum(min(natural[c.name], c.least or natural[c.name]) for c in chosen)
-        if least <= room or not any(c.drop for c in chosen):
+        droppable = any(c.drop for c in chosen)
+        least = {
+            c.name: natural[c.name]
+            if c.least is None
+            else min(natural[c.name], max(c.least, c.firm if droppable else 0))
+            for c in chosen
+        }
+        if sum(least.values()) <= room or not droppable:
             break
         chosen.remove(max(chosen, key=lambda c: c.drop))
     widths = {c.name: natural[c.name] for c in chosen}
-    # The widest of those that may shrink gives way first, so that short ones stay whole.
+    # The widest of the least firm ones gives way first, so that short ones stay whole.
     while sum(widths.values()) > room:
-        flexible = [c for c in chosen if c.least is not None and widths[c.name] > c.least]
+        flexible = [c for c in chosen if widths[c.name] > least[c.name]]
         if not flexible:
             break
-        widths[max(flexible, key=lambda c: (c.brief, widths[c.name])).name] -= 1
+        widths[max(flexible, key=lambda c: (-c.firm, c.brief, widths[c.name])).name] -= 1
     return Fitted(tuple((column, widths[column.name]) for column in chosen), gap)

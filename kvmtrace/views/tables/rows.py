@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmtrace.events import ClockStep
+from kvmtrace.judgement.actions import Action, actions
 from kvmtrace.judgement.urgency import Urgency, by_urgency, urgency_of
 from kvmtrace.model import Incident, Snapshot, Vm
 from kvmtrace.views.format import UNKNOWN
@@ -16,12 +17,17 @@ KERNEL_ITSELF = "the kernel itself"
 
 @dataclass(frozen=True, slots=True)
 class VmRow:
-    """A row of the VM table. ``rate``: exits per second; None without two snapshots."""
+    """A row of the VM table.
+
+    ``rate``: exits per second; None without two snapshots. ``bars``: the same over the last
+    samples, a bar each; "" if there were none.
+    """
 
     vm: Vm
     rate: float | None
     now: int
     steps: tuple[ClockStep, ...] = ()
+    bars: str = ""
 
     @property
     def id(self) -> int:
@@ -30,12 +36,29 @@ class VmRow:
 
 @dataclass(frozen=True, slots=True)
 class IncidentRow:
-    """A row of the incident table. ``vms``: by key, to name the owners."""
+    """A row of the incident table; ``rate``, ``bars``: as those of a ``VmRow``, of notifications.
+
+    ``snapshot``: of the host, which names the owners.
+    """
 
     incident: Incident
-    vms: Mapping[int, Vm]
+    snapshot: Snapshot
     now: int
-    steps: tuple[ClockStep, ...] = ()
+    rate: float | None = None
+    bars: str = ""
+
+    @property
+    def vms(self) -> Mapping[int, Vm]:
+        return self.snapshot.vms
+
+    @property
+    def steps(self) -> tuple[ClockStep, ...]:
+        return self.snapshot.steps
+
+    @property
+    def action(self) -> Action:
+        """The most urgent one. Not computed for rows that nobody looks at."""
+        return actions(self.incident, self.snapshot)[0]
 
     @property
     def id(self) -> str:
@@ -43,12 +66,12 @@ class IncidentRow:
 
     @property
     def urgency(self) -> Urgency:
-        """How urgent it is."""
         return urgency_of(self.incident)
 
     @property
-    def last_ts(self) -> int | None:
-        return self.incident.last_delivery_ts or self.incident.poisoned_ts
+    def since(self) -> int | None:
+        """When it began, as far as that was seen."""
+        return self.incident.poisoned_ts or self.incident.first_delivery_ts
 
     @property
     def latency(self) -> int | None:
@@ -58,10 +81,18 @@ class IncidentRow:
         return self.incident.first_delivery_ts - self.incident.poisoned_ts
 
 
-def vm_rows(snapshot: Snapshot, now: int, rates: Mapping[int, float] | None = None) -> list[VmRow]:
+def vm_rows(
+    snapshot: Snapshot,
+    now: int,
+    rates: Mapping[int, float] | None = None,
+    bars: Mapping[int, str] | None = None,
+) -> list[VmRow]:
     """The VMs with most poisoned pages, EHWPOISON exits and exits first, those gone last."""
-    rates = rates or {}
-    rows = [VmRow(vm, rates.get(vm.key), now, snapshot.steps) for vm in snapshot.vms.values()]
+    rates, bars = rates or {}, bars or {}
+    rows = [
+        VmRow(vm, rates.get(vm.key), now, snapshot.steps, bars.get(vm.key, ""))
+        for vm in snapshot.vms.values()
+    ]
 
     def trouble(row: VmRow) -> Any:
         vm = row.vm
@@ -72,21 +103,18 @@ def vm_rows(snapshot: Snapshot, now: int, rates: Mapping[int, float] | None = No
     return sorted(rows, key=trouble)
 
 
-def incident_rows(snapshot: Snapshot, now: int) -> list[IncidentRow]:
-    """The incidents by urgency."""
-    found = by_urgency(snapshot.incidents)
-    return [IncidentRow(one, snapshot.vms, now, snapshot.steps) for one in found]
-
-
-def rates(old: Snapshot, new: Snapshot, nanoseconds: int) -> dict[int, float]:
-    """{VM key: exits per second} between two snapshots; VMs that are not in both are absent."""
-    if nanoseconds <= 0:
-        return {}
-    return {
-        key: max(0, sum(vm.exits.values()) - sum(old.vms[key].exits.values())) * 1e9 / nanoseconds
-        for key, vm in new.vms.items()
-        if key in old.vms
-    }
+def incident_rows(
+    snapshot: Snapshot,
+    now: int,
+    rates: Mapping[str, float] | None = None,
+    bars: Mapping[str, str] | None = None,
+) -> list[IncidentRow]:
+    """The incidents by urgency, the newest first within one. ``rates``, ``bars``: by id."""
+    rates, bars = rates or {}, bars or {}
+    return [
+        IncidentRow(one, snapshot, now, rates.get(one.id), bars.get(one.id, ""))
+        for one in by_urgency(snapshot.incidents)
+    ]
 
 
 def owner_name(vms: Mapping[int, Vm], key: int) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from kvmtrace.model import Snapshot
 from kvmtrace.views.format import clip, plain
-from kvmtrace.views.tables import grid, header
-from kvmtrace.views.tables.columns import INCIDENT_COLUMNS, VM_COLUMNS
+from kvmtrace.views.tables import grid, header, summary
+from kvmtrace.views.tables.columns import INCIDENT_COLUMNS, LIVE_ONLY, VM_COLUMNS
 from kvmtrace.views.tables.grid import Column, Row
 from kvmtrace.views.tables.rows import incident_rows, vm_rows
 
@@ -21,20 +21,22 @@ def table_text(
     width: int | None = None,
     rates: Mapping[int, float] | None = None,
 ) -> str:
-    """The header and both tables, in lines of at most ``width`` cells (None: the terminal's).
+    """What to do, the header and both tables, in lines of ``width`` cells (None: the terminal's).
 
     ``now``: nanoseconds since the epoch, for "12 s ago". ``rates``: from ``rows.rates``.
     """
     width = width or shutil.get_terminal_size().columns
     vms = vm_rows(snapshot, now, rates)
     incidents = incident_rows(snapshot, now)
-    vm_columns = [c for c in VM_COLUMNS if rates is not None or c.name != "EXITS/S"]
+    vm_columns = [c for c in VM_COLUMNS if rates is not None or c.name not in LIVE_ONLY]
+    incident_columns = [c for c in INCIDENT_COLUMNS if c.name not in LIVE_ONLY]
+    head = [summary.summary_spans(snapshot, now), *header.lines(snapshot)]
     lines = [
-        *(part for line in header.lines(snapshot) for part in _wrapped(plain(line), width)),
+        *(part for line in head for part in _wrapped(plain(line), width)),
+        "",
+        *_table(incident_columns, incidents, width, "no incidents"),
         "",
         *_table(vm_columns, vms, width, "no VMs seen"),
-        "",
-        *_table(INCIDENT_COLUMNS, incidents, width, "no incidents"),
     ]
     return "\n".join(lines)
 

@@ -12,7 +12,8 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -26,12 +27,11 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.linux import clock
-from kvmtrace.model import Snapshot
-from kvmtrace.views.format import cells
-from kvmtrace.views.tables.rows import rates
+from kvmtrace.views.format import cells, counted, plain
+from kvmtrace.views.terminal import pages
 from kvmtrace.views.terminal.screen import Drawn, frame
-from kvmtrace.views.terminal.ui_state import UiState
+from kvmtrace.views.terminal.ui_state import UiState, Wish
+from kvmtrace.views.terminal.watched import Watched
 
 # The terminal's own sixteen colours: legible on dark and on light. No meaning is in colour alone.
 _STYLES = {
@@ -102,22 +102,14 @@ class TopApp(App[None]):
         Binding("ctrl+z", "suspend_process", show=False, priority=True),
     ]
 
-    def __init__(
-        self,
-        snapshot: Callable[[], Snapshot],
-        interval: float,
-        now: Callable[[], int] = clock.now_ns,
-        first: Snapshot | None = None,
-    ) -> None:
+    def __init__(self, watched: Watched, interval: float) -> None:
         super().__init__(ansi_color=True)
         self.failure: BaseException | None = None
         self.state = UiState()
-        self._snapshot = snapshot
-        self._first = first
+        self._watched = watched
         self._interval = interval
-        self._now = now
-        self._taken: tuple[Snapshot, int] | None = None
         self._canvas = Canvas(coloured=not os.environ.get("NO_COLOR"))
+        self._bundling: threading.Thread | None = None
 
     def compose(self) -> ComposeResult:
         yield self._canvas
@@ -138,26 +130,84 @@ class TopApp(App[None]):
     def tick(self) -> None:
         """Take a snapshot and draw it unless paused. A failure of the source shows at once."""
         with self._failing():
-            snapshot = self._first or self._snapshot()
-            self._first = None
-            if self.state.paused:
-                return
-            now = self._now()
-            if self._taken is None:
-                self.state.take(snapshot, now, {})
-            else:
-                old, then = self._taken
-                self.state.take(snapshot, now, rates(old, snapshot, now - then))
-            self._taken = snapshot, now
+            self._take()
+            self.state.passed()
             self._draw()
+
+    def _take(self) -> None:
+        state, watched = self.state, self._watched
+        snapshot = watched.snapshot()
+        if state.paused:
+            return
+        state.status = watched.status()
+        state.tape = watched.tape.place if watched.tape else ""
+        state.empty = snapshot is None
+        if snapshot is not None:
+            state.take(snapshot, watched.now(), watched.recent())
 
     def on_key(self, event: events.Key) -> None:
         event.stop()
         event.prevent_default()  # there is no focus to move
         with self._failing():
-            if not self.state.press(event.key, event.character):
-                self.exit()
+            self._grant(self.state.press(event.key, event.character))
             self._draw()
+
+    def _grant(self, wish: Wish) -> None:
+        tape = self._watched.tape
+        match wish:
+            case Wish.QUIT:
+                self.exit()
+            case Wish.BUNDLE:
+                self._start_bundle()
+            case Wish.COPY:
+                lines = [plain(line) for line in pages.shown_text(self.state)]
+                # OSC 52: the terminal puts it into the clipboard, also over ssh, or ignores it.
+                self.copy_to_clipboard("\n".join(lines) + "\n")
+                self.state.say(f"sent {counted(len(lines), 'line')} to the terminal's clipboard")
+            case Wish.NOTHING:
+                pass
+            case _ if tape is not None:
+                match wish:
+                    case Wish.PLAY:
+                        tape.toggle()
+                    case Wish.STEP_BACK:
+                        tape.step(-1)
+                    case Wish.STEP_ON:
+                        tape.step(1)
+                    case Wish.SLOWER:
+                        tape.faster(0.5)
+                    case Wish.FASTER:
+                        tape.faster(2.0)
+                self._take()
+            case Wish.PLAY:
+                self._take()
+            case _:
+                self.state.say("time goes on here; `kvmtrace top --from FILE` steps through it")
+
+    def _start_bundle(self) -> None:
+        make = self._watched.bundle
+        if make is None:
+            self.state.say("no bundle from here: `kvmtrace bundle -o FILE.tar.gz` makes one")
+            return
+        if self._bundling is not None and self._bundling.is_alive():
+            self.state.say("a bundle is being written")
+            return
+
+        def work() -> None:
+            try:
+                said = make()
+            except (KvmtraceError, OSError) as error:
+                said = f"no bundle: {error}"
+            with contextlib.suppress(RuntimeError):  # the display has ended meanwhile
+                self.call_from_thread(self._say, said)
+
+        self.state.say("writing a bundle …")
+        self._bundling = threading.Thread(target=work, name="kvmtrace-bundle", daemon=True)
+        self._bundling.start()
+
+    def _say(self, message: str) -> None:
+        self.state.say(message)
+        self._draw()
 
     def on_paste(self, event: events.Paste) -> None:
         event.stop()
@@ -193,25 +243,19 @@ class TopApp(App[None]):
             self.exit()
 
 
-def run(
-    snapshot: Callable[[], Snapshot],
-    interval: float = 1.0,
-    *,
-    now: Callable[[], int] = clock.now_ns,
-) -> None:
-    """Show ``snapshot()`` every ``interval`` seconds until the user quits or a signal comes.
+def run(watched: Watched, interval: float = 1.0) -> None:
+    """Show it, anew every ``interval`` seconds, until the user quits or a signal comes.
 
-    ``snapshot`` must return at once. An exception of it ends the display and is raised here, with
-    the terminal restored. SIGTERM, SIGHUP and SIGINT end it as "q" does. Raises KvmtraceError if
-    there is no terminal.
+    An exception of ``watched`` ends the display and is raised here, with the terminal restored.
+    SIGTERM, SIGHUP and SIGINT end it as "q" does. Raises KvmtraceError if there is no terminal.
     """
     if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
         raise KvmtraceError("top needs a terminal", "kvmtrace top --once prints the table once")
-    first = snapshot()
+    watched.snapshot()  # what fails at once fails before the screen is taken
     before = {number: signal.getsignal(number) for number in _BORROWED}
     try:
         with _own_terminal_descriptor():
-            app = TopApp(snapshot, interval, now, first)
+            app = TopApp(watched, interval)
             app.run(mouse=False)
     finally:
         for number, handler in before.items():

@@ -1,42 +1,67 @@
-"""The pages behind the tables: details of one VM or one incident, and the help."""
+"""The pages behind the tables: the whole story of a row, and the help."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
+from dataclasses import replace
 
-from kvmtrace.judgement.urgency import Urgency, urgency_of
+from kvmtrace.judgement.urgency import Level, Urgency, urgency_of
 from kvmtrace.model import Incident, Snapshot, Vm
-from kvmtrace.views.explain import WIDTH, Showing, story
+from kvmtrace.views.explain import WIDTH, Showing
+from kvmtrace.views.explain import story as incident_story
 from kvmtrace.views.format import (
     UNKNOWN,
     Line,
     age_of,
-    cells,
     counted,
     date_of,
     hex_of,
     listed,
-    plain,
     rate_of,
     span_of,
     style_of,
 )
-from kvmtrace.views.tables.rows import IncidentRow, incident_rows
+from kvmtrace.views.tables.rows import incident_rows
+from kvmtrace.views.terminal import detail
+from kvmtrace.views.terminal.ui_state import UiState
 
 _LABEL = 18
 
-_STATES = {
+_MEANING = {
     Urgency.LOOPING: "the VMM is notified of the same page again and again and does not recover",
-    Urgency.STOPPED: "a vCPU that was notified of the page no longer runs",
-    Urgency.UNDELIVERED: "guest_memfd refused the page to a guest, and no VMM was notified",
+    Urgency.STOPPED: "a vCPU that was notified no longer runs",
+    Urgency.UNDELIVERED: "guest_memfd refused the page to the guest, and no VMM was notified",
     Urgency.KERNEL: "the kernel itself uses the page, or may: the host is at risk",
-    Urgency.UNCLEAR: "a VMM was notified, and what it did is not known",
-    Urgency.LATENT: "a VM owns the page, its guest has not accessed it yet",
-    Urgency.UNOWNED: "no VM is known to own the page",
-    Urgency.HANDLED: "the guest runs on, or no VM has the page any more",
+    Urgency.UNCLEAR: "a VMM was notified, and what it did is not known, or not yet",
+    Urgency.LATENT: "a VM has the page, and its VMM was not notified: the guest can still touch it",
+    Urgency.UNOWNED: "no VM is known to have the page",
+    Urgency.HANDLED: "each VMM that was notified dealt with it: the VM runs on without the page",
     Urgency.CLOSED: "the VM is gone, or the page is no longer poisoned",
 }
+_LEVELS = {
+    Level.NOW: "act now",
+    Level.SOON: "act soon",
+    Level.WATCH: "watch",
+    Level.OVER: "over",
+}
+_VERDICTS = (
+    ("looping", "it goes back to the page again and again, and does nothing else"),
+    ("stopped", "the vCPU that was notified no longer runs: the VM hangs or stands still"),
+    ("unknown", "not enough was seen, or it was notified only just now"),
+    ("exited", "the VM ended after it was notified"),
+    ("handled", "the VM runs on; the page was replaced, or its guest avoids it"),
+)
+_DELIVERIES = (
+    ("EHWPOISON", "KVM_RUN returned it to the VMM: the guest accessed the page"),
+    ("AR", "SIGBUS, action required: a thread accessed the page and cannot go on"),
+    ("AO", "SIGBUS, action optional: a page was lost that nobody is accessing right now"),
+    ("not notified", "the guest was refused the page, and its VMM was not notified"),
+    ("PAGES", "poisoned pages that the VM has now; with a ?, some may have been replaced since"),
+)
+_LOST = (
+    ("lost", "events that were not seen, counted where they were lost: numbers may be too low"),
+    ("not attached", "a probe that this kernel lacks; the tab Probes shows what is not seen"),
+)
 _CAUSES = (
     ("hwpoison", "EHWPOISON: the page is poisoned"),
     ("conversion", "private where it is shared, or the reverse: normal in confidential VMs"),
@@ -45,17 +70,50 @@ _CAUSES = (
     ("unannotated", "EFAULT without a memory fault's address"),
     ("other", "any other errno, or flags of unknown meaning"),
 )
-_HELP = (
-    ("↑ ↓ j k, PgUp PgDn", "select a row"),
-    ("tab ← →", "switch between VMs and incidents"),
-    ("enter", "details of the selected row"),
-    ("s, S", "sort by the next column, reverse; after the last column: by urgency"),
-    ("/", "show only VMs whose name or pid contains a text; esc shows all"),
-    ("p", "pause and go on"),
-    ("i", "probes: where attached, what is lost without them"),
+_KEYS = (
+    ("tab ← → 1-5", "the next table, or that one"),
+    ("↑ ↓ j k PgUp PgDn", "select a row; its details are below the table where there is room"),
+    ("enter", "the whole story of the selected row"),
+    ("a", "show what is over as well, or only what is open"),
+    ("/", "show only rows that contain a text, in any column; esc shows all"),
+    ("s, S", "sort by the next column of this table; the other way round"),
+    ("b", "write a bundle for the ticket into the current directory"),
+    ("y", "copy the story of the selected row, if the terminal takes OSC 52"),
+    ("space, p", "pause and go on"),
     ("ctrl+l", "draw the screen again"),
     ("q, ctrl+c", "quit (q: from here, back)"),
 )
+_TAPE_KEYS = (
+    ("space, p", "play and pause"),
+    ("< >", "to the moment before or after, at which something happened"),
+    ("- +", "play at half or twice the speed"),
+)
+
+
+def story(state: UiState, width: int) -> list[Line]:
+    """The whole story of the row that was chosen."""
+    tab, key = state.shown
+    table = state.tables[tab]
+    if table is state.vms:
+        return vm_page(state.snapshot, key, state.now, state.vm_trends.rates)
+    if table is state.incidents:
+        return incident_page(state.snapshot, key, state.now)
+    row = next((row for row in table.rows if row.id == key), None)
+    if row is None:
+        return [(("  this is no longer remembered", "warn"),)]
+    return detail.lines(state, row, width)
+
+
+def shown_text(state: UiState) -> list[Line]:
+    """What a person looks at, for the clipboard: the page, or the story of the selected row."""
+    if state.page == "help":
+        return help_page(state)
+    if state.page == "main":
+        selected = state.table.selected
+        if selected is None:
+            return [(("nothing is selected", ""),)]
+        state.shown = state.tab, selected.id
+    return story(state, WIDTH)
 
 
 def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) -> list[Line]:
@@ -99,48 +157,48 @@ def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
     if incident is None:
         return [(("  this incident is no longer remembered", "warn"),)]
     urgency = urgency_of(incident)
-    row = IncidentRow(incident, snapshot.vms, now)
-    told = [(("  ", ""), *line) for line in story(incident, snapshot, Showing(WIDTH - 2, now))]
+    (row,) = incident_rows(replace(snapshot, incidents=(incident,)), now)
+    showing = Showing(WIDTH - 2, now)
+    told = [(("  ", ""), *line) for line in incident_story(incident, snapshot, showing)]
     end = next(number for number, line in enumerate(told) if len(line) == 1)
     return [
         *told[:end],
         (
             (f"  {'state':<{_LABEL}}", "dim"),
             (urgency, style_of(urgency)),
-            (f"  {_STATES[urgency]}", "dim"),
+            (f"  {_MEANING[urgency]}", "dim"),
         ),
         _fact("latency", f"{span_of(row.latency)} from poison to first delivery"),
         *told[end:],
     ]
 
 
-def help_page() -> list[Line]:
+def help_page(state: UiState) -> list[Line]:
     """Keys, and what the words mean."""
+    table = state.table
+    by_key = {"u": table.first} | {one.key: one.name for one in table.columns if one.key}
+    sorting = [(" ".join(by_key), f"sort by {listed(by_key.values())}; again: the other way round")]
+    keys = [*(_TAPE_KEYS if state.tape else ()), *_KEYS]
+    if state.tape:
+        keys = [one for one in keys if one != ("space, p", "pause and go on")]
+    states = [
+        (f"{urgency}", f"{_LEVELS[urgency.level]}: {meaning}")
+        for urgency, meaning in _MEANING.items()
+    ]
     lines: list[Line] = []
     for title, entries in (
-        ("keys", _HELP),
-        ("states of an incident", tuple(_STATES.items())),
-        ("causes", _CAUSES),
+        ("keys", [*keys, *sorting]),
+        ("STATE: what is worst of an incident, and how soon somebody must act", states),
+        ("verdicts: what a VMM did after it was notified", _VERDICTS),
+        ("how a VMM is notified, and counts", _DELIVERIES),
+        ("what is not seen", _LOST),
+        ("causes of exits", _CAUSES),
     ):
         lines.append(((f"  {title}", "title"),))
-        lines += [((f"  {word:<20}", ""), (meaning, "dim")) for word, meaning in entries]
+        for word, meaning in entries:
+            style = style_of(Urgency(word)) if title.startswith("STATE") else ""
+            lines.append(((f"  {word:<20}", style), (meaning, "dim")))
     return lines
-
-
-def wrapped(line: Line, width: int) -> list[Line]:
-    """A line wrapped under its second span; a line that is wrapped loses its styles."""
-    text = plain(line)
-    if cells(text) <= width:
-        return [line]
-    lead = text[: len(text) - len(text.lstrip())]
-    under = cells(line[0][0]) if len(line) > 1 else len(lead) + 2
-    parts = textwrap.wrap(
-        text.strip(),
-        max(width, 1),
-        initial_indent=lead,
-        subsequent_indent=" " * (under if under < width // 2 else 2),
-    )
-    return [((part, ""),) for part in parts]
 
 
 def _fact(label: str, value: str, style: str = "") -> Line:

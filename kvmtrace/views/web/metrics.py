@@ -16,10 +16,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from http import HTTPStatus
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -27,15 +27,26 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
-from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from kvmtrace import __version__
 from kvmtrace.errors import KvmtraceError
+from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.linux import clock, privileges
 from kvmtrace.model import LATENCY_BUCKETS, IncidentStatus, Snapshot, VerdictWord
-from kvmtrace.views.web import landing
-from kvmtrace.views.web.server import DEFAULT_LISTEN, Answer, Headers, Server, Shared, start, text
+from kvmtrace.views.web import incident_page, landing
+from kvmtrace.views.web.exposition import Heads, filled, render
+from kvmtrace.views.web.server import (
+    DEFAULT_LISTEN,
+    Answer,
+    Headers,
+    Server,
+    Shared,
+    Tree,
+    start,
+    text,
+)
+from kvmtrace.views.web.vm_incidents import by_label
 from kvmtrace.views.web.vm_labels import VmLabels, VmSeries, clean
 
 __all__ = ["DEFAULT_LISTEN", "DEFAULT_MAX_VMS", "Exporter", "Server", "serve"]
@@ -116,10 +127,15 @@ class Exporter(Collector):
         self._kinds_of_kernel = kinds
         self._kinds: tuple[tuple[str, str], ...] | None = None
         self._labels = VmLabels(max_vms)
+        self._by_vm = _ByVm()
         self._lock = threading.Lock()
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family of the contract, from one snapshot."""
+        return filled(self.families())
+
+    def families(self) -> Iterator[Metric]:
+        """Yield every family of the contract, for ``render``."""
         success = GaugeMetricFamily(
             "kvmtrace_scrape_collector_success",
             "1 if this part of kvmtrace could be read for this scrape.",
@@ -166,7 +182,8 @@ class Exporter(Collector):
         yield GaugeMetricFamily(
             "kvmtrace_vms_folded", 'VMs without series of their own, summed in vm="other".', folded
         )
-        yield from _vm_families(series)
+        yield from self._by_vm.families(series)
+        yield from self._by_vm.incidents(series, snapshot)
 
     def _incidents(self, snapshot: Snapshot) -> Iterator[Metric]:
         poisons = CounterMetricFamily(
@@ -198,6 +215,11 @@ class Exporter(Collector):
             "Poisoned pages that the kernel uses itself or could not get hold of: host at risk.",
             snapshot.kernel_pages,
         )
+        yield GaugeMetricFamily(
+            "kvmtrace_host_at_risk",
+            "1 while the kernel uses a poisoned page, or may: the host can go down with its VMs.",
+            float(snapshot.kernel_pages > 0),
+        )
         verdicts = GaugeMetricFamily(
             "kvmtrace_incident_verdicts",
             "Incidents of which a VMM was notified, by what it did then.",
@@ -210,6 +232,16 @@ class Exporter(Collector):
         for word, count in words.items():
             verdicts.add_metric([word], count)
         yield verdicts
+        by_urgency = GaugeMetricFamily(
+            "kvmtrace_incident_urgencies",
+            "Incidents remembered, by urgency: state and verdicts together.",
+            labels=["urgency"],
+        )
+        urgencies = Counter(dict.fromkeys(Urgency, 0))
+        urgencies.update(map(urgency_of, snapshot.incidents))
+        for urgency, count in urgencies.items():
+            by_urgency.add_metric([urgency], count)
+        yield by_urgency
         bounds = [*(repr(float(bound)) for bound in LATENCY_BUCKETS), "+Inf"]
         yield HistogramMetricFamily(
             "kvmtrace_poison_to_delivery_seconds",
@@ -262,38 +294,76 @@ def _probes(snapshot: Snapshot) -> Iterator[Metric]:
     return iter((attached, runs, seconds))
 
 
-def _vm_families(series: list[VmSeries]) -> Iterator[Metric]:
-    info = InfoMetricFamily("kvmtrace_vm", "Which VM a vm label stands for.", labels=["vm"])
-    exits = CounterMetricFamily(
-        "kvmtrace_memory_fault_exits",
-        "KVM_RUN calls that came back to the VMM with a memory fault.",
-        labels=["vm", "errno", "cause"],
-    )
-    sigbus = CounterMetricFamily(
-        "kvmtrace_sigbus",
-        "SIGBUS to the VMM for poisoned memory: AR (action required) or AO (action optional).",
-        labels=["vm", "code"],
-    )
-    pages = GaugeMetricFamily(
-        "kvmtrace_vm_poisoned_pages", "Poisoned pages that the VM holds now.", labels=["vm"]
-    )
-    undelivered = CounterMetricFamily(
-        "kvmtrace_undelivered",
-        "Times guest_memfd refused a poisoned page and KVM_RUN did not notify the VMM.",
-        labels=["vm"],
-    )
-    for one in series:
-        vm = one.vm
-        if vm is not None:
-            who = {"name": clean(vm.name), "uuid": clean(vm.uuid), "vmm": clean(vm.vmm)}
-            info.add_metric([one.label], {**who, "pid": str(vm.pid)})
-        for (errno, cause), count in one.exits.items():
-            exits.add_metric([one.label, errno, cause], count)
-        for code, count in one.sigbus.items():
-            sigbus.add_metric([one.label, code], count)
-        pages.add_metric([one.label], one.poisoned_pages)
-        undelivered.add_metric([one.label], one.undelivered)
-    return iter((info, exits, sigbus, pages, undelivered))
+class _ByVm:
+    """Families with series for each VM, of which there are many: see ``exposition``."""
+
+    def __init__(self) -> None:
+        self._info = Heads(
+            "kvmtrace_vm",
+            "Which VM a vm label stands for.",
+            "info",
+            ("vm", "name", "uuid", "vmm", "pid"),
+        )
+        self._exits = Heads(
+            "kvmtrace_memory_fault_exits",
+            "KVM_RUN calls that came back to the VMM with a memory fault.",
+            "counter",
+            ("vm", "errno", "cause"),
+        )
+        self._sigbus = Heads(
+            "kvmtrace_sigbus",
+            "SIGBUS to the VMM for poisoned memory: AR (action required) or AO (action optional).",
+            "counter",
+            ("vm", "code"),
+        )
+        self._pages = Heads(
+            "kvmtrace_vm_poisoned_pages", "Poisoned pages that the VM holds now.", "gauge", ("vm",)
+        )
+        self._undelivered = Heads(
+            "kvmtrace_undelivered",
+            "Times guest_memfd refused a poisoned page and KVM_RUN did not notify the VMM.",
+            "counter",
+            ("vm",),
+        )
+        self._states = Heads(
+            "kvmtrace_vm_incidents",
+            "Poisoned pages of the VM that are remembered, by how far the incident is for this VM.",
+            "gauge",
+            ("vm", "state"),
+        )
+        self._verdicts = Heads(
+            "kvmtrace_vm_verdicts",
+            "Incidents of which the VM's VMM was notified, by what it did; without replaced pages.",
+            "gauge",
+            ("vm", "verdict"),
+        )
+
+    def families(self, series: list[VmSeries]) -> Iterator[Metric]:
+        """Yield them for one scrape."""
+        info, exits, sigbus = self._info.family(), self._exits.family(), self._sigbus.family()
+        pages, undelivered = self._pages.family(), self._undelivered.family()
+        for one in series:
+            vm, label = one.vm, one.label
+            if vm is not None:
+                who = (clean(vm.name), clean(vm.uuid), clean(vm.vmm))
+                info.add_metric((label, *who, str(vm.pid)), 1)
+            for (errno, cause), count in one.exits.items():
+                exits.add_metric((label, errno, cause), count)
+            for code, count in one.sigbus.items():
+                sigbus.add_metric((label, code), count)
+            pages.add_metric((label,), one.poisoned_pages)
+            undelivered.add_metric((label,), one.undelivered)
+        yield from (info, exits, sigbus, pages, undelivered)
+
+    def incidents(self, series: list[VmSeries], snapshot: Snapshot) -> Iterator[Metric]:
+        """Yield those that count the VMs' incidents."""
+        by_state, by_verdict = self._states.family(), self._verdicts.family()
+        for label, states, verdicts in by_label(series, snapshot.vms, snapshot.incidents):
+            for state, count in states.items():
+                by_state.add_metric((label, state), count)
+            for verdict, count in verdicts.items():
+                by_verdict.add_metric((label, verdict), count)
+        yield from (by_state, by_verdict)
 
 
 def serve(
@@ -306,7 +376,7 @@ def serve(
     names: Iterable[str] = (),
     started: bool = True,
 ) -> Server:
-    """Serve ``/metrics``, ``/-/healthy`` and a landing page until the server is closed.
+    """Serve ``/metrics``, ``/-/healthy`` and pages for people until the server is closed.
 
     ``now``: ns since the epoch, by the clock that stamps the session's events. ``names``: further
     host names for which it answers on loopback. Not ``started``: it listens, and answers from its
@@ -316,12 +386,12 @@ def serve(
     """
     recent = _Recent(session.snapshot)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Exporter(recent.snapshot, kinds=kinds, max_vms=max_vms))
+    exporter = Exporter(recent.snapshot, kinds=kinds, max_vms=max_vms)
     ProcessCollector(registry=registry)  # kvmtrace's own costs: process_cpu_seconds_total …
 
     def all_metrics(variant: Hashable) -> Answer:
         assert isinstance(variant, _Format)
-        return variant.answer(registry)
+        return variant.answer(chain(exporter.families(), registry.collect()))
 
     def failure() -> str | None:
         """Why the source is not being read; None if it is."""
@@ -347,12 +417,23 @@ def serve(
             return text(HTTPStatus.SERVICE_UNAVAILABLE, landing.render_failure(why), "text/html")
         return text(HTTPStatus.OK, landing.render(recent.snapshot(), now()), "text/html")
 
+    def page_of_incident(name: str) -> Answer:
+        if (why := failure()) is not None:
+            return text(HTTPStatus.SERVICE_UNAVAILABLE, landing.render_failure(why), "text/html")
+        snapshot = recent.snapshot()
+        for incident in snapshot.incidents:
+            if incident.id == name:
+                page = incident_page.render(incident, snapshot, now())
+                return text(HTTPStatus.OK, page, "text/html")
+        return text(HTTPStatus.NOT_FOUND, incident_page.render_unknown(name), "text/html")
+
     server = start(
         listen,
         {
             "/metrics": Shared(all_metrics, _Format.asked_for),
             "/-/healthy": healthy,
             "/": Shared(landing_page),
+            "/incident/": Tree(page_of_incident),
         },
         names,
         started=started,
@@ -424,14 +505,12 @@ class _Format(NamedTuple):
             any(name == "gzip" and given.get("q") not in ("0", "0.0") for name, given in encodings),
         )
 
-    def answer(self, registry: CollectorRegistry) -> Answer:
-        """All metrics of ``registry``."""
+    def answer(self, families: Iterable[Metric]) -> Answer:
+        """All of these metrics."""
+        body = render(families, as_openmetrics=self.openmetrics)
+        kind = "text/plain; version=0.0.4; charset=utf-8"
         if self.openmetrics:
-            body = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]
             kind = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-        else:
-            body = generate_latest(registry)
-            kind = "text/plain; version=0.0.4; charset=utf-8"
         if self.gzip:
             return Answer(HTTPStatus.OK, gzip.compress(body, 1), kind, "gzip")
         return Answer(HTTPStatus.OK, body, kind)

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import TypeVar
 
 from kvmtrace.errors import KvmtraceError, UsageError
 
@@ -47,6 +48,10 @@ MAX_CLIENTS = 128
 KEEP_SECONDS = 1.0
 MAX_KEEP_SECONDS = 5.0
 _KEEP_PER_COST = 50
+
+# Of a ``Tree``: answers that are kept, and names that wait for theirs.
+KEPT_NAMES = 16
+WAITING_NAMES = 8
 
 _CHUNK = 1 << 16
 _QUEUE = 128
@@ -91,6 +96,19 @@ def text(status: HTTPStatus, body: str, kind: str = "text/plain") -> Answer:
     return Answer(status, body.encode("utf-8", "replace"), f"{kind}; charset=utf-8")
 
 
+Asked = TypeVar("Asked")
+
+
+def _made(make: Callable[[Asked], Answer], asked: Asked) -> tuple[Answer, float]:
+    """The answer, or what failed, and the seconds of CPU time that it took."""
+    began = time.thread_time()
+    try:
+        answer = make(asked)
+    except Exception as error:
+        answer = text(HTTPStatus.INTERNAL_SERVER_ERROR, f"internal error: {type(error).__name__}\n")
+    return answer, time.thread_time() - began
+
+
 class Shared:
     """A route with costly answers: one is sent to all clients that ask within a second.
 
@@ -125,14 +143,8 @@ class Shared:
         return await asyncio.shield(kept[0])
 
     def _work(self, variant: Hashable, future: asyncio.Future[Answer]) -> None:
-        began, cost = time.monotonic(), time.thread_time()
-        try:
-            answer = self._make(variant)
-        except Exception as error:
-            answer = text(
-                HTTPStatus.INTERNAL_SERVER_ERROR, f"internal error: {type(error).__name__}\n"
-            )
-        cost = time.thread_time() - cost
+        began = time.monotonic()
+        answer, cost = _made(self._make, variant)
         until = began + min(MAX_KEEP_SECONDS, max(KEEP_SECONDS, _KEEP_PER_COST * cost))
 
         def done() -> None:
@@ -143,8 +155,76 @@ class Shared:
             future.get_loop().call_soon_threadsafe(done)
 
 
-Route = Shared | Callable[[Headers], Answer]
-"""A plain function answers at once, in the server's only thread."""
+class Tree:
+    """The paths below a route, with costly answers: ``make(name)``, in a thread of its own.
+
+    Clients choose the names. One answer is made at a time, and after each nothing is made for fifty
+    times as long, so that a client with many names costs the reader no more than one with a single
+    name. An answer is kept as in ``Shared``.
+    """
+
+    def __init__(self, make: Callable[[str], Answer]) -> None:
+        self._make = make
+        self._kept: dict[str, tuple[Answer, float]] = {}
+        self._waiting: dict[str, asyncio.Future[Answer]] = {}
+        self._busy = False
+
+    async def answer(self, name: str) -> Answer:
+        """The answer that is kept or being made, else a new one; 503 if too many names wait."""
+        kept = self._kept.get(name)
+        if kept is not None and time.monotonic() < kept[1]:
+            return kept[0]
+        future = self._waiting.get(name)
+        if future is None:
+            if len(self._waiting) >= WAITING_NAMES:
+                return text(HTTPStatus.SERVICE_UNAVAILABLE, "busy: try again in some seconds\n")
+            future = self._waiting[name] = asyncio.get_running_loop().create_future()
+            self._next()
+        # A client that leaves must not cancel the answer for the others.
+        return await asyncio.shield(future)
+
+    def _next(self) -> None:
+        """Begin with the answer that was asked for first, unless one is being made."""
+        if self._busy or not self._waiting:
+            return
+        name, future = next(iter(self._waiting.items()))
+        work = threading.Thread(
+            target=self._work, args=(name, future), name="kvmtrace-answer", daemon=True
+        )
+        self._busy = True
+        try:
+            work.start()
+        except RuntimeError:  # no thread can be started (TasksMax)
+            answer = text(HTTPStatus.SERVICE_UNAVAILABLE, "no thread to answer with\n")
+            self._done(name, future, answer, pause=0.0)
+
+    def _work(self, name: str, future: asyncio.Future[Answer]) -> None:
+        answer, cost = _made(self._make, name)
+        pause = min(MAX_KEEP_SECONDS, _KEEP_PER_COST * cost)
+        with contextlib.suppress(RuntimeError):  # the server was closed meanwhile
+            future.get_loop().call_soon_threadsafe(self._done, name, future, answer, pause)
+
+    def _done(
+        self, name: str, future: asyncio.Future[Answer], answer: Answer, pause: float
+    ) -> None:
+        del self._waiting[name]
+        self._kept.pop(name, None)
+        while len(self._kept) >= KEPT_NAMES:
+            del self._kept[next(iter(self._kept))]
+        self._kept[name] = answer, time.monotonic() + max(KEEP_SECONDS, pause)
+        future.set_result(answer)
+        future.get_loop().call_later(pause, self._rested)
+
+    def _rested(self) -> None:
+        self._busy = False
+        self._next()
+
+
+Route = Shared | Tree | Callable[[Headers], Answer]
+"""A plain function answers at once, in the server's only thread.
+
+A ``Tree`` stands at a path that ends in a slash, and answers for all paths directly below it.
+"""
 
 
 def parse_listen(listen: str) -> tuple[str, int]:
@@ -341,8 +421,12 @@ class Server:
         pairs = [(name.strip().lower(), value.strip()) for name, _, value in split]
         if not all(self._is_own_name(value) for name, value in pairs if name == "host"):
             return text(HTTPStatus.MISDIRECTED_REQUEST, _OTHER_NAME), method == "GET"
-        route = self._routes.get(target.partition("?")[0])
-        if route is None:
+        path = target.partition("?")[0]
+        directory, slash, name = path.rpartition("/")
+        route = self._routes.get(path) or self._routes.get(directory + slash)
+        if isinstance(route, Tree):
+            return await route.answer(name), method == "GET"
+        if route is None or path not in self._routes:
             return text(HTTPStatus.NOT_FOUND, "not here\n"), method == "GET"
         headers = dict(pairs)
         if isinstance(route, Shared):

@@ -19,6 +19,8 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
+from types import MappingProxyType
 
 from kvmtrace.model import Vm
 
@@ -50,7 +52,10 @@ def clean(value: str | None) -> str:
 
     Names are cleaned where they enter, but a single lone surrogate would break the whole scrape.
     """
-    return "".join(char for char in value or "" if char.isprintable())[:MAX_LABEL]
+    value = value or ""
+    if not value.isprintable():
+        value = "".join(char for char in value if char.isprintable())
+    return value[:MAX_LABEL]
 
 
 def label_value(name: str) -> str:
@@ -85,6 +90,7 @@ class VmLabels:
     def __init__(self, max_vms: int) -> None:
         self._max_vms = max_vms
         self._assigned: dict[int, _AssignedLabel] = {}
+        self._taken = {OTHER}  # by these
         self._counted: set[int] = set()  # assigned ones with an exported counter above 0
         self._retired: dict[str, None] = {}
         self._folded: dict[int, Vm] = {}
@@ -100,7 +106,9 @@ class VmLabels:
         self._assign(vms)
         self._folded = {key: vm for key, vm in vms.items() if key not in self._assigned}
         self._ever_folded |= bool(self._folded)
-        self._counted |= {key for key in self._assigned if _counted(vms[key])}
+        self._counted |= {
+            key for key in self._assigned.keys() - self._counted if _counted(vms[key])
+        }
         series = [
             VmSeries(
                 self._assigned[key].label,
@@ -110,7 +118,7 @@ class VmLabels:
                 vm.poisoned_pages,
                 vm.undelivered,
             )
-            for key, vm in sorted(vms.items())
+            for key, vm in sorted(vms.items(), key=itemgetter(0))
             if key in self._assigned
         ]
         if self._ever_folded:
@@ -120,6 +128,7 @@ class VmLabels:
     def _forget(self, vms: Mapping[int, Vm]) -> None:
         for key in sorted(self._assigned.keys() - vms.keys()):
             label = self._assigned.pop(key).label
+            self._taken.discard(label)
             if key in self._counted:
                 self._counted.discard(key)
                 self._retired[label] = None
@@ -131,22 +140,33 @@ class VmLabels:
             self._folded_undelivered += self._folded[key].undelivered
 
     def _assign(self, vms: Mapping[int, Vm]) -> None:
+        has_room = len(self._assigned) < self._max_vms
+        waiting = [
+            (vm.gone, key)
+            for key, vm in vms.items()
+            if (key not in self._assigned and has_room)
+            or (key in self._assigned and not self._assigned[key].named and vm.name)
+        ]
+        if not waiting:
+            return
         names = Counter(clean(vm.name) for vm in vms.values())
         # Live VMs first: those that are gone get the places that are left.
-        for key, vm in sorted(vms.items(), key=lambda item: (item[1].gone, item[0])):
-            assigned = self._assigned.get(key)
+        for _, key in sorted(waiting):
+            vm, assigned = vms[key], self._assigned.get(key)
             if assigned is not None:
-                if assigned.named or not vm.name or _counted(vm):
+                if _counted(vm):
                     continue
                 del self._assigned[key]
+                self._taken.discard(assigned.label)
             elif len(self._assigned) >= self._max_vms or (key in self._folded and _counted(vm)):
                 # Its counts are in "other" already and cannot be taken out again.
                 continue
-            self._assigned[key] = _AssignedLabel(self._free_label(vm, names), bool(vm.name))
+            label = self._free_label(vm, names)
+            self._assigned[key] = _AssignedLabel(label, bool(vm.name))
+            self._taken.add(label)
 
     def _free_label(self, vm: Vm, names: Counter[str]) -> str:
-        taken = {assigned.label for assigned in self._assigned.values()} | {OTHER}
-        name = clean(vm.name)
+        taken, name = self._taken, clean(vm.name)
         if name and names[name] == 1 and name not in taken and name not in self._retired:
             return name
         stem = label = f"{name or 'vm'}-{clean(vm.vmid) or vm.pid}"
@@ -162,8 +182,10 @@ class VmLabels:
         exits.update(self._folded_exits)
         sigbus.update(self._folded_sigbus)
         for vm in self._folded.values():
-            exits.update(_exits(vm))
-            sigbus.update(_sigbus(vm))
+            if vm.exits:
+                exits.update(_exits(vm))
+            if vm.sigbus:
+                sigbus.update(_sigbus(vm))
         pages = sum(vm.poisoned_pages for vm in self._folded.values())
         undelivered = self._folded_undelivered + sum(vm.undelivered for vm in self._folded.values())
         return VmSeries(OTHER, None, exits, sigbus, pages, undelivered)
@@ -173,14 +195,23 @@ def _counted(vm: Vm) -> bool:
     return bool(any(vm.exits.values()) or any(vm.sigbus.values()) or vm.undelivered)
 
 
-def _exits(vm: Vm) -> Counter[tuple[str, str]]:
+# Of most VMs nothing is ever counted: they share these.
+_NO_EXITS: Mapping[tuple[str, str], int] = MappingProxyType(dict.fromkeys(ZERO_EXITS, 0))
+_NO_SIGBUS: Mapping[str, int] = MappingProxyType(dict.fromkeys(ZERO_SIGBUS, 0))
+
+
+def _exits(vm: Vm) -> Mapping[tuple[str, str], int]:
+    if not vm.exits:
+        return _NO_EXITS
     exits = Counter(dict.fromkeys(ZERO_EXITS, 0))
     for (errno, cause), count in vm.exits.items():
         exits[label_value(errno), clean(cause) or "unknown"] += count
     return exits
 
 
-def _sigbus(vm: Vm) -> Counter[str]:
+def _sigbus(vm: Vm) -> Mapping[str, int]:
+    if not vm.sigbus:
+        return _NO_SIGBUS
     sigbus = Counter(dict.fromkeys(ZERO_SIGBUS, 0))
     for code, count in vm.sigbus.items():
         sigbus[label_value(code)] += count

@@ -1,0 +1,96 @@
+"""What ``serve`` gives its service manager: readiness, a heartbeat, and log entries."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+
+from kvmtrace.linux import journal, service_manager
+from kvmtrace.sanitize import clean
+from kvmtrace.session.session import Session
+from kvmtrace.views.incident_log import IncidentLog, LogEntry
+from kvmtrace.views.tables import header
+
+# A reader that has not come round for so long is not reported as alive.
+_ALIVE_SECONDS = 10.0
+_LOOK_SECONDS = 1.0
+_MAX_LINE = 8192
+
+
+class Service:
+    """Call ``ready`` once, ``look`` at least once a second, and ``ending`` at the end.
+
+    ``log_format``: "text", "json", "journal", or "auto": the journal where stderr leads there, else
+    text.
+    """
+
+    def __init__(self, session: Session, log_format: str) -> None:
+        self._session = session
+        if log_format == "auto":
+            log_format = "journal" if journal.is_stream(2) else "text"
+        self._format = log_format
+        self._log = IncidentLog()
+        self._seen: object = None
+        self._next_look = 0.0
+        self._alive_every = service_manager.watchdog_seconds()
+        self._next_alive = 0.0
+        self.unwritten = 0
+        """Log entries that nobody took."""
+
+    def ready(self) -> None:
+        """All that was asked for is attached and answers."""
+        service_manager.notify(READY="1", STATUS=header.watching_text(self._session.snapshot()))
+
+    def look(self) -> None:
+        """Log what changed, and report that the reader is alive, if it is."""
+        now = time.monotonic()
+        if self._alive_every is not None and now >= self._next_alive:
+            if self._session.age() < _ALIVE_SECONDS:
+                service_manager.notify(WATCHDOG="1")
+            self._next_alive = now + min(self._alive_every, _ALIVE_SECONDS) / 2
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_SECONDS
+        # A snapshot of many VMs costs something: it is taken only if it can differ.
+        seen = self._session.fed, self._session.probes()
+        if seen == self._seen and not self._log.waits:
+            return
+        self._seen = seen
+        snapshot = self._session.snapshot()
+        for entry in self._log.entries(snapshot, self._session.now()):
+            if not self._write(entry, snapshot.wall(self._session.now())):
+                self.unwritten += 1
+            elif self.unwritten:
+                self._say_unwritten()
+
+    def ending(self) -> None:
+        """The command is about to end."""
+        service_manager.notify(STOPPING="1")
+
+    def _write(self, entry: LogEntry, wall: int) -> bool:
+        match self._format:
+            case "journal":
+                return journal.send(entry.as_journal())
+            case "json":
+                return _print(entry.as_json(wall))
+        return _print(f"kvmtrace: {clean(entry.message, _MAX_LINE)}")
+
+    def _say_unwritten(self) -> None:
+        count, self.unwritten = self.unwritten, 0
+        _print(f"kvmtrace: {count} log entries before this one were not written: nobody read them")
+
+
+def _print(line: str) -> bool:
+    """Write a line to stderr if it takes one now: who does not read must not stop the reader."""
+    try:
+        poller = select.poll()
+        poller.register(2, select.POLLOUT)
+        if not poller.poll(0):
+            return False
+        sys.stderr.flush()
+        os.write(2, (line + "\n").encode(errors="backslashreplace"))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,42 @@
+"""Tell the service manager that the service is ready, alive or ending (sd_notify(3))."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+MESSAGE_BYTES = 4096
+
+
+def notify(**states: str) -> bool:
+    """Send states, for instance ``READY="1"``; return whether a service manager took them.
+
+    Without $NOTIFY_SOCKET, or with one that nobody reads, nothing is sent: a service must not end
+    because its manager does not listen.
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return False
+    text = "\n".join(f"{name}={' '.join(value.split())}" for name, value in states.items())
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as client:
+            client.setblocking(False)
+            client.connect(f"\0{address[1:]}" if address[0] == "@" else address)
+            client.send(text.encode(errors="replace")[:MESSAGE_BYTES])
+    except OSError:
+        return False
+    return True
+
+
+def watchdog_seconds() -> float | None:
+    """How often the manager wants to hear that the service is alive; None if it does not ask.
+
+    That is half of $WATCHDOG_USEC, as sd_watchdog_enabled(3) recommends.
+    """
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    try:
+        microseconds = int(os.environ["WATCHDOG_USEC"])
+    except (KeyError, ValueError):
+        return None
+    return microseconds / 2e6 if microseconds > 0 else None

@@ -1,0 +1,1 @@
+"""Costs that need no lab: ``python -m tests.bench`` (make bench-native)."""

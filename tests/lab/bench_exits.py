@@ -1,0 +1,239 @@
+"""Cost of an ordinary exit by way of watching: ``python -m tests.lab.bench_exits`` (in make bench).
+
+A rate is exits by CPU time of the emulator, not by the clock, so that it does not change with what
+else runs on the host. What the machine uses while nothing exits is subtracted. Each round measures
+every way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+from tests.lab.errors import LabError, status_of
+from tests.lab.harness import PATIENCE, Vmm
+from tests.lab.machine import DEFAULT, Job, Machine
+from tests.lab.progress import print_status
+
+Stream = Literal["stdout", "stderr"]
+Way = Callable[[Machine], AbstractContextManager[object]]
+
+NOTHING = "nothing attached"
+MINIMAL = Path(__file__).with_name("minimal.py")
+
+# The equivalent of the `run` probe, written by hand.
+_BPFTRACE = {
+    "bpftrace fexit": "fexit:kvm:kvm_arch_vcpu_ioctl_run /retval < 0/ "
+    "{ @[retval, args.vcpu->vcpu_id] = count(); }",
+    "bpftrace rawtracepoint": "rawtracepoint:kvm_userspace_exit /(int32)arg1 < 0/ "
+    "{ @[(int32)arg1, tid] = count(); }",
+    "bpftrace kretprobe": "kretprobe:kvm_arch_vcpu_ioctl_run /(int32)retval < 0/ "
+    "{ @[retval] = count(); }",
+}
+_MINIMAL = {
+    "raw tracepoint × 1, leaving at once": "raw_tracepoint 1",
+    "raw tracepoint × 3": "raw_tracepoint 3",
+    "trace event × 1 (perf's)": "tracepoint 1",
+    "fexit × 1": "fexit 1",
+    "fexit × 3": "fexit 3",
+    "perf stat of kvm:*": "perf 0",
+}
+
+_SETTLING_SECONDS = 30.0  # at most, until a command has done what it does at its start
+_SETTLED = 0.15  # of a CPU
+_IDLE_SECONDS = 2.0
+
+# Programs that are loaded, once each, however many descriptors they have: {id: (runs, ns)}.
+_PROGRAM_RUNS = """
+import glob, json
+found = {}
+for path in glob.glob("/proc/[0-9]*/fdinfo/*"):
+    try:
+        fields = dict(line.split(":", 1) for line in open(path) if ":" in line)
+    except OSError:
+        continue
+    if "prog_id" in fields:
+        found[int(fields["prog_id"])] = (int(fields["run_cnt"]), int(fields["run_time_ns"]))
+print(json.dumps(found))
+"""
+
+
+@contextmanager
+def running(machine: Machine, command: str, ready: str, stream: Stream) -> Iterator[Job]:
+    """Run a program that ends by SIGINT, once it has printed ``ready``."""
+    job = machine.start(f"exec {command}")
+    try:
+        job.wait_for(ready, timeout=PATIENCE, stream=stream)
+        yield job
+    finally:
+        job.signal(signal.SIGINT)
+        job.wait(PATIENCE)
+
+
+@contextmanager
+def _nothing(_machine: Machine) -> Iterator[None]:
+    yield None
+
+
+def _kvmtrace(source: str) -> Way:
+    command = f"kvmtrace events --json --source {source} >/dev/null"
+    return lambda machine: running(machine, command, r"kvmtrace: watching", "stderr")
+
+
+def _bpftrace(program: str) -> Way:
+    return lambda machine: running(machine, f"bpftrace -e '{program}'", r"Attach", "stdout")
+
+
+def _minimal(arguments: str) -> Way:
+    command = f"python3 -c {shlex.quote(MINIMAL.read_text())} {arguments}"
+    return lambda machine: running(machine, command, r"attached", "stdout")
+
+
+def _ways(only: Sequence[str]) -> dict[str, Way]:
+    ways: dict[str, Way] = {NOTHING: _nothing}
+    ways |= {f"kvmtrace {source}": _kvmtrace(source) for source in ("bpf", "ftrace")}
+    ways |= {name: _bpftrace(program) for name, program in _BPFTRACE.items()}
+    ways |= {name: _minimal(arguments) for name, arguments in _MINIMAL.items()}
+    return {
+        name: way
+        for name, way in ways.items()
+        if not only or name == NOTHING or any(part in name for part in only)
+    }
+
+
+def _entered(stack: ExitStack, way: Way, machine: Machine) -> bool:
+    """Whether this kernel, or what is installed there, has that way of watching."""
+    try:
+        stack.enter_context(way(machine))
+    except LabError as error:
+        print_status(f"bench: {error}")
+        return False
+    return True
+
+
+def _cpu_ns(machine: Machine) -> int:
+    """CPU time of all threads of the emulator (/proc/PID/task/TID/schedstat)."""
+    tasks = Path(f"/proc/{machine.emulator.process.pid}/task")
+    return sum(int((tasks / tid / "schedstat").read_text().split()[0]) for tid in os.listdir(tasks))
+
+
+def _idle(machine: Machine) -> float:
+    """CPU nanoseconds a second that it uses by itself."""
+    began, before = time.monotonic(), _cpu_ns(machine)
+    time.sleep(_IDLE_SECONDS)
+    return (_cpu_ns(machine) - before) / (time.monotonic() - began)
+
+
+def _ns_an_exit(machine: Machine, vmm: Vmm, exits: int) -> float:
+    deadline = time.monotonic() + _SETTLING_SECONDS
+    while (idle := _idle(machine)) > _SETTLED * 1e9 and time.monotonic() < deadline:
+        pass
+    began, before = time.monotonic(), _cpu_ns(machine)
+    vmm.step(f"pio v {exits}", patience=10 * PATIENCE)
+    return (_cpu_ns(machine) - before - idle * (time.monotonic() - began)) / exits
+
+
+def _vmm(machine: Machine, exits: int) -> Vmm:
+    vmm = Vmm(machine, "bench")
+    vmm.step("create v backing=anon")
+    vmm.step(f"pio v {exits}")  # warm
+    return vmm
+
+
+def overhead(machine: Machine, exits: int, rounds: int, only: Sequence[str] = ()) -> list[str]:
+    """Measure KVM_RUN exits per CPU second by way of watching, with the ratio to nothing.
+
+    ``only``: parts of the names of what is measured beside nothing attached.
+    """
+    ways = _ways(only)
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    vmm = _vmm(machine, exits)
+    for number in range(rounds):
+        for name, way in ways.items():
+            with ExitStack() as stack:
+                if not _entered(stack, way, machine):
+                    continue
+                # What is attached changes code, which the emulator translates anew.
+                vmm.step(f"pio v {exits // 4}", patience=10 * PATIENCE)
+                spent[name].append(_ns_an_exit(machine, vmm, exits))
+            print_status(
+                f"bench: round {number + 1} of {rounds}: {name}: {spent[name][-1]:,.0f} ns an exit"
+            )
+    vmm.end()
+    base = spent[NOTHING]
+    rows = ["| watching by | KVM_RUN exits per CPU second (median) | ratio | ns more |"]
+    rows += ["|---|---|---|---|"]
+    for name, values in spent.items():
+        if len(values) < rounds:
+            rows.append(f"| {name} | not on this kernel | | |")
+            continue
+        one = statistics.median(values)
+        # Pairs of one round, so that what changes from round to round does not count.
+        ratio = statistics.median(a / b for a, b in zip(base, values, strict=True))
+        more = one - statistics.median(base)
+        rows.append(f"| {name} | {1e9 / one:,.0f} | {ratio:.3f} | {more:+,.0f} |")
+    return rows
+
+
+def run_time(machine: Machine, exits: int, only: Sequence[str] = ()) -> list[str]:
+    """Measure by the kernel's own account (bpf_stats) what programs an ordinary exit runs."""
+    ways = {name: way for name, way in _ways(only).items() if name != NOTHING}
+    rows = ["| watching by | programs that an ordinary exit runs | their time, ns an exit |"]
+    rows += ["|---|---|---|"]
+    machine.run("sysctl -q kernel.bpf_stats_enabled=1", check=True)
+    vmm = _vmm(machine, exits)
+    for name, way in ways.items():
+        with ExitStack() as stack:
+            if not _entered(stack, way, machine):
+                continue
+            before = _program_runs(machine)
+            vmm.step(f"pio v {exits}", patience=10 * PATIENCE)
+            after = _program_runs(machine)
+        known = [(key, before[key]) for key in before if key in after]
+        runs = sum(after[key][0] - old for key, (old, _) in known)
+        ns = sum(after[key][1] - old for key, (_, old) in known)
+        if round(runs / exits, 2):
+            rows.append(f"| {name} | {runs / exits:.2f} | {ns / exits:,.0f} |")
+            print_status(f"bench: {rows[-1]}")
+    vmm.end()
+    machine.run("sysctl -q kernel.bpf_stats_enabled=0", check=True)
+    return rows
+
+
+def _program_runs(machine: Machine) -> dict[str, tuple[int, int]]:
+    answer = machine.run(["python3", "-c", _PROGRAM_RUNS], check=True).stdout
+    return {key: (runs, ns) for key, (runs, ns) in json.loads(answer).items()}
+
+
+def main() -> int:
+    """Measure on one kernel."""
+    parser = argparse.ArgumentParser(prog="python -m tests.lab.bench_exits", description=__doc__)
+    parser.add_argument("--kernel", default=DEFAULT)
+    parser.add_argument("--exits", type=int, default=25_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", action="append", default=[], help="part of a way's name")
+    options = parser.parse_args()
+    with Machine.boot(options.kernel) as machine:
+        machine.run("kvmtrace compile", timeout=PATIENCE)
+        print(f"Linux {machine.release}:\n")
+        print(
+            "\n".join(overhead(machine, options.exits, options.rounds, options.only)),
+            "\n",
+            flush=True,
+        )
+        print("\n".join(run_time(machine, options.exits, options.only)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(status_of(main))

@@ -1,0 +1,107 @@
+"""What a service manager and the journal get."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmtrace.linux import journal, service_manager
+
+
+@pytest.fixture
+def listening(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ours:
+        ours.bind(str(tmp_path / "socket"))
+        ours.setblocking(False)
+        yield ours
+
+
+def test_states_are_sent_to_the_manager(
+    listening: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", listening.getsockname())
+    assert service_manager.notify(READY="1", STATUS="watching\nREADY=0")
+    assert listening.recv(4096) == b"READY=1\nSTATUS=watching READY=0"
+
+
+def test_without_a_manager_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert not service_manager.notify(READY="1")
+    for address in ("", "relative", str(tmp_path / "nobody"), "/" + "x" * 200):
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        assert not service_manager.notify(READY="1")
+
+
+def test_a_manager_that_does_not_read_stops_nobody(
+    listening: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", listening.getsockname())
+    assert not all(service_manager.notify(WATCHDOG="1") for _ in range(10_000))
+
+
+@pytest.mark.parametrize(
+    ("usec", "pid", "seconds"),
+    [
+        ("30000000", None, 15.0),
+        ("30000000", "1", None),
+        ("0", None, None),
+        ("soon", None, None),
+        (None, None, None),
+    ],
+)
+def test_how_often_the_manager_asks(
+    usec: str | None, pid: str | None, seconds: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("WATCHDOG_USEC", usec), ("WATCHDOG_PID", pid)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert service_manager.watchdog_seconds() == seconds
+
+
+def test_an_entry_of_the_journal_holds_what_it_was_given(listening: socket.socket) -> None:
+    hostile = "web\nPRIORITY=0\nMESSAGE=all is well"
+    assert journal.send({"MESSAGE": "looping", "VM_NAME": hostile}, listening.getsockname())
+    assert _fields(listening.recv(65536)) == {
+        "SYSLOG_IDENTIFIER": "kvmtrace",
+        "MESSAGE": "looping",
+        "VM_NAME": hostile,
+    }
+
+
+def _fields(entry: bytes) -> dict[str, str]:
+    """As journald reads them (systemd, journald-native.c): NAME, length, value."""
+    found = {}
+    while entry:
+        name, _, rest = entry.partition(b"\n")
+        size = int.from_bytes(rest[:8], "little")
+        found[name.decode()] = rest[8 : 8 + size].decode()
+        assert rest[8 + size : 9 + size] == b"\n"
+        entry = rest[9 + size :]
+    return found
+
+
+def test_a_journal_that_does_not_read_stops_nobody(listening: socket.socket) -> None:
+    sent = [journal.send({"MESSAGE": "x"}, listening.getsockname()) for _ in range(10_000)]
+    assert not all(sent)
+    assert not journal.send({"MESSAGE": "x"}, listening.getsockname() + "-gone")
+
+
+def test_the_journal_is_recognized_by_device_and_inode(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    try:
+        found = os.fstat(write)
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+        assert journal.is_stream(write)
+        monkeypatch.setenv("JOURNAL_STREAM", "1:2")
+        assert not journal.is_stream(write)
+        monkeypatch.delenv("JOURNAL_STREAM")
+        assert not journal.is_stream(write)
+    finally:
+        os.close(read)
+        os.close(write)
+    assert not journal.is_stream(write)
