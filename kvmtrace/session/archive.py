@@ -115,6 +115,11 @@ class Archive:
             lost, self._lost = self._lost, 0
             return lost
 
+    @property
+    def waits(self) -> bool:
+        """Whether there are events that are not on the disk yet."""
+        return bool(self._queue)
+
     def close(self) -> None:
         """Write what is left, for a second at most."""
         self._is_closing = True
