@@ -59,7 +59,7 @@ def record(
     Each line of FILE is a JSON object.
     """
     if file is not None and output_file is not None:
-        raise click.UsageError("FILE is given twice")
+        raise click.UsageError("one FILE is enough")
     path = file or output_file
     if path is None:
         raise click.MissingParameter(param_hint="'FILE'", param_type="argument")

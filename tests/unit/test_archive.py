@@ -306,7 +306,7 @@ def test_what_was_kept_is_exported_and_replayed(path: str, tmp_path: Path) -> No
     ("arguments", "said"),
     [
         ([], "missing argument 'FILE'"),
-        (["a", "-o", "b"], "FILE is given twice"),
+        (["a", "-o", "b"], "one FILE is enough"),
         (["a", "--until", "1h"], "--until needs --since"),
         (["a", "--since", "1h", "--history", "/nonexistent/x.db"], "No such file"),
         (["a", "--since", "1h", "--history", __file__], "not a database"),
