@@ -84,9 +84,7 @@ cli.add(
 )
 cli.add("Run", serve, "kvmtrace serve", "kvmtrace serve --max-vms 1000")
 cli.add("Run", compile_, "kvmtrace compile")
-cli.add(
-    "Run", assets, "kvmtrace assets unit --to DIR", "kvmtrace assets rules --to /etc/prometheus"
-)
+cli.add("Run", assets, "kvmtrace assets unit --to DIR", "kvmtrace assets rules --to kvmtrace-files")
 cli.add(
     "Keep",
     record,

@@ -60,7 +60,6 @@ _KINDS: dict[str, tuple[Callable[[], dict[str, str]], str]] = {
 @click.option(
     "--to",
     "directory",
-    type=click.Path(file_okay=False),
     default=".",
     metavar="DIR",
     help="Where to write them.  [default: here]",

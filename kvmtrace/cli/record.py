@@ -58,9 +58,11 @@ def record(
 
     Each line of FILE is a JSON object.
     """
-    if (file is None) == (output_file is None):
-        raise click.UsageError("one FILE is needed")
-    path = file or output_file or ""
+    if file is not None and output_file is not None:
+        raise click.UsageError("one FILE is enough")
+    path = file or output_file
+    if path is None:
+        raise click.MissingParameter(param_hint="'FILE'", param_type="argument")
     if since is not None:
         _export(path, force, history, since, clock.now_ns() if until is None else until)
     elif until is not None:

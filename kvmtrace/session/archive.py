@@ -115,6 +115,11 @@ class Archive:
             lost, self._lost = self._lost, 0
             return lost
 
+    @property
+    def waits(self) -> bool:
+        """Whether there are events that are not on the disk yet."""
+        return bool(self._queue)
+
     def close(self) -> None:
         """Write what is left, for a second at most."""
         self._is_closing = True
@@ -126,6 +131,7 @@ class Archive:
         while not self._is_closing:
             self._wake.wait(_EVERY)
             self._write()
+        self._write()  # what came during the last one
         database, self._database = self._database, None
         if database is not None:
             database.close()

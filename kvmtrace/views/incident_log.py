@@ -131,15 +131,17 @@ class IncidentLog:
     def _probes(self, snapshot: Snapshot) -> Iterator[LogEntry]:
         missing = {one.name: one.why for one in snapshot.probes if not one.attached}
         before, self._missing = self._missing, set(missing)
-        for name in sorted(set(missing) - (before or set())):
+        if before is None:
+            return  # those missing from the start are in the service's status
+        for name in sorted(set(missing) - before):
             why = clean(missing[name] or "reason unknown")
             yield LogEntry(
-                _WARNING if before is not None else 5,
+                _WARNING,
                 PROBE_ID,
                 f"probe {name} is not attached: {why}",
                 {"PROBE": name},
             )
-        for name in sorted((before or set()) - set(missing)):
+        for name in sorted(before - set(missing)):
             yield LogEntry(6, PROBE_ID, f"probe {name} is attached again", {"PROBE": name})
 
 

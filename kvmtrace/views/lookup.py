@@ -311,7 +311,7 @@ def _number(text: str) -> int | None:
         number = int(text, 16) if text[:2].lower() == "0x" else int(text)
     except ValueError:
         return None
-    return number if number >= 0 else None
+    return number if 0 <= number < 1 << 64 else None
 
 
 # -- what is not found

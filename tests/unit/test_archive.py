@@ -305,8 +305,8 @@ def test_what_was_kept_is_exported_and_replayed(path: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "one FILE is needed"),
-        (["a", "-o", "b"], "one FILE is needed"),
+        ([], "missing argument 'FILE'"),
+        (["a", "-o", "b"], "one FILE is enough"),
         (["a", "--until", "1h"], "--until needs --since"),
         (["a", "--since", "1h", "--history", "/nonexistent/x.db"], "No such file"),
         (["a", "--since", "1h", "--history", __file__], "not a database"),

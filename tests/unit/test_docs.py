@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any
 import pytest
 
 from kvmtrace import cli, model, sources
-from kvmtrace.events import Event
+from kvmtrace.events import Event, Host
 from kvmtrace.judgement.urgency import Urgency
 from kvmtrace.linux import clock, host
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import context_specs, specs
+from kvmtrace.session.archive import Archive
 from kvmtrace.sources.bpf import programs
 from kvmtrace.sources.bpf.programs import Kept
 from kvmtrace.sources.recording import RecordingSource
@@ -110,6 +112,8 @@ def story(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     (tmp_path / "sick.jsonl").write_bytes(recording)
     (tmp_path / "sick.jsonl.gz").write_bytes(gzip.compress(recording))
     (tmp_path / "case.tar.gz").write_bytes(gzip.compress(recording))
+    (tmp_path / "case.jsonl").write_bytes(recording)
+    monkeypatch.setenv("KVMTRACE_RECORD_HISTORY", str(tmp_path / "history.db"))
     monkeypatch.setattr(identity, "vm_processes", lambda: {})
     monkeypatch.setattr(host, "privilege", lambda: host.Privilege(0, (1 << 41) - 1))
     monkeypatch.setattr(host, "kvm", lambda: host.Kvm(True, "kvm_intel", True, 1))
@@ -126,8 +130,10 @@ def test_commands_run(page: str, command: str, story: SimpleNamespace) -> None:
     arguments = shlex.split(command)[1:]
     name = arguments[0]
     arguments = ["sick.jsonl" if one == "-" else one for one in arguments]
-    if name in ("record", "bundle"):
+    if name in ("record", "bundle", "assets"):
         arguments.append("--force")
+    if "--since" in arguments and name == "record":
+        _serve_has_kept_the_story()
     if name in ("explain", "bundle") and "--from" not in arguments:
         arguments.append("--duration=0.2")
     if name == "serve" and "--listen" not in arguments:
@@ -142,6 +148,16 @@ def test_commands_run(page: str, command: str, story: SimpleNamespace) -> None:
         return
     assert result.exit_code == 0, result.stderr
     _keeps_its_promise(name, arguments, result.stdout)
+
+
+def _serve_has_kept_the_story() -> None:
+    archive = Archive(os.environ["KVMTRACE_RECORD_HISTORY"], Host("hv-1", "6.18.15", "bpf"), print)
+    archive.begin()
+    archive.add(Story(ends=False).poll(0))
+    archive.start()
+    while archive.waits:
+        time.sleep(0.01)
+    archive.close()
 
 
 def _keeps_its_promise(name: str, arguments: list[str], output: str) -> None:
@@ -161,7 +177,8 @@ def _keeps_its_promise(name: str, arguments: list[str], output: str) -> None:
         case "bundle":
             assert Path("case.tar.gz").stat().st_size > 0
         case "record":
-            assert '"kind":"poison"' in Path("sick.jsonl").read_text()
+            (written,) = (one for one in arguments if one.endswith(".jsonl"))
+            assert '"kind":"poison"' in Path(written).read_text()
 
 
 def test_few_commands_are_left_out() -> None:

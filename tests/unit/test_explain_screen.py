@@ -12,7 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from kvmtrace.errors import UsageError
 from kvmtrace.events import Event, Exit, Host, HwError, Owned, Owner, Poison, Sigbus, VmGone, VmSeen
 from kvmtrace.judgement.urgency import Urgency, by_urgency, urgency_of
 from kvmtrace.model import Incident, KernelAccount, Snapshot
@@ -190,6 +193,28 @@ def test_a_dimm_with_errors_and_a_vm_of_its_name(tmp_path: Path) -> None:
         assert "A1: 3 errors reported (3 corrected)" in explained(target, "--from", path) or (
             target == "A1"
         )
+
+
+# Pieces of what can be named, and of what cannot.
+TARGETS = st.lists(
+    st.sampled_from(["web", "-1", "0x", "@", "103275", "44", "9" * 5000, "f" * 5000, " ", "pid "])
+    | st.text(max_size=4),
+    max_size=5,
+).map("".join)
+
+
+@given(TARGETS)
+def test_whatever_is_named_is_explained_or_refused(target: str) -> None:
+    """On a screen whose lines fit, or with the one error that names what there is."""
+    snapshot = snapshots.small()
+    try:
+        found = lookup.find(snapshot, target)
+    except UsageError:
+        return
+    lines = [*explain_screen.of_target(found, snapshot, Showing(now=snapshots.NOW))]
+    commands = ("title", "head")
+    prose = [line for line in lines if line and line[-1][1] not in commands]
+    assert all(cells(plain(line)) <= 80 for line in prose)
 
 
 # -- the answer

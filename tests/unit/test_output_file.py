@@ -208,7 +208,8 @@ def test_a_file_that_cannot_be_read_is_named() -> None:
     result = invoke("replay", "/proc/self/mem")
     assert (result.exit_code, result.stderr) == (
         1,
-        "kvmtrace: /proc/self/mem: Input/output error\n",
+        "kvmtrace: /proc/self/mem: Input/output error\n"
+        "hint: name a file that `kvmtrace record` or `kvmtrace bundle` made\n",
     )
 
 

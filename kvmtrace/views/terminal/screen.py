@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmtrace.events import Host
-from kvmtrace.views.format import Line, Span, cells, clip_line, clock_of, zone_of
+from kvmtrace.views.format import Line, Span, cells, clip_line, clock_of, plain, zone_of
 from kvmtrace.views.tables import header, summary
 from kvmtrace.views.tables.grid import fit
 from kvmtrace.views.terminal import detail, pages
@@ -73,6 +73,9 @@ def _head(state: UiState, width: int) -> list[Line]:
         notes = (*notes, ("  " if notes else "", ""), *step)
     if notes and _width(told) + _width(notes) + 3 <= width:
         return [*lines, _apart(told, notes, width)]
+    if _width(told) > width:
+        # As it is wrapped, all of it has the colour of its urgency.
+        told = ((plain(told), told[0][1]),)
     return [*lines, *detail.wrapped(told, width)[:3], *([notes] if notes else [])]
 
 
