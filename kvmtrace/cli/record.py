@@ -60,7 +60,7 @@ def record(
     """
     if file is not None and output_file is not None:
         raise click.UsageError("one FILE is enough")
-    path = file or output_file
+    path = output_file if file is None else file
     if path is None:
         raise click.MissingParameter(param_hint="'FILE'", param_type="argument")
     if since is not None:

@@ -914,7 +914,7 @@ def child(
 def assert_quiet(stderr: str) -> None:
     *before, last = stderr.splitlines()
     assert last == "closed"
-    usual = ("kvmtrace: watching by bpf", "kvmtrace: already here: ")
+    usual = ("kvmtrace: watching by bpf", "kvmtrace: already here: ", "kvmtrace: incident ")
     assert not [line for line in before if not line.startswith(usual)]
 
 

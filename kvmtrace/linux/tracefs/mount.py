@@ -34,7 +34,7 @@ def tracing(candidates: tuple[str, ...] = TRACEFS) -> Tracefs | None:
         readable=bool(readme),
         dynamic_events=os.access(f"{path}/dynamic_events", os.W_OK)
         or os.access(f"{path}/kprobe_events", os.W_OK),
-        fprobes=re.search(r"^\s*f\[:", readme, re.MULTILINE) is not None,
+        fprobes=re.search(r"^[ \t]*f\[:", readme, re.MULTILINE) is not None,
     )
 
 
@@ -107,5 +107,5 @@ def field_places(event_format: str) -> dict[str, tuple[int, int]]:
 
 _ID = re.compile(r"^ID: ([0-9]{1,9})$", re.MULTILINE)
 _FIELD = re.compile(
-    r"^\s*field:[^;\n]*?(\w+);\s*offset:([0-9]{1,9});\s*size:([0-9]{1,9});", re.MULTILINE
+    r"^[ \t]*field:[^;\n]*?(\w+);[ \t]*offset:([0-9]{1,9});[ \t]*size:([0-9]{1,9});", re.MULTILINE
 )
