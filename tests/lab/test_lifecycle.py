@@ -104,7 +104,7 @@ def test_a_reader_that_leaves_is_no_error(machine: Machine) -> None:
     vmm = Vmm(machine, "read")
     vmm.step("create v backing=anon")
     result = machine.run(
-        ["bash", "-c", "kvmtrace events --source ftrace | head -n 1; echo ${PIPESTATUS[*]}"],
+        ["bash", "-c", "kvmtrace events --json --source ftrace | head -n 1; echo ${PIPESTATUS[*]}"],
         timeout=PATIENCE,
     )
     vmm.end()
