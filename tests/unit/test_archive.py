@@ -11,16 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from kvmtrace import __version__
-from kvmtrace.cli import cli
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event, Exit, Found, Host, KernelCounts, Lost, VmGone, VmSeen
 from kvmtrace.session import archive as archives
 from kvmtrace.session import archive_export, archive_file
 from kvmtrace.session.archive import Archive
 from kvmtrace.session.resumed import ResumedSource, rekeyed
+from tests.unit.command_line import invoke
 from tests.unit.fake import SECOND, STORY, T0, FakeSource
 
 HOST = Host("hv-1", "6.18.15", "bpf")
@@ -293,13 +292,12 @@ def test_a_story_over_a_reboot_has_each_vm_once(path: str, monkeypatch: pytest.M
 
 def test_what_was_kept_is_exported_and_replayed(path: str, tmp_path: Path) -> None:
     keep(path, list(STORY))
-    runner = CliRunner()
     target = str(tmp_path / "sick.jsonl")
     ago = f"{(time.time_ns() - T0) / 1e9 + 3600:.0f}"
-    done = runner.invoke(cli, ["record", "--since", ago, "--history", path, "-o", target])
+    done = invoke("record", "--since", ago, "--history", path, "-o", target)
     assert (done.exit_code, done.stdout) == (0, "")
     assert f"{len(STORY)} events" in done.stderr
-    assert runner.invoke(cli, ["replay", target]).exit_code == 0
+    assert invoke("replay", target).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -316,7 +314,7 @@ def test_wrong_use_is_one_line(
     arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(cli, ["record", *arguments])
+    done = invoke("record", *arguments)
     assert done.exit_code in (1, 2)
     assert said in done.stderr
     assert not list(tmp_path.iterdir())
