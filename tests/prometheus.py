@@ -204,7 +204,8 @@ class Prometheus(_Daemon, Queries):
     """``with Prometheus("127.0.0.1:9750") as p: p.query("up")``; it ends with the block.
 
     ``rules``: rule files to evaluate. ``instance``: the target's label, default: its address.
-    ``alertmanager``: address of the Alertmanager that it sends alerts to.
+    ``alertmanager``: address of the Alertmanager that it sends alerts to. ``interval``: seconds
+    from one scrape to the next, and within which each has to be answered.
     """
 
     name = "Prometheus"
@@ -215,10 +216,12 @@ class Prometheus(_Daemon, Queries):
         *rules: Path,
         instance: str | None = None,
         alertmanager: str | None = None,
+        interval: int = SCRAPE_SECONDS,
     ) -> None:
         super().__init__()
+        self._interval = interval
         self._config = _CONFIG.format(
-            interval=SCRAPE_SECONDS,
+            interval=interval,
             rules=json.dumps([str(path.resolve()) for path in rules]),
             job=JOB,
             target=target,
@@ -237,8 +240,10 @@ class Prometheus(_Daemon, Queries):
             "--log.level=warn",
         ]
 
-    def query(self, expr: str) -> list[Sample]:
-        answer = self._get("query", query=expr, time=self._time_of_scrape())["data"]
+    def query(self, expr: str, at: float | None = None) -> list[Sample]:
+        """As ``Queries.query``; ``at``: a time of earlier, from the query ``time()``."""
+        when = self._time_of_scrape() if at is None else f"{at:.3f}"
+        answer = self._get("query", query=expr, time=when)["data"]
         if answer["resultType"] == "scalar":
             return [({}, float(answer["result"][1]))]
         return [(one["metric"], float(one["value"][1])) for one in answer["result"]]
@@ -246,11 +251,13 @@ class Prometheus(_Daemon, Queries):
     def _time_of_scrape(self) -> str:
         """Wait for a time at which the last scrape was successful; give up after a while.
 
-        A failed scrape, as on a busy machine, makes all series stale until the next one.
+        A failed scrape, as on a busy machine, makes all series stale until the next one: from its
+        beginning on, and that is known at its end only. So the time is one before those that may
+        still be in progress.
         """
         deadline = time.monotonic() + SCRAPES_FAIL_SECONDS
         while True:
-            now = f"{time.time():.3f}"
+            now = f"{time.time() - 2 * self._interval:.3f}"
             up = self._get("query", query="min(up)", time=now)["data"]["result"]
             if not up or float(up[0]["value"][1]) or time.monotonic() > deadline:
                 return now
