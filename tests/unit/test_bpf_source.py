@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvmtrace.events import Event, VmSeen
+from kvmtrace.events import Event, Lost, VmSeen
 from kvmtrace.linux import host, kvm_module
 from kvmtrace.sources.bpf import records
 from kvmtrace.sources.bpf import source as bpf
@@ -165,3 +165,25 @@ def test_programs_that_met_kvm_half_loaded_are_not_used(
     assert [event.kind for _ in range(2) for event in source.poll(0)] == []
     assert [event.kind for event in source.poll(0)] == ["vm_seen"]
     assert asked == [False, False, False]
+
+
+def test_what_is_recorded_while_counters_are_read_comes_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The poison is recorded before its exits are counted: in two calls it would come later."""
+    programs = FakePrograms(tmp_path)
+    monkeypatch.setattr(bpf, "Programs", lambda **_: programs)
+    monkeypatch.setattr(bpf, "BpfTranslator", lambda *_: BpfTranslator(0, ({}, {}), str(tmp_path)))
+    monkeypatch.setattr(host, "lockdown", lambda: None)
+    source = bpf.BpfSource()
+    source.poll(0)
+    lost = Lost(5, "ring", 1)
+
+    def count(maps: Any, *, at_once: bool) -> list[Event]:
+        programs.raw = [
+            bytes(records.VmRecord(records.Header(7, AT, 1, records.VM_GONE, PID, PID)))
+        ]
+        return [lost]
+
+    monkeypatch.setattr(source._translator, "counters", count)
+    assert "vm_gone" in [event.kind for event in source.poll(0)]

@@ -94,7 +94,11 @@ class BpfSource:
         if records:
             self._next_records = time.monotonic() + limits.GATHER_SECONDS
         events = self._translator.translate(records, maps)
-        events += self._translator.counters(maps, at_once=last)
+        if counted := self._translator.counters(maps, at_once=last):
+            # Reading the counters takes time. What was recorded meanwhile may come before what was
+            # counted (a poison before the exits that it causes), and events of one call are put in
+            # order.
+            events += counted + self._translator.translate(maps.take(), maps)
         return events
 
     def _watch_kvm(self) -> list[Event]:
