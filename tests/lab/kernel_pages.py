@@ -51,8 +51,12 @@ def poison(pfn):
 def of_kind(bit):
     """Poison a page of a kind; if the kernel freed it before that, try the next one."""
     pfn = 0x8000 - 1
-    for _ in range(8):
-        pfn = poison(first(bit, pfn + 1))
+    for _ in range(16):
+        at = first(bit, pfn + 1)
+        if at is None:  # all there were have been freed: others have come meanwhile
+            pfn = 0x8000 - 1
+            continue
+        pfn = poison(at)
         log = subprocess.run(["dmesg"], capture_output=True, text=True).stdout
         if re.search(rf"{pfn:#x}: recovery action for .*: Ignored", log):
             break
