@@ -451,11 +451,22 @@ def test_every_panel_has_a_check() -> None:
     assert {(query.panel, query.ref) for query in QUERIES} == CHECKS.keys()
 
 
+# Compared with what other commands show at the time of the test; the others with the story.
+JUDGED = {
+    ("VMs stopped", "A"),
+    ("Unclear", "A"),
+    ("VMs", "stopped"),
+    ("VMs", "unclear"),
+    ("Incidents by verdict", "A"),
+}
+
+
 @pytest.mark.parametrize("query", QUERIES, ids=lambda query: f"{query.panel}-{query.ref}")
 def test_every_panel_shows_what_happened(story: Story, query: dashboards.Query) -> None:
+    at = None if (query.panel, query.ref) in JUDGED else story.at
     shown = {
         tuple(sorted(labels.values())): value
-        for labels, value in story.prometheus.query(query.filled(INSTANCE, WINDOW), story.at)
+        for labels, value in story.prometheus.query(query.filled(INSTANCE, WINDOW), at)
     }
     CHECKS[query.panel, query.ref](story, shown)
 
