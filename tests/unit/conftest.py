@@ -12,6 +12,8 @@ from kvmtrace.sources.bpf import program_cache
 from kvmtrace.views.web import metrics
 from kvmtrace.views.web.server import Server
 from tests.exporter_scenario import Scenario
+from tests.unit.command_line import Complete, use
+from tests.unit.fake import STORY, FakeSource
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +33,9 @@ def server() -> Iterator[Server]:
     running = metrics.serve("127.0.0.1:0", Scenario().begin().happen())
     yield running
     running.close()
+
+
+@pytest.fixture
+def source(monkeypatch: pytest.MonkeyPatch) -> FakeSource:
+    """What commands open: the story in two batches."""
+    return use(monkeypatch, Complete(STORY[:2], STORY[2:]))
