@@ -14,6 +14,7 @@ from kvmtrace.views.web.server import Server
 from tests.exporter_scenario import Scenario
 from tests.unit.command_line import Complete, use
 from tests.unit.fake import STORY, FakeSource
+from tests.unit.fake_proc import Proc
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +40,9 @@ def server() -> Iterator[Server]:
 def source(monkeypatch: pytest.MonkeyPatch) -> FakeSource:
     """What commands open: the story in two batches."""
     return use(monkeypatch, Complete(STORY[:2], STORY[2:]))
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Proc:
+    """A /proc without processes."""
+    return Proc(tmp_path)
