@@ -113,7 +113,7 @@ def test_a_fault_names_the_owner_if_the_slot_was_not_known() -> None:
 
 def test_poison_has_the_kernels_words_or_its_numbers() -> None:
     world = World()
-    world.translator.poisons._types, world.translator.poisons._results = {11: "dirty page"}, {}
+    world.translator.poisons._names = {11: "dirty page"}, {}
     (event,) = world.feed(world.record("poison", pfn=0x1234, type=11, result=9))
     assert isinstance(event, Poison)
     assert (event.page_type, event.result, event.page_type_nr, event.result_nr) == (
