@@ -18,7 +18,7 @@ from kvmtrace.cli.options import from_option, watch_option, with_source
 from kvmtrace.cli.output_file import Output
 from kvmtrace.cli.signals import Interrupted, stop
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.linux import edac, host, kernel_log, memory_failure, smbios
+from kvmtrace.linux import edac, host, kernel_log, memory_failure, page_flags, smbios
 from kvmtrace.linux.read import read_text
 from kvmtrace.sanitize import clean
 from kvmtrace.sources.recording import Writer
@@ -129,7 +129,7 @@ def _host_records() -> HostRecords:
         command_line=clean(read_text("/proc/cmdline", _MAX_COMMAND_LINE).strip(), _MAX_COMMAND_LINE)
         or None,
         settings=memory_failure.settings(),
-        failures=memory_failure.failures_by_node(),
+        failures=page_flags.failures_by_node(),
         dimms=smbios.memory_devices(),
         edac=edac.counts(),
         kernel_log=log,

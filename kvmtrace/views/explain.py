@@ -42,7 +42,6 @@ from kvmtrace.views.stamp import Stamp
 from kvmtrace.views.tables.rows import KERNEL_ITSELF
 
 WIDTH = 80
-TITLES = ("Do", "What happened", "The page", "How we know", "Not known")
 
 _SECOND = 1_000_000_000
 # Times this close to the one before are shown as the difference.
