@@ -389,24 +389,8 @@ class Host:
 
 
 KINDS: dict[str, type[Event]] = {
-    cls.kind: cls
-    for cls in (
-        VmSeen,
-        VmGone,
-        Exit,
-        Poison,
-        Owned,
-        Sigbus,
-        GmemRefusal,
-        HwError,
-        SoftOffline,
-        Unpoison,
-        Found,
-        KernelCounts,
-        VcpuState,
-        PageReplaced,
-        Tick,
-        ClockStep,
-        Lost,
-    )
+    one.kind: one
+    for one in list(vars().values())
+    if isinstance(one, type) and issubclass(one, Event) and one is not Event
 }
+"""All events of this file."""

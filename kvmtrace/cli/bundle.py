@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import click
 
@@ -82,11 +82,7 @@ def bundle(
                 report = with_texts(report, names.text)
             files["doctor.txt"] = render(report, verbose=True)
             files |= host_files(records, names)
-        with archive.writing():
-            bundle_view.write(archive.file, files, int(time.time()))
-        archive.sync()
-        archive.place()
-        print_status(f"{output}: {', '.join(sorted(files))}")
+        print_status(_pack(archive, output, files))
 
 
 def write_bundle(log: EventLog, name: str, *, here: bool) -> str:
@@ -111,11 +107,16 @@ def _write(path: str, log: EventLog, *, here: bool) -> str:
         files = _files(log, events)
         if here:
             files |= host_files(_host_records(), None)
-        with archive.writing():
-            bundle_view.write(archive.file, files, int(time.time()))
-        archive.sync()
-        archive.place()
-        return f"{path}: {', '.join(sorted(files))}"
+        return _pack(archive, path, files)
+
+
+def _pack(archive: Output, path: str, files: Mapping[str, str | LongText]) -> str:
+    """Write the files into the archive; what to print about it."""
+    with archive.writing():
+        bundle_view.write(archive.file, files, int(time.time()))
+    archive.sync()
+    archive.place()
+    return f"{path}: {', '.join(sorted(files))}"
 
 
 def _host_records() -> HostRecords:

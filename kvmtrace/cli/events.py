@@ -24,9 +24,10 @@ from kvmtrace.events import Found, Lost, Owned, VmSeen
 from kvmtrace.model import CorrelatedEvent, Snapshot
 from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines
-from kvmtrace.views.format import counted, date_of, listed, zone_of
+from kvmtrace.views.format import counted, date_of, zone_of
 from kvmtrace.views.tables.header import watching_text
 from kvmtrace.vmm import processes
+from kvmtrace.wording import some_of
 
 _MAX_NAMED = 8
 
@@ -127,7 +128,7 @@ class EventPrinter:
             return
         pages = [f"{one.event.pfn:#x}" for one in correlated if isinstance(one.event, Found)]
         if pages:
-            some = listed(pages[:_MAX_NAMED]) + (", …" if len(pages) > _MAX_NAMED else "")
+            some = some_of(pages, _MAX_NAMED)
             print_status(f"kvmtrace: {counted(len(pages), 'page')} poisoned before now: {some}")
 
 

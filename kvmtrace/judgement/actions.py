@@ -26,7 +26,7 @@ from kvmtrace.model import (
     VerdictWord,
     VmIdentity,
 )
-from kvmtrace.wording import counted, dimm_of, hex_of, listed
+from kvmtrace.wording import counted, dimm_of, hex_of, listed, some_of
 
 MOST_CELLS = 30
 """The cells that ``Action.brief`` fits into."""
@@ -184,8 +184,7 @@ def _leave_host(incident: Incident, why: str) -> Iterator[Action]:
 def _not_moved(snapshot: Snapshot) -> Iterator[Action]:
     """Exclude VMs that have lost other pages: migration reads these, and fails."""
     some = [vm for vm in snapshot.vms.values() if vm.poisoned_pages and not vm.gone]
-    labels = [vm.label for vm in some]
-    who = listed(labels[:_NAMES]) + (f" and {len(some) - _NAMES} more" if some[_NAMES:] else "")
+    who = some_of([vm.label for vm in some], _NAMES)
     it = "it" if len(some) == 1 else "each of them"
     why = "other pages of its memory are lost"
     for vm in some:
@@ -400,11 +399,8 @@ def _shared(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterat
 
 def names(incident: Incident, keys: Sequence[int]) -> str:
     """The names of some VMs of an incident: the first ones, and how many more there are."""
-    vm_identities = [incident.vm_identities.get(key) for key in keys[:_NAMES]]
-    names = listed(
-        identity.label if identity else "a VM not known by name" for identity in vm_identities
-    )
-    return names if len(keys) <= _NAMES else f"{names} and {len(keys) - _NAMES} more"
+    known = map(incident.vm_identities.get, keys)
+    return some_of([one.label if one else "a VM not known by name" for one in known], _NAMES)
 
 
 # -- hardware

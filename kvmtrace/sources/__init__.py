@@ -41,6 +41,22 @@ class Source(Protocol):
         """Detach all probes."""
 
 
+class WrappedSource:
+    """A source around ``inner``, which has everything but the events of ``poll``."""
+
+    def __init__(self, inner: Source) -> None:
+        self.inner, self.name, self.why = inner, inner.name, inner.why
+
+    def probes(self) -> tuple[Probe, ...]:
+        return self.inner.probes()
+
+    def probe_runs(self) -> Mapping[str, ProbeRuns]:
+        return self.inner.probe_runs()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
 CHOICES = ("auto", "bpf", "ftrace")
 
 # By name: users of one source must not need the libraries of the other.

@@ -35,6 +35,7 @@ from kvmtrace.sources.codec import (
 )
 from kvmtrace.sources.unpack import STANDARD_INPUT, open_packed
 from kvmtrace.spool import spooling
+from kvmtrace.wording import counted
 
 FORMAT = 1
 BACKLOG_END = "from_here_on"
@@ -357,7 +358,7 @@ class _Faults:
             self._gaps.add(number)
 
     def error(self, path: str) -> KvmtraceError | None:
-        gaps = f"{_counted(self._missing, 'line')} missing before {self._gaps}"
+        gaps = f"{counted(self._missing, 'line')} missing before {self._gaps}"
         no_end = "the end is missing: it was cut off, or is still being written"
         facts = [gaps] * bool(self._missing) + [no_end] * self.no_end
         if self.first is not None:
@@ -368,7 +369,7 @@ class _Faults:
             message = f"{path}: {facts.pop(0)}"
         else:
             return None
-        return KvmtraceError(message, "; ".join([*facts, f"{_counted(self.kept, 'event')} read"]))
+        return KvmtraceError(message, "; ".join([*facts, f"{counted(self.kept, 'event')} read"]))
 
     def doubt(self, path: str, is_rounded: bool) -> KvmtraceError | None:
         if not self.unchecked.count:
@@ -377,10 +378,6 @@ class _Faults:
             f"{path}: changed or added after it was recorded: {self.unchecked}",
             _ROUNDED if is_rounded else "without checksums, and read like the others",
         )
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" + "s" * (number != 1)
 
 
 _decode = json.JSONDecoder().raw_decode
