@@ -39,6 +39,17 @@ class Column(Generic[Row]):
     firm: int = 0
 
 
+def text_column(
+    name: str,
+    text: Callable[[Row, int | None], str],
+    sort: Callable[[Row], Any],
+    style: Callable[[Row], str] = lambda row: "",
+    **options: Any,
+) -> Column[Row]:
+    """A column of words: aligned left, sorted from A to Z."""
+    return Column(name, text, sort, style, right=False, falling=False, **options)
+
+
 @dataclass(frozen=True)
 class Fitted(Generic[Row]):
     """Columns with their widths, for one terminal width."""
