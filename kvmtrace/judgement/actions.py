@@ -7,7 +7,7 @@ VM's memory while a page of it is gone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum, auto
 from typing import assert_never
@@ -89,6 +89,14 @@ def actions(incident: Incident, snapshot: Snapshot | None = None) -> tuple[Actio
         *_for_hardware(incident),
     )
     return found or (_nothing(incident),)
+
+
+def steps(found: Iterable[Action]) -> list[list[Action]]:
+    """Actions by step: those with one text."""
+    by_text: dict[str, list[Action]] = {}
+    for action in found:
+        by_text.setdefault(action.text, []).append(action)
+    return list(by_text.values())
 
 
 def next_steps(incident: Incident, snapshot: Snapshot | None = None) -> list[str]:

@@ -8,22 +8,8 @@ from kvmtrace import kvm
 from kvmtrace.judgement.urgency import Urgency, by_urgency, urgency_of
 from kvmtrace.model import Snapshot, SoftOfflinedPage
 from kvmtrace.views.answer import word
-from kvmtrace.views.explain import (
-    Showing,
-    counted_errors,
-    headed,
-    listing,
-    origin_parts,
-    paragraph,
-)
-from kvmtrace.views.explain_incidents import (
-    answers,
-    healthy,
-    incidents,
-    not_known,
-    over,
-    stamped,
-)
+from kvmtrace.views.explain import Showing, counted_errors, headed, listing, origin_parts, paragraph
+from kvmtrace.views.explain_incidents import answers, healthy, incidents, not_known, over, stamped
 from kvmtrace.views.explain_vm import of_vm, of_vms
 from kvmtrace.views.format import Line, counted, dimm_of, listed, style_of
 from kvmtrace.views.lookup import Target, TargetKind, known_vms
