@@ -18,7 +18,7 @@ from kvmtrace.events import Lost
 from kvmtrace.views import check as check_view
 from kvmtrace.views.check import CheckResult, CheckState
 
-# What was lost longer ago does not warn any more.
+# What was lost before is no reason to warn.
 _LATELY_NS = 3600 * 1_000_000_000
 
 

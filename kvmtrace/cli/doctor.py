@@ -35,8 +35,8 @@ WIDTH_WITHOUT_TERMINAL = 80
 def doctor(ctx: click.Context, as_json: bool, verbose: bool, source: str) -> None:
     """Check what this host offers, and how to fix what is missing.
 
-    Attaches all probes for a moment to see which ones can be attached; if a serve runs here, looks
-    at that one's instead. The exit status is 0 only if memory-fault exits can be seen on this host.
+    Attaches all probes for a moment to see which ones can be attached. If a serve runs here, its
+    probes are shown instead. The exit status is 0 only if memory-fault exits can be seen here.
     """
     report = doctor_report(source)
     if as_json:

@@ -58,10 +58,10 @@ def events(
 ) -> None:
     """Print a line for each event as it happens.
 
-    VMs and poisoned pages that are there already are no events: they are counted on stderr.
+    VMs and poisoned pages that exist already are no events: they are counted on stderr.
 
-    With --json each line is a JSON object; what is there already comes first, with "before". Fields
-    with unknown values are absent.
+    With --json each line is a JSON object. What exists already comes first, marked with "before".
+    Fields with unknown values are absent.
     """
     lines = EventPrinter(as_json)
     wanted = EventFilter.of_options(kinds, states, vm)

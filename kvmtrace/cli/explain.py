@@ -47,7 +47,7 @@ def explain(
 
     Of a target: an incident's id or its beginning; a page frame of the host (PFN, 0x103275); a
     guest physical address or a gfn (0x8000@web-1); a VM by name, uuid, pid or part of its name; a
-    DIMM by its label. What is not known to be poisoned is told so, with status 0.
+    DIMM by its label. A target without poisoned pages is no error: the status is 0.
 
     \b
     Example: kvmtrace explain web-1

@@ -13,7 +13,7 @@ from kvmtrace.session.session import Session
 from kvmtrace.views.incident_log import IncidentLog, LogEntry
 from kvmtrace.views.tables import header
 
-# A reader that has not come round for so long is not reported as alive.
+# If events were not read for so long, the service is not reported as alive.
 _ALIVE_SECONDS = 10.0
 _LOOK_SECONDS = 1.0
 _MAX_LINE = 8192
@@ -37,10 +37,10 @@ class Service:
         self._alive_every = service_manager.watchdog_seconds()
         self._next_alive = 0.0
         self.unwritten = 0
-        """Log entries that nobody took."""
+        """Log entries that could not be written."""
 
     def ready(self) -> None:
-        """All that was asked for is attached and answers."""
+        """Report that all that was asked for is attached and answers."""
         service_manager.notify(READY="1", STATUS=header.watching_text(self._session.snapshot()))
 
     def look(self) -> None:
@@ -63,7 +63,7 @@ class Service:
             if not self._write(entry, snapshot.wall(self._session.now())):
                 self.unwritten += 1
             elif self.unwritten:
-                self._say_unwritten()
+                self._report_unwritten()
 
     def ending(self) -> None:
         """The command is about to end."""
@@ -77,13 +77,13 @@ class Service:
                 return _print(entry.as_json(wall))
         return _print(f"kvmtrace: {clean(entry.message, _MAX_LINE)}")
 
-    def _say_unwritten(self) -> None:
+    def _report_unwritten(self) -> None:
         count, self.unwritten = self.unwritten, 0
         _print(f"kvmtrace: {count} log entries before this one were not written: nobody read them")
 
 
 def _print(line: str) -> bool:
-    """Write a line to stderr if it takes one now: who does not read must not stop the reader."""
+    """Write a line to stderr if that does not block: the reader of events must not wait for it."""
     try:
         poller = select.poll()
         poller.register(2, select.POLLOUT)

@@ -22,7 +22,7 @@ class Migration:
 
 
 def migration(vm_key: int, snapshot: Snapshot) -> Migration:
-    """Whether the VM with this key can be migrated now, as far as kvmtrace knows."""
+    """Whether the VM with this key can be migrated now, as far as is known."""
     vm = snapshot.vms.get(vm_key)
     if vm is None:
         return Migration(None, "this VM is not remembered")
@@ -86,5 +86,5 @@ def _may_be_of(incident: Incident, vm: Vm, snapshot: Snapshot) -> bool:
         return False
     if sum(other.pid == vm.pid and not other.gone for other in snapshot.vms.values()) < 2:
         return False
-    told = {entry.event.pid for entry in incident.timeline if isinstance(entry.event, Sigbus)}
-    return vm.pid in told
+    signalled = {entry.event.pid for entry in incident.timeline if isinstance(entry.event, Sigbus)}
+    return vm.pid in signalled

@@ -1,7 +1,7 @@
 """Go on where an earlier serve of the same boot ended: its events first, then the source's.
 
-VMs that still run keep the keys that they had, so their counters go on and the pages that are found
-again join their incidents. Other VMs of then have ended meanwhile.
+VMs that still run keep their keys, so their counters go on, and pages that are found again join
+their incidents. The other VMs have ended meanwhile.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ResumedSource(WrappedSource):
                     break
 
     def _ended(self) -> list[Event]:
-        """The VMs of then that no longer run."""
+        """The VMs of the past that no longer run."""
         here = set(self._keys.values())
         return [VmGone(self._now(), key) for key in self._running if key not in here]
 

@@ -53,7 +53,7 @@ def _no_page(one: Vm | VmIdentity) -> str:
     if isinstance(one, Vm) and one.poisoned_pages:
         # Those whose incidents had no room.
         return f"had {counted(one.poisoned_pages, 'poisoned page')} of which no more is known"
-    return "has no poisoned page as far as kvmtrace knows"
+    return "has no poisoned page as far as is known"
 
 
 def of_vms(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
@@ -64,7 +64,7 @@ def of_vms(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Lin
         yield from incidents(here, snapshot, showing, target.reading, after)
         return
     count = len(target.vms)
-    text = f"None of {count} VMs has a poisoned page as far as kvmtrace knows"
+    text = f"None of {count} VMs has a poisoned page as far as is known"
     yield from healthy(text, snapshot, showing, target.reading)
     yield from _listed_vms(target, snapshot, showing)
     if target.incidents:

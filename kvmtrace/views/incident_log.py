@@ -118,7 +118,7 @@ class IncidentLog:
             self._lost_at = None if self._lost_at and now >= self._lost_at else self._lost_at
             return
         if self._lost_at is not None and now < self._lost_at:
-            return  # said with what is lost until then
+            return  # logged with what is lost until then
         self._lost, self._lost_at = dict(snapshot.lost), now + self._period_ns
         what = listed(f"{count} at {where}" for where, count in more.items())
         yield LogEntry(

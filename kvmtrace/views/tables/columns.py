@@ -111,7 +111,7 @@ def _dimm(row: IncidentRow, width: int | None) -> str:
     label = origin.label or "not named"
     if width is None:
         return f"{label}  {counts}".rstrip()
-    # A long label is clipped, the numbers are not. Its end says which of a channel it is.
+    # A long label is clipped, the numbers are not. Its end names the slot of a channel.
     room = width - cells(counts) - 1
     if not counts or room < _LABEL:
         return clip(label[::-1], width)[::-1]

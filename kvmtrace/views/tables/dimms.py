@@ -27,7 +27,7 @@ class DimmRow:
 
     @property
     def name(self) -> str:
-        """The label with the word that says what it names."""
+        """The label with a word for what it names."""
         return dimm_of(self.label)
 
     @property

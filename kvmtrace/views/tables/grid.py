@@ -20,8 +20,8 @@ class Column(Generic[Row]):
     ``floor``: the least natural width. ``least``: how far it may shrink; None: not at all. With
     ``brief`` it shrinks first, because that loses nothing. ``drop``: the column with the highest
     number goes first if the terminal is too narrow; 0 stays. ``falling``: sorts from high to low.
-    ``key``: the key that sorts by it in ``top``. ``firm``: others are
-    dropped before it is narrower than that.
+    ``key``: the key that sorts by it in ``top``. ``firm``: others are dropped before it is narrower
+    than that.
     """
 
     name: str
