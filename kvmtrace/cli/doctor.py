@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import click
 
 from kvmtrace import sources
-from kvmtrace.choice import Attempt
 from kvmtrace.cli.console import busy, json_is_utf8, print_line
 from kvmtrace.cli.errors import as_kvmtrace_error
 from kvmtrace.cli.inputs import connect
 from kvmtrace.cli.options import json_option, source_option
 from kvmtrace.events import vm_label
 from kvmtrace.linux import host, memory_failure
+from kvmtrace.source_choice import Attempt
 from kvmtrace.views.doctor import Serving, judge
 from kvmtrace.views.doctor_host import KeptPrograms, NotifiedVmm
 from kvmtrace.views.doctor_report import Report, as_object, render

@@ -12,11 +12,11 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Protocol, cast
 
-from kvmtrace.choice import Attempt, choose
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.linux import host
 from kvmtrace.probes import Probe, ProbeRuns
+from kvmtrace.source_choice import Attempt, choose
 
 
 class Source(Protocol):
@@ -69,7 +69,7 @@ _CLASSES = {
 def open_source(kind: str = "auto") -> Source:
     """Attach to this host by one of ``CHOICES``. Raises KvmtraceError with the reason and the fix.
 
-    ``auto``: bpf if it attaches every probe, else the source that attaches more (``choice``).
+    ``auto``: bpf if it attaches every probe, else the source that sees more (``source_choice``).
     """
     if not host.privilege().may_trace:
         raise KvmtraceError("tracing the kernel needs root", "run it with sudo")

@@ -21,7 +21,6 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import ClockStep, Event, Host, Lost, wall_time
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sanitize import clean
-from kvmtrace.sources.checkers import TIMES, MalformedLine
 from kvmtrace.sources.checksums import EXACT, ODD, Broken, Checker, Places, Sealer
 from kvmtrace.sources.codec import (
     DECODE_ERRORS,
@@ -33,6 +32,7 @@ from kvmtrace.sources.codec import (
     to_record,
     version_of,
 )
+from kvmtrace.sources.dataclass_checks import TIMES, MalformedLine
 from kvmtrace.sources.unpack import STANDARD_INPUT, open_packed
 from kvmtrace.spool import spooling
 from kvmtrace.wording import counted

@@ -26,8 +26,8 @@ from kvmtrace.views.format import (
     stamp_of,
 )
 from kvmtrace.views.tables.dimms import DimmRow
+from kvmtrace.views.tables.events import EventRow
 from kvmtrace.views.tables.probes import ProbeRow
-from kvmtrace.views.tables.recent import EventRow
 from kvmtrace.views.tables.rows import IncidentRow, VmRow, owners_name
 from kvmtrace.views.terminal.ui_state import AnyRow, UiState
 
