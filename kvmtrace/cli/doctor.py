@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 import click
 
 from kvmtrace import sources
-from kvmtrace.cli.console import busy, json_is_utf8, print_line
+from kvmtrace.cli.console import busy, print_json, print_line
 from kvmtrace.cli.errors import as_kvmtrace_error
 from kvmtrace.cli.inputs import connect
 from kvmtrace.cli.options import json_option, source_option
@@ -40,8 +39,7 @@ def doctor(ctx: click.Context, as_json: bool, verbose: bool, source: str) -> Non
     """
     report = doctor_report(source)
     if as_json:
-        json_is_utf8()
-        print_line(json.dumps(as_object(report), ensure_ascii=False))
+        print_json(as_object(report))
     else:
         width = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
         ascii_only = not _can_print("✓✗→")

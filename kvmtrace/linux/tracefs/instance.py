@@ -144,9 +144,9 @@ def _open(path: str) -> int:
     return os.open(path, flags)
 
 
-def remove(path: str, seconds: float = 1.0) -> bool:
-    """Remove an instance; try again for ``seconds``, as the last reader may still hold it."""
-    end = time.monotonic() + seconds
+def remove(path: str) -> bool:
+    """Remove an instance; try again for a second, as the last reader may still hold it."""
+    end = time.monotonic() + 1.0
     while True:
         try:
             os.rmdir(path)
