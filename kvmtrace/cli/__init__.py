@@ -27,7 +27,6 @@ from kvmtrace.cli.top import top
 
 
 def main() -> None:
-    """The console script."""
     stop.owns_process = True
     try:
         cli(prog_name="kvmtrace")

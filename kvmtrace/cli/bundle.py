@@ -150,12 +150,10 @@ class _RedactedLog(EventLog):
         self._log, self._names = log, names
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of the log."""
         for events, probes in self._log.batches():
             yield self._names.events(events), self._names.probes(probes)
 
     def is_complete(self) -> bool:
-        """Whether the log is."""
         return self._log.is_complete()
 
 

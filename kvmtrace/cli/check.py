@@ -25,7 +25,6 @@ class _Plugin(click.Command):
     """A command whose wrong usage is UNKNOWN, too: 2 would be CRITICAL."""
 
     def make_context(self, *arguments: Any, **extra: Any) -> click.Context:
-        """Parse the arguments."""
         try:
             return super().make_context(*arguments, **extra)
         except click.UsageError as error:

@@ -151,7 +151,6 @@ def escape_unencodable(stream: IO[str]) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print a line of JSON on stdout."""
     json_is_utf8()
     print_line(json.dumps(value, ensure_ascii=False))
 

@@ -47,7 +47,6 @@ def _completing(
 
 
 def filter_options(command: Callable[P, R]) -> Callable[P, R]:
-    """Add the options."""
     for option in (
         click.option(
             "--vm",

@@ -66,7 +66,6 @@ class Service:
                 self._report_unwritten()
 
     def ending(self) -> None:
-        """The command is about to end."""
         service_manager.notify(STOPPING="1")
 
     def _write(self, entry: LogEntry, wall: int) -> bool:

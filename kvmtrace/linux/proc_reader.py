@@ -354,11 +354,9 @@ class Stream:
 
     @property
     def sleeps(self) -> bool:
-        """Whether its worker sleeps."""
         return self._worker is not None and self._worker.sleeps()
 
     def close(self) -> None:
-        """End it early."""
         self.done = True
         worker, self._worker = self._worker, None
         if worker is not None:

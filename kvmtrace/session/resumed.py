@@ -67,7 +67,6 @@ class ResumedSource(WrappedSource):
         return rekeyed(event, lambda vm: self._keys.setdefault(vm, self._base + vm))
 
     def close(self) -> None:
-        """Close the inner source, and write what is left."""
         super().close()
         self._archive.close()
 

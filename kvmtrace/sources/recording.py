@@ -218,7 +218,6 @@ class RecordingSource:
         return {}
 
     def close(self) -> None:
-        """Close the file."""
         self.file.close()
         if self._copy is not None:
             self._copy.close()

@@ -107,7 +107,6 @@ def vm_processes(proc: str = "/proc") -> dict[int, int]:
 
 
 def pids(proc: str = "/proc") -> list[int]:
-    """Return the pids of all processes."""
     try:
         return sorted(int(entry) for entry in os.listdir(proc) if entry.isdecimal())
     except OSError:

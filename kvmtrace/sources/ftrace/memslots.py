@@ -106,7 +106,6 @@ class Memslots:
             self._count -= len(forgotten)
 
     def forget(self, vm: int) -> None:
-        """Forget a destroyed VM."""
         self._count -= len(self._slots.pop(vm, ()))
 
     def slot_of(self, vm: int, gfn: int) -> TracedSlot | None:

@@ -58,7 +58,6 @@ class Fitted(Generic[Row]):
     gap: int
 
     def head(self, sorted_by: str | None = None) -> Line:
-        """The names of the columns."""
         cells_ = [
             (column.name, "sorted" if column.name == sorted_by else "head")
             for column, _ in self.columns
@@ -66,7 +65,6 @@ class Fitted(Generic[Row]):
         return self._line(cells_)
 
     def row(self, row: Row) -> Line:
-        """One row."""
         return self._line([(c.text(row, width), c.style(row)) for c, width in self.columns])
 
     def _line(self, texts: Sequence[Span]) -> Line:

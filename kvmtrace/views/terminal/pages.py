@@ -117,7 +117,6 @@ def shown_text(state: UiState) -> list[Line]:
 
 
 def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) -> list[Line]:
-    """One VM."""
     vm = snapshot.vms.get(key)
     if vm is None:
         return [(("  this VM is no longer remembered", "warn"),)]
@@ -152,7 +151,6 @@ def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) 
 
 
 def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
-    """One incident."""
     incident = next((i for i in snapshot.incidents if i.id == key), None)
     if incident is None:
         return [(("  this incident is no longer remembered", "warn"),)]
