@@ -43,7 +43,9 @@ def check(ctx: click.Context, file: str | None) -> None:
     lines = dict.fromkeys(
         line for name in group.commands for line in _differing(root, group, settings, name)
     )
-    print_line(f"ok: {clean(settings.path or f'no configuration file ({configuration.PATH})', _MAX_LINE)}")
+    print_line(
+        f"ok: {clean(settings.path or f'no configuration file ({configuration.PATH})', _MAX_LINE)}"
+    )
     for line in lines:
         print_line(clean(line, _MAX_LINE))
 

@@ -100,7 +100,7 @@ class Settings:
             key = written.replace("-", "_")
             place = f"{section}.{written}"
             if key not in keys:
-                hint = _nearest(key, keys) or self._where(group, key)
+                hint = self._where(group, key) or _nearest(key, keys)
                 raise self._error(
                     place, "there is no such setting", hint or f"settings: {', '.join(keys)}"
                 )
