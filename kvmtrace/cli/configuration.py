@@ -192,7 +192,7 @@ def read(path: str) -> Settings:
 
 
 def _unread(path: str, error: OSError) -> UsageError:
-    return UsageError(f"{path}: {error.strerror}", f"{VARIABLE}= (empty) goes without a file")
+    return UsageError(f"{path}: {error.strerror}", f"name another file; {VARIABLE}= (empty): none")
 
 
 def _read(path: str) -> Settings:

@@ -257,6 +257,7 @@ def test_what_others_may_write_is_refused(write: Write, tmp_path: Path) -> None:
 # -- the file that is shipped
 
 SHIPPED = (data_files.directory("assets") / "kvmtrace.toml").read_text()
+SERVICE = (docs.ROOT / "docs/service.md").read_text()
 # Without a default: the shipped file has examples.
 EXAMPLES = {"history", "on_incident"}
 
@@ -282,6 +283,15 @@ def test_the_shipped_file_shows_each_setting_with_its_default(write: Write) -> N
         key = place.removeprefix("serve.")
         assert f"[default: {tables['serve'][key]}]" in (serve[key].help or "")
     assert differing <= {"serve.listen", "serve.max_vms"}
+
+
+@pytest.mark.parametrize(
+    "text", re.findall(r"^```toml\n(.*?)^```$", SERVICE, re.MULTILINE | re.DOTALL)
+)
+def test_what_the_documentation_shows_is_right(text: str, write: Write) -> None:
+    result = invoke("config", "check", write(text.replace("/usr/local/bin/page-oncall", "/bin/sh")))
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) > 1
 
 
 # -- any file

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -145,6 +146,30 @@ def test_no_thread_of_serve_keeps_more_than_it_needs(own_directory: Path) -> Non
     finally:
         process.kill()
         process.wait()
+
+
+@as_root
+def test_a_hook_has_no_capabilities(tmp_path: Path) -> None:
+    hook, found = tmp_path / "hook", tmp_path / "status"
+    hook.write_text(f"#!/bin/sh\ncat /proc/self/status >{found}.part; mv {found}.part {found}\n")
+    hook.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, "serve", "--listen=127.0.0.1:0", f"--on-incident={hook}"],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+    )
+    try:
+        end = time.monotonic() + 30
+        while not found.exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        hooks = status(found.read_text())
+        assert hooks["CapEff"] == hooks["CapPrm"] == hooks["CapInh"] == 0
+        assert hooks["NoNewPrivs"] == 1
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 def test_a_refusal_is_printed_and_the_command_goes_on(
