@@ -47,8 +47,10 @@ class GroupedCommands(Group):
                 settings = configuration.find(ctx.params["config_file"])
                 ctx.default_map = {name: settings.defaults(self, name)}
                 configuration.attach(ctx, settings)
-            except UsageError:
+            except UsageError as error:
                 if not set(rest) & set(ctx.help_option_names):
+                    if refuse := getattr(command, "refuse", None):  # in a way of its own
+                        refuse(error.message)
                     raise
         return name, command, rest
 

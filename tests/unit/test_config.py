@@ -116,6 +116,12 @@ def test_help_is_there_whatever_the_file_has(write: Write) -> None:
     assert replay(config=path).exit_code == 2
 
 
+def test_for_a_monitor_the_state_is_unknown_then(write: Write) -> None:
+    result = invoke("--config", write("[check]\njson = 1\n"), "check")
+    assert (result.exit_code, result.stderr) == (3, "")
+    assert "check.json: is true or false" in result.stdout
+
+
 # -- config check
 
 
@@ -298,7 +304,7 @@ def test_what_the_documentation_shows_is_right(text: str, write: Write) -> None:
 
 KEYS = [key for command in cli.cli.commands.values() for key in keys_of(command)]
 SECTIONS = [COMMON, *cli.cli.commands]
-WORDS = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 VALUES = st.recursive(
     st.one_of(
         st.booleans(),
