@@ -52,6 +52,7 @@ def main() -> None:
 @click.option(
     "--config",
     "config_file",
+    type=click.Path(),
     metavar="FILE",
     help="Take settings from this file, not from /etc/kvmtrace/kvmtrace.toml (KVMTRACE_CONFIG).",
 )

@@ -27,12 +27,13 @@ def config() -> None:
 
 
 @config.command()
-@click.argument("file", required=False, metavar="[FILE]")
+@click.argument("file", required=False, type=click.Path(), metavar="[FILE]")
 @click.pass_context
 def check(ctx: click.Context, file: str | None) -> None:
-    """Check a file and all variables; print what is not the default.
+    """Check a file and all variables.
 
-    FILE: instead of the one that commands take.
+    Prints what differs from the defaults, and where it was set. FILE: instead of the one that
+    commands take.
     """
     root = ctx.find_root()
     group = root.command

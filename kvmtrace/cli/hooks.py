@@ -95,7 +95,7 @@ def open_hooks(command: tuple[str, ...] | None, seconds: float) -> Iterator[Hook
         yield None
         return
     hooks = Hooks(command, seconds)
-    stop.clean_up.append(hooks.close)
+    stop.clean_up.insert(0, hooks.abandon)  # the last to be called: detaching is more urgent
     try:
         yield hooks
     finally:
@@ -158,12 +158,21 @@ class Hooks:
         if is_started:
             self._thread.join(_LOOK + _AFTER_KILL)
 
+    def abandon(self) -> None:
+        """Have a program that runs killed, and run no other: the command ends by force."""
+        self._closed = self._ending = True
+        if self._thread.ident is not None:
+            self._thread.join(2 * _LOOK)
+
     def _work(self) -> None:
         if stop.owns_process:
             # Of this thread, and so of all programs: they need none of kvmtrace's privileges.
             for refused in privileges.give_up(()):
                 self._notes.append(HookNote("", f"cannot give up privileges: {refused}"))
         while (run := self._queue.get()) is not None:
+            if self._ending:
+                self.counts["dropped"] += 1
+                continue
             self._left = [one for one in self._left if one.poll() is None]
             if len(self._left) >= _MAX_LEFT:
                 self._note("failed", run, f"not run: {_MAX_LEFT} earlier ones cannot be killed")

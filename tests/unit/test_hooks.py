@@ -181,6 +181,17 @@ def test_what_waits_at_the_end_is_run_if_there_is_time(hook: Hook, tmp_path: Pat
     assert hooks.counts["ok"] >= 1
 
 
+def test_a_command_that_ends_by_force_leaves_no_program(hook: Hook, tmp_path: Path) -> None:
+    hooks = hook(f"echo $$ >{tmp_path}/part; mv {tmp_path}/part {tmp_path}/pid; sleep 1000")
+    hooks.add(HookRun("first", b""))
+    hooks.add(HookRun("second", b""))
+    until((tmp_path / "pid").exists)
+    hooks.abandon()
+    assert is_over(int((tmp_path / "pid").read_text()))
+    until(lambda: hooks.counts["dropped"])
+    assert ran(hooks) == 1
+
+
 def test_hooks_that_never_started_can_be_closed() -> None:
     hooks = Hooks(("/bin/true",), 1)
     hooks.add(HookRun("x", b""))
