@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -109,6 +108,7 @@ def test_a_worker_may_read_processes_and_no_more() -> None:
 SERVE = """
 from kvmtrace import cli, sources
 from tests.unit.fake import STORY, FakeSource
+from tests.unit.waiting import until
 sources.open_source = lambda kind: FakeSource(STORY)
 cli.main()
 """
@@ -160,10 +160,7 @@ def test_a_hook_has_no_capabilities(tmp_path: Path) -> None:
         cwd=ROOT,
     )
     try:
-        end = time.monotonic() + 30
-        while not found.exists():
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(found.exists)
         hooks = status(found.read_text())
         assert hooks["CapEff"] == hooks["CapPrm"] == hooks["CapInh"] == 0
         assert hooks["NoNewPrivs"] == 1
