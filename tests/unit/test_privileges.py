@@ -20,6 +20,7 @@ from kvmtrace.linux.proc_reader import ProcReader
 from kvmtrace.linux.tracefs import mount
 from tests.unit.command_line import invoke
 from tests.unit.fake import STORY, FakeSource
+from tests.unit.waiting import until
 
 ROOT = Path(__file__).parents[2]
 SETPCAP = "SETPCAP" in privileges.held().capabilities
@@ -108,7 +109,6 @@ def test_a_worker_may_read_processes_and_no_more() -> None:
 SERVE = """
 from kvmtrace import cli, sources
 from tests.unit.fake import STORY, FakeSource
-from tests.unit.waiting import until
 sources.open_source = lambda kind: FakeSource(STORY)
 cli.main()
 """
