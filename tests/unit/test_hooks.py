@@ -309,9 +309,11 @@ class UntilTold(FakeSource):
     def __init__(self, condition: Callable[[], object]) -> None:
         super().__init__(STORY)
         self._condition, self._end = condition, time.monotonic() + LIMIT
+        self._is_over = False
 
     def poll(self, timeout: float) -> list[Event]:
-        if self._condition() or time.monotonic() > self._end:
+        if not self._is_over and (self._condition() or time.monotonic() > self._end):
+            self._is_over = True
             os.kill(os.getpid(), signal.SIGTERM)
         return super().poll(timeout)
 
