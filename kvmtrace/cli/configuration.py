@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import os
+import re
 import shlex
 import stat
 import tomllib
@@ -36,7 +37,12 @@ _MAX_BYTES = 1 << 20
 def key_of(option: click.Option) -> str:
     """The name of an option as a key: as it is typed, with underscores."""
     # Click's own choice would be the name of the argument in Python.
-    return max(option.opts, key=len).lstrip("-").replace("-", "_")
+    return _plain(max(option.opts, key=len).lstrip("-"))
+
+
+def _plain(name: str) -> str:
+    # Points, too: no shell sets a variable that has one, and in TOML they part tables.
+    return re.sub("[-.]", "_", name)
 
 
 def keys_of(command: click.Command) -> dict[str, click.Option]:
@@ -72,13 +78,12 @@ class Settings:
 
     def section(self, name: str, key: str) -> str:
         """The section from which a command takes a key that the file has."""
-        own = self.tables.get(name, {})
-        return name if key in own or key.replace("_", "-") in own else COMMON
+        return name if key in map(_plain, self.tables.get(name, {})) else COMMON
 
     def value(self, name: str, key: str) -> Any:
         """The value of a key that a command takes, as the file has it."""
         table = self.tables[self.section(name, key)]
-        return table.get(key, table.get(key.replace("_", "-")))
+        return next(value for written, value in table.items() if _plain(written) == key)
 
     def _check_sections(self, group: click.Group) -> None:
         sections = [COMMON, *(name for name, one in group.commands.items() if keys_of(one))]
@@ -97,7 +102,7 @@ class Settings:
         """The keys of a section with underscores. Raises UsageError for unknown ones."""
         found: dict[str, Any] = {}
         for written, value in self.tables.get(section, {}).items():
-            key = written.replace("-", "_")
+            key = _plain(written)
             place = f"{section}.{written}"
             if key not in keys:
                 hint = self._where(group, key) or _nearest(key, keys)
@@ -111,7 +116,7 @@ class Settings:
 
     @staticmethod
     def _where(group: click.Group, key: str) -> str | None:
-        key = key.replace("-", "_")
+        key = _plain(key)
         if key in FOR_ALL:
             return f"put it under [{COMMON}]"
         having = [f"[{name}]" for name, one in group.commands.items() if key in keys_of(one)]

@@ -110,6 +110,16 @@ def test_keys_with_either_sign(key: str, write: Write) -> None:
     assert result.stdout.splitlines()[1:] == ["serve.max_vms = 7 (file)"]
 
 
+def test_a_point_in_an_option_is_an_underscore() -> None:
+    option = click.Option(["--web.config.file", "web_config"])
+    assert configuration.key_of(option) == "web_config_file"
+    group = click.Group("g", {"serve": click.Command("serve", params=[option])})
+    for written in ("web_config_file", "web.config-file"):
+        found = configuration.Settings("f", {"serve": {written: "x"}})
+        assert found.defaults(group, "serve") == {"web_config": "x"}
+        assert found.value("serve", "web_config_file") == "x"
+
+
 def test_help_is_there_whatever_the_file_has(write: Write) -> None:
     path = write("[[[")
     assert invoke("--config", path, "replay", "--help").exit_code == 0
