@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 from kvmtrace import dimm_names, kvm
 from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.error_counts import EDAC, ErrorCount, together
+from kvmtrace.correlate.timeline import RunningEntry
 from kvmtrace.events import HwError, MachineCheck
 from kvmtrace.linux import mce
 from kvmtrace.model import (
@@ -102,7 +103,7 @@ class ErrorSite:
     first_ts: int = 0
     last_ts: int = 0
     facts: dict[str, int | str] = field(default_factory=dict)
-    entries: dict[tuple[object, ...], TimelineEntry] = field(default_factory=dict)
+    entries: dict[tuple[object, ...], RunningEntry] = field(default_factory=dict)
     uncorrected: tuple[int, int | None] | None = None
     _reported: Reported | None = None  # what reported() returned, if nothing was added since
 
@@ -138,16 +139,18 @@ class ErrorSite:
         if known is None:
             exact = Join(JoinedBy.ADDRESS, 1 << self.page_shift << self.order)
             join = exact if self.order else Join(JoinedBy.PAGE_ADDRESS)
-            self.entries[key] = TimelineEntry(
-                event.ts,
-                kind,
-                event if kind is EntryKind.HARDWARE_ERROR else None,
-                join,
-                count=max(1, event.count),
-                last_ts=event.ts,
+            self.entries[key] = RunningEntry(
+                TimelineEntry(
+                    event.ts,
+                    kind,
+                    event if kind is EntryKind.HARDWARE_ERROR else None,
+                    join,
+                    count=max(1, event.count),
+                    last_ts=event.ts,
+                )
             )
         else:
-            self.entries[key] = known.and_again(event.ts, max(1, event.count))
+            known.add(event.ts, max(1, event.count))
 
     def add_name(self, name: Name) -> None:
         """Add a name that a report has for the memory."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import assert_never
 
 from kvmtrace import kvm
-from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.hardware_errors import ErrorSite
 from kvmtrace.correlate.limits import CountLost, Limits
+from kvmtrace.correlate.timeline import RunningEntry
 from kvmtrace.correlate.verdicts import Evidence, VcpuSample, is_looping, judge
 from kvmtrace.events import Owner, Poison, Sigbus, VcpuState
 from kvmtrace.model import (
@@ -37,6 +38,8 @@ RANK_OVER, RANK_NOBODY, RANK_KERNEL, RANK_OF_A_VM = range(4)  # the lowest is fo
 # Entries of which there may be many: they give way to others.
 _MINOR = (EntryKind.OWNER, EntryKind.VCPU_STATE, EntryKind.REFUSAL, EntryKind.PAGE_REPLACED)
 
+_TS = attrgetter("ts")
+
 _SETTLED = (VerdictWord.HANDLED, VerdictWord.EXITED)
 
 _SAMPLES_KEPT = 4
@@ -47,13 +50,35 @@ _PAGES_KEPT = 64
 
 @dataclass(slots=True)
 class _Delivery:
-    """Notifications of one vCPU. ``pages``: how many for each page of a huge page."""
+    """Notifications of one vCPU.
+
+    ``pages``: how many for each page of a huge page, the last ones; else of the page, as None.
+    """
 
     exits: int = 0
     sigbus: dict[str, int] = field(default_factory=dict)
     first_ts: int = 0
     last_ts: int = 0
-    pages: BoundedDict[int | None, int] = field(default_factory=lambda: BoundedDict(_PAGES_KEPT))
+    pages: dict[int | None, int] = field(default_factory=dict)
+
+    def add(self, ts: int, page: int | None, exits: int, code: str | None, signals: int) -> None:
+        """Count exits, and signals of a code."""
+        if ts < self.first_ts:
+            self.first_ts = ts
+        if ts > self.last_ts:
+            self.last_ts = ts
+        self.exits += exits
+        pages = self.pages
+        before = pages.get(page, 0)
+        if before and len(pages) > 1:
+            del pages[page]  # the last one is to be at the end
+        pages[page] = before + exits + signals
+        if len(pages) > _PAGES_KEPT:
+            del pages[next(iter(pages))]
+        if code is not None:
+            if code not in self.sigbus and len(self.sigbus) >= _CODES_KEPT:
+                code = "other"  # there are two; the rest is damage
+            self.sigbus[code] = self.sigbus.get(code, 0) + signals
 
 
 @dataclass(slots=True)
@@ -95,7 +120,7 @@ class IncidentState:
     samples: dict[tuple[int, int], list[VcpuSample]] = field(default_factory=dict)
     error_sites: list[ErrorSite] = field(default_factory=list)
     own_signals: list[Sigbus] = field(default_factory=list)
-    entries: dict[tuple[object, ...], TimelineEntry] = field(default_factory=dict)
+    entries: dict[tuple[object, ...], RunningEntry] = field(default_factory=dict)
     omitted: int = 0
 
     # -- whose it is
@@ -255,7 +280,7 @@ class IncidentState:
         known = self.entries.get(key)
         if known is None:
             return False
-        self.entries[key] = known.and_again(ts, count)
+        known.add(ts, count)
         return True
 
     def note(self, entry: TimelineEntry, *distinct: object) -> None:
@@ -264,7 +289,7 @@ class IncidentState:
         if self.note_again(entry.ts, entry.count, key):
             return
         if len(self.entries) < self.limits.timeline or self._drop_minor(entry.kind):
-            self.entries[key] = entry
+            self.entries[key] = RunningEntry(entry)
         else:
             self.omitted += 1
 
@@ -318,12 +343,13 @@ class IncidentState:
         vcpu: int | None,
         *,
         exits: int = 0,
-        signals: Mapping[str, int] | None = None,
+        code: str | None = None,
+        signals: int = 0,
         page: int | None = None,
     ) -> bool:
         """Count notifications of a VMM; True if they are the first.
 
-        ``page``: which page of a huge page, by gfn or hva.
+        ``signals``: those of one ``code``. ``page``: which page of a huge page, by gfn or hva.
         """
         first = self.mark_delivered(ts)
         delivery = self.deliveries.get((vm, vcpu))
@@ -332,17 +358,7 @@ class IncidentState:
                 self.count_lost("told", 1)
                 return first
             delivery = self.deliveries[vm, vcpu] = _Delivery(first_ts=ts, last_ts=ts)
-        delivery.first_ts = min(delivery.first_ts, ts)
-        delivery.last_ts = max(delivery.last_ts, ts)
-        delivery.exits += exits
-        page = page if self.huge else None
-        signals = signals or {}
-        count = exits + sum(signals.values()) if signals else exits
-        delivery.pages.renew(page, delivery.pages.get(page, 0) + count)
-        for code, count in signals.items():
-            if code not in delivery.sigbus and len(delivery.sigbus) >= _CODES_KEPT:
-                code = "other"  # noqa: PLW2901 (there are two; the rest is damage)
-            delivery.sigbus[code] = delivery.sigbus.get(code, 0) + count
+        delivery.add(ts, page if self.huge else None, exits, code, signals)
         if not self.samples:
             return first
         # Earlier samples do not show how the VMM reacted to this.
@@ -492,8 +508,10 @@ class IncidentState:
         )
 
     def _timeline(self) -> tuple[TimelineEntry, ...]:
-        reported = [entry for site in self.error_sites for entry in site.entries.values()]
-        return tuple(sorted([*self.entries.values(), *reported], key=lambda entry: entry.ts))
+        entries = [entry.frozen() for entry in self.entries.values()]
+        entries += [entry.frozen() for site in self.error_sites for entry in site.entries.values()]
+        entries.sort(key=_TS)
+        return tuple(entries)
 
 
 def _agree(one: int | None, other: int | None) -> bool:

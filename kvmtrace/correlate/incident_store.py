@@ -75,15 +75,26 @@ class IncidentStore:
         )
         return next((incident for incident in mine if incident.owner_by_gfn(vm, gfn)), None)
 
-    def known_gfn(self, vm: int, gfn: int | None) -> int | None:
-        """The gfn under which the page at ``gfn`` is known: the owner's, of a huge page."""
-        incident = self.find_by_gfn(vm, gfn) if gfn is not None else None
-        owner = incident.owner_by_gfn(vm, gfn) if incident is not None and gfn is not None else None
-        return gfn if owner is None else owner.gfn
+    def find_place(
+        self, vm: int, gfn: int | None
+    ) -> tuple[IncidentState | None, int | None]:
+        """As ``find_by_gfn``, and the gfn under which the page is known: of a huge page, its
+        owner's.
+        """
+        incident = self.find_by_gfn(vm, gfn)
+        if incident is None or gfn is None:
+            return incident, gfn
+        owner = incident.owner_by_gfn(vm, gfn)
+        return incident, gfn if owner is None else owner.gfn
 
     def of_vm(self, vm: int) -> list[IncidentState]:
         """Incidents of which this VM is an owner or was notified, oldest mention first."""
         return list(self._of_vm.get(vm, {}).values())
+
+    @property
+    def is_overfull(self) -> bool:
+        """Whether ``trim`` has something to do."""
+        return len(self._all) > self._limits.incidents
 
     # -- changing
 
