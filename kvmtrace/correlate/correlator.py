@@ -193,7 +193,7 @@ class Correlator:
     # -- faults
 
     def _exit(self, event: Exit) -> CorrelatedEvent:
-        cause = cause_of(event)
+        cause = "hwpoison" if event.errno == kvm.EHWPOISON else cause_of(event)
         of, gfn = event.vm, event.gfn
         incident, known = self._incidents.find_place(of, gfn)
         vm = self._vms.count_exit(event, cause, known)
@@ -395,7 +395,7 @@ class Correlator:
             incident = self._incidents.find_by_gfn(event.vm, event.gfn)
             if incident is not None:
                 return incident, join
-        for incident in self._incidents.of_vm(event.vm):
+        for incident in self._incidents.mentions_of(event.vm):
             if not incident.closed:
                 owner = incident.owner_by_hva(event.vm, event.hva, event.lsb)
                 if owner is not None:
@@ -421,16 +421,15 @@ class Correlator:
         own = own and not incident.consumed_by_access
         kind = EntryKind.OWN_SIGNAL if own else EntryKind.SIGNAL
 
-        def entry() -> TimelineEntry:
-            return TimelineEntry(event.ts, kind, event, join, event.vm, event.count, vmm=is_vmm)
-
         if own:
             incident.sigbus_at_poison += event.count
             incident.own_signals = [*incident.own_signals[-3:], event]
-            incident.note(entry(), event.tid)
+        distinct = (event.tid,) if own else (event.vm, event.tid, code)
+        if not incident.note_again(event.ts, event.count, (kind, *distinct)):
+            entry = TimelineEntry(event.ts, kind, event, join, event.vm, event.count, vmm=is_vmm)
+            incident.note(entry, *distinct)
+        if own:
             return event.vm
-        if not incident.note_again(event.ts, event.count, (kind, event.vm, event.tid, code)):
-            incident.note(entry(), event.vm, event.tid, code)
         if not is_vmm:
             incident.sigbus_to_others += event.count
             return None
@@ -475,7 +474,7 @@ class Correlator:
             if at.hva // self._page != hva // self._page:
                 return  # another page of the same huge page: the owner keeps the first
             hva = at.hva
-        has_vm = any(owner.vm == vm for owner in incident.owners.values())
+        has_vm = at is not None or any(owner.vm == vm for owner in incident.owners.values())
         if event.gfn is not None or not has_vm:
             self._add_owner(incident, Owner(vm, event.gfn, hva), event, join)
 
@@ -491,13 +490,11 @@ class Correlator:
         signals: int = 0,
         page: int | None = None,
     ) -> None:
-        was_over = incident.over
+        was_over = incident.unpoisoned_ts is not None and incident.over
         # A VM that is notified still has the page.
         if incident.released:
             incident.released = {place for place in incident.released if place[0] != vm}
-        first = incident.deliver(
-            ts, vm, vcpu, exits=exits, code=code, signals=signals, page=page
-        )
+        first = incident.deliver(ts, vm, vcpu, exits=exits, code=code, signals=signals, page=page)
         self._incidents.add_notified_vm(incident, vm)
         if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
             self._totals.add_latency(ts - incident.poisoned_ts)

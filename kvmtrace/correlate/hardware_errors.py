@@ -8,8 +8,9 @@ and by firmware. ``ErrorCount`` counts errors, not reports.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
@@ -265,8 +266,11 @@ class HardwareErrors:
         key = order, pfn >> order
         if key not in self._places and len(self._places) >= self._limit:
             self._spare_uncorrected()
-        new = ErrorSite(pfn, order, self._page_shift, ErrorCount(exact=not order))
-        return _renewed(self._places, key, new)
+        return _renewed(
+            self._places,
+            key,
+            lambda: ErrorSite(pfn, order, self._page_shift, ErrorCount(exact=not order)),
+        )
 
     def _spare_uncorrected(self) -> None:
         """Keep uncorrected errors in a flood of corrected ones: their poison may still come."""
@@ -295,13 +299,13 @@ class HardwareErrors:
     def _same_dimm(self, worse: str, better: str) -> None:
         for label in [label for label, known in self._better.items() if known == worse]:
             self._better[label] = better
-        _renewed(self._better, worse, better)
+        self._better.renew(worse, self._better.get(worse, better))
         if (known := self._dimms.pop(worse, None)) is not None:
-            new = Dimm(known.first_ts, known.last_ts)
+            new = functools.partial(Dimm, known.first_ts, known.last_ts)
             _renewed(self._dimms, better, new).absorb(known)
 
     def _count(self, event: HwError, label: str, site: ErrorSite | None) -> None:
-        dimm = _renewed(self._dimms, label, Dimm(event.ts, event.ts))
+        dimm = _renewed(self._dimms, label, lambda: Dimm(event.ts, event.ts))
         dimm.first_ts, dimm.last_ts = min(dimm.first_ts, event.ts), max(dimm.last_ts, event.ts)
         severity = event.severity
         if site is None:
@@ -371,10 +375,13 @@ class HardwareErrors:
         return {label: dimm.history() for label, dimm in self._dimms.items()}
 
 
-def _renewed(known: BoundedDict[_K, _V], key: _K, new: _V) -> _V:
-    """Return the value of ``key``, ``new`` if it had none, and make it the last to be forgotten."""
-    value = known.get(key, new)
-    known.renew(key, value)
+def _renewed(known: BoundedDict[_K, _V], key: _K, new: Callable[[], _V]) -> _V:
+    """Return the value of ``key``, a ``new`` one if it had none, as the last to be forgotten."""
+    value = known.get(key)
+    if value is None:
+        value = known[key] = new()
+    else:
+        known.move_to_end(key)
     return value
 
 
@@ -464,12 +471,16 @@ def _rank(severity: object) -> int:
 
 def _facts(event: HwError) -> dict[str, int | str]:
     """The fields of an ``Origin`` that a report fills."""
-    facts: dict[str, object] = {"severity": event.severity, "addr": event.addr}
-    facts |= {"socket": event.socket, "node": event.node, "message": event.message}
+    facts: dict[str, int | str | None] = {
+        "severity": event.severity,
+        "addr": event.addr,
+        "socket": event.socket,
+        "node": event.node,
+        "message": event.message,
+    }
     check = event.check
     if check is not None and check.bank != mce.FIRMWARE_BANK:
-        facts |= {"bank": check.bank, "cpu": check.cpu, "status": check.status}
+        facts.update(bank=check.bank, cpu=check.cpu, status=check.status)
         if _at(check) == "consumer":
-            facts |= {"consumer_cpu": check.cpu, "consumer_socket": check.socket}
-    known = {name: value for name, value in facts.items() if isinstance(value, (int, str))}
-    return {name: value for name, value in known.items() if value != ""}
+            facts.update(consumer_cpu=check.cpu, consumer_socket=check.socket)
+    return {name: value for name, value in facts.items() if value is not None and value != ""}

@@ -63,10 +63,8 @@ class _Delivery:
 
     def add(self, ts: int, page: int | None, exits: int, code: str | None, signals: int) -> None:
         """Count exits, and signals of a code."""
-        if ts < self.first_ts:
-            self.first_ts = ts
-        if ts > self.last_ts:
-            self.last_ts = ts
+        self.first_ts = ts if ts < self.first_ts else self.first_ts
+        self.last_ts = ts if ts > self.last_ts else self.last_ts
         self.exits += exits
         pages = self.pages
         before = pages.get(page, 0)
@@ -358,7 +356,8 @@ class IncidentState:
                 self.count_lost("told", 1)
                 return first
             delivery = self.deliveries[vm, vcpu] = _Delivery(first_ts=ts, last_ts=ts)
-        delivery.add(ts, page if self.huge else None, exits, code, signals)
+        is_huge = self.size is not None and self.size > self.page
+        delivery.add(ts, page if is_huge else None, exits, code, signals)
         if not self.samples:
             return first
         # Earlier samples do not show how the VMM reacted to this.

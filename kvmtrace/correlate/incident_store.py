@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from kvmtrace import kvm
@@ -46,6 +46,8 @@ class IncidentStore:
         self._victims: list[_Victim] = []  # the next one last
         self._lowest = RANK_OVER  # no incident but the newest has a lower rank, as far as known
         self.forgotten = Forgotten(4 * limits.incidents)
+        self.is_overfull = False
+        """Whether ``trim`` has something to do."""
 
     def __iter__(self) -> Iterator[IncidentState]:
         return iter(self._all.values())
@@ -75,26 +77,23 @@ class IncidentStore:
         )
         return next((incident for incident in mine if incident.owner_by_gfn(vm, gfn)), None)
 
-    def find_place(
-        self, vm: int, gfn: int | None
-    ) -> tuple[IncidentState | None, int | None]:
-        """As ``find_by_gfn``, and the gfn under which the page is known: of a huge page, its
-        owner's.
-        """
-        incident = self.find_by_gfn(vm, gfn)
-        if incident is None or gfn is None:
+    def find_place(self, vm: int, gfn: int | None) -> tuple[IncidentState | None, int | None]:
+        """As ``find_by_gfn``, and by which gfn the page is known: of a huge one, its owner's."""
+        place = (vm, gfn)
+        incident = self._by_place.get(place)
+        if gfn is None or (incident is not None and place in incident.owners):
             return incident, gfn
-        owner = incident.owner_by_gfn(vm, gfn)
+        incident = self.find_by_gfn(vm, gfn)
+        owner = None if incident is None else incident.owner_by_gfn(vm, gfn)
         return incident, gfn if owner is None else owner.gfn
 
     def of_vm(self, vm: int) -> list[IncidentState]:
         """Incidents of which this VM is an owner or was notified, oldest mention first."""
         return list(self._of_vm.get(vm, {}).values())
 
-    @property
-    def is_overfull(self) -> bool:
-        """Whether ``trim`` has something to do."""
-        return len(self._all) > self._limits.incidents
+    def mentions_of(self, vm: int) -> Iterable[IncidentState]:
+        """As ``of_vm``, for as long as nothing is changed."""
+        return self._of_vm.get(vm, {}).values()
 
     # -- changing
 
@@ -106,6 +105,7 @@ class IncidentStore:
         self._serial[stem] = number
         incident = IncidentState(f"{stem}-{number}", self._limits, self._count_lost, self._page)
         self._all[incident.id] = incident
+        self.is_overfull = len(self._all) > self._limits.incidents
         return incident
 
     def trim(self, is_settled: Callable[[IncidentState], bool]) -> None:
@@ -124,6 +124,7 @@ class IncidentStore:
             if incident.rank != RANK_OVER:
                 self._count_lost("incidents", 1)
             self._drop(incident)
+        self.is_overfull = False
 
     def _next_victim(self, is_settled: Callable[[IncidentState], bool]) -> IncidentState:
         newest = next(reversed(self._all.values()))
@@ -241,8 +242,8 @@ class IncidentStore:
 
     def add_notified_vm(self, incident: IncidentState, vm: int) -> None:
         """Note a VM that was notified of the page, whether it owns it or not."""
-        known = self._of_vm.get(vm)
-        if (known is None or incident.id not in known) and vm in incident.vms:
+        known = self._of_vm.get(vm, ())
+        if incident.id not in known and vm in incident.vms:
             self._of_vm.setdefault(vm, {})[incident.id] = incident
 
     def unpoison(self, incident: IncidentState) -> None:

@@ -22,8 +22,7 @@ class RunningEntry:
         last = self._last_ts or self._ts
         self._count += count
         self._last_ts = ts if ts > last else last
-        if ts < self._ts:
-            self._ts = ts
+        self._ts = ts if ts < self._ts else self._ts
 
     def frozen(self) -> TimelineEntry:
         """Return an immutable copy, the last one if nothing was added."""

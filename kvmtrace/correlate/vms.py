@@ -34,8 +34,7 @@ class UndeliveredRefusals:
             self.settled = self.undelivered(ts)
         self.refused += refused
         self.delivered += delivered
-        if ts > self.last_ts:
-            self.last_ts = ts
+        self.last_ts = ts if ts > self.last_ts else self.last_ts
 
     def undelivered(self, now: int) -> int:
         """Refusals that no exit delivered, as far as the counts have settled; never decreases."""
@@ -256,17 +255,18 @@ class VmRegistry:
 
     def count_exit(self, event: Exit, cause: str | None, gfn: int | None) -> VmSeen | None:
         """Count exits, and return their VM. ``gfn``: by which the page in question is known."""
-        vm = self._counted(event.vm, event.count)
+        vm = self._vms.get(event.vm) or self._counted(event.vm, event.count)
         if vm is None:
             return None
         key = (kvm.outcome_name(event.errno, event.reason), cause)
-        if key not in vm.exits and len(vm.exits) >= self._limits.kinds:
+        exits = vm.exits
+        if key not in exits and len(exits) >= self._limits.kinds:
             key = ("other", cause)
-        vm.exits[key] = vm.exits.get(key, 0) + event.count
+        exits[key] = exits.get(key, 0) + event.count
         vm.touch(event.ts)
         # A KVM_RUN that returns 0 with a memory fault notifies its VMM as well.
         if (cause == "hwpoison" or event.errno == 0) and gfn is not None:
-            refusals = self._refusals(vm, gfn)
+            refusals = vm.refusals.get(gfn) or self._refusals(vm, gfn)
             if refusals is not None:
                 refusals.add(event.ts, 0, event.count)
         return vm.seen

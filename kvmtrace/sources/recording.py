@@ -46,7 +46,7 @@ MISSING = "missing_lines"
 
 # A poison with hundreds of owners is below 100 kB; a file with longer lines is no recording.
 MAX_LINE = 1 << 20
-BATCH = 4096
+BATCH = 256  # so few that they are in the CPU's cache until they have been correlated
 # Lines that are parsed together, and bytes after which no more are added to them.
 _TOGETHER = 64
 _TOGETHER_BYTES = 1 << 18
@@ -244,7 +244,10 @@ class RecordingSource:
                 raise Broken("the header, repeated")
             self.done = True  # its keys mean other VMs
             raise MalformedLine("another recording begins here")
-        missing = self._check(record)
+        faults, checker = self._faults, self._checker
+        missing = checker.missing_before(self._line, record)
+        if missing or faults.passed or not checker.is_checked:
+            self._note_gap(missing)
         try:
             event = self._decoder.event(record)
         finally:
@@ -253,7 +256,7 @@ class RecordingSource:
         self._ended = "end" in record and record["end"] is True
         if event is not None:
             events.append(event)
-            self._faults.kept += 1
+            faults.kept += 1
 
     def _header(self) -> tuple[Host, str | None]:
         record = self._record()
@@ -279,23 +282,19 @@ class RecordingSource:
             raise self._bad(f"pages of 2**{host.page_shift} bytes")
         self._promised = record.get("ends") is True
         try:
-            self._check(record)
+            self._note_gap(self._checker.missing_before(self._line, record))
         except Broken as error:
             # The lines that follow can be read without the header.
             self._faults.first = 1, str(error)
             self._checker.last = 1
         return host, version_of(record)
 
-    def _check(self, record: dict[str, Any]) -> int:
-        """Return how many lines are missing before this one. Raises Broken."""
-        missing = self._checker.missing_before(self._line, record)
+    def _note_gap(self, missing: int) -> None:
+        """Note lines that are missing before this one, and whether it has no checksum."""
+        if missing or self._checker.is_checked:
+            self._faults.miss(self._number, missing)
         if not self._checker.is_checked:
             self._faults.unchecked.add(self._number)
-            if not missing:
-                return 0
-        if missing or self._faults.passed:
-            self._faults.miss(self._number, missing)
-        return missing
 
     def _record(self) -> dict[str, Any] | None:
         """Return the next line.
