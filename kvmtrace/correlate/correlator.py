@@ -15,15 +15,16 @@ The incident's timeline keeps which join was made (``model.Join``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from kvmtrace import kvm, page_types
 from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.causes import cause_of
+from kvmtrace.correlate.freezing import freeze, is_settled
 from kvmtrace.correlate.hardware_errors import ErrorSite, HardwareErrors
-from kvmtrace.correlate.incident import IncidentState
+from kvmtrace.correlate.incident import FrozenIncident, IncidentState
 from kvmtrace.correlate.incident_store import IncidentStore
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.pending import PendingEvents
@@ -54,10 +55,8 @@ from kvmtrace.events import (
 from kvmtrace.model import (
     CorrelatedEvent,
     EntryKind,
-    Incident,
     Join,
     JoinedBy,
-    PageClass,
     Snapshot,
     SoftOfflinedPage,
     TimelineEntry,
@@ -399,6 +398,7 @@ class Correlator:
             if not incident.closed:
                 owner = incident.owner_by_hva(event.vm, event.hva, event.lsb)
                 if owner is not None:
+                    incident.frozen = None
                     return incident, Join(JoinedBy.NEAR_HVA, owner.hva)
         return None, join
 
@@ -536,15 +536,16 @@ class Correlator:
     def snapshot(self) -> Snapshot:
         """The model as of the last event; immutable, safe to hand to another thread."""
         now = self._last_ts or 0
+        frozen = [self._frozen(incident, now) for incident in self._incidents]
         forgotten = self._incidents.forgotten.counts()
         pages = forgotten.copy()
-        for incident in self._incidents:
-            if not incident.over:
-                pages.update(key for key in incident.holders if not self._vms.is_gone(key))
-                pages[None] += incident.page_class == PageClass.KERNEL
+        for one in frozen:
+            for key in one.holders:
+                pages[key] += not self._vms.is_gone(key)
+            pages[None] += one.copy.host_at_risk
         return Snapshot(
             vms={key: vm.frozen(pages[key], forgotten[key], now) for key, vm in self._vms.items()},
-            incidents=tuple(self._frozen(incident, now) for incident in self._incidents),
+            incidents=tuple([one.copy for one in frozen]),
             poisons=dict(self._totals.poisons),
             latency=self._totals.latency(),
             lost=dict(self._totals.lost),
@@ -561,23 +562,49 @@ class Correlator:
             steps=tuple(self._steps),
         )
 
-    def _vm_identities(self, incident: IncidentState) -> dict[int, VmIdentity]:
-        known = {
-            key: self._vms.vm_identity(key) or incident.vm_identities.get(key)
-            for key in incident.vms
-        }
-        return {key: identity for key, identity in sorted(known.items()) if identity is not None}
+    def incident_ids(self) -> list[str]:
+        """Return the ids of all incidents."""
+        return self._incidents.ids()
+
+    def freeze(self, ids: Iterable[str]) -> None:
+        """Copy these incidents if they have changed, so that ``snapshot`` has less to do."""
+        now = self._last_ts or 0
+        for incident in filter(None, map(self._incidents.get, ids)):
+            self._frozen(incident, now)
+
+    def _frozen(self, incident: IncidentState, now: int) -> FrozenIncident:
+        """Return an immutable copy, the last one if it is still right."""
+        undelivered = self._vms.undelivered(incident.owners, now)
+        hardware = self._hardware.reports if incident.error_sites else 0
+        known = incident.frozen
+        if (
+            known is not None
+            and now <= known.until
+            and hardware == known.hardware
+            and undelivered == known.undelivered
+            and self._identities(incident, known.vms) == known.identities
+        ):
+            return known
+        vms = sorted(incident.vms)
+        identities = self._identities(incident, vms)
+        who = {key: one for key, one in zip(vms, identities, strict=True) if one is not None}
+        origin = self._hardware.origin(incident.error_sites)
+        copy, until = freeze(incident, now, who, origin, undelivered)
+        holders = () if incident.over else incident.holders
+        incident.frozen = FrozenIncident(
+            copy, until, vms, identities, undelivered, hardware, holders
+        )
+        return incident.frozen
+
+    def _identities(self, incident: IncidentState, vms: Iterable[int]) -> list[VmIdentity | None]:
+        get = self._vms.vm_identity
+        return [get(key) or incident.vm_identities.get(key) for key in vms]
 
     def _is_settled(self, incident: IncidentState) -> bool:
-        return incident.is_settled(self._last_ts or 0, self._vm_identities(incident))
-
-    def _frozen(self, incident: IncidentState, now: int) -> Incident:
-        return incident.frozen(
-            now,
-            self._vm_identities(incident),
-            self._hardware.origin(incident.error_sites),
-            self._vms.undelivered(incident.owners, now),
-        )
+        vms = sorted(incident.vms)
+        identities = zip(vms, self._identities(incident, vms), strict=True)
+        who = {key: one for key, one in identities if one is not None}
+        return is_settled(incident, self._last_ts or 0, who)
 
 
 # {class: what takes events of it}

@@ -232,9 +232,12 @@ class HardwareErrors:
         # {name: a better name of the same DIMM}
         self._better: BoundedDict[str, str] = BoundedDict(limit)
         self._last_check: HwError | None = None
+        self.reports = 0
+        """How many came: what is known of a place changes only with them."""
 
     def report(self, event: HwError) -> ErrorSite | None:
         """Take a report and return the place it names; None if it names none."""
+        self.reports += 1
         site = self._site(event)
         if site is not None:
             site.add(event)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from typing import assert_never
 
 from kvmtrace import kvm
 from kvmtrace.correlate.hardware_errors import ErrorSite
 from kvmtrace.correlate.limits import CountLost, Limits
 from kvmtrace.correlate.timeline import RunningEntry
-from kvmtrace.correlate.verdicts import Evidence, VcpuSample, is_looping, judge
+from kvmtrace.correlate.verdicts import VcpuSample
 from kvmtrace.events import Owner, Poison, Sigbus, VcpuState
 from kvmtrace.model import (
     EntryKind,
     Incident,
-    IncidentStatus,
-    Notification,
-    Origin,
     PageClass,
     TimelineEntry,
-    Verdict,
-    VerdictWord,
     VmIdentity,
     lost_gfns,
 )
@@ -37,10 +31,6 @@ RANK_OVER, RANK_NOBODY, RANK_KERNEL, RANK_OF_A_VM = range(4)  # the lowest is fo
 
 # Entries of which there may be many: they give way to others.
 _MINOR = (EntryKind.OWNER, EntryKind.VCPU_STATE, EntryKind.REFUSAL, EntryKind.PAGE_REPLACED)
-
-_TS = attrgetter("ts")
-
-_SETTLED = (VerdictWord.HANDLED, VerdictWord.EXITED)
 
 _SAMPLES_KEPT = 4
 _SITES_KEPT = 8
@@ -80,6 +70,23 @@ class _Delivery:
 
 
 @dataclass(slots=True)
+class FrozenIncident:
+    """An immutable copy, as long as what it depends on is the same and the time is below ``until``.
+
+    ``vms``: keys of its VMs, sorted; ``identities``: theirs. ``hardware``: the reports that were
+    counted when it was made. ``holders``: VMs that have the page, of an incident that is not over.
+    """
+
+    copy: Incident
+    until: int
+    vms: list[int]
+    identities: list[VmIdentity | None]
+    undelivered: int
+    hardware: int
+    holders: Collection[int]
+
+
+@dataclass(slots=True)
 class IncidentState:
     """``closed``: its VMs are gone, for good. See ``over`` for an unpoisoned page.
 
@@ -87,7 +94,8 @@ class IncidentState:
     places, so it is the kernel's. ``guest_memfd``: it is guest memory, even if the VM is unknown.
     ``vm_identities``: of VMs that are gone. ``deliveries``: by VM and vCPU. ``released``: VM and
     hva of places that no longer have the page. ``samples``: by VM and thread. ``entries``: the
-    timeline by kind and what is distinct about the entry.
+    timeline by kind and what is distinct about the entry. ``frozen``: the last copy, if it has not
+    changed since.
     """
 
     id: str
@@ -120,6 +128,7 @@ class IncidentState:
     own_signals: list[Sigbus] = field(default_factory=list)
     entries: dict[tuple[object, ...], RunningEntry] = field(default_factory=dict)
     omitted: int = 0
+    frozen: FrozenIncident | None = None
 
     # -- whose it is
 
@@ -411,106 +420,6 @@ class IncidentState:
         """
         severities = {site.facts.get("severity") for site in self.error_sites}
         return bool(severities & {"recoverable", "fatal"})
-
-    # -- out
-
-    def notifications(self, vm: int | None = None) -> tuple[Notification, ...]:
-        """How often each vCPU was notified, of one VM or of all."""
-        return tuple(
-            Notification(
-                of,
-                vcpu,
-                delivery.exits,
-                dict(delivery.sigbus),
-                delivery.first_ts,
-                delivery.last_ts,
-                max(delivery.pages.values(), default=None),
-            )
-            for (of, vcpu), delivery in self.deliveries.items()
-            if vm in (None, of)
-        )
-
-    def state(self, now: int, vm_identities: Mapping[int, VmIdentity]) -> IncidentStatus:
-        """How far it is; after a loop it is ``delivered`` again (its verdict has the loop)."""
-        if self.over:
-            return IncidentStatus.CLOSED
-        gone = {key for key, who in vm_identities.items() if who.gone_ts is not None}
-        if any(is_looping(one, now) for one in self.notifications() if one.vm not in gone):
-            return IncidentStatus.LOOPING
-        if self.first_delivery_ts is not None:
-            return IncidentStatus.DELIVERED
-        return IncidentStatus.LATENT if self.holders else IncidentStatus.UNOWNED
-
-    def is_settled(self, now: int, vm_identities: dict[int, VmIdentity]) -> bool:
-        """Whether every VM that owns the page was notified of it and handled it."""
-        words = {verdict.vm: verdict.word for verdict in self.verdicts(now, vm_identities)}
-        return all(words.get(vm) in _SETTLED for vm in self.holders | words.keys())
-
-    def verdicts(self, now: int, vm_identities: dict[int, VmIdentity]) -> tuple[Verdict, ...]:
-        """One verdict for each VM that was notified."""
-        found = []
-        for vm in dict.fromkeys(vm for vm, _ in self.deliveries):
-            who = vm_identities.get(vm)
-            samples = [
-                sample for (of, _), seen in self.samples.items() if of == vm for sample in seen
-            ]
-            found.append(
-                judge(
-                    Evidence(
-                        vm,
-                        now,
-                        self.notifications(vm),
-                        tuple(samples),
-                        who.gone_ts if who else None,
-                        tuple(sorted(hva for of, hva in self.released if of == vm)),
-                    )
-                )
-            )
-        return tuple(found)
-
-    def frozen(
-        self,
-        now: int,
-        vm_identities: dict[int, VmIdentity],
-        origin: Origin | None,
-        undelivered: int,
-    ) -> Incident:
-        """An immutable copy, for the snapshot."""
-        return Incident(
-            id=self.id,
-            state=self.state(now, vm_identities),
-            pfn=self.pfn,
-            page_type=self.page_type,
-            result=self.result,
-            page_class=self.page_class,
-            poisoned_ts=self.poisoned_ts,
-            owners=tuple(self.owners.values()),
-            released=tuple(o for o in self.owners.values() if self.is_released(o)),
-            exits=self.exits,
-            sigbus=self.sigbus,
-            sigbus_at_poison=self.sigbus_at_poison,
-            sigbus_to_others=self.sigbus_to_others,
-            first_delivery_ts=self.first_delivery_ts,
-            last_delivery_ts=self.last_delivery_ts,
-            undelivered=undelivered,
-            before_start=self.before_start,
-            unpoisoned_ts=self.unpoisoned_ts,
-            size=self.size,
-            origin=origin,
-            vm_identities=vm_identities,
-            notifications=self.notifications(),
-            verdicts=self.verdicts(now, vm_identities),
-            timeline=self._timeline(),
-            omitted=self.omitted,
-            page_shift=self.page.bit_length() - 1,
-            guest_memfd=self.guest_memfd,
-        )
-
-    def _timeline(self) -> tuple[TimelineEntry, ...]:
-        entries = [entry.frozen() for entry in self.entries.values()]
-        entries += [entry.frozen() for site in self.error_sites for entry in site.entries.values()]
-        entries.sort(key=_TS)
-        return tuple(entries)
 
 
 def _agree(one: int | None, other: int | None) -> bool:
