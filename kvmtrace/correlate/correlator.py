@@ -601,6 +601,11 @@ class Correlator:
         return [get(key) or incident.vm_identities.get(key) for key in vms]
 
     def _is_settled(self, incident: IncidentState) -> bool:
+        if not incident.samples:
+            # Only the end of its VMs settles it, and nearly all live.
+            for vm, _ in incident.deliveries:
+                if not self._vms.is_gone(vm) and vm not in incident.vm_identities:
+                    return False
         vms = sorted(incident.vms)
         identities = zip(vms, self._identities(incident, vms), strict=True)
         who = {key: one for key, one in identities if one is not None}

@@ -195,7 +195,7 @@ class IncidentState:
         if self.over:
             return RANK_OVER
         unnamed = self.guest_memfd and not self.owners
-        if self.holders or unnamed or self.deliveries or self.first_delivery_ts is not None:
+        if self.deliveries or self.first_delivery_ts is not None or unnamed or self.holders:
             return RANK_OF_A_VM
         return RANK_KERNEL if self.page_class == PageClass.KERNEL else RANK_NOBODY
 
