@@ -29,7 +29,7 @@ _SLICE = 256
 _YIELD_SECONDS = 0.001
 
 # So many incidents are copied at once for a snapshot: a millisecond or two.
-_COPIED = 128
+COPIED = 128
 
 # Seconds that ``close`` waits for a reader that makes no progress, for any reader, and for the
 # source. The first two are below the watchdog's limit for the thread that waits.
@@ -191,9 +191,9 @@ class Session:
         try:
             with self._model_lock:
                 ids = self._correlator.incident_ids()
-            for first in range(0, len(ids) - _COPIED, _COPIED):
+            for first in range(0, len(ids) - COPIED, COPIED):
                 with self._model_lock:
-                    self._correlator.freeze(ids[first : first + _COPIED])
+                    self._correlator.freeze(ids[first : first + COPIED])
                 time.sleep(_YIELD_SECONDS)
             with self._model_lock:
                 model = self._correlator.snapshot()
