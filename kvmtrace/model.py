@@ -323,21 +323,6 @@ class TimelineEntry:
     owner: Owner | None = None
     vmm: bool = True
 
-    def and_again(self, ts: int, count: int) -> TimelineEntry:
-        """Return the entry with ``count`` more, at ``ts``; there may be millions of them."""
-        last = self.last_ts or self.ts
-        return TimelineEntry(
-            ts if ts < self.ts else self.ts,
-            self.kind,
-            self.event,
-            self.joined_by,
-            self.vm,
-            self.count + count,
-            ts if ts > last else last,
-            self.owner,
-            self.vmm,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Incident:
