@@ -91,6 +91,6 @@ def lsb_of(value: int | None) -> int | None:
     return value if value is not None and 0 <= value < 64 else None
 
 
-def gfn_of(gpa: int, page_shift: int = PAGE_SHIFT) -> int:
+def gfn_of(gpa: int) -> int:
     """Guest frame number of a guest physical address, in pages of the host's size."""
-    return gpa >> page_shift
+    return gpa >> PAGE_SHIFT

@@ -164,7 +164,6 @@ class Session:
         return host_of(self._source)
 
     def probes(self) -> tuple[Probe, ...]:
-        """Return the state of every probe."""
         return self._source.probes()
 
     def start(self) -> None:

@@ -43,7 +43,7 @@ class Sealer:
 
 
 class Broken(ValueError):
-    """A line is not as or where it was written; the text says how."""
+    """A line is not as or where it was written; the text is the reason."""
 
 
 @dataclass

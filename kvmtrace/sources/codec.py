@@ -23,8 +23,8 @@ from kvmtrace.events import (
 )
 from kvmtrace.probes import Probe
 from kvmtrace.sanitize import clean
-from kvmtrace.sources.checkers import MalformedLine, checker, fields, reader
 from kvmtrace.sources.convert import machine_check
+from kvmtrace.sources.dataclass_checks import MalformedLine, checker, fields, reader
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

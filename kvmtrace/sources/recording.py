@@ -23,7 +23,6 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import ClockStep, Event, Host, Lost, wall_time
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sanitize import clean
-from kvmtrace.sources.checkers import TIMES, MalformedLine
 from kvmtrace.sources.checksums import EXACT, ODD, Broken, Checker, Places, Sealer
 from kvmtrace.sources.codec import (
     DECODE_ERRORS,
@@ -35,8 +34,10 @@ from kvmtrace.sources.codec import (
     to_record,
     version_of,
 )
+from kvmtrace.sources.dataclass_checks import TIMES, MalformedLine
 from kvmtrace.sources.unpack import STANDARD_INPUT, open_packed
 from kvmtrace.spool import spooling
+from kvmtrace.wording import counted
 
 FORMAT = 1
 BACKLOG_END = "from_here_on"
@@ -229,7 +230,6 @@ class RecordingSource:
         return {}
 
     def close(self) -> None:
-        """Close the file."""
         self.file.close()
         if self._copy is not None:
             self._copy.close()
@@ -397,7 +397,7 @@ class _Faults:
             self._gaps.add(number)
 
     def error(self, path: str) -> KvmtraceError | None:
-        gaps = f"{_counted(self._missing, 'line')} missing before {self._gaps}"
+        gaps = f"{counted(self._missing, 'line')} missing before {self._gaps}"
         no_end = "the end is missing: it was cut off, or is still being written"
         facts = [gaps] * bool(self._missing) + [no_end] * self.no_end
         if self.first is not None:
@@ -408,7 +408,7 @@ class _Faults:
             message = f"{path}: {facts.pop(0)}"
         else:
             return None
-        return KvmtraceError(message, "; ".join([*facts, f"{_counted(self.kept, 'event')} read"]))
+        return KvmtraceError(message, "; ".join([*facts, f"{counted(self.kept, 'event')} read"]))
 
     def doubt(self, path: str, is_rounded: bool) -> KvmtraceError | None:
         if not self.unchecked.count:
@@ -417,10 +417,6 @@ class _Faults:
             f"{path}: changed or added after it was recorded: {self.unchecked}",
             _ROUNDED if is_rounded else "without checksums, and read like the others",
         )
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" + "s" * (number != 1)
 
 
 def _parsed(lines: list[bytes]) -> list[dict[str, Any] | None]:

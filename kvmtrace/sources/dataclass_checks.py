@@ -37,7 +37,7 @@ _RANGES = {
 
 
 class MalformedLine(ValueError):
-    """A line that cannot be decoded; the text says why."""
+    """A line that cannot be decoded; the text is the reason."""
 
 
 class CheckedField(typing.NamedTuple):
