@@ -8,14 +8,14 @@ import time
 import click
 
 from kvmtrace.cli.console import print_status
-from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_door, open_host, open_session
+from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_host, open_session
 from kvmtrace.cli.options import with_source
 from kvmtrace.cli.signals import stop
 from kvmtrace.linux import clock
 from kvmtrace.linux.tracefs import mount
 from kvmtrace.session.session import host_of
 from kvmtrace.sources import Source
-from kvmtrace.views.web.server import check_listen
+from kvmtrace.views.web.listening import DEFAULT_LISTEN, check_listen
 
 
 @click.command()
@@ -85,6 +85,7 @@ def serve(
     an incident is logged on stderr, or in the journal.
     """
     # Other commands need neither the log, nor SQLite, nor prometheus_client.
+    from kvmtrace.cli.doors import open_server  # noqa: PLC0415
     from kvmtrace.cli.service import Service  # noqa: PLC0415
     from kvmtrace.session import archive_file  # noqa: PLC0415
     from kvmtrace.session.archive import Archive  # noqa: PLC0415
@@ -95,7 +96,7 @@ def serve(
         types, results = mount.memory_failure_names()
         return [(kind, result) for kind in types.values() for result in results.values()]
 
-    listen = listen or metrics.DEFAULT_LISTEN
+    listen = listen or DEFAULT_LISTEN
     check_listen(listen)
     watched: Source = open_host(source)
     archive = None
@@ -105,39 +106,38 @@ def serve(
         )
         stop.clean_up.append(archive.close)
         watched = ResumedSource(watched, archive.begin(), archive, clock.now_ns)
-    with open_session(watched) as session, open_door(session, started=False) as answering:
-        server = metrics.serve(
-            listen,
+    with (
+        open_session(watched) as session,
+        open_server(
             session,
+            listen,
+            names=allow_host,
             kinds=kinds,
             max_vms=max_vms or metrics.DEFAULT_MAX_VMS,
-            now=session.now,
-            names=allow_host,
             started=False,
-        )
-        try:
-            give_up_privileges()
-            server.start()
-            if answering is not None:
-                answering.start()
-            if archive is not None:
-                archive.start()
-            session.start()
-            service = Service(session, log_format)
-            print_status(f"serving {server.url}/metrics")
-            service.ready()
-            warned = False
-            while not stop.requested and session.failure is None:
-                time.sleep(POLL_SECONDS)
-                service.look()
-                if not warned and (session.shortages or server.dropped["descriptors"]):
-                    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-                    print_status(
-                        f"kvmtrace: no file descriptors left (limit {limit}): events may be lost"
-                    )
-                    warned = True
-            service.ending()
-            if session.failure is not None:
-                raise session.failure
-        finally:
-            server.close()
+        ) as (server, pages),
+    ):
+        pages.is_ready = False
+        give_up_privileges()
+        server.start()
+        if archive is not None:
+            archive.start()
+        session.start()
+        service = Service(session, log_format)
+        print_status(f"serving {server.url}/metrics")
+        pages.is_ready = True
+        service.ready()
+        warned = False
+        while not stop.requested and session.failure is None:
+            time.sleep(POLL_SECONDS)
+            service.look()
+            if not warned and (session.shortages or server.dropped["descriptors"]):
+                limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                print_status(
+                    f"kvmtrace: no file descriptors left (limit {limit}): events may be lost"
+                )
+                warned = True
+        pages.is_ready = False
+        service.ending()
+        if session.failure is not None:
+            raise session.failure

@@ -1,20 +1,23 @@
 """A running ``kvmtrace serve`` as a source: its backlog, and then its new events.
 
 No probe is attached a second time, and events from before the command was started are there. The
-serve sends a recording that does not end (``session.feed``), which is checked like any other.
+serve answers over HTTP on a Unix socket (``local_socket``). Its ``/events`` is a recording that
+does not end (``session.feed``), which is checked like any other. It is asked for in HTTP/1.0, so
+that no chunks have to be joined.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import select
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import IO, Any, Self, cast
 
-from kvmtrace import feed_socket
+from kvmtrace import local_socket
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Host
 from kvmtrace.probes import Probe, ProbeRuns
@@ -34,9 +37,13 @@ class RemoteSource:
     """The events of a serve; made by ``connect``. The first ``poll`` returns the backlog alone."""
 
     def __init__(self, client: socket.socket, pid: int) -> None:
-        """Read the header and the backlog. Raises OSError, EOFError or one of ``DECODE_ERRORS``."""
+        """Ask for it, and read the header and the backlog.
+
+        Raises OSError, EOFError or one of ``DECODE_ERRORS``.
+        """
         self._client = client
-        self._client.settimeout(feed_socket.TIMEOUT)
+        self._client.settimeout(local_socket.TIMEOUT)
+        _ask(client)
         self._buffer = bytearray()
         self._decoder = Decoder()
         self._checker = Checker()
@@ -56,7 +63,7 @@ class RemoteSource:
     @classmethod
     def connect(cls) -> Self | None:
         """Connect to the serve of this host; None if there is none, or an incompatible one."""
-        found = feed_socket.connect()
+        found = local_socket.connect()
         if found is None:
             return None
         try:
@@ -149,3 +156,27 @@ class RemoteSource:
         self._buffer += data
         if len(self._buffer) > MAX_LINE + _READ and b"\n" not in self._buffer:
             raise ValueError("a line without an end")
+
+
+class _Unbuffered:
+    """A socket as ``http.client`` takes it, of which no more is read than the answer's head."""
+
+    def __init__(self, client: socket.socket) -> None:
+        self._client = client
+
+    def makefile(self, mode: str) -> IO[bytes]:
+        return cast("IO[bytes]", self._client.makefile("rb", buffering=0))
+
+
+def _ask(client: socket.socket) -> None:
+    """Ask for the events. Raises OSError if the serve does not answer with them."""
+    import http.client  # noqa: PLC0415 (takes time, and most commands find no serve)
+
+    client.sendall(b"GET /events HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    response = http.client.HTTPResponse(cast("socket.socket", _Unbuffered(client)))
+    try:
+        response.begin()
+    except http.client.HTTPException as error:
+        raise OSError(errno.EPROTO, f"no answer in HTTP: {error}") from error
+    if response.status != http.HTTPStatus.OK:
+        raise OSError(errno.EAGAIN, f"{response.status} {response.reason}")

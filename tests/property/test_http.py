@@ -20,12 +20,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvmtrace.errors import UsageError
 from kvmtrace.session.session import Session
-from kvmtrace.views.web import metrics
+from kvmtrace.views.web import pages
 from kvmtrace.views.web import server as server_module
-from kvmtrace.views.web.server import Server, parse_listen
+from kvmtrace.views.web.listening import parse_listen
+from kvmtrace.views.web.server import Server
 from tests.property import examples
 from tests.property.damage import TOKENS, damaged
 from tests.property.test_recordings import unfit
+from tests.unit import serving
 from tests.unit.fake import STORY, FakeSource
 
 SECONDS = 120.0
@@ -60,7 +62,7 @@ WORDS = (
     *(b"Transfer-Encoding: chunked\r\n", b"a" * 9000, b"Accept: " + b",;" * 2000 + b"\r\n"),
 )
 HEAD = re.compile(
-    rb"HTTP/1\.0 (?P<status>\d{3}) [A-Za-z ]+\r\n"
+    rb"HTTP/1\.1 (?P<status>\d{3}) [A-Za-z ]+\r\n"
     rb"(?P<fields>(?:[A-Za-z-]+: [ -~]*\r\n)+)\r\n(?P<body>.*)",
     re.DOTALL,
 )
@@ -78,8 +80,8 @@ def server() -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server_module, "HEAD_SECONDS", SECONDS)
         patch.setattr(server_module, "ANSWER_SECONDS", SECONDS)
-        patch.setattr(metrics, "STALE_SECONDS", 1e9)  # nobody reads it any more
-        running = metrics.serve("127.0.0.1:0", session)
+        patch.setattr(pages, "STALE_SECONDS", 1e9)  # nobody reads it any more
+        running = serving.serve("127.0.0.1:0", session)
         yield running
         running.close()
     session.close()

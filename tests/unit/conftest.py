@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace import feed_socket
+from kvmtrace import local_socket
 from kvmtrace.sources.bpf import program_cache
 
 
@@ -16,6 +16,6 @@ def own_directory(
 ) -> Path:
     """Give the test and processes that it starts their own directory for a serve's socket."""
     path = tmp_path_factory.mktemp("run")
-    monkeypatch.setenv(feed_socket.VARIABLE, str(path))
+    monkeypatch.setenv(local_socket.VARIABLE, str(path))
     monkeypatch.setenv(program_cache.VARIABLE, "")  # nothing is kept on this host
     return path

@@ -23,19 +23,24 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvmtrace import cli, sources
+from kvmtrace.cli import doors
 from kvmtrace.cli.options import point_in_time, seconds, utc_option
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Found, Lost, Owned, Owner, VmGone, VmSeen
 from kvmtrace.linux import host
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import NO_KVM, Probe, specs
-from kvmtrace.session.feed import FeedServer, send_log
+from kvmtrace.session.feed import send_log
 from kvmtrace.session.session import Session
 from kvmtrace.views.format import zone_of
 from kvmtrace.views.web import metrics
+from kvmtrace.views.web.listening import DEFAULT_LISTEN
+from kvmtrace.views.web.server import Server
 from kvmtrace.vmm import identity, processes
 from tests.unit.command_line import invoke
 from tests.unit.fake import SECOND, STORY, T0, FakeSource
+from tests.unit.serving import Answering
+from tests.unit.serving import serve as tcp_server
 
 Run = Callable[..., Result]
 
@@ -88,7 +93,7 @@ def test_help_names_every_command() -> None:
 
 def test_help_has_the_exporters_own_defaults() -> None:
     text = " ".join(invoke("serve", "--help").output.split())
-    assert f"[default: {metrics.DEFAULT_LISTEN}]" in text
+    assert f"[default: {DEFAULT_LISTEN}]" in text
     assert f"[default: {metrics.DEFAULT_MAX_VMS}]" in text
 
 
@@ -445,7 +450,7 @@ def serving(directory: Path, *events: Event) -> Iterator[None]:
         patch.setattr(sources, "open_source", lambda kind: pytest.fail("probes were attached"))
         session = Session(FakeSource(events))
         session.pump(0)
-        feed = FeedServer(lambda client: send_log(session, client))
+        feed = Answering(lambda client: send_log(session, client))
         try:
             yield
         finally:
@@ -560,16 +565,15 @@ def test_serve_until_a_signal(source: FakeSource) -> None:
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def remembered(*arguments: Any, **options: Any) -> metrics.Server:
-        servers.append(serve(*arguments, **options))
+    def remembered(*arguments: Any, **options: Any) -> Server:
+        servers.append(Server(*arguments, **options))
         started.set()
         return servers[0]
 
-    servers: list[metrics.Server] = []
-    serve = metrics.serve
+    servers: list[Server] = []
     thread = threading.Thread(target=scrape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "serve", remembered)
+        patch.setattr(doors, "Server", remembered)
         thread.start()
         result = invoke("serve", "--listen", "127.0.0.1:0")
     thread.join()
@@ -580,7 +584,7 @@ def test_serve_until_a_signal(source: FakeSource) -> None:
 
 
 def test_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = metrics.serve("127.0.0.1:0", FakeSession())
+    server = tcp_server("127.0.0.1:0", FakeSession())
     try:
         listen = f"127.0.0.1:{server.address[1]}"
         source = use(monkeypatch, FakeSource())

@@ -42,6 +42,7 @@ MAY_IMPORT = {
 HOMES: dict[str, str | tuple[str, ...]] = {
     "bcc": "sources/bpf/compiler.py",
     "click": "cli/",
+    "h11": "views/web/server.py",
     "prometheus_client": ("views/web/metrics.py", "views/web/exposition.py"),
     "textual": "views/terminal/app.py",
     "rich": "views/terminal/app.py",

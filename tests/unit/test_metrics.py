@@ -38,11 +38,14 @@ from kvmtrace.model import (
 from kvmtrace.session.session import Session
 from kvmtrace.sources.bpf.records import LOST_PLACES
 from kvmtrace.sources.limits import RING_KIB
-from kvmtrace.views.web import metrics, vm_incidents
+from kvmtrace.views.web import answers, metrics, pages, vm_incidents
 from kvmtrace.views.web import server as server_module
-from kvmtrace.views.web.server import Answer, Server, parse_listen
+from kvmtrace.views.web.answers import Answer
+from kvmtrace.views.web.listening import parse_listen
+from kvmtrace.views.web.server import Server
 from kvmtrace.views.web.vm_labels import VmLabels
 from tests.exporter_scenario import CONVERSIONS, LOOPS, START, Scenario
+from tests.unit import serving
 from tests.unit.fake import FakeSource
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -510,7 +513,7 @@ class Fake:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    running = metrics.serve("127.0.0.1:0", Scenario().begin().happen())
+    running = serving.serve("127.0.0.1:0", Scenario().begin().happen())
     yield running
     running.close()
 
@@ -549,7 +552,7 @@ def test_metrics_in_openmetrics_and_gzip(server: Server) -> None:
     )
 
 
-@pytest.mark.parametrize("path", ["/metric", "/metrics/", "/-/ready", "/favicon.ico", "/../x"])
+@pytest.mark.parametrize("path", ["/metric", "/metrics/", "/events", "/favicon.ico", "/../x"])
 def test_anything_else_is_not_found(server: Server, path: str) -> None:
     assert ask(server, path)[0].status == 404
 
@@ -578,7 +581,7 @@ def test_a_dead_source_over_http() -> None:
     def dead() -> Snapshot:
         raise KvmtraceError("the kernel <took> it away", "hint")
 
-    server = metrics.serve("127.0.0.1:0", Fake(dead))
+    server = serving.serve("127.0.0.1:0", Fake(dead))
     try:
         response, body = ask(server, "/-/healthy")
         assert response.status == 503
@@ -598,7 +601,7 @@ def test_the_page_tells_the_story_and_escapes_it() -> None:
     evil = vm(7, "<script>alert(1)</script>", exits={("EFAULT", None): 1})
     story = Scenario().begin().happen().snapshot()
     both = dataclasses.replace(story, vms={**story.vms, 7: evil})
-    server = metrics.serve("127.0.0.1:0", Fake(lambda: both))
+    server = serving.serve("127.0.0.1:0", Fake(lambda: both))
     try:
         response, body = ask(server, "/")
     finally:
@@ -627,7 +630,7 @@ def test_the_page_names_an_owner_that_is_gone() -> None:
     lost = Incident(
         "1f-1", IncidentStatus.CLOSED, 0x1F, "a", "b", START, owners, vm_identities={9: party}
     )
-    server = metrics.serve(
+    server = serving.serve(
         "127.0.0.1:0", Fake(lambda: dataclasses.replace(story, incidents=(lost,)))
     )
     try:
@@ -665,13 +668,13 @@ def test_idle_clients_do_not_hold_up_a_scrape(server: Server) -> None:
 def test_port_in_use_is_one_line_with_a_hint(server: Server) -> None:
     listen = f"127.0.0.1:{server.address[1]}"
     with pytest.raises(KvmtraceError, match=rf"^cannot listen on {listen}: port in use$") as error:
-        metrics.serve(listen, Scenario())
+        serving.serve(listen, Scenario())
     assert "--listen" in error.value.hint
     assert error.value.exit_status == 1
 
 
 def test_close_frees_the_port_and_may_be_called_twice() -> None:
-    server = metrics.serve("127.0.0.1:0", Scenario())
+    server = serving.serve("127.0.0.1:0", Scenario())
     server.close()
     server.close()
     with pytest.raises(ConnectionRefusedError):
@@ -680,7 +683,7 @@ def test_close_frees_the_port_and_may_be_called_twice() -> None:
 
 def test_an_address_that_is_not_ours() -> None:
     with pytest.raises(KvmtraceError, match="not an address of this host"):
-        metrics.serve("192.0.2.1:0", Scenario())
+        serving.serve("192.0.2.1:0", Scenario())
 
 
 OTHERS = ("evil.example", "evil.example:9750", "localhost.evil.example", "127.0.0.1.evil.example")
@@ -703,14 +706,14 @@ def test_on_loopback_it_is_asked_for_by_its_own_names(server: Server, host: str)
     assert ask(server, "/metrics", Host=host)[0].status == 200
 
 
-def test_of_two_hosts_both_must_be_ours(server: Server) -> None:
+def test_two_hosts_are_refused(server: Server) -> None:
     with socket.create_connection(server.address, timeout=20) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: evil.example\r\nHost: localhost\r\n\r\n")
-        assert client.makefile("rb").readline().split()[1] == b"421"
+        assert client.makefile("rb").readline().split()[1] == b"400"
 
 
 def test_names_given_are_its_own() -> None:
-    server = metrics.serve("localhost:0", Scenario(), names=("Metrics.example",))
+    server = serving.serve("localhost:0", Scenario(), names=("Metrics.example",))
     try:
         for host, status in (("metrics.example:443", 200), ("other.example", 421)):
             assert ask(server, "/-/healthy", Host=host)[0].status == status
@@ -719,7 +722,7 @@ def test_names_given_are_its_own() -> None:
 
 
 def test_who_listens_for_others_is_asked_for_by_any_name() -> None:
-    server = metrics.serve(":0", Scenario())
+    server = serving.serve(":0", Scenario())
     try:
         with socket.create_connection(("127.0.0.1", server.address[1]), timeout=20) as client:
             client.sendall(b"GET /metrics HTTP/1.1\r\nHost: kvm-host.example\r\n\r\n")
@@ -736,7 +739,7 @@ def test_no_answer_says_what_serves_it(server: Server) -> None:
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
 @pytest.mark.parametrize(("listen", "host"), [("[::1]:0", "::1"), (":0", "127.0.0.1")])
 def test_ipv6_and_every_address(listen: str, host: str) -> None:
-    server = metrics.serve(listen, Scenario())
+    server = serving.serve(listen, Scenario())
     try:
         connection = http.client.HTTPConnection(host, server.address[1], timeout=20)
         connection.request("GET", "/-/healthy")
@@ -798,7 +801,7 @@ def test_a_client_that_does_not_come_to_the_point_is_let_go_quietly(
 ) -> None:
     """However often it sends a little more."""
     monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.3)
-    server = metrics.serve("127.0.0.1:0", Scenario())
+    server = serving.serve("127.0.0.1:0", Scenario())
     try:
         with connect(server) as slow:
             slow.sendall(sent)
@@ -816,7 +819,7 @@ def test_a_client_that_does_not_come_to_the_point_is_let_go_quietly(
 def test_a_client_that_does_not_read_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "ANSWER_SECONDS", 0.3)
     big = b"x" * (64 << 20)  # more than any socket's buffers
-    server = server_module.start("127.0.0.1:0", {"/": lambda headers: Answer(HTTPStatus.OK, big)})
+    server = serving.start("127.0.0.1:0", {"/": lambda headers: Answer(HTTPStatus.OK, big)})
     try:
         with connect(server) as stuck:
             stuck.sendall(b"GET / HTTP/1.0\r\n\r\n")
@@ -829,7 +832,7 @@ def test_the_oldest_idle_client_makes_room_for_one_who_asks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 8)
-    server = metrics.serve("127.0.0.1:0", Scenario())
+    server = serving.serve("127.0.0.1:0", Scenario())
     idle = [connect(server) for _ in range(20)]
     try:
         until(lambda: server.dropped["crowded"] == 16)
@@ -844,14 +847,14 @@ def test_the_oldest_idle_client_makes_room_for_one_who_asks(
 
 def test_one_peer_does_not_take_the_places_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 8)
-    server = metrics.serve("127.0.0.1:0", Scenario())
+    server = serving.serve("127.0.0.1:0", Scenario())
     try:
         with connect(server) as patient:
             greedy = [connect(server, "127.0.0.2") for _ in range(20)]
             until(lambda: server.dropped["crowded"] == 16)
             assert is_open(patient)
             patient.sendall(b"GET /-/healthy HTTP/1.0\r\n\r\n")
-            assert patient.recv(1 << 16).startswith(b"HTTP/1.0 200 OK\r\n")
+            assert patient.recv(1 << 16).startswith(b"HTTP/1.1 200 OK\r\n")
             for one in greedy:
                 one.close()
     finally:
@@ -861,7 +864,7 @@ def test_one_peer_does_not_take_the_places_of_another(monkeypatch: pytest.Monkey
 def test_connections_leave_descriptors_to_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {resource.RLIMIT_NOFILE: (40, 40)}
     monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
-    server = metrics.serve("127.0.0.1:0", Scenario())
+    server = serving.serve("127.0.0.1:0", Scenario())
     idle = [connect(server) for _ in range(30)]
     try:
         until(lambda: server.dropped["crowded"] == 25)
@@ -875,10 +878,11 @@ def test_connections_leave_descriptors_to_the_reader(monkeypatch: pytest.MonkeyP
 def test_no_descriptor_for_a_connection_is_survived_and_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    server = metrics.serve("127.0.0.1:0", Scenario())
+    server = serving.serve("127.0.0.1:0", Scenario())
     try:
         with connect(server) as idle:
             until(lambda: server._clients)
+            (listener,) = server.listeners
 
             class Short:
                 """The listening socket, with nothing left for the next connection."""
@@ -889,10 +893,12 @@ def test_no_descriptor_for_a_connection_is_survived_and_counted(
                     self.close = listening.close
 
                 def accept(self) -> tuple[socket.socket, object]:
-                    monkeypatch.setattr(server, "_listening", self._listening)
+                    monkeypatch.setattr(listener, "listening", self._listening)
                     raise OSError(errno.EMFILE, "Too many open files")
 
-            monkeypatch.setattr(server, "_listening", Short(server._listening))
+            monkeypatch.setattr(
+                server.listeners[0], "listening", Short(server.listeners[0].listening)
+            )
             response, body = ask(server, "/metrics")
             assert response.status == 200
             assert b'kvmtrace_http_connections_dropped_total{why="descriptors"} 1.0' in body
@@ -908,9 +914,14 @@ def test_no_descriptor_for_a_connection_is_survived_and_counted(
         (b"GET / HTTP/1.0\r\n" + b"X: a\r\n" * 3000 + b"\r\n", 431),
         (b"hello\r\n\r\n", 400),
         (b"\r\n\r\n", 400),
-        (b"\xff\x00 \xff \xff\r\n:\r\n\r\n", 405),
-        (b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + b"a" * 100_000, 405),
+        (b"\xff\x00 \xff \xff\r\n:\r\n\r\n", 400),
+        (
+            b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
+            + b"a" * 100_000,
+            405,
+        ),
         (b"GET / HTTP/1.0\n\n", 200),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),  # without a Host
     ],
 )
 def test_requests_that_are_none(server: Server, sent: bytes, status: int) -> None:
@@ -920,7 +931,7 @@ def test_requests_that_are_none(server: Server, sent: bytes, status: int) -> Non
         answer = b""
         while more := client.recv(1 << 16):
             answer += more
-    assert answer.startswith(b"HTTP/1.0 %d " % status)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
 
 
 @pytest.mark.parametrize(
@@ -945,7 +956,7 @@ def test_an_answer_that_fails_is_one_line(capfd: pytest.CaptureFixture[str]) -> 
     def broken(variant: Hashable) -> Answer:
         raise ZeroDivisionError
 
-    server = server_module.start("127.0.0.1:0", {"/": server_module.Shared(broken)})
+    server = serving.start("127.0.0.1:0", {"/": answers.Shared(broken)})
     try:
         response, body = ask(server, "/")
     finally:
@@ -973,23 +984,23 @@ class Beating:
 
 
 def test_one_snapshot_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "SNAPSHOT_SECONDS", 3600)
-    monkeypatch.setattr(server_module, "MAX_KEEP_SECONDS", 0)
+    monkeypatch.setattr(pages, "SNAPSHOT_SECONDS", 3600)
+    monkeypatch.setattr(answers, "MAX_KEEP_SECONDS", 0)
     session = Beating()
-    server = metrics.serve("127.0.0.1:0", session)
+    server = serving.serve("127.0.0.1:0", session)
     paths = ["/metrics", "/"] * 8
-    answers: list[int] = []
+    statuses: list[int] = []
     try:
         threads = [
-            threading.Thread(target=lambda path=path: answers.append(ask(server, path)[0].status))
+            threading.Thread(target=lambda path=path: statuses.append(ask(server, path)[0].status))
             for path in paths
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        monkeypatch.setattr(metrics, "SNAPSHOT_SECONDS", 0)
-        assert answers == [200] * len(paths)
+        monkeypatch.setattr(pages, "SNAPSHOT_SECONDS", 0)
+        assert statuses == [200] * len(paths)
         assert session.snapshots == 1
         ask(server, "/")
         assert session.snapshots == 2
@@ -1006,9 +1017,9 @@ def test_one_answer_serves_all() -> None:
         made += 1
         called.set()
         go.wait(20)
-        return server_module.text(HTTPStatus.OK, str(made))
+        return answers.text(HTTPStatus.OK, str(made))
 
-    server = server_module.start("127.0.0.1:0", {"/": server_module.Shared(make)})
+    server = serving.start("127.0.0.1:0", {"/": answers.Shared(make)})
     bodies: list[bytes] = []
     try:
         threads = [
@@ -1046,13 +1057,13 @@ class Made:
         self.at_once -= 1
         if name == "broken":
             raise ZeroDivisionError
-        return server_module.text(HTTPStatus.OK, f"this is {name}")
+        return answers.text(HTTPStatus.OK, f"this is {name}")
 
 
 @pytest.fixture
 def tree() -> Iterator[tuple[Server, Made]]:
     made = Made()
-    running = server_module.start("127.0.0.1:0", {"/a/": server_module.Tree(made)})
+    running = serving.start("127.0.0.1:0", {"/a/": answers.Tree(made)})
     yield running, made
     made.go.set()
     running.close()
@@ -1074,7 +1085,7 @@ def test_a_tree_answers_for_what_is_directly_below_it(tree: tuple[Server, Made])
 
 def test_names_are_answered_one_at_a_time_and_not_without_end(tree: tuple[Server, Made]) -> None:
     running, made = tree
-    room = server_module.WAITING_NAMES
+    room = answers.WAITING_NAMES
     bodies: list[bytes] = []
 
     def client(name: str) -> None:
@@ -1099,11 +1110,11 @@ def test_names_are_answered_one_at_a_time_and_not_without_end(tree: tuple[Server
 def test_few_answers_are_kept(tree: tuple[Server, Made]) -> None:
     running, made = tree
     made.go.set()
-    route = running._routes["/a/"]
-    assert isinstance(route, server_module.Tree)
-    for number in range(3 * server_module.KEPT_NAMES):
+    route = running.listeners[0].routes["/a/"]
+    assert isinstance(route, answers.Tree)
+    for number in range(3 * answers.KEPT_NAMES):
         assert ask(running, f"/a/{number}")[0].status == 200
-    assert len(route._kept) == server_module.KEPT_NAMES
+    assert len(route._kept) == answers.KEPT_NAMES
     assert not route._waiting
 
 
@@ -1113,10 +1124,10 @@ def test_many_names_take_no_more_of_the_readers_time_than_one(
     """After an answer, none is made for fifty times as long as it took."""
     running, made = tree
     made.go.set()
-    route = running._routes["/a/"]
-    assert isinstance(route, server_module.Tree)
-    monkeypatch.setattr(server_module, "_made", lambda make, name: (make(name), 3600.0))
-    monkeypatch.setattr(server_module, "MAX_KEEP_SECONDS", 3600.0)
+    route = running.listeners[0].routes["/a/"]
+    assert isinstance(route, answers.Tree)
+    monkeypatch.setattr(answers, "_made", lambda make, name: (make(name), 3600.0))
+    monkeypatch.setattr(answers, "MAX_KEEP_SECONDS", 3600.0)
     assert ask(running, "/a/one")[1] == b"this is one"
     with connect(running) as second:
         second.sendall(b"GET /a/two HTTP/1.0\r\n\r\n")
@@ -1144,18 +1155,18 @@ def test_health_is_the_heartbeat_and_nothing_else(monkeypatch: pytest.MonkeyPatc
         return Snapshot()
 
     monkeypatch.setattr(session, "snapshot", stuck)
-    server = metrics.serve("127.0.0.1:0", session)
+    server = serving.serve("127.0.0.1:0", session)
     try:
         with connect(server) as scraper:
             scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
             until(lambda: [one.stage for one in server._clients] == [server_module._ANSWERING])
             assert ask(server, "/-/healthy")[0].status == 200
-            session._age = metrics.STALE_SECONDS + 2.4
+            session._age = pages.STALE_SECONDS + 2.4
             response, body = ask(server, "/-/healthy")
             assert response.status == 503
             assert body == b"not healthy: the source was last read 7 s ago\n"
             go.set()
-            assert scraper.recv(1 << 16).startswith(b"HTTP/1.0 200")
+            assert scraper.recv(1 << 16).startswith(b"HTTP/1.1 200")
         response, body = ask(server, "/")
         assert response.status == 503
         assert b"last read 7 s ago" in body
@@ -1165,7 +1176,7 @@ def test_health_is_the_heartbeat_and_nothing_else(monkeypatch: pytest.MonkeyPatc
 
 
 def test_when_the_source_was_read_is_a_metric() -> None:
-    server = metrics.serve("127.0.0.1:0", Beating(age=1000.0))
+    server = serving.serve("127.0.0.1:0", Beating(age=1000.0))
     try:
         before = time.time()
         body = ask(server, "/metrics")[1].decode()

@@ -16,7 +16,7 @@ from kvmtrace import sources
 from kvmtrace.cli import output_file
 from kvmtrace.cli import watching as watching_module
 from kvmtrace.cli.bundle import write_bundle
-from kvmtrace.cli.inputs import RecordedLog, open_door
+from kvmtrace.cli.inputs import RecordedLog
 from kvmtrace.cli.signals import stop
 from kvmtrace.cli.watching import Watching
 from kvmtrace.errors import KvmtraceError
@@ -25,6 +25,7 @@ from kvmtrace.sources.recording import RecordingSource
 from tests import docs
 from tests.unit.command_line import invoke
 from tests.unit.fake import FakeSource
+from tests.unit.serving import open_door
 from tests.unit.test_explain import STORY
 from tests.unit.test_remote import LATER, Serve, until
 
