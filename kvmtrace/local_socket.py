@@ -21,6 +21,8 @@ VARIABLE = "KVMTRACE_RUNTIME_DIR"
 GROUP = "kvmtrace"
 """Its members may connect to the socket of root's serve."""
 TIMEOUT = 10.0
+PID_HEADER = "Kvmtrace-Pid"
+"""Of the answer with the events: who serves. The socket may have been made by a service manager."""
 
 _QUEUE_SECONDS = 5.0
 

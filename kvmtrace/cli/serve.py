@@ -15,7 +15,6 @@ from kvmtrace.linux import clock
 from kvmtrace.linux.tracefs import mount
 from kvmtrace.session.session import host_of
 from kvmtrace.sources import Source
-from kvmtrace.views.web.listening import DEFAULT_LISTEN, check_listen
 
 
 @click.command()
@@ -36,6 +35,13 @@ from kvmtrace.views.web.listening import DEFAULT_LISTEN, check_listen
     multiple=True,
     metavar="NAME",
     help="On loopback, also answer requests for this host name (for a proxy that passes it on).",
+)
+@click.option(
+    "--web.config.file",
+    "web_config",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="TLS, client certificates and basic auth for TCP, in the format of Prometheus' exporters.",
 )
 @click.option(
     "--log-format",
@@ -73,6 +79,7 @@ def serve(
     listen: str | None,
     max_vms: int | None,
     allow_host: tuple[str, ...],
+    web_config: str | None,
     log_format: str,
     history: str | None,
     history_days: float,
@@ -85,7 +92,7 @@ def serve(
     an incident is logged on stderr, or in the journal.
     """
     # Other commands need neither the log, nor SQLite, nor prometheus_client.
-    from kvmtrace.cli.doors import open_server  # noqa: PLC0415
+    from kvmtrace.cli.doors import Doors, open_server  # noqa: PLC0415
     from kvmtrace.cli.service import Service  # noqa: PLC0415
     from kvmtrace.session import archive_file  # noqa: PLC0415
     from kvmtrace.session.archive import Archive  # noqa: PLC0415
@@ -96,8 +103,7 @@ def serve(
         types, results = mount.memory_failure_names()
         return [(kind, result) for kind in types.values() for result in results.values()]
 
-    listen = listen or DEFAULT_LISTEN
-    check_listen(listen)
+    doors = Doors(listen, web_config, allow_host)
     watched: Source = open_host(source)
     archive = None
     if path := history or archive_file.default_path():
@@ -110,8 +116,7 @@ def serve(
         open_session(watched) as session,
         open_server(
             session,
-            listen,
-            names=allow_host,
+            doors,
             kinds=kinds,
             max_vms=max_vms or metrics.DEFAULT_MAX_VMS,
             started=False,

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 
 from kvmtrace import local_socket
 
-_QUEUE = 128
+# To a full queue a client that does not wait cannot connect.
+_QUEUE = 1024
 _LOCK_SECONDS = 5.0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import re
 import select
 import socket
 import time
@@ -37,17 +38,16 @@ class RemoteSource:
     """The events of a serve; made by ``connect``. The first ``poll`` returns the backlog alone."""
 
     def __init__(self, client: socket.socket, pid: int) -> None:
-        """Ask for it, and read the header and the backlog.
+        """Ask for it, and read the header and the backlog. ``pid``: who listens there.
 
         Raises OSError, EOFError or one of ``DECODE_ERRORS``.
         """
         self._client = client
         self._client.settimeout(local_socket.TIMEOUT)
-        _ask(client)
+        self.pid = _ask(client) or pid
         self._buffer = bytearray()
         self._decoder = Decoder()
         self._checker = Checker()
-        self.pid = pid
         header = self._next()
         number = header["kvmtrace_recording"]
         if type(number) is not int or not 0 < number <= FORMAT:
@@ -168,8 +168,11 @@ class _Unbuffered:
         return cast("IO[bytes]", self._client.makefile("rb", buffering=0))
 
 
-def _ask(client: socket.socket) -> None:
-    """Ask for the events. Raises OSError if the serve does not answer with them."""
+def _ask(client: socket.socket) -> int | None:
+    """Ask for the events; the pid of the serve, if it says so.
+
+    Raises OSError if it does not answer with events.
+    """
     import http.client  # noqa: PLC0415 (takes time, and most commands find no serve)
 
     client.sendall(b"GET /events HTTP/1.0\r\nHost: localhost\r\n\r\n")
@@ -180,3 +183,5 @@ def _ask(client: socket.socket) -> None:
         raise OSError(errno.EPROTO, f"no answer in HTTP: {error}") from error
     if response.status != http.HTTPStatus.OK:
         raise OSError(errno.EAGAIN, f"{response.status} {response.reason}")
+    pid = response.getheader(local_socket.PID_HEADER, "")
+    return int(pid) if re.fullmatch("[0-9]{1,10}", pid) else None

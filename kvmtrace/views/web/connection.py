@@ -86,7 +86,7 @@ class TlsConnection:
             ssl_shutdown_timeout=LINGER_SECONDS,
         )
         # What was sent is with the kernel once ``drain`` returns.
-        transport.set_write_buffer_limits(0)
+        transport.set_write_buffer_limits(high=1, low=0)
         return cls(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from urllib.parse import parse_qs
 
@@ -28,10 +28,15 @@ _JSON = "application/json"
 NDJSON = "application/x-ndjson"
 
 
-def local_routes(pages: Pages, send_log: Callable[[Client], None]) -> dict[str, Route]:
-    """All that the Unix socket answers, by path. ``send_log``: writes the log to a client."""
+def local_routes(
+    pages: Pages, routes: Mapping[str, Route], send_log: Callable[[Client], None]
+) -> dict[str, Route]:
+    """All that the Unix socket answers, by path: ``routes``, which TCP has as well, and its own.
+
+    ``send_log``: writes the log to a client.
+    """
     return {
-        **pages.routes(),
+        **routes,
         "/events": StreamRoute(send_log, NDJSON),
         "/snapshot": Shared(lambda _: _snapshot(pages)),
         "/explain": Tree(lambda query: _explain(pages, query)),

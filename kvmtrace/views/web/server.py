@@ -23,14 +23,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 
 import h11
 
 from kvmtrace import local_socket
 from kvmtrace.views.web.answers import Answer, Headers, Shared, Tree, text
-from kvmtrace.views.web.connection import Connection, PlainConnection
+from kvmtrace.views.web.connection import Connection, PlainConnection, TlsConnection
 from kvmtrace.views.web.host_names import OTHER_NAME, HostNames, is_loopback
 from kvmtrace.views.web.stream import StreamRoute
+
+if TYPE_CHECKING:
+    # Loads YAML and bcrypt, which take memory and are seldom asked for.
+    from kvmtrace.views.web.security import Security
 
 # Seconds: for the head of a request (TLS included), and from then on until the client has its
 # answer.
@@ -59,12 +64,14 @@ A ``Tree`` at a path that ends in a slash answers for all paths directly below i
 class Listener:
     """A socket that listens, and what is answered there (by path, asked with GET and HEAD only).
 
-    ``names``: of a server on loopback; None: it answers under any name.
+    ``names``: of a server on loopback; None: it answers under any name. ``security``: None: plain
+    HTTP, for everybody who can connect.
     """
 
     listening: socket.socket
     routes: Mapping[str, Route]
     names: HostNames | None = None
+    security: Security | None = None
 
     @property
     def is_local(self) -> bool:
@@ -79,11 +86,14 @@ class Listener:
 
 
 def tcp_listener(
-    listening: socket.socket, routes: Mapping[str, Route], names: Iterable[str] = ()
+    listening: socket.socket,
+    routes: Mapping[str, Route],
+    names: Iterable[str] = (),
+    security: Security | None = None,
 ) -> Listener:
     """Listen on TCP. On loopback it answers under ``names`` and its own names only."""
     is_own = is_loopback(listening.getsockname()[0])
-    return Listener(listening, routes, HostNames(names) if is_own else None)
+    return Listener(listening, routes, HostNames(names) if is_own else None, security)
 
 
 @dataclass(eq=False)
@@ -150,9 +160,11 @@ class Server:
 
     @property
     def url(self) -> str:
-        """``http://HOST:PORT``, for people and tests."""
+        """``http://HOST:PORT``, or https, for people and tests."""
         host, port = self.address
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        security = next(one.security for one in self.listeners if not one.is_local)
+        scheme = "https" if security is not None and security.context is not None else "http"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def close(self) -> None:
         """Stop listening and cut answers under way. May be called twice."""
@@ -197,6 +209,8 @@ class Server:
             self._loop.call_later(_RETRY, self._listen, listener)
             return
         connection.setblocking(False)
+        if listener.security is not None:
+            listener.security.look()
         client = _Client(listener, listener.peer(connection, address), self._loop.time())
         crowd = {one for one in self._clients if one.listener is listener}
         of_peer = {one for one in crowd if one.peer == client.peer}
@@ -220,14 +234,14 @@ class Server:
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
         try:
             async with asyncio.timeout(HEAD_SECONDS):
-                connection = PlainConnection(accepted)
+                connection = await _opened(client.listener, accepted)
                 request = await _request(connection, http)
             async with asyncio.timeout(ANSWER_SECONDS):
                 client.stage = _ANSWERING
                 answer = await _answer(client.listener, request)
                 if isinstance(answer, Answer):
                     client.stage = _WRITING
-                    await _send(connection, http, answer, request)
+                    await _send(connection, http, answer, request, client.listener)
                     if http.their_state is not h11.DONE:
                         await connection.finish()  # the client sent more than was read
             if isinstance(answer, StreamRoute):
@@ -251,6 +265,18 @@ def no_drops() -> Counter[str]:
 
 
 # -- requests
+
+
+async def _opened(listener: Listener, accepted: socket.socket) -> Connection:
+    """The connection, after its handshake. Raises OSError; the socket is closed then."""
+    security = listener.security
+    if security is None or security.context is None:
+        return PlainConnection(accepted)
+    connection = await TlsConnection.accept(accepted, security.context, HEAD_SECONDS)
+    if not security.allows(connection.alternative_names):
+        await connection.close()
+        raise ConnectionAbortedError("not one of client_allowed_sans")
+    return connection
 
 
 async def _request(connection: Connection, http: h11.Connection) -> _Request:
@@ -285,6 +311,10 @@ async def _answer(listener: Listener, request: _Request) -> Answer | StreamRoute
         return request.error
     if listener.names is not None and not listener.names.has(request.headers.get("host", "")):
         return text(HTTPStatus.MISDIRECTED_REQUEST, OTHER_NAME)
+    if listener.security is not None:
+        refusal = await listener.security.refusal(request.headers)
+        if refusal is not None:
+            return refusal
     path, _, query = request.target.partition("?")
     route = listener.routes.get(path)
     if route is None:
@@ -311,9 +341,14 @@ async def _answer(listener: Listener, request: _Request) -> Answer | StreamRoute
 
 
 async def _send(
-    connection: Connection, http: h11.Connection, answer: Answer, request: _Request
+    connection: Connection,
+    http: h11.Connection,
+    answer: Answer,
+    request: _Request,
+    listener: Listener,
 ) -> None:
-    await connection.send(_head(http, answer.headers(), answer.status))
+    headers = answer.headers() | (listener.security.headers if listener.security else {})
+    await connection.send(_head(http, headers, answer.status))
     if not request.head_only:
         await connection.send(http.send(h11.Data(data=answer.body)) or b"")
     http.send(h11.EndOfMessage())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -61,7 +62,11 @@ class StreamRoute:
 
     def headers(self) -> dict[str, str]:
         """Headers by their names."""
-        return {"Content-Type": self.kind, "Cache-Control": "no-store"}
+        return {
+            "Content-Type": self.kind,
+            "Cache-Control": "no-store",
+            local_socket.PID_HEADER: str(os.getpid()),
+        }
 
     def has_room(self) -> bool:
         """Whether another client may be served.
