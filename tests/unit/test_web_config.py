@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -103,6 +104,7 @@ def ask(
         return error.code, dict(error.headers)
 
 
+DOCS = Path(__file__).parents[2] / "docs/service.md"
 TLS = "tls_server_config:\n  cert_file: server.pem\n  key_file: server.key\n"
 USERS = f"basic_auth_users:\n  prometheus: {HTPASSWD}\n"
 VERIFIED = f"{TLS}  client_auth_type: RequireAndVerifyClientCert\n  client_ca_file: ca.pem\n"
@@ -231,6 +233,16 @@ def test_serve_ends_with_one_line(web: Path) -> None:
         first, hint = result.stderr.splitlines()
         assert why in first
         assert hint == f"hint: `promtool check web-config {path}` checks it, too"
+
+
+def test_what_the_docs_show(web: Path) -> None:
+    shown = re.search(r"^```yaml\n(tls_.*?)^```$", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    assert shown
+    shutil.copy(web.parent / "ca.pem", web.parent / "clients.pem")
+    web.write_text(shown[1].replace("$2y$10$…", HTPASSWD))
+    config = Security(str(web), said.append)
+    assert config.context is not None
+    assert config.context.verify_mode == ssl.CERT_REQUIRED
 
 
 def test_pem_in_the_file(web: Path) -> None:
