@@ -173,9 +173,10 @@ def _ask(client: socket.socket) -> int | None:
 
     Raises OSError if it does not answer with events.
     """
-    import http.client  # noqa: PLC0415 (takes time, and most commands find no serve)
-
     client.sendall(b"GET /events HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    # After that, because it takes time, and the serve waits for a request only so long.
+    import http.client  # noqa: PLC0415
+
     response = http.client.HTTPResponse(cast("socket.socket", _Unbuffered(client)))
     try:
         response.begin()

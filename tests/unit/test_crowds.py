@@ -20,7 +20,7 @@ from kvmtrace.views.web import server as server_module
 from kvmtrace.views.web.server import Server
 from tests.unit.certificates import Certificates
 from tests.unit.fake import STORY, FakeSource
-from tests.unit.test_remote import until
+from tests.unit.waiting import until
 
 IDLE = 1000
 DAWDLING = (b"G", b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nX: ")

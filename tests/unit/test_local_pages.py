@@ -22,7 +22,8 @@ from kvmtrace.sources.recording import BACKLOG_END
 from kvmtrace.views.web import stream
 from tests.unit.command_line import invoke
 from tests.unit.serving import open_door
-from tests.unit.test_remote import LATER, Serve, until
+from tests.unit.test_remote import LATER, Serve
+from tests.unit.waiting import until
 
 ROOT = Path(__file__).parents[2]
 needs_curl = pytest.mark.skipif(

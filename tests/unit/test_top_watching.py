@@ -27,7 +27,8 @@ from tests.unit.command_line import invoke
 from tests.unit.fake import FakeSource
 from tests.unit.serving import open_door
 from tests.unit.test_explain import STORY
-from tests.unit.test_remote import LATER, Serve, until
+from tests.unit.test_remote import LATER, Serve
+from tests.unit.waiting import until
 
 
 @pytest.fixture(autouse=True)

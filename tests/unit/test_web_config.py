@@ -29,7 +29,7 @@ from kvmtrace.views.web.web_config import read_web_config
 from tests.exporter_scenario import Scenario
 from tests.unit.certificates import Certificates
 from tests.unit.command_line import invoke
-from tests.unit.test_remote import until
+from tests.unit.waiting import until
 
 HASH = "$2b$04$3hb1A1k1R1tivsAucEk9Z.CYQBPd4IWASKnGL6SiHnhIEoEYzZqce"  # "the right one"
 HTPASSWD = HASH.replace("$2b$", "$2y$")  # as htpasswd -B writes it
