@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tests.unit.serving import open_door
 from tests.unit.test_remote import LATER, Serve
 from tests.unit.waiting import until
 
+NOBODY = 65534
 ROOT = Path(__file__).parents[2]
 needs_curl = pytest.mark.skipif(
     shutil.which("curl") is None and os.environ.get("CI") != "true", reason="no curl here"
@@ -155,39 +157,40 @@ def test_streams_leave_room_for_questions(serve: Serve) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user")
-def test_a_member_of_the_group_needs_no_root(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_member_of_the_group_needs_no_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command that asks a serve, by a process of nobody in the group."""
-    group = next(one for one in grp.getgrall() if one.gr_gid not in (0, 65534))
+    group = next(one for one in grp.getgrall() if one.gr_gid not in (0, NOBODY))
     monkeypatch.setattr(local_socket, "GROUP", group.gr_name)
-    monkeypatch.setenv(local_socket.VARIABLE, str(tmp_path / "new"))
-    for directory in (tmp_path, *tmp_path.parents):
-        if directory.stat().st_mode & 0o001:
-            break
-        directory.chmod(directory.stat().st_mode | 0o011)
     serve = Serve()
-    (tmp_path / "out").mkdir()
-    os.chown(tmp_path / "out", 65534, 65534)
-    bundle = f"bundle -o {tmp_path}/out/case.tar.gz"
-    asked = ("top --once --json --interval 0.1", "events --json --duration 0.1", "explain web-1")
     script = "import sys; from kvmtrace.cli import main; sys.exit(main())"
-    with open_door(serve.session):
-        for command in (*asked, bundle, "check"):
-            done = subprocess.run(
-                [sys.executable, "-c", script, *command.split()],
-                capture_output=True,
-                text=True,
-                check=False,
-                cwd=ROOT,
-                user=65534,
-                group=65534,
-                extra_groups=[group.gr_gid],
-            )
-            wanted = 2 if command == "check" else 0
-            assert done.returncode == wanted, (command, done.stdout, done.stderr)
-            assert "web-1" in done.stdout + done.stderr or command == bundle
-    assert (tmp_path / "out/case.tar.gz").exists()
+    # pytest takes its own directories from other users each time that it starts.
+    with tempfile.TemporaryDirectory() as own:
+        os.chmod(own, 0o711)
+        monkeypatch.setenv(local_socket.VARIABLE, f"{own}/run")
+        case = Path(own, "out/case.tar.gz")
+        case.parent.mkdir()
+        os.chown(case.parent, NOBODY, NOBODY)
+        commands = {
+            "top --once --json --interval 0.1": 0,
+            "events --json --duration 0.1": 0,
+            "explain web-1": 0,
+            f"bundle -o {case}": 0,
+            "check": 2,
+        }
+        with open_door(serve.session):
+            for command, status in commands.items():
+                done = subprocess.run(
+                    [sys.executable, "-c", script, *command.split()],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    cwd=ROOT,
+                    user=NOBODY,
+                    group=NOBODY,
+                    extra_groups=[group.gr_gid],
+                )
+                assert done.returncode == status, (command, done.stdout, done.stderr)
+                assert "web-1" in done.stdout or case.exists()
 
 
 def test_what_is_sent_is_a_recording(serve: Serve, tmp_path: Path) -> None:
