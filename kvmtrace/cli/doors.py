@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from kvmtrace.cli.console import print_status
 from kvmtrace.cli.signals import stop
@@ -62,6 +62,7 @@ def open_server(
     *,
     kinds: Kinds = lambda: FALLBACK_KINDS,
     max_vms: int = DEFAULT_MAX_VMS,
+    hooks: Mapping[str, int] | None = None,
     started: bool = True,
 ) -> Iterator[tuple[Server, Pages]]:
     """A server for a session until the block ends; without ``doors`` on its Unix socket only.
@@ -70,7 +71,7 @@ def open_server(
     a status line. Raises KvmtraceError if it cannot listen on TCP.
     """
     dropped = no_drops()
-    pages = Pages(session, dropped, kinds=kinds, max_vms=max_vms, now=session.now)
+    pages = Pages(session, dropped, kinds=kinds, max_vms=max_vms, now=session.now, hooks=hooks)
     listeners = []
     with contextlib.ExitStack() as ending:
         tcp = list(doors.tcp) if doors is not None else []

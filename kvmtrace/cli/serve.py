@@ -8,8 +8,9 @@ import time
 import click
 
 from kvmtrace.cli.console import print_status
+from kvmtrace.cli.hooks import open_hooks, program
 from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_host, open_session
-from kvmtrace.cli.options import with_source
+from kvmtrace.cli.options import days, seconds, with_source
 from kvmtrace.cli.signals import stop
 from kvmtrace.linux import clock
 from kvmtrace.linux.tracefs import mount
@@ -59,7 +60,7 @@ from kvmtrace.sources import Source
 )
 @click.option(
     "--history-days",
-    type=click.FloatRange(min=0, min_open=True),
+    type=days,
     default=90,
     show_default=True,
     metavar="DAYS",
@@ -73,6 +74,19 @@ from kvmtrace.sources import Source
     metavar="MIB",
     help="Delete the oldest events of a larger file.",
 )
+@click.option(
+    "--on-incident",
+    type=program,
+    metavar="COMMAND",
+    help="Run this program for each change of an incident, with the incident as JSON on stdin.",
+)
+@click.option(
+    "--hook-timeout",
+    type=seconds,
+    default=30.0,
+    metavar="DURATION",
+    help="Kill that program after so long.  [default: 30s]",
+)
 @with_source
 def serve(
     *,
@@ -84,6 +98,8 @@ def serve(
     history: str | None,
     history_days: float,
     history_size: int,
+    on_incident: tuple[str, ...] | None,
+    hook_timeout: float,
     source: str,
 ) -> None:
     """Serve metrics for Prometheus, /-/healthy and a landing page.
@@ -114,11 +130,13 @@ def serve(
         watched = ResumedSource(watched, archive.begin(), archive, clock.now_ns)
     with (
         open_session(watched) as session,
+        open_hooks(on_incident, hook_timeout) as hooks,
         open_server(
             session,
             doors,
             kinds=kinds,
             max_vms=max_vms or metrics.DEFAULT_MAX_VMS,
+            hooks=hooks.counts if hooks else None,
             started=False,
         ) as (server, pages),
     ):
@@ -127,8 +145,10 @@ def serve(
         server.start()
         if archive is not None:
             archive.start()
+        if hooks is not None:
+            hooks.start()
         session.start()
-        service = Service(session, log_format)
+        service = Service(session, log_format, hooks)
         print_status(f"serving {server.url}/metrics")
         pages.is_ready = True
         service.ready()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvmtrace import local_socket
+from kvmtrace.cli import configuration
 from kvmtrace.sources.bpf import program_cache
 from kvmtrace.views.web.server import Server
 from tests.exporter_scenario import Scenario
@@ -25,6 +26,7 @@ def own_directory(
     path = tmp_path_factory.mktemp("run")
     monkeypatch.setenv(local_socket.VARIABLE, str(path))
     monkeypatch.setenv(program_cache.VARIABLE, "")  # nothing is kept on this host
+    monkeypatch.setenv(configuration.VARIABLE, "")  # nor taken from its configuration
     return path
 
 

@@ -329,12 +329,21 @@ class _ByVm:
 class Registry:
     """All that ``/metrics`` has: the model, kvmtrace's own state, and what it costs."""
 
-    def __init__(self, exporter: Exporter, session: Snapshots, dropped: Mapping[str, int]) -> None:
-        """``dropped``: connections that the server gave up, by reason."""
+    def __init__(
+        self,
+        exporter: Exporter,
+        session: Snapshots,
+        dropped: Mapping[str, int],
+        hooks: Mapping[str, int] | None = None,
+    ) -> None:
+        """``dropped``: connections that the server gave up, by reason.
+
+        ``hooks``: runs by how they ended, and "dropped"; None: there is no hook.
+        """
         self._exporter = exporter
         self._others = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=self._others)  # process_cpu_seconds_total …
-        self._others.register(_Service(session, dropped))
+        self._others.register(_Service(session, dropped, hooks))
 
     def text(self, *, as_openmetrics: bool) -> bytes:
         """One scrape."""
@@ -345,9 +354,12 @@ class Registry:
 class _Service(Collector):
     """kvmtrace's own state, which is exported even if there are no snapshots."""
 
-    def __init__(self, session: Snapshots, dropped: Mapping[str, int]) -> None:
+    def __init__(
+        self, session: Snapshots, dropped: Mapping[str, int], hooks: Mapping[str, int] | None
+    ) -> None:
         self._session = session
         self._dropped = dropped
+        self._hooks = hooks
 
     def collect(self) -> Iterator[Metric]:
         dropped = CounterMetricFamily(
@@ -358,6 +370,8 @@ class _Service(Collector):
         for why, count in self._dropped.items():
             dropped.add_metric([why], count)
         yield dropped
+        if self._hooks is not None:
+            yield from _hooks(self._hooks)
         yield _privileges()
         if isinstance(self._session, Reader):
             try:
@@ -369,6 +383,23 @@ class _Service(Collector):
                 "When the source was last read, in seconds since the epoch.",
                 clock.wall_ns() / 1e9 - age,
             )
+
+
+def _hooks(counts: Mapping[str, int]) -> Iterator[Metric]:
+    runs = CounterMetricFamily(
+        "kvmtrace_hook_runs",
+        "Runs of the program for changes of incidents, by how they ended.",
+        labels=["result"],
+    )
+    for result, count in counts.items():
+        if result != "dropped":
+            runs.add_metric([result], count)
+    yield runs
+    yield CounterMetricFamily(
+        "kvmtrace_hook_dropped",
+        "Changes of incidents for which the program was not run: too many were waiting.",
+        counts["dropped"],
+    )
 
 
 def _privileges() -> Metric:

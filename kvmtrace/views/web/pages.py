@@ -57,7 +57,8 @@ class Pages:
     """The pages of a session, for every listener: an answer is made once for all who ask.
 
     ``now``: ns since the epoch, by the clock that stamps the session's events. ``dropped``:
-    connections that the server gave up. ``is_ready``: set once the source is watched.
+    connections that the server gave up. ``hooks``: as in ``metrics.Registry``. ``is_ready``: set
+    once the source is watched.
     """
 
     def __init__(
@@ -68,13 +69,14 @@ class Pages:
         kinds: Kinds = lambda: FALLBACK_KINDS,
         max_vms: int = DEFAULT_MAX_VMS,
         now: Callable[[], int] = clock.now_ns,
+        hooks: Mapping[str, int] | None = None,
     ) -> None:
         self.is_ready = True
         self.now = now
         self._session = session
         self._recent = Recent(session.snapshot)
         exporter = Exporter(self._recent.snapshot, kinds=kinds, max_vms=max_vms)
-        self._registry = Registry(exporter, session, dropped)
+        self._registry = Registry(exporter, session, dropped, hooks)
 
     def routes(self) -> dict[str, Route]:
         """What every client may ask for, by path."""
