@@ -26,6 +26,7 @@ from kvmtrace.views.web.pages import Pages
 from kvmtrace.views.web.security import Security
 from kvmtrace.views.web.server import Server, no_drops, tcp_listener
 from kvmtrace.views.web.web_config import read_web_config
+from tests import prometheus
 from tests.exporter_scenario import Scenario
 from tests.unit.certificates import Certificates
 from tests.unit.command_line import invoke
@@ -415,6 +416,26 @@ def test_guesses_hold_up_nobody_who_was_right(
 def test_a_rate_limit(secured: Secured) -> None:
     server = secured("rate_limit: {interval: 1h, burst: 3}\n")
     assert [ask(server)[0] for _ in range(5)] == [200, 200, 200, 429, 429]
+
+
+@pytest.mark.skipif(
+    bool(prometheus.missing("prometheus")) and not prometheus.required(),
+    reason=str(prometheus.missing("prometheus")),
+)
+def test_prometheus_scrapes_with_certificate_and_password(secured: Secured, web: Path) -> None:
+    server = secured(VERIFIED + USERS)
+    options: dict[str, object] = {
+        "scheme": "https",
+        "tls_config": {
+            "ca_file": str(web.parent / "ca.pem"),
+            "cert_file": str(web.parent / "client.pem"),
+            "key_file": str(web.parent / "client.key"),
+        },
+        "basic_auth": {"username": "prometheus", "password": "the right one"},
+    }
+    with prometheus.Prometheus(server.url.removeprefix("https://"), options=options) as scraper:
+        scraper.wait_for_scrapes(1)
+        assert scraper.value("kvmtrace_build_info") == 1
 
 
 # -- files that change

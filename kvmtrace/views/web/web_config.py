@@ -105,6 +105,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # a library without types
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _Wrong(f"line {key.start_mark.line + 1}: a name is expected")
             if key.value in seen:
                 line = key.start_mark.line + 1
                 raise _Wrong(f"line {line}: {key.value!r} stands there twice")
@@ -129,6 +131,8 @@ def read_web_config(path: str) -> WebConfig:
         raise config_error(path, f"{line}{why}") from None
     except RecursionError:
         raise config_error(path, "nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # a date that is none, for instance
+        raise config_error(path, f"not YAML: {error}".splitlines()[0]) from None
     except _Wrong as error:
         raise config_error(path, str(error)) from None
 
