@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 
 import click
 
 from kvmtrace.cli.completion import complete_target
-from kvmtrace.cli.console import json_is_utf8, print_line, print_lines, terminal_width
+from kvmtrace.cli.console import print_json, print_lines, terminal_width
 from kvmtrace.cli.inputs import EventLog, load_log
 from kvmtrace.cli.options import from_option, json_option, utc_option, watch_option, with_source
 from kvmtrace.sanitize import clean
@@ -43,7 +42,7 @@ def explain(
 
     Of a target: an incident's id or its beginning; a page frame of the host (PFN, 0x103275); a
     guest physical address or a gfn (0x8000@web-1); a VM by name, uuid, pid or part of its name; a
-    DIMM by its label. What is not known to be poisoned is told so, with status 0.
+    DIMM by its label. A target without poisoned pages is no error: the status is 0.
 
     \b
     Example: kvmtrace explain web-1
@@ -52,9 +51,7 @@ def explain(
         snapshot = log.model()
         found = None if target is None else lookup.find(snapshot, target)
         if as_json:
-            json_is_utf8()
-            objects = explain_screen.as_objects(found, snapshot, log.now)
-            print_line(json.dumps(objects, ensure_ascii=False))
+            print_json(explain_screen.as_objects(found, snapshot, log.now))
             return
         showing = _showing(log, recording, evidence=evidence)
         if found is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import time
 
@@ -142,6 +143,7 @@ def serve(
     ):
         pages.is_ready = False
         give_up_privileges()
+        gc.freeze()  # nothing of what is there now ends before the process does
         server.start()
         if archive is not None:
             archive.start()

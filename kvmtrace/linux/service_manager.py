@@ -1,4 +1,4 @@
-"""Tell the service manager that the service is ready, alive or ending (sd_notify(3)).
+"""Report to the service manager that the service is ready, alive or ending (sd_notify(3)).
 
 And take the sockets that it listens on for the service (sd_listen_fds(3)).
 """
@@ -61,7 +61,7 @@ def passed_sockets() -> list[socket.socket]:
 
 
 def watchdog_seconds() -> float | None:
-    """How often the manager wants to hear that the service is alive; None if it does not ask.
+    """Return how often to report that the service is alive; None if the manager does not watch.
 
     That is half of $WATCHDOG_USEC, as sd_watchdog_enabled(3) recommends.
     """

@@ -74,7 +74,7 @@ def of_target(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[
 
 def _address(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
     """An address of a guest that is in no incident."""
-    text = f"{target.text} is not poisoned as far as kvmtrace knows"
+    text = f"{target.text} is not poisoned as far as is known"
     yield from healthy(text, snapshot, showing, target.reading)
     elsewhere = [
         one
@@ -102,7 +102,7 @@ def _dimms(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Lin
     else:
         since = watching_since(snapshot, showing.end(snapshot))
         labels = listed(map(dimm_of, target.dimms))
-        text = f"{labels} had errors; no page of it is poisoned as far as kvmtrace knows, {since}."
+        text = f"{labels} had errors; no page of it is poisoned as far as is known, {since}."
         yield from headed("WATCH", "note", text, showing.width)
         yield from stamped(snapshot, showing, target.reading)
         yield from errors
@@ -116,7 +116,7 @@ def _page(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Line
     pfn = target.pfn or 0
     moved = [page for page in snapshot.soft_offlines if page.pfn == pfn]
     told = snapshot.reported.get(pfn)
-    unharmed = f"pfn {pfn:#x} is not poisoned as far as kvmtrace knows"
+    unharmed = f"pfn {pfn:#x} is not poisoned as far as is known"
     if moved:
         text = f"pfn {pfn:#x}: {_soft_offlined(moved[-1])}."
         yield from headed("WATCH", "note", text, showing.width)
