@@ -52,13 +52,17 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
     session.close()
 
 
+def trusting_anyone() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 def scrape(server: Server) -> int:
     """As Prometheus does, within its default time."""
     if server.url.startswith("https"):
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            *server.address, timeout=10, context=context
+            *server.address, timeout=10, context=trusting_anyone()
         )
     else:
         connection = http.client.HTTPConnection(*server.address, timeout=10)
@@ -113,6 +117,13 @@ def test_handshakes_left_open_are_closed(monkeypatch: pytest.MonkeyPatch, tmp_pa
             assert idle.recv(1) == b""
         until(lambda: not server._clients)
         assert server.dropped["deadline"] == 1
+        with (
+            socket.create_connection(server.address, timeout=20) as plain,
+            trusting_anyone().wrap_socket(plain, suppress_ragged_eofs=True) as idle,
+        ):
+            assert idle.recv(1) == b""
+        until(lambda: not server._clients)
+        assert server.dropped["deadline"] == 2
     session.close()
 
 

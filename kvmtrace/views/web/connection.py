@@ -36,7 +36,11 @@ class Connection(Protocol):
         ...
 
     async def close(self) -> None:
-        """Close it, also if the client has left."""
+        """Close it once the client has all."""
+        ...
+
+    def abort(self) -> None:
+        """Close it now; nothing if it is closed."""
         ...
 
 
@@ -61,6 +65,9 @@ class PlainConnection:
                     pass
 
     async def close(self) -> None:
+        self.abort()
+
+    def abort(self) -> None:
         self._client.close()
 
 
@@ -71,10 +78,8 @@ class TlsConnection:
         self._reader, self._writer = reader, writer
 
     @classmethod
-    async def accept(
-        cls, client: socket.socket, context: ssl.SSLContext, seconds: float
-    ) -> TlsConnection:
-        """Shake hands within ``seconds``. Raises OSError; the socket is closed in any case."""
+    async def accept(cls, client: socket.socket, context: ssl.SSLContext) -> TlsConnection:
+        """Shake hands. If that fails (OSError) or is cancelled, the socket is closed."""
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
@@ -82,7 +87,6 @@ class TlsConnection:
             lambda: protocol,
             client,
             ssl=context,
-            ssl_handshake_timeout=seconds,
             ssl_shutdown_timeout=LINGER_SECONDS,
         )
         # What was sent is with the kernel once ``drain`` returns.
@@ -110,10 +114,9 @@ class TlsConnection:
 
     async def close(self) -> None:
         self._writer.close()
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
                 await self._writer.wait_closed()
-        except TimeoutError:
-            pass
-        finally:
-            self._writer.transport.abort()
+
+    def abort(self) -> None:
+        self._writer.transport.abort()

@@ -244,6 +244,7 @@ class Server:
                     await _send(connection, http, answer, request, client.listener)
                     if http.their_state is not h11.DONE:
                         await connection.finish()  # the client sent more than was read
+                    await connection.close()
             if isinstance(answer, StreamRoute):
                 client.stage = _STREAMING
                 connection = None  # a thread has the socket from now on
@@ -254,8 +255,7 @@ class Server:
             pass  # the client left, or was dropped
         finally:
             if connection is not None:
-                with contextlib.suppress(OSError, asyncio.CancelledError):
-                    await connection.close()
+                connection.abort()
             self._clients.discard(client)
 
 
@@ -272,9 +272,9 @@ async def _opened(listener: Listener, accepted: socket.socket) -> Connection:
     security = listener.security
     if security is None or security.context is None:
         return PlainConnection(accepted)
-    connection = await TlsConnection.accept(accepted, security.context, HEAD_SECONDS)
+    connection = await TlsConnection.accept(accepted, security.context)
     if not security.allows(connection.alternative_names):
-        await connection.close()
+        connection.abort()
         raise ConnectionAbortedError("not one of client_allowed_sans")
     return connection
 

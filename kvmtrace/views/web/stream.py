@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import io
 import os
 import socket
@@ -80,7 +81,7 @@ class StreamRoute:
     async def run(self, connection: socket.socket, head: bytes, frame: Frame) -> None:
         """Write to a client until it leaves; if this is cancelled, disconnect it.
 
-        ``head``: what goes before. Raises RuntimeError if no thread can be started (TasksMax).
+        ``head``: what goes before. Raises OSError if no thread can be started (TasksMax).
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
@@ -105,9 +106,10 @@ class StreamRoute:
 
         try:
             threading.Thread(target=work, name="kvmtrace-client", daemon=True).start()
-        except RuntimeError:
+        except RuntimeError as error:
             self._clients.discard(connection)
-            raise
+            connection.close()
+            raise OSError(errno.EAGAIN, str(error)) from error
         try:
             # The thread has the socket until it ends.
             await asyncio.shield(done)
