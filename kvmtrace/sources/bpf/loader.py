@@ -212,7 +212,7 @@ class Loader:
         return program
 
     def attach_kprobe(self, name: str, function: str, *, entry: bool, copy: int = 0) -> int:
-        """By kprobe or kretprobe; preemption is off while such a program runs."""
+        """By kprobe or kretprobe."""
         self._programs[name].code.set_copy_number(copy)
         program = self._load(name, _KPROBE)
         try:
