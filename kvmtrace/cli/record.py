@@ -73,15 +73,15 @@ def record(
 
 def _export(file: str, force: bool, history: str, since: int, until: int) -> None:
     # Only this needs SQLite.
-    from kvmtrace.session import archive_export, archive_file  # noqa: PLC0415
+    from kvmtrace.session import archive_file, archive_story  # noqa: PLC0415
 
     with contextlib.closing(archive_file.reading(history)) as database:
-        host, version = archive_export.host_of(database)
+        host, version = archive_story.host_of(database)
         number = 0
         with Output(file, force) as output:
             with output.writing():
                 writer = Writer(output.file, host, version, ends=True)
-                for event in archive_export.story(database, since, until):
+                for event in archive_story.window(database, since, until):
                     writer.write((event,), ())
                     number += 1
                 writer.end()

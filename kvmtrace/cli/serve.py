@@ -104,7 +104,8 @@ def serve(
             path, host_of(watched), print_status, days=history_days, size=history_size << 20
         )
         stop.clean_up.append(archive.close)
-        watched = ResumedSource(watched, archive.begin(), archive, clock.now_ns)
+        past, first_key = archive.begin()
+        watched = ResumedSource(watched, past, archive, clock.now_ns, first_key)
     with open_session(watched) as session, open_door(session, started=False) as answering:
         server = metrics.serve(
             listen,

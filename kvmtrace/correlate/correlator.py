@@ -41,6 +41,7 @@ from kvmtrace.events import (
     Owner,
     PageReplaced,
     Poison,
+    Reboot,
     Sigbus,
     SoftOffline,
     Unpoison,
@@ -137,9 +138,22 @@ class Correlator:
                 if len(self._steps) > self._limits.clock_steps:
                     del self._steps[0]
                     self._totals.count_lost("clock_steps", 1)
+            case Reboot():
+                self._reboot(event)
             case Lost():
                 self._totals.count_lost(event.where, event.count)
         return CorrelatedEvent(event)
+
+    def _reboot(self, event: Reboot) -> None:
+        """What was reported of pages is history; what hardware reported is of the same DIMMs."""
+        for incident in self._incidents:
+            if not incident.over:
+                incident.rebooted_ts = event.ts
+                incident.note(TimelineEntry(event.ts, EntryKind.REBOOT, event))
+            self._incidents.close(incident)
+        self._incidents.forgotten.clear()
+        self._pending = PendingEvents(self._limits, self._totals.count_lost)
+        self._soft_offlines.clear()
 
     def identity(self, vm: int | None) -> VmSeen | None:
         """Who a VM is or was; None if unknown."""

@@ -58,7 +58,9 @@ class _Delivery:
 
 @dataclass(slots=True)
 class IncidentState:
-    """``closed``: its VMs are gone, for good. See ``over`` for an unpoisoned page.
+    """``closed``: its VMs are gone, or the host was rebooted, for good.
+
+    See ``over`` for an unpoisoned page.
 
     ``in_many_places``: memory_failure could not get hold of the page and it was found in several
     places, so it is the kernel's. ``guest_memfd``: it is guest memory, even if the VM is unknown.
@@ -80,6 +82,7 @@ class IncidentState:
     poisoned_ts: int | None = None
     before_start: bool = False
     unpoisoned_ts: int | None = None
+    rebooted_ts: int | None = None
     size: int | None = None
     closed: bool = False
     owners: dict[GuestPlace, Owner] = field(default_factory=dict)
@@ -489,6 +492,7 @@ class IncidentState:
             omitted=self.omitted,
             page_shift=self.page.bit_length() - 1,
             guest_memfd=self.guest_memfd,
+            rebooted_ts=self.rebooted_ts,
         )
 
     def _timeline(self) -> tuple[TimelineEntry, ...]:

@@ -42,7 +42,10 @@ MAY_IMPORT = {
 HOMES: dict[str, str | tuple[str, ...]] = {
     "bcc": "sources/bpf/compiler.py",
     "click": "cli/",
-    "prometheus_client": ("views/web/metrics.py", "views/web/exposition.py"),
+    "prometheus_client": (
+        *("views/web/metrics.py", "views/web/history_metrics.py"),
+        "views/web/exposition.py",
+    ),
     "textual": "views/terminal/app.py",
     "rich": "views/terminal/app.py",
 }

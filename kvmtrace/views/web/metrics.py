@@ -34,7 +34,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.linux import clock, privileges
 from kvmtrace.model import LATENCY_BUCKETS, IncidentStatus, Snapshot, VerdictWord
-from kvmtrace.views.web import incident_page, landing
+from kvmtrace.views.web import history_metrics, incident_page, landing
 from kvmtrace.views.web.exposition import Heads, filled, render
 from kvmtrace.views.web.server import (
     DEFAULT_LISTEN,
@@ -46,6 +46,7 @@ from kvmtrace.views.web.server import (
     start,
     text,
 )
+from kvmtrace.views.web.since_start import since
 from kvmtrace.views.web.vm_incidents import by_label
 from kvmtrace.views.web.vm_labels import VmLabels, VmSeries, clean
 
@@ -73,7 +74,7 @@ ZERO_LOST = (
     *("ftrace_poison", "ftrace_signals", "ftrace_faults", "ftrace_missed", "ftrace_damaged"),
     *("owner_searches", "found_pages", "unknown_vms", "halves", "descriptors"),
     *("incidents", "vms", "owners", "told", "looks", "refusals", "soft_offlines"),
-    "clock_steps",
+    *("clock_steps", "disk"),
 )
 
 Kinds = Callable[[], Iterable[tuple[str, str]]]
@@ -156,12 +157,15 @@ class Exporter(Collector):
             success.add_metric(["snapshot"], 0)
             return
         success.add_metric(["snapshot"], 1)
+        if snapshot.history is not None and snapshot.history.start is not None:
+            snapshot = since(snapshot, snapshot.history.start)
         for name, part in (
             ("kinds", self._load_kinds),
             ("host", _host),
             ("probes", _probes),
             ("vms", self._vms),
             ("incidents", self._incidents),
+            ("history", history_metrics.families),
         ):
             try:
                 families = list(part(snapshot))
