@@ -26,9 +26,6 @@ from kvmtrace.sources.codec import DECODE_ERRORS, Decoder, dataclass_from
 VERSION = 2
 """Of the tables (PRAGMA user_version). A newer file is not touched; an older one is brought up."""
 
-PLACE = "/var/lib/kvmtrace/history.db"
-"""Where the service keeps it."""
-
 GROUP = "kvmtrace"
 """Its members may read the file, where there is that group."""
 
@@ -143,11 +140,15 @@ def opened(path: str) -> sqlite3.Connection:
 def _share(descriptor: int) -> None:
     """Let the group read it, as it may read the socket. SQLite gives its other files this mode."""
     with contextlib.suppress(KeyError, OSError):
-        group = grp.getgrnam(GROUP).gr_gid
+        group = _group()
         if os.fstat(descriptor).st_gid != group:
             os.fchown(descriptor, -1, group)
         if stat.S_IMODE(os.fstat(descriptor).st_mode) == 0o600:
             os.fchmod(descriptor, 0o640)
+
+
+def _group() -> int:
+    return grp.getgrnam(GROUP).gr_gid
 
 
 def _check(database: sqlite3.Connection) -> None:
@@ -290,4 +291,4 @@ def as_json(value: Any) -> str:
 def default_path() -> str | None:
     """The file in the directory that the service manager gave us, if it gave one."""
     directory = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
-    return os.path.join(directory, os.path.basename(PLACE)) if directory else None
+    return os.path.join(directory, "history.db") if directory else None

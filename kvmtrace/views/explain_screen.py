@@ -51,6 +51,16 @@ def of_all(snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
     yield from not_known(snapshot, showing)
 
 
+def of_time(snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
+    """All that there was in a time, worst first, also if it is over."""
+    found = by_urgency(snapshot.incidents)
+    if found:
+        yield from incidents(found, snapshot, showing)
+        return
+    yield from healthy("No poisoned page was known in that time", snapshot, showing)
+    yield from not_known(snapshot, showing)
+
+
 def of_target(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
     """What is known of what was named."""
     match target.kind:
