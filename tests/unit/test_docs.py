@@ -173,6 +173,8 @@ def _keeps_its_promise(name: str, arguments: list[str], output: str) -> None:
             assert states == ["looping", "delivered", "latent"]
         case "top" | "replay" if "--events" not in arguments:
             assert re.search(r"^looping +web-1 .* stop and start the VM", output, re.MULTILINE)
+        case "explain" if "--at" in arguments:  # before it happened
+            assert output.startswith("OK  web-1 has no poisoned page ")
         case "explain":
             assert output.startswith("LOOPING ")
             assert "\nDo\n" in output
