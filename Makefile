@@ -1,6 +1,6 @@
 # Everything from a bare clone: each target does the set-up that it needs.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hw test fuzz lint format lab bench bench-native survival matrix readme picture page-pictures deb clean
+.PHONY: help setup demo demo-hw test fuzz lint format lab bench bench-native survival matrix recordings readme picture page-pictures deb clean
 
 PY := .venv/bin/python
 SOURCE ?= auto
