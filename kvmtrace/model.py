@@ -462,7 +462,8 @@ class HistoryState:
     oldest event; ``last_write_ns``: when events were written last. ``written``: events since serve
     started; ``waiting``: those that the disk has not taken yet. ``dropped``: {why: events that were
     not kept}; ``deleted``: {why: events that were}. ``errors``: failed attempts to write.
-    ``start``: what was known at the start, if the serve before counted more than it kept.
+    ``start``: what was known at the start, from earlier serves. ``was_cut``: the last of them may
+    have counted more than it kept.
     """
 
     path: str
@@ -476,6 +477,7 @@ class HistoryState:
     deleted: Mapping[str, int]
     errors: int
     start: Snapshot | None = None
+    was_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)

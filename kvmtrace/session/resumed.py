@@ -41,7 +41,7 @@ class ResumedSource:
         self._base = first_key
         self._running: dict[int, VmSeen] = {}
         self._counts_go_on = False
-        self._start = _model_of(past) if archive.was_cut else None
+        self._start = _model_of(past) if past else None
         for event in past:
             match event:
                 case VmSeen():
@@ -99,7 +99,9 @@ class ResumedSource:
 
     def history(self) -> HistoryState:
         """What is kept."""
-        return dataclasses.replace(self._archive.state(), start=self._start)
+        return dataclasses.replace(
+            self._archive.state(), start=self._start, was_cut=self._archive.was_cut
+        )
 
     def close(self) -> None:
         """Close the inner source, and write what is left."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from kvmtrace.judgement.actions import actions, named
 from kvmtrace.judgement.urgency import Level, Urgency, by_urgency, urgency_of
-from kvmtrace.model import Incident, IncidentStatus, Snapshot
+from kvmtrace.model import HistoryState, Incident, IncidentStatus, Snapshot
 from kvmtrace.sanitize import clean
 from kvmtrace.views.json_output import rfc3339
 from kvmtrace.wording import counted, dimm_of, hex_of, listed
@@ -59,7 +59,7 @@ class IncidentLog:
 
     def __init__(self, burst: int = BURST, period_ns: int = PERIOD_NS) -> None:
         self._burst, self._period_ns = burst, period_ns
-        self._known: dict[str, tuple[object, ...]] = {}
+        self._known: dict[str, tuple[object, ...]] | None = None
         self._missing: set[str] | None = None
         self._lost: dict[str, int] = {}
         self._period_from: int | None = None
@@ -69,6 +69,8 @@ class IncidentLog:
 
     def entries(self, snapshot: Snapshot, now: int) -> list[LogEntry]:
         """What changed since the last call, most urgent first. ``now``: nanoseconds, any epoch."""
+        if self._known is None:
+            self._known = self._logged_before(snapshot.history)
         found = [*self._probes(snapshot), *self._losses(snapshot, now)]
         if self._period_from is None or now - self._period_from >= self._period_ns:
             found += self._total(snapshot)
@@ -80,8 +82,19 @@ class IncidentLog:
         """Whether a total is due at the end of the period, even if nothing happens until then."""
         return bool(self._held_back) or self._lost_at is not None
 
+    def _logged_before(self, history: HistoryState | None) -> dict[str, tuple[object, ...]]:
+        """What the serve before has logged; one that was killed may have left out the last."""
+        if history is None or history.start is None:
+            return {}
+        self._lost = dict(history.start.lost)
+        return {
+            one.id: _look(one)
+            for one in history.start.incidents
+            if one.state == IncidentStatus.CLOSED or not history.was_cut
+        }
+
     def _incidents(self, snapshot: Snapshot) -> Iterator[LogEntry]:
-        known = self._known
+        known = self._known or {}
         self._known = {one.id: _look(one) for one in snapshot.incidents}
         changed = [one for one in snapshot.incidents if known.get(one.id) != self._known[one.id]]
         for incident in by_urgency(changed):

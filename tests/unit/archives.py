@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -68,13 +67,6 @@ def model_of(events: Iterable[Event]) -> Snapshot:
     for event in events:
         correlator.feed(event)
     return correlator.snapshot()
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def kept(path: str) -> list[Event]:

@@ -17,9 +17,10 @@ from kvmtrace.session import archive as archives
 from kvmtrace.session import archive_file, archive_story
 from kvmtrace.session.archive import Archive
 from tests.unit import archives as kit
-from tests.unit.archives import HOST, SEEN, Clock, archive, keep, kept, model_of, until
+from tests.unit.archives import HOST, SEEN, Clock, archive, keep, kept, model_of
 from tests.unit.command_line import invoke
 from tests.unit.fake import SECOND, STORY, T0
+from tests.unit.waiting import until
 
 path, one_boot = kit.path, kit.one_boot
 

@@ -15,6 +15,7 @@ from kvmtrace.events import (
     Found,
     GmemPage,
     KernelCounts,
+    Lost,
     Owned,
     Owner,
     Poison,
@@ -28,10 +29,12 @@ from kvmtrace.session import archive_file, archive_story
 from kvmtrace.session.archive_story import keys_of, rekeyed
 from kvmtrace.session.resumed import ResumedSource
 from kvmtrace.session.session import Session
+from kvmtrace.views.incident_log import IncidentLog
 from kvmtrace.views.web.metrics import Exporter
 from tests.unit import archives as kit
-from tests.unit.archives import HOST, POISONED, SEEN, archive, keep, kept, model_of, until
+from tests.unit.archives import HOST, POISONED, SEEN, archive, keep, kept, model_of
 from tests.unit.fake import SECOND, STORY, T0, FakeSource
+from tests.unit.waiting import until
 
 path, one_boot = kit.path, kit.one_boot
 
@@ -338,3 +341,33 @@ def test_a_file_of_the_first_version_is_brought_up(path: str) -> None:
 def _fields(event: Event) -> dict[str, object]:
     names = event.__dataclass_fields__
     return {name: value for name in names if (value := getattr(event, name)) is not None}
+
+
+# -- the log
+
+
+def logged(*snapshots: Snapshot) -> list[str]:
+    log = IncidentLog()
+    return [one.message for snapshot in snapshots for one in log.entries(snapshot, T0)]
+
+
+def test_a_restart_logs_only_what_has_changed(path: str) -> None:
+    lost = Lost(T0, "ring", 3)
+    before = served(path, [*LATENT, lost])
+    assert len(logged(before)) == 2
+    same = served(path, [AGAIN])
+    assert logged(same) == []
+    (entry,) = logged(served(path, [AGAIN, Exit(T0, 1, 0, 133, 39, True, 7, gfn=8, gmem=133)]))
+    assert entry.startswith(f"incident {PFN:x}-1: unclear")
+
+
+def test_what_is_open_is_logged_again_after_a_kill_and_what_is_over_is_not(path: str) -> None:
+    killed = path + "-killed"
+    over: list[Event] = [
+        VmSeen(T0, 9, 5, "batch"),
+        Poison(T0, 0x99, PAGE, "Failed", gmem=GmemPage(1, 8, (Owner(9, 8),))),
+        VmGone(T0, 9),
+    ]
+    served(path, [*over, *LATENT], killed_to=killed)
+    (entry,) = logged(served(killed, [AGAIN]))
+    assert entry.startswith(f"incident {PFN:x}-1: new, latent")

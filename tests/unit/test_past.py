@@ -23,9 +23,10 @@ from kvmtrace.session.resumed import ResumedSource
 from kvmtrace.session.session import Session
 from tests import docs
 from tests.unit import archives as kit
-from tests.unit.archives import archive, keep, until
+from tests.unit.archives import archive, keep
 from tests.unit.command_line import invoke
 from tests.unit.fake import SECOND, STORY, T0, FakeSource
+from tests.unit.waiting import until
 
 path, one_boot = kit.path, kit.one_boot
 

@@ -157,8 +157,9 @@ class Exporter(Collector):
             success.add_metric(["snapshot"], 0)
             return
         success.add_metric(["snapshot"], 1)
-        if snapshot.history is not None and snapshot.history.start is not None:
-            snapshot = since(snapshot, snapshot.history.start)
+        history = snapshot.history
+        if history is not None and history.start is not None and history.was_cut:
+            snapshot = since(snapshot, history.start)
         for name, part in (
             ("kinds", self._load_kinds),
             ("host", _host),
