@@ -147,6 +147,8 @@ class Correlator:
     def _reboot(self, event: Reboot) -> None:
         """What was reported of pages is history; what hardware reported is of the same DIMMs."""
         for incident in self._incidents:
+            if incident.closed:
+                continue
             if not incident.over:
                 incident.rebooted_ts = event.ts
                 incident.note(TimelineEntry(event.ts, EntryKind.REBOOT, event))
