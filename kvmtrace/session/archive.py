@@ -253,7 +253,7 @@ class Archive:
                 self._here[event.vm] = at, event
             elif isinstance(event, VmGone):
                 self._here.pop(event.vm, None)
-            kept = dataclasses.replace(event, ts=ts)
+            kept = event if event.ts == ts else dataclasses.replace(event, ts=ts)
             if first_key:
                 kept = rekeyed(kept, lambda vm: vm + first_key)
             self._next_key = max([self._next_key, *(key + 1 for key in keys_of(kept))])

@@ -50,16 +50,16 @@ def _row(what: str, found: list[Outcome], remark: str = "") -> str:
 def _rows(rng: random.Random) -> Iterator[str]:
     print_status(f"survival: {KILLS} kills")
     kills = _times(KILLS, lambda at: cases.killed(at, rng.uniform(0.2, 4.0)))
-    yield _row(f"`kill -9`, at {KILLS} random moments of a storm", kills, "the last second's")
+    yield _row(f"`kill -9`, at {KILLS} random moments of a storm", kills, "of the last second")
     print_status(f"survival: {2 * CUTS} power cuts")
     cut = _times(CUTS, lambda at: cases.power_cut(at, rng, is_torn=False))
     yield _row(
         f"power cut, {CUTS} times: the log ends anywhere after the last sync",
         cut,
-        "only what was not synced",
+        "of what was not synced",
     )
     torn = _times(CUTS, lambda at: cases.power_cut(at, rng, is_torn=True))
-    yield _row(f"power cut, {CUTS} times: what was not synced is garbage", torn, "the same")
+    yield _row(f"power cut, {CUTS} times: what was not synced is garbage", torn, "likewise")
     if os.geteuid() == 0:
         print_status("survival: disk full, read-only")
         yield _row(
