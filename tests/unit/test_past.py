@@ -16,9 +16,12 @@ import pytest
 from kvmtrace import sources
 from kvmtrace.cli import past_events
 from kvmtrace.cli.inputs import open_door
+from kvmtrace.cli.tape import RecordedTape
+from kvmtrace.errors import UsageError
 from kvmtrace.events import Event, Exit, Poison, VmGone, VmSeen
 from kvmtrace.session import archive_file
 from kvmtrace.session.archive import Archive
+from kvmtrace.session.archived import ArchivedSource
 from kvmtrace.session.resumed import ResumedSource
 from kvmtrace.session.session import Session
 from tests import docs
@@ -125,6 +128,24 @@ def test_top_as_it_was_and_of_a_time(history: str) -> None:
     assert sorted(one["id"] for one in shown["incidents"]) == ["103275-1", "77-1"]
     assert {one["name"] for one in shown["vms"]} == {"db-1", "web-3"}
     assert "rebooted" in run(history, "top", "--once", "--since", f"{DAY}15:00")
+
+
+def test_what_was_kept_is_played_like_a_recording(history: str) -> None:
+    source = ArchivedSource(history)
+    tape = RecordedTape(source)
+    assert (tape.first, tape.last) == (T0, T0 + 7201 * SECOND)
+    tape.seek_to(T0 + 30 * SECOND)
+    assert [str(one.state) for one in tape.snapshot().incidents] == ["unowned", "delivered"]
+    tape.step(1)
+    assert tape.now() == T0 + 60 * SECOND
+    tape.seek_to(T0 + 9999 * SECOND)
+    assert tape.now() == tape.last
+    with pytest.raises(UsageError, match="has nothing of 2026-"):
+        tape.seek_to(T0 - SECOND)
+    source.rewind()
+    later = RecordedTape(source, since=T0 + 7000 * SECOND)
+    assert later.first == T0 + 7190 * SECOND
+    source.close()
 
 
 # -- events
