@@ -33,7 +33,6 @@ history_option = click.option(
     "--history",
     type=click.Path(dir_okay=False),
     default=PLACE,
-    envvar="KVMTRACE_HISTORY",
     show_default=True,
     metavar="DB",
     help="Where serve keeps what happened.",

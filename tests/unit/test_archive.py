@@ -7,12 +7,25 @@ import os
 import sqlite3
 import stat
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvmtrace import __version__
-from kvmtrace.events import Exit, Found, Lost, Reboot, VmGone, VmSeen
+from kvmtrace.events import (
+    Event,
+    Exit,
+    Found,
+    Lost,
+    Owned,
+    Owner,
+    Poison,
+    Reboot,
+    Unpoison,
+    VmGone,
+    VmSeen,
+)
 from kvmtrace.session import archive as archives
 from kvmtrace.session import archive_file, archive_story
 from kvmtrace.session.archive import Archive
@@ -193,6 +206,28 @@ def test_a_story_over_a_reboot_has_each_vm_once(path: str, monkeypatch: pytest.M
     assert later == [VmSeen(T0 + SECOND, 7, 4001, "web-1", "u-1", "qemu"), first[1]]
     assert archive_story.host_of(database) == (HOST, __version__)
     database.close()
+
+
+def test_an_export_begins_with_the_pages_that_were_poisoned_then(path: str) -> None:
+    def poisoned(pfn: int, vm: int) -> list[Event]:
+        return [
+            Poison(T0, pfn, "dirty unevictable LRU page", "Failed"),
+            Owned(T0, pfn, Owner(vm, 8, 0x7000), "pagemap", 4096),
+        ]
+
+    batch = VmSeen(T0, 9, 5, "batch")
+    later = Exit(T0 + 60 * SECOND, 7, 0, 133, 39, True, 7, gfn=8)
+    kernels = Poison(T0, 0x500, "reserved kernel page", "Ignored")
+    mended = [*poisoned(0x300, 7), Unpoison(T0 + 1, 0x300)]
+    before = [SEEN, batch, *poisoned(0x100, 7), *poisoned(0x200, 9), *mended, kernels]
+    again = Owned(T0 + SECOND, 0x100, Owner(7, 8, 0x7000), "pagemap", 4096)
+    keep(path, [*before, again, VmGone(T0 + SECOND, 9), later])
+    database = archive_file.reading(path)
+    told = list(archive_story.window(database, T0 + 30 * SECOND, T0 + 90 * SECOND))
+    database.close()
+    assert told == [*poisoned(0x100, 7), kernels, replace(SEEN, ts=T0 + 30 * SECOND), later]
+    (of_vm, of_kernel) = model_of(told).incidents
+    assert (of_vm.state, of_vm.poisoned_ts, of_kernel.host_at_risk) == ("delivered", T0, True)
 
 
 def test_what_was_kept_is_exported_and_replayed(path: str, tmp_path: Path) -> None:
