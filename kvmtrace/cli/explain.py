@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 from typing import Any
 
 import click
 
 from kvmtrace.cli.completion import complete_target
-from kvmtrace.cli.console import json_is_utf8, print_line, print_lines, terminal_width
+from kvmtrace.cli.console import print_json, print_lines, terminal_width
 from kvmtrace.cli.inputs import EventLog, RecordedLog, load_log, open_recording
 from kvmtrace.cli.options import from_option, json_option, utc_option, watch_option, with_source
 from kvmtrace.cli.past import TIMES, PastLog, open_history, span_of, span_options
@@ -59,7 +58,7 @@ def explain(
 
     Of a target: an incident's id or its beginning; a page frame of the host (PFN, 0x103275); a
     guest physical address or a gfn (0x8000@web-1); a VM by name, uuid, pid or part of its name; a
-    DIMM by its label. What is not known to be poisoned is told so, with status 0.
+    DIMM by its label. A target without poisoned pages is no error: the status is 0.
 
     With --at or --since, what is to be done is what was to be done then.
 
@@ -106,9 +105,7 @@ def _print(
 ) -> None:
     found = None if target is None else lookup.find(snapshot, target)
     if as_json:
-        json_is_utf8()
-        objects = _objects(found, snapshot, showing.now, is_span=is_span)
-        print_line(json.dumps(objects, ensure_ascii=False))
+        print_json(_objects(found, snapshot, showing.now, is_span=is_span))
     elif found is not None:
         print_lines(explain_screen.of_target(found, snapshot, showing))
     elif is_span:

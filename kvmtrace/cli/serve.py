@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import time
 
@@ -139,6 +140,7 @@ def serve(
         )
         try:
             give_up_privileges()
+            gc.freeze()  # nothing of what is there now ends before the process does
             server.start()
             if answering is not None:
                 answering.start()

@@ -19,10 +19,10 @@ from kvmtrace.cli.inputs import (
     open_session,
     poll_timeouts,
 )
+from kvmtrace.cli.live_host import Watching
 from kvmtrace.cli.options import from_option, interval_option, json_option, utc_option, with_source
 from kvmtrace.cli.past import TIMES, PastLog, Span, open_history, span_of, span_options
 from kvmtrace.cli.tape import RecordedTape
-from kvmtrace.cli.watching import Watching
 from kvmtrace.errors import UsageError
 from kvmtrace.linux import clock
 from kvmtrace.model import Snapshot

@@ -7,7 +7,7 @@ VM's memory while a page of it is gone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum, auto
 from typing import assert_never
@@ -26,7 +26,7 @@ from kvmtrace.model import (
     VerdictWord,
     VmIdentity,
 )
-from kvmtrace.wording import counted, dimm_of, hex_of, listed
+from kvmtrace.wording import counted, dimm_of, hex_of, listed, some_of
 
 MOST_CELLS = 30
 """The cells that ``Action.brief`` fits into."""
@@ -89,6 +89,14 @@ def actions(incident: Incident, snapshot: Snapshot | None = None) -> tuple[Actio
         *_for_hardware(incident),
     )
     return found or (_nothing(incident),)
+
+
+def steps(found: Iterable[Action]) -> list[list[Action]]:
+    """Actions by step: those with one text."""
+    by_text: dict[str, list[Action]] = {}
+    for action in found:
+        by_text.setdefault(action.text, []).append(action)
+    return list(by_text.values())
 
 
 def next_steps(incident: Incident, snapshot: Snapshot | None = None) -> list[str]:
@@ -184,8 +192,7 @@ def _leave_host(incident: Incident, why: str) -> Iterator[Action]:
 def _not_moved(snapshot: Snapshot) -> Iterator[Action]:
     """Exclude VMs that have lost other pages: migration reads these, and fails."""
     some = [vm for vm in snapshot.vms.values() if vm.poisoned_pages and not vm.gone]
-    labels = [vm.label for vm in some]
-    who = listed(labels[:_NAMES]) + (f" and {len(some) - _NAMES} more" if some[_NAMES:] else "")
+    who = some_of([vm.label for vm in some], _NAMES)
     it = "it" if len(some) == 1 else "each of them"
     why = "other pages of its memory are lost"
     for vm in some:
@@ -400,11 +407,8 @@ def _shared(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterat
 
 def names(incident: Incident, keys: Sequence[int]) -> str:
     """The names of some VMs of an incident: the first ones, and how many more there are."""
-    vm_identities = [incident.vm_identities.get(key) for key in keys[:_NAMES]]
-    names = listed(
-        identity.label if identity else "a VM not known by name" for identity in vm_identities
-    )
-    return names if len(keys) <= _NAMES else f"{names} and {len(keys) - _NAMES} more"
+    known = map(incident.vm_identities.get, keys)
+    return some_of([one.label if one else "a VM not known by name" for one in known], _NAMES)
 
 
 # -- hardware

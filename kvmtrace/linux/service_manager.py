@@ -1,4 +1,4 @@
-"""Tell the service manager that the service is ready, alive or ending (sd_notify(3))."""
+"""Report to the service manager that the service is ready, alive or ending (sd_notify(3))."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def notify(**states: str) -> bool:
 
 
 def watchdog_seconds() -> float | None:
-    """How often the manager wants to hear that the service is alive; None if it does not ask.
+    """Return how often to report that the service is alive; None if the manager does not watch.
 
     That is half of $WATCHDOG_USEC, as sd_watchdog_enabled(3) recommends.
     """

@@ -1,24 +1,23 @@
 """Go on where an earlier serve of the same boot ended: its events first, then the source's.
 
-VMs that still run keep the keys that they had, so their counters go on and the pages that are found
-again join their incidents. Other VMs of then have ended meanwhile.
+VMs that still run keep their keys, so their counters go on, and pages that are found again join
+their incidents. The other VMs have ended meanwhile.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Event, KernelCounts, Lost, Reboot, VmGone, VmSeen
 from kvmtrace.model import HistoryState, Snapshot
-from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.session.archive import LOST_AT, Archive
 from kvmtrace.session.archive_story import rekeyed
-from kvmtrace.sources import Source
+from kvmtrace.sources import Source, WrappedSource
 
 
-class ResumedSource:
+class ResumedSource(WrappedSource):
     """The events ``past``, then those of ``inner``, which also go to ``archive``."""
 
     def __init__(
@@ -33,8 +32,7 @@ class ResumedSource:
 
         ``past``, ``first_key``: as ``Archive.begin`` returns them.
         """
-        self.inner = inner
-        self.name, self.why = inner.name, inner.why
+        super().__init__(inner)
         self._archive, self._now = archive, now
         self._past: list[Event] | None = past
         self._keys: dict[int, int] = {}  # of VMs of then: ours by the source's
@@ -79,7 +77,7 @@ class ResumedSource:
                 self._keys[event.vm] = same.vm
 
     def _ended(self) -> list[Event]:
-        """The VMs of then that no longer run."""
+        """The VMs of the past that no longer run."""
         here = set(self._keys.values())
         return [VmGone(self._now(), key) for key in self._running if key not in here]
 
@@ -89,14 +87,6 @@ class ResumedSource:
             return dataclasses.replace(event, at_start=False)
         return rekeyed(event, lambda vm: self._keys.get(vm, self._base + vm))
 
-    def probes(self) -> tuple[Probe, ...]:
-        """The inner source's."""
-        return self.inner.probes()
-
-    def probe_runs(self) -> Mapping[str, ProbeRuns]:
-        """The inner source's."""
-        return self.inner.probe_runs()
-
     def history(self) -> HistoryState:
         """What is kept."""
         return dataclasses.replace(
@@ -104,8 +94,7 @@ class ResumedSource:
         )
 
     def close(self) -> None:
-        """Close the inner source, and write what is left."""
-        self.inner.close()
+        super().close()
         self._archive.close()
 
 

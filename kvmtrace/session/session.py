@@ -28,6 +28,9 @@ POLL_SECONDS = 0.25
 _SLICE = 256
 _YIELD_SECONDS = 0.001
 
+# So many incidents are copied at once for a snapshot: a millisecond or two.
+COPIED = 128
+
 # Seconds that ``close`` waits for a reader that makes no progress, for any reader, and for the
 # source. The first two are below the watchdog's limit for the thread that waits.
 READER_SECONDS = 1.25
@@ -161,7 +164,6 @@ class Session:
         return host_of(self._source)
 
     def probes(self) -> tuple[Probe, ...]:
-        """Return the state of every probe."""
         return self._source.probes()
 
     def start(self) -> None:
@@ -180,11 +182,18 @@ class Session:
         """Return the model, with host and probes; raise what ended the reader, if anything.
 
         The reader waits only while the correlator's part is taken, not for /proc or the kernel.
+        Incidents that have changed are copied first, some at a time.
         """
         self._check()
         thread = threading.get_ident()
         self._asking.add(thread)
         try:
+            with self._model_lock:
+                ids = self._correlator.incident_ids()
+            for first in range(0, len(ids) - COPIED, COPIED):
+                with self._model_lock:
+                    self._correlator.freeze(ids[first : first + COPIED])
+                time.sleep(_YIELD_SECONDS)
             with self._model_lock:
                 model = self._correlator.snapshot()
         finally:

@@ -8,22 +8,8 @@ from kvmtrace import kvm
 from kvmtrace.judgement.urgency import Urgency, by_urgency, urgency_of
 from kvmtrace.model import Snapshot, SoftOfflinedPage
 from kvmtrace.views.answer import word
-from kvmtrace.views.explain import (
-    Showing,
-    counted_errors,
-    headed,
-    listing,
-    origin_parts,
-    paragraph,
-)
-from kvmtrace.views.explain_incidents import (
-    answers,
-    healthy,
-    incidents,
-    not_known,
-    over,
-    stamped,
-)
+from kvmtrace.views.explain import Showing, counted_errors, headed, listing, origin_parts, paragraph
+from kvmtrace.views.explain_incidents import answers, healthy, incidents, not_known, over, stamped
 from kvmtrace.views.explain_vm import of_vm, of_vms
 from kvmtrace.views.format import Line, counted, dimm_of, listed, style_of
 from kvmtrace.views.lookup import Target, TargetKind, known_vms
@@ -81,7 +67,7 @@ def of_target(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[
 
 def _address(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
     """An address of a guest that is in no incident."""
-    text = f"{target.text} is not poisoned as far as kvmtrace knows"
+    text = f"{target.text} is not poisoned as far as is known"
     yield from healthy(text, snapshot, showing, target.reading)
     elsewhere = [
         one
@@ -109,7 +95,7 @@ def _dimms(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Lin
     else:
         since = watching_since(snapshot, showing.end(snapshot))
         labels = listed(map(dimm_of, target.dimms))
-        text = f"{labels} had errors; no page of it is poisoned as far as kvmtrace knows, {since}."
+        text = f"{labels} had errors; no page of it is poisoned as far as is known, {since}."
         yield from headed("WATCH", "note", text, showing.width)
         yield from stamped(snapshot, showing, target.reading)
         yield from errors
@@ -123,7 +109,7 @@ def _page(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Line
     pfn = target.pfn or 0
     moved = [page for page in snapshot.soft_offlines if page.pfn == pfn]
     told = snapshot.reported.get(pfn)
-    unharmed = f"pfn {pfn:#x} is not poisoned as far as kvmtrace knows"
+    unharmed = f"pfn {pfn:#x} is not poisoned as far as is known"
     if moved:
         text = f"pfn {pfn:#x}: {_soft_offlined(moved[-1])}."
         yield from headed("WATCH", "note", text, showing.width)

@@ -6,6 +6,7 @@ uuid. Internal keys are not printed, except the id of an incident.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from typing import Any
 
@@ -232,14 +233,7 @@ def soft_offlined(
 
 def probe(state: Probe) -> dict[str, Any]:
     """``{"name", "attached", "target", "via", "why", "detail"}``."""
-    return known(
-        name=state.name,
-        attached=state.attached,
-        target=state.target,
-        via=state.via,
-        why=state.why,
-        detail=state.detail,
-    )
+    return known(**dataclasses.asdict(state))
 
 
 def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:

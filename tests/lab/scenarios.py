@@ -63,9 +63,7 @@ def _needs_exits(*watches: Watch) -> None:
     """Unstageable if a source cannot see exits on this kernel, which it reports."""
     for watch in watches:
         if "run" in watch.not_attached():
-            raise Unstageable(
-                "no source for exits here: the run probe is not attached, and says so"
-            )
+            raise Unstageable("no source for exits here: the run probe is reported as not attached")
 
 
 def _assert_nothing_lost(lines: list[Line]) -> None:

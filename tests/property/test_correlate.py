@@ -365,6 +365,22 @@ def test_same_log_same_snapshot(events: list[Event]) -> None:
 
 
 @given(LOGS)
+@examples(80)
+def test_a_snapshot_does_not_depend_on_earlier_ones(events: list[Event]) -> None:
+    """Parts of the last one are taken over if they have not changed."""
+    limits = Limits(incidents=4, pending=8)
+    watched = Correlator(limits)
+    for number, event in enumerate(events):
+        watched.feed(event)
+        watched.freeze(watched.incident_ids()[number % 3 :: 2])
+        snapshot = watched.snapshot()
+        fresh = Correlator(limits)
+        for earlier in events[: number + 1]:
+            fresh.feed(earlier)
+        assert snapshot == fresh.snapshot()
+
+
+@given(LOGS)
 @examples(400)
 def test_what_is_shown_makes_sense(events: list[Event]) -> None:
     correlator, all_told = fed(events)

@@ -35,7 +35,7 @@ from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.linux import clock, privileges
 from kvmtrace.model import LATENCY_BUCKETS, IncidentStatus, Snapshot, VerdictWord
 from kvmtrace.views.web import history_metrics, incident_page, landing
-from kvmtrace.views.web.exposition import Heads, filled, render
+from kvmtrace.views.web.exposition import filled, render
 from kvmtrace.views.web.server import (
     DEFAULT_LISTEN,
     Answer,
@@ -47,8 +47,8 @@ from kvmtrace.views.web.server import (
     text,
 )
 from kvmtrace.views.web.since_start import since
-from kvmtrace.views.web.vm_incidents import by_label
-from kvmtrace.views.web.vm_labels import VmLabels, VmSeries, clean
+from kvmtrace.views.web.vm_labels import VmLabels, clean
+from kvmtrace.views.web.vm_metrics import VmMetrics
 
 __all__ = ["DEFAULT_LISTEN", "DEFAULT_MAX_VMS", "Exporter", "Server", "serve"]
 
@@ -128,7 +128,7 @@ class Exporter(Collector):
         self._kinds_of_kernel = kinds
         self._kinds: tuple[tuple[str, str], ...] | None = None
         self._labels = VmLabels(max_vms)
-        self._by_vm = _ByVm()
+        self._by_vm = VmMetrics()
         self._lock = threading.Lock()
 
     def collect(self) -> Iterator[Metric]:
@@ -187,8 +187,7 @@ class Exporter(Collector):
         yield GaugeMetricFamily(
             "kvmtrace_vms_folded", 'VMs without series of their own, summed in vm="other".', folded
         )
-        yield from self._by_vm.families(series)
-        yield from self._by_vm.incidents(series, snapshot)
+        yield from self._by_vm.families(series, snapshot)
 
     def _incidents(self, snapshot: Snapshot) -> Iterator[Metric]:
         poisons = CounterMetricFamily(
@@ -297,78 +296,6 @@ def _probes(snapshot: Snapshot) -> Iterator[Metric]:
         runs.add_metric([clean(name)], account.runs)
         seconds.add_metric([clean(name)], account.run_ns / 1e9)
     return iter((attached, runs, seconds))
-
-
-class _ByVm:
-    """Families with series for each VM, of which there are many: see ``exposition``."""
-
-    def __init__(self) -> None:
-        self._info = Heads(
-            "kvmtrace_vm",
-            "Which VM a vm label stands for.",
-            "info",
-            ("vm", "name", "uuid", "vmm", "pid"),
-        )
-        self._exits = Heads(
-            "kvmtrace_memory_fault_exits",
-            "KVM_RUN calls that came back to the VMM with a memory fault.",
-            "counter",
-            ("vm", "errno", "cause"),
-        )
-        self._sigbus = Heads(
-            "kvmtrace_sigbus",
-            "SIGBUS to the VMM for poisoned memory: AR (action required) or AO (action optional).",
-            "counter",
-            ("vm", "code"),
-        )
-        self._pages = Heads(
-            "kvmtrace_vm_poisoned_pages", "Poisoned pages that the VM holds now.", "gauge", ("vm",)
-        )
-        self._undelivered = Heads(
-            "kvmtrace_undelivered",
-            "Times guest_memfd refused a poisoned page and KVM_RUN did not notify the VMM.",
-            "counter",
-            ("vm",),
-        )
-        self._states = Heads(
-            "kvmtrace_vm_incidents",
-            "Poisoned pages of the VM that are remembered, by how far the incident is for this VM.",
-            "gauge",
-            ("vm", "state"),
-        )
-        self._verdicts = Heads(
-            "kvmtrace_vm_verdicts",
-            "Incidents of which the VM's VMM was notified, by what it did; without replaced pages.",
-            "gauge",
-            ("vm", "verdict"),
-        )
-
-    def families(self, series: list[VmSeries]) -> Iterator[Metric]:
-        """Yield them for one scrape."""
-        info, exits, sigbus = self._info.family(), self._exits.family(), self._sigbus.family()
-        pages, undelivered = self._pages.family(), self._undelivered.family()
-        for one in series:
-            vm, label = one.vm, one.label
-            if vm is not None:
-                who = (clean(vm.name), clean(vm.uuid), clean(vm.vmm))
-                info.add_metric((label, *who, str(vm.pid)), 1)
-            for (errno, cause), count in one.exits.items():
-                exits.add_metric((label, errno, cause), count)
-            for code, count in one.sigbus.items():
-                sigbus.add_metric((label, code), count)
-            pages.add_metric((label,), one.poisoned_pages)
-            undelivered.add_metric((label,), one.undelivered)
-        yield from (info, exits, sigbus, pages, undelivered)
-
-    def incidents(self, series: list[VmSeries], snapshot: Snapshot) -> Iterator[Metric]:
-        """Yield those that count the VMs' incidents."""
-        by_state, by_verdict = self._states.family(), self._verdicts.family()
-        for label, states, verdicts in by_label(series, snapshot.vms, snapshot.incidents):
-            for state, count in states.items():
-                by_state.add_metric((label, state), count)
-            for verdict, count in verdicts.items():
-                by_verdict.add_metric((label, verdict), count)
-        yield from (by_state, by_verdict)
 
 
 def serve(
