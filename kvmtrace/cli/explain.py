@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from typing import Any
 
 import click
 
@@ -14,12 +13,10 @@ from kvmtrace.cli.inputs import EventLog, RecordedLog, load_log, open_recording
 from kvmtrace.cli.options import from_option, json_option, utc_option, watch_option, with_source
 from kvmtrace.cli.past import TIMES, PastLog, open_history, span_of, span_options
 from kvmtrace.cli.tape import MomentLog
-from kvmtrace.judgement.urgency import Urgency, by_urgency, urgency_of
 from kvmtrace.model import Snapshot
 from kvmtrace.sanitize import clean
 from kvmtrace.views import explain as explain_view
-from kvmtrace.views import explain_screen, json_output, lookup
-from kvmtrace.views.lookup import Target, TargetKind
+from kvmtrace.views import explain_screen, lookup
 from kvmtrace.views.stamp import Stamp
 
 
@@ -105,32 +102,10 @@ def _print(
 ) -> None:
     found = None if target is None else lookup.find(snapshot, target)
     if as_json:
-        print_json(_objects(found, snapshot, showing.now, is_span=is_span))
+        print_json(explain_screen.as_objects(found, snapshot, showing.now, is_span=is_span))
     elif found is not None:
         print_lines(explain_screen.of_target(found, snapshot, showing))
     elif is_span:
         print_lines(explain_screen.of_time(snapshot, showing))
     else:
         print_lines(explain_screen.of_all(snapshot, showing))
-
-
-def _objects(
-    found: Target | None, snapshot: Snapshot, now: int | None, *, is_span: bool
-) -> list[dict[str, Any]]:
-    """A JSON object for each incident; without any, for what was reported of the page."""
-    if found is None:
-        incidents = [
-            one for one in snapshot.incidents if is_span or urgency_of(one) != Urgency.CLOSED
-        ]
-    else:
-        incidents = list(found.incidents)
-    if incidents:
-        shown = by_urgency(incidents)
-        return [explain_view.as_object(incident, snapshot, now) for incident in shown]
-    if found is None or found.kind != TargetKind.PAGE:
-        return []
-    moved = [page for page in snapshot.soft_offlines if page.pfn == found.pfn]
-    if moved:
-        return [json_output.soft_offlined(page, snapshot) for page in moved]
-    pfn, told = found.pfn or 0, snapshot.reported.get(found.pfn or 0)
-    return [json_output.reported(pfn, told, snapshot)] if told is not None else []

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from kvmtrace import kvm
 from kvmtrace.judgement.urgency import Urgency, by_urgency, urgency_of
 from kvmtrace.model import Snapshot, SoftOfflinedPage
+from kvmtrace.views import json_output
 from kvmtrace.views.answer import word
-from kvmtrace.views.explain import Showing, counted_errors, headed, listing, origin_parts, paragraph
-from kvmtrace.views.explain_incidents import answers, healthy, incidents, not_known, over, stamped
+from kvmtrace.views.explain import (
+    Showing,
+    as_object,
+    counted_errors,
+    headed,
+    listing,
+    origin_parts,
+    paragraph,
+)
+from kvmtrace.views.explain_incidents import (
+    answers,
+    healthy,
+    incidents,
+    not_known,
+    over,
+    stamped,
+)
 from kvmtrace.views.explain_vm import of_vm, of_vms
 from kvmtrace.views.format import Line, counted, dimm_of, listed, style_of
 from kvmtrace.views.lookup import Target, TargetKind, known_vms
@@ -136,3 +153,28 @@ def _soft_offlined(page: SoftOfflinedPage) -> str:
     if page.errno:
         return f"soft offline was tried and refused with {kvm.errno_name(page.errno)}; still in use"
     return "soft-offlined; its contents were moved, no guest is harmed"
+
+
+def as_objects(
+    found: Target | None, snapshot: Snapshot, now: int | None, *, is_span: bool = False
+) -> list[dict[str, Any]]:
+    """A JSON object for each incident; without any, for what was reported of the page.
+
+    ``is_span``: also for those that are over.
+    """
+    if found is None:
+        incidents = [
+            one for one in snapshot.incidents if is_span or urgency_of(one) != Urgency.CLOSED
+        ]
+    else:
+        incidents = list(found.incidents)
+    if incidents:
+        shown = by_urgency(incidents)
+        return [as_object(incident, snapshot, now) for incident in shown]
+    if found is None or found.kind != TargetKind.PAGE:
+        return []
+    moved = [page for page in snapshot.soft_offlines if page.pfn == found.pfn]
+    if moved:
+        return [json_output.soft_offlined(page, snapshot) for page in moved]
+    pfn, told = found.pfn or 0, snapshot.reported.get(found.pfn or 0)
+    return [json_output.reported(pfn, told, snapshot)] if told is not None else []

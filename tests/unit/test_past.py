@@ -15,7 +15,6 @@ import pytest
 
 from kvmtrace import sources
 from kvmtrace.cli import past_events
-from kvmtrace.cli.inputs import open_door
 from kvmtrace.cli.tape import RecordedTape
 from kvmtrace.errors import UsageError
 from kvmtrace.events import Event, Exit, Poison, VmGone, VmSeen
@@ -29,6 +28,7 @@ from tests.unit import archives as kit
 from tests.unit.archives import archive, keep
 from tests.unit.command_line import invoke
 from tests.unit.fake import SECOND, STORY, T0, FakeSource
+from tests.unit.serving import open_door
 from tests.unit.waiting import until
 
 path, one_boot = kit.path, kit.one_boot

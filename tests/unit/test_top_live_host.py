@@ -15,7 +15,7 @@ import pytest
 from kvmtrace import sources
 from kvmtrace.cli import live_host, output_file
 from kvmtrace.cli.bundle import write_bundle
-from kvmtrace.cli.inputs import RecordedLog, open_door
+from kvmtrace.cli.inputs import RecordedLog
 from kvmtrace.cli.live_host import Watching
 from kvmtrace.cli.signals import stop
 from kvmtrace.errors import KvmtraceError
@@ -24,6 +24,7 @@ from kvmtrace.sources.recording import RecordingSource
 from tests import docs
 from tests.unit.command_line import invoke
 from tests.unit.fake import FakeSource
+from tests.unit.serving import open_door
 from tests.unit.test_explain import STORY
 from tests.unit.test_remote import LATER, Serve
 from tests.unit.waiting import until
