@@ -15,7 +15,8 @@ The incident's timeline keeps which join was made (``model.Join``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,9 @@ from kvmtrace.page_types import PageOutcome
 from kvmtrace.quick import maker
 
 _correlated = maker(CorrelatedEvent)
+
+# How many are copied by one call of ``copying``.
+_INCIDENTS_AT_ONCE, _VMS_AT_ONCE = 128, 1024
 
 _BY_GFN = Join(JoinedBy.GFN)
 _BY_PAGE_TABLE = Join(JoinedBy.PAGE_TABLE)
@@ -562,15 +566,32 @@ class Correlator:
             steps=tuple(self._steps),
         )
 
-    def incident_ids(self) -> list[str]:
-        """Return the ids of all incidents."""
-        return self._incidents.ids()
+    def copying(self) -> list[Callable[[], None]]:
+        """Return what may be called before ``snapshot``, so that it has less to do.
 
-    def freeze(self, ids: Iterable[str]) -> None:
-        """Copy these incidents if they have changed, so that ``snapshot`` has less to do."""
+        Each call copies some incidents or VMs if they have changed, which takes a millisecond or
+        two. Events may be fed in between.
+        """
+        ids, keys = self._incidents.ids(), [key for key, _ in self._vms.items()]
+        parts = [
+            functools.partial(self._copy_incidents, ids[first : first + _INCIDENTS_AT_ONCE])
+            for first in range(0, len(ids) - _INCIDENTS_AT_ONCE, _INCIDENTS_AT_ONCE)
+        ]
+        parts += [
+            functools.partial(self._copy_vms, keys[first : first + _VMS_AT_ONCE])
+            for first in range(0, len(keys) - _VMS_AT_ONCE, _VMS_AT_ONCE)
+        ]
+        return list(parts)
+
+    def _copy_incidents(self, ids: Sequence[str]) -> None:
         now = self._last_ts or 0
         for incident in filter(None, map(self._incidents.get, ids)):
             self._frozen(incident, now)
+
+    def _copy_vms(self, keys: Sequence[int]) -> None:
+        now = self._last_ts or 0
+        for vm in filter(None, map(self._vms.get, keys)):
+            vm.refreeze(now)
 
     def _frozen(self, incident: IncidentState, now: int) -> FrozenIncident:
         """Return an immutable copy, the last one if it is still right."""

@@ -71,6 +71,11 @@ class TrackedVm:
         if self.last_ts is None or ts > self.last_ts:
             self.last_ts = ts
 
+    def refreeze(self, now: int) -> None:
+        """Copy it if it has changed, as if its pages had not."""
+        if self.kept is not None:
+            self.frozen(self.kept[1].poisoned_pages, self.kept[1].forgotten_pages, now)
+
     def frozen(self, pages: int, forgotten: int, now: int) -> Vm:
         """An immutable copy, the last one if nothing has changed.
 

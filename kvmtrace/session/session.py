@@ -28,9 +28,6 @@ POLL_SECONDS = 0.25
 _SLICE = 256
 _YIELD_SECONDS = 0.001
 
-# So many incidents are copied at once for a snapshot: a millisecond or two.
-COPIED = 128
-
 # Seconds that ``close`` waits for a reader that makes no progress, for any reader, and for the
 # source. The first two are below the watchdog's limit for the thread that waits.
 READER_SECONDS = 1.25
@@ -182,17 +179,17 @@ class Session:
         """Return the model, with host and probes; raise what ended the reader, if anything.
 
         The reader waits only while the correlator's part is taken, not for /proc or the kernel.
-        Incidents that have changed are copied first, some at a time.
+        What has changed is copied first, some of it at a time.
         """
         self._check()
         thread = threading.get_ident()
         self._asking.add(thread)
         try:
             with self._model_lock:
-                ids = self._correlator.incident_ids()
-            for first in range(0, len(ids) - COPIED, COPIED):
+                parts = self._correlator.copying()
+            for copy in parts:
                 with self._model_lock:
-                    self._correlator.freeze(ids[first : first + COPIED])
+                    copy()
                 time.sleep(_YIELD_SECONDS)
             with self._model_lock:
                 model = self._correlator.snapshot()

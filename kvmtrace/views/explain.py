@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvmtrace import dimm_names
-from kvmtrace.judgement.actions import Action, actions, named, next_steps, steps
+from kvmtrace.judgement.action import Action
+from kvmtrace.judgement.actions import actions, named, next_steps, steps
 from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.model import (
     EntryKind,

@@ -27,7 +27,8 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.judgement.actions import Action, actions
+from kvmtrace.judgement.action import Action
+from kvmtrace.judgement.actions import actions
 from kvmtrace.judgement.urgency import urgency_of
 from kvmtrace.linux import mce
 from kvmtrace.model import (

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import Event, Exit, Poison, Sigbus
-from kvmtrace.session.session import COPIED
 from tests.bench.models import T0, again, correlator, poisons, vms
 from tests.bench.timing import REPEATS, best, table
 
@@ -39,10 +37,7 @@ def _row(count: int, incidents: int) -> tuple[str, ...]:
         _change(model, count, incidents, 2 * number)
         costs.append(best(model.snapshot, 1))
         _change(model, count, incidents, 2 * number + 1)
-        # As Session.snapshot does.
-        ids = model.incident_ids()
-        parts = [ids[first : first + COPIED] for first in range(0, len(ids) - COPIED, COPIED)]
-        takes = [best(functools.partial(model.freeze, part), 1) for part in parts]
+        takes = [best(copy, 1) for copy in model.copying()]  # as Session.snapshot does
         held.append(max([*takes, best(model.snapshot, 1)]))
     cost = min(costs)
     each = 1e6 * cost / (count + incidents)

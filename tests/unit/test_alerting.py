@@ -27,7 +27,8 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.judgement.actions import ActionKind, actions
+from kvmtrace.judgement.action import ActionKind
+from kvmtrace.judgement.actions import actions
 from kvmtrace.judgement.urgency import by_urgency
 from kvmtrace.model import Incident
 from kvmtrace.session.session import Session

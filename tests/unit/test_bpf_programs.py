@@ -7,11 +7,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from kvmtrace import probes
 from kvmtrace.errors import KvmtraceError
+from kvmtrace.linux.btf import FunctionType
 from kvmtrace.sources.bpf import program_cache, programs
 from kvmtrace.sources.bpf.compiler import PARTS, CompiledPrograms, bpf_dir, joined
 from kvmtrace.sources.bpf.program_cache import ProgramCache
@@ -174,3 +176,11 @@ def test_without_trampolines_all_is_compiled_at_once(compiler: Compiler) -> None
 def test_every_kprobe_can_be_left_out() -> None:
     for name in re.findall(r"^int kp_(\w+)\(", TEXT, re.MULTILINE):
         assert f"\n#ifdef KP_{name}\nint kp_{name}(" in TEXT
+
+
+def test_a_function_that_cannot_be_had_is_no_trampoline() -> None:
+    function = FunctionType("", (1 << 31) - 1, ())
+    layout: Any = SimpleNamespace(specs=list(SPECS.values()), function=lambda _spec: function)
+    assert not programs._has_trampolines(layout)
+    layout.function = lambda _spec: None
+    assert programs._has_trampolines(layout), "nothing is there to be tried, nor to be attached"

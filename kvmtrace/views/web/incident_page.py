@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from kvmtrace.judgement.actions import Action, actions, steps
+from kvmtrace.judgement.action import Action
+from kvmtrace.judgement.actions import actions, steps
 from kvmtrace.judgement.urgency import urgency_of
 from kvmtrace.model import MAX_INCIDENTS, Incident, Snapshot
 from kvmtrace.sanitize import clean
