@@ -50,7 +50,7 @@ _KINDS: dict[str, tuple[Callable[[], dict[str, str]], str]] = {
     ),
     "container": (
         _files("assets/container", "Containerfile", "kvmtrace-daemonset.yaml"),
-        "put kvmtrace_*_all.deb beside them; then: podman build -t kvmtrace . and, with your image's"
+        "put kvmtrace_*_all.deb beside them; then: podman build -t kvmtrace . and, with the image's"
         " name in it, kubectl apply -f kvmtrace-daemonset.yaml",
     ),
     "scrape-config": (

@@ -90,9 +90,11 @@ def _build(row: Row, suite: Suite, directory: Path) -> None:
             with step(f"kvmtrace's dependencies ({', '.join(dependencies())})"):
                 pip_install(dependencies(), extra / LIBRARY[1:])
         hook = "extract" if row.arch.foreign else "customize"
-        finish = FINISH if row.arch.foreign else (f'chroot "$1" {COMPILE} {LIBRARY}',)
-        if row.root.service:
-            finish = ()
+        finish: tuple[str, ...] = ()
+        if row.arch.foreign:
+            finish = FINISH
+        elif not row.root.service:
+            finish = (f'chroot "$1" {COMPILE} {LIBRARY}',)
         named = packages(row.root)
         with step(f"root {row.root.name} ({row.arch.name}): {len(named)} packages"):
             extract(

@@ -24,10 +24,9 @@ DefaultDependencies=no
 ExecStart=/usr/bin/python3 -S /opt/lab/agent.py
 """
 # They are of no use here, and emulation is slow.
-_MASKED = (
-    *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer"),
-    *("fstrim.timer", "e2scrub_reap.service", "getty.target", "systemd-journal-catalog-update.service"),
-    *("prometheus.service", "prometheus-node-exporter.service", "systemd-update-utmp.service"),
+_MASKED = tuple(
+    "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer "
+    "e2scrub_reap.service getty.target prometheus.service systemd-update-utmp.service".split()
 )
 
 
@@ -79,6 +78,9 @@ class ServiceHost(Machine):
             "usr/local/bin/vmm": layer.vmm(prepared.row.arch).read_bytes(),
             "etc/machine-id": b"6b766d74726163650000000000000001\n",
             "etc/hostname": b"lab\n",
+            # ldconfig, sysusers and others need not run: the root was installed, not updated.
+            "etc/.updated": b"",
+            "var/.updated": b"",
             f"{units}/lab-agent.service": _AGENT.encode(),
             f"{units}/sysinit.target.wants/lab-agent.service": _AGENT.encode(),
         }

@@ -1,0 +1,193 @@
+"""From `apt install ./kvmtrace_*.deb` on a host that systemd boots to a poison in its journal.
+
+The tests are one story on one host, in order: its first boot, then a second one of the same disk.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmtrace.views.incident_log import INCIDENT_ID
+from tests.lab import debian_package
+from tests.lab.conftest import needed
+from tests.lab.container import Container, manifest
+from tests.lab.harness import PATIENCE, Vmm
+from tests.lab.service_host import PACKAGE, Disk, ServiceHost
+
+pytestmark = pytest.mark.lab
+
+MEMBER = "oncall"
+OPTIONS = "/etc/default/kvmtrace"
+
+
+class Host:
+    """The host of these tests."""
+
+    def __init__(self, directory: Path) -> None:
+        self.package = debian_package.built("trixie")
+        self.disk = Disk.new(directory / "disk.img")
+        self.machine = ServiceHost.boot_disk(self.disk, self.package)
+
+    def reboot(self) -> None:
+        """Reboot it."""
+        self.machine.reboot()
+        self.machine = ServiceHost.boot_disk(self.disk, self.package)
+
+    def run(self, line: str, timeout: float = PATIENCE) -> str:
+        """Run a line of shell as root; it has to succeed."""
+        return self.machine.run(line, timeout, check=True).stdout
+
+    def by_member(self, command: str, status: int = 0) -> str:
+        """Run kvmtrace as a user of the group kvmtrace."""
+        line = f"cd /home/{MEMBER} && exec runuser -u {MEMBER} -- kvmtrace {command}"
+        done = self.machine.run(line, PATIENCE)
+        assert done.status == status, done
+        return done.stdout
+
+    def property(self, name: str) -> str:
+        """A property of the service, by systemd's name."""
+        return self.run(f"systemctl show --value -p {name} kvmtrace").strip()
+
+    def entries(self, *matches: str) -> list[dict[str, Any]]:
+        """Entries of the service in the journal, oldest first."""
+        found = self.run(f"journalctl -u kvmtrace -o json --all {shlex.join(matches)}")
+        return [json.loads(line) for line in found.splitlines()]
+
+    def until(self, condition: Callable[[], Any], what: str) -> Any:
+        """Wait until the condition is true, and return what it returned."""
+        deadline = time.monotonic() + PATIENCE
+        while not (found := condition()):
+            log = "journalctl -u kvmtrace | tail -n 30"
+            assert time.monotonic() < deadline, (what, self.run(log))
+            time.sleep(0.5)
+        return found
+
+    def until_restarted(self, times: int) -> None:
+        """Wait until systemd has restarted the service so often, and it is ready."""
+
+        def is_ready() -> bool:
+            shown = self.run("systemctl show -p ActiveState -p NRestarts kvmtrace").split()
+            return set(shown) == {"ActiveState=active", f"NRestarts={times}"}
+
+        self.until(is_ready, f"active after {times} restarts")
+
+    def poison(self, name: str) -> dict[str, Any]:
+        """Poison a page of a new VM's guest_memfd, touch it, and return the log's last entry."""
+        vmm = Vmm(self.machine, name)
+        vmm.step("create v backing=gmem pages=32")
+        vmm.step("touch v +3")
+        vmm.step("poison v +3")
+        vmm.step("touch v +3")
+
+        def delivered() -> Any:
+            found = self.entries(f"MESSAGE_ID={INCIDENT_ID}", f"VM_NAME={name}")
+            return [one for one in found if one["STATE"] == "delivered"][-1:]
+
+        (entry,) = self.until(delivered, f"the log's entry about {name}")
+        assert entry["VM_PID"] == str(vmm.pid)
+        vmm.end()
+        return dict(entry)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    with needed():
+        found = Host(tmp_path_factory.mktemp("host"))
+    yield found
+    found.machine.close()
+
+
+def test_from_apt_to_the_journal(host: Host) -> None:
+    host.run(f"cd /mnt/share && apt-get install -y --no-install-recommends ./{PACKAGE}")
+    assert host.property("ActiveState") == "active"
+    assert host.property("Type") == "notify"
+    assert "source bpf" in host.property("StatusText")
+    assert host.run("ls /var/cache/kvmtrace")  # compiled once
+    host.run("systemd-analyze verify --man=no kvmtrace.service 2>&1")
+    judged = host.run("systemd-analyze security --no-pager kvmtrace.service")
+    exposure = re.search(r"Overall exposure level for kvmtrace.service: ([0-9.]+)", judged)
+    assert exposure
+    assert float(exposure[1]) <= 3.0
+
+    # kvm comes, goes and comes again.
+    host.run("! test -e /sys/module/kvm && modprobe kvm-amd")
+    host.until(lambda: host.entries("PROBE=run"), "attached to kvm")
+    host.until(lambda: host.machine.run("modprobe -r kvm-amd kvm").status == 0, "kvm unloaded")
+    host.run("! test -e /sys/module/kvm && modprobe kvm-amd")
+    host.until(lambda: len(host.entries("PROBE=run")) == 3, "attached to kvm anew")
+    entry = host.poison("web-1")
+    assert entry["MESSAGE_ID"] == INCIDENT_ID
+    assert entry["PRIORITY"] in "2456"
+    assert {"URGENCY", "STATE", "VERDICT", "PFN", "ACTION", "INCIDENT"} <= set(entry)
+    assert entry["MESSAGE"].startswith(f"incident {entry['INCIDENT']}: ")
+
+
+def test_the_group_needs_no_root(host: Host) -> None:
+    host.run(f"useradd --create-home --groups kvmtrace {MEMBER}")
+    (entry,) = host.entries("VM_NAME=web-1", "STATE=delivered")[-1:]
+    incident = entry["INCIDENT"]
+    assert incident in host.by_member("top --once")
+    assert "web-1" in host.by_member(f"explain {incident}")
+    assert "web-1" in host.by_member("events --since 1h --count 1 --kind poison")
+    assert "web-1" in host.by_member("check", status=2)
+    host.by_member("bundle -o case.tar.gz")
+    assert "web-1" in host.by_member("explain --from case.tar.gz")
+
+
+def test_a_reader_that_hangs_is_replaced_meanwhile_a_container_watches(host: Host) -> None:
+    """The container has what the DaemonSet asks for, and directories of its own."""
+    pid = host.property("MainPID")
+    host.run(f"kill -STOP {pid}")
+
+    wanted = manifest()
+    of_node = {path: f"/run/node{path}" for path in wanted.mounts if path.endswith("/kvmtrace")}
+    container = Container(host.machine, wanted, of_node)
+    container.job.wait_for("serving http", PATIENCE, "stderr")
+    assert "not attached" not in container.job.stderr
+    container.run("curl --silent --fail http://127.0.0.1:9750/-/healthy")
+    vmm = Vmm(host.machine, "beside")
+    vmm.step("create v backing=gmem pages=32")
+    vmm.step("touch v +3")
+    vmm.step("poison v +3")
+    vmm.step("touch v +3")
+    container.job.wait_for("incident .*: delivered, beside", PATIENCE, "stderr")
+    metrics = container.run("curl --silent --fail http://127.0.0.1:9750/metrics")
+    assert re.search(r'kvmtrace_memory_fault_exits_total{.*vm="beside"', metrics)
+    shown = host.run("KVMTRACE_RUNTIME_DIR=/run/node/run/kvmtrace kvmtrace top --once")
+    assert "beside" in shown
+    vmm.end()
+    container.end()
+
+    host.until_restarted(1)
+    assert host.property("MainPID") != pid
+    assert "atchdog" in host.run("journalctl --no-pager _PID=1 -u kvmtrace")
+
+
+def test_what_was_seen_is_there_after_kill_and_restart(host: Host) -> None:
+    (entry,) = host.entries("VM_NAME=web-1", "STATE=delivered")[-1:]
+    host.run(f"kill -KILL {host.property('MainPID')}")
+    host.until_restarted(2)
+    assert entry["INCIDENT"] in host.by_member("top --once")
+    # The other source, under the same unit.
+    host.run(f"echo KVMTRACE_OPTIONS=--source ftrace >{OPTIONS} && systemctl restart kvmtrace")
+    assert "source ftrace" in host.property("StatusText")
+    assert entry["INCIDENT"] in host.by_member("top --once")
+    host.poison("web-2")
+
+
+def test_after_a_reboot_it_is_history(host: Host) -> None:
+    host.run(f"rm {OPTIONS}")
+    host.reboot()
+    host.until(lambda: host.property("ActiveState") == "active", "active after the boot")
+    shown = json.loads(host.run("kvmtrace top --once --json"))
+    assert shown["incidents"] == []
+    host.run("kvmtrace record --since 1h -o /tmp/before.jsonl")
+    assert "web-1" in host.run("kvmtrace replay /tmp/before.jsonl")
