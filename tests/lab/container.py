@@ -72,6 +72,9 @@ def _spec(wanted: Manifest, node: dict[str, str]) -> dict[str, Any]:
         {"destination": where, "type": kind, "source": source, "options": options.split(",")}
         for where, kind, source, options in _DEFAULT_MOUNTS
     ]
+    # The image has no group kvmtrace (Containerfile); this root does.
+    group = {"destination": "/etc/group", "type": "bind", "source": f"{_BUNDLE}/group"}
+    mounts.append(group | {"options": ["bind", "ro"]})
     for where, path in wanted.mounts.items():
         if path is None:
             mounts.append({"destination": where, "type": "tmpfs", "source": "tmpfs"})
@@ -110,6 +113,7 @@ class Container:
         self._machine = machine
         lines = [f"mkdir -p {_BUNDLE}/rootfs {' '.join(node.values())}"]
         lines.append(f"mountpoint -q {_BUNDLE}/rootfs || mount --bind / {_BUNDLE}/rootfs")
+        lines.append(f"grep -v ^kvmtrace: /etc/group >{_BUNDLE}/group")
         lines.append(f"cat >{_BUNDLE}/config.json")
         machine.run("\n".join(lines), check=True, stdin=json.dumps(_spec(wanted, node)))
         self.job: Job = machine.start(f"cd {_BUNDLE} && exec crun run kvmtrace")

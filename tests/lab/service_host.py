@@ -82,7 +82,8 @@ class ServiceHost(Machine):
             "etc/.updated": b"",
             "var/.updated": b"",
             f"{units}/lab-agent.service": _AGENT.encode(),
-            f"{units}/sysinit.target.wants/lab-agent.service": _AGENT.encode(),
+            # not by a link in sysinit.target.wants: an initramfs of ours has none
+            f"{units}/sysinit.target.d/lab.conf": b"[Unit]\nWants=lab-agent.service\n",
         }
         over |= {f"{units}/{name}": b"" for name in _MASKED}  # an empty unit is a masked one
         initramfs.write(prepared.row, prepared.kernel, initrd, over)

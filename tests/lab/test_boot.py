@@ -35,6 +35,8 @@ class Host:
         self.package = debian_package.built("trixie")
         self.disk = Disk.new(directory / "disk.img")
         self.machine = ServiceHost.boot_disk(self.disk, self.package)
+        self.web: Vmm
+        """A VM that has poison, from the first test on."""
 
     def reboot(self) -> None:
         """Reboot it."""
@@ -79,21 +81,22 @@ class Host:
 
         self.until(is_ready, f"active after {times} restarts")
 
-    def poison(self, name: str) -> dict[str, Any]:
-        """Poison a page of a new VM's guest_memfd, touch it, and return the log's last entry."""
+    def with_poison(self, name: str) -> Vmm:
+        """Start a VM that has touched a poisoned page of its guest_memfd."""
         vmm = Vmm(self.machine, name)
-        vmm.step("create v backing=gmem pages=32")
-        vmm.step("touch v +3")
-        vmm.step("poison v +3")
-        vmm.step("touch v +3")
+        for step in ("create v backing=gmem pages=32", "touch v +3", "poison v +3", "touch v +3"):
+            vmm.step(step)
+        return vmm
+
+    def logged(self, vmm: Vmm) -> dict[str, Any]:
+        """Wait for the entry of the log about the VMM's notification, and return it."""
 
         def delivered() -> Any:
-            found = self.entries(f"MESSAGE_ID={INCIDENT_ID}", f"VM_NAME={name}")
-            return [one for one in found if one["STATE"] == "delivered"][-1:]
+            of_vm = (f"MESSAGE_ID={INCIDENT_ID}", f"VM_PID={vmm.pid}", "STATE=delivered")
+            return self.entries(*of_vm)
 
-        (entry,) = self.until(delivered, f"the log's entry about {name}")
-        assert entry["VM_PID"] == str(vmm.pid)
-        vmm.end()
+        entry, *_ = self.until(delivered, f"the log's entry about {vmm.name}")
+        assert entry["VM_NAME"] == vmm.name
         return dict(entry)
 
 
@@ -109,7 +112,7 @@ def test_from_apt_to_the_journal(host: Host) -> None:
     host.run(f"cd /mnt/share && apt-get install -y --no-install-recommends ./{PACKAGE}")
     assert host.property("ActiveState") == "active"
     assert host.property("Type") == "notify"
-    assert "source bpf" in host.property("StatusText")
+    assert host.property("StatusText").startswith("watching by bpf")
     assert host.run("ls /var/cache/kvmtrace")  # compiled once
     host.run("systemd-analyze verify --man=no kvmtrace.service 2>&1")
     judged = host.run("systemd-analyze security --no-pager kvmtrace.service")
@@ -121,9 +124,11 @@ def test_from_apt_to_the_journal(host: Host) -> None:
     host.run("! test -e /sys/module/kvm && modprobe kvm-amd")
     host.until(lambda: host.entries("PROBE=run"), "attached to kvm")
     host.until(lambda: host.machine.run("modprobe -r kvm-amd kvm").status == 0, "kvm unloaded")
+    host.until(lambda: len(host.entries("PROBE=run")) == 2, "noticed")
     host.run("! test -e /sys/module/kvm && modprobe kvm-amd")
     host.until(lambda: len(host.entries("PROBE=run")) == 3, "attached to kvm anew")
-    entry = host.poison("web-1")
+    host.web = host.with_poison("web-1")
+    entry = host.logged(host.web)
     assert entry["MESSAGE_ID"] == INCIDENT_ID
     assert entry["PRIORITY"] in "2456"
     assert {"URGENCY", "STATE", "VERDICT", "PFN", "ACTION", "INCIDENT"} <= set(entry)
@@ -132,9 +137,8 @@ def test_from_apt_to_the_journal(host: Host) -> None:
 
 def test_the_group_needs_no_root(host: Host) -> None:
     host.run(f"useradd --create-home --groups kvmtrace {MEMBER}")
-    (entry,) = host.entries("VM_NAME=web-1", "STATE=delivered")[-1:]
-    incident = entry["INCIDENT"]
-    assert incident in host.by_member("top --once")
+    incident = host.logged(host.web)["INCIDENT"]
+    assert "web-1" in host.by_member("top --once")
     assert "web-1" in host.by_member(f"explain {incident}")
     assert "web-1" in host.by_member("events --since 1h --count 1 --kind poison")
     assert "web-1" in host.by_member("check", status=2)
@@ -153,11 +157,7 @@ def test_a_reader_that_hangs_is_replaced_meanwhile_a_container_watches(host: Hos
     container.job.wait_for("serving http", PATIENCE, "stderr")
     assert "not attached" not in container.job.stderr
     container.run("curl --silent --fail http://127.0.0.1:9750/-/healthy")
-    vmm = Vmm(host.machine, "beside")
-    vmm.step("create v backing=gmem pages=32")
-    vmm.step("touch v +3")
-    vmm.step("poison v +3")
-    vmm.step("touch v +3")
+    vmm = host.with_poison("beside")
     container.job.wait_for("incident .*: delivered, beside", PATIENCE, "stderr")
     metrics = container.run("curl --silent --fail http://127.0.0.1:9750/metrics")
     assert re.search(r'kvmtrace_memory_fault_exits_total{.*vm="beside"', metrics)
@@ -172,15 +172,15 @@ def test_a_reader_that_hangs_is_replaced_meanwhile_a_container_watches(host: Hos
 
 
 def test_what_was_seen_is_there_after_kill_and_restart(host: Host) -> None:
-    (entry,) = host.entries("VM_NAME=web-1", "STATE=delivered")[-1:]
+    incident = host.logged(host.web)["INCIDENT"]
     host.run(f"kill -KILL {host.property('MainPID')}")
     host.until_restarted(2)
-    assert entry["INCIDENT"] in host.by_member("top --once")
+    assert "web-1" in host.by_member(f"explain {incident}")
     # The other source, under the same unit.
     host.run(f"echo KVMTRACE_OPTIONS=--source ftrace >{OPTIONS} && systemctl restart kvmtrace")
-    assert "source ftrace" in host.property("StatusText")
-    assert entry["INCIDENT"] in host.by_member("top --once")
-    host.poison("web-2")
+    assert host.property("StatusText").startswith("watching by ftrace")
+    assert "web-1" in host.by_member(f"explain {incident}")
+    host.logged(host.with_poison("web-2"))
 
 
 def test_after_a_reboot_it_is_history(host: Host) -> None:
