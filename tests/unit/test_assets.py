@@ -42,10 +42,10 @@ def unit(tmp_path: Path) -> str:
 def test_unit_and_container_hold_the_capabilities_of_a_command_that_watches(
     tmp_path: Path,
 ) -> None:
-    """All but SYS_RESOURCE: the unit has limits in its place, a container those of its runtime."""
+    """SYS_ADMIN includes BPF and PERFMON. In the place of SYS_RESOURCE the unit has limits."""
     bounding = re.search(r"^CapabilityBoundingSet=(.*)$", unit(tmp_path), re.MULTILINE)
     assert bounding
-    wanted = privileges.WATCHING - {"SYS_RESOURCE"}
+    wanted = privileges.WATCHING - {"BPF", "PERFMON", "SYS_RESOURCE"}
     assert set(bounding[1].split()) == {f"CAP_{name}" for name in wanted}
     assert set(manifest().capabilities) == wanted
 
