@@ -39,13 +39,11 @@ _DEFAULT_MOUNTS = (
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the DaemonSet asks for. ``mounts``: {path in the container: path of the node, or None
-    for a tmpfs}.
-    """
+    """What the DaemonSet asks for. ``mounts``: {path in the container: path of the node}."""
 
     arguments: tuple[str, ...]
     capabilities: tuple[str, ...]
-    mounts: dict[str, str | None]
+    mounts: dict[str, str]
 
 
 def manifest(path: Path | None = None) -> Manifest:
@@ -62,7 +60,7 @@ def manifest(path: Path | None = None) -> Manifest:
     return Manifest(
         tuple(one.strip(' "') for one in listed[1].split(",")),
         tuple(re.findall(r"- (\w+)", added[1])),
-        {where: of_node.get(name) for name, where in inside},
+        {where: of_node[name] for name, where in inside},
     )
 
 
@@ -76,12 +74,8 @@ def _spec(wanted: Manifest, node: dict[str, str]) -> dict[str, Any]:
     group = {"destination": "/etc/group", "type": "bind", "source": f"{_BUNDLE}/group"}
     mounts.append(group | {"options": ["bind", "ro"]})
     for where, path in wanted.mounts.items():
-        if path is None:
-            mounts.append({"destination": where, "type": "tmpfs", "source": "tmpfs"})
-        else:
-            source = node.get(path, path)
-            bind = {"destination": where, "type": "bind", "source": source}
-            mounts.append(bind | {"options": ["rbind", "rprivate", "rw"]})
+        bind = {"destination": where, "type": "bind", "source": node.get(path, path)}
+        mounts.append(bind | {"options": ["rbind", "rprivate", "rw"]})
     return {
         "ociVersion": "1.0.2",
         "process": {

@@ -158,7 +158,7 @@ def test_a_reader_that_hangs_is_replaced_meanwhile_a_container_watches(host: Hos
     assert "not attached" not in container.job.stderr
     container.run("curl --silent --fail http://127.0.0.1:9750/-/healthy")
     vmm = host.with_poison("beside")
-    container.job.wait_for("incident .*: delivered, beside", PATIENCE, "stderr")
+    container.job.wait_for(r"incident .*, beside \(pid", PATIENCE, "stderr")
     metrics = container.run("curl --silent --fail http://127.0.0.1:9750/metrics")
     assert re.search(r'kvmtrace_memory_fault_exits_total{.*vm="beside"', metrics)
     shown = host.run("KVMTRACE_RUNTIME_DIR=/run/node/run/kvmtrace kvmtrace top --once")
