@@ -24,7 +24,7 @@ from kvmtrace.sanitize import clean
 from kvmtrace.sources.recording import Writer
 from kvmtrace.spool import LongText, spooling
 from kvmtrace.views import bundle as bundle_view
-from kvmtrace.views import doctor as doctor_view
+from kvmtrace.views.doctor_report import render, with_texts
 from kvmtrace.views.host_files import HostRecords, host_files
 
 
@@ -79,8 +79,8 @@ def bundle(
         if records is not None:
             report = doctor_report(source, with_names=not redact)
             if names is not None:
-                report = doctor_view.with_texts(report, names.text)
-            files["doctor.txt"] = doctor_view.render(report, verbose=True)
+                report = with_texts(report, names.text)
+            files["doctor.txt"] = render(report, verbose=True)
             files |= host_files(records, names)
         with archive.writing():
             bundle_view.write(archive.file, files, int(time.time()))

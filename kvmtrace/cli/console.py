@@ -55,9 +55,11 @@ def busy(what: str | Callable[[], str]) -> Iterator[None]:
     """Show on the terminal what takes longer than a second, while it does.
 
     ``what``: as in "attaching probes"; called each second if it may change. Nothing is shown if
-    stderr is a file or a pipe: what reads that expects errors.
+    stderr is a file or a pipe: what reads that expects errors. Nor in another thread than the main
+    one: the live table has the terminal then, and shows what is attached.
     """
-    if not _is_terminal(sys.stderr):
+    in_main = threading.current_thread() is threading.main_thread()
+    if not (in_main and _is_terminal(sys.stderr)):
         yield
         return
     done = threading.Event()

@@ -18,7 +18,9 @@ from kvmtrace.cli.inputs import connect
 from kvmtrace.cli.options import json_option, source_option
 from kvmtrace.events import vm_label
 from kvmtrace.linux import host, memory_failure
-from kvmtrace.views import doctor as doctor_view
+from kvmtrace.views.doctor import Serving, judge
+from kvmtrace.views.doctor_host import KeptPrograms, NotifiedVmm
+from kvmtrace.views.doctor_report import Report, as_object, render
 from kvmtrace.vmm import processes
 from kvmtrace.vmm.identity import Identity
 
@@ -39,15 +41,15 @@ def doctor(ctx: click.Context, as_json: bool, verbose: bool, source: str) -> Non
     report = doctor_report(source)
     if as_json:
         json_is_utf8()
-        print_line(json.dumps(doctor_view.as_object(report), ensure_ascii=False))
+        print_line(json.dumps(as_object(report), ensure_ascii=False))
     else:
         width = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
         ascii_only = not _can_print("✓✗→")
-        print_line(doctor_view.render(report, ascii_only=ascii_only, width=width, verbose=verbose))
+        print_line(render(report, ascii_only=ascii_only, width=width, verbose=verbose))
     ctx.exit(0 if report.ok else 1)
 
 
-def doctor_report(source: str, *, with_names: bool = True) -> doctor_view.Report:
+def doctor_report(source: str, *, with_names: bool = True) -> Report:
     """The report on this host and on these sources ("auto": a running serve's, or both).
 
     Beside a serve nothing is attached: a second set of probes would slow down every VM exit.
@@ -57,18 +59,18 @@ def doctor_report(source: str, *, with_names: bool = True) -> doctor_view.Report
         facts, vmms = host.examine(), list(_notified_vmms(with_names))
     if source == "auto" and (remote := connect()) is not None:
         with contextlib.closing(remote):
-            serving = doctor_view.Serving(remote.pid, remote.version)
+            serving = Serving(remote.pid, remote.version)
             own = [Attempt(remote.name, remote.probes())]
-            return doctor_view.judge(facts, own, None, serving=serving, vmms=vmms)
+            return judge(facts, own, None, serving=serving, vmms=vmms)
     kinds = _kinds(source)
     # Before the attempts, which compile what is not there.
     may_look = "bpf" in kinds and host.privilege().may_trace
     programs = _kept_programs() if may_look else None
     attempts = [_attempt(kind) for kind in kinds]
-    return doctor_view.judge(facts, attempts, programs, vmms=vmms)
+    return judge(facts, attempts, programs, vmms=vmms)
 
 
-def _notified_vmms(with_names: bool) -> Iterator[doctor_view.NotifiedVmm]:
+def _notified_vmms(with_names: bool) -> Iterator[NotifiedVmm]:
     """The VMMs that can be read, by pid."""
     settings = memory_failure.settings()
     pids = sorted(processes.vm_processes())
@@ -76,17 +78,17 @@ def _notified_vmms(with_names: bool) -> Iterator[doctor_view.NotifiedVmm]:
     for pid in pids:
         found = processes.identify(pid).identity if with_names else Identity()
         label = vm_label(pid, found.name, found.vmid)
-        yield doctor_view.NotifiedVmm(
+        yield NotifiedVmm(
             f"{label} ({pid})" if found.name else label,
             memory_failure.is_notified_early(wishes.get(pid, ()), settings),
         )
 
 
-def _kept_programs() -> doctor_view.KeptPrograms | None:
+def _kept_programs() -> KeptPrograms | None:
     from kvmtrace.sources.bpf import programs  # noqa: PLC0415 (only what watches needs it)
 
     kept = programs.kept()
-    return doctor_view.KeptPrograms(kept.path, kept.bcc, kept.trouble) if kept else None
+    return KeptPrograms(kept.path, kept.bcc, kept.trouble) if kept else None
 
 
 def _kinds(source: str) -> tuple[str, ...]:

@@ -15,9 +15,9 @@ from typing import Any
 from kvmtrace.judgement.actions import actions, named
 from kvmtrace.judgement.urgency import Level, Urgency, by_urgency, host_urgency, urgency_of
 from kvmtrace.model import Incident, Snapshot
-from kvmtrace.views.advice import kernel_difference
 from kvmtrace.views.answer import answer
 from kvmtrace.views.format import age_of, counted, listed
+from kvmtrace.views.not_known import kernel_difference
 
 SERVICE = "KVMTRACE"
 

@@ -20,7 +20,7 @@ from kvmtrace.model import (
     TimelineEntry,
     VmIdentity,
 )
-from kvmtrace.views import advice, json_output, timeline
+from kvmtrace.views import json_output, not_known, timeline
 from kvmtrace.views.answer import answer, word
 from kvmtrace.views.format import (
     Line,
@@ -120,7 +120,7 @@ def sections(
     yield from _what_happened(incident, snapshot, showing)
     yield from _the_page(incident, showing)
     yield from _how_we_know(incident, showing)
-    yield from listing("Not known", advice.not_known(incident, snapshot), showing.width)
+    yield from listing("Not known", not_known.not_known(incident, snapshot), showing.width)
 
 
 def as_object(incident: Incident, snapshot: Snapshot, now: int | None = None) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def as_object(incident: Incident, snapshot: Snapshot, now: int | None = None) ->
             )
             for entry in _timeline(incident, snapshot)
         ],
-        "not_known": advice.not_known(incident, snapshot),
+        "not_known": not_known.not_known(incident, snapshot),
         "next": next_steps(incident, snapshot),
     }
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmtrace.model import Snapshot
-from kvmtrace.views.advice import kernel_difference
 from kvmtrace.views.format import age_of, cells, clock_of, day_of, fold, listed, size_of, zone_of
+from kvmtrace.views.not_known import kernel_difference
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """A real VMM loses a page: Debian's QEMU, run nested, with ordinary memory.
 
-These scenarios establish how QEMU reacts by kind of memory. ``views/vmm_advice.py`` advises only
+These scenarios establish how QEMU reacts by kind of memory. ``judgement/vmm_facts.py`` advises only
 what is tested here.
 """
 

@@ -70,14 +70,20 @@ def one_of_each_kind(shell: Shell, python: str) -> None:
 
 
 SERVED = """
-import re, subprocess, sys, urllib.request
+import re, subprocess, sys, time, urllib.request
 command = [sys.executable, "-m", "tests.unit.fake_host", "serve", "--source", "bpf"]
 serve = subprocess.Popen([*command, "--listen", "127.0.0.1:0"], stderr=subprocess.PIPE, text=True)
 try:
     found = (re.search("http.*(?=/metrics)", line) for line in serve.stderr)
     url = next(match[0] for match in found if match)
-    for path in ("/metrics", "/"):
-        print(urllib.request.urlopen(url + path).read().decode())
+    get = lambda path: urllib.request.urlopen(url + path).read().decode()
+    # It serves from the beginning, and reads its events meanwhile.
+    end = time.monotonic() + 60
+    while "kvmtrace_memory_fault_exits_total{" not in (page := get("/metrics")):
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    print(page, get("/"))
     serve.terminate()
     sys.exit(serve.wait())
 finally:

@@ -65,7 +65,7 @@ def test_the_demo(bare: Machine, capfd: pytest.CaptureFixture[str]) -> None:
     assert demo.print_final_table(bare, "ftrace") == 0
     shown = capfd.readouterr().out
     assert "source ftrace (asked for)" in shown
-    assert re.search(r"^\S+ +looping +0x\S+ +web-1", shown, re.MULTILINE), shown
+    assert re.search(r"^looping +web-1 ", shown, re.MULTILINE), shown
 
 
 def test_what_needs_no_library_at_all(bare: Machine) -> None:

@@ -59,6 +59,10 @@ def _octal(name: str) -> str:
     return "".join(c if c.isalnum() else "".join(f"\\{b:03o}" for b in c.encode()) for c in name)
 
 
+def _json(name: str) -> str:
+    return "".join(f"\\u{c}" for c in re.findall("....", name.encode("utf-16-be").hex()))
+
+
 def _comm(name: str) -> str:
     """As the kernel truncates it; a truncated character is dropped."""
     return name.encode()[:15].decode("utf-8", "ignore")
@@ -71,7 +75,7 @@ WRITINGS: tuple[typing.Callable[[str], str], ...] = (
     _systemd,
     _octal,
     lambda name: json.dumps(clean(name))[1:-1],
-    lambda name: "".join(f"\\u{c}" for c in re.findall("....", name.encode("utf-16-be").hex())),
+    _json,
     lambda name: quote(name, safe=""),
     lambda name: "".join(f"&#{ord(c)};" for c in name),
 )
@@ -189,11 +193,20 @@ def _control(writing: typing.Callable[[str], str], text: str, place: Path) -> st
     writing=_comm,
     text="{}",
 )
+@example(  # "QEMU" is kept, and "U" is a letter of it
+    names=Names(("0", "0", "QEMU"), ("0", "U"), OTHERS.uuid, "100", "0"),
+    writing=_json,
+    text="{}",
+)
 def test_no_byte_of_a_name_comes_out(
     names: Names, writing: typing.Callable[[str], str], text: str, place: Path
 ) -> None:
     there = redacted(log(names, writing, text), place).lower()
     control = _control(writing, text, place)
+    for name in names.all():
+        if clean(name).lower() in VMMS:  # kept, and letters of it may be other names
+            for kept in (json.dumps(writing(name))[1:-1], writing(name)):
+                there = there.replace(kept.lower(), "")
     for name in names.all():
         letters = redaction.fold(clean(name).rstrip("…"))[0].encode()
         if not letters or (len(letters) < 4 and writing in (str.upper, str.lower)):

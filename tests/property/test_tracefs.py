@@ -116,7 +116,9 @@ test_any_input, test_long_input, test_what_is_known = laws(
             found=[b'print fmt: "%s", __print_symbolic(REC->type, { 07, "x" }, { 1, "y" })'],
         ),
         "event_id": Parser(text(mount.event_id), FORMATS),
-        "field_places": Parser(text(mount.field_places), FORMATS),
+        "field_places": Parser(
+            text(mount.field_places), FORMATS, found=[b"\tfield:" + b"u" * 100_000]
+        ),
         "header_page": Parser(text(PageLayout.parse), HEADERS, (ValueError,)),
         "hist": Parser(
             text(_counts),

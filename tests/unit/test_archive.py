@@ -7,7 +7,6 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from kvmtrace.session.archive import Archive
 from kvmtrace.session.resumed import ResumedSource, rekeyed
 from tests.unit.command_line import invoke
 from tests.unit.fake import SECOND, STORY, T0, FakeSource
+from tests.unit.waiting import until
 
 HOST = Host("hv-1", "6.18.15", "bpf")
 
@@ -63,13 +63,6 @@ def keep(path: str, events: list[Event], **options: object) -> list[str]:
     one.add(events)
     one.close()
     return said
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def kept(path: str) -> list[Event]:

@@ -38,12 +38,7 @@ from kvmtrace.sources.bpf.exits import (
 )
 from kvmtrace.sources.bpf.maps import Maps
 from kvmtrace.sources.bpf.poison import OwnerRecord, PageRecord, PoisonRecord
-from kvmtrace.sources.bpf.signals import (
-    FaultRecord,
-    SigbusCount,
-    SigbusKey,
-    SigbusRecord,
-)
+from kvmtrace.sources.bpf.signals import FaultRecord, SigbusCount, SigbusKey, SigbusRecord
 from kvmtrace.sources.bpf.translator import BpfTranslator
 
 VM, GEN, PID = 0xFFFF8000, 3, 4194300

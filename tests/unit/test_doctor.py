@@ -14,7 +14,8 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host, kallsyms
 from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import Probe, specs
-from kvmtrace.views import doctor
+from kvmtrace.views import doctor, doctor_host
+from kvmtrace.views.doctor_report import Check, Report, as_object, render
 from tests.unit.command_line import invoke
 from tests.unit.fake import FakeSource
 
@@ -40,7 +41,7 @@ def facts(**changes: Any) -> host.Facts:
     return dataclasses.replace(HEALTHY, **changes)
 
 
-def check(report: doctor.Report, name: str) -> doctor.Check:
+def check(report: Report, name: str) -> Check:
     return next(check for check in report.checks if check.name == name)
 
 
@@ -50,7 +51,7 @@ def test_healthy() -> None:
     assert report.verdict == "memory-fault exits can be seen here, by bpf"
     assert all(check.ok for check in report.checks)
     assert check(report, "--source auto").found == "bpf (bpf works here)"
-    assert "NO" not in doctor.render(report)
+    assert "NO" not in render(report)
 
 
 def test_one_source_is_enough() -> None:
@@ -124,7 +125,7 @@ def test_what_is_missing_has_a_fix(changes: dict[str, Any], name: str, fix: str)
     found = check(report, name)
     assert not found.ok
     assert fix in found.fix
-    assert found.fix in doctor.render(report)
+    assert found.fix in render(report)
 
 
 def test_lockdown_integrity_is_fine() -> None:
@@ -155,7 +156,7 @@ def test_corrected_errors_are_a_note() -> None:
 
 def test_text_is_aligned_and_has_words_beside_signs() -> None:
     report = doctor.judge(facts(tracefs=None), [REFUSED])
-    text = doctor.render(report, verbose=True)
+    text = render(report, verbose=True)
     rows = [line for line in text.splitlines() if line[:1] in "✓✗–" and "  " in line]
     assert {line[2:6].strip() for line in rows} == {"yes", "NO"}
     columns = {line.index(c.found) for line, c in zip(rows, report.checks, strict=False)}
@@ -168,13 +169,13 @@ NO_BCC = host.Bcc(None, "not installed", "apt install it")
 @pytest.mark.parametrize(
     ("programs", "bcc_ok", "found", "fix"),
     [
-        (doctor.KeptPrograms("/kept", "0.31.0", None), None, "compiled for this kernel", ""),
-        (doctor.KeptPrograms("/kept", None, None), False, "not compiled", "see bcc"),
-        (doctor.KeptPrograms("/kept", None, "/kept: full"), False, "/kept: full", "root's"),
+        (doctor_host.KeptPrograms("/kept", "0.31.0", None), None, "compiled for this kernel", ""),
+        (doctor_host.KeptPrograms("/kept", None, None), False, "not compiled", "see bcc"),
+        (doctor_host.KeptPrograms("/kept", None, "/kept: full"), False, "/kept: full", "root's"),
     ],
 )
 def test_kept_programs(
-    programs: doctor.KeptPrograms, bcc_ok: bool | None, found: str, fix: str
+    programs: doctor_host.KeptPrograms, bcc_ok: bool | None, found: str, fix: str
 ) -> None:
     """Where they are, bcc is not needed; where they are not, nothing is wrong, but slow."""
     report = doctor.judge(facts(bcc=NO_BCC), [BPF], programs)
@@ -183,7 +184,7 @@ def test_kept_programs(
     assert line.ok is (True if programs.bcc else None)
     assert found in line.found
     assert fix in line.fix
-    assert line.found in doctor.render(report)
+    assert line.found in render(report)
 
 
 BCC_SAYS = (
@@ -196,11 +197,11 @@ REASON = "this bcc cannot attach to modules (0.29 can), and this kernel has no k
 def test_reasons_are_for_people_and_what_libraries_say_is_behind_verbose() -> None:
     probe = Probe("run", False, "kvm_arch_vcpu_ioctl_run", None, REASON, BCC_SAYS)
     report = doctor.judge(HEALTHY, [Attempt("bpf", (probe,))])
-    text = doctor.render(report)
+    text = render(report)
     assert REASON in text
     assert "kretfunc__" not in text
-    assert BCC_SAYS in doctor.render(report, verbose=True)
-    answer = doctor.as_object(report)
+    assert BCC_SAYS in render(report, verbose=True)
+    answer = as_object(report)
     (found,) = [c for c in answer["checks"] if c["name"] == "probe run"]
     assert (found["found"], found["detail"]) == (REASON, BCC_SAYS)
     assert answer["sources"][0]["probes"][0]["detail"] == BCC_SAYS
@@ -211,13 +212,13 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     refused = dataclasses.replace(REFUSED, detail=BCC_SAYS)
     probe = Probe("run", False, "kvm_arch_vcpu_ioctl_run", None, REASON, BCC_SAYS)
     for attempts in ([BPF], [refused, FTRACE], [Attempt("bpf", (probe,))]):
-        text = doctor.render(doctor.judge(HEALTHY, attempts), width=width, verbose=True)
+        text = render(doctor.judge(HEALTHY, attempts), width=width, verbose=True)
         assert max(len(line) for line in text.splitlines()) <= width
         assert "CAP_SYS_RESOURCE" in text
 
 
 def test_a_terminal_too_narrow_for_all_this_still_shows_it() -> None:
-    assert "CAP_BPF" in doctor.render(doctor.judge(HEALTHY, [BPF]), width=1)
+    assert "CAP_BPF" in render(doctor.judge(HEALTHY, [BPF]), width=1)
 
 
 def test_the_source_that_auto_takes_is_the_one_that_sees_more() -> None:
@@ -241,10 +242,10 @@ def test_each_cure_is_named_once() -> None:
     )
     refused = [
         Attempt("bpf", refused="bcc is not installed", hint=NO_BCC.fix),
-        Attempt("ftrace", refused="tracefs is not mounted", hint=doctor._MOUNT_TRACEFS),
+        Attempt("ftrace", refused="tracefs is not mounted", hint=doctor_host._MOUNT_TRACEFS),
     ]
-    report = doctor.judge(nothing, refused, doctor.KeptPrograms("/kept", None, None))
-    fixes = [one["fix"] for one in doctor.as_object(report)["checks"] if "fix" in one]
+    report = doctor.judge(nothing, refused, doctor_host.KeptPrograms("/kept", None, None))
+    fixes = [one["fix"] for one in as_object(report)["checks"] if "fix" in one]
     named = [fix for fix in fixes if not fix.startswith(("see ", "not seen without it: "))]
     assert len(named) == len(set(named)) == 3
     assert check(report, "poison's names").fix == "see tracefs"
@@ -255,13 +256,13 @@ def test_each_cure_is_named_once() -> None:
 
 def test_probes_missing_for_one_reason_are_one_line() -> None:
     report = doctor.judge(HEALTHY, [REFUSED])
-    lines = doctor.render(report).splitlines()
+    lines = render(report).splitlines()
     assert [line for line in lines if " probe " in line] == []
     (line,) = [line for line in lines if f"{len(ALL)} probes" in line]
     assert "not tried: no source works: run, gmem, faultin" in line
-    assert doctor.render(report, verbose=True).count("not seen without it") == len(ALL)
+    assert render(report, verbose=True).count("not seen without it") == len(ALL)
     waiting = tuple(Probe(p.name, p.name == "mce", p.target, None, "kvm is gone") for p in ALL)
-    text = doctor.render(doctor.judge(HEALTHY, [Attempt("bpf", waiting)]))
+    text = render(doctor.judge(HEALTHY, [Attempt("bpf", waiting)]))
     assert "kvm is gone: run, gmem" in text
     assert "probe mce " in text
 
@@ -285,9 +286,9 @@ def test_usual_settings_are_fine() -> None:
 
 def test_who_is_notified_early() -> None:
     vmms = [
-        doctor.NotifiedVmm("web-1 (4001)", True),
-        doctor.NotifiedVmm("db-1 (4002)", False),
-        doctor.NotifiedVmm("pid 4003", None),
+        doctor_host.NotifiedVmm("web-1 (4001)", True),
+        doctor_host.NotifiedVmm("db-1 (4002)", False),
+        doctor_host.NotifiedVmm("pid 4003", None),
     ]
     settings = {"memory_failure_early_kill": 0}
     report = doctor.judge(facts(memory_failure=settings), [BPF], vmms=vmms)
@@ -301,8 +302,8 @@ def test_who_is_notified_early() -> None:
     assert report.ok
     report = doctor.judge(facts(memory_failure=settings), [BPF], vmms=vmms[:1])
     assert check(report, "early notification").ok is True
-    many = [doctor.NotifiedVmm(f"pid {n}", False) for n in range(100)]
-    assert "pid 7 and 92 more" in doctor.render(doctor.judge(HEALTHY, [BPF], vmms=many))
+    many = [doctor_host.NotifiedVmm(f"pid {n}", False) for n in range(100)]
+    assert "pid 7 and 92 more" in render(doctor.judge(HEALTHY, [BPF], vmms=many))
 
 
 # -- beside a serve
@@ -315,7 +316,7 @@ def test_a_serve_is_what_is_judged() -> None:
     assert report.ok
     assert report.verdict == "memory-fault exits are seen here, by bpf of kvmtrace serve"
     assert "pid 144" in check(report, "serve").found
-    text = doctor.render(report)
+    text = render(report)
     assert "NO" not in text
     assert "→" not in text
     other = doctor.judge(HEALTHY, [BPF], serving=doctor.Serving(144, "0.0.7"))
@@ -332,11 +333,11 @@ def test_a_serve_that_does_not_see_exits_is_no_excuse() -> None:
 
 def test_ascii() -> None:
     report = doctor.judge(facts(tracefs=None), [REFUSED])
-    doctor.render(report, ascii_only=True).encode("ascii")
+    render(report, ascii_only=True).encode("ascii")
 
 
 def test_json_leaves_out_what_is_unknown() -> None:
-    answer = json.loads(json.dumps(doctor.as_object(doctor.judge(facts(ras_cec=True), [BPF]))))
+    answer = json.loads(json.dumps(as_object(doctor.judge(facts(ras_cec=True), [BPF]))))
     assert answer["ok"] is True
     (note,) = [c for c in answer["checks"] if c["name"] == "corrected errors"]
     assert "ok" not in note

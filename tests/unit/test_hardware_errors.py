@@ -22,7 +22,7 @@ from kvmtrace.sources.bpf.hardware import HW_EXTLOG, HW_MC_EVENT, HwRecord, MceR
 from kvmtrace.sources.bpf.translator import BpfTranslator
 from kvmtrace.sources.ftrace import hardware
 from kvmtrace.sources.ftrace.records import Record
-from kvmtrace.views import advice, explain
+from kvmtrace.views import explain, not_known
 from kvmtrace.views.json_output import event_line
 from tests.unit.test_ftrace_hardware import table
 
@@ -119,7 +119,7 @@ def test_placeholders_name_no_dimm(tmp_path: Path, label: str) -> None:
     assert origin_of(snapshot).label is None
     assert snapshot.dimms == {}
     assert next_of(snapshot) == f"find the DIMM that holds address {ADDR:#x}: no report named it"
-    assert "which DIMM: no report with this address named one" in advice.not_known(
+    assert "which DIMM: no report with this address named one" in not_known.not_known(
         only(snapshot), snapshot
     )
     # A recording of kvmtrace 0.1 has them as labels.
@@ -272,7 +272,7 @@ def test_what_is_no_dimm_is_not_replaced(tmp_path: Path, label: str, says: str) 
     assert origin_of(snapshot).label == label
     assert says in next_of(snapshot)
     assert "replace" not in next_of(snapshot).split()
-    missing = advice.not_known(only(snapshot), snapshot)
+    missing = not_known.not_known(only(snapshot), snapshot)
     assert "which DIMM: no report with this address named one" in missing
     better = told(tmp_path, [edac(T, label, EDAC_FATAL), ghes(T, 0x42), poison(T)])
     assert origin_of(better).label == BOARD_DIMM

@@ -158,20 +158,25 @@ def test_completion_without_a_serve_is_silent(
 # -- a line while something takes long
 
 SLOW = """
-import sys, time
+import threading, time
 from kvmtrace.cli import console
 console.SLOW_SECONDS = 0.05
-with console.busy("attaching probes"):
-    time.sleep(0.6)
-    console.print_status("a note")
-    time.sleep(0.6)
+def slow():
+    with console.busy("attaching probes"):
+        time.sleep(0.6)
+        console.print_status("a note")
+        time.sleep(0.6)
+%s
 print("done", flush=True)
 """
+IN_THE_MAIN_THREAD = SLOW % "slow()"
+IN_ANOTHER_THREAD = SLOW % "other = threading.Thread(target=slow); other.start(); other.join()"
 
 
-def test_a_line_while_something_takes_long() -> None:
+def on_a_terminal(code: str) -> bytes:
+    """What a program of Python writes to a terminal."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", SLOW], stdout=theirs, stderr=theirs)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs)
     os.close(theirs)
     written = b""
     try:
@@ -181,12 +186,24 @@ def test_a_line_while_something_takes_long() -> None:
         pass
     os.close(ours)
     assert process.wait() == 0
+    return written
+
+
+def test_a_line_while_something_takes_long() -> None:
     line, erase = b"kvmtrace: attaching probes ...", b"\r\x1b[K"
-    assert written == line + erase + b"a note\r\n" + line + erase + b"done\r\n"
+    expected = line + erase + b"a note\r\n" + line + erase + b"done\r\n"
+    assert on_a_terminal(IN_THE_MAIN_THREAD) == expected
+
+
+def test_no_such_line_beside_a_live_table() -> None:
+    """The main thread draws while another one attaches."""
+    assert on_a_terminal(IN_ANOTHER_THREAD) == b"a note\r\ndone\r\n"
 
 
 def test_no_such_line_where_nobody_looks() -> None:
-    done = subprocess.run([sys.executable, "-c", SLOW], capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_MAIN_THREAD], capture_output=True, check=True
+    )
     assert (done.stdout, done.stderr) == (b"done\n", b"a note\n")
 
 

@@ -8,8 +8,7 @@ import json
 import os
 import termios
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from kvmtrace.sources.remote import RemoteSource
 from tests.unit.command_line import invoke
 from tests.unit.fake import PROBES, SECOND, T0, FakeSource
 from tests.unit.test_explain import STORY
+from tests.unit.waiting import until
 
 LATER = T0 + 100 * SECOND
 
@@ -71,13 +71,6 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     serve = Serve()
     with open_door(serve.session):
         yield serve
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def run(*arguments: str) -> Result:

@@ -26,7 +26,8 @@ from tests import docs
 from tests.unit.command_line import invoke
 from tests.unit.fake import FakeSource
 from tests.unit.test_explain import STORY
-from tests.unit.test_remote import LATER, Serve, until
+from tests.unit.test_remote import LATER, Serve
+from tests.unit.waiting import until
 
 
 @pytest.fixture(autouse=True)

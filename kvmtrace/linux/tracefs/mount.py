@@ -102,10 +102,13 @@ def event_id(event_format: str) -> int | None:
 def field_places(event_format: str) -> dict[str, tuple[int, int]]:
     """{field: (offset, size)} in an event's ``format`` text."""
     fields = event_format.partition("print fmt:")[0]
-    return {name: (int(offset), int(size)) for name, offset, size in _FIELD.findall(fields)}
+    return {
+        declared.rpartition(" ")[2]: (int(offset), int(size))
+        for declared, offset, size in _FIELD.findall(fields)
+    }
 
 
 _ID = re.compile(r"^ID: ([0-9]{1,9})$", re.MULTILINE)
 _FIELD = re.compile(
-    r"^[ \t]*field:[^;\n]*?(\w+);[ \t]*offset:([0-9]{1,9});[ \t]*size:([0-9]{1,9});", re.MULTILINE
+    r"^[ \t]*field:([^;\n]*);[ \t]*offset:([0-9]{1,9});[ \t]*size:([0-9]{1,9});", re.MULTILINE
 )

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from ctypes import c_char, c_int32, c_uint8, c_uint32, c_uint64
 from typing import Any
 
-from kvmtrace import kvm
 from kvmtrace.events import HwError, MachineCheck
-from kvmtrace.linux import cper, mce, smbios
+from kvmtrace.linux import cper, smbios
 from kvmtrace.sources import convert
 from kvmtrace.sources.bpf import records
 
@@ -84,13 +83,9 @@ class BpfHardware:
             if record.valid:
                 facts["addr"] = record.addr
             facts["message"] = message or None
-        if "addr" in facts:
-            facts["pfn"] = kvm.gfn_of(facts["addr"])
-        return HwError(record.h.ts + self._offset, via, **facts)
+        return convert.hardware_error(record.h.ts + self._offset, via, facts)
 
     def mce(self, record: Any) -> HwError:
-        """``enrich`` adds the CPU and decides whether the address is physical."""
-        addr = record.addr if record.status & mce.ADDRV else None
         check = MachineCheck(
             record.bank,
             record.mce_cpu,
@@ -98,7 +93,6 @@ class BpfHardware:
             record.status,
             record.misc,
             ipid=record.ipid or None,
-            fru=mce.fru_text(record.status, bytes(record.vendor_data)),
         )
-        pfn = None if addr is None else kvm.gfn_of(addr)
-        return convert.machine_check(record.h.ts + self._offset, check, addr, pfn)
+        ts, vendor_data = record.h.ts + self._offset, bytes(record.vendor_data)
+        return convert.recorded_machine_check(ts, check, record.addr, vendor_data)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
 from ctypes import c_int32, c_uint32, c_uint64
 from typing import Any
 
-from kvmtrace.events import Event, GmemPage, Owner, Poison, SoftOffline, Unpoison
+from kvmtrace.events import Event, GmemPage, Owner
+from kvmtrace.sources import convert
 from kvmtrace.sources.bpf import records
 from kvmtrace.sources.vm_table import VmTable
 
 MAX_OWNERS = 8
-
-Names = tuple[Mapping[int, str], Mapping[int, str]]
-"""Page types and results as the kernel prints them, by number."""
 
 
 class OwnerRecord(ctypes.Structure):
@@ -57,9 +54,8 @@ class PageRecord(ctypes.Structure):
 class BpfPoison:
     """Turns records into events. ``offset``: epoch minus CLOCK_MONOTONIC, ns."""
 
-    def __init__(self, vms: VmTable, offset: int, names: Names) -> None:
-        self._vms, self._offset = vms, offset
-        self._types, self._results = names
+    def __init__(self, vms: VmTable, offset: int, names: convert.Names) -> None:
+        self._vms, self._offset, self._names = vms, offset, names
 
     def poison(self, record: Any) -> list[Event]:
         ts = record.h.ts + self._offset
@@ -73,22 +69,11 @@ class BpfPoison:
                 owners.append(Owner(vm, place.gfn, place.hva or None))
             inode, complete = record.gmem.inode or None, bool(record.gmem.complete)
             gmem = GmemPage(inode, record.gmem.index, tuple(owners), complete)
-        events.append(
-            Poison(
-                ts,
-                record.pfn,
-                self._types.get(record.page_type, str(record.page_type)),
-                self._results.get(record.result, str(record.result)),
-                record.page_type,
-                record.result,
-                record.h.tid,
-                gmem,
-            )
-        )
-        return events
+        numbers = (record.page_type, record.result)
+        tid = record.h.tid
+        event = convert.poison(ts, record.pfn, numbers, self._names, tid=tid, gmem=gmem)
+        return [*events, event]
 
     def page(self, record: Any) -> list[Event]:
-        ts = record.h.ts + self._offset
-        if not record.unpoison:
-            return [SoftOffline(ts, record.pfn, -record.ret)]
-        return [Unpoison(ts, record.pfn)] if record.ret == 0 else []
+        ts, is_unpoison = record.h.ts + self._offset, bool(record.unpoison)
+        return convert.page_change(ts, record.pfn, record.ret, is_unpoison=is_unpoison)

@@ -12,8 +12,9 @@ from kvmtrace.sources.bpf import records
 from kvmtrace.sources.bpf.exits import BpfExits, ExitRecord
 from kvmtrace.sources.bpf.hardware import BpfHardware, HwRecord, MceRecord
 from kvmtrace.sources.bpf.maps import Maps
-from kvmtrace.sources.bpf.poison import BpfPoison, Names, PageRecord, PoisonRecord
+from kvmtrace.sources.bpf.poison import BpfPoison, PageRecord, PoisonRecord
 from kvmtrace.sources.bpf.signals import BpfSignals, FaultRecord, SigbusRecord
+from kvmtrace.sources.convert import Names
 from kvmtrace.sources.vm_table import VmTable
 
 RECORDS: dict[int, type[ctypes.Structure]] = {

@@ -6,11 +6,9 @@ None.
 
 from __future__ import annotations
 
-from typing import Any
-
-from kvmtrace import kvm, sanitize
+from kvmtrace import sanitize
 from kvmtrace.events import Event, HwError, MachineCheck
-from kvmtrace.linux import cper, mce
+from kvmtrace.linux import cper
 from kvmtrace.linux.smbios import Firmware
 from kvmtrace.sources import convert
 from kvmtrace.sources.ftrace.fields import ProbeRequest, needed, optional
@@ -46,21 +44,18 @@ PROBES = {
 
 
 def machine_check(record: Record) -> Event:
-    """A machine check. ``enrich`` decides whether the address is physical, as CPUs differ."""
+    """A machine check."""
     fields = record.fields
-    status = fields["status"]
-    addr = fields["addr"] if status & mce.ADDRV else None
     check = MachineCheck(
         fields["bank"],
         fields["cpu"],
         fields["socketid"],
-        status,
+        fields["status"],
         fields.get("misc"),
         ipid=fields.get("ipid") or None,
-        fru=mce.fru_text(status, fields.get("v_data", b"")),
     )
-    pfn = None if addr is None else kvm.gfn_of(addr)
-    return convert.machine_check(record.ts, check, addr, pfn)
+    vendor_data = fields.get("v_data", b"")
+    return convert.recorded_machine_check(record.ts, check, fields["addr"], vendor_data)
 
 
 def error(record: Record, firmware: Firmware) -> HwError:
@@ -68,6 +63,7 @@ def error(record: Record, firmware: Firmware) -> HwError:
     fields = record.fields
     match record.probe:
         case "mc_event":
+            via = "ras:mc_event"
             report = cper.Edac(
                 fields["error_type"],
                 fields["address"],
@@ -77,8 +73,9 @@ def error(record: Record, firmware: Firmware) -> HwError:
                 fields.get("msg", ""),
                 tuple(fields.get(layer, -1) for layer in _LAYERS) if _LAYERS[0] in fields else (),
             )
-            return _at(record, "ras:mc_event", **cper.edac(report, firmware.alike))
+            facts = cper.edac(report, firmware.alike)
         case "extlog":
+            via = "ras:extlog_mem_event"
             section = cper.extlog(
                 fields["pa"],
                 fields["pa_mask_lsb"],
@@ -86,33 +83,20 @@ def error(record: Record, firmware: Firmware) -> HwError:
                 fields.get("data", b""),
             )
             facts = cper.memory(section, firmware.dimms, fields.get("fru_text"))
-            severity = cper.CPER.get(fields["sev"])
-            return _at(record, "ras:extlog_mem_event", severity=severity, **facts)
+            facts["severity"] = cper.CPER.get(fields["sev"])
         case "apei":
+            via = "GHES"
             section = cper.MemoryErrorSection(
                 *(fields.get(word, 0) for word in cper.MemoryErrorSection._fields)
             )
             facts = cper.memory(section, firmware.dimms)
-            return _at(record, "GHES", severity=cper.GHES.get(fields["sev"]), **facts)
+            facts["severity"] = cper.GHES.get(fields["sev"])
         case "arm_event":
-            return _at(
-                record,
-                "ras:arm_event",
-                addr=cper.arm_address(fields.get("pei_buf", b"")),
-                severity=cper.GHES.get(fields.get("sev", -1)),
-            )
-    return _at(
-        record,
-        "ras:non_standard_event",
-        severity=firmware.non_standard.get(fields["sev"]),
-        message=_text(fields.get("fru_text")),
-    )
-
-
-def _at(record: Record, via: str, *, addr: int | None = None, **known: Any) -> HwError:
-    pfn = None if addr is None else kvm.gfn_of(addr)
-    return HwError(record.ts, via, addr=addr, pfn=pfn, **known)
-
-
-def _text(raw: str | None) -> str | None:
-    return sanitize.clean(raw or "") or None
+            via = "ras:arm_event"
+            address = cper.arm_address(fields.get("pei_buf", b""))
+            facts = {"addr": address, "severity": cper.GHES.get(fields.get("sev", -1))}
+        case _:
+            via = "ras:non_standard_event"
+            message = sanitize.clean(fields.get("fru_text") or "") or None
+            facts = {"severity": firmware.non_standard.get(fields["sev"]), "message": message}
+    return convert.hardware_error(record.ts, via, facts)

@@ -12,7 +12,8 @@ from typing import Any
 
 from kvmtrace import kvm
 from kvmtrace.bounded import BoundedDict
-from kvmtrace.events import JOIN_NS, Event, GmemPage, Owned, Owner, Poison, SoftOffline, Unpoison
+from kvmtrace.events import JOIN_NS, Event, GmemPage, Owned, Owner
+from kvmtrace.sources import convert
 from kvmtrace.sources.ftrace.fields import RET, TGID, ProbeRequest, helper, needed, optional
 from kvmtrace.sources.ftrace.memslots import Memslots
 from kvmtrace.sources.ftrace.records import Record
@@ -55,9 +56,9 @@ class Poisons:
     ``names``: of memory_failure_event's ``type`` and ``result``.
     """
 
-    def __init__(self, vms: VmResolver, names: tuple[dict[int, str], dict[int, str]]) -> None:
+    def __init__(self, vms: VmResolver, names: convert.Names) -> None:
         self._vms = vms
-        self._types, self._results = names
+        self._names = names
         self.memory = Memslots()
         """The memslots that probes have reported."""
         self._pages: BoundedDict[int, tuple[int, GmemPage]] = BoundedDict(MAX_THREADS)
@@ -98,22 +99,14 @@ class Poisons:
     def poison(self, record: Record) -> Event:
         """memory_failure has handled a page."""
         fields = record.fields
-        kind, result, tid = fields["type"], fields["result"], fields["common_pid"]
+        tid = fields["common_pid"]
         called, gmem = self._pages.pop(tid, (0, None))
         if record.ts - called > JOIN_NS:
             gmem = None
         if gmem is not None and gmem.inode is not None:
             self.memory.add_poisoned(gmem.inode, gmem.index, fields["pfn"])
-        return Poison(
-            record.ts,
-            fields["pfn"],
-            self._types.get(kind, str(kind)),
-            self._results.get(result, str(result)),
-            kind,
-            result,
-            tid,
-            gmem,
-        )
+        pfn, numbers = fields["pfn"], (fields["type"], fields["result"])
+        return convert.poison(record.ts, pfn, numbers, self._names, tid=tid, gmem=gmem)
 
     def gmem(self, record: Record) -> list[Event]:
         """kvm_gmem_get_pfn failed: if for poison, the page belongs to the slot of this fault."""
@@ -131,10 +124,8 @@ class Poisons:
 
     def page(self, record: Record) -> list[Event]:
         """A page was moved off bad memory (or could not be), or taken off the poison list."""
-        fields = record.fields
-        if record.probe == "soft_offline":
-            return [SoftOffline(record.ts, fields["pfn"], -fields["ret"])]
-        return [Unpoison(record.ts, fields["pfn"])] if fields["ret"] == 0 else []
+        pfn, ret = record.fields["pfn"], record.fields["ret"]
+        return convert.page_change(record.ts, pfn, ret, is_unpoison=record.probe == "unpoison")
 
 
 def _first_gmem_file_vm(fields: dict[str, Any]) -> int | None:
