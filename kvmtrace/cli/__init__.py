@@ -15,6 +15,7 @@ from kvmtrace.cli.assets import assets
 from kvmtrace.cli.bundle import bundle
 from kvmtrace.cli.check import check
 from kvmtrace.cli.compile import compile_
+from kvmtrace.cli.config import config
 from kvmtrace.cli.doctor import doctor
 from kvmtrace.cli.events import events
 from kvmtrace.cli.explain import explain
@@ -40,15 +41,23 @@ def main() -> None:
     cls=GroupedCommands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="""
-    Each option can also be set by a variable of its name: KVMTRACE_TOP_INTERVAL=2s, KVMTRACE_UTC=1.
+    Each option can also be set by a variable of its name (KVMTRACE_TOP_INTERVAL=2s, KVMTRACE_UTC=1)
+    or in the configuration file. The command line counts first, then variables, then the file.
 
     \b
     Shell completion, also of VMs and incidents (or zsh_source, fish_source):
       eval "$(_KVMTRACE_COMPLETE=bash_source kvmtrace)"
     """,
 )
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(),
+    metavar="FILE",
+    help="Take settings from this file, not from /etc/kvmtrace/kvmtrace.toml (KVMTRACE_CONFIG).",
+)
 @click.version_option(__version__, prog_name="kvmtrace", allow_from_autoenv=False)
-def cli() -> None:
+def cli(config_file: str | None) -> None:
     """Which VMs hold poisoned memory, was the VMM notified, and is it over?
 
     A VMM is the process that runs a VM, for instance QEMU.
@@ -98,4 +107,5 @@ cli.add(
     "kvmtrace bundle -o case.tar.gz --from sick.jsonl",
 )
 cli.add("Check", check, "kvmtrace check", "kvmtrace check --from sick.jsonl")
+cli.add("Check", config, "kvmtrace config check", "kvmtrace config check kvmtrace.toml")
 cli.add("Check", doctor, "kvmtrace doctor", "kvmtrace doctor --verbose")

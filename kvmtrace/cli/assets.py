@@ -40,6 +40,10 @@ _KINDS: dict[str, tuple[Callable[[], dict[str, str]], str]] = {
         " /etc/sysusers.d/kvmtrace.conf; then: systemd-sysusers && systemctl daemon-reload &&"
         " systemctl enable --now kvmtrace",
     ),
+    "config": (
+        _files("assets", "kvmtrace.toml"),
+        "it goes to /etc/kvmtrace, owned by root; then: kvmtrace config check",
+    ),
     "rules": (
         _files("dashboards", "alerts.yml"),
         "name it under rule_files in prometheus.yml",
@@ -71,7 +75,7 @@ _KINDS: dict[str, tuple[Callable[[], dict[str, str]], str]] = {
 )
 @click.option("--force", is_flag=True, help="Replace files that are there.")
 def assets(kind: str, directory: str, force: bool) -> None:
-    """Write a systemd unit, alert rules, the dashboard, a scrape job, or a container's recipe.
+    """Write a unit, its configuration, alert rules, the dashboard, a scrape job or a container.
 
     Debian's package has them in place already.
     """

@@ -6,7 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -30,8 +30,13 @@ class _Plugin(click.Command):
         try:
             return super().make_context(*arguments, **extra)
         except click.UsageError as error:
-            print_line(check_view.unknown(error.format_message()).line())
-            raise click.exceptions.Exit(CheckState.UNKNOWN) from error
+            self.refuse(error.format_message())
+
+    @staticmethod
+    def refuse(why: str) -> NoReturn:
+        """End for want of usable arguments or settings."""
+        print_line(check_view.unknown(why).line())
+        raise click.exceptions.Exit(CheckState.UNKNOWN)
 
 
 @click.command(cls=_Plugin)

@@ -12,6 +12,7 @@ from typing import IO, Any
 import click
 from click.core import ParameterSource
 
+from kvmtrace.cli.configuration import place_of
 from kvmtrace.cli.console import discard, escape_unencodable, print_status
 from kvmtrace.cli.signals import Interrupted, stop
 from kvmtrace.errors import KvmtraceError, UsageError
@@ -76,20 +77,33 @@ def _click_as_failure(group: click.Context | None = None) -> Iterator[None]:
             path = error.ctx.command_path
         else:
             path = f"kvmtrace {group.invoked_subcommand}" if group else "kvmtrace"
-        hint = _from_environment(error) or f"`{path} --help` lists what there is"
-        raise Failure(UsageError(what[:1].lower() + what[1:], hint)) from error
+        found = _not_on_the_command_line(error) or UsageError(
+            what[:1].lower() + what[1:], f"`{path} --help` lists what there is"
+        )
+        raise Failure(found) from error
 
 
-def _from_environment(error: click.UsageError) -> str | None:
-    """A hint, if what is wrong is the value of an environment variable."""
+def _not_on_the_command_line(error: click.UsageError) -> UsageError | None:
+    """What is wrong with the value of an environment variable, or of the configuration file."""
     option = getattr(error, "param", None)
     if not isinstance(option, click.Option) or error.ctx is None or option.name is None:
         return None
-    if error.ctx.get_parameter_source(option.name) != ParameterSource.ENVIRONMENT:
-        return None
-    names = [option.envvar] if isinstance(option.envvar, str) else option.envvar or []
-    given = next((name for name in names if os.environ.get(name)), "a variable")
-    return f"{given} in the environment has that value: unset it, or give {option.opts[-1]}"
+    what = error.format_message().rstrip(".")
+    match error.ctx.get_parameter_source(option.name):
+        case ParameterSource.ENVIRONMENT:
+            names = [option.envvar] if isinstance(option.envvar, str) else option.envvar or []
+            given = next((name for name in names if os.environ.get(name)), "a variable")
+            return UsageError(
+                what[:1].lower() + what[1:],
+                f"{given} in the environment has that value: unset it, or give {option.opts[-1]}",
+            )
+        case ParameterSource.DEFAULT_MAP:
+            path, setting = place_of(error.ctx, option)
+            return UsageError(
+                f"{path}: {setting}: {error.message.rstrip('.')}",
+                f"`kvmtrace {error.ctx.info_name} --help` says what {option.opts[-1]} takes",
+            )
+    return None
 
 
 def as_kvmtrace_error(error: Exception) -> KvmtraceError:

@@ -43,6 +43,17 @@ def seconds(value: str | float) -> float:
     return number
 
 
+def days(value: str | float) -> float:
+    """A number of days, greater than zero. Raises click.BadParameter."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 36500:  # nor NaN, which click's ranges let through
+        raise click.BadParameter(f"{value!r} is not a number of days: 90, 0.5")
+    return number
+
+
 def point_in_time(value: str | int) -> int:
     """A time in nanoseconds since the epoch: so long ago (``2d``), ``20:15``, or a date and time.
 

@@ -8,8 +8,9 @@ import time
 import click
 
 from kvmtrace.cli.console import print_status
+from kvmtrace.cli.hooks import open_hooks, program
 from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_door, open_host, open_session
-from kvmtrace.cli.options import with_source
+from kvmtrace.cli.options import days, seconds, with_source
 from kvmtrace.cli.signals import stop
 from kvmtrace.linux import clock
 from kvmtrace.linux.tracefs import mount
@@ -53,7 +54,7 @@ from kvmtrace.views.web.server import check_listen
 )
 @click.option(
     "--history-days",
-    type=click.FloatRange(min=0, min_open=True),
+    type=days,
     default=90,
     show_default=True,
     metavar="DAYS",
@@ -67,6 +68,19 @@ from kvmtrace.views.web.server import check_listen
     metavar="MIB",
     help="Delete the oldest events of a larger file.",
 )
+@click.option(
+    "--on-incident",
+    type=program,
+    metavar="COMMAND",
+    help="Run this program for each change of an incident, with the incident as JSON on stdin.",
+)
+@click.option(
+    "--hook-timeout",
+    type=seconds,
+    default=30.0,
+    metavar="DURATION",
+    help="Kill that program after so long.  [default: 30s]",
+)
 @with_source
 def serve(
     *,
@@ -77,6 +91,8 @@ def serve(
     history: str | None,
     history_days: float,
     history_size: int,
+    on_incident: tuple[str, ...] | None,
+    hook_timeout: float,
     source: str,
 ) -> None:
     """Serve metrics for Prometheus, /-/healthy and a landing page.
@@ -105,7 +121,11 @@ def serve(
         )
         stop.clean_up.append(archive.close)
         watched = ResumedSource(watched, archive.begin(), archive, clock.now_ns)
-    with open_session(watched) as session, open_door(session, started=False) as answering:
+    with (
+        open_session(watched) as session,
+        open_door(session, started=False) as answering,
+        open_hooks(on_incident, hook_timeout) as hooks,
+    ):
         server = metrics.serve(
             listen,
             session,
@@ -114,6 +134,7 @@ def serve(
             now=session.now,
             names=allow_host,
             started=False,
+            hooks=hooks.counts if hooks else None,
         )
         try:
             give_up_privileges()
@@ -122,8 +143,10 @@ def serve(
                 answering.start()
             if archive is not None:
                 archive.start()
+            if hooks is not None:
+                hooks.start()
             session.start()
-            service = Service(session, log_format)
+            service = Service(session, log_format, hooks)
             print_status(f"serving {server.url}/metrics")
             service.ready()
             warned = False

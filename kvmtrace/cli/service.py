@@ -1,4 +1,7 @@
-"""What ``serve`` gives its service manager: readiness, a heartbeat, and log entries."""
+"""What ``serve`` gives its service manager: readiness, a heartbeat, and log entries.
+
+A hook gets those of incidents, too.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,18 @@ import select
 import sys
 import time
 
-from kvmtrace.linux import journal, service_manager
+from kvmtrace.cli.hooks import HookRun, Hooks
+from kvmtrace.linux import clock, journal, service_manager
 from kvmtrace.sanitize import clean
 from kvmtrace.session.session import Session
-from kvmtrace.views.incident_log import IncidentLog, LogEntry
+from kvmtrace.views.hook_input import hook_input, hook_variables, is_wanted
+from kvmtrace.views.incident_log import HOOK_ID, IncidentLog, LogEntry
 from kvmtrace.views.tables import header
 
 # A reader that has not come round for so long is not reported as alive.
 _ALIVE_SECONDS = 10.0
 _LOOK_SECONDS = 1.0
+_WARNING = 4
 _MAX_LINE = 8192
 
 
@@ -26,8 +32,9 @@ class Service:
     text.
     """
 
-    def __init__(self, session: Session, log_format: str) -> None:
+    def __init__(self, session: Session, log_format: str, hooks: Hooks | None = None) -> None:
         self._session = session
+        self._hooks = hooks
         if log_format == "auto":
             log_format = "journal" if journal.is_stream(2) else "text"
         self._format = log_format
@@ -53,6 +60,9 @@ class Service:
         if now < self._next_look:
             return
         self._next_look = now + _LOOK_SECONDS
+        self._say_hooks()
+        if not self._session.rounds:
+            return  # what was there at the start is not news, and is seen as a whole
         # A snapshot of many VMs costs something: it is taken only if it can differ.
         seen = self._session.fed, self._session.probes()
         if seen == self._seen and not self._log.waits:
@@ -60,14 +70,34 @@ class Service:
         self._seen = seen
         snapshot = self._session.snapshot()
         for entry in self._log.entries(snapshot, self._session.now()):
-            if not self._write(entry, snapshot.wall(self._session.now())):
-                self.unwritten += 1
-            elif self.unwritten:
-                self._say_unwritten()
+            wall = snapshot.wall(self._session.now())
+            self._log_entry(entry, wall)
+            change = entry.change
+            if self._hooks is not None and change is not None and is_wanted(change):
+                about = entry.fields.get("INCIDENT", "")
+                data = hook_input(entry, change, snapshot, wall)
+                self._hooks.add(HookRun(about, data, hook_variables(change)))
 
     def ending(self) -> None:
         """The command is about to end."""
         service_manager.notify(STOPPING="1")
+        if self._hooks is not None:
+            self._hooks.close()
+            self._say_hooks()
+
+    def _say_hooks(self) -> None:
+        """Log what went wrong with hooks."""
+        for note in self._hooks.notes() if self._hooks is not None else ():
+            about = f" for incident {note.about}" if note.about else ""
+            fields = {"INCIDENT": note.about} if note.about else {}
+            entry = LogEntry(_WARNING, HOOK_ID, f"hook{about}: {note.text}", fields)
+            self._log_entry(entry, clock.wall_ns())
+
+    def _log_entry(self, entry: LogEntry, wall: int) -> None:
+        if not self._write(entry, wall):
+            self.unwritten += 1
+        elif self.unwritten:
+            self._say_unwritten()
 
     def _write(self, entry: LogEntry, wall: int) -> bool:
         match self._format:

@@ -72,6 +72,8 @@ class Session:
         self._polled = time.monotonic()
         self.fed = 0
         """How many events came; a snapshot changes only with them."""
+        self.rounds = 0
+        """How often all events that there were have been correlated."""
         self.shortages = 0
         """How often the source found no file descriptor."""
         self.failure: BaseException | None = None
@@ -99,6 +101,7 @@ class Session:
                 self._recent.extend(fed)
                 self.fed += len(fed)
             correlated += fed
+        self.rounds += 1
         return correlated
 
     def recent(self) -> tuple[CorrelatedEvent, ...]:

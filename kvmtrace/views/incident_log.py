@@ -6,10 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvmtrace.judgement.actions import actions, named
 from kvmtrace.judgement.urgency import Level, Urgency, by_urgency, urgency_of
-from kvmtrace.model import Incident, IncidentStatus, Snapshot
+from kvmtrace.model import Incident, IncidentStatus, Snapshot, VerdictWord
 from kvmtrace.sanitize import clean
 from kvmtrace.views.json_output import rfc3339
 from kvmtrace.wording import counted, dimm_of, hex_of, listed
@@ -18,6 +19,7 @@ INCIDENT_ID = "59ab29b3b5ee449aa03098f914edc16e"
 STORM_ID = "aba01dccef95403e8006cb94692f7968"
 LOST_ID = "84d941918e6f40ce952bfe4423bed9db"
 PROBE_ID = "73b5e5c3fb844e8cb19c274fb67b6090"
+HOOK_ID = "b635303df1524464aa1103613e4b0186"
 """Message ids of the journal (``journalctl MESSAGE_ID=…``); they never change."""
 
 BURST = 20
@@ -30,14 +32,46 @@ _WARNING = 4
 _NAMES = 8
 
 
+class Look(NamedTuple):
+    """What makes an entry if it changes: counts do not."""
+
+    urgency: Urgency
+    state: IncidentStatus
+    verdict: VerdictWord | None
+    vms: frozenset[int]
+
+    @classmethod
+    def of(cls, incident: Incident) -> Look:
+        """What an incident is like now."""
+        vms = frozenset(owner.vm for owner in incident.owners)
+        return cls(urgency_of(incident), incident.state, incident.verdict, vms)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of an incident, or ``count`` further ones of any, whose incident is then None.
+
+    ``before``: None if it is new. ``at_start``: it was there when watching began.
+    """
+
+    incident: Incident | None
+    before: Look | None = None
+    at_start: bool = False
+    count: int = 1
+
+
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """An entry of the log. ``priority``: as syslog(3). ``fields``: by the journal's names."""
+    """An entry of the log. ``priority``: as syslog(3). ``fields``: by the journal's names.
+
+    ``change``: None if it is not about incidents.
+    """
 
     priority: int
     message_id: str
     message: str
     fields: Mapping[str, str] = field(default_factory=dict)
+    change: Change | None = None
 
     def as_journal(self) -> dict[str, str]:
         """All fields of the journal's entry."""
@@ -59,7 +93,8 @@ class IncidentLog:
 
     def __init__(self, burst: int = BURST, period_ns: int = PERIOD_NS) -> None:
         self._burst, self._period_ns = burst, period_ns
-        self._known: dict[str, tuple[object, ...]] = {}
+        self._known: dict[str, Look] = {}
+        self._at_start = True
         self._missing: set[str] | None = None
         self._lost: dict[str, int] = {}
         self._period_from: int | None = None
@@ -81,13 +116,15 @@ class IncidentLog:
         return bool(self._held_back) or self._lost_at is not None
 
     def _incidents(self, snapshot: Snapshot) -> Iterator[LogEntry]:
-        known = self._known
-        self._known = {one.id: _look(one) for one in snapshot.incidents}
+        known, at_start = self._known, self._at_start
+        self._known, self._at_start = {one.id: Look.of(one) for one in snapshot.incidents}, False
         changed = [one for one in snapshot.incidents if known.get(one.id) != self._known[one.id]]
         for incident in by_urgency(changed):
             if self._written < self._burst:
                 self._written += 1
-                yield _entry(incident, snapshot, new=incident.id not in known)
+                before = known.get(incident.id)
+                was_there = at_start or (before is None and incident.before_start)
+                yield _entry(snapshot, Change(incident, before, was_there))
             else:
                 self._held_back[urgency_of(incident)] += 1
 
@@ -98,14 +135,16 @@ class IncidentLog:
         open_now = Counter(
             urgency_of(one) for one in snapshot.incidents if one.state != IncidentStatus.CLOSED
         )
-        changes = counted(sum(held_back.values()), "further change")
+        count = sum(held_back.values())
+        changes = counted(count, "further change")
         words = listed((f"{open_now[one]} {one}" for one in Urgency if open_now[one]), "nothing")
         worst = min(held_back, key=lambda one: one.rank)
         yield LogEntry(
             _PRIORITIES[worst.level],
             STORM_ID,
             f"{changes} of incidents were not logged one by one; open now: {words}",
-            {"CHANGES": str(sum(held_back.values()))},
+            {"CHANGES": str(count)},
+            Change(None, count=count),
         )
 
     def _losses(self, snapshot: Snapshot, now: int) -> Iterator[LogEntry]:
@@ -145,14 +184,9 @@ class IncidentLog:
             yield LogEntry(6, PROBE_ID, f"probe {name} is attached again", {"PROBE": name})
 
 
-def _look(incident: Incident) -> tuple[object, ...]:
-    """What makes an entry if it changes: counts do not."""
-    vms = {owner.vm for owner in incident.owners}
-    return urgency_of(incident), incident.state, incident.verdict, frozenset(vms)
-
-
-def _entry(incident: Incident, snapshot: Snapshot, *, new: bool) -> LogEntry:
-    urgency, incident = urgency_of(incident), named(incident, snapshot)
+def _entry(snapshot: Snapshot, change: Change) -> LogEntry:
+    assert change.incident is not None
+    urgency, incident = urgency_of(change.incident), named(change.incident, snapshot)
     first = actions(incident, snapshot)[0]
     keys = dict.fromkeys(
         [owner.vm for owner in incident.owners] + [verdict.vm for verdict in incident.verdicts]
@@ -167,7 +201,7 @@ def _entry(incident: Incident, snapshot: Snapshot, *, new: bool) -> LogEntry:
         f"page {hex_of(incident.pfn)}" if incident.pfn is not None else "",
         clean(dimm_of(label)) if label else "",
     ]
-    what = "new, " if new else ""
+    what = "" if change.before else "new, "
     message = f"incident {incident.id}: {what}{urgency}, {listed(filter(None, facts))}"
     if urgency.level != Level.OVER:
         message += f"; do: {first.brief} (kvmtrace explain {incident.id})"
@@ -188,4 +222,5 @@ def _entry(incident: Incident, snapshot: Snapshot, *, new: bool) -> LogEntry:
         INCIDENT_ID,
         message,
         {name: value for name, value in fields.items() if value},
+        change,
     )

@@ -108,7 +108,7 @@ def test_more_places_than_the_kernel_has_entries_for(machine: Machine) -> None:
 
     Hosts of confidential VMs have that many: each conversion is an exit.
     """
-    pages, each = 6000, 20
+    pages, each = 5000, 3
     steps = [f"create v backing=gmem pages={pages}", "close-gmem v"]
     steps += [f"loop v +{page} {each}" for page in range(pages)]
     (machine.share / "steps").write_text("\n".join(steps) + "\n")

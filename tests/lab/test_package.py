@@ -59,6 +59,12 @@ def test_the_group_is_made(installed: System) -> None:
     assert installed.run("getent group kvmtrace")
 
 
+def test_the_configuration_is_the_admins(installed: System) -> None:
+    path = "/etc/kvmtrace/kvmtrace.toml"
+    assert path in installed.run("dpkg-query -W -f='${Conffiles}' kvmtrace")
+    assert installed.run("kvmtrace config check") == f"ok: {path}\n"
+
+
 def test_manual_pages_and_completions(installed: System) -> None:
     listed = installed.run("dpkg -L kvmtrace").split()
     commands = re.findall(r"^  ([a-z]+)  ", installed.run("kvmtrace --help"), re.MULTILINE)

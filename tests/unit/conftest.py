@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvmtrace import feed_socket
+from kvmtrace.cli import configuration
 from kvmtrace.sources.bpf import program_cache
 from kvmtrace.views.web import metrics
 from kvmtrace.views.web.server import Server
@@ -25,6 +26,7 @@ def own_directory(
     path = tmp_path_factory.mktemp("run")
     monkeypatch.setenv(feed_socket.VARIABLE, str(path))
     monkeypatch.setenv(program_cache.VARIABLE, "")  # nothing is kept on this host
+    monkeypatch.setenv(configuration.VARIABLE, "")  # nor taken from its configuration
     return path
 
 

@@ -16,6 +16,7 @@ FILES = {
     "rules": {"alerts.yml"},
     "dashboards": {"kvmtrace-host.json"},
     "scrape-config": {"scrape-config.yml"},
+    "config": {"kvmtrace.toml"},
     "container": {"Containerfile", "kvmtrace-daemonset.yaml"},
 }
 

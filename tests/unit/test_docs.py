@@ -113,6 +113,7 @@ def story(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     (tmp_path / "sick.jsonl.gz").write_bytes(gzip.compress(recording))
     (tmp_path / "case.tar.gz").write_bytes(gzip.compress(recording))
     (tmp_path / "case.jsonl").write_bytes(recording)
+    (tmp_path / "kvmtrace.toml").write_text("[serve]\nmax_vms = 1000\n")
     monkeypatch.setenv("KVMTRACE_RECORD_HISTORY", str(tmp_path / "history.db"))
     monkeypatch.setattr(identity, "vm_processes", lambda: {})
     monkeypatch.setattr(host, "privilege", lambda: host.Privilege(0, (1 << 41) - 1))
@@ -321,6 +322,8 @@ def test_every_metric_is_described() -> None:
     assert exported <= plain
     # What serve adds of itself.
     assert plain - exported == {
+        "kvmtrace_hook_dropped",
+        "kvmtrace_hook_runs",
         "kvmtrace_http_connections_dropped",
         "kvmtrace_last_poll_timestamp_seconds",
         "kvmtrace_privileges",

@@ -20,6 +20,7 @@ from kvmtrace.linux.proc_reader import ProcReader
 from kvmtrace.linux.tracefs import mount
 from tests.unit.command_line import invoke
 from tests.unit.fake import STORY, FakeSource
+from tests.unit.waiting import until
 
 ROOT = Path(__file__).parents[2]
 SETPCAP = "SETPCAP" in privileges.held().capabilities
@@ -145,6 +146,27 @@ def test_no_thread_of_serve_keeps_more_than_it_needs(own_directory: Path) -> Non
     finally:
         process.kill()
         process.wait()
+
+
+@as_root
+def test_a_hook_has_no_capabilities(tmp_path: Path) -> None:
+    hook, found = tmp_path / "hook", tmp_path / "status"
+    hook.write_text(f"#!/bin/sh\ncat /proc/self/status >{found}.part; mv {found}.part {found}\n")
+    hook.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, "serve", "--listen=127.0.0.1:0", f"--on-incident={hook}"],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+    )
+    try:
+        until(found.exists)
+        hooks = status(found.read_text())
+        assert hooks["CapEff"] == hooks["CapPrm"] == hooks["CapInh"] == 0
+        assert hooks["NoNewPrivs"] == 1
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 def test_a_refusal_is_printed_and_the_command_goes_on(

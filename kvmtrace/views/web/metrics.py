@@ -375,12 +375,13 @@ def serve(
     now: Callable[[], int] = clock.now_ns,
     names: Iterable[str] = (),
     started: bool = True,
+    hooks: Mapping[str, int] | None = None,
 ) -> Server:
     """Serve ``/metrics``, ``/-/healthy`` and pages for people until the server is closed.
 
     ``now``: ns since the epoch, by the clock that stamps the session's events. ``names``: further
     host names for which it answers on loopback. Not ``started``: it listens, and answers from its
-    ``start()`` on.
+    ``start()`` on. ``hooks``: runs by how they ended, and "dropped"; None: there is no hook.
 
     Raises UsageError if ``listen`` is malformed, KvmtraceError if it cannot listen there.
     """
@@ -438,16 +439,19 @@ def serve(
         names,
         started=started,
     )
-    registry.register(_Service(session, server.dropped))
+    registry.register(_Service(session, server.dropped, hooks))
     return server
 
 
 class _Service(Collector):
     """kvmtrace's own state, which is exported even if there are no snapshots."""
 
-    def __init__(self, session: Snapshots, dropped: Mapping[str, int]) -> None:
+    def __init__(
+        self, session: Snapshots, dropped: Mapping[str, int], hooks: Mapping[str, int] | None
+    ) -> None:
         self._session = session
         self._dropped = dropped
+        self._hooks = hooks
 
     def collect(self) -> Iterator[Metric]:
         dropped = CounterMetricFamily(
@@ -458,6 +462,8 @@ class _Service(Collector):
         for why, count in self._dropped.items():
             dropped.add_metric([why], count)
         yield dropped
+        if self._hooks is not None:
+            yield from _hooks(self._hooks)
         yield _privileges()
         if isinstance(self._session, Reader):
             try:
@@ -469,6 +475,23 @@ class _Service(Collector):
                 "When the source was last read, in seconds since the epoch.",
                 clock.wall_ns() / 1e9 - age,
             )
+
+
+def _hooks(counts: Mapping[str, int]) -> Iterator[Metric]:
+    runs = CounterMetricFamily(
+        "kvmtrace_hook_runs",
+        "Runs of the program for changes of incidents, by how they ended.",
+        labels=["result"],
+    )
+    for result, count in counts.items():
+        if result != "dropped":
+            runs.add_metric([result], count)
+    yield runs
+    yield CounterMetricFamily(
+        "kvmtrace_hook_dropped",
+        "Changes of incidents for which the program was not run: too many were waiting.",
+        counts["dropped"],
+    )
 
 
 def _privileges() -> Metric:
