@@ -314,6 +314,7 @@ int FN_gmem(args_t *ctx)
 }
 #endif
 
+#ifdef KP_gmem
 int kp_gmem(struct pt_regs *ctx)
 {
 	return save_args(SAVED_GMEM, PT_REGS_PARM1(ctx), PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx));
@@ -325,6 +326,7 @@ int kr_gmem(struct pt_regs *ctx)
 
 	return args ? on_gmem(args->a, args->b, args->c, (int)PT_REGS_RC(ctx), 0) : 0;
 }
+#endif
 
 /* ---- faultin: the fault handler; on x86 (vcpu, fault, ...), on arm64 (vcpu) ---- */
 
@@ -443,6 +445,7 @@ int FN_faultin(args_t *ctx)
 }
 #endif
 
+#ifdef KP_faultin
 int kp_faultin(struct pt_regs *ctx)
 {
 	return save_args(SAVED_FAULTIN, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0);
@@ -454,3 +457,4 @@ int kr_faultin(struct pt_regs *ctx)
 
 	return args ? on_faultin(args->a, args->b, (int)PT_REGS_RC(ctx), 0) : 0;
 }
+#endif

@@ -70,10 +70,12 @@ int FN_apei(args_t *ctx)
 }
 #endif
 
+#ifdef KP_apei
 int kp_apei(struct pt_regs *ctx)
 {
 	return on_cper(HW_APEI, (int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0);
 }
+#endif
 
 static __always_inline int on_mc_event(int severity, u64 message, u64 label, u32 count, u32 place,
 				       u64 addr, u32 grain_bits)

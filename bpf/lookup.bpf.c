@@ -103,6 +103,7 @@ struct entry_result {
 };
 BPF_TABLE("array", u32, struct entry_result, entry_results, 1);
 
+#ifndef __aarch64__
 /* (kvm, hva, &page_offset_base, &pgdir_shift, &sme_me_mask): the VMM's page table on x86-64, down to the
  * first entry that is not present. pagemap does not show the entry of a poisoned hugetlb page. */
 int huge_entry(struct bpf_raw_tracepoint_args *ctx)
@@ -136,7 +137,9 @@ int huge_entry(struct bpf_raw_tracepoint_args *ctx)
 	}
 	return 0;
 }
+#endif
 
+#ifdef __aarch64__
 /* (kvm, hva, &memstart_addr): the same on arm64 (arch/arm64/include/asm/memory.h, pgtable-hwdef.h). The
  * top table lies in the linear map, so its address gives where that map begins, and from that follow
  * the size of addresses and the number of levels. */
@@ -183,6 +186,7 @@ int huge_entry_arm64(struct bpf_raw_tracepoint_args *ctx)
 	}
 	return 0;
 }
+#endif
 
 struct page_result {
 	u64 file;   /* 1: the page is in a file's page cache, and the rest is valid */

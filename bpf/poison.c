@@ -29,10 +29,12 @@ int FN_gmem_error(args_t *ctx)
 }
 #endif
 
+#ifdef KP_gmem_error
 int kp_gmem_error(struct pt_regs *ctx)
 {
 	return on_gmem_error(PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx));
 }
+#endif
 
 /* ---- poison: memory_failure_event(pfn, type, result) ---- */
 
@@ -80,6 +82,7 @@ int FN_soft_offline(args_t *ctx)
 }
 #endif
 
+#ifdef KP_soft_offline
 int kp_soft_offline(struct pt_regs *ctx)
 {
 	return save_args(SAVED_SOFT_OFFLINE, PT_REGS_PARM1(ctx), 0, 0);
@@ -91,6 +94,7 @@ int kr_soft_offline(struct pt_regs *ctx)
 
 	return args ? on_page(args->a, (int)PT_REGS_RC(ctx), 0) : 0;
 }
+#endif
 
 #ifdef FN_unpoison
 int FN_unpoison(args_t *ctx)
@@ -99,6 +103,7 @@ int FN_unpoison(args_t *ctx)
 }
 #endif
 
+#ifdef KP_unpoison
 int kp_unpoison(struct pt_regs *ctx)
 {
 	return save_args(SAVED_UNPOISON, PT_REGS_PARM1(ctx), 0, 0);
@@ -110,3 +115,4 @@ int kr_unpoison(struct pt_regs *ctx)
 
 	return args ? on_page(args->a, (int)PT_REGS_RC(ctx), 1) : 0;
 }
+#endif

@@ -107,19 +107,25 @@ int FN_sigbus_bare(args_t *ctx)
 }
 #endif
 
+#ifdef KP_sigbus
 int kp_sigbus(struct pt_regs *ctx)
 {
 	return on_sigbus((int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), (int)PT_REGS_PARM3(ctx),
-			 PT_REGS_PARM4(ctx), 0);
+			 PT_REGS_PARM4(ctx), copy_number());
 }
+#endif
 
+#ifdef KP_sigbus_forced
 int kp_sigbus_forced(struct pt_regs *ctx)
 {
 	return on_sigbus((int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), (int)PT_REGS_PARM3(ctx), 0,
-			 0);
+			 copy_number());
 }
+#endif
 
+#ifdef KP_sigbus_bare
 int kp_sigbus_bare(struct pt_regs *ctx)
 {
-	return on_sigbus_bare((int)PT_REGS_PARM1(ctx), 0);
+	return on_sigbus_bare((int)PT_REGS_PARM1(ctx), copy_number());
 }
+#endif

@@ -40,6 +40,7 @@ int FN_vm_new(args_t *ctx)
 }
 #endif
 
+#ifdef KP_vm_new
 int kp_vm_new(struct pt_regs *ctx)
 {
 	return save_args(SAVED_VM_NEW, PT_REGS_PARM1(ctx), 0, 0);
@@ -51,6 +52,7 @@ int kr_vm_new(struct pt_regs *ctx)
 
 	return args && !(int)PT_REGS_RC(ctx) ? on_vm(args->a, RECORD_VM_NEW, 0) : 0;
 }
+#endif
 
 #ifdef FN_vm_gone
 int FN_vm_gone(args_t *ctx)
@@ -59,7 +61,9 @@ int FN_vm_gone(args_t *ctx)
 }
 #endif
 
+#ifdef KP_vm_gone
 int kp_vm_gone(struct pt_regs *ctx)
 {
 	return on_vm(PT_REGS_PARM1(ctx), RECORD_VM_GONE, 0);
 }
+#endif

@@ -17,7 +17,7 @@ _PLACEHOLDERS = (
     r"(?:to be )?(?:fill(?:ed)?|defined)(?: by)?(?: o\.?e\.?m\.?)?|default string|o\.?e\.?m\.?",
     r"empty|none|null|nil|n/?a|n\.a\.|reserved|invalid|(?:device|bank) ?locator|system default",
     r"<?(?:bad index|out of spec)>?",
-    # No names either: they say what kind of part it is, but not which one.
+    # No names either: they are of a kind of part, not of one part.
     r"(?:so|u|r|lr)?[\W_]*dimms?|(?:system )?memory(?: module| device)?|ram|(?:lp)?ddr\d\w?",
     r"bank|channel|slot|location|x{2,}|0xf+|4294967295",
 )
@@ -35,7 +35,7 @@ _SOLDERED = re.compile(r"\b(?:system ?board|on[- ]?board) memory$|^on[- ]?board$
 _OR = " or "  # OTHER_LABEL, include/linux/edac.h
 
 # EDAC's label of memory to which its driver gives no name: the controller and a number in each of
-# its layers (edac_mc_alloc_dimms and edac_layer_name, edac_mc.c). The last layer says what it is.
+# its layers (edac_mc_alloc_dimms and edac_layer_name, edac_mc.c). The last layer is the kind.
 _POSITION = re.compile(r"mc#\d+(?:(branch|channel|slot|csrow|memory)#\d+)*", re.IGNORECASE)
 _CHIP_SELECT = re.compile(r"csrow[\W_]*\d", re.IGNORECASE)
 
@@ -83,7 +83,7 @@ def candidates(label: str) -> list[str]:
 def names(label: str) -> str:
     """Return what a label names: "dimm"; "slot", "rank" or "channel" of a position; "candidates".
 
-    A position ("mc#0channel#1slot#0") is not printed on a board; drivers that know chip selects
+    A position ("mc#0channel#1slot#0") is not printed on a board; drivers that have chip selects
     name the rank ("mc#0csrow#2channel#1"). Memory in a processor's package ("…_HBMC#0_Chan#1",
     skx_common.c) or soldered to the board ("Slice#0_Chan#1", pnd2_edac.c; "System Board Memory",
     SMBIOS) is no DIMM.

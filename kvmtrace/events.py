@@ -1,6 +1,6 @@
 """Events: what the kernel reported, one frozen record each.
 
-A field that the source cannot know is ``None``, never 0. Times are nanoseconds since the epoch
+A field that the source cannot have is ``None``, never 0. Times are nanoseconds since the epoch
 (UTC). Sources convert them from CLOCK_MONOTONIC, with which both BPF and tracefs stamp, by one
 offset that is measured at the start: differences of times are durations, even if the wall clock is
 stepped. ``wall_time`` gives the time of day. ``vm`` is a key that the source gives to one ``struct
@@ -389,24 +389,8 @@ class Host:
 
 
 KINDS: dict[str, type[Event]] = {
-    cls.kind: cls
-    for cls in (
-        VmSeen,
-        VmGone,
-        Exit,
-        Poison,
-        Owned,
-        Sigbus,
-        GmemRefusal,
-        HwError,
-        SoftOffline,
-        Unpoison,
-        Found,
-        KernelCounts,
-        VcpuState,
-        PageReplaced,
-        Tick,
-        ClockStep,
-        Lost,
-    )
+    one.kind: one
+    for one in list(vars().values())
+    if isinstance(one, type) and issubclass(one, Event) and one is not Event
 }
+"""All events of this file."""

@@ -6,6 +6,7 @@ Unknown values are accepted and printed as numbers: kernels newer than this file
 from __future__ import annotations
 
 import errno as _errno
+import functools
 import os
 
 # include/uapi/linux/kvm.h, Linux 7.3
@@ -53,6 +54,7 @@ def errno_name(number: int) -> str:
     return _errno.errorcode.get(number, str(number))
 
 
+@functools.lru_cache(maxsize=256)
 def outcome_name(errno: int, reason: int | None) -> str:
     """How KVM_RUN ended: its errno, or the exit's reason if only that shows a failure."""
     return errno_name(errno) if errno or reason is None else exit_reason_name(reason)
@@ -89,6 +91,6 @@ def lsb_of(value: int | None) -> int | None:
     return value if value is not None and 0 <= value < 64 else None
 
 
-def gfn_of(gpa: int, page_shift: int = PAGE_SHIFT) -> int:
+def gfn_of(gpa: int) -> int:
     """Guest frame number of a guest physical address, in pages of the host's size."""
-    return gpa >> page_shift
+    return gpa >> PAGE_SHIFT

@@ -241,7 +241,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a VM's VMM did after it was notified: and what that verdict rests on.
+    """What a VM's VMM did after it was notified, and what that verdict rests on.
 
     ``evidence``: most important first. ``early``: it is unknown because the VMM was notified only
     just now.
@@ -278,7 +278,7 @@ class EntryKind(StrEnum):
 class JoinedBy(StrEnum):
     """By what an event was joined to an incident."""
 
-    LOOKUP = auto()  # as ``Owned.via`` says
+    LOOKUP = auto()  # by ``Owned.via``
     PAGE_TABLE = auto()  # the entry at the signal's address has the pfn
     PAGE_TABLE_CHANGED = auto()
     PAGE_FLAGS = auto()
@@ -322,21 +322,6 @@ class TimelineEntry:
     last_ts: int | None = None
     owner: Owner | None = None
     vmm: bool = True
-
-    def and_again(self, ts: int, count: int) -> TimelineEntry:
-        """Return the entry with ``count`` more, at ``ts``; there may be millions of them."""
-        last = self.last_ts or self.ts
-        return TimelineEntry(
-            ts if ts < self.ts else self.ts,
-            self.kind,
-            self.event,
-            self.joined_by,
-            self.vm,
-            self.count + count,
-            ts if ts > last else last,
-            self.owner,
-            self.vmm,
-        )
 
 
 @dataclass(frozen=True, slots=True)

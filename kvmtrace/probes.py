@@ -132,7 +132,7 @@ RUN_UNDER_WAY = ProbeSpec(
 class Probe:
     """What became of one probe. ``why``: the reason where it is not attached, in one sentence.
 
-    ``detail``: what the kernel or a library said about it, word for word.
+    ``detail``: the message of the kernel or a library, word for word.
     """
 
     name: str

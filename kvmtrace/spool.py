@@ -43,6 +43,5 @@ class LongText:
         return cast(IO[bytes], gzip.GzipFile(fileobj=self._file, mode="rb")), size
 
     def close(self) -> None:
-        """Free its space."""
         with contextlib.suppress(OSError):  # of writes that are still buffered
             self._file.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvmtrace import dimm_names
 
@@ -17,6 +17,12 @@ def hex_of(number: int | None) -> str:
 def listed(parts: Iterable[str], none: str = UNKNOWN) -> str:
     """``a, b, c``."""
     return ", ".join(parts) or none
+
+
+def some_of(parts: Sequence[str], most: int, none: str = UNKNOWN) -> str:
+    """``a, b and 3 more``: the first ``most``, and how many others there are."""
+    more = len(parts) - most
+    return listed(parts[:most], none) + (f" and {more} more" if more > 0 else "")
 
 
 def counted(number: int, what: str) -> str:

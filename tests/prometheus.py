@@ -18,7 +18,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +37,7 @@ _CONFIG = """
 global: {{scrape_interval: {interval}s, scrape_timeout: {interval}s, evaluation_interval: 1s}}
 rule_files: {rules}
 scrape_configs:
-  - job_name: {job}
+  - job_name: {job}{options}
     static_configs: [{{targets: ["{target}"], labels: {{instance: "{instance}"}}}}]
 alerting:
   alertmanagers:
@@ -205,7 +205,8 @@ class Prometheus(_Daemon, Queries):
 
     ``rules``: rule files to evaluate. ``instance``: the target's label, default: its address.
     ``alertmanager``: address of the Alertmanager that it sends alerts to. ``interval``: seconds
-    from one scrape to the next, and within which each has to be answered.
+    from one scrape to the next, and within which each has to be answered. ``options``: further ones
+    of the scrape job.
     """
 
     name = "Prometheus"
@@ -217,6 +218,7 @@ class Prometheus(_Daemon, Queries):
         instance: str | None = None,
         alertmanager: str | None = None,
         interval: int = SCRAPE_SECONDS,
+        options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
         self._interval = interval
@@ -224,6 +226,9 @@ class Prometheus(_Daemon, Queries):
             interval=interval,
             rules=json.dumps([str(path.resolve()) for path in rules]),
             job=JOB,
+            options="".join(f"\n    {name}: {json.dumps(one)}" for name, one in options.items())
+            if options
+            else "",
             target=target,
             instance=instance or target,
             alertmanagers=json.dumps([alertmanager] if alertmanager else []),

@@ -14,7 +14,7 @@ system() {
     for service in prometheus prometheus-alertmanager; do
         command -v "$service" >/dev/null || services="$services $service"
     done
-    sh tests/lab/setup.sh prometheus prometheus-alertmanager tmux
+    sh tests/lab/setup.sh chromium curl openssl prometheus prometheus-alertmanager tmux
     # Tests start their own on free ports; disable the services that Debian's packages have just started.
     if [ -n "$services" ] && [ -d /run/systemd/system ]; then
         as_root=""

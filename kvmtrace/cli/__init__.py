@@ -28,7 +28,6 @@ from kvmtrace.cli.top import top
 
 
 def main() -> None:
-    """The console script."""
     stop.owns_process = True
     try:
         cli(prog_name="kvmtrace")

@@ -24,6 +24,7 @@ def _unit() -> dict[str, str]:
     text = (found / "kvmtrace.service").read_text()
     return {
         "kvmtrace.service": text.replace(f"ExecStart={_PACKAGED} ", f"ExecStart={ours} "),
+        "kvmtrace.socket": (found / "kvmtrace.socket").read_text(),
         "kvmtrace.sysusers": (found / "kvmtrace.sysusers").read_text(),
     }
 
@@ -36,7 +37,7 @@ def _files(directory: str, *names: str) -> Callable[[], dict[str, str]]:
 _KINDS: dict[str, tuple[Callable[[], dict[str, str]], str]] = {
     "unit": (
         _unit,
-        "kvmtrace.service goes to /etc/systemd/system, kvmtrace.sysusers to"
+        "kvmtrace.service and kvmtrace.socket go to /etc/systemd/system, kvmtrace.sysusers to"
         " /etc/sysusers.d/kvmtrace.conf; then: systemd-sysusers && systemctl daemon-reload &&"
         " systemctl enable --now kvmtrace",
     ),

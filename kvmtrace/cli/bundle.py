@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import click
 
@@ -18,7 +18,7 @@ from kvmtrace.cli.options import from_option, watch_option, with_source
 from kvmtrace.cli.output_file import Output
 from kvmtrace.cli.signals import Interrupted, stop
 from kvmtrace.errors import KvmtraceError
-from kvmtrace.linux import edac, host, kernel_log, memory_failure, smbios
+from kvmtrace.linux import edac, host, kernel_log, memory_failure, page_flags, smbios
 from kvmtrace.linux.read import read_text
 from kvmtrace.sanitize import clean
 from kvmtrace.sources.recording import Writer
@@ -82,11 +82,7 @@ def bundle(
                 report = with_texts(report, names.text)
             files["doctor.txt"] = render(report, verbose=True)
             files |= host_files(records, names)
-        with archive.writing():
-            bundle_view.write(archive.file, files, int(time.time()))
-        archive.sync()
-        archive.place()
-        print_status(f"{output}: {', '.join(sorted(files))}")
+        print_status(_pack(archive, output, files))
 
 
 def write_bundle(log: EventLog, name: str, *, here: bool) -> str:
@@ -111,11 +107,16 @@ def _write(path: str, log: EventLog, *, here: bool) -> str:
         files = _files(log, events)
         if here:
             files |= host_files(_host_records(), None)
-        with archive.writing():
-            bundle_view.write(archive.file, files, int(time.time()))
-        archive.sync()
-        archive.place()
-        return f"{path}: {', '.join(sorted(files))}"
+        return _pack(archive, path, files)
+
+
+def _pack(archive: Output, path: str, files: Mapping[str, str | LongText]) -> str:
+    """Write the files into the archive; what to print about it."""
+    with archive.writing():
+        bundle_view.write(archive.file, files, int(time.time()))
+    archive.sync()
+    archive.place()
+    return f"{path}: {', '.join(sorted(files))}"
 
 
 def _host_records() -> HostRecords:
@@ -129,7 +130,7 @@ def _host_records() -> HostRecords:
         command_line=clean(read_text("/proc/cmdline", _MAX_COMMAND_LINE).strip(), _MAX_COMMAND_LINE)
         or None,
         settings=memory_failure.settings(),
-        failures=memory_failure.failures_by_node(),
+        failures=page_flags.failures_by_node(),
         dimms=smbios.memory_devices(),
         edac=edac.counts(),
         kernel_log=log,
@@ -149,12 +150,10 @@ class _RedactedLog(EventLog):
         self._log, self._names = log, names
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of the log."""
         for events, probes in self._log.batches():
             yield self._names.events(events), self._names.probes(probes)
 
     def is_complete(self) -> bool:
-        """Whether the log is."""
         return self._log.is_complete()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from kvmtrace.cli.console import json_is_utf8, print_line
+from kvmtrace.cli.console import print_json, print_line
 from kvmtrace.cli.errors import as_kvmtrace_error
 from kvmtrace.cli.inputs import Batch, EventLog, ask_serve, load_log
 from kvmtrace.cli.options import from_option, json_option
@@ -18,7 +17,7 @@ from kvmtrace.events import Lost
 from kvmtrace.views import check as check_view
 from kvmtrace.views.check import CheckResult, CheckState
 
-# What was lost longer ago does not warn any more.
+# What was lost before is no reason to warn.
 _LATELY_NS = 3600 * 1_000_000_000
 
 
@@ -26,7 +25,6 @@ class _Plugin(click.Command):
     """A command whose wrong usage is UNKNOWN, too: 2 would be CRITICAL."""
 
     def make_context(self, *arguments: Any, **extra: Any) -> click.Context:
-        """Parse the arguments."""
         try:
             return super().make_context(*arguments, **extra)
         except click.UsageError as error:
@@ -58,8 +56,7 @@ def check(recording: str | None, as_json: bool) -> None:
         failure = as_kvmtrace_error(error)
         found = check_view.unknown(": ".join(filter(None, (failure.message, failure.hint))))
     if as_json:
-        json_is_utf8()
-        print_line(json.dumps(found.as_object(), ensure_ascii=False))
+        print_json(found.as_object())
     else:
         print_line(found.line())
     sys.exit(found.state)

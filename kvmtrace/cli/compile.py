@@ -16,8 +16,8 @@ from kvmtrace.linux import host
 def compile_() -> None:
     """Compile the eBPF programs for the running kernel and keep them.
 
-    A start does so where nobody did before, which takes a second and bcc. For packages and images:
-    after this, neither is needed until the kernel or kvmtrace is another one.
+    Otherwise the first start compiles them, which takes a second and needs bcc. After this command,
+    starts need neither, until the kernel or kvmtrace changes. For packages and images.
     """
     from kvmtrace.sources.bpf import programs  # noqa: PLC0415 (only what watches needs it)
 

@@ -1,6 +1,6 @@
 """Completion of VMs and incidents, as a running serve has them.
 
-It is quick and silent: no serve, an old one or a slow one means that nothing is offered.
+It is quick and silent: without a serve, or with an old or slow one, nothing is offered.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _snapshot() -> Snapshot | None:
     found: list[Snapshot] = []
 
     def look() -> None:
-        with contextlib.suppress(Exception):  # a word more would end up in the command line
+        with contextlib.suppress(Exception):  # a message would end up in the command line
             if (remote := RemoteSource.connect()) is not None:
                 with contextlib.closing(remote):
                     correlator = Correlator()

@@ -150,6 +150,11 @@ def escape_unencodable(stream: IO[str]) -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
+def print_json(value: object) -> None:
+    json_is_utf8()
+    print_line(json.dumps(value, ensure_ascii=False))
+
+
 def json_is_utf8() -> None:
     """Have stdout written in UTF-8: JSON is, whatever the locale."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -167,8 +172,7 @@ def discard(file: IO[Any]) -> None:
 def show_snapshot(snapshot: Snapshot, now: int, as_json: bool) -> None:
     """Print a snapshot as the table at ``now`` (ns since the epoch) or as a JSON object."""
     if as_json:
-        json_is_utf8()
-        print_line(json.dumps(json_output.top(snapshot), ensure_ascii=False))
+        print_json(json_output.top(snapshot))
         return
     width = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
     print_line(table_text(snapshot, now=now, width=width))

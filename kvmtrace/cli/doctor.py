@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,13 +10,13 @@ from collections.abc import Iterator
 import click
 
 from kvmtrace import sources
-from kvmtrace.choice import Attempt
-from kvmtrace.cli.console import busy, json_is_utf8, print_line
+from kvmtrace.cli.console import busy, print_json, print_line
 from kvmtrace.cli.errors import as_kvmtrace_error
 from kvmtrace.cli.inputs import connect
 from kvmtrace.cli.options import json_option, source_option
 from kvmtrace.events import vm_label
 from kvmtrace.linux import host, memory_failure
+from kvmtrace.source_choice import Attempt
 from kvmtrace.views.doctor import Serving, judge
 from kvmtrace.views.doctor_host import KeptPrograms, NotifiedVmm
 from kvmtrace.views.doctor_report import Report, as_object, render
@@ -35,13 +34,12 @@ WIDTH_WITHOUT_TERMINAL = 80
 def doctor(ctx: click.Context, as_json: bool, verbose: bool, source: str) -> None:
     """Check what this host offers, and how to fix what is missing.
 
-    Attaches all probes for a moment to see which ones can be attached; if a serve runs here, looks
-    at that one's instead. The exit status is 0 only if memory-fault exits can be seen on this host.
+    Attaches all probes for a moment to see which ones can be attached. If a serve runs here, its
+    probes are shown instead. The exit status is 0 only if memory-fault exits can be seen here.
     """
     report = doctor_report(source)
     if as_json:
-        json_is_utf8()
-        print_line(json.dumps(as_object(report), ensure_ascii=False))
+        print_json(as_object(report))
     else:
         width = shutil.get_terminal_size((WIDTH_WITHOUT_TERMINAL, 24)).columns
         ascii_only = not _can_print("✓✗→")

@@ -36,7 +36,6 @@ class Failure(click.ClickException):
 
 class Group(click.Group):
     def make_context(self, *arguments: Any, **extra: Any) -> click.Context:
-        """Parse the arguments before the command."""
         escape_unencodable(sys.stderr)
         with _click_as_failure():
             return super().make_context(*arguments, **extra)

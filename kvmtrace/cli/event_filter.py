@@ -15,6 +15,7 @@ from kvmtrace.events import VmSeen
 from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.model import CorrelatedEvent, IncidentStatus, Snapshot
 from kvmtrace.views.event_lines import LINE_KINDS, kinds_of
+from kvmtrace.wording import some_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,7 +47,6 @@ def _completing(
 
 
 def filter_options(command: Callable[P, R]) -> Callable[P, R]:
-    """Add the options."""
     for option in (
         click.option(
             "--vm",
@@ -149,7 +149,5 @@ def require_vm(vm: str, seen: Iterable[VmSeen]) -> None:
         if is_named(one, vm):
             return
         names.add(one.label)
-    some = ", ".join(sorted(names)[:_MAX_NAMED]) + (", …" if len(names) > _MAX_NAMED else "")
-    raise UsageError(
-        f"no VM {sanitize.clean(vm)!r} here", f"there are: {some}" if names else "none is running"
-    )
+    some = f"there are: {some_of(sorted(names), _MAX_NAMED)}" if names else "none is running"
+    raise UsageError(f"no VM {sanitize.clean(vm)!r} here", some)

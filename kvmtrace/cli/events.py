@@ -24,9 +24,10 @@ from kvmtrace.events import Found, Lost, Owned, VmSeen
 from kvmtrace.model import CorrelatedEvent, Snapshot
 from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines
-from kvmtrace.views.format import counted, date_of, listed, zone_of
+from kvmtrace.views.format import counted, date_of, zone_of
 from kvmtrace.views.tables.header import watching_text
 from kvmtrace.vmm import processes
+from kvmtrace.wording import some_of
 
 _MAX_NAMED = 8
 
@@ -57,10 +58,10 @@ def events(
 ) -> None:
     """Print a line for each event as it happens.
 
-    VMs and poisoned pages that are there already are no events: they are counted on stderr.
+    VMs and poisoned pages that exist already are no events: they are counted on stderr.
 
-    With --json each line is a JSON object; what is there already comes first, with "before". Fields
-    with unknown values are absent.
+    With --json each line is a JSON object. What exists already comes first, marked with "before".
+    Fields with unknown values are absent.
     """
     lines = EventPrinter(as_json)
     wanted = EventFilter.of_options(kinds, states, vm)
@@ -127,7 +128,7 @@ class EventPrinter:
             return
         pages = [f"{one.event.pfn:#x}" for one in correlated if isinstance(one.event, Found)]
         if pages:
-            some = listed(pages[:_MAX_NAMED]) + (", …" if len(pages) > _MAX_NAMED else "")
+            some = some_of(pages, _MAX_NAMED)
             print_status(f"kvmtrace: {counted(len(pages), 'page')} poisoned before now: {some}")
 
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from typing import Any
 
 import click
 
 from kvmtrace.cli.completion import complete_target
-from kvmtrace.cli.console import json_is_utf8, print_line, print_lines, terminal_width
+from kvmtrace.cli.console import print_json, print_lines, terminal_width
 from kvmtrace.cli.inputs import EventLog, load_log
 from kvmtrace.cli.options import from_option, json_option, utc_option, watch_option, with_source
-from kvmtrace.judgement.urgency import Urgency, by_urgency, urgency_of
-from kvmtrace.model import Snapshot
 from kvmtrace.sanitize import clean
 from kvmtrace.views import explain as explain_view
-from kvmtrace.views import explain_screen, json_output, lookup
-from kvmtrace.views.lookup import Target, TargetKind
+from kvmtrace.views import explain_screen, lookup
 from kvmtrace.views.stamp import Stamp
 
 
@@ -47,7 +42,7 @@ def explain(
 
     Of a target: an incident's id or its beginning; a page frame of the host (PFN, 0x103275); a
     guest physical address or a gfn (0x8000@web-1); a VM by name, uuid, pid or part of its name; a
-    DIMM by its label. What is not known to be poisoned is told so, with status 0.
+    DIMM by its label. A target without poisoned pages is no error: the status is 0.
 
     \b
     Example: kvmtrace explain web-1
@@ -56,9 +51,7 @@ def explain(
         snapshot = log.model()
         found = None if target is None else lookup.find(snapshot, target)
         if as_json:
-            json_is_utf8()
-            objects = _objects(found, snapshot, log.now)
-            print_line(json.dumps(objects, ensure_ascii=False))
+            print_json(explain_screen.as_objects(found, snapshot, log.now))
             return
         showing = _showing(log, recording, evidence=evidence)
         if found is None:
@@ -81,21 +74,3 @@ def _showing(log: EventLog, recording: str | None, *, evidence: bool) -> explain
         # Who has a recording has what a ticket needs.
         bundle="kvmtrace bundle -o case.tar.gz" if recording is None else None,
     )
-
-
-def _objects(found: Target | None, snapshot: Snapshot, now: int | None) -> list[dict[str, Any]]:
-    """A JSON object for each incident; without any, for what was reported of the page."""
-    if found is None:
-        incidents = [one for one in snapshot.incidents if urgency_of(one) != Urgency.CLOSED]
-    else:
-        incidents = list(found.incidents)
-    if incidents:
-        shown = by_urgency(incidents)
-        return [explain_view.as_object(incident, snapshot, now) for incident in shown]
-    if found is None or found.kind != TargetKind.PAGE:
-        return []
-    moved = [page for page in snapshot.soft_offlines if page.pfn == found.pfn]
-    if moved:
-        return [json_output.soft_offlined(page, snapshot) for page in moved]
-    pfn, told = found.pfn or 0, snapshot.reported.get(found.pfn or 0)
-    return [json_output.reported(pfn, told, snapshot)] if told is not None else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import time
 from abc import ABC, abstractmethod
@@ -22,7 +21,6 @@ from kvmtrace.linux.proc_reader import READER
 from kvmtrace.linux.tracefs import mount
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import Probe
-from kvmtrace.session import feed
 from kvmtrace.session.session import Session
 from kvmtrace.sources.recording import RecordingSource
 from kvmtrace.sources.remote import RemoteSource
@@ -119,28 +117,6 @@ def poll_timeouts(
             break
         yield timeout
     yield 0
-
-
-@contextlib.contextmanager
-def open_door(session: Session, *, started: bool = True) -> Iterator[feed.FeedServer | None]:
-    """Send this session's events to other commands; None, with a status line, if that fails.
-
-    Not ``started``: it answers from its ``start()`` on.
-    """
-    try:
-        answering = feed.FeedServer(functools.partial(feed.send_log, session), started=started)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print_status(
-            f"kvmtrace: other commands will not find this one: {where}{error.strerror or error}"
-        )
-        yield None
-        return
-    stop.clean_up.append(answering.close)
-    try:
-        yield answering
-    finally:
-        answering.close()
 
 
 Batch = tuple[list[Event], tuple[Probe, ...]]

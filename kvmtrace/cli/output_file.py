@@ -1,6 +1,6 @@
 """Files that commands write: recordings and bundles.
 
-They are on the disk when a command ends, without the reader of events waiting for the disk.
+They are on the disk when a command ends. The reader of events never waits for the disk.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import time
 
@@ -9,14 +10,13 @@ import click
 
 from kvmtrace.cli.console import print_status
 from kvmtrace.cli.hooks import open_hooks, program
-from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_door, open_host, open_session
+from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_host, open_session
 from kvmtrace.cli.options import days, seconds, with_source
 from kvmtrace.cli.signals import stop
 from kvmtrace.linux import clock
 from kvmtrace.linux.tracefs import mount
 from kvmtrace.session.session import host_of
 from kvmtrace.sources import Source
-from kvmtrace.views.web.server import check_listen
 
 
 @click.command()
@@ -37,6 +37,13 @@ from kvmtrace.views.web.server import check_listen
     multiple=True,
     metavar="NAME",
     help="On loopback, also answer requests for this host name (for a proxy that passes it on).",
+)
+@click.option(
+    "--web.config.file",
+    "web_config",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="TLS, client certificates and basic auth for TCP, in the format of Prometheus' exporters.",
 )
 @click.option(
     "--log-format",
@@ -87,6 +94,7 @@ def serve(
     listen: str | None,
     max_vms: int | None,
     allow_host: tuple[str, ...],
+    web_config: str | None,
     log_format: str,
     history: str | None,
     history_days: float,
@@ -101,6 +109,7 @@ def serve(
     an incident is logged on stderr, or in the journal.
     """
     # Other commands need neither the log, nor SQLite, nor prometheus_client.
+    from kvmtrace.cli.doors import Doors, open_server  # noqa: PLC0415
     from kvmtrace.cli.service import Service  # noqa: PLC0415
     from kvmtrace.session import archive_file  # noqa: PLC0415
     from kvmtrace.session.archive import Archive  # noqa: PLC0415
@@ -111,8 +120,7 @@ def serve(
         types, results = mount.memory_failure_names()
         return [(kind, result) for kind in types.values() for result in results.values()]
 
-    listen = listen or metrics.DEFAULT_LISTEN
-    check_listen(listen)
+    doors = Doors(listen, web_config, allow_host)
     watched: Source = open_host(source)
     archive = None
     if path := history or archive_file.default_path():
@@ -123,44 +131,40 @@ def serve(
         watched = ResumedSource(watched, archive.begin(), archive, clock.now_ns)
     with (
         open_session(watched) as session,
-        open_door(session, started=False) as answering,
         open_hooks(on_incident, hook_timeout) as hooks,
-    ):
-        server = metrics.serve(
-            listen,
+        open_server(
             session,
+            doors,
             kinds=kinds,
             max_vms=max_vms or metrics.DEFAULT_MAX_VMS,
-            now=session.now,
-            names=allow_host,
-            started=False,
             hooks=hooks.counts if hooks else None,
-        )
-        try:
-            give_up_privileges()
-            server.start()
-            if answering is not None:
-                answering.start()
-            if archive is not None:
-                archive.start()
-            if hooks is not None:
-                hooks.start()
-            session.start()
-            service = Service(session, log_format, hooks)
-            print_status(f"serving {server.url}/metrics")
-            service.ready()
-            warned = False
-            while not stop.requested and session.failure is None:
-                time.sleep(POLL_SECONDS)
-                service.look()
-                if not warned and (session.shortages or server.dropped["descriptors"]):
-                    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-                    print_status(
-                        f"kvmtrace: no file descriptors left (limit {limit}): events may be lost"
-                    )
-                    warned = True
-            service.ending()
-            if session.failure is not None:
-                raise session.failure
-        finally:
-            server.close()
+            started=False,
+        ) as (server, pages),
+    ):
+        pages.is_ready = False
+        give_up_privileges()
+        gc.freeze()  # nothing of what is there now ends before the process does
+        server.start()
+        if archive is not None:
+            archive.start()
+        if hooks is not None:
+            hooks.start()
+        session.start()
+        service = Service(session, log_format, hooks)
+        print_status(f"serving {server.url}/metrics")
+        pages.is_ready = True
+        service.ready()
+        warned = False
+        while not stop.requested and session.failure is None:
+            time.sleep(POLL_SECONDS)
+            service.look()
+            if not warned and (session.shortages or server.dropped["descriptors"]):
+                limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                print_status(
+                    f"kvmtrace: no file descriptors left (limit {limit}): events may be lost"
+                )
+                warned = True
+        pages.is_ready = False
+        service.ending()
+        if session.failure is not None:
+            raise session.failure

@@ -18,7 +18,7 @@ from kvmtrace.views.hook_input import hook_input, hook_variables, is_wanted
 from kvmtrace.views.incident_log import HOOK_ID, IncidentLog, LogEntry
 from kvmtrace.views.tables import header
 
-# A reader that has not come round for so long is not reported as alive.
+# If events were not read for so long, the service is not reported as alive.
 _ALIVE_SECONDS = 10.0
 _LOOK_SECONDS = 1.0
 _WARNING = 4
@@ -44,10 +44,10 @@ class Service:
         self._alive_every = service_manager.watchdog_seconds()
         self._next_alive = 0.0
         self.unwritten = 0
-        """Log entries that nobody took."""
+        """Log entries that could not be written."""
 
     def ready(self) -> None:
-        """All that was asked for is attached and answers."""
+        """Report that all that was asked for is attached and answers."""
         service_manager.notify(READY="1", STATUS=header.watching_text(self._session.snapshot()))
 
     def look(self) -> None:
@@ -60,7 +60,7 @@ class Service:
         if now < self._next_look:
             return
         self._next_look = now + _LOOK_SECONDS
-        self._say_hooks()
+        self._log_hooks()
         if not self._session.rounds:
             return  # what was there at the start is not news, and is seen as a whole
         # A snapshot of many VMs costs something: it is taken only if it can differ.
@@ -79,13 +79,12 @@ class Service:
                 self._hooks.add(HookRun(about, data, hook_variables(change)))
 
     def ending(self) -> None:
-        """The command is about to end."""
         service_manager.notify(STOPPING="1")
         if self._hooks is not None:
             self._hooks.close()
-            self._say_hooks()
+            self._log_hooks()
 
-    def _say_hooks(self) -> None:
+    def _log_hooks(self) -> None:
         """Log what went wrong with hooks."""
         for note in self._hooks.notes() if self._hooks is not None else ():
             about = f" for incident {note.about}" if note.about else ""
@@ -97,7 +96,7 @@ class Service:
         if not self._write(entry, wall):
             self.unwritten += 1
         elif self.unwritten:
-            self._say_unwritten()
+            self._report_unwritten()
 
     def _write(self, entry: LogEntry, wall: int) -> bool:
         match self._format:
@@ -107,13 +106,13 @@ class Service:
                 return _print(entry.as_json(wall))
         return _print(f"kvmtrace: {clean(entry.message, _MAX_LINE)}")
 
-    def _say_unwritten(self) -> None:
+    def _report_unwritten(self) -> None:
         count, self.unwritten = self.unwritten, 0
         _print(f"kvmtrace: {count} log entries before this one were not written: nobody read them")
 
 
 def _print(line: str) -> bool:
-    """Write a line to stderr if it takes one now: who does not read must not stop the reader."""
+    """Write a line to stderr if that does not block: the reader of events must not wait for it."""
     try:
         poller = select.poll()
         poller.register(2, select.POLLOUT)

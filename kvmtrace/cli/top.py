@@ -19,9 +19,9 @@ from kvmtrace.cli.inputs import (
     open_session,
     poll_timeouts,
 )
+from kvmtrace.cli.live_host import Watching
 from kvmtrace.cli.options import from_option, interval_option, json_option, utc_option, with_source
 from kvmtrace.cli.tape import RecordedTape
-from kvmtrace.cli.watching import Watching
 from kvmtrace.errors import UsageError
 from kvmtrace.model import Snapshot
 from kvmtrace.views.format import date_of

@@ -50,7 +50,7 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching: the main thread ends by itself."""
+        """Stop watching: the main thread ends on its own."""
         self._stopped.set()
         self._thread.join()
 

@@ -15,14 +15,17 @@ The incident's timeline keeps which join was made (``model.Join``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from kvmtrace import kvm, page_types
 from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.causes import cause_of
+from kvmtrace.correlate.freezing import freeze, is_settled
 from kvmtrace.correlate.hardware_errors import ErrorSite, HardwareErrors
-from kvmtrace.correlate.incident import IncidentState
+from kvmtrace.correlate.incident import FrozenIncident, IncidentState
 from kvmtrace.correlate.incident_store import IncidentStore
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.pending import PendingEvents
@@ -43,6 +46,7 @@ from kvmtrace.events import (
     Poison,
     Sigbus,
     SoftOffline,
+    Tick,
     Unpoison,
     VcpuState,
     VmGone,
@@ -52,16 +56,24 @@ from kvmtrace.events import (
 from kvmtrace.model import (
     CorrelatedEvent,
     EntryKind,
-    Incident,
     Join,
     JoinedBy,
-    PageClass,
     Snapshot,
     SoftOfflinedPage,
     TimelineEntry,
     VmIdentity,
 )
 from kvmtrace.page_types import PageOutcome
+from kvmtrace.quick import maker
+
+_correlated = maker(CorrelatedEvent)
+
+# How many are copied by one call of ``copying``.
+_INCIDENTS_AT_ONCE, _VMS_AT_ONCE = 128, 1024
+
+_BY_GFN = Join(JoinedBy.GFN)
+_BY_PAGE_TABLE = Join(JoinedBy.PAGE_TABLE)
+_BY_THREAD = Join(JoinedBy.NOTIFIED_THREAD)
 
 
 class Correlator:
@@ -92,67 +104,51 @@ class Correlator:
 
     def feed(self, event: Event) -> CorrelatedEvent:
         """Take one event and return it with its joins. Never raises for any order of events."""
-        correlated = self._take(event)
-        self._incidents.trim(self._is_settled)
-        if self._steps:
-            correlated = replace(correlated, wall_ts=wall_time(event.ts, self._steps))
-        return correlated
-
-    def _take(self, event: Event) -> CorrelatedEvent:
+        ts, last = event.ts, self._last_ts
         # A Lost has the time at which the loss was noticed, not one of the kernel's.
-        if not isinstance(event, Lost) and (self._last_ts is None or event.ts > self._last_ts):
-            self._last_ts = event.ts
-        match event:
-            case Exit():
-                return self._exit(event)
-            case Sigbus():
-                return self._sigbus(event)
-            case HwError():
-                return self._hardware_error(event)
-            case GmemRefusal():
-                return self._refusal(event)
-            case VmSeen():
-                self._vms.add(event)
-                return CorrelatedEvent(event, vm=event)
-            case VmGone():
-                return self._vm_gone(event)
-            case Poison():
-                return self._poison(event)
-            case Owned():
-                return self._owned(event)
-            case Found():
-                return self._found(event)
-            case SoftOffline():
-                return self._soft_offline(event)
-            case Unpoison():
-                return self._unpoison(event)
-            case VcpuState():
-                return self._vcpu_state(event)
-            case PageReplaced():
-                return self._page_replaced(event)
-            case KernelCounts():
-                self._totals.add_kernel_counts(event)
-            case ClockStep():
-                self._steps.append(event)
-                if len(self._steps) > self._limits.clock_steps:
-                    del self._steps[0]
-                    self._totals.count_lost("clock_steps", 1)
-            case Lost():
-                self._totals.count_lost(event.where, event.count)
-        return CorrelatedEvent(event)
+        if (last is None or ts > last) and type(event) is not Lost:
+            self._last_ts = ts
+        correlated: CorrelatedEvent = _HANDLERS[type(event)](self, event)
+        if self._incidents.is_overfull:
+            self._incidents.trim(self._is_settled)
+        if self._steps:
+            correlated = replace(correlated, wall_ts=wall_time(ts, self._steps))
+        return correlated
 
     def identity(self, vm: int | None) -> VmSeen | None:
         """Who a VM is or was; None if unknown."""
         return self._vms.seen(vm)
 
+    def _quiet(self, event: Event) -> CorrelatedEvent:
+        return _correlated(event)
+
+    def _kernel_counts(self, event: KernelCounts) -> CorrelatedEvent:
+        self._totals.add_kernel_counts(event)
+        return _correlated(event)
+
+    def _clock_step(self, event: ClockStep) -> CorrelatedEvent:
+        self._steps.append(event)
+        if len(self._steps) > self._limits.clock_steps:
+            del self._steps[0]
+            self._totals.count_lost("clock_steps", 1)
+        return _correlated(event)
+
+    def _lost(self, event: Lost) -> CorrelatedEvent:
+        self._totals.count_lost(event.where, event.count)
+        return _correlated(event)
+
     # -- VMs
+
+    def _vm_seen(self, event: VmSeen) -> CorrelatedEvent:
+        self._vms.add(event)
+        return _correlated(event, vm=event)
 
     def _vm_gone(self, event: VmGone) -> CorrelatedEvent:
         vm = self._vms.get(event.vm)
         if vm is None:
-            return CorrelatedEvent(event, vm=self.identity(event.vm))
+            return _correlated(event, vm=self.identity(event.vm))
         if vm.gone_ts is not None:
-            return CorrelatedEvent(event, vm=vm.seen)
+            return _correlated(event, vm=vm.seen)
         self._vms.mark_gone(event.vm, event.ts)
         self._incidents.forgotten.discard_vm(event.vm)
         mentions = self._incidents.of_vm(event.vm)
@@ -165,7 +161,7 @@ class Correlator:
                 incident.note(entry, event.vm)
                 self._close_if_all_vms_gone(incident)
         self._vms.shrink(event.vm, keep=bool(mentions))
-        return CorrelatedEvent(event, vm=vm.seen)
+        return _correlated(event, vm=vm.seen)
 
     def _close_if_all_vms_gone(self, incident: IncidentState) -> None:
         owners = {owner.vm for owner in incident.owners.values()}
@@ -178,10 +174,13 @@ class Correlator:
         for incident in self._incidents.of_vm(event.vm):
             if not incident.closed and incident.add_sample(event):
                 ids.append(incident.id)
-                join = Join(JoinedBy.NOTIFIED_THREAD)
-                entry = TimelineEntry(event.ts, EntryKind.VCPU_STATE, event, join, event.vm)
-                incident.note(entry, event.vm, event.tid, event.state)
-        return CorrelatedEvent(event, vm=self.identity(event.vm), incident=ids[-1] if ids else None)
+                distinct = event.vm, event.tid, event.state
+                if not incident.note_again(event.ts, 1, (EntryKind.VCPU_STATE, *distinct)):
+                    entry = TimelineEntry(
+                        event.ts, EntryKind.VCPU_STATE, event, _BY_THREAD, event.vm
+                    )
+                    incident.note(entry, *distinct)
+        return _correlated(event, vm=self.identity(event.vm), incident=ids[-1] if ids else None)
 
     def _page_replaced(self, event: PageReplaced) -> CorrelatedEvent:
         incident = self._incidents.find_by_pfn(event.pfn)
@@ -190,41 +189,36 @@ class Correlator:
             join = Join(JoinedBy.PAGE_TABLE_CHANGED)
             entry = TimelineEntry(event.ts, EntryKind.PAGE_REPLACED, event, join, event.vm)
             incident.note(entry, event.vm, event.hva)
-        return CorrelatedEvent(
+        return _correlated(
             event, self.identity(event.vm), incident=incident.id if incident else None
         )
 
     # -- faults
 
     def _exit(self, event: Exit) -> CorrelatedEvent:
-        cause = cause_of(event)
-        gfn = self._incidents.known_gfn(event.vm, event.gfn)
-        self._vms.count_exit(event, cause, gfn)
-        incident = None
-        if cause == "hwpoison":
-            incident = self._incident_or_new(event.vm, event.gfn)
-            if incident is not None:
-                incident.exits += event.count
-                incident.guest_memfd |= event.errno == kvm.EHWPOISON  # others get a SIGBUS
-                distinct = EntryKind.EXIT, event.vm, event.vcpu
-                if not incident.note_again(event.ts, event.count, distinct):
-                    join = _by_place(event.gfn, gfn)
-                    kind, of = EntryKind.EXIT, event.vm
-                    incident.note(
-                        TimelineEntry(event.ts, kind, event, join, of, event.count), of, event.vcpu
-                    )
-                self._deliver(
-                    incident, event.ts, event.vm, event.vcpu, exits=event.count, page=event.gfn
-                )
-        return CorrelatedEvent(
-            event,
-            vm=self.identity(event.vm),
-            cause=cause,
-            incident=incident.id if incident else None,
-        )
+        cause = "hwpoison" if event.errno == kvm.EHWPOISON else cause_of(event)
+        of, gfn = event.vm, event.gfn
+        incident, known = self._incidents.find_place(of, gfn)
+        vm = self._vms.count_exit(event, cause, known)
+        if cause != "hwpoison":
+            return _correlated(event, vm, cause)
+        if incident is None:
+            incident = self._incident_or_new(of, gfn)
+            if incident is None:
+                return _correlated(event, vm, cause)
+        ts, vcpu, count = event.ts, event.vcpu, event.count
+        incident.exits += count
+        if event.errno == kvm.EHWPOISON:
+            incident.guest_memfd = True  # others get a SIGBUS
+        if not incident.note_again(ts, count, (EntryKind.EXIT, of, vcpu)):
+            join = _by_place(gfn, known)
+            entry = TimelineEntry(ts, EntryKind.EXIT, event, join, of, count)
+            incident.note(entry, of, vcpu)
+        self._deliver(incident, ts, of, vcpu, exits=count, page=gfn)
+        return _correlated(event, vm, cause, incident.id)
 
     def _refusal(self, event: GmemRefusal) -> CorrelatedEvent:
-        gfn = self._incidents.known_gfn(event.vm, event.gfn)
+        _, gfn = self._incidents.find_place(event.vm, event.gfn)
         self._vms.count_refusal(event, event.gfn if gfn is None else gfn)
         incident = self._incident_or_new(event.vm, event.gfn)
         if incident is not None:
@@ -232,7 +226,7 @@ class Correlator:
             join = _by_place(event.gfn, gfn)
             entry = TimelineEntry(event.ts, EntryKind.REFUSAL, event, join, event.vm, event.count)
             incident.note(entry, event.vm, gfn)
-        return CorrelatedEvent(
+        return _correlated(
             event, vm=self.identity(event.vm), incident=incident.id if incident else None
         )
 
@@ -289,9 +283,9 @@ class Correlator:
             self._join_signal(incident, signal, join, by_poison=True)
         # A guest may access the page while memory_failure is still running.
         for signal in self._pending.take_signals_of(event.pfn):
-            self._join_signal(incident, signal, Join(JoinedBy.PAGE_TABLE), by_poison=False)
+            self._join_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
         owners_seen = tuple((one, self.identity(one.vm)) for one in incident.owners.values())
-        return CorrelatedEvent(event, incident=incident.id, owners=owners_seen)
+        return _correlated(event, incident=incident.id, owners=owners_seen)
 
     def _incident_opened_by_exit(self, owners: list[Owner]) -> IncidentState | None:
         """An incident that an exit opened, because it was read before the poison."""
@@ -315,19 +309,19 @@ class Correlator:
             for one in owned:
                 self._add_found_owner(incident, one)
             for signal in self._pending.take_signals_of(event.pfn):
-                self._join_signal(incident, signal, Join(JoinedBy.PAGE_TABLE), by_poison=False)
-        return CorrelatedEvent(event, incident=incident.id if incident else None)
+                self._join_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
+        return _correlated(event, incident=incident.id if incident else None)
 
     def _owned(self, event: Owned) -> CorrelatedEvent:
         incident = self._incidents.find_by_pfn(event.pfn)
         vm = self.identity(event.owner.vm)
         if incident is None:
             self._pending.add(event)
-            return CorrelatedEvent(event, vm=vm)
+            return _correlated(event, vm=vm)
         known = set(incident.owners.values())
         self._add_found_owner(incident, event)
         new = tuple((one, vm) for one in incident.owners.values() if one not in known)
-        return CorrelatedEvent(event, vm=vm, incident=incident.id, owners=new)
+        return _correlated(event, vm=vm, incident=incident.id, owners=new)
 
     def _add_found_owner(self, incident: IncidentState, event: Owned) -> None:
         self._incidents.set_min_size(incident, event.size)
@@ -367,7 +361,7 @@ class Correlator:
             incident.note(entry)
             self._incidents.unpoison(incident)
         self._soft_offlines.pop(event.pfn, None)
-        return CorrelatedEvent(event, incident=incident.id if incident else None)
+        return _correlated(event, incident=incident.id if incident else None)
 
     def _soft_offline(self, event: SoftOffline) -> CorrelatedEvent:
         self._soft_offlines.renew(event.pfn, SoftOfflinedPage(event.pfn, event.ts, event.errno))
@@ -375,7 +369,7 @@ class Correlator:
         if incident is not None:
             entry = TimelineEntry(event.ts, EntryKind.SOFT_OFFLINE, event, Join(JoinedBy.PFN))
             incident.note(entry)
-        return CorrelatedEvent(event, incident=incident.id if incident else None)
+        return _correlated(event, incident=incident.id if incident else None)
 
     # -- signals
 
@@ -388,27 +382,27 @@ class Correlator:
         else:
             self._pending.add(event)
         who = self.identity(vm) if vm is not None else self._vms.vmm(event.pid, event.ts)
-        return CorrelatedEvent(event, vm=who, incident=incident.id if incident else None)
+        return _correlated(event, vm=who, incident=incident.id if incident else None)
 
     def _incident_of_signal(self, event: Sigbus) -> tuple[IncidentState | None, Join]:
-        join = Join(JoinedBy.GFN)
+        join = _BY_GFN
         if event.pfn is not None:
             incident = self._incidents.find_by_pfn(event.pfn)
             if incident is not None:
-                by_sender = event.hva is None
-                return incident, Join(
-                    JoinedBy.EARLIER_POISONING_THREAD if by_sender else JoinedBy.PAGE_TABLE
-                )
+                if event.hva is None:
+                    return incident, Join(JoinedBy.EARLIER_POISONING_THREAD)
+                return incident, _BY_PAGE_TABLE
         if event.vm is None or event.hva is None:
             return None, join
         if event.gfn is not None:
             incident = self._incidents.find_by_gfn(event.vm, event.gfn)
             if incident is not None:
                 return incident, join
-        for incident in self._incidents.of_vm(event.vm):
+        for incident in self._incidents.mentions_of(event.vm):
             if not incident.closed:
                 owner = incident.owner_by_hva(event.vm, event.hva, event.lsb)
                 if owner is not None:
+                    incident.frozen = None
                     return incident, Join(JoinedBy.NEAR_HVA, owner.hva)
         return None, join
 
@@ -431,25 +425,28 @@ class Correlator:
         own = own and not incident.consumed_by_access
         kind = EntryKind.OWN_SIGNAL if own else EntryKind.SIGNAL
 
-        def entry() -> TimelineEntry:
-            return TimelineEntry(event.ts, kind, event, join, event.vm, event.count, vmm=is_vmm)
-
         if own:
             incident.sigbus_at_poison += event.count
             incident.own_signals = [*incident.own_signals[-3:], event]
-            incident.note(entry(), event.tid)
+        distinct = (event.tid,) if own else (event.vm, event.tid, code)
+        if not incident.note_again(event.ts, event.count, (kind, *distinct)):
+            entry = TimelineEntry(event.ts, kind, event, join, event.vm, event.count, vmm=is_vmm)
+            incident.note(entry, *distinct)
+        if own:
             return event.vm
-        if not incident.note_again(event.ts, event.count, (kind, event.vm, event.tid, code)):
-            incident.note(entry(), event.vm, event.tid, code)
         if not is_vmm:
             incident.sigbus_to_others += event.count
             return None
         incident.sigbus += event.count
         if event.vm is not None:
-            signals = {code: event.count}
             # Negative, so that it is no gfn.
             page = None if event.hva is None else -1 - event.hva // self._page
-            self._deliver(incident, event.ts, event.vm, event.vcpu, signals=signals, page=page)
+            self._deliver(
+                *(incident, event.ts, event.vm, event.vcpu),
+                code=code,
+                signals=event.count,
+                page=page,
+            )
         else:
             incident.mark_delivered(event.ts)  # for which of the VMM's VMs is not known
         return event.vm
@@ -481,7 +478,7 @@ class Correlator:
             if at.hva // self._page != hva // self._page:
                 return  # another page of the same huge page: the owner keeps the first
             hva = at.hva
-        has_vm = any(owner.vm == vm for owner in incident.owners.values())
+        has_vm = at is not None or any(owner.vm == vm for owner in incident.owners.values())
         if event.gfn is not None or not has_vm:
             self._add_owner(incident, Owner(vm, event.gfn, hva), event, join)
 
@@ -493,14 +490,15 @@ class Correlator:
         vcpu: int | None,
         *,
         exits: int = 0,
-        signals: Mapping[str, int] | None = None,
+        code: str | None = None,
+        signals: int = 0,
         page: int | None = None,
     ) -> None:
-        was_over = incident.over
+        was_over = incident.unpoisoned_ts is not None and incident.over
         # A VM that is notified still has the page.
         if incident.released:
             incident.released = {place for place in incident.released if place[0] != vm}
-        first = incident.deliver(ts, vm, vcpu, exits=exits, signals=signals, page=page)
+        first = incident.deliver(ts, vm, vcpu, exits=exits, code=code, signals=signals, page=page)
         self._incidents.add_notified_vm(incident, vm)
         if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
             self._totals.add_latency(ts - incident.poisoned_ts)
@@ -519,7 +517,7 @@ class Correlator:
                 affected = [exact]
             for incident in affected:
                 self._add_origin(incident, site)
-        return CorrelatedEvent(event, incident=affected[0].id if len(affected) == 1 else None)
+        return _correlated(event, incident=affected[0].id if len(affected) == 1 else None)
 
     def _join_hardware(self, incident: IncidentState) -> None:
         """Join what was reported of this page before it was poisoned."""
@@ -542,15 +540,16 @@ class Correlator:
     def snapshot(self) -> Snapshot:
         """The model as of the last event; immutable, safe to hand to another thread."""
         now = self._last_ts or 0
+        frozen = [self._frozen(incident, now) for incident in self._incidents]
         forgotten = self._incidents.forgotten.counts()
         pages = forgotten.copy()
-        for incident in self._incidents:
-            if not incident.over:
-                pages.update(key for key in incident.holders if not self._vms.is_gone(key))
-                pages[None] += incident.page_class == PageClass.KERNEL
+        for one in frozen:
+            for key in one.holders:
+                pages[key] += not self._vms.is_gone(key)
+            pages[None] += one.copy.host_at_risk
         return Snapshot(
             vms={key: vm.frozen(pages[key], forgotten[key], now) for key, vm in self._vms.items()},
-            incidents=tuple(self._frozen(incident, now) for incident in self._incidents),
+            incidents=tuple([one.copy for one in frozen]),
             poisons=dict(self._totals.poisons),
             latency=self._totals.latency(),
             lost=dict(self._totals.lost),
@@ -567,26 +566,96 @@ class Correlator:
             steps=tuple(self._steps),
         )
 
-    def _vm_identities(self, incident: IncidentState) -> dict[int, VmIdentity]:
-        known = {
-            key: self._vms.vm_identity(key) or incident.vm_identities.get(key)
-            for key in incident.vms
-        }
-        return {key: identity for key, identity in sorted(known.items()) if identity is not None}
+    def copying(self) -> list[Callable[[], None]]:
+        """Return what may be called before ``snapshot``, so that it has less to do.
+
+        Each call copies some incidents or VMs if they have changed, which takes a millisecond or
+        two. Events may be fed in between.
+        """
+        ids, keys = self._incidents.ids(), [key for key, _ in self._vms.items()]
+        parts = [
+            functools.partial(self._copy_incidents, ids[first : first + _INCIDENTS_AT_ONCE])
+            for first in range(0, len(ids) - _INCIDENTS_AT_ONCE, _INCIDENTS_AT_ONCE)
+        ]
+        parts += [
+            functools.partial(self._copy_vms, keys[first : first + _VMS_AT_ONCE])
+            for first in range(0, len(keys) - _VMS_AT_ONCE, _VMS_AT_ONCE)
+        ]
+        return list(parts)
+
+    def _copy_incidents(self, ids: Sequence[str]) -> None:
+        now = self._last_ts or 0
+        for incident in filter(None, map(self._incidents.get, ids)):
+            self._frozen(incident, now)
+
+    def _copy_vms(self, keys: Sequence[int]) -> None:
+        now = self._last_ts or 0
+        for vm in filter(None, map(self._vms.get, keys)):
+            vm.refreeze(now)
+
+    def _frozen(self, incident: IncidentState, now: int) -> FrozenIncident:
+        """Return an immutable copy, the last one if it is still right."""
+        undelivered = self._vms.undelivered(incident.owners, now)
+        hardware = self._hardware.reports if incident.error_sites else 0
+        known = incident.frozen
+        if (
+            known is not None
+            and now <= known.until
+            and hardware == known.hardware
+            and undelivered == known.undelivered
+            and self._identities(incident, known.vms) == known.identities
+        ):
+            return known
+        vms = sorted(incident.vms)
+        identities = self._identities(incident, vms)
+        who = {key: one for key, one in zip(vms, identities, strict=True) if one is not None}
+        origin = self._hardware.origin(incident.error_sites)
+        copy, until = freeze(incident, now, who, origin, undelivered)
+        holders = () if incident.over else incident.holders
+        incident.frozen = FrozenIncident(
+            copy, until, vms, identities, undelivered, hardware, holders
+        )
+        return incident.frozen
+
+    def _identities(self, incident: IncidentState, vms: Iterable[int]) -> list[VmIdentity | None]:
+        get = self._vms.vm_identity
+        return [get(key) or incident.vm_identities.get(key) for key in vms]
 
     def _is_settled(self, incident: IncidentState) -> bool:
-        return incident.is_settled(self._last_ts or 0, self._vm_identities(incident))
+        if not incident.samples:
+            # Only the end of its VMs settles it, and nearly all live.
+            for vm, _ in incident.deliveries:
+                if not self._vms.is_gone(vm) and vm not in incident.vm_identities:
+                    return False
+        vms = sorted(incident.vms)
+        identities = zip(vms, self._identities(incident, vms), strict=True)
+        who = {key: one for key, one in identities if one is not None}
+        return is_settled(incident, self._last_ts or 0, who)
 
-    def _frozen(self, incident: IncidentState, now: int) -> Incident:
-        return incident.frozen(
-            now,
-            self._vm_identities(incident),
-            self._hardware.origin(incident.error_sites),
-            self._vms.undelivered(incident.owners, now),
-        )
+
+# {class: what takes events of it}
+_HANDLERS: Mapping[type[Event], Callable[[Correlator, Any], CorrelatedEvent]] = {
+    VmSeen: Correlator._vm_seen,
+    VmGone: Correlator._vm_gone,
+    Exit: Correlator._exit,
+    Poison: Correlator._poison,
+    Owned: Correlator._owned,
+    Sigbus: Correlator._sigbus,
+    GmemRefusal: Correlator._refusal,
+    HwError: Correlator._hardware_error,
+    SoftOffline: Correlator._soft_offline,
+    Unpoison: Correlator._unpoison,
+    Found: Correlator._found,
+    KernelCounts: Correlator._kernel_counts,
+    VcpuState: Correlator._vcpu_state,
+    PageReplaced: Correlator._page_replaced,
+    Tick: Correlator._quiet,
+    ClockStep: Correlator._clock_step,
+    Lost: Correlator._lost,
+}
 
 
 def _by_place(gfn: int | None, known_gfn: int | None) -> Join:
     if gfn is None:
         return Join(JoinedBy.VM)
-    return Join(JoinedBy.GFN) if gfn == known_gfn else Join(JoinedBy.NEAR_GFN, known_gfn)
+    return _BY_GFN if gfn == known_gfn else Join(JoinedBy.NEAR_GFN, known_gfn)

@@ -8,14 +8,16 @@ and by firmware. ``ErrorCount`` counts errors, not reports.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 from kvmtrace import dimm_names, kvm
 from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.error_counts import EDAC, ErrorCount, together
+from kvmtrace.correlate.timeline import RunningEntry
 from kvmtrace.events import HwError, MachineCheck
 from kvmtrace.linux import mce
 from kvmtrace.model import (
@@ -102,7 +104,7 @@ class ErrorSite:
     first_ts: int = 0
     last_ts: int = 0
     facts: dict[str, int | str] = field(default_factory=dict)
-    entries: dict[tuple[object, ...], TimelineEntry] = field(default_factory=dict)
+    entries: dict[tuple[object, ...], RunningEntry] = field(default_factory=dict)
     uncorrected: tuple[int, int | None] | None = None
     _reported: Reported | None = None  # what reported() returned, if nothing was added since
 
@@ -138,16 +140,18 @@ class ErrorSite:
         if known is None:
             exact = Join(JoinedBy.ADDRESS, 1 << self.page_shift << self.order)
             join = exact if self.order else Join(JoinedBy.PAGE_ADDRESS)
-            self.entries[key] = TimelineEntry(
-                event.ts,
-                kind,
-                event if kind is EntryKind.HARDWARE_ERROR else None,
-                join,
-                count=max(1, event.count),
-                last_ts=event.ts,
+            self.entries[key] = RunningEntry(
+                TimelineEntry(
+                    event.ts,
+                    kind,
+                    event if kind is EntryKind.HARDWARE_ERROR else None,
+                    join,
+                    count=max(1, event.count),
+                    last_ts=event.ts,
+                )
             )
         else:
-            self.entries[key] = known.and_again(event.ts, max(1, event.count))
+            known.add(event.ts, max(1, event.count))
 
     def add_name(self, name: Name) -> None:
         """Add a name that a report has for the memory."""
@@ -228,9 +232,12 @@ class HardwareErrors:
         # {name: a better name of the same DIMM}
         self._better: BoundedDict[str, str] = BoundedDict(limit)
         self._last_check: HwError | None = None
+        self.reports = 0
+        """How many came: what is known of a place changes only with them."""
 
     def report(self, event: HwError) -> ErrorSite | None:
         """Take a report and return the place it names; None if it names none."""
+        self.reports += 1
         site = self._site(event)
         if site is not None:
             site.add(event)
@@ -262,8 +269,11 @@ class HardwareErrors:
         key = order, pfn >> order
         if key not in self._places and len(self._places) >= self._limit:
             self._spare_uncorrected()
-        new = ErrorSite(pfn, order, self._page_shift, ErrorCount(exact=not order))
-        return _renewed(self._places, key, new)
+        return _renewed(
+            self._places,
+            key,
+            lambda: ErrorSite(pfn, order, self._page_shift, ErrorCount(exact=not order)),
+        )
 
     def _spare_uncorrected(self) -> None:
         """Keep uncorrected errors in a flood of corrected ones: their poison may still come."""
@@ -292,13 +302,13 @@ class HardwareErrors:
     def _same_dimm(self, worse: str, better: str) -> None:
         for label in [label for label, known in self._better.items() if known == worse]:
             self._better[label] = better
-        _renewed(self._better, worse, better)
+        self._better.renew(worse, self._better.get(worse, better))
         if (known := self._dimms.pop(worse, None)) is not None:
-            new = Dimm(known.first_ts, known.last_ts)
+            new = functools.partial(Dimm, known.first_ts, known.last_ts)
             _renewed(self._dimms, better, new).absorb(known)
 
     def _count(self, event: HwError, label: str, site: ErrorSite | None) -> None:
-        dimm = _renewed(self._dimms, label, Dimm(event.ts, event.ts))
+        dimm = _renewed(self._dimms, label, lambda: Dimm(event.ts, event.ts))
         dimm.first_ts, dimm.last_ts = min(dimm.first_ts, event.ts), max(dimm.last_ts, event.ts)
         severity = event.severity
         if site is None:
@@ -368,10 +378,13 @@ class HardwareErrors:
         return {label: dimm.history() for label, dimm in self._dimms.items()}
 
 
-def _renewed(known: BoundedDict[_K, _V], key: _K, new: _V) -> _V:
-    """Return the value of ``key``, ``new`` if it had none, and make it the last to be forgotten."""
-    value = known.get(key, new)
-    known.renew(key, value)
+def _renewed(known: BoundedDict[_K, _V], key: _K, new: Callable[[], _V]) -> _V:
+    """Return the value of ``key``, a ``new`` one if it had none, as the last to be forgotten."""
+    value = known.get(key)
+    if value is None:
+        value = known[key] = new()
+    else:
+        known.move_to_end(key)
     return value
 
 
@@ -461,12 +474,16 @@ def _rank(severity: object) -> int:
 
 def _facts(event: HwError) -> dict[str, int | str]:
     """The fields of an ``Origin`` that a report fills."""
-    facts: dict[str, object] = {"severity": event.severity, "addr": event.addr}
-    facts |= {"socket": event.socket, "node": event.node, "message": event.message}
+    facts: dict[str, int | str | None] = {
+        "severity": event.severity,
+        "addr": event.addr,
+        "socket": event.socket,
+        "node": event.node,
+        "message": event.message,
+    }
     check = event.check
     if check is not None and check.bank != mce.FIRMWARE_BANK:
-        facts |= {"bank": check.bank, "cpu": check.cpu, "status": check.status}
+        facts.update(bank=check.bank, cpu=check.cpu, status=check.status)
         if _at(check) == "consumer":
-            facts |= {"consumer_cpu": check.cpu, "consumer_socket": check.socket}
-    known = {name: value for name, value in facts.items() if isinstance(value, (int, str))}
-    return {name: value for name, value in known.items() if value != ""}
+            facts.update(consumer_cpu=check.cpu, consumer_socket=check.socket)
+    return {name: value for name, value in facts.items() if value is not None and value != ""}

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from kvmtrace import kvm
-from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.hardware_errors import ErrorSite
 from kvmtrace.correlate.limits import CountLost, Limits
-from kvmtrace.correlate.verdicts import Evidence, VcpuSample, is_looping, judge
+from kvmtrace.correlate.timeline import RunningEntry
+from kvmtrace.correlate.verdicts import VcpuSample
 from kvmtrace.events import Owner, Poison, Sigbus, VcpuState
 from kvmtrace.model import (
     EntryKind,
     Incident,
-    IncidentStatus,
-    Notification,
-    Origin,
     PageClass,
     TimelineEntry,
-    Verdict,
-    VerdictWord,
     VmIdentity,
     lost_gfns,
 )
@@ -37,8 +32,6 @@ RANK_OVER, RANK_NOBODY, RANK_KERNEL, RANK_OF_A_VM = range(4)  # the lowest is fo
 # Entries of which there may be many: they give way to others.
 _MINOR = (EntryKind.OWNER, EntryKind.VCPU_STATE, EntryKind.REFUSAL, EntryKind.PAGE_REPLACED)
 
-_SETTLED = (VerdictWord.HANDLED, VerdictWord.EXITED)
-
 _SAMPLES_KEPT = 4
 _SITES_KEPT = 8
 _CODES_KEPT = 8
@@ -47,13 +40,50 @@ _PAGES_KEPT = 64
 
 @dataclass(slots=True)
 class _Delivery:
-    """Notifications of one vCPU. ``pages``: how many for each page of a huge page."""
+    """Notifications of one vCPU.
+
+    ``pages``: how many for each page of a huge page, the last ones; else of the page, as None.
+    """
 
     exits: int = 0
     sigbus: dict[str, int] = field(default_factory=dict)
     first_ts: int = 0
     last_ts: int = 0
-    pages: BoundedDict[int | None, int] = field(default_factory=lambda: BoundedDict(_PAGES_KEPT))
+    pages: dict[int | None, int] = field(default_factory=dict)
+
+    def add(self, ts: int, page: int | None, exits: int, code: str | None, signals: int) -> None:
+        """Count exits, and signals of a code."""
+        self.first_ts = ts if ts < self.first_ts else self.first_ts
+        self.last_ts = ts if ts > self.last_ts else self.last_ts
+        self.exits += exits
+        pages = self.pages
+        before = pages.get(page, 0)
+        if before and len(pages) > 1:
+            del pages[page]  # the last one is to be at the end
+        pages[page] = before + exits + signals
+        if len(pages) > _PAGES_KEPT:
+            del pages[next(iter(pages))]
+        if code is not None:
+            if code not in self.sigbus and len(self.sigbus) >= _CODES_KEPT:
+                code = "other"  # there are two; the rest is damage
+            self.sigbus[code] = self.sigbus.get(code, 0) + signals
+
+
+@dataclass(slots=True)
+class FrozenIncident:
+    """An immutable copy, as long as what it depends on is the same and the time is below ``until``.
+
+    ``vms``: keys of its VMs, sorted; ``identities``: theirs. ``hardware``: the reports that were
+    counted when it was made. ``holders``: VMs that have the page, of an incident that is not over.
+    """
+
+    copy: Incident
+    until: int
+    vms: list[int]
+    identities: list[VmIdentity | None]
+    undelivered: int
+    hardware: int
+    holders: Collection[int]
 
 
 @dataclass(slots=True)
@@ -64,7 +94,8 @@ class IncidentState:
     places, so it is the kernel's. ``guest_memfd``: it is guest memory, even if the VM is unknown.
     ``vm_identities``: of VMs that are gone. ``deliveries``: by VM and vCPU. ``released``: VM and
     hva of places that no longer have the page. ``samples``: by VM and thread. ``entries``: the
-    timeline by kind and what is distinct about the entry.
+    timeline by kind and what is distinct about the entry. ``frozen``: the last copy, if it has not
+    changed since.
     """
 
     id: str
@@ -95,8 +126,9 @@ class IncidentState:
     samples: dict[tuple[int, int], list[VcpuSample]] = field(default_factory=dict)
     error_sites: list[ErrorSite] = field(default_factory=list)
     own_signals: list[Sigbus] = field(default_factory=list)
-    entries: dict[tuple[object, ...], TimelineEntry] = field(default_factory=dict)
+    entries: dict[tuple[object, ...], RunningEntry] = field(default_factory=dict)
     omitted: int = 0
+    frozen: FrozenIncident | None = None
 
     # -- whose it is
 
@@ -163,7 +195,7 @@ class IncidentState:
         if self.over:
             return RANK_OVER
         unnamed = self.guest_memfd and not self.owners
-        if self.holders or unnamed or self.deliveries or self.first_delivery_ts is not None:
+        if self.deliveries or self.first_delivery_ts is not None or unnamed or self.holders:
             return RANK_OF_A_VM
         return RANK_KERNEL if self.page_class == PageClass.KERNEL else RANK_NOBODY
 
@@ -255,7 +287,7 @@ class IncidentState:
         known = self.entries.get(key)
         if known is None:
             return False
-        self.entries[key] = known.and_again(ts, count)
+        known.add(ts, count)
         return True
 
     def note(self, entry: TimelineEntry, *distinct: object) -> None:
@@ -264,7 +296,7 @@ class IncidentState:
         if self.note_again(entry.ts, entry.count, key):
             return
         if len(self.entries) < self.limits.timeline or self._drop_minor(entry.kind):
-            self.entries[key] = entry
+            self.entries[key] = RunningEntry(entry)
         else:
             self.omitted += 1
 
@@ -318,12 +350,13 @@ class IncidentState:
         vcpu: int | None,
         *,
         exits: int = 0,
-        signals: Mapping[str, int] | None = None,
+        code: str | None = None,
+        signals: int = 0,
         page: int | None = None,
     ) -> bool:
         """Count notifications of a VMM; True if they are the first.
 
-        ``page``: which page of a huge page, by gfn or hva.
+        ``signals``: those of one ``code``. ``page``: which page of a huge page, by gfn or hva.
         """
         first = self.mark_delivered(ts)
         delivery = self.deliveries.get((vm, vcpu))
@@ -332,17 +365,8 @@ class IncidentState:
                 self.count_lost("told", 1)
                 return first
             delivery = self.deliveries[vm, vcpu] = _Delivery(first_ts=ts, last_ts=ts)
-        delivery.first_ts = min(delivery.first_ts, ts)
-        delivery.last_ts = max(delivery.last_ts, ts)
-        delivery.exits += exits
-        page = page if self.huge else None
-        signals = signals or {}
-        count = exits + sum(signals.values()) if signals else exits
-        delivery.pages.renew(page, delivery.pages.get(page, 0) + count)
-        for code, count in signals.items():
-            if code not in delivery.sigbus and len(delivery.sigbus) >= _CODES_KEPT:
-                code = "other"  # noqa: PLW2901 (there are two; the rest is damage)
-            delivery.sigbus[code] = delivery.sigbus.get(code, 0) + count
+        is_huge = self.size is not None and self.size > self.page
+        delivery.add(ts, page if is_huge else None, exits, code, signals)
         if not self.samples:
             return first
         # Earlier samples do not show how the VMM reacted to this.
@@ -396,104 +420,6 @@ class IncidentState:
         """
         severities = {site.facts.get("severity") for site in self.error_sites}
         return bool(severities & {"recoverable", "fatal"})
-
-    # -- out
-
-    def notifications(self, vm: int | None = None) -> tuple[Notification, ...]:
-        """How often each vCPU was notified, of one VM or of all."""
-        return tuple(
-            Notification(
-                of,
-                vcpu,
-                delivery.exits,
-                dict(delivery.sigbus),
-                delivery.first_ts,
-                delivery.last_ts,
-                max(delivery.pages.values(), default=None),
-            )
-            for (of, vcpu), delivery in self.deliveries.items()
-            if vm in (None, of)
-        )
-
-    def state(self, now: int, vm_identities: Mapping[int, VmIdentity]) -> IncidentStatus:
-        """How far it is; after a loop it is ``delivered`` again (its verdict has the loop)."""
-        if self.over:
-            return IncidentStatus.CLOSED
-        gone = {key for key, who in vm_identities.items() if who.gone_ts is not None}
-        if any(is_looping(one, now) for one in self.notifications() if one.vm not in gone):
-            return IncidentStatus.LOOPING
-        if self.first_delivery_ts is not None:
-            return IncidentStatus.DELIVERED
-        return IncidentStatus.LATENT if self.holders else IncidentStatus.UNOWNED
-
-    def is_settled(self, now: int, vm_identities: dict[int, VmIdentity]) -> bool:
-        """Whether every VM that owns the page was notified of it and handled it."""
-        words = {verdict.vm: verdict.word for verdict in self.verdicts(now, vm_identities)}
-        return all(words.get(vm) in _SETTLED for vm in self.holders | words.keys())
-
-    def verdicts(self, now: int, vm_identities: dict[int, VmIdentity]) -> tuple[Verdict, ...]:
-        """One verdict for each VM that was notified."""
-        found = []
-        for vm in dict.fromkeys(vm for vm, _ in self.deliveries):
-            who = vm_identities.get(vm)
-            samples = [
-                sample for (of, _), seen in self.samples.items() if of == vm for sample in seen
-            ]
-            found.append(
-                judge(
-                    Evidence(
-                        vm,
-                        now,
-                        self.notifications(vm),
-                        tuple(samples),
-                        who.gone_ts if who else None,
-                        tuple(sorted(hva for of, hva in self.released if of == vm)),
-                    )
-                )
-            )
-        return tuple(found)
-
-    def frozen(
-        self,
-        now: int,
-        vm_identities: dict[int, VmIdentity],
-        origin: Origin | None,
-        undelivered: int,
-    ) -> Incident:
-        """An immutable copy, for the snapshot."""
-        return Incident(
-            id=self.id,
-            state=self.state(now, vm_identities),
-            pfn=self.pfn,
-            page_type=self.page_type,
-            result=self.result,
-            page_class=self.page_class,
-            poisoned_ts=self.poisoned_ts,
-            owners=tuple(self.owners.values()),
-            released=tuple(o for o in self.owners.values() if self.is_released(o)),
-            exits=self.exits,
-            sigbus=self.sigbus,
-            sigbus_at_poison=self.sigbus_at_poison,
-            sigbus_to_others=self.sigbus_to_others,
-            first_delivery_ts=self.first_delivery_ts,
-            last_delivery_ts=self.last_delivery_ts,
-            undelivered=undelivered,
-            before_start=self.before_start,
-            unpoisoned_ts=self.unpoisoned_ts,
-            size=self.size,
-            origin=origin,
-            vm_identities=vm_identities,
-            notifications=self.notifications(),
-            verdicts=self.verdicts(now, vm_identities),
-            timeline=self._timeline(),
-            omitted=self.omitted,
-            page_shift=self.page.bit_length() - 1,
-            guest_memfd=self.guest_memfd,
-        )
-
-    def _timeline(self) -> tuple[TimelineEntry, ...]:
-        reported = [entry for site in self.error_sites for entry in site.entries.values()]
-        return tuple(sorted([*self.entries.values(), *reported], key=lambda entry: entry.ts))
 
 
 def _agree(one: int | None, other: int | None) -> bool:

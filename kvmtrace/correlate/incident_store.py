@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from kvmtrace import kvm
@@ -29,7 +29,11 @@ class _Victim(NamedTuple):
 
 
 class IncidentStore:
-    """The incidents that are remembered; every index holds only these."""
+    """The incidents that are remembered; every index holds only these.
+
+    Whoever finds one may change it, so its copy is thrown away. To go through all of them, or
+    through ``mentions_of``, changes none.
+    """
 
     def __init__(
         self, limits: Limits, count_lost: CountLost, page: int = 1 << kvm.PAGE_SHIFT
@@ -46,6 +50,19 @@ class IncidentStore:
         self._victims: list[_Victim] = []  # the next one last
         self._lowest = RANK_OVER  # no incident but the newest has a lower rank, as far as known
         self.forgotten = Forgotten(4 * limits.incidents)
+        self.is_overfull = False
+        """Whether ``trim`` has something to do."""
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def get(self, key: str) -> IncidentState | None:
+        """Return the incident with this id, to read."""
+        return self._all.get(key)
+
+    def ids(self) -> list[str]:
+        """Return all ids, the oldest first."""
+        return list(self._all)
 
     def __iter__(self) -> Iterator[IncidentState]:
         return iter(self._all.values())
@@ -54,36 +71,47 @@ class IncidentStore:
 
     def find_by_pfn(self, pfn: int) -> IncidentState | None:
         """The open incident in which this page is lost."""
-        exact = self._by_pfn.get(pfn)
-        if exact is not None:
-            return exact
-        return next(
-            (incident for incident in self._huge.values() if incident.covers_pfn(pfn)), None
-        )
+        found = self._by_pfn.get(pfn)
+        if found is None and self._huge:
+            found = next((one for one in self._huge.values() if one.covers_pfn(pfn)), None)
+        if found is not None:
+            found.frozen = None
+        return found
 
     def find_by_pfn_range(self, covers: Callable[[int], bool]) -> list[IncidentState]:
         """The open incidents whose pfn is in a range, as ``covers`` says."""
-        return [incident for pfn, incident in self._by_pfn.items() if covers(pfn)]
+        return _thawed(incident for pfn, incident in self._by_pfn.items() if covers(pfn))
 
     def find_by_gfn(self, vm: int, gfn: int | None) -> IncidentState | None:
         """The open incident at this place of a live VM, or with a lost huge page that holds it."""
-        exact = self._by_place.get((vm, gfn))
-        if exact is not None or gfn is None or not self._huge:
-            return exact
-        mine = (
-            incident for incident in self._of_vm.get(vm, {}).values() if incident.id in self._huge
-        )
-        return next((incident for incident in mine if incident.owner_by_gfn(vm, gfn)), None)
+        found = self._by_place.get((vm, gfn))
+        if found is None and gfn is not None and self._huge:
+            mine = (one for one in self.mentions_of(vm) if one.id in self._huge)
+            found = next((one for one in mine if one.owner_by_gfn(vm, gfn)), None)
+        if found is not None:
+            found.frozen = None
+        return found
 
-    def known_gfn(self, vm: int, gfn: int | None) -> int | None:
-        """The gfn under which the page at ``gfn`` is known: the owner's, of a huge page."""
-        incident = self.find_by_gfn(vm, gfn) if gfn is not None else None
-        owner = incident.owner_by_gfn(vm, gfn) if incident is not None and gfn is not None else None
-        return gfn if owner is None else owner.gfn
+    def find_place(self, vm: int, gfn: int | None) -> tuple[IncidentState | None, int | None]:
+        """As ``find_by_gfn``, and by which gfn the page is known: of a huge one, its owner's."""
+        place = (vm, gfn)
+        incident = self._by_place.get(place)
+        if incident is not None and place in incident.owners:
+            incident.frozen = None
+            return incident, gfn
+        incident = self.find_by_gfn(vm, gfn)
+        if incident is None or gfn is None:
+            return incident, gfn
+        owner = incident.owner_by_gfn(vm, gfn)
+        return incident, gfn if owner is None else owner.gfn
 
     def of_vm(self, vm: int) -> list[IncidentState]:
         """Incidents of which this VM is an owner or was notified, oldest mention first."""
-        return list(self._of_vm.get(vm, {}).values())
+        return _thawed(self.mentions_of(vm))
+
+    def mentions_of(self, vm: int) -> Iterable[IncidentState]:
+        """As ``of_vm``, for as long as nothing is changed."""
+        return self._of_vm.get(vm, {}).values()
 
     # -- changing
 
@@ -95,6 +123,7 @@ class IncidentStore:
         self._serial[stem] = number
         incident = IncidentState(f"{stem}-{number}", self._limits, self._count_lost, self._page)
         self._all[incident.id] = incident
+        self.is_overfull = len(self._all) > self._limits.incidents
         return incident
 
     def trim(self, is_settled: Callable[[IncidentState], bool]) -> None:
@@ -113,6 +142,7 @@ class IncidentStore:
             if incident.rank != RANK_OVER:
                 self._count_lost("incidents", 1)
             self._drop(incident)
+        self.is_overfull = False
 
     def _next_victim(self, is_settled: Callable[[IncidentState], bool]) -> IncidentState:
         newest = next(reversed(self._all.values()))
@@ -230,8 +260,8 @@ class IncidentStore:
 
     def add_notified_vm(self, incident: IncidentState, vm: int) -> None:
         """Note a VM that was notified of the page, whether it owns it or not."""
-        known = self._of_vm.get(vm)
-        if (known is None or incident.id not in known) and vm in incident.vms:
+        known = self._of_vm.get(vm, ())
+        if incident.id not in known and vm in incident.vms:
             self._of_vm.setdefault(vm, {})[incident.id] = incident
 
     def unpoison(self, incident: IncidentState) -> None:
@@ -266,3 +296,10 @@ class IncidentStore:
         if incident.pfn is not None and self._by_pfn.get(incident.pfn) is incident:
             del self._by_pfn[incident.pfn]
         self._huge.pop(incident.id, None)
+
+
+def _thawed(incidents: Iterable[IncidentState]) -> list[IncidentState]:
+    found = list(incidents)
+    for incident in found:
+        incident.frozen = None
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvmtrace.events import LAST_NS
 from kvmtrace.model import Finding, FindingKind, Notification, Verdict, VerdictWord
 
 _SECOND = 1_000_000_000
@@ -65,8 +66,23 @@ def has_looped(one: Notification) -> bool:
 
 def is_looping(one: Notification, now: int) -> bool:
     """Whether a vCPU still is notified again and again."""
+    return has_looped(one) and now <= _loop_end(one)
+
+
+def _loop_end(one: Notification) -> int:
+    """When a loop is over without a further notification."""
     interval = (one.last_ts - one.first_ts) // max(1, one.count - 1)
-    return has_looped(one) and now - one.last_ts <= max(LOOP_OVER_NS, _INTERVALS * interval)
+    return one.last_ts + max(LOOP_OVER_NS, _INTERVALS * interval)
+
+
+def verdict_until(evidence: Evidence) -> int:
+    """Until when the verdict is the same unless something happens."""
+    ends = [_loop_end(one) for one in evidence.notifications if is_looping(one, evidence.now)]
+    if not evidence.samples:
+        settled = max(one.last_ts for one in evidence.notifications) + SETTLED_NS
+        if settled > evidence.now:
+            ends.append(settled - 1)
+    return min(ends, default=LAST_NS)
 
 
 def judge(evidence: Evidence) -> Verdict:

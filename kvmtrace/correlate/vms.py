@@ -10,10 +10,13 @@ from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.limits import CountLost, Limits
 from kvmtrace.events import Exit, GmemRefusal, Sigbus, VmSeen
 from kvmtrace.model import Vm, VmIdentity
+from kvmtrace.quick import maker
 
 # Refusals and the exits that deliver them are counted in different maps, which are read one after
 # the other. Their difference is what was not delivered only if neither has changed for this long.
 QUIET_NS = 5_000_000_000
+
+_make_vm = maker(Vm)
 
 
 @dataclass(slots=True)
@@ -25,12 +28,13 @@ class UndeliveredRefusals:
     last_ts: int = 0
     settled: int = 0
 
-    def add(self, ts: int, *, refused: int = 0, delivered: int = 0) -> None:
+    def add(self, ts: int, refused: int, delivered: int) -> None:
         """Count more of either; what had settled before ``ts`` stays settled."""
-        self.settled = self.undelivered(ts)
+        if ts - self.last_ts > QUIET_NS:
+            self.settled = self.undelivered(ts)
         self.refused += refused
         self.delivered += delivered
-        self.last_ts = max(self.last_ts, ts)
+        self.last_ts = ts if ts > self.last_ts else self.last_ts
 
     def undelivered(self, now: int) -> int:
         """Refusals that no exit delivered, as far as the counts have settled; never decreases."""
@@ -53,6 +57,8 @@ class TrackedVm:
     """Changes with every count, and with what is known of it."""
     kept: tuple[object, Vm] | None = None
     """The last copy, and what it depends on."""
+    identity: VmIdentity | None = None
+    """The last one, if nothing of it has changed."""
 
     @property
     def has_events(self) -> bool:
@@ -62,7 +68,13 @@ class TrackedVm:
     def touch(self, ts: int) -> None:
         """Something happened to it at ``ts``, and was counted."""
         self.version += 1
-        self.last_ts = ts if self.last_ts is None else max(self.last_ts, ts)
+        if self.last_ts is None or ts > self.last_ts:
+            self.last_ts = ts
+
+    def refreeze(self, now: int) -> None:
+        """Copy it if it has changed, as if its pages had not."""
+        if self.kept is not None:
+            self.frozen(self.kept[1].poisoned_pages, self.kept[1].forgotten_pages, now)
 
     def frozen(self, pages: int, forgotten: int, now: int) -> Vm:
         """An immutable copy, the last one if nothing has changed.
@@ -75,7 +87,7 @@ class TrackedVm:
         of = (self.version, self.gone_ts, pages, forgotten, undelivered)
         if self.kept is not None and self.kept[0] == of:
             return self.kept[1]
-        copy = Vm(
+        copy = _make_vm(
             key=self.seen.vm,
             pid=self.seen.pid,
             name=self.seen.name,
@@ -148,6 +160,7 @@ class VmRegistry:
             self._untrack(event.vm)
             known.seen = event
             known.version += 1
+            known.identity = None
             self._track(event.vm, known)
 
     def _track(self, key: int, vm: TrackedVm) -> None:
@@ -163,7 +176,8 @@ class VmRegistry:
 
     def mark_gone(self, key: int, ts: int) -> None:
         """Note the end of a VM; its counts stay."""
-        self._vms[key].gone_ts = ts
+        vm = self._vms[key]
+        vm.gone_ts, vm.identity = ts, None
 
     def shrink(self, key: int, *, keep: bool) -> None:
         """Keep of a VM that is gone all if it has events or ``keep``, else its identity only."""
@@ -189,25 +203,29 @@ class VmRegistry:
         vm = self._vms.get(key)
         if vm is None:
             return self._departed.get(key)
-        seen = vm.seen
-        return VmIdentity(
-            key,
-            seen.pid,
-            seen.name,
-            seen.uuid,
-            seen.vmm,
-            vm.gone_ts,
-            seen.vmid,
-            seen.unit,
-            seen.api_socket,
-        )
+        if vm.identity is None:
+            seen = vm.seen
+            vm.identity = VmIdentity(
+                key,
+                seen.pid,
+                seen.name,
+                seen.uuid,
+                seen.vmm,
+                vm.gone_ts,
+                seen.vmid,
+                seen.unit,
+                seen.api_socket,
+            )
+        return vm.identity
 
     def seen(self, key: int | None) -> VmSeen | None:
         """The latest VmSeen of a VM, also a while after its end: the last counts are read then."""
-        vm = self.get(key)
+        if key is None:
+            return None
+        vm = self._vms.get(key)
         if vm is not None:
             return vm.seen
-        identity = self._departed.get(key) if key is not None else None
+        identity = self._departed.get(key)
         if identity is None:
             return None
         who = (identity.pid, identity.name, identity.uuid, identity.vmm, identity.vmid)
@@ -215,7 +233,10 @@ class VmRegistry:
 
     def is_gone(self, key: int) -> bool:
         """Whether a VM is known to be gone; False for a VM that was never seen."""
-        identity = self.vm_identity(key)
+        vm = self._vms.get(key)
+        if vm is not None:
+            return vm.gone_ts is not None
+        identity = self._departed.get(key)
         return identity is not None and identity.gone_ts is not None
 
     # -- what happened to them
@@ -226,30 +247,34 @@ class VmRegistry:
         The last counts are read after the end of a VM, which may have had no events until then.
         """
         vm = self._vms.get(key)
+        if vm is not None:
+            return vm
         seen = self.seen(key)
-        if vm is None and seen is not None:
-            vm = TrackedVm(seen, gone_ts=self._departed.pop(key).gone_ts)
-            self._track(key, vm)
-            self._gone[key] = None
-        elif vm is None:
+        if seen is None:
             self._count_lost("unknown_vms", count)
+            return None
+        vm = TrackedVm(seen, gone_ts=self._departed.pop(key).gone_ts)
+        self._track(key, vm)
+        self._gone[key] = None
         return vm
 
-    def count_exit(self, event: Exit, cause: str | None, gfn: int | None) -> None:
-        """Count exits. ``gfn``: by which the page that they are about is known."""
-        vm = self._counted(event.vm, event.count)
+    def count_exit(self, event: Exit, cause: str | None, gfn: int | None) -> VmSeen | None:
+        """Count exits, and return their VM. ``gfn``: by which the page in question is known."""
+        vm = self._vms.get(event.vm) or self._counted(event.vm, event.count)
         if vm is None:
-            return
+            return None
         key = (kvm.outcome_name(event.errno, event.reason), cause)
-        if key not in vm.exits and len(vm.exits) >= self._limits.kinds:
+        exits = vm.exits
+        if key not in exits and len(exits) >= self._limits.kinds:
             key = ("other", cause)
-        vm.exits[key] = vm.exits.get(key, 0) + event.count
+        exits[key] = exits.get(key, 0) + event.count
         vm.touch(event.ts)
         # A KVM_RUN that returns 0 with a memory fault notifies its VMM as well.
         if (cause == "hwpoison" or event.errno == 0) and gfn is not None:
-            refusals = self._refusals(vm, gfn)
+            refusals = vm.refusals.get(gfn) or self._refusals(vm, gfn)
             if refusals is not None:
-                refusals.add(event.ts, delivered=event.count)
+                refusals.add(event.ts, 0, event.count)
+        return vm.seen
 
     def count_sigbus(self, event: Sigbus) -> None:
         """Count signals."""
@@ -266,7 +291,7 @@ class VmRegistry:
         vm = self._counted(event.vm, event.count)
         refusals = self._refusals(vm, gfn) if vm is not None else None
         if refusals is not None:
-            refusals.add(event.ts, refused=event.count)
+            refusals.add(event.ts, event.count, 0)
 
     def _refusals(self, vm: TrackedVm, gfn: int) -> UndeliveredRefusals | None:
         known = vm.refusals.get(gfn)

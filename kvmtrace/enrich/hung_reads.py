@@ -14,7 +14,6 @@ class HungReads(Stage):
         self._counted = READER.hangs
 
     def process(self, events: list[Event], now: int, *, last: bool = False) -> list[Event]:
-        """Append the reads that hung since the last time."""
         new = READER.hangs - self._counted
         self._counted += new
         return [*events, Lost(now, "hung_reads", new)] if new else events

@@ -28,7 +28,6 @@ class KernelCountsReader(Stage):
         self._changed: list[Event] = []
 
     def before_read(self, now: int) -> None:
-        """Read the counts if that is due."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + COUNTS_SECONDS
@@ -42,6 +41,5 @@ class KernelCountsReader(Stage):
             self._last = counts
 
     def process(self, events: list[Event], now: int, *, last: bool = False) -> list[Event]:
-        """Put the counts that have changed in front of ``events``."""
         changed, self._changed = self._changed, []
         return changed + events

@@ -397,7 +397,7 @@ class OwnerLookup(Stage):
     def _huge_entry(self, place: MappedPage) -> int | None:
         if self._memory is None:
             return None
-        # All VMs of a process share its page table. The source may not know it for each of them.
+        # All VMs of a process share its page table. The source may have it for some of them only.
         vms = [vm for vm, pid in self._pid_of.items() if pid == place.pid]
         found = (self._memory.huge_entry(vm, place.hva) for vm in vms)
         return next((entry for entry in found if entry is not None), None)

@@ -126,13 +126,6 @@ def read_pages(
     ]
 
 
-def find(pfns: Collection[int], pids: Iterable[int], proc: str = "/proc") -> list[MappedPage]:
-    """Return all places, however long that takes; reads in the calling process."""
-    return [
-        place for place in walk(tuple(pfns), tuple(pids), proc) if isinstance(place, MappedPage)
-    ]
-
-
 _Inode = tuple[int, int]  # device, inode
 _File = tuple[int, int, int]  # and the page offset
 

@@ -5,7 +5,7 @@ What the stages add are events like any others: recordings hold them, and a repl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from kvmtrace.enrich.existing_poison import ExistingPoison
 from kvmtrace.enrich.heartbeat import Heartbeat
@@ -19,8 +19,7 @@ from kvmtrace.enrich.stage import Stage
 from kvmtrace.enrich.vcpu_state import VcpuFollowUp
 from kvmtrace.events import Event, VmSeen
 from kvmtrace.linux import clock
-from kvmtrace.probes import Probe, ProbeRuns
-from kvmtrace.sources import Source
+from kvmtrace.sources import Source, WrappedSource
 from kvmtrace.sources.guest_memory import HasMemory, Memory
 
 
@@ -51,8 +50,8 @@ def in_order(events: list[Event]) -> list[Event]:
     return sorted(events, key=lambda event: (not isinstance(event, VmSeen), event.ts))
 
 
-class EnrichedSource:
-    """The events of ``inner`` after all stages; everything else is the inner source's."""
+class EnrichedSource(WrappedSource):
+    """The events of ``inner`` after all stages."""
 
     def __init__(
         self,
@@ -61,9 +60,7 @@ class EnrichedSource:
         now: Callable[[], int] = clock.now_ns,
     ) -> None:
         """``stages``: None for all of them. ``now``: ns since the epoch."""
-        self.inner = inner
-        self.name = inner.name
-        self.why = inner.why
+        super().__init__(inner)
         self._now = now
         memory = inner.memory if isinstance(inner, HasMemory) else None
         self._stages = all_stages(memory) if stages is None else stages
@@ -80,15 +77,3 @@ class EnrichedSource:
         for stage in self._stages:
             events = stage.process(events, now, last=timeout == 0)
         return events
-
-    def probes(self) -> tuple[Probe, ...]:
-        """The inner source's."""
-        return self.inner.probes()
-
-    def probe_runs(self) -> Mapping[str, ProbeRuns]:
-        """The inner source's."""
-        return self.inner.probe_runs()
-
-    def close(self) -> None:
-        """Close the inner source."""
-        self.inner.close()

@@ -31,7 +31,6 @@ class SignalPages(Stage):
         self._pfns: dict[tuple[int, int], int | None] = {}  # by process and page, in a batch
 
     def process(self, events: list[Event], now: int, *, last: bool = False) -> list[Event]:
-        """Complete each Sigbus."""
         self._pfns.clear()
         out: list[Event] = []
         for event in events:

@@ -9,6 +9,7 @@ from kvmtrace import kvm
 from kvmtrace.bounded import BoundedDict
 from kvmtrace.enrich.stage import Stage
 from kvmtrace.events import Event, Exit, Sigbus, VcpuState, VmGone
+from kvmtrace.linux import task_stat
 from kvmtrace.linux.proc_reader import READER, Unreadable
 from kvmtrace.linux.read import read_text
 
@@ -132,8 +133,9 @@ class VcpuFollowUp(Stage):
 
     def _stat(self, tid: int) -> tuple[str, str] | None:
         """Return state letter and start time; None if there is no such thread."""
-        fields = self._read(tid, "stat").rpartition(")")[2].split()
-        return (fields[0], fields[19]) if len(fields) > 19 else None
+        stat = self._read(tid, "stat")
+        start = task_stat.start_of(stat)
+        return None if start is None else (task_stat.fields(stat)[0], start)
 
     def _cpu_ns(self, tid: int) -> int | None:
         first = self._read(tid, "schedstat").partition(" ")[0]

@@ -7,14 +7,16 @@ VM's memory while a page of it is gone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum, auto
 from typing import assert_never
 
-from kvmtrace import dimm_names, page_types
+from kvmtrace import page_types
 from kvmtrace.judgement import commands, vmm_facts
+from kvmtrace.judgement.action import Action, ActionKind, host_action
 from kvmtrace.judgement.commands import Commands
+from kvmtrace.judgement.hardware import for_hardware
 from kvmtrace.judgement.urgency import has_page, is_gone, is_vague
 from kvmtrace.judgement.vmm_facts import Vmm
 from kvmtrace.model import (
@@ -26,54 +28,11 @@ from kvmtrace.model import (
     VerdictWord,
     VmIdentity,
 )
-from kvmtrace.wording import counted, dimm_of, hex_of, listed
-
-MOST_CELLS = 30
-"""The cells that ``Action.brief`` fits into."""
+from kvmtrace.wording import counted, hex_of, listed, some_of
 
 _NAMES = 8
-_POSITIONS = {"rank": "that holds rank", "slot": "in slot", "channel": "on channel"}
 _READING = "do not migrate, save, snapshot or dump"
 _DEVICE = "the DAX file or device that the page belongs to"
-
-
-class ActionKind(StrEnum):
-    """What to do."""
-
-    STOP_AND_START = auto()
-    MOVE_AWAY = auto()  # the VMs of a host
-    REBOOT_HOST = auto()
-    WAIT = auto()  # and look again
-    CHECK = auto()  # whether a VM works
-    SHUT_DOWN = auto()  # a VM, from inside its guest
-    RESET = auto()  # a VM, so that another page is put in place
-    CLEAR_DEVICE = auto()
-    FREE_HUGE_PAGE = auto()
-    FIND_OWNER = auto()
-    READ_LOG = auto()
-    REPLACE_DIMM = auto()
-    FIND_DIMM = auto()
-    WATCH_DIMM = auto()
-    NOTHING = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """One thing to do. Actions with one ``text`` are one step: of several VMs, or in one sentence.
-
-    ``vm``: None for the host. ``text``: a sentence, which has the reason. ``brief``: the same in
-    ``MOST_CELLS``. ``commands``: lines for a shell, quoted; ``how``: by what and on which condition
-    they work, "" without either. ``never``: what not to do until then, with the reason.
-    """
-
-    kind: ActionKind
-    vm: VmIdentity | None
-    text: str
-    brief: str
-    reason: str
-    commands: tuple[str, ...] = ()
-    never: tuple[str, ...] = ()
-    how: str = ""
 
 
 def actions(incident: Incident, snapshot: Snapshot | None = None) -> tuple[Action, ...]:
@@ -86,9 +45,17 @@ def actions(incident: Incident, snapshot: Snapshot | None = None) -> tuple[Actio
     found = (
         *_for_host(incident, snapshot),
         *_for_vms(incident),
-        *_for_hardware(incident),
+        *for_hardware(incident),
     )
     return found or (_nothing(incident),)
+
+
+def steps(found: Iterable[Action]) -> list[list[Action]]:
+    """Actions by step: those with one text."""
+    by_text: dict[str, list[Action]] = {}
+    for action in found:
+        by_text.setdefault(action.text, []).append(action)
+    return list(by_text.values())
 
 
 def next_steps(incident: Incident, snapshot: Snapshot | None = None) -> list[str]:
@@ -144,20 +111,14 @@ def _for_host(incident: Incident, snapshot: Snapshot | None) -> Iterator[Action]
     if incident.page_class == PageClass.PROCESS:
         do = f"see in the kernel's log which processes had page {page}"
         why = f"no VM is known to have it, and the kernel could not take it out of use ({verdict})"
-        yield _host_action(ActionKind.READ_LOG, do, "see who had it: kernel's log", why, log)
+        yield host_action(ActionKind.READ_LOG, do, "see who had it: kernel's log", why, log)
     elif incident.page_class == PageClass.VM:
         do, why = f"find the VM that owns page {page}", "it is guest memory (guest_memfd)"
-        yield _host_action(ActionKind.FIND_OWNER, do, "find the VM that owns it", why)
+        yield host_action(ActionKind.FIND_OWNER, do, "find the VM that owns it", why)
     elif incident.page_class is None:
         do = f'see in the kernel\'s log what became of page {page} ("recovery action")'
         why = "its verdict was not seen, and if the kernel uses the page the host is at risk"
-        yield _host_action(ActionKind.READ_LOG, do, "see the kernel's log", why, log)
-
-
-def _host_action(
-    kind: ActionKind, do: str, brief: str, why: str, lines: tuple[str, ...] = ()
-) -> Action:
-    return Action(kind, None, f"{do}: {why}", brief, why, lines)
+        yield host_action(ActionKind.READ_LOG, do, "see the kernel's log", why, log)
 
 
 def _leave_host(incident: Incident, why: str) -> Iterator[Action]:
@@ -184,8 +145,7 @@ def _leave_host(incident: Incident, why: str) -> Iterator[Action]:
 def _not_moved(snapshot: Snapshot) -> Iterator[Action]:
     """Exclude VMs that have lost other pages: migration reads these, and fails."""
     some = [vm for vm in snapshot.vms.values() if vm.poisoned_pages and not vm.gone]
-    labels = [vm.label for vm in some]
-    who = listed(labels[:_NAMES]) + (f" and {len(some) - _NAMES} more" if some[_NAMES:] else "")
+    who = some_of([vm.label for vm in some], _NAMES)
     it = "it" if len(some) == 1 else "each of them"
     why = "other pages of its memory are lost"
     for vm in some:
@@ -400,61 +360,8 @@ def _shared(incident: Incident, need: _Need, vmm: Vmm, vms: list[int]) -> Iterat
 
 def names(incident: Incident, keys: Sequence[int]) -> str:
     """The names of some VMs of an incident: the first ones, and how many more there are."""
-    vm_identities = [incident.vm_identities.get(key) for key in keys[:_NAMES]]
-    names = listed(
-        identity.label if identity else "a VM not known by name" for identity in vm_identities
-    )
-    return names if len(keys) <= _NAMES else f"{names} and {len(keys) - _NAMES} more"
-
-
-# -- hardware
-
-
-def _for_hardware(incident: Incident) -> Iterator[Action]:
-    origin = incident.origin
-    if origin is None:
-        return
-    if not origin.label:
-        if origin.addr is None or origin.severity == "corrected":
-            return
-        where = "" if origin.socket is None else f" of socket {origin.socket}"
-        do, why = f"find the DIMM{where} that holds address {origin.addr:#x}", "no report named it"
-        yield _host_action(ActionKind.FIND_DIMM, do, "find the DIMM", why)
-        return
-    dimm = dimm_of(origin.label)
-    count = origin.dimm.count if origin.dimm else origin.history.count
-    errors = f"{counted(count, 'error')} reported"
-    if origin.severity in ("corrected", None):  # None: firmware's and EDAC's "informational"
-        why = f"{errors}, none that says it was not corrected"
-        if origin.severity == "corrected":
-            why = f"{errors}, those of this page were corrected"
-        yield _host_action(ActionKind.WATCH_DIMM, f"watch {dimm}", "watch the DIMM", why)
-        return
-    kind, do, why, brief = ActionKind.REPLACE_DIMM, f"replace {dimm}", errors, "replace the DIMM"
-    named_by = dimm_names.names(origin.label)
-    if named_by == "candidates":
-        kind, brief = ActionKind.FIND_DIMM, "find out which DIMM fails"
-        among = listed(dimm_names.candidates(origin.label))
-        do = f"find out which DIMM fails, one of {among}"
-        why = (
-            f"{errors}, and EDAC does not distinguish them; change their places, one at a time,"
-            " and see where errors follow"
-        )
-    elif dimm_names.is_position(origin.label):
-        kind, brief = ActionKind.FIND_DIMM, "find the DIMM"
-        do = f"find the DIMM {_POSITIONS[named_by]} {origin.label}"
-        why = (
-            f"{errors}; the board's manual says where controllers, channels, slots and chip"
-            " selects (csrow) are"
-        )
-    elif named_by == "channel":
-        kind, brief = ActionKind.FIND_DIMM, "look for memory without a slot"
-        do = f"look for memory without a slot, {origin.label}"
-        why = (
-            f"{errors}; it is in the package of the processor or on the board, and is replaced"
-            " with it"
-        )
-    yield _host_action(kind, do, brief, why)
+    known = map(incident.vm_identities.get, keys)
+    return some_of([one.label if one else "a VM not known by name" for one in known], _NAMES)
 
 
 # -- nothing

@@ -1,8 +1,9 @@
 """Shell commands for a VM, by who runs it: libvirt, Proxmox VE, systemd or nobody that is known.
 
-kvmtrace prints them and runs none. virsh was tried (libvirt 11.3). qm's commands are those of
-qm(1), an API's those of the documentation of Cloud Hypervisor (vm.power-button) and Firecracker
-(SendCtrlAltDel, x86 only). What a tenant can name is quoted, or replaced by a UUID or a number.
+kvmtrace prints them and runs none; docs/runbook.md has which were tried. qm's commands are those of
+src/PVE/CLI/qm.pm of qemu-server: each waits for its end. An API's requests are those of the OpenAPI
+documents of Cloud Hypervisor (vm.power-button) and Firecracker (SendCtrlAltDel, x86 only). What a
+tenant can name is quoted, or replaced by a UUID or a number.
 """
 
 from __future__ import annotations
@@ -30,19 +31,21 @@ class Commands:
 
 # A transient domain is gone once it is destroyed: there is nothing to start.
 _LIBVIRT = "with libvirt, if persistent"
-_PROXMOX = "with Proxmox VE"
+# In Debian there is none of these VMMs to try them with.
+_UNTRIED = " (not tried)"
+_PROXMOX = f"with Proxmox VE{_UNTRIED}"
 _SYSTEMD = "with systemd"
 
 # {VMM: the request that asks its guest to shut down, and by what}
 _POWER_BUTTONS = {
     "cloud-hypervisor": (
         "http://localhost/api/v1/vm.power-button",
-        "with Cloud Hypervisor's API",
+        f"with Cloud Hypervisor's API{_UNTRIED}",
     ),
     "firecracker": (
         "http://localhost/actions -H 'Content-Type: application/json'"
         """ -d '{"action_type": "SendCtrlAltDel"}'""",
-        "with Firecracker's API, on x86",
+        f"with Firecracker's API, on x86{_UNTRIED}",
     ),
 }
 
@@ -80,7 +83,10 @@ def shut_down(vm: VmIdentity | None) -> Commands:
     if vm is None or vm.vmm not in _POWER_BUTTONS or not socket.startswith("/"):
         return Commands()
     request, how = _POWER_BUTTONS[vm.vmm]
-    start = (f"systemctl start {unit}",) if (unit := _unit(vm)) else ()
+    start: tuple[str, ...] = ()
+    if unit := _unit(vm):
+        # The request does not wait, and a unit that still runs is not started.
+        start = (f"tail --pid={vm.pid} -f /dev/null && systemctl start {unit}",)
     return Commands((f"curl --unix-socket {shlex.quote(socket)} -X PUT {request}", *start), how)
 
 

@@ -8,7 +8,7 @@ from kvmtrace.events import Sigbus
 from kvmtrace.judgement import vmm_facts
 from kvmtrace.judgement.urgency import has_page, is_vague
 from kvmtrace.model import Incident, IncidentStatus, Snapshot, Vm
-from kvmtrace.wording import counted, hex_of, listed
+from kvmtrace.wording import counted, hex_of, some_of
 
 _NAMES = 8
 
@@ -22,7 +22,7 @@ class Migration:
 
 
 def migration(vm_key: int, snapshot: Snapshot) -> Migration:
-    """Whether the VM with this key can be migrated now, as far as kvmtrace knows."""
+    """Whether the VM with this key can be migrated now, as far as is known."""
     vm = snapshot.vms.get(vm_key)
     if vm is None:
         return Migration(None, "this VM is not remembered")
@@ -61,8 +61,7 @@ def _with_lost_pages(vm: Vm, lost: list[Incident]) -> Migration:
         for owner in incident.owners
         if owner.vm == vm.key and owner.gfn is not None and owner not in incident.released
     ]
-    more = f" and {len(gfns) - _NAMES} more" if gfns[_NAMES:] else ""
-    where = f" (gfn {listed(gfns[:_NAMES])}{more})" if gfns else ""
+    where = f" (gfn {some_of(gfns, _NAMES)})" if gfns else ""
     pages = f"{counted(len(lost), 'page')} of its memory {'is' if len(lost) == 1 else 'are'} lost"
     if all(fact.refuses for fact in facts):
         return Migration(False, f"{pages}{where}: {facts[0].reading}")
@@ -87,5 +86,5 @@ def _may_be_of(incident: Incident, vm: Vm, snapshot: Snapshot) -> bool:
         return False
     if sum(other.pid == vm.pid and not other.gone for other in snapshot.vms.values()) < 2:
         return False
-    told = {entry.event.pid for entry in incident.timeline if isinstance(entry.event, Sigbus)}
-    return vm.pid in told
+    signalled = {entry.event.pid for entry in incident.timeline if isinstance(entry.event, Sigbus)}
+    return vm.pid in signalled

@@ -1,7 +1,8 @@
 """What a VMM can do while a page of its VM's memory is lost: only what was tried.
 
 Tried with QEMU 10.0 for anonymous, memfd and hugetlb memory, at every run of the tests
-(tests/lab/qemu_guest.py); once by hand with QEMU 7.2 and 11.1, and with virsh of libvirt 11.3.
+(tests/lab/qemu_guest.py; by virsh of libvirt 11.3: tests/lab/libvirt_guest.py); once by hand with
+QEMU 7.2 and 11.1.
 For every other VMM, what holds for all: a process that is started again has other pages, and
 migration, snapshots and dumps read every page. A DAX file or a device keeps its lost pages, and so
 does a file in tmpfs or hugetlbfs that was not removed (shmem_error_remove_folio,

@@ -50,7 +50,7 @@ _MAX_DEPTH = 32  # of types in types; damaged BTF may have circles
 
 @dataclass(frozen=True, slots=True)
 class FunctionType:
-    """A function that BTF knows. ``module``: None if built in. ``type_id``: in that BTF.
+    """A function in BTF. ``module``: None if built in. ``type_id``: in that BTF.
 
     ``arguments``: the names of its parameters.
     """
@@ -120,7 +120,7 @@ class Btf:
         return found.arguments if found else None
 
     def function(self, name: str) -> FunctionType | None:
-        """What BTF says of a function; None if it does not have it."""
+        """What BTF has of a function; None if nothing."""
         found = self._find(name, _FUNC)
         if found is None:
             return None

@@ -85,10 +85,8 @@ def _kmsg(path: str) -> Iterator[bytes]:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno not in (
-                    errno.EPIPE,
-                    errno.EINVAL,
-                ):  # overwritten meanwhile; too long
+                # Overwritten meanwhile, or too long.
+                if error.errno not in (errno.EPIPE, errno.EINVAL):
                     raise
                 continue
             if not record or time.monotonic() > deadline:

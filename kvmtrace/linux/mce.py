@@ -6,6 +6,8 @@ Sources: arch/x86/include/asm/mce.h, arch/x86/kernel/cpu/mce/{core,intel,amd,ape
 
 from __future__ import annotations
 
+import functools
+
 VIA = "mce:mce_record"
 """``events.HwError.via`` of a machine check."""
 
@@ -109,6 +111,7 @@ def is_umc(ipid: int | None) -> bool:
     return ipid is not None and ipid >> _HWID_SHIFT & _HWID_MASK == _UMC
 
 
+@functools.lru_cache(maxsize=256)
 def at_memory(status: int, vendor: str | None, bank: int, ipid: int | None = None) -> bool:
     """Whether a memory controller reports, so that its socket is the memory's.
 
@@ -133,6 +136,7 @@ def consumed(status: int, vendor: str | None, bank: int) -> bool:
     return vendor in LIKE_INTEL and bool(status & _AR)
 
 
+@functools.lru_cache(maxsize=256)
 def at(status: int, vendor: str | None, bank: int, ipid: int | None = None) -> str | None:
     """Return whose CPU and socket a record has: the "memory"'s or its "consumer"'s.
 

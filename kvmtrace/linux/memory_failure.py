@@ -8,12 +8,12 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 
+from kvmtrace.linux import task_stat
 from kvmtrace.linux.read import read_text
 
 # include/linux/sched.h; proc_pid_stat(5), field 9
 PF_MCE_PROCESS = 0x00000080
 PF_MCE_EARLY = 0x08000000
-_FLAGS = 9 - 3  # after the name, which ends with the last ")"
 _MAX_THREADS = 4096
 
 _PATTERNS = ("*memory_failure*", "*soft_offline*")
@@ -27,17 +27,6 @@ def settings(vm: str = "/proc/sys/vm") -> dict[str, int]:
             text = read_text(path, 64).strip()
             if re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
                 found[os.path.basename(path)] = int(text)
-    return found
-
-
-def failures_by_node(sys: str = "/sys") -> dict[str, dict[str, int]]:
-    """Return {node: {counter: pages}} of memory_failure; {} before Linux 6.3."""
-    found: dict[str, dict[str, int]] = {}
-    for path in sorted(glob.glob(f"{sys}/devices/system/node/node[0-9]*/memory_failure/*")):
-        text = read_text(path, 64).strip()
-        if re.fullmatch(r"\d{1,20}", text, re.ASCII):
-            node = path.split("/")[-3]
-            found.setdefault(node, {})[os.path.basename(path)] = int(text)
     return found
 
 
@@ -60,8 +49,7 @@ def wishes(pid: int, proc: str = "/proc") -> frozenset[str | None]:
 
 def flags_of(stat: str) -> int | None:
     """Return the flags of a task; None if this is not its stat."""
-    fields = stat.rpartition(")")[2].split()
-    flags = fields[_FLAGS] if len(fields) > _FLAGS else ""
+    flags = "".join(task_stat.fields(stat)[task_stat.FLAGS : task_stat.FLAGS + 1])
     return int(flags) if re.fullmatch(r"\d{1,10}", flags, re.ASCII) else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,22 +26,30 @@ def hardware_corrupted_bytes(meminfo: str = "/proc/meminfo") -> int | None:
 
 
 def failure_counts(sys: str = "/sys") -> tuple[tuple[str, int], ...]:
-    """Return memory_failure's counters, summed over all nodes, by file name; () before Linux 6.3.
+    """Return ``failures_by_node``, summed over all nodes: (counter, pages), by name."""
+    sums: Counter[str] = Counter()
+    for counts in failures_by_node(sys).values():
+        sums.update(counts)
+    return tuple(sorted(sums.items()))
+
+
+def failures_by_node(sys: str = "/sys") -> dict[str, dict[str, int]]:
+    """Return {node: {counter: pages}} of memory_failure; {} before Linux 6.3.
 
     Raises OSError if there are no file descriptors left: a partial sum would look like a count that
     went down.
     """
-    sums: dict[str, int] = {}
-    for path in sorted(Path(sys, "devices/system/node").glob("node*/memory_failure/*")):
+    found: dict[str, dict[str, int]] = {}
+    for path in sorted(Path(sys, "devices/system/node").glob("node[0-9]*/memory_failure/*")):
         try:
-            sums[path.name] = sums.get(path.name, 0) + int(path.read_text())
+            found.setdefault(path.parts[-3], {})[path.name] = int(path.read_text())
         except ValueError:
             continue
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise
             continue  # the node went offline
-    return tuple(sorted(sums.items()))
+    return found
 
 
 def ram_ranges(iomem: str = "/proc/iomem") -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from multiprocessing import Pipe
 from typing import Any
 
 from kvmtrace.bounded import BoundedDict
-from kvmtrace.linux import proc_worker
+from kvmtrace.linux import proc_worker, task_stat
 
 TIMEOUT = 1.0
 """Seconds after which a read counts as hung if its worker sleeps; without a CPU it is only slow."""
@@ -121,13 +121,7 @@ class _Worker:
         return self._state() == before
 
     def _state(self) -> tuple[str, ...]:
-        """Return state letter and CPU time (proc(5), stat), which takes no lock of the worker's."""
-        try:
-            with open(f"/proc/{self.process.pid}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].decode().split()
-        except OSError:
-            return ("Z",)
-        return (fields[0], *fields[11:13])
+        return task_stat.read_state(f"/proc/{self.process.pid}/stat", if_unreadable="Z")
 
     def end(self) -> None:
         """Kill it, without waiting."""
@@ -360,11 +354,9 @@ class Stream:
 
     @property
     def sleeps(self) -> bool:
-        """Whether its worker sleeps."""
         return self._worker is not None and self._worker.sleeps()
 
     def close(self) -> None:
-        """End it early."""
         self.done = True
         worker, self._worker = self._worker, None
         if worker is not None:

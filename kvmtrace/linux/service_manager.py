@@ -1,4 +1,7 @@
-"""Tell the service manager that the service is ready, alive or ending (sd_notify(3))."""
+"""Report to the service manager that the service is ready, alive or ending (sd_notify(3)).
+
+And take the sockets that it listens on for the service (sd_listen_fds(3)).
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,37 @@ def notify(**states: str) -> bool:
     return True
 
 
+_FIRST = 3
+_LISTEN = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+
+
+def passed_sockets() -> list[socket.socket]:
+    """The listening stream sockets that the manager passed, in its order; each may be taken once.
+
+    Others of its descriptors are closed. None of them is inherited by children.
+    """
+    pid, count, _ = (os.environ.pop(name, "") for name in _LISTEN)
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return []
+    found = []
+    for descriptor in range(_FIRST, _FIRST + int(count)):
+        try:
+            os.set_inheritable(descriptor, False)
+            one = socket.socket(fileno=descriptor)
+        except OSError:  # no socket
+            continue
+        if one.type == socket.SOCK_STREAM and one.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+        ):
+            one.setblocking(False)
+            found.append(one)
+        else:
+            one.close()
+    return found
+
+
 def watchdog_seconds() -> float | None:
-    """How often the manager wants to hear that the service is alive; None if it does not ask.
+    """Return how often to report that the service is alive; None if the manager does not watch.
 
     That is half of $WATCHDOG_USEC, as sd_watchdog_enabled(3) recommends.
     """

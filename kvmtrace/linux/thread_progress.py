@@ -1,4 +1,4 @@
-"""Tell apart whether a thread hangs, computes endlessly, or is only slow.
+"""Measure whether a thread hangs, computes endlessly, or is only slow.
 
 On a busy or emulated machine an orderly end takes seconds, most of them in short waits for the
 kernel. A thread that hangs in the kernel sleeps, uses no CPU time and executes no Python
@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
+
+from kvmtrace.linux import task_stat
 
 
 class Standstill:
@@ -25,7 +27,9 @@ class Standstill:
     def seconds(self) -> float:
         """Return for how long it has slept at one instruction, without CPU time in between."""
         frame = sys._current_frames().get(self._thread.ident or 0)
-        state, *cpu_time = _state(self._thread.native_id)
+        # Without file descriptors it cannot be read: the thread counts as asleep.
+        path = f"/proc/self/task/{self._thread.native_id}/stat"
+        state, *cpu_time = task_stat.read_state(path, if_unreadable="S")
         at = (id(frame), frame.f_lasti if frame is not None else None, *cpu_time)
         before, self._looked = self._looked, time.monotonic()
         if state not in "SD":
@@ -33,16 +37,3 @@ class Standstill:
         if at != self._at or state not in "SD":
             self._at, self._since = at, self._looked
         return self._looked - self._since
-
-
-def _state(native_id: int | None) -> tuple[str, ...]:
-    """Return state letter, and user and system time in ticks (proc(5), stat).
-
-    If that cannot be read (no file descriptor), the thread counts as asleep.
-    """
-    try:
-        with open(f"/proc/self/task/{native_id}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].decode().split()
-    except OSError:
-        return ("S",)
-    return (fields[0], *fields[11:13])

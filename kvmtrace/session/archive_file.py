@@ -18,8 +18,8 @@ from typing import Any
 
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import LAST_NS, ClockStep, Event, Host, Lost
-from kvmtrace.sources.checkers import MalformedLine
 from kvmtrace.sources.codec import DECODE_ERRORS, Decoder, dataclass_from
+from kvmtrace.sources.dataclass_checks import MalformedLine
 
 VERSION = 1
 """Of the tables (PRAGMA user_version). A newer file is not touched; an older one is brought up."""

@@ -108,7 +108,6 @@ class CompactLog:
         self._dropped = 0
 
     def add(self, event: Event) -> None:
-        """Add an event."""
         self._serial += 1
         if not isinstance(event, Lost):
             self._last_ts = max(self._last_ts, event.ts)

@@ -1,30 +1,28 @@
 """Go on where an earlier serve of the same boot ended: its events first, then the source's.
 
-VMs that still run keep the keys that they had, so their counters go on and the pages that are found
-again join their incidents. Other VMs of then have ended meanwhile.
+VMs that still run keep their keys, so their counters go on, and pages that are found again join
+their incidents. The other VMs have ended meanwhile.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kvmtrace.events import Event, KernelCounts, Lost, Owned, Poison, VmGone, VmSeen
-from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.session.archive import LOST_AT, Archive
-from kvmtrace.sources import Source
+from kvmtrace.sources import Source, WrappedSource
 
 
-class ResumedSource:
+class ResumedSource(WrappedSource):
     """The events ``past``, then those of ``inner``, which also go to ``archive``."""
 
     def __init__(
         self, inner: Source, past: list[Event], archive: Archive, now: Callable[[], int]
     ) -> None:
         """``now``: ns since the epoch, by the clock of the source's events."""
-        self.inner = inner
-        self.name, self.why = inner.name, inner.why
+        super().__init__(inner)
         self._archive, self._now = archive, now
         self._past: list[Event] | None = past
         self._keys: dict[int, int] = {}  # ours by the source's
@@ -58,7 +56,7 @@ class ResumedSource:
                     break
 
     def _ended(self) -> list[Event]:
-        """The VMs of then that no longer run."""
+        """The VMs of the past that no longer run."""
         here = set(self._keys.values())
         return [VmGone(self._now(), key) for key in self._running if key not in here]
 
@@ -68,17 +66,8 @@ class ResumedSource:
             return dataclasses.replace(event, at_start=False)
         return rekeyed(event, lambda vm: self._keys.setdefault(vm, self._base + vm))
 
-    def probes(self) -> tuple[Probe, ...]:
-        """The inner source's."""
-        return self.inner.probes()
-
-    def probe_runs(self) -> Mapping[str, ProbeRuns]:
-        """The inner source's."""
-        return self.inner.probe_runs()
-
     def close(self) -> None:
-        """Close the inner source, and write what is left."""
-        self.inner.close()
+        super().close()
         self._archive.close()
 
 

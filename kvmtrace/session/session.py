@@ -161,7 +161,6 @@ class Session:
         return host_of(self._source)
 
     def probes(self) -> tuple[Probe, ...]:
-        """Return the state of every probe."""
         return self._source.probes()
 
     def start(self) -> None:
@@ -180,11 +179,18 @@ class Session:
         """Return the model, with host and probes; raise what ended the reader, if anything.
 
         The reader waits only while the correlator's part is taken, not for /proc or the kernel.
+        What has changed is copied first, some of it at a time.
         """
         self._check()
         thread = threading.get_ident()
         self._asking.add(thread)
         try:
+            with self._model_lock:
+                parts = self._correlator.copying()
+            for copy in parts:
+                with self._model_lock:
+                    copy()
+                time.sleep(_YIELD_SECONDS)
             with self._model_lock:
                 model = self._correlator.snapshot()
         finally:

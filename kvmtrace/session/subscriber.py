@@ -29,7 +29,6 @@ class Subscriber:
         self._changed = threading.Condition()
 
     def publish(self, events: Iterable[Event]) -> None:
-        """Add new events."""
         with self._changed:
             for event in events:
                 if self._sums is None and len(self._pending) == self._limit:

@@ -12,11 +12,11 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Protocol, cast
 
-from kvmtrace.choice import Attempt, choose
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event
 from kvmtrace.linux import host
 from kvmtrace.probes import Probe, ProbeRuns
+from kvmtrace.source_choice import Attempt, choose
 
 
 class Source(Protocol):
@@ -41,6 +41,22 @@ class Source(Protocol):
         """Detach all probes."""
 
 
+class WrappedSource:
+    """A source around ``inner``, which has everything but the events of ``poll``."""
+
+    def __init__(self, inner: Source) -> None:
+        self.inner, self.name, self.why = inner, inner.name, inner.why
+
+    def probes(self) -> tuple[Probe, ...]:
+        return self.inner.probes()
+
+    def probe_runs(self) -> Mapping[str, ProbeRuns]:
+        return self.inner.probe_runs()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
 CHOICES = ("auto", "bpf", "ftrace")
 
 # By name: users of one source must not need the libraries of the other.
@@ -53,7 +69,7 @@ _CLASSES = {
 def open_source(kind: str = "auto") -> Source:
     """Attach to this host by one of ``CHOICES``. Raises KvmtraceError with the reason and the fix.
 
-    ``auto``: bpf if it attaches every probe, else the source that attaches more (``choice``).
+    ``auto``: bpf if it attaches every probe, else the source that sees more (``source_choice``).
     """
     if not host.privilege().may_trace:
         raise KvmtraceError("tracing the kernel needs root", "run it with sudo")

@@ -23,8 +23,8 @@ from kvmtrace.events import (
 )
 from kvmtrace.probes import Probe
 from kvmtrace.sanitize import clean
-from kvmtrace.sources.checkers import MalformedLine, checker, fields, reader
 from kvmtrace.sources.convert import machine_check
+from kvmtrace.sources.dataclass_checks import MalformedLine, checker, fields, reader
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -108,9 +108,10 @@ class Decoder:
             raise MalformedLine("not an event")
         if UNSTEPPED in record:
             record = {**record, "ts": record[UNSTEPPED]}
+        cls = _KINDS.get(kind)
         try:
-            if kind in _KINDS:
-                event = from_record(record)
+            if cls is not None:
+                event = reader(cls)(record)
             elif kind == "probes":
                 self.probes = tuple(dataclass_from(Probe, probe) for probe in record["probes"])
                 return None
@@ -121,11 +122,17 @@ class Decoder:
         except DECODE_ERRORS as error:
             raise MalformedLine(f"not a whole {kind!r}") from error
         self.ts = event.ts
+        if cls is _GmemPoison or cls is _OldMachineCheck:
+            return self._of_older_version(event)
         if self._pending and isinstance(event, Poison):
             return self._joined(event)
+        return event
+
+    def _of_older_version(self, event: Event) -> Event | None:
         if isinstance(event, _GmemPoison):
             return self._keep(event)
-        return event.event() if isinstance(event, _OldMachineCheck) else event
+        assert isinstance(event, _OldMachineCheck)
+        return event.event()
 
     def _keep(self, event: _GmemPoison) -> Lost | None:
         """Keep a page until its poison; the Lost of another whose poison might still have come."""

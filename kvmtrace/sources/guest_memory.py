@@ -70,12 +70,12 @@ class HasMemory(Protocol):
     memory: Memory
 
 
-def gfns_at(slots: Iterable[Memslot], hva: int, page_shift: int = kvm.PAGE_SHIFT) -> list[int]:
+def gfns_at(slots: Iterable[Memslot], hva: int) -> list[int]:
     """Return the guest frames at ``hva``, sorted; several if slots alias."""
     return sorted(
         {
-            slot.gfn + ((hva - slot.hva) >> page_shift)
+            slot.gfn + ((hva - slot.hva) >> kvm.PAGE_SHIFT)
             for slot in slots
-            if slot.hva and slot.hva <= hva < slot.hva + (slot.pages << page_shift)
+            if slot.hva and slot.hva <= hva < slot.hva + (slot.pages << kvm.PAGE_SHIFT)
         }
     )

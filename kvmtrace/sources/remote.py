@@ -1,20 +1,24 @@
 """A running ``kvmtrace serve`` as a source: its backlog, and then its new events.
 
 No probe is attached a second time, and events from before the command was started are there. The
-serve sends a recording that does not end (``session.feed``), which is checked like any other.
+serve answers over HTTP on a Unix socket (``local_socket``). Its ``/events`` is a recording that
+does not end (``session.feed``), which is checked like any other. It is asked for in HTTP/1.0, so
+that no chunks have to be joined.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import re
 import select
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import IO, Any, Self, cast
 
-from kvmtrace import feed_socket
+from kvmtrace import local_socket
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Host
 from kvmtrace.probes import Probe, ProbeRuns
@@ -34,13 +38,16 @@ class RemoteSource:
     """The events of a serve; made by ``connect``. The first ``poll`` returns the backlog alone."""
 
     def __init__(self, client: socket.socket, pid: int) -> None:
-        """Read the header and the backlog. Raises OSError, EOFError or one of ``DECODE_ERRORS``."""
+        """Ask for it, and read the header and the backlog. ``pid``: who listens there.
+
+        Raises OSError, EOFError or one of ``DECODE_ERRORS``.
+        """
         self._client = client
-        self._client.settimeout(feed_socket.TIMEOUT)
+        self._client.settimeout(local_socket.TIMEOUT)
+        self.pid = _ask(client) or pid
         self._buffer = bytearray()
         self._decoder = Decoder()
         self._checker = Checker()
-        self.pid = pid
         header = self._next()
         number = header["kvmtrace_recording"]
         if type(number) is not int or not 0 < number <= FORMAT:
@@ -56,7 +63,7 @@ class RemoteSource:
     @classmethod
     def connect(cls) -> Self | None:
         """Connect to the serve of this host; None if there is none, or an incompatible one."""
-        found = feed_socket.connect()
+        found = local_socket.connect()
         if found is None:
             return None
         try:
@@ -149,3 +156,33 @@ class RemoteSource:
         self._buffer += data
         if len(self._buffer) > MAX_LINE + _READ and b"\n" not in self._buffer:
             raise ValueError("a line without an end")
+
+
+class _Unbuffered:
+    """A socket as ``http.client`` takes it, of which no more is read than the answer's head."""
+
+    def __init__(self, client: socket.socket) -> None:
+        self._client = client
+
+    def makefile(self, mode: str) -> IO[bytes]:
+        return cast("IO[bytes]", self._client.makefile("rb", buffering=0))
+
+
+def _ask(client: socket.socket) -> int | None:
+    """Ask for the events; the pid of the serve, if it says so.
+
+    Raises OSError if it does not answer with events.
+    """
+    client.sendall(b"GET /events HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    # After that, because it takes time, and the serve waits for a request only so long.
+    import http.client  # noqa: PLC0415
+
+    response = http.client.HTTPResponse(cast("socket.socket", _Unbuffered(client)))
+    try:
+        response.begin()
+    except http.client.HTTPException as error:
+        raise OSError(errno.EPROTO, f"no answer in HTTP: {error}") from error
+    if response.status != http.HTTPStatus.OK:
+        raise OSError(errno.EAGAIN, f"{response.status} {response.reason}")
+    pid = response.getheader(local_socket.PID_HEADER, "")
+    return int(pid) if re.fullmatch("[0-9]{1,10}", pid) else None

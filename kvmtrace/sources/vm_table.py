@@ -38,7 +38,7 @@ class _Entry:
     named: bool
     since: int
     begun: str | None = None
-    """When its process began, which tells it from another process of the same pid."""
+    """When its process began: a later process of the same pid has another time."""
     gone_since: int | None = None
     descriptor: str | None = None
     """The descriptor by which its process was last seen to hold a VM."""

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kvmtrace import __version__
-from kvmtrace.choice import Attempt, choose
 from kvmtrace.linux.host import Facts
 from kvmtrace.probes import ProbeSpec, specs
+from kvmtrace.source_choice import Attempt, choose
 from kvmtrace.views.doctor_host import KeptPrograms, NotifiedVmm, host_checks, memory_failure_checks
 from kvmtrace.views.doctor_report import PROBE, Check, Report
 

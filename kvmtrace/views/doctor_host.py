@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvmtrace.linux.host import CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Facts
 from kvmtrace.views.doctor_report import Check
+from kvmtrace.wording import some_of
 
 _CAPABILITIES = {
     "CAP_BPF": CAP_BPF,
@@ -89,9 +90,9 @@ def _early_check(by_default: int | None, vmms: Sequence[NotifiedVmm]) -> Check:
         if not by_default:
             found = "a VMM is notified when a guest accesses a poisoned page; QEMU asks for earlier"
         return Check("early notification", True if by_default else None, found)
-    parts = [f"when a page is poisoned: {_some(early)}"] * bool(early)
-    parts += [f"only when a guest accesses it: {_some(late)}"] * bool(late)
-    parts += [f"not known: {_some(unknown)}"] * bool(unknown)
+    parts = [f"when a page is poisoned: {some_of(early, _MAX_NAMED)}"] * bool(early)
+    parts += [f"only when a guest accesses it: {some_of(late, _MAX_NAMED)}"] * bool(late)
+    parts += [f"not known: {some_of(unknown, _MAX_NAMED)}"] * bool(unknown)
     return Check(
         "early notification",
         True if not (late or unknown) else None,
@@ -101,11 +102,6 @@ def _early_check(by_default: int | None, vmms: Sequence[NotifiedVmm]) -> Check:
         if late
         else "",
     )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return ", ".join(names[:_MAX_NAMED]) + more
 
 
 def host_checks(facts: Facts, programs: KeptPrograms | None) -> Iterator[Check]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvmtrace.choice import Attempt
+from kvmtrace.source_choice import Attempt
 from kvmtrace.views import json_output
 
 PROBE = "probe "

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvmtrace import dimm_names
-from kvmtrace.judgement.actions import Action, actions, named, next_steps
+from kvmtrace.judgement.action import Action
+from kvmtrace.judgement.actions import actions, named, next_steps, steps
 from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.model import (
     EntryKind,
@@ -33,6 +34,7 @@ from kvmtrace.views.format import (
     hex_of,
     listed,
     plain,
+    refusals_of,
     size_of,
     span_of,
     style_of,
@@ -42,7 +44,6 @@ from kvmtrace.views.stamp import Stamp
 from kvmtrace.views.tables.rows import KERNEL_ITSELF
 
 WIDTH = 80
-TITLES = ("Do", "What happened", "The page", "How we know", "Not known")
 
 _SECOND = 1_000_000_000
 # Times this close to the one before are shown as the difference.
@@ -167,25 +168,22 @@ def paragraph(text: str, width: int, lead: str = "  ", style: str = "") -> Itera
 
 
 def _do(incident: Incident, snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
-    # Actions with one text are one step.
-    steps: dict[str, list[Action]] = {}
-    for action in actions(incident, snapshot):
-        steps.setdefault(action.text, []).append(action)
+    todo = steps(actions(incident, snapshot))
     is_over = urgency_of(incident) == Urgency.CLOSED
     bundle = None if is_over else showing.bundle
     yield ()
     yield (("Do", "head"),)
     said: set[str] = set()
-    for number, (text, parts) in enumerate(steps.items(), 1):
-        lead = f"  {number}. " if len(steps) > 1 or bundle else "  "
-        yield from paragraph(sentence(text), showing.width, lead)
+    for number, parts in enumerate(todo, 1):
+        lead = f"  {number}. " if len(todo) > 1 or bundle else "  "
+        yield from paragraph(sentence(parts[0].text), showing.width, lead)
         yield from _commands(parts)
         for line in dict.fromkeys(never for part in parts for never in part.never):
             if line not in said:
                 yield from paragraph(sentence(line), showing.width, " " * len(lead), "warn")
                 said.add(line)
     if bundle:
-        yield from paragraph("For the ticket:", showing.width, f"  {len(steps) + 1}. ")
+        yield from paragraph("For the ticket:", showing.width, f"  {len(todo) + 1}. ")
         yield ((_COMMAND, ""), (bundle, "title"))
 
 
@@ -311,8 +309,7 @@ def _notified(incident: Incident) -> Iterator[str]:
         to = "a process" if incident.sigbus_to_others == 1 else "processes"
         yield f"{counted(incident.sigbus_to_others, 'signal')} to {to} without a VM"
     if incident.undelivered:
-        refusals = counted(incident.undelivered, "refusal")
-        yield f"{refusals} by guest_memfd of which KVM_RUN did not notify the VMM"
+        yield refusals_of(incident.undelivered)
 
 
 def _how_we_know(incident: Incident, showing: Showing) -> Iterator[Line]:
@@ -376,12 +373,12 @@ def _timeline(incident: Incident, snapshot: Snapshot) -> list[TimelineEntry]:
     """The timeline with the steps of the wall clock, which explain jumps in times of day."""
     entries = incident.timeline
     ends = [entry.last_ts or entry.ts for entry in entries]
-    steps = [
+    clock_steps = [
         TimelineEntry(step.ts, EntryKind.CLOCK_STEP, step, Join(JoinedBy.CLOCK))
         for step in snapshot.steps
         if entries and entries[0].ts < step.ts < max(ends)
     ]
-    return sorted([*entries, *steps], key=lambda entry: entry.ts) if steps else list(entries)
+    return sorted([*entries, *clock_steps], key=lambda entry: entry.ts)
 
 
 def _name(vm: VmIdentity | None) -> str:

@@ -99,7 +99,7 @@ def healthy(
     *,
     in_doubt: bool = False,
 ) -> Iterator[Line]:
-    """An answer of which nothing is known to be wrong: as honest as what was seen allows."""
+    """An answer without a poisoned page: OK only if nothing that matters was missed."""
     is_clear = sees_poison(snapshot) and not in_doubt
     since = watching_since(snapshot, showing.end(snapshot))
     head, style = ("OK", "") if is_clear else ("UNCLEAR", "warn")
@@ -116,5 +116,5 @@ def stamped(snapshot: Snapshot, showing: Showing, reading: str | None) -> Iterat
 
 
 def not_known(snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
-    """Why something may be wrong nevertheless."""
+    """What may be wrong all the same, unseen."""
     yield from listing("Not known", blind_spots(snapshot), showing.width)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from kvmtrace import kvm
 from kvmtrace.judgement.urgency import Urgency, by_urgency, urgency_of
 from kvmtrace.model import Snapshot, SoftOfflinedPage
+from kvmtrace.views import json_output
 from kvmtrace.views.answer import word
 from kvmtrace.views.explain import (
     Showing,
+    as_object,
     counted_errors,
     headed,
     listing,
@@ -71,7 +74,7 @@ def of_target(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[
 
 def _address(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
     """An address of a guest that is in no incident."""
-    text = f"{target.text} is not poisoned as far as kvmtrace knows"
+    text = f"{target.text} is not poisoned as far as is known"
     yield from healthy(text, snapshot, showing, target.reading)
     elsewhere = [
         one
@@ -99,7 +102,7 @@ def _dimms(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Lin
     else:
         since = watching_since(snapshot, showing.end(snapshot))
         labels = listed(map(dimm_of, target.dimms))
-        text = f"{labels} had errors; no page of it is poisoned as far as kvmtrace knows, {since}."
+        text = f"{labels} had errors; no page of it is poisoned as far as is known, {since}."
         yield from headed("WATCH", "note", text, showing.width)
         yield from stamped(snapshot, showing, target.reading)
         yield from errors
@@ -113,7 +116,7 @@ def _page(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Line
     pfn = target.pfn or 0
     moved = [page for page in snapshot.soft_offlines if page.pfn == pfn]
     told = snapshot.reported.get(pfn)
-    unharmed = f"pfn {pfn:#x} is not poisoned as far as kvmtrace knows"
+    unharmed = f"pfn {pfn:#x} is not poisoned as far as is known"
     if moved:
         text = f"pfn {pfn:#x}: {_soft_offlined(moved[-1])}."
         yield from headed("WATCH", "note", text, showing.width)
@@ -140,3 +143,21 @@ def _soft_offlined(page: SoftOfflinedPage) -> str:
     if page.errno:
         return f"soft offline was tried and refused with {kvm.errno_name(page.errno)}; still in use"
     return "soft-offlined; its contents were moved, no guest is harmed"
+
+
+def as_objects(found: Target | None, snapshot: Snapshot, now: int | None) -> list[dict[str, Any]]:
+    """A JSON object for each incident; without any, for what was reported of the page."""
+    if found is None:
+        incidents = [one for one in snapshot.incidents if urgency_of(one) != Urgency.CLOSED]
+    else:
+        incidents = list(found.incidents)
+    if incidents:
+        shown = by_urgency(incidents)
+        return [as_object(incident, snapshot, now) for incident in shown]
+    if found is None or found.kind != TargetKind.PAGE:
+        return []
+    moved = [page for page in snapshot.soft_offlines if page.pfn == found.pfn]
+    if moved:
+        return [json_output.soft_offlined(page, snapshot) for page in moved]
+    pfn, told = found.pfn or 0, snapshot.reported.get(found.pfn or 0)
+    return [json_output.reported(pfn, told, snapshot)] if told is not None else []

@@ -9,7 +9,7 @@ from kvmtrace.judgement.urgency import Urgency, by_urgency, urgency_of
 from kvmtrace.model import Incident, Snapshot, Vm, VmIdentity
 from kvmtrace.views.explain import Showing, full_name, headed, paragraph
 from kvmtrace.views.explain_incidents import healthy, incidents, not_known, over
-from kvmtrace.views.format import Line, counted, listed, style_of
+from kvmtrace.views.format import Line, counted, listed, refusals_of, style_of
 from kvmtrace.views.lookup import Target, known_vms
 from kvmtrace.views.stamp import moment
 
@@ -53,7 +53,7 @@ def _no_page(one: Vm | VmIdentity) -> str:
     if isinstance(one, Vm) and one.poisoned_pages:
         # Those whose incidents had no room.
         return f"had {counted(one.poisoned_pages, 'poisoned page')} of which no more is known"
-    return "has no poisoned page as far as kvmtrace knows"
+    return "has no poisoned page as far as is known"
 
 
 def of_vms(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
@@ -64,7 +64,7 @@ def of_vms(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Lin
         yield from incidents(here, snapshot, showing, target.reading, after)
         return
     count = len(target.vms)
-    text = f"None of {count} VMs has a poisoned page as far as kvmtrace knows"
+    text = f"None of {count} VMs has a poisoned page as far as is known"
     yield from healthy(text, snapshot, showing, target.reading)
     yield from _listed_vms(target, snapshot, showing)
     if target.incidents:
@@ -129,7 +129,6 @@ def _facts(one: Vm | VmIdentity, snapshot: Snapshot, showing: Showing) -> Iterat
     signals = [f"{count:,} SIGBUS {code}" for code, count in sorted(one.sigbus.items()) if count]
     yield "  ", listed(signals, "no SIGBUS")
     if one.undelivered:
-        refusals = counted(one.undelivered, "refusal")
-        yield "  ", f"{refusals} by guest_memfd, of which no exit notified it"
+        yield "  ", refusals_of(one.undelivered)
     if one.last_ts is not None:
         yield "  ", f"last exit or signal at {moment(one.last_ts, snapshot)}"

@@ -124,6 +124,12 @@ def _beginning(word: str, width: int) -> str:
     return word[:1]
 
 
+def refusals_of(undelivered: int) -> str:
+    """``3 refusals by guest_memfd of which KVM_RUN did not notify the VMM``."""
+    refusals = counted(undelivered, "refusal")
+    return f"{refusals} by guest_memfd of which KVM_RUN did not notify the VMM"
+
+
 def size_of(size: int | None) -> str:
     """``4 KiB``, ``1.5 GiB``; "-" if unknown. Exact up to a MiB: pages are counted in KiB."""
     if size is None:

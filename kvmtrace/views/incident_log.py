@@ -91,8 +91,8 @@ class LogEntry:
 class IncidentLog:
     """Compares each snapshot with the one before. Memory is bounded by the snapshot's incidents."""
 
-    def __init__(self, burst: int = BURST, period_ns: int = PERIOD_NS) -> None:
-        self._burst, self._period_ns = burst, period_ns
+    def __init__(self, burst: int = BURST) -> None:
+        self._burst = burst
         self._known: dict[str, Look] = {}
         self._at_start = True
         self._missing: set[str] | None = None
@@ -105,7 +105,7 @@ class IncidentLog:
     def entries(self, snapshot: Snapshot, now: int) -> list[LogEntry]:
         """What changed since the last call, most urgent first. ``now``: nanoseconds, any epoch."""
         found = [*self._probes(snapshot), *self._losses(snapshot, now)]
-        if self._period_from is None or now - self._period_from >= self._period_ns:
+        if self._period_from is None or now - self._period_from >= PERIOD_NS:
             found += self._total(snapshot)
             self._period_from, self._written = now, 0
         return found + list(self._incidents(snapshot))
@@ -157,8 +157,8 @@ class IncidentLog:
             self._lost_at = None if self._lost_at and now >= self._lost_at else self._lost_at
             return
         if self._lost_at is not None and now < self._lost_at:
-            return  # said with what is lost until then
-        self._lost, self._lost_at = dict(snapshot.lost), now + self._period_ns
+            return  # logged with what is lost until then
+        self._lost, self._lost_at = dict(snapshot.lost), now + PERIOD_NS
         what = listed(f"{count} at {where}" for where, count in more.items())
         yield LogEntry(
             _WARNING,

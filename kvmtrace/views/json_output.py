@@ -6,6 +6,7 @@ uuid. Internal keys are not printed, except the id of an incident.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from typing import Any
 
@@ -26,7 +27,8 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.judgement.actions import Action, actions
+from kvmtrace.judgement.action import Action
+from kvmtrace.judgement.actions import actions
 from kvmtrace.judgement.urgency import urgency_of
 from kvmtrace.linux import mce
 from kvmtrace.model import (
@@ -229,14 +231,7 @@ def soft_offlined(
 
 def probe(state: Probe) -> dict[str, Any]:
     """``{"name", "attached", "target", "via", "why", "detail"}``."""
-    return known(
-        name=state.name,
-        attached=state.attached,
-        target=state.target,
-        via=state.via,
-        why=state.why,
-        detail=state.detail,
-    )
+    return known(**dataclasses.asdict(state))
 
 
 def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:

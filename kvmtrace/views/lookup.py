@@ -13,6 +13,7 @@ from kvmtrace.errors import UsageError
 from kvmtrace.model import Incident, Snapshot, Vm, VmIdentity
 from kvmtrace.sanitize import clean
 from kvmtrace.views.format import dimm_of, listed
+from kvmtrace.wording import some_of
 
 FORMS = (
     "an incident's id, PFN (0x103275), ADDRESS@VM (0x8000@web-1), a VM's name, pid or uuid, or a"
@@ -179,12 +180,12 @@ def _beginning(snapshot: Snapshot, text: str) -> Target | None:
         return None
     # "db" may begin the incident db2311-1, and is a part of db-1.
     if not text.isdecimal() and (keys := _part_of_vm(snapshot, text)):
-        vms = _some(_labels(snapshot, keys))
-        ids = _some([one.id for one in found])
+        vms = some_of(_labels(snapshot, keys), _SHOWN)
+        ids = some_of([one.id for one in found], _SHOWN)
         raise UsageError(
             f"{clean(text)} is the beginning of {ids}, and a part of {vms}", "type more of it"
         )
-    reading = f"as the beginning of {_some([one.id for one in found])}"
+    reading = f"as the beginning of {some_of([one.id for one in found], _SHOWN)}"
     if text.isdecimal():
         reading += _no_page(int(text))
     return Target(TargetKind.INCIDENT, clean(text), tuple(found), reading=reading)
@@ -193,12 +194,12 @@ def _beginning(snapshot: Snapshot, text: str) -> Target | None:
 def _part(snapshot: Snapshot, text: str) -> Target | None:
     if keys := _part_of_vm(snapshot, text):
         also = _no_page(int(text)) if text.isdecimal() else ""
-        reading = f"as a part of {_some(_labels(snapshot, keys))}{also}"
+        reading = f"as a part of {some_of(_labels(snapshot, keys), _SHOWN)}{also}"
         return _vms(snapshot, text, keys, reading)
     if _number(text) is None:
         labels = [label for label in _dimms(snapshot) if text.lower() in label.lower()]
         if labels:
-            return _dimm(snapshot, text, labels, f"as a part of {_some(labels)}")
+            return _dimm(snapshot, text, labels, f"as a part of {some_of(labels, _SHOWN)}")
     return None
 
 
@@ -328,7 +329,7 @@ def _unknown(snapshot: Snapshot, target: str, *, is_vm: bool = False) -> UsageEr
         hints.append(f"before the @ stands a number, {clean(place)!r} is none")
     elif _number(target) is not None and not is_vm:
         hints.append(f"physical addresses have {_ADDRESS_BITS} bits")
-    hints.append(f"there are: {_some(there)}" if there else FORMS)
+    hints.append(f"there are: {some_of(there, _SHOWN)}" if there else FORMS)
     what = "no VM here goes by" if is_vm else "nothing here goes by"
     return UsageError(f"{what} {clean(target)!r}", "; ".join(hints))
 
@@ -337,7 +338,3 @@ def _near(target: str, names: list[str]) -> list[str]:
     lower = {name.casefold(): name for name in names}
     near = difflib.get_close_matches(clean(target).casefold(), lower, n=3, cutoff=0.6)
     return [lower[name] for name in near]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")

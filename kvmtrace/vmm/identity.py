@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from kvmtrace.linux import task_stat
 from kvmtrace.linux.read import read_text
 from kvmtrace.sanitize import clean
 from kvmtrace.vmm.command_line import is_uninformative, options, program
@@ -93,8 +94,7 @@ def process_name(pid: int, proc: str = "/proc") -> str | None:
 def begun(pid: int, proc: str = "/proc") -> str | None:
     """Return when a process began (clock ticks since boot); a later one of the same pid differs."""
     # The first thread's: for the whole process the kernel would add up the times of all threads.
-    fields = read_text(f"{proc}/{pid}/task/{pid}/stat", 4096).rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 else None
+    return task_stat.start_of(read_text(f"{proc}/{pid}/task/{pid}/stat", 4096))
 
 
 def vm_processes(proc: str = "/proc") -> dict[int, int]:
@@ -107,16 +107,10 @@ def vm_processes(proc: str = "/proc") -> dict[int, int]:
 
 
 def pids(proc: str = "/proc") -> list[int]:
-    """Return the pids of all processes."""
     try:
         return sorted(int(entry) for entry in os.listdir(proc) if entry.isdecimal())
     except OSError:
         return []
-
-
-def holds_vm(pid: int, proc: str = "/proc") -> bool:
-    """Whether a process holds a VM or a vCPU; False once it is gone."""
-    return vm_descriptor(pid, proc) is not None
 
 
 def vm_descriptor(pid: int, proc: str = "/proc", limit: int | None = None) -> str | None:

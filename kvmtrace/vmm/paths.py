@@ -158,8 +158,8 @@ def instance_of_cgroup(text: str) -> str | None:
 def unit_of_cgroup(text: str) -> str | None:
     """Return the systemd unit that is an instance of a template: nothing but this VM.
 
-    None for any other unit: that of a daemon may have all VMs. None for units of users, whom the
-    system's systemd does not know.
+    None for any other unit: that of a daemon may have all VMs. None for units of users, which the
+    system's systemd does not manage.
     """
     units = _UNIT.findall(text)
     if not units or any(name in _LOGINS for name, _ in units):

@@ -16,7 +16,7 @@ import time
 from tests.lab.progress import print_status
 from tests.lab.readme import keep, save
 
-PARTS = ("quiet", "counters", "scrapes", "snapshots", "recordings", "exits")
+PARTS = ("quiet", "counters", "storm", "scrapes", "snapshots", "recordings", "exits")
 
 
 def main() -> int:

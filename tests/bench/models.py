@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
@@ -45,3 +46,14 @@ def correlator(count: int, incidents: int = 0) -> Correlator:
     for event in (*vms(count), *poisons(incidents, count)):
         found.feed(event)
     return found
+
+
+def again(count: int, incidents: int, at: int) -> list[Event]:
+    """Return events ``at`` ns after the last ones that change every VM and every incident."""
+    later = 1_000_000_000_000 + at
+    conversions = [
+        Exit(T0 + later, vm, 1, 14, 39, True, 5000 + vm, flags=8, gpa=4096, size=4096, gmem=0)
+        for vm in range(1, count + 1)
+    ]
+    deliveries = (one for one in poisons(incidents, count) if isinstance(one, Exit))
+    return [*conversions, *(replace(one, ts=one.ts + later) for one in deliveries)]

@@ -10,8 +10,8 @@ from prometheus_client.registry import Collector
 
 from kvmtrace.views.web.exposition import render
 from kvmtrace.views.web.metrics import DEFAULT_MAX_VMS, Exporter
-from tests.bench.models import correlator
-from tests.bench.timing import best, table
+from tests.bench.models import again, correlator
+from tests.bench.timing import REPEATS, best, table
 
 INCIDENTS = 100
 # VMs, and the limit of those with series of their own.
@@ -45,11 +45,20 @@ def _scrape(exporter: Exporter) -> bytes:
 
 
 def measure() -> list[str]:
-    """Measure CPU milliseconds of a scrape, of the first one, and of a snapshot."""
-    head = ("VMs", "series", "snapshot, ms", "first scrape, ms", "later ones, ms", "to the floor")
+    """Measure CPU milliseconds of a scrape."""
+    head = (
+        "VMs",
+        "series",
+        "first scrape, ms",
+        "later ones, ms",
+        "all changed, ms",
+        "to the floor",
+    )
     return [
-        f"A scrape of /metrics ({INCIDENTS} incidents; the snapshot is apart, one serves a second; "
-        "floor: as many series, made by the client library alone):",
+        f"A scrape of /metrics ({INCIDENTS} incidents; the snapshot is apart, one serves a "
+        "second): the first one, later ones if nothing has changed, and if each VM had an exit "
+        "since. Floor: "
+        "as many series, made by the client library alone.",
         "",
         *table(head, [_row(*size) for size in SIZES]),
     ]
@@ -57,20 +66,25 @@ def measure() -> list[str]:
 
 def _row(vms: int, limit: int) -> tuple[str, ...]:
     model = correlator(vms, INCIDENTS)
-    snapshot = model.snapshot()
-    exporter = Exporter(lambda: snapshot, max_vms=limit)
+    snapshots = [model.snapshot()]
+    exporter = Exporter(lambda: snapshots[-1], max_vms=limit)
     began = time.process_time()
     text = _scrape(exporter)
     first = time.process_time() - began
     series = sum(not line.startswith(b"#") for line in text.splitlines())
     later = best(lambda: _scrape(exporter))
-    taken = best(model.snapshot)
+    costs = []
+    for number in range(REPEATS):
+        for event in again(vms, INCIDENTS, number):
+            model.feed(event)
+        snapshots[:] = [model.snapshot()]
+        costs.append(best(lambda: _scrape(exporter), 1))
     floor = best(lambda: _text_of(_Floor(series)))
     return (
         f"{vms:,}, {limit:,} with series",
         f"{series:,}",
-        f"{1e3 * taken:.1f}",
         f"{1e3 * first:.1f}",
         f"{1e3 * later:.1f}",
-        f"{later / floor:.2f}",
+        f"{1e3 * min(costs):.1f}",
+        f"{min(costs) / floor:.2f}",
     )

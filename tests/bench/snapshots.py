@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import Event, Exit, Poison, Sigbus
-from tests.bench.models import T0, correlator, poisons, vms
+from tests.bench.models import T0, again, correlator, poisons, vms
 from tests.bench.timing import REPEATS, best, table
 
 SIZES = ((10, 0), (1000, 0), (10_000, 0), (10, 1000), (1000, 1000), (1000, 10_000))
@@ -17,17 +17,37 @@ INCIDENTS = Limits().incidents
 
 def measure() -> list[str]:
     """Measure CPU milliseconds of snapshots, and CPU microseconds of an event."""
-    rows = []
-    for count, incidents in SIZES:
-        model = correlator(count, incidents)
-        cost = best(model.snapshot)
-        each = 1e6 * cost / (count + incidents)
-        rows.append((f"{count:,}", f"{incidents:,}", f"{1e3 * cost:.2f}", f"{each:.1f}"))
+    head = ("VMs", "incidents", "snapshot, ms", "all changed, ms", "each, µs", "held at most, ms")
     return [
-        *table(("VMs", "incidents", "snapshot, ms", "each of them, µs"), rows),
+        "Snapshots if nothing has changed since the last one, and if every VM and every incident "
+        "has; how long at most the reader of events waits for the latter.",
+        "",
+        *table(head, [_row(*size) for size in SIZES]),
         "",
         *table(("an event for the correlator", "µs"), _events()),
     ]
+
+
+def _row(count: int, incidents: int) -> tuple[str, ...]:
+    model = correlator(count, incidents)
+    same = best(model.snapshot)
+    costs: list[float] = []
+    held: list[float] = []
+    for number in range(REPEATS):
+        _change(model, count, incidents, 2 * number)
+        costs.append(best(model.snapshot, 1))
+        _change(model, count, incidents, 2 * number + 1)
+        takes = [best(copy, 1) for copy in model.copying()]  # as Session.snapshot does
+        held.append(max([*takes, best(model.snapshot, 1)]))
+    cost = min(costs)
+    each = 1e6 * cost / (count + incidents)
+    numbers = (f"{1e3 * same:.2f}", f"{1e3 * cost:.2f}", f"{each:.1f}", f"{1e3 * min(held):.2f}")
+    return f"{count:,}", f"{incidents:,}", *numbers
+
+
+def _change(model: Correlator, count: int, incidents: int, at: int) -> None:
+    for event in again(count, incidents, at):
+        model.feed(event)
 
 
 def _events() -> list[tuple[str, str]]:

@@ -1,16 +1,18 @@
 """Pages in every state at once: which comes first, what it is called, and what to do.
 
-The lab's VMM stages each state by how it behaves. What kvmtrace advises for the VM that is stuck
-is carried out, and ends the incident.
+The lab's VMM stages each state by how it behaves. What kvmtrace advises for the VMs that are stuck
+is carried out, and ends the incidents: one VM is a process that nothing is known to start again,
+the other one a unit of systemd where the root has it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import html
 import json
 import re
-import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tests.lab.harness import (
     PATIENCE,
@@ -19,12 +21,13 @@ from tests.lab.harness import (
     Vmm,
     can_inject_poison,
     end_following,
-    page_of,
-    start_serve,
+    pages_of,
+    serving,
 )
 from tests.lab.kernel_pages import poisoned
 from tests.lab.machine import Job, Machine
 from tests.lab.scenarios import Scenario
+from tests.lab.units import pid_of, start_unit, systemd, unit_of
 
 # {name of the VM or kind of the page: its urgency, its first action}, the worst first. No word of
 # this is kvmtrace's own: they are the contract of docs/json.md.
@@ -38,6 +41,9 @@ EXPECTED = {
     "free": ("unowned", "nothing"),
     "copes": ("handled", "shut_down"),
 }
+
+# Those whose pages of serve are looked at: each takes seconds under emulation.
+WITH_PAGES = ("loops", "stops", "slab", "untouched")
 
 # {VM: how the first sentence of its advice begins}
 SENTENCES = {
@@ -55,27 +61,46 @@ def all_at_once(machine: Machine, source: str) -> None:
     if not can_inject_poison(machine):
         raise Unstageable("no hwpoison-inject")
     end_following(machine)
-    serve = start_serve(machine, f"--source {source}")
-    vmms: dict[str, Vmm] = {}
-    try:
-        pfns = _stage(machine, vmms)
+    with contextlib.ExitStack() as stack:
+        with_units = True
+        try:
+            stack.enter_context(systemd(machine))
+        except Unstageable:
+            with_units = False
+        serve = stack.enter_context(serving(machine, f"--source {source}"))
+        vmms: dict[str, Vmm] = {}
+        stack.callback(_kill, vmms)
+        pfns = _stage(machine, vmms, with_units=with_units)
         incidents = _expected(machine, pfns)
-        _assert_order(machine, serve, [incidents[name]["id"] for name in EXPECTED])
+        _assert_order(machine, incidents)
+        _assert_pages(machine, serve, incidents)
+        commands = {
+            "loops": [f"kill {vmms['loops'].pid}"],
+            "stops": [f"systemctl restart {unit_of('stops')}"]
+            if with_units
+            else [f"kill {vmms['stops'].pid}"],
+        }
         for name, begin in SENTENCES.items():
-            _assert_explained(machine, name, vmms[name].pid, incidents[name], begin)
-        _carry_out(machine, vmms["loops"], incidents["loops"])
-    finally:
-        for vmm in vmms.values():
-            vmm.job.kill()
-        serve.signal(signal.SIGINT)
-        assert serve.wait(PATIENCE) == 0, serve.stderr
+            expected = commands.get(name, [])
+            _assert_explained(machine, name, vmms[name].pid, incidents[name], begin, expected)
+        for name, lines in commands.items():
+            _carry_out(machine, incidents[name], lines)
+        assert vmms["loops"].job.wait(PATIENCE) != 0
+        if with_units:
+            assert pid_of(machine, "stops") != vmms["stops"].pid
 
 
-def _stage(machine: Machine, vmms: dict[str, Vmm]) -> dict[str, int]:
+def _kill(vmms: Mapping[str, Vmm]) -> None:
+    for vmm in vmms.values():
+        vmm.job.kill()
+
+
+def _stage(machine: Machine, vmms: dict[str, Vmm], *, with_units: bool) -> dict[str, int]:
     """Stage all states; add the VMMs to ``vmms``, return {name: pfn}."""
     pfns = {}
     for name in ("loops", "stops", "refused", "untouched", "copes"):
-        vmm = vmms[name] = Vmm(machine, name)
+        is_unit = with_units and name == "stops"
+        vmm = vmms[name] = start_unit(machine, name) if is_unit else Vmm(machine, name)
         vmm.step("create v backing=gmem pages=32")
         vmm.step("touch v +3")
         pfns[name] = vmm.step("poison v +3")["pfn"]
@@ -113,18 +138,42 @@ def _expected(machine: Machine, pfns: dict[str, int]) -> dict[str, Line]:
         time.sleep(1)
 
 
-def _assert_order(machine: Machine, serve: Job, ids: Sequence[str]) -> None:
-    """All tables have the worst first, and the words."""
-    for text in (_run(machine, "top", "--once"), page_of(machine, serve)):
-        places = [text.index(one) for one in ids]
-        assert places == sorted(places), text
-    rows = _run(machine, "top", "--once").splitlines()
-    for one, (urgency, _) in zip(ids, EXPECTED.values(), strict=True):
-        (row,) = [row for row in rows if one in row]
+def _assert_order(machine: Machine, incidents: Mapping[str, Line]) -> None:
+    """`top` has the worst first, and the words."""
+    text = _run(machine, "top", "--once")
+    _assert_sorted(text, incidents)
+    for name, (urgency, _) in EXPECTED.items():
+        (row,) = [row for row in text.splitlines() if incidents[name]["id"] in row]
         assert urgency in row.split(), row
 
 
-def _assert_explained(machine: Machine, name: str, pid: int, incident: Line, begin: str) -> None:
+def _assert_sorted(text: str, incidents: Mapping[str, Line]) -> None:
+    places = [text.index(incidents[name]["id"]) for name in EXPECTED]
+    assert places == sorted(places), text
+
+
+def _assert_pages(machine: Machine, serve: Job, incidents: Mapping[str, Line]) -> None:
+    """The landing page has the worst first, and what to do; so have the pages of incidents."""
+    paths = {name: f"incident/{incidents[name]['id']}" for name in EXPECTED}
+    landing, *pages = pages_of(machine, serve, "", *(paths[name] for name in WITH_PAGES))
+    table = landing[landing.index("<tbody>") :]
+    _assert_sorted(table, incidents)
+    rows = [html.unescape(row) for row in table.split("<tr")]
+    for name, (urgency, _) in EXPECTED.items():
+        (row,) = [row for row in rows if f'"/{paths[name]}"' in row]
+        assert urgency in row
+        assert incidents[name]["actions"][0]["brief"] in row
+    for name, page in zip(WITH_PAGES, map(html.unescape, pages), strict=True):
+        first = incidents[name]["actions"][0]
+        assert f"<title>{EXPECTED[name][0]}: " in page
+        assert re.search(re.escape(first["text"]), page, re.IGNORECASE), page
+        for command in first["commands"]:
+            assert f'<pre class="command">{command}</pre>' in page
+
+
+def _assert_explained(  # noqa: PLR0917 (what is expected of one VM)
+    machine: Machine, name: str, pid: int, incident: Line, begin: str, commands: Sequence[str]
+) -> None:
     (told,) = json.loads(_run(machine, "explain", name, "--json"))
     first = told["actions"][0]
     assert told["urgency"] == incident["urgency"]
@@ -134,17 +183,18 @@ def _assert_explained(machine: Machine, name: str, pid: int, incident: Line, beg
     assert 0 < len(first["brief"]) <= 30
     # The lab's VMM is one with which nothing was tried.
     assert {action["kind"] for action in told["actions"]} == {first["kind"]}
-    assert first["commands"] == ([f"kill {pid}"] if first["kind"] == "stop_and_start" else [])
+    assert first["commands"] == commands
     assert first["never"][0].startswith(f"do not migrate, save, snapshot or dump {name}: ")
-    text = " ".join(_run(machine, "explain", name).split())
-    assert re.search(re.escape(begin), text, re.IGNORECASE), text
+    if commands:
+        text = " ".join(_run(machine, "explain", name).split())
+        for part in (begin, *commands):
+            assert re.search(re.escape(part), text, re.IGNORECASE), text
 
 
-def _carry_out(machine: Machine, vmm: Vmm, incident: Line) -> None:
-    """Do what is advised for a VM that is stuck: it is over then."""
-    for command in incident["actions"][0]["commands"]:
+def _carry_out(machine: Machine, incident: Line, commands: Sequence[str]) -> None:
+    """Type what is advised for a VM that is stuck: it is over then."""
+    for command in commands:
         machine.run(command, check=True)
-    vmm.job.wait(PATIENCE)
     deadline = time.monotonic() + PATIENCE
     while True:
         (told,) = json.loads(_run(machine, "explain", incident["id"], "--json"))
@@ -160,5 +210,5 @@ def _run(machine: Machine, *arguments: str) -> str:
     return result.stdout
 
 
-# It needs a machine of its own, for one source: the kernel's page stays poisoned.
-ALL_AT_ONCE = Scenario(all_at_once, boot={"memory": "1500M"}, sources=("bpf",))
+# It needs a machine of its own: the kernel's page stays poisoned.
+ALL_AT_ONCE = Scenario(all_at_once, boot={"memory": "1500M"})

@@ -128,7 +128,7 @@ def _cpu_ns(machine: Machine) -> int:
 
 
 def _idle(machine: Machine) -> float:
-    """CPU nanoseconds a second that it uses by itself."""
+    """CPU nanoseconds a second that it uses itself."""
     began, before = time.monotonic(), _cpu_ns(machine)
     time.sleep(_IDLE_SECONDS)
     return (_cpu_ns(machine) - before) / (time.monotonic() - began)

@@ -219,20 +219,34 @@ def start_serve(machine: Machine, options: str = "") -> Job:
     return job
 
 
+@contextlib.contextmanager
+def serving(machine: Machine, options: str = "") -> Iterator[Job]:
+    """Run ``kvmtrace serve`` during the block; AssertionError if it then fails."""
+    serve = start_serve(machine, options)
+    try:
+        yield serve
+    finally:
+        serve.signal(signal.SIGINT)
+        assert serve.wait(PATIENCE) == 0, serve.stderr
+
+
 def metrics_of(machine: Machine, serve: Job) -> str:
     """The text of /metrics of a running serve."""
-    return _fetched(machine, serve.stderr.partition("serving ")[2].split()[0])
+    return pages_of(machine, serve, "metrics")[0]
 
 
-def page_of(machine: Machine, serve: Job) -> str:
-    """The landing page of a running serve."""
-    url = serve.stderr.partition("serving ")[2].split()[0]
-    return _fetched(machine, url.removesuffix("metrics"))
+# Prints what the addresses have, as JSON.
+_FETCH = """
+import json, sys, urllib.request
+print(json.dumps([urllib.request.urlopen(one).read().decode() for one in sys.argv[1:]]))
+"""
 
 
-def _fetched(machine: Machine, url: str) -> str:
-    fetch = f"import urllib.request as u; print(u.urlopen({url!r}).read().decode())"
-    return machine.run(["python3", "-c", fetch], timeout=PATIENCE, check=True).stdout
+def pages_of(machine: Machine, serve: Job, *paths: str) -> list[str]:
+    """What a running serve has at these paths; "" is its landing page."""
+    root = serve.stderr.partition("serving ")[2].split()[0].removesuffix("metrics")
+    words = ["python3", "-c", _FETCH, *(root + path for path in paths)]
+    return list(json.loads(machine.run(words, timeout=PATIENCE, check=True).stdout))
 
 
 @contextlib.contextmanager

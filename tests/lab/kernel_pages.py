@@ -19,16 +19,18 @@ from tests.lab.machine import Machine
 from tests.lab.scenarios import Scenario
 
 # What poisons pages by kind. Bits of /proc/kpageflags
-# (include/uapi/linux/kernel-page-flags.h): 7 slab, 10 free (buddy), 26 a page table.
+# (include/uapi/linux/kernel-page-flags.h): 7 slab, 10 free (buddy), 19 poisoned, 26 a page table.
 _POISON = '''
 import json, mmap, os, re, struct, subprocess, sys
 
-def first(bit, at=0x8000):
+BEGIN = 0x1000  # a machine that has just booted has slab pages in low memory only
+
+def first(bit, at=BEGIN):
     with open("/proc/kpageflags", "rb") as flags:
         flags.seek(at * 8)
         while block := flags.read(1 << 19):
             for (entry,) in struct.iter_unpack("Q", block):
-                if entry >> bit & 1:
+                if entry >> bit & 1 and not entry >> 19 & 1:
                     return at
                 at += 1
 
@@ -50,17 +52,17 @@ def poison(pfn):
 
 def of_kind(bit):
     """Poison a page of a kind; if the kernel freed it before that, try the next one."""
-    pfn = 0x8000 - 1
+    pfn = BEGIN - 1
     for _ in range(16):
         at = first(bit, pfn + 1)
         if at is None:  # all there were have been freed: others have come meanwhile
-            pfn = 0x8000 - 1
+            pfn = BEGIN - 1
             continue
         pfn = poison(at)
         log = subprocess.run(["dmesg"], capture_output=True, text=True).stdout
         if re.search(rf"{pfn:#x}: recovery action for .*: Ignored", log):
-            break
-    return pfn
+            return pfn
+    sys.exit(f"no page with bit {bit} of /proc/kpageflags could be poisoned")
 
 KINDS = {
     "zero": lambda: poison(entry & (1 << 55) - 1),

@@ -8,7 +8,7 @@ import time
 from tests.lab.harness import PATIENCE
 from tests.lab.machine import Machine
 
-# As bpftool does: BPF_*_GET_NEXT_ID walks the ids of all BPF objects, whoever holds them.
+# As bpftool does: BPF_*_GET_NEXT_ID walks the ids of all BPF objects, of any process.
 _LIST_ATTACHED = """
 import ctypes, glob, json, os, platform, struct
 libc = ctypes.CDLL(None, use_errno=True)

@@ -22,6 +22,7 @@ from tests.lab.ghes import ghes
 from tests.lab.harness import Unstageable, end_following
 from tests.lab.hosts import HOSTS
 from tests.lab.kernel_pages import KERNEL_PAGES
+from tests.lab.libvirt_guest import libvirt_advice
 from tests.lab.machine import Machine
 from tests.lab.machine_check import SCENARIOS as MACHINE_CHECKS
 from tests.lab.nested import NESTED
@@ -38,6 +39,7 @@ QEMU = (
     Scenario(qemu_loses_a_page),
     Scenario(qemu_with_a_page_gone, sources=(BOTH,)),
     Scenario(qemu_advice),
+    Scenario(libvirt_advice),
 )
 EVERYTHING = (
     *SCENARIOS,

@@ -1,6 +1,6 @@
 """A real VMM loses a page: Debian's QEMU, run nested, with ordinary memory.
 
-These scenarios establish how QEMU reacts by kind of memory. ``judgement/vmm_facts.py`` advises only
+These scenarios establish how QEMU reacts by kind of memory. ``judgement/vmm_facts.py`` has only
 what is tested here.
 """
 
@@ -14,9 +14,19 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tests.lab.harness import PATIENCE, Line, Unstageable, end_following, following, start_serve
+from tests.lab.harness import (
+    PATIENCE,
+    Line,
+    Unstageable,
+    Vmm,
+    end_following,
+    following,
+    serving,
+)
+from tests.lab.hosts import doctor
 from tests.lab.machine import Machine
 
+FIRMWARE = "/tmp/firmware"
 NAME, UUID = "tenant-7", "6f2c1f0e-93a5-4b0e-9d53-2d0f4c1f5a77"
 
 MIB = 1 << 20
@@ -37,8 +47,8 @@ def _firmware() -> tuple[bytes, bytes]:
 
     It touches its first page, prints "up" on the debug console, then increments a word in that page
     about once a second; that is slow, so that it rarely interferes with memory_failure. "r" on its
-    serial line makes it reboot, "s" shut down. SeaBIOS was not usable: in 2 of 200 starts under
-    double emulation it spun in its timeouts for minutes.
+    serial line makes it reboot, "s" or the power button shut down. SeaBIOS was not usable: in 2 of
+    200 starts under double emulation it spun in its timeouts for minutes.
     """
 
     def hexadecimal(*lines: str) -> bytes:
@@ -56,19 +66,23 @@ def _firmware() -> tuple[bytes, bytes]:
     code = hexadecimal(
         "ff060005", "ba0204", "b075ee", "b070ee", "b00aee"
     )  # inc word [0x500]; "up\n"
+    # PIIX4's power management: its registers at 0xb000, enabled, the power button too.
+    function = 0x8000_0000 | 1 << 11 | 3 << 8
+    code += out(0xCF8, function | 0x40) + out(0xCFC, 0xB001)
+    code += out(0xCF8, function | 0x80) + out(0xCFC, 1)
+    code += hexadecimal("ba02b0", "b80001", "ef")
     again = len(code)
     code += hexadecimal("ff060005", "66b900000004", "67e2fd")  # mov ecx, 1 << 26; addr32 loop $
+    code += hexadecimal("ba00b0", "ed", "f6c401", "7500")  # the power button? jnz to `off`
+    pressed = len(code)
     code += hexadecimal("bafd03", "ec", "a801")  # does the serial line have a byte?
     code += back(0x74)  # jz
     code += hexadecimal("baf803", "ec")  # which one?
     code += hexadecimal("3c72", "7506", "baf90c", "b006", "ee")  # "r": out 0xcf9, 6
     code += hexadecimal("3c73")  # "s"
     code += back(0x75)  # jnz
-    # PIIX4's power management: its registers at 0xb000, enabled; then "soft off".
-    function = 0x8000_0000 | 1 << 11 | 3 << 8
-    code += out(0xCF8, function | 0x40) + out(0xCFC, 0xB001)
-    code += out(0xCF8, function | 0x80) + out(0xCFC, 1)
-    code += hexadecimal("ba04b0", "b80020", "ef", "ebfe")
+    code = code[: pressed - 1] + bytes([len(code) - pressed]) + code[pressed:]  # `off` is here
+    code += hexadecimal("ba04b0", "b80020", "ef", "ebfe")  # soft off
     return code, hexadecimal("e90d00")  # jmp on to 0x0000
 
 
@@ -91,6 +105,7 @@ page = os.sysconf("SC_PAGESIZE")
 with open(f"/proc/{pid}/pagemap", "rb") as pagemap:
     pagemap.seek(hva // page * 8)
     pfn = struct.unpack("Q", pagemap.read(8))[0] & (1 << 55) - 1
+assert pfn, "the page is not there"
 try:
     with open("/sys/kernel/debug/hwpoison/corrupt-pfn", "w") as corrupt:
         corrupt.write(f"{pfn:#x}")
@@ -100,23 +115,34 @@ print(json.dumps({"pfn": pfn, "hva": hva}))
 """
 
 
+def write_firmware(machine: Machine) -> None:
+    """Put the guest into ``FIRMWARE``. Unstageable without QEMU."""
+    if machine.run("command -v qemu-system-x86_64").status:
+        raise Unstageable("no QEMU in this root")
+    code, reset = _firmware()
+    words = ["python3", "-c", _WRITE_FIRMWARE, FIRMWARE, code.hex(), reset.hex()]
+    machine.run(words, check=True)
+
+
+def poison_guest(machine: Machine, pid: int, gpa: int) -> Line:
+    """Poison a page of a QEMU with that guest; return its pfn and hva."""
+    words = ["python3", "-c", _POISON, str(pid), str(SIZE), str(gpa)]
+    return dict(json.loads(machine.run(words, check=True, timeout=PATIENCE).stdout))
+
+
 class Qemu:
     """A QEMU with that guest and a QMP connection. ``memory``: a key of ``MEMORY``."""
 
     def __init__(
         self, machine: Machine, memory: str = "anonymous", *, reboots: bool = True
     ) -> None:
-        if machine.run("command -v qemu-system-x86_64").status:
-            raise Unstageable("no QEMU in this root")
-        code, reset = _firmware()
-        words = ["python3", "-c", _WRITE_FIRMWARE, "/tmp/firmware", code.hex(), reset.hex()]
-        machine.run(words, check=True)
+        write_firmware(machine)
         machine.run("rm -f /tmp/qemu.*; mkfifo /tmp/qemu.serial", check=True)
         self._machine = machine
         self.job = machine.start(
             f"exec qemu-system-x86_64 -accel kvm -name guest={NAME},debug-threads=on -uuid {UUID} "
             f"-m 64 -object {MEMORY[memory]},id=ram,size=64M,prealloc=on "
-            "-machine pc,memory-backend=ram -bios /tmp/firmware -nodefaults -display none "
+            f"-machine pc,memory-backend=ram -bios {FIRMWARE} -nodefaults -display none "
             f"{'' if reboots else '-no-reboot '}-pidfile /tmp/qemu.pid "
             "-chardev file,id=console,path=/tmp/qemu.console "
             "-device isa-debugcon,iobase=0x402,chardev=console "
@@ -164,8 +190,7 @@ class Qemu:
 
     def poison(self, gpa: int) -> Line:
         """Poison a page; return its pfn and hva."""
-        words = ["python3", "-c", _POISON, str(self.pid), str(SIZE), str(gpa)]
-        return dict(json.loads(self._machine.run(words, check=True, timeout=PATIENCE).stdout))
+        return poison_guest(self._machine, self.pid, gpa)
 
     def is_running(self) -> bool:
         """Whether the VM is running."""
@@ -365,13 +390,35 @@ def qemu_loses_a_page(machine: Machine, source: str) -> None:
 def qemu_advice(machine: Machine, source: str) -> None:
     """Following kvmtrace's advice about a page that QEMU has lost resolves the incident."""
     end_following(machine)
-    serve = start_serve(machine, f"--source {source}")
-    try:
+    with serving(machine, f"--source {source}"):
+        _early_notification(machine)
         for memory in MEMORY:
             _follow_advice(machine, memory)
-    finally:
-        serve.signal(signal.SIGINT)
-        assert serve.wait(PATIENCE) == 0, serve.stderr
+
+
+def _early_notification(machine: Machine) -> None:
+    """`doctor` names who is notified early: QEMU, which asks for it, and not the lab's VMM."""
+    vmm = Vmm(machine, "patient")
+    vmm.step("create v backing=anon")
+    with _qemu(machine, "anonymous") as qemu:
+        (check,) = [
+            x for x in doctor(machine, "auto")["checks"] if x["name"] == "early notification"
+        ]
+        assert check["found"] == (
+            f"when a page is poisoned: {NAME} ({qemu.pid}); "
+            f"only when a guest accesses it: patient ({vmm.pid})"
+        )
+        assert "memory_failure_early_kill=1" in check["fix"]
+        # What the kernel does is the truth: both lose a page that neither has touched since.
+        of_qemu = qemu.poison(UNTOUCHED)["pfn"]
+        of_vmm = vmm.step("pfn v +3")["pfn"]
+        hammer = Vmm(machine, "hammer")
+        hammer.step(f"poison pfn={of_vmm}")
+        hammer.end()
+        notified = advised(machine, of_qemu, "its VMM was notified before its guest touched")
+        assert notified[0].startswith(f"shut {NAME} down")
+        advised(machine, of_vmm, "its guest has not touched")
+    assert vmm.end()["sigbus"] == []
 
 
 def _follow_advice(machine: Machine, memory: str) -> None:
@@ -383,7 +430,7 @@ def _follow_advice(machine: Machine, memory: str) -> None:
         qemu = stack.enter_context(_qemu(machine, memory))
         pfn = qemu.poison(UNTOUCHED)["pfn"]
         lost.append(pfn)
-        steps = _advice(machine, pfn, "monitor: system_reset")
+        steps = advised(machine, pfn, "monitor: system_reset")
         assert steps[0].startswith(f"shut {NAME} down from inside the guest and start it again")
         assert f"libvirt: virsh reset {NAME}" in steps[1]
         assert steps[-1].startswith(f"until then do not migrate, save, snapshot or dump {NAME}")
@@ -391,11 +438,11 @@ def _follow_advice(machine: Machine, memory: str) -> None:
         qemu.monitor("system_reset")
         qemu.wait_for_boots(2)
         if memory != "hugetlb":  # its page table does not show that
-            _advice(machine, pfn, "nothing: another page was put in place of the lost one")
+            advised(machine, pfn, "nothing: another page was put in place of the lost one")
         assert qemu.migrate() is None
 
 
-def _advice(machine: Machine, pfn: int, words: str) -> list[str]:
+def advised(machine: Machine, pfn: int, words: str) -> list[str]:
     """Wait until the steps that `explain` prints for a page contain ``words``."""
     deadline = time.monotonic() + PATIENCE
     while True:

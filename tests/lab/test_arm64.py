@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.lab.bundled import bundled
 from tests.lab.conftest import Boot
 from tests.lab.ghes import ghes
 from tests.lab.harness import end_following
@@ -17,7 +18,9 @@ pytestmark = pytest.mark.lab
 
 
 def test_from_the_memory_controller_to_the_vmm(boot: Boot) -> None:
-    ghes(boot("arm64-newest", ras=True), may_know_less=False)
+    machine = boot("arm64-newest", ras=True)
+    ghes(machine, may_know_less=False)
+    bundled(machine)
 
 
 def test_pages_of_another_size(boot: Boot) -> None:

@@ -52,7 +52,7 @@ def test_an_older_guest_memfd_by_ftrace(boot: Callable[..., Machine]) -> None:
 
 
 def test_one_page_of_two_vms_that_ksm_merged(machine: Machine) -> None:
-    """Both VMs own it, by their page tables, and `explain` says so."""
+    """Both VMs own it, by their page tables, and `explain` shows it."""
     source = "bpf"
     vmms = [Vmm(machine, name) for name in ("left", "right")]
     for vmm in vmms:

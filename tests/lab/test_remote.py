@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmtrace.feed_socket import DIRECTORY
+from kvmtrace.local_socket import DIRECTORY
 from kvmtrace.views.json_output import rfc3339
 from tests.lab import leftovers, privileges
 from tests.lab.harness import PATIENCE, Line, Vmm, Watch, end_following, metrics_of, start_serve

@@ -152,5 +152,5 @@ def test_other_kernel(boot: Boot, kernel: str) -> None:
     end_following(machine)
     ways = ways_of_bpf(machine)
     assert ways["run"] == "raw_tracepoint"
-    # Whatever its bcc knows of modules, trampolines are the loader's business.
+    # Trampolines are the loader's business, also if bcc supports modules.
     assert ways["faultin"] == "fexit"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace.correlate import Correlator
+from kvmtrace.correlate import Correlator, correlator
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
     JOIN_NS,
@@ -359,6 +359,28 @@ def test_same_log_same_snapshot(events: list[Event]) -> None:
     again = [from_record(to_record(event)) for event in events]
     assert again == events
     assert snapshot(again) == snapshot(events)
+
+
+@given(LOGS)
+@examples(80)
+def test_a_snapshot_does_not_depend_on_earlier_ones(events: list[Event]) -> None:
+    """Parts of the last one are taken over if they have not changed, and some copied before."""
+    limits = Limits(incidents=4, pending=8)
+    watched = Correlator(limits)
+    parts: list[Callable[[], None]] = []
+    for number, event in enumerate(events):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(correlator, "_INCIDENTS_AT_ONCE", 1)
+            patched.setattr(correlator, "_VMS_AT_ONCE", 1)
+            parts = watched.copying() if number % 3 else parts
+        watched.feed(event)
+        for copy in parts[number % 2 :]:
+            copy()
+        snapshot = watched.snapshot()
+        fresh = Correlator(limits)
+        for earlier in events[: number + 1]:
+            fresh.feed(earlier)
+        assert snapshot == fresh.snapshot()
 
 
 @given(LOGS)

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtrace.events import KINDS, Event, Host, Lost, Owner
-from kvmtrace.sources.checkers import MalformedLine
 from kvmtrace.sources.codec import (
     UNWRITABLE,
     Decoder,
@@ -24,6 +23,7 @@ from kvmtrace.sources.codec import (
     from_record,
     to_record,
 )
+from kvmtrace.sources.dataclass_checks import MalformedLine
 from kvmtrace.sources.recording import RecordingSource, Writer
 
 HOST = Host("sick-host", "6.18.15", "bpf")

@@ -20,12 +20,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvmtrace.errors import UsageError
 from kvmtrace.session.session import Session
-from kvmtrace.views.web import metrics
+from kvmtrace.views.web import pages
 from kvmtrace.views.web import server as server_module
-from kvmtrace.views.web.server import Server, parse_listen
+from kvmtrace.views.web.listening import parse_listen
+from kvmtrace.views.web.server import Server
+from kvmtrace.views.web.web_config import read_web_config
 from tests.property import examples
 from tests.property.damage import TOKENS, damaged
 from tests.property.test_recordings import unfit
+from tests.unit import serving
 from tests.unit.fake import STORY, FakeSource
 
 SECONDS = 120.0
@@ -60,7 +63,7 @@ WORDS = (
     *(b"Transfer-Encoding: chunked\r\n", b"a" * 9000, b"Accept: " + b",;" * 2000 + b"\r\n"),
 )
 HEAD = re.compile(
-    rb"HTTP/1\.0 (?P<status>\d{3}) [A-Za-z ]+\r\n"
+    rb"HTTP/1\.1 (?P<status>\d{3}) [A-Za-z ]+\r\n"
     rb"(?P<fields>(?:[A-Za-z-]+: [ -~]*\r\n)+)\r\n(?P<body>.*)",
     re.DOTALL,
 )
@@ -78,8 +81,8 @@ def server() -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server_module, "HEAD_SECONDS", SECONDS)
         patch.setattr(server_module, "ANSWER_SECONDS", SECONDS)
-        patch.setattr(metrics, "STALE_SECONDS", 1e9)  # nobody reads it any more
-        running = metrics.serve("127.0.0.1:0", session)
+        patch.setattr(pages, "STALE_SECONDS", 1e9)  # nobody reads it any more
+        running = serving.serve("127.0.0.1:0", session)
         yield running
         running.close()
     session.close()
@@ -139,6 +142,34 @@ def test_a_request_is_answered_or_dropped(server: Server, request_: bytes) -> No
         assert b"\r\n\r\n" not in head[:4096]
     status, _, body = check(again)
     assert (status, body) == (200, b"kvmtrace is healthy\n")
+
+
+@given(
+    text=damaged(
+        [
+            b"tls_server_config:\n  cert_file: a\n  key_file: b\n  curve_preferences: [X25519]"
+            b"\n  client_auth_type: RequireAndVerifyClientCert\n  client_allowed_sans: [a]\n",
+            b"http_server_config:\n  http2: true\n  headers:\n    X-Frame-Options: deny\n",
+            b"basic_auth_users:\n  a: $2y$10$"
+            + b"a" * 53
+            + b"\nrate_limit: {interval: 1s, burst: 2}",
+        ],
+        (b"&a ", b"*a", b"!!python/object:os.system", b"? ", b": ", b"- ", b"|\n", b"\t", b"<<: "),
+    )
+)
+@examples(100)
+def test_a_web_configuration_is_taken_or_one_error(
+    tmp_path_factory: pytest.TempPathFactory, text: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "web.yml"
+    path.write_bytes(text)
+    message = ""
+    try:
+        read_web_config(str(path))
+    except UsageError as error:
+        message = error.message
+    assert "\n" not in message
+    assert not unfit(message)
 
 
 @given(listen=st.text(max_size=30) | damaged([b"[::1]:9750", b"127.0.0.1:0", b":1"]).map(str))

@@ -18,7 +18,7 @@ from click.testing import Result
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvmtrace import feed_socket, sources
+from kvmtrace import local_socket, sources
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host
 from kvmtrace.sources.recording import BACKLOG_END
@@ -189,7 +189,7 @@ def test_a_serve_is_understood_or_refused(command: tuple[str, ...], said: bytes)
     speaker = threading.Thread(target=_say, args=(theirs, said))
     speaker.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed_socket, "connect", lambda: (ours, 77))
+        patch.setattr(local_socket, "connect", lambda: (ours, 77))
         result = run(*command)
     ours.close()
     speaker.join()

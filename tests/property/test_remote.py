@@ -69,7 +69,10 @@ def joined(past: list[Event], batches: list[list[Event]]) -> list[Event]:
     ours, theirs = socket.socketpair()
 
     def speak() -> None:
-        with theirs, theirs.makefile("w", encoding="utf-8") as file:
+        with theirs, theirs.makefile("rw", encoding="utf-8", newline="") as file:
+            while file.readline().strip():
+                pass
+            file.write("HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
             writer = Writer(file, HOST)
             writer.write(past, PROBES)
             writer.mark()

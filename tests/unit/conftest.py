@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from kvmtrace import feed_socket
+from kvmtrace import local_socket
 from kvmtrace.cli import configuration
 from kvmtrace.sources.bpf import program_cache
-from kvmtrace.views.web import metrics
 from kvmtrace.views.web.server import Server
 from tests.exporter_scenario import Scenario
+from tests.unit import serving
 from tests.unit.command_line import Complete, use
 from tests.unit.fake import STORY, FakeSource
 from tests.unit.fake_proc import Proc
@@ -24,7 +24,7 @@ def own_directory(
 ) -> Path:
     """Give the test and processes that it starts their own directory for a serve's socket."""
     path = tmp_path_factory.mktemp("run")
-    monkeypatch.setenv(feed_socket.VARIABLE, str(path))
+    monkeypatch.setenv(local_socket.VARIABLE, str(path))
     monkeypatch.setenv(program_cache.VARIABLE, "")  # nothing is kept on this host
     monkeypatch.setenv(configuration.VARIABLE, "")  # nor taken from its configuration
     return path
@@ -33,7 +33,7 @@ def own_directory(
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """The HTTP server of a serve to which `Scenario` has happened."""
-    running = metrics.serve("127.0.0.1:0", Scenario().begin().happen())
+    running = serving.serve("127.0.0.1:0", Scenario().begin().happen())
     yield running
     running.close()
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from kvmtrace import kvm, sources
-from kvmtrace.cli.inputs import open_door
 from kvmtrace.events import (
     Event,
     Exit,
@@ -28,11 +27,11 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.judgement.actions import ActionKind, actions
+from kvmtrace.judgement.action import ActionKind
+from kvmtrace.judgement.actions import actions
 from kvmtrace.judgement.urgency import by_urgency
 from kvmtrace.model import Incident
 from kvmtrace.session.session import Session
-from kvmtrace.views.web import metrics
 from tests import dashboards, docs
 from tests.prometheus import (
     INHIBITION,
@@ -43,8 +42,10 @@ from tests.prometheus import (
     missing,
     required,
 )
+from tests.unit import serving
 from tests.unit.command_line import invoke
 from tests.unit.fake import SECOND, T0, FakeSource
+from tests.unit.serving import open_door
 
 _TOOLS = ("prometheus", "prometheus-alertmanager")
 
@@ -169,7 +170,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     rules.write_text(dashboards.quick_alerts())
     kernel = Kernel()
     session = Session(kernel)
-    server = metrics.serve("127.0.0.1:0", session)
+    server = serving.serve("127.0.0.1:0", session)
     instance = f"{HOST}:{server.address[1]}"
     target = f"127.0.0.1:{server.address[1]}"
     try:

@@ -61,7 +61,7 @@ def test_what_are_no_programs(change: dict[str, Any]) -> None:
 def test_the_request_and_the_answer(tmp_path: Path) -> None:
     answer = json.dumps(COMPILED.as_object())
     script = f"""
-assert asked["cflags"][1:] == ["-DX=1"] and asked["cflags"][0].startswith("-I")
+assert asked["cflags"][1:] == ["-g0", "-DX=1"] and asked["cflags"][0].startswith("-I")
 assert '#line 1 "lookup.bpf.c"' in asked["text"] and asked["stubs"].endswith("/stubs")
 print({answer!r})"""
     assert compiler.compiled(["-DX=1"], python(tmp_path, script)) == COMPILED

@@ -7,11 +7,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from kvmtrace import probes
 from kvmtrace.errors import KvmtraceError
+from kvmtrace.linux.btf import FunctionType
 from kvmtrace.sources.bpf import program_cache, programs
 from kvmtrace.sources.bpf.compiler import PARTS, CompiledPrograms, bpf_dir, joined
 from kvmtrace.sources.bpf.program_cache import ProgramCache
@@ -68,8 +70,11 @@ class Compiler:
         self.times = 0
         self.version: str | None = COMPILED.bcc
         self.path = tmp_path / "kept"
-        layout = SimpleNamespace(cflags=lambda: ["-DX=1"])
+        layout = SimpleNamespace(cflags=lambda *, kprobes: ["-DX=1", f"-DKP={kprobes}"])
+        self.trampolines = True
+        self.kprobes: list[bool] = []
         monkeypatch.setattr(programs, "_layout", lambda _cache: layout)
+        monkeypatch.setattr(programs, "_has_trampolines", lambda _layout: self.trampolines)
         monkeypatch.setattr(programs, "compiled", self.compiled)
         monkeypatch.setattr(programs, "bcc_version", lambda: self.version)
         monkeypatch.setenv(program_cache.VARIABLE, str(self.path))
@@ -79,6 +84,7 @@ class Compiler:
     def compiled(self, cflags: list[str]) -> CompiledPrograms:
         assert "-DX=1" in cflags
         self.times += 1
+        self.kprobes.append("-DKP=True" in cflags)
         if self.version is None:
             raise KvmtraceError("bcc is not installed", "apt install it")
         return replace(COMPILED, bcc=self.version)
@@ -143,3 +149,38 @@ def test_where_nothing_can_be_kept_each_start_compiles(compiler: Compiler) -> No
 def test_compiling_ahead(compiler: Compiler) -> None:
     assert programs.keep() == Kept(str(compiler.path), COMPILED.bcc, None)
     assert (compiler.start(), compiler.times) == (None, 1)
+
+
+def test_programs_for_kprobes_are_compiled_where_they_are_needed(compiler: Compiler) -> None:
+    compiler.start()
+    compiler.trampolines = False
+    compiler.start()
+    assert compiler.kprobes == [False], "what is kept is used"
+    # A function could not be had by fentry: from now on all starts have both.
+    cache = ProgramCache()
+    programs._compiled(programs._layout(cache), cache, kprobes=True)
+    assert compiler.kprobes == [False, True]
+    compiler.version = None
+    compiler.start()
+    assert len(compiler.kprobes) == 2
+
+
+def test_without_trampolines_all_is_compiled_at_once(compiler: Compiler) -> None:
+    compiler.trampolines = False
+    compiler.start()
+    assert compiler.kprobes == [True]
+    programs.keep()
+    assert compiler.kprobes == [True, True]
+
+
+def test_every_kprobe_can_be_left_out() -> None:
+    for name in re.findall(r"^int kp_(\w+)\(", TEXT, re.MULTILINE):
+        assert f"\n#ifdef KP_{name}\nint kp_{name}(" in TEXT
+
+
+def test_a_function_that_cannot_be_had_is_no_trampoline() -> None:
+    function = FunctionType("", (1 << 31) - 1, ())
+    layout: Any = SimpleNamespace(specs=list(SPECS.values()), function=lambda _spec: function)
+    assert not programs._has_trampolines(layout)
+    layout.function = lambda _spec: None
+    assert programs._has_trampolines(layout), "nothing is there to be tried, nor to be attached"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvmtrace.events import Sigbus
+from kvmtrace.events import Sigbus, VmGone
 from kvmtrace.sources.bpf import records
 from kvmtrace.sources.bpf.signals import (
     FaultRecord,
@@ -87,3 +87,13 @@ def test_what_is_no_size_is_not_known() -> None:
         if isinstance(event, Sigbus)
     ]
     assert (one.lsb, one.gfn) == (None, 8)
+
+
+def test_a_signal_without_its_fault_comes_before_the_end_of_its_vm() -> None:
+    """As if the program that records faults had been skipped."""
+    signal = record(1)
+    gone = records.VmRecord(records.Header(11, KEY.kvm, KEY.gen, records.VM_GONE, 185, 185, 0))
+    translator = BpfTranslator(0, ({}, {}), "/nonexistent")
+    events = translator.translate([bytes(signal), bytes(gone)], Kernel())
+    kinds = [type(event) for event in events if isinstance(event, Sigbus | VmGone)]
+    assert kinds == [Sigbus, VmGone]

@@ -14,7 +14,6 @@ import pytest
 
 from kvmtrace import sources
 from kvmtrace.events import Event, Host, Lost, Poison, VmSeen
-from kvmtrace.session import feed
 from kvmtrace.sources.checksums import Places
 from kvmtrace.sources.codec import Decoder
 from kvmtrace.sources.recording import RecordingSource, Writer
@@ -22,6 +21,7 @@ from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.vmm import identity
 from tests.unit.command_line import invoke
 from tests.unit.fake import PROBES, STORY, T0, FakeSource, machine_check
+from tests.unit.serving import Answering
 
 HOST = Host("sick-host", "6.18.15", "bpf", "bpf works here", 4096)
 NAMED = VmSeen(T0, 1, 4001, "wéb-1")
@@ -253,7 +253,7 @@ def test_a_serve_that_sends_damaged_lines_is_not_read(broken: int) -> None:
     lines = file.getvalue().splitlines(keepends=True)
 
     def joined(said: str) -> RemoteSource | None:
-        answering = feed.FeedServer(lambda client: client.sendall(said.encode()))
+        answering = Answering(lambda client: client.file.write(said))
         try:
             return RemoteSource.connect()
         finally:

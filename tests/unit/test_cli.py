@@ -15,10 +15,14 @@ import click
 import pytest
 
 from kvmtrace import cli
+from kvmtrace.cli import doors
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host
 from kvmtrace.model import Snapshot
 from kvmtrace.views.web import metrics
+from kvmtrace.views.web.listening import DEFAULT_LISTEN
+from kvmtrace.views.web.server import Server
+from tests.unit import serving
 from tests.unit.command_line import invoke, refuse, use
 from tests.unit.fake import STORY, FakeSource
 
@@ -39,7 +43,7 @@ def test_help_names_every_command() -> None:
 
 def test_help_has_the_exporters_own_defaults() -> None:
     text = " ".join(invoke("serve", "--help").output.split())
-    assert f"[default: {metrics.DEFAULT_LISTEN}]" in text
+    assert f"[default: {DEFAULT_LISTEN}]" in text
     assert f"[default: {metrics.DEFAULT_MAX_VMS}]" in text
 
 
@@ -251,16 +255,15 @@ def test_serve_until_a_signal(source: FakeSource) -> None:
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def remembered(*arguments: Any, **options: Any) -> metrics.Server:
-        servers.append(serve(*arguments, **options))
+    def remembered(*arguments: Any, **options: Any) -> Server:
+        servers.append(Server(*arguments, **options))
         started.set()
         return servers[0]
 
-    servers: list[metrics.Server] = []
-    serve = metrics.serve
+    servers: list[Server] = []
     thread = threading.Thread(target=scrape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "serve", remembered)
+        patch.setattr(doors, "Server", remembered)
         thread.start()
         result = invoke("serve", "--listen", "127.0.0.1:0")
     thread.join()
@@ -271,7 +274,7 @@ def test_serve_until_a_signal(source: FakeSource) -> None:
 
 
 def test_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = metrics.serve("127.0.0.1:0", FakeSession())
+    server = serving.serve("127.0.0.1:0", FakeSession())
     try:
         listen = f"127.0.0.1:{server.address[1]}"
         source = use(monkeypatch, FakeSource())

@@ -13,11 +13,12 @@ import pytest
 
 from kvmtrace import sources
 from kvmtrace.events import Event, Found, Lost, Owned, Owner, VmGone, VmSeen
-from kvmtrace.session.feed import FeedServer, send_log
+from kvmtrace.session.feed import send_log
 from kvmtrace.session.session import Session
 from kvmtrace.vmm import identity, processes
 from tests.unit.command_line import Complete, invoke, use
 from tests.unit.fake import SECOND, STORY, T0, FakeSource
+from tests.unit.serving import Answering
 
 
 def test_events(source: FakeSource) -> None:
@@ -93,7 +94,7 @@ def serving(directory: Path, *events: Event) -> Iterator[None]:
         patch.setattr(sources, "open_source", lambda kind: pytest.fail("probes were attached"))
         session = Session(FakeSource(events))
         session.pump(0)
-        feed = FeedServer(lambda client: send_log(session, client))
+        feed = Answering(lambda client: send_log(session, client))
         try:
             yield
         finally:

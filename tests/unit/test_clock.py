@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 import kvmtrace
-from kvmtrace.cli.inputs import open_door
 from kvmtrace.correlate import Correlator
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
@@ -40,7 +39,9 @@ from kvmtrace.views import event_lines, json_output
 from kvmtrace.views.explain import as_object, explain_text
 from kvmtrace.views.tables.table import table_text
 from kvmtrace.views.web import landing, metrics
+from tests.unit import serving
 from tests.unit.fake import SECOND, T0, FakeSource
+from tests.unit.serving import open_door
 
 DAY = 86400 * SECOND
 
@@ -70,7 +71,7 @@ def stepped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ages_go_by_the_clock_of_the_events() -> None:
     session = Session(FakeSource([Poison(clock.now_ns(), 0x55, "dirty LRU page", "Failed")]))
     session.pump(0)
-    server = metrics.serve("127.0.0.1:0", session)
+    server = serving.serve("127.0.0.1:0", session)
     try:
         with urllib.request.urlopen(server.url) as answer:
             html = answer.read().decode()

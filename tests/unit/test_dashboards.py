@@ -16,6 +16,7 @@ from kvmtrace.views.web import metrics
 from tests import dashboards
 from tests.exporter_scenario import CONVERSIONS, LOOPS, Scenario
 from tests.prometheus import JOB, Prometheus, missing, required
+from tests.unit import serving
 
 needs_prometheus = pytest.mark.skipif(
     missing("prometheus", "promtool") is not None and not required(),
@@ -246,7 +247,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Promethe
     rules = tmp_path_factory.mktemp("rules") / "alerts.yml"
     rules.write_text(dashboards.quick_alerts())
     scenario = Scenario().begin()
-    server = metrics.serve("127.0.0.1:0", scenario, kinds=lambda: KINDS)
+    server = serving.serve("127.0.0.1:0", scenario, kinds=lambda: KINDS)
     instance = f"127.0.0.1:{server.address[1]}"
     try:
         with Prometheus(instance, rules) as prometheus:

@@ -113,6 +113,7 @@ def story(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     (tmp_path / "sick.jsonl.gz").write_bytes(gzip.compress(recording))
     (tmp_path / "case.tar.gz").write_bytes(gzip.compress(recording))
     (tmp_path / "case.jsonl").write_bytes(recording)
+    (tmp_path / "web.yml").write_text("http_server_config: {headers: {X-Frame-Options: deny}}")
     (tmp_path / "kvmtrace.toml").write_text("[serve]\nmax_vms = 1000\n")
     monkeypatch.setenv("KVMTRACE_RECORD_HISTORY", str(tmp_path / "history.db"))
     monkeypatch.setattr(identity, "vm_processes", lambda: {})

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from kvmtrace import __version__, sources
-from kvmtrace.choice import Attempt
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.linux import host, kallsyms
 from kvmtrace.linux.tracefs import mount
 from kvmtrace.probes import Probe, specs
+from kvmtrace.source_choice import Attempt
 from kvmtrace.views import doctor, doctor_host
 from kvmtrace.views.doctor_report import Check, Report, as_object, render
 from tests.unit.command_line import invoke

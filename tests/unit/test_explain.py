@@ -99,7 +99,7 @@ def test_every_way_to_name_it(recording: str, target: str, reading: str | None) 
     text = " ".join(result.output.split())
     assert (f" Read {reading}. " in f"{text} ") if reading else " Read " not in text
     if target == "10327":
-        assert text.startswith("OK pfn 0x2857 is not poisoned as far as kvmtrace knows")
+        assert text.startswith("OK pfn 0x2857 is not poisoned as far as is known")
         return
     assert result.output.startswith(
         "STOPPED  web-1 has been hit by a poisoned page: a vCPU stopped"
@@ -161,7 +161,7 @@ def test_json(recording: str) -> None:
     assert told["next"]
 
 
-HEALTHY = "as far as kvmtrace knows, watching since 2026-09-21 14:13:20 UTC (13 s)."
+HEALTHY = "as far as is known, watching since 2026-09-21 14:13:20 UTC (13 s)."
 
 
 @pytest.mark.parametrize(
@@ -240,10 +240,10 @@ def test_a_page_with_corrected_errors_only(tmp_path: Path) -> None:
         Writer(file, Host("sick", "6.18.15", "bpf")).write(errors_and_poison, PROBES)
     told = [invoke("explain", page, "--from", str(path)) for page in ("0x59", "0x5a", "0x200")]
     assert [one.exit_code for one in told] == [0, 0, 0]
-    assert "WATCH  pfn 0x59 is not poisoned as far as kvmtrace knows; errors" in told[0].stdout
+    assert "WATCH  pfn 0x59 is not poisoned as far as is known; errors" in told[0].stdout
     assert "\nThe page\n  - 3 errors at this page (3 corrected), DIMM A1\n" in told[0].stdout
     assert "\nThe page\n  - 1 error at this page (1 corrected)\n" in told[1].stdout
-    assert told[2].stdout.startswith("OK  pfn 0x200 is not poisoned as far as kvmtrace knows")
+    assert told[2].stdout.startswith("OK  pfn 0x200 is not poisoned as far as is known")
     (page,) = json.loads(invoke("explain", "0x59", "--json", "--from", str(path)).stdout)
     assert (page["pfn"], page["label"], page["label_names"]) == (0x59, "A1", "dimm")
     assert (page["errors"]["count"], page["errors"]["corrected"]) == (3, 3)
@@ -477,7 +477,7 @@ def test_a_huge_page_takes_its_neighbours(tmp_path: Path) -> None:
         )
     for gpa in ("0x1fffff", "0x400000"):
         told = invoke("explain", f"{gpa}@web-1", "--from", str(path)).output
-        assert f"{gpa}@web-1 is not poisoned as far as kvmtrace knows" in " ".join(told.split())
+        assert f"{gpa}@web-1 is not poisoned as far as is known" in " ".join(told.split())
 
 
 @pytest.fixture

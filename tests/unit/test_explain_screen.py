@@ -144,7 +144,7 @@ def test_several_vms_of_one_name_are_listed(tmp_path: Path) -> None:
     """Started again after the page was lost: the new one is fine, the old one is over."""
     events = [*sick(1, "web"), VmGone(T0 + SECOND, 1), VmSeen(T0 + 2 * SECOND, 2, 4002, "web")]
     text = explained("web", "--from", recorded(tmp_path / "again.jsonl", *events))
-    assert text.startswith("OK  None of 2 VMs has a poisoned page as far as kvmtrace knows")
+    assert text.startswith("OK  None of 2 VMs has a poisoned page as far as is known")
     assert "2 VMs go by that\n" in text
     assert "no page      web (pid 4002); can be migrated: yes\n" in text
     assert "closed       web (pid 4001), gone\n" in text

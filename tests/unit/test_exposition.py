@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from kvmtrace.model import Snapshot, Vm
 from kvmtrace.views.web import exposition, vm_labels
-from kvmtrace.views.web.exposition import Heads, render
+from kvmtrace.views.web.exposition import render
 from kvmtrace.views.web.metrics import Exporter
 from kvmtrace.views.web.vm_labels import VmLabels
 from tests.exporter_scenario import Scenario
@@ -56,13 +56,26 @@ def test_the_text_is_the_librarys(snapshot: Snapshot) -> None:
     assert text.count(b"# EOF") == 1
 
 
-def test_heads_of_vms_that_are_gone_are_dropped() -> None:
-    heads = Heads("kvmtrace_x", "X.", "gauge", ("vm",))
-    for number in range(5000):
-        family = heads.family()
-        family.add_metric((f"vm-{number}",), number)
-        assert family.text() == f'kvmtrace_x{{vm="vm-{number}"}} {number}.0\n'.encode()
-        assert len(heads._heads) <= 1003
+def test_lines_of_vms_that_are_gone_are_dropped() -> None:
+    for number in range(3):
+        one = vm(number, f"vm-{number}")
+        snapshot = Snapshot(vms={number: one})
+        exporter = Exporter(lambda: snapshot)  # noqa: B023 (called at once)
+        render(exporter.families())
+        assert list(exporter._by_vm._kept) == [f"vm-{number}"]
+
+
+def test_a_value_that_changes_is_written_again() -> None:
+    snapshots = [Snapshot(vms={1: vm(1, "one", EFAULT=count), 2: vm(2, "two")}) for count in (1, 2)]
+    exporter = Exporter(lambda: snapshots[-1])
+    first = render(exporter.families())
+    snapshots.append(Snapshot(vms={1: vm(1, "one", EFAULT=7, E2BIG=1), 2: vm(2, "two")}))
+    second = render(exporter.families())
+    assert second == render(Exporter(lambda: snapshots[-1]).families())
+    assert set(second.splitlines()) - set(first.splitlines()) == {
+        b'kvmtrace_memory_fault_exits_total{cause="hwpoison",errno="EFAULT",vm="one"} 7.0',
+        b'kvmtrace_memory_fault_exits_total{cause="hwpoison",errno="E2BIG",vm="one"} 1.0',
+    }
 
 
 def test_a_head_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,13 @@ from click.shell_completion import ShellComplete
 from kvmtrace import cli, sources
 from kvmtrace.events import Event, VmGone, VmSeen
 from kvmtrace.linux import clock
-from kvmtrace.session.feed import FeedServer, send_log
+from kvmtrace.session.feed import send_log
 from kvmtrace.session.session import Session
 from kvmtrace.sources.remote import RemoteSource
 from tests import docs
 from tests.unit.command_line import invoke
 from tests.unit.fake import STORY, FakeSource
+from tests.unit.serving import Answering
 
 OPTIONS = [
     (name, option)
@@ -109,7 +110,7 @@ def test_no_variable_prints_the_version(monkeypatch: pytest.MonkeyPatch) -> None
 def serving(*events: Event) -> Iterator[None]:
     session = Session(FakeSource(events))
     session.pump(0)
-    feed = FeedServer(lambda client: send_log(session, client))
+    feed = Answering(lambda client: send_log(session, client))
     try:
         yield
     finally:

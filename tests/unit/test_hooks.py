@@ -10,11 +10,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from kvmtrace import sources
+from kvmtrace.cli import doors
 from kvmtrace.cli import hooks as hooks_module
 from kvmtrace.cli.hooks import QUEUE, HookRun, Hooks, program
 from kvmtrace.correlate import Correlator
@@ -24,7 +26,8 @@ from kvmtrace.session.session import Session
 from kvmtrace.views import json_output
 from kvmtrace.views.hook_input import hook_input, hook_variables, is_wanted
 from kvmtrace.views.incident_log import Change, IncidentLog, LogEntry
-from kvmtrace.views.web import metrics
+from kvmtrace.views.web.pages import Pages
+from tests.unit import serving
 from tests.unit.command_line import invoke
 from tests.unit.fake import PROBES, SECOND, STORY, T0, FakeSource
 from tests.unit.waiting import until
@@ -344,13 +347,12 @@ def test_one_that_hangs_holds_up_nothing_and_is_logged(
 ) -> None:
     path = script(tmp_path / "hook", "sleep 1000")
     counts: list[dict[str, int]] = []
-    real = metrics.serve
 
-    def remembered(*arguments: object, **options: object) -> object:
-        counts.append(options["hooks"])  # type: ignore[arg-type]
-        return real(*arguments, **options)  # type: ignore[arg-type]
+    def remembered(*arguments: Any, **options: Any) -> Pages:
+        counts.append(options["hooks"])
+        return Pages(*arguments, **options)
 
-    monkeypatch.setattr(metrics, "serve", remembered)
+    monkeypatch.setattr(doors, "Pages", remembered)
     status = serve(
         monkeypatch,
         lambda: counts and counts[0]["timeout"],  # asked while it hangs, as the source is read
@@ -377,7 +379,7 @@ def test_the_file_gives_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_counted_is_exported() -> None:
     session = Session(FakeSource(STORY))
     counts = {"ok": 5, "failed": 2, "timeout": 1, "dropped": 7}
-    server = metrics.serve("127.0.0.1:0", session, hooks=counts)
+    server = serving.serve("127.0.0.1:0", session, hooks=counts)
     try:
         with urllib.request.urlopen(f"{server.url}/metrics") as answer:
             text = answer.read().decode()

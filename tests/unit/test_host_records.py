@@ -13,7 +13,7 @@ import pytest
 
 from kvmtrace import sources
 from kvmtrace.events import Host
-from kvmtrace.linux import edac, kernel_log, memory_failure, smbios
+from kvmtrace.linux import edac, kernel_log, memory_failure, page_flags, smbios
 from kvmtrace.linux.edac import EdacCount
 from kvmtrace.linux.smbios import MemoryDevice
 from kvmtrace.views.host_files import HostRecords, host_files
@@ -125,7 +125,7 @@ def test_settings_and_counts_of_the_kernel(tmp_path: Path) -> None:
     node = tmp_path / "devices/system/node/node1/memory_failure"
     node.mkdir(parents=True)
     (node / "total").write_text("3\n")
-    assert memory_failure.failures_by_node(str(tmp_path)) == {"node1": {"total": 3}}
+    assert page_flags.failures_by_node(str(tmp_path)) == {"node1": {"total": 3}}
 
 
 ASKS = """

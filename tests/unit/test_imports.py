@@ -42,6 +42,9 @@ MAY_IMPORT = {
 HOMES: dict[str, str | tuple[str, ...]] = {
     "bcc": "sources/bpf/compiler.py",
     "click": "cli/",
+    "h11": "views/web/server.py",
+    "yaml": "views/web/web_config.py",
+    "bcrypt": "views/web/basic_auth.py",
     "prometheus_client": ("views/web/metrics.py", "views/web/exposition.py"),
     "textual": "views/terminal/app.py",
     "rich": "views/terminal/app.py",

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtrace.events import Owner, Sigbus
-from kvmtrace.judgement.actions import MOST_CELLS, Action, ActionKind, actions, next_steps
+from kvmtrace.judgement.action import MOST_CELLS, Action, ActionKind
+from kvmtrace.judgement.actions import actions, next_steps
 from kvmtrace.judgement.migration import migration
 from kvmtrace.judgement.urgency import Level, Urgency, by_urgency, host_urgency, urgency_of
 from kvmtrace.model import (
@@ -279,7 +280,7 @@ ACTIONS: dict[str, tuple[Incident, list[ActionKind], tuple[str, ...], str]] = {
     "latent, Cloud Hypervisor in a unit": (
         judged(vm=replace(CLOUD, unit="ch@web-1.service")),
         [K.SHUT_DOWN],
-        (POWER, "systemctl start ch@web-1.service"),
+        (POWER, "tail --pid=900 -f /dev/null && systemctl start ch@web-1.service"),
         "shut down from the guest",
     ),
     "latent, Firecracker": (
@@ -502,7 +503,9 @@ def _is_known(words: list[str], vm: VmIdentity) -> bool:
             return word == vm.unit and not word.startswith("-")
         case ["curl", "--unix-socket", word, "-X", "PUT", url, *_]:
             return word == vm.api_socket and url.startswith("http://localhost/")
-        case ["kill", "900"] | ["systemctl", "reboot"] | ["journalctl", "-k"]:
+        case ["kill", "900"] | ["tail", "--pid=900", "-f", "/dev/null"]:
+            return True
+        case ["systemctl", "reboot"] | ["journalctl", "-k"]:
             return True
     return words[0] == "grep"
 

@@ -31,6 +31,7 @@ from kvmtrace.sources.limits import RING_KIB
 from kvmtrace.views.web import metrics, vm_incidents
 from kvmtrace.views.web.vm_labels import VmLabels
 from tests.exporter_scenario import CONVERSIONS, LOOPS, START, Scenario
+from tests.unit import serving
 from tests.unit.fake import FakeSource
 from tests.unit.web_client import Beating, ask
 
@@ -498,7 +499,7 @@ def test_vms_of_one_name_have_labels_with_their_number() -> None:
 
 
 def test_when_the_source_was_read_is_a_metric() -> None:
-    server = metrics.serve("127.0.0.1:0", Beating(age=1000.0))
+    server = serving.serve("127.0.0.1:0", Beating(age=1000.0))
     try:
         before = time.time()
         body = ask(server, "/metrics")[1].decode()

@@ -17,7 +17,7 @@ from kvmtrace.enrich.existing_poison import ExistingPoison
 from kvmtrace.enrich.kernel_counts import KernelCountsReader
 from kvmtrace.enrich.machine_checks import MachineChecks
 from kvmtrace.enrich.owners import OwnerLookup
-from kvmtrace.enrich.page_tables import MappedPage, PageTableSearch, find, poisoned_pfn
+from kvmtrace.enrich.page_tables import MappedPage, PageTableSearch, poisoned_pfn, walk
 from kvmtrace.enrich.pipeline import EnrichedSource, all_stages, in_order
 from kvmtrace.enrich.signal_pages import SignalPages
 from kvmtrace.events import (
@@ -130,14 +130,20 @@ LOW_MAPS = "00010000-00020000 rw-p 00000000 00:00 0 \n"
 SHARED_MAPS = "00040000-00060000 rw-s 00002000 00:01 1029 /memfd:guest (deleted)\n"
 
 
+def places(pfns: tuple[int, ...], pids: tuple[int, ...], proc: str) -> list[MappedPage]:
+    return [place for place in walk(pfns, pids, proc) if isinstance(place, MappedPage)]
+
+
 def test_a_page_table_is_read_where_it_cannot_be_scanned(tmp_path: Path) -> None:
     proc_with(tmp_path, 7, {0x10000: PRESENT, 0x13000: ANON, 0x1F000: 0}, LOW_MAPS)
     proc = str(tmp_path)
     assert poisoned_pfn(7, 0x13000, proc) == 0x104CAA
     assert poisoned_pfn(7, 0x10000, proc) is None
     assert poisoned_pfn(8, 0x13000, proc) is None  # no such process
-    assert find([0x104CAA, 0x999], [7, 8], proc) == [MappedPage(7, 0x13000, 0x104CAA, PAGE)]
-    assert find([0x105C00], [7], proc) == [MappedPage(7, 0x10000, 0x105C00, PAGE)]  # still mapped
+    assert places((0x104CAA, 0x999), (7, 8), proc) == [MappedPage(7, 0x13000, 0x104CAA, PAGE)]
+    assert places((0x105C00,), (7,), proc) == [
+        MappedPage(7, 0x10000, 0x105C00, PAGE)
+    ]  # still mapped
 
 
 def test_a_process_that_maps_the_same_file_owns_the_page_too(tmp_path: Path) -> None:
@@ -146,7 +152,7 @@ def test_a_process_that_maps_the_same_file_owns_the_page_too(tmp_path: Path) -> 
     proc_with(tmp_path, 8, {0x11F000: 0}, other)
     proc_with(tmp_path, 9, {0x101000: PRESENT, 0x11F000: 0}, other)  # put another page in its place
     file = (os.makedev(0, 1), 1029, 5)
-    assert find([0x107009], [7, 8, 9], str(tmp_path)) == [
+    assert places((0x107009,), (7, 8, 9), str(tmp_path)) == [
         MappedPage(7, 0x43000, 0x107009, PAGE, "pagemap", file),
         MappedPage(8, 0x101000, 0x107009, PAGE, "mapping", file),
     ]

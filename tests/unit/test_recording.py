@@ -349,3 +349,42 @@ def test_exits_without_a_counter_of_their_own_keep_unknown_fields(tmp_path: Path
     assert '"vcpu":' not in text
     path.write_text(text)
     assert replayed(path)[0] == [counted, nothing]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ('{"kind": "vm_gone", "ts": 1, "vm": [1', "2]}"),
+        ('{"kind": "quiet", "ts": 1}, {"kind": "quiet", "ts": 2}',),
+        ('{"kind": "quiet", "ts": [1', '{"a": 2}]}', '{"kind": "quiet", "ts": 5}, {"b": 6}'),
+        ('{"kind": "quiet", "ts": 1, "x": "', '", "y": "', '"}'),
+    ],
+)
+def test_lines_that_are_parsed_together_stand_alone(tmp_path: Path, lines: tuple[str, ...]) -> None:
+    """What is no object by itself is damage, whatever it is with the lines beside it."""
+    path = tmp_path / "recording"
+    header = recorded(()).splitlines()[0]
+    text = "\n".join(
+        [header, '{"kind": "quiet", "ts": 7}', *lines, '{"kind": "quiet", "ts": 9}', ""]
+    )
+    path.write_text(text)
+    source = RecordingSource(str(path))
+    events = source.poll(0)
+    source.close()
+    assert events == [Tick(7), Tick(9)]
+    assert "line 3: not JSON" in str(source.damage)
+
+
+def test_reading_again_ends_where_it_ended(tmp_path: Path) -> None:
+    """Lines that were read ahead and not taken are left out, as those that follow."""
+    path = tmp_path / "recording"
+    path.write_text(recorded(tuple(Tick(T0 + number) for number in range(1000))))
+    source = RecordingSource(str(path), twice=True)
+    first = source.poll(0)
+    source.rewind()
+    again: list[Event] = []
+    while not source.done:
+        again += source.poll(0)
+    source.close()
+    assert first == again
+    assert 0 < len(first) < 1000

@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from kvmtrace import feed_socket, sources
-from kvmtrace.cli.inputs import open_door
+from kvmtrace import local_socket, sources
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import Event, Exit, Sigbus, VmGone, VmSeen
-from kvmtrace.session import feed
 from kvmtrace.session.session import Session
 from kvmtrace.session.subscriber import Subscriber
 from kvmtrace.sources import remote as joined_module
 from kvmtrace.sources.codec import to_record
 from kvmtrace.sources.remote import RemoteSource
+from kvmtrace.views.web import stream
 from tests.unit.command_line import invoke
 from tests.unit.fake import PROBES, SECOND, T0, FakeSource
+from tests.unit.serving import Answering, open_door
 from tests.unit.test_explain import STORY
 from tests.unit.waiting import until
 
@@ -173,7 +173,7 @@ def vars_of(event: Event) -> tuple[object, ...]:
 
 
 def test_clients_are_limited(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "MAX_CLIENTS", 2)
+    monkeypatch.setattr(stream, "MAX_STREAMS", 2)
     first, second = joined(), joined()
     assert RemoteSource.connect() is None
     first.close()
@@ -185,7 +185,7 @@ def test_clients_are_limited(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_serve_of_a_stranger_is_not_trusted(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed_socket, "is_trusted_peer", lambda peer: False)
+    monkeypatch.setattr(local_socket, "is_trusted_peer", lambda peer: False)
     assert RemoteSource.connect() is None
     assert serve.subscribers == 0
 
@@ -205,7 +205,7 @@ def test_a_serve_of_a_stranger_is_not_trusted(
     ],
 )
 def test_an_incompatible_serve_is_ignored(said: str) -> None:
-    answering = feed.FeedServer(lambda client: client.sendall(said.encode()))
+    answering = Answering(lambda client: client.file.write(said))
     try:
         assert RemoteSource.connect() is None
     finally:
@@ -217,7 +217,7 @@ def test_a_malformed_event_is_one_error(said: str) -> None:
     header = (
         '{"kvmtrace_recording":1,"name":"a","kernel":"b","source":"bpf"}\n{"kind":"from_here_on"}\n'
     )
-    answering = feed.FeedServer(lambda client: client.sendall(f"{header}{said}\n".encode()))
+    answering = Answering(lambda client: client.file.write(f"{header}{said}\n"))
     try:
         source = joined()
         assert source.poll(0) == []

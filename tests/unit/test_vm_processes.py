@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmtrace.vmm import identity
-from kvmtrace.vmm.identity import holds_vm, vm_processes
+from kvmtrace.vmm.identity import vm_descriptor, vm_processes
 from tests.unit.fake_proc import Proc
 
 
@@ -23,7 +23,7 @@ def test_vm_processes(proc: Proc, tmp_path: Path) -> None:
     (tmp_path / "5").mkdir()  # going: no fd directory any more
     (tmp_path / "self").mkdir()
     assert vm_processes(str(tmp_path)) == {2: 2, 3: 0, 4: 1}
-    assert [holds_vm(pid, str(tmp_path)) for pid in (1, 2, 3, 5, 6)] == [
+    assert [vm_descriptor(pid, str(tmp_path)) is not None for pid in (1, 2, 3, 5, 6)] == [
         False,
         True,
         True,

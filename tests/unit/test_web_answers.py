@@ -9,31 +9,33 @@ from http import HTTPStatus
 import pytest
 
 from kvmtrace.model import Snapshot
-from kvmtrace.views.web import metrics
+from kvmtrace.views.web import answers, pages
 from kvmtrace.views.web import server as server_module
-from kvmtrace.views.web.server import Answer, Server
+from kvmtrace.views.web.answers import Answer
+from kvmtrace.views.web.server import Server
+from tests.unit import serving
 from tests.unit.waiting import until
 from tests.unit.web_client import Beating, ask, connect
 
 
 def test_one_snapshot_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "SNAPSHOT_SECONDS", 3600)
-    monkeypatch.setattr(server_module, "MAX_KEEP_SECONDS", 0)
+    monkeypatch.setattr(pages, "SNAPSHOT_SECONDS", 3600)
+    monkeypatch.setattr(answers, "MAX_KEEP_SECONDS", 0)
     session = Beating()
-    server = metrics.serve("127.0.0.1:0", session)
+    server = serving.serve("127.0.0.1:0", session)
     paths = ["/metrics", "/"] * 8
-    answers: list[int] = []
+    statuses: list[int] = []
     try:
         threads = [
-            threading.Thread(target=lambda path=path: answers.append(ask(server, path)[0].status))
+            threading.Thread(target=lambda path=path: statuses.append(ask(server, path)[0].status))
             for path in paths
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        monkeypatch.setattr(metrics, "SNAPSHOT_SECONDS", 0)
-        assert answers == [200] * len(paths)
+        monkeypatch.setattr(pages, "SNAPSHOT_SECONDS", 0)
+        assert statuses == [200] * len(paths)
         assert session.snapshots == 1
         ask(server, "/")
         assert session.snapshots == 2
@@ -50,9 +52,9 @@ def test_one_answer_serves_all() -> None:
         made += 1
         called.set()
         go.wait(20)
-        return server_module.text(HTTPStatus.OK, str(made))
+        return answers.text(HTTPStatus.OK, str(made))
 
-    server = server_module.start("127.0.0.1:0", {"/": server_module.Shared(make)})
+    server = serving.start("127.0.0.1:0", {"/": answers.Shared(make)})
     bodies: list[bytes] = []
     try:
         threads = [
@@ -87,13 +89,13 @@ class Made:
         self.at_once -= 1
         if name == "broken":
             raise ZeroDivisionError
-        return server_module.text(HTTPStatus.OK, f"this is {name}")
+        return answers.text(HTTPStatus.OK, f"this is {name}")
 
 
 @pytest.fixture
 def tree() -> Iterator[tuple[Server, Made]]:
     made = Made()
-    running = server_module.start("127.0.0.1:0", {"/a/": server_module.Tree(made)})
+    running = serving.start("127.0.0.1:0", {"/a/": answers.Tree(made)})
     yield running, made
     made.go.set()
     running.close()
@@ -115,7 +117,7 @@ def test_a_tree_answers_for_what_is_directly_below_it(tree: tuple[Server, Made])
 
 def test_names_are_answered_one_at_a_time_and_not_without_end(tree: tuple[Server, Made]) -> None:
     running, made = tree
-    room = server_module.WAITING_NAMES
+    room = answers.WAITING_NAMES
     bodies: list[bytes] = []
 
     def client(name: str) -> None:
@@ -140,11 +142,11 @@ def test_names_are_answered_one_at_a_time_and_not_without_end(tree: tuple[Server
 def test_few_answers_are_kept(tree: tuple[Server, Made]) -> None:
     running, made = tree
     made.go.set()
-    route = running._routes["/a/"]
-    assert isinstance(route, server_module.Tree)
-    for number in range(3 * server_module.KEPT_NAMES):
+    route = running.listeners[0].routes["/a/"]
+    assert isinstance(route, answers.Tree)
+    for number in range(3 * answers.KEPT_NAMES):
         assert ask(running, f"/a/{number}")[0].status == 200
-    assert len(route._kept) == server_module.KEPT_NAMES
+    assert len(route._kept) == answers.KEPT_NAMES
     assert not route._waiting
 
 
@@ -154,10 +156,10 @@ def test_many_names_take_no_more_of_the_readers_time_than_one(
     """After an answer, none is made for fifty times as long as it took."""
     running, made = tree
     made.go.set()
-    route = running._routes["/a/"]
-    assert isinstance(route, server_module.Tree)
-    monkeypatch.setattr(server_module, "_made", lambda make, name: (make(name), 3600.0))
-    monkeypatch.setattr(server_module, "MAX_KEEP_SECONDS", 3600.0)
+    route = running.listeners[0].routes["/a/"]
+    assert isinstance(route, answers.Tree)
+    monkeypatch.setattr(answers, "_made", lambda make, name: (make(name), 3600.0))
+    monkeypatch.setattr(answers, "MAX_KEEP_SECONDS", 3600.0)
     assert ask(running, "/a/one")[1] == b"this is one"
     with connect(running) as second:
         second.sendall(b"GET /a/two HTTP/1.0\r\n\r\n")
@@ -185,18 +187,18 @@ def test_health_is_the_heartbeat_and_nothing_else(monkeypatch: pytest.MonkeyPatc
         return Snapshot()
 
     monkeypatch.setattr(session, "snapshot", stuck)
-    server = metrics.serve("127.0.0.1:0", session)
+    server = serving.serve("127.0.0.1:0", session)
     try:
         with connect(server) as scraper:
             scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
             until(lambda: [one.stage for one in server._clients] == [server_module._ANSWERING])
             assert ask(server, "/-/healthy")[0].status == 200
-            session._age = metrics.STALE_SECONDS + 2.4
+            session._age = pages.STALE_SECONDS + 2.4
             response, body = ask(server, "/-/healthy")
             assert response.status == 503
             assert body == b"not healthy: the source was last read 7 s ago\n"
             go.set()
-            assert scraper.recv(1 << 16).startswith(b"HTTP/1.0 200")
+            assert scraper.recv(1 << 16).startswith(b"HTTP/1.1 200")
         response, body = ask(server, "/")
         assert response.status == 503
         assert b"last read 7 s ago" in body

@@ -12,10 +12,12 @@ from http import HTTPStatus
 
 import pytest
 
-from kvmtrace.views.web import metrics
+from kvmtrace.views.web import answers
 from kvmtrace.views.web import server as server_module
-from kvmtrace.views.web.server import Answer, Server
+from kvmtrace.views.web.answers import Answer
+from kvmtrace.views.web.server import Server
 from tests.exporter_scenario import Scenario
+from tests.unit import serving
 from tests.unit.waiting import until
 from tests.unit.web_client import ask, connect, is_open
 
@@ -26,7 +28,7 @@ def test_a_client_that_does_not_come_to_the_point_is_let_go_quietly(
 ) -> None:
     """However often it sends a little more."""
     monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.3)
-    server = metrics.serve("127.0.0.1:0", Scenario())
+    server = serving.serve("127.0.0.1:0", Scenario())
     try:
         with connect(server) as slow:
             slow.sendall(sent)
@@ -44,7 +46,7 @@ def test_a_client_that_does_not_come_to_the_point_is_let_go_quietly(
 def test_a_client_that_does_not_read_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "ANSWER_SECONDS", 0.3)
     big = b"x" * (64 << 20)  # more than any socket's buffers
-    server = server_module.start("127.0.0.1:0", {"/": lambda headers: Answer(HTTPStatus.OK, big)})
+    server = serving.start("127.0.0.1:0", {"/": lambda headers: Answer(HTTPStatus.OK, big)})
     try:
         with connect(server) as stuck:
             stuck.sendall(b"GET / HTTP/1.0\r\n\r\n")
@@ -57,7 +59,7 @@ def test_the_oldest_idle_client_makes_room_for_one_who_asks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 8)
-    server = metrics.serve("127.0.0.1:0", Scenario())
+    server = serving.serve("127.0.0.1:0", Scenario())
     idle = [connect(server) for _ in range(20)]
     try:
         until(lambda: server.dropped["crowded"] == 16)
@@ -72,14 +74,14 @@ def test_the_oldest_idle_client_makes_room_for_one_who_asks(
 
 def test_one_peer_does_not_take_the_places_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 8)
-    server = metrics.serve("127.0.0.1:0", Scenario())
+    server = serving.serve("127.0.0.1:0", Scenario())
     try:
         with connect(server) as patient:
             greedy = [connect(server, "127.0.0.2") for _ in range(20)]
             until(lambda: server.dropped["crowded"] == 16)
             assert is_open(patient)
             patient.sendall(b"GET /-/healthy HTTP/1.0\r\n\r\n")
-            assert patient.recv(1 << 16).startswith(b"HTTP/1.0 200 OK\r\n")
+            assert patient.recv(1 << 16).startswith(b"HTTP/1.1 200 OK\r\n")
             for one in greedy:
                 one.close()
     finally:
@@ -89,7 +91,7 @@ def test_one_peer_does_not_take_the_places_of_another(monkeypatch: pytest.Monkey
 def test_connections_leave_descriptors_to_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {resource.RLIMIT_NOFILE: (40, 40)}
     monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
-    server = metrics.serve("127.0.0.1:0", Scenario())
+    server = serving.serve("127.0.0.1:0", Scenario())
     idle = [connect(server) for _ in range(30)]
     try:
         until(lambda: server.dropped["crowded"] == 25)
@@ -103,10 +105,11 @@ def test_connections_leave_descriptors_to_the_reader(monkeypatch: pytest.MonkeyP
 def test_no_descriptor_for_a_connection_is_survived_and_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    server = metrics.serve("127.0.0.1:0", Scenario())
+    server = serving.serve("127.0.0.1:0", Scenario())
     try:
         with connect(server) as idle:
             until(lambda: server._clients)
+            (listener,) = server.listeners
 
             class Short:
                 """The listening socket, with nothing left for the next connection."""
@@ -117,10 +120,10 @@ def test_no_descriptor_for_a_connection_is_survived_and_counted(
                     self.close = listening.close
 
                 def accept(self) -> tuple[socket.socket, object]:
-                    monkeypatch.setattr(server, "_listening", self._listening)
+                    monkeypatch.setattr(listener, "listening", self._listening)
                     raise OSError(errno.EMFILE, "Too many open files")
 
-            monkeypatch.setattr(server, "_listening", Short(server._listening))
+            monkeypatch.setattr(listener, "listening", Short(listener.listening))
             response, body = ask(server, "/metrics")
             assert response.status == 200
             assert b'kvmtrace_http_connections_dropped_total{why="descriptors"} 1.0' in body
@@ -136,9 +139,14 @@ def test_no_descriptor_for_a_connection_is_survived_and_counted(
         (b"GET / HTTP/1.0\r\n" + b"X: a\r\n" * 3000 + b"\r\n", 431),
         (b"hello\r\n\r\n", 400),
         (b"\r\n\r\n", 400),
-        (b"\xff\x00 \xff \xff\r\n:\r\n\r\n", 405),
-        (b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + b"a" * 100_000, 405),
+        (b"\xff\x00 \xff \xff\r\n:\r\n\r\n", 400),
+        (
+            b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
+            + b"a" * 100_000,
+            405,
+        ),
         (b"GET / HTTP/1.0\n\n", 200),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),  # without a Host
     ],
 )
 def test_requests_that_are_none(server: Server, sent: bytes, status: int) -> None:
@@ -148,7 +156,7 @@ def test_requests_that_are_none(server: Server, sent: bytes, status: int) -> Non
         answer = b""
         while more := client.recv(1 << 16):
             answer += more
-    assert answer.startswith(b"HTTP/1.0 %d " % status)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +181,7 @@ def test_an_answer_that_fails_is_one_line(capfd: pytest.CaptureFixture[str]) -> 
     def broken(variant: Hashable) -> Answer:
         raise ZeroDivisionError
 
-    server = server_module.start("127.0.0.1:0", {"/": server_module.Shared(broken)})
+    server = serving.start("127.0.0.1:0", {"/": answers.Shared(broken)})
     try:
         response, body = ask(server, "/")
     finally:

@@ -28,9 +28,10 @@ from kvmtrace.probes import Probe
 from kvmtrace.views.explain import explain_text, sentence
 from kvmtrace.views.format import plain
 from kvmtrace.views.tables.summary import summary_spans
-from kvmtrace.views.web import document, incident_page, landing, metrics
+from kvmtrace.views.web import document, incident_page, landing
 from kvmtrace.views.web.server import Server
 from tests import browser, docs, page_pictures, png
+from tests.unit import serving
 from tests.unit.snapshots import HOST, NOW, PROBES, many, odd, small, vm
 
 DOCS = docs.ROOT / "docs"
@@ -257,7 +258,7 @@ def server() -> Iterator[Server]:
         def snapshot(self) -> Snapshot:
             return small()
 
-    running = metrics.serve("127.0.0.1:0", Session(), now=lambda: NOW)
+    running = serving.serve("127.0.0.1:0", Session(), now=lambda: NOW)
     yield running
     running.close()
 
@@ -312,7 +313,7 @@ def test_when_nothing_is_watched_no_page_pretends() -> None:
         def snapshot(self) -> Snapshot:
             raise OSError("the source <ended>")
 
-    running = metrics.serve("127.0.0.1:0", Ended())
+    running = serving.serve("127.0.0.1:0", Ended())
     try:
         for path in ("/", "/incident/103275-1"):
             response, body = ask(running, path)

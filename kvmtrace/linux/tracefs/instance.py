@@ -14,6 +14,7 @@ import resource
 import time
 from collections.abc import Iterator
 
+from kvmtrace.linux import task_stat
 from kvmtrace.linux.read import read_text
 from kvmtrace.linux.tracefs.ring_page import PageLayout
 
@@ -70,7 +71,7 @@ class Instance:
     def drain(self) -> Iterator[bytes]:
         """Read every page that there is now, CPU by CPU, with those that are partly filled."""
         for fd in self._fds.values():
-            # A ring may be filled as fast as it is read: stop at some time.
+            # A ring may be filled as fast as it is read: stop after so many pages.
             for _ in range(2 + 2 * self.capacity // self.layout.size):
                 try:
                     page = os.read(fd, self.layout.size)
@@ -143,9 +144,9 @@ def _open(path: str) -> int:
     return os.open(path, flags)
 
 
-def remove(path: str, seconds: float = 1.0) -> bool:
-    """Remove an instance; try again for ``seconds``, as the last reader may still hold it."""
-    end = time.monotonic() + seconds
+def remove(path: str) -> bool:
+    """Remove an instance; try again for a second, as the last reader may still hold it."""
+    end = time.monotonic() + 1.0
     while True:
         try:
             os.rmdir(path)
@@ -192,16 +193,11 @@ def is_dead(name: str) -> bool:
     match = _NAME.fullmatch(name)
     if match is None or int(match[3], 16) != _namespace():
         return False
-    return _started(int(match[1])) != int(match[2])
+    return _started(int(match[1])) != match[2]
 
 
-def _started(pid: int) -> int | None:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The command name, in parentheses, may contain anything.
-            return int(file.read().rpartition(b")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
-        return None
+def _started(pid: int) -> str | None:
+    return task_stat.start_of(read_text(f"/proc/{pid}/stat", 4096))
 
 
 def _namespace() -> int:

@@ -21,7 +21,6 @@ _STORED = 1 << 30
 _PADDING, _TIME_EXTEND, _TIME_STAMP = 29, 30, 31
 _TS_SHIFT = 27
 _TS_MASK = (1 << _TS_SHIFT) - 1
-_MAX_SMALL = 28 * 4
 
 _LITTLE = sys.byteorder == "little"
 _U32 = struct.Struct("=I")

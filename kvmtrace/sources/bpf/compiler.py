@@ -165,7 +165,7 @@ def compiled(cflags: Sequence[str], python: str = sys.executable) -> CompiledPro
     directory = bpf_dir()
     request = {
         "text": joined(),
-        "cflags": [f"-I{directory}", *cflags],
+        "cflags": [f"-I{directory}", "-g0", *cflags],  # nobody reads debugging information
         "stubs": str(directory / "stubs"),
     }
     code = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import main; main()"

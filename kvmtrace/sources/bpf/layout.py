@@ -176,8 +176,11 @@ class Layout:
             if name in self.symbols
         }
 
-    def cflags(self) -> list[str]:
-        """The macros that bpf/*.c are compiled with; the same for every boot of a kernel."""
+    def cflags(self, *, kprobes: bool = False) -> list[str]:
+        """The macros that bpf/*.c are compiled with; the same for every boot of a kernel.
+
+        ``kprobes``: programs for kprobes as well where BTF has the function.
+        """
         types = self._types
         flags = [
             f"-DPAGE_SHIFT_={kvm.PAGE_SHIFT}",
@@ -191,6 +194,8 @@ class Layout:
             if function:
                 flags += [f"-DFN_{spec.name}=fn_{spec.name}"]
                 flags += [f"-DNARGS_{spec.name}={len(function.arguments)}"]
+            if kprobes or not function:
+                flags += [f"-DKP_{spec.name}"]
         if _TASK_PT_REGS in self.symbols:
             flags += ["-DHAS_TASK_PT_REGS"]
         # Addresses are zeros for those who may not see them.

@@ -164,12 +164,18 @@ class Loader:
         except OSError:
             self.close()
             raise
-        for name, program in compiled.programs.items():
+        self._addresses = addresses
+        self.add(compiled)
+
+    def add(self, compiled: CompiledPrograms) -> None:
+        """Add programs that use the same maps; those that are there already stay."""
+        for name in compiled.programs.keys() - self._programs.keys():
+            program = compiled.programs[name]
             instructions = bytearray(program.code)
             code = Code(memoryview(instructions))
             for place, map_name in program.maps:
                 code.set_map(place, self.maps[map_name].fd)
-            code.set_addresses(addresses)
+            code.set_addresses(self._addresses)
             self._programs[name] = _Program(instructions, code)
 
     def __contains__(self, name: str) -> bool:
@@ -205,8 +211,9 @@ class Loader:
         self._attach_event(_PerfEvent(type=_PERF_TYPE_TRACEPOINT, config=event_id), program)
         return program
 
-    def attach_kprobe(self, name: str, function: str, *, entry: bool) -> int:
-        """By kprobe or kretprobe."""
+    def attach_kprobe(self, name: str, function: str, *, entry: bool, copy: int = 0) -> int:
+        """By kprobe or kretprobe; preemption is off while such a program runs."""
+        self._programs[name].code.set_copy_number(copy)
         program = self._load(name, _KPROBE)
         try:
             kind = int(_text(f"{_PMU}/type"))

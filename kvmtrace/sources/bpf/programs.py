@@ -22,7 +22,13 @@ from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sources import limits
 from kvmtrace.sources.bpf import attach_errors
 from kvmtrace.sources.bpf.attach_errors import AttachFailure
-from kvmtrace.sources.bpf.compiler import CompiledPrograms, bcc_version, compiled, fingerprint
+from kvmtrace.sources.bpf.compiler import (
+    CompiledProgram,
+    CompiledPrograms,
+    bcc_version,
+    compiled,
+    fingerprint,
+)
 from kvmtrace.sources.bpf.layout import OFFSETS, Layout
 from kvmtrace.sources.bpf.loader import Loader
 from kvmtrace.sources.bpf.lookup import KernelLookup
@@ -80,6 +86,7 @@ class Programs:
                     raise kvm_module.Changing
                 break  # ``outdated`` notices what comes of it
             time.sleep(0.1)
+        self._cache: ProgramCache | None = cache
         programs = _compiled(self._layout, cache)
         if cache.trouble and cache.path:
             sources.note(f"the cache of eBPF programs: {cache.trouble}")
@@ -138,8 +145,10 @@ class Programs:
             via = "fentry" if spec.at == "entry" else "fexit"
             failed = self._attach_trampoline(spec, function, via)
             if failed is None:
+                self._attach_guard(spec, target)
                 return Probe(spec.name, True, target, via)
             failure = failed
+            self._add_kprobes()
         if f"kp_{spec.name}" in self._loader:
             failed, via = self._attach_kprobe(spec, target)
             if failed is None:
@@ -148,6 +157,16 @@ class Programs:
                 failed = replace(failed, why="this kernel has no kprobes")
             failure = attach_errors.both(failure, failed)
         return Probe(spec.name, False, target, why=failure.why, detail=failure.detail)
+
+    def _add_kprobes(self) -> None:
+        """Compile what is attached by kprobes: a function cannot be had by fentry or fexit."""
+        cache, self._cache = self._cache, None
+        if cache is None:
+            return
+        try:
+            self._loader.add(_compiled(self._layout, cache, kprobes=True))
+        except KvmtraceError as error:
+            sources.note(f"{error.message}, and fentry and fexit do not attach everywhere")
 
     def _attach_tracepoint(self, spec: probes.ProbeSpec, target: str) -> Probe:
         event = target.rpartition(":")[2]
@@ -173,6 +192,20 @@ class Programs:
                 return None if copy else failed
             self._copies[spec.name] = copy + 1
         return None
+
+    def _attach_guard(self, spec: probes.ProbeSpec, target: str) -> None:
+        """Handle calls of an entry for which all copies are skipped, by a kprobe beside them.
+
+        It is not preempted, but skipped while a process on its CPU is preempted in a bpf(2) call.
+        """
+        name, copies = f"kp_{spec.name}", self._copies.get(spec.name, 1)
+        if spec.at == "entry" and copies > 1 and name in self._loader:
+            self._try(
+                spec.name,
+                "kprobe",
+                lambda copy: self._loader.attach_kprobe(name, target, entry=True, copy=copy),
+                copies,
+            )
 
     def _attach_kprobe(
         self, spec: probes.ProbeSpec, target: str
@@ -262,16 +295,16 @@ def _layout(cache: ProgramCache) -> Layout:
     return Layout(specs, cache)
 
 
-def _cflags(layout: Layout) -> list[str]:
+def _cflags(layout: Layout, *, kprobes: bool) -> list[str]:
     return [
         *(f"-D{name}={getattr(limits, name)}" for name in limits.IN_C),
-        *layout.cflags(),
+        *layout.cflags(kprobes=kprobes),
     ]
 
 
-def _kept(layout: Layout, cache: ProgramCache) -> CompiledPrograms | None:
+def _kept(layout: Layout, cache: ProgramCache, *, kprobes: bool) -> CompiledPrograms | None:
     """What ``cache`` has for this kernel and for the bcc that is installed, if there is one."""
-    name = _name(layout)
+    name = _name(layout, kprobes=kprobes)
     found = cache.read(name)
     if found is None:
         return None
@@ -283,14 +316,53 @@ def _kept(layout: Layout, cache: ProgramCache) -> CompiledPrograms | None:
     return programs if bcc_version() in (None, programs.bcc) else None
 
 
-def _compiled(layout: Layout, cache: ProgramCache) -> CompiledPrograms:
-    """The programs for this kernel, from ``cache`` or compiled and kept there."""
-    programs = _kept(layout, cache)
+def _any_kept(layout: Layout, cache: ProgramCache) -> CompiledPrograms | None:
+    """Those with kprobes first: they are there only where they were needed."""
+    found = (_kept(layout, cache, kprobes=kprobes) for kprobes in (True, False))
+    return next(filter(None, found), None)
+
+
+def _compiled(
+    layout: Layout, cache: ProgramCache, *, kprobes: bool | None = None
+) -> CompiledPrograms:
+    """The programs for this kernel, from ``cache`` or compiled and kept there.
+
+    ``kprobes``: those for kprobes as well. None: only if the kernel has nothing better, because
+    they take a fifth of the time of compiling.
+    """
+    if kprobes is None:
+        programs = _any_kept(layout, cache)
+    else:
+        programs = _kept(layout, cache, kprobes=kprobes)
     if programs is None:
+        if kprobes is None:
+            kprobes = not _has_trampolines(layout)
         with sources.in_stage("compiling the eBPF programs for this kernel"):
-            programs = compiled(_cflags(layout))
-        cache.write(_name(layout), programs.as_object())
+            programs = compiled(_cflags(layout, kprobes=kprobes))
+        cache.write(_name(layout, kprobes=kprobes), programs.as_object())
     return programs
+
+
+# One function of the kernel's and one of kvm's that are seldom called, and `r0 = 0; exit`.
+_TRIED = ("sigbus", "vm_gone")
+_TRIAL = CompiledPrograms(
+    "", {}, {"trial": CompiledProgram(bytes.fromhex(f"b7{0:014x}95{0:014x}"), ())}
+)
+
+
+def _has_trampolines(layout: Layout) -> bool:
+    """Whether fentry programs can be attached: loading one does not tell."""
+    loader = Loader(_TRIAL, {})
+    try:
+        for spec in layout.specs:
+            function = layout.function(spec) if spec.name in _TRIED else None
+            if function is not None:
+                loader.attach_function("trial", function, entry=True, copy=0)
+    except OSError:
+        return False
+    finally:
+        loader.close()
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +382,7 @@ def kept() -> Kept | None:
     """Of this kernel, as it is now; None where the kernel has no BTF."""
     cache = ProgramCache()
     try:
-        programs = _kept(_layout(cache), cache)
+        programs = _any_kept(_layout(cache), cache)
     except (KvmtraceError, OSError):
         return None
     if programs is None:
@@ -322,13 +394,14 @@ def keep() -> Kept:
     """Compile for this kernel. Raises KvmtraceError; ``trouble`` if that cannot be kept."""
     cache = ProgramCache()
     layout = _layout(cache)
-    programs = compiled(_cflags(layout))
-    is_kept = cache.write(_name(layout), programs.as_object())
+    kprobes = not _has_trampolines(layout)
+    programs = compiled(_cflags(layout, kprobes=kprobes))
+    is_kept = cache.write(_name(layout, kprobes=kprobes), programs.as_object())
     return Kept(cache.path, programs.bcc if is_kept else None, cache.trouble)
 
 
-def _name(layout: Layout) -> str:
-    return f"programs-{fingerprint(_cflags(layout))}"
+def _name(layout: Layout, *, kprobes: bool) -> str:
+    return f"programs-{fingerprint(_cflags(layout, kprobes=kprobes))}"
 
 
 def _no_target(spec: probes.ProbeSpec, has_kvm: bool) -> dict[str, str]:

@@ -78,7 +78,8 @@ class BpfSignals:
     def __init__(self, vms: VmTable, offset: int) -> None:
         self._vms, self._offset = vms, offset
         self._counts = SignalCounts()
-        self._pending: dict[int, Sigbus] = {}  # by sending thread: the fault is to follow
+        # By sending thread: the fault is to follow. With the VM's address and generation.
+        self._pending: dict[int, tuple[Sigbus, tuple[int, int]]] = {}
 
     def signal(self, record: Any) -> list[Event]:
         """The events of a SigbusRecord; the signal itself may be held back for its fault."""
@@ -88,16 +89,16 @@ class BpfSignals:
         events: list[Event] = []
         signal = replace(self._sigbus(record, events), count=count)
         self._counts.remember(signal)
-        self._pending[record.h.tid] = signal
+        self._pending[record.h.tid] = signal, (record.h.kvm, record.h.gen)
         if record.vcpu == -1 or record.target_tid != record.h.tid or signal.hva is None:
             events += self.flush(record.h.tid)
         return events
 
     def fault(self, record: Any) -> list[Event]:
         """A fault on a poisoned page, right after the signal that was sent from it."""
-        signal = self._pending.pop(record.h.tid, None)
-        if signal is None:
+        if record.h.tid not in self._pending:
             return []
+        signal, _ = self._pending.pop(record.h.tid)
         lsb = signal.lsb or kvm.PAGE_SHIFT
         if record.hva and signal.hva is not None and record.hva >> lsb != signal.hva >> lsb:
             return [signal]
@@ -117,7 +118,12 @@ class BpfSignals:
     def flush(self, tid: int) -> list[Event]:
         """The signal of this thread that is held back, as it is."""
         pending = self._pending.pop(tid, None)
-        return [pending] if pending else []
+        return [pending[0]] if pending else []
+
+    def flush_vm(self, struct: tuple[int, int]) -> list[Event]:
+        """The signals of a VM (address and generation) that are held back, as they are."""
+        tids = [tid for tid, (_, vm) in self._pending.items() if vm == struct]
+        return [event for tid in tids for event in self.flush(tid)]
 
     def flush_all(self) -> list[Event]:
         return [event for tid in list(self._pending) for event in self.flush(tid)]
@@ -126,7 +132,7 @@ class BpfSignals:
         """Signals whose fault did not come in time. ``now``: epoch, ns."""
         return [
             event
-            for tid, pending in list(self._pending.items())
+            for tid, (pending, _) in list(self._pending.items())
             if now - pending.ts >= limits.BPF_SIGNAL_WAIT_NS
             for event in self.flush(tid)
         ]

@@ -170,7 +170,9 @@ class BpfTranslator:
 
     def _flush_vm_counters(self, struct: tuple[int, int], maps: Maps) -> list[Event]:
         """The events of all that was counted; then the counters of this VM are deleted."""
-        events = [] if self._flushed else self.counters(maps, at_once=True)
+        events = self._signals.flush_vm(struct)  # their faults would have come by now
+        if not self._flushed:
+            events += self.counters(maps, at_once=True)
         self._flushed = True
         exits, refusals = self._exits.forget(struct)
         maps.forget_exits(exits)

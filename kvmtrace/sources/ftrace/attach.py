@@ -300,9 +300,9 @@ def remove_dead(root: str) -> None:
             remove_events(DynamicEvents(root, group))
 
 
-def remove_events(events: DynamicEvents, seconds: float = 1.0) -> None:
-    """Remove all events of a group; try again for ``seconds``, as instances may still use them."""
-    end = time.monotonic() + seconds
+def remove_events(events: DynamicEvents) -> None:
+    """Remove all events of a group; try again for a second, as instances may still use them."""
+    end = time.monotonic() + 1.0
     while True:
         removed = [events.remove(name) for name in events.names()]
         if all(removed) or time.monotonic() >= end:

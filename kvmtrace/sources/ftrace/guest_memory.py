@@ -24,11 +24,7 @@ class FtraceMemory:
     def slots(self, vm: int) -> tuple[guest_memory.Memslot, ...] | None:
         """The memslots that were created, changed, or faulted on since the start."""
         struct = self._vms.struct_of(vm)
-        known = self._guest.slots(struct) if struct is not None else {}
-        return tuple(
-            guest_memory.Memslot(None, slot.base, slot.npages, slot.hva or 0, space)
-            for (space, _), slot in known.items()
-        )
+        return self._guest.slots(struct) if struct is not None else ()
 
     def huge_entry(self, vm: int, hva: int) -> int | None:
         """Return None: the VMM's page table cannot be read."""

@@ -44,7 +44,6 @@ PROBES = {
 
 
 def machine_check(record: Record) -> Event:
-    """A machine check."""
     fields = record.fields
     check = MachineCheck(
         fields["bank"],

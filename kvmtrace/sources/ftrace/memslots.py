@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvmtrace import kvm
 from kvmtrace.bounded import BoundedDict
 from kvmtrace.probes import ProbeSpec
 from kvmtrace.sources.ftrace.fields import ProbeRequest, needed, optional, slot_fields
+from kvmtrace.sources.guest_memory import Memslot
 from kvmtrace.sources.limits import MAX_POISONED_PAGES, MAX_SLOTS
 
 # include/uapi/linux/kvm.h
@@ -38,12 +38,9 @@ PROBES = {
 
 
 @dataclass(frozen=True, slots=True)
-class TracedSlot:
+class TracedSlot(Memslot):
     """A memslot; ``ino`` and ``pgoff`` (in pages) only where guest_memfd backs it."""
 
-    base: int
-    npages: int
-    hva: int | None
     ino: int | None = None
     pgoff: int | None = None
 
@@ -51,13 +48,9 @@ class TracedSlot:
         """The gfn at which page ``index`` of guest_memfd ``ino`` is bound here."""
         if self.ino != ino or self.pgoff is None:
             return None
-        if not self.pgoff <= index < self.pgoff + self.npages:
+        if not self.pgoff <= index < self.pgoff + self.pages:
             return None
-        return self.base + index - self.pgoff
-
-    def hva_of_gfn(self, gfn: int) -> int | None:
-        """The VMM's address of that page; None if it has none."""
-        return None if not self.hva else self.hva + ((gfn - self.base) << kvm.PAGE_SHIFT)
+        return self.gfn + index - self.pgoff
 
 
 class Memslots:
@@ -87,14 +80,16 @@ class Memslots:
             return
         is_gmem = bool((fields.get("flags") or 0) & _MEM_GUEST_MEMFD)
         slot = TracedSlot(
+            None,
             base,
             npages,
-            fields.get("hva") or None,
+            fields.get("hva") or 0,
+            fields.get("as_id") or 0,
             (fields.get("ino") or None) if is_gmem else None,
             fields.get("pgoff") if is_gmem else None,
         )
         slots = self._slots.setdefault(fields["kvm"], {})
-        key = (fields.get("as_id") or 0, base)
+        key = (slot.space, base)
         known = slots.get(key)
         if known is not None and known.ino and not slot.ino:
             # Its guest_memfd was closed. Poisoned pages are still found by the old binding.
@@ -106,19 +101,18 @@ class Memslots:
             self._count -= len(forgotten)
 
     def forget(self, vm: int) -> None:
-        """Forget a destroyed VM."""
         self._count -= len(self._slots.pop(vm, ()))
 
     def slot_of(self, vm: int, gfn: int) -> TracedSlot | None:
         """The memslot that holds a gfn."""
         for slot in self._slots.get(vm, {}).values():
-            if slot.base <= gfn < slot.base + slot.npages:
+            if slot.gfn <= gfn < slot.gfn + slot.pages:
                 return slot
         return None
 
-    def slots(self, vm: int) -> dict[tuple[int, int], TracedSlot]:
-        """The known memslots of a VM: {(address space, first gfn): slot}."""
-        return self._slots.get(vm, {})
+    def slots(self, vm: int) -> tuple[TracedSlot, ...]:
+        """The known memslots of a VM."""
+        return tuple(self._slots.get(vm, {}).values())
 
     def page(self, pfn: int) -> tuple[int, int] | None:
         """(ino, index) of a poisoned page, if it is of a guest_memfd."""
@@ -131,7 +125,7 @@ class Memslots:
             for slot in slots.values():
                 gfn = slot.gfn_of_index(ino, index)
                 if gfn is not None:
-                    found.append((vm, gfn, slot.hva_of_gfn(gfn)))
+                    found.append((vm, gfn, slot.hva_of(gfn)))
         return found
 
     def add_poisoned(self, ino: int, index: int, pfn: int) -> None:
@@ -143,5 +137,5 @@ class Memslots:
         slot = self.slot_of(vm, gfn)
         if slot is None or slot.ino is None or slot.pgoff is None:
             return None
-        pfn = self._poisoned.get((slot.ino, gfn - slot.base + slot.pgoff))
-        return None if pfn is None else (pfn, slot.hva_of_gfn(gfn))
+        pfn = self._poisoned.get((slot.ino, gfn - slot.gfn + slot.pgoff))
+        return None if pfn is None else (pfn, slot.hva_of(gfn))

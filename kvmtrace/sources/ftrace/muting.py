@@ -100,7 +100,7 @@ class ExitMuting(Muting[ExitKey]):
     def conditions(self) -> dict[str, list[str]]:
         """{event: conditions of what to exclude from it}."""
         found: dict[str, list[str]] = {"run": [], "gmem": [], "faultin": []}
-        # It cannot tell a call that bypassed ``run`` from a muted one.
+        # In it, a call that bypassed ``run`` looks like a muted one.
         found["run_under_way"] = ["errno < 0"] if self._muted else []
         for key, muted in self._muted.items():
             ret = f"vcpu == {key.vcpu:#x} && ret == {key.ret}"

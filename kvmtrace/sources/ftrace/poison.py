@@ -70,7 +70,6 @@ class Poisons:
         self.memory.apply_change(record.fields)
 
     def forget(self, struct: int) -> None:
-        """Forget a destroyed VM."""
         self.memory.forget(struct)
 
     def gmem_error(self, record: Record) -> None:

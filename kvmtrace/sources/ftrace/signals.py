@@ -9,7 +9,7 @@ return that pfn (arm64), the vCPU is known by KVM_RUN's EINTR that follows.
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from kvmtrace import kvm
@@ -125,25 +125,25 @@ class Signals:
 
     def fault(self, record: Record) -> list[Event]:
         """A fault on poisoned memory returned: the thread's waiting signal was sent from it."""
-        key, event = self._waiting.pop(record.fields["common_pid"], (None, None))
-        if key is None or event is None:
-            return []
-        fields = record.fields
-        vm = self._vms.key(record, event.ts)
-        event = replace(event, vm=vm, vcpu=fields["vid"], gfn=fields["gfn"])
-        self._last_events.renew(key, event)
-        self.muting.fault(key, fields["vcpu"], fields["gfn"])
-        return [event]
+        vcpu, gfn = record.fields["vcpu"], record.fields["gfn"]
+        return self._take_waiting(record, gfn, lambda key: self.muting.fault(key, vcpu, gfn))
 
     def returned(self, record: Record) -> list[Event]:
         """KVM_RUN ended with a SIGBUS pending: a signal that still waits was for this vCPU."""
+        vcpu = record.fields["vcpu"]
+        return self._take_waiting(record, None, lambda key: self.muting.returned(key, vcpu))
+
+    def _take_waiting(
+        self, record: Record, gfn: int | None, mute: Callable[[SignalKey], None]
+    ) -> list[Event]:
+        """The signal that waits for this thread, which was for the vCPU of the record."""
         key, event = self._waiting.pop(record.fields["common_pid"], (None, None))
         if key is None or event is None:
             return []
         vm = self._vms.key(record, event.ts)
-        event = replace(event, vm=vm, vcpu=record.fields["vid"])
+        event = replace(event, vm=vm, vcpu=record.fields["vid"], gfn=gfn)
         self._last_events.renew(key, event)
-        self.muting.returned(key, record.fields["vcpu"])
+        mute(key)
         return [event]
 
     def overdue(self, now: float) -> list[Event]:

@@ -101,7 +101,6 @@ class FtraceSource:
         return []
 
     def probes(self) -> tuple[Probe, ...]:
-        """The state of every probe."""
         return self._attacher.probes()
 
     def probe_runs(self) -> Mapping[str, ProbeRuns]:

@@ -168,9 +168,8 @@ class FtraceTranslator:
                 self.poisons.slot(record)
             case "vm_new":
                 if self.vms.is_alive(record.fields["kvm"]):
-                    self._vm_gone(
-                        record, read_totals
-                    )  # another VM had the address; its end was missed
+                    # Another VM had the address, and its end was missed.
+                    self._vm_gone(record, read_totals)
                 self.vms.vm_created(record)
                 self.exits.note_private_memory(record)
             case "vm_gone":

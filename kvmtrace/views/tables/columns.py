@@ -8,7 +8,7 @@ from typing import Any
 from kvmtrace.judgement.urgency import Level
 from kvmtrace.model import CAUSES
 from kvmtrace.views.format import UNKNOWN, age_of, cells, clip, hex_of, rate_of, span_of, style_of
-from kvmtrace.views.tables.grid import Column
+from kvmtrace.views.tables.grid import Column, text_column
 from kvmtrace.views.tables.rows import KERNEL_ITSELF, IncidentRow, VmRow, owners_name
 
 EXITS_PER_SECOND = "EXITS/S"
@@ -111,7 +111,7 @@ def _dimm(row: IncidentRow, width: int | None) -> str:
     label = origin.label or "not named"
     if width is None:
         return f"{label}  {counts}".rstrip()
-    # A long label is clipped, the numbers are not. Its end says which of a channel it is.
+    # A long label is clipped, the numbers are not. Its end names the slot of a channel.
     room = width - cells(counts) - 1
     if not counts or room < _LABEL:
         return clip(label[::-1], width)[::-1]
@@ -156,16 +156,8 @@ def _vm_count(
 
 
 VM_COLUMNS: tuple[Column[VmRow], ...] = (
-    Column(
-        "VM",
-        _name,
-        lambda row: row.vm.label.casefold(),
-        _vm_style,
-        right=False,
-        falling=False,
-        least=12,
-        floor=8,
-        key="v",
+    text_column(
+        "VM", _name, lambda row: row.vm.label.casefold(), _vm_style, least=12, floor=8, key="v"
     ),
     Column(
         "PID",
@@ -175,13 +167,11 @@ VM_COLUMNS: tuple[Column[VmRow], ...] = (
         falling=False,
         drop=6,
     ),
-    Column(
+    text_column(
         "VMM",
         lambda row, width: row.vm.vmm or UNKNOWN,
         lambda row: row.vm.vmm or "",
         _vm_style,
-        right=False,
-        falling=False,
         drop=10,
     ),
     _vm_count("EHWPOISON", lambda row: _errno(row, "EHWPOISON"), "bad", drop=1, key="n"),
@@ -231,38 +221,26 @@ VM_COLUMNS: tuple[Column[VmRow], ...] = (
 
 # The columns on the right go first, never the state, the VM and what to do.
 INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
-    Column(
+    text_column(
         "STATE",
         lambda row, width: row.urgency if width is None else clip(row.urgency, width),
         lambda row: row.urgency.rank,
         _state_style,
-        right=False,
-        falling=False,
         least=8,
         firm=11,
     ),
-    Column(
+    text_column(
         "VM",
         _owner,
         lambda row: _owner(row, None).casefold(),
         _over,
-        right=False,
-        falling=False,
         least=12,
         firm=28,
         full=_all_owners,
         key="v",
     ),
     # Its id begins with the pfn, and is what `explain` takes.
-    Column(
-        "INCIDENT",
-        lambda row, width: row.incident.id,
-        lambda row: row.id,
-        _over,
-        right=False,
-        falling=False,
-        drop=2,
-    ),
+    text_column("INCIDENT", lambda row, width: row.incident.id, lambda row: row.id, _over, drop=2),
     Column(
         "SINCE",
         lambda row, width: age_of(row.since, row.now, row.steps),
@@ -289,28 +267,16 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         drop=6,
         key="r",
     ),
-    Column(
+    text_column(
         "WHAT TO DO",
         lambda row, width: row.action.brief if width is None else clip(row.action.brief, width),
         lambda row: row.action.brief,
         lambda row: _over(row, "title" if row.urgency.level == Level.NOW else ""),
-        right=False,
-        falling=False,
         least=10,
         firm=30,
         full=lambda row: row.action.text,
     ),
-    Column(
-        "DIMM",
-        _dimm,
-        lambda row: _dimm(row, None),
-        _over,
-        right=False,
-        falling=False,
-        least=15,
-        drop=5,
-        key="d",
-    ),
+    text_column("DIMM", _dimm, lambda row: _dimm(row, None), _over, least=15, drop=5, key="d"),
     Column(
         "LATENCY",
         lambda row, width: span_of(row.latency),
@@ -319,16 +285,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         drop=8,
         key="l",
     ),
-    Column(
-        "RESULT: PAGE",
-        _result,
-        lambda row: _result(row, None),
-        _over,
-        right=False,
-        falling=False,
-        least=12,
-        drop=7,
-    ),
+    text_column("RESULT: PAGE", _result, lambda row: _result(row, None), _over, least=12, drop=7),
 )
 
 # What is known only of several snapshots.

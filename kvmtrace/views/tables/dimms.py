@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kvmtrace.events import ClockStep
 from kvmtrace.model import ErrorHistory, Incident, IncidentStatus, Snapshot
 from kvmtrace.views.format import UNKNOWN, age_of, dimm_of, listed
-from kvmtrace.views.tables.grid import Column
+from kvmtrace.views.tables.grid import Column, text_column
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class DimmRow:
 
     @property
     def name(self) -> str:
-        """The label with the word that says what it names."""
+        """The label with a word for what it names."""
         return dimm_of(self.label)
 
     @property
@@ -67,14 +67,8 @@ def _zero(count: int, style: str = "") -> str:
 
 
 DIMM_COLUMNS: tuple[Column[DimmRow], ...] = (
-    Column(
-        "DIMM",
-        lambda row, width: row.name,
-        lambda row: row.label.casefold(),
-        right=False,
-        falling=False,
-        least=12,
-        key="d",
+    text_column(
+        "DIMM", lambda row, width: row.name, lambda row: row.label.casefold(), least=12, key="d"
     ),
     Column(
         "UNCORRECTED",
@@ -113,12 +107,10 @@ DIMM_COLUMNS: tuple[Column[DimmRow], ...] = (
         drop=3,
         key="t",
     ),
-    Column(
+    text_column(
         "VMS",
         lambda row, width: listed(row.vms, UNKNOWN),
         lambda row: listed(row.vms).casefold(),
-        right=False,
-        falling=False,
         least=8,
         drop=6,
         key="v",

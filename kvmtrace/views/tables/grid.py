@@ -20,8 +20,8 @@ class Column(Generic[Row]):
     ``floor``: the least natural width. ``least``: how far it may shrink; None: not at all. With
     ``brief`` it shrinks first, because that loses nothing. ``drop``: the column with the highest
     number goes first if the terminal is too narrow; 0 stays. ``falling``: sorts from high to low.
-    ``key``: the key that sorts by it in ``top``. ``firm``: others are
-    dropped before it is narrower than that.
+    ``key``: the key that sorts by it in ``top``. ``firm``: others are dropped before it is narrower
+    than that.
     """
 
     name: str
@@ -39,6 +39,17 @@ class Column(Generic[Row]):
     firm: int = 0
 
 
+def text_column(
+    name: str,
+    text: Callable[[Row, int | None], str],
+    sort: Callable[[Row], Any],
+    style: Callable[[Row], str] = lambda row: "",
+    **options: Any,
+) -> Column[Row]:
+    """A column of words: aligned left, sorted from A to Z."""
+    return Column(name, text, sort, style, right=False, falling=False, **options)
+
+
 @dataclass(frozen=True)
 class Fitted(Generic[Row]):
     """Columns with their widths, for one terminal width."""
@@ -47,7 +58,6 @@ class Fitted(Generic[Row]):
     gap: int
 
     def head(self, sorted_by: str | None = None) -> Line:
-        """The names of the columns."""
         cells_ = [
             (column.name, "sorted" if column.name == sorted_by else "head")
             for column, _ in self.columns
@@ -55,7 +65,6 @@ class Fitted(Generic[Row]):
         return self._line(cells_)
 
     def row(self, row: Row) -> Line:
-        """One row."""
         return self._line([(c.text(row, width), c.style(row)) for c, width in self.columns])
 
     def _line(self, texts: Sequence[Span]) -> Line:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kvmtrace.model import Snapshot
-from kvmtrace.probes import Probe, specs
 from kvmtrace.views.format import (
     UNKNOWN,
     Line,
@@ -16,6 +15,8 @@ from kvmtrace.views.format import (
     size_of,
     span_of,
 )
+from kvmtrace.views.not_known import kernel_difference
+from kvmtrace.views.tables.probes import probe_rows
 
 
 def lines(snapshot: Snapshot) -> list[Line]:
@@ -91,19 +92,12 @@ def kernel_spans(snapshot: Snapshot) -> Line | None:
     """The kernel's own count of memory failures if kvmtrace missed some; else None."""
     if snapshot.kernel is None or not snapshot.kernel.missed:
         return None
-    handled, seen = snapshot.kernel.handled, snapshot.kernel.seen
-    counts = f"the kernel handled {handled}, kvmtrace saw {seen}"
+    counts = kernel_difference(snapshot)
     return ((f"memory failures: {counts}", "bad"), ("; incidents are missing", "warn"))
 
 
 def clock_spans(snapshot: Snapshot) -> Line | None:
     """The last step of the wall clock; None if there was none."""
-    text = clock_text(snapshot)
-    return None if text is None else (("wall clock ", "dim"), (text, "note"))
-
-
-def clock_text(snapshot: Snapshot) -> str | None:
-    """The last step of the wall clock in words; None if there was none."""
     if not snapshot.steps:
         return None
     last = snapshot.steps[-1]
@@ -111,26 +105,19 @@ def clock_text(snapshot: Snapshot) -> str | None:
     if last.suspended_ns is not None:
         text += f", after {span_of(last.suspended_ns)} of suspension"
     before = len(snapshot.steps) + snapshot.lost.get("clock_steps", 0) - 1
-    return text + (f"; {counted(before, 'step')} before" if before else "")
+    text += f"; {counted(before, 'step')} before" if before else ""
+    return (("wall clock ", "dim"), (text, "note"))
 
 
 def probe_lines(snapshot: Snapshot, *, only_missing: bool = False) -> list[Line]:
     """A line for each probe: where it is attached, or why not and what is lost without it."""
-    without = {spec.name: spec.without for spec in specs()}
     width = max([len(probe.name) for probe in snapshot.probes], default=0)
     lines: list[Line] = []
-    for probe in snapshot.probes:
-        if probe.attached and only_missing:
-            continue
-        lines.append(((f"  {probe.name:<{width}}  ", ""), *_probe(probe, without.get(probe.name))))
+    for row in probe_rows(snapshot):
+        head = (f"  {row.id:<{width}}  ", "")
+        if not row.probe.attached:
+            not_seen = f"; not seen: {row.without}" if row.without else ""
+            lines.append((head, ("missing   ", "warn"), (row.where, ""), (not_seen, "dim")))
+        elif not only_missing:
+            lines.append((head, ("attached  ", ""), (row.where, "dim")))
     return lines
-
-
-def _probe(probe: Probe, without: str | None) -> Line:
-    if probe.attached:
-        via = f" by {probe.via}" if probe.via else ""
-        return (("attached  ", ""), (f"{probe.target or UNKNOWN}{via}", "dim"))
-    spans: list[Span] = [("missing   ", "warn"), (probe.why or "reason unknown", "")]
-    if without:
-        spans.append((f"; not seen: {without}", "dim"))
-    return tuple(spans)

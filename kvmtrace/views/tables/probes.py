@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kvmtrace.model import Snapshot
 from kvmtrace.probes import Probe, specs
 from kvmtrace.views.format import UNKNOWN
-from kvmtrace.views.tables.grid import Column
+from kvmtrace.views.tables.grid import Column, text_column
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +46,12 @@ def probe_rows(snapshot: Snapshot) -> list[ProbeRow]:
 
 
 PROBE_COLUMNS: tuple[Column[ProbeRow], ...] = (
-    Column(
-        "PROBE", lambda row, width: row.id, lambda row: row.id, right=False, falling=False, key="n"
-    ),
-    Column(
+    text_column("PROBE", lambda row, width: row.id, lambda row: row.id, key="n"),
+    text_column(
         "STATE",
         lambda row, width: "attached" if row.probe.attached else "missing",
         lambda row: row.probe.attached,
         lambda row: "" if row.probe.attached else "warn",
-        right=False,
-        falling=False,
     ),
     Column(
         "RUNS",
@@ -65,23 +61,19 @@ PROBE_COLUMNS: tuple[Column[ProbeRow], ...] = (
         drop=2,
         key="r",
     ),
-    Column(
+    text_column(
         "WHERE, OR WHY NOT",
         lambda row, width: row.where,
         lambda row: row.where,
         lambda row: "dim" if row.probe.attached else "",
-        right=False,
-        falling=False,
         least=12,
         drop=3,
     ),
-    Column(
+    text_column(
         "SHOWS",
         lambda row, width: row.without or UNKNOWN,
         lambda row: row.without or "",
         lambda row: "dim" if row.probe.attached else "warn",
-        right=False,
-        falling=False,
         least=12,
         drop=1,
     ),

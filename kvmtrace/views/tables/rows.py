@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmtrace.events import ClockStep
-from kvmtrace.judgement.actions import Action, actions
+from kvmtrace.judgement.action import Action
+from kvmtrace.judgement.actions import actions
 from kvmtrace.judgement.urgency import Urgency, by_urgency, urgency_of
 from kvmtrace.model import Incident, Snapshot, Vm
 from kvmtrace.views.format import UNKNOWN

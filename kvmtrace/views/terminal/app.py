@@ -222,7 +222,6 @@ class TopApp(App[None]):
             self._draw(event.size.width, event.size.height)
 
     def action_leave(self) -> None:
-        """Quit."""
         self.exit()
 
     def action_redraw(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from kvmtrace.judgement.actions import actions
+from kvmtrace.judgement.actions import actions, steps
 from kvmtrace.model import Incident, Snapshot, Vm, VmIdentity
 from kvmtrace.views import timeline
 from kvmtrace.views.explain import origin_parts
@@ -19,14 +19,15 @@ from kvmtrace.views.format import (
     hex_of,
     listed,
     plain,
+    refusals_of,
     shift_of,
     size_of,
     span_of,
     stamp_of,
 )
 from kvmtrace.views.tables.dimms import DimmRow
+from kvmtrace.views.tables.events import EventRow
 from kvmtrace.views.tables.probes import ProbeRow
-from kvmtrace.views.tables.recent import EventRow
 from kvmtrace.views.tables.rows import IncidentRow, VmRow, owners_name
 from kvmtrace.views.terminal.ui_state import AnyRow, UiState
 
@@ -94,12 +95,10 @@ def _named(vm: VmIdentity) -> str:
 
 
 def _incident(incident: Incident, snapshot: Snapshot) -> _Told:
-    found = actions(incident, snapshot)
     warned: set[str] = set()
-    for number, text in enumerate(dict.fromkeys(action.text for action in found), 1):
-        yield f"{'Do' if number == 1 else '':<6}{number}. ", text, ""
+    for number, step in enumerate(steps(actions(incident, snapshot)), 1):
+        yield f"{'Do' if number == 1 else '':<6}{number}. ", step[0].text, ""
         # Of several VMs with one step each has its command.
-        step = [action for action in found if action.text == text]
         for action in step:
             for command in action.commands:
                 yield "", command, "title"
@@ -154,8 +153,7 @@ def _vm(vm: Vm, state: UiState) -> _Told:
     signals = (f"{count:,} {code}" for code, count in sorted(vm.sigbus.items()))
     yield "SIGBUS", listed(signals, "none"), ""
     if vm.undelivered:
-        refused = counted(vm.undelivered, "refusal")
-        yield "", f"{refused} by guest_memfd of which KVM_RUN did not notify the VMM", "warn"
+        yield "", refusals_of(vm.undelivered), "warn"
     for row in state.incidents.rows:
         if any(owner.vm == vm.key for owner in row.incident.owners):
             yield "incident", f"{row.id}  {row.urgency}: {row.action.brief}", ""

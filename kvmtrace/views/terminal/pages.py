@@ -13,11 +13,11 @@ from kvmtrace.views.format import (
     UNKNOWN,
     Line,
     age_of,
-    counted,
     date_of,
     hex_of,
     listed,
     rate_of,
+    refusals_of,
     span_of,
     style_of,
 )
@@ -117,7 +117,6 @@ def shown_text(state: UiState) -> list[Line]:
 
 
 def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) -> list[Line]:
-    """One VM."""
     vm = snapshot.vms.get(key)
     if vm is None:
         return [(("  this VM is no longer remembered", "warn"),)]
@@ -136,7 +135,7 @@ def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) 
         *([_fact("not looked up", vm.unread, "warn")] if vm.unread else []),
         _fact("poisoned pages", str(vm.poisoned_pages), "warn" if vm.poisoned_pages else ""),
         _fact("SIGBUS", signals),
-        *([_fact("not notified", _refusals(vm), "warn")] if vm.undelivered else []),
+        *([_fact("not notified", refusals_of(vm.undelivered), "warn")] if vm.undelivered else []),
         _fact("exits/s", rate_of(rates.get(key))),
         _fact("last exit, signal", _when(vm.last_ts, now, snapshot)),
         (),
@@ -152,7 +151,6 @@ def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) 
 
 
 def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
-    """One incident."""
     incident = next((i for i in snapshot.incidents if i.id == key), None)
     if incident is None:
         return [(("  this incident is no longer remembered", "warn"),)]
@@ -203,11 +201,6 @@ def help_page(state: UiState) -> list[Line]:
 
 def _fact(label: str, value: str, style: str = "") -> Line:
     return ((f"  {label:<{_LABEL}}", "dim"), (value, style))
-
-
-def _refusals(vm: Vm) -> str:
-    refusals = counted(vm.undelivered, "refusal")
-    return f"{refusals} by guest_memfd of which KVM_RUN did not notify the VMM"
 
 
 def _exits(vm: Vm) -> list[Line]:

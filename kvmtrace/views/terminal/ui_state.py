@@ -11,9 +11,9 @@ from kvmtrace.model import CorrelatedEvent, IncidentStatus, Snapshot
 from kvmtrace.views.format import hex_of
 from kvmtrace.views.tables.columns import INCIDENT_COLUMNS, VM_COLUMNS
 from kvmtrace.views.tables.dimms import DIMM_COLUMNS, DimmRow, dimm_rows
+from kvmtrace.views.tables.events import EVENT_COLUMNS, EventRow, event_rows
 from kvmtrace.views.tables.grid import Column
 from kvmtrace.views.tables.probes import PROBE_COLUMNS, ProbeRow, probe_rows
-from kvmtrace.views.tables.recent import EVENT_COLUMNS, EventRow, event_rows
 from kvmtrace.views.tables.rows import IncidentRow, VmRow, incident_rows, vm_rows
 from kvmtrace.views.terminal.trends import Trends
 

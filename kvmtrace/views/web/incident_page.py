@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from kvmtrace.judgement.actions import Action, actions
+from kvmtrace.judgement.action import Action
+from kvmtrace.judgement.actions import actions, steps
 from kvmtrace.judgement.urgency import urgency_of
 from kvmtrace.model import MAX_INCIDENTS, Incident, Snapshot
 from kvmtrace.sanitize import clean
@@ -30,15 +31,12 @@ def render(incident: Incident, snapshot: Snapshot, now: int) -> str:
     urgency = urgency_of(incident)
     host, who = host_name(snapshot), who_has(IncidentRow(incident, snapshot, now))
     todo = actions(incident, snapshot)
-    steps: dict[str, list[Action]] = {}
-    for action in todo:
-        steps.setdefault(action.text, []).append(action)
     never = dict.fromkeys(warning for action in todo for warning in action.never)
     return document(
         f"{urgency}: {who} on {host}",
         f'<p class="small"><a href="/">{html.escape(host)}</a></p>'
         f"<h1>{badge(urgency, urgency.level)} {html.escape(who)}</h1>{stamp(snapshot, now)}",
-        f'<section class="answer {urgency.level}"><ol>{"".join(map(_step, steps.values()))}</ol>'
+        f'<section class="answer {urgency.level}"><ol>{"".join(map(_step, steps(todo)))}</ol>'
         + "".join(f"<p>{html.escape(sentence(one))}</p>" for one in never)
         + f"</section><h2>The whole story</h2>{_story(incident, snapshot)}",
     )

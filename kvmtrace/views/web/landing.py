@@ -18,14 +18,7 @@ from kvmtrace.views.tables.columns import INCIDENT_COLUMNS, LIVE_ONLY, VM_COLUMN
 from kvmtrace.views.tables.grid import Column, Row
 from kvmtrace.views.tables.rows import IncidentRow, incident_rows, vm_rows
 from kvmtrace.views.tables.summary import count_spans, note_spans, summary_spans
-from kvmtrace.views.web.document import (
-    badge,
-    classes,
-    document,
-    host_name,
-    spans,
-    stamp,
-)
+from kvmtrace.views.web.document import badge, classes, document, host_name, spans, stamp
 
 MAX_ROWS = 200
 

@@ -1,4 +1,4 @@
-"""The exporter: the model as Prometheus metrics, and the HTTP server around it.
+"""The exporter: the model as Prometheus metrics.
 
 Names and labels of metrics are a contract (README). Nothing here is global: a collector draws from
 the snapshots it is given, so several exporters can be in one process.
@@ -9,15 +9,12 @@ servers ignore them. Counters start at 0 instead.
 
 from __future__ import annotations
 
-import gzip
 import os
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from http import HTTPStatus
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate, chain
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -30,34 +27,14 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from kvmtrace import __version__
-from kvmtrace.errors import KvmtraceError
 from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.linux import clock, privileges
 from kvmtrace.model import LATENCY_BUCKETS, IncidentStatus, Snapshot, VerdictWord
-from kvmtrace.views.web import incident_page, landing
-from kvmtrace.views.web.exposition import Heads, filled, render
-from kvmtrace.views.web.server import (
-    DEFAULT_LISTEN,
-    Answer,
-    Headers,
-    Server,
-    Shared,
-    Tree,
-    start,
-    text,
-)
-from kvmtrace.views.web.vm_incidents import by_label
-from kvmtrace.views.web.vm_labels import VmLabels, VmSeries, clean
-
-__all__ = ["DEFAULT_LISTEN", "DEFAULT_MAX_VMS", "Exporter", "Server", "serve"]
+from kvmtrace.views.web.exposition import filled, render
+from kvmtrace.views.web.vm_labels import VmLabels, clean
+from kvmtrace.views.web.vm_metrics import VmMetrics
 
 DEFAULT_MAX_VMS = 500
-
-# Seconds since the source was last read after which /-/healthy fails. It is read every 0.25 s.
-STALE_SECONDS = 5.0
-
-# All requests within this time get the same snapshot; seconds.
-SNAPSHOT_SECONDS = 1.0
 
 # Page types and results that are exported as 0 if the kernel's own list is not known. Alerts sum
 # all kinds, so one of them at 0 is enough for increase() to see the first poison of any kind.
@@ -92,23 +69,6 @@ class Reader(Protocol):
     def age(self) -> float: ...
 
 
-class _Recent:
-    """A snapshot that is at most ``SNAPSHOT_SECONDS`` old."""
-
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
-        self._take = snapshot
-        self._lock = threading.Lock()
-        self._taken: tuple[Snapshot, float] | None = None
-
-    def snapshot(self) -> Snapshot:
-        with self._lock:
-            now = time.monotonic()
-            if self._taken is None or now - self._taken[1] >= SNAPSHOT_SECONDS:
-                self._taken = None
-                self._taken = self._take(), now
-            return self._taken[0]
-
-
 class Exporter(Collector):
     """A collector over ``snapshot``. ``kinds``: the kernel's (page type, result), called once.
 
@@ -127,7 +87,7 @@ class Exporter(Collector):
         self._kinds_of_kernel = kinds
         self._kinds: tuple[tuple[str, str], ...] | None = None
         self._labels = VmLabels(max_vms)
-        self._by_vm = _ByVm()
+        self._by_vm = VmMetrics()
         self._lock = threading.Lock()
 
     def collect(self) -> Iterator[Metric]:
@@ -182,8 +142,7 @@ class Exporter(Collector):
         yield GaugeMetricFamily(
             "kvmtrace_vms_folded", 'VMs without series of their own, summed in vm="other".', folded
         )
-        yield from self._by_vm.families(series)
-        yield from self._by_vm.incidents(series, snapshot)
+        yield from self._by_vm.families(series, snapshot)
 
     def _incidents(self, snapshot: Snapshot) -> Iterator[Metric]:
         poisons = CounterMetricFamily(
@@ -294,153 +253,29 @@ def _probes(snapshot: Snapshot) -> Iterator[Metric]:
     return iter((attached, runs, seconds))
 
 
-class _ByVm:
-    """Families with series for each VM, of which there are many: see ``exposition``."""
+class Registry:
+    """All that ``/metrics`` has: the model, kvmtrace's own state, and what it costs."""
 
-    def __init__(self) -> None:
-        self._info = Heads(
-            "kvmtrace_vm",
-            "Which VM a vm label stands for.",
-            "info",
-            ("vm", "name", "uuid", "vmm", "pid"),
-        )
-        self._exits = Heads(
-            "kvmtrace_memory_fault_exits",
-            "KVM_RUN calls that came back to the VMM with a memory fault.",
-            "counter",
-            ("vm", "errno", "cause"),
-        )
-        self._sigbus = Heads(
-            "kvmtrace_sigbus",
-            "SIGBUS to the VMM for poisoned memory: AR (action required) or AO (action optional).",
-            "counter",
-            ("vm", "code"),
-        )
-        self._pages = Heads(
-            "kvmtrace_vm_poisoned_pages", "Poisoned pages that the VM holds now.", "gauge", ("vm",)
-        )
-        self._undelivered = Heads(
-            "kvmtrace_undelivered",
-            "Times guest_memfd refused a poisoned page and KVM_RUN did not notify the VMM.",
-            "counter",
-            ("vm",),
-        )
-        self._states = Heads(
-            "kvmtrace_vm_incidents",
-            "Poisoned pages of the VM that are remembered, by how far the incident is for this VM.",
-            "gauge",
-            ("vm", "state"),
-        )
-        self._verdicts = Heads(
-            "kvmtrace_vm_verdicts",
-            "Incidents of which the VM's VMM was notified, by what it did; without replaced pages.",
-            "gauge",
-            ("vm", "verdict"),
-        )
+    def __init__(
+        self,
+        exporter: Exporter,
+        session: Snapshots,
+        dropped: Mapping[str, int],
+        hooks: Mapping[str, int] | None = None,
+    ) -> None:
+        """``dropped``: connections that the server gave up, by reason.
 
-    def families(self, series: list[VmSeries]) -> Iterator[Metric]:
-        """Yield them for one scrape."""
-        info, exits, sigbus = self._info.family(), self._exits.family(), self._sigbus.family()
-        pages, undelivered = self._pages.family(), self._undelivered.family()
-        for one in series:
-            vm, label = one.vm, one.label
-            if vm is not None:
-                who = (clean(vm.name), clean(vm.uuid), clean(vm.vmm))
-                info.add_metric((label, *who, str(vm.pid)), 1)
-            for (errno, cause), count in one.exits.items():
-                exits.add_metric((label, errno, cause), count)
-            for code, count in one.sigbus.items():
-                sigbus.add_metric((label, code), count)
-            pages.add_metric((label,), one.poisoned_pages)
-            undelivered.add_metric((label,), one.undelivered)
-        yield from (info, exits, sigbus, pages, undelivered)
+        ``hooks``: runs by how they ended, and "dropped"; None: there is no hook.
+        """
+        self._exporter = exporter
+        self._others = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=self._others)  # process_cpu_seconds_total …
+        self._others.register(_Service(session, dropped, hooks))
 
-    def incidents(self, series: list[VmSeries], snapshot: Snapshot) -> Iterator[Metric]:
-        """Yield those that count the VMs' incidents."""
-        by_state, by_verdict = self._states.family(), self._verdicts.family()
-        for label, states, verdicts in by_label(series, snapshot.vms, snapshot.incidents):
-            for state, count in states.items():
-                by_state.add_metric((label, state), count)
-            for verdict, count in verdicts.items():
-                by_verdict.add_metric((label, verdict), count)
-        yield from (by_state, by_verdict)
-
-
-def serve(
-    listen: str,
-    session: Snapshots,
-    *,
-    kinds: Kinds = lambda: FALLBACK_KINDS,
-    max_vms: int = DEFAULT_MAX_VMS,
-    now: Callable[[], int] = clock.now_ns,
-    names: Iterable[str] = (),
-    started: bool = True,
-    hooks: Mapping[str, int] | None = None,
-) -> Server:
-    """Serve ``/metrics``, ``/-/healthy`` and pages for people until the server is closed.
-
-    ``now``: ns since the epoch, by the clock that stamps the session's events. ``names``: further
-    host names for which it answers on loopback. Not ``started``: it listens, and answers from its
-    ``start()`` on. ``hooks``: runs by how they ended, and "dropped"; None: there is no hook.
-
-    Raises UsageError if ``listen`` is malformed, KvmtraceError if it cannot listen there.
-    """
-    recent = _Recent(session.snapshot)
-    registry = CollectorRegistry(auto_describe=False)
-    exporter = Exporter(recent.snapshot, kinds=kinds, max_vms=max_vms)
-    ProcessCollector(registry=registry)  # kvmtrace's own costs: process_cpu_seconds_total …
-
-    def all_metrics(variant: Hashable) -> Answer:
-        assert isinstance(variant, _Format)
-        return variant.answer(chain(exporter.families(), registry.collect()))
-
-    def failure() -> str | None:
-        """Why the source is not being read; None if it is."""
-        try:
-            if isinstance(session, Reader):
-                age = session.age()
-            else:
-                recent.snapshot()
-                age = 0.0
-        except BaseException as error:
-            return _reason(error)
-        if age > STALE_SECONDS:
-            return f"the source was last read {age:.0f} s ago"
-        return None
-
-    def healthy(_: Headers) -> Answer:
-        if (why := failure()) is not None:
-            return text(HTTPStatus.SERVICE_UNAVAILABLE, f"not healthy: {why}\n")
-        return text(HTTPStatus.OK, "kvmtrace is healthy\n")
-
-    def landing_page(_: Hashable) -> Answer:
-        if (why := failure()) is not None:
-            return text(HTTPStatus.SERVICE_UNAVAILABLE, landing.render_failure(why), "text/html")
-        return text(HTTPStatus.OK, landing.render(recent.snapshot(), now()), "text/html")
-
-    def page_of_incident(name: str) -> Answer:
-        if (why := failure()) is not None:
-            return text(HTTPStatus.SERVICE_UNAVAILABLE, landing.render_failure(why), "text/html")
-        snapshot = recent.snapshot()
-        for incident in snapshot.incidents:
-            if incident.id == name:
-                page = incident_page.render(incident, snapshot, now())
-                return text(HTTPStatus.OK, page, "text/html")
-        return text(HTTPStatus.NOT_FOUND, incident_page.render_unknown(name), "text/html")
-
-    server = start(
-        listen,
-        {
-            "/metrics": Shared(all_metrics, _Format.asked_for),
-            "/-/healthy": healthy,
-            "/": Shared(landing_page),
-            "/incident/": Tree(page_of_incident),
-        },
-        names,
-        started=started,
-    )
-    registry.register(_Service(session, server.dropped, hooks))
-    return server
+    def text(self, *, as_openmetrics: bool) -> bytes:
+        """One scrape."""
+        families = chain(self._exporter.families(), self._others.collect())
+        return render(families, as_openmetrics=as_openmetrics)
 
 
 class _Service(Collector):
@@ -506,49 +341,3 @@ def _privileges() -> Metric:
             "no_new_privs": str(int(now.no_new_privileges)),
         },
     )
-
-
-class _Format(NamedTuple):
-    """The form in which metrics are written."""
-
-    openmetrics: bool
-    gzip: bool
-
-    @classmethod
-    def asked_for(cls, headers: Headers) -> _Format:
-        """OpenMetrics if the client accepts a version that prometheus_client writes."""
-        kinds = _parts(headers.get("accept", ""))
-        encodings = _parts(headers.get("accept-encoding", ""))
-        return cls(
-            any(
-                kind == "application/openmetrics-text"
-                and given.get("version", "1.0.0") in ("0.0.1", "1.0.0")
-                for kind, given in kinds
-            ),
-            any(name == "gzip" and given.get("q") not in ("0", "0.0") for name, given in encodings),
-        )
-
-    def answer(self, families: Iterable[Metric]) -> Answer:
-        """All of these metrics."""
-        body = render(families, as_openmetrics=self.openmetrics)
-        kind = "text/plain; version=0.0.4; charset=utf-8"
-        if self.openmetrics:
-            kind = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-        if self.gzip:
-            return Answer(HTTPStatus.OK, gzip.compress(body, 1), kind, "gzip")
-        return Answer(HTTPStatus.OK, body, kind)
-
-
-def _parts(header: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """``a;x=1, b`` → ("a", {"x": "1"}), ("b", {})."""
-    for part in header.split(","):
-        name, *given = (word.strip() for word in part.split(";"))
-        pairs = (word.partition("=") for word in given)
-        yield name.lower(), {key.strip().lower(): value.strip(' "') for key, _, value in pairs}
-
-
-def _reason(failure: BaseException) -> str:
-    """What ended the source, in one line."""
-    if isinstance(failure, KvmtraceError):
-        return failure.message
-    return f"{type(failure).__name__}: {failure}".splitlines()[0]

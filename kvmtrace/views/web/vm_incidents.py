@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from kvmtrace.judgement.urgency import has_page, is_gone
 from kvmtrace.model import Incident, IncidentStatus, VerdictWord
@@ -20,6 +21,10 @@ UNDELIVERED = "undelivered"
 # Exported as 0 for every VM: an alert can only be tested, and a panel only be drawn, with a series.
 ZERO_STATES = (*IncidentStatus, UNDELIVERED)
 ZERO_VERDICTS = tuple(VerdictWord)
+
+# Most VMs have no incidents: they share these.
+_NO_STATES: Mapping[str, int] = MappingProxyType(dict.fromkeys(map(str, ZERO_STATES), 0))
+_NO_VERDICTS: Mapping[str, int] = MappingProxyType(dict.fromkeys(map(str, ZERO_VERDICTS), 0))
 
 Counts = Mapping[str, int]
 """{state or verdict: incidents}, the zeros included."""
@@ -37,7 +42,11 @@ def by_label(
     by_state, by_verdict = _counts(incidents)
     for one in series:
         keys = folded if one.vm is None else [one.vm.key]
-        yield one.label, _sum(by_state, keys, ZERO_STATES), _sum(by_verdict, keys, ZERO_VERDICTS)
+        if one.vm is not None and one.vm.key not in by_state and one.vm.key not in by_verdict:
+            yield one.label, _NO_STATES, _NO_VERDICTS
+        else:
+            states = _sum(by_state, keys, ZERO_STATES)
+            yield one.label, states, _sum(by_verdict, keys, ZERO_VERDICTS)
 
 
 def states(incident: Incident) -> dict[int, str]:

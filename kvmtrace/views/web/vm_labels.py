@@ -19,7 +19,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import itemgetter
 from types import MappingProxyType
 
 from kvmtrace.model import Vm
@@ -92,6 +91,7 @@ class VmLabels:
         self._assigned: dict[int, _AssignedLabel] = {}
         self._taken = {OTHER}  # by these
         self._counted: set[int] = set()  # assigned ones with an exported counter above 0
+        self._series: dict[int, VmSeries] = {}  # of the last snapshot
         self._retired: dict[str, None] = {}
         self._folded: dict[int, Vm] = {}
         # Counts of folded VMs that were forgotten: "other" must not go down either.
@@ -106,21 +106,18 @@ class VmLabels:
         self._assign(vms)
         self._folded = {key: vm for key, vm in vms.items() if key not in self._assigned}
         self._ever_folded |= bool(self._folded)
-        self._counted |= {
-            key for key in self._assigned.keys() - self._counted if _counted(vms[key])
-        }
-        series = [
-            VmSeries(
-                self._assigned[key].label,
-                vm,
-                _exits(vm),
-                _sigbus(vm),
-                vm.poisoned_pages,
-                vm.undelivered,
-            )
-            for key, vm in sorted(vms.items(), key=itemgetter(0))
-            if key in self._assigned
-        ]
+        before, self._series = self._series, {}
+        for key in sorted(self._assigned):
+            vm, label = vms[key], self._assigned[key].label
+            one = before.get(key)
+            if one is None or one.vm is not vm or one.label != label:
+                one = VmSeries(
+                    label, vm, _exits(vm), _sigbus(vm), vm.poisoned_pages, vm.undelivered
+                )
+                if _counted(vm):
+                    self._counted.add(key)
+            self._series[key] = one
+        series = list(self._series.values())
         if self._ever_folded:
             series.append(self._other())
         return series, len(self._folded)

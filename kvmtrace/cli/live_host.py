@@ -110,7 +110,6 @@ class Watching:
         return clock.now_ns() if self._last is None else self._last[1]
 
     def recent(self) -> Sequence[CorrelatedEvent]:
-        """The last events."""
         return () if self._last is None else self._last[2]
 
     def status(self) -> str:

@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 
 from kvmtrace import sources
-from kvmtrace.cli import output_file
-from kvmtrace.cli import watching as watching_module
+from kvmtrace.cli import live_host, output_file
 from kvmtrace.cli.bundle import write_bundle
-from kvmtrace.cli.inputs import RecordedLog, open_door
+from kvmtrace.cli.inputs import RecordedLog
+from kvmtrace.cli.live_host import Watching
 from kvmtrace.cli.signals import stop
-from kvmtrace.cli.watching import Watching
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import VmSeen
 from kvmtrace.sources.recording import RecordingSource
 from tests import docs
 from tests.unit.command_line import invoke
 from tests.unit.fake import FakeSource
+from tests.unit.serving import open_door
 from tests.unit.test_explain import STORY
 from tests.unit.test_remote import LATER, Serve
 from tests.unit.waiting import until
@@ -32,7 +32,7 @@ from tests.unit.waiting import until
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching_module, "_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(live_host, "_RETRY_SECONDS", 0.05)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvmtrace.events import LAST_NS, HwError
+from kvmtrace.quick import maker
 from kvmtrace.sanitize import clean, is_clean
 
 if TYPE_CHECKING:
@@ -36,27 +37,26 @@ _RANGES = {
 
 
 class MalformedLine(ValueError):
-    """A line that cannot be decoded; the text says why."""
+    """A line that cannot be decoded; the text is the reason."""
 
 
 class CheckedField(typing.NamedTuple):
-    """A field as it is declared. ``default``: ``_MISSING`` if it has none."""
+    """A field as it is declared.
+
+    ``default``: ``_MISSING`` if it has none. ``record_class``: the dataclass that its value is, if
+    it is one.
+    """
 
     name: str
     hint: Any
     kinds: tuple[Any, ...]
     within: range
     default: Any
+    record_class: type[DataclassInstance] | None
 
     @property
     def is_optional(self) -> bool:
         return types.NoneType in self.kinds
-
-    @property
-    def record_class(self) -> type[DataclassInstance] | None:
-        """The dataclass that its value is, if it is one."""
-        found = (kind for kind in self.kinds if dataclasses.is_dataclass(kind))
-        return typing.cast("type[DataclassInstance] | None", next(found, None))
 
 
 _MISSING = object()
@@ -76,7 +76,10 @@ def _fields(cls: type[DataclassInstance], hints: Mapping[str, Any]) -> Iterator[
         if field.name == "count" and issubclass(cls, HwError):
             within = _ANY  # drivers pass on a register's value, 0 included
         default = _MISSING if field.default is dataclasses.MISSING else field.default
-        yield CheckedField(field.name, hint, _kinds(hint), within, default)
+        kinds = _kinds(hint)
+        records = (kind for kind in kinds if dataclasses.is_dataclass(kind))
+        record = typing.cast("type[DataclassInstance] | None", next(records, None))
+        yield CheckedField(field.name, hint, kinds, within, default, record)
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -129,7 +132,7 @@ def _checker(cls: type[DataclassInstance]) -> Callable[[Any], Any]:
 
 def _reader(cls: type[DataclassInstance]) -> Callable[[Mapping[str, Any]], Any]:
     lines = ["def read(record):", " get = record.get"]
-    names: dict[str, Any] = {"cls": cls}
+    names: dict[str, Any] = {"make": maker(cls)}
     items: list[str] = []
     for number, field in enumerate(fields(cls)):
         names[f"slow{number}"] = functools.partial(_read, field)
@@ -141,14 +144,29 @@ def _reader(cls: type[DataclassInstance]) -> Callable[[Mapping[str, Any]], Any]:
             f" if {_doubt(field).replace('item', item)}:",
             f"  {item} = slow{number}({item})",
         ]
-    lines.append(f" return cls({', '.join(items)})")
+    lines.append(f" return make({', '.join(items)})")
     return typing.cast("Callable[[Mapping[str, Any]], Any]", _made("read", lines, names))
 
 
 def _made(name: str, lines: list[str], names: Mapping[str, Any]) -> Any:
-    found: dict[str, Any] = {**names, "is_clean": is_clean}
+    found: dict[str, Any] = {**names, "seen": _SEEN_CLEAN, "see": _see}
     exec("\n".join(lines), found)
     return found[name]
+
+
+# Strings that are clean: most are seen again and again.
+_SEEN_CLEAN: set[str] = set()
+_MAX_SEEN = 4096
+
+
+def _see(text: str) -> bool:
+    """Whether a string is clean; remember it if it is, and a few thousand of them at most."""
+    if not is_clean(text):
+        return False
+    if len(_SEEN_CLEAN) >= _MAX_SEEN:
+        _SEEN_CLEAN.clear()
+    _SEEN_CLEAN.add(text)
+    return True
 
 
 def _doubt(field: CheckedField) -> str:
@@ -157,9 +175,12 @@ def _doubt(field: CheckedField) -> str:
     if kinds == {int}:
         # To Python, true is the integer 1.
         first, last = field.within[0], field.within[-1]
-        doubt = f"type(item) is not int or not {first} <= item <= {last}"
+        within = f"not {first} <= item <= {last}"
+        if not first and not last & (last + 1):
+            within = f"item >> {last.bit_length()}"  # one operation instead of two
+        doubt = f"type(item) is not int or {within}"
     elif kinds == {str}:
-        doubt = "type(item) is not str or not is_clean(item)"
+        doubt = "type(item) is not str or (item not in seen and not see(item))"
     elif kinds == {bool}:
         doubt = "item is not False and item is not True"
     else:

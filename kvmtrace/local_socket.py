@@ -1,8 +1,8 @@
-"""The socket of a running ``kvmtrace serve``: where it is, and who is at its other end.
+"""The Unix socket of a running ``kvmtrace serve``: where it is, and who answers there.
 
-A Unix socket in a directory that only its owner can write to, so that nobody else on the host can
-take the name first or fill the queue. Each end checks the other one's user and namespaces: the log
-holds addresses of other people's guests.
+Who may connect is what the permissions of the socket and its directory say: root or the user of the
+serve, and the group ``kvmtrace``. A command checks in turn that it is root or its own user who
+answers, outside of containers: what a serve reports decides what people do to VMs.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import socket
 import struct
 import time
 
-NAME = "serve.sock"
+NAME = "kvmtrace.sock"
 """A file in the directory of ``directory``, or a path."""
 DIRECTORY = "/run/kvmtrace"
 VARIABLE = "KVMTRACE_RUNTIME_DIR"
+GROUP = "kvmtrace"
+"""Its members may connect to the socket of root's serve."""
 TIMEOUT = 10.0
+PID_HEADER = "Kvmtrace-Pid"
+"""Of the answer with the events: who serves. The socket may have been made by a service manager."""
 
 _QUEUE_SECONDS = 5.0
-_SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h; not in the socket module
 
 
 def directory() -> str:
@@ -61,8 +64,7 @@ def connect(name: str | None = None) -> tuple[socket.socket, int] | None:
 
 def socket_path(name: str, parent: str) -> str:
     """Return ``name`` if it is a path, else the file of that name in the directory ``parent``."""
-    # Older names began with a NUL, for the abstract namespace.
-    return name if "/" in name else os.path.join(parent, name.replace("\0", ""))
+    return name if "/" in name else os.path.join(parent, name)
 
 
 def _connect(client: socket.socket, path: str) -> None:
@@ -114,22 +116,6 @@ def in_our_namespaces(pid: int) -> bool:
 
 def credentials(peer: socket.socket) -> tuple[int, int]:
     """Return the peer's pid and user id, from the kernel (SO_PEERCRED)."""
-    pid, uid, _ = _ucred(peer)
-    return pid, uid
-
-
-def _ucred(peer: socket.socket) -> tuple[int, int, int]:
     size = struct.calcsize("3i")
-    pid, uid, gid = struct.unpack(
-        "3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    )
-    return pid, uid, gid
-
-
-def groups(peer: socket.socket) -> set[int]:
-    """Return the ids of the peer's groups; without the supplementary ones if they are over 256."""
-    groups = {_ucred(peer)[2]}
-    with contextlib.suppress(OSError):
-        packed = peer.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
-        groups |= set(struct.unpack(f"{len(packed) // 4}I", packed))
-    return groups
+    pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return pid, uid

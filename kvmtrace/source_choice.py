@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from kvmtrace.probes import NO_KVM, Probe, context_specs
+from kvmtrace.wording import some_of
 
 # The most important first: exits, then poison, then what else notifies the VMM.
 _IMPORTANCE = ("run", "poison", "sigbus_forced", "sigbus", "gmem_error", "gmem", "faultin")
@@ -83,6 +84,4 @@ def _listed(names: Collection[str]) -> str:
     """The most important by name, the others as a number; "" for none."""
     order = {name: rank for rank, name in enumerate(_IMPORTANCE)}
     ordered = sorted(names, key=lambda name: (order.get(name, len(order)), name))
-    shown = ", ".join(ordered[:_MAX_NAMED])
-    more = len(ordered) - _MAX_NAMED
-    return f"{shown} and {more} more" if more > 0 else shown
+    return some_of(ordered, _MAX_NAMED, "")
