@@ -21,6 +21,7 @@ from tests.lab.conftest import needed
 from tests.lab.container import Container, manifest
 from tests.lab.harness import PATIENCE, Vmm
 from tests.lab.service_host import PACKAGE, Disk, ServiceHost
+from tests.unit.certificates import Certificates
 
 pytestmark = pytest.mark.lab
 
@@ -156,7 +157,8 @@ def test_a_reader_that_hangs_is_replaced_meanwhile_a_container_watches(host: Hos
     container = Container(host.machine, wanted, of_node)
     container.job.wait_for("serving http", PATIENCE, "stderr")
     assert "not attached" not in container.job.stderr
-    container.run("curl --silent --fail http://127.0.0.1:9750/-/healthy")
+    for path in ("healthy", "ready"):
+        container.run(f"curl --silent --fail http://127.0.0.1:9750/-/{path}")
     vmm = host.with_poison("beside")
     container.job.wait_for(r"incident .*, beside \(pid", PATIENCE, "stderr")
     metrics = container.run("curl --silent --fail http://127.0.0.1:9750/metrics")
@@ -178,11 +180,47 @@ def test_what_was_seen_is_there_after_kill_and_restart(host: Host) -> None:
     assert "web-1" in host.by_member(f"explain {incident}")
 
 
-def test_ftrace_works_under_the_same_unit(host: Host) -> None:
-    host.run(f"echo KVMTRACE_OPTIONS=--source ftrace >{OPTIONS} && systemctl restart kvmtrace")
+PROMETHEUS = """
+global: {scrape_interval: 1s}
+scrape_configs:
+  - job_name: kvmtrace
+    scheme: https
+    tls_config: {ca_file: /etc/kvmtrace/ca.pem}
+    basic_auth: {username: prometheus, password: the right one}
+    static_configs: [{targets: ["127.0.0.1:9750"]}]
+"""
+WEB_CONFIG = """
+tls_server_config: {cert_file: server.pem, key_file: server.key}
+basic_auth_users:
+  prometheus: $2y$04$3hb1A1k1R1tivsAucEk9Z.CYQBPd4IWASKnGL6SiHnhIEoEYzZqce
+"""
+
+
+def test_scraped_over_tls_with_a_password_while_ftrace_watches(host: Host) -> None:
+    """The other source, under the same unit."""
+    Certificates(host.machine.share)
+    host.run("mkdir -p /etc/kvmtrace && cp /mnt/share/*.pem /mnt/share/*.key /etc/kvmtrace")
+    host.machine.run("cat >/etc/kvmtrace/web.yml", stdin=WEB_CONFIG, check=True)
+    host.machine.run("cat >/tmp/prometheus.yml", stdin=PROMETHEUS, check=True)
+    options = "--source ftrace --web.config.file /etc/kvmtrace/web.yml"
+    host.run(f"echo KVMTRACE_OPTIONS={options} >{OPTIONS} && systemctl restart kvmtrace")
     assert host.property("StatusText").startswith("watching by ftrace")
     assert "web-1" in host.by_member("top --once")
     host.logged(host.with_poison("web-2"))
+    server = host.machine.start(
+        "exec prometheus --config.file=/tmp/prometheus.yml --storage.tsdb.path=/tmp/prometheus"
+        " --web.listen-address=127.0.0.1:9090"
+    )
+
+    def incidents() -> list[Any]:
+        ask = "http://127.0.0.1:9090/api/v1/query?query=kvmtrace_incidents>0"
+        done = host.machine.run(["curl", "--silent", "--fail", ask], PATIENCE)
+        return list(json.loads(done.stdout or "{}").get("data", {}).get("result", []))
+
+    host.until(incidents, "incidents in Prometheus")
+    server.kill()
+    plain = "curl --silent --insecure --output /dev/null --write-out %{http_code}"
+    assert host.run(f"{plain} https://127.0.0.1:9750/metrics") == "401"
 
 
 def test_after_a_reboot_it_is_history(host: Host) -> None:

@@ -12,7 +12,7 @@ from tests.lab.container import manifest
 from tests.unit.command_line import invoke
 
 FILES = {
-    "unit": {"kvmtrace.service", "kvmtrace.sysusers"},
+    "unit": {"kvmtrace.service", "kvmtrace.socket", "kvmtrace.sysusers"},
     "rules": {"alerts.yml"},
     "dashboards": {"kvmtrace-host.json"},
     "scrape-config": {"scrape-config.yml"},
