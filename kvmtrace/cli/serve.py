@@ -152,8 +152,8 @@ def serve(
             hooks.start()
         session.start()
         service = Service(session, log_format, hooks)
-        print_status(f"serving {server.url}/metrics")
         pages.is_ready = True
+        print_status(f"serving {server.url}/metrics")
         service.ready()
         warned = False
         while not stop.requested and session.failure is None:
