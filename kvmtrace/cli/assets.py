@@ -53,6 +53,11 @@ _KINDS: dict[str, tuple[Callable[[], dict[str, str]], str]] = {
         _files("dashboards", "kvmtrace-host.json"),
         "import it in Grafana, or put it into a directory that Grafana provisions",
     ),
+    "container": (
+        _files("assets/container", "Containerfile", "kvmtrace-daemonset.yaml"),
+        "put kvmtrace_*_all.deb beside them; then: podman build -t kvmtrace . and, with the image's"
+        " name in it, kubectl apply -f kvmtrace-daemonset.yaml",
+    ),
     "scrape-config": (
         _files("assets", "scrape-config.yml"),
         "its job goes under scrape_configs in prometheus.yml",
@@ -71,7 +76,7 @@ _KINDS: dict[str, tuple[Callable[[], dict[str, str]], str]] = {
 )
 @click.option("--force", is_flag=True, help="Replace files that are there.")
 def assets(kind: str, directory: str, force: bool) -> None:
-    """Write a unit, its configuration, alert rules, the dashboard or a scrape job.
+    """Write a unit, its configuration, alert rules, the dashboard, a scrape job or a container.
 
     Debian's package has them in place already.
     """

@@ -39,11 +39,16 @@ class Arch:
 
 @dataclass(frozen=True)
 class Root:
-    """A root file system: a Debian suite and the packages installed in it."""
+    """A root file system: a Debian suite and the packages installed in it.
+
+    ``service``: systemd boots it. It has what kvmtrace's Debian package depends on, and nothing of
+    PyPI.
+    """
 
     name: str
     suite: str
     packages: tuple[str, ...]
+    service: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,16 +83,22 @@ def _keywords(table: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
+def roots() -> dict[str, Root]:
+    """All roots of kernels.toml by name."""
+    data = tomllib.loads(FILE.read_text())
+    return {name: Root(name=name, **_keywords(table)) for name, table in data["roots"].items()}
+
+
+@functools.cache
 def rows() -> dict[str, Row]:
     """All kernels of kernels.toml by name."""
     data = tomllib.loads(FILE.read_text())
     arches = {name: Arch(name=name, **_keywords(table)) for name, table in data["arch"].items()}
-    roots = {name: Root(name=name, **_keywords(table)) for name, table in data["roots"].items()}
     found = {}
     for name, table in data["kernels"].items():
         fields = _keywords(table)
         fields["arch"] = arches[table["arch"]]
-        fields["root"] = roots[table["root"]]
+        fields["root"] = roots()[table["root"]]
         found[name] = Row(name=name, **fields)
     return found
 

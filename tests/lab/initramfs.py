@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.lab import cache, image
@@ -24,13 +24,12 @@ for module in $(cat /modules/order); do
     insmod /modules/$module || fail "load $module"
 done
 mount -t ext4 -o ro /dev/vda /lower || fail "mount the root"
-mount -t ext4 -o ro /dev/vdb /layer || fail "mount kvmtrace's layer"
-mount -t tmpfs -o mode=755,size=75% rw /rw
+LAYERS
 mkdir -p /rw/work /rw/upper/opt/lab /rw/upper/mnt/share /rw/upper/usr/lib/modules/RELEASE
 cp /agent.py /rw/upper/opt/lab/
-options=lowerdir=/layer:/lower,upperdir=/rw/upper,workdir=/rw/work
+[ ! -d /over ] || cp -r /over/* /rw/upper/
 mount -t overlay -o $options root /root || fail "put the root together"
-mount -t ext4 -o ro /dev/vdc /root/usr/lib/modules/RELEASE || fail "mount the modules"
+mount -t ext4 -o ro MODULES /root/usr/lib/modules/RELEASE || fail "mount the modules"
 if grep -qw 9p /proc/filesystems; then
     nine=trans=virtio,version=9p2000.L,msize=512000,cache=none
     mount -t 9p -o $nine share /root/mnt/share || fail "mount the share"
@@ -38,8 +37,16 @@ fi
 mount --move /dev /root/dev
 mount --move /proc /root/proc
 mount -t sysfs sys /root/sys
-exec switch_root /root /usr/bin/python3 -S /opt/lab/agent.py
+exec switch_root /root START
 """
+
+_LAYERS = """mount -t ext4 -o ro /dev/vdb /layer || fail "mount kvmtrace's layer"
+mount -t tmpfs -o mode=755,size=75% rw /rw
+options=lowerdir=/layer:/lower,upperdir=/rw/upper,workdir=/rw/work"""
+
+# For a host of services: what is written stays on its disk, and systemd is process 1.
+_STATE = """mount -t ext4 /dev/vdc /rw || fail "mount the state"
+options=lowerdir=/lower,upperdir=/rw/upper,workdir=/rw/work"""
 
 # For an initramfs that holds the whole root: kernels whose disk driver is not built in.
 WHOLE_INIT = """#!/bin/sh
@@ -63,12 +70,32 @@ def busybox(row: Row) -> Path:
     return next(path for path in found if path.exists())
 
 
-def write(row: Row, kernel: Kernel, path: Path) -> None:
-    """Write the initramfs that boots `kernel` for `row`."""
+def write(row: Row, kernel: Kernel, path: Path, over: Mapping[str, bytes] | None = None) -> None:
+    """Write the initramfs that boots `kernel` for `row`.
+
+    ``over``: files that are put over the root of a host of services, by path.
+    """
     archive = Archive()
+    made = set()
+    for name, content in (over or {}).items():
+        for parent in reversed(Path("over", name).parents[:-1]):
+            if parent not in made:
+                archive.directory(str(parent))
+                made.add(parent)
+        archive.file(f"over/{name}", content, 0o755 if "/bin/" in name else 0o644)
     for name in ("bin", "dev", "proc", "modules", "lower", "layer", "rw", "root"):
         archive.directory(name)
-    archive.file("init", INIT.replace("RELEASE", kernel.release).encode(), 0o755)
+    service = row.root.service
+    words = {
+        "RELEASE": kernel.release,
+        "LAYERS": _STATE if service else _LAYERS,
+        "MODULES": "/dev/vdb" if service else "/dev/vdc",
+        "START": "/sbin/init" if service else "/usr/bin/python3 -S /opt/lab/agent.py",
+    }
+    script = INIT
+    for word, value in words.items():
+        script = script.replace(word, value)
+    archive.file("init", script.encode(), 0o755)
     archive.file("agent.py", AGENT.read_bytes(), 0o644)
     archive.file("bin/busybox", busybox(row).read_bytes(), 0o755)
     order = []

@@ -28,11 +28,11 @@ sys.exit({attribute}())
 
 
 def vmm(arch: Arch) -> Path:
-    """Path of the lab's VMM, once `_make_vmm` has built it."""
+    """Path of the lab's VMM, once `make_vmm` has built it."""
     return VMM / "build" / arch.name / "vmm"
 
 
-def _make_vmm(arch: Arch) -> None:
+def make_vmm(arch: Arch) -> None:
     """Build the VMM if it is not up to date. For another architecture, no compiler means no VMM."""
     with cache.lock("vmm"):
         try:
@@ -63,7 +63,7 @@ def _key(arch: Arch) -> str:
 
 def fetch(arch: Arch) -> Path:
     """Return the layer's image for the current tree."""
-    _make_vmm(arch)
+    make_vmm(arch)
     home = cache.entry(f"layer-{arch.name}", _key(arch), lambda path: _build(arch, path), keep=50)
     return home / "layer.img"
 

@@ -13,14 +13,14 @@ import functools
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tests.lab import initramfs, kernel, layer, qemu, root, terminal, without
 from tests.lab.channel import Channel, Job
-from tests.lab.config import Row, row
+from tests.lab.config import Row, roots, row
 from tests.lab.emulator import Emulator, work_directory
 from tests.lab.errors import CommandFailed, LabError, LabPanic, LabTimeout
 from tests.lab.progress import print_status
@@ -61,9 +61,14 @@ class Prepared:
 
 
 @functools.cache
-def prepare(name: str) -> Prepared:
-    """Download and build what the machine called `name` needs, once per process."""
+def prepare(name: str, root_name: str = "") -> Prepared:
+    """Download and build what the machine called `name` needs, once per process.
+
+    ``root_name``: another root of kernels.toml than the kernel's own.
+    """
     wanted = row(name)
+    if root_name:
+        wanted = replace(wanted, root=roots()[root_name])
     found = qemu.find(wanted.arch)
     initramfs.busybox(wanted)
     return Prepared(wanted, found, kernel.fetch(wanted), root.fetch(wanted))
@@ -90,21 +95,7 @@ class Machine:
         self._share.mkdir()
         self._shares = prepared.kernel.has("9p")
         self.boot_seconds = 0.0
-        initrd = work / "initramfs.cpio"
-        disks: tuple[Path, ...] = (prepared.root, layer.fetch(prepared.row.arch))
-        if prepared.kernel.modules_image is None:
-            initramfs.write_whole(prepared.row, disks, initrd)
-            disks = ()
-        else:
-            initramfs.write(prepared.row, prepared.kernel, initrd)
-            disks = (*disks, prepared.kernel.modules_image)
-        parts = qemu.Parts(
-            image=prepared.kernel.image,
-            initramfs=initrd,
-            disks=disks,
-            share=self._share,
-            work=work,
-        )
+        parts = self._parts(prepared)
         if nested:
             cmdline = f"kvm-arm.mode=nested {cmdline}"
         choices = qemu.Choices(ras=ras, nested=nested, cpu=cpu)
@@ -156,6 +147,18 @@ class Machine:
             else:
                 return machine
         raise AssertionError("unreachable")
+
+    def _parts(self, prepared: Prepared) -> qemu.Parts:
+        """Write its initramfs and name its disks."""
+        initrd = self.work / "initramfs.cpio"
+        disks: tuple[Path, ...] = (prepared.root, layer.fetch(prepared.row.arch))
+        if prepared.kernel.modules_image is None:
+            initramfs.write_whole(prepared.row, disks, initrd)
+            disks = ()
+        else:
+            initramfs.write(prepared.row, prepared.kernel, initrd)
+            disks = (*disks, prepared.kernel.modules_image)
+        return qemu.Parts(prepared.kernel.image, initrd, disks, self._share, self.work)
 
     def _set_up(
         self, modules: Sequence[str] | None, mounts: Sequence[str], lacking: Sequence[str]

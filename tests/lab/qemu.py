@@ -154,13 +154,17 @@ def _unpacked(arch: Arch) -> Qemu:
 
 @dataclass(frozen=True)
 class Parts:
-    """The files that a machine is made of; only `work` is not shared between machines."""
+    """The files that a machine is made of; `work` and `state` are not shared between machines.
+
+    `disks` are only read, `state` is a disk that is written to: the last one.
+    """
 
     image: Path
     initramfs: Path
     disks: tuple[Path, ...]
     share: Path
     work: Path
+    state: Path | None = None
 
 
 def arguments(  # noqa: PLR0917 (each is a part of the machine)
@@ -190,6 +194,10 @@ def arguments(  # noqa: PLR0917 (each is a part of the machine)
         identity = f"disk-{disk.stem}"
         image = f"file={disk},format=raw,if=none,id={identity},readonly=on,file.locking=off"
         command += ["-drive", image, "-device", f"virtio-blk-pci,drive={identity}"]
+    if parts.state is not None:
+        # What was written outlives QEMU, as the host keeps running.
+        image = f"file={parts.state},format=raw,if=none,id=disk-state,cache=unsafe"
+        command += ["-drive", image, "-device", "virtio-blk-pci,drive=disk-state"]
     command += ["-fsdev", f"local,id=share,path={parts.share},security_model=none"]
     command += ["-device", "virtio-9p-pci,fsdev=share,mount_tag=share"]
     return command

@@ -12,8 +12,8 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.lab import cache, image, programs
-from tests.lab.config import PROJECT, Row
+from tests.lab import cache, debian_control, image, programs
+from tests.lab.config import PROJECT, Root, Row
 from tests.lab.mirror import Suite
 from tests.lab.progress import step
 
@@ -49,10 +49,17 @@ def dependencies() -> list[str]:
     return sorted(one for one in wanted if not one.startswith("kvmtrace"))
 
 
+def packages(root: Root) -> tuple[str, ...]:
+    """Names of the packages in a root."""
+    depends = debian_control.names("Depends", "Recommends", "Suggests") if root.service else ()
+    return tuple(dict.fromkeys((*root.packages, *depends)))
+
+
 def fetch(row: Row) -> Path:
     """Return the root image of `row`; build it if it is missing."""
     suite = Suite(row.root.suite, row.arch.name)
-    key = cache.digest(FORMAT, row.root.packages, row.root.suite, row.arch.name, dependencies())
+    of_pypi = [] if row.root.service else dependencies()
+    key = cache.digest(FORMAT, packages(row.root), row.root.suite, row.arch.name, of_pypi)
     home = cache.entry(
         f"root-{row.root.name}-{row.arch.name}", key, lambda path: _build(row, suite, path)
     )
@@ -74,19 +81,26 @@ def _build(row: Row, suite: Suite, directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory, prefix="work-") as name:
         work = Path(name)
         extra = work / "extra"
-        (extra / LIBRARY[1:]).mkdir(parents=True)
-        (extra / PTH).parent.mkdir(parents=True)
-        (extra / PTH).write_text(LIBRARY + "\n")
-        if dependencies():
+        extra.mkdir()
+        if not row.root.service:
+            (extra / LIBRARY[1:]).mkdir(parents=True)
+            (extra / PTH).parent.mkdir(parents=True)
+            (extra / PTH).write_text(LIBRARY + "\n")
+        if dependencies() and not row.root.service:
             with step(f"kvmtrace's dependencies ({', '.join(dependencies())})"):
                 pip_install(dependencies(), extra / LIBRARY[1:])
         hook = "extract" if row.arch.foreign else "customize"
-        finish = FINISH if row.arch.foreign else (f'chroot "$1" {COMPILE} {LIBRARY}',)
-        with step(f"root {row.root.name} ({row.arch.name}): {len(row.root.packages)} packages"):
+        finish: tuple[str, ...] = ()
+        if row.arch.foreign:
+            finish = FINISH
+        elif not row.root.service:
+            finish = (f'chroot "$1" {COMPILE} {LIBRARY}',)
+        named = packages(row.root)
+        with step(f"root {row.root.name} ({row.arch.name}): {len(named)} packages"):
             extract(
                 [source],
                 row.arch.name,
-                row.root.packages,
+                named,
                 work / "root.tar",
                 *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT),
                 *(f"--{hook}-hook={one}" for one in (f"sync-in {extra} /", *finish)),

@@ -2,77 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
+import shlex
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
 from kvmtrace import __version__
-from tests.lab import layer, userland
+from tests.lab import debian_package
 from tests.lab.config import PROJECT
 from tests.lab.conftest import needed
-from tests.lab.userland import alone
+from tests.lab.debian_package import System
 
 pytestmark = pytest.mark.lab
-
-_ENTER = """
-set -e
-root=$1
-shift
-mount --rbind /proc "$root/proc"
-mount --rbind /dev "$root/dev"
-exec chroot "$root" env -i HOME=/root LANG=C.UTF-8 PATH=/usr/sbin:/usr/bin:/sbin:/bin sh -ec "$1"
-"""
-# Beside what the package needs to be built: to look at the unit and the manual pages.
-_BESIDE = ("build-essential", "man-db", "systemd")
-
-
-def build_dependencies() -> tuple[str, ...]:
-    """Names of the packages in Build-Depends."""
-    text = (PROJECT / "debian/control").read_text()
-    found = re.search(r"^Build-Depends:\n((?: .*\n)+)", text, re.MULTILINE)
-    assert found
-    names = re.findall(r"^ ([\w.+-]+)", found[1], re.MULTILINE)
-    return tuple("debhelper" if name == "debhelper-compat" else name for name in names)
-
-
-class System:
-    """A Debian root of its own, which may be changed."""
-
-    def __init__(self, suite: str, home: Path) -> None:
-        with needed():
-            made = userland.root(suite, (*build_dependencies(), *_BESIDE))
-        self.root = home / "root"
-        subprocess.run(["cp", "-a", "--reflink=auto", made, self.root], check=True)
-        for left_out in (self.root / "etc/dpkg/dpkg.cfg.d").glob("*mmdebstrap"):
-            left_out.unlink()  # manual pages are looked at here
-        self.source = self.root / "build/kvmtrace"
-        beside = [one for name in ("debian", "docs") for one in (PROJECT / name).rglob("*")]
-        for path in (*layer.clone_files(), *filter(Path.is_file, beside)):
-            copy = self.source / path.relative_to(PROJECT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy, follow_symlinks=False)
-        shutil.copy(PROJECT / "tests/recordings/story.jsonl", self.root / "tmp")
-
-    def run(self, line: str, status: int = 0) -> str:
-        """Run a line of shell in it; return its stdout."""
-        command = alone(["sh", "-c", _ENTER, "sh", str(self.root), line])
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == status, (line, done.stdout[-5000:] + done.stderr[-5000:])
-        return done.stdout
 
 
 @pytest.fixture(scope="module", params=["bookworm", "trixie"])
 def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> System:
-    system = System(request.param, tmp_path_factory.mktemp(request.param))
-    system.run("cd /build/kvmtrace && dpkg-buildpackage -us -uc -b")
-    system.run("dpkg -i /build/kvmtrace_*_all.deb")
+    with needed():
+        package = debian_package.built(request.param)
+        system = System(request.param, tmp_path_factory.mktemp(request.param))
+    shutil.copy(package, system.root / "tmp")
+    shutil.copy(PROJECT / "tests/recordings/story.jsonl", system.root / "tmp")
+    system.run("apt-get install -y --no-install-recommends /tmp/kvmtrace_*_all.deb")
     return system
 
 
@@ -125,6 +78,13 @@ def test_manual_pages_and_completions(installed: System) -> None:
         "fish/vendor_completions.d/kvmtrace.fish",
     ):
         assert "_KVMTRACE_COMPLETE" in (installed.root / "usr/share" / shell).read_text()
+    asked = """
+        . /usr/share/bash-completion/completions/kvmtrace
+        COMP_WORDS=(kvmtrace exp) COMP_CWORD=1
+        _kvmtrace_completion kvmtrace exp kvmtrace
+        echo "${COMPREPLY[@]}"
+    """
+    assert installed.run(f"bash -c {shlex.quote(asked)}").split() == ["explain"]
 
 
 def test_dashboard_and_alerts(installed: System) -> None:
@@ -135,10 +95,10 @@ def test_dashboard_and_alerts(installed: System) -> None:
 
 def test_purged_nothing_is_left(installed: System) -> None:
     """Comes last: it takes the package away."""
-    installed.run("mkdir -p /var/cache/kvmtrace && touch /var/cache/kvmtrace/programs")
+    made = ("var/cache/kvmtrace", "var/lib/kvmtrace")
+    for directory in made:
+        installed.run(f"mkdir -p /{directory} && touch /{directory}/file")
     listed = installed.run("dpkg -L kvmtrace").split()
     installed.run("dpkg --purge kvmtrace")
-    left = [path for path in listed if (installed.root / path[1:]).is_file()]
-    with contextlib.suppress(FileNotFoundError):
-        left += [str(path) for path in (installed.root / "var/cache/kvmtrace").iterdir()]
-    assert left == []
+    assert not [path for path in listed if (installed.root / path[1:]).is_file()]
+    assert not [one for one in made if (installed.root / one).exists()]

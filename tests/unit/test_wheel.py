@@ -7,6 +7,8 @@ import subprocess
 import sys
 import venv
 import zipfile
+from email.message import Message
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -77,22 +79,54 @@ def test_entry_point(wheel: Path) -> None:
         assert "kvmtrace = kvmtrace.cli:main" in archive.read(name).decode()
 
 
-def test_bcc_is_no_dependency(wheel: Path) -> None:
+def metadata(wheel: Path) -> Message:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith("METADATA")]
-        required = [
-            line.split()[1].lower()
-            for line in archive.read(name).decode().splitlines()
-            if line.startswith("Requires-Dist:")
-        ]
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def test_bcc_is_no_dependency(wheel: Path) -> None:
+    required = [one.split()[0].lower() for one in metadata(wheel).get_all("Requires-Dist", [])]
+    assert required
     assert not [requirement for requirement in required if requirement.startswith("bcc")]
 
 
-@pytest.mark.parametrize("what", ["bpf", "dashboards"])
+def test_metadata_is_whole(wheel: Path) -> None:
+    found = metadata(wheel)
+    assert found["Version"] == kvmtrace.__version__
+    assert found["License-Expression"] == "MIT"
+    assert found["License-File"] == "LICENSE"
+    for name in ("Summary", "Author", "Keywords", "Requires-Python"):
+        assert found[name]
+    assert found["Description-Content-Type"] == "text/markdown"
+    assert "Typing :: Typed" in found.get_all("Classifier", [])
+    assert str(found.get_payload()).startswith("# kvmtrace")
+
+
+def test_type_checkers_may_read_it(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        assert "kvmtrace/py.typed" in archive.namelist()
+
+
+def test_the_sdist_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    """Of a sdist no git tells which files belong to it."""
+    code = "import sys; from hatchling.build import build_sdist; build_sdist(sys.argv[1])"
+    run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    (sdist,) = tmp_path.glob("kvmtrace-*.tar.gz")
+    run(["tar", "-xf", sdist.name], cwd=tmp_path)
+    code = code.replace("sdist", "wheel")
+    run([sys.executable, "-c", code, ".."], cwd=tmp_path / sdist.name.removesuffix(".tar.gz"))
+    (built,) = tmp_path.glob("kvmtrace-*.whl")
+    with zipfile.ZipFile(built) as ours, zipfile.ZipFile(wheel) as theirs:
+        assert sorted(ours.namelist()) == sorted(theirs.namelist())
+
+
+@pytest.mark.parametrize("what", ["bpf", "dashboards", "kvmtrace/assets"])
 def test_data_files_are_in_it_and_found(installed: Path, what: str) -> None:
     code = {
         "bpf": "from kvmtrace.sources.bpf import compiler; print(compiler.bpf_dir())",
         "dashboards": "import kvmtrace; print(kvmtrace.__path__[0] + '/dashboards')",
+        "kvmtrace/assets": "from kvmtrace import data_files; print(data_files.directory('assets'))",
     }
     found = Path(python(installed, code[what]))
     assert found.is_relative_to(installed)

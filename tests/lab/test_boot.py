@@ -1,0 +1,233 @@
+"""From `apt install ./kvmtrace_*.deb` on a host that systemd boots to a poison in its journal.
+
+The tests are one story on one host, in order: its first boot, then a second one of the same disk.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmtrace.views.incident_log import INCIDENT_ID
+from tests.lab import debian_package
+from tests.lab.conftest import needed
+from tests.lab.container import Container, manifest
+from tests.lab.harness import PATIENCE, Vmm
+from tests.lab.service_host import PACKAGE, Disk, ServiceHost
+from tests.unit.certificates import Certificates
+
+pytestmark = pytest.mark.lab
+
+MEMBER = "oncall"
+OPTIONS = "/etc/default/kvmtrace"
+
+
+class Host:
+    """The host of these tests."""
+
+    def __init__(self, directory: Path) -> None:
+        self.package = debian_package.built("trixie")
+        self.disk = Disk.new(directory / "disk.img")
+        self.machine = ServiceHost.boot_disk(self.disk, self.package)
+        self.web: Vmm
+        """A VM that has poison, from the first test on."""
+
+    def reboot(self) -> None:
+        """Reboot it."""
+        self.machine.reboot()
+        self.machine = ServiceHost.boot_disk(self.disk, self.package)
+
+    def run(self, line: str, timeout: float = PATIENCE) -> str:
+        """Run a line of shell as root; it has to succeed."""
+        return self.machine.run(line, timeout, check=True).stdout
+
+    def by_member(self, command: str, status: int = 0) -> str:
+        """Run kvmtrace as a user of the group kvmtrace."""
+        line = f"cd /home/{MEMBER} && exec runuser -u {MEMBER} -- kvmtrace {command}"
+        done = self.machine.run(line, PATIENCE)
+        assert done.status == status, done
+        return done.stdout
+
+    def property(self, name: str) -> str:
+        """A property of the service, by systemd's name."""
+        return self.run(f"systemctl show --value -p {name} kvmtrace").strip()
+
+    def entries(self, *matches: str) -> list[dict[str, Any]]:
+        """Entries of the service in the journal, oldest first."""
+        found = self.run(f"journalctl -u kvmtrace -o json --all {shlex.join(matches)}")
+        return [json.loads(line) for line in found.splitlines()]
+
+    def until(self, condition: Callable[[], Any], what: str) -> Any:
+        """Wait until the condition is true, and return what it returned."""
+        deadline = time.monotonic() + PATIENCE
+        while not (found := condition()):
+            log = "journalctl -u kvmtrace | tail -n 30"
+            assert time.monotonic() < deadline, (what, self.run(log))
+            time.sleep(0.5)
+        return found
+
+    def until_restarted(self, times: int) -> None:
+        """Wait until systemd has restarted the service so often, and it is ready."""
+
+        def is_ready() -> bool:
+            shown = self.run("systemctl show -p ActiveState -p NRestarts kvmtrace").split()
+            return set(shown) == {"ActiveState=active", f"NRestarts={times}"}
+
+        self.until(is_ready, f"active after {times} restarts")
+
+    def with_poison(self, name: str) -> Vmm:
+        """Start a VM that has touched a poisoned page of its guest_memfd."""
+        vmm = Vmm(self.machine, name)
+        for step in ("create v backing=gmem pages=32", "touch v +3", "poison v +3", "touch v +3"):
+            vmm.step(step)
+        return vmm
+
+    def logged(self, vmm: Vmm) -> dict[str, Any]:
+        """Wait for the entry of the log about the VMM's notification, and return it."""
+
+        def delivered() -> Any:
+            of_vm = (f"MESSAGE_ID={INCIDENT_ID}", f"VM_PID={vmm.pid}", "STATE=delivered")
+            return self.entries(*of_vm)
+
+        entry, *_ = self.until(delivered, f"the log's entry about {vmm.name}")
+        assert entry["VM_NAME"] == vmm.name
+        return dict(entry)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    with needed():
+        found = Host(tmp_path_factory.mktemp("host"))
+    yield found
+    found.machine.close()
+
+
+def test_from_apt_to_the_journal(host: Host) -> None:
+    host.run(f"cd /mnt/share && apt-get install -y --no-install-recommends ./{PACKAGE}")
+    assert host.property("ActiveState") == "active"
+    assert host.property("Type") == "notify"
+    assert host.property("StatusText").startswith("watching by bpf")
+    assert host.run("ls /var/cache/kvmtrace")  # compiled once
+    host.run("systemd-analyze verify --man=no kvmtrace.service 2>&1")
+    judged = host.run("systemd-analyze security --no-pager kvmtrace.service")
+    exposure = re.search(r"Overall exposure level for kvmtrace.service: ([0-9.]+)", judged)
+    assert exposure
+    assert float(exposure[1]) <= 3.0
+
+    # kvm comes, goes and comes again.
+    host.run("! test -e /sys/module/kvm && modprobe kvm-amd")
+    host.until(lambda: host.entries("PROBE=run"), "attached to kvm")
+    host.until(lambda: host.machine.run("modprobe -r kvm-amd kvm").status == 0, "kvm unloaded")
+    host.until(lambda: len(host.entries("PROBE=run")) == 2, "noticed")
+    host.run("! test -e /sys/module/kvm && modprobe kvm-amd")
+    host.until(lambda: len(host.entries("PROBE=run")) == 3, "attached to kvm anew")
+    host.web = host.with_poison("web-1")
+    entry = host.logged(host.web)
+    assert entry["MESSAGE_ID"] == INCIDENT_ID
+    assert entry["PRIORITY"] in "2456"
+    assert {"URGENCY", "STATE", "VERDICT", "PFN", "ACTION", "INCIDENT"} <= set(entry)
+    assert entry["MESSAGE"].startswith(f"incident {entry['INCIDENT']}: ")
+
+
+def test_the_group_needs_no_root(host: Host) -> None:
+    host.run(f"useradd --create-home --groups kvmtrace {MEMBER}")
+    incident = host.logged(host.web)["INCIDENT"]
+    assert "web-1" in host.by_member("top --once")
+    assert "web-1" in host.by_member(f"explain {incident}")
+    assert "web-1" in host.by_member("events --since 1h --count 1 --kind poison")
+    assert "web-1" in host.by_member("check", status=2)
+    host.by_member("bundle -o case.tar.gz")
+    assert "web-1" in host.by_member("explain --from case.tar.gz")
+
+
+def test_a_reader_that_hangs_is_replaced_meanwhile_a_container_watches(host: Host) -> None:
+    """The container has what the DaemonSet asks for, and directories of its own."""
+    pid = host.property("MainPID")
+    host.run(f"kill -STOP {pid}")
+
+    wanted = manifest()
+    of_node = {path: f"/run/node{path}" for path in wanted.mounts if path.endswith("/kvmtrace")}
+    container = Container(host.machine, wanted, of_node)
+    container.job.wait_for("serving http", PATIENCE, "stderr")
+    assert "not attached" not in container.job.stderr
+    for path in ("healthy", "ready"):
+        container.run(f"curl --silent --fail http://127.0.0.1:9750/-/{path}")
+    vmm = host.with_poison("beside")
+    container.job.wait_for(r"incident .*, beside \(pid", PATIENCE, "stderr")
+    metrics = container.run("curl --silent --fail http://127.0.0.1:9750/metrics")
+    assert re.search(r'kvmtrace_memory_fault_exits_total{.*vm="beside"', metrics)
+    shown = host.run("KVMTRACE_RUNTIME_DIR=/run/node/run/kvmtrace kvmtrace top --once")
+    assert "beside" in shown
+    vmm.end()
+    container.end()
+
+    host.until_restarted(1)
+    assert host.property("MainPID") != pid
+    assert "atchdog" in host.run("journalctl --no-pager UNIT=kvmtrace.service")
+
+
+def test_what_was_seen_is_there_after_kill_and_restart(host: Host) -> None:
+    incident = host.logged(host.web)["INCIDENT"]
+    host.run(f"kill -KILL {host.property('MainPID')}")
+    host.until_restarted(2)
+    assert "web-1" in host.by_member(f"explain {incident}")
+
+
+PROMETHEUS = """
+global: {scrape_interval: 1s}
+scrape_configs:
+  - job_name: kvmtrace
+    scheme: https
+    tls_config: {ca_file: /etc/kvmtrace/ca.pem}
+    basic_auth: {username: prometheus, password: the right one}
+    static_configs: [{targets: ["127.0.0.1:9750"]}]
+"""
+WEB_CONFIG = """
+tls_server_config: {cert_file: server.pem, key_file: server.key}
+basic_auth_users:
+  prometheus: $2y$04$3hb1A1k1R1tivsAucEk9Z.CYQBPd4IWASKnGL6SiHnhIEoEYzZqce
+"""
+
+
+def test_scraped_over_tls_with_a_password_while_ftrace_watches(host: Host) -> None:
+    """The other source, under the same unit."""
+    Certificates(host.machine.share)
+    host.run("mkdir -p /etc/kvmtrace && cp /mnt/share/*.pem /mnt/share/*.key /etc/kvmtrace")
+    host.machine.run("cat >/etc/kvmtrace/web.yml", stdin=WEB_CONFIG, check=True)
+    host.machine.run("cat >/tmp/prometheus.yml", stdin=PROMETHEUS, check=True)
+    options = "--source ftrace --web.config.file /etc/kvmtrace/web.yml"
+    host.run(f"echo KVMTRACE_OPTIONS={options} >{OPTIONS} && systemctl restart kvmtrace")
+    assert host.property("StatusText").startswith("watching by ftrace")
+    assert "web-1" in host.by_member("top --once")
+    host.logged(host.with_poison("web-2"))
+    server = host.machine.start(
+        "exec prometheus --config.file=/tmp/prometheus.yml --storage.tsdb.path=/tmp/prometheus"
+        " --web.listen-address=127.0.0.1:9090"
+    )
+
+    def incidents() -> list[Any]:
+        ask = "http://127.0.0.1:9090/api/v1/query?query=kvmtrace_incidents>0"
+        done = host.machine.run(["curl", "--silent", "--fail", ask], PATIENCE)
+        return list(json.loads(done.stdout or "{}").get("data", {}).get("result", []))
+
+    host.until(incidents, "incidents in Prometheus")
+    server.kill()
+    plain = "curl --silent --insecure --output /dev/null --write-out %{http_code}"
+    assert host.run(f"{plain} https://127.0.0.1:9750/metrics") == "401"
+
+
+def test_after_a_reboot_it_is_history(host: Host) -> None:
+    host.run(f"rm {OPTIONS}")
+    host.reboot()
+    host.until(lambda: host.property("ActiveState") == "active", "active after the boot")
+    shown = json.loads(host.run("kvmtrace top --once --json"))
+    assert shown["incidents"] == []
+    host.run("kvmtrace record --since 1h -o /tmp/before.jsonl")
+    assert "web-1" in host.run("kvmtrace replay /tmp/before.jsonl")
