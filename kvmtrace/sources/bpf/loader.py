@@ -211,9 +211,8 @@ class Loader:
         self._attach_event(_PerfEvent(type=_PERF_TYPE_TRACEPOINT, config=event_id), program)
         return program
 
-    def attach_kprobe(self, name: str, function: str, *, entry: bool, copy: int = 0) -> int:
+    def attach_kprobe(self, name: str, function: str, *, entry: bool) -> int:
         """By kprobe or kretprobe."""
-        self._programs[name].code.set_copy_number(copy)
         program = self._load(name, _KPROBE)
         try:
             kind = int(_text(f"{_PMU}/type"))
