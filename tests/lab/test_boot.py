@@ -129,7 +129,7 @@ def test_from_apt_to_the_journal(host: Host) -> None:
     host.run("! test -e /sys/module/kvm && modprobe kvm-amd")
     host.until(lambda: len(host.entries("PROBE=run")) == 3, "attached to kvm anew")
     host.web = host.with_poison("web-1")
-    assert "not attached" not in host.property("StatusText")
+    assert "not attached" not in host.run("kvmtrace top --once")
     entry = host.logged(host.web)
     assert entry["MESSAGE_ID"] == INCIDENT_ID
     assert entry["PRIORITY"] in "2456"
