@@ -1,6 +1,6 @@
 # Everything from a bare clone: each target does the set-up that it needs.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hw test fuzz lint format lab bench bench-native matrix readme picture page-pictures deb clean
+.PHONY: help setup demo demo-hw test fuzz lint format lab bench bench-native survival matrix recordings readme picture page-pictures deb clean
 
 PY := .venv/bin/python
 SOURCE ?= auto
@@ -51,6 +51,10 @@ bench: setup ## overhead, start time and memory, measured in the lab
 bench-native: ## costs that need no lab, in seconds (ARGS="scrapes snapshots": these parts; --readme: into docs/costs.md)
 	@sh tests/setup.sh --no-system
 	@$(PY) -m tests.bench $(ARGS)
+
+survival: ## what serve's history survives, as a table (ARGS=--readme: into docs/service.md); root for a full disk
+	@sh tests/setup.sh --no-system
+	@$(PY) -m tests.survival $(ARGS)
 
 matrix: setup ## every scenario on every kernel by every source, as a table
 	@$(PY) -m tests.lab.matrix $(ARGS)

@@ -111,7 +111,7 @@ int FN_sigbus_bare(args_t *ctx)
 int kp_sigbus(struct pt_regs *ctx)
 {
 	return on_sigbus((int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), (int)PT_REGS_PARM3(ctx),
-			 PT_REGS_PARM4(ctx), copy_number());
+			 PT_REGS_PARM4(ctx), 0);
 }
 #endif
 
@@ -119,13 +119,13 @@ int kp_sigbus(struct pt_regs *ctx)
 int kp_sigbus_forced(struct pt_regs *ctx)
 {
 	return on_sigbus((int)PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), (int)PT_REGS_PARM3(ctx), 0,
-			 copy_number());
+			 0);
 }
 #endif
 
 #ifdef KP_sigbus_bare
 int kp_sigbus_bare(struct pt_regs *ctx)
 {
-	return on_sigbus_bare((int)PT_REGS_PARM1(ctx), copy_number());
+	return on_sigbus_bare((int)PT_REGS_PARM1(ctx), 0);
 }
 #endif

@@ -343,6 +343,16 @@ class ClockStep(Event):
     suspended_ns: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Reboot(Event):
+    """The host began another boot: no page is poisoned any more, and no VM of before runs.
+
+    In what was kept of several boots only. A ``VmGone`` follows for each VM.
+    """
+
+    kind: ClassVar[str] = "reboot"
+
+
 LAST_NS = (1 << 63) - 1
 """The greatest time that can be represented, in the year 2262."""
 

@@ -268,6 +268,7 @@ class EntryKind(StrEnum):
     VCPU_STATE = auto()
     PAGE_REPLACED = auto()
     UNPOISON = auto()
+    REBOOT = auto()
     SOFT_OFFLINE = auto()
     VM_GONE = auto()
     HARDWARE_ERROR = auto()
@@ -332,7 +333,8 @@ class Incident:
     itself, outside KVM_RUN (madvise on its own mapping); no guest has accessed the page.
     ``sigbus_to_others``: signals to processes that had the page mapped and run no VM.
     ``undelivered``: refusals of guest_memfd that no exit delivered. ``before_start``: poisoned
-    before kvmtrace started. ``size``: bytes lost, if known. ``omitted``: timeline entries that had
+    before kvmtrace started. ``rebooted_ts``: when the host was rebooted, if that ended it.
+    ``size``: bytes lost, if known. ``omitted``: timeline entries that had
     no room. ``released``: owners that were later seen without the page. ``page_class``: None if the
     kernel's verdict is not known. ``guest_memfd``: the page is known to be of a guest_memfd.
     """
@@ -364,6 +366,7 @@ class Incident:
     page_shift: int = kvm.PAGE_SHIFT
     page_class: PageClass | None = None
     guest_memfd: bool = False
+    rebooted_ts: int | None = None
 
     @property
     def host_at_risk(self) -> bool:
@@ -437,6 +440,32 @@ class KernelAccount:
 
 
 @dataclass(frozen=True, slots=True)
+class HistoryState:
+    """What ``serve`` keeps on the disk. Times: nanoseconds since the epoch, by the wall clock.
+
+    ``is_written``: False while the disk does not take it. ``size``: bytes. ``oldest_ns``: of the
+    oldest event; ``last_write_ns``: when events were written last. ``written``: events since serve
+    started; ``waiting``: those that the disk has not taken yet. ``dropped``: {why: events that were
+    not kept}; ``deleted``: {why: events that were}. ``errors``: failed attempts to write.
+    ``start``: what was known at the start, from earlier serves. ``was_cut``: the last of them may
+    have counted more than it kept.
+    """
+
+    path: str
+    is_written: bool
+    size: int
+    oldest_ns: int | None
+    last_write_ns: int | None
+    written: int
+    waiting: int
+    dropped: Mapping[str, int]
+    deleted: Mapping[str, int]
+    errors: int
+    start: Snapshot | None = None
+    was_cut: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Latency:
     """Poison to first delivery: counts per bucket (not cumulative, last is +Inf), and the sum."""
 
@@ -453,6 +482,7 @@ class Snapshot:
     ``kernel_pages``: poisoned pages of the class KERNEL, including those whose incidents were
     forgotten. ``steps``: of the wall clock, in order. All times are by a clock that is not stepped;
     ``wall`` gives the time of day. ``since``: when watching began, as far as is known.
+    ``history``: what serve keeps, if it does.
     """
 
     vms: Mapping[int, Vm] = field(default_factory=dict)
@@ -472,6 +502,7 @@ class Snapshot:
     reported: Mapping[int, Reported] = field(default_factory=dict)
     steps: tuple[ClockStep, ...] = ()
     since: int | None = None
+    history: HistoryState | None = None
 
     def wall(self, ts: int) -> int:
         """Return the wall clock's time at ``ts``, in nanoseconds since the epoch."""

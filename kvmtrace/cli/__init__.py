@@ -75,6 +75,7 @@ cli.add(
     explain,
     "kvmtrace explain web-1",
     "kvmtrace explain 0x4f2311",
+    "kvmtrace explain --since 7d",
     "kvmtrace explain 0x1f000000@web-1 --from sick.jsonl",
 )
 cli.add(

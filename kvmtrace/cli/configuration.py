@@ -27,7 +27,7 @@ from kvmtrace.linux.writers import others_may_write
 PATH = "/etc/kvmtrace/kvmtrace.toml"
 VARIABLE = "KVMTRACE_CONFIG"
 COMMON = "common"
-FOR_ALL = ("source", "utc")
+FOR_ALL = ("source", "utc", "history")
 """Options that may be wanted for all commands of a shell, of a host or of a service."""
 
 _META = "kvmtrace.settings"

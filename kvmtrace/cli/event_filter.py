@@ -72,7 +72,7 @@ def filter_options(command: Callable[P, R]) -> Callable[P, R]:
             shell_complete=_completing(LINE_KINDS),
             metavar="KIND,…",
             help="Print only events of this kind: exit, poison, sigbus, mce, vm, page (or owner, "
-            "found, soft_offline, unpoison), lost, clock.",
+            "found, soft_offline, unpoison), lost, clock, reboot.",
         ),
     ):
         command = option(command)
@@ -121,13 +121,13 @@ class EventFilter:
         return not self.kinds or bool(self.kinds.intersection(kinds_of(correlated.event)))
 
     def _concerns(self, correlated: CorrelatedEvent) -> bool:
-        """Whether it is about the VM. Lost events may be; clock steps concern every VM."""
+        """Whether it is about the VM. Losses may be; steps of the clock and reboots concern all."""
         vm = self.vm
         return (
             vm is None
             or is_named(correlated.vm, vm)
             or any(is_named(seen, vm) for _, seen in correlated.owners)
-            or correlated.event.kind in ("lost", "clock")
+            or correlated.event.kind in ("lost", "clock", "reboot")
             or (
                 correlated.event.kind == "sigbus" and vm == str(getattr(correlated.event, "pid", 0))
             )

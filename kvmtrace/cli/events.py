@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import os
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from kvmtrace.cli.console import json_is_utf8, print_line, print_status, stdout_is_terminal
 from kvmtrace.cli.event_filter import EventFilter, filter_options, require_vm
 from kvmtrace.cli.inputs import give_up_privileges, open_host_or_remote, open_session, poll_timeouts
-from kvmtrace.cli.options import (
-    duration_option,
-    json_option,
-    point_in_time,
-    utc_option,
-    with_source,
-)
-from kvmtrace.events import Found, Lost, Owned, VmSeen
+from kvmtrace.cli.options import duration_option, json_option, utc_option, with_source
+from kvmtrace.cli.past import TIMES, open_history, span_of, span_options
+from kvmtrace.cli.past_events import PastEvents
+from kvmtrace.cli.signals import stop
+from kvmtrace.errors import KvmtraceError
+from kvmtrace.events import LAST_NS, Found, Lost, Owned, VmSeen
 from kvmtrace.model import CorrelatedEvent, Snapshot
 from kvmtrace.sources.remote import RemoteSource
 from kvmtrace.views import event_lines
@@ -29,75 +31,161 @@ from kvmtrace.views.tables.header import watching_text
 from kvmtrace.vmm import processes
 from kvmtrace.wording import some_of
 
+if TYPE_CHECKING:
+    from kvmtrace.session.archived import ArchivedSource
+
 _MAX_NAMED = 8
+_AROUND = 60_000_000_000
 
 
 @click.command()
 @json_option
 @filter_options
-@click.option(
-    "--since",
-    type=point_in_time,
-    metavar="TIME",
-    help="First print what a running serve has seen since then: 2h (ago), 20:15, 2026-09-21T20:15.",
+@span_options(
+    "First print what serve has kept, or has seen if it keeps nothing, from then on:",
+    f"Print what serve has kept of the minute before and the minute after, and stop: {TIMES}.",
 )
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="Stop after N events.")
 @duration_option
 @utc_option
 @with_source
+@click.pass_context
 def events(
+    ctx: click.Context,
     *,
     as_json: bool,
     vm: str | None,
     states: tuple[tuple[str, ...], ...],
     kinds: tuple[tuple[str, ...], ...],
     since: int | None,
+    until: int | None,
+    at: str | None,
+    history: str,
     count: int | None,
     duration: float | None,
     source: str,
 ) -> None:
     """Print a line for each event as it happens.
 
-    VMs and poisoned pages that exist already are no events: they are counted on stderr.
+    VMs and poisoned pages that exist already are no events: they are counted on stderr. With
+    --until or --at it does not go on with what happens: it prints what serve has kept, and stops.
 
     With --json each line is a JSON object. What exists already comes first, marked with "before".
     Fields with unknown values are absent.
     """
-    lines = EventPrinter(as_json)
-    wanted = EventFilter.of_options(kinds, states, vm)
+    printing = _Printing(EventPrinter(as_json), EventFilter.of_options(kinds, states, vm), count)
+    span = span_of(since, until, at, history)
+    if span is not None and (until is not None or at is not None):
+        first, last = span.since, span.until
+        if first is None:
+            first, last = last - _AROUND, last + _AROUND
+        with open_history(history, last) as kept:
+            past = PastEvents(kept, first)
+            _report_begin(first, kept.began())
+            printing.print_past(past)
+            if vm is not None and not printing.is_done:
+                require_vm(vm, past.seen.values())
+        return
+    with contextlib.ExitStack() as stack:
+        kept_since = None
+        if since is not None:
+            is_given = ctx.get_parameter_source("history") != ParameterSource.DEFAULT
+            kept_since = _kept(stack, history, is_given=is_given)
+        past_since = None if since is None or kept_since is None else PastEvents(kept_since, since)
+        if past_since is not None and kept_since is not None and since is not None:
+            _report_begin(since, kept_since.began())
+        _follow(printing, source, duration, since, past_since)
+
+
+def _follow(
+    printing: _Printing,
+    source: str,
+    duration: float | None,
+    since: int | None,
+    past: PastEvents | None,
+) -> None:
+    """Print what happens, after what was kept and what a serve has seen."""
     attached = open_host_or_remote(source)
     is_remote = isinstance(attached, RemoteSource)
     with open_session(attached) as session:
         give_up_privileges()
         batch = session.pump(0)
         start = session.snapshot()
-        if vm is not None:
+        vm = printing.wanted.vm
+        if vm is not None and past is None:
             _require_vm(vm, batch)
         print_status(f"kvmtrace: {watching_text(start)}")
-        if since is not None:
+        if past is not None:
+            is_whole = past.until(batch if is_remote else ())
+            printing.print_past(past)
+            if printing.is_done:
+                return
+            since = None if is_whole or not is_remote else past.last + 1
+            if not is_remote:
+                known = f"{date_of(past.last)} {zone_of(past.last)}"
+                print_status(f"kvmtrace: from {known} until now no serve kept what happened")
+        elif since is not None:
             _report_gap(since, batch if is_remote else None)
         there = _There()
         before, batch = there.split(batch, start, since, is_remote=is_remote)
-        if not as_json:
+        if not printing.as_json:
             before = []  # counted in this line
             if text := _already_here(start, is_remote=is_remote):
                 print_status(f"kvmtrace: {text}")
-        timeouts = poll_timeouts(duration, reader_gone)
-        while True:
-            snapshot = functools.cache(session.snapshot)
-            if before:
-                lines.print_before(wanted.chosen(before, snapshot))
-            for correlated in wanted.chosen(batch, snapshot):
-                if lines.print(correlated) and count is not None:
-                    count -= 1
-                    if not count:
-                        return
-            if not wanted.has_lost:
-                _report_lost(batch)
-            timeout = next(timeouts, None)
-            if timeout is None:
+        for timeout in itertools.chain([None], poll_timeouts(duration, reader_gone)):
+            if timeout is not None:
+                before, batch = there.split(session.pump(timeout))
+            printing.print(before, batch, functools.cache(session.snapshot))
+            if printing.is_done:
                 return
-            before, batch = there.split(session.pump(timeout))
+
+
+def _kept(stack: contextlib.ExitStack, history: str, *, is_given: bool) -> ArchivedSource | None:
+    """What serve has kept; None if that is nowhere and nobody said where."""
+    try:
+        return stack.enter_context(open_history(history, LAST_NS))
+    except KvmtraceError as error:
+        if is_given:
+            raise
+        print_status(f"kvmtrace: nothing that was kept can be read: {error.message}")
+        return None
+
+
+class _Printing:
+    """What is printed, and whether that is enough. ``count``: so many events; None: all."""
+
+    def __init__(self, lines: EventPrinter, wanted: EventFilter, count: int | None) -> None:
+        self._lines, self.wanted, self._left = lines, wanted, count
+        self.as_json = lines.as_json
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no more is to be printed."""
+        return self._left == 0 or stop.requested
+
+    def print(
+        self,
+        before: list[CorrelatedEvent],
+        batch: list[CorrelatedEvent],
+        snapshot: Callable[[], Snapshot],
+    ) -> None:
+        """Print what was there before, and what happened."""
+        if before:
+            self._lines.print_before(self.wanted.chosen(before, snapshot))
+        for correlated in self.wanted.chosen(batch, snapshot):
+            if self._lines.print(correlated) and self._left is not None:
+                self._left -= 1
+                if not self._left:
+                    return
+        if not self.wanted.has_lost:
+            _report_lost(batch)
+
+    def print_past(self, past: PastEvents) -> None:
+        """Print what was kept."""
+        for batch in past.batches():
+            self.print([], batch, past.snapshot)
+            if self.is_done:
+                return
 
 
 class EventPrinter:
@@ -106,6 +194,7 @@ class EventPrinter:
     def __init__(self, as_json: bool) -> None:
         if as_json:
             json_is_utf8()
+        self.as_json = as_json
         self._text = None if as_json else event_lines.EventText(dated=not stdout_is_terminal())
 
     def print(self, correlated: CorrelatedEvent) -> bool:
@@ -185,7 +274,12 @@ def _report_gap(since: int, history: list[CorrelatedEvent] | None) -> None:
     """Report from when on events are known, if that is later than what was asked for."""
     if history is None:
         print_status("kvmtrace: no serve runs here: what happened before now is not known")
-    elif (first := min((one.wall for one in history), default=since)) > since:
+    else:
+        _report_begin(since, min((one.wall for one in history), default=since))
+
+
+def _report_begin(since: int, first: int) -> None:
+    if first > since:
         known = f"{date_of(first)} {zone_of(first)}"
         print_status(f"kvmtrace: the history of the serve begins at {known}")
 

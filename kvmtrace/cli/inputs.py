@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from kvmtrace import __version__, sources
 from kvmtrace.cli.console import busy, print_status
@@ -176,12 +177,29 @@ class WatchedLog(EventLog):
         yield self.events, self.probes
 
 
+class Replayed(Protocol):
+    """What is read from a file, and from its beginning again: a recording, or serve's history."""
+
+    recorded: Host
+    host: Host
+    version: str | None
+    path: str
+    done: bool
+    whole: bool
+
+    def poll(self, timeout: float) -> list[Event]: ...
+
+    def rewind(self) -> None: ...
+
+    def probes(self) -> tuple[Probe, ...]: ...
+
+
 class RecordedLog(EventLog):
     """A recording, read batch by batch: it may not fit into memory."""
 
-    def __init__(self, source: RecordingSource) -> None:
+    def __init__(self, source: Replayed, via: str = "a recording") -> None:
         self.host, self.version = source.recorded, source.version
-        self.via = "a recording"
+        self.via = via
         self._source = source
         self._is_read = False
 
@@ -227,8 +245,10 @@ def open_recording(path: str, *, twice: bool = False) -> Iterator[RecordingSourc
         source.close()
 
 
-def reading(source: RecordingSource) -> contextlib.AbstractContextManager[None]:
+def reading(source: Replayed) -> contextlib.AbstractContextManager[None]:
     """Around reads of a recording: a signal interrupts them if nobody writes (a pipe)."""
+    if not isinstance(source, RecordingSource):
+        return contextlib.nullcontext()
     return stop.waiting(lambda: nobody_writes(source.file))
 
 

@@ -63,6 +63,8 @@ def point_in_time(value: str | int) -> int:
         return value
     now = datetime.datetime.now(datetime.UTC).astimezone()
     text = value.strip()
+    if text.lower() == "now":
+        return clock.now_ns()
     try:
         return clock.now_ns() - round(seconds(text) * 1e9)
     except click.BadParameter:

@@ -11,6 +11,7 @@ from kvmtrace.cli.console import print_status
 from kvmtrace.cli.inputs import give_up_privileges, open_host_or_remote, open_session, poll_timeouts
 from kvmtrace.cli.options import duration_option, point_in_time, utc_option, with_source
 from kvmtrace.cli.output_file import Output
+from kvmtrace.cli.past import history_option
 from kvmtrace.events import Event, HwError, Poison
 from kvmtrace.linux import clock
 from kvmtrace.sources.recording import Writer
@@ -33,14 +34,7 @@ _SYNC_SECONDS = 5.0
 @click.option(
     "--until", type=point_in_time, metavar="TIME", help="With --since: up to then.  [default: now]"
 )
-@click.option(
-    "--history",
-    type=click.Path(dir_okay=False),
-    default="/var/lib/kvmtrace/history.db",
-    show_default=True,
-    metavar="DB",
-    help="With --since: where serve keeps it.",
-)
+@history_option
 @utc_option
 @with_source
 def record(
@@ -73,15 +67,15 @@ def record(
 
 def _export(file: str, force: bool, history: str, since: int, until: int) -> None:
     # Only this needs SQLite.
-    from kvmtrace.session import archive_export, archive_file  # noqa: PLC0415
+    from kvmtrace.session import archive_file, archive_story  # noqa: PLC0415
 
     with contextlib.closing(archive_file.reading(history)) as database:
-        host, version = archive_export.host_of(database)
+        host, version = archive_story.host_of(database)
         number = 0
         with Output(file, force) as output:
             with output.writing():
                 writer = Writer(output.file, host, version, ends=True)
-                for event in archive_export.story(database, since, until):
+                for event in archive_story.window(database, since, until):
                     writer.write((event,), ())
                     number += 1
                 writer.end()

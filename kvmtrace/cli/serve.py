@@ -128,7 +128,8 @@ def serve(
             path, host_of(watched), print_status, days=history_days, size=history_size << 20
         )
         stop.clean_up.append(archive.close)
-        watched = ResumedSource(watched, archive.begin(), archive, clock.now_ns)
+        past, first_key = archive.begin()
+        watched = ResumedSource(watched, past, archive, clock.now_ns, first_key)
     with (
         open_session(watched) as session,
         open_hooks(on_incident, hook_timeout) as hooks,
@@ -151,8 +152,8 @@ def serve(
             hooks.start()
         session.start()
         service = Service(session, log_format, hooks)
-        print_status(f"serving {server.url}/metrics")
         pages.is_ready = True
+        print_status(f"serving {server.url}/metrics")
         service.ready()
         warned = False
         while not stop.requested and session.failure is None:

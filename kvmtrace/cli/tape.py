@@ -10,10 +10,11 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import click
 
-from kvmtrace.cli.inputs import reading
+from kvmtrace.cli.inputs import Batch, RecordedLog, Replayed, reading
 from kvmtrace.cli.options import seconds
 from kvmtrace.cli.signals import stop
 from kvmtrace.correlate import Correlator
@@ -21,7 +22,6 @@ from kvmtrace.errors import UsageError
 from kvmtrace.events import Event
 from kvmtrace.model import CorrelatedEvent, Snapshot
 from kvmtrace.sanitize import clean
-from kvmtrace.sources.recording import RecordingSource
 from kvmtrace.views.format import age_of, date_of, zone_of
 
 RECENT = 500
@@ -38,10 +38,14 @@ class RecordedTape:
     """
 
     def __init__(
-        self, source: RecordingSource, monotonic: Callable[[], float] = time.monotonic
+        self,
+        source: Replayed,
+        monotonic: Callable[[], float] = time.monotonic,
+        since: int = 0,
     ) -> None:
-        """Read it once to the end, where it is then."""
+        """Read it once to the end, where it is then. ``since``: it begins there."""
         self._source = source
+        self._since = since
         self._monotonic = monotonic
         # The seconds in which anything happened, as their last event.
         self._moments = array("q")
@@ -79,6 +83,8 @@ class RecordedTape:
 
     def _note(self, ts: int) -> None:
         # Events may come a little out of order: time does not go back.
+        if ts < self._since:
+            return
         if self._moments and ts - self._begun < _SECOND:
             self._moments[-1] = max(ts, self._moments[-1])
         else:
@@ -157,11 +163,21 @@ class RecordedTape:
             raise UsageError("the recording has no events", "leave out --at")
         ts = self._moment(text)
         if not self.first <= ts < self.last + _SECOND:
-            first, last = (f"{date_of(one)} {zone_of(one)}" for one in (self.first, self.last))
-            raise UsageError(
-                f"the recording has nothing of {clean(text)}", f"it is from {first} to {last}"
-            )
+            raise self._elsewhere(clean(text))
         self._go(min(ts, self.last))
+
+    def seek_to(self, ts: int) -> None:
+        """Go to a time in nanoseconds since the epoch; the end, if that is before it.
+
+        Raises UsageError if the recording begins later.
+        """
+        if not self._moments or ts < self.first:
+            raise self._elsewhere(f"{date_of(ts)} {zone_of(ts)}")
+        self._go(min(ts, self.last))
+
+    def _elsewhere(self, when: str) -> UsageError:
+        first, last = (f"{date_of(one)} {zone_of(one)}" for one in (self.first, self.last))
+        return UsageError(f"the recording has nothing of {when}", f"it is from {first} to {last}")
 
     def _moment(self, text: str) -> int:
         text = text.strip()
@@ -190,3 +206,18 @@ class RecordedTape:
             self._begin()
         self._now = ts
         self._read_until(ts)
+
+
+class MomentLog(RecordedLog):
+    """A recording up to a moment, as ``RecordedTape.seek`` understands it."""
+
+    def __init__(self, source: Replayed, at: str) -> None:
+        super().__init__(source)
+        self._recording, self._at = source, at
+
+    def model(self, on_batch: Callable[[Batch], None] | None = None) -> Snapshot:
+        """The model then; sets ``now``. Raises UsageError if the recording is elsewhere."""
+        tape = RecordedTape(self._recording)
+        tape.seek(self._at)
+        self.now = tape.now()
+        return replace(tape.snapshot(), since=tape.first)

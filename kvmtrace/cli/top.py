@@ -21,8 +21,10 @@ from kvmtrace.cli.inputs import (
 )
 from kvmtrace.cli.live_host import Watching
 from kvmtrace.cli.options import from_option, interval_option, json_option, utc_option, with_source
+from kvmtrace.cli.past import TIMES, PastLog, Span, open_history, span_of, span_options
 from kvmtrace.cli.tape import RecordedTape
 from kvmtrace.errors import UsageError
+from kvmtrace.linux import clock
 from kvmtrace.model import Snapshot
 from kvmtrace.views.format import date_of
 
@@ -31,10 +33,10 @@ from kvmtrace.views.format import date_of
 @click.option("--once", is_flag=True, help="Watch for one interval, print the table and exit.")
 @json_option
 @from_option
-@click.option(
-    "--at",
-    metavar="TIME",
-    help="With --from: begin at a time of day (20:07:15), or so long before the end (5m).",
+@span_options(
+    "Show what serve has kept, from then on: what there was, what is over included.",
+    f"Show what serve has kept, as it was then: {TIMES}. With --from: begin at a time of day"
+    " (20:07:15), or so long before the end (5m).",
 )
 @interval_option
 @utc_option
@@ -44,24 +46,28 @@ def top(
     once: bool,
     as_json: bool,
     recording: str | None,
+    since: int | None,
+    until: int | None,
     at: str | None,
+    history: str,
     interval: float,
     source: str,
 ) -> None:
     """Show a live table of poison incidents and VMs, and what to do.
 
     The live table needs a terminal; --once does not. --json needs --once and prints one object.
-    With --from it shows a recording: space plays it, < and > step through it.
+    With --from, --since or --at it shows what was: space plays it, < and > step through it.
     """
     if as_json and not once:
         raise UsageError("--json goes with --once", "`kvmtrace events --json` streams")
-    if at is not None and recording is None:
-        raise UsageError("--at goes with --from", "`kvmtrace record FILE` makes a recording")
+    span = span_of(since, until, at, history, recording)
     if not once and not on_terminal():
         raise UsageError(
             "top needs a terminal", "`kvmtrace top --once` prints the table, `events` follows"
         )
-    if recording is not None:
+    if span is not None:
+        _show_history(span, interval, once=once, as_json=as_json)
+    elif recording is not None:
         _show_recording(recording, at, interval, once=once, as_json=as_json)
     elif once:
         _top_once(source, interval, as_json)
@@ -94,6 +100,21 @@ def _show_recording(
             bundle=bundle if os.path.isfile(path) else None,
         )
         app.run(shown, interval)
+
+
+def _show_history(span: Span, interval: float, *, once: bool, as_json: bool) -> None:
+    # A moment is shown with what came after it.
+    end = span.until if once or span.since is not None else clock.now_ns()
+    with open_history(span.history, end) as source:
+        if once:
+            show_snapshot(PastLog(source, span).model(), span.until, as_json)
+            return
+        tape = RecordedTape(source, since=span.since or 0)
+        if span.since is None:
+            tape.seek_to(span.until)
+        from kvmtrace.views.terminal import app, watched  # noqa: PLC0415 (a TUI library)
+
+        app.run(watched.Watched(tape.snapshot, tape.now, tape.recent, tape=tape), interval)
 
 
 def _watch(kind: str, interval: float) -> None:

@@ -44,6 +44,7 @@ from kvmtrace.events import (
     Owner,
     PageReplaced,
     Poison,
+    Reboot,
     Sigbus,
     SoftOffline,
     Tick,
@@ -114,6 +115,21 @@ class Correlator:
         if self._steps:
             correlated = replace(correlated, wall_ts=wall_time(ts, self._steps))
         return correlated
+
+    def _reboot(self, event: Reboot) -> CorrelatedEvent:
+        """What was reported of pages is history; what hardware reported is of the same DIMMs."""
+        for incident in self._incidents:
+            if incident.closed:
+                continue
+            incident.frozen = None
+            if not incident.over:
+                incident.rebooted_ts = event.ts
+                incident.note(TimelineEntry(event.ts, EntryKind.REBOOT, event))
+            self._incidents.close(incident)
+        self._incidents.forgotten.clear()
+        self._pending = PendingEvents(self._limits, self._totals.count_lost)
+        self._soft_offlines.clear()
+        return _correlated(event)
 
     def identity(self, vm: int | None) -> VmSeen | None:
         """Who a VM is or was; None if unknown."""
@@ -651,6 +667,7 @@ _HANDLERS: Mapping[type[Event], Callable[[Correlator, Any], CorrelatedEvent]] = 
     PageReplaced: Correlator._page_replaced,
     Tick: Correlator._quiet,
     ClockStep: Correlator._clock_step,
+    Reboot: Correlator._reboot,
     Lost: Correlator._lost,
 }
 

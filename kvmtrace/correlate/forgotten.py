@@ -45,6 +45,11 @@ class Forgotten:
             if vm in (None, key[0]):
                 del self._keys[key]
 
+    def clear(self) -> None:
+        """Drop all pages: the host was rebooted."""
+        self._keys.clear()
+        self._more.clear()
+
     def discard_vm(self, vm: int) -> None:
         """Drop all pages of a VM that is gone."""
         self._more.pop(vm, None)

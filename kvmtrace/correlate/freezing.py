@@ -77,6 +77,7 @@ def freeze(
         omitted=incident.omitted,
         page_shift=incident.page.bit_length() - 1,
         guest_memfd=incident.guest_memfd,
+        rebooted_ts=incident.rebooted_ts,
     )
     return copy, until
 

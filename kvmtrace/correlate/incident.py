@@ -88,7 +88,9 @@ class FrozenIncident:
 
 @dataclass(slots=True)
 class IncidentState:
-    """``closed``: its VMs are gone, for good. See ``over`` for an unpoisoned page.
+    """``closed``: its VMs are gone, or the host was rebooted, for good.
+
+    See ``over`` for an unpoisoned page.
 
     ``in_many_places``: memory_failure could not get hold of the page and it was found in several
     places, so it is the kernel's. ``guest_memfd``: it is guest memory, even if the VM is unknown.
@@ -111,6 +113,7 @@ class IncidentState:
     poisoned_ts: int | None = None
     before_start: bool = False
     unpoisoned_ts: int | None = None
+    rebooted_ts: int | None = None
     size: int | None = None
     closed: bool = False
     owners: dict[GuestPlace, Owner] = field(default_factory=dict)

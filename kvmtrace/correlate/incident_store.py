@@ -283,7 +283,7 @@ class IncidentStore:
         self._lowest = RANK_OVER
 
     def close(self, incident: IncidentState) -> None:
-        """Close an incident: nothing joins it any more."""
+        """Close an incident: nothing joins it any more. Again is the same."""
         self._close(incident)
         self.rank_anew()
 

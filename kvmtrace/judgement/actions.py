@@ -376,6 +376,8 @@ def _why_nothing(incident: Incident) -> tuple[str, str]:
     """Why nothing is to be done: briefly and as a sentence."""
     if incident.unpoisoned_ts is not None and incident.state == IncidentStatus.CLOSED:
         return "no longer poisoned", "the page is no longer poisoned"
+    if incident.rebooted_ts is not None:
+        return "the host was rebooted", "the host was rebooted since"
     if incident.state == IncidentStatus.CLOSED:
         return "its VMs are gone", "the VMs that held the page are gone"
     if incident.state == IncidentStatus.UNOWNED:

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import json
+import os
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from kvmtrace import __version__
-from kvmtrace.events import LAST_NS, Event, Host
+from kvmtrace.events import LAST_NS, ClockStep, Event, Host, VmGone, VmSeen
 from kvmtrace.linux import clock
-from kvmtrace.session import archive_file
+from kvmtrace.model import HistoryState
+from kvmtrace.session import archive_file, archive_summary
+from kvmtrace.session.archive_file import Run
+from kvmtrace.session.archive_story import keys_of, rekeyed
 from kvmtrace.session.history import CompactLog
-from kvmtrace.sources.codec import DECODE_ERRORS, checked, to_record
 
 LOST_AT = "disk"
 """Place of the Lost for events that were not kept."""
@@ -34,6 +39,7 @@ QUEUE = 65536
 _EVERY = 1.0
 _TRIM_EVERY = 60.0
 _TRIM_EVENTS = 1024
+_SUMMARY_EVERY = 16384  # events, which a start reads one by one
 _SAY_EVERY = 60.0
 _CLOSE_SECONDS = 1.0
 _NOISE = -7  # digits: 10 ms
@@ -61,38 +67,49 @@ class Archive:
         self.path = path
         self._host, self._say, self._wall, self._now = host, say, wall, now
         self._days, self._size = days, size
+        self._began = now()
+        self.was_cut = False
+        """Whether the last run was killed, or did not keep everything; known after ``begin``."""
         self._queue: collections.deque[tuple[int, Event]] = collections.deque()
         self._lock = threading.Lock()
         self._lost = 0
-        self._database: sqlite3.Connection | None = None
-        self._run: int | None = None
-        self._next_trim = self._next_say = 0.0
-        self._is_failing = False
+        self._next_say = 0.0
         self._wake = threading.Event()
         self._is_closing = False
         self._thread = threading.Thread(target=self._work, name="kvmtrace-archive", daemon=True)
+        # Of the thread that writes, or of ``begin``:
+        self._database: sqlite3.Connection | None = None
+        self._run: Run | None = None
+        self._log = CompactLog()
+        self._next_key = 0
+        self._here: dict[int, tuple[int, VmSeen]] = {}  # VM that runs: id of its VmSeen
+        self._unsummarized = 0
+        self._next_trim = 0.0
+        self._is_failing = False
+        self._counts: Counter[str] = Counter()
+        self._last_write: int | None = None
+        self._oldest: int | None = None
 
-    def begin(self) -> list[Event]:
-        """Open the file; return what earlier runs of this boot kept, added up as in ``CompactLog``.
+    # -- for the reader of events
+
+    def begin(self) -> tuple[list[Event], int]:
+        """Open the file. Returns what earlier runs kept, added up as in ``CompactLog``, and the
+        first key that none of their VMs has.
 
         A file that is damaged is set aside. Without a file nothing is returned, and ``start`` tries
         again.
         """
-        log = CompactLog()
         try:
-            self._open()
-            assert self._database is not None
-            boot = archive_file.boot_id()
-            earlier = [
-                run.number
-                for run in archive_file.runs(self._database)
-                if boot and run.boot == boot and run.number != self._run
-            ]
-            for _, event in archive_file.events_of(self._database, earlier):
-                log.add(event)
+            self._open(is_followed=True)
         except (sqlite3.Error, OSError, archive_file.Unusable) as error:
             self._failed(error)
-        return log.events()
+            return [], 0
+        if self.was_cut:
+            self._say(
+                f"history: the serve before did not end in order: of its last second, events may be"
+                f" missing in {self.path}"
+            )
+        return self._log.events(), self._next_key
 
     def start(self) -> None:
         """Write from now on, with the privileges of the calling thread."""
@@ -108,6 +125,7 @@ class Archive:
                     self._queue.append((min(max(0, event.ts + shift), LAST_NS), event))
                 else:
                     self._lost += 1
+                    self._counts["no_room"] += 1
 
     def take_lost(self) -> int:
         """How many events were not kept since the last call."""
@@ -120,6 +138,27 @@ class Archive:
         """Whether there are events that are not on the disk yet."""
         return bool(self._queue)
 
+    def state(self) -> HistoryState:
+        """What it has kept, and what not."""
+        size = 0
+        for suffix in ("", "-wal"):
+            with contextlib.suppress(OSError):
+                size += os.stat(self.path + suffix).st_size
+        with self._lock:
+            counts = self._counts
+            return HistoryState(
+                path=self.path,
+                is_written=not self._is_failing,
+                size=size,
+                oldest_ns=self._oldest,
+                last_write_ns=self._last_write,
+                written=counts["written"],
+                waiting=len(self._queue),
+                dropped={why: counts[why] for why in ("no_room", "unwritable")},
+                deleted={why: counts[why] for why in ("age", "size")},
+                errors=counts["errors"],
+            )
+
     def close(self) -> None:
         """Write what is left, for a second at most."""
         self._is_closing = True
@@ -127,47 +166,99 @@ class Archive:
         if self._thread.ident is not None:
             self._thread.join(_CLOSE_SECONDS)
 
+    # -- the thread
+
     def _work(self) -> None:
         while not self._is_closing:
             self._wake.wait(_EVERY)
             self._write()
-        self._write()  # what came during the last one
+        self._write(is_last=True)  # what came during the last one
         database, self._database = self._database, None
         if database is not None:
             database.close()
 
-    def _write(self) -> None:
-        with self._lock:
-            batch = list(self._queue)
+    def _write(self, *, is_last: bool = False) -> None:
         due = time.monotonic() >= self._next_trim
-        if not batch and not (due and self._database):
+        if not self._queue and not ((due or is_last) and self._database):
             return
         try:
             if self._database is None:
                 self._open()
             assert self._database is not None
-            rows = [(self._run, ts, _record(event)) for ts, event in batch]
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.executemany(
-                "INSERT INTO events (run, ts, record) VALUES (?, ?, ?)", rows
-            )
-            if due:
-                self._trim(self._database)
-            self._database.execute("COMMIT")
-            if due:
-                # ``execute`` would free one page only.
-                self._database.executescript("PRAGMA incremental_vacuum;")
-                self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                self._next_trim = time.monotonic() + _TRIM_EVERY
-        except (sqlite3.Error, OSError, archive_file.Unusable) as error:
+            with self._lock:
+                batch = list(self._queue)
+            self._insert(self._database, batch, due=due and not is_last, is_last=is_last)
+        except (sqlite3.Error, OSError, OverflowError, archive_file.Unusable) as error:
             self._failed(error)
             return
         with self._lock:
             for _ in batch:
                 self._queue.popleft()
-        if self._is_failing:
-            self._is_failing = False
+            self._counts["written"] += len(batch)
+            if batch:
+                self._last_write = self._wall()
+            was_failing, self._is_failing = self._is_failing, False
+        if was_failing:
             self._say(f"history: {self.path} is written again")
+
+    def _insert(
+        self,
+        database: sqlite3.Connection,
+        batch: list[tuple[int, Event]],
+        *,
+        due: bool,
+        is_last: bool,
+    ) -> None:
+        """One transaction, and once a minute what makes room."""
+        assert self._run is not None
+        run = self._run.number
+        database.execute("BEGIN IMMEDIATE")
+        (upto,) = database.execute(
+            "SELECT max(upto, (SELECT ifnull(max(id), 0) FROM events)) FROM summarized"
+        ).fetchone()
+        is_summarized = self._unsummarized >= _SUMMARY_EVERY and not is_last
+        if is_summarized:
+            archive_summary.store(database, self._log.events(), upto, run, self._next_key)
+        rows = [
+            (number, run, ts, archive_summary.record_of(event))
+            for number, (ts, event) in enumerate(batch, upto + 1)
+        ]
+        database.executemany("INSERT INTO events (id, run, ts, record) VALUES (?, ?, ?, ?)", rows)
+        deleted = self._trim(database) if due else Counter[str]()
+        if is_last and not self._counts["no_room"] and not self._log.dropped:
+            # All that this run counted, the next one will count.
+            database.execute("UPDATE runs SET ended = ? WHERE id = ?", (self._wall(), run))
+        database.execute("COMMIT")
+        if is_summarized:
+            self._unsummarized = 0
+        self._note(upto + 1, batch)
+        unwritable = sum(record == archive_summary.UNWRITABLE for *_, record in rows)
+        oldest = _oldest(database) if due or self._oldest is None else self._oldest
+        with self._lock:
+            self._counts.update(deleted, unwritable=unwritable)
+            self._oldest = oldest
+        if due:
+            # ``execute`` would free one page only.
+            database.executescript("PRAGMA incremental_vacuum;")
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._next_trim = time.monotonic() + _TRIM_EVERY
+
+    def _note(self, number: int, batch: Iterable[tuple[int, Event]]) -> None:
+        """Take what is on the disk now into the summary. ``number``: the first one's id."""
+        assert self._run is not None
+        first_key = self._run.first_key
+        for at, (ts, event) in enumerate(batch, number):
+            self._unsummarized += 1
+            if isinstance(event, VmSeen):
+                self._here[event.vm] = at, event
+            elif isinstance(event, VmGone):
+                self._here.pop(event.vm, None)
+            kept = event if event.ts == ts else dataclasses.replace(event, ts=ts)
+            if first_key:
+                kept = rekeyed(kept, lambda vm: vm + first_key)
+            self._next_key = max([self._next_key, *(key + 1 for key in keys_of(kept))])
+            if not isinstance(kept, ClockStep):
+                self._log.add(kept)
 
     def _failed(self, error: Exception) -> None:
         """Go on without the disk: events wait while there is room, and the file is opened anew."""
@@ -175,54 +266,104 @@ class Archive:
         if database is not None:
             with contextlib.suppress(sqlite3.Error):  # the next attempt opens another connection
                 database.close()
-        self._is_failing = True
+        with self._lock:
+            self._is_failing = True
+            self._counts["errors"] += 1
         if time.monotonic() >= self._next_say:
             self._next_say = time.monotonic() + _SAY_EVERY
             self._say(f"history: {self.path} cannot be written: {error}; events wait in memory")
 
-    def _open(self) -> None:
+    def _open(self, *, is_followed: bool = False) -> None:
+        """Raises sqlite3.Error, OSError, Unusable. ``is_followed``: the run goes on with VMs."""
         try:
             database = archive_file.opened(self.path)
         except archive_file.Unusable as error:
             aside = archive_file.set_aside(self.path)
             self._say(f"history: {self.path} cannot be used ({error}) and is now {aside}")
             database = archive_file.opened(self.path)
-        # A run that was begun before a failure goes on.
-        if self._run is None or not _has_run(database, self._run):
-            cursor = database.execute(
-                "INSERT INTO runs (boot, began, version, host) VALUES (?, ?, ?, ?)",
-                (
-                    archive_file.boot_id(),
-                    self._wall(),
-                    __version__,
-                    archive_file.as_json(self._host),
-                ),
-            )
-            self._run = cursor.lastrowid
+        try:
+            # A run that was begun before a failure goes on, unless the file is another one.
+            if self._run is None or not _has_run(database, self._run.number):
+                self._begin_run(database, is_followed=is_followed)
+        except BaseException:
+            database.close()
+            raise
         self._database = database
+        with self._lock:
+            self._oldest = _oldest(database)
 
-    def _trim(self, database: sqlite3.Connection) -> None:
-        """Delete what is too old, and the oldest events of a file that is too large."""
-        oldest = self._wall() - round(self._days * _DAY_NS)
-        database.execute("DELETE FROM events WHERE ts < ?", (oldest,))
+    def _begin_run(self, database: sqlite3.Connection, *, is_followed: bool) -> None:
+        log, story = archive_summary.load(database)
+        before = archive_file.runs(database)
+        run = Run(
+            1 + max((one.number for one in before), default=0),
+            archive_file.boot_id(),
+            self._wall(),
+            self._host,
+            __version__,
+            0 if is_followed else story.next_key,
+        )
+        database.execute(
+            "INSERT INTO runs (id, boot, began, version, host, first_key)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                run.number,
+                run.boot,
+                run.began,
+                run.version,
+                archive_file.as_json(run.host),
+                run.first_key,
+            ),
+        )
+        for event in story.begin(run):
+            log.add(event)
+        if self._run is None:
+            self.was_cut = bool(before) and not before[-1].ended
+        with self._lock:
+            # VMs of which another file had the beginning.
+            again = [(run.began, seen) for _, seen in self._here.values()]
+            self._queue.extendleft(reversed(again))
+        self._run, self._log, self._next_key = run, log, story.next_key
+        self._unsummarized = _SUMMARY_EVERY  # what was read is not read again
+
+    def _trim(self, database: sqlite3.Connection) -> Counter[str]:
+        """Delete what is too old, and the oldest events of a file that is too large.
+
+        What VMs that run began with stays. Returns {why: events}.
+        """
+        assert self._run is not None
+        deleted: Counter[str] = Counter()
+        age = round(self._days * _DAY_NS)
+        oldest = max(0, self._wall() - age)
+        kept = json.dumps([number for number, _ in self._here.values()])
+        # The wall clock may have been wrong when this run began.
+        current = self._run.number if self._now() - self._began < age else -1
+        done = database.execute(
+            "DELETE FROM events WHERE ts < ? AND run <> ?"
+            " AND id NOT IN (SELECT value FROM json_each(?))",
+            (oldest, current, kept),
+        )
+        deleted["age"] += done.rowcount
         while _used_bytes(database) > self._size:
             done = database.execute(
-                "DELETE FROM events WHERE id IN (SELECT id FROM events ORDER BY id LIMIT ?)",
-                (_TRIM_EVENTS,),
+                "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id NOT IN"
+                " (SELECT value FROM json_each(?)) ORDER BY id LIMIT ?)",
+                (kept, _TRIM_EVENTS),
             )
             if not done.rowcount:
                 break
+            deleted["size"] += done.rowcount
         database.execute(
-            "DELETE FROM runs WHERE id <> ? AND began < ? AND id NOT IN (SELECT run FROM events)",
-            (self._run, oldest),
+            "DELETE FROM runs WHERE id <> ? AND began < ? AND id NOT IN (SELECT run FROM events)"
+            " AND id NOT IN (SELECT ifnull(run, 0) FROM summarized)",
+            (self._run.number, oldest),
         )
+        return deleted
 
 
-def _record(event: Event) -> str:
-    try:
-        return json.dumps(to_record(checked(event)), ensure_ascii=False, separators=(",", ":"))
-    except DECODE_ERRORS:
-        return "{}"  # read as one that is not understood, and counted there
+def _oldest(database: sqlite3.Connection) -> int | None:
+    (ts,) = database.execute("SELECT min(ts) FROM events").fetchone()
+    return None if ts is None else int(ts)
 
 
 def _has_run(database: sqlite3.Connection, number: int) -> bool:

@@ -35,6 +35,7 @@ from kvmtrace.events import (
     Owned,
     PageReplaced,
     Poison,
+    Reboot,
     Sigbus,
     Tick,
     Unpoison,
@@ -150,6 +151,11 @@ class CompactLog:
             kept.append(Tick(self._last_ts))
         return kept
 
+    @property
+    def dropped(self) -> int:
+        """How many of the events that were added are not in it."""
+        return self._dropped
+
     # -- VMs
 
     def _forget_vm(self, event: VmGone) -> None:
@@ -212,7 +218,7 @@ class CompactLog:
         for serial in sorted(self._log):
             event = self._log[serial]
             # From here on, counts of a gfn may be of another page.
-            generation += isinstance(event, Unpoison)
+            generation += isinstance(event, (Unpoison, Reboot))
             kind = _kind(event)
             if kind is not None:
                 began, last_ts, serials = runs.get(kind, (generation, event.ts, []))
@@ -283,7 +289,7 @@ class CompactLog:
                 worth = _Worth.UNOWNED_PAGE if pfn in poisoned else _Worth.TRAFFIC
                 key = Poison.kind, pfn
             else:
-                is_rare = isinstance(event, (Lost, KernelCounts, Tick, ClockStep))
+                is_rare = isinstance(event, (Lost, KernelCounts, Tick, ClockStep, Reboot))
                 key, worth = (event.kind, serial), _Worth.OPEN if is_rare else _Worth.TRAFFIC
             group = groups.setdefault(key, _Group(worth))
             group.worth = max(group.worth, worth)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
 
-from kvmtrace.events import Event, KernelCounts, Lost, Owned, Poison, VmGone, VmSeen
+from kvmtrace.correlate import Correlator
+from kvmtrace.events import Event, KernelCounts, Lost, Reboot, VmGone, VmSeen
+from kvmtrace.model import HistoryState, Snapshot
 from kvmtrace.session.archive import LOST_AT, Archive
+from kvmtrace.session.archive_story import rekeyed
 from kvmtrace.sources import Source, WrappedSource
 
 
@@ -19,20 +21,35 @@ class ResumedSource(WrappedSource):
     """The events ``past``, then those of ``inner``, which also go to ``archive``."""
 
     def __init__(
-        self, inner: Source, past: list[Event], archive: Archive, now: Callable[[], int]
+        self,
+        inner: Source,
+        past: list[Event],
+        archive: Archive,
+        now: Callable[[], int],
+        first_key: int = 0,
     ) -> None:
-        """``now``: ns since the epoch, by the clock of the source's events."""
+        """``now``: ns since the epoch, by the clock of the source's events.
+
+        ``past``, ``first_key``: as ``Archive.begin`` returns them.
+        """
         super().__init__(inner)
         self._archive, self._now = archive, now
         self._past: list[Event] | None = past
-        self._keys: dict[int, int] = {}  # ours by the source's
-        self._running = {event.vm: event for event in past if isinstance(event, VmSeen)}
+        self._keys: dict[int, int] = {}  # of VMs of then: ours by the source's
+        self._base = first_key
+        self._running: dict[int, VmSeen] = {}
+        self._counts_go_on = False
+        self._start = _model_of(past) if past else None
         for event in past:
-            if isinstance(event, VmGone):
-                self._running.pop(event.vm, None)
-        keys = [key for event in past for key in keys_of(event)]
-        self._base = max(keys, default=-1) + 1
-        self._counts_go_on = any(isinstance(event, KernelCounts) for event in past)
+            match event:
+                case VmSeen():
+                    self._running[event.vm] = event
+                case VmGone():
+                    self._running.pop(event.vm, None)
+                case KernelCounts():
+                    self._counts_go_on = True
+                case Reboot():
+                    self._counts_go_on = False
 
     def poll(self, timeout: float) -> list[Event]:
         """As ``Source.poll``; the first call returns the past, too."""
@@ -49,11 +66,15 @@ class ResumedSource(WrappedSource):
         return [*(past or ()), *new]
 
     def _recognize(self, seen: Iterable[VmSeen]) -> None:
+        of_process: dict[int, list[VmSeen]] = {}
+        for before in self._running.values():
+            of_process.setdefault(before.pid, []).append(before)
         for event in seen:
-            for key, before in self._running.items():
-                if key not in self._keys.values() and _is_same(before, event):
-                    self._keys[event.vm] = key
-                    break
+            known = of_process.get(event.pid, [])
+            same = next((one for one in known if _is_same(one, event)), None)
+            if same is not None:
+                known.remove(same)
+                self._keys[event.vm] = same.vm
 
     def _ended(self) -> list[Event]:
         """The VMs of the past that no longer run."""
@@ -64,37 +85,24 @@ class ResumedSource(WrappedSource):
         if isinstance(event, KernelCounts) and self._counts_go_on:
             # The kernel's counts are since boot: what it handled in between was missed.
             return dataclasses.replace(event, at_start=False)
-        return rekeyed(event, lambda vm: self._keys.setdefault(vm, self._base + vm))
+        return rekeyed(event, lambda vm: self._keys.get(vm, self._base + vm))
+
+    def history(self) -> HistoryState:
+        """What is kept."""
+        return dataclasses.replace(
+            self._archive.state(), start=self._start, was_cut=self._archive.was_cut
+        )
 
     def close(self) -> None:
         super().close()
         self._archive.close()
 
 
-def rekeyed(event: Event, key: Callable[[int], int]) -> Event:
-    """The event with other keys for its VMs."""
-    changes: dict[str, Any] = {}
-    match event:
-        case Owned():
-            changes["owner"] = dataclasses.replace(event.owner, vm=key(event.owner.vm))
-        case Poison(gmem=gmem) if gmem is not None:
-            owners = tuple(dataclasses.replace(one, vm=key(one.vm)) for one in gmem.owners)
-            changes["gmem"] = dataclasses.replace(gmem, owners=owners)
-        case _ if (vm := getattr(event, "vm", None)) is not None:
-            changes["vm"] = key(vm)
-    return dataclasses.replace(event, **changes) if changes else event
-
-
-def keys_of(event: Event) -> list[int]:
-    """The keys of the VMs that an event names."""
-    keys: list[int] = []
-
-    def note(vm: int) -> int:
-        keys.append(vm)
-        return vm
-
-    rekeyed(event, note)
-    return keys
+def _model_of(events: Iterable[Event]) -> Snapshot:
+    correlator = Correlator()
+    for event in events:
+        correlator.feed(event)
+    return correlator.snapshot()
 
 
 def _is_same(before: VmSeen, now: VmSeen) -> bool:

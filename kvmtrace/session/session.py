@@ -195,11 +195,13 @@ class Session:
                 model = self._correlator.snapshot()
         finally:
             self._asking.discard(thread)
+        history = getattr(self._source, "history", None)
         return dataclasses.replace(
             model,
             host=host_of(self._source),
             probes=self._source.probes(),
             probe_runs=self._source.probe_runs(),
+            history=None if history is None else history(),
         )
 
     def _check(self) -> None:

@@ -67,6 +67,9 @@ def answer(incident: Incident, snapshot: Snapshot, now: int) -> str:
             return f"No VM has the page any more {poisoned}."
         case Urgency.CLOSED if incident.unpoisoned_ts is not None:
             return f"It is over: a page {poisoned} no longer is."
+        case Urgency.CLOSED if incident.rebooted_ts is not None:
+            whose = f"{who} had" if vms else "there was"
+            return f"It is over: {whose} a page {poisoned}, and the host was rebooted since."
         case Urgency.CLOSED:
             gone = "are gone" if several else "is gone"
             return f"It is over: {who}, which had a page {poisoned}, {gone}."

@@ -16,6 +16,7 @@ from kvmtrace.events import (
     MachineCheck,
     Owned,
     Poison,
+    Reboot,
     Sigbus,
     SoftOffline,
     Unpoison,
@@ -51,7 +52,9 @@ _ACCESS = {"r": "read", "w": "write", "x": "exec"}
 
 _OF_PAGES = {Owned: "owner", SoftOffline: "soft_offline", Unpoison: "unpoison", Found: "found"}
 
-LINE_KINDS = "exit poison sigbus mce vm page owner found soft_offline unpoison lost clock".split()
+LINE_KINDS = (
+    "exit poison sigbus mce vm page owner found soft_offline unpoison lost clock reboot".split()
+)
 """Words for kinds of lines: those of JSON, and "page" for the four that text calls so."""
 
 
@@ -189,6 +192,8 @@ def event_text(
         case Lost():
             what = f"{event.count} lost"
             facts = [f"at {event.where}"]
+        case Reboot():
+            what, facts = "host rebooted", []
         case ClockStep():
             what = f"stepped by {shift_of(event.step_ns)}"
             facts = [f"to {date_of(correlated.wall)}"]

@@ -54,6 +54,16 @@ def of_all(snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
     yield from not_known(snapshot, showing)
 
 
+def of_time(snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
+    """All that there was in a time, worst first, also if it is over."""
+    found = by_urgency(snapshot.incidents)
+    if found:
+        yield from incidents(found, snapshot, showing)
+        return
+    yield from healthy("No poisoned page was known in that time", snapshot, showing)
+    yield from not_known(snapshot, showing)
+
+
 def of_target(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
     """What is known of what was named."""
     match target.kind:
@@ -145,10 +155,17 @@ def _soft_offlined(page: SoftOfflinedPage) -> str:
     return "soft-offlined; its contents were moved, no guest is harmed"
 
 
-def as_objects(found: Target | None, snapshot: Snapshot, now: int | None) -> list[dict[str, Any]]:
-    """A JSON object for each incident; without any, for what was reported of the page."""
+def as_objects(
+    found: Target | None, snapshot: Snapshot, now: int | None, *, is_span: bool = False
+) -> list[dict[str, Any]]:
+    """A JSON object for each incident; without any, for what was reported of the page.
+
+    ``is_span``: also for those that are over.
+    """
     if found is None:
-        incidents = [one for one in snapshot.incidents if urgency_of(one) != Urgency.CLOSED]
+        incidents = [
+            one for one in snapshot.incidents if is_span or urgency_of(one) != Urgency.CLOSED
+        ]
     else:
         incidents = list(found.incidents)
     if incidents:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from kvmtrace.judgement.actions import actions, named
 from kvmtrace.judgement.urgency import Level, Urgency, by_urgency, urgency_of
-from kvmtrace.model import Incident, IncidentStatus, Snapshot, VerdictWord
+from kvmtrace.model import HistoryState, Incident, IncidentStatus, Snapshot, VerdictWord
 from kvmtrace.sanitize import clean
 from kvmtrace.views.json_output import rfc3339
 from kvmtrace.wording import counted, dimm_of, hex_of, listed
@@ -93,8 +93,7 @@ class IncidentLog:
 
     def __init__(self, burst: int = BURST) -> None:
         self._burst = burst
-        self._known: dict[str, Look] = {}
-        self._at_start = True
+        self._known: dict[str, Look] | None = None
         self._missing: set[str] | None = None
         self._lost: dict[str, int] = {}
         self._period_from: int | None = None
@@ -104,6 +103,8 @@ class IncidentLog:
 
     def entries(self, snapshot: Snapshot, now: int) -> list[LogEntry]:
         """What changed since the last call, most urgent first. ``now``: nanoseconds, any epoch."""
+        if self._known is None and snapshot.history is not None and snapshot.history.start:
+            self._lost = dict(snapshot.history.start.lost)
         found = [*self._probes(snapshot), *self._losses(snapshot, now)]
         if self._period_from is None or now - self._period_from >= PERIOD_NS:
             found += self._total(snapshot)
@@ -116,14 +117,16 @@ class IncidentLog:
         return bool(self._held_back) or self._lost_at is not None
 
     def _incidents(self, snapshot: Snapshot) -> Iterator[LogEntry]:
-        known, at_start = self._known, self._at_start
-        self._known, self._at_start = {one.id: Look.of(one) for one in snapshot.incidents}, False
-        changed = [one for one in snapshot.incidents if known.get(one.id) != self._known[one.id]]
+        at_start, known = self._known is None, self._known or {}
+        if at_start:
+            known = _logged_before(snapshot.history)
+        now = self._known = {one.id: Look.of(one) for one in snapshot.incidents}
+        changed = [one for one in snapshot.incidents if known.get(one.id) != now[one.id]]
         for incident in by_urgency(changed):
             if self._written < self._burst:
                 self._written += 1
                 before = known.get(incident.id)
-                was_there = at_start or (before is None and incident.before_start)
+                was_there = before is None and (at_start or incident.before_start)
                 yield _entry(snapshot, Change(incident, before, was_there))
             else:
                 self._held_back[urgency_of(incident)] += 1
@@ -182,6 +185,17 @@ class IncidentLog:
             )
         for name in sorted(before - set(missing)):
             yield LogEntry(6, PROBE_ID, f"probe {name} is attached again", {"PROBE": name})
+
+
+def _logged_before(history: HistoryState | None) -> dict[str, Look]:
+    """What the serve before has logged; one that was killed may have left out the last."""
+    if history is None or history.start is None:
+        return {}
+    return {
+        one.id: Look.of(one)
+        for one in history.start.incidents
+        if one.state == IncidentStatus.CLOSED or not history.was_cut
+    }
 
 
 def _entry(snapshot: Snapshot, change: Change) -> LogEntry:

@@ -21,6 +21,7 @@ from kvmtrace.events import (
     Owned,
     Owner,
     Poison,
+    Reboot,
     Sigbus,
     SoftOffline,
     Unpoison,
@@ -163,6 +164,8 @@ def event_line(correlated: CorrelatedEvent) -> dict[str, Any] | None:
             return head | known(kind="vm", vm=vm_name(event), state="seen") | seen_as
         case VmGone():
             return head | known(kind="vm", vm=vm_name(correlated.vm), state="gone")
+        case Reboot():
+            return head | {"kind": "reboot"}
         case Lost():
             return head | known(kind="lost", where=event.where, count=event.count)
         case ClockStep():
@@ -254,6 +257,7 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
         undelivered=state.undelivered or None,
         before_start=state.before_start or None,
         unpoisoned_ts=_when(state.unpoisoned_ts, snapshot),
+        rebooted_ts=_when(state.rebooted_ts, snapshot),
         origin=_origin(state.origin, snapshot),
         told=[_notification(one, state, snapshot) for one in state.notifications] or None,
         urgency=urgency_of(state),

@@ -53,6 +53,8 @@ def description(entry: TimelineEntry) -> str:
             return "notified again although the page is unpoisoned"
         case EntryKind.VM_GONE, _:
             return "the VM is gone"
+        case EntryKind.REBOOT, _:
+            return "the host was rebooted"
         case _, Poison(pfn=pfn, result=result, page_type=page_type):
             return f"pfn {pfn:#x} poisoned: {result}, {page_type}"
         case _, Found(pfn=pfn):

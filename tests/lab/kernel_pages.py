@@ -50,8 +50,8 @@ def poison(pfn):
         pass  # EBUSY: it is poisoned, but the kernel could not handle it
     return pfn
 
-def of_kind(bit):
-    """Poison a page of a kind; if the kernel freed it before that, try the next one."""
+def of_kind(bit, verdict):
+    """Poison a page of a kind, or the next one: the verdict shows if that had changed before."""
     pfn = BEGIN - 1
     for _ in range(16):
         at = first(bit, pfn + 1)
@@ -60,15 +60,15 @@ def of_kind(bit):
             continue
         pfn = poison(at)
         log = subprocess.run(["dmesg"], capture_output=True, text=True).stdout
-        if re.search(rf"{pfn:#x}: recovery action for .*: Ignored", log):
+        if re.search(rf"{pfn:#x}: recovery action for {verdict}", log):
             return pfn
     sys.exit(f"no page with bit {bit} of /proc/kpageflags could be poisoned")
 
 KINDS = {
     "zero": lambda: poison(entry & (1 << 55) - 1),
-    "slab": lambda: of_kind(7),
-    "table": lambda: of_kind(26),
-    "free": lambda: poison(first(10)),
+    "slab": lambda: of_kind(7, ".*: Ignored"),
+    "table": lambda: of_kind(26, ".*: Ignored"),
+    "free": lambda: of_kind(10, "free buddy page: Recovered"),
 }
 print(json.dumps({kind: KINDS[kind]() for kind in sys.argv[1:]}))
 '''

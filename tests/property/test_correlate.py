@@ -30,6 +30,7 @@ from kvmtrace.events import (
     Owner,
     PageReplaced,
     Poison,
+    Reboot,
     Sigbus,
     SoftOffline,
     Tick,
@@ -157,6 +158,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(KernelCounts, TS, st.just((("total", 1),)), st.integers(0, 4) | st.none()),
     st.builds(Lost, TS, st.sampled_from(["ringbuf", "maps"]), st.integers(1, 9)),
     st.builds(ClockStep, TS, STEPS, STEPS, st.none() | st.integers(0, 10**12)),
+    st.builds(Reboot, TS),
 )
 
 # Where anything may happen, what would go wrong hardly ever meets: so also two VMs, two pages and
@@ -195,6 +197,7 @@ JOINED: st.SearchStrategy[Event] = st.one_of(
     st.builds(PageReplaced, SOON, FEW, _PAGES, _NEAR),
     st.builds(Unpoison, SOON, _PAGES),
     st.builds(VmGone, SOON, FEW),
+    st.builds(Reboot, SOON),
 )
 _KNOWN = st.lists(FEW, max_size=2, unique=True).map(
     lambda keys: [VmSeen(0, key, 4000 + key) for key in keys]
@@ -485,6 +488,7 @@ FLOODS: dict[str, Callable[[int], list[Event]]] = {
     "counts": lambda n: [KernelCounts(n, (("total", n),))],
     "silence": lambda n: [Tick(n)],
     "steps of the clock": lambda n: [ClockStep(n, 1, n)],
+    "reboots": lambda n: [Poison(n, n, "a", "x"), Reboot(n)],
     "VMs": lambda n: [VmSeen(n, n, n), VmGone(n, n)],
     "eventful VMs": lambda n: [
         VmSeen(n, n, n),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvmtrace.events import Host, Owner
-from kvmtrace.model import Incident, IncidentStatus, Snapshot, Vm
+from kvmtrace.model import HistoryState, Incident, IncidentStatus, Snapshot, Vm
 from kvmtrace.probes import Probe
 
 SECOND = 1_000_000_000
@@ -23,6 +23,20 @@ PROBES = (
 def vm(key: int, name: str | None = None, **fields: object) -> Vm:
     plain = Vm(key, 4000 + key, name, None, "qemu", {}, {}, 0, None, False)
     return replace(plain, **fields)  # type: ignore[arg-type]
+
+
+HISTORY = HistoryState(
+    path="/var/lib/kvmtrace/history.db",
+    is_written=True,
+    size=81920,
+    oldest_ns=NOW - 86_400 * SECOND,
+    last_write_ns=NOW - SECOND,
+    written=12,
+    waiting=0,
+    dropped={"no_room": 0, "unwritable": 0},
+    deleted={"age": 3, "size": 0},
+    errors=1,
+)
 
 
 def empty() -> Snapshot:

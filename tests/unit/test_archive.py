@@ -7,71 +7,35 @@ import os
 import sqlite3
 import stat
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvmtrace import __version__
-from kvmtrace.correlate import Correlator
-from kvmtrace.events import Event, Exit, Found, Host, KernelCounts, Lost, VmGone, VmSeen
+from kvmtrace.events import (
+    Event,
+    Exit,
+    Found,
+    Lost,
+    Owned,
+    Owner,
+    Poison,
+    Reboot,
+    Unpoison,
+    VmGone,
+    VmSeen,
+)
 from kvmtrace.session import archive as archives
-from kvmtrace.session import archive_export, archive_file
+from kvmtrace.session import archive_file, archive_story
 from kvmtrace.session.archive import Archive
-from kvmtrace.session.resumed import ResumedSource, rekeyed
+from tests.unit import archives as kit
+from tests.unit.archives import HOST, SEEN, Clock, archive, keep, kept, model_of
 from tests.unit.command_line import invoke
-from tests.unit.fake import SECOND, STORY, T0, FakeSource
+from tests.unit.fake import SECOND, STORY, T0
 from tests.unit.waiting import until
 
-HOST = Host("hv-1", "6.18.15", "bpf")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.wall = self.now = T0
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "history.db")
-
-
-@pytest.fixture(autouse=True)
-def one_boot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive_file, "boot_id", lambda: "this")
-    monkeypatch.setattr(archives, "_EVERY", 0.01)
-    monkeypatch.setattr(archives, "_CLOSE_SECONDS", 60.0)
-
-
-def archive(path: str, said: list[str] | None = None, **options: object) -> Archive:
-    clock = Clock()
-    return Archive(
-        path,
-        HOST,
-        (said if said is not None else []).append,
-        wall=lambda: clock.wall,
-        now=lambda: clock.now,
-        **options,  # type: ignore[arg-type]
-    )
-
-
-def keep(path: str, events: list[Event], **options: object) -> list[str]:
-    """One run of a serve; returns what was said."""
-    said: list[str] = []
-    one = archive(path, said, **options)
-    one.begin()
-    one.start()
-    one.add(events)
-    one.close()
-    return said
-
-
-def kept(path: str) -> list[Event]:
-    database = archive_file.reading(path)
-    try:
-        numbers = [run.number for run in archive_file.runs(database)]
-        return [event for _, event in archive_file.events_of(database, numbers)]
-    finally:
-        database.close()
+path, one_boot = kit.path, kit.one_boot
 
 
 def test_what_was_kept_is_read_again(path: str) -> None:
@@ -79,20 +43,23 @@ def test_what_was_kept_is_read_again(path: str) -> None:
     assert kept(path) == list(STORY)
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     (run,) = archive_file.runs(archive_file.reading(path))
-    assert (run.host, run.boot) == (HOST, "this")
+    assert (run.host, run.boot, run.ended) == (HOST, "this", True)
 
 
 def test_the_next_run_of_a_boot_has_the_events_of_those_before(path: str) -> None:
     keep(path, list(STORY))
-    assert archive(path).begin() == list(STORY)
+    assert archive(path).begin() == (list(STORY), 3)
 
 
-def test_another_boot_begins_anew_and_keeps_what_was(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_reboot_what_was_is_history(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(path, list(STORY))
     monkeypatch.setattr(archive_file, "boot_id", lambda: "the next")
-    assert archive(path).begin() == []
+    past, _ = archive(path).begin()
+    assert past == [*STORY, Reboot(T0), VmGone(T0, 1), VmGone(T0, 2)]
+    model = model_of(past)
+    assert [one.state for one in model.incidents] == ["closed", "closed"]
+    assert {one.rebooted_ts for one in model.incidents} == {T0}
+    assert all(vm.gone and not vm.poisoned_pages for vm in model.vms.values())
     assert kept(path) == list(STORY)
 
 
@@ -122,10 +89,11 @@ def test_a_disk_that_takes_nothing_is_said_once_and_what_waits_is_written_later(
 ) -> None:
     said: list[str] = []
     one = archive(str(tmp_path / "missing" / "history.db"), said)
-    assert one.begin() == []
+    assert one.begin() == ([], 0)
     one.start()
     one.add(STORY)
-    time.sleep(0.1)
+    until(lambda: one.state().errors > 1)
+    assert not one.state().is_written
     (tmp_path / "missing").mkdir()
     until(lambda: len(said) == 2)
     one.close()
@@ -133,6 +101,7 @@ def test_a_disk_that_takes_nothing_is_said_once_and_what_waits_is_written_later(
     assert "written again" in said[1]
     assert kept(one.path) == list(STORY)
     assert one.take_lost() == 0
+    assert one.state().is_written
 
 
 def test_what_has_no_room_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,10 +112,44 @@ def test_what_has_no_room_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert one.take_lost() == 0
 
 
-def test_old_events_are_deleted(path: str) -> None:
-    old = [VmSeen(T0 - 3 * 86400 * SECOND, 1, 4001), VmSeen(T0, 2, 4002)]
-    keep(path, list(old), days=2)
-    assert kept(path) == old[1:]
+DAY = 86_400 * SECOND
+
+
+def test_old_events_are_deleted_but_not_what_vms_that_run_began_with(path: str) -> None:
+    clock = Clock()
+    keep(path, list(STORY))
+    clock.wall = clock.now = T0 + 3 * DAY
+    one = Archive(path, HOST, print, days=2, wall=lambda: clock.wall, now=lambda: clock.now)
+    one.begin()
+    one.start()
+    one.add([SEEN, VmSeen(T0 + 3 * DAY, 8, 4008), VmGone(T0 + 3 * DAY, 8)])
+    until(lambda: not one.waits)
+    clock.wall += 3 * DAY
+    clock.now += 3 * DAY
+    one._next_trim = 0.0
+    one.add([Found(T0 + 6 * DAY, 1)])
+    until(lambda: not one.waits)
+    one.close()
+    assert kept(path) == [SEEN, Found(T0 + 6 * DAY, 1)]
+    assert one.state().deleted == {"age": len(STORY) + 2, "size": 0}
+    # What they led to stays.
+    past, _ = archive(path).begin()
+    assert len(model_of(past).incidents) == 2 + 1
+
+
+def test_a_clock_that_was_wrong_at_the_start_costs_no_events(path: str) -> None:
+    clock = Clock()
+    clock.wall = clock.now = 5 * DAY  # in 1970
+    one = Archive(path, HOST, print, days=2, wall=lambda: clock.wall, now=lambda: clock.now)
+    one.begin()
+    one.start()
+    one.add([VmSeen(5 * DAY, 1, 4001), VmGone(5 * DAY, 1)])
+    until(lambda: not one.waits)
+    clock.wall = T0
+    one._next_trim = 0.0
+    one.add([Found(5 * DAY, 1)])
+    one.close()
+    assert [event.ts for event in kept(path)] == [5 * DAY, 5 * DAY, T0]
 
 
 def test_the_file_stays_within_its_size(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,82 +187,6 @@ def test_a_record_that_is_not_understood_is_counted(path: str) -> None:
     assert [event.count for event in lost] == [1, 1, 1, 1]
 
 
-# -- going on
-
-SEEN = VmSeen(T0, 7, 4001, "web-1", "u-1", "qemu")
-POISONED: list[Event] = [SEEN, Exit(T0, 7, 0, 133, 39, True, 7, gfn=8, count=5)]
-
-
-def resumed(past: list[Event], *batches: list[Event], path: str) -> list[Event]:
-    one = archive(path)
-    source = ResumedSource(FakeSource(*batches), past, one, lambda: T0 + 99 * SECOND)
-    events = [event for _ in batches for event in source.poll(0)]
-    source.close()
-    return events
-
-
-def test_a_vm_that_still_runs_keeps_its_key_and_its_counts(path: str) -> None:
-    again = VmSeen(T0 + SECOND, 1, 4001, "web-1", "u-1", "qemu")
-    more = Exit(T0 + 2 * SECOND, 1, 0, 133, 39, True, 7, gfn=8, count=2)
-    events = resumed(POISONED, [again], [more], path=path)
-    correlator = Correlator()
-    for event in events:
-        correlator.feed(event)
-    (vm,) = correlator.snapshot().vms.values()
-    assert vm.exits == {("EHWPOISON", "hwpoison"): 7}
-    assert [one.exits for one in correlator.snapshot().incidents] == [7]
-    assert not vm.gone
-
-
-@pytest.mark.parametrize(
-    "now",
-    [
-        VmSeen(T0 + SECOND, 1, 4002, "web-1", "u-1", "qemu"),
-        VmSeen(T0 + SECOND, 1, 4001, "db-1", None, "qemu"),
-        VmSeen(T0 + SECOND, 1, 4001, "web-1", "u-2", "qemu"),
-    ],
-)
-def test_a_vm_that_ended_meanwhile_is_gone_and_another_has_its_own_key(
-    now: VmSeen, path: str
-) -> None:
-    events = resumed(POISONED, [now], path=path)
-    assert [event.vm for event in events if isinstance(event, VmGone)] == [7]
-    assert [event.vm for event in events if isinstance(event, VmSeen)] == [7, 9]
-
-
-def test_two_vms_of_one_process_keep_theirs(path: str) -> None:
-    past: list[Event] = [VmSeen(T0, 0, 5, "both"), VmSeen(T0, 1, 5, "both")]
-    now: list[Event] = [VmSeen(T0 + 1, 3, 5, "both"), VmSeen(T0 + 1, 4, 5, "both")]
-    events = resumed(past, now, path=path)
-    assert [event.vm for event in events if isinstance(event, VmSeen)] == [0, 1, 0, 1]
-    assert not [event for event in events if isinstance(event, VmGone)]
-
-
-def test_what_the_kernel_handled_in_between_was_missed(path: str) -> None:
-    past: list[Event] = [KernelCounts(T0, (("total", 1),), at_start=True)]
-    events = resumed(past, [KernelCounts(T0 + 1, (("total", 3),), at_start=True)], path=path)
-    assert [event.at_start for event in events if isinstance(event, KernelCounts)] == [True, False]
-
-
-def test_only_new_events_are_kept_with_the_keys_of_this_boot(path: str) -> None:
-    keep(path, POISONED)
-    one = archive(path)
-    past = one.begin()
-    again = VmSeen(T0 + SECOND, 1, 4001, "web-1", "u-1", "qemu")
-    source = ResumedSource(FakeSource([again]), past, one, lambda: T0)
-    one.start()
-    source.poll(0)
-    source.close()
-    assert kept(path) == [*POISONED, VmSeen(T0 + SECOND, 7, 4001, "web-1", "u-1", "qemu")]
-
-
-def test_keys_are_changed_wherever_they_stand() -> None:
-    for event in STORY:
-        changed = rekeyed(event, lambda vm: vm + 100)
-        assert rekeyed(changed, lambda vm: vm - 100) == event
-    assert rekeyed(SEEN, lambda vm: vm + 1) != SEEN
-
-
 # -- export
 
 
@@ -268,19 +195,39 @@ def test_a_story_over_a_reboot_has_each_vm_once(path: str, monkeypatch: pytest.M
     keep(path, list(first))
     monkeypatch.setattr(archive_file, "boot_id", lambda: "the next")
     second = [
-        VmSeen(T0 + 100 * SECOND, 7, 501, "web-1"),
-        Exit(T0 + 101 * SECOND, 7, 0, 133, 39, True, 7, gfn=8),
+        VmSeen(T0 + 100 * SECOND, 8, 501, "web-1"),
+        Exit(T0 + 101 * SECOND, 8, 0, 133, 39, True, 7, gfn=8),
     ]
     keep(path, list(second))
     database = archive_file.reading(path)
-    everything = list(archive_export.story(database, 0, T0 + 1000 * SECOND))
-    assert everything[:2] == first
-    assert everything[2] == VmGone(T0 + SECOND, 7)
-    assert [event.vm for event in everything[3:]] == [15, 15]  # type: ignore[attr-defined]
-    later = list(archive_export.story(database, T0 + SECOND, T0 + 2 * SECOND))
-    assert later == [VmSeen(T0 + SECOND, 7, 4001, "web-1", "u-1", "qemu"), first[1], everything[2]]
-    assert archive_export.host_of(database) == (HOST, __version__)
+    everything = list(archive_story.window(database, 0, T0 + 1000 * SECOND))
+    assert everything == [*first, Reboot(T0), VmGone(T0, 7), *second]
+    later = list(archive_story.window(database, T0 + SECOND, T0 + 2 * SECOND))
+    assert later == [VmSeen(T0 + SECOND, 7, 4001, "web-1", "u-1", "qemu"), first[1]]
+    assert archive_story.host_of(database) == (HOST, __version__)
     database.close()
+
+
+def test_an_export_begins_with_the_pages_that_were_poisoned_then(path: str) -> None:
+    def poisoned(pfn: int, vm: int) -> list[Event]:
+        return [
+            Poison(T0, pfn, "dirty unevictable LRU page", "Failed"),
+            Owned(T0, pfn, Owner(vm, 8, 0x7000), "pagemap", 4096),
+        ]
+
+    batch = VmSeen(T0, 9, 5, "batch")
+    later = Exit(T0 + 60 * SECOND, 7, 0, 133, 39, True, 7, gfn=8)
+    kernels = Poison(T0, 0x500, "reserved kernel page", "Ignored")
+    mended = [*poisoned(0x300, 7), Unpoison(T0 + 1, 0x300)]
+    before = [SEEN, batch, *poisoned(0x100, 7), *poisoned(0x200, 9), *mended, kernels]
+    again = Owned(T0 + SECOND, 0x100, Owner(7, 8, 0x7000), "pagemap", 4096)
+    keep(path, [*before, again, VmGone(T0 + SECOND, 9), later])
+    database = archive_file.reading(path)
+    told = list(archive_story.window(database, T0 + 30 * SECOND, T0 + 90 * SECOND))
+    database.close()
+    assert told == [*poisoned(0x100, 7), kernels, replace(SEEN, ts=T0 + 30 * SECOND), later]
+    (of_vm, of_kernel) = model_of(told).incidents
+    assert (of_vm.state, of_vm.poisoned_ts, of_kernel.host_at_risk) == ("delivered", T0, True)
 
 
 def test_what_was_kept_is_exported_and_replayed(path: str, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from kvmtrace.events import (
     Owner,
     PageReplaced,
     Poison,
+    Reboot,
     Sigbus,
     SoftOffline,
     Tick,
@@ -228,6 +229,7 @@ EVERY_KIND: tuple[CorrelatedEvent, ...] = (
     CorrelatedEvent(PageReplaced(TS, 1, 5, 0x7000), WEB),
     CorrelatedEvent(Tick(TS)),
     CorrelatedEvent(ClockStep(TS, -SECOND, -SECOND)),
+    CorrelatedEvent(Reboot(TS)),
     CorrelatedEvent(Lost(TS, "ring", 7)),
 )
 
@@ -420,6 +422,7 @@ def test_kinds_are_those_of_json() -> None:
         CorrelatedEvent(VmGone(TS, 1), WEB),
         CorrelatedEvent(Lost(TS, "ring", 1)),
         CorrelatedEvent(ClockStep(TS, 1, 1)),
+        CorrelatedEvent(Reboot(TS)),
         CorrelatedEvent(Sigbus(TS, 1, 1, 4, 0)),
     ):
         line = json.loads(json_text(correlated) or "")

@@ -68,13 +68,16 @@ def test_each_command_has_an_example(name: str) -> None:
 # -- variables
 
 
+_FOR_ALL = ("KVMTRACE_SOURCE", "KVMTRACE_UTC", "KVMTRACE_HISTORY")
+
+
 def test_variables_of_options_clash_with_no_other() -> None:
     table = (docs.ROOT / "docs/using.md").read_text()
     others = set(re.findall(r"^\| `(KVMTRACE_[A-Z_]+)[=`]", table, re.MULTILINE))
-    others -= {"KVMTRACE_TOP_INTERVAL", "KVMTRACE_SOURCE", "KVMTRACE_UTC"}  # these are options'
+    others -= {"KVMTRACE_TOP_INTERVAL", *_FOR_ALL}  # these are options'
     assert {"KVMTRACE_CACHE_DIR", "KVMTRACE_RUNTIME_DIR", "KVMTRACE_LAB"} <= others
     names = [name for _, option in OPTIONS for name in option.envvar or ()]
-    own = [name for name in names if name not in ("KVMTRACE_SOURCE", "KVMTRACE_UTC")]
+    own = [name for name in names if name not in _FOR_ALL]
     assert len(own) == len(set(own)) == len(OPTIONS)
     assert not set(names) & others
 

@@ -45,7 +45,10 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "h11": "views/web/server.py",
     "yaml": "views/web/web_config.py",
     "bcrypt": "views/web/basic_auth.py",
-    "prometheus_client": ("views/web/metrics.py", "views/web/exposition.py"),
+    "prometheus_client": (
+        *("views/web/metrics.py", "views/web/history_metrics.py"),
+        "views/web/exposition.py",
+    ),
     "textual": "views/terminal/app.py",
     "rich": "views/terminal/app.py",
 }

@@ -130,7 +130,7 @@ def test_no_thread_of_serve_keeps_more_than_it_needs(own_directory: Path) -> Non
             status((task / "status").read_text())
             for task in Path(f"/proc/{process.pid}/task").iterdir()
         ]
-        assert len(threads) >= 5  # main, end, door, http, reader
+        assert len(threads) >= 4  # main, end, http, reader
         assert {thread["CapEff"] for thread in threads} == {mask(privileges.WATCHING)}
         assert {thread["NoNewPrivs"] for thread in threads} == {1}
         assert list(own_directory.iterdir())

@@ -33,6 +33,7 @@ from kvmtrace.events import (
     Owner,
     PageReplaced,
     Poison,
+    Reboot,
     Sigbus,
     SoftOffline,
     Tick,
@@ -63,6 +64,7 @@ EVERY_KIND: tuple[Event, ...] = (
     PageReplaced(T0, 1, 0x103275, 0x7F0000000000),
     Tick(T0),
     ClockStep(T0, -3_600_000_000_000, -3_600_000_000_000, 5),
+    Reboot(T0),
     Lost(T0, "ringbuf", 7),
     VmGone(T0, 1),
 )

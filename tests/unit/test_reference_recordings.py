@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from kvmtrace.sources.recording import FORMAT
+from tests.lab.scenarios import SCENARIOS
 from tests.unit.command_line import invoke
 
 DIRECTORY = Path(__file__).parents[1] / "recordings/scenarios"
@@ -105,6 +108,22 @@ def test_a_recording_is_shown_as_before(recording: Path) -> None:
     found = list(differences(expected, shown(recording)))
     listed = "\n".join(found[:40])
     assert not found, f"{recording.stem}: {len(found)} differences\n{listed}"
+
+
+def test_every_format_is_kept() -> None:
+    versions = {
+        json.loads(one.open().readline())["kvmtrace_recording"]
+        for one in DIRECTORY.glob("lab*.jsonl")
+    }
+    assert versions == set(range(1, FORMAT + 1))
+
+
+def test_scenarios_without_a_recording_are_known() -> None:
+    recorded = {one.stem.removeprefix("lab-") for one in DIRECTORY.glob("lab-*.jsonl")}
+    missing = {one.name for one in SCENARIOS if one.sources != ("both",)} - recorded
+    readme = (DIRECTORY.parent / "README.md").read_text()
+    listed = re.search(r"Not recorded\s+yet: (.*?)\.", readme, re.DOTALL)
+    assert missing == set(re.findall(r"`(\w+)`", listed[1] if listed else ""))
 
 
 def main() -> None:

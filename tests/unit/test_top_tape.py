@@ -166,12 +166,6 @@ def test_once_at_a_time() -> None:
     assert whole == json.loads(invoke("replay", "--json", STORY).stdout)
 
 
-def test_at_needs_a_recording() -> None:
-    result = invoke("top", "--once", "--at", "15:53")
-    assert result.exit_code == 2
-    assert result.stderr.startswith("kvmtrace: --at goes with --from\nhint: ")
-
-
 async def test_keys(tape: RecordedTape, watch: Watch) -> None:
     app = TopApp(Watched(tape.snapshot, tape.now, tape.recent, tape=tape), NEVER)
     async with app.run_test(size=(100, 30)) as pilot:

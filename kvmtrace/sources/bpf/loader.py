@@ -211,9 +211,8 @@ class Loader:
         self._attach_event(_PerfEvent(type=_PERF_TYPE_TRACEPOINT, config=event_id), program)
         return program
 
-    def attach_kprobe(self, name: str, function: str, *, entry: bool, copy: int = 0) -> int:
-        """By kprobe or kretprobe; preemption is off while such a program runs."""
-        self._programs[name].code.set_copy_number(copy)
+    def attach_kprobe(self, name: str, function: str, *, entry: bool) -> int:
+        """By kprobe or kretprobe."""
         program = self._load(name, _KPROBE)
         try:
             kind = int(_text(f"{_PMU}/type"))

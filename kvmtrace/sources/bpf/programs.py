@@ -145,7 +145,6 @@ class Programs:
             via = "fentry" if spec.at == "entry" else "fexit"
             failed = self._attach_trampoline(spec, function, via)
             if failed is None:
-                self._attach_guard(spec, target)
                 return Probe(spec.name, True, target, via)
             failure = failed
             self._add_kprobes()
@@ -192,20 +191,6 @@ class Programs:
                 return None if copy else failed
             self._copies[spec.name] = copy + 1
         return None
-
-    def _attach_guard(self, spec: probes.ProbeSpec, target: str) -> None:
-        """Handle calls of an entry for which all copies are skipped, by a kprobe beside them.
-
-        It is not preempted, but skipped while a process on its CPU is preempted in a bpf(2) call.
-        """
-        name, copies = f"kp_{spec.name}", self._copies.get(spec.name, 1)
-        if spec.at == "entry" and copies > 1 and name in self._loader:
-            self._try(
-                spec.name,
-                "kprobe",
-                lambda copy: self._loader.attach_kprobe(name, target, entry=True, copy=copy),
-                copies,
-            )
 
     def _attach_kprobe(
         self, spec: probes.ProbeSpec, target: str

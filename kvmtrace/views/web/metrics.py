@@ -30,7 +30,9 @@ from kvmtrace import __version__
 from kvmtrace.judgement.urgency import Urgency, urgency_of
 from kvmtrace.linux import clock, privileges
 from kvmtrace.model import LATENCY_BUCKETS, IncidentStatus, Snapshot, VerdictWord
+from kvmtrace.views.web import history_metrics
 from kvmtrace.views.web.exposition import filled, render
+from kvmtrace.views.web.since_start import since
 from kvmtrace.views.web.vm_labels import VmLabels, clean
 from kvmtrace.views.web.vm_metrics import VmMetrics
 
@@ -50,7 +52,7 @@ ZERO_LOST = (
     *("ftrace_poison", "ftrace_signals", "ftrace_faults", "ftrace_missed", "ftrace_damaged"),
     *("owner_searches", "found_pages", "unknown_vms", "halves", "descriptors"),
     *("incidents", "vms", "owners", "told", "looks", "refusals", "soft_offlines"),
-    "clock_steps",
+    *("clock_steps", "disk"),
 )
 
 Kinds = Callable[[], Iterable[tuple[str, str]]]
@@ -116,12 +118,16 @@ class Exporter(Collector):
             success.add_metric(["snapshot"], 0)
             return
         success.add_metric(["snapshot"], 1)
+        history = snapshot.history
+        if history is not None and history.start is not None and history.was_cut:
+            snapshot = since(snapshot, history.start)
         for name, part in (
             ("kinds", self._load_kinds),
             ("host", _host),
             ("probes", _probes),
             ("vms", self._vms),
             ("incidents", self._incidents),
+            ("history", history_metrics.families),
         ):
             try:
                 families = list(part(snapshot))

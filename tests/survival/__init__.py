@@ -1,0 +1,1 @@
+"""What serve's history survives, as it was seen: ``python -m tests.survival`` (make survival)."""
