@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from kvmtrace.cli import configuration
 from kvmtrace.cli.configuration import Settings, keys_of
-from kvmtrace.cli.console import print_line
+from kvmtrace.cli.console import print_line, print_status
 from kvmtrace.errors import UsageError
 from kvmtrace.sanitize import clean
 
@@ -44,6 +44,7 @@ def check(ctx: click.Context, file: str | None) -> None:
     lines = dict.fromkeys(
         line for name in group.commands for line in _differing(root, group, settings, name)
     )
+    _check_web_config(root, group, settings)
     print_line(
         f"ok: {clean(settings.path or f'no configuration file ({configuration.PATH})', _MAX_LINE)}"
     )
@@ -64,6 +65,19 @@ def _check_variables(group: click.Group) -> None:
             near = difflib.get_close_matches(given[:64], names, 1)
             hint = f"did you mean {near[0]}?" if near else f"unset {given}"
             raise UsageError(f"{given}: there is no option of this name", hint)
+
+
+def _check_web_config(root: click.Context, group: click.Group, settings: Settings) -> None:
+    """Raise UsageError if the file of ``serve --web.config.file`` is wrong."""
+    serve = group.commands["serve"]
+    option = keys_of(serve)["web_config_file"]
+    with click.Context(serve, root, "serve", default_map=settings.defaults(group, "serve")) as ctx:
+        path = _value(ctx, option)
+    if isinstance(path, str):  # click has a value of its own for none
+        # Loads YAML and bcrypt.
+        from kvmtrace.views.web.security import Security  # noqa: PLC0415
+
+        Security(path, print_status)
 
 
 def _differing(

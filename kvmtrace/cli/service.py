@@ -40,6 +40,7 @@ class Service:
         self._format = log_format
         self._log = IncidentLog()
         self._seen: object = None
+        self._status = ""
         self._next_look = 0.0
         self._alive_every = service_manager.watchdog_seconds()
         self._next_alive = 0.0
@@ -48,7 +49,8 @@ class Service:
 
     def ready(self) -> None:
         """Report that all that was asked for is attached and answers."""
-        service_manager.notify(READY="1", STATUS=header.watching_text(self._session.snapshot()))
+        self._status = header.watching_text(self._session.snapshot())
+        service_manager.notify(READY="1", STATUS=self._status)
 
     def look(self) -> None:
         """Log what changed, and report that the reader is alive, if it is."""
@@ -69,6 +71,9 @@ class Service:
             return
         self._seen = seen
         snapshot = self._session.snapshot()
+        if (status := header.watching_text(snapshot)) != self._status:
+            self._status = status
+            service_manager.notify(STATUS=status)
         for entry in self._log.entries(snapshot, self._session.now()):
             wall = snapshot.wall(self._session.now())
             self._log_entry(entry, wall)

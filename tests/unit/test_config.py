@@ -157,6 +157,17 @@ def test_check_prints_what_is_not_the_default(
     assert invoke("--config", path, "config", "check").stdout == result.stdout
 
 
+def test_check_reads_the_web_configuration_too(write: Write, tmp_path: Path) -> None:
+    web = tmp_path / "web.yml"
+    path = write(f'[serve]\nweb_config_file = "{web}"\n')
+    web.write_text("tls_server_confg: {}\n")
+    result = invoke("config", "check", path)
+    assert result.exit_code == 2
+    assert f"{web}: " in result.stderr
+    web.write_text("http_server_config: {headers: {X-Frame-Options: deny}}\n")
+    assert invoke("config", "check", path).exit_code == 0
+
+
 def test_check_without_a_file() -> None:
     result = invoke("config", "check")
     assert (result.exit_code, result.stdout) == (

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kvmtrace.cli.service import Service
+from kvmtrace.events import VmSeen
 from kvmtrace.linux import journal, service_manager
+from kvmtrace.session.session import Session
+from tests.unit.fake import PROBES, T0, FakeSource
 
 
 @pytest.fixture
@@ -26,6 +31,22 @@ def test_states_are_sent_to_the_manager(
     monkeypatch.setenv("NOTIFY_SOCKET", listening.getsockname())
     assert service_manager.notify(READY="1", STATUS="watching\nREADY=0")
     assert listening.recv(4096) == b"READY=1\nSTATUS=watching READY=0"
+
+
+def test_the_status_follows_the_probes(
+    listening: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", listening.getsockname())
+    source = FakeSource([VmSeen(T0, 1, 100, "web-1")])
+    session = Session(source)
+    service = Service(session, "text")
+    service.ready()
+    assert b"probes 1 of 2 attached" in listening.recv(4096)
+    attached = tuple(replace(probe, attached=True) for probe in PROBES)
+    monkeypatch.setattr(source, "probes", lambda: attached)
+    session.pump(0)
+    service.look()
+    assert listening.recv(4096).startswith(b"STATUS=watching by bpf (a test), probes 2 of 2")
 
 
 def test_without_a_manager_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,11 +262,11 @@ class Programs:
             self._kvm = now
         return now != self._kvm
 
-    def close(self) -> None:
+    def close(self, why: str = "closed") -> None:
+        """Detach. ``why``: what the probes' states have from then on."""
         self._attached = {}  # their file descriptors may be reused for other files
         self.states = tuple(
-            Probe(state.name, False, state.target, why="closed")
-            for state in getattr(self, "states", ())
+            Probe(state.name, False, state.target, why=why) for state in getattr(self, "states", ())
         )
         self.maps.close()
         self._loader.close()

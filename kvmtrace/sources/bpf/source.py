@@ -110,7 +110,7 @@ class BpfSource:
             events += self._drain()
             events += self._translator.flush(self._programs.maps)
             self.memory.use(None, lambda _struct: 0)
-            self._programs.close()
+            self._programs.close("kvm came or went; all programs are being attached anew")
             self._settling = Settling()
         elif self._settling.is_over():
             try:
