@@ -77,7 +77,11 @@ def _check_web_config(root: click.Context, group: click.Group, settings: Setting
         # Loads YAML and bcrypt.
         from kvmtrace.views.web.security import Security  # noqa: PLC0415
 
-        Security(path, print_status)
+        try:
+            Security(path, print_status)
+        except UsageError as error:
+            where = f"{settings.path}: serve.web_config_file: " if settings.path else ""
+            raise UsageError(where + error.message, error.hint) from None
 
 
 def _differing(

@@ -50,7 +50,7 @@ class FakePrograms(Kernel):
     def wait(self, timeout: float) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, why: str = "closed") -> None:
         pass
 
 
