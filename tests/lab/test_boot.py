@@ -229,6 +229,8 @@ def test_after_a_reboot_it_is_history(host: Host) -> None:
     host.reboot()
     host.until(lambda: host.property("ActiveState") == "active", "active after the boot")
     shown = json.loads(host.run("kvmtrace top --once --json"))
-    assert shown["incidents"] == []
+    assert {one["urgency"] for one in shown["incidents"]} == {"closed"}
+    assert all(one["rebooted_ts"] for one in shown["incidents"])
+    assert "rebooted" in host.run("kvmtrace explain web-1")
     host.run("kvmtrace record --since 1h -o /tmp/before.jsonl")
     assert "web-1" in host.run("kvmtrace replay /tmp/before.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pty
@@ -200,12 +201,16 @@ DEBIAN = {
 
 
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheels that pip needs in the Debian root, downloaded on this host."""
-    into = tmp_path_factory.mktemp("wheels")
-    with needed():
-        userland.pip_download([*userland.TOOLS, *root.dependencies()], into)
-    return into
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Downloads the wheels that pip needs in a Debian root, by the version of its Python."""
+
+    @functools.cache
+    def downloaded(python: str) -> Path:
+        into = tmp_path_factory.mktemp("wheels")
+        userland.pip_download([*userland.TOOLS, *root.dependencies()], into, python)
+        return into
+
+    return downloaded
 
 
 @pytest.fixture(params=DEBIAN)
@@ -214,10 +219,11 @@ def suite(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def debian(suite: str, wheels: Path, tmp_path: Path) -> Userland:
+def debian(suite: str, wheels: Callable[[str], Path], tmp_path: Path) -> Userland:
     with needed():
         made = userland.root(suite, (*APT, *DEBIAN[suite]))
-    return Userland(made, tmp_path, wheels)
+        found = wheels(userland.python_of(made))
+    return Userland(made, tmp_path, found)
 
 
 @pytest.mark.parametrize("way", WAYS)

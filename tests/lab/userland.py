@@ -80,10 +80,20 @@ def _build(suite: str, packages: tuple[str, ...], into: Path) -> None:
         archive.unlink()
 
 
-def pip_download(requirements: list[str], into: Path) -> None:
-    """Download wheels of these and of their dependencies, from the configured index."""
+def pip_download(requirements: list[str], into: Path, python: str | None = None) -> None:
+    """Download wheels of these and of their dependencies, from the configured index.
+
+    ``python``: for another version than this one, as in "3.13".
+    """
     pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
-    programs.output([*pip, "--only-binary=:all:", "-d", into, *requirements])
+    version = [] if python is None else ["--python-version", python]
+    programs.output([*pip, "--only-binary=:all:", *version, "-d", into, *requirements])
+
+
+def python_of(root: Path) -> str:
+    """The version of a root's Python, as in "3.13"."""
+    (found,) = (root / "usr/lib").glob("python3.*")
+    return found.name.removeprefix("python")
 
 
 class Userland:
