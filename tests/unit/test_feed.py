@@ -378,3 +378,16 @@ def test_a_client_that_closed_does_not_count(monkeypatch: pytest.MonkeyPatch) ->
     go.set()
     stays.close()
     answering.close()
+
+
+def test_what_a_client_left_unread_is_dropped() -> None:
+    """A file that still holds data writes them when it is collected: Python 3.13 prints a trace."""
+    ours, theirs = socket.socketpair()
+    client = Client(ours, bytes)
+    client.file.write("x" * 200)
+    theirs.close()
+    ours.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        client.file.flush()
+    client.drop()
+    assert client.file.closed

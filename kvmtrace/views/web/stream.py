@@ -28,8 +28,9 @@ class Client:
 
     def __init__(self, connection: socket.socket, frame: Frame) -> None:
         self._connection = connection
+        self._framed = _Framed(connection, frame)
         self.file: IO[str] = io.TextIOWrapper(
-            io.BufferedWriter(_Framed(connection, frame), _CHUNK),  # type: ignore[type-var]
+            io.BufferedWriter(self._framed, _CHUNK),  # type: ignore[type-var]
             "utf-8",
         )
 
@@ -37,16 +38,23 @@ class Client:
         """Whether the client has closed its end."""
         return local_socket.is_closed(self._connection)
 
+    def drop(self) -> None:
+        """Forget what was not written: the file would write it when it is collected."""
+        self._framed.is_over = True
+        self.file.close()
+
 
 class _Framed(io.RawIOBase):
     def __init__(self, connection: socket.socket, frame: Frame) -> None:
         self._connection, self._frame = connection, frame
+        self.is_over = False
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
-        self._connection.sendall(self._frame(bytes(data)))
+        if not self.is_over:
+            self._connection.sendall(self._frame(bytes(data)))
         return len(data)
 
 
@@ -93,8 +101,11 @@ class StreamRoute:
                 connection.setblocking(True)
                 connection.sendall(head)
                 client = Client(connection, frame)
-                self._write(client)
-                client.file.flush()
+                try:
+                    self._write(client)
+                    client.file.flush()
+                finally:
+                    client.drop()
                 connection.sendall(frame(b""))
             with contextlib.suppress(RuntimeError):  # the server was closed meanwhile
                 loop.call_soon_threadsafe(ended)
