@@ -121,7 +121,7 @@ def _stage(machine: Machine, vmms: dict[str, Vmm], *, with_units: bool) -> dict[
     assert vmms["refused"].step("prefault v +3", may_fail=True).get("errno") == "EHWPOISON"
     for name in ("stops", "copes"):
         assert vmms[name].step("touch v +3")["errno"] == "EHWPOISON"
-    vmms["copes"].step("pio v 1000000000 gap_us=100 bg=1")
+    vmms["copes"].step("pio v 1000000000 bg=1")
     vmms["loops"].step("loop v +3 1000000000 gap_us=20000 bg=1")
     return pfns
 

@@ -43,6 +43,7 @@ class BasicAuth:
         user, password = _user_and_password(authorization)
         if user is None:
             return False
+        password = password[:_PASSWORD_BYTES]
         stored = self._users.get(user)
         known = hashlib.sha256(b"\0".join((user.encode(), (stored or "").encode(), password)))
         if known.digest() in self._right:
@@ -82,7 +83,7 @@ async def _compared(password: bytes, stored: str) -> bool:
     def work() -> None:
         is_right = False
         with contextlib.suppress(ValueError):  # a NUL in it, for instance
-            is_right = bcrypt.checkpw(password[:_PASSWORD_BYTES], stored.encode())
+            is_right = bcrypt.checkpw(password, stored.encode())
         with contextlib.suppress(RuntimeError):  # the server was closed meanwhile
             loop.call_soon_threadsafe(settle, is_right)
 
