@@ -55,7 +55,7 @@ def attach(loader: Loader, way: str) -> int:
     if way == "raw_tracepoint":
         return loader.attach_raw_tracepoint(way, EVENT.partition(":")[2])
     if way == "tracepoint":
-        number = mount.event_id(EVENT)
+        number = mount.event_id(mount.event_format(EVENT, mount.tracefs() or ""))
         assert number is not None
         return loader.attach_tracepoint(way, number)
     function = Btf().function(FUNCTION)
