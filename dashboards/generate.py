@@ -459,6 +459,23 @@ def _kvmtrace_itself() -> list[Any]:
             "kvmtrace",
             unit="percentunit",
         ),
+        series_panel(
+            "Not kept in the history",
+            "Events that the history lacks, by why. no_room: too many at once for the memory that "
+            "they wait in. unwritable: the disk did not take them. Empty without a history.",
+            f"sum by (reason) (increase(kvmtrace_history_events_dropped_total{{{HOST}}}"
+            "[$__rate_interval]))",
+            "{{reason}}",
+            bars=True,
+        ),
+        series_panel(
+            "Size of the history",
+            "What kvmtrace keeps on the disk. serve --history-size and --history-days bound it. "
+            "Empty without a history.",
+            f"max(kvmtrace_history_bytes{{{HOST}}})",
+            "history",
+            unit="bytes",
+        ),
         _source_panel(),
     ]
 

@@ -10,7 +10,7 @@ import dataclasses
 from kvmtrace import kvm
 from kvmtrace.correlate import Correlator
 from kvmtrace.events import Exit, GmemPage, Host, Lost, Owner, Poison, Sigbus, VmSeen
-from kvmtrace.model import Snapshot
+from kvmtrace.model import HistoryState, Snapshot
 from kvmtrace.probes import Probe, ProbeRuns
 
 START = 1_795_000_000_000_000_000  # ns since the epoch
@@ -24,6 +24,18 @@ _PROBES = (
     Probe("gmem", True, "kvm_gmem_get_pfn", "fexit"),
     Probe("mce", False, why="tracepoint mce:mce_record is not there"),
 )
+_HISTORY = HistoryState(
+    "/var/lib/kvmtrace/history.sqlite",
+    is_written=True,
+    size=65_536,
+    oldest_ns=START,
+    last_write_ns=START,
+    written=3,
+    waiting=0,
+    dropped={"no_room": 0, "unwritable": 0},
+    deleted={"age": 0, "size": 0},
+    errors=0,
+)
 
 
 class Scenario:
@@ -32,12 +44,17 @@ class Scenario:
     def __init__(self) -> None:
         self._correlator = Correlator()
         self._host = _HOST
+        self._history = _HISTORY
         self._runs: dict[str, ProbeRuns] = {}
 
     def snapshot(self) -> Snapshot:
         """The current model, completed as ``Session`` does it."""
         return dataclasses.replace(
-            self._correlator.snapshot(), host=self._host, probes=_PROBES, probe_runs=self._runs
+            self._correlator.snapshot(),
+            host=self._host,
+            probes=_PROBES,
+            probe_runs=self._runs,
+            history=self._history,
         )
 
     def begin(self) -> Scenario:
@@ -56,7 +73,8 @@ class Scenario:
 
         Then: web holds 1 page and has LOOPS exits EHWPOISON (looping, notified after 0.25 s); db
         holds 2, one latent, for the other it got a SIGBUS AO at once (delivered); the third VM has
-        CONVERSIONS conversions; a poisoned page of the kernel stays in use; 7 events were lost.
+        CONVERSIONS conversions; a poisoned page of the kernel stays in use; 7 events were lost,
+        and 4 were not kept in the history.
         """
         ts = START + 10 * SECOND
         for event in (
@@ -110,5 +128,7 @@ class Scenario:
         ):
             self._correlator.feed(event)
         self._host = dataclasses.replace(_HOST, hardware_corrupted_bytes=8192)
+        dropped = {"no_room": 0, "unwritable": 4}
+        self._history = dataclasses.replace(_HISTORY, written=9, dropped=dropped)
         self._runs = {"run": ProbeRuns(201_040, 40_208_000), "gmem": ProbeRuns(60, 30_000)}
         return self

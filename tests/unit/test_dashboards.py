@@ -53,6 +53,8 @@ EXPECTED: dict[tuple[str, str], _V] = {
     ("Poison to delivery, median", "A"): {(): 0.001},
     ("Poison to delivery, 95 %", "A"): {(): None},
     ("Probes not attached", "A"): {(): 1},
+    ("Not kept in the history", "A"): {("no_room",): 0, ("unwritable",): None},
+    ("Size of the history", "A"): {(): 65_536},
     ("VMs", "looping"): {("web",): 1, ("db",): 0, ("vm-103",): 0},
     ("VMs", "stopped"): {("web",): 0, ("db",): 0, ("vm-103",): 0},
     ("VMs", "undelivered"): {("web",): 0, ("db",): 0, ("vm-103",): 0},

@@ -64,6 +64,15 @@ CONTRACT = {
     "kvmtrace_source_info": {"source", "why"},
     "kvmtrace_hardware_corrupted_bytes": set(),
     "kvmtrace_vms_folded": set(),
+    "kvmtrace_history_writable": set(),
+    "kvmtrace_history_bytes": set(),
+    "kvmtrace_history_events_written_total": set(),
+    "kvmtrace_history_events_waiting": set(),
+    "kvmtrace_history_events_dropped_total": {"reason"},
+    "kvmtrace_history_events_deleted_total": {"reason"},
+    "kvmtrace_history_write_errors_total": set(),
+    "kvmtrace_history_last_write_timestamp_seconds": set(),
+    "kvmtrace_history_oldest_event_timestamp_seconds": set(),
 }
 
 
