@@ -87,6 +87,7 @@ class Machine:
         ras: bool = False,
         nested: bool = False,
         cpu: str = "",
+        counting: bool = False,
     ) -> None:
         self.row = prepared.row
         self.release = prepared.kernel.release
@@ -98,7 +99,7 @@ class Machine:
         parts = self._parts(prepared)
         if nested:
             cmdline = f"kvm-arm.mode=nested {cmdline}"
-        choices = qemu.Choices(ras=ras, nested=nested, cpu=cpu)
+        choices = qemu.Choices(ras, nested, cpu, counting)
         command = qemu.arguments(prepared.qemu, prepared.row, parts, memory, cmdline, choices)
         self.emulator = Emulator(prepared.row.name, work, command, life)
         agent = self.emulator.connect(work / "agent.sock")
@@ -118,6 +119,7 @@ class Machine:
         ras: bool = False,
         nested: bool = False,
         cpu: str = "",
+        counting: bool = False,
     ) -> Self:
         """Boot a kernel of kernels.toml and wait until programs can be run in it.
 
@@ -125,13 +127,23 @@ class Machine:
         `mounts`: names of MOUNTS. `lacking`: what is removed from the root, names of without.py
         ("bcc", "textual"). `ras`: the machine's firmware reports hardware errors (ACPI's GHES;
         arm64 only), see cper.py. `nested`: its guests can be hypervisors (arm64 only). `cpu`:
-        another vendor's ("intel"; amd64 only), which has no KVM.
+        another vendor's ("intel"; amd64 only), which has no KVM. `counting`: its clock advances by
+        1 ns an instruction, and jumps to the next timer when it is idle.
 
         A boot that dies of the int3 oops of old QEMUs is retried once.
         """
         prepared = prepare(kernel)
         for attempt in (1, 2):
-            machine = cls(prepared, memory, cmdline_extra, life, ras=ras, nested=nested, cpu=cpu)
+            machine = cls(
+                prepared,
+                memory,
+                cmdline_extra,
+                life,
+                ras=ras,
+                nested=nested,
+                cpu=cpu,
+                counting=counting,
+            )
             try:
                 machine._set_up(modules, mounts, lacking)
             except LabPanic as error:

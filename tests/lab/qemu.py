@@ -34,6 +34,7 @@ class Choices:
     ras: bool = False
     nested: bool = False
     cpu: str = ""
+    counting: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Qemu:
         words = [*arch.options, *(arch.ras_options if choices.ras else ())]
         words += arch.nested_options if choices.nested else ()
         words += ("-cpu", arch.cpus[choices.cpu]) if choices.cpu else ()
+        words += ("-icount", "shift=0,sleep=off") if choices.counting else ()
         return [word.replace("{qemu}", str(self.home)) for word in words]
 
 
