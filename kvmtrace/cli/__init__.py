@@ -1,4 +1,4 @@
-"""The command line: a module for each command, and the one place where errors become text.
+"""The command line: a module for each command, which is imported if the command is run.
 
 Views with libraries of their own are imported by the command that needs them, and sources by
 ``open_source``: ``events`` on a small host needs neither a TUI library nor bcc.
@@ -11,20 +11,8 @@ import os
 import click
 
 from kvmtrace import __version__
-from kvmtrace.cli.assets import assets
-from kvmtrace.cli.bundle import bundle
-from kvmtrace.cli.check import check
-from kvmtrace.cli.compile import compile_
-from kvmtrace.cli.config import config
-from kvmtrace.cli.doctor import doctor
-from kvmtrace.cli.events import events
-from kvmtrace.cli.explain import explain
 from kvmtrace.cli.help import GroupedCommands
-from kvmtrace.cli.record import record
-from kvmtrace.cli.replay import replay
-from kvmtrace.cli.serve import serve
 from kvmtrace.cli.signals import stop
-from kvmtrace.cli.top import top
 
 
 def main() -> None:
@@ -65,14 +53,14 @@ def cli(config_file: str | None) -> None:
 
 cli.add(
     "Look",
-    top,
+    "top",
     "kvmtrace top",
     "kvmtrace top --once",
     "kvmtrace top --once --from sick.jsonl --at 5m",
 )
 cli.add(
     "Look",
-    explain,
+    "explain",
     "kvmtrace explain web-1",
     "kvmtrace explain 0x4f2311",
     "kvmtrace explain --since 7d",
@@ -80,32 +68,34 @@ cli.add(
 )
 cli.add(
     "Look",
-    events,
+    "events",
     "kvmtrace events --since 2h --kind poison,sigbus",
     "kvmtrace events --count 1 --duration 1h30m",
     "kvmtrace events --vm web-1 --json",
 )
 cli.add(
     "Look",
-    replay,
+    "replay",
     "kvmtrace replay sick.jsonl",
     "kvmtrace replay --events --state looping sick.jsonl",
 )
-cli.add("Run", serve, "kvmtrace serve", "kvmtrace serve --max-vms 1000")
-cli.add("Run", compile_, "kvmtrace compile")
-cli.add("Run", assets, "kvmtrace assets unit --to DIR", "kvmtrace assets rules --to kvmtrace-files")
+cli.add("Run", "serve", "kvmtrace serve", "kvmtrace serve --max-vms 1000")
+cli.add("Run", "compile", "kvmtrace compile")
+cli.add(
+    "Run", "assets", "kvmtrace assets unit --to DIR", "kvmtrace assets rules --to kvmtrace-files"
+)
 cli.add(
     "Keep",
-    record,
+    "record",
     "kvmtrace record sick.jsonl --duration 1h30m",
     "kvmtrace record --since 2h -o case.jsonl",
 )
 cli.add(
     "Keep",
-    bundle,
+    "bundle",
     "kvmtrace bundle -o case.tar.gz --redact",
     "kvmtrace bundle -o case.tar.gz --from sick.jsonl",
 )
-cli.add("Check", check, "kvmtrace check", "kvmtrace check --from sick.jsonl")
-cli.add("Check", config, "kvmtrace config check", "kvmtrace config check kvmtrace.toml")
-cli.add("Check", doctor, "kvmtrace doctor", "kvmtrace doctor --verbose")
+cli.add("Check", "check", "kvmtrace check", "kvmtrace check --from sick.jsonl")
+cli.add("Check", "config", "kvmtrace config check", "kvmtrace config check kvmtrace.toml")
+cli.add("Check", "doctor", "kvmtrace doctor", "kvmtrace doctor --verbose")

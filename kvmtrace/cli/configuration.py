@@ -64,6 +64,8 @@ class Settings:
         Names are checked in the sections that this command takes, forms of values in its own
         settings.
         """
+        if not self.tables:  # do not import the modules of all commands
+            return {}
         self._check_sections(group)
         options = keys_of(group.commands[name])
         common = {key for one in group.commands.values() for key in keys_of(one)} & {*FOR_ALL}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,23 +19,48 @@ PREFIX = "KVMTRACE"
 class GroupedCommands(Group):
     """Commands in sections of the help. Each has examples, and variables for its options.
 
-    Their settings may also stand in the configuration file.
+    Their settings may also stand in the configuration file. The module of a command, of the same
+    name, is imported when the command is asked for; ``commands`` imports all.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
         self.examples: dict[str, Sequence[str]] = {}
-        self._sections: dict[str, list[click.Command]] = {}
+        self._sections: dict[str, list[str]] = {}
+        self._imported: dict[str, click.Command] = {}
+        super().__init__(*arguments, **settings)
 
-    def add(self, section: str, command: click.Command, *examples: str) -> None:
+    def add(self, section: str, name: str, *examples: str) -> None:
         """Add a command with its examples; the first one is shown beside its summary."""
-        assert command.name is not None
-        self.add_command(command)
-        self._sections.setdefault(section, []).append(command)
-        self.examples[command.name] = examples
-        heading = "Example" if len(examples) == 1 else "Examples"
-        command.epilog = "\n".join(["\b", f"{heading}:", *(f"  {one}" for one in examples)])
-        _name_variables(command)
+        self._sections.setdefault(section, []).append(name)
+        self.examples[name] = examples
+
+    @property  # type: ignore[override]
+    def commands(self) -> dict[str, click.Command]:
+        """All commands by name."""
+        return {name: self._command(name) for name in self.examples}
+
+    @commands.setter
+    def commands(self, commands: dict[str, click.Command]) -> None:
+        assert not commands, "see add"
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return sorted(self.examples)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return self._command(cmd_name) if cmd_name in self.examples else None
+
+    def _command(self, name: str) -> click.Command:
+        if name not in self._imported:
+            found = vars(importlib.import_module(f"kvmtrace.cli.{name}")).values()
+            command = next(
+                one for one in found if isinstance(one, click.Command) and one.name == name
+            )
+            heading = "Example" if len(self.examples[name]) == 1 else "Examples"
+            examples = (f"  {one}" for one in self.examples[name])
+            command.epilog = "\n".join(["\b", f"{heading}:", *examples])
+            _name_variables(command)
+            self._imported[name] = command
+        return self._imported[name]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -56,12 +82,12 @@ class GroupedCommands(Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write all sections. Summaries are wrapped, not cut."""
-        width = max(len(name) for name in self.commands)
-        for section, commands in self._sections.items():
+        width = max(len(name) for name in self.examples)
+        for section, names in self._sections.items():
             rows = []
-            for command in commands:
-                name = command.name or ""
-                rows.append((name.ljust(width), command.get_short_help_str(limit=1000)))
+            for name in names:
+                summary = self._command(name).get_short_help_str(limit=1000)
+                rows.append((name.ljust(width), summary))
                 rows += [("", f"$ {one}") for one in self.examples[name][:1]]
             with formatter.section(section):
                 formatter.write_dl(rows)

@@ -207,7 +207,7 @@ def instructions(machine: Machine, only: Sequence[str] = ()) -> list[str]:
             if not _entered(stack, way, machine):
                 rows.append(f"| {name} | not on this kernel | | | |")
                 continue
-            # What the other CPU executes counts as well, so commands do first what they do at the start.
+            # The other CPU's instructions count as well: commands do first what they do at their start.
             machine.run(["sleep", str(_SETTLING_SECONDS)], check=True)
             vmm.step(f"pio v {_COUNTED}", patience=PATIENCE)
             windows = [

@@ -169,13 +169,29 @@ def test_the_core_is_pure(module: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["kvmtrace.cli", "kvmtrace.sources", "kvmtrace.session.session", "kvmtrace.views.event_lines"],
+    [
+        "kvmtrace.cli.events",
+        "kvmtrace.cli.top",
+        "kvmtrace.sources",
+        "kvmtrace.session.session",
+        "kvmtrace.views.event_lines",
+    ],
 )
 def test_what_a_small_host_need_not_have(module: str) -> None:
     """`events` and `top --once` need click only: no TUI library, no exporter, no bcc."""
     code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"textual", "rich", "prometheus_client", "bcc"} & set(done.stdout.split())
+
+
+def test_a_command_is_run_without_the_modules_of_others() -> None:
+    code = (
+        "import sys; from kvmtrace.cli import cli; "
+        "cli.main(['events', '-h'], standalone_mode=False); "
+        "print(*(one for one in cli.examples if f'kvmtrace.cli.{one}' in sys.modules))"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert printed.splitlines()[-1] == "events"
 
 
 def test_importing_a_source_needs_no_bcc() -> None:
