@@ -207,7 +207,7 @@ def instructions(machine: Machine, only: Sequence[str] = ()) -> list[str]:
             if not _entered(stack, way, machine):
                 rows.append(f"| {name} | not on this kernel | | | |")
                 continue
-            # The other CPU's instructions count as well: commands do first what they do at their start.
+            # The other CPU counts as well: let commands do what they do at their start.
             machine.run(["sleep", str(_SETTLING_SECONDS)], check=True)
             vmm.step(f"pio v {_COUNTED}", patience=PATIENCE)
             windows = [

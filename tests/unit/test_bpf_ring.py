@@ -1,7 +1,7 @@
 """The ring buffer: records in their order, while the kernel writes more.
 
 The memory is laid out as the kernel does (kernel/bpf/ringbuf.c): the reader's page, the writer's,
-the data; the second mapping of the data is made here by writing everything twice.
+the data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Kernel:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.file = os.memfd_create("ring")
-        os.ftruncate(self.file, 2 * PAGE + 2 * SIZE)
+        os.ftruncate(self.file, 2 * PAGE + SIZE)
         self.memory = mmap.mmap(self.file, 0)
         self.written = 0
 
@@ -42,17 +42,15 @@ class Kernel:
         whole = struct.pack("=II", len(record) | flags, 0) + record
         whole += bytes(-len(whole) % 8)
         for number, byte in enumerate(whole):
-            for copy in (0, SIZE):
-                self.memory[2 * PAGE + (place + number) % SIZE + copy] = byte
+            self.memory[2 * PAGE + (place + number) % SIZE] = byte
         self.written += len(whole)
         self.memory[PAGE : PAGE + 8] = struct.pack("=Q", self.written)
         return place
 
     def commit(self, place: int) -> None:
-        for copy in (0, SIZE):
-            at = 2 * PAGE + place + copy
-            (head,) = struct.unpack("=I", self.memory[at : at + 4])
-            self.memory[at : at + 4] = struct.pack("=I", head & ~BUSY)
+        at = 2 * PAGE + place
+        (head,) = struct.unpack("=I", self.memory[at : at + 4])
+        self.memory[at : at + 4] = struct.pack("=I", head & ~BUSY)
 
     @property
     def read_to(self) -> int:

@@ -23,10 +23,11 @@ class RingBuffer:
     def __init__(self, fd: int, size: int) -> None:
         page = mmap.PAGESIZE
         self._size = size
-        # The reader's page; the writer's page, and the data twice: no record is cut in two.
+        # The reader's page; the writer's page and the data. The kernel offers the data twice in a
+        # row, so that no record is cut in two. What is mapped counts as memory of this process.
         self._mappings = (
             mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=0),
-            mmap.mmap(fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page),
+            mmap.mmap(fd, page + size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page),
         )
         # Numbers of the machine's word: each is loaded and stored at once.
         self._read_to = memoryview(self._mappings[0]).cast("Q")
@@ -62,7 +63,12 @@ class RingBuffer:
             if at == begun:
                 break
             self._order()
-            records += [bytes(data[start:end]) for start, end in found]
+            records += [
+                bytes(data[start:end])
+                if end <= self._size
+                else bytes(data[start:]) + bytes(data[: end - self._size])
+                for start, end in found
+            ]
             self._order()
             self._read_to[0] = at
         return records
