@@ -15,20 +15,19 @@ The incident's timeline keeps which join was made (``model.Join``).
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from kvmtrace import kvm, page_types
 from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.causes import cause_of
-from kvmtrace.correlate.freezing import freeze, is_settled
 from kvmtrace.correlate.hardware_errors import ErrorSite, HardwareErrors
-from kvmtrace.correlate.incident import FrozenIncident, IncidentState
+from kvmtrace.correlate.incident import IncidentState
 from kvmtrace.correlate.incident_store import IncidentStore
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.pending import PendingEvents
+from kvmtrace.correlate.snapshots import SnapshotMaker
 from kvmtrace.correlate.totals import Totals
 from kvmtrace.correlate.vms import VmRegistry
 from kvmtrace.events import (
@@ -62,15 +61,11 @@ from kvmtrace.model import (
     Snapshot,
     SoftOfflinedPage,
     TimelineEntry,
-    VmIdentity,
 )
 from kvmtrace.page_types import PageOutcome
 from kvmtrace.quick import maker
 
 _correlated = maker(CorrelatedEvent)
-
-# How many are copied by one call of ``copying``.
-_INCIDENTS_AT_ONCE, _VMS_AT_ONCE = 128, 1024
 
 _BY_GFN = Join(JoinedBy.GFN)
 _BY_PAGE_TABLE = Join(JoinedBy.PAGE_TABLE)
@@ -91,12 +86,17 @@ class Correlator:
         page_shift: int = kvm.PAGE_SHIFT,
     ) -> None:
         self._limits = limits
-        self._page_shift, self._page = page_shift, 1 << page_shift
+        self._page = 1 << page_shift
         self._totals = Totals(limits)
         self._vms = VmRegistry(limits, self._totals.count_lost)
         self._incidents = IncidentStore(limits, self._totals.count_lost, self._page)
         self._hardware = HardwareErrors(limits.places, page_shift)
         self._pending = PendingEvents(limits, self._totals.count_lost)
+        self._snapshots = SnapshotMaker(
+            *(self._vms, self._incidents, self._hardware, self._totals),
+            page_shift=page_shift,
+            last_ts=lambda: self._last_ts,
+        )
         self._soft_offlines: BoundedDict[int, SoftOfflinedPage] = BoundedDict(  # by pfn
             limits.soft_offlines, lambda *_: self._totals.count_lost("soft_offlines", 1)
         )
@@ -111,7 +111,7 @@ class Correlator:
             self._last_ts = ts
         correlated: CorrelatedEvent = _HANDLERS[type(event)](self, event)
         if self._incidents.is_overfull:
-            self._incidents.trim(self._is_settled)
+            self._incidents.trim(self._snapshots.is_settled)
         if self._steps:
             correlated = replace(correlated, wall_ts=wall_time(ts, self._steps))
         return correlated
@@ -555,98 +555,11 @@ class Correlator:
 
     def snapshot(self) -> Snapshot:
         """The model as of the last event; immutable, safe to hand to another thread."""
-        now = self._last_ts or 0
-        frozen = [self._frozen(incident, now) for incident in self._incidents]
-        forgotten = self._incidents.forgotten.counts()
-        pages = forgotten.copy()
-        for one in frozen:
-            for key in one.holders:
-                pages[key] += not self._vms.is_gone(key)
-            pages[None] += one.copy.host_at_risk
-        return Snapshot(
-            vms={key: vm.frozen(pages[key], forgotten[key], now) for key, vm in self._vms.items()},
-            incidents=tuple([one.copy for one in frozen]),
-            poisons=dict(self._totals.poisons),
-            latency=self._totals.latency(),
-            lost=dict(self._totals.lost),
-            last_ts=self._last_ts,
-            soft_offlines=tuple(
-                replace(page, origin=self._hardware.origin(self._hardware.sites_of(page.pfn)))
-                for page in self._soft_offlines.values()
-            ),
-            dimms=self._hardware.dimms(),
-            reported=self._hardware.reported(),
-            kernel=self._totals.kernel_account(),
-            page_shift=self._page_shift,
-            kernel_pages=pages[None],
-            steps=tuple(self._steps),
-        )
+        return self._snapshots.take(self._soft_offlines.values(), self._steps)
 
     def copying(self) -> list[Callable[[], None]]:
-        """Return what may be called before ``snapshot``, so that it has less to do.
-
-        Each call copies some incidents or VMs if they have changed, which takes a millisecond or
-        two. Events may be fed in between.
-        """
-        ids, keys = self._incidents.ids(), [key for key, _ in self._vms.items()]
-        parts = [
-            functools.partial(self._copy_incidents, ids[first : first + _INCIDENTS_AT_ONCE])
-            for first in range(0, len(ids) - _INCIDENTS_AT_ONCE, _INCIDENTS_AT_ONCE)
-        ]
-        parts += [
-            functools.partial(self._copy_vms, keys[first : first + _VMS_AT_ONCE])
-            for first in range(0, len(keys) - _VMS_AT_ONCE, _VMS_AT_ONCE)
-        ]
-        return list(parts)
-
-    def _copy_incidents(self, ids: Sequence[str]) -> None:
-        now = self._last_ts or 0
-        for incident in filter(None, map(self._incidents.get, ids)):
-            self._frozen(incident, now)
-
-    def _copy_vms(self, keys: Sequence[int]) -> None:
-        now = self._last_ts or 0
-        for vm in filter(None, map(self._vms.get, keys)):
-            vm.refreeze(now)
-
-    def _frozen(self, incident: IncidentState, now: int) -> FrozenIncident:
-        """Return an immutable copy, the last one if it is still right."""
-        undelivered = self._vms.undelivered(incident.owners, now)
-        hardware = self._hardware.reports if incident.error_sites else 0
-        known = incident.frozen
-        if (
-            known is not None
-            and now <= known.until
-            and hardware == known.hardware
-            and undelivered == known.undelivered
-            and self._identities(incident, known.vms) == known.identities
-        ):
-            return known
-        vms = sorted(incident.vms)
-        identities = self._identities(incident, vms)
-        who = {key: one for key, one in zip(vms, identities, strict=True) if one is not None}
-        origin = self._hardware.origin(incident.error_sites)
-        copy, until = freeze(incident, now, who, origin, undelivered)
-        holders = () if incident.over else incident.holders
-        incident.frozen = FrozenIncident(
-            copy, until, vms, identities, undelivered, hardware, holders
-        )
-        return incident.frozen
-
-    def _identities(self, incident: IncidentState, vms: Iterable[int]) -> list[VmIdentity | None]:
-        get = self._vms.vm_identity
-        return [get(key) or incident.vm_identities.get(key) for key in vms]
-
-    def _is_settled(self, incident: IncidentState) -> bool:
-        if not incident.samples:
-            # Only the end of its VMs settles it, and nearly all live.
-            for vm, _ in incident.deliveries:
-                if not self._vms.is_gone(vm) and vm not in incident.vm_identities:
-                    return False
-        vms = sorted(incident.vms)
-        identities = zip(vms, self._identities(incident, vms), strict=True)
-        who = {key: one for key, one in identities if one is not None}
-        return is_settled(incident, self._last_ts or 0, who)
+        """See ``SnapshotMaker.copying``."""
+        return self._snapshots.copying()
 
 
 # {class: what takes events of it}
