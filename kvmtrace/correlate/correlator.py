@@ -22,9 +22,10 @@ from typing import Any
 from kvmtrace import kvm, page_types
 from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.causes import cause_of
-from kvmtrace.correlate.hardware_errors import ErrorSite, HardwareErrors
+from kvmtrace.correlate.hardware_errors import HardwareErrors
 from kvmtrace.correlate.incident import IncidentState
 from kvmtrace.correlate.incident_store import IncidentStore
+from kvmtrace.correlate.joins import IncidentJoins
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.pending import PendingEvents
 from kvmtrace.correlate.snapshots import SnapshotMaker
@@ -91,6 +92,9 @@ class Correlator:
         self._vms = VmRegistry(limits, self._totals.count_lost)
         self._incidents = IncidentStore(limits, self._totals.count_lost, self._page)
         self._hardware = HardwareErrors(limits.places, page_shift)
+        self._joins = IncidentJoins(
+            self._vms, self._incidents, self._hardware, self._totals, page=self._page
+        )
         self._pending = PendingEvents(limits, self._totals.count_lost)
         self._snapshots = SnapshotMaker(
             *(self._vms, self._incidents, self._hardware, self._totals),
@@ -175,15 +179,9 @@ class Correlator:
             if not incident.closed:
                 entry = TimelineEntry(event.ts, EntryKind.VM_GONE, event, vm=event.vm)
                 incident.note(entry, event.vm)
-                self._close_if_all_vms_gone(incident)
+                self._joins.close_if_all_vms_gone(incident)
         self._vms.shrink(event.vm, keep=bool(mentions))
         return _correlated(event, vm=vm.seen)
-
-    def _close_if_all_vms_gone(self, incident: IncidentState) -> None:
-        owners = {owner.vm for owner in incident.owners.values()}
-        known = [self._vms.vm_identity(vm) or incident.vm_identities.get(vm) for vm in owners]
-        if owners and all(identity and identity.gone_ts is not None for identity in known):
-            self._incidents.close(incident)
 
     def _vcpu_state(self, event: VcpuState) -> CorrelatedEvent:
         ids = []
@@ -230,7 +228,7 @@ class Correlator:
             join = _by_place(gfn, known)
             entry = TimelineEntry(ts, EntryKind.EXIT, event, join, of, count)
             incident.note(entry, of, vcpu)
-        self._deliver(incident, ts, of, vcpu, exits=count, page=gfn)
+        self._joins.deliver(incident, ts, of, vcpu, exits=count, page=gfn)
         return _correlated(event, vm, cause, incident.id)
 
     def _refusal(self, event: GmemRefusal) -> CorrelatedEvent:
@@ -255,7 +253,7 @@ class Correlator:
             return next((i for i in reversed(known) if (vm, gfn) in i.owners), None)
         if incident is None:
             incident = self._incidents.open(f"vm{vm}" if gfn is None else f"g{gfn:x}")
-            self._add_owner(incident, Owner(vm, gfn))
+            self._joins.add_owner(incident, Owner(vm, gfn))
         return incident
 
     # -- poison
@@ -274,7 +272,7 @@ class Correlator:
             incident = incident or self._incidents.open(f"{event.pfn:x}")
             self._incidents.set_pfn(incident, event.pfn)
             incident.poisoned_ts = event.ts
-            self._join_hardware(incident)
+            self._joins.add_hardware_reports(incident)
         elif incident.before_start and page_types.is_newly_lost(event.page_type):
             incident.not_before_start(event.ts)
         incident.guest_memfd |= gmem is not None
@@ -290,16 +288,16 @@ class Correlator:
         entry = TimelineEntry(event.ts, EntryKind.POISON, event)
         incident.note(entry, event.page_type, event.result)
         for one in owned:
-            self._add_found_owner(incident, one)
+            self._joins.add_found_owner(incident, one)
         if gmem is not None:
             for owner in gmem.owners:
-                self._add_owner(incident, owner, event, Join(JoinedBy.GMEM_THREAD))
+                self._joins.add_owner(incident, owner, event, Join(JoinedBy.GMEM_THREAD))
         for signal in self._pending.take_signals(event):
             join = Join(JoinedBy.POISONING_THREAD)
-            self._join_signal(incident, signal, join, by_poison=True)
+            self._joins.add_signal(incident, signal, join, by_poison=True)
         # A guest may access the page while memory_failure is still running.
         for signal in self._pending.take_signals_of(event.pfn):
-            self._join_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
+            self._joins.add_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
         owners_seen = tuple((one, self.identity(one.vm)) for one in incident.owners.values())
         return _correlated(event, incident=incident.id, owners=owners_seen)
 
@@ -321,11 +319,11 @@ class Correlator:
             incident.before_start = True
             join = Join(JoinedBy.PAGE_FLAGS)
             incident.note(TimelineEntry(event.ts, EntryKind.FOUND, event, join))
-            self._join_hardware(incident)
+            self._joins.add_hardware_reports(incident)
             for one in owned:
-                self._add_found_owner(incident, one)
+                self._joins.add_found_owner(incident, one)
             for signal in self._pending.take_signals_of(event.pfn):
-                self._join_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
+                self._joins.add_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
         return _correlated(event, incident=incident.id if incident else None)
 
     def _owned(self, event: Owned) -> CorrelatedEvent:
@@ -335,37 +333,9 @@ class Correlator:
             self._pending.add(event)
             return _correlated(event, vm=vm)
         known = set(incident.owners.values())
-        self._add_found_owner(incident, event)
+        self._joins.add_found_owner(incident, event)
         new = tuple((one, vm) for one in incident.owners.values() if one not in known)
         return _correlated(event, vm=vm, incident=incident.id, owners=new)
-
-    def _add_found_owner(self, incident: IncidentState, event: Owned) -> None:
-        self._incidents.set_min_size(incident, event.size)
-        incident.guest_memfd |= event.via in ("guest_memfd", "fault")
-        self._add_owner(incident, event.owner, event, Join(JoinedBy.LOOKUP))
-
-    def _add_owner(
-        self,
-        incident: IncidentState,
-        owner: Owner,
-        event: Event | None = None,
-        join: Join | None = None,
-    ) -> None:
-        """Add an owner. ``event``: what showed it, for the timeline."""
-        gone = self._vms.is_gone(owner.vm)
-        self._incidents.add_owner(incident, owner, live=not gone)
-        if incident.is_kernels:
-            if event is not None:
-                incident.note(TimelineEntry(event.ts, EntryKind.MAPPED, event, join))
-            return
-        if event is not None:
-            entry = TimelineEntry(event.ts, EntryKind.OWNER, event, join, owner.vm, owner=owner)
-            incident.note(entry, owner.vm, owner.gfn)
-        identity = self._vms.vm_identity(owner.vm) if gone else None
-        if identity is not None:
-            incident.vm_identities[owner.vm] = identity
-            if not incident.closed:
-                self._close_if_all_vms_gone(incident)
 
     def _unpoison(self, event: Unpoison) -> CorrelatedEvent:
         incident = self._incidents.find_by_pfn(event.pfn)
@@ -394,7 +364,7 @@ class Correlator:
         incident, join = self._incident_of_signal(event)
         vm = event.vm
         if incident is not None:
-            vm = self._join_signal(incident, event, join, by_poison=False)
+            vm = self._joins.add_signal(incident, event, join, by_poison=False)
         else:
             self._pending.add(event)
         who = self.identity(vm) if vm is not None else self._vms.vmm(event.pid, event.ts)
@@ -422,105 +392,6 @@ class Correlator:
                     return incident, Join(JoinedBy.NEAR_HVA, owner.hva)
         return None, join
 
-    def _join_signal(
-        self, incident: IncidentState, event: Sigbus, join: Join, *, by_poison: bool
-    ) -> int | None:
-        """Count a signal in its incident; returns the VM that was notified, None if unknown."""
-        if event.vm is None and (vm := self._vm_owning_page(incident, event)) is not None:
-            event = replace(event, vm=vm, gfn=None)  # the gfn may be another VM's
-            self._vms.count_sigbus(event)
-        if by_poison or event.vcpu is None:
-            # memory_failure's own signals have the right size; KVM's have 12 for a huge page, too.
-            size = 1 << event.lsb if event.lsb is not None else None
-            self._incidents.set_min_size(incident, size)
-        if event.vm is not None and self._incidents.find_by_gfn(event.vm, event.gfn) is None:
-            self._add_owner_by_signal(incident, event, event.vm, join)
-        code = kvm.sigbus_code_name(event.code)
-        is_vmm = event.vm is not None or self._vms.vmm(event.pid, event.ts) is not None
-        own = by_poison and event.vcpu is None and event.tid == event.sender
-        own = own and not incident.consumed_by_access
-        kind = EntryKind.OWN_SIGNAL if own else EntryKind.SIGNAL
-
-        if own:
-            incident.sigbus_at_poison += event.count
-            incident.own_signals = [*incident.own_signals[-3:], event]
-        distinct = (event.tid,) if own else (event.vm, event.tid, code)
-        if not incident.note_again(event.ts, event.count, (kind, *distinct)):
-            entry = TimelineEntry(event.ts, kind, event, join, event.vm, event.count, vmm=is_vmm)
-            incident.note(entry, *distinct)
-        if own:
-            return event.vm
-        if not is_vmm:
-            incident.sigbus_to_others += event.count
-            return None
-        incident.sigbus += event.count
-        if event.vm is not None:
-            # Negative, so that it is no gfn.
-            page = None if event.hva is None else -1 - event.hva // self._page
-            self._deliver(
-                *(incident, event.ts, event.vm, event.vcpu),
-                code=code,
-                signals=event.count,
-                page=page,
-            )
-        else:
-            incident.mark_delivered(event.ts)  # for which of the VMM's VMs is not known
-        return event.vm
-
-    def _vm_owning_page(self, incident: IncidentState, event: Sigbus) -> int | None:
-        """Of a process with several VMs, the one that has the page that a signal is about."""
-        mine = self._vms.of_process(event.pid)
-        vms = {
-            owner.vm
-            for owner in incident.owners.values()
-            if owner.vm in mine
-            and (
-                owner.hva is None
-                or event.hva is None
-                or owner.hva // self._page == event.hva // self._page
-                or incident.huge
-            )
-        }
-        return vms.pop() if len(vms) == 1 else None
-
-    def _add_owner_by_signal(
-        self, incident: IncidentState, event: Sigbus, vm: int, join: Join
-    ) -> None:
-        hva = event.hva
-        if hva is None:
-            return
-        at = incident.owner_by_hva(vm, hva, None)
-        if at is not None and at.hva is not None:
-            if at.hva // self._page != hva // self._page:
-                return  # another page of the same huge page: the owner keeps the first
-            hva = at.hva
-        has_vm = at is not None or any(owner.vm == vm for owner in incident.owners.values())
-        if event.gfn is not None or not has_vm:
-            self._add_owner(incident, Owner(vm, event.gfn, hva), event, join)
-
-    def _deliver(
-        self,
-        incident: IncidentState,
-        ts: int,
-        vm: int,
-        vcpu: int | None,
-        *,
-        exits: int = 0,
-        code: str | None = None,
-        signals: int = 0,
-        page: int | None = None,
-    ) -> None:
-        was_over = incident.unpoisoned_ts is not None and incident.over
-        # A VM that is notified still has the page.
-        if incident.released:
-            incident.released = {place for place in incident.released if place[0] != vm}
-        first = incident.deliver(ts, vm, vcpu, exits=exits, code=code, signals=signals, page=page)
-        self._incidents.add_notified_vm(incident, vm)
-        if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
-            self._totals.add_latency(ts - incident.poisoned_ts)
-        if was_over and not incident.over:
-            incident.note(TimelineEntry(ts, EntryKind.NOTIFIED_AGAIN, vm=vm), vm)
-
     # -- hardware
 
     def _hardware_error(self, event: HwError) -> CorrelatedEvent:
@@ -532,24 +403,8 @@ class Correlator:
             elif (exact := self._incidents.find_by_pfn(site.pfn)) is not None:
                 affected = [exact]
             for incident in affected:
-                self._add_origin(incident, site)
+                self._joins.add_origin(incident, site)
         return _correlated(event, incident=affected[0].id if len(affected) == 1 else None)
-
-    def _join_hardware(self, incident: IncidentState) -> None:
-        """Join what was reported of this page before it was poisoned."""
-        for site in self._hardware.sites_of(incident.pfn or 0):
-            self._add_origin(incident, site)
-
-    def _add_origin(self, incident: IncidentState, site: ErrorSite) -> None:
-        incident.add_origin(site)
-        if incident.consumed_by_access:
-            # Reported after the poison: the thread accessed the page and did not poison it.
-            signals, incident.own_signals = incident.own_signals, []
-            for signal in signals:
-                incident.sigbus_at_poison -= signal.count
-                incident.entries.pop((EntryKind.OWN_SIGNAL, signal.tid), None)
-                join = Join(JoinedBy.CONSUMING_THREAD)
-                self._join_signal(incident, signal, join, by_poison=True)
 
     # -- out
 
