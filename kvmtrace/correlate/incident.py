@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from kvmtrace import kvm
-from kvmtrace.correlate.hardware_errors import ErrorSite
+from kvmtrace.correlate.error_site import ErrorSite
 from kvmtrace.correlate.limits import CountLost, Limits
 from kvmtrace.correlate.timeline import RunningEntry
 from kvmtrace.correlate.verdicts import VcpuSample

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvmtrace import kvm
-from kvmtrace.correlate.hardware_errors import ErrorSite, HardwareErrors
+from kvmtrace.correlate.error_site import ErrorSite
+from kvmtrace.correlate.hardware_errors import HardwareErrors
 from kvmtrace.correlate.incident import IncidentState
 from kvmtrace.correlate.incident_store import IncidentStore
 from kvmtrace.correlate.totals import Totals
