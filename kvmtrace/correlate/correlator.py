@@ -10,7 +10,7 @@ The joins, and why each is exact:
 - poison with later signals: by pfn, by VM and gfn, or by an address in the memory that a VM lost;
 - poison with hardware errors: by address, as exactly as it was reported (``hardware_errors``).
 
-The incident's timeline keeps which join was made (``model.Join``).
+The incident's timeline keeps which join was made (``facts.Join``).
 """
 
 from __future__ import annotations
@@ -54,15 +54,8 @@ from kvmtrace.events import (
     VmSeen,
     wall_time,
 )
-from kvmtrace.model import (
-    CorrelatedEvent,
-    EntryKind,
-    Join,
-    JoinedBy,
-    Snapshot,
-    SoftOfflinedPage,
-    TimelineEntry,
-)
+from kvmtrace.facts import EntryKind, Join, JoinedBy, TimelineEntry
+from kvmtrace.model import CorrelatedEvent, Snapshot, SoftOfflinedPage
 from kvmtrace.page_types import PageOutcome
 from kvmtrace.quick import maker
 

@@ -15,8 +15,9 @@ from kvmtrace import dimm_names, kvm
 from kvmtrace.correlate.error_counts import EDAC, ErrorCount, together
 from kvmtrace.correlate.timeline import RunningEntry
 from kvmtrace.events import HwError, MachineCheck
+from kvmtrace.facts import EntryKind, Join, JoinedBy, TimelineEntry
 from kvmtrace.linux import mce
-from kvmtrace.model import EntryKind, ErrorHistory, Join, JoinedBy, Reported, TimelineEntry
+from kvmtrace.model import ErrorHistory, Reported
 
 _SEVERITIES = ("corrected", "deferred", "recoverable", "fatal")
 

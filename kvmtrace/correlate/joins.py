@@ -12,7 +12,7 @@ from kvmtrace.correlate.incident_store import IncidentStore
 from kvmtrace.correlate.totals import Totals
 from kvmtrace.correlate.vms import VmRegistry
 from kvmtrace.events import Event, Owned, Owner, Sigbus
-from kvmtrace.model import EntryKind, Join, JoinedBy, TimelineEntry
+from kvmtrace.facts import EntryKind, Join, JoinedBy, TimelineEntry
 
 
 class IncidentJoins:

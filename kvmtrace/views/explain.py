@@ -7,20 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvmtrace import dimm_names
+from kvmtrace.facts import EntryKind, Join, JoinedBy, TimelineEntry
 from kvmtrace.judgement.action import Action
 from kvmtrace.judgement.actions import actions, named, next_steps, steps
 from kvmtrace.judgement.urgency import Urgency, urgency_of
-from kvmtrace.model import (
-    EntryKind,
-    ErrorHistory,
-    Incident,
-    Join,
-    JoinedBy,
-    Origin,
-    Snapshot,
-    TimelineEntry,
-    VmIdentity,
-)
+from kvmtrace.model import ErrorHistory, Incident, Origin, Snapshot, VmIdentity
 from kvmtrace.views import json_output, not_known, timeline
 from kvmtrace.views.answer import answer, word
 from kvmtrace.views.format import (
