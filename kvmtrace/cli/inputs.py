@@ -261,7 +261,7 @@ def load_log(
     ``twice``: the batches will be read a second time.
     """
     if recording is None:
-        yield _watch_host(kind, duration)
+        yield _watch(open_host_or_remote(kind), duration)
         return
     with open_recording(recording, twice=twice) as source:
         yield RecordedLog(source)
@@ -276,10 +276,6 @@ def ask_serve() -> EventLog:
             "start `kvmtrace serve`; root and members of its group may ask it",
         )
     return _watch(source, 0)
-
-
-def _watch_host(kind: str, duration: float) -> WatchedLog:
-    return _watch(open_host_or_remote(kind), duration)
 
 
 def _watch(source: sources.Source, duration: float) -> WatchedLog:

@@ -214,10 +214,9 @@ class HardwareErrors:
         """{pfn: what was reported of that one page}."""
         found = {e.pfn: e.reported() for e in self._places.values() if not e.order}
         better = [pfn for pfn, one in found.items() if one.label in self._better]
-        return found | {pfn: self._named_better(found[pfn]) for pfn in better}
-
-    def _named_better(self, page: Reported) -> Reported:
-        return replace(page, label=self._best(page.label or ""))
+        for pfn in better:
+            found[pfn] = replace(found[pfn], label=self._best(found[pfn].label or ""))
+        return found
 
     def dimms(self) -> dict[str, ErrorHistory]:
         """{label: what was reported of that DIMM}."""

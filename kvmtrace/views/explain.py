@@ -69,16 +69,11 @@ class Showing:
 
 def explain_text(incident: Incident, snapshot: Snapshot, width: int = WIDTH) -> str:
     """Everything known of an incident, as text."""
-    return "\n".join(explain_lines(incident, snapshot, width))
-
-
-def explain_lines(incident: Incident, snapshot: Snapshot, width: int = WIDTH) -> Iterator[str]:
-    """The same, line by line; the first one begins with the incident's urgency."""
-    return map(plain, story(incident, snapshot, Showing(width)))
+    return "\n".join(map(plain, story(incident, snapshot, Showing(width))))
 
 
 def story(incident: Incident, snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
-    """The same, with styles."""
+    """The same, with styles; the first line begins with the incident's urgency."""
     incident = named(incident, snapshot)
     yield from headline(incident, snapshot, showing)
     yield from sections(incident, snapshot, showing)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TypeVar
 
+from kvmtrace.bounded import BoundedDict
+
 # How long one costly answer is sent to all clients: long enough that making answers takes at most a
 # fiftieth of the time, which the reader lacks (one Python thread runs at a time).
 KEEP_SECONDS = 1.0
@@ -132,7 +134,7 @@ class Tree:
 
     def __init__(self, make: Callable[[str], Answer]) -> None:
         self._make = make
-        self._kept: dict[str, tuple[Answer, float]] = {}
+        self._kept: BoundedDict[str, tuple[Answer, float]] = BoundedDict(KEPT_NAMES)
         self._waiting: dict[str, asyncio.Future[Answer]] = {}
         self._busy = False
 
@@ -175,10 +177,7 @@ class Tree:
         self, name: str, future: asyncio.Future[Answer], answer: Answer, pause: float
     ) -> None:
         del self._waiting[name]
-        self._kept.pop(name, None)
-        while len(self._kept) >= KEPT_NAMES:
-            del self._kept[next(iter(self._kept))]
-        self._kept[name] = answer, time.monotonic() + max(KEEP_SECONDS, pause)
+        self._kept.renew(name, (answer, time.monotonic() + max(KEEP_SECONDS, pause)))
         future.set_result(answer)
         future.get_loop().call_later(pause, self._rested)
 
