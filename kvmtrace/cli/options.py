@@ -13,7 +13,6 @@ import click
 from kvmtrace import sources
 from kvmtrace.linux import clock
 
-
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _PART = r"(\d+(?:\.\d*)?|\.\d+)(ms|s|m|h|d)"
 _PARTS = re.compile(rf"(?:{_PART})+", re.ASCII)
