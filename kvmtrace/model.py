@@ -101,7 +101,6 @@ class Vm:
 
     @property
     def label(self) -> str:
-        """See ``vm_label``."""
         return vm_label(self.pid, self.name, self.vmid)
 
     @property
@@ -135,7 +134,6 @@ class VmIdentity:
 
     @property
     def label(self) -> str:
-        """See ``vm_label``."""
         return vm_label(self.pid, self.name, self.vmid)
 
 

@@ -33,7 +33,6 @@ class _Attached(EnrichedSource):
     """Notes when it begins to detach, which may take long."""
 
     def close(self) -> None:
-        """Detach."""
         stop.detaching = True
         super().close()
 
@@ -173,7 +172,6 @@ class WatchedLog(EventLog):
     via: str | None = None
 
     def batches(self) -> Iterator[Batch]:
-        """One batch."""
         yield self.events, self.probes
 
 

@@ -65,5 +65,4 @@ class PastEvents:
             yield batch
 
     def snapshot(self) -> Snapshot:
-        """The model after the last batch."""
         return self._correlator.snapshot()

@@ -95,7 +95,6 @@ class ErrorSite:
     _reported: Reported | None = None  # what reported() returned, if nothing was added since
 
     def add(self, event: HwError) -> None:
-        """Add a report."""
         self._reported = None
         facts = _facts(event)
         via, severity = event.via, event.severity
@@ -166,7 +165,6 @@ class ErrorSite:
         return self._reported
 
     def history(self) -> ErrorHistory:
-        """Immutable counts."""
         corrected, others = self.errors.errors
         return ErrorHistory(corrected + others, corrected, self.first_ts, self.last_ts)
 

@@ -58,7 +58,6 @@ class Dimm:
         self.vias |= other.vias
 
     def history(self) -> ErrorHistory:
-        """Immutable counts."""
         corrected, others = self.corrected, self.others
         for via, (more, more_others) in self.elsewhere.by_reporter():
             known = via in self.vias

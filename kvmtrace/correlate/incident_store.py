@@ -186,7 +186,6 @@ class IncidentStore:
             self._drop_mention(incident, vm)
 
     def set_pfn(self, incident: IncidentState, pfn: int) -> None:
-        """Set the page of an incident."""
         incident.pfn = pfn
         self._by_pfn[pfn] = incident
         self.forgotten.discard(None, pfn)

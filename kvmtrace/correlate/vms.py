@@ -277,7 +277,6 @@ class VmRegistry:
         return vm.seen
 
     def count_sigbus(self, event: Sigbus) -> None:
-        """Count signals."""
         vm = None if event.vm is None else self._counted(event.vm, event.count)
         if vm is not None:
             code = kvm.sigbus_code_name(event.code)

@@ -107,7 +107,6 @@ class RemoteSource:
         return events
 
     def probes(self) -> tuple[Probe, ...]:
-        """The serve's probes."""
         return self._decoder.probes
 
     def probe_runs(self) -> Mapping[str, ProbeRuns]:
@@ -115,7 +114,6 @@ class RemoteSource:
         return {}
 
     def close(self) -> None:
-        """Disconnect."""
         with contextlib.suppress(OSError):
             self._client.close()
 

@@ -41,7 +41,6 @@ class Answer:
     encoding: str | None = None
 
     def headers(self) -> dict[str, str]:
-        """Headers by their names."""
         found = {
             "Content-Type": self.kind,
             "Content-Length": str(len(self.body)),

@@ -279,7 +279,6 @@ class Registry:
         self._others.register(_Service(session, dropped, hooks))
 
     def text(self, *, as_openmetrics: bool) -> bytes:
-        """One scrape."""
         families = chain(self._exporter.families(), self._others.collect())
         return render(families, as_openmetrics=as_openmetrics)
 

@@ -158,7 +158,6 @@ class _Format(NamedTuple):
         )
 
     def answer(self, body: bytes) -> Answer:
-        """These metrics."""
         kind = "text/plain; version=0.0.4; charset=utf-8"
         if self.openmetrics:
             kind = "application/openmetrics-text; version=1.0.0; charset=utf-8"
