@@ -54,7 +54,7 @@ class Name(NamedTuple):
         """Whether ``other`` is another reporter's name for the same error; both are of one place.
 
         Controllers interleave within a page, so another address may be of another DIMM. Firmware
-        may know only the page; then it reports at the same time.
+        may have only the page; then it reports at the same time.
         """
         if self.addr is None or other.addr is None or self.rank[1] == other.rank[1]:
             return False
@@ -230,7 +230,7 @@ def line_of(event: HwError) -> int | None:
     """The bit of the cache line in its page; None if the report is less exact."""
     if event.addr is None:
         return None
-    # Without a grain: firmware that knows only the page gives its start.
+    # Without a grain: firmware that has only the page gives its start.
     exact = event.grain <= _LINE if event.grain else event.addr % _PAGE != 0
     return 1 << event.addr // _LINE % _LINES if exact else None
 

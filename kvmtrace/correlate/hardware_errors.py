@@ -95,7 +95,7 @@ class HardwareErrors:
         """Names that a report has for the memory.
 
         An EDAC report is about the machine check before it. AMD's firmware may have put the name of
-        a DIMM there, while EDAC knows only a rank.
+        a DIMM there, while EDAC has only a rank.
         """
         names = [name_of(event)]
         if event.check:

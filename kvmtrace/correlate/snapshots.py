@@ -1,4 +1,4 @@
-"""Snapshots of what the correlator knows, of copies that are kept for as long as they are right."""
+"""Snapshots of the correlator's state. Copies of what has not changed are used again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The VMs that the correlator knows: identity, deliveries, and refusals that were not delivered."""
+"""VMs as the correlator remembers them: identity, deliveries, and refusals not delivered."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class _Unbuffered:
 
 
 def _ask(client: socket.socket) -> int | None:
-    """Ask for the events; the pid of the serve, if it says so.
+    """Ask for the events; the pid of the serve, if it gives one.
 
     Raises OSError if it does not answer with events.
     """
