@@ -85,15 +85,10 @@ class Correlator:
         self._vms = VmRegistry(limits, self._totals.count_lost)
         self._incidents = IncidentStore(limits, self._totals.count_lost, self._page)
         self._hardware = HardwareErrors(limits.places, page_shift)
-        self._joins = IncidentJoins(
-            self._vms, self._incidents, self._hardware, self._totals, page=self._page
-        )
+        known = self._vms, self._incidents, self._hardware, self._totals
+        self._joins = IncidentJoins(*known, self._page)
         self._pending = PendingEvents(limits, self._totals.count_lost)
-        self._snapshots = SnapshotMaker(
-            *(self._vms, self._incidents, self._hardware, self._totals),
-            page_shift=page_shift,
-            last_ts=lambda: self._last_ts,
-        )
+        self._snapshots = SnapshotMaker(*known, page_shift, lambda: self._last_ts)
         self._soft_offlines: BoundedDict[int, SoftOfflinedPage] = BoundedDict(  # by pfn
             limits.soft_offlines, lambda *_: self._totals.count_lost("soft_offlines", 1)
         )
@@ -261,11 +256,8 @@ class Correlator:
             owners = []  # VMs that have the zero page mapped
         incident = self._incidents.find_by_pfn(event.pfn)
         if incident is None:
-            incident = self._incident_opened_by_exit(owners)
-            incident = incident or self._incidents.open(f"{event.pfn:x}")
-            self._incidents.set_pfn(incident, event.pfn)
+            incident = self._incident_of_page(event.pfn, owners)
             incident.poisoned_ts = event.ts
-            self._joins.add_hardware_reports(incident)
         elif incident.before_start and page_types.is_newly_lost(event.page_type):
             incident.not_before_start(event.ts)
         incident.guest_memfd |= gmem is not None
@@ -294,25 +286,23 @@ class Correlator:
         owners_seen = tuple((one, self.identity(one.vm)) for one in incident.owners.values())
         return _correlated(event, incident=incident.id, owners=owners_seen)
 
-    def _incident_opened_by_exit(self, owners: list[Owner]) -> IncidentState | None:
-        """An incident that an exit opened, because it was read before the poison."""
-        for owner in owners:
-            incident = self._incidents.find_by_gfn(owner.vm, owner.gfn)
-            if incident is not None and incident.pfn is None:
-                return incident
-        return None
+    def _incident_of_page(self, pfn: int, owners: list[Owner]) -> IncidentState:
+        """The incident that an exit opened, if it was read before the poison; else a new one."""
+        found = (self._incidents.find_by_gfn(owner.vm, owner.gfn) for owner in owners)
+        incident = next((one for one in found if one is not None and one.pfn is None), None)
+        incident = incident or self._incidents.open(f"{pfn:x}")
+        self._incidents.set_pfn(incident, pfn)
+        self._joins.add_hardware_reports(incident)
+        return incident
 
     def _found(self, event: Found) -> CorrelatedEvent:
         incident = self._incidents.find_by_pfn(event.pfn)
         if incident is None and event.pfn not in self._soft_offlines:
             owned = self._pending.take_owned(event.pfn, event.ts)
-            incident = self._incident_opened_by_exit([one.owner for one in owned])
-            incident = incident or self._incidents.open(f"{event.pfn:x}")
-            self._incidents.set_pfn(incident, event.pfn)
+            incident = self._incident_of_page(event.pfn, [one.owner for one in owned])
             incident.before_start = True
             join = Join(JoinedBy.PAGE_FLAGS)
             incident.note(TimelineEntry(event.ts, EntryKind.FOUND, event, join))
-            self._joins.add_hardware_reports(incident)
             for one in owned:
                 self._joins.add_found_owner(incident, one)
             for signal in self._pending.take_signals_of(event.pfn):

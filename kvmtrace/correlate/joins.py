@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from kvmtrace import kvm
 from kvmtrace.correlate.error_site import ErrorSite
@@ -15,29 +15,21 @@ from kvmtrace.events import Event, Owned, Owner, Sigbus
 from kvmtrace.facts import EntryKind, Join, JoinedBy, TimelineEntry
 
 
+@dataclass(frozen=True, slots=True)
 class IncidentJoins:
     """Adds to incidents that were found already. ``page``: size of a page, in bytes."""
 
-    def __init__(
-        self,
-        vms: VmRegistry,
-        incidents: IncidentStore,
-        hardware: HardwareErrors,
-        totals: Totals,
-        *,
-        page: int,
-    ) -> None:
-        self._vms = vms
-        self._incidents = incidents
-        self._hardware = hardware
-        self._totals = totals
-        self._page = page
+    vms: VmRegistry
+    incidents: IncidentStore
+    hardware: HardwareErrors
+    totals: Totals
+    page: int
 
     # -- owners
 
     def add_found_owner(self, incident: IncidentState, event: Owned) -> None:
         """Add an owner that was looked up."""
-        self._incidents.set_min_size(incident, event.size)
+        self.incidents.set_min_size(incident, event.size)
         incident.guest_memfd |= event.via in ("guest_memfd", "fault")
         self.add_owner(incident, event.owner, event, Join(JoinedBy.LOOKUP))
 
@@ -49,8 +41,8 @@ class IncidentJoins:
         join: Join | None = None,
     ) -> None:
         """Add an owner. ``event``: what showed it, for the timeline."""
-        gone = self._vms.is_gone(owner.vm)
-        self._incidents.add_owner(incident, owner, live=not gone)
+        gone = self.vms.is_gone(owner.vm)
+        self.incidents.add_owner(incident, owner, live=not gone)
         if incident.is_kernels:
             if event is not None:
                 incident.note(TimelineEntry(event.ts, EntryKind.MAPPED, event, join))
@@ -58,7 +50,7 @@ class IncidentJoins:
         if event is not None:
             entry = TimelineEntry(event.ts, EntryKind.OWNER, event, join, owner.vm, owner=owner)
             incident.note(entry, owner.vm, owner.gfn)
-        identity = self._vms.vm_identity(owner.vm) if gone else None
+        identity = self.vms.vm_identity(owner.vm) if gone else None
         if identity is not None:
             incident.vm_identities[owner.vm] = identity
             if not incident.closed:
@@ -67,9 +59,9 @@ class IncidentJoins:
     def close_if_all_vms_gone(self, incident: IncidentState) -> None:
         """Close an incident that has owners, none of which is still there."""
         owners = {owner.vm for owner in incident.owners.values()}
-        known = [self._vms.vm_identity(vm) or incident.vm_identities.get(vm) for vm in owners]
+        known = [self.vms.vm_identity(vm) or incident.vm_identities.get(vm) for vm in owners]
         if owners and all(identity and identity.gone_ts is not None for identity in known):
-            self._incidents.close(incident)
+            self.incidents.close(incident)
 
     # -- notifications
 
@@ -79,15 +71,15 @@ class IncidentJoins:
         """Count a signal in its incident; returns the VM that was notified, None if unknown."""
         if event.vm is None and (vm := self._vm_owning_page(incident, event)) is not None:
             event = replace(event, vm=vm, gfn=None)  # the gfn may be another VM's
-            self._vms.count_sigbus(event)
+            self.vms.count_sigbus(event)
         if by_poison or event.vcpu is None:
             # memory_failure's own signals have the right size; KVM's have 12 for a huge page, too.
             size = 1 << event.lsb if event.lsb is not None else None
-            self._incidents.set_min_size(incident, size)
-        if event.vm is not None and self._incidents.find_by_gfn(event.vm, event.gfn) is None:
+            self.incidents.set_min_size(incident, size)
+        if event.vm is not None and self.incidents.find_by_gfn(event.vm, event.gfn) is None:
             self._add_owner_by_signal(incident, event, event.vm, join)
         code = kvm.sigbus_code_name(event.code)
-        is_vmm = event.vm is not None or self._vms.vmm(event.pid, event.ts) is not None
+        is_vmm = event.vm is not None or self.vms.vmm(event.pid, event.ts) is not None
         own = by_poison and event.vcpu is None and event.tid == event.sender
         own = own and not incident.consumed_by_access
         kind = EntryKind.OWN_SIGNAL if own else EntryKind.SIGNAL
@@ -107,7 +99,7 @@ class IncidentJoins:
         incident.sigbus += event.count
         if event.vm is not None:
             # Negative, so that it is no gfn.
-            page = None if event.hva is None else -1 - event.hva // self._page
+            page = None if event.hva is None else -1 - event.hva // self.page
             self.deliver(
                 *(incident, event.ts, event.vm, event.vcpu),
                 code=code,
@@ -120,7 +112,7 @@ class IncidentJoins:
 
     def _vm_owning_page(self, incident: IncidentState, event: Sigbus) -> int | None:
         """Of a process with several VMs, the one that has the page that a signal is about."""
-        mine = self._vms.of_process(event.pid)
+        mine = self.vms.of_process(event.pid)
         vms = {
             owner.vm
             for owner in incident.owners.values()
@@ -128,7 +120,7 @@ class IncidentJoins:
             and (
                 owner.hva is None
                 or event.hva is None
-                or owner.hva // self._page == event.hva // self._page
+                or owner.hva // self.page == event.hva // self.page
                 or incident.huge
             )
         }
@@ -142,7 +134,7 @@ class IncidentJoins:
             return
         at = incident.owner_by_hva(vm, hva, None)
         if at is not None and at.hva is not None:
-            if at.hva // self._page != hva // self._page:
+            if at.hva // self.page != hva // self.page:
                 return  # another page of the same huge page: the owner keeps the first
             hva = at.hva
         has_vm = at is not None or any(owner.vm == vm for owner in incident.owners.values())
@@ -167,9 +159,9 @@ class IncidentJoins:
         if incident.released:
             incident.released = {place for place in incident.released if place[0] != vm}
         first = incident.deliver(ts, vm, vcpu, exits=exits, code=code, signals=signals, page=page)
-        self._incidents.add_notified_vm(incident, vm)
+        self.incidents.add_notified_vm(incident, vm)
         if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
-            self._totals.add_latency(ts - incident.poisoned_ts)
+            self.totals.add_latency(ts - incident.poisoned_ts)
         if was_over and not incident.over:
             incident.note(TimelineEntry(ts, EntryKind.NOTIFIED_AGAIN, vm=vm), vm)
 
@@ -177,7 +169,7 @@ class IncidentJoins:
 
     def add_hardware_reports(self, incident: IncidentState) -> None:
         """Join what was reported of this page before it was poisoned."""
-        for site in self._hardware.sites_of(incident.pfn or 0):
+        for site in self.hardware.sites_of(incident.pfn or 0):
             self.add_origin(incident, site)
 
     def add_origin(self, incident: IncidentState, site: ErrorSite) -> None:

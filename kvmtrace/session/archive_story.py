@@ -1,7 +1,7 @@
 """Events of serve's archive as one story, over restarts and reboots.
 
-At a reboot every VM ends and no page is poisoned any more (``events.Reboot``). A serve that could
-not read what was before it has VMs of its own: those of before have ended for it.
+At a reboot every VM ends and no page is poisoned any more (``events.Reboot``). If a serve could not
+read the events of earlier runs, it gave new keys to all VMs, so the VMs of those runs end here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Story:
             self._note(event)
 
     def begin(self, run: Run) -> list[Event]:
-        """Events that are of ``run`` come now: what that means for those before."""
+        """Return what ends before events of ``run``: by a reboot, or because VMs have new keys."""
         before, self._run = self._run, run
         if before is None or before.number == run.number:
             return []

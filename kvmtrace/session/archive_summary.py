@@ -1,4 +1,4 @@
-"""What all events of the archive led to, in the form of few: a start need not read them all.
+"""A summary of the archive: a few events that stand for all, so that a start reads these only.
 
 It outlives the events themselves, which are deleted when they are old.
 """

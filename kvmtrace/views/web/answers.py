@@ -1,7 +1,7 @@
 """What a server answers with, and how costly answers are made once for all who ask.
 
-Answers are made by one Python thread at a time, and so is the reading of events: what clients ask
-for again and again, or by many names, is made so seldom that the reader keeps most of the time.
+One Python thread runs at a time: while an answer is made, events are not read. Costly answers are
+therefore made seldom, however often clients ask and by however many names.
 """
 
 from __future__ import annotations
