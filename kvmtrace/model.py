@@ -106,16 +106,8 @@ class Vm:
     @property
     def identity(self) -> VmIdentity:
         """The VM as incidents remember it."""
-        return VmIdentity(
-            self.key,
-            self.pid,
-            self.name,
-            self.uuid,
-            self.vmm,
-            vmid=self.vmid,
-            unit=self.unit,
-            api_socket=self.api_socket,
-        )
+        names = (self.name, self.uuid, self.vmm, None, self.vmid)
+        return VmIdentity(self.key, self.pid, *names, self.unit, self.api_socket)
 
 
 @dataclass(frozen=True, slots=True)

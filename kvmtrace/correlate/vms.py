@@ -205,17 +205,8 @@ class VmRegistry:
             return self._departed.get(key)
         if vm.identity is None:
             seen = vm.seen
-            vm.identity = VmIdentity(
-                key,
-                seen.pid,
-                seen.name,
-                seen.uuid,
-                seen.vmm,
-                vm.gone_ts,
-                seen.vmid,
-                seen.unit,
-                seen.api_socket,
-            )
+            names = (seen.name, seen.uuid, seen.vmm, vm.gone_ts, seen.vmid)
+            vm.identity = VmIdentity(key, seen.pid, *names, seen.unit, seen.api_socket)
         return vm.identity
 
     def seen(self, key: int | None) -> VmSeen | None:
