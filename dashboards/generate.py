@@ -486,7 +486,7 @@ def _probes_panel() -> statetimeline.Panel:
         statetimeline.Panel()
         .title("Probes attached")
         .description(
-            "Which probes were attached when. kvmtrace doctor says what is missing without one, "
+            "Which probes were attached when. kvmtrace doctor shows what is missing without one, "
             "and why it is not attached."
         )
         .unit("none")

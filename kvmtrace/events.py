@@ -65,7 +65,6 @@ class VmSeen(Event):
 
     @property
     def label(self) -> str:
-        """See ``vm_label``."""
         return vm_label(self.pid, self.name, self.vmid)
 
 

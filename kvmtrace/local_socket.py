@@ -1,6 +1,6 @@
 """The Unix socket of a running ``kvmtrace serve``: where it is, and who answers there.
 
-Who may connect is what the permissions of the socket and its directory say: root or the user of the
+The permissions of the socket and its directory decide who may connect: root or the user of the
 serve, and the group ``kvmtrace``. A command checks in turn that it is root or its own user who
 answers, outside of containers: what a serve reports decides what people do to VMs.
 """

@@ -51,19 +51,24 @@ _FAULTIN = {
 POISON_EVENTS = ("ras:memory_failure_event", "memory_failure:memory_failure_event")
 
 # Elsewhere hardware errors come in other ways: see context_specs.
-_MACHINE_CHECKS = ("x86_64",)
+_MACHINE_CHECKS = {"x86_64": ("mce:mce_record",)}
 
 
 def specs(machine: str | None = None) -> tuple[ProbeSpec, ...]:
     """The probes for an architecture (``os.uname().machine``)."""
     machine = machine or os.uname().machine
-    faultin = _FAULTIN.get(machine, ())
-    probes = [
+    probes = (
         ProbeSpec(
             "run", ("kvm_arch_vcpu_ioctl_run",), "return", "exits of KVM_RUN: errno, gpa, flags"
         ),
         ProbeSpec(
             "gmem", ("kvm_gmem_get_pfn",), "return", "whether an EFAULT is conversion or backing"
+        ),
+        ProbeSpec(
+            "faultin",
+            _FAULTIN.get(machine, ()),
+            "return",
+            "access, and the gfn of bare faults",
         ),
         ProbeSpec("poison", POISON_EVENTS, "entry", "poisoned pages"),
         ProbeSpec(
@@ -76,17 +81,11 @@ def specs(machine: str | None = None) -> tuple[ProbeSpec, ...]:
         ProbeSpec(
             "sigbus_bare", ("force_sig",), "entry", "SIGBUS without an address, after a poison"
         ),
+        ProbeSpec("mce", _MACHINE_CHECKS.get(machine, ()), "entry", "machine checks"),
         ProbeSpec("vm_new", ("kvm_arch_init_vm",), "return", "VMs before their first fault"),
         ProbeSpec("vm_gone", ("kvm_destroy_vm",), "entry", "the end of a VM at once"),
-    ]
-    if faultin:
-        probes.insert(
-            2, ProbeSpec("faultin", faultin, "return", "access, and the gfn of bare faults")
-        )
-    if machine in _MACHINE_CHECKS:
-        before = next(n for n, spec in enumerate(probes) if spec.name == "vm_new")
-        probes.insert(before, ProbeSpec("mce", ("mce:mce_record",), "entry", "machine checks"))
-    return tuple(probes)
+    )
+    return tuple(probe for probe in probes if probe.targets)
 
 
 def context_specs() -> tuple[ProbeSpec, ...]:

@@ -14,7 +14,7 @@ import click
 from kvmtrace.cli.console import print_status
 from kvmtrace.cli.doctor import doctor_report
 from kvmtrace.cli.inputs import Batch, EventLog, load_log
-from kvmtrace.cli.options import from_option, watch_option, with_source
+from kvmtrace.cli.options import from_option, source_option, watch_option
 from kvmtrace.cli.output_file import Output
 from kvmtrace.cli.signals import Interrupted, stop
 from kvmtrace.errors import KvmtraceError
@@ -45,7 +45,7 @@ from kvmtrace.views.host_files import HostRecords, host_files
 @click.option("--force", is_flag=True, help="Replace FILE.tar.gz if it exists.")
 @from_option
 @watch_option
-@with_source
+@source_option
 def bundle(
     *,
     output: str,

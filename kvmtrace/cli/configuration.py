@@ -158,7 +158,7 @@ class Settings:
         return UsageError(f"{self.path}: {place}: {what}", hint)
 
 
-_OPTIONS = "`kvmtrace COMMAND --help` says what each option takes"
+_OPTIONS = "`kvmtrace COMMAND --help` shows what each option takes"
 
 
 def _nearest(word: str, words: Iterable[str], form: str = "{}") -> str | None:

@@ -41,7 +41,7 @@ class Doors:
         if self.tcp and listen is not None:
             raise UsageError(
                 f"--listen {listen}: the service manager passed a TCP socket",
-                "its unit says where to listen (ListenStream=); leave --listen out",
+                "its unit sets where to listen (ListenStream=); leave --listen out",
             )
         self.names = tuple(names)
         self.listen = None if self.tcp else (listen or DEFAULT_LISTEN)

@@ -100,7 +100,7 @@ def _not_on_the_command_line(error: click.UsageError) -> UsageError | None:
             path, setting = place_of(error.ctx, option)
             return UsageError(
                 f"{path}: {setting}: {error.message.rstrip('.')}",
-                f"`kvmtrace {error.ctx.info_name} --help` says what {option.opts[-1]} takes",
+                f"`kvmtrace {error.ctx.info_name} --help` shows what {option.opts[-1]} takes",
             )
     return None
 

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from kvmtrace.cli.console import json_is_utf8, print_line, print_status, stdout_is_terminal
 from kvmtrace.cli.event_filter import EventFilter, filter_options, require_vm
 from kvmtrace.cli.inputs import give_up_privileges, open_host_or_remote, open_session, poll_timeouts
-from kvmtrace.cli.options import duration_option, json_option, utc_option, with_source
+from kvmtrace.cli.options import duration_option, json_option, source_option, utc_option
 from kvmtrace.cli.past import TIMES, open_history, span_of, span_options
 from kvmtrace.cli.past_events import PastEvents
 from kvmtrace.cli.signals import stop
@@ -48,7 +48,7 @@ _AROUND = 60_000_000_000
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="Stop after N events.")
 @duration_option
 @utc_option
-@with_source
+@source_option
 @click.pass_context
 def events(
     ctx: click.Context,

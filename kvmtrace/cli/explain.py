@@ -10,7 +10,7 @@ import click
 from kvmtrace.cli.completion import complete_target
 from kvmtrace.cli.console import print_json, print_lines, terminal_width
 from kvmtrace.cli.inputs import EventLog, RecordedLog, load_log, open_recording
-from kvmtrace.cli.options import from_option, json_option, utc_option, watch_option, with_source
+from kvmtrace.cli.options import from_option, json_option, source_option, utc_option, watch_option
 from kvmtrace.cli.past import TIMES, PastLog, open_history, span_of, span_options
 from kvmtrace.cli.tape import MomentLog
 from kvmtrace.model import Snapshot
@@ -37,7 +37,7 @@ from kvmtrace.views.stamp import Stamp
 @json_option
 @utc_option
 @watch_option
-@with_source
+@source_option
 def explain(
     *,
     target: str | None,

@@ -33,7 +33,6 @@ class _Attached(EnrichedSource):
     """Notes when it begins to detach, which may take long."""
 
     def close(self) -> None:
-        """Detach."""
         stop.detaching = True
         super().close()
 
@@ -173,7 +172,6 @@ class WatchedLog(EventLog):
     via: str | None = None
 
     def batches(self) -> Iterator[Batch]:
-        """One batch."""
         yield self.events, self.probes
 
 
@@ -261,7 +259,7 @@ def load_log(
     ``twice``: the batches will be read a second time.
     """
     if recording is None:
-        yield _watch_host(kind, duration)
+        yield _watch(open_host_or_remote(kind), duration)
         return
     with open_recording(recording, twice=twice) as source:
         yield RecordedLog(source)
@@ -276,10 +274,6 @@ def ask_serve() -> EventLog:
             "start `kvmtrace serve`; root and members of its group may ask it",
         )
     return _watch(source, 0)
-
-
-def _watch_host(kind: str, duration: float) -> WatchedLog:
-    return _watch(open_host_or_remote(kind), duration)
 
 
 def _watch(source: sources.Source, duration: float) -> WatchedLog:

@@ -33,7 +33,7 @@ RECENT = 500
 """Events that are kept for the table of events."""
 
 _RETRY_SECONDS = 1.0
-_TOLD_SECONDS = 60.0
+_SHOWN_SECONDS = 60.0
 _MOMENT = 0.3
 _END_SECONDS = 4.0
 _BY = {"auto": "", "bpf": " by eBPF", "ftrace": " by ftrace"}
@@ -56,7 +56,7 @@ class Watching:
         self._opened: Session | None = None  # the last one that there was
         self._source: sources.Source | None = None
         self._failure: BaseException | None = None
-        self._is_told = False  # whether that was raised already
+        self._is_raised = False  # whether that was raised already
         self._last: tuple[Snapshot, int, Sequence[CorrelatedEvent]] | None = None
         self._gone: tuple[str, float] | None = None  # the serve's end: its message, and when
         self._returned: tuple[int, float] | None = None  # the next serve's pid, and when
@@ -84,7 +84,7 @@ class Watching:
         if self._thread.is_alive():
             sources.close_opening()
             stop.hung = True
-        elif self._failure is not None and not self._is_told:
+        elif self._failure is not None and not self._is_raised:
             raise self._failure.with_traceback(None)
 
     # -- what is shown
@@ -95,7 +95,7 @@ class Watching:
         Raises what ended it, if it was not the end of a serve.
         """
         if self._failure is not None:
-            self._is_told = True
+            self._is_raised = True
             raise self._failure.with_traceback(None)
         session = self._session
         if session is not None:
@@ -123,7 +123,7 @@ class Watching:
             seconds = int(time.monotonic() - self._began)
             probes = counted(len(specs()), "probe")
             return f"attaching {probes}{_BY[self._kind]} … {seconds} s"
-        if self._returned is not None and time.monotonic() - self._returned[1] < _TOLD_SECONDS:
+        if self._returned is not None and time.monotonic() - self._returned[1] < _SHOWN_SECONDS:
             pid, when = self._returned
             return f"another kvmtrace serve (pid {pid}) took over {_ago(when)}"
         return ""

@@ -7,16 +7,11 @@ import functools
 import os
 import re
 import time
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import click
 
 from kvmtrace import sources
 from kvmtrace.linux import clock
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _PART = r"(\d+(?:\.\d*)?|\.\d+)(ms|s|m|h|d)"
@@ -130,11 +125,6 @@ duration_option = click.option(
     "--duration", type=seconds, metavar="DURATION", help="Stop after this long (10s, 1h30m, 2d)."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-
-
-def with_source(command: Callable[P, R]) -> Callable[P, R]:
-    """Add ``--source`` as the last option."""
-    return functools.wraps(command)(source_option(command))
 
 
 from_option = click.option(

@@ -19,7 +19,7 @@ _LOOK_SECONDS = 0.1
 
 
 class PastEvents:
-    """Events from ``since`` on (ns since the epoch); those before only tell what they are of.
+    """Events from ``since`` on (ns since the epoch); earlier ones are read for the model only.
 
     ``seen``: {label: VM}. ``last``: time of the last one, by the wall clock.
     """
@@ -65,5 +65,4 @@ class PastEvents:
             yield batch
 
     def snapshot(self) -> Snapshot:
-        """The model after the last batch."""
         return self._correlator.snapshot()

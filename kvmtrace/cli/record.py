@@ -9,7 +9,7 @@ import click
 
 from kvmtrace.cli.console import print_status
 from kvmtrace.cli.inputs import give_up_privileges, open_host_or_remote, open_session, poll_timeouts
-from kvmtrace.cli.options import duration_option, point_in_time, utc_option, with_source
+from kvmtrace.cli.options import duration_option, point_in_time, source_option, utc_option
 from kvmtrace.cli.output_file import Output
 from kvmtrace.cli.past import history_option
 from kvmtrace.events import Event, HwError, Poison
@@ -36,7 +36,7 @@ _SYNC_SECONDS = 5.0
 )
 @history_option
 @utc_option
-@with_source
+@source_option
 def record(
     *,
     file: str | None,

@@ -11,7 +11,7 @@ import click
 from kvmtrace.cli.console import print_status
 from kvmtrace.cli.hooks import open_hooks, program
 from kvmtrace.cli.inputs import POLL_SECONDS, give_up_privileges, open_host, open_session
-from kvmtrace.cli.options import days, seconds, with_source
+from kvmtrace.cli.options import days, seconds, source_option
 from kvmtrace.cli.signals import stop
 from kvmtrace.linux import clock
 from kvmtrace.linux.tracefs import mount
@@ -88,7 +88,7 @@ from kvmtrace.sources import Source
     metavar="DURATION",
     help="Kill that program after so long.  [default: 30s]",
 )
-@with_source
+@source_option
 def serve(
     *,
     listen: str | None,

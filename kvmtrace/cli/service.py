@@ -90,7 +90,6 @@ class Service:
             self._log_hooks()
 
     def _log_hooks(self) -> None:
-        """Log what went wrong with hooks."""
         for note in self._hooks.notes() if self._hooks is not None else ():
             about = f" for incident {note.about}" if note.about else ""
             fields = {"INCIDENT": note.about} if note.about else {}

@@ -116,7 +116,6 @@ class RecordedTape:
 
     @property
     def place(self) -> str:
-        """Where it is."""
         what = f"PLAYING {self._speed:g}×" if self.playing else "PAUSED"
         if self._now >= self.last:
             what = "END"
@@ -127,7 +126,6 @@ class RecordedTape:
 
     @property
     def playing(self) -> bool:
-        """Whether time goes on."""
         return self._played is not None
 
     def toggle(self) -> None:

@@ -20,7 +20,13 @@ from kvmtrace.cli.inputs import (
     poll_timeouts,
 )
 from kvmtrace.cli.live_host import Watching
-from kvmtrace.cli.options import from_option, interval_option, json_option, utc_option, with_source
+from kvmtrace.cli.options import (
+    from_option,
+    interval_option,
+    json_option,
+    source_option,
+    utc_option,
+)
 from kvmtrace.cli.past import TIMES, PastLog, Span, open_history, span_of, span_options
 from kvmtrace.cli.tape import RecordedTape
 from kvmtrace.errors import UsageError
@@ -40,7 +46,7 @@ from kvmtrace.views.format import date_of
 )
 @interval_option
 @utc_option
-@with_source
+@source_option
 def top(
     *,
     once: bool,

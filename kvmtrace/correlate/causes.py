@@ -9,7 +9,7 @@ from kvmtrace.events import Exit
 def cause_of(exit_: Exit) -> str | None:
     """Return one of ``model.CAUSES``; None where no probe shows the cause.
 
-    An annotated EFAULT is demand paging if the flags say so, a conversion if kvm_gmem_get_pfn was
+    An annotated EFAULT is demand paging if the flags show it, a conversion if kvm_gmem_get_pfn was
     not called, and a failure of the backing if it was called and failed. Flags that are not known
     may mean anything: ``other``.
     """

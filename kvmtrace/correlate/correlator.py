@@ -10,25 +10,25 @@ The joins, and why each is exact:
 - poison with later signals: by pfn, by VM and gfn, or by an address in the memory that a VM lost;
 - poison with hardware errors: by address, as exactly as it was reported (``hardware_errors``).
 
-The incident's timeline keeps which join was made (``model.Join``).
+The incident's timeline keeps which join was made (``facts.Join``).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from kvmtrace import kvm, page_types
 from kvmtrace.bounded import BoundedDict
 from kvmtrace.correlate.causes import cause_of
-from kvmtrace.correlate.freezing import freeze, is_settled
-from kvmtrace.correlate.hardware_errors import ErrorSite, HardwareErrors
-from kvmtrace.correlate.incident import FrozenIncident, IncidentState
+from kvmtrace.correlate.hardware_errors import HardwareErrors
+from kvmtrace.correlate.incident import IncidentState
 from kvmtrace.correlate.incident_store import IncidentStore
+from kvmtrace.correlate.joins import IncidentJoins
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.correlate.pending import PendingEvents
+from kvmtrace.correlate.snapshots import SnapshotMaker
 from kvmtrace.correlate.totals import Totals
 from kvmtrace.correlate.vms import VmRegistry
 from kvmtrace.events import (
@@ -54,23 +54,12 @@ from kvmtrace.events import (
     VmSeen,
     wall_time,
 )
-from kvmtrace.model import (
-    CorrelatedEvent,
-    EntryKind,
-    Join,
-    JoinedBy,
-    Snapshot,
-    SoftOfflinedPage,
-    TimelineEntry,
-    VmIdentity,
-)
+from kvmtrace.facts import EntryKind, Join, JoinedBy, TimelineEntry
+from kvmtrace.model import CorrelatedEvent, Snapshot, SoftOfflinedPage
 from kvmtrace.page_types import PageOutcome
 from kvmtrace.quick import maker
 
 _correlated = maker(CorrelatedEvent)
-
-# How many are copied by one call of ``copying``.
-_INCIDENTS_AT_ONCE, _VMS_AT_ONCE = 128, 1024
 
 _BY_GFN = Join(JoinedBy.GFN)
 _BY_PAGE_TABLE = Join(JoinedBy.PAGE_TABLE)
@@ -91,12 +80,15 @@ class Correlator:
         page_shift: int = kvm.PAGE_SHIFT,
     ) -> None:
         self._limits = limits
-        self._page_shift, self._page = page_shift, 1 << page_shift
+        self._page = 1 << page_shift
         self._totals = Totals(limits)
         self._vms = VmRegistry(limits, self._totals.count_lost)
         self._incidents = IncidentStore(limits, self._totals.count_lost, self._page)
         self._hardware = HardwareErrors(limits.places, page_shift)
+        known = self._vms, self._incidents, self._hardware, self._totals
+        self._joins = IncidentJoins(*known, self._page)
         self._pending = PendingEvents(limits, self._totals.count_lost)
+        self._snapshots = SnapshotMaker(*known, page_shift, lambda: self._last_ts)
         self._soft_offlines: BoundedDict[int, SoftOfflinedPage] = BoundedDict(  # by pfn
             limits.soft_offlines, lambda *_: self._totals.count_lost("soft_offlines", 1)
         )
@@ -111,7 +103,7 @@ class Correlator:
             self._last_ts = ts
         correlated: CorrelatedEvent = _HANDLERS[type(event)](self, event)
         if self._incidents.is_overfull:
-            self._incidents.trim(self._is_settled)
+            self._incidents.trim(self._snapshots.is_settled)
         if self._steps:
             correlated = replace(correlated, wall_ts=wall_time(ts, self._steps))
         return correlated
@@ -175,15 +167,9 @@ class Correlator:
             if not incident.closed:
                 entry = TimelineEntry(event.ts, EntryKind.VM_GONE, event, vm=event.vm)
                 incident.note(entry, event.vm)
-                self._close_if_all_vms_gone(incident)
+                self._joins.close_if_all_vms_gone(incident)
         self._vms.shrink(event.vm, keep=bool(mentions))
         return _correlated(event, vm=vm.seen)
-
-    def _close_if_all_vms_gone(self, incident: IncidentState) -> None:
-        owners = {owner.vm for owner in incident.owners.values()}
-        known = [self._vms.vm_identity(vm) or incident.vm_identities.get(vm) for vm in owners]
-        if owners and all(identity and identity.gone_ts is not None for identity in known):
-            self._incidents.close(incident)
 
     def _vcpu_state(self, event: VcpuState) -> CorrelatedEvent:
         ids = []
@@ -230,7 +216,7 @@ class Correlator:
             join = _by_place(gfn, known)
             entry = TimelineEntry(ts, EntryKind.EXIT, event, join, of, count)
             incident.note(entry, of, vcpu)
-        self._deliver(incident, ts, of, vcpu, exits=count, page=gfn)
+        self._joins.deliver(incident, ts, of, vcpu, exits=count, page=gfn)
         return _correlated(event, vm, cause, incident.id)
 
     def _refusal(self, event: GmemRefusal) -> CorrelatedEvent:
@@ -255,7 +241,7 @@ class Correlator:
             return next((i for i in reversed(known) if (vm, gfn) in i.owners), None)
         if incident is None:
             incident = self._incidents.open(f"vm{vm}" if gfn is None else f"g{gfn:x}")
-            self._add_owner(incident, Owner(vm, gfn))
+            self._joins.add_owner(incident, Owner(vm, gfn))
         return incident
 
     # -- poison
@@ -270,11 +256,8 @@ class Correlator:
             owners = []  # VMs that have the zero page mapped
         incident = self._incidents.find_by_pfn(event.pfn)
         if incident is None:
-            incident = self._incident_opened_by_exit(owners)
-            incident = incident or self._incidents.open(f"{event.pfn:x}")
-            self._incidents.set_pfn(incident, event.pfn)
+            incident = self._incident_of_page(event.pfn, owners)
             incident.poisoned_ts = event.ts
-            self._join_hardware(incident)
         elif incident.before_start and page_types.is_newly_lost(event.page_type):
             incident.not_before_start(event.ts)
         incident.guest_memfd |= gmem is not None
@@ -290,42 +273,40 @@ class Correlator:
         entry = TimelineEntry(event.ts, EntryKind.POISON, event)
         incident.note(entry, event.page_type, event.result)
         for one in owned:
-            self._add_found_owner(incident, one)
+            self._joins.add_found_owner(incident, one)
         if gmem is not None:
             for owner in gmem.owners:
-                self._add_owner(incident, owner, event, Join(JoinedBy.GMEM_THREAD))
+                self._joins.add_owner(incident, owner, event, Join(JoinedBy.GMEM_THREAD))
         for signal in self._pending.take_signals(event):
             join = Join(JoinedBy.POISONING_THREAD)
-            self._join_signal(incident, signal, join, by_poison=True)
+            self._joins.add_signal(incident, signal, join, by_poison=True)
         # A guest may access the page while memory_failure is still running.
         for signal in self._pending.take_signals_of(event.pfn):
-            self._join_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
+            self._joins.add_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
         owners_seen = tuple((one, self.identity(one.vm)) for one in incident.owners.values())
         return _correlated(event, incident=incident.id, owners=owners_seen)
 
-    def _incident_opened_by_exit(self, owners: list[Owner]) -> IncidentState | None:
-        """An incident that an exit opened, because it was read before the poison."""
-        for owner in owners:
-            incident = self._incidents.find_by_gfn(owner.vm, owner.gfn)
-            if incident is not None and incident.pfn is None:
-                return incident
-        return None
+    def _incident_of_page(self, pfn: int, owners: list[Owner]) -> IncidentState:
+        """The incident that an exit opened, if it was read before the poison; else a new one."""
+        found = (self._incidents.find_by_gfn(owner.vm, owner.gfn) for owner in owners)
+        incident = next((one for one in found if one is not None and one.pfn is None), None)
+        incident = incident or self._incidents.open(f"{pfn:x}")
+        self._incidents.set_pfn(incident, pfn)
+        self._joins.add_hardware_reports(incident)
+        return incident
 
     def _found(self, event: Found) -> CorrelatedEvent:
         incident = self._incidents.find_by_pfn(event.pfn)
         if incident is None and event.pfn not in self._soft_offlines:
             owned = self._pending.take_owned(event.pfn, event.ts)
-            incident = self._incident_opened_by_exit([one.owner for one in owned])
-            incident = incident or self._incidents.open(f"{event.pfn:x}")
-            self._incidents.set_pfn(incident, event.pfn)
+            incident = self._incident_of_page(event.pfn, [one.owner for one in owned])
             incident.before_start = True
             join = Join(JoinedBy.PAGE_FLAGS)
             incident.note(TimelineEntry(event.ts, EntryKind.FOUND, event, join))
-            self._join_hardware(incident)
             for one in owned:
-                self._add_found_owner(incident, one)
+                self._joins.add_found_owner(incident, one)
             for signal in self._pending.take_signals_of(event.pfn):
-                self._join_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
+                self._joins.add_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
         return _correlated(event, incident=incident.id if incident else None)
 
     def _owned(self, event: Owned) -> CorrelatedEvent:
@@ -335,37 +316,9 @@ class Correlator:
             self._pending.add(event)
             return _correlated(event, vm=vm)
         known = set(incident.owners.values())
-        self._add_found_owner(incident, event)
+        self._joins.add_found_owner(incident, event)
         new = tuple((one, vm) for one in incident.owners.values() if one not in known)
         return _correlated(event, vm=vm, incident=incident.id, owners=new)
-
-    def _add_found_owner(self, incident: IncidentState, event: Owned) -> None:
-        self._incidents.set_min_size(incident, event.size)
-        incident.guest_memfd |= event.via in ("guest_memfd", "fault")
-        self._add_owner(incident, event.owner, event, Join(JoinedBy.LOOKUP))
-
-    def _add_owner(
-        self,
-        incident: IncidentState,
-        owner: Owner,
-        event: Event | None = None,
-        join: Join | None = None,
-    ) -> None:
-        """Add an owner. ``event``: what showed it, for the timeline."""
-        gone = self._vms.is_gone(owner.vm)
-        self._incidents.add_owner(incident, owner, live=not gone)
-        if incident.is_kernels:
-            if event is not None:
-                incident.note(TimelineEntry(event.ts, EntryKind.MAPPED, event, join))
-            return
-        if event is not None:
-            entry = TimelineEntry(event.ts, EntryKind.OWNER, event, join, owner.vm, owner=owner)
-            incident.note(entry, owner.vm, owner.gfn)
-        identity = self._vms.vm_identity(owner.vm) if gone else None
-        if identity is not None:
-            incident.vm_identities[owner.vm] = identity
-            if not incident.closed:
-                self._close_if_all_vms_gone(incident)
 
     def _unpoison(self, event: Unpoison) -> CorrelatedEvent:
         incident = self._incidents.find_by_pfn(event.pfn)
@@ -394,7 +347,7 @@ class Correlator:
         incident, join = self._incident_of_signal(event)
         vm = event.vm
         if incident is not None:
-            vm = self._join_signal(incident, event, join, by_poison=False)
+            vm = self._joins.add_signal(incident, event, join, by_poison=False)
         else:
             self._pending.add(event)
         who = self.identity(vm) if vm is not None else self._vms.vmm(event.pid, event.ts)
@@ -422,105 +375,6 @@ class Correlator:
                     return incident, Join(JoinedBy.NEAR_HVA, owner.hva)
         return None, join
 
-    def _join_signal(
-        self, incident: IncidentState, event: Sigbus, join: Join, *, by_poison: bool
-    ) -> int | None:
-        """Count a signal in its incident; returns the VM that was notified, None if unknown."""
-        if event.vm is None and (vm := self._vm_owning_page(incident, event)) is not None:
-            event = replace(event, vm=vm, gfn=None)  # the gfn may be another VM's
-            self._vms.count_sigbus(event)
-        if by_poison or event.vcpu is None:
-            # memory_failure's own signals have the right size; KVM's have 12 for a huge page, too.
-            size = 1 << event.lsb if event.lsb is not None else None
-            self._incidents.set_min_size(incident, size)
-        if event.vm is not None and self._incidents.find_by_gfn(event.vm, event.gfn) is None:
-            self._add_owner_by_signal(incident, event, event.vm, join)
-        code = kvm.sigbus_code_name(event.code)
-        is_vmm = event.vm is not None or self._vms.vmm(event.pid, event.ts) is not None
-        own = by_poison and event.vcpu is None and event.tid == event.sender
-        own = own and not incident.consumed_by_access
-        kind = EntryKind.OWN_SIGNAL if own else EntryKind.SIGNAL
-
-        if own:
-            incident.sigbus_at_poison += event.count
-            incident.own_signals = [*incident.own_signals[-3:], event]
-        distinct = (event.tid,) if own else (event.vm, event.tid, code)
-        if not incident.note_again(event.ts, event.count, (kind, *distinct)):
-            entry = TimelineEntry(event.ts, kind, event, join, event.vm, event.count, vmm=is_vmm)
-            incident.note(entry, *distinct)
-        if own:
-            return event.vm
-        if not is_vmm:
-            incident.sigbus_to_others += event.count
-            return None
-        incident.sigbus += event.count
-        if event.vm is not None:
-            # Negative, so that it is no gfn.
-            page = None if event.hva is None else -1 - event.hva // self._page
-            self._deliver(
-                *(incident, event.ts, event.vm, event.vcpu),
-                code=code,
-                signals=event.count,
-                page=page,
-            )
-        else:
-            incident.mark_delivered(event.ts)  # for which of the VMM's VMs is not known
-        return event.vm
-
-    def _vm_owning_page(self, incident: IncidentState, event: Sigbus) -> int | None:
-        """Of a process with several VMs, the one that has the page that a signal is about."""
-        mine = self._vms.of_process(event.pid)
-        vms = {
-            owner.vm
-            for owner in incident.owners.values()
-            if owner.vm in mine
-            and (
-                owner.hva is None
-                or event.hva is None
-                or owner.hva // self._page == event.hva // self._page
-                or incident.huge
-            )
-        }
-        return vms.pop() if len(vms) == 1 else None
-
-    def _add_owner_by_signal(
-        self, incident: IncidentState, event: Sigbus, vm: int, join: Join
-    ) -> None:
-        hva = event.hva
-        if hva is None:
-            return
-        at = incident.owner_by_hva(vm, hva, None)
-        if at is not None and at.hva is not None:
-            if at.hva // self._page != hva // self._page:
-                return  # another page of the same huge page: the owner keeps the first
-            hva = at.hva
-        has_vm = at is not None or any(owner.vm == vm for owner in incident.owners.values())
-        if event.gfn is not None or not has_vm:
-            self._add_owner(incident, Owner(vm, event.gfn, hva), event, join)
-
-    def _deliver(
-        self,
-        incident: IncidentState,
-        ts: int,
-        vm: int,
-        vcpu: int | None,
-        *,
-        exits: int = 0,
-        code: str | None = None,
-        signals: int = 0,
-        page: int | None = None,
-    ) -> None:
-        was_over = incident.unpoisoned_ts is not None and incident.over
-        # A VM that is notified still has the page.
-        if incident.released:
-            incident.released = {place for place in incident.released if place[0] != vm}
-        first = incident.deliver(ts, vm, vcpu, exits=exits, code=code, signals=signals, page=page)
-        self._incidents.add_notified_vm(incident, vm)
-        if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
-            self._totals.add_latency(ts - incident.poisoned_ts)
-        if was_over and not incident.over:
-            incident.note(TimelineEntry(ts, EntryKind.NOTIFIED_AGAIN, vm=vm), vm)
-
     # -- hardware
 
     def _hardware_error(self, event: HwError) -> CorrelatedEvent:
@@ -532,121 +386,18 @@ class Correlator:
             elif (exact := self._incidents.find_by_pfn(site.pfn)) is not None:
                 affected = [exact]
             for incident in affected:
-                self._add_origin(incident, site)
+                self._joins.add_origin(incident, site)
         return _correlated(event, incident=affected[0].id if len(affected) == 1 else None)
-
-    def _join_hardware(self, incident: IncidentState) -> None:
-        """Join what was reported of this page before it was poisoned."""
-        for site in self._hardware.sites_of(incident.pfn or 0):
-            self._add_origin(incident, site)
-
-    def _add_origin(self, incident: IncidentState, site: ErrorSite) -> None:
-        incident.add_origin(site)
-        if incident.consumed_by_access:
-            # Reported after the poison: the thread accessed the page and did not poison it.
-            signals, incident.own_signals = incident.own_signals, []
-            for signal in signals:
-                incident.sigbus_at_poison -= signal.count
-                incident.entries.pop((EntryKind.OWN_SIGNAL, signal.tid), None)
-                join = Join(JoinedBy.CONSUMING_THREAD)
-                self._join_signal(incident, signal, join, by_poison=True)
 
     # -- out
 
     def snapshot(self) -> Snapshot:
         """The model as of the last event; immutable, safe to hand to another thread."""
-        now = self._last_ts or 0
-        frozen = [self._frozen(incident, now) for incident in self._incidents]
-        forgotten = self._incidents.forgotten.counts()
-        pages = forgotten.copy()
-        for one in frozen:
-            for key in one.holders:
-                pages[key] += not self._vms.is_gone(key)
-            pages[None] += one.copy.host_at_risk
-        return Snapshot(
-            vms={key: vm.frozen(pages[key], forgotten[key], now) for key, vm in self._vms.items()},
-            incidents=tuple([one.copy for one in frozen]),
-            poisons=dict(self._totals.poisons),
-            latency=self._totals.latency(),
-            lost=dict(self._totals.lost),
-            last_ts=self._last_ts,
-            soft_offlines=tuple(
-                replace(page, origin=self._hardware.origin(self._hardware.sites_of(page.pfn)))
-                for page in self._soft_offlines.values()
-            ),
-            dimms=self._hardware.dimms(),
-            reported=self._hardware.reported(),
-            kernel=self._totals.kernel_account(),
-            page_shift=self._page_shift,
-            kernel_pages=pages[None],
-            steps=tuple(self._steps),
-        )
+        return self._snapshots.take(self._soft_offlines.values(), self._steps)
 
     def copying(self) -> list[Callable[[], None]]:
-        """Return what may be called before ``snapshot``, so that it has less to do.
-
-        Each call copies some incidents or VMs if they have changed, which takes a millisecond or
-        two. Events may be fed in between.
-        """
-        ids, keys = self._incidents.ids(), [key for key, _ in self._vms.items()]
-        parts = [
-            functools.partial(self._copy_incidents, ids[first : first + _INCIDENTS_AT_ONCE])
-            for first in range(0, len(ids) - _INCIDENTS_AT_ONCE, _INCIDENTS_AT_ONCE)
-        ]
-        parts += [
-            functools.partial(self._copy_vms, keys[first : first + _VMS_AT_ONCE])
-            for first in range(0, len(keys) - _VMS_AT_ONCE, _VMS_AT_ONCE)
-        ]
-        return list(parts)
-
-    def _copy_incidents(self, ids: Sequence[str]) -> None:
-        now = self._last_ts or 0
-        for incident in filter(None, map(self._incidents.get, ids)):
-            self._frozen(incident, now)
-
-    def _copy_vms(self, keys: Sequence[int]) -> None:
-        now = self._last_ts or 0
-        for vm in filter(None, map(self._vms.get, keys)):
-            vm.refreeze(now)
-
-    def _frozen(self, incident: IncidentState, now: int) -> FrozenIncident:
-        """Return an immutable copy, the last one if it is still right."""
-        undelivered = self._vms.undelivered(incident.owners, now)
-        hardware = self._hardware.reports if incident.error_sites else 0
-        known = incident.frozen
-        if (
-            known is not None
-            and now <= known.until
-            and hardware == known.hardware
-            and undelivered == known.undelivered
-            and self._identities(incident, known.vms) == known.identities
-        ):
-            return known
-        vms = sorted(incident.vms)
-        identities = self._identities(incident, vms)
-        who = {key: one for key, one in zip(vms, identities, strict=True) if one is not None}
-        origin = self._hardware.origin(incident.error_sites)
-        copy, until = freeze(incident, now, who, origin, undelivered)
-        holders = () if incident.over else incident.holders
-        incident.frozen = FrozenIncident(
-            copy, until, vms, identities, undelivered, hardware, holders
-        )
-        return incident.frozen
-
-    def _identities(self, incident: IncidentState, vms: Iterable[int]) -> list[VmIdentity | None]:
-        get = self._vms.vm_identity
-        return [get(key) or incident.vm_identities.get(key) for key in vms]
-
-    def _is_settled(self, incident: IncidentState) -> bool:
-        if not incident.samples:
-            # Only the end of its VMs settles it, and nearly all live.
-            for vm, _ in incident.deliveries:
-                if not self._vms.is_gone(vm) and vm not in incident.vm_identities:
-                    return False
-        vms = sorted(incident.vms)
-        identities = zip(vms, self._identities(incident, vms), strict=True)
-        who = {key: one for key, one in identities if one is not None}
-        return is_settled(incident, self._last_ts or 0, who)
+        """See ``SnapshotMaker.copying``."""
+        return self._snapshots.copying()
 
 
 # {class: what takes events of it}

@@ -8,12 +8,12 @@ from operator import attrgetter
 from kvmtrace.correlate.incident import IncidentState
 from kvmtrace.correlate.verdicts import Evidence, is_looping, judge, verdict_until
 from kvmtrace.events import LAST_NS
+from kvmtrace.facts import TimelineEntry
 from kvmtrace.model import (
     Incident,
     IncidentStatus,
     Notification,
     Origin,
-    TimelineEntry,
     Verdict,
     VerdictWord,
     VmIdentity,

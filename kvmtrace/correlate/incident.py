@@ -7,19 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from kvmtrace import kvm
-from kvmtrace.correlate.hardware_errors import ErrorSite
+from kvmtrace.correlate.error_site import ErrorSite
 from kvmtrace.correlate.limits import CountLost, Limits
 from kvmtrace.correlate.timeline import RunningEntry
 from kvmtrace.correlate.verdicts import VcpuSample
 from kvmtrace.events import Owner, Poison, Sigbus, VcpuState
-from kvmtrace.model import (
-    EntryKind,
-    Incident,
-    PageClass,
-    TimelineEntry,
-    VmIdentity,
-    lost_gfns,
-)
+from kvmtrace.facts import EntryKind, TimelineEntry
+from kvmtrace.model import Incident, PageClass, VmIdentity, lost_gfns
 from kvmtrace.page_types import PageOutcome, is_verdict, outcome_of
 
 GuestPlace = tuple[int, int | None]  # VM key, gfn

@@ -31,7 +31,7 @@ class _Victim(NamedTuple):
 class IncidentStore:
     """The incidents that are remembered; every index holds only these.
 
-    Whoever finds one may change it, so its copy is thrown away. To go through all of them, or
+    A caller that finds one may change it, so its copy is thrown away. To go through all of them, or
     through ``mentions_of``, changes none.
     """
 
@@ -79,7 +79,7 @@ class IncidentStore:
         return found
 
     def find_by_pfn_range(self, covers: Callable[[int], bool]) -> list[IncidentState]:
-        """The open incidents whose pfn is in a range, as ``covers`` says."""
+        """The open incidents whose pfn is in a range: ``covers`` is true."""
         return _thawed(incident for pfn, incident in self._by_pfn.items() if covers(pfn))
 
     def find_by_gfn(self, vm: int, gfn: int | None) -> IncidentState | None:
@@ -186,7 +186,6 @@ class IncidentStore:
             self._drop_mention(incident, vm)
 
     def set_pfn(self, incident: IncidentState, pfn: int) -> None:
-        """Set the page of an incident."""
         incident.pfn = pfn
         self._by_pfn[pfn] = incident
         self.forgotten.discard(None, pfn)

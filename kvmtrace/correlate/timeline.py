@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvmtrace.model import TimelineEntry
+from kvmtrace.facts import TimelineEntry
 from kvmtrace.quick import maker
 
 _make_entry = maker(TimelineEntry)

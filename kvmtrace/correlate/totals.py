@@ -23,7 +23,6 @@ class Totals:
         self._seen_failures = 0
 
     def add_poison(self, event: Poison) -> None:
-        """Count a poison."""
         kind = (event.page_type, event.result)
         if kind in self.poisons or len(self.poisons) < self._limits.kinds:
             self.poisons[kind] = self.poisons.get(kind, 0) + 1
@@ -50,7 +49,6 @@ class Totals:
         self.lost[where] = self.lost.get(where, 0) + count
 
     def latency(self) -> Latency:
-        """The histogram, frozen."""
         return Latency(tuple(self._latency), self._latency_sum)
 
     def kernel_account(self) -> KernelAccount | None:

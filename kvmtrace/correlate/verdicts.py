@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmtrace.events import LAST_NS
-from kvmtrace.model import Finding, FindingKind, Notification, Verdict, VerdictWord
+from kvmtrace.facts import Finding, FindingKind
+from kvmtrace.model import Notification, Verdict, VerdictWord
 
 _SECOND = 1_000_000_000
 

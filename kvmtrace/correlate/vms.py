@@ -1,4 +1,4 @@
-"""The VMs that the correlator knows: identity, deliveries, and refusals that were not delivered."""
+"""VMs as the correlator remembers them: identity, deliveries, and refusals not delivered."""
 
 from __future__ import annotations
 
@@ -205,17 +205,8 @@ class VmRegistry:
             return self._departed.get(key)
         if vm.identity is None:
             seen = vm.seen
-            vm.identity = VmIdentity(
-                key,
-                seen.pid,
-                seen.name,
-                seen.uuid,
-                seen.vmm,
-                vm.gone_ts,
-                seen.vmid,
-                seen.unit,
-                seen.api_socket,
-            )
+            names = (seen.name, seen.uuid, seen.vmm, vm.gone_ts, seen.vmid)
+            vm.identity = VmIdentity(key, seen.pid, *names, seen.unit, seen.api_socket)
         return vm.identity
 
     def seen(self, key: int | None) -> VmSeen | None:
@@ -277,7 +268,6 @@ class VmRegistry:
         return vm.seen
 
     def count_sigbus(self, event: Sigbus) -> None:
-        """Count signals."""
         vm = None if event.vm is None else self._counted(event.vm, event.count)
         if vm is not None:
             code = kvm.sigbus_code_name(event.code)

@@ -49,7 +49,7 @@ def of_kmsg(records: Iterable[bytes]) -> Iterator[tuple[str, str]]:
     for record in records:
         head, _, text = record.split(b"\n")[0].partition(b";")
         fields = head.split(b",")
-        if len(fields) < 3 or not all(_is_number(one) for one in fields[:3]):
+        if len(fields) < 3 or not all(re.fullmatch(rb"\d{1,20}", one) for one in fields[:3]):
             continue
         if int(fields[0]) >> 3:
             continue  # a facility of programs
@@ -64,10 +64,6 @@ def of_syslog(log: bytes) -> Iterator[tuple[str, str]]:
         match = re.match(rb"<(\d{1,9})>\[ *(\d{1,20}\.\d{1,9})\] ?(.*)", line, re.DOTALL)
         if match and not int(match[1]) >> 3:
             yield match[2].decode().rjust(12), _cleaned(match[3])
-
-
-def _is_number(field: bytes) -> bool:
-    return re.fullmatch(rb"\d{1,20}", field) is not None
 
 
 def _cleaned(text: bytes) -> str:

@@ -49,8 +49,9 @@ _DAY_NS = 86_400_000_000_000
 class Archive:
     """Events of one run, in the file at ``path``. ``add`` may be called from any thread.
 
-    ``say``: told in a sentence what keeps it from writing, and when it goes on, once a minute at
-    most. ``wall``, ``now``: nanoseconds since the epoch, by the wall clock and by that of events.
+    ``say``: called with a sentence if something keeps it from writing, and when it goes on, once a
+    minute at most. ``wall``, ``now``: nanoseconds since the epoch, by the wall clock and by that
+    of events.
     """
 
     def __init__(

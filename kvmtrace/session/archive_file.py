@@ -80,7 +80,7 @@ MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {0: _to_first, 
 
 
 class Unusable(Exception):
-    """The file cannot be used: damaged, or of a newer kvmtrace. The text says why."""
+    """The file cannot be used: damaged, or of a newer kvmtrace. The text gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Run:
 
 
 def boot_id() -> str:
-    """What tells one boot of this host from another; "" if the kernel does not say."""
+    """What distinguishes one boot of this host from another; "" if it cannot be read."""
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
     return ""
@@ -157,12 +157,12 @@ def _check(database: sqlite3.Connection) -> None:
         verdict = [row[0] for row in database.execute("PRAGMA quick_check(1)")]
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError):
-            raise  # cannot be read now, which says nothing of the content
+            raise  # cannot be read now; the content may be sound
         raise Unusable(str(error)) from error
     if version > VERSION:
         raise Unusable(f"written by a newer kvmtrace (tables of version {version})")
     if verdict != ["ok"]:
-        raise Unusable(verdict[0] if verdict else "the check says nothing")
+        raise Unusable(verdict[0] if verdict else "the check has no result")
 
 
 def _migrate(database: sqlite3.Connection) -> None:
@@ -202,7 +202,7 @@ def reading(path: str) -> sqlite3.Connection:
     except OSError as error:
         raise KvmtraceError(
             f"{path}: {error.strerror}",
-            "`kvmtrace serve --history FILE` keeps one; --history FILE says where it is",
+            "`kvmtrace serve --history FILE` keeps one; --history FILE names it",
         ) from error
     except sqlite3.Error as error:
         raise KvmtraceError(f"{path}: {error}", "is it the file of serve's --history?") from error

@@ -1,7 +1,7 @@
 """Events of serve's archive as one story, over restarts and reboots.
 
-At a reboot every VM ends and no page is poisoned any more (``events.Reboot``). A serve that could
-not read what was before it has VMs of its own: those of before have ended for it.
+At a reboot every VM ends and no page is poisoned any more (``events.Reboot``). If a serve could not
+read the events of earlier runs, it gave new keys to all VMs, so the VMs of those runs end here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Story:
     """Joins runs. ``here``: {key: the VM}, of those that run. ``next_key``: above all keys."""
 
     def __init__(self, run: Run | None = None, events: Iterable[Event] = (), next_key: int = 0):
-        """``run``, ``events``: what was told so far, and by which run."""
+        """``run``, ``events``: what there was so far, and the run of the last of it."""
         self.here: dict[int, VmSeen] = {}
         self.next_key = next_key
         self._run = run
@@ -43,7 +43,7 @@ class Story:
             self._note(event)
 
     def begin(self, run: Run) -> list[Event]:
-        """Events that are of ``run`` come now: what that means for those before."""
+        """Return what ends before events of ``run``: by a reboot, or because VMs have new keys."""
         before, self._run = self._run, run
         if before is None or before.number == run.number:
             return []
@@ -54,8 +54,8 @@ class Story:
         self.here.clear()
         return gone if is_same else [Reboot(run.began), *gone]
 
-    def tell(self, run: Run, event: Event) -> list[Event]:
-        """An event of a run, with what has to come before it."""
+    def add(self, run: Run, event: Event) -> list[Event]:
+        """Return an event of a run, with what has to come before it."""
         before = self.begin(run)
         if run.first_key:
             event = rekeyed(event, lambda vm: vm + run.first_key)
@@ -86,7 +86,7 @@ def whole(database: sqlite3.Connection, until: int = LAST_NS) -> Iterator[tuple[
     for number, run, event in archive_file.events_of(database, until=until):
         if run not in runs:  # it has just begun
             runs = {one.number: one for one in archive_file.runs(database)}
-        for one in story.tell(runs[run], event):
+        for one in story.add(runs[run], event):
             yield number, one
 
 

@@ -1,4 +1,4 @@
-"""What all events of the archive led to, in the form of few: a start need not read them all.
+"""A summary of the archive: a few events that stand for all, so that a start reads these only.
 
 It outlives the events themselves, which are deleted when they are old.
 """
@@ -33,7 +33,7 @@ def load(database: sqlite3.Connection) -> tuple[CompactLog, Story]:
     story = Story(runs.get(number), known, next_key)
     for _, run, event in archive_file.events_of(database, upto):
         if run in runs:
-            for one in story.tell(runs[run], event):
+            for one in story.add(runs[run], event):
                 log.add(one)
     return log, story
 

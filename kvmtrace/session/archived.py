@@ -37,7 +37,6 @@ class ArchivedSource:
         self.rewind()
 
     def rewind(self) -> None:
-        """Start again."""
         self.done = False
         self._events: Iterator[tuple[int, Event]] = archive_story.whole(self._database, self._until)
 
@@ -81,5 +80,4 @@ class ArchivedSource:
         return {}
 
     def close(self) -> None:
-        """Close the file."""
         self._database.close()

@@ -143,7 +143,6 @@ class Session:
             return subscriber
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
-        """Keep no more events for a subscriber."""
         with self._lock:
             self._subscribers.remove(subscriber)
 

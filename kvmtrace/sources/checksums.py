@@ -130,14 +130,9 @@ class Checker:
         return all(int(Decimal(f"{one:.17g}")) == one for one in large)
 
 
-def _crc(line: bytes) -> int:
-    """Return the checksum that a line should have."""
-    return zlib.crc32(line[: max(0, line.rfind(_BEFORE_CRC))])
-
-
 def _matches(line: bytes, record: Mapping[str, Any], crc: object) -> bool:
     """Whether the line is as it was written, or the same in another encoding (jq writes UTF-8)."""
-    if crc == _crc(line):
+    if crc == zlib.crc32(line[: max(0, line.rfind(_BEFORE_CRC))]):
         return True
     try:
         return crc == zlib.crc32(_encode(record)[:-1].encode())

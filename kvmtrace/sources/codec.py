@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from kvmtrace.events import (
     JOIN_NS,
@@ -122,17 +122,13 @@ class Decoder:
         except DECODE_ERRORS as error:
             raise MalformedLine(f"not a whole {kind!r}") from error
         self.ts = event.ts
-        if cls is _GmemPoison or cls is _OldMachineCheck:
-            return self._of_older_version(event)
+        if cls is _GmemPoison:
+            return self._keep(cast(_GmemPoison, event))
+        if cls is _OldMachineCheck:
+            return cast(_OldMachineCheck, event).event()
         if self._pending and isinstance(event, Poison):
             return self._joined(event)
         return event
-
-    def _of_older_version(self, event: Event) -> Event | None:
-        if isinstance(event, _GmemPoison):
-            return self._keep(event)
-        assert isinstance(event, _OldMachineCheck)
-        return event.event()
 
     def _keep(self, event: _GmemPoison) -> Lost | None:
         """Keep a page until its poison; the Lost of another whose poison might still have come."""

@@ -23,7 +23,7 @@ from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import ClockStep, Event, Host, Lost, wall_time
 from kvmtrace.probes import Probe, ProbeRuns
 from kvmtrace.sanitize import clean
-from kvmtrace.sources.checksums import EXACT, ODD, Broken, Checker, Places, Sealer
+from kvmtrace.sources.checksums import EXACT, ODD, Broken, Checker, Sealer
 from kvmtrace.sources.codec import (
     DECODE_ERRORS,
     UNSTEPPED,
@@ -35,9 +35,9 @@ from kvmtrace.sources.codec import (
     version_of,
 )
 from kvmtrace.sources.dataclass_checks import TIMES, MalformedLine
+from kvmtrace.sources.recording_faults import RecordingFaults
 from kvmtrace.sources.unpack import STANDARD_INPUT, open_packed
 from kvmtrace.spool import spooling
-from kvmtrace.wording import counted
 
 FORMAT = 1
 BACKLOG_END = "from_here_on"
@@ -112,6 +112,7 @@ class Writer:
         self._file.write(self._sealer.seal(record))
 
 
+_DAMAGED = "the file was damaged or edited"
 _END = b'{"kind":"probes","end":true,'
 
 
@@ -166,7 +167,7 @@ class RecordingSource:
         self._ahead_error = None
         self._decoder = Decoder()
         self._checker = Checker()
-        self._faults = _Faults()
+        self._faults = RecordingFaults()
         self._ended = self.whole = False
         try:
             self.recorded, self.version = self._header()
@@ -362,61 +363,6 @@ class RecordingSource:
 
     def _bad(self, what: str) -> KvmtraceError:
         return KvmtraceError(f"{self.path}, line {self._number}: {what}", _DAMAGED)
-
-
-_DAMAGED = "the file was damaged or edited"
-_ROUNDED = "a program rounded the numbers (jq before 1.7 does); times are exact to 256 ns"
-
-
-class _Faults:
-    """What is wrong with a recording, by line of the file."""
-
-    def __init__(self) -> None:
-        self.first: tuple[int, str] | None = None
-        self.unchecked = Places()
-        self.kept = 0
-        self.no_end = False
-        self._left_out = Places()
-        self._rest = ""
-        self._missing = 0
-        self._gaps = Places()
-        self.passed = 0  # lines left out since the last good one: those are not missing
-
-    def leave_out(self, number: int, what: str, is_last: bool) -> None:
-        """Note a line that is left out. ``is_last``: so is everything after it."""
-        self._rest = " and what follows" * is_last
-        self.first = self.first or (number, what)
-        self._left_out.add(number)
-        self.passed += 1
-
-    def miss(self, number: int, missing: int) -> None:
-        """Note that lines before this one are missing, including those that were left out."""
-        missing, self.passed = missing - self.passed, 0
-        if missing > 0:
-            self._missing += missing
-            self._gaps.add(number)
-
-    def error(self, path: str) -> KvmtraceError | None:
-        gaps = f"{counted(self._missing, 'line')} missing before {self._gaps}"
-        no_end = "the end is missing: it was cut off, or is still being written"
-        facts = [gaps] * bool(self._missing) + [no_end] * self.no_end
-        if self.first is not None:
-            message = f"{path}, line {self.first[0]}: {self.first[1]}"
-            if self._left_out.count:
-                facts.insert(0, f"left out: {self._left_out}{self._rest}")
-        elif facts:
-            message = f"{path}: {facts.pop(0)}"
-        else:
-            return None
-        return KvmtraceError(message, "; ".join([*facts, f"{counted(self.kept, 'event')} read"]))
-
-    def doubt(self, path: str, is_rounded: bool) -> KvmtraceError | None:
-        if not self.unchecked.count:
-            return None
-        return KvmtraceError(
-            f"{path}: changed or added after it was recorded: {self.unchecked}",
-            _ROUNDED if is_rounded else "without checksums, and read like the others",
-        )
 
 
 def _parsed(lines: list[bytes]) -> list[dict[str, Any] | None]:

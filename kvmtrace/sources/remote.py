@@ -107,7 +107,6 @@ class RemoteSource:
         return events
 
     def probes(self) -> tuple[Probe, ...]:
-        """The serve's probes."""
         return self._decoder.probes
 
     def probe_runs(self) -> Mapping[str, ProbeRuns]:
@@ -115,7 +114,6 @@ class RemoteSource:
         return {}
 
     def close(self) -> None:
-        """Disconnect."""
         with contextlib.suppress(OSError):
             self._client.close()
 
@@ -169,7 +167,7 @@ class _Unbuffered:
 
 
 def _ask(client: socket.socket) -> int | None:
-    """Ask for the events; the pid of the serve, if it says so.
+    """Ask for the events; the pid of the serve, if it gives one.
 
     Raises OSError if it does not answer with events.
     """

@@ -262,18 +262,9 @@ class VmTable:
         who = found.identity
         entry.named, entry.unread = who.name is not None, found.unread is not None
         name = who.name or (sanitize.clean(comm) if comm else None)
-        return VmSeen(
-            ts,
-            entry.key,
-            entry.pid,
-            name,
-            who.uuid,
-            who.vmm,
-            who.vmid,
-            unread=found.unread,
-            unit=who.unit,
-            api_socket=who.api_socket,
-        )
+        names = (name, who.uuid, who.vmm, who.vmid)
+        place = {"unit": who.unit, "api_socket": who.api_socket}
+        return VmSeen(ts, entry.key, entry.pid, *names, unread=found.unread, **place)
 
     def _remove(self, entry: _Entry, ts: int) -> VmGone:
         self._ending.pop(entry.key, None)

@@ -50,7 +50,6 @@ class CheckResult:
         return f"{text} | {numbers}" if numbers else text
 
     def as_object(self) -> dict[str, Any]:
-        """The same as JSON."""
         return {
             "state": self.state.name.lower(),
             "status": int(self.state),

@@ -7,20 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvmtrace import dimm_names
+from kvmtrace.facts import EntryKind, Join, JoinedBy, TimelineEntry
 from kvmtrace.judgement.action import Action
 from kvmtrace.judgement.actions import actions, named, next_steps, steps
 from kvmtrace.judgement.urgency import Urgency, urgency_of
-from kvmtrace.model import (
-    EntryKind,
-    ErrorHistory,
-    Incident,
-    Join,
-    JoinedBy,
-    Origin,
-    Snapshot,
-    TimelineEntry,
-    VmIdentity,
-)
+from kvmtrace.model import ErrorHistory, Incident, Origin, Snapshot, VmIdentity
 from kvmtrace.views import json_output, not_known, timeline
 from kvmtrace.views.answer import answer, word
 from kvmtrace.views.format import (
@@ -78,16 +69,11 @@ class Showing:
 
 def explain_text(incident: Incident, snapshot: Snapshot, width: int = WIDTH) -> str:
     """Everything known of an incident, as text."""
-    return "\n".join(explain_lines(incident, snapshot, width))
-
-
-def explain_lines(incident: Incident, snapshot: Snapshot, width: int = WIDTH) -> Iterator[str]:
-    """The same, line by line; the first one begins with the incident's urgency."""
-    return map(plain, story(incident, snapshot, Showing(width)))
+    return "\n".join(map(plain, story(incident, snapshot, Showing(width))))
 
 
 def story(incident: Incident, snapshot: Snapshot, showing: Showing) -> Iterator[Line]:
-    """The same, with styles."""
+    """The same, with styles; the first line begins with the incident's urgency."""
     incident = named(incident, snapshot)
     yield from headline(incident, snapshot, showing)
     yield from sections(incident, snapshot, showing)

@@ -33,16 +33,16 @@ def incidents(
         yield from sections(found[0], snapshot, showing, after)
         return
     now = [one for one in found if urgency_of(one).level == Level.NOW]
-    told = (now or list(found))[: _STORIES if now else 1]
+    explained = (now or list(found))[: _STORIES if now else 1]
     yield from answers(found, snapshot, showing)
     yield from stamped(snapshot, showing, reading)
     yield from after
-    for incident in told:
+    for incident in explained:
         yield ()
         yield (("-" * showing.width, "dim"),)
         yield from headline(incident, snapshot, showing)
         yield from sections(incident, snapshot, showing)
-    if len(told) < len(found):
+    if len(explained) < len(found):
         yield ()
         others = f"The whole story of each other one: {_command('ID', showing)}"
         yield from paragraph(others, showing.width, "", "dim")

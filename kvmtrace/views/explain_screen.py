@@ -125,13 +125,13 @@ def _page(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Line
     """A page that is in no incident."""
     pfn = target.pfn or 0
     moved = [page for page in snapshot.soft_offlines if page.pfn == pfn]
-    told = snapshot.reported.get(pfn)
+    reported = snapshot.reported.get(pfn)
     unharmed = f"pfn {pfn:#x} is not poisoned as far as is known"
     if moved:
         text = f"pfn {pfn:#x}: {_soft_offlined(moved[-1])}."
         yield from headed("WATCH", "note", text, showing.width)
         yield from stamped(snapshot, showing, target.reading)
-    elif told is not None:
+    elif reported is not None:
         text = f"{unharmed}; errors of it were reported."
         yield from headed("WATCH", "note", text, showing.width)
         yield from stamped(snapshot, showing, target.reading)
@@ -142,9 +142,9 @@ def _page(target: Target, snapshot: Snapshot, showing: Showing) -> Iterator[Line
         for page in moved
         if page.origin is not None
     ]
-    if told is not None and not moved:
-        label = f", {dimm_of(told.label)}" if told.label else ""
-        facts.append(f"{counted_errors(told.history, 'at this page')}{label}")
+    if reported is not None and not moved:
+        label = f", {dimm_of(reported.label)}" if reported.label else ""
+        facts.append(f"{counted_errors(reported.history, 'at this page')}{label}")
     yield from listing("The page", facts, showing.width)
     yield from not_known(snapshot, showing)
 
@@ -176,5 +176,5 @@ def as_objects(
     moved = [page for page in snapshot.soft_offlines if page.pfn == found.pfn]
     if moved:
         return [json_output.soft_offlined(page, snapshot) for page in moved]
-    pfn, told = found.pfn or 0, snapshot.reported.get(found.pfn or 0)
-    return [json_output.reported(pfn, told, snapshot)] if told is not None else []
+    pfn, reported = found.pfn or 0, snapshot.reported.get(found.pfn or 0)
+    return [json_output.reported(pfn, reported, snapshot)] if reported is not None else []

@@ -1,4 +1,4 @@
-"""What a hook gets of a change: JSON on stdin, and variables for what a shell wants to look at."""
+"""What a hook gets of a change: JSON on stdin, and variables for a shell."""
 
 from __future__ import annotations
 

@@ -85,11 +85,9 @@ class Redaction:
         """A text with all names in it replaced."""
 
     def events(self, events: Iterable[Event]) -> list[Event]:
-        """The events with their names replaced."""
         return [self.event(event) for event in events]
 
     def event(self, event: Event) -> Event:
-        """An event with its names replaced."""
         match event:
             case VmSeen():
                 vmm = event.vmm if event.vmm in command_line.VMMS else self._name(event.vmm)
@@ -121,11 +119,9 @@ class Redaction:
         return before + comm + after
 
     def host(self, host: Host) -> Host:
-        """A host without its name."""
         return dataclasses.replace(self._texts(host), name=self._host)
 
     def probes(self, probes: Iterable[Probe]) -> tuple[Probe, ...]:
-        """Probes with names replaced in their messages."""
         return tuple(self._texts(probe) for probe in probes)
 
     def _name(self, name: str | None) -> str | None:

@@ -19,8 +19,8 @@ from kvmtrace.events import (
     Unpoison,
     VcpuState,
 )
+from kvmtrace.facts import EntryKind, Finding, FindingKind, JoinedBy, TimelineEntry
 from kvmtrace.linux import mce
-from kvmtrace.model import EntryKind, Finding, FindingKind, JoinedBy, TimelineEntry
 from kvmtrace.views.format import shift_of, span_of
 
 _SECOND = 1_000_000_000

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmtrace.correlate import Correlator, correlator
+from kvmtrace.correlate import Correlator, snapshots
 from kvmtrace.correlate.limits import Limits
 from kvmtrace.events import (
     JOIN_NS,
@@ -373,8 +373,8 @@ def test_a_snapshot_does_not_depend_on_earlier_ones(events: list[Event]) -> None
     parts: list[Callable[[], None]] = []
     for number, event in enumerate(events):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(correlator, "_INCIDENTS_AT_ONCE", 1)
-            patched.setattr(correlator, "_VMS_AT_ONCE", 1)
+            patched.setattr(snapshots, "_INCIDENTS_AT_ONCE", 1)
+            patched.setattr(snapshots, "_VMS_AT_ONCE", 1)
             parts = watched.copying() if number % 3 else parts
         watched.feed(event)
         for copy in parts[number % 2 :]:

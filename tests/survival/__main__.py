@@ -74,7 +74,7 @@ def _rows(rng: random.Random) -> Iterator[str]:
         )
     print_status("survival: the rest")
     damaged = _times(1, lambda at: cases.damaged(at, rng))
-    yield _row("file damaged", damaged, "in the file that is set aside, which is said")
+    yield _row("file damaged", damaged, "in the file that is set aside, as logged")
     for step, name in ((HOUR, "forwards"), (-HOUR, "backwards")):
         stepped = _times(1, lambda at, step=step: cases.stepped(at, step))  # type: ignore[misc]
         yield _row(f"clock stepped an hour {name}", stepped)

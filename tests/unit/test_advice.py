@@ -32,12 +32,11 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
+from kvmtrace.facts import Finding, FindingKind
 from kvmtrace.judgement import commands
 from kvmtrace.judgement.actions import next_steps
 from kvmtrace.model import (
     ErrorHistory,
-    Finding,
-    FindingKind,
     Incident,
     IncidentStatus,
     Notification,

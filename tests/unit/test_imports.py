@@ -152,7 +152,7 @@ def test_tracefs_has_its_homes() -> None:
     assert not strangers
 
 
-CORE = [f"{name}.py" for name in "events kvm model session/history views/json_output".split()]
+CORE = [f"{name}.py" for name in "events kvm model facts session/history views/json_output".split()]
 CORE += [
     f"{layer}/{path.name}"
     for layer in ("correlate", "judgement")

@@ -27,7 +27,7 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
-from kvmtrace.model import EntryKind
+from kvmtrace.facts import EntryKind
 from kvmtrace.probes import Probe
 from kvmtrace.sources.recording import RecordingSource
 from kvmtrace.views.explain import explain_text

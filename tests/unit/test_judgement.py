@@ -13,22 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtrace.events import Owner, Sigbus
+from kvmtrace.facts import EntryKind, Finding, FindingKind, TimelineEntry
 from kvmtrace.judgement.action import MOST_CELLS, Action, ActionKind
 from kvmtrace.judgement.actions import actions, next_steps
 from kvmtrace.judgement.migration import migration
 from kvmtrace.judgement.urgency import Level, Urgency, by_urgency, host_urgency, urgency_of
 from kvmtrace.model import (
-    EntryKind,
     ErrorHistory,
-    Finding,
-    FindingKind,
     Incident,
     IncidentStatus,
     Notification,
     Origin,
     PageClass,
     Snapshot,
-    TimelineEntry,
     Verdict,
     VerdictWord,
     Vm,

@@ -22,9 +22,10 @@ from kvmtrace.events import (
     VmGone,
     VmSeen,
 )
+from kvmtrace.facts import Finding, FindingKind
 from kvmtrace.judgement.actions import next_steps
 from kvmtrace.linux.proc_reader import ProcReader
-from kvmtrace.model import Finding, FindingKind, Snapshot
+from kvmtrace.model import Snapshot
 from tests.unit.fake import SECOND, T0, FakeSource
 from tests.unit.test_owners import ANON, PRESENT, proc_with
 

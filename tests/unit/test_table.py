@@ -9,7 +9,7 @@ import pytest
 from kvmtrace.judgement.actions import actions
 from kvmtrace.model import ErrorHistory, KernelAccount, Origin, Snapshot
 from kvmtrace.probes import Probe
-from kvmtrace.views.explain import explain_lines
+from kvmtrace.views.explain import explain_text
 from kvmtrace.views.format import (
     age_of,
     cells,
@@ -122,7 +122,7 @@ def test_what_guest_memfd_refused_and_nobody_was_notified_of() -> None:
     (row,) = [line for line in lines(world, 120) if " 9-1 " in line]
     assert row.split()[0] == "undelivered"
     assert " 3 refused " in row
-    assert next(explain_lines(refused, world)).startswith("UNDELIVERED  web-1 was refused ")
+    assert explain_text(refused, world).startswith("UNDELIVERED  web-1 was refused ")
     page = map(plain, pages.incident_page(world, "9-1", snapshots.NOW))
     assert any(line.split()[:2] == ["state", "undelivered"] for line in page)
     vm = dataclasses.replace(small.vms[1], undelivered=3)

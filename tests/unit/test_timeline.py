@@ -16,8 +16,8 @@ from kvmtrace.events import (
     Sigbus,
     VcpuState,
 )
+from kvmtrace.facts import EntryKind, Finding, FindingKind, Join, JoinedBy, TimelineEntry
 from kvmtrace.linux import mce
-from kvmtrace.model import EntryKind, Finding, FindingKind, Join, JoinedBy, TimelineEntry
 from kvmtrace.views.timeline import description, finding_text, joined_by
 from tests.unit.fake import machine_check
 

@@ -100,7 +100,6 @@ class Instance:
         return fresh
 
     def write(self, file: str, text: str) -> None:
-        """Write a control file of the instance."""
         descriptor = os.open(f"{self.path}/{file}", os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
         try:
             os.write(descriptor, text.encode())

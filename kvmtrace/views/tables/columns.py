@@ -131,10 +131,6 @@ def _vm_style(row: VmRow, style: str = "") -> str:
     return "dim" if row.vm.gone else style
 
 
-def _state_style(row: IncidentRow) -> str:
-    return style_of(row.urgency)
-
-
 def _over(row: IncidentRow, style: str = "") -> str:
     return "dim" if row.urgency.level == Level.OVER else style
 
@@ -225,7 +221,7 @@ INCIDENT_COLUMNS: tuple[Column[IncidentRow], ...] = (
         "STATE",
         lambda row, width: row.urgency if width is None else clip(row.urgency, width),
         lambda row: row.urgency.rank,
-        _state_style,
+        lambda row: style_of(row.urgency),
         least=8,
         firm=11,
     ),

@@ -118,12 +118,7 @@ def incident_rows(
     ]
 
 
-def owner_name(vms: Mapping[int, Vm], key: int) -> str:
-    """The label of the VM with this key; "-" if it is forgotten."""
-    return vms[key].label if key in vms else UNKNOWN
-
-
 def owners_name(incident: Incident, vms: Mapping[int, Vm], key: int) -> str:
-    """The label of an owner: incidents remember VMs that the model has forgotten."""
-    party = incident.vm_identities.get(key)
-    return party.label if party and key not in vms else owner_name(vms, key)
+    """The label of an owner, also of a VM that only the incident remembers; "-" if forgotten."""
+    vm = vms.get(key) or incident.vm_identities.get(key)
+    return vm.label if vm is not None else UNKNOWN

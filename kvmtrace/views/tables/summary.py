@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from kvmtrace.judgement.actions import actions, named
 from kvmtrace.judgement.urgency import Level, Urgency, by_urgency, urgency_of
 from kvmtrace.model import Snapshot
@@ -11,10 +13,7 @@ from kvmtrace.views.format import Line, Span, counted, style_of
 
 def count_spans(snapshot: Snapshot) -> Line:
     """How many incidents are open, by urgency, the worst first; empty without any."""
-    counts: dict[Urgency, int] = {}
-    for incident in snapshot.incidents:
-        urgency = urgency_of(incident)
-        counts[urgency] = counts.get(urgency, 0) + 1
+    counts = Counter(map(urgency_of, snapshot.incidents))
     spans: list[Span] = []
     for urgency in Urgency:
         if urgency in counts and urgency is not Urgency.CLOSED:

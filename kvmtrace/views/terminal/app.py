@@ -225,7 +225,6 @@ class TopApp(App[None]):
         self.exit()
 
     def action_redraw(self) -> None:
-        """Draw every line again."""
         self._canvas.refresh()
 
     def _draw(self, width: int | None = None, height: int | None = None) -> None:

@@ -40,18 +40,18 @@ def lines(state: UiState, row: AnyRow, width: int) -> list[Line]:
     shown = state.snapshot
     match row:
         case IncidentRow():
-            title, told = _incident_title(row), _incident(row.incident, shown)
+            title, body = _incident_title(row), _incident(row.incident, shown)
         case VmRow():
-            title, told = row.vm.label, _vm(row.vm, state)
+            title, body = row.vm.label, _vm(row.vm, state)
         case DimmRow():
-            title, told = row.name, _dimm(row)
+            title, body = row.name, _dimm(row)
         case EventRow():
-            title, told = "event", iter([("", row.text, "")])
+            title, body = "event", iter([("", row.text, "")])
         case ProbeRow():
-            title, told = row.id, _probe(row)
+            title, body = row.id, _probe(row)
     rule = f"── {clip(title, width - 8)} "
     found: list[Line] = [((rule + "─" * max(0, width - cells(rule)), "dim"),)]
-    for lead, text, style in told:
+    for lead, text, style in body:
         line: Line = ((f"{lead:<{_LEAD}}", "dim"), (text, style))
         found += wrapped(line, width)
     return found
@@ -79,7 +79,7 @@ def wrapped(line: Line, width: int) -> list[Line]:
     return [((part, style),) for part in parts]
 
 
-_Told = Iterator[tuple[str, str, str]]  # lead, text, style
+_Facts = Iterator[tuple[str, str, str]]  # lead, text, style
 
 
 def _incident_title(row: IncidentRow) -> str:
@@ -94,7 +94,7 @@ def _named(vm: VmIdentity) -> str:
     return f"{vm.label} ({facts}{gone})" if facts or gone else vm.label
 
 
-def _incident(incident: Incident, snapshot: Snapshot) -> _Told:
+def _incident(incident: Incident, snapshot: Snapshot) -> _Facts:
     warned: set[str] = set()
     for number, step in enumerate(steps(actions(incident, snapshot)), 1):
         yield f"{'Do' if number == 1 else '':<6}{number}. ", step[0].text, ""
@@ -114,7 +114,7 @@ def _incident(incident: Incident, snapshot: Snapshot) -> _Told:
         yield "hardware", listed(origin_parts(incident.origin)), ""
 
 
-def _page_facts(incident: Incident, snapshot: Snapshot) -> _Told:
+def _page_facts(incident: Incident, snapshot: Snapshot) -> _Facts:
     pfn = f"pfn {hex_of(incident.pfn)}" if incident.pfn is not None else "pfn not known"
     size = f"{size_of(incident.size)} lost" if incident.size is not None else ""
     yield "page", listed(filter(None, [pfn, incident.page_type, incident.result, size])), ""
@@ -128,7 +128,7 @@ def _page_facts(incident: Incident, snapshot: Snapshot) -> _Told:
         yield "guest", f"{name}: {listed(facts)}", ""
 
 
-def _happened(incident: Incident, snapshot: Snapshot) -> _Told:
+def _happened(incident: Incident, snapshot: Snapshot) -> _Facts:
     entries = sorted(incident.timeline, key=lambda entry: entry.ts)
     begin = incident.poisoned_ts
     left_out = len(entries) - _TIMELINE
@@ -142,7 +142,7 @@ def _happened(incident: Incident, snapshot: Snapshot) -> _Told:
         yield "", f"… and {left_out} more: enter", "dim"
 
 
-def _vm(vm: Vm, state: UiState) -> _Told:
+def _vm(vm: Vm, state: UiState) -> _Facts:
     identity = [f"pid {vm.pid}", vm.vmm or "", f"VMID {vm.vmid}" if vm.vmid else "", vm.uuid or ""]
     yield "VM", listed(filter(None, identity)) + (", gone" if vm.gone else ""), ""
     if vm.unread:
@@ -159,7 +159,7 @@ def _vm(vm: Vm, state: UiState) -> _Told:
             yield "incident", f"{row.id}  {row.urgency}: {row.action.brief}", ""
 
 
-def _dimm(row: DimmRow) -> _Told:
+def _dimm(row: DimmRow) -> _Facts:
     history = row.history
     within = span_of(history.last_ts - history.first_ts)
     last = age_of(history.last_ts, row.now, row.steps)
@@ -174,7 +174,7 @@ def _dimm(row: DimmRow) -> _Told:
     yield "VMs", listed(row.vms, "none known"), ""
 
 
-def _probe(row: ProbeRow) -> _Told:
+def _probe(row: ProbeRow) -> _Facts:
     yield ("attached" if row.probe.attached else "missing"), row.where, ""
     yield "shows", row.without or UNKNOWN, ""
     if row.runs is not None:

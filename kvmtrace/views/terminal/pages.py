@@ -157,17 +157,17 @@ def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
     urgency = urgency_of(incident)
     (row,) = incident_rows(replace(snapshot, incidents=(incident,)), now)
     showing = Showing(WIDTH - 2, now)
-    told = [(("  ", ""), *line) for line in incident_story(incident, snapshot, showing)]
-    end = next(number for number, line in enumerate(told) if len(line) == 1)
+    lines = [(("  ", ""), *line) for line in incident_story(incident, snapshot, showing)]
+    end = next(number for number, line in enumerate(lines) if len(line) == 1)
     return [
-        *told[:end],
+        *lines[:end],
         (
             (f"  {'state':<{_LABEL}}", "dim"),
             (urgency, style_of(urgency)),
             (f"  {_MEANING[urgency]}", "dim"),
         ),
         _fact("latency", f"{span_of(row.latency)} from poison to first delivery"),
-        *told[end:],
+        *lines[end:],
     ]
 
 

@@ -66,17 +66,17 @@ def _head(state: UiState, width: int) -> list[Line]:
         lines.append(((state.status, "warn"),))
     if state.empty:
         return lines
-    told = summary.summary_spans(state.snapshot, state.now)
+    summed_up = summary.summary_spans(state.snapshot, state.now)
     notes = summary.note_spans(state.snapshot)
     step = header.clock_spans(state.snapshot)
     if step is not None:
         notes = (*notes, ("  " if notes else "", ""), *step)
-    if notes and _width(told) + _width(notes) + 3 <= width:
-        return [*lines, _apart(told, notes, width)]
-    if _width(told) > width:
+    if notes and _width(summed_up) + _width(notes) + 3 <= width:
+        return [*lines, _apart(summed_up, notes, width)]
+    if _width(summed_up) > width:
         # As it is wrapped, all of it has the colour of its urgency.
-        told = ((plain(told), told[0][1]),)
-    return [*lines, *detail.wrapped(told, width)[:3], *([notes] if notes else [])]
+        summed_up = ((plain(summed_up), summed_up[0][1]),)
+    return [*lines, *detail.wrapped(summed_up, width)[:3], *([notes] if notes else [])]
 
 
 def _title(state: UiState, width: int) -> Line:

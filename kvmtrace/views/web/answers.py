@@ -1,7 +1,7 @@
 """What a server answers with, and how costly answers are made once for all who ask.
 
-Answers are made by one Python thread at a time, and so is the reading of events: what clients ask
-for again and again, or by many names, is made so seldom that the reader keeps most of the time.
+One Python thread runs at a time: while an answer is made, events are not read. Costly answers are
+therefore made seldom, however often clients ask and by however many names.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TypeVar
+
+from kvmtrace.bounded import BoundedDict
 
 # How long one costly answer is sent to all clients: long enough that making answers takes at most a
 # fiftieth of the time, which the reader lacks (one Python thread runs at a time).
@@ -39,7 +41,6 @@ class Answer:
     encoding: str | None = None
 
     def headers(self) -> dict[str, str]:
-        """Headers by their names."""
         found = {
             "Content-Type": self.kind,
             "Content-Length": str(len(self.body)),
@@ -132,7 +133,7 @@ class Tree:
 
     def __init__(self, make: Callable[[str], Answer]) -> None:
         self._make = make
-        self._kept: dict[str, tuple[Answer, float]] = {}
+        self._kept: BoundedDict[str, tuple[Answer, float]] = BoundedDict(KEPT_NAMES)
         self._waiting: dict[str, asyncio.Future[Answer]] = {}
         self._busy = False
 
@@ -175,10 +176,7 @@ class Tree:
         self, name: str, future: asyncio.Future[Answer], answer: Answer, pause: float
     ) -> None:
         del self._waiting[name]
-        self._kept.pop(name, None)
-        while len(self._kept) >= KEPT_NAMES:
-            del self._kept[next(iter(self._kept))]
-        self._kept[name] = answer, time.monotonic() + max(KEEP_SECONDS, pause)
+        self._kept.renew(name, (answer, time.monotonic() + max(KEEP_SECONDS, pause)))
         future.set_result(answer)
         future.get_loop().call_later(pause, self._rested)
 

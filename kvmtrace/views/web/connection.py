@@ -22,26 +22,21 @@ class Connection(Protocol):
 
     async def receive(self, most: int = _CHUNK) -> bytes:
         """Some bytes; b"" at the end."""
-        ...
 
     async def send(self, data: bytes) -> None:
         """Return once the data are handed to the kernel."""
-        ...
 
     async def finish(self) -> None:
         """Send no more, and read what comes until the client closes, for a second at most.
 
         Closing with unread data would reset the connection and lose the answer.
         """
-        ...
 
     async def close(self) -> None:
         """Close it once the client has all."""
-        ...
 
     def abort(self) -> None:
         """Close it now; nothing if it is closed."""
-        ...
 
 
 class PlainConnection:
@@ -59,10 +54,7 @@ class PlainConnection:
 
     async def finish(self) -> None:
         self._client.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS):
-                while await self.receive():
-                    pass
+        await _read_to_the_end(self)
 
     async def close(self) -> None:
         self.abort()
@@ -107,10 +99,7 @@ class TlsConnection:
         await self._writer.drain()
 
     async def finish(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS):
-                while await self.receive():
-                    pass
+        await _read_to_the_end(self)
 
     async def close(self) -> None:
         self._writer.close()
@@ -120,3 +109,10 @@ class TlsConnection:
 
     def abort(self) -> None:
         self._writer.transport.abort()
+
+
+async def _read_to_the_end(connection: Connection) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while await connection.receive():
+                pass

@@ -76,7 +76,6 @@ class Rows(Metric):
         return self
 
     def text(self) -> bytes:
-        """Return the lines of its series."""
         return "".join(self._texts).encode()
 
 

@@ -1,4 +1,4 @@
-"""TCP sockets that listen: where, and what to tell if that fails."""
+"""TCP sockets that listen: where, and the error if that fails."""
 
 from __future__ import annotations
 

@@ -169,9 +169,8 @@ class Exporter(Collector):
             "Incidents remembered, by state: a poisoned page with its owners and deliveries.",
             labels=["state"],
         )
-        states = dict.fromkeys(IncidentStatus, 0)
-        for incident in snapshot.incidents:
-            states[incident.state] = states.get(incident.state, 0) + 1
+        states = Counter(dict.fromkeys(IncidentStatus, 0))
+        states.update(incident.state for incident in snapshot.incidents)
         for state, count in states.items():
             incidents.add_metric([state], count)
         yield incidents
@@ -190,10 +189,8 @@ class Exporter(Collector):
             "Incidents of which a VMM was notified, by what it did then.",
             labels=["verdict"],
         )
-        words = dict.fromkeys(VerdictWord, 0)
-        for incident in snapshot.incidents:
-            if incident.verdict is not None:
-                words[incident.verdict] = words.get(incident.verdict, 0) + 1
+        words = Counter(dict.fromkeys(VerdictWord, 0))
+        words.update(one.verdict for one in snapshot.incidents if one.verdict is not None)
         for word, count in words.items():
             verdicts.add_metric([word], count)
         yield verdicts
@@ -279,7 +276,6 @@ class Registry:
         self._others.register(_Service(session, dropped, hooks))
 
     def text(self, *, as_openmetrics: bool) -> bytes:
-        """One scrape."""
         families = chain(self._exporter.families(), self._others.collect())
         return render(families, as_openmetrics=as_openmetrics)
 

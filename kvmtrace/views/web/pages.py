@@ -1,7 +1,7 @@
 """What ``serve`` answers over HTTP: metrics, health, and pages for people.
 
-On the Unix socket also what is in ``local_pages``. TCP never offers that: whoever may read the log
-of other people's guests is told apart by the permissions of the socket, and by nothing else.
+On the Unix socket also what is in ``local_pages``. TCP never offers that: the permissions of the
+socket, and nothing else, decide who may read the log of other people's guests.
 """
 
 from __future__ import annotations
@@ -158,7 +158,6 @@ class _Format(NamedTuple):
         )
 
     def answer(self, body: bytes) -> Answer:
-        """These metrics."""
         kind = "text/plain; version=0.0.4; charset=utf-8"
         if self.openmetrics:
             kind = "application/openmetrics-text; version=1.0.0; charset=utf-8"

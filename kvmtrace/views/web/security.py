@@ -2,7 +2,7 @@
 
 A file that changes is read again at the next connection, so that new certificates and users need no
 restart. One that became wrong, or would turn TLS or basic auth off, changes nothing, and a line
-says so: a file is also empty while an editor writes it.
+reports it: a file is also empty while an editor writes it.
 """
 
 from __future__ import annotations

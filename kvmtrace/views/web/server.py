@@ -75,7 +75,6 @@ class Listener:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a Unix socket."""
         return self.listening.family == socket.AF_UNIX
 
     def peer(self, client: socket.socket, address: object) -> str:

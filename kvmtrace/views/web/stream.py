@@ -70,7 +70,6 @@ class StreamRoute:
         self._clients: set[socket.socket] = set()
 
     def headers(self) -> dict[str, str]:
-        """Headers by their names."""
         return {
             "Content-Type": self.kind,
             "Cache-Control": "no-store",

@@ -25,7 +25,7 @@ def tls_context(settings: TlsSettings) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # who asks for TLS 1.0 knows
+        warnings.simplefilter("ignore", DeprecationWarning)  # TLS 1.0 has to be asked for by name
         context.minimum_version = _VERSIONS[settings.min_version]
         context.maximum_version = _VERSIONS[settings.max_version]
     if settings.prefer_server_cipher_suites:
@@ -53,7 +53,7 @@ def tls_context(settings: TlsSettings) -> ssl.SSLContext:
 
 
 def _ask_clients(context: ssl.SSLContext, settings: TlsSettings) -> None:
-    """Have clients show certificates, as far as the settings say so."""
+    """Have clients show certificates, as far as the settings require it."""
     if settings.client_auth_type == VERIFIED:
         context.verify_mode = ssl.CERT_REQUIRED
     elif settings.client_auth_type == "VerifyClientCertIfGiven":

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from kvmtrace.bounded import BoundedDict
 from kvmtrace.model import Vm
 
 OTHER = "other"
@@ -92,7 +93,7 @@ class VmLabels:
         self._taken = {OTHER}  # by these
         self._counted: set[int] = set()  # assigned ones with an exported counter above 0
         self._series: dict[int, VmSeries] = {}  # of the last snapshot
-        self._retired: dict[str, None] = {}
+        self._retired: BoundedDict[str, None] = BoundedDict(MAX_RETIRED)
         self._folded: dict[int, Vm] = {}
         # Counts of folded VMs that were forgotten: "other" must not go down either.
         self._folded_exits: Counter[tuple[str, str]] = Counter()
@@ -129,8 +130,6 @@ class VmLabels:
             if key in self._counted:
                 self._counted.discard(key)
                 self._retired[label] = None
-        while len(self._retired) > MAX_RETIRED:
-            del self._retired[next(iter(self._retired))]
         for key in self._folded.keys() - vms.keys():
             self._folded_exits.update(_exits(self._folded[key]))
             self._folded_sigbus.update(_sigbus(self._folded[key]))

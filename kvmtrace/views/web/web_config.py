@@ -81,7 +81,6 @@ class TlsSettings:
     prefer_server_cipher_suites: bool = True
 
     def files(self) -> tuple[str, ...]:
-        """The files that are named."""
         return tuple(filter(None, (self.cert_file, self.key_file, self.client_ca_file)))
 
 
