@@ -59,11 +59,6 @@ def known(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _same(thing: object, *names: str) -> dict[str, Any]:
-    """Attributes that are fields of the same name."""
-    return {name: getattr(thing, name) for name in names}
-
-
 def event_line(correlated: CorrelatedEvent) -> dict[str, Any] | None:
     """One line of ``events --json``; None for events that only serve the correlator."""
     event = correlated.event
@@ -75,7 +70,13 @@ def event_line(correlated: CorrelatedEvent) -> dict[str, Any] | None:
                 vm=vm_name(correlated.vm),
                 vcpu=event.vcpu,
                 errno=kvm.outcome_name(event.errno, event.reason),
-                **_same(event, "reason", "annotated", "flags", "private", "gpa", "gfn", "size"),
+                reason=event.reason,
+                annotated=event.annotated,
+                flags=event.flags,
+                private=event.private,
+                gpa=event.gpa,
+                gfn=event.gfn,
+                size=event.size,
                 access=event.access,
                 cause=correlated.cause,
                 count=event.count,
@@ -84,7 +85,9 @@ def event_line(correlated: CorrelatedEvent) -> dict[str, Any] | None:
         case Poison():
             return head | known(
                 kind="poison",
-                **_same(event, "pfn", "page_type", "result"),
+                pfn=event.pfn,
+                page_type=event.page_type,
+                result=event.result,
                 owners=[
                     known(vm=vm_name(seen), gfn=owner.gfn, hva=owner.hva)
                     for owner, seen in correlated.owners
@@ -98,15 +101,24 @@ def event_line(correlated: CorrelatedEvent) -> dict[str, Any] | None:
                 process=None if correlated.vm else known(pid=event.pid, name=event.comm),
                 tid=event.tid,
                 code=kvm.sigbus_code_name(event.code),
-                **_same(event, "hva", "lsb", "vcpu", "gfn"),
+                hva=event.hva,
+                lsb=event.lsb,
+                vcpu=event.vcpu,
+                gfn=event.gfn,
                 count=event.count if event.count > 1 else None,
                 incident=correlated.incident,
             )
         case HwError(check=MachineCheck() as check):
             return head | known(
                 kind="mce",
-                **_same(event, "addr", "pfn"),
-                **_same(check, "bank", "cpu", "socket", "status", "ipid", "fru"),
+                addr=event.addr,
+                pfn=event.pfn,
+                bank=check.bank,
+                cpu=check.cpu,
+                socket=check.socket,
+                status=check.status,
+                ipid=check.ipid,
+                fru=check.fru,
                 at=mce.at(check.status, check.vendor, check.bank, check.ipid),
                 count=event.count if event.count > 1 else None,
                 incident=correlated.incident,
@@ -114,10 +126,17 @@ def event_line(correlated: CorrelatedEvent) -> dict[str, Any] | None:
         case HwError():
             return head | known(
                 kind="mce",
-                **_same(event, "addr", "pfn", "socket", "node"),
+                addr=event.addr,
+                pfn=event.pfn,
+                socket=event.socket,
+                node=event.node,
                 label=(label := dimm_names.label(event.label)),
                 label_names=dimm_names.names(label) if label else None,
-                **_same(event, "severity", "grain", "count", "via", "message"),
+                severity=event.severity,
+                grain=event.grain,
+                count=event.count,
+                via=event.via,
+                message=event.message,
                 incident=correlated.incident,
             )
         case Owned() if correlated.owners:
@@ -166,7 +185,11 @@ def top(snapshot: Snapshot) -> dict[str, Any]:
     host = snapshot.host
     return {
         "host": known(
-            **_same(host, "name", "kernel", "source", "source_why", "hardware_corrupted_bytes")
+            name=host.name,
+            kernel=host.kernel,
+            source=host.source,
+            source_why=host.source_why,
+            hardware_corrupted_bytes=host.hardware_corrupted_bytes,
         )
         if host
         else {},
@@ -217,7 +240,12 @@ def probe(state: Probe) -> dict[str, Any]:
 def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
     """One incident, its owners by name."""
     return known(
-        **_same(state, "id", "pfn", "state", "page_type", "result", "page_class"),
+        id=state.id,
+        pfn=state.pfn,
+        state=state.state,
+        page_type=state.page_type,
+        result=state.result,
+        page_class=state.page_class,
         poisoned_ts=_when(state.poisoned_ts, snapshot),
         owners=[_owner(owner, state, snapshot) for owner in state.owners],
         deliveries={"exits": state.exits, "sigbus": state.sigbus},
@@ -251,7 +279,9 @@ def _action(one: Action) -> dict[str, Any]:
     return known(
         kind=one.kind,
         vm=vm_name(one.vm),
-        **_same(one, "text", "brief", "reason"),
+        text=one.text,
+        brief=one.brief,
+        reason=one.reason,
         how=one.how or None,
         commands=list(one.commands),
         never=list(one.never),
@@ -263,8 +293,16 @@ def _origin(origin: Origin | None, snapshot: Snapshot) -> dict[str, Any] | None:
         return None
     return known(
         via=list(origin.via),
-        **_same(origin, "severity", "addr", "socket", "node", "bank", "cpu", "status"),
-        **_same(origin, "consumer_cpu", "consumer_socket", "label"),
+        severity=origin.severity,
+        addr=origin.addr,
+        socket=origin.socket,
+        node=origin.node,
+        bank=origin.bank,
+        cpu=origin.cpu,
+        status=origin.status,
+        consumer_cpu=origin.consumer_cpu,
+        consumer_socket=origin.consumer_socket,
+        label=origin.label,
         label_names=dimm_names.names(origin.label) if origin.label else None,
         message=origin.message,
         errors=_history(origin.history, snapshot),
@@ -298,13 +336,20 @@ def _kernel(account: KernelAccount | None) -> dict[str, Any] | None:
     return known(
         at_start=dict(account.at_start),
         now=dict(account.now),
-        **_same(account, "handled", "seen", "missed"),
+        handled=account.handled,
+        seen=account.seen,
+        missed=account.missed,
     )
 
 
 def _vm(vm: Vm, snapshot: Snapshot) -> dict[str, Any]:
     return known(
-        **_same(vm, "pid", "name", "uuid", "vmid", "unread", "vmm"),
+        pid=vm.pid,
+        name=vm.name,
+        uuid=vm.uuid,
+        vmid=vm.vmid,
+        unread=vm.unread,
+        vmm=vm.vmm,
         exits=vm.exits_by_errno(),
         causes=vm.exits_by_cause(),
         sigbus=dict(vm.sigbus),
