@@ -201,7 +201,7 @@ class Correlator:
         cause = "hwpoison" if event.errno == kvm.EHWPOISON else cause_of(event)
         of, gfn = event.vm, event.gfn
         incident, known = self._incidents.find_place(of, gfn)
-        vm = self._vms.count_exit(event, cause, known)
+        vm = self._vms.count_exit(event, self._last_ts or event.ts, cause, known)
         if cause != "hwpoison":
             return _correlated(event, vm, cause)
         if incident is None:
@@ -221,7 +221,7 @@ class Correlator:
 
     def _refusal(self, event: GmemRefusal) -> CorrelatedEvent:
         _, gfn = self._incidents.find_place(event.vm, event.gfn)
-        self._vms.count_refusal(event, event.gfn if gfn is None else gfn)
+        self._vms.count_refusal(event, self._last_ts or event.ts, event.gfn if gfn is None else gfn)
         incident = self._incident_or_new(event.vm, event.gfn)
         if incident is not None:
             incident.guest_memfd = True

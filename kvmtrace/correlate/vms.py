@@ -28,10 +28,10 @@ class UndeliveredRefusals:
     last_ts: int = 0
     settled: int = 0
 
-    def add(self, ts: int, refused: int, delivered: int) -> None:
-        """Count more of either; what had settled before ``ts`` stays settled."""
-        if ts - self.last_ts > QUIET_NS:
-            self.settled = self.undelivered(ts)
+    def add(self, ts: int, now: int, refused: int, delivered: int) -> None:
+        """Count more of either, of ``ts``; what had settled before ``now`` stays settled."""
+        if now - self.last_ts > QUIET_NS:
+            self.settled = self.undelivered(now)
         self.refused += refused
         self.delivered += delivered
         self.last_ts = ts if ts > self.last_ts else self.last_ts
@@ -249,7 +249,9 @@ class VmRegistry:
         self._gone[key] = None
         return vm
 
-    def count_exit(self, event: Exit, cause: str | None, gfn: int | None) -> VmSeen | None:
+    def count_exit(
+        self, event: Exit, now: int, cause: str | None, gfn: int | None
+    ) -> VmSeen | None:
         """Count exits, and return their VM. ``gfn``: by which the page in question is known."""
         vm = self._vms.get(event.vm) or self._counted(event.vm, event.count)
         if vm is None:
@@ -264,7 +266,7 @@ class VmRegistry:
         if (cause == "hwpoison" or event.errno == 0) and gfn is not None:
             refusals = vm.refusals.get(gfn) or self._refusals(vm, gfn)
             if refusals is not None:
-                refusals.add(event.ts, 0, event.count)
+                refusals.add(event.ts, now, 0, event.count)
         return vm.seen
 
     def count_sigbus(self, event: Sigbus) -> None:
@@ -276,12 +278,12 @@ class VmRegistry:
             vm.sigbus[code] = vm.sigbus.get(code, 0) + event.count
             vm.touch(event.ts)
 
-    def count_refusal(self, event: GmemRefusal, gfn: int) -> None:
+    def count_refusal(self, event: GmemRefusal, now: int, gfn: int) -> None:
         """Count refusals. ``gfn``: by which the page that they are about is known."""
         vm = self._counted(event.vm, event.count)
         refusals = self._refusals(vm, gfn) if vm is not None else None
         if refusals is not None:
-            refusals.add(event.ts, event.count, 0)
+            refusals.add(event.ts, now, event.count, 0)
 
     def _refusals(self, vm: TrackedVm, gfn: int) -> UndeliveredRefusals | None:
         known = vm.refusals.get(gfn)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvmtrace.correlate import Correlator, snapshots
@@ -607,6 +607,17 @@ def test_harmless_events_change_no_state(events: list[Event]) -> None:
 
 
 @given(LOGS, st.integers(0, 59))
+@example(
+    # Read when newer events were known for more than five seconds.
+    [
+        VmSeen(0, 1, 4001),
+        Unpoison(5_000_000_001, 0x100),
+        GmemRefusal(0, 1, 1, 1),
+        *[Unpoison(5_000_000_001, 0x100)] * 5,
+        *[Exit(0, 1, 1, 133, 39, annotated=True, gfn=1)] * 7,
+    ],
+    0,
+)
 @examples(300)
 def test_undelivered_never_goes_down(events: list[Event], at: int) -> None:
     correlator = Correlator()

@@ -86,7 +86,7 @@ class Kernel(Maps):
         ]
 
     def refusals(self) -> list[tuple[RefusalKeyRecord, RefusalCount]]:
-        return self.refused
+        return list(self.refused)
 
     def signals(self) -> list[tuple[SigbusKey, SigbusCount]]:
         return self.signalled
@@ -175,6 +175,30 @@ def test_conversions_have_an_address_where_all_of_them_have_the_same(
     # The counter was read while the next exit was about to be counted.
     kernel.count(one, 510, 0x9000, since=511)
     assert [e.gpa for e in read_exits(translator, kernel)] == [None]
+
+
+def test_what_is_counted_between_two_readings_is_not_undelivered(
+    translator: BpfTranslator,
+) -> None:
+    """The storm goes on: each reading finds one more refusal, and one more exit, than the last."""
+
+    class Storm(Kernel):
+        def one_more(self) -> int:
+            self.readings += 1
+            return self.readings
+
+        def refusals(self) -> list[tuple[RefusalKeyRecord, RefusalCount]]:
+            return [(RefusalKeyRecord(VM, GEN, 5), RefusalCount(self.one_more(), 9, PID))]
+
+        def exits(self) -> list[tuple[ExitKeyRecord, ExitCount]]:
+            one = key(ret=-133, gmem=-133)
+            return [(one, ExitCount(self.one_more(), 9, 0, 77, PID, 0, 0))]
+
+    storm = Storm()
+    storm.active = 1
+    events = translator.counters(storm, at_once=True)
+    counts = {type(event).__name__: event.count for event in events if hasattr(event, "count")}
+    assert counts["GmemRefusal"] < counts["Exit"]
 
 
 @pytest.mark.parametrize(

@@ -117,9 +117,11 @@ class BpfTranslator:
         if is_due and (active := maps.activity()) != self._activity:
             self._activity = active
             self._next_read = now + READ_SECONDS
+            # Before the exits that they lead to: an exit that is counted meanwhile is not missing.
+            refusals = maps.refusals()
             for key, count in maps.exits():
                 events += self._exits.exit(key, count, count.last_ts, count.tid, count.tgid)
-            for gfn, refused in maps.refusals():
+            for gfn, refused in refusals:
                 events += self._exits.refusal(gfn, refused)
             events += self._signals.counted(maps.signals())
         if not at_once and now < self._next_losses:

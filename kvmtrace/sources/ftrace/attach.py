@@ -7,7 +7,7 @@ import errno
 import functools
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from kvmtrace.errors import KvmtraceError
@@ -15,7 +15,7 @@ from kvmtrace.linux import kallsyms
 from kvmtrace.linux.btf import Btf
 from kvmtrace.linux.tracefs import dynamic_events, instance
 from kvmtrace.linux.tracefs.dynamic_events import Defined, DynamicEvents
-from kvmtrace.linux.tracefs.histogram import HistogramReader
+from kvmtrace.linux.tracefs.histogram import Block, HistogramReader
 from kvmtrace.linux.tracefs.instance import Instance
 from kvmtrace.linux.tracefs.ring_page import EventFormat
 from kvmtrace.probes import NO_KVM, RUN_UNDER_WAY, Probe, ProbeSpec, context_specs, specs
@@ -150,11 +150,20 @@ class Attacher:
     def totals(self) -> KernelTotals:
         """Read the kernel's counts."""
         totals = KernelTotals()
-        # gmem after the exits that its failures lead to: see KernelTotals.gmem_never_failed.
-        for name in sorted(self._counted, key=lambda name: name == "gmem"):
-            ring, path = self._ring_of(name), f"events/{self._group}/{name}/hist"
-            totals.add(name, self._counts.read(name, functools.partial(ring.read, path)))
+        gmem = self._counted & {"gmem"}
+        # Refusals before the exits that they lead to: an exit that is counted meanwhile is not
+        # missing. Failures after theirs: see KernelTotals.gmem_never_failed.
+        for name in gmem:
+            totals.add(name, (block for block in self._blocks(name) if ",ret" not in block.keys))
+        for name in self._counted - gmem:
+            totals.add(name, self._blocks(name))
+        for name in gmem:
+            totals.add(name, (block for block in self._blocks(name) if ",ret" in block.keys))
         return totals
+
+    def _blocks(self, name: str) -> Iterable[Block]:
+        ring, path = self._ring_of(name), f"events/{self._group}/{name}/hist"
+        return self._counts.read(name, functools.partial(ring.read, path))
 
     def _ring_of(self, name: str) -> Instance:
         return next(self._rings[ring] for ring, names in RINGS.items() if name in names)
