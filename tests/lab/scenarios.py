@@ -6,6 +6,7 @@ AssertionError if kvmtrace is wrong, Unstageable if the kernel cannot do that to
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ from tests.lab.harness import (
 from tests.lab.machine import Machine
 
 SOURCES = ("bpf", "ftrace")
+
+Beside = Callable[[], contextlib.AbstractContextManager[object]]
+"""What else watches, from when the scenario's kvmtrace starts until the end."""
 
 
 def _exit_of(lines: list[Line], pid: int, errno: str) -> list[Line]:
@@ -107,13 +111,13 @@ def gmem_poison(machine: Machine, source: str) -> None:
     _assert_nothing_lost(lines)
 
 
-def under_way(machine: Machine, source: str) -> None:
+def under_way(machine: Machine, source: str, beside: Beside = contextlib.nullcontext) -> None:
     """The vCPU enters KVM_RUN before kvmtrace starts, and returns because of the poison."""
     end_following(machine)
     vmm = Vmm(machine, "old")
     vmm.step("create v backing=gmem pages=32")
     vmm.step("touch v +3 op=spin bg=1 timeout=3600")
-    with watching(machine, source) as watch:
+    with beside(), watching(machine, source) as watch:
         _needs_exits(watch)
         poison = vmm.step("poison v +3")
         answer = vmm.step("wait")
@@ -456,7 +460,7 @@ def deaf_crowd(machine: Machine, source: str, vmms: int = 4, rounds: int = 2_000
     _assert_nothing_lost(lines)
 
 
-def looping_in_top(machine: Machine, source: str) -> None:
+def looping_in_top(machine: Machine, source: str, beside: Beside = contextlib.nullcontext) -> None:
     """A `top` started while VMMs already loop shows that, and on which page.
 
     One VMM ignores SIGBUS. Another, if the kernel has guest_memfd, re-enters KVM_RUN in a loop.
@@ -472,9 +476,10 @@ def looping_in_top(machine: Machine, source: str) -> None:
         poison = vmm.step("poison v +3")
         vmm.step("loop v +3 1000000000 gap_us=5000 bg=1")
         looping.append((vmm, poison))
-    seen = top(machine, source, interval=10)
-    for vmm, _ in looping:
-        vmm.job.kill()
+    with beside():
+        seen = top(machine, source, interval=10)
+        for vmm, _ in looping:
+            vmm.job.kill()
     assert seen["host"]["source"] == source
     for vmm, poison in looping:
         (vm,) = [x for x in seen["vms"] if x["pid"] == vmm.pid]
@@ -548,11 +553,15 @@ def _reported_by_kind(lines: list[Line], pid: int) -> dict[str, list[tuple[objec
 
 @dataclass(frozen=True)
 class Scenario:
-    """``run(machine, source)`` for each of ``sources``; ``boot``: options of Machine.boot."""
+    """``run(machine, source)`` for each of ``sources``; ``boot``: options of Machine.boot.
+
+    ``is_late``: VMs run before kvmtrace starts, and ``run`` takes ``beside``.
+    """
 
     run: Callable[..., None]
     boot: Mapping[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = SOURCES
+    is_late: bool = False
 
     @property
     def name(self) -> str:
@@ -576,7 +585,7 @@ SCENARIOS = (
     Scenario(hva_looping),
     Scenario(deaf_crowd),
     # These end the kvmtraces that are followed, so they come last.
-    Scenario(looping_in_top),
-    Scenario(under_way),
+    Scenario(looping_in_top, is_late=True),
+    Scenario(under_way, is_late=True),
     Scenario(parity, sources=("both",)),
 )
