@@ -36,6 +36,9 @@ class Choices:
     cpu: str = ""
 
 
+PLAIN = Choices()
+
+
 @dataclass(frozen=True)
 class Qemu:
     """A QEMU that runs on this host."""
