@@ -73,7 +73,7 @@ def busybox(row: Row) -> Path:
 def write(row: Row, kernel: Kernel, path: Path, over: Mapping[str, bytes] | None = None) -> None:
     """Write the initramfs that boots `kernel` for `row`.
 
-    ``over``: files that are put over the root of a host of services, by path.
+    ``over``: files that are put over the root, by path.
     """
     archive = Archive()
     made = set()

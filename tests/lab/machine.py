@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import re
+import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -20,15 +21,17 @@ from typing import Any, Self
 
 from tests.lab import initramfs, kernel, layer, qemu, root, terminal, without
 from tests.lab.channel import Channel, Job
+from tests.lab.compiled import BYTECODE, PROGRAMS, Compiled, program_sources
 from tests.lab.config import Row, roots, row
 from tests.lab.emulator import Emulator, work_directory
 from tests.lab.errors import CommandFailed, LabError, LabPanic, LabTimeout
-from tests.lab.progress import print_status
+from tests.lab.progress import print_status, step
 
 __all__ = ["DEFAULT", "MOUNTS", "Job", "Machine", "Prepared", "Result", "prepare"]
 
 DEFAULT = "trixie-newest"
 BOOT_SECONDS = 180.0
+COMPILE_SECONDS = 600.0
 LIFE_SECONDS = 3600.0
 STATIC_KEY_OOPS = re.compile(r"\bint3: 0000 \[#\d+\]")
 MOUNTS = {
@@ -59,6 +62,19 @@ class Prepared:
     kernel: kernel.Kernel
     root: Path
 
+    def compiled(self, lacking: Sequence[str]) -> tuple[Compiled, ...]:
+        """What the first start compiles on this kernel and root, with the current tree."""
+        row = self.row
+        if self.kernel.modules_image is None:
+            return ()  # files of an initramfs have no times, by which Python judges its bytecode
+        root, tree = self.root.parent.name, layer.fetch(row.arch).parent.name
+        found = [Compiled(f"bytecode-{row.root.name}-{row.arch.name}", BYTECODE, root, tree)]
+        # By eBPF, little is tested on other architectures, and compiling takes minutes.
+        if not row.arch.foreign and "bcc" not in lacking:
+            build, sources = self.kernel.image.parent.name, program_sources()
+            found.append(Compiled(f"programs-{row.name}", PROGRAMS, root, build, sources))
+        return tuple(found)
+
 
 @functools.cache
 def prepare(name: str, root_name: str = "") -> Prepared:
@@ -84,10 +100,8 @@ class Machine:
         cmdline: str,
         life: float,
         *,
-        ras: bool = False,
-        nested: bool = False,
-        cpu: str = "",
-        counting: bool = False,
+        choices: qemu.Choices = qemu.PLAIN,
+        over: Mapping[str, bytes] | None = None,
     ) -> None:
         self.row = prepared.row
         self.release = prepared.kernel.release
@@ -96,10 +110,10 @@ class Machine:
         self._share.mkdir()
         self._shares = prepared.kernel.has("9p")
         self.boot_seconds = 0.0
+        self._over = over or {}
         parts = self._parts(prepared)
-        if nested:
+        if choices.nested:
             cmdline = f"kvm-arm.mode=nested {cmdline}"
-        choices = qemu.Choices(ras, nested, cpu, counting)
         command = qemu.arguments(prepared.qemu, prepared.row, parts, memory, cmdline, choices)
         self.emulator = Emulator(prepared.row.name, work, command, life)
         agent = self.emulator.connect(work / "agent.sock")
@@ -133,19 +147,17 @@ class Machine:
         A boot that dies of the int3 oops of old QEMUs is retried once.
         """
         prepared = prepare(kernel)
+        kept = {one: one.files for one in prepared.compiled(lacking)}
+        over = {path: content for files in kept.values() for path, content in (files or {}).items()}
+        is_usual = not (cmdline_extra or lacking or cpu or modules is not None)
+        is_usual = is_usual and set(mounts) == set(MOUNTS)
+        choices = qemu.Choices(ras, nested, cpu, counting)
         for attempt in (1, 2):
-            machine = cls(
-                prepared,
-                memory,
-                cmdline_extra,
-                life,
-                ras=ras,
-                nested=nested,
-                cpu=cpu,
-                counting=counting,
-            )
+            machine = cls(prepared, memory, cmdline_extra, life, choices=choices, over=over)
             try:
                 machine._set_up(modules, mounts, lacking)
+                if is_usual:
+                    machine._compile(one for one, files in kept.items() if files is None)
             except LabPanic as error:
                 machine.close()
                 if attempt == 2 or not STATIC_KEY_OOPS.search(error.console):
@@ -168,7 +180,7 @@ class Machine:
             initramfs.write_whole(prepared.row, disks, initrd)
             disks = ()
         else:
-            initramfs.write(prepared.row, prepared.kernel, initrd)
+            initramfs.write(prepared.row, prepared.kernel, initrd, self._over)
             disks = (*disks, prepared.kernel.modules_image)
         return qemu.Parts(prepared.kernel.image, initrd, disks, self._share, self.work)
 
@@ -188,6 +200,27 @@ class Machine:
         for line in without.commands(lacking):
             self.run(line, timeout=BOOT_SECONDS, check=True)
         self.boot_seconds = time.monotonic() - start
+
+    def _compile(self, missing: Iterable[Compiled]) -> None:
+        """Compile what no usual machine has yet compiled, and keep it for the next ones."""
+        for one in missing:
+            with step(f"{self.row.name}: what the first start compiles"):
+                why = self._kept(one)
+            if why:
+                print_status(f"{self.row.name}: each machine compiles anew: {why}")
+
+    def _kept(self, compiled: Compiled) -> str | None:
+        """Compile it and keep it; returns why that failed."""
+        job = self.start(compiled.command)
+        job.close_stdin()
+        try:
+            if job.wait(COMPILE_SECONDS):
+                return job.stderr[-300:].strip() or f"status {job.status}"
+            compiled.keep(bytes(job.output["out"]))
+        except (LabTimeout, tarfile.TarError) as error:
+            job.kill()
+            return str(error)
+        return None
 
     @functools.cached_property
     def page_shift(self) -> int:

@@ -37,6 +37,9 @@ class Choices:
     counting: bool = False
 
 
+PLAIN = Choices()
+
+
 @dataclass(frozen=True)
 class Qemu:
     """A QEMU that runs on this host."""

@@ -45,5 +45,5 @@ def test_the_kernels_own_pages(boot: Boot) -> None:
 
 
 def test_the_worst_of_many_comes_first(boot: Boot) -> None:
-    """By ftrace, which needs no minute to compile; ``make matrix`` covers bpf."""
+    """By ftrace; ``make matrix`` covers bpf."""
     all_at_once(boot(DEFAULT, **ALL_AT_ONCE.boot), "ftrace")

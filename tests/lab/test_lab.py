@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.lab.conftest import Boot
+from tests.lab.conftest import Boot, Shared
 from tests.lab.errors import CommandFailed, LabError, LabPanic, LabTimeout
+from tests.lab.harness import PATIENCE
 from tests.lab.machine import Machine
+from tests.lab.root import LIBRARY
 
 pytestmark = pytest.mark.lab
 
@@ -103,23 +106,41 @@ def test_qemu_itself_can_be_asked(machine: Machine) -> None:
         machine.qmp("no-such-command")
 
 
-def test_a_panic_is_reported_as_one(boot: Boot) -> None:
-    machine = boot()
+@pytest.fixture(scope="module")
+def pair(shared_machine: Shared) -> Iterator[tuple[Machine, Machine]]:
+    """Two machines that are booted at once, after the shared one. The last tests end them."""
+    shared_machine.get()
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda _: Machine.boot(), range(2))
+    with first, second:
+        yield first, second
+
+
+def test_two_machines_at_once(pair: tuple[Machine, Machine]) -> None:
+    first, second = pair
+    (first.share / "name").write_text("first")
+    assert first.run("cat /mnt/share/name").stdout == "first"
+    assert second.run("cat /mnt/share/name").status == 1
+
+
+def test_what_one_machine_compiled_others_have(pair: tuple[Machine, Machine]) -> None:
+    machine, _ = pair
+    machine.run("touch /tmp/booted")
+    assert "were kept already" in machine.run("kvmtrace compile", PATIENCE, check=True).stdout
+    compiled = f"find {LIBRARY}/kvmtrace -name '*.pyc'"
+    assert f"{LIBRARY}/kvmtrace/cli/" in machine.run(compiled, check=True).stdout
+    assert machine.run(f"{compiled} -newer /tmp/booted", check=True).stdout == ""
+
+
+def test_a_panic_is_reported_as_one(pair: tuple[Machine, Machine]) -> None:
+    machine, _ = pair
     with pytest.raises(LabPanic, match="sysrq triggered crash"):
         machine.run("echo c > /proc/sysrq-trigger", timeout=30)
     assert not machine.alive
 
 
-def test_a_machine_does_not_outlive_its_limit(boot: Boot) -> None:
-    machine = boot()
+def test_a_machine_does_not_outlive_its_limit(pair: tuple[Machine, Machine]) -> None:
+    _, machine = pair
     machine.limit(1)
     with pytest.raises(LabError, match="its 1 s are over"):
         machine.run("sleep 60", timeout=60)
-
-
-def test_two_machines_at_once(boot: Boot) -> None:
-    with ThreadPoolExecutor() as pool:
-        first, second = pool.map(lambda _: boot(), range(2))
-    (first.share / "name").write_text("first")
-    assert first.run("cat /mnt/share/name").stdout == "first"
-    assert second.run("cat /mnt/share/name").status == 1

@@ -399,8 +399,6 @@ def test_no_state_is_advised_what_reads_the_lost_page() -> None:
         steps = next_steps(incident)
         assert steps
         seen |= set(steps)
-        assert all(step[0].islower() and not step.endswith(".") for step in steps)
-        assert [one for step in steps for one in harmful(step)] == []
         with_vm = [step for step in steps if step.startswith(("shut", "stop", "see whether web"))]
         assert not any("move" in one for one in steps) or not any(
             one.startswith("until then do not migrate") for one in steps
@@ -411,6 +409,8 @@ def test_no_state_is_advised_what_reads_the_lost_page() -> None:
         if incident.guest_memfd or incident.vm_identities[1].vmm != "qemu":
             assert not any("reset" in step for step in steps)
     assert len(seen) > 20
+    assert all(step[0].islower() and not step.endswith(".") for step in seen)
+    assert [one for step in seen for one in harmful(step)] == []
 
 
 @pytest.mark.parametrize(
