@@ -13,7 +13,6 @@ from typing import Self
 from tests.lab import image, initramfs, layer, programs, qemu
 from tests.lab.machine import BOOT_SECONDS, DEFAULT, LIFE_SECONDS, Machine, Prepared, prepare
 
-ROOT = "trixie-service"
 PACKAGE = "kvmtrace.deb"
 DISK_MIB = 1024
 
@@ -28,6 +27,26 @@ _MASKED = tuple(
     "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer "
     "e2scrub_reap.service getty.target prometheus.service systemd-update-utmp.service".split()
 )
+
+
+@dataclass(frozen=True)
+class Release:
+    """A Debian release as a host: its kernel, and the guest memory that its VMs have."""
+
+    suite: str
+    kernel: str
+    backing: str
+
+    @property
+    def root(self) -> str:
+        """The root of kernels.toml that systemd boots."""
+        return f"{self.suite}-service"
+
+
+RELEASES = {
+    one.suite: one
+    for one in (Release("trixie", DEFAULT, "gmem"), Release("bookworm", "bookworm", "anon"))
+}
 
 
 @dataclass(frozen=True)
@@ -53,11 +72,9 @@ class ServiceHost(Machine):
         super().__init__(prepared, "3G", f"{quiet} {cmdline}".strip(), LIFE_SECONDS)
 
     @classmethod
-    def boot_disk(
-        cls, disk: Disk, package: Path, kernel: str = DEFAULT, *, cmdline: str = ""
-    ) -> Self:
+    def boot_disk(cls, disk: Disk, package: Path, release: Release, *, cmdline: str = "") -> Self:
         """Boot it and wait for its agent. ``package``: a file for /mnt/share."""
-        host = cls(prepare(kernel, ROOT), disk, package, cmdline)
+        host = cls(prepare(release.kernel, release.root), disk, package, cmdline)
         try:
             start = time.monotonic()
             host.channel.wait(lambda: bool(host.channel.ready), BOOT_SECONDS, "agent in the host")

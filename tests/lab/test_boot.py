@@ -1,11 +1,13 @@
 """From `apt install ./kvmtrace_*.deb` on a host that systemd boots to a poison in its journal.
 
 The tests are one story on one host, in order: its first boot, then a second one of the same disk.
+KVMTRACE_SUITE=bookworm: on Debian 12, with its own kernel (default: trixie).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import time
@@ -20,11 +22,12 @@ from tests.lab import debian_package
 from tests.lab.conftest import needed
 from tests.lab.container import Container, manifest
 from tests.lab.harness import PATIENCE, Vmm
-from tests.lab.service_host import PACKAGE, Disk, ServiceHost
+from tests.lab.service_host import PACKAGE, RELEASES, Disk, ServiceHost
 from tests.unit.certificates import Certificates
 
 pytestmark = pytest.mark.lab
 
+RELEASE = RELEASES[os.environ.get("KVMTRACE_SUITE", "trixie")]
 MEMBER = "oncall"
 OPTIONS = "/etc/default/kvmtrace"
 
@@ -33,16 +36,16 @@ class Host:
     """The host of these tests."""
 
     def __init__(self, directory: Path) -> None:
-        self.package = debian_package.built("trixie")
+        self.package = debian_package.built(RELEASE.suite)
         self.disk = Disk.new(directory / "disk.img")
-        self.machine = ServiceHost.boot_disk(self.disk, self.package)
+        self.machine = ServiceHost.boot_disk(self.disk, self.package, RELEASE)
         self.web: Vmm
         """A VM that has poison, from the first test on."""
 
     def reboot(self) -> None:
         """Reboot it."""
         self.machine.reboot()
-        self.machine = ServiceHost.boot_disk(self.disk, self.package)
+        self.machine = ServiceHost.boot_disk(self.disk, self.package, RELEASE)
 
     def run(self, line: str, timeout: float = PATIENCE) -> str:
         """Run a line of shell as root; it has to succeed."""
@@ -83,9 +86,10 @@ class Host:
         self.until(is_ready, f"active after {times} restarts")
 
     def with_poison(self, name: str) -> Vmm:
-        """Start a VM that has touched a poisoned page of its guest_memfd."""
+        """Start a VM that has touched a poisoned page."""
         vmm = Vmm(self.machine, name)
-        for step in ("create v backing=gmem pages=32", "touch v +3", "poison v +3", "touch v +3"):
+        create = f"create v backing={RELEASE.backing} pages=32"
+        for step in (create, "touch v +3", "poison v +3", "touch v +3"):
             vmm.step(step)
         return vmm
 
@@ -179,6 +183,34 @@ def test_what_was_seen_is_there_after_kill_and_restart(host: Host) -> None:
     host.run(f"kill -KILL {host.property('MainPID')}")
     host.until_restarted(2)
     assert "web-1" in host.by_member(f"explain {incident}")
+
+
+def test_a_member_starts_it_by_its_socket(host: Host) -> None:
+    """kvmtrace.socket: who listens is process 1, who answers is the service."""
+    incident = host.logged(host.web)["INCIDENT"]
+    host.run("systemctl stop kvmtrace && systemctl enable --now kvmtrace.socket 2>&1")
+    assert host.property("ActiveState") == "inactive"
+    assert "web-1" in host.by_member(f"explain {incident}")
+    assert host.property("ActiveState") == "active"
+    pid = host.property("MainPID")
+    assert f"serve, pid {pid}" in host.by_member("top --once")
+    assert f"serve, pid {pid}" in host.by_member("explain")
+    shown = json.loads(host.by_member("top --once --json"))["host"]
+    assert shown["source_why"] == f"of kvmtrace serve, pid {pid}"
+    assert f"runs (pid {pid}" in host.run("kvmtrace doctor || true")
+    socket = "/run/kvmtrace/kvmtrace.sock"
+    asked = f"curl --silent --fail --unix-socket {socket} http://localhost/explain?target=web-1"
+    assert "web-1" in host.run(f"runuser -u {MEMBER} -- {asked}")
+    assert host.run(f"stat -c '%U:%G %a' {socket}").strip() == "root:kvmtrace 660"
+
+    # A client waits while it restarts.
+    host.run("systemctl restart --no-block kvmtrace")
+    assert "web-1" in host.by_member(f"explain {incident}")
+    assert host.property("MainPID") != pid
+
+    # Without it, the service makes its own.
+    host.run("systemctl disable --now kvmtrace.socket 2>&1 && systemctl restart kvmtrace")
+    assert f"serve, pid {host.property('MainPID')}" in host.by_member("top --once")
 
 
 PROMETHEUS = """

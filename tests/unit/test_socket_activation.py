@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def test_what_is_passed_is_used(own_directory: Path, kinds: str) -> None:
             assert source is not None
             # Who made the socket is another process.
             assert source.pid == serve.pid
+            assert source.why == f"of kvmtrace serve, pid {serve.pid}"
             source.close()
         finally:
             serve.send_signal(signal.SIGTERM)
@@ -88,6 +90,28 @@ def test_what_is_passed_is_used(own_directory: Path, kinds: str) -> None:
     assert path.exists() == (kinds != "tcp")
     for one in (tcp, unix):
         one.close()
+
+
+def test_a_client_waits_for_the_service_that_it_starts(
+    own_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It connects before there is a serve, whose start takes longer than an answer may."""
+    monkeypatch.setattr(local_socket, "TIMEOUT", 0.5)
+    monkeypatch.setattr(local_socket, "MANAGER", os.getpid())
+    with (
+        listening(socket.AF_UNIX, str(own_directory / local_socket.NAME)) as unix,
+        ThreadPoolExecutor() as threads,
+    ):
+        connecting = threads.submit(RemoteSource.connect)
+        with pytest.raises(TimeoutError):
+            connecting.result(1)
+        with start([unix], "--listen", "127.0.0.1:0") as serve:
+            source = connecting.result(60)
+            assert source is not None
+            assert source.pid == serve.pid
+            source.close()
+            serve.send_signal(signal.SIGTERM)
+            serve.communicate(timeout=60)
 
 
 def test_a_port_by_two_ways_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
