@@ -31,11 +31,15 @@ _MASKED = tuple(
 
 @dataclass(frozen=True)
 class Release:
-    """A Debian release as a host: its kernel, and the guest memory that its VMs have."""
+    """A Debian release as a host: its kernel, and the guest memory that its VMs have.
+
+    ``has_live_table``: its own Textual is new enough for ``kvmtrace top`` on a terminal.
+    """
 
     suite: str
     kernel: str
     backing: str
+    has_live_table: bool = True
 
     @property
     def root(self) -> str:
@@ -45,7 +49,10 @@ class Release:
 
 RELEASES = {
     one.suite: one
-    for one in (Release("trixie", DEFAULT, "gmem"), Release("bookworm", "bookworm", "anon"))
+    for one in (
+        Release("trixie", DEFAULT, "gmem"),
+        Release("bookworm", "bookworm", "anon", has_live_table=False),
+    )
 }
 
 
@@ -56,10 +63,11 @@ class Disk:
     path: Path
 
     @classmethod
-    def new(cls, path: Path) -> Self:
-        """An empty one."""
+    def new(cls, path: Path, *features: str) -> Self:
+        """An empty one. ``features``: of ext4, as ``mke2fs -O`` takes them."""
         programs.output(["truncate", "-s", f"{DISK_MIB}M", path])
-        programs.output([*image.MKE2FS[:-1], "-E", "lazy_itable_init=1", path])
+        more = [word for one in features for word in ("-O", one)]
+        programs.output([*image.MKE2FS[:-1], *more, "-E", "lazy_itable_init=1", path])
         return cls(path)
 
 

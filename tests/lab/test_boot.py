@@ -78,6 +78,15 @@ def test_the_group_needs_no_root(host: Host) -> None:
     assert "web-1" in host.by_member(f"explain {incident}")
     assert "web-1" in host.by_member("events --since 1h --count 1 --vm web-1")
     assert "web-1" in host.by_member("check", status=2)
+    table = f"cd /home/{MEMBER} && exec runuser -u {MEMBER} -- kvmtrace top"
+    on_terminal = host.machine.start(table, pty=(24, 100))
+    if RELEASE.has_live_table:
+        on_terminal.wait_for("web-1", PATIENCE)
+        on_terminal.send("q")
+        assert on_terminal.wait(PATIENCE) == 0
+    else:
+        assert on_terminal.wait(PATIENCE) == 1
+        assert "the live table needs textual 1.0" in on_terminal.stdout
     host.by_member("bundle -o case.tar.gz")
     assert "web-1" in host.by_member("explain --from case.tar.gz")
 
