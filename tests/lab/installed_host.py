@@ -19,12 +19,12 @@ MEMBER = "oncall"
 
 
 class InstalledHost:
-    """A host of a Debian release, from its first boot on."""
+    """A host of a Debian release, from its first boot on. ``disk``: an empty one."""
 
-    def __init__(self, directory: Path, release: Release) -> None:
+    def __init__(self, directory: Path, release: Release, disk: Disk | None = None) -> None:
         self.release = release
         self.package = debian_package.built(release.suite)
-        self.disk = Disk.new(directory / "disk.img")
+        self.disk = disk or Disk.new(directory / "disk.img")
         self.machine = ServiceHost.boot_disk(self.disk, self.package, release)
 
     def install(self) -> None:
