@@ -52,7 +52,7 @@ bench-native: ## costs that need no lab, in seconds (ARGS="scrapes snapshots": t
 	@sh tests/setup.sh --no-system
 	@$(PY) -m tests.bench $(ARGS)
 
-survival: ## what serve's history survives, as a table (ARGS=--readme: into docs/service.md); root for a full disk
+survival: ## what serve's history survives, as a table (ARGS=--readme: into docs/service.md; --lab: on a booted host); root for a full disk
 	@sh tests/setup.sh --no-system
 	@$(PY) -m tests.survival $(ARGS)
 

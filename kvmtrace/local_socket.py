@@ -21,6 +21,10 @@ VARIABLE = "KVMTRACE_RUNTIME_DIR"
 GROUP = "kvmtrace"
 """Its members may connect to the socket of root's serve."""
 TIMEOUT = 10.0
+START_TIMEOUT = 180.0
+"""Of a service that its manager starts or restarts: TimeoutStartSec of kvmtrace.service."""
+MANAGER = 1
+"""The pid that SO_PEERCRED has for a socket that the service manager made."""
 PID_HEADER = "Kvmtrace-Pid"
 """Of the answer with the events: who serves. The socket may have been made by a service manager."""
 
@@ -42,9 +46,10 @@ def directory() -> str:
 
 
 def connect(name: str | None = None) -> tuple[socket.socket, int] | None:
-    """Connect to the ``kvmtrace serve`` of this host; the connection and the serve's pid.
+    """Connect to the ``kvmtrace serve`` of this host; the connection and who made the socket.
 
-    None if no trusted serve runs. A user's own serve is tried before root's.
+    That pid is the serve's, or ``MANAGER``. None if no trusted serve runs. A user's own serve is
+    tried before root's.
     """
     directories = []
     with contextlib.suppress(OSError):

@@ -144,6 +144,8 @@ def serve(
     ):
         pages.is_ready = False
         give_up_privileges()
+        # A client may have waited on the socket: it is answered with what was, too.
+        session.pump(0)
         gc.freeze()  # nothing of what is there now ends before the process does
         server.start()
         if archive is not None:

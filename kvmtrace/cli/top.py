@@ -29,7 +29,7 @@ from kvmtrace.cli.options import (
 )
 from kvmtrace.cli.past import TIMES, PastLog, Span, open_history, span_of, span_options
 from kvmtrace.cli.tape import RecordedTape
-from kvmtrace.errors import UsageError
+from kvmtrace.errors import KvmtraceError, UsageError
 from kvmtrace.linux import clock
 from kvmtrace.model import Snapshot
 from kvmtrace.views.format import date_of
@@ -71,6 +71,8 @@ def top(
         raise UsageError(
             "top needs a terminal", "`kvmtrace top --once` prints the table, `events` follows"
         )
+    if not once:
+        _need_library()
     if span is not None:
         _show_history(span, interval, once=once, as_json=as_json)
     elif recording is not None:
@@ -79,6 +81,19 @@ def top(
         _top_once(source, interval, as_json)
     else:
         _watch(source, interval)
+
+
+def _need_library() -> None:
+    """Raises KvmtraceError if the live table's library is not there, or too old."""
+    try:
+        from kvmtrace.views.terminal import app  # noqa: F401, PLC0415 (a TUI library)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("textual", "rich"):
+            raise
+        raise KvmtraceError(
+            f"the live table needs textual 1.0 or newer: {error}",
+            "`kvmtrace top --once` prints the table without it",
+        ) from error
 
 
 def _show_recording(

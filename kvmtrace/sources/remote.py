@@ -38,13 +38,16 @@ class RemoteSource:
     """The events of a serve; made by ``connect``. The first ``poll`` returns the backlog alone."""
 
     def __init__(self, client: socket.socket, pid: int) -> None:
-        """Ask for it, and read the header and the backlog. ``pid``: who listens there.
+        """Ask for it, and read the header and the backlog. ``pid``: who made the socket.
 
         Raises OSError, EOFError or one of ``DECODE_ERRORS``.
         """
         self._client = client
-        self._client.settimeout(local_socket.TIMEOUT)
+        # Who connects to a service manager's socket may be the first one, and starts the service.
+        is_manager = pid == local_socket.MANAGER
+        client.settimeout(local_socket.START_TIMEOUT if is_manager else local_socket.TIMEOUT)
         self.pid = _ask(client) or pid
+        client.settimeout(local_socket.TIMEOUT)
         self._buffer = bytearray()
         self._decoder = Decoder()
         self._checker = Checker()
@@ -55,7 +58,7 @@ class RemoteSource:
         host = dataclass_from(Host, header)
         self.name, self.epoch_offset_ns = host.source, host.epoch_offset_ns
         self.version = version_of(header)
-        self.why: str | None = f"of kvmtrace serve, pid {pid}"
+        self.why: str | None = f"of kvmtrace serve, pid {self.pid}"
         self._backlog: list[Event] | None = []
         while (record := self._next()).get("kind") != BACKLOG_END:
             self._take(record, self._backlog)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 PAGES = {"matrix": Path("docs/tested.md"), "bench": Path("docs/costs.md")}
 PAGES["bench-native"] = PAGES["bench"]
-PAGES["survival"] = Path("docs/service.md")
+PAGES["survival"] = PAGES["survival-booted"] = Path("docs/service.md")
 
 
 def save(what: str, text: str) -> None:

@@ -13,7 +13,6 @@ from typing import Self
 from tests.lab import image, initramfs, layer, programs, qemu
 from tests.lab.machine import BOOT_SECONDS, DEFAULT, LIFE_SECONDS, Machine, Prepared, prepare
 
-ROOT = "trixie-service"
 PACKAGE = "kvmtrace.deb"
 DISK_MIB = 1024
 
@@ -31,16 +30,46 @@ _MASKED = tuple(
 
 
 @dataclass(frozen=True)
+class Release:
+    """A Debian release as a host: its kernel, and the guest memory that its VMs have.
+
+    ``has_live_table``: its own Textual is new enough for ``kvmtrace top`` on a terminal.
+    ``missing_probes``: those that its kernel has nothing for.
+    """
+
+    suite: str
+    kernel: str
+    backing: str
+    has_live_table: bool = True
+    missing_probes: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> str:
+        """The root of kernels.toml that systemd boots."""
+        return f"{self.suite}-service"
+
+
+RELEASES = {
+    one.suite: one
+    for one in (
+        Release("trixie", DEFAULT, "gmem"),
+        Release("bookworm", "bookworm", "anon", False, ("gmem", "gmem_error")),
+    )
+}
+
+
+@dataclass(frozen=True)
 class Disk:
     """What a host has written; boot it again and again."""
 
     path: Path
 
     @classmethod
-    def new(cls, path: Path) -> Self:
-        """An empty one."""
+    def new(cls, path: Path, *features: str) -> Self:
+        """An empty one. ``features``: of ext4, as ``mke2fs -O`` takes them."""
         programs.output(["truncate", "-s", f"{DISK_MIB}M", path])
-        programs.output([*image.MKE2FS[:-1], "-E", "lazy_itable_init=1", path])
+        more = [word for one in features for word in ("-O", one)]
+        programs.output([*image.MKE2FS[:-1], *more, "-E", "lazy_itable_init=1", path])
         return cls(path)
 
 
@@ -53,11 +82,9 @@ class ServiceHost(Machine):
         super().__init__(prepared, "3G", f"{quiet} {cmdline}".strip(), LIFE_SECONDS)
 
     @classmethod
-    def boot_disk(
-        cls, disk: Disk, package: Path, kernel: str = DEFAULT, *, cmdline: str = ""
-    ) -> Self:
+    def boot_disk(cls, disk: Disk, package: Path, release: Release, *, cmdline: str = "") -> Self:
         """Boot it and wait for its agent. ``package``: a file for /mnt/share."""
-        host = cls(prepare(kernel, ROOT), disk, package, cmdline)
+        host = cls(prepare(release.kernel, release.root), disk, package, cmdline)
         try:
             start = time.monotonic()
             host.channel.wait(lambda: bool(host.channel.ready), BOOT_SECONDS, "agent in the host")

@@ -1,116 +1,56 @@
 """From `apt install ./kvmtrace_*.deb` on a host that systemd boots to a poison in its journal.
 
 The tests are one story on one host, in order: its first boot, then a second one of the same disk.
+KVMTRACE_SUITE=bookworm: on Debian 12, with its own kernel (default: trixie).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-import shlex
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from kvmtrace.views.incident_log import INCIDENT_ID
-from tests.lab import debian_package
 from tests.lab.conftest import needed
 from tests.lab.container import Container, manifest
 from tests.lab.harness import PATIENCE, Vmm
-from tests.lab.service_host import PACKAGE, Disk, ServiceHost
+from tests.lab.installed_host import MEMBER, InstalledHost
+from tests.lab.service_host import RELEASES
 from tests.unit.certificates import Certificates
 
 pytestmark = pytest.mark.lab
 
-MEMBER = "oncall"
+RELEASE = RELEASES[os.environ.get("KVMTRACE_SUITE", "trixie")]
 OPTIONS = "/etc/default/kvmtrace"
 
 
-class Host:
+class Host(InstalledHost):
     """The host of these tests."""
 
-    def __init__(self, directory: Path) -> None:
-        self.package = debian_package.built("trixie")
-        self.disk = Disk.new(directory / "disk.img")
-        self.machine = ServiceHost.boot_disk(self.disk, self.package)
-        self.web: Vmm
-        """A VM that has poison, from the first test on."""
+    web: Vmm
+    """A VM that has poison, from the first test on."""
 
-    def reboot(self) -> None:
-        """Reboot it."""
-        self.machine.reboot()
-        self.machine = ServiceHost.boot_disk(self.disk, self.package)
 
-    def run(self, line: str, timeout: float = PATIENCE) -> str:
-        """Run a line of shell as root; it has to succeed."""
-        return self.machine.run(line, timeout, check=True).stdout
-
-    def by_member(self, command: str, status: int = 0) -> str:
-        """Run kvmtrace as a user of the group kvmtrace."""
-        line = f"cd /home/{MEMBER} && exec runuser -u {MEMBER} -- kvmtrace {command}"
-        done = self.machine.run(line, PATIENCE)
-        assert done.status == status, done
-        return done.stdout
-
-    def property(self, name: str) -> str:
-        """A property of the service, by systemd's name."""
-        return self.run(f"systemctl show --value -p {name} kvmtrace").strip()
-
-    def entries(self, *matches: str) -> list[dict[str, Any]]:
-        """Entries of the service in the journal, oldest first."""
-        found = self.run(f"journalctl -u kvmtrace -o json --all {shlex.join(matches)}")
-        return [json.loads(line) for line in found.splitlines()]
-
-    def until(self, condition: Callable[[], Any], what: str) -> Any:
-        """Wait until the condition is true, and return what it returned."""
-        deadline = time.monotonic() + PATIENCE
-        while not (found := condition()):
-            log = "journalctl -u kvmtrace | tail -n 30"
-            assert time.monotonic() < deadline, (what, self.run(log))
-            time.sleep(0.5)
-        return found
-
-    def until_restarted(self, times: int) -> None:
-        """Wait until systemd has restarted the service so often, and it is ready."""
-
-        def is_ready() -> bool:
-            shown = self.run("systemctl show -p ActiveState -p NRestarts kvmtrace").split()
-            return set(shown) == {"ActiveState=active", f"NRestarts={times}"}
-
-        self.until(is_ready, f"active after {times} restarts")
-
-    def with_poison(self, name: str) -> Vmm:
-        """Start a VM that has touched a poisoned page of its guest_memfd."""
-        vmm = Vmm(self.machine, name)
-        for step in ("create v backing=gmem pages=32", "touch v +3", "poison v +3", "touch v +3"):
-            vmm.step(step)
-        return vmm
-
-    def logged(self, vmm: Vmm) -> dict[str, Any]:
-        """Wait for the entry of the log about the VMM's notification, and return it."""
-
-        def delivered() -> Any:
-            of_vm = (f"MESSAGE_ID={INCIDENT_ID}", f"VM_PID={vmm.pid}", "STATE=delivered")
-            return self.entries(*of_vm)
-
-        entry, *_ = self.until(delivered, f"the log's entry about {vmm.name}")
-        assert entry["VM_NAME"] == vmm.name
-        return dict(entry)
+def not_attached(text: str) -> tuple[str, ...]:
+    """Probes that a status of serve names as missing."""
+    found = re.search(r"not attached: (\w+(?:, \w+)*)", text)
+    return tuple(found[1].split(", ")) if found else ()
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     with needed():
-        found = Host(tmp_path_factory.mktemp("host"))
+        found = Host(tmp_path_factory.mktemp("host"), RELEASE)
     yield found
     found.machine.close()
 
 
 def test_from_apt_to_the_journal(host: Host) -> None:
-    host.run(f"cd /mnt/share && apt-get install -y --no-install-recommends ./{PACKAGE}")
+    host.install()
     assert host.property("ActiveState") == "active"
     assert host.property("Type") == "notify"
     assert host.property("StatusText").startswith("watching by bpf")
@@ -129,7 +69,9 @@ def test_from_apt_to_the_journal(host: Host) -> None:
     host.run("! test -e /sys/module/kvm && modprobe kvm-amd")
     host.until(lambda: len(host.entries("PROBE=run")) == 3, "attached to kvm anew")
     host.web = host.with_poison("web-1")
-    assert "not attached" not in host.run("kvmtrace top --once")
+    host.until(
+        lambda: not_attached(host.property("StatusText")) == RELEASE.missing_probes, "its probes"
+    )
     entry = host.logged(host.web)
     assert entry["MESSAGE_ID"] == INCIDENT_ID
     assert entry["PRIORITY"] in "2456"
@@ -144,6 +86,15 @@ def test_the_group_needs_no_root(host: Host) -> None:
     assert "web-1" in host.by_member(f"explain {incident}")
     assert "web-1" in host.by_member("events --since 1h --count 1 --vm web-1")
     assert "web-1" in host.by_member("check", status=2)
+    table = f"cd /home/{MEMBER} && exec runuser -u {MEMBER} -- kvmtrace top"
+    on_terminal = host.machine.start(table, pty=(24, 100))
+    if RELEASE.has_live_table:
+        on_terminal.wait_for("web-1", PATIENCE)
+        on_terminal.send("q")
+        assert on_terminal.wait(PATIENCE) == 0
+    else:
+        assert on_terminal.wait(PATIENCE) == 1
+        assert "the live table needs textual 1.0" in on_terminal.stdout
     host.by_member("bundle -o case.tar.gz")
     assert "web-1" in host.by_member("explain --from case.tar.gz")
 
@@ -179,6 +130,31 @@ def test_what_was_seen_is_there_after_kill_and_restart(host: Host) -> None:
     host.run(f"kill -KILL {host.property('MainPID')}")
     host.until_restarted(2)
     assert "web-1" in host.by_member(f"explain {incident}")
+
+
+def test_a_member_starts_it_by_its_socket(host: Host) -> None:
+    """kvmtrace.socket: who listens is process 1, who answers is the service."""
+    incident = host.logged(host.web)["INCIDENT"]
+    host.run("systemctl stop kvmtrace && systemctl enable --now kvmtrace.socket 2>&1")
+    assert host.property("ActiveState") == "inactive"
+    shown = host.by_member(f"explain {incident}")
+    assert host.property("ActiveState") == "active"
+    assert "web-1" in shown
+    assert f"(bpf, serve, pid {host.property('MainPID')})" in shown
+    socket = "/run/kvmtrace/kvmtrace.sock"
+    asked = f"curl --silent --fail --unix-socket {socket} http://localhost/explain?target=web-1"
+    assert "web-1" in host.run(f"runuser -u {MEMBER} -- {asked}")
+    assert host.run(f"stat -c '%U:%G %a' {socket}").strip() == "root:kvmtrace 660"
+
+    # A client waits for one that is being started.
+    before = host.property("MainPID")
+    host.run("systemctl restart --no-block kvmtrace")
+    host.until(lambda: host.property("MainPID") not in (before, "0"), "another process")
+    shown = host.by_member("top --once")
+    assert "web-1" in shown
+    assert f"(of kvmtrace serve, pid {host.property('MainPID')})" in shown
+    # From its next start on it makes its own.
+    host.run("systemctl disable --now kvmtrace.socket 2>&1")
 
 
 PROMETHEUS = """

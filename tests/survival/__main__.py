@@ -1,4 +1,7 @@
-"""What serve's history survives: a table, measured now (``--readme``: into docs/service.md)."""
+"""What serve's history survives: a table, measured now (``--readme``: into docs/service.md).
+
+With ``--lab`` on a host that systemd boots in the lab, with real events.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from pathlib import Path
 
 from tests.lab.progress import print_status
 from tests.lab.readme import keep, save
-from tests.survival import cases, day
+from tests.survival import booted, cases, day
 from tests.survival.cases import HOUR, Outcome
 
 KILLS = 15
@@ -83,28 +86,38 @@ def _rows(rng: random.Random) -> Iterator[str]:
     yield _row("host rebooted", _times(1, cases.rebooted), "what was poisoned is history")
 
 
+def _native(seed: int) -> list[str]:
+    head = ("what happened", "events", "kept", "counted as lost", "neither", "file whole", "")
+    lines = [
+        f"Measured {time.strftime('%Y-%m-%d', time.gmtime())}, SQLite {sqlite3.sqlite_version},"
+        f" Linux {platform.release()}, seed {seed}. The storm has 5,000 events a second at"
+        " most.",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---|---|---|---|---|---|---|",
+        *_rows(random.Random(seed)),
+    ]
+    print_status("survival: a day")
+    return [*lines, "", *day.measure()]
+
+
 def main() -> int:
     """Do all of it; ends with a traceback where something is not as it is stated."""
     parser = argparse.ArgumentParser(prog="python -m tests.survival", description=__doc__)
     parser.add_argument("--readme", action="store_true", help="write it into docs/service.md")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
+    parser.add_argument("--lab", action="store_true", help="on a host that the lab boots")
     options = parser.parse_args()
-    head = ("what happened", "events", "kept", "counted as lost", "neither", "file whole", "")
-    lines = [
-        f"Measured {time.strftime('%Y-%m-%d', time.gmtime())}, SQLite {sqlite3.sqlite_version},"
-        f" Linux {platform.release()}, seed {options.seed}. The storm has 5,000 events a second at"
-        " most.",
-        "",
-        f"| {' | '.join(head)} |",
-        "|---|---|---|---|---|---|---|",
-        *_rows(random.Random(options.seed)),
-    ]
-    print_status("survival: a day")
-    lines += ["", *day.measure()]
+    if options.lab:
+        with _directory() as directory:
+            lines = booted.measure(directory, random.Random(options.seed))
+    else:
+        lines = _native(options.seed)
+    name = "survival-booted" if options.lab else "survival"
     print("\n".join(lines))
-    save("survival", "\n".join(lines))
+    save(name, "\n".join(lines))
     if options.readme:
-        keep("survival", "\n".join(lines))
+        keep(name, "\n".join(lines))
     return 0
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from kvmtrace.cli.doors import Doors
 from kvmtrace.errors import UsageError
 from kvmtrace.linux import service_manager
 from kvmtrace.sources.remote import RemoteSource
+from tests.unit.fake import STORY
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +32,22 @@ for number, one in enumerate(kept):
     os.dup2(one, 3 + number)
     os.set_inheritable(3 + number, True)
 os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(ours))}
-os.execv(sys.executable, [sys.executable, "-m", "tests.unit.fake_host", "serve", *sys.argv[2:]])
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+FAKE = ("-m", "tests.unit.fake_host")
+# A serve that has much to read before it knows what was.
+SLOW = """
+import time
+from kvmtrace import cli, sources
+from tests.unit.fake import STORY, FakeSource
+
+class Slow(FakeSource):
+    def poll(self, timeout):
+        time.sleep(1)
+        return super().poll(timeout)
+
+sources.open_source = lambda kind: Slow(STORY)
+cli.main()
 """
 
 
@@ -41,11 +58,17 @@ def listening(family: socket.AddressFamily, address: object) -> socket.socket:
     return one
 
 
-def start(passed: list[socket.socket], *options: str) -> subprocess.Popen[str]:
+def start(
+    passed: list[socket.socket], *options: str, program: tuple[str, ...] = FAKE
+) -> subprocess.Popen[str]:
     numbers = [one.fileno() for one in passed]
-    command = [sys.executable, "-c", START, ",".join(map(str, numbers)), "--source", "bpf"]
+    command = [sys.executable, "-c", START, ",".join(map(str, numbers)), *program, "serve"]
     return subprocess.Popen(
-        [*command, *options], stderr=subprocess.PIPE, text=True, cwd=ROOT, pass_fds=numbers
+        [*command, "--source", "bpf", *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        pass_fds=numbers,
     )
 
 
@@ -79,6 +102,7 @@ def test_what_is_passed_is_used(own_directory: Path, kinds: str) -> None:
             assert source is not None
             # Who made the socket is another process.
             assert source.pid == serve.pid
+            assert source.why == f"of kvmtrace serve, pid {serve.pid}"
             source.close()
         finally:
             serve.send_signal(signal.SIGTERM)
@@ -88,6 +112,42 @@ def test_what_is_passed_is_used(own_directory: Path, kinds: str) -> None:
     assert path.exists() == (kinds != "tcp")
     for one in (tcp, unix):
         one.close()
+
+
+def test_a_client_waits_for_the_service_that_it_starts(
+    own_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It connects before there is a serve, whose start takes longer than an answer may."""
+    monkeypatch.setattr(local_socket, "TIMEOUT", 0.5)
+    monkeypatch.setattr(local_socket, "MANAGER", os.getpid())
+    with (
+        listening(socket.AF_UNIX, str(own_directory / local_socket.NAME)) as unix,
+        ThreadPoolExecutor() as threads,
+    ):
+        connecting = threads.submit(RemoteSource.connect)
+        with pytest.raises(TimeoutError):
+            connecting.result(1)
+        with start([unix], "--listen", "127.0.0.1:0") as serve:
+            source = connecting.result(60)
+            assert source is not None
+            assert source.pid == serve.pid
+            source.close()
+            serve.send_signal(signal.SIGTERM)
+            serve.communicate(timeout=60)
+
+
+def test_a_client_that_waited_is_answered_with_what_was(own_directory: Path) -> None:
+    with (
+        listening(socket.AF_UNIX, str(own_directory / local_socket.NAME)) as unix,
+        start([unix], "--listen", "127.0.0.1:0", program=("-c", SLOW)) as serve,
+    ):
+        source = RemoteSource.connect()
+        serve.send_signal(signal.SIGTERM)
+        assert source is not None
+        backlog = source.poll(0)
+        source.close()
+        serve.communicate(timeout=60)
+        assert set(STORY) <= set(backlog)
 
 
 def test_a_port_by_two_ways_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tarfile
 import tempfile
 import threading
@@ -21,6 +22,7 @@ from kvmtrace.cli.signals import stop
 from kvmtrace.errors import KvmtraceError
 from kvmtrace.events import VmSeen
 from kvmtrace.sources.recording import RecordingSource
+from kvmtrace.views import terminal
 from tests import docs
 from tests.unit.command_line import invoke
 from tests.unit.fake import FakeSource
@@ -46,6 +48,19 @@ def follow() -> Iterator[Watching]:
 def ids(watching: Watching) -> list[str]:
     snapshot = watching.snapshot()
     return [] if snapshot is None else [one.id for one in snapshot.incidents]
+
+
+def test_without_its_library_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian 12 has none, or one that is too old."""
+    monkeypatch.setattr(sys.modules["kvmtrace.cli.top"], "on_terminal", lambda: True)
+    monkeypatch.delitem(sys.modules, "kvmtrace.views.terminal.app", raising=False)
+    monkeypatch.delattr(terminal, "app", raising=False)
+    monkeypatch.setitem(sys.modules, "textual", None)
+    result = invoke("top")
+    assert result.exit_code == 1
+    first, hint = result.stderr.splitlines()
+    assert first.startswith("kvmtrace: the live table needs textual 1.0 or newer: ")
+    assert "`kvmtrace top --once`" in hint
 
 
 def test_what_is_being_attached_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
