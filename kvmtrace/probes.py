@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 NO_KVM = "kvm is not loaded"
 """Why a probe is not attached that will be once kvm is there."""
+ATTACHING_ANEW = "kvm came or went; all programs are being attached anew"
+"""Why no probe is attached now; events are not read meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import time
 
 from kvmtrace.cli.hooks import HookRun, Hooks
 from kvmtrace.linux import clock, journal, service_manager
+from kvmtrace.probes import ATTACHING_ANEW
 from kvmtrace.sanitize import clean
 from kvmtrace.session.session import Session
 from kvmtrace.views.hook_input import hook_input, hook_variables, is_wanted
@@ -20,6 +21,8 @@ from kvmtrace.views.tables import header
 
 # If events were not read for so long, the service is not reported as alive.
 _ALIVE_SECONDS = 10.0
+# While all is attached anew, for which it may have to be compiled: TimeoutStartSec of the unit.
+_ATTACHING_SECONDS = 180.0
 _LOOK_SECONDS = 1.0
 _WARNING = 4
 _MAX_LINE = 8192
@@ -56,7 +59,7 @@ class Service:
         """Log what changed, and report that the reader is alive, if it is."""
         now = time.monotonic()
         if self._alive_every is not None and now >= self._next_alive:
-            if self._session.age() < _ALIVE_SECONDS:
+            if self._is_alive():
                 service_manager.notify(WATCHDOG="1")
             self._next_alive = now + min(self._alive_every, _ALIVE_SECONDS) / 2
         if now < self._next_look:
@@ -82,6 +85,13 @@ class Service:
                 about = entry.fields.get("INCIDENT", "")
                 data = hook_input(entry, change, snapshot, wall)
                 self._hooks.add(HookRun(about, data, hook_variables(change)))
+
+    def _is_alive(self) -> bool:
+        age = self._session.age()
+        if age >= _ALIVE_SECONDS:
+            is_attaching = any(one.why == ATTACHING_ANEW for one in self._session.probes())
+            return is_attaching and age < _ATTACHING_SECONDS
+        return True
 
     def ending(self) -> None:
         service_manager.notify(STOPPING="1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from kvmtrace.cli.service import Service
 from kvmtrace.events import VmSeen
 from kvmtrace.linux import journal, service_manager
+from kvmtrace.probes import ATTACHING_ANEW
 from kvmtrace.session.session import Session
 from tests.unit.fake import PROBES, T0, FakeSource
 
@@ -47,6 +49,32 @@ def test_the_status_follows_the_probes(
     session.pump(0)
     service.look()
     assert listening.recv(4096).startswith(b"STATUS=watching by bpf (a test), probes 2 of 2")
+
+
+@pytest.mark.parametrize(
+    ("unread", "why", "alive"),
+    [(9, None, True), (11, None, False), (179, ATTACHING_ANEW, True), (181, ATTACHING_ANEW, False)],
+)
+def test_the_watchdog_waits_for_what_is_attached_anew(
+    listening: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    unread: int,
+    why: str | None,
+    alive: bool,
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", listening.getsockname())
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    source = FakeSource([])
+    session = Session(source)
+    service = Service(session, "text")
+    monkeypatch.setattr(source, "probes", lambda: [replace(one, why=why) for one in PROBES])
+    monkeypatch.setattr(session, "age", lambda: unread)
+    service.look()
+    received = b""
+    with contextlib.suppress(BlockingIOError):
+        received = listening.recv(4096)
+    assert received == (b"WATCHDOG=1" if alive else b"")
 
 
 def test_without_a_manager_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from kvmtrace.linux import host
 from kvmtrace.linux.clock import epoch_offset_ns, now_ns
 from kvmtrace.linux.kvm_module import SETTLE_SECONDS, Changing, Settling
 from kvmtrace.linux.tracefs import mount
-from kvmtrace.probes import Probe, ProbeRuns
+from kvmtrace.probes import ATTACHING_ANEW, Probe, ProbeRuns
 from kvmtrace.sources import limits
 from kvmtrace.sources.bpf.guest_memory import BpfMemory
 from kvmtrace.sources.bpf.programs import Programs
@@ -110,7 +110,7 @@ class BpfSource:
             events += self._drain()
             events += self._translator.flush(self._programs.maps)
             self.memory.use(None, lambda _struct: 0)
-            self._programs.close("kvm came or went; all programs are being attached anew")
+            self._programs.close(ATTACHING_ANEW)
             self._settling = Settling()
         elif self._settling.is_over():
             try:
