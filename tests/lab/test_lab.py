@@ -123,3 +123,10 @@ def test_two_machines_at_once(boot: Boot) -> None:
     (first.share / "name").write_text("first")
     assert first.run("cat /mnt/share/name").stdout == "first"
     assert second.run("cat /mnt/share/name").status == 1
+
+
+def test_a_machine_can_be_suspended(boot: Boot) -> None:
+    machine = boot(cmdline_extra="tsc=reliable", modules=())
+    machine.suspend(4)  # the RTC, which measures it, has seconds only
+    clocks = "import time as t; print(t.clock_gettime(t.CLOCK_BOOTTIME) - t.monotonic())"
+    assert float(machine.run(["python3", "-c", clocks], check=True).stdout) >= 2
