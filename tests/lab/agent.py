@@ -26,6 +26,7 @@ from typing import IO, Any
 
 PORT_NAME = "kvmtrace.lab"
 CHUNK = 1 << 16
+SUSPENDED = 0.5  # seconds; two clocks are never read at the same time
 ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
@@ -193,6 +194,18 @@ class Agent:
                 del self.jobs[identity]
                 self.send(id=identity, exit=status)
 
+    def open_anew(self) -> None:
+        """Probe the device anew and open its port: the old one is dead after a suspension."""
+        self.selector.unregister(self.port)
+        os.close(self.port)
+        (port,) = found_ports()
+        device = (port / "device").resolve()
+        driver = (device / "driver").resolve()
+        for change in ("unbind", "bind"):
+            (driver / change).write_text(device.name)
+        self.port = open_port()
+        self.selector.register(self.port, selectors.EVENT_READ, None)
+
     def serve(self) -> None:
         """Handle requests and output until the host closes the port."""
         wake, woken = os.pipe()
@@ -203,9 +216,15 @@ class Agent:
         self.selector.register(wake, selectors.EVENT_READ, None)
         self.send(ready=os.uname().release)
         pending = b""
+        suspended = suspended_seconds()
         while True:
             waiting = any(job.pending or job.eof for job in self.jobs.values())
-            for key, _ in self.selector.select(timeout=0.02 if waiting else 1):
+            ready = self.selector.select(timeout=0.02 if waiting else 1)
+            if suspended_seconds() - suspended > SUSPENDED:
+                suspended = suspended_seconds()
+                self.open_anew()
+                continue
+            for key, _ in ready:
                 if key.fd == self.port:
                     data = os.read(self.port, CHUNK)
                     if not data:
@@ -224,13 +243,23 @@ class Agent:
             self.reap()
 
 
+def suspended_seconds() -> float:
+    """Return how long this machine was suspended since it booted."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+
+
+def found_ports() -> list[Path]:
+    """Find the port to the host by its name, as its number differs by machine."""
+    names = Path("/sys/class/virtio-ports").glob("*/name")
+    return [name.parent for name in names if name.read_text().strip() == PORT_NAME]
+
+
 def open_port() -> int:
-    """Open the port to the host; it is found by name, as its number differs by machine."""
+    """Open the port to the host, once it is there."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        for name in Path("/sys/class/virtio-ports").glob("*/name"):
-            if name.read_text().strip() == PORT_NAME:
-                return os.open(f"/dev/{name.parent.name}", os.O_RDWR)
+        for port in found_ports():
+            return os.open(f"/dev/{port.name}", os.O_RDWR)
         time.sleep(0.05)
     sys.exit("agent: no port to the host")
 
