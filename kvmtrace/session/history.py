@@ -113,11 +113,14 @@ class CompactLog:
         if not isinstance(event, Lost):
             self._last_ts = max(self._last_ts, event.ts)
         match event:
-            case VmSeen(vm=vm) if vm in self._seen_at:
+            case VmSeen(vm=vm) if self._process_of(vm) == event.pid:
                 at = self._seen_at[vm]
                 self._log[at] = replace(event, ts=self._log[at].ts)
                 return
             case VmSeen(vm=vm):
+                if vm in self._seen_at:
+                    # Signals to the process before belong to the VM; both are in the log.
+                    self._keep_vm(vm)
                 self._seen_at[vm] = self._serial
                 self._live |= {vm} - self._gone
                 self._of_pid.setdefault(event.pid, set()).add(vm)
@@ -157,6 +160,10 @@ class CompactLog:
         return self._dropped
 
     # -- VMs
+
+    def _process_of(self, vm: int) -> int | None:
+        seen = self._log.get(self._seen_at.get(vm, 0))
+        return seen.pid if isinstance(seen, VmSeen) else None
 
     def _forget_vm(self, event: VmGone) -> None:
         at = self._seen_at.pop(event.vm, None)

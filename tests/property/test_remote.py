@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvmtrace.correlate import Correlator
-from kvmtrace.events import Event, Exit, Host, Lost, Tick, VmGone, VmSeen
+from kvmtrace.events import Event, Exit, Host, Lost, Poison, Sigbus, Tick, VmGone, VmSeen
 from kvmtrace.model import Snapshot
 from kvmtrace.session.history import CompactLog
 from kvmtrace.session.subscriber import Subscriber
@@ -126,7 +126,19 @@ def counted(one: Snapshot, other: Snapshot) -> None:
 _LATE = [VmSeen(0, 1, 4001), VmGone(0, 1), Exit(1, 1, 1, 133, 39, True, gfn=1)]
 
 
+# A VM that has another process than before: an earlier signal to that one was not to its VMM.
+_OTHER_PROCESS = [
+    VmSeen(0, 1, 4001),
+    VmSeen(1, 2, 4002),
+    Poison(1, 256, "dirty LRU page", "Ignored"),
+    Sigbus(1, 4002, 1, 4, 0x7F00_0000_0000, pfn=256),
+    VmSeen(1, 2, 4001),
+    VmGone(2, 2),
+]
+
+
 @example(events=_LATE, cut=2)
+@example(events=_OTHER_PROCESS, cut=6)
 @given(events=TOLD, cut=st.integers(0, 60))
 @examples(150)
 def test_serve_joiner_and_replay_know_the_same(events: list[Event], cut: int) -> None:
