@@ -13,7 +13,7 @@ counted as lost. Live VMs do not count against the limit, and are never dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -94,14 +94,14 @@ class CompactLog:
         self._forget = forget
         self._where = where
         self._log: dict[int, Event] = {}  # by serial number
-        self._seen_at: dict[int, int] = {}  # VM: serial of its VmSeen in the log
+        self._seen_at: dict[int, list[int]] = {}  # VM: serials of its VmSeen in the log
         self._live: set[int] = set()
         self._of_pid: dict[int, set[int]] = {}  # VMs in the log, or forgotten
         self._gone: set[int] = set()
         self._vms_with_events: set[int] = set()  # VMs that events in the log concern
         self._signalled: set[int] = set()  # processes of signals without a VM in the log
         self._forgotten: BoundedDict[int, dict[int, Any]] = BoundedDict(
-            MAX_FORGOTTEN, lambda vm, events: self._forget_process_of(events[min(events)])
+            MAX_FORGOTTEN, lambda vm, events: self._forget_processes_of(events)
         )
         self._serial = 0
         self._last_ts = -1  # before any
@@ -114,14 +114,12 @@ class CompactLog:
             self._last_ts = max(self._last_ts, event.ts)
         match event:
             case VmSeen(vm=vm) if self._process_of(vm) == event.pid:
-                at = self._seen_at[vm]
+                at = self._seen_at[vm][-1]
                 self._log[at] = replace(event, ts=self._log[at].ts)
                 return
             case VmSeen(vm=vm):
-                if vm in self._seen_at:
-                    # Signals to the process before belong to the VM; both are in the log.
-                    self._keep_vm(vm)
-                self._seen_at[vm] = self._serial
+                # Signals to the process that it had before belong to the VM; both are in the log.
+                self._seen_at.setdefault(vm, []).append(self._serial)
                 self._live |= {vm} - self._gone
                 self._of_pid.setdefault(event.pid, set()).add(vm)
                 if event.pid in self._signalled:
@@ -162,17 +160,22 @@ class CompactLog:
     # -- VMs
 
     def _process_of(self, vm: int) -> int | None:
-        seen = self._log.get(self._seen_at.get(vm, 0))
+        seen = self._log[self._seen_at[vm][-1]] if vm in self._seen_at else None
         return seen.pid if isinstance(seen, VmSeen) else None
 
     def _forget_vm(self, event: VmGone) -> None:
-        at = self._seen_at.pop(event.vm, None)
+        seen_at = self._seen_at.pop(event.vm, None)
         self._live.discard(event.vm)
-        if at is not None:
-            self._forgotten[event.vm] = {at: self._log.pop(at), self._serial: event}
+        if seen_at is not None:
+            seen = {at: self._log.pop(at) for at in seen_at}
+            self._forgotten[event.vm] = seen | {self._serial: event}
 
-    def _forget_process_of(self, seen: Event) -> None:
-        assert isinstance(seen, VmSeen)
+    def _forget_processes_of(self, came_and_went: Mapping[int, Event]) -> None:
+        for event in came_and_went.values():
+            if isinstance(event, VmSeen):
+                self._forget_process_of(event)
+
+    def _forget_process_of(self, seen: VmSeen) -> None:
         vms = self._of_pid.get(seen.pid, set())
         vms.discard(seen.vm)
         if not vms:
@@ -197,7 +200,7 @@ class CompactLog:
         if vm in self._forgotten:
             came_back = self._forgotten.pop(vm)
             self._log |= came_back
-            self._seen_at[vm] = min(came_back)
+            self._seen_at[vm] = [at for at, e in came_back.items() if isinstance(e, VmSeen)]
             self._gone.add(vm)
 
     def _size(self) -> int:
@@ -254,7 +257,7 @@ class CompactLog:
             for at in serials:
                 self._drop_one(at)
             excess -= len(serials)
-        live = set(self._seen_at.values())
+        live = {seen_at[-1] for seen_at in self._seen_at.values()}
         for at in [at for at in sorted(self._log) if at not in live][: max(0, excess)]:
             self._drop_one(at)
 
@@ -262,15 +265,17 @@ class CompactLog:
         event = self._log.pop(serial)
         match event:
             case VmSeen():
-                del self._seen_at[event.vm]
-                self._live.discard(event.vm)
+                self._seen_at[event.vm].remove(serial)
+                if not self._seen_at[event.vm]:
+                    del self._seen_at[event.vm]
+                    self._live.discard(event.vm)
                 self._forget_process_of(event)
             case VmGone():
                 self._gone.discard(event.vm)
         self._dropped += getattr(event, "count", 1)
 
     def _groups(self) -> list[_Group]:
-        live, gone = self._live, self._gone
+        live, gone, seen_at = self._live, self._gone, self._seen_at
         owners = _owners(self._log[at] for at in sorted(self._log))
         poisoned = {e.pfn for e in self._log.values() if isinstance(e, (Poison, Found))}
         notified = {vm for e in self._log.values() if _is_of_poison(e) for vm in _vms_of(e)}
@@ -286,7 +291,7 @@ class CompactLog:
         groups: dict[object, _Group] = {}
         for serial in sorted(self._log):
             event = self._log[serial]
-            if isinstance(event, VmSeen) and event.vm in live:
+            if isinstance(event, VmSeen) and event.vm in live and serial == seen_at[event.vm][-1]:
                 continue
             pfn = getattr(event, "pfn", None)
             vms = set(_vms_of(event)) or owners.get(pfn, set())

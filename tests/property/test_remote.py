@@ -161,6 +161,11 @@ def _readable(event: Event) -> Event | None:
         return None
 
 
+# Both of a VM's processes are in the log that has no room for either.
+_TWO_PROCESSES = [VmSeen(0, 1, 4002), VmSeen(0, 1, 4001), VmGone(0, 1)]
+
+
+@example(events=_TWO_PROCESSES, limit=4, lag=1, cut=0)
 @given(
     events=TOLD,
     limit=st.sampled_from([4, 20, 100]),
