@@ -6,6 +6,7 @@ PY := .venv/bin/python
 SOURCE ?= auto
 KERNEL ?=
 MINUTES ?= 5
+TIMES ?=
 SEED ?=
 FROM ?=
 ARGS ?=
@@ -28,9 +29,9 @@ demo-hw: setup ## memory errors reported by firmware on an arm64 host, from the 
 test: setup ## every test, those in the lab too (ARGS="-k name"; KVMTRACE_LAB=0: without the lab)
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 1 --only-rerun LabPanic -r fER $(ARGS)
 
-fuzz: ## the laws of tests/property with fresh seeds (MINUTES=5; SEED=n: one seed once more)
+fuzz: ## the laws of tests/property with fresh seeds (MINUTES=5; TIMES=n: so many times the examples of a test run; SEED=n: one seed once more)
 	@sh tests/setup.sh --no-system
-	@$(PY) -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(FROM),--from $(FROM)) $(ARGS)
+	@$(PY) -m tests.fuzz --minutes $(MINUTES) $(if $(TIMES),--times $(TIMES)) $(if $(SEED),--seed $(SEED)) $(if $(FROM),--from $(FROM)) $(ARGS)
 
 lint: ## ruff and mypy
 	@sh tests/setup.sh --no-system

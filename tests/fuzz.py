@@ -1,10 +1,11 @@
-"""``make fuzz [MINUTES=n] [SEED=n] [FROM=text]``: run the tests of tests/property for minutes.
+"""``make fuzz [MINUTES=n | TIMES=n] [SEED=n] [FROM=text]``: tests of tests/property, for minutes.
 
 Each file of tests/property is a target; all get the same time, and two run at once. pytest runs a
-target in rounds; each round has its own seed, and its tests share the time. Seeds are random; with
-FROM they are derived from that text, so that a run can be repeated. A failure is printed with the
-smallest input that shows it and the seed that finds it again, and the exit status is 1. Keep
-findings as tests.
+target in rounds; each round has its own seed, and its tests share the time. With TIMES=n there is
+one round of each, of n times the examples of a test run, however long that takes. Seeds are random;
+with FROM they are derived from that text: with TIMES the same tree then has the same result. A
+failure is printed with the smallest input that shows it and the command that finds it again, and
+the exit status is 1. Keep findings as tests.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the targets; return 0 if nothing was found, else 1."""
     parser = argparse.ArgumentParser(prog="make fuzz")
     parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--times", type=int, help="n times the examples of a test run, once")
     parser.add_argument("--seed", type=int, help="one round of each target with this seed")
     parser.add_argument("--from", dest="origin", help="derive the seeds from this text")
     parser.add_argument("targets", nargs="*", default=TARGETS, help="files, or tests in them")
@@ -62,9 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "CI" not in os.environ:
         os.nice(10)
     if options.seed is not None:
-        rounds = [one_round(target, options.seed, None) for target in options.targets]
+        factor = options.times or FACTOR
+        rounds = [one_round(target, options.seed, None, factor) for target in options.targets]
     else:
-        rounds = _rounds(options.targets, options.minutes * 60, options.origin)
+        chance = random.Random(options.origin)
+        if options.times is not None:
+            rounds = _once(options.targets, options.times, chance)
+        else:
+            rounds = _rounds(options.targets, options.minutes * 60, chance)
     executions: Counter[str] = Counter()
     for one in rounds:
         executions += one.executions
@@ -74,14 +81,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for one in found:
         print(f"\n{one.output}")
         for test in one.failed:
-            print(f"found; to repeat: make fuzz SEED={one.seed} ARGS={test}")
+            times = f" TIMES={options.times}" if options.times is not None else ""
+            print(f"found; to repeat: make fuzz SEED={one.seed}{times} ARGS={test}")
     total = sum(executions.values())
     print(f"{len(found) or 'nothing'} found in {len(rounds)} rounds, {total} executions")
     return 1 if found else 0
 
 
-def _rounds(targets: Sequence[str], seconds: float, origin: str | None) -> list[Round]:
-    chance = random.Random(origin)
+def _once(targets: Sequence[str], times: int, chance: random.Random) -> list[Round]:
+    seeds = [chance.randrange(1 << 32) for _ in targets]
+    with ThreadPoolExecutor(WORKERS) as workers:
+        return [
+            *workers.map(lambda target, seed: one_round(target, seed, None, times), targets, seeds)
+        ]
+
+
+def _rounds(targets: Sequence[str], seconds: float, chance: random.Random) -> list[Round]:
     deadline = time.monotonic() + seconds
     each = max(1, round(seconds * WORKERS / len(targets) / ROUND_SECONDS))
     rounds = [(target, chance.randrange(1 << 32)) for target in [*targets] * each]
@@ -108,15 +123,18 @@ def _rounds(targets: Sequence[str], seconds: float, origin: str | None) -> list[
     return done
 
 
-def one_round(target: str, seed: int, seconds: float | None) -> Round:
-    """Run a target; with all of its examples if ``seconds`` is None."""
+def one_round(target: str, seed: int, seconds: float | None, factor: int = FACTOR) -> Round:
+    """Run a target; with all of its examples if ``seconds`` is None.
+
+    ``factor``: limit of examples, as a multiple of those in a test run.
+    """
     began = time.monotonic()
     command = [sys.executable, "-m", "pytest", f"--hypothesis-seed={seed}", target]
     with tempfile.NamedTemporaryFile("r", prefix="kvmtrace-fuzz-") as report:
         until = 0.0 if seconds is None else began + seconds
         environment = {
             **os.environ,
-            "KVMTRACE_FUZZ": str(FACTOR),
+            "KVMTRACE_FUZZ": str(factor),
             "KVMTRACE_FUZZ_UNTIL": str(until),
             "KVMTRACE_FUZZ_REPORT": report.name,
         }
