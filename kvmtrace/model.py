@@ -217,6 +217,7 @@ class Incident:
     ``size``: bytes lost, if known. ``omitted``: timeline entries that had
     no room. ``released``: owners that were later seen without the page. ``page_class``: None if the
     kernel's verdict is not known. ``guest_memfd``: the page is known to be of a guest_memfd.
+    ``former_ids``: of incidents that turned out to be of the same page.
     """
 
     id: str
@@ -247,6 +248,7 @@ class Incident:
     page_class: PageClass | None = None
     guest_memfd: bool = False
     rebooted_ts: int | None = None
+    former_ids: tuple[str, ...] = ()
 
     @property
     def host_at_risk(self) -> bool:

@@ -257,6 +257,7 @@ class Correlator:
         incident = self._incidents.find_by_pfn(event.pfn)
         if incident is None:
             incident = self._incident_of_page(event.pfn, owners)
+        if incident.poisoned_ts is None and not incident.before_start:
             incident.poisoned_ts = event.ts
         elif incident.before_start and page_types.is_newly_lost(event.page_type):
             incident.not_before_start(event.ts)
@@ -273,9 +274,11 @@ class Correlator:
         entry = TimelineEntry(event.ts, EntryKind.POISON, event)
         incident.note(entry, event.page_type, event.result)
         for one in owned:
+            incident = self._joins.only_incident(incident, one.owner)
             self._joins.add_found_owner(incident, one)
         if gmem is not None:
             for owner in gmem.owners:
+                incident = self._joins.only_incident(incident, owner)
                 self._joins.add_owner(incident, owner, event, Join(JoinedBy.GMEM_THREAD))
         for signal in self._pending.take_signals(event):
             join = Join(JoinedBy.POISONING_THREAD)
@@ -297,13 +300,16 @@ class Correlator:
 
     def _found(self, event: Found) -> CorrelatedEvent:
         incident = self._incidents.find_by_pfn(event.pfn)
+        owned: list[Owned] = []
         if incident is None and event.pfn not in self._soft_offlines:
             owned = self._pending.take_owned(event.pfn, event.ts)
             incident = self._incident_of_page(event.pfn, [one.owner for one in owned])
+        if incident is not None and incident.poisoned_ts is None and not incident.before_start:
             incident.before_start = True
             join = Join(JoinedBy.PAGE_FLAGS)
             incident.note(TimelineEntry(event.ts, EntryKind.FOUND, event, join))
             for one in owned:
+                incident = self._joins.only_incident(incident, one.owner)
                 self._joins.add_found_owner(incident, one)
             for signal in self._pending.take_signals_of(event.pfn):
                 self._joins.add_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
@@ -313,8 +319,12 @@ class Correlator:
         incident = self._incidents.find_by_pfn(event.pfn)
         vm = self.identity(event.owner.vm)
         if incident is None:
-            self._pending.add(event)
-            return _correlated(event, vm=vm)
+            place = self._incidents.find_by_gfn(event.owner.vm, event.owner.gfn)
+            if place is None or place.pfn is not None:
+                self._pending.add(event)
+                return _correlated(event, vm=vm)
+            incident = self._incident_of_page(event.pfn, [event.owner])
+        incident = self._joins.only_incident(incident, event.owner)
         known = set(incident.owners.values())
         self._joins.add_found_owner(incident, event)
         new = tuple((one, vm) for one in incident.owners.values() if one not in known)

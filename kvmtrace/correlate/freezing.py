@@ -78,6 +78,7 @@ def freeze(
         page_shift=incident.page.bit_length() - 1,
         guest_memfd=incident.guest_memfd,
         rebooted_ts=incident.rebooted_ts,
+        former_ids=tuple(incident.former_ids),
     )
     return copy, until
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from kvmtrace import kvm
+from kvmtrace.correlate.delivery import Delivery
 from kvmtrace.correlate.error_site import ErrorSite
 from kvmtrace.correlate.limits import CountLost, Limits
 from kvmtrace.correlate.timeline import RunningEntry
@@ -28,39 +29,7 @@ _MINOR = (EntryKind.OWNER, EntryKind.VCPU_STATE, EntryKind.REFUSAL, EntryKind.PA
 
 _SAMPLES_KEPT = 4
 _SITES_KEPT = 8
-_CODES_KEPT = 8
-_PAGES_KEPT = 64
-
-
-@dataclass(slots=True)
-class _Delivery:
-    """Notifications of one vCPU.
-
-    ``pages``: how many for each page of a huge page, the last ones; else of the page, as None.
-    """
-
-    exits: int = 0
-    sigbus: dict[str, int] = field(default_factory=dict)
-    first_ts: int = 0
-    last_ts: int = 0
-    pages: dict[int | None, int] = field(default_factory=dict)
-
-    def add(self, ts: int, page: int | None, exits: int, code: str | None, signals: int) -> None:
-        """Count exits, and signals of a code."""
-        self.first_ts = ts if ts < self.first_ts else self.first_ts
-        self.last_ts = ts if ts > self.last_ts else self.last_ts
-        self.exits += exits
-        pages = self.pages
-        before = pages.get(page, 0)
-        if before and len(pages) > 1:
-            del pages[page]  # the last one is to be at the end
-        pages[page] = before + exits + signals
-        if len(pages) > _PAGES_KEPT:
-            del pages[next(iter(pages))]
-        if code is not None:
-            if code not in self.sigbus and len(self.sigbus) >= _CODES_KEPT:
-                code = "other"  # there are two; the rest is damage
-            self.sigbus[code] = self.sigbus.get(code, 0) + signals
+_FORMER_IDS_KEPT = 4
 
 
 @dataclass(slots=True)
@@ -118,13 +87,14 @@ class IncidentState:
     sigbus_to_others: int = 0
     first_delivery_ts: int | None = None
     last_delivery_ts: int | None = None
-    deliveries: dict[tuple[int, int | None], _Delivery] = field(default_factory=dict)
+    deliveries: dict[tuple[int, int | None], Delivery] = field(default_factory=dict)
     released: set[tuple[int, int]] = field(default_factory=set)
     samples: dict[tuple[int, int], list[VcpuSample]] = field(default_factory=dict)
     error_sites: list[ErrorSite] = field(default_factory=list)
     own_signals: list[Sigbus] = field(default_factory=list)
     entries: dict[tuple[object, ...], RunningEntry] = field(default_factory=dict)
     omitted: int = 0
+    former_ids: list[str] = field(default_factory=list)
     frozen: FrozenIncident | None = None
 
     # -- whose it is
@@ -361,7 +331,7 @@ class IncidentState:
             if len(self.deliveries) >= self.limits.notified_vcpus:
                 self.count_lost("told", 1)
                 return first
-            delivery = self.deliveries[vm, vcpu] = _Delivery(first_ts=ts, last_ts=ts)
+            delivery = self.deliveries[vm, vcpu] = Delivery(first_ts=ts, last_ts=ts)
         is_huge = self.size is not None and self.size > self.page
         delivery.add(ts, page if is_huge else None, exits, code, signals)
         if not self.samples:
@@ -402,6 +372,56 @@ class IncidentState:
             ran = [x.ran_ns for x in (oldest, second) if x.ran_ns is not None]
             seen[:2] = [replace(second, ran_ns=sum(ran) if ran else None)]
         return True
+
+    def absorb(self, other: IncidentState) -> None:
+        """Take what another incident has of the same page; its owners come by ``add_owner``.
+
+        Of the two, one has a pfn; the kernel's verdict and the poison's time are in that one.
+        """
+        if self.pfn is None:
+            self.pfn, self.page_type, self.result = other.pfn, other.page_type, other.result
+            self.judged_ts, self.in_many_places = other.judged_ts, other.in_many_places
+            self.poisoned_ts, self.before_start = other.poisoned_ts, other.before_start
+            self.unpoisoned_ts = other.unpoisoned_ts
+        ids = [*self.former_ids, *other.former_ids, other.id]
+        self.former_ids = ids[-_FORMER_IDS_KEPT:]
+        self.set_min_size(other.size)
+        self.guest_memfd |= other.guest_memfd
+        self.vm_identities = other.vm_identities | self.vm_identities
+        self.released |= other.released
+        self.exits += other.exits
+        self.sigbus += other.sigbus
+        self.sigbus_at_poison += other.sigbus_at_poison
+        self.sigbus_to_others += other.sigbus_to_others
+        self.own_signals = [*self.own_signals, *other.own_signals][-4:]
+        for ts in (other.first_delivery_ts, other.last_delivery_ts):
+            if ts is not None:
+                self.mark_delivered(ts)
+        for site in other.error_sites:
+            self.add_origin(site)
+        self._absorb_deliveries(other)
+        self.omitted += other.omitted
+        for key, running in other.entries.items():
+            entry = running.frozen()
+            if not self.note_again(entry.ts, entry.count, key):
+                self.note(entry, *key[1:])
+            elif entry.last_ts is not None:
+                self.note_again(entry.last_ts, 0, key)
+
+    def _absorb_deliveries(self, other: IncidentState) -> None:
+        for vcpu, delivery in other.deliveries.items():
+            if vcpu in self.deliveries:
+                self.deliveries[vcpu].absorb(delivery)
+            elif len(self.deliveries) < self.limits.notified_vcpus:
+                self.deliveries[vcpu] = delivery
+            else:
+                self.count_lost("told", 1)
+        samples, self.samples, other.samples = self.samples | other.samples, {}, {}
+        for (vm, tid), seen in samples.items():
+            told = self.deliveries.get((vm, seen[-1].vcpu))
+            since = [one for one in seen if told is None or one.ts > told.last_ts]
+            if since:
+                self.samples[vm, tid] = since
 
     def add_origin(self, site: ErrorSite) -> None:
         """Add a place that holds the page and of which hardware reported errors."""

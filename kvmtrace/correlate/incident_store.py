@@ -179,6 +179,25 @@ class IncidentStore:
         ordered = sorted(most.values(), key=lambda incident: bool(incident.deliveries))
         return [_Victim(RANK_OF_A_VM, incident.id, False) for incident in ordered]
 
+    def merge(self, one: IncidentState, other: IncidentState) -> IncidentState:
+        """Make one incident of two that are of the same page, one of them without a pfn.
+
+        The older one remains, so that its id stays. Owners keep their places.
+        """
+        older, newer = (self._all[key] for key in self._all if key in (one.id, other.id))
+        owners, pfn = list(newer.owners.values()), newer.pfn
+        self._drop(newer)
+        older.absorb(newer)
+        older.frozen = None
+        if pfn is not None:
+            self.set_pfn(older, pfn)
+        self.set_min_size(older, newer.size)
+        for owner in owners:
+            self.add_owner(older, owner, live=owner.vm not in older.vm_identities)
+        for vm in older.vms:
+            self._of_vm.setdefault(vm, {})[older.id] = older
+        return older
+
     def _drop(self, incident: IncidentState) -> None:
         self._close(incident)
         del self._all[incident.id]

@@ -27,6 +27,20 @@ class IncidentJoins:
 
     # -- owners
 
+    def only_incident(self, incident: IncidentState, owner: Owner) -> IncidentState:
+        """The incident of a page and an owner of it.
+
+        The owner's exits may have opened another one of that place, before its page was known.
+        """
+        place = self.incidents.find_by_gfn(owner.vm, owner.gfn)
+        if place is None or place is incident or place.pfn is not None:
+            return incident
+        poisoned, notified = incident.poisoned_ts, place.first_delivery_ts
+        is_first = incident.first_delivery_ts is None
+        if is_first and poisoned is not None and notified is not None and notified >= poisoned:
+            self.totals.add_latency(notified - poisoned)
+        return self.incidents.merge(incident, place)
+
     def add_found_owner(self, incident: IncidentState, event: Owned) -> None:
         """Add an owner that was looked up."""
         self.incidents.set_min_size(incident, event.size)

@@ -241,6 +241,7 @@ def incident(state: Incident, snapshot: Snapshot) -> dict[str, Any]:
     """One incident, its owners by name."""
     return known(
         id=state.id,
+        former_ids=list(state.former_ids) or None,
         pfn=state.pfn,
         state=state.state,
         page_type=state.page_type,

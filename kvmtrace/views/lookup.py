@@ -84,8 +84,12 @@ def known_vms(snapshot: Snapshot) -> Mapping[int, VmIdentity | Vm]:
 
 
 def _incident(snapshot: Snapshot, text: str) -> Target | None:
-    found = [incident for incident in snapshot.incidents if incident.id == text.lower()]
-    return Target(TargetKind.INCIDENT, clean(text), tuple(found)) if found else None
+    key = text.lower()
+    found = [one for one in snapshot.incidents if one.id == key or key in one.former_ids]
+    if not found:
+        return None
+    reading = None if found[0].id == key else f"as {found[0].id}: of the same page"
+    return Target(TargetKind.INCIDENT, clean(text), tuple(found), reading=reading)
 
 
 def _by_name(snapshot: Snapshot, text: str) -> Target | None:

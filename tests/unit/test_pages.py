@@ -118,7 +118,7 @@ def test_what_a_guest_ran_into_is_guest_memory() -> None:
     for story in ((hwpoison(T0), shared), (hwpoison(T0), failed, owned(1, 8, HVA))):
         incident = tell(seen(1), seen(2), *story)[0].incidents[0]
         assert incident.page_class == "vm"
-        assert Owner(1, 8) in incident.owners
+        assert (1, 8) in {(owner.vm, owner.gfn) for owner in incident.owners}
 
 
 ORDERS: dict[str, tuple[Event, ...]] = {
