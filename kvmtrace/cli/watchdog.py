@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable
 
 from kvmtrace.linux.thread_progress import Standstill
 
-# Seconds. CHECK, CLEAN_UP and one of STUCK and BUSY are less than 5 together: the time within which
-# a signal ends a command. Only detaching may take longer, up to DETACHING, while it makes progress.
+# Seconds; BUSY of CPU time. CHECK, CLEAN_UP and one of STUCK and BUSY are less than 5 together: the
+# time within which a signal ends a command. It takes longer, up to DETACHING, on a host that leaves
+# it no CPU, and while it detaches.
 CHECK = 0.25
 STUCK = 2.5
 BUSY = 3.0
@@ -63,7 +64,7 @@ class Watchdog:
         main = Standstill(threading.main_thread())
         end = time.monotonic() + DETACHING
         while not (hangs := main.seconds() >= STUCK) and time.monotonic() < end:
-            if main.awake >= BUSY and not self._detaching():
+            if main.computed >= BUSY and not self._detaching():
                 break
             if self._stopped.wait(CHECK):
                 return

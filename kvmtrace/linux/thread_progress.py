@@ -7,6 +7,7 @@ instruction. A thread that computes does not sleep.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -20,9 +21,13 @@ class Standstill:
     def __init__(self, thread: threading.Thread) -> None:
         self._thread = thread
         self._at: tuple[object, ...] | None = None
-        self._since = self._looked = time.monotonic()
-        self.awake = 0.0
-        """Seconds in which it computed or waited for a CPU, as of the last call of ``seconds``."""
+        self._since = time.monotonic()
+        self._began: int | None = None  # in ticks of CPU time
+        self.computed = 0.0
+        """Seconds of CPU time that it took from the first to the last call of ``seconds``.
+
+        To wait for a CPU is no work: a busy host makes every orderly end last longer.
+        """
 
     def seconds(self) -> float:
         """Return for how long it has slept at one instruction, without CPU time in between."""
@@ -31,9 +36,12 @@ class Standstill:
         path = f"/proc/self/task/{self._thread.native_id}/stat"
         state, *cpu_time = task_stat.read_state(path, if_unreadable="S")
         at = (id(frame), frame.f_lasti if frame is not None else None, *cpu_time)
-        before, self._looked = self._looked, time.monotonic()
-        if state not in "SD":
-            self.awake += self._looked - before
+        if cpu_time:
+            ticks = sum(map(int, cpu_time))
+            if self._began is None:
+                self._began = ticks
+            self.computed = (ticks - self._began) / os.sysconf("SC_CLK_TCK")
+        now = time.monotonic()
         if at != self._at or state not in "SD":
-            self._at, self._since = at, self._looked
-        return self._looked - self._since
+            self._at, self._since = at, now
+        return now - self._since

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 
 from kvmtrace import sources
 from kvmtrace.events import Event, Lost
+from kvmtrace.linux import task_stat
+from kvmtrace.linux.thread_progress import Standstill
 from kvmtrace.session import session as session_module
 from kvmtrace.session.session import Session
 from tests.unit.fake import STORY, FakeSource
@@ -110,6 +113,19 @@ def test_a_signal_ends_what_hangs_or_computes(
     assert not list(own_directory.iterdir())
     if command[0] == "bundle":
         assert not list(tmp_path.iterdir())
+
+
+def test_to_wait_for_a_cpu_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found in the lab: on a busy host a recording lost its last counts to the ending by force."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    shown = [("R", str(at), "0") for at in (7, 7, 7 + 2 * ticks)] + [("S",)]
+    monkeypatch.setattr(task_stat, "read_state", lambda *_, **__: shown.pop(0))
+    main = Standstill(threading.main_thread())
+    computed = []
+    while shown:
+        main.seconds()
+        computed.append(main.computed)
+    assert computed == [0, 0, 2, 2]
 
 
 class Computing(FakeSource):
