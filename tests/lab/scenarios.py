@@ -460,7 +460,9 @@ def deaf_crowd(machine: Machine, source: str, vmms: int = 4, rounds: int = 2_000
     _assert_nothing_lost(lines)
 
 
-def looping_in_top(machine: Machine, source: str, beside: Beside = contextlib.nullcontext) -> None:
+def looping_in_top(
+    machine: Machine, source: str, beside: Beside = contextlib.nullcontext, gap_us: int = 5_000
+) -> None:
     """A `top` started while VMMs already loop shows that, and on which page.
 
     One VMM ignores SIGBUS. Another, if the kernel has guest_memfd, re-enters KVM_RUN in a loop.
@@ -474,7 +476,7 @@ def looping_in_top(machine: Machine, source: str, beside: Beside = contextlib.nu
             continue
         vmm.step("touch v +3")
         poison = vmm.step("poison v +3")
-        vmm.step("loop v +3 1000000000 gap_us=5000 bg=1")
+        vmm.step(f"loop v +3 1000000000 gap_us={gap_us} bg=1")
         looping.append((vmm, poison))
     with beside():
         seen = top(machine, source, interval=10)

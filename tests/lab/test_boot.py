@@ -206,7 +206,9 @@ def test_after_a_reboot_it_is_history(host: Host) -> None:
     host.until(lambda: host.property("ActiveState") == "active", "active after the boot")
     shown = json.loads(host.run("kvmtrace top --once --json"))
     assert {one["urgency"] for one in shown["incidents"]} == {"closed"}
-    assert all(one["rebooted_ts"] for one in shown["incidents"])
-    assert "rebooted" in host.run("kvmtrace explain web-1")
+    # A VM's end may be seen while the host shuts down: then that is what ended its incidents.
+    for one in shown["incidents"]:
+        assert "rebooted_ts" in one or all(owner.get("gone") for owner in one["owners"])
+    assert re.search("rebooted since|is gone", host.run("kvmtrace explain web-1"))
     host.run("kvmtrace record --since 1h -o /tmp/before.jsonl")
     assert "web-1" in host.run("kvmtrace replay /tmp/before.jsonl")
