@@ -273,11 +273,12 @@ class Correlator:
             incident.set_min_size(self._page)
         entry = TimelineEntry(event.ts, EntryKind.POISON, event)
         incident.note(entry, event.page_type, event.result)
-        for one in owned:
+        # Live VMs first: an incident ends with the last VM that it has.
+        for one in sorted(owned, key=lambda one: self._vms.is_gone(one.owner.vm)):
             incident = self._joins.only_incident(incident, one.owner)
             self._joins.add_found_owner(incident, one)
         if gmem is not None:
-            for owner in gmem.owners:
+            for owner in sorted(gmem.owners, key=lambda one: self._vms.is_gone(one.vm)):
                 incident = self._joins.only_incident(incident, owner)
                 self._joins.add_owner(incident, owner, event, Join(JoinedBy.GMEM_THREAD))
         for signal in self._pending.take_signals(event):
@@ -308,7 +309,7 @@ class Correlator:
             incident.before_start = True
             join = Join(JoinedBy.PAGE_FLAGS)
             incident.note(TimelineEntry(event.ts, EntryKind.FOUND, event, join))
-            for one in owned:
+            for one in sorted(owned, key=lambda one: self._vms.is_gone(one.owner.vm)):
                 incident = self._joins.only_incident(incident, one.owner)
                 self._joins.add_found_owner(incident, one)
             for signal in self._pending.take_signals_of(event.pfn):

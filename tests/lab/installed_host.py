@@ -44,6 +44,10 @@ class InstalledHost:
         """Run a line of shell as root; it has to succeed."""
         return self.machine.run(line, timeout, check=True).stdout
 
+    def wall_time(self) -> float:
+        """Its wall clock, in seconds since the epoch."""
+        return float(self.run("date +%s.%N"))
+
     def by_member(self, command: str, status: int = 0) -> str:
         """Run kvmtrace as a user of the group kvmtrace."""
         line = f"cd /home/{MEMBER} && exec runuser -u {MEMBER} -- kvmtrace {command}"

@@ -76,15 +76,15 @@ class Disk:
 class ServiceHost(Machine):
     """A running host; `run` and `start` start programs beside its services, as root."""
 
-    def __init__(self, prepared: Prepared, disk: Disk, package: Path, cmdline: str) -> None:
+    def __init__(self, prepared: Prepared, disk: Disk, package: Path) -> None:
         self._disk, self._package = disk, package
         quiet = "systemd.show_status=0 systemd.firstboot=0"
-        super().__init__(prepared, "3G", f"{quiet} {cmdline}".strip(), LIFE_SECONDS)
+        super().__init__(prepared, "3G", f"{quiet} tsc=reliable", LIFE_SECONDS)
 
     @classmethod
-    def boot_disk(cls, disk: Disk, package: Path, release: Release, *, cmdline: str = "") -> Self:
+    def boot_disk(cls, disk: Disk, package: Path, release: Release) -> Self:
         """Boot it and wait for its agent. ``package``: a file for /mnt/share."""
-        host = cls(prepare(release.kernel, release.root), disk, package, cmdline)
+        host = cls(prepare(release.kernel, release.root), disk, package)
         try:
             start = time.monotonic()
             host.channel.wait(lambda: bool(host.channel.ready), BOOT_SECONDS, "agent in the host")

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -198,6 +199,41 @@ def test_scraped_over_tls_with_a_password_while_ftrace_watches(host: Host) -> No
     server.kill()
     plain = "curl --silent --insecure --output /dev/null --write-out %{http_code}"
     assert host.run(f"{plain} https://127.0.0.1:9750/metrics") == "401"
+
+
+SUSPENDED = 6.0  # seconds
+RTC_SECONDS = 2.0
+"""How much less the host may measure: its RTC has whole seconds."""
+
+
+def test_after_a_suspension_times_are_right(host: Host) -> None:
+    """The host sleeps under the service, which goes on as the same process."""
+    service, restarts = host.property("MainPID"), host.property("NRestarts")
+    before = host.with_poison("before")
+    host.logged(before)
+    host.machine.suspend(SUSPENDED)
+    began = host.wall_time()
+    after = host.with_poison("after")
+    host.logged(after)
+    ended = host.wall_time()
+    assert (host.property("MainPID"), host.property("NRestarts")) == (service, restarts)
+
+    shown = json.loads(host.run("kvmtrace top --once --json"))
+    (step,) = shown["clock_steps"]
+    asleep = SUSPENDED - RTC_SECONDS
+    assert step["suspended_ns"] >= asleep * 1e9
+    notified = {owner["vm"]["pid"]: one for one in shown["incidents"] for owner in one["owners"]}
+    kept = host.run("kvmtrace events --json --kind exit --since 1h --until now").splitlines()
+    for vmm, first, last in ((before, 0.0, began - asleep), (after, began, ended)):
+        assert first < moment(notified[vmm.pid]["first_delivery_ts"]) < last
+        exits = [x for x in map(json.loads, kept) if x["vm"]["pid"] == vmm.pid]
+        assert exits
+        assert all(first < moment(exit_["ts"]) < last for exit_ in exits)
+
+
+def moment(ts: str) -> float:
+    """Seconds since the epoch."""
+    return datetime.fromisoformat(ts).timestamp()
 
 
 def test_after_a_reboot_it_is_history(host: Host) -> None:

@@ -144,10 +144,3 @@ def test_a_machine_does_not_outlive_its_limit(pair: tuple[Machine, Machine]) -> 
     machine.limit(1)
     with pytest.raises(LabError, match="its 1 s are over"):
         machine.run("sleep 60", timeout=60)
-
-
-def test_a_machine_can_be_suspended(boot: Boot) -> None:
-    machine = boot(cmdline_extra="tsc=reliable", modules=())
-    machine.suspend(4)  # the RTC, which measures it, has seconds only
-    clocks = "import time as t; print(t.clock_gettime(t.CLOCK_BOOTTIME) - t.monotonic())"
-    assert float(machine.run(["python3", "-c", clocks], check=True).stdout) >= 2
