@@ -237,7 +237,7 @@ def moment(ts: str) -> float:
 
 
 def test_after_a_reboot_it_is_history(host: Host) -> None:
-    host.run(f"rm {OPTIONS}")
+    host.run(f"rm -f {OPTIONS}")
     host.reboot()
     host.until(lambda: host.property("ActiveState") == "active", "active after the boot")
     shown = json.loads(host.run("kvmtrace top --once --json"))

@@ -107,7 +107,7 @@ def test_a_crowd_on_tcp(server: Server) -> None:
 
 
 def test_handshakes_left_open_are_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(server_module, "HEAD_SECONDS", 1.0)
     Certificates(tmp_path)
     config = tmp_path / "web.yml"
     config.write_text("tls_server_config: {cert_file: server.pem, key_file: server.key}")
