@@ -39,12 +39,14 @@ class Look(NamedTuple):
     state: IncidentStatus
     verdict: VerdictWord | None
     vms: frozenset[int]
+    former_ids: tuple[str, ...]
 
     @classmethod
     def of(cls, incident: Incident) -> Look:
         """What an incident is like now."""
         vms = frozenset(owner.vm for owner in incident.owners)
-        return cls(urgency_of(incident), incident.state, incident.verdict, vms)
+        look = urgency_of(incident), incident.state, incident.verdict
+        return cls(*look, vms, incident.former_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +216,7 @@ def _entry(snapshot: Snapshot, change: Change) -> LogEntry:
         *names,
         f"page {hex_of(incident.pfn)}" if incident.pfn is not None else "",
         clean(dimm_of(label)) if label else "",
+        f"the same as {listed(incident.former_ids)}" if incident.former_ids else "",
     ]
     what = "" if change.before else "new, "
     message = f"incident {incident.id}: {what}{urgency}, {listed(filter(None, facts))}"
@@ -221,6 +224,7 @@ def _entry(snapshot: Snapshot, change: Change) -> LogEntry:
         message += f"; do: {first.brief} (kvmtrace explain {incident.id})"
     fields = {
         "INCIDENT": incident.id,
+        "FORMER_INCIDENTS": " ".join(incident.former_ids),
         "URGENCY": str(urgency),
         "STATE": str(incident.state),
         "VERDICT": str(incident.verdict or ""),

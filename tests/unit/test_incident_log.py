@@ -6,7 +6,7 @@ import json
 
 from kvmtrace import events
 from kvmtrace.correlate import Correlator
-from kvmtrace.events import Event, Exit, Lost, Poison, VmGone, VmSeen
+from kvmtrace.events import Event, Exit, Lost, Owned, Owner, Poison, VmGone, VmSeen
 from kvmtrace.probes import Probe
 from kvmtrace.views.incident_log import (
     INCIDENT_ID,
@@ -68,6 +68,25 @@ def test_each_change_of_an_incident_is_an_entry_and_a_count_is_none() -> None:
     (over,) = host.after(VmGone(T0 + 10 * SECOND, 1))
     assert (over.fields["STATE"], over.priority) == ("closed", 6)
     assert "do: " not in over.message
+
+
+def test_two_incidents_that_become_one_are_an_entry() -> None:
+    """Somebody may have read the other id in the log."""
+    log, correlator = IncidentLog(), Correlator()
+    log.entries(correlator.snapshot(), 0)
+    exit_ = Exit(T0 + 1, 1, 0, 133, 39, True, 4002, gfn=8)
+    for event in (
+        VmSeen(T0, 1, 4001, "web-1"),
+        Poison(T0, 0x103275, "dirty LRU page", "Failed"),
+        exit_,
+    ):
+        correlator.feed(event)
+    page, place = (entry.fields["INCIDENT"] for entry in log.entries(correlator.snapshot(), 0))
+    correlator.feed(Owned(T0 + 2, 0x103275, Owner(1, 8, 0x7F3A00008000), "pagemap"))
+    (entry,) = log.entries(correlator.snapshot(), 0)
+    kept, other = sorted((page, place), key=lambda one: one.startswith("g"))
+    assert (entry.fields["INCIDENT"], entry.fields["FORMER_INCIDENTS"]) == (kept, other)
+    assert f"page 0x103275, the same as {other}; do: " in entry.message
 
 
 def test_nothing_is_logged_of_a_quiet_host() -> None:
