@@ -244,7 +244,8 @@ def _entry(
 
 def _the_page(incident: Incident, showing: Showing) -> Iterator[Line]:
     yield ()
-    yield (("The page", "head"), (f" (incident {incident.id})", "dim"))
+    ids = listed([incident.id, *incident.former_ids])
+    yield (("The page", "head"), (f" (incident {ids})", "dim"))
     for fact in _facts(incident):
         yield from paragraph(fact, showing.width)
 

@@ -14,6 +14,7 @@ from kvmtrace.events import Event, Found, GmemRefusal, Owned, Owner, Sigbus, Unp
 from kvmtrace.facts import EntryKind
 from kvmtrace.model import Incident
 from kvmtrace.views import json_output
+from kvmtrace.views.explain import explain_text
 from kvmtrace.views.lookup import find
 from tests.unit.test_correlate import (
     HVA,
@@ -78,6 +79,8 @@ def test_it_is_found_by_the_other_id() -> None:
         f"as {only(snapshot).id}: of the same page",
     )
     assert json_output.incident(only(snapshot), snapshot)["former_ids"] == [former]
+    ids = f"(incident {only(snapshot).id}, {former})"
+    assert ids in explain_text(only(snapshot), snapshot)
 
 
 def test_both_were_notified() -> None:
