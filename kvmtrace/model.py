@@ -386,6 +386,12 @@ class Snapshot:
     since: int | None = None
     history: HistoryState | None = None
 
+    def incident(self, key: str) -> Incident | None:
+        """Return the incident with this id, else the one that had it before."""
+        known = {one.id: one for one in self.incidents}
+        former = (one for one in self.incidents if key in one.former_ids)
+        return known.get(key) or next(former, None)
+
     def wall(self, ts: int) -> int:
         """Return the wall clock's time at ``ts``, in nanoseconds since the epoch."""
         return wall_time(ts, self.steps)

@@ -111,9 +111,10 @@ class EventFilter:
         if not (self.states and found):
             return found
         ids = {
-            incident.id
+            key
             for incident in snapshot().incidents
             if self.states & {str(incident.state), str(urgency_of(incident))}
+            for key in (incident.id, *incident.former_ids)
         }
         return [one for one in found if one.incident in ids]
 

@@ -15,9 +15,9 @@ The incident's timeline keeps which join was made (``facts.Join``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from kvmtrace import kvm, page_types
 from kvmtrace.bounded import BoundedDict
@@ -58,6 +58,8 @@ from kvmtrace.facts import EntryKind, Join, JoinedBy, TimelineEntry
 from kvmtrace.model import CorrelatedEvent, Snapshot, SoftOfflinedPage
 from kvmtrace.page_types import PageOutcome
 from kvmtrace.quick import maker
+
+_AnOwner = TypeVar("_AnOwner", bound=Owned | Owner)
 
 _correlated = maker(CorrelatedEvent)
 
@@ -257,8 +259,9 @@ class Correlator:
         incident = self._incidents.find_by_pfn(event.pfn)
         if incident is None:
             incident = self._incident_of_page(event.pfn, owners)
-        if incident.poisoned_ts is None and not incident.before_start:
             incident.poisoned_ts = event.ts
+            # Exits may have been read before it.
+            self._totals.add_latency(event.ts, incident.first_delivery_ts)
         elif incident.before_start and page_types.is_newly_lost(event.page_type):
             incident.not_before_start(event.ts)
         incident.guest_memfd |= gmem is not None
@@ -273,14 +276,13 @@ class Correlator:
             incident.set_min_size(self._page)
         entry = TimelineEntry(event.ts, EntryKind.POISON, event)
         incident.note(entry, event.page_type, event.result)
-        # Live VMs first: an incident ends with the last VM that it has.
-        for one in sorted(owned, key=lambda one: self._vms.is_gone(one.owner.vm)):
-            incident = self._joins.only_incident(incident, one.owner)
-            self._joins.add_found_owner(incident, one)
-        if gmem is not None:
-            for owner in sorted(gmem.owners, key=lambda one: self._vms.is_gone(one.vm)):
-                incident = self._joins.only_incident(incident, owner)
-                self._joins.add_owner(incident, owner, event, Join(JoinedBy.GMEM_THREAD))
+        reported: list[Owned | Owner] = [*owned, *(gmem.owners if gmem else ())]
+        for one in self._live_first(reported):
+            if isinstance(one, Owned):
+                incident = self._joins.add_found_owner(incident, one)
+            else:
+                incident = self._joins.only_incident(incident, one)
+                self._joins.add_owner(incident, one, event, Join(JoinedBy.GMEM_THREAD))
         for signal in self._pending.take_signals(event):
             join = Join(JoinedBy.POISONING_THREAD)
             self._joins.add_signal(incident, signal, join, by_poison=True)
@@ -299,19 +301,24 @@ class Correlator:
         self._joins.add_hardware_reports(incident)
         return incident
 
+    def _live_first(self, owners: Sequence[_AnOwner]) -> list[_AnOwner]:
+        """An incident ends with the last VM that it has: those that are gone are added last."""
+
+        def is_gone(one: Owned | Owner) -> bool:
+            return self._vms.is_gone(one.owner.vm if isinstance(one, Owned) else one.vm)
+
+        return sorted(owners, key=is_gone)
+
     def _found(self, event: Found) -> CorrelatedEvent:
         incident = self._incidents.find_by_pfn(event.pfn)
-        owned: list[Owned] = []
         if incident is None and event.pfn not in self._soft_offlines:
             owned = self._pending.take_owned(event.pfn, event.ts)
             incident = self._incident_of_page(event.pfn, [one.owner for one in owned])
-        if incident is not None and incident.poisoned_ts is None and not incident.before_start:
             incident.before_start = True
             join = Join(JoinedBy.PAGE_FLAGS)
             incident.note(TimelineEntry(event.ts, EntryKind.FOUND, event, join))
-            for one in sorted(owned, key=lambda one: self._vms.is_gone(one.owner.vm)):
-                incident = self._joins.only_incident(incident, one.owner)
-                self._joins.add_found_owner(incident, one)
+            for one in self._live_first(owned):
+                incident = self._joins.add_found_owner(incident, one)
             for signal in self._pending.take_signals_of(event.pfn):
                 self._joins.add_signal(incident, signal, _BY_PAGE_TABLE, by_poison=False)
         return _correlated(event, incident=incident.id if incident else None)
@@ -320,14 +327,10 @@ class Correlator:
         incident = self._incidents.find_by_pfn(event.pfn)
         vm = self.identity(event.owner.vm)
         if incident is None:
-            place = self._incidents.find_by_gfn(event.owner.vm, event.owner.gfn)
-            if place is None or place.pfn is not None:
-                self._pending.add(event)
-                return _correlated(event, vm=vm)
-            incident = self._incident_of_page(event.pfn, [event.owner])
-        incident = self._joins.only_incident(incident, event.owner)
+            self._pending.add(event)
+            return _correlated(event, vm=vm)
         known = set(incident.owners.values())
-        self._joins.add_found_owner(incident, event)
+        incident = self._joins.add_found_owner(incident, event)
         new = tuple((one, vm) for one in incident.owners.values() if one not in known)
         return _correlated(event, vm=vm, incident=incident.id, owners=new)
 
@@ -371,6 +374,9 @@ class Correlator:
             if incident is not None:
                 if event.hva is None:
                     return incident, Join(JoinedBy.EARLIER_POISONING_THREAD)
+                if event.vm is not None:
+                    place = Owner(event.vm, event.gfn, event.hva)
+                    incident = self._joins.only_incident(incident, place)
                 return incident, _BY_PAGE_TABLE
         if event.vm is None or event.hva is None:
             return None, join

@@ -40,6 +40,11 @@ class Delivery:
         for code, count in other.sigbus.items():
             self._add_signals(code, count)
 
+    def name_page(self, page: int | None) -> None:
+        """The page turned out to be a part of a huge one."""
+        if None in self.pages:
+            self._add_page(page, self.pages.pop(None))
+
     def _add_page(self, page: int | None, count: int) -> None:
         pages = self.pages
         before = pages.get(page, 0)

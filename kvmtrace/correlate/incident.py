@@ -378,6 +378,7 @@ class IncidentState:
 
         Of the two, one has a pfn; the kernel's verdict and the poison's time are in that one.
         """
+        place = self if self.pfn is None else other
         if self.pfn is None:
             self.pfn, self.page_type, self.result = other.pfn, other.page_type, other.result
             self.judged_ts, self.in_many_places = other.judged_ts, other.in_many_places
@@ -399,6 +400,10 @@ class IncidentState:
                 self.mark_delivered(ts)
         for site in other.error_sites:
             self.add_origin(site)
+        if self.huge:
+            gfns = {owner.vm: owner.gfn for owner in place.owners.values()}
+            for (vm, _), delivery in place.deliveries.items():
+                delivery.name_page(gfns.get(vm))
         self._absorb_deliveries(other)
         self.omitted += other.omitted
         for key, running in other.entries.items():
@@ -419,8 +424,8 @@ class IncidentState:
         samples, self.samples, other.samples = self.samples | other.samples, {}, {}
         for (vm, tid), seen in samples.items():
             told = self.deliveries.get((vm, seen[-1].vcpu))
-            since = [one for one in seen if told is None or one.ts > told.last_ts]
-            if since:
+            since = [one for one in seen if told is not None and one.ts > told.last_ts]
+            if since and len(self.samples) < self.limits.notified_vcpus:
                 self.samples[vm, tid] = since
 
     def add_origin(self, site: ErrorSite) -> None:

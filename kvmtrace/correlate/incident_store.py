@@ -189,6 +189,7 @@ class IncidentStore:
         self._drop(newer)
         older.absorb(newer)
         older.frozen = None
+        self.rank_anew()  # there is room for one more
         if pfn is not None:
             self.set_pfn(older, pfn)
         self.set_min_size(older, newer.size)

@@ -13,6 +13,7 @@ from kvmtrace.correlate.totals import Totals
 from kvmtrace.correlate.vms import VmRegistry
 from kvmtrace.events import Event, Owned, Owner, Sigbus
 from kvmtrace.facts import EntryKind, Join, JoinedBy, TimelineEntry
+from kvmtrace.model import lost_gfns
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +31,37 @@ class IncidentJoins:
     def only_incident(self, incident: IncidentState, owner: Owner) -> IncidentState:
         """The incident of a page and an owner of it.
 
-        The owner's exits may have opened another one of that place, before its page was known.
+        The owner's exits may have opened others of that place, before its page was known: of a huge
+        page, one for each gfn.
         """
-        place = self.incidents.find_by_gfn(owner.vm, owner.gfn)
-        if place is None or place is incident or place.pfn is not None:
+        lost = lost_gfns(owner, incident.size, self.page.bit_length() - 1)
+        if lost is None:
             return incident
-        poisoned, notified = incident.poisoned_ts, place.first_delivery_ts
-        is_first = incident.first_delivery_ts is None
-        if is_first and poisoned is not None and notified is not None and notified >= poisoned:
-            self.totals.add_latency(notified - poisoned)
-        return self.incidents.merge(incident, place)
+        found = [self.incidents.find_by_gfn(owner.vm, owner.gfn)]
+        if incident.huge:
+            found += [
+                one
+                for one in self.incidents.mentions_of(owner.vm)
+                if any(
+                    of == owner.vm and gfn is not None and lost[0] <= gfn <= lost[1]
+                    for of, gfn in one.owners
+                )
+            ]
+        for place in found:
+            if place is None or place is incident or place.closed or place.pfn is not None:
+                continue
+            if incident.first_delivery_ts is None:
+                self.totals.add_latency(incident.poisoned_ts, place.first_delivery_ts)
+            incident = self.incidents.merge(incident, place)
+        return incident
 
-    def add_found_owner(self, incident: IncidentState, event: Owned) -> None:
-        """Add an owner that was looked up."""
+    def add_found_owner(self, incident: IncidentState, event: Owned) -> IncidentState:
+        """Add an owner that was looked up; returns the incident that the page has then."""
         self.incidents.set_min_size(incident, event.size)
+        incident = self.only_incident(incident, event.owner)
         incident.guest_memfd |= event.via in ("guest_memfd", "fault")
         self.add_owner(incident, event.owner, event, Join(JoinedBy.LOOKUP))
+        return incident
 
     def add_owner(
         self,
@@ -174,8 +190,8 @@ class IncidentJoins:
             incident.released = {place for place in incident.released if place[0] != vm}
         first = incident.deliver(ts, vm, vcpu, exits=exits, code=code, signals=signals, page=page)
         self.incidents.add_notified_vm(incident, vm)
-        if first and incident.poisoned_ts is not None and ts >= incident.poisoned_ts:
-            self.totals.add_latency(ts - incident.poisoned_ts)
+        if first:
+            self.totals.add_latency(incident.poisoned_ts, ts)
         if was_over and not incident.over:
             incident.note(TimelineEntry(ts, EntryKind.NOTIFIED_AGAIN, vm=vm), vm)
 

@@ -36,9 +36,11 @@ class Totals:
         else:
             self._counts = self._counts[0], event
 
-    def add_latency(self, nanoseconds: int) -> None:
-        """Count a page's first delivery, ``nanoseconds`` after its poison."""
-        seconds = nanoseconds / 1e9
+    def add_latency(self, poisoned_ts: int | None, notified_ts: int | None) -> None:
+        """Count a page's first delivery, if both times are known."""
+        if poisoned_ts is None or notified_ts is None or notified_ts < poisoned_ts:
+            return
+        seconds = (notified_ts - poisoned_ts) / 1e9
         self._latency[bisect.bisect_left(LATENCY_BUCKETS, seconds)] += 1
         self._latency_sum += seconds
 

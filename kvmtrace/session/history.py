@@ -13,7 +13,7 @@ counted as lost. Live VMs do not count against the limit, and are never dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -101,7 +101,7 @@ class CompactLog:
         self._vms_with_events: set[int] = set()  # VMs that events in the log concern
         self._signalled: set[int] = set()  # processes of signals without a VM in the log
         self._forgotten: BoundedDict[int, dict[int, Any]] = BoundedDict(
-            MAX_FORGOTTEN, lambda vm, events: self._forget_processes_of(events)
+            MAX_FORGOTTEN, lambda vm, events: self._forget_process_of(events[min(events)])
         )
         self._serial = 0
         self._last_ts = -1  # before any
@@ -124,7 +124,7 @@ class CompactLog:
                 self._of_pid.setdefault(event.pid, set()).add(vm)
                 if event.pid in self._signalled:
                     self._keep_vm(vm)
-            case VmGone(vm=vm) if self._forget and vm not in self._vms_with_events:
+            case VmGone(vm=vm) if self._forget and not self._is_eventful(vm):
                 self._forget_vm(event)
                 return
             case VmGone(vm=vm):
@@ -163,19 +163,22 @@ class CompactLog:
         seen = self._log[self._seen_at[vm][-1]] if vm in self._seen_at else None
         return seen.pid if isinstance(seen, VmSeen) else None
 
+    def _is_eventful(self, vm: int) -> bool:
+        """Whether events concern the VM, or it has had several processes."""
+        return vm in self._vms_with_events or len(self._seen_at.get(vm, ())) > 1
+
     def _forget_vm(self, event: VmGone) -> None:
         seen_at = self._seen_at.pop(event.vm, None)
         self._live.discard(event.vm)
         if seen_at is not None:
-            seen = {at: self._log.pop(at) for at in seen_at}
-            self._forgotten[event.vm] = seen | {self._serial: event}
+            (at,) = seen_at
+            self._forgotten[event.vm] = {at: self._log.pop(at), self._serial: event}
 
-    def _forget_processes_of(self, came_and_went: Mapping[int, Event]) -> None:
-        for event in came_and_went.values():
-            if isinstance(event, VmSeen):
-                self._forget_process_of(event)
-
-    def _forget_process_of(self, seen: VmSeen) -> None:
+    def _forget_process_of(self, seen: Event) -> None:
+        assert isinstance(seen, VmSeen)
+        others = (self._log[at] for at in self._seen_at.get(seen.vm, ()))
+        if any(isinstance(one, VmSeen) and one.pid == seen.pid for one in others):
+            return
         vms = self._of_pid.get(seen.pid, set())
         vms.discard(seen.vm)
         if not vms:
@@ -200,7 +203,7 @@ class CompactLog:
         if vm in self._forgotten:
             came_back = self._forgotten.pop(vm)
             self._log |= came_back
-            self._seen_at[vm] = [at for at, e in came_back.items() if isinstance(e, VmSeen)]
+            self._seen_at[vm] = [min(came_back)]
             self._gone.add(vm)
 
     def _size(self) -> int:

@@ -84,12 +84,11 @@ def known_vms(snapshot: Snapshot) -> Mapping[int, VmIdentity | Vm]:
 
 
 def _incident(snapshot: Snapshot, text: str) -> Target | None:
-    key = text.lower()
-    found = [one for one in snapshot.incidents if one.id == key or key in one.former_ids]
-    if not found:
+    found = snapshot.incident(text.lower())
+    if found is None:
         return None
-    reading = None if found[0].id == key else f"as {found[0].id}: of the same page"
-    return Target(TargetKind.INCIDENT, clean(text), tuple(found), reading=reading)
+    reading = None if found.id == text.lower() else f"as {found.id}: of the same page"
+    return Target(TargetKind.INCIDENT, clean(text), (found,), reading=reading)
 
 
 def _by_name(snapshot: Snapshot, text: str) -> Target | None:
@@ -179,7 +178,11 @@ def _at_gfn(snapshot: Snapshot, gfn: int, keys: set[int]) -> list[Incident]:
 def _beginning(snapshot: Snapshot, text: str) -> Target | None:
     """The beginning of an incident's id; of digits alone, its whole page number."""
     begin = f"{text}-" if text.isdecimal() else text.lower()
-    found = [incident for incident in snapshot.incidents if incident.id.startswith(begin)]
+    found = [
+        one
+        for one in snapshot.incidents
+        if any(key.startswith(begin) for key in (one.id, *one.former_ids))
+    ]
     if not found:
         return None
     # "db" may begin the incident db2311-1, and is a part of db-1.

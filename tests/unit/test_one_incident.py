@@ -10,12 +10,26 @@ from dataclasses import replace
 
 import pytest
 
-from kvmtrace.events import Event, Found, GmemRefusal, Owned, Owner, Sigbus, Unpoison, VmGone
+from kvmtrace.cli.event_filter import EventFilter
+from kvmtrace.correlate import Correlator
+from kvmtrace.correlate.limits import Limits
+from kvmtrace.events import (
+    Event,
+    Found,
+    GmemRefusal,
+    Owned,
+    Owner,
+    Sigbus,
+    Unpoison,
+    VcpuState,
+    VmGone,
+)
 from kvmtrace.facts import EntryKind
 from kvmtrace.model import Incident
 from kvmtrace.views import json_output
 from kvmtrace.views.explain import explain_text
 from kvmtrace.views.lookup import find
+from kvmtrace.views.terminal.pages import incident_page
 from tests.unit.test_correlate import (
     HVA,
     MS,
@@ -111,3 +125,99 @@ def test_another_page_at_the_same_place_is_another_incident() -> None:
 @pytest.mark.parametrize("end", [VmGone(T0 + 9 * MS, 1), Unpoison(T0 + 9 * MS, PFN)])
 def test_it_is_over_as_a_whole(end: Event) -> None:
     assert only(tell(seen(1), poison(T0), *EXITS, OWNED, end)[0]).state == "closed"
+
+
+def test_every_owner_is_kept_that_came_before_the_page() -> None:
+    """Their lookups are put in front of it, and one VM was notified before."""
+    owners = (replace(OWNED, owner=Owner(2, 16)), OWNED)
+    snapshot, _ = tell(
+        seen(1), seen(2), EXITS[0], *owners, Found(T0 + 9 * MS, PFN), hwpoison(T0 + 9 * MS, 2, 16)
+    )
+    assert {(owner.vm, owner.gfn) for owner in only(snapshot).owners} == {(1, 8), (2, 16)}
+    assert only(snapshot).exits == 2
+
+
+def test_an_owner_alone_is_no_page() -> None:
+    """What becomes of it, once it is unpoisoned, is another VM's."""
+    snapshot, _ = tell(
+        *(seen(vm) for vm in (1, 2)),
+        *(poison(T0), EXITS[0], Unpoison(T0 + 3 * MS, PFN), OWNED),
+        replace(OWNED, ts=T0 + 100_000 * MS, owner=Owner(2, 16)),
+        poison(T0 + 100_000 * MS),
+    )
+    assert {
+        frozenset(owner.vm for owner in one.owners): one.exits for one in snapshot.incidents
+    } == {
+        frozenset(): 0,
+        frozenset({1}): 1,
+        frozenset({2}): 0,
+    }
+
+
+def test_of_a_huge_page_every_gfn() -> None:
+    huge = replace(OWNED, size=2 << 20, owner=Owner(1, 0x208, HVA + 0x200000))
+    lost = replace(poison(T0), page_type="huge page")
+    exits = [hwpoison(T0 + n * MS, gfn=0x203 + n, count=n) for n in (1, 2, 3)]
+    for order in ((lost, huge, *exits), (lost, *exits, huge), (*exits, lost, huge)):
+        snapshot, _ = tell(seen(1), *order)
+        assert (only(snapshot).exits, only(snapshot).state) == (6, "delivered")
+        (notified,) = only(snapshot).notifications
+        assert (notified.exits, notified.most) == (6, 3)
+
+
+def test_an_owner_that_a_signal_shows() -> None:
+    signal = replace(SIGNAL, gfn=8)
+    for order in ((poison(T0), EXITS[0], signal), (poison(T0), signal, EXITS[0])):
+        assert only(tell(seen(1), *order)[0]).exits == 1
+
+
+def test_vcpus_without_room_leave_no_samples() -> None:
+    correlator = Correlator(Limits(notified_vcpus=2))
+    for event in (seen(1), poison(T0)):
+        correlator.feed(event)
+    for n in range(10):
+        ts = T0 + 10_000 * MS * (n + 1)
+        for vcpu in (2 * n, 2 * n + 1):
+            correlator.feed(hwpoison(ts, 1, n, vcpu))
+            correlator.feed(VcpuState(ts + MS, 1, 5000 + vcpu, "outside", vcpu, 1))
+        correlator.feed(Owned(ts + 2 * MS, PFN, Owner(1, n, HVA + 4096 * n), "pagemap"))
+    (merged,) = (one for one in correlator._incidents if one.pfn == PFN)
+    assert (len(merged.deliveries), len(merged.samples)) == (2, 2)
+
+
+def test_room_is_made_by_rank_after_two_became_one() -> None:
+    """Nobody's page is forgotten before a VM's."""
+    correlator = Correlator(Limits(incidents=48))
+    known = replace(OWNED, pfn=0x100, owner=Owner(2, 8))
+    others = [hwpoison(T0 + n * MS, 1, 100 + n) for n in range(48)]
+    signal = replace(SIGNAL, pid=4002, vm=2, sender=77, pfn=0x100, vcpu=None)
+    events = (seen(1), seen(2), hwpoison(T0, 2), *others, signal, poison(T0, 0x100), known)
+    for event in (*events, poison(T0, 0x200), hwpoison(T0 + 99 * MS, 2, 9)):
+        correlator.feed(event)
+    assert 0x200 not in {one.pfn for one in correlator.snapshot().incidents}
+    assert correlator.snapshot().lost == {"incidents": 3}
+
+
+def test_an_id_that_is_in_use_again_is_the_new_ones() -> None:
+    more = [poison(T0 + (10 + n) * MS, 0x500 + n) for n in range(20)]
+    snapshot, _ = tell(
+        *(seen(1), seen(2), poison(T0), EXITS[0], OWNED, *more, hwpoison(T0 + 99 * MS, 2, 8)),
+        limits=Limits(incidents=2),
+    )
+    assert [one.former_ids for one in snapshot.incidents] == [("g8-1",), ()]
+    (target,) = find(snapshot, "g8-1").incidents
+    assert target.owners == (Owner(2, 8),)
+
+
+def test_a_former_id_names_it_everywhere() -> None:
+    correlator = Correlator()
+    exits = [hwpoison(T0 + n * MS) for n in range(1, 8)]
+    told = [correlator.feed(one) for one in (seen(1), poison(T0), *exits, OWNED)]
+    snapshot = correlator.snapshot()
+    former = told[2].incident or ""
+    assert find(snapshot, former[:-1]).incidents == snapshot.incidents
+    chosen = EventFilter(frozenset({"exit"}), frozenset({"looping"}), None)
+    assert len(chosen.chosen(told, correlator.snapshot)) == len(exits)
+    shown = incident_page(snapshot, former, T0)
+    assert shown == incident_page(snapshot, only(snapshot).id, T0)
+    assert "no longer" not in str(shown)

@@ -151,7 +151,7 @@ def vm_page(snapshot: Snapshot, key: int, now: int, rates: Mapping[int, float]) 
 
 
 def incident_page(snapshot: Snapshot, key: str, now: int) -> list[Line]:
-    incident = next((i for i in snapshot.incidents if i.id == key), None)
+    incident = snapshot.incident(key)
     if incident is None:
         return [(("  this incident is no longer remembered", "warn"),)]
     urgency = urgency_of(incident)

@@ -130,10 +130,9 @@ class Pages:
         if (why := self.failure()) is not None:
             return text(HTTPStatus.SERVICE_UNAVAILABLE, landing.render_failure(why), "text/html")
         snapshot = self.snapshot()
-        for incident in snapshot.incidents:
-            if incident.id == name or name in incident.former_ids:
-                page = incident_page.render(incident, snapshot, self.now())
-                return text(HTTPStatus.OK, page, "text/html")
+        if (incident := snapshot.incident(name)) is not None:
+            page = incident_page.render(incident, snapshot, self.now())
+            return text(HTTPStatus.OK, page, "text/html")
         return text(HTTPStatus.NOT_FOUND, incident_page.render_unknown(name), "text/html")
 
 
