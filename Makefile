@@ -23,12 +23,11 @@ demo: setup ## memory fails under running VMs, by machine check; watch it live (
 demo-hw: setup ## memory errors reported by firmware on an arm64 host, from the error to the verdict
 	@$(PY) -m tests.lab.demo_hw --source $(SOURCE) $(ARGS)
 
-# Three at once on two CPUs, a file's tests by the same one: machines of the lab keep one CPU busy
-# for some 70 % of the time, and wait for the rest. The lab's files come first, so that all end
-# together. A machine whose kernel dies under emulation has
+# Two at once, a file's tests by the same one: machines of the lab are mostly busy with one CPU. The
+# lab's files come first, so that both end together. A machine whose kernel dies under emulation has
 # one more try, which the closing line counts.
 test: setup ## every test, those in the lab too (ARGS="-k name"; KVMTRACE_LAB=0: without the lab)
-	@$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --reruns 1 --only-rerun LabPanic -r fER $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --reruns 1 --only-rerun LabPanic -r fER $(ARGS)
 
 fuzz: ## the laws of tests/property with fresh seeds (MINUTES=5; TIMES=n: so many times the examples of a test run; SEED=n: one seed once more)
 	@sh tests/setup.sh --no-system
