@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--from", dest="origin", help="derive the seeds from this text")
     parser.add_argument("targets", nargs="*", default=TARGETS, help="files, or tests in them")
     options = parser.parse_args(arguments)
+    if options.times is not None and options.times < 1:
+        parser.error("--times is a multiple of a test run's examples: at least 1")
     if "CI" not in os.environ:
         os.nice(10)
     if options.seed is not None:

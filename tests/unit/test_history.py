@@ -90,6 +90,17 @@ def test_uneventful_vms_leave_nothing_once_others_ended() -> None:
     assert log_of([*first, *others]) == others
 
 
+def test_vms_of_many_processes_are_bounded() -> None:
+    """No kernel has them. Signals to each process belong to the VM, so each is kept for a while."""
+    log = CompactLog(100)
+    for vm in range(20):
+        for process in range(50):
+            log.add(VmSeen(T0, vm, 10_000 + 50 * vm + process))
+        log.add(VmGone(T0, vm))
+    assert len(log.events()) <= 101
+    assert log.dropped == 20 * 51 - (len(log.events()) - 1)
+
+
 def test_last_counts_that_come_after_a_joiner_open_no_incident_there_either() -> None:
     story: list[Event] = [VmSeen(T0, 1, 4001, "mad"), VmGone(T0 + 1, 1)]
     late = Exit(T0 + 2, 1, 0, 133, 39, True, 7, gfn=8, count=3)
